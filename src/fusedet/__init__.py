@@ -1,0 +1,1 @@
+"""fusedet: object detection with feature pyramids on plain PyTorch."""

@@ -1,0 +1,238 @@
+"""Annotations of a data set, read once into flat arrays in shared memory that every worker sees and none copies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture and its objects, as annotated.
+
+    boxes (G, 4) float64 xyxy in the picture's pixels after EXIF rotation, continuous with origin 0, not clipped;
+    labels (G,) int64 in 0..K-1; ignore (G,) bool, crowds (COCO) and difficult objects (VOC);
+    area (G,) float64, the annotated area where the format has one, else width x height;
+    segments, per object polygons [[x, y, ...], ...], a COCO RLE dict, or None.
+    """
+
+    image_id: int
+    path: Path
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore: np.ndarray
+    area: np.ndarray
+    segments: list[Any]
+
+
+@dataclass(frozen=True)
+class Records:
+    """A split of a data set: `len`, index and iterate to get each picture's `Record`.
+
+    names (K,) and category_ids (K,), the data set's own ids; source, what was read; form, "coco", "voc" or "yolo";
+    problems, how often each kind of bad annotation was met, by a sentence that says what was done about it.
+    """
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    source: str
+    form: str
+    image_ids: Tensor  # (N,) int64
+    sizes: Tensor  # (N, 2) int64, height and width
+    offsets: Tensor  # (N + 1,) int64, where each picture's objects begin
+    boxes: Tensor  # (M, 4) float64
+    labels: Tensor  # (M,) int64
+    ignore: Tensor  # (M,) bool
+    area: Tensor  # (M,) float64
+    paths: Packed
+    segments: Packed
+    problems: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        names: Iterable[str],
+        category_ids: Iterable[int],
+        records: Iterable[Record],
+        *,
+        source: str | Path,
+        form: str,
+        problems: Mapping[str, int] | None = None,
+    ) -> Records:
+        """Flatten records into shared arrays."""
+        ids, sizes, counts, paths, segments = [], [], [], [], []
+        boxes, labels, ignore, area = [], [], [], []
+        for r in records:
+            ids.append(r.image_id)
+            sizes.append((r.height, r.width))
+            counts.append(len(r.boxes))
+            paths.append(str(r.path).encode("utf-8", "surrogateescape"))
+            boxes.append(r.boxes)
+            labels.append(r.labels)
+            ignore.append(r.ignore)
+            area.append(r.area)
+            segments.extend(pack_outline(s) for s in r.segments)
+
+        def flat(parts: list[Any], shape: tuple[int, ...], dtype: Any) -> Tensor:
+            joined = np.concatenate([np.reshape(p, shape) for p in parts]) if parts else np.zeros((0, *shape[1:]))
+            return torch.from_numpy(np.ascontiguousarray(joined, dtype=dtype)).share_memory_()
+
+        return cls(
+            names=tuple(names),
+            category_ids=tuple(int(c) for c in category_ids),
+            source=str(source),
+            form=form,
+            image_ids=flat([ids], (-1,), np.int64),
+            sizes=flat([sizes], (-1, 2), np.int64),
+            offsets=flat([np.cumsum([0, *counts])], (-1,), np.int64),
+            boxes=flat(boxes, (-1, 4), np.float64),
+            labels=flat(labels, (-1,), np.int64),
+            ignore=flat(ignore, (-1,), np.bool_),
+            area=flat(area, (-1,), np.float64),
+            paths=Packed.of(paths),
+            segments=Packed.of(segments),
+            problems=dict(problems or Counter()),
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        names: Iterable[str],
+        category_ids: Iterable[int],
+        *,
+        image_ids: np.ndarray,
+        sizes: np.ndarray,
+        paths: Sequence[str],
+        owners: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        ignore: np.ndarray,
+        area: np.ndarray,
+        outlines: Sequence[bytes],
+        source: str | Path,
+        form: str,
+        problems: Mapping[str, int] | None = None,
+    ) -> Records:
+        """The same as `build` from flat columns, for large sets.
+
+        Pictures: image_ids (N,), sizes (N, 2) height and width, paths. Objects in any order: owners (M,) index their
+        pictures; boxes (M, 4), labels, ignore, area (M,), outlines as `pack_outline` gives them. A picture's objects
+        keep their order.
+        """
+        order = np.argsort(owners, kind="stable")
+        counts = np.bincount(owners, minlength=len(paths))
+
+        def shared(values: np.ndarray, dtype: Any) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).share_memory_()
+
+        return cls(
+            names=tuple(names),
+            category_ids=tuple(int(c) for c in category_ids),
+            source=str(source),
+            form=form,
+            image_ids=shared(image_ids, np.int64),
+            sizes=shared(np.reshape(sizes, (-1, 2)), np.int64),
+            offsets=shared(np.concatenate([[0], np.cumsum(counts)]), np.int64),
+            boxes=shared(boxes[order], np.float64),
+            labels=shared(labels[order], np.int64),
+            ignore=shared(ignore[order], np.bool_),
+            area=shared(area[order], np.float64),
+            paths=Packed.of([p.encode("utf-8", "surrogateescape") for p in paths]),
+            segments=Packed.of([outlines[i] for i in order.tolist()]),
+            problems=dict(problems or {}),
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def path(self, i: int) -> Path:
+        """The file of picture i."""
+        return Path(self.paths[i].decode("utf-8", "surrogateescape"))
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        begin, end = self.offsets[i : i + 2].tolist()
+        height, width = self.sizes[i].tolist()
+        return Record(
+            image_id=int(self.image_ids[i]),
+            path=self.path(i),
+            height=height,
+            width=width,
+            boxes=self.boxes[begin:end].numpy(),
+            labels=self.labels[begin:end].numpy(),
+            ignore=self.ignore[begin:end].numpy(),
+            area=self.area[begin:end].numpy(),
+            segments=[unpack_outline(self.segments[j]) for j in range(begin, end)],
+        )
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any picture's name, size, box, label or class name."""
+        digest = hashlib.sha256(json.dumps([self.names, self.category_ids]).encode())
+        for i in range(len(self)):
+            digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
+        for array in (self.image_ids, self.sizes, self.offsets, self.boxes, self.labels, self.ignore):
+            digest.update(array.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Many byte strings in two shared tensors: `packed[i]` is the i-th."""
+
+    data: Tensor  # (bytes,) uint8
+    offsets: Tensor  # (N + 1,) int64
+
+    @classmethod
+    def of(cls, items: list[bytes]) -> Packed:
+        """Pack byte strings."""
+        data = np.frombuffer(bytearray(b"".join(items)), dtype=np.uint8)
+        offsets = np.cumsum([0, *map(len, items)], dtype=np.int64)
+        return cls(torch.from_numpy(data).share_memory_(), torch.from_numpy(offsets).share_memory_())
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> bytes:
+        begin, end = self.offsets[i : i + 2].tolist()
+        return self.data[begin:end].numpy().tobytes()
+
+
+def pack_outline(outline: Any) -> bytes:
+    """An object's polygons as raw float64 (lossless, and much quicker than JSON), a RLE as JSON, None as nothing.
+
+    Raises TypeError where a polygon holds anything but numbers.
+    """
+    if outline is None:
+        return b""
+    if isinstance(outline, dict):
+        return json.dumps(outline).encode()
+    lengths = array("Q", [len(outline), *map(len, outline)])
+    return b"P" + lengths.tobytes() + b"".join(array("d", polygon).tobytes() for polygon in outline)
+
+
+def unpack_outline(data: bytes) -> Any:
+    """What `pack_outline` packed: polygons [[x, y, ...], ...], a RLE dict or None."""
+    if not data:
+        return None
+    if data[:1] != b"P":
+        return json.loads(data)
+    count = int(np.frombuffer(data, np.uint64, 1, offset=1)[0])
+    lengths = np.frombuffer(data, np.uint64, count, offset=9).astype(np.int64)
+    values = np.frombuffer(data, np.float64, offset=9 + 8 * count)
+    return [polygon.tolist() for polygon in np.split(values, np.cumsum(lengths)[:-1])]

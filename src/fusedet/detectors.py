@@ -1,0 +1,119 @@
+"""Detectors: parts in one row; and the way from a config's names to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedet import config as configs
+from fusedet.backbones import Backbone
+from fusedet.build import build
+from fusedet.errors import InputError
+from fusedet.heads import HEADS
+from fusedet.necks import NECKS
+from fusedet.ops.boxes import Selected, select
+from fusedet.types import Batch, Detections, Features, Losses, Outputs
+
+BACKBONES = {"timm": Backbone}
+
+
+class OneStage(nn.Module):
+    """Body, neck and dense head: RetinaNet and all that is built like it.
+
+    score, nms, max_det, pre_nms: see `ops.boxes.select`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        head: nn.Module,
+        score: float = 0.05,
+        nms: float = 0.5,
+        max_det: int = 100,
+        pre_nms: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = backbone, neck, head
+        self.select = {"score": score, "iou": nms, "max_det": max_det, "pre_nms": pre_nms}
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes that it tells apart."""
+        return self.head.num_classes  # type: ignore[return-value]
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
+        """Pictures uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
+        return self.head(self.neck(self.backbone(self.normalise(images, sizes))))
+
+    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """uint8 pictures to what the body was trained on, in channels_last; the padding is 0 after it."""
+        x = images.to(self.backbone.scale.dtype, memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
+        x = torch.addcmul(self.backbone.shift, x, self.backbone.scale)  # type: ignore[arg-type]
+        if sizes is None:
+            return x
+        rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]  # (N, H)
+        columns = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
+        return x * (rows[:, None, :, None] & columns[:, None, None, :])
+
+    def loss(self, batch: Batch) -> Losses:
+        """The head's losses on a batch with targets, unweighted."""
+        return self.head.loss(self(batch.images, batch.sizes), batch.targets)  # type: ignore[operator]
+
+    def detect(self, images: Tensor, sizes: Tensor) -> Selected:
+        """Final detections as padded tensors, in pixels of the network's input: the form that exports."""
+        outputs = self(images, sizes)
+        boxes, scores = self.head.decode(outputs)  # type: ignore[operator]
+        return select(boxes, scores, sizes, outputs.priors.counts, **self.select)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Detections]:
+        """What is in each picture of a batch, in pixels of the network's input, best first."""
+        found = self.detect(batch.images, batch.sizes)
+        return [Detections(b[:n], s[:n], k[:n]) for b, s, k, n in zip(found.boxes, found.scores, found.labels, found.counts.tolist())]
+
+
+class Chain(nn.Module):
+    """Necks one after the other; each takes what the one before promises."""
+
+    def __init__(self, necks: list[nn.Module]) -> None:
+        super().__init__()
+        self.necks = nn.ModuleList(necks)
+        self.levels = necks[-1].levels
+
+    def forward(self, features: Features) -> Features:
+        """Through all of them."""
+        for neck in self.necks:
+            features = neck(features)
+        return features
+
+
+def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: Mapping[str, Any]) -> OneStage:
+    """A detector by the name of its config (or a YAML file), as the command line makes it.
+
+    >>> create_model("retinanet_r50", "model.backbone.pretrained=false", num_classes=3)  # doctest: +SKIP
+    >>> create_model("retinanet_r50", model={"backbone": {"pretrained": False}})  # doctest: +SKIP
+    """
+    return from_config(configs.load(name, overrides, sections), num_classes)
+
+
+def from_config(config: configs.Config, num_classes: int) -> OneStage:
+    """A detector from a resolved config."""
+    model, test = config.model, config.test
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
+    for slot, table in (("plugin", "MSFM"), ("interact", "MSIL"), ("roi", "two-stage detectors")):
+        if getattr(model, slot):
+            raise InputError(f"model.{slot}={getattr(model, slot)}: this version has no {table} yet, leave it null")
+    backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
+    necks: list[nn.Module] = []
+    for i, spec in enumerate(model.neck if isinstance(model.neck, list) else [model.neck]):
+        levels = necks[-1].levels if necks else backbone.levels
+        necks.append(build(f"model.neck.{i}" if i else "model.neck", spec, NECKS, {"levels": levels}, {"model.pyramid": vars(model.pyramid)}))
+    neck = Chain(necks) if len(necks) > 1 else necks[0]
+    head = build("model.head", model.head, HEADS, {"levels": neck.levels, "num_classes": num_classes, "interact": None})
+    return OneStage(backbone, neck, head, score=test.score, nms=test.nms, max_det=test.max_det, pre_nms=test.pre_nms)

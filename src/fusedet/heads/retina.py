@@ -1,0 +1,86 @@
+"""RetinaNet's head: "Focal Loss for Dense Object Detection", Lin et al., 2017, with the semantics of MMDetection 3.x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.heads.tower import TwinTowers
+from fusedet.ops.assign import MaxIoU
+from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
+from fusedet.ops.layers import conv, flatten_maps, normal
+from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
+from fusedet.types import Features, Levels, Losses, Outputs, Target
+
+
+class RetinaHead(nn.Module):
+    """Two towers of `convs` convolutions over every level, then class scores and box codes for A anchors per cell.
+
+    levels: of the pyramid. num_classes: K. interact: an interaction between the branches, or None.
+    channels: of the towers, those of the pyramid by default. base_scale, scales_per_octave, ratios: the anchors'
+    sizes are stride * base_scale * 2^(i / scales_per_octave); A = scales_per_octave * len(ratios).
+    positive, negative: overlaps of the assignment (section 4). alpha, gamma: of the focal loss. prior: the score that every
+    anchor starts with.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        num_classes: int,
+        interact: Any = None,
+        convs: int = 4,
+        channels: int | None = None,
+        base_scale: float = 4.0,
+        scales_per_octave: int = 3,
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        positive: float = 0.5,
+        negative: float = 0.4,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        prior: float = 0.01,
+    ) -> None:
+        super().__init__()
+        channels = channels or levels.channels[0]
+        self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
+        self.assigner = MaxIoU(positive, negative)
+        self.shapes = [anchor_shapes(stride, base_scale, scales_per_octave, ratios) for stride in levels.strides]  # (A, 4) each
+        anchors = len(self.shapes[0])
+        self.towers = TwinTowers(levels.channels[0], channels, convs, interact=interact)
+        self.cls = conv(channels, anchors * num_classes, 3)
+        self.reg = conv(channels, anchors * 4, 3)
+        normal(self)
+        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+
+    def forward(self, features: Features) -> Outputs:
+        """Levels (N, C, H, W) to maps "cls" (N, A * K, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
+        towers = [self.towers(f) for f in features]
+        maps = {"cls": [self.cls(c) for c, _ in towers], "reg": [self.reg(r) for _, r in towers]}
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes))
+
+    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
+        """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per picture)."""
+        priors = outputs.priors
+        logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
+        codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
+        owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
+        picture, prior = (owners >= 0).nonzero(as_tuple=True)  # (R,), the positives
+        owned = owners[picture, prior]
+        first = torch.tensor([0, *(len(t) for t in targets)], device=owned.device).cumsum(0)[picture] + owned
+        boxes = torch.cat([t.boxes for t in targets]).to(codes.device)[first]
+        labels = owners.index_put((picture, prior), torch.cat([t.labels for t in targets])[first])
+        count = mean_over_ranks((owners >= 0).sum(dim=1).clamp(min=1).sum())
+        wanted = encode(priors.boxes[prior], boxes.to(priors.boxes.dtype))
+        return {
+            "loss_cls": sigmoid_focal(logits.flatten(0, 1), labels.flatten(), self.alpha, self.gamma) / count,
+            "loss_box": F.l1_loss(codes[picture, prior].float(), wanted, reduction="sum") / count,
+        }
+
+    def decode(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Boxes (N, P, 4), not clipped, and scores (N, P, K)."""
+        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
+        return decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores

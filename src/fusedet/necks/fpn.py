@@ -1,0 +1,74 @@
+"""FPN: "Feature Pyramid Networks for Object Detection", Lin et al., 2017; P6 and P7 as in RetinaNet, 2017, and FCOS, 2019."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.errors import InputError
+from fusedet.ops.layers import conv, xavier
+from fusedet.types import Features, Levels
+
+Top = Literal["max_pool", "on_input", "on_output"]
+
+
+class FPN(nn.Module):
+    """The pyramid P`finest` to P`coarsest` (P3 has stride 8, P4 16, ...) from a body's maps.
+
+    levels: what the body promises. channels: of every level. top: where the levels above the body's last come from:
+    "max_pool" takes every second cell of the level below (Faster R-CNN's P6), "on_input" convolves the body's last map
+    with stride 2, then its own output (RetinaNet), "on_output" the pyramid's last level, with a ReLU before every
+    further convolution (FCOS). Raises InputError where the body has no level `finest` or `coarsest` is below its last.
+    """
+
+    def __init__(self, levels: Levels, channels: int = 256, finest: int = 3, coarsest: int = 7, top: Top = "on_input") -> None:
+        super().__init__()
+        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        inputs = levels.channels[self.start :]
+        self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
+        self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
+        self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
+        xavier(self)
+
+    def forward(self, features: Features) -> Features:
+        """C maps, finest first, to P maps of the promised levels."""
+        inputs = features[self.start :]
+        merged = [lateral(c) for lateral, c in zip(self.lateral, inputs)]
+        for i in range(len(merged) - 1, 0, -1):
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+        outputs = [output(m) for output, m in zip(self.output, merged)]
+        return outputs + self.top(inputs[-1], outputs[-1])
+
+
+class TopLevels(nn.Module):
+    """The levels above the body's last, `count` of them; the same for every neck that makes a pyramid."""
+
+    def __init__(self, inputs: int, channels: int, count: int, top: Top) -> None:
+        super().__init__()
+        self.count, self.kind = count, top
+        sources = [inputs if top == "on_input" else channels] + [channels] * (count - 1)
+        self.convs = nn.ModuleList(conv(c, channels, 3, stride=2) for c in sources[:count]) if top != "max_pool" else nn.ModuleList()
+
+    def forward(self, last_input: Tensor, last_output: Tensor) -> Features:
+        """The body's last map and the pyramid's last level to the levels above, finest first."""
+        x = last_input if self.kind == "on_input" else last_output
+        levels: Features = []
+        for i in range(self.count):
+            if self.kind == "max_pool":
+                x = F.max_pool2d(x, 1, stride=2)
+            else:
+                x = self.convs[i](F.relu(x) if self.kind == "on_output" and i > 0 else x)
+            levels.append(x)
+        return levels
+
+
+def pyramid(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
+    """Where P`finest` begins among a body's maps, and the levels P`finest` to P`coarsest`."""
+    if 2**finest not in levels.strides:
+        raise InputError(f"finest={finest} (stride {2**finest}) must be one of the body's strides {levels.strides}")
+    if 2**coarsest < levels.strides[-1]:
+        raise InputError(f"coarsest={coarsest} (stride {2**coarsest}) is below the body's last stride {levels.strides[-1]}")
+    strides = tuple(2**i for i in range(finest, coarsest + 1))
+    return levels.strides.index(2**finest), Levels((channels,) * len(strides), strides)

@@ -1,0 +1,1 @@
+"""Functions and small layers on tensors: boxes, assignment, losses."""

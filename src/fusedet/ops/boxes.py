@@ -1,0 +1,127 @@
+"""Boxes: anchors, the code between boxes and regression targets, and the project's one selection of final detections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from fusedet.types import Features, Levels, Priors
+
+MAX_RATIO = abs(math.log(16 / 1000))
+"""The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
+
+
+def anchor_shapes(stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float]) -> Tensor:
+    """Anchors of one cell around the origin, (A, 4): ratios (height / width) outer, scales inner, not rounded."""
+    octaves = base_scale * 2.0 ** (torch.arange(scales_per_octave, dtype=torch.float64) / scales_per_octave)
+    root = torch.tensor(ratios, dtype=torch.float64).sqrt()
+    half_w = (stride * octaves[None] / root[:, None]).flatten() / 2
+    half_h = (stride * octaves[None] * root[:, None]).flatten() / 2
+    return torch.stack([-half_w, -half_h, half_w, half_h], dim=1).float()
+
+
+def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor], offset: float = 0.0) -> Priors:
+    """Put each level's shapes (A, 4) on every cell of its map: x = (column + offset) * stride, y likewise."""
+    boxes, counts = [], []
+    for feature, stride, shape in zip(features, levels.strides, shapes):
+        h, w = feature.shape[-2:]
+        x = (torch.arange(w, device=feature.device) + offset) * stride
+        y = (torch.arange(h, device=feature.device) + offset) * stride
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        corners = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)  # (H*W, 1, 4)
+        boxes.append((corners + shape.to(feature.device)).reshape(-1, 4))
+        counts.append(h * w * len(shape))
+    strides = torch.cat([boxes[i].new_full((n,), levels.strides[i]) for i, n in enumerate(counts)])
+    return Priors(torch.cat(boxes), strides, tuple(counts))
+
+
+def encode(priors: Tensor, boxes: Tensor) -> Tensor:
+    """Boxes (P, 4) relative to priors (P, 4): centre shift in prior sizes, log of the size ratio (R-CNN, 2014, eq. 1-4 of its C)."""
+    wh, target_wh = priors[:, 2:] - priors[:, :2], boxes[:, 2:] - boxes[:, :2]
+    shift = (boxes[:, :2] + boxes[:, 2:] - priors[:, :2] - priors[:, 2:]) / 2 / wh
+    return torch.cat([shift, (target_wh / wh).log()], dim=1)
+
+
+def decode(priors: Tensor, deltas: Tensor) -> Tensor:
+    """The inverse of `encode`: deltas (..., P, 4) on priors (P, 4) to boxes (..., P, 4); sizes bounded by `MAX_RATIO`."""
+    wh = priors[:, 2:] - priors[:, :2]
+    centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[..., :2] * wh
+    half = wh * deltas[..., 2:].clamp(-MAX_RATIO, MAX_RATIO).exp() / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (N, P, 4) moved inside pictures of sizes (N, 2), height and width."""
+    limit = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (N, 1, 4): w, h, w, h
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+class Selected(NamedTuple):
+    """Final detections of a batch, best first, padded to D: boxes (N, D, 4), scores (N, D), labels (N, D), and how many are real (N,)."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    counts: Tensor
+
+
+def select(
+    boxes: Tensor,
+    scores: Tensor,
+    sizes: Tensor,
+    level_counts: Sequence[int],
+    *,
+    score: float = 0.05,
+    iou: float = 0.5,
+    pre_nms: int = 1000,
+    max_det: int = 100,
+) -> Selected:
+    """The one non-maximum suppression of the project.
+
+    boxes (N, P, 4), scores (N, P, K) in 0..1, sizes (N, 2) of the pictures, level_counts the priors per level.
+    Per level the `pre_nms` best pairs of prior and class stay, then those above `score` whose clipped box has an area,
+    then class-wise suppression above `iou`, then the `max_det` best (MMDetection 3.x). No branch depends on the data,
+    so that torch.export takes it.
+    """
+    top = [_best_pairs(level, pre_nms) for level in scores.split(list(level_counts), dim=1)]
+    starts = [sum(level_counts[:i]) for i in range(len(top))]
+    confidence = torch.cat([values for values, _, _ in top], dim=1)  # (N, M)
+    rows = torch.cat([rows + start for (_, rows, _), start in zip(top, starts)], dim=1)
+    labels = torch.cat([classes for _, _, classes in top], dim=1)
+    chosen = clip(boxes.gather(1, rows[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
+    span = chosen.detach().amax() + 1  # classes are moved apart by more than any box is wide
+    picked = []
+    for b, s, k in zip(chosen.unbind(), confidence.unbind(), labels.unbind()):
+        real = (s > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
+        b, s, k = b[real], s[real], k[real]
+        keep = nms((b + (k * span)[:, None]).float(), s.float(), iou)[:max_det]
+        picked.append(_padded(b[keep], s[keep], k[keep], max_det))
+    return Selected(*(torch.stack(column) for column in zip(*picked)))
+
+
+def _best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (prior, class) pairs of a level (N, P, K): their scores, priors and classes, each (N, min(limit, P * K)).
+
+    A pair among the best `limit` has its prior among the best `limit` by its best class, so only those are sorted.
+    """
+    classes = scores.shape[2]
+    rows = scores.amax(dim=2).topk(min(limit, scores.shape[1]), dim=1).indices  # (N, R)
+    few = scores.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1)  # (N, R * K)
+    values, pairs = few.topk(min(limit, few.shape[1]), dim=1)
+    return values, rows.gather(1, pairs // classes), pairs % classes
+
+
+def _padded(boxes: Tensor, scores: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = torch.ones_like(labels).sum()
+    room = torch.arange(size, device=labels.device)
+    # one dead row behind the real ones is what every unused place reads
+    boxes = torch.cat([boxes, boxes.new_zeros(1, 4)])
+    scores = torch.cat([scores, scores.new_zeros(1)])
+    labels = torch.cat([labels, labels.new_zeros(1)])
+    place = torch.minimum(room, count)
+    return boxes[place], scores[place], labels[place], count

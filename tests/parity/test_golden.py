@@ -1,0 +1,44 @@
+"""Golden numbers of MMDetection: every case that this version has agrees, and a wrong number is seen."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+RUN = Path(__file__).with_name("run.py")
+PRESENT = {"fpn_rcnn", "fpn_retina", "fpn_fcos", "retina_head"}
+
+
+def run(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(RUN), str(folder)], capture_output=True, text=True)
+
+
+def test_golden_numbers_agree(shared: Path) -> None:
+    done = run(shared / "golden")
+    verdicts = dict(line.split()[:2] for line in done.stdout.splitlines())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {k for k, v in verdicts.items() if v == "ok"} == PRESENT
+    assert set(verdicts) == {p.stem for p in (shared / "golden").glob("*.json")}
+
+
+@pytest.mark.parametrize("key", ["out.head.0.1", "out.grad.features.0", "out.pred.1.bboxes", "state.retina_reg.bias"])
+def test_one_wrong_number_fails(shared: Path, tmp_path: Path, key: str) -> None:
+    shutil.copy(shared / "golden" / "retina_head.json", tmp_path)
+    tensors = load_file(shared / "golden" / "retina_head.safetensors")
+    tensors[key].view(-1)[0] += 0.05 * max(1.0, float(tensors[key].abs().max()))
+    save_file(tensors, tmp_path / "retina_head.safetensors")
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert "FAIL" in done.stdout
+
+
+def test_a_wrong_loss_fails(shared: Path, tmp_path: Path) -> None:
+    shutil.copy(shared / "golden" / "retina_head.safetensors", tmp_path)
+    spec = json.loads((shared / "golden" / "retina_head.json").read_text())
+    spec["losses"]["loss_bbox"][0] *= 1.001
+    (tmp_path / "retina_head.json").write_text(json.dumps(spec))
+    assert run(tmp_path).returncode == 1
