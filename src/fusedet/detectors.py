@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fusedet.errors import InputError
 from fusedet.heads import HEADS
 from fusedet.necks import NECKS
 from fusedet.ops.boxes import Selected, select
+from fusedet.ops.layers import fold_batch_norm
 from fusedet.types import Batch, Detections, Features, Losses, Outputs
 
 BACKBONES = {"timm": Backbone}
@@ -53,7 +55,7 @@ class OneStage(nn.Module):
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 pictures to what the body was trained on, in channels_last; the padding is 0 after it."""
         x = images.to(self.backbone.scale.dtype, memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
-        x = torch.addcmul(self.backbone.shift, x, self.backbone.scale)  # type: ignore[arg-type]
+        x = torch.addcmul(self.backbone.shift, x, self.backbone.scale).to(next(self.backbone.parameters()).dtype)  # type: ignore[arg-type]
         if sizes is None:
             return x
         rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]  # (N, H)
@@ -92,6 +94,21 @@ class Chain(nn.Module):
         return features
 
 
+def for_inference(detector: OneStage, precision: Literal["fp32", "bf16"] = "fp32") -> OneStage:
+    """A copy for prediction: in eval mode, batch norms folded into their convolutions, weights in bfloat16 where asked.
+
+    With bf16, boxes and scores are still decoded in float32.
+    """
+    detector = copy.copy(detector).eval()
+    device = detector.backbone.scale.device
+    body = fold_batch_norm(detector.backbone, torch.rand(1, 3, 64, 96, device=device))  # type: ignore[arg-type]
+    detector._modules = {**detector._modules, "backbone": body}
+    if precision == "bf16":
+        detector = copy.deepcopy(detector).to(torch.bfloat16)
+        detector.backbone.scale, detector.backbone.shift = body.scale, body.shift
+    return detector
+
+
 def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: Mapping[str, Any]) -> OneStage:
     """A detector by the name of its config (or a YAML file), as the command line makes it.
 
@@ -113,7 +130,8 @@ def from_config(config: configs.Config, num_classes: int) -> OneStage:
     necks: list[nn.Module] = []
     for i, spec in enumerate(model.neck if isinstance(model.neck, list) else [model.neck]):
         levels = necks[-1].levels if necks else backbone.levels
-        necks.append(build(f"model.neck.{i}" if i else "model.neck", spec, NECKS, {"levels": levels}, {"model.pyramid": vars(model.pyramid)}))
+        slot = f"model.neck.{i}" if isinstance(model.neck, list) else "model.neck"
+        necks.append(build(slot, spec, NECKS, {"levels": levels}, {"model.pyramid": vars(model.pyramid)}))
     neck = Chain(necks) if len(necks) > 1 else necks[0]
     head = build("model.head", model.head, HEADS, {"levels": neck.levels, "num_classes": num_classes, "interact": None})
     return OneStage(backbone, neck, head, score=test.score, nms=test.nms, max_det=test.max_det, pre_nms=test.pre_nms)

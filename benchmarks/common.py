@@ -1,0 +1,83 @@
+"""What all benchmarks share: two things interleaved in one run, the ratio of their medians, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+
+
+def interleave(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, the sides in turn, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(warmup + repeats):
+        for name, call in sides.items():
+            began = time.perf_counter()
+            call()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def summary(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
+    """Median milliseconds of each side and how many times as fast as the reference it is."""
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return {
+        name: {"median_ms": round(1000 * m, 2), "times_as_fast": round(medians[reference] / m, 3), "runs": len(times[name])}
+        for name, m in medians.items()
+    }
+
+
+def peak_memory(script: str, side: str, *arguments: str) -> float:
+    """MiB that one side needs at its peak, in a process of its own (`script --only SIDE` prints it last)."""
+    done = subprocess.run([sys.executable, script, "--only", side, *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def own_peak() -> float:
+    """This process's peak resident memory in MiB (getrusage would count the parent's, which a child inherits)."""
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def torchvision_name(key: str) -> str:
+    """Our name of a RetinaNet weight, as torchvision's RetinaNet has it."""
+    rules = [
+        (r"^backbone\.body\.", "backbone.body."),
+        (r"^neck\.lateral\.(\d)", r"backbone.fpn.inner_blocks.\1.0"),
+        (r"^neck\.output\.(\d)", r"backbone.fpn.layer_blocks.\1.0"),
+        (r"^neck\.top\.convs\.0", "backbone.fpn.extra_blocks.p6"),
+        (r"^neck\.top\.convs\.1", "backbone.fpn.extra_blocks.p7"),
+        (r"^head\.towers\.cls\.(\d+)", lambda m: f"head.classification_head.conv.{int(m[1]) // 2}.0"),
+        (r"^head\.towers\.reg\.(\d+)", lambda m: f"head.regression_head.conv.{int(m[1]) // 2}.0"),
+        (r"^head\.cls\.", "head.classification_head.cls_logits."),
+        (r"^head\.reg\.", "head.regression_head.bbox_reg."),
+    ]
+    for ours, theirs in rules:
+        key = re.sub(ours, theirs, key)
+    return key
+
+
+def report(**figures: Any) -> None:
+    """Print the figures with the machine they belong to."""
+    machine = {
+        "cpu": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+        if os.path.exists("/proc/cpuinfo")
+        else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    print(json.dumps({**figures, "machine": machine}, indent=2))

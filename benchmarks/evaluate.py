@@ -1,0 +1,146 @@
+"""Time and peak memory of evaluation: fusedet against pycocotools (and faster-coco-eval) on generated COCO-like detections.
+
+Each measurement is a process of its own, from the results in memory to all figures with every class; the evaluators
+take turns. Prints one JSON object. Usage: python benchmarks/evaluate.py [--images 5000] [--detections 500000] [--repeats 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fusedet import evaluate
+from fusedet.data.records import Record, Records
+
+CLASSES, HEIGHT, WIDTH = 80, 480, 640
+
+
+def records(images: int, objects: int, seed: int) -> Records:
+    """Pictures with objects of 80 classes, frequent and rare, of log-uniform size; 1 % are crowds; ids have gaps."""
+    rng = np.random.default_rng(seed)
+    owner = np.sort(rng.integers(0, images, objects))
+    share = 1 / np.arange(1, CLASSES + 1)
+    labels = rng.choice(CLASSES, objects, p=share / share.sum())
+    sides = np.exp(rng.uniform(np.log(8), np.log(400), (objects, 2)))
+    first = rng.uniform(size=(objects, 2)) * np.maximum([WIDTH, HEIGHT] - sides, 1)
+    boxes = np.concatenate([first, first + sides], axis=1).round(2)
+    crowd = rng.uniform(size=objects) < 0.01
+    edges = np.searchsorted(owner, np.arange(images + 1))
+
+    def one(i: int) -> Record:
+        own = slice(edges[i], edges[i + 1])
+        area = (boxes[own, 2:] - boxes[own, :2]).prod(axis=1) * 0.6
+        nothing = [None] * (edges[i + 1] - edges[i])
+        return Record(3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing)
+
+    names = [f"class {k}" for k in range(CLASSES)]
+    return Records.build(names, (k + k // 10 + 1 for k in range(CLASSES)), map(one, range(images)), source="generated", form="coco")
+
+
+def detections(data: Records, count: int, seed: int) -> list[dict]:
+    """Results around the objects (half), the rest anywhere and mostly of low score; the same number for each picture."""
+    rng = np.random.default_rng(seed + 1)
+    each = count // len(data)
+    results = []
+    for record in data:
+        near = np.arange(each) < (each // 2 if len(record.boxes) else 0)
+        boxes = np.concatenate([rng.uniform(0, 400, (each, 2)), np.exp(rng.uniform(2, 6, (each, 2)))], axis=1)
+        labels = rng.integers(0, CLASSES, each)
+        scores = rng.beta(1, 12, each)
+        if near.any():
+            of = rng.integers(0, len(record.boxes), near.sum())
+            corners, spread = record.boxes[of], rng.uniform(0.02, 0.25, (len(of), 1))
+            sides = corners[:, 2:] - corners[:, :2]
+            boxes[near] = np.concatenate([corners[:, :2], sides], axis=1) + rng.normal(size=(len(of), 4)) * spread * sides[:, [0, 1, 0, 1]]
+            boxes[:, 2:] = np.abs(boxes[:, 2:])
+            labels[near] = np.where(rng.uniform(size=len(of)) < 0.8, record.labels[of], labels[near])
+            scores[near] = rng.beta(2, 2, len(of)) * (1 - spread[:, 0])
+        rows = zip(boxes.round(2).tolist(), labels.tolist(), scores.round(4).tolist(), strict=True)
+        results += [
+            {"image_id": record.image_id, "category_id": data.category_ids[k], "bbox": box, "score": score} for box, k, score in rows
+        ]
+    return results
+
+
+def measure(evaluator: str, images: int, count: int, objects: int, seed: int) -> None:
+    """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the figures."""
+    data = records(images, objects, seed)
+    results = detections(data, count, seed)
+    evaluate.coco(records(2, 4, 0), [], evaluator=evaluator)  # imports are not what is measured
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    figures = evaluate.coco(data, results, evaluator=evaluator)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    figures["classes"] = [row["AP"] for row in figures["classes"]]
+    print(json.dumps({"seconds": seconds, "peak_mib": peak / unit, "grown_mib": (peak - before) / unit, "figures": figures}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=500_000)
+    parser.add_argument("--objects", type=int, default=36_000)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluators", nargs="+", default=list(evaluate.EVALUATORS), choices=evaluate.EVALUATORS)
+    parser.add_argument("--one", choices=evaluate.EVALUATORS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = (options.images, options.detections, options.objects, options.seed)
+    if options.one:
+        return measure(options.one, *sizes)
+
+    runs: dict[str, list[dict]] = {name: [] for name in options.evaluators}
+    command = [sys.executable, __file__, "--images", "--detections", "--objects", "--seed"]
+    command = command[:2] + [word for pair in zip(command[2:], map(str, sizes), strict=True) for word in pair]
+    for _ in range(options.repeats):
+        for name, done in runs.items():
+            done.append(json.loads(subprocess.run([*command, "--one", name], check=True, capture_output=True, text=True).stdout))
+    report = {
+        "images": options.images,
+        "detections": options.detections // options.images * options.images,
+        "objects": options.objects,
+        "repeats": options.repeats,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "evaluators": {
+            name: {
+                "seconds": [round(run["seconds"], 3) for run in done],
+                "median_seconds": round(statistics.median(run["seconds"] for run in done), 3),
+                "peak_mib": round(max(run["peak_mib"] for run in done)),
+                "grown_mib": round(max(run["grown_mib"] for run in done)),
+                "AP": done[0]["figures"]["AP"],
+            }
+            for name, done in runs.items()
+        },
+    }
+    if "fusedet" in runs:
+        own = report["evaluators"]["fusedet"]
+        for name in [name for name in runs if name != "fusedet"]:
+            other = report["evaluators"][name]
+            report[f"fusedet_over_{name}"] = {
+                "times_as_fast": round(other["median_seconds"] / own["median_seconds"], 2),
+                "memory": round(own["peak_mib"] / other["peak_mib"], 3),
+                "largest_difference": _difference(runs["fusedet"][0]["figures"], runs[name][0]["figures"]),
+            }
+    print(json.dumps(report, indent=2))
+
+
+def _difference(a: dict, b: dict) -> float:
+    """The largest difference of two sets of figures, classes included."""
+    rows = [np.array([*(v for k, v in figures.items() if k != "classes"), *figures["classes"]], dtype=float) for figures in (a, b)]
+    return float(np.nanmax(np.abs(rows[0] - rows[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""From JPEG files to the network's normalised input: fusedet's loader beside torchvision's own detection pipeline.
+
+    python benchmarks/loader.py [--images 40] [--batch 2]
+
+Both sides read the same 640x480 pictures, flip half of them, resize to 800/1333, normalise and pad, in one process and
+one thread, in turn batch by batch. Printed as JSON: median milliseconds per image, the ratio of the medians (above 1:
+fusedet is faster), and the peak memory of each side in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from fusedet.data import demo
+from fusedet.data.loader import train_loader
+from fusedet.data.records import Record, Records
+from fusedet.data.transforms import Train
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WIDTH, HEIGHT, SHORT, LONG = 640, 480, 800, 1333
+INCLUDES = {
+    "fusedet": "records in shared memory, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
+    "fusedet_uint8": "the same up to the uint8 batch, which is what travels to the device; a model normalises there",
+    "torchvision": "CocoDetection wrapped for transforms.v2 (Pillow decode), references/detection's preset (PILToTensor, flip, float, "
+    "sanitise), then GeneralizedRCNNTransform (normalise, resize of float, pad), as its models do inside",
+}
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    """A COCO data set of 640x480 scenes with about as many objects as COCO has."""
+    pictures, objects = [], []
+    for i in range(count):
+        rng = np.random.default_rng([7, i])
+        pixels, _ = demo.draw_scene(rng, (WIDTH, WIDTH))
+        Image.fromarray(pixels[:HEIGHT]).save(folder / f"{i}.jpg", quality=92)
+        pictures.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
+        for x, y, w, h in rng.integers(20, 200, (7, 4)).tolist():
+            box = {"id": len(objects) + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "area": w * h, "bbox": [x, y, w, h]}
+            objects.append(box | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": pictures, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}))
+    return path
+
+
+def fusedet_records(path: Path) -> Records:
+    data = json.loads(path.read_text())
+    records = []
+    for picture in data["images"]:
+        own = [o for o in data["annotations"] if o["image_id"] == picture["id"]]
+        corners = np.array([o["bbox"] for o in own], dtype=np.float64)
+        corners[:, 2:] += corners[:, :2]
+        n = len(own)
+        file = path.parent / picture["file_name"]
+        records.append(
+            Record(
+                picture["id"],
+                file,
+                HEIGHT,
+                WIDTH,
+                corners,
+                np.zeros(n, int),
+                np.zeros(n, bool),
+                np.ones(n),
+                [o["segmentation"] for o in own],
+            )
+        )
+    return Records.build(["thing"], [1], records, source=path, form="coco")
+
+
+def fusedet_uint8_side(path: Path, batch: int) -> Iterator[object]:
+    yield from train_loader(fusedet_records(path), Train([SHORT], LONG), batch=batch).epoch(0)
+
+
+def fusedet_side(path: Path, batch: int) -> Iterator[object]:
+    mean, std = (torch.tensor(x)[:, None, None] * 255 for x in (MEAN, STD))
+    for made in train_loader(fusedet_records(path), Train([SHORT], LONG), batch=batch).epoch(0):
+        yield made.images.float().sub_(mean).div_(std), made.targets
+
+
+def torchvision_side(path: Path, batch: int) -> Iterator[object]:
+    preset = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(0.5),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.ConvertBoundingBoxFormat("XYXY"),
+            v2.SanitizeBoundingBoxes(),
+            v2.ToPureTensor(),
+        ]
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        data = CocoDetection(str(path.parent), str(path), transforms=preset)
+    data = wrap_dataset_for_transforms_v2(data, target_keys=["boxes", "labels"])
+    inside = GeneralizedRCNNTransform(SHORT, LONG, list(MEAN), list(STD))
+    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True, collate_fn=lambda samples: tuple(zip(*samples)))
+    for images, targets in loader:
+        yield inside(list(images), list(targets))
+
+
+SIDES: dict[str, Callable[[Path, int], Iterator[object]]] = {
+    "fusedet": fusedet_side,
+    "fusedet_uint8": fusedet_uint8_side,
+    "torchvision": torchvision_side,
+}
+
+
+def peak_mib(name: str, path: Path, batch: int) -> float | None:
+    """How far one side, alone in a process, raises the resident memory over what the imports take; None where it cannot be told."""
+    torch.set_num_threads(1)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    for _ in SIDES[name](path, batch):
+        pass
+    return round((_status("VmHWM") - before) / 1024, 1)
+
+
+def _status(key: str) -> int:
+    """KiB from /proc/self/status."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {name: [] for name in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_pictures(Path(folder), options.images)
+        for warm in (True, False):
+            running = {name: side(path, options.batch) for name, side in SIDES.items()}
+            for _ in range(options.images // options.batch if not warm else 2):
+                for name, side in running.items():
+                    begin = time.perf_counter()
+                    next(side)
+                    if not warm:
+                        times[name].append((time.perf_counter() - begin) * 1e3 / options.batch)
+        peaks = {}
+        for name in SIDES:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                peaks[name] = pool.submit(peak_mib, name, path, options.batch).result()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {
+        "milliseconds_per_image": {name: round(value, 2) for name, value in medians.items()},
+        "torchvision_over_fusedet": round(medians["torchvision"] / medians["fusedet"], 2),
+        "peak_memory_over_imports_mib": peaks,
+        "includes": INCLUDES,
+        "images": options.images,
+        "batch": options.batch,
+        "picture": f"{WIDTH}x{HEIGHT} JPEG, resized to {SHORT}/{LONG}",
+        "threads": 1,
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__},
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""One training step: fusedet's RetinaNet-R50 and torchvision's, 800x1216, CPU, float32, interleaved in one run.
+
+Both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same picture and boxes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from common import interleave, own_peak, peak_memory, report, summary
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from fusedet import create_model
+from fusedet.types import Batch, Target
+
+HEIGHT, WIDTH = 800, 1216
+
+
+def step(loss: Callable[[], dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
+    """One SGD step on the summed losses."""
+    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        sum(loss().values()).backward()
+        optimizer.step()
+
+    return run
+
+
+def fusedet(picture: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """fusedet's step."""
+    model = create_model("retinanet_r50", "model.backbone.pretrained=false").train()
+    n = len(picture)
+    sizes = torch.tensor([[HEIGHT, WIDTH]] * n)
+    batch = Batch(picture, sizes, tuple(range(n)), torch.ones(n, 2), tuple(Target(boxes, labels) for _ in range(n)))
+    return step(lambda: model.loss(batch), [p for p in model.parameters() if p.requires_grad])
+
+
+def torchvision(picture: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """torchvision's step; FrozenBatchNorm2d is its own choice."""
+    body = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, trainable_layers=3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(2048, 256)
+    )
+    model = RetinaNet(body, num_classes=80, min_size=HEIGHT, max_size=WIDTH).train()
+    targets = [{"boxes": boxes, "labels": labels} for _ in picture]
+    return step(lambda: model([p.float() / 255 for p in picture], targets), [p for p in model.parameters() if p.requires_grad])
+
+
+def main() -> None:
+    """Measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--only", choices=["fusedet", "torchvision"])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    picture = torch.randint(0, 256, (options.batch, 3, HEIGHT, WIDTH), dtype=torch.uint8)
+    corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
+    boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
+    makers = {"torchvision": lambda: torchvision(picture, boxes, labels), "fusedet": lambda: fusedet(picture, boxes, labels)}
+    if options.only:
+        run = makers[options.only]()
+        run(), run()
+        print(own_peak())
+        return
+    figures = summary(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
+    for side in makers:
+        figures[side]["peak_MiB"] = round(peak_memory(__file__, side, "--batch", str(options.batch)))
+    figures["fusedet"]["peak_ratio"] = round(figures["fusedet"]["peak_MiB"] / figures["torchvision"]["peak_MiB"], 3)
+    report(benchmark="train_step", picture=[HEIGHT, WIDTH], batch=options.batch, detector="RetinaNet R50 FPN, 80 classes", **figures)
+
+
+if __name__ == "__main__":
+    main()
