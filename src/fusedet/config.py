@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -137,7 +137,11 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved config: enough, alone, to run the same again."""
-        return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(self))))
+        return OmegaConf.to_yaml(OmegaConf.create(self.tree()))
+
+    def tree(self) -> dict[str, Any]:
+        """The same as nested dicts and lists."""
+        return dict(_plain(asdict(self)))
 
 
 def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Config:
@@ -152,15 +156,25 @@ def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str,
     tree: dict[str, Any] = _file(_find(name, "models", "config"))
     for section, values in (sections or {}).items():
         tree = _merge(tree, {section: _plain(values)}, f"{section}=")
+    return parse(overridden(tree, overrides))
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A nested mapping with "key=value" texts laid over it, as `load` does; the schedule first."""
     pairs = [_parse(text) for text in overrides]
     for key, value in sorted(pairs, key=lambda pair: pair[0] != "train.schedule"):
         tree = _set(tree, key, value)
-    return parse(tree)
+    return tree
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
     """A nested mapping as a checked config."""
     return _typed(Config, tree, "")
+
+
+def replaced(config: Config, **values: Any) -> Config:
+    """The same config with other top-level values."""
+    return replace(config, **values)
 
 
 def names(room: str = "models") -> list[str]:

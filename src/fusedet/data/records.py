@@ -72,7 +72,8 @@ class Records:
         problems: Mapping[str, int] | None = None,
     ) -> Records:
         """Flatten records into shared arrays."""
-        ids, sizes, counts, paths, segments = [], [], [], [], []
+        ids, sizes, counts, paths = [], [], [], []
+        segments: list[bytes] = []
         boxes, labels, ignore, area = [], [], [], []
         for r in records:
             ids.append(r.image_id)
@@ -186,8 +187,8 @@ class Records:
         digest = hashlib.sha256(json.dumps([self.names, self.category_ids]).encode())
         for i in range(len(self)):
             digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
-        for array in (self.image_ids, self.sizes, self.offsets, self.boxes, self.labels, self.ignore):
-            digest.update(array.numpy().tobytes())
+        for column in (self.image_ids, self.sizes, self.offsets, self.boxes, self.labels, self.ignore):
+            digest.update(column.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -201,9 +202,10 @@ class Packed:
     @classmethod
     def of(cls, items: list[bytes]) -> Packed:
         """Pack byte strings."""
-        data = np.frombuffer(bytearray(b"".join(items)), dtype=np.uint8)
-        offsets = np.cumsum([0, *map(len, items)], dtype=np.int64)
-        return cls(torch.from_numpy(data).share_memory_(), torch.from_numpy(offsets).share_memory_())
+        offsets = torch.from_numpy(np.cumsum([0, *map(len, items)], dtype=np.int64)).share_memory_()
+        data = torch.empty(int(offsets[-1]), dtype=torch.uint8).share_memory_()
+        data.numpy()[:] = np.frombuffer(b"".join(items), dtype=np.uint8)
+        return cls(data, offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

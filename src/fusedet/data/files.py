@@ -1,0 +1,120 @@
+"""The files of a data set: finding pictures, reading their sizes from the header, staying inside the data folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from fusedet.data.images import image_size
+from fusedet.errors import InputError
+
+T = TypeVar("T")
+
+_ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
+_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names but not how to read them
+
+
+def canonical(split: str) -> str:
+    """One name per split: "valid" and "validation" are "val".
+
+    >>> canonical("valid")
+    'val'
+    """
+    return _ALIASES.get(split.lower(), split)
+
+
+def choose(splits: Mapping[str, T], asked: str, source: Path) -> T:
+    """The entry of a split by its name or alias; raises InputError that lists the splits that exist."""
+    for name, entry in splits.items():
+        if name == asked or canonical(name) == canonical(asked):
+            return entry
+    raise InputError(f"{source} has no split '{asked}': it has {', '.join(sorted(splits)) or 'none'}")
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """The lower-case file extensions, with dot, that Pillow reads."""
+    known = Image.registered_extensions()
+    return frozenset(e for e, form in known.items() if form in Image.OPEN and form not in _STUBS) | {".mpo"}
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file name ends as a picture's does; hidden files are none."""
+    return os.path.splitext(name)[1].lower() in extensions() and not os.path.basename(name).startswith(".")
+
+
+def pictures_below(folder: Path) -> list[str]:
+    """All pictures in a folder and its subfolders, sorted by path."""
+    found = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if is_picture(name)]
+    return sorted(found)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without byte order mark; raises InputError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def inside(folder: Path, name: str, *roots: Path, source: str | Path) -> str:
+    """folder/name; raises InputError where that is absolute or leaves the folder (and all other roots) by "..".
+
+    Links are not followed: a picture folder that is a link is the user's own choice.
+    """
+    name = name.replace("\\", "/")  # written on Windows
+    if not name or "\0" in name or name.startswith("/") or name[1:3] == ":/":
+        raise InputError(f"{source} names the file '{name}': it must be a path relative to the data folder")
+    path = os.path.join(folder, name)
+    if ".." not in name:
+        return path
+    path = os.path.normpath(path)
+    for root in map(os.path.abspath, (folder, *roots)):
+        if os.path.commonpath([root, os.path.abspath(path)]) == root:
+            return path
+    raise InputError(f"{source} names the file '{name}', which lies outside the data folder {folder}")
+
+
+def require_some(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
+    """Raises InputError where not one of the first 100 pictures exists; the rest is for the doctor and the loader."""
+    if paths and not any(map(os.path.exists, paths[:100])):
+        raise InputError(f"none of the first pictures that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there")
+
+
+def require_text(names: Iterable[str], source: str | Path) -> None:
+    """Raises InputError for a name that no file could hold (lone surrogates)."""
+    for name in names:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{source} holds the name {name!r}, which is not valid Unicode") from error
+
+
+def picture_sizes(paths: Sequence[str]) -> np.ndarray:
+    """(N, 2) int64 heights and widths after EXIF rotation; raises InputError that counts and names unreadable pictures."""
+
+    def attempt(path: str) -> tuple[int, int] | InputError:
+        try:
+            height, width = image_size(path)
+            return (height, width) if height and width else InputError(f"{path} has no pixels: it is {width} wide and {height} high")
+        except InputError as error:
+            return error
+
+    Image.init()  # once, not in every thread
+    with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
+        found = list(pool.map(attempt, paths))
+    bad = [f for f in found if isinstance(f, InputError)]
+    if len(bad) > 1:
+        raise InputError(f"{len(bad)} of {len(paths)} pictures cannot be read, the first: {bad[0]}") from bad[0]
+    if bad:
+        raise bad[0]
+    return np.array(found, dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,234 @@
+"""VOC data sets (an xml per picture, lists of pictures in ImageSets/Main or a folder per split) into Records."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from fusedet.data import gather
+from fusedet.data.files import canonical, choose, inside, is_picture, picture_sizes, read_text, require_some, require_text
+from fusedet.data.records import Records
+from fusedet.errors import InputError, unknown
+
+_CLASS_FILES = ("labels.txt", "classes.txt")
+_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # that labelling tools put into labels.txt
+
+
+def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_pictures: bool = True) -> Records:
+    """Read a VOC split: its name, a list file, or the names of its pictures without extension.
+
+    Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last. Difficult objects set
+    Record.ignore. Class names come from labels.txt or classes.txt, else sorted from all annotations of all splits, so
+    that the splits agree; category ids are 1..K, image ids 1..N in the order of the list.
+    need_pictures refuses a folder where not one of the first 100 pictures is. Raises InputError.
+    """
+    root = Path(root)
+    folders, listed, source = _listing(root, split)
+    names = list(dict.fromkeys(listed))
+    if not names:
+        raise InputError(f"{source} lists no pictures")
+    parsed = {stem: parse(file) for stem, file in _all_annotations(root).items()}
+    classes = _classes(root, parsed)
+    paths: list[str] = []
+    rows: list[Annotation] = []
+    pictures: dict[str, dict[str, str]] = {}
+    for name in names:
+        file = inside(folders.annotations, name + ".xml", root, source=source)
+        if os.path.normpath(file) not in parsed:
+            raise InputError(f"{source} lists {name}, but its annotation {file} does not exist")
+        rows.append(parsed[os.path.normpath(file)])
+        stem = inside(folders.pictures, name, root, source=source)
+        at = os.path.dirname(stem)
+        if at not in pictures:
+            pictures[at] = _by_stem(at)
+        extension = os.path.splitext(rows[-1].file_name)[1] if is_picture(rows[-1].file_name) else ".jpg"
+        paths.append(os.path.join(at, pictures[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
+    if need_pictures:
+        require_some(paths, folders.pictures, source)
+    objects = [(i, o) for i, row in enumerate(rows) for o in row.objects]
+    labels = {name: k for k, name in enumerate(classes)}
+    for i, o in objects:
+        if o.name not in labels:
+            raise InputError(f"{rows[i].file}: {unknown('class', o.name, classes)}")
+    return gather.gather(
+        classes,
+        range(1, len(classes) + 1),
+        image_ids=np.arange(1, len(paths) + 1),
+        sizes=_sizes(rows, paths),
+        paths=paths,
+        owners=np.array([i for i, _ in objects], dtype=np.int64),
+        boxes=np.array([o.box for _, o in objects], dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0],
+        labels=np.array([labels[o.name] for _, o in objects], dtype=np.int64),
+        ignore=np.array([o.difficult for _, o in objects], dtype=bool),
+        outlines=[b""] * len(objects),
+        source=source,
+        form="voc",
+        problems={gather.LISTED_TWICE: len(listed) - len(names)},
+    )
+
+
+def voc_splits(root: str | Path) -> dict[str, str]:
+    """The splits of a VOC folder, and the list file or folder of each; empty where there is none."""
+    root = Path(root)
+    lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    stems = {file.stem for file in lists}
+    # VOC's own folders also hold a list per class, like dog_train.txt
+    found = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{other}") for other in stems)}
+    return {canonical(name): at for name, at in found.items()} | {canonical(f.name): str(f) for f in split_folders(root)}
+
+
+def split_folders(root: Path) -> list[Path]:
+    """Subfolders train, val, ... that hold xml files beside their pictures."""
+    skipped = {"Annotations", "ImageSets", "JPEGImages"}
+    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name not in skipped] if root.is_dir() else []
+    return [f for f in folders if any(e.name.endswith(".xml") for e in os.scandir(f))]
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of an xml file; box as written, 1-based."""
+
+    name: str
+    box: tuple[float, ...]
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One xml file; height and width are 0 where it gives none."""
+
+    file: str
+    file_name: str
+    height: int
+    width: int
+    objects: tuple[Object, ...]
+
+
+class _Builder(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        """Entities can be made to expand without end, and no annotation needs them."""
+        raise InputError("has a DOCTYPE, which an annotation must not have")
+
+
+def parse(file: str) -> Annotation:
+    """Read one xml file. Raises InputError that names it."""
+    try:
+        with open(file, "rb") as stream:
+            tree = ElementTree.fromstring(stream.read(), ElementTree.XMLParser(target=_Builder()))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+    except InputError as error:
+        raise InputError(f"{file} {error}") from error
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise InputError(f"{file} is not valid xml: {error}") from error
+    if tree.tag != "annotation":
+        raise InputError(f"{file} is not a VOC annotation: its root is <{tree.tag}>, not <annotation>")
+    height, width = (_float(tree, f"size/{side}", file, 0.0) for side in ("height", "width"))
+    known = 0 < height < 2**31 and 0 < width < 2**31
+    objects = tuple(_object(node, file) for node in tree.iterfind("object"))
+    return Annotation(file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, objects)
+
+
+def _object(node: ElementTree.Element, file: str) -> Object:
+    name = _text(node, "name")
+    if not name:
+        raise InputError(f"{file}: an <object> has no <name>")
+    if node.find("bndbox") is None:
+        raise InputError(f"{file}: the <object> '{name}' has no <bndbox>")
+    box = tuple(_float(node, f"bndbox/{side}", file) for side in ("xmin", "ymin", "xmax", "ymax"))
+    return Object(name, box, _float(node, "difficult", file, 0.0) != 0)
+
+
+def _text(node: ElementTree.Element, tag: str) -> str:
+    return (node.findtext(tag) or "").strip()
+
+
+def _float(node: ElementTree.Element, tag: str, file: str, default: float | None = None) -> float:
+    text = _text(node, tag)
+    if not text and default is not None:
+        return default
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{file}: <{tag.rsplit('/')[-1]}> must be a number, not '{text[:40]}'") from error
+
+
+@dataclass(frozen=True)
+class _Folders:
+    annotations: Path
+    pictures: Path
+
+
+def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, list[str], str]:
+    """The folders of a split, the names of its pictures without extension, and where it comes from."""
+    folders = _Folders(root / "Annotations", root / "JPEGImages")
+    if not isinstance(split, str | Path):
+        return folders, list(split), str(root)
+    if str(split).endswith(".txt"):
+        at = Path(split)
+    else:
+        found = voc_splits(root)
+        main = root / "ImageSets" / "Main"
+        if not found and not any(main.glob("*.txt")):
+            raise InputError(f"{root} has no lists of pictures: VOC needs {main}/{split}.txt with a picture's name in each line")
+        at = main / f"{split}.txt"
+        at = at if at.is_file() else Path(choose(found, str(split), root))
+    if at.is_dir():
+        return _Folders(at, at), sorted(e.name[:-4] for e in os.scandir(at) if e.name.endswith(".xml")), str(at)
+    for folder in (folders.annotations, folders.pictures):
+        if not folder.is_dir():
+            raise InputError(f"{root} is not a whole VOC data set: the folder {folder.name} is missing")
+    lines = [line.strip() for line in read_text(at).splitlines() if line.strip()]
+    require_text(lines, at)
+    return folders, [_name(line, folders.annotations) for line in lines], str(at)
+
+
+def _name(line: str, annotations: Path) -> str:
+    """A picture's name from a list's line, where a flag 1, 0 or -1 or an extension may follow it."""
+    if os.path.exists(os.path.join(annotations, line + ".xml")):
+        return line
+    name = re.sub(r"\s+(-1|0|1)$", "", line)
+    return os.path.splitext(name)[0] if is_picture(name) else name
+
+
+def _all_annotations(root: Path) -> dict[str, str]:
+    """All xml files of the data set, normalised path to path."""
+    found = [os.path.join(at, name) for at, _, names in os.walk(root / "Annotations") for name in names if name.endswith(".xml")]
+    for folder in split_folders(root):
+        found += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
+    return {os.path.normpath(file): file for file in sorted(found)}
+
+
+def _classes(root: Path, parsed: dict[str, Annotation]) -> list[str]:
+    for name in _CLASS_FILES:
+        if (root / name).is_file():
+            lines = [line.strip() for line in read_text(root / name).splitlines()]
+            classes = list(dict.fromkeys(line for line in lines if line and line not in _NO_CLASS))
+            if not classes:
+                raise InputError(f"{root / name} lists no classes")
+            return classes
+    classes = sorted({o.name for row in parsed.values() for o in row.objects})
+    if not classes:
+        raise InputError(f"not one annotation in {root} has an object, so there are no class names: list them in {root / 'labels.txt'}")
+    return classes
+
+
+def _by_stem(folder: str) -> dict[str, str]:
+    """The pictures of a folder by their names without extension."""
+    if not os.path.isdir(folder):
+        return {}
+    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_picture(e.name)}
+
+
+def _sizes(rows: list[Annotation], paths: list[str]) -> np.ndarray:
+    """(N, 2) heights and widths; where the xml has none, from the picture."""
+    sizes = np.array([(row.height, row.width) for row in rows], dtype=np.int64).reshape(-1, 2)
+    unknown_size = np.flatnonzero((sizes == 0).any(axis=1))
+    sizes[unknown_size] = picture_sizes([paths[i] for i in unknown_size.tolist()])
+    return sizes

@@ -1,0 +1,108 @@
+"""Plots of an evaluation: precision and recall, confusion, object sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedet.draw import style
+from fusedet.draw.figures import DARK, PALE, new_axes, new_figure, save, tint
+from fusedet.errors import InputError
+
+MOST_CLASSES = 10  # that are told apart by colour in one plot
+
+
+def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall") -> None:
+    """Precision against recall per class, the mean in bold, as `evaluate.precision_recall` gives them.
+
+    Of more than ten classes the five best (solid) and the five worst (dashed) have colours and names, the others are grey. The ending of
+    `path` gives the form: png, pdf or svg.
+    """
+    rows = sorted((row for row in pr["classes"] if not math.isnan(row["AP"])), key=lambda row: -row["AP"])
+    half = MOST_CLASSES // 2
+    few = len(pr["classes"]) <= MOST_CLASSES
+    shown, rest = (rows, []) if len(rows) <= MOST_CLASSES else (rows[:half] + rows[-half:], rows[half:-half])
+    order = {row["name"]: k for k, row in enumerate(pr["classes"] if few else shown)}
+    figure = new_figure(7.2, 4.4)
+    axes = new_axes(figure, title, "recall", "precision")
+    for row in rest:
+        axes.plot(row["recall"], _reached(row["precision"]), color=PALE, lw=0.8, zorder=1)
+    for row in shown:
+        label = f"{row['name']}  {row['AP']:.3f}"
+        line = (0, (4, 2)) if rest and order[row["name"]] >= half else "-"
+        axes.plot(row["recall"], _reached(row["precision"]), color=tint(order[row["name"]]), lw=1.6, ls=line, label=label, zorder=2)
+    axes.plot(pr["recall"], pr["mean"], color=DARK, lw=2.8, label=f"mean of {len(rows)}  {pr['AP']:.3f}", zorder=3)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    letters = {"family": style.families([row["name"] for row in shown]), "size": 9}
+    heading = f"AP: {half} best, {half} worst" if rest else "AP"
+    axes.legend(title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=letters, alignment="left")
+    save(figure, path)
+
+
+def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title: str = "Confusion") -> None:
+    """A confusion matrix (K + 1, K + 1) as `evaluate.confusion` gives it, each row in shares of its sum.
+
+    Up to 25 classes the cells hold per cents, up to 8 the counts too.
+    """
+    k = len(names)
+    if matrix.shape != (k + 1, k + 1):
+        raise InputError(f"a confusion matrix of {k} classes must be ({k + 1}, {k + 1}), it is {matrix.shape}")
+    total = matrix.sum(axis=1, keepdims=True)
+    share = np.divide(matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
+    share[k, k] = np.nan
+    side = 0.62 if k <= 8 else 0.42 if k <= 25 else 0.16
+    size = 10 if k <= 25 else 6
+    room = 0.009 * size * max(len(name) for name in [*names, "nothing there"])  # inches, for the names
+    figure = new_figure(side * (k + 1) + room + 1.6, side * (k + 1) + (0.7 * room if k <= 25 else room) + 0.9)
+    axes = new_axes(figure, title, "found as", "true class")
+    axes.grid(False)
+    axes.set_facecolor("#f2f2f2")
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if k <= 25 else {"rotation": 90}
+    letters: dict[str, Any] = {"fontfamily": style.families(list(names)), "fontsize": size}
+    axes.set_xticks(range(k + 1), [*names, "missed"], **slant, **letters)
+    axes.set_yticks(range(k + 1), [*names, "nothing there"], **letters)
+    axes.axhline(k - 0.5, color=DARK, lw=0.8)
+    axes.axvline(k - 0.5, color=DARK, lw=0.8)
+    for (r, c), value in np.ndenumerate(share if k <= 25 else np.zeros((0, 0))):
+        if not math.isnan(value) and value >= 0.005:
+            text = f"{100 * value:.0f} %\n{matrix[r, c]}" if k <= 8 else f"{100 * value:.0f}"
+            axes.text(c, r, text, ha="center", va="center", fontsize=9 if k <= 8 else 8, color="white" if value > 0.6 else DARK)
+    bar = figure.colorbar(
+        picture, ax=axes, fraction=0.04, pad=0.03, aspect=24, shrink=0.9 if k <= 25 else 0.5, format=lambda value, _: f"{100 * value:.0f} %"
+    )
+    bar.outline.set_visible(False)
+    bar.set_label("share of the row", color=DARK)
+    save(figure, path)
+
+
+def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by object size") -> None:
+    """Bars of APs, APm and APl with AP as a line, from `evaluate.coco`'s figures."""
+    figure = new_figure(4.6, 3.2)
+    axes = new_axes(figure, title, "", "AP")
+    axes.grid(False, axis="x")
+    beside: dict[str, Any] = {"textcoords": "offset points", "color": DARK, "annotation_clip": False}
+    heights = []
+    for i, key in enumerate(("APs", "APm", "APl")):
+        value = metrics[key]
+        height = 0.0 if value is None or math.isnan(value) else value
+        heights.append(height)
+        axes.bar(i, height, width=0.62, color=tint(6))
+        text = "no objects" if value is None or math.isnan(value) else f"{value:.3f}"
+        axes.annotate(text, (i, height), (0, 4), ha="center", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **beside)
+    mean = metrics["AP"]
+    axes.axhline(mean, color=DARK, lw=1.2, ls=(0, (4, 3)))
+    axes.annotate(f"AP {mean:.3f}", (2.45, mean), (4, 0), va="center", **beside)
+    axes.set_xticks(range(3), ["small\n< 32² px", "medium", "large\n> 96² px"])
+    top = max(mean, *heights)
+    axes.set(xlim=(-0.5, 2.45), ylim=(0, min(1.1, max(0.1, 1.25 * top))))
+    save(figure, path)
+
+
+def _reached(precision: np.ndarray) -> np.ndarray:
+    """Precision up to the recall that was reached, NaN beyond."""
+    return np.where(precision > 0, precision, np.nan)

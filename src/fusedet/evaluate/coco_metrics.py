@@ -1,0 +1,127 @@
+"""COCO's figures from records and results, by the project's own evaluator or by one of the two reference packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from fusedet.data.records import Records
+from fusedet.errors import InputError, unknown
+from fusedet.evaluate import coco_rule as rule
+from fusedet.evaluate.ground_truth import counts, owners, sizes_first
+from fusedet.evaluate.masks import check_masks, encoded, mask_area, mask_pairs
+from fusedet.evaluate.reference import by_package
+from fusedet.evaluate.results import MAX_DETS, Found, Result, found, mean
+
+EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
+"""Who computes COCO's figures; all agree to rounding, the first is the fastest."""
+
+
+def coco(
+    records: Records,
+    results: Sequence[Result],
+    *,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    per_class: bool = True,
+    evaluator: str = "fusedet",
+) -> dict[str, Any]:
+    """COCO's twelve figures in 0..1: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl.
+
+    A figure is NaN where the records hold no object of that size (pycocotools prints -1 there). Pictures without results
+    count as empty. `per_class` adds classes, a list of {name, AP, AP50, images, objects} in label order; images and
+    objects count what is not ignored. For "segm" each result carries an RLE, whose area decides its size (its bbox is
+    not read). `evaluator` is one of EVALUATORS.
+
+    Raises InputError for results of an unknown picture or category, for bad numbers, for records without masks where
+    "segm" is asked for, and where the evaluator is not installed. Source: pycocotools' COCOeval.
+    """
+    if iou_type not in ("bbox", "segm"):
+        raise unknown("iou_type", iou_type, ["bbox", "segm"])
+    if evaluator not in EVALUATORS:
+        raise unknown("evaluator", evaluator, EVALUATORS)
+    table = found(records, results, boxes=iou_type == "bbox")
+    if iou_type == "segm":
+        check_masks(records, results)
+    if evaluator == "fusedet":
+        curves = _evaluate(records, table, results if iou_type == "segm" else None, rule.THRESHOLDS, rule.AREAS)
+    else:
+        curves = by_package(evaluator, records, results, iou_type)
+    precision, recall = curves.precision, curves.recall
+    figures: dict[str, Any] = {
+        "AP": mean(precision[..., 0]),
+        "AP50": mean(precision[0, ..., 0]),
+        "AP75": mean(precision[5, ..., 0]),
+        **{f"AP{size}": mean(precision[..., a]) for a, size in enumerate("sml", 1)},
+        "AR1": mean(curves.recall_1),
+        "AR10": mean(curves.recall_10),
+        "AR100": mean(recall[..., 0]),
+        **{f"AR{size}": mean(recall[..., a]) for a, size in enumerate("sml", 1)},
+    }
+    if per_class:
+        images, objects = counts(records)
+        figures["classes"] = [
+            {
+                "name": name,
+                "AP": mean(precision[:, :, k, 0]),
+                "AP50": mean(precision[0, :, k, 0]),
+                "images": int(images[k]),
+                "objects": int(objects[k]),
+            }
+            for k, name in enumerate(records.names)
+        ]
+    return figures
+
+
+def precision_recall(records: Records, results: Sequence[Result], iou: float = 0.5) -> dict[str, Any]:
+    """COCO's precision-recall curves at one overlap, over objects of all sizes.
+
+    recall (101,), the levels 0, 0.01 .. 1; mean (101,), the mean precision over the classes that have objects; AP, its
+    mean; classes, a list of {name, recall (101,), precision (101,), scores (101,), AP} in label order. Precision is made
+    to fall and is 0 beyond the recall reached; scores are the lowest that reach each recall, 0 beyond; all are NaN for a
+    class without objects. At `iou=0.5`, AP equals `coco`'s AP50.
+    """
+    if not 0 < iou <= 1:
+        raise InputError(f"iou must lie in 0..1, it is {iou}")
+    curves = _evaluate(records, found(records, results), None, np.array([iou]), rule.AREAS[:1])
+    precision, scores = curves.precision[0, :, :, 0], curves.scores[0, :, :, 0]
+    middle = np.array([mean(level) for level in precision])
+    return {
+        "recall": rule.RECALLS,
+        "mean": middle,
+        "AP": mean(middle),
+        "classes": [
+            {"name": name, "recall": rule.RECALLS, "precision": precision[:, k], "scores": scores[:, k], "AP": mean(precision[:, k])}
+            for k, name in enumerate(records.names)
+        ],
+    }
+
+
+def _evaluate(records: Records, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> rule.Curves:
+    """The project's own evaluator: boxes, or the results' masks where these are given."""
+    n, owner = len(records), owners(records)
+    place = np.empty(n, dtype=np.int64)
+    place[np.argsort(records.image_ids.numpy(), kind="stable")] = np.arange(n)  # COCO goes through the pictures by rising id
+
+    group = records.labels.numpy() * n + place[owner]
+    order = np.argsort(group, kind="stable")
+    objects = rule.Objects(group[order], records.area.numpy()[order], records.ignore.numpy()[order])
+
+    group = table.labels * n + place[table.images]
+    best = np.lexsort((-table.scores, group))
+    best = best[rule.rank(group[best]) < MAX_DETS[-1]]
+    group = group[best]
+    if masks is None:
+        boxes = table.boxes[best]
+        area = boxes[:, 2] * boxes[:, 3]
+        pairs = rule.box_pairs(group, boxes, objects, sizes_first(records.boxes.numpy()[order]), thresholds.min())
+    else:
+        answers = [masks[i]["segmentation"] for i in best]
+        area = np.array([mask_area(answer) for answer in answers])
+        segments, sizes = [s for record in records for s in record.segments], records.sizes.tolist()
+        truth = [encoded(segments[j], *sizes[owner[j]]) for j in order]
+        pairs = mask_pairs(group, [encoded(answer, *answer["size"]) for answer in answers], objects, truth)
+    guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])
+    hit, void = rule.match(guesses, objects, pairs, thresholds, areas)
+    return rule.accumulate(guesses, objects, hit, void, areas, n, len(records.names))

@@ -1,0 +1,71 @@
+"""A run's folder: made once, never overwritten, and what is written into it beside the engine's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedet.errors import InputError
+
+
+def fresh(folder: str | Path) -> Path:
+    """Make an empty folder. Raises InputError where it exists and holds anything, or cannot be made."""
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def numbered(parent: str | Path, name: str) -> Path:
+    """A new folder parent/name, parent/name-2, ...: the first that is free."""
+    for i in count(1):
+        path = Path(parent) / (name if i == 1 else f"{name}-{i}")
+        if not path.exists():
+            return fresh(path)
+    raise AssertionError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As indented JSON; numbers that JSON lacks (NaN) become null."""
+    path.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """Tensors, tuples and NaN as what JSON has."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def about(device: str, world: int) -> dict[str, Any]:
+    """Versions and hardware, for run.json."""
+    packages = ("fusedet", "torch", "torchvision", "timm", "lightning-fabric", "faster-coco-eval", "numpy")
+    cuda = torch.cuda.is_available() and device.startswith("cuda")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if cuda else f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "processes": world,
+    }

@@ -1,0 +1,228 @@
+"""Prediction: a checkpoint alone becomes a model that takes pictures of any kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from fusedet import draw
+from fusedet.config import Config, parse
+from fusedet.data.files import extensions
+from fusedet.data.images import to_tensor
+from fusedet.data.loader import Sample, collate
+from fusedet.data.records import Record
+from fusedet.data.transforms import Eval
+from fusedet.detectors import OneStage, for_inference, from_config
+from fusedet.engine import checkpoint
+from fusedet.errors import InputError
+from fusedet.types import Batch, Detections
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Prediction(Detections):
+    """Detections in the pixels of the picture as it was given, with the names of the classes, and the picture itself.
+
+    picture (3, H, W) uint8; names (K,); category_ids (K,), the data set's own; path, where the picture came from a file.
+    """
+
+    picture: Tensor | None = None
+    names: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+    path: Path | None = None
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """As `Detections.to_coco`, with the data set's own category ids by default."""
+        return super().to_coco(image_id, category_ids or self.category_ids)
+
+    def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
+        """The picture with the boxes of `score` and more drawn on it; saved where a path is given."""
+        if self.picture is None:
+            raise ValueError("this prediction holds no picture to draw on")
+        keep = self.scores >= score
+        drawn = draw.boxes(self.picture, self.boxes[keep], self.labels[keep], self.names, self.scores[keep])
+        if path is not None:
+            drawn.save(path)
+        return drawn
+
+
+class Predictor:
+    """A trained detector that takes pictures: `fusedet.load` makes it.
+
+    names and category_ids (K,) are those of the data that it was trained on; config is its run's.
+    """
+
+    def __init__(self, detector: OneStage, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path) -> None:
+        self.detector, self.config, self.source = detector, config, source
+        self.names, self.category_ids = tuple(names), tuple(category_ids)
+        self.transform = Eval(*config.data.size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.detector.backbone.scale.device  # type: ignore[union-attr, return-value]
+
+    def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
+        """What is in a picture, or, for a list, in each of its pictures, `batch` of them at a time.
+
+        A picture is a path, bytes of a file, a PIL image, an RGB numpy array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) of
+        uint8 or of floats in 0..1. Raises InputError for a picture that cannot be read.
+        """
+        if isinstance(source, (list, tuple)):
+            return list(self.stream(source, batch))
+        return next(self.stream([source], 1))
+
+    def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
+        """The same for any number of pictures, one after the other, in the order in which they come."""
+        group: list[tuple[Tensor, Path | None]] = []
+        for source in sources:
+            group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
+            if len(group) == batch:
+                yield from self._together(group)
+                group = []
+        if group:
+            yield from self._together(group)
+
+    def _together(self, group: list[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
+        samples = []
+        for i, (picture, _) in enumerate(group):
+            image, scale, _ = self.transform(picture, _empty(picture))
+            samples.append(Sample(image, scale, i))
+        batch = collate(samples)
+        for found, (picture, path) in zip(original(self.detector.predict(batch.to(self.device)), batch), group):
+            yield Prediction(
+                found.boxes, found.scores, found.labels, picture=picture, names=self.names, category_ids=self.category_ids, path=path
+            )
+
+
+def load(path: str | Path, *, device: str = "auto", precision: Precision = "fp32", which: Literal["best", "last"] = "best") -> Predictor:
+    """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
+
+    path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+    Raises InputError for what is not a checkpoint, is cut short, or holds code.
+    """
+    file = weights_file(path, which)
+    detector, config, names, category_ids = rebuild(file)
+    target = pick_device(device)
+    return Predictor(for_inference(detector.to(target), precision), config, names, category_ids, file)
+
+
+def weights_file(path: str | Path, which: str = "best") -> Path:
+    """The checkpoint that a run's folder or a file stands for."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]
+    for name in order:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, so nothing was trained there yet")
+
+
+def rebuild(file: Path) -> tuple[OneStage, Config, list[str], list[int]]:
+    """The detector of a checkpoint, its config, class names and category ids, from that one file."""
+    state, meta = checkpoint.load_weights(file)
+    if lacking := {"config", "names", "category_ids"} - meta.keys():
+        raise InputError(f"{file} is not a fusedet checkpoint: its description lacks {', '.join(sorted(lacking))}")
+    tree: Any = OmegaConf.to_container(OmegaConf.create(meta["config"]))
+    # the weights come from the checkpoint: nothing is fetched to be thrown away
+    tree["model"]["backbone"] |= {"pretrained": False, "weights": None}
+    config, names = parse(tree), json.loads(meta["names"])
+    detector = from_config(config, len(names))
+    checkpoint.load_into(detector, state, file)
+    return detector, config, names, json.loads(meta["category_ids"])
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU where there is one. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name} is not there ({' '.join(str(error).split())[:120]}): use device=cpu or device=auto") from error
+    return device
+
+
+def tuned(detector: OneStage, config: Config) -> OneStage:
+    """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
+    test = config.test
+    detector.select = {"score": test.score, "iou": test.nms, "max_det": test.max_det, "pre_nms": test.pre_nms}
+    return for_inference(detector)
+
+
+def write(predictor: Predictor, files: Iterable[Path], target: Path, *, batch: int, score: float, drawn: bool) -> dict[str, Any]:
+    """Predict files into a folder: predictions.json (COCO's form, scores included) and, if `drawn`, a copy of each with its boxes."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    shown = 0
+    for i, found in enumerate(predictor.stream(files, batch), start=1):
+        assert found.picture is not None
+        height, width = found.picture.shape[1:]
+        images.append({"id": i, "file_name": str(found.path), "height": height, "width": width})
+        for one in found.to_coco(i):
+            annotations.append({"id": len(annotations) + 1, **one, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0})
+        shown += int((found.scores >= score).sum())
+        if drawn:
+            (target / "pictures").mkdir(exist_ok=True)
+            found.plot(_free(target / "pictures", found.path), score)
+    categories = [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
+    file = target / "predictions.json"
+    file.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}, ensure_ascii=False))
+    files_ = {"predictions": str(file)} | ({"pictures": str(target / "pictures")} if drawn else {})
+    return {"pictures": len(images), "detections": len(annotations), "shown": shown, "files": files_}
+
+
+def _free(folder: Path, path: Path | None) -> Path:
+    """A name in the folder that no picture has yet: two sources may share one."""
+    stem = path.stem if path else "picture"
+    names = (f"{stem}.jpg" if i == 1 else f"{stem}-{i}.jpg" for i in range(1, 1_000_000))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def original(found: list[Detections], batch: Batch) -> list[Detections]:
+    """Detections in the network's pixels as detections in the pixels of the pictures that the batch was made of, on the CPU."""
+    moved = []
+    for one, scale in zip(found, batch.scales):
+        one = one.to("cpu")
+        moved.append(Detections(one.boxes / scale.cpu().repeat(2), one.scores, one.labels, one.masks))
+    return moved
+
+
+def pictures(sources: Iterable[str]) -> list[Path]:
+    """The picture files that files, folders (with their subfolders) and globs stand for, each once, in order.
+
+    Raises InputError for a source that is not there or that holds no picture.
+    """
+    known, found = extensions(), {}
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+        elif path.is_file():
+            files = [path]
+        elif any(c in source for c in "*?["):
+            root = Path(path.anchor) if path.is_absolute() else Path()
+            files = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
+        else:
+            raise InputError(f"there is no picture, folder or pattern {source}")
+        if not files:
+            raise InputError(f"{source} holds no picture")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _empty(picture: Tensor) -> Record:
+    none = np.zeros(0)
+    return Record(0, Path(), *picture.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])

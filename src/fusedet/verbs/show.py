@@ -1,0 +1,85 @@
+"""Tables for the terminal: figures of a split, a detector's cost, a doctor's report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fusedet.doctor import Report
+
+
+def score(console: Console, figures: dict[str, Any], title: str) -> None:
+    """AP and AR by object size, then AP per class."""
+    table = Table(title=title, title_justify="left")
+    for name in ("", "all", "IoU 0.5", "IoU 0.75", "small", "medium", "large"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("AP", *(number(figures[k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
+    table.add_row("AR", number(figures["AR100"]), "", "", *(number(figures[k]) for k in ("ARs", "ARm", "ARl")))
+    console.print(table)
+    extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in figures]
+    if extra:
+        console.print("  ".join(f"{name.replace('_', ' ')} {number(figures[name])}" for name in extra))
+    columns = ["AP", "AP50", *extra]
+    classes = Table()
+    for name in ("class", "pictures", "objects", *columns):
+        classes.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")
+    for row in figures["classes"]:
+        classes.add_row(row["name"], str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns))
+    console.print(classes)
+
+
+def cost(console: Console, figures: dict[str, Any], title: str) -> None:
+    """Parameters and multiply-adds per part."""
+    height, width = figures["picture"]
+    table = Table(title=f"{title}, one picture of {height} x {width}", title_justify="left")
+    for name in ("part", "parameters", "trainable", "multiply-adds (G)"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for name, row in [*figures["parts"].items(), ("all", figures)]:
+        table.add_row(name, f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['multiply_adds'] / 1e9:.2f}")
+    console.print(table)
+
+
+def report(console: Console, split: str, found: Report) -> None:
+    """What a doctor found in a split."""
+    figures = found.figures
+    sizes = figures["sizes"]
+    console.print(
+        f"[bold]{split}[/]: {figures['pictures']} pictures ({figures['empty_pictures']} without objects), {figures['objects']} objects"
+    )
+    console.print(
+        f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
+        f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_picture']} in one picture"
+    )
+    if small := figures.get("smallest"):
+        w, h = small["original"]
+        console.print(
+            f"  smallest after the resize: {w:.0f}x{h:.0f} becomes {small['network_side']:.1f} pixels, in {small['picture']}",
+            highlight=False,
+        )
+    table = Table("class", "objects")
+    for name, count in figures["classes"].items():
+        table.add_row(name, str(count))
+    console.print(table)
+    for text in found.warnings:
+        console.print(f"  [yellow]warning[/] {text}", highlight=False)
+    for text in found.errors[:20]:
+        console.print(f"  [red]error[/] {text}", highlight=False)
+    if len(found.errors) > 20:
+        console.print(f"  [red]error[/] and {len(found.errors) - 20} more")
+
+
+def number(value: float | None) -> str:
+    """Three digits, or a dash where there is no figure."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def track(console: Console, items: Iterable[Any], total: int, text: str) -> Iterator[Any]:
+    """The same items with a progress bar where there is a terminal."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, total=total)

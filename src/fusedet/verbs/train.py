@@ -1,0 +1,194 @@
+"""Training: from a config to a run's folder with weights, figures and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from fusedet import draw, evaluate
+from fusedet.config import Config
+from fusedet.data.loader import train_loader
+from fusedet.data.read import read
+from fusedet.data.records import Records
+from fusedet.data.transforms import Train as TrainTransform
+from fusedet.detectors import from_config
+from fusedet.doctor import compare
+from fusedet.engine import checkpoint, logs, loop, optim
+from fusedet.errors import InputError
+from fusedet.verbs.folder import about, fresh, write_json
+from fusedet.verbs.predict import pick_device, rebuild, weights_file
+from fusedet.verbs.val import FIGURES, check_names, detect, report, score, val_loader
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a run is, the figures of its best weights, and its files by what they show."""
+
+    out: Path
+    figures: dict[str, Any]
+    files: dict[str, Path]
+
+
+def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = print, quiet: bool = False) -> Trained:
+    """Train as the config says, then score the best weights.
+
+    config.out is made, or with `resume` continued. say: takes the lines for the user. quiet: no progress bar.
+    Raises InputError before anything is written for wrong data, names or options, and what `engine.loop.fit` raises.
+    """
+    if config.data.path is None:
+        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
+    if config.out is None:
+        raise InputError("no output folder: add out=FOLDER")
+    fabric = make_fabric(config)
+    if fabric.global_rank:
+        say = _silent
+    data, val = open_data(config, say)
+    torch.manual_seed(config.train.seed)
+    detector = make_detector(config, val, say)
+    batch, rate = config.train.batch // config.train.accumulate, config.train.lr
+    loader = train_loader(
+        data,
+        train_transform(config),
+        batch=batch,
+        seed=config.train.seed,
+        workers=config.data.workers,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        pin=fabric.device.type == "cuda",
+    )
+    if config.train.base_batch:
+        rate = optim.scaled_lr(rate, config.train.batch, config.train.base_batch)
+        if rate != config.train.lr:
+            say(f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}")
+    recipe = make_recipe(config, rate)
+    out = Path(config.out) if resume else fabric.broadcast(fresh(config.out) if fabric.is_global_zero else None)
+    if fabric.is_global_zero and not resume:
+        (out / "config.yaml").write_text(config.to_yaml())
+        prints = {"train": data.fingerprint(), "val": val.fingerprint()}
+        write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed})
+    share = val_loader(config, val, fabric.global_rank, fabric.world_size)
+
+    def validate(module: nn.Module, epoch: int) -> dict[str, float]:
+        results = detect(module, share, val, fabric.device)
+        figures = evaluate.coco(val, results, per_class=False)
+        return {name: figures[name] for name in FIGURES}
+
+    meta = {"config": config.to_yaml(), "names": list(data.names), "category_ids": list(data.category_ids), "format": "fusedet"}
+    loggers = logs.loggers(config.train.loggers, out)
+    loop.fit(fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta, quiet=quiet)
+    return finish(config, fabric, out, val)
+
+
+def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
+    """Score the best weights once more and draw what there is to see."""
+    best = rebuild(weights_file(out))[0].to(fabric.device).eval()
+    results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
+    if fabric.global_rank:
+        return Trained(out, {}, {})
+    figures = score(val, results, voc=val.form == "voc", evaluator=evaluate.EVALUATORS[0])
+    files = report(val, results, figures, out, title=out.name)
+    files["training curves"] = out / "training.png"
+    draw.training(out / "metrics.csv", files["training curves"])
+    return Trained(out, figures, files)
+
+
+def make_fabric(config: Config) -> Fabric:
+    """Fabric on the config's device, in as many processes as torchrun has started."""
+    device = pick_device(config.device)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    devices: Any = local if world > 1 or device.index is None else [device.index]
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=max(1, local) if isinstance(devices, int) else devices,
+        num_nodes=max(1, world // max(1, local)),
+        strategy="ddp" if world > 1 else "auto",
+        precision=loop.precision(config.train.precision, device),  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Records]:
+    """The training and validation splits, checked against each other; says what was wrong with their annotations."""
+    assert config.data.path is not None
+    data, val = (read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val))
+    if different := compare(data, val):
+        raise InputError(different[0])
+    if not len(data.labels):
+        raise InputError(f"{data.source} has no objects: a detector cannot learn from background alone")
+    for split, records in (("train", data), ("val", val)):
+        say(f"{split}: {len(records)} pictures, {len(records.labels)} objects, {len(records.names)} classes from {records.source}")
+        for text, count in records.problems.items():
+            say(f"  {text}: {count}")
+    present = torch.bincount(data.labels, minlength=len(data.names))
+    if absent := [name for name, n in zip(data.names, present.tolist()) if not n]:
+        say(f"  no training object of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be found")
+    return data, val
+
+
+def make_detector(config: Config, records: Records, say: Callable[[str], None]) -> nn.Module:
+    """The config's detector for the data's classes, with train.weights loaded where it names some."""
+    detector = from_config(config, len(records.names))
+    body = detector.backbone
+    if config.train.weights:
+        file = weights_file(config.train.weights)
+        state, meta = checkpoint.load_weights(file)
+        if "names" in meta:
+            check_names(records, json.loads(meta["names"]), str(file))
+        checkpoint.load_into(detector, state, file)
+    elif not body.has_weights and (body.frozen or body.norm_eval):
+        say(
+            "warning: the backbone starts from random weights, but parts of it are kept as they are: add "
+            "model.backbone.frozen_stages=-1 model.backbone.norm_eval=false to train all of it"
+        )
+    return detector
+
+
+def train_transform(config: Config) -> TrainTransform:
+    """How the network sees the training pictures."""
+    data = config.data
+    sizes = data.multi_scale or data.size[:1]
+    return TrainTransform(
+        sizes, data.size[1], resize="range" if data.multi_scale else "choice", flip=data.flip, photometric=data.photometric
+    )
+
+
+def make_recipe(config: Config, rate: float) -> loop.Recipe:
+    """The engine's recipe at a learning rate that is already scaled."""
+    t = config.train
+    options = optim.Optim(
+        name=t.optimizer,
+        lr=rate,
+        weight_decay=t.weight_decay,
+        momentum=t.momentum,
+        decay_norm_and_bias=t.decay_norm_and_bias,
+        policy=t.policy,
+        milestones=t.milestones,
+        gamma=t.gamma,
+        warmup_steps=t.warmup_steps,
+        warmup_ratio=t.warmup_ratio,
+    )
+    return loop.Recipe(
+        epochs=t.epochs,
+        optim=options,
+        clip_norm=t.clip_norm,
+        accumulate=t.accumulate,
+        ema_decay=t.ema,
+        validate_every=t.validate_every,
+        monitor=t.monitor,
+        patience=t.patience,
+        compile=t.compile,
+    )
+
+
+def _silent(text: str) -> None:
+    """What the other processes say."""

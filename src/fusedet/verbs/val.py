@@ -1,0 +1,113 @@
+"""Scoring: detections of a whole split, in COCO's result form, and everything that is said and drawn about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from fusedet import draw, evaluate
+from fusedet.config import Config
+from fusedet.data.images import read_image
+from fusedet.data.loader import eval_loader
+from fusedet.data.records import Records
+from fusedet.data.transforms import Eval
+from fusedet.errors import InputError
+from fusedet.types import Batch
+from fusedet.verbs.folder import write_json
+from fusedet.verbs.predict import original
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+Result = dict[str, Any]
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+def val_loader(config: Config, records: Records, rank: int = 0, world: int = 1) -> Any:
+    """Every picture of a split once, as `predict` sees it; shared among processes."""
+    # a batch no larger than the rank's share keeps every process busy; one picture per process is the least
+    batch = max(world, (config.test.batch or config.train.batch) // world * world)
+    return eval_loader(records, Eval(*config.data.size), batch=batch, workers=config.data.workers, rank=rank, world=world)
+
+
+def detect(detector: nn.Module, loader: Iterable[Batch], records: Records, device: torch.device) -> list[Result]:
+    """The detector's finds on a split in COCO's result form: original pixels, ids and categories; of all processes together."""
+    results: list[Result] = []
+    for batch in loader:
+        found = detector.predict(batch.to(device, non_blocking=True))  # type: ignore[operator]
+        for one, image_id in zip(original(found, batch), batch.ids):
+            results += one.to_coco(image_id, records.category_ids)
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        shares: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(shares, results)
+        results = [result for share in shares for result in share]
+    return results
+
+
+def score(records: Records, results: list[Result], *, voc: bool, evaluator: str) -> dict[str, Any]:
+    """All figures of a split: COCO's, VOC's where asked, per class, with the stamp that makes them comparable."""
+    figures = evaluate.coco(records, results, evaluator=evaluator)
+    if voc:
+        area, eleven = evaluate.voc(records, results), evaluate.voc(records, results, points=11)
+        figures |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
+        for row, a, b in zip(figures["classes"], area["classes"], eleven["classes"]):
+            row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
+    return figures | {"stamp": evaluate.stamp(records, results, evaluator)}
+
+
+def report(records: Records, results: list[Result], figures: dict[str, Any], out: Path, title: str) -> dict[str, Path]:
+    """Write results, figures and pictures into a folder; gives the files by what they show."""
+    files = {
+        "results": out / "val.bbox.json",
+        "metrics": out / "metrics.json",
+        "precision-recall curves": out / "precision_recall.png",
+        "confusion matrix": out / "confusion.png",
+        "AP by object size": out / "sizes.png",
+        "worst pictures": out / "worst.png",
+    }
+    files["results"].write_text(json.dumps(results))
+    write_json(files["metrics"], figures)
+    draw.curves(evaluate.precision_recall(records, results), files["precision-recall curves"], title)
+    draw.confusion(evaluate.confusion(records, results), records.names, files["confusion matrix"])
+    draw.sizes(figures, files["AP by object size"], title)
+    worst(records, results).save(files["worst pictures"])
+    return files
+
+
+def worst(records: Records, results: list[Result], n: int = 12, least: float = 0.3) -> Any:
+    """The n pictures that went worst: truth dashed, finds coloured."""
+    by_image: dict[int, list[Result]] = {}
+    for result in results:
+        if result["score"] >= least:
+            by_image.setdefault(result["image_id"], []).append(result)
+    labels = {c: k for k, c in enumerate(records.category_ids)}
+    drawn, captions = [], []
+    for i, quality, misses, false in evaluate.worst_images(records, results, n=n, score=least):
+        record = records[i]
+        found = by_image.get(record.image_id, [])
+        boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        guess = (boxes, torch.tensor([labels[r["category_id"]] for r in found]), torch.tensor([r["score"] for r in found]))
+        keep = ~record.ignore
+        truth = (torch.from_numpy(record.boxes[keep]), torch.from_numpy(record.labels[keep]))
+        drawn.append(draw.compare(read_image(record.path), truth, guess, records.names))
+        captions.append(f"{record.path.name}: F1 {quality:.2f}, {misses} missed, {false} false")
+    return draw.grid(drawn, captions)
+
+
+def check_names(records: Records, names: Iterable[str], source: str) -> None:
+    """Raises InputError unless the data's classes are those that the model knows, in their order."""
+    names = tuple(names)
+    if names != records.names:
+        raise InputError(
+            f"{source} knows the {len(names)} classes {_some(names)}, but {records.source} has the {len(records.names)} classes "
+            f"{_some(records.names)}: use data with the same class names"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,277 @@
+"""YOLO data sets: what is read, what is said about bad entries."""
+
+import random
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fusedet.data import gather
+from fusedet.data.yolo import label_path, read_yolo, yolo_splits
+from fusedet.errors import InputError
+from tiny import picture, write_yolo
+
+
+def test_boxes_in_pixels(tmp_path: Path) -> None:
+    records = read_yolo(write_yolo(tmp_path, "1 0.5 0.5 0.5 0.4\n0 0.25 0.1 0.5 0.2\n"), "train")
+    assert records.names == ("dog", "cat")
+    assert records.category_ids == (0, 1)
+    assert records.form == "yolo"
+    (a,) = records
+    np.testing.assert_allclose(a.boxes, [[10, 9, 30, 21], [0, 0, 20, 6]], atol=1e-12)
+    assert a.labels.tolist() == [1, 0]
+    assert (a.image_id, a.height, a.width) == (1, 30, 40)
+    assert a.path == tmp_path / "images" / "train" / "a.jpg"
+    assert not records.problems
+
+
+def test_segments_give_box_and_outline(tmp_path: Path) -> None:
+    records = read_yolo(write_yolo(tmp_path, "0 0.25 0.5 0.5 0.1 0.75 0.9\n1 0.5 0.5 0.5 0.5\n"), "train")
+    (a,) = records
+    np.testing.assert_allclose(a.boxes[0], [10, 3, 30, 27])
+    np.testing.assert_allclose(a.segments[0], [[10, 15, 20, 3, 30, 27]])
+    assert a.segments[1] is None
+
+
+@pytest.mark.parametrize("text", ["\ufeff0 0.5 0.5 1 1", "\r\n0 .5 .5 1 1  \r\n\r\n", "0.0\t0.5  0.5 1e0 1\n   \n", "0 0.5 0.5 1 1"])
+def test_blanks_and_byte_order_mark(tmp_path: Path, text: str) -> None:
+    assert read_yolo(write_yolo(tmp_path, text), "train")[0].boxes.tolist() == [[0, 0, 40, 30]]
+
+
+def test_pictures_without_labels_are_background(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path, "")
+    assert read_yolo(file, "train").problems == {}
+    val = read_yolo(file, "val")
+    assert len(val) == 1
+    assert len(val.labels) == 0
+    assert val.problems == {gather.NO_LABELS: 1}
+
+
+def test_sizes_are_of_the_turned_picture(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path, "0 0.5 0.5 1 1")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "images" / "train" / "a.jpg", 40, 30, exif=exif)
+    records = read_yolo(file, "train")
+    assert records.sizes.tolist() == [[40, 30]]
+    assert records[0].boxes.tolist() == [[0, 0, 30, 40]]
+
+
+@pytest.mark.parametrize(
+    ("line", "kept", "text"),
+    [
+        ("0 nan 0.5 0.5 0.5", 0, gather.NOT_FINITE),
+        ("0 0.5 0.5 inf 0.5", 0, gather.NOT_FINITE),
+        ("0 0 0 1 nan 1 1", 0, gather.NOT_FINITE),
+        ("0 0.5 0.5 -0.5 0.5", 0, gather.NEGATIVE),
+        ("0 0.5 0.5 0 0.5", 1, gather.NO_AREA),
+        ("0 1.5 0.5 0.5 0.5", 1, gather.OUTSIDE),
+        ("0 1 0.5 0.5 0.5", 1, gather.CLIPPED),
+        ("0 -0.1 0.2 0.5 0.5 0.6 0.6", 1, gather.CLIPPED),
+    ],
+)
+def test_bad_boxes_are_counted(tmp_path: Path, line: str, kept: int, text: str) -> None:
+    records = read_yolo(write_yolo(tmp_path, line), "train")
+    assert records.problems == {text: 1}
+    assert len(records.labels) == kept
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("2 0.5 0.5 0.5 0.5", "class 2 is not among the classes 0 to 1"),
+        ("-1 0.5 0.5 0.5 0.5", "class -1 is not among"),
+        ("0.5 0.5 0.5 0.5 0.5", "the class must be a whole number"),
+        ("nan 0.5 0.5 0.5 0.5", "the class must be a whole number"),
+        ("dog 0.5 0.5 0.5 0.5", "not a number"),
+        ("0 0.5 0.5 0.5", "4 values, but a line is"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "6 values, but a line is"),
+        ("0 0.5 0.5 0.5 0.5 0.9 0.1 0.1", "8 values, but a line is"),
+        ("0", "1 values, but a line is"),
+        ("0,0.5,0.5,0.5,0.5", "not a number"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, text: str) -> None:
+    with pytest.raises(InputError, match=re.escape(text)) as error:
+        read_yolo(write_yolo(tmp_path, f"0 0.5 0.5 1 1\n{line}\n"), "train")
+    assert f"{tmp_path / 'labels' / 'train' / 'a.txt'}, line 2" in str(error.value)
+
+
+def test_label_that_is_not_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text"):
+        read_yolo(write_yolo(tmp_path, b"\xff\xfe0\x00"), "train")
+
+
+@pytest.mark.parametrize(
+    ("picture_path", "label"),
+    [
+        ("d/images/val/a.jpg", "d/labels/val/a.txt"),
+        ("d/train/images/a.b.png", "d/train/labels/a.b.txt"),
+        ("images/x/images/a.jpg", "images/x/labels/a.txt"),
+        ("d/obj/a.jpg", "d/obj/a.txt"),
+        ("d/obj/images.jpg", "d/obj/images.txt"),
+    ],
+)
+def test_label_paths(picture_path: str, label: str) -> None:
+    assert label_path(picture_path) == label
+
+
+def test_labels_beside_the_pictures(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path, yaml="train: obj\nnames: [dog]")
+    picture(tmp_path / "obj" / "sub" / "c.PNG")
+    (tmp_path / "obj" / "sub" / "c.txt").write_text("0 0.5 0.5 1 1")
+    records = read_yolo(file, "train")
+    assert records.path(0).name == "c.PNG"
+    assert len(records.labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "ids"),
+    [
+        ("[a, b]", ("a", "b"), (0, 1)),
+        ("\n- a\n- 'no'\n- no", ("a", "no", "no"), (0, 1, 2)),
+        ("{1: b, 0: a}", ("a", "b"), (0, 1)),
+        ("\n  0: a\n  5: 12", ("a", "12"), (0, 5)),
+    ],
+)
+def test_names(tmp_path: Path, names: str, expected: tuple[str, ...], ids: tuple[int, ...]) -> None:
+    records = read_yolo(write_yolo(tmp_path, yaml=f"train: images/train\nnames: {names}"), "train")
+    assert records.names == expected
+    assert records.category_ids == ids
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "images/train",
+        "./images/train/",
+        "../images/train",  # as some exports write it
+        "[images/train]",
+        "list.txt",
+        "lists/here.txt",
+        "{root}/images/train",
+        "absolute.txt",
+    ],
+)
+def test_what_a_split_may_be(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "list.txt").write_text("./images/train/a.jpg\r\n\r\n")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "here.txt").write_text("images/train/a.jpg\n")
+    (tmp_path / "absolute.txt").write_text(f"{tmp_path}/images/train/a.jpg\n")
+    file = write_yolo(tmp_path, yaml=f"train: {entry.format(root=tmp_path)}\nnames: [dog]")
+    records = read_yolo(file, "train")
+    assert [p.name for p in map(records.path, range(len(records)))] == ["a.jpg"]
+    assert len(records.labels) == 1
+
+
+def test_several_folders_and_repeated_pictures(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path, yaml="train: [images/train, images/val, images]\nval:\ntest: null\nnames: [dog]")
+    records = read_yolo(file, "train")
+    assert len(records) == 2
+    assert records.problems[gather.LISTED_TWICE] == 2
+    assert set(yolo_splits(file)) == {"train"}
+
+
+@pytest.mark.parametrize("key", ["val", "valid", "validation"])
+def test_aliases(tmp_path: Path, key: str) -> None:
+    file = write_yolo(tmp_path, yaml=f"{key}: images/val\nnames: [dog]")
+    assert all(len(read_yolo(file, split)) == 1 for split in ("val", "valid", "validation"))
+
+
+def test_path_is_relative_to_the_yaml(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "data")
+    file = tmp_path / "set.yaml"
+    file.write_text("path: data\ntrain: images/train\nnames: [dog]")
+    assert len(read_yolo(file, "train")) == 1
+
+
+@pytest.mark.parametrize(
+    ("yaml", "text"),
+    [
+        ("train: [", "not valid YAML"),
+        ('train: "\\UFFFFFFFF"', "not valid YAML"),
+        ("- a", "not a YOLO data file"),
+        ("train: images/train", "not a YOLO data file"),
+        ("train: images/train\nnames: dog", "'names' must list"),
+        ("train: images/train\nnames: []", "'names' must list"),
+        ("train: images/train\nnames: [[a]]", "'names' must be a list"),
+        ("train: images/train\nnames: &a [*a]", "not valid YAML"),
+        ("train: images/train\nnames: {a: b}", "'names' must be a list"),
+        ("train: images/train\nnames: {0: b, 00: c}", "gives class 0 twice"),
+        ("train: images/train\nnames: [a]\nnc: 2", "'nc' is '2' but 'names' lists 1"),
+        ("val: images/val\nnames: [a]", "no split 'train': it has val"),
+        ("train: nowhere\nnames: [a]", "neither a folder of pictures nor"),
+        ("train: labels\nnames: [a]", "holds no pictures"),
+        ("train: ../../x\nnames: [a]", "outside the data folder"),
+        ("train: up.txt\nnames: [a]", "outside the data folder"),
+        ("train: gone.txt\nnames: [a]", "gone.jpg does not exist"),
+        ("path: nowhere\ntrain: images\nnames: [a]", "its 'path' nowhere does not exist"),
+        ("path: [x]\ntrain: images\nnames: [a]", "'path' must be the data folder"),
+        (f"train: {'x' * 300}\nnames: [a]", "neither a folder of pictures nor"),
+    ],
+)
+def test_bad_yaml_is_said(tmp_path: Path, yaml: str, text: str) -> None:
+    (tmp_path / "up.txt").write_text("../../x.jpg")
+    (tmp_path / "gone.txt").write_text("gone.jpg")
+    with pytest.raises(InputError, match=re.escape(text)):
+        read_yolo(write_yolo(tmp_path, yaml=yaml), "train")
+
+
+def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
+    file = write_yolo(tmp_path)
+    (tmp_path / "images" / "train" / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"b\.jpg"):
+        read_yolo(file, "train")
+    (tmp_path / "images" / "train" / "a.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^2 of 2 pictures cannot be read, the first: .*a\.jpg"):
+        read_yolo(file, "train")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 4))
+def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    texts = [
+        b"0 0.5 0.5 0.5 0.5\n1 0 0 1 0 1 1\n",
+        b"train: list.txt\nval: images/val\nnc: 2\nnames: [dog, cat]\n",
+        b"./images/train/a.jpg\n",
+    ]
+    which = rng.randrange(3)
+    junk = [
+        b"",
+        b"&a ",
+        b"*a",
+        b"[",
+        b"{",
+        b":",
+        b"\xff",
+        b"\0",
+        b"9" * 400,
+        b"-",
+        b"nan",
+        b"1e999",
+        b"/",
+        b"..",
+        b"\n",
+        b"\t",
+        b"\x85",
+        b"!!int ",
+        b"'",
+    ]
+    for _ in range(count):
+        at = rng.randrange(len(texts[which]) + 1)
+        texts[which] = texts[which][:at] + rng.choice(junk) + texts[which][at + rng.randrange(4) :]
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_yolo(Path(folder), texts[0])
+        file.write_bytes(texts[1])
+        (Path(folder) / "list.txt").write_bytes(texts[2])
+        try:
+            records = read_yolo(file, "train")
+        except InputError:
+            return
+        assert len(records.fingerprint()) == 16

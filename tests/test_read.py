@@ -1,0 +1,194 @@
+"""Data sets told apart by themselves, in the layouts that users have."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fusedet.data.read import form, read, splits
+from fusedet.errors import InputError
+from tiny import coco_dict, picture, write_coco, write_voc, write_yolo, xml
+
+
+def pictures(folder: Path) -> None:
+    picture(folder / "a.jpg", 20, 10)
+    picture(folder / "b.jpg", 40, 30)
+
+
+def put(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(coco_dict()))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("file", "folder", "split"),
+    [
+        ("annotations/instances_train2017.json", "train2017", "train"),
+        ("annotations/instances_train2017.json", "train2017", "train2017"),
+        ("annotations/instances_train2017.json", "images/train2017", "train"),
+        ("annotations/instances_minival2014.json", "val2014", "minival"),
+        ("annotations/train.json", "images/train", "train"),
+        ("annotations/instances_val.json", "images", "val"),
+        ("annotations/fold1.json", ".", "fold1"),
+        ("annotations/image_info_test-dev2017.json", "test2017", "test-dev"),
+        ("train.json", "train", "train"),
+        ("train.json", "images", "train"),
+        ("mine.json", "pictures", "mine"),
+        ("train/_annotations.coco.json", "train", "train"),
+        ("valid/_annotations.coco.json", "valid", "valid"),
+        ("valid/_annotations.coco.json", "valid", "val"),
+        ("valid/_annotations.coco.json", "valid", "validation"),
+        ("annotations/instances_val2017.json", "val2017", "valid"),
+    ],
+)
+def test_coco_layouts(tmp_path: Path, file: str, folder: str, split: str) -> None:
+    put(tmp_path / file)
+    pictures(tmp_path / folder)
+    assert form(tmp_path) == "coco"
+    records = read(tmp_path, split)
+    assert {records.path(i) for i in range(2)} == {tmp_path / folder / "a.jpg", tmp_path / folder / "b.jpg"}
+
+
+def test_each_split_has_its_own_pictures(tmp_path: Path) -> None:
+    for split in ("train", "val", "trainval"):
+        write_coco(tmp_path, split=split)
+    for split in ("train", "val", "trainval"):
+        assert read(tmp_path, split).path(0).parent.name == f"{split}2017"
+
+
+def test_splits_of_every_form(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "coco")
+    put(root / "valid" / "_annotations.coco.json")
+    put(root / "annotations" / "person_keypoints_train2017.json")
+    (root / "results.json").write_text('[{"image_id": 1}]')
+    assert set(splits(root)) == {"train", "val"}
+    assert splits(root)["train"] == str(root / "annotations" / "instances_train2017.json")
+    assert set(splits(write_voc(tmp_path / "voc"))) == {"train", "val"}
+    yaml = write_yolo(tmp_path / "yolo")
+    assert splits(yaml) == splits(yaml.parent) == {"train": "images/train", "val": "images/val"}
+    assert [form(tmp_path / f) for f in ("coco", "voc", "yolo")] == ["coco", "voc", "yolo"]
+    assert form(yaml) == "yolo"
+
+
+def test_two_years_must_be_told_apart(tmp_path: Path) -> None:
+    put(tmp_path / "annotations" / "instances_train2014.json")
+    put(tmp_path / "annotations" / "instances_train2017.json")
+    pictures(tmp_path / "images")
+    assert len(read(tmp_path, "train2014")) == 2
+    with pytest.raises(InputError, match="several splits 'train': give one of train2014, train2017"):
+        read(tmp_path, "train")
+
+
+def test_missing_split_lists_those_that_exist(tmp_path: Path) -> None:
+    for root in (write_coco(tmp_path / "a"), write_voc(tmp_path / "b", lists={"train": "a"}), write_yolo(tmp_path / "c").parent):
+        with pytest.raises(InputError, match="has no split 'test': it has train"):
+            read(root, "test")
+
+
+def test_json_as_path_is_train(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    file = root / "annotations" / "instances_train2017.json"
+    assert splits(file) == {"train": str(file)}
+    assert read(file, "train").path(0) == root / "train2017" / "b.jpg"
+    with pytest.raises(InputError, match=re.escape("no split 'val': give that as a file too, e.g. data.val=FILE.json")):
+        read(file, "val")
+
+
+def test_split_as_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_coco(tmp_path / "coco")
+    other = put(tmp_path / "coco" / "more" / "x.json")
+    assert len(read(root, str(other))) == 2
+    assert len(read(root, "more/x.json")) == 2
+    assert len(read(root / "annotations" / "instances_train2017.json", str(other), images=root / "train2017")) == 2
+    voc, yolo = write_voc(tmp_path / "voc"), write_yolo(tmp_path / "yolo")
+    (tmp_path / "mine.txt").write_text("b\n")
+    assert read(voc, str(tmp_path / "mine.txt")).path(0).name == "b.jpg"
+    (yolo.parent / "some.txt").write_text("images/val/b.jpg\n")
+    assert read(yolo, "some.txt").path(0).name == "b.jpg"
+    monkeypatch.chdir(tmp_path)
+    assert read("voc", "mine.txt").path(0).name == "b.jpg"
+    assert read("voc", "ImageSets/Main/train.txt").path(0).name == "a.jpg"
+    with pytest.raises(InputError, match=r"the file none\.json does not exist"):
+        read(root, "none.json")
+
+
+def test_images_given(tmp_path: Path) -> None:
+    file = put(tmp_path / "x" / "train.json")
+    pictures(tmp_path / "y")
+    assert read(file, "train", images=tmp_path / "y").path(0) == tmp_path / "y" / "b.jpg"
+    with pytest.raises(InputError, match="is not a folder"):
+        read(file, "train", images=tmp_path / "z")
+    with pytest.raises(InputError, match="goes with COCO json only"):
+        read(write_voc(tmp_path / "v"), "train", images=tmp_path / "y")
+    with pytest.raises(InputError, match="none of the first pictures"):
+        read(file, "train")
+    assert len(read(file, "train", need_pictures=False)) == 2
+
+
+def test_file_names_may_start_at_the_data_folder(tmp_path: Path) -> None:
+    data = coco_dict()
+    for image in data["images"]:
+        image["file_name"] = f"../train2017/{image['file_name']}"
+    write_coco(tmp_path, data)
+    assert read(tmp_path, "train").path(0) == tmp_path / "train2017" / "b.jpg"
+    data["images"][0]["file_name"] = "../../b.jpg"
+    write_coco(tmp_path, data)
+    with pytest.raises(InputError, match="outside the data folder"):
+        read(tmp_path, "train")
+
+
+def test_exported_yolo(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        picture(tmp_path / split / "images" / "a.jpg")
+        (tmp_path / split / "labels").mkdir()
+        (tmp_path / split / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
+    (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 1\nnames: ['dog']\n")
+    assert len(read(tmp_path, "val").labels) == 1
+    assert len(read(tmp_path / "data.yaml", "train").labels) == 1
+
+
+def test_exported_voc(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "a.jpg")
+    (tmp_path / "train" / "a.xml").write_text(xml(("dog", 1, 1, 5, 5, 0)))
+    assert form(tmp_path) == "voc"
+    assert len(read(tmp_path, "train").labels) == 1
+
+
+def test_what_is_no_data_set(tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        with pytest.raises(InputError) as error:
+            read(path, "train")
+        return str(error.value)
+
+    assert "does not exist" in said(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "is an empty folder" in said(tmp_path / "empty")
+    assert "neither a folder, a COCO .json nor a YOLO .yaml" in said(picture(tmp_path / "some" / "a.jpg"))
+    assert "holds no data set" in said(tmp_path / "some")
+    write_voc(tmp_path / "devkit" / "VOC2007")
+    assert f"did you mean {tmp_path / 'devkit' / 'VOC2007'}?" in said(tmp_path / "devkit")
+    write_yolo(tmp_path / "bare").unlink()
+    assert "has no data.yaml" in said(tmp_path / "bare")
+    write_yolo(write_coco(tmp_path / "both"))
+    assert "holds data of COCO and YOLO form" in said(tmp_path / "both")
+    (tmp_path / "x.json").write_text("{}")
+    assert "is not COCO" in said(tmp_path / "x.json")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.json").write_text("")
+    assert "not valid json" in said(tmp_path / "bad")
+
+
+def test_voc_without_lists(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    __import__("shutil").rmtree(root / "ImageSets")
+    with pytest.raises(InputError, match=r"ImageSets/Main/train\.txt"):
+        read(root, "train")
+
+
+def test_real_data(shared: Path) -> None:
+    bccd, coco = shared / "data" / "bccd", shared / "data" / "coco_tiny"
+    assert {split: len(read(bccd, split)) for split in splits(bccd)} == {"train": 205, "val": 87, "trainval": 292, "test": 72}
+    assert {split: len(read(coco, split)) for split in splits(coco)} == {"train": 80, "val": 80}
+    assert read(coco, "train").ignore.sum() == 6
