@@ -56,7 +56,7 @@ GUESSES = st.lists(st.tuples(BOXES, st.integers(0, 2), st.sampled_from([0.1, 0.3
 
 
 @given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_equals_the_packages(pictures, image_ids):
     ids = (4, 1, 9)
     data = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=ids, image_ids=image_ids)
@@ -85,9 +85,9 @@ def test_more_than_a_hundred_detections_equal_pycocotools():
 def test_pairs_in_blocks_change_nothing(monkeypatch):
     data = records([[((0, 0, 40, 40), 0, False), ((5, 5, 50, 50), 0, False)]] * 5)
     results = [result(i, 7, (j, j, 40 + j, 40 + j), 1 / (1 + j)) for i in range(1, 6) for j in range(12)]
-    whole = evaluate.coco(data, results)
+    whole = evaluate.coco(data, results, per_class=False)
     monkeypatch.setattr("fusedet.evaluate.coco_rule.BLOCK", 7)
-    assert evaluate.coco(data, results) == pytest.approx(whole, nan_ok=True)
+    assert evaluate.coco(data, results, per_class=False) == pytest.approx(whole, nan_ok=True)
 
 
 def test_no_results_give_zeros():
@@ -186,7 +186,7 @@ def devkit(objects, guesses, total, points):
 
 @pytest.mark.parametrize("points", ["area", 11])
 @given(pictures=st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_voc_equals_the_devkit(points, pictures):
     data = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=(1, 2, 3))
     results = [result(i, k + 1, box, score) for i, (_, guesses) in enumerate(pictures, 1) for box, k, score in guesses]
@@ -331,3 +331,8 @@ def test_stamp_changes_with_what_is_evaluated():
     other = evaluate.stamp(records([[((0, 0, 5, 5), 0, False)], []], image_ids=[1, 3]), results, "pycocotools", iou_type="segm")
     assert other["image_ids"] != one["image_ids"]
     assert other["evaluator"].startswith("pycocotools 2")
+
+
+def test_stamp_refuses_an_unknown_evaluator():
+    with pytest.raises(InputError, match="unknown evaluator"):
+        evaluate.stamp(records([[]]), [], "coco")

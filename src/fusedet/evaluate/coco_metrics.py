@@ -13,10 +13,7 @@ from fusedet.evaluate import coco_rule as rule
 from fusedet.evaluate.ground_truth import counts, owners, sizes_first
 from fusedet.evaluate.masks import check_masks, encoded, mask_area, mask_pairs
 from fusedet.evaluate.reference import by_package
-from fusedet.evaluate.results import MAX_DETS, Found, Result, found, mean
-
-EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
-"""Who computes COCO's figures; all agree to rounding, the first is the fastest."""
+from fusedet.evaluate.results import EVALUATORS, MAX_DETS, Found, Result, found, mean
 
 
 def coco(

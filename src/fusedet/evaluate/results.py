@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from fusedet.data.records import Records
-from fusedet.errors import InputError
+from fusedet.errors import InputError, unknown
 
 Result = dict[str, Any]
 """{image_id, category_id, score, bbox [x, y, width, height] in the original picture's pixels and / or segmentation (RLE)}."""
+
+EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
+"""Who computes COCO's figures; all agree to rounding, the first is the fastest."""
 
 MAX_DETS = (1, 10, 100)
 """Detections per picture and class that COCO's figures look at."""
@@ -95,7 +98,10 @@ def stamp(
 
     evaluator, the package that computes it and its version; iou_type; max_dets; images, their number, and image_ids, 16
     hex digits of the sorted ids; data, the records' fingerprint (annotations included); detections, their number.
+    Raises InputError for an evaluator that is not one of EVALUATORS.
     """
+    if evaluator not in EVALUATORS:
+        raise unknown("evaluator", evaluator, EVALUATORS)
     ids = np.sort(records.image_ids.numpy())
     return {
         "evaluator": f"{evaluator} {version(evaluator)}",

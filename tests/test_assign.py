@@ -1,0 +1,72 @@
+"""Assignment by overlap, against hand-made tables and a slow loop."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.ops import box_iou
+
+from fusedet.ops import assign
+from fusedet.ops.assign import BACKGROUND, IGNORED, MaxIoU
+from fusedet.types import Priors, Target
+
+
+def make(boxes: list, objects: list) -> tuple[Priors, Target]:
+    priors = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+    target = torch.tensor(objects, dtype=torch.float).reshape(-1, 4)
+    return Priors(priors, torch.ones(len(priors)), (len(priors),)), Target(target, torch.zeros(len(target), dtype=torch.int64))
+
+
+def test_table() -> None:
+    """Overlaps with the object (0, 0, 10, 10): 1, 0.5, 0.45, 0.2, 0."""
+    priors, target = make([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.5], [0, 0, 10, 2], [50, 50, 60, 60]], [[0, 0, 10, 10]])
+    assert MaxIoU().assign(priors, target).tolist() == [0, 0, IGNORED, BACKGROUND, BACKGROUND]
+
+
+def test_low_quality() -> None:
+    """An object that no prior overlaps by 0.5 takes its best ones, both of a tie; of two objects that claim one prior, the later."""
+    priors, target = make([[0, 0, 10, 2], [0, 8, 10, 10], [0, 0, 10, 1]], [[0, 0, 10, 10]])
+    assert MaxIoU().assign(priors, target).tolist() == [0, 0, BACKGROUND]
+    assert MaxIoU(low_quality=False).assign(priors, target).tolist() == [BACKGROUND] * 3
+    assert MaxIoU(min_positive=0.3).assign(priors, target).tolist() == [BACKGROUND] * 3
+    priors, target = make([[0, 0, 10, 2]], [[0, 0, 10, 10], [0, 0, 10, 12]])
+    assert MaxIoU().assign(priors, target).tolist() == [1]
+
+
+def test_an_object_that_no_prior_touches_takes_none() -> None:
+    priors, target = make([[0, 0, 10, 10]], [[500, 500, 510, 510]])
+    assert MaxIoU().assign(priors, target).tolist() == [BACKGROUND]
+
+
+def test_no_objects() -> None:
+    priors, target = make([[0, 0, 10, 10]], [])
+    assert MaxIoU().assign(priors, target).tolist() == [BACKGROUND]
+
+
+def slow(rule: MaxIoU, priors: Priors, target: Target) -> list[int]:
+    """The rule in words, one prior and one object at a time."""
+    overlap = box_iou(target.boxes, priors.boxes)
+    owners = []
+    for p in range(len(priors)):
+        best = overlap[:, p].max().item()
+        owner = int(overlap[:, p].argmax())
+        owners.append(owner if best >= rule.positive else BACKGROUND if best < rule.negative else IGNORED)
+    for g in range(len(target)):
+        peak = overlap[g].max()
+        if peak > 0 and peak >= rule.min_positive:
+            for p in range(len(priors)):
+                if overlap[g, p] == peak:
+                    owners[p] = g
+    return owners
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 40), st.sampled_from([1, 3, 64]))
+def test_against_a_slow_loop(seed: int, objects: int, count: int, chunk: int) -> None:
+    torch.manual_seed(seed)
+    corners = torch.randint(0, 8, (objects + count, 2)).float()  # a coarse grid makes ties
+    boxes = torch.cat([corners, corners + torch.randint(1, 6, (objects + count, 2))], dim=1)
+    priors, target = make(boxes[objects:].tolist(), boxes[:objects].tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assign, "_OBJECTS_AT_ONCE", chunk)
+        assert MaxIoU().assign(priors, target).tolist() == slow(MaxIoU(), priors, target)

@@ -1,0 +1,112 @@
+"""Anchors, the box code and the selection of detections."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.ops import batched_nms
+
+from fusedet.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select
+from fusedet.types import Levels
+
+side = st.floats(1, 500)
+corner = st.floats(-100, 600)
+
+
+def test_anchors_by_hand() -> None:
+    """Stride 8, base 4: areas (32 * 2^(i/3))^2 for every ratio, ratio = height / width, not rounded."""
+    shapes = anchor_shapes(8, 4, 3, (0.5, 1.0, 2.0))
+    assert shapes.shape == (9, 4)
+    assert shapes[3].tolist() == [-16, -16, 16, 16]  # ratio 1, first octave scale
+    w, h = (shapes[:, 2:] - shapes[:, :2]).unbind(1)
+    assert torch.allclose(h / w, torch.tensor([0.5] * 3 + [1.0] * 3 + [2.0] * 3))
+    assert torch.allclose((w * h).sqrt(), torch.tensor([32 * 2 ** (i / 3) for i in range(3)] * 3))
+    assert torch.allclose(shapes[0], torch.tensor([-22.6274, -11.3137, 22.6274, 11.3137]), atol=1e-4)
+
+
+def test_grid_by_hand() -> None:
+    """Row by row, a cell's anchors together, levels one after the other; x = column * stride."""
+    levels = Levels((1, 1), (4, 8))
+    shapes = [torch.tensor([[-1.0, -1, 1, 1], [-2, -2, 2, 2]]), torch.tensor([[-3.0, -3, 3, 3]])]
+    priors = grid_priors([torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 1, 2)], levels, shapes)
+    assert priors.counts == (12, 2)
+    assert priors.strides.tolist() == [4.0] * 12 + [8.0] * 2
+    assert priors.boxes[0].tolist() == [-1, -1, 1, 1]
+    assert priors.boxes[1].tolist() == [-2, -2, 2, 2]
+    assert priors.boxes[2].tolist() == [3, -1, 5, 1]  # column 1
+    assert priors.boxes[6].tolist() == [-1, 3, 1, 5]  # row 1
+    assert priors.boxes[13].tolist() == [5, -3, 11, 3]
+    halves = grid_priors([torch.zeros(1, 1, 1, 1)], Levels((1,), (8,)), [torch.zeros(1, 4)], offset=0.5)
+    assert halves.boxes.tolist() == [[4.0, 4.0, 4.0, 4.0]]
+
+
+@given(st.tuples(corner, corner, side, side), st.tuples(corner, corner, side, side))
+def test_decode_inverts_encode(one: tuple[float, ...], other: tuple[float, ...]) -> None:
+    (x, y, w, h), (px, py, pw, ph) = one, other
+    box, prior = torch.tensor([[x, y, x + w, y + h]]).double(), torch.tensor([[px, py, px + pw, py + ph]]).double()
+    back = decode(prior, encode(prior, box))
+    bound = math.exp(MAX_RATIO)
+    expected_w, expected_h = min(max(w, pw / bound), pw * bound), min(max(h, ph / bound), ph * bound)
+    centre = [x + w / 2, y + h / 2]
+    wanted = [centre[0] - expected_w / 2, centre[1] - expected_h / 2, centre[0] + expected_w / 2, centre[1] + expected_h / 2]
+    assert torch.allclose(back, torch.tensor([wanted]).double(), atol=1e-6)
+
+
+def test_decode_by_hand() -> None:
+    prior = torch.tensor([[10.0, 20, 30, 60]])  # 20 x 40 around (20, 40)
+    codes = torch.tensor([[0.5, -0.25, math.log(2), 0.0]])
+    assert torch.allclose(decode(prior, codes), torch.tensor([[10.0, 10, 50, 50]]))
+    grown = decode(prior, torch.tensor([[0.0, 0, 100, 100]]))
+    assert torch.allclose(grown[0, 2:] - grown[0, :2], torch.tensor([20.0, 40]) * 62.5)
+
+
+def test_clip() -> None:
+    boxes = torch.tensor([[[-5.0, -5, 50, 50]], [[1, 2, 3, 4]]])
+    assert clip(boxes, torch.tensor([[20, 30], [3, 3]])).tolist() == [[[0, 0, 30, 20]], [[1, 2, 3, 3]]]
+
+
+def candidates(n: int, p: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    corner = torch.rand(n, p, 2) * 100
+    return torch.cat([corner, corner + torch.rand(n, p, 2) * 40], dim=2), torch.rand(n, p, k), torch.tensor([[90, 110]] * n)
+
+
+@pytest.mark.parametrize(("score", "pre", "most"), [(0.05, 1000, 100), (0.5, 40, 7), (0.999, 5, 3)])
+def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
+    """Level by level and class by class, by torchvision's batched_nms on the pairs that the rule keeps."""
+    boxes, scores, sizes = candidates(2, 90, 3)
+    counts = (60, 25, 5)
+    found = select(boxes, scores, sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most)
+    clipped = clip(boxes, sizes)
+    for i in range(2):
+        kept = []
+        for start, count in zip((0, 60, 85), counts):
+            flat = scores[i, start : start + count].flatten()
+            best = flat.argsort(descending=True)[:pre]
+            kept.append(best[flat[best] > score] + start * 3)
+        pairs = torch.cat(kept)
+        pairs = pairs[(clipped[i, pairs // 3, 2:] > clipped[i, pairs // 3, :2]).all(dim=1)]
+        b, s, c = clipped[i, pairs // 3], scores[i].flatten()[pairs], pairs % 3
+        keep = batched_nms(b, s, c, 0.5)[:most]
+        n = int(found.counts[i])
+        assert n == len(keep)
+        assert torch.equal(found.boxes[i, :n], b[keep])
+        assert torch.equal(found.scores[i, :n], s[keep])
+        assert torch.equal(found.labels[i, :n], c[keep])
+        assert found.boxes.shape == (2, most, 4)
+        assert not found.scores[i, n:].any()
+
+
+def test_select_of_nothing() -> None:
+    boxes, scores, sizes = candidates(1, 10, 2)
+    found = select(boxes, scores * 0, sizes, (10,))
+    assert found.counts.tolist() == [0]
+    assert found.boxes.shape == (1, 100, 4)
+
+
+def test_boxes_without_area_are_not_found() -> None:
+    boxes = torch.tensor([[[200.0, 10, 300, 50], [10, 10, 10, 20], [10, 10, 20, 20]]])  # outside, no width, good
+    found = select(boxes, torch.full((1, 3, 1), 0.9), torch.tensor([[100, 100]]), (3,))
+    assert found.counts.tolist() == [1]
+    assert found.boxes[0, 0].tolist() == [10, 10, 20, 20]

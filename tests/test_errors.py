@@ -1,0 +1,61 @@
+"""Values from outside are checked, and what is said about a wrong one."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+
+from fusedet.errors import InputError, checked, unknown
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "result"),
+    [
+        (3, int, 3),
+        (3, float, 3.0),
+        (None, float | None, None),
+        (2, float | None, 2.0),
+        ([1, 2], tuple[float, ...], (1.0, 2.0)),
+        ([1, 2], tuple[int, int], (1, 2)),
+        ([1, 2], tuple[int, int] | None, (1, 2)),
+        ([0.5], Sequence[float], (0.5,)),
+        (["a"], list[str], ["a"]),
+        ("b", Literal["a", "b"], "b"),
+        ({"x": 1}, dict, {"x": 1}),
+        (object, Any, object),
+    ],
+)
+def test_right_values(value: Any, hint: Any, result: Any) -> None:
+    assert checked(value, hint, "key") == result
+    assert type(checked(value, hint, "key")) is type(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "said"),
+    [
+        ("3", int, "key must be int, got '3'"),
+        (True, int, "key must be int, got True"),
+        (1.5, int, "key must be int, got 1.5"),
+        (True, float, "key must be float, got True"),
+        (1, bool, "key must be bool, got 1"),
+        ("ab", tuple[int, ...], "key must be tuple[int, ...], got 'ab'"),
+        ([1], tuple[int, int], "key must have 2 items, got [1]"),
+        (["x"], list[int], "key.0 must be int, got 'x'"),
+        ("x", float | None, "key must be float, got 'x'"),
+        ([1], dict, "key must be dict, got [1]"),
+    ],
+)
+def test_wrong_values(value: Any, hint: Any, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        checked(value, hint, "key")
+    assert str(error.value) == said
+
+
+def test_literals_offer_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean 'on_input'"):
+        checked("on_inputs", Literal["max_pool", "on_input"], "model.pyramid.top")
+
+
+def test_unknown_names() -> None:
+    assert str(unknown("neck", "fpm", ["fpn", "bfp"])) == "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
+    assert str(unknown("neck", "zzz", [])) == "unknown neck 'zzz': Known: none"
