@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def peak_memory(script: str, side: str, *arguments: str) -> float:
 
 def own_peak() -> float:
     """This process's peak resident memory in MiB (getrusage would count the parent's, which a child inherits)."""
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
 
@@ -70,10 +71,10 @@ def torchvision_name(key: str) -> str:
 
 def report(**figures: Any) -> None:
     """Print the figures with the machine they belong to."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
     machine = {
-        "cpu": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-        if os.path.exists("/proc/cpuinfo")
-        else platform.processor(),
+        "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

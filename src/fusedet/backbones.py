@@ -9,7 +9,7 @@ from typing import Any, Self
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import load_state_dict
+from timm.models import PretrainedCfg, load_state_dict
 from torch import Tensor, nn
 
 from fusedet.errors import InputError, unknown
@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         places = [i for i, stride in enumerate(info.reduction()) if stride in _STRIDES]
         self.places = places
         self.levels = Levels(tuple(info.channels()[i] for i in places), tuple(info.reduction()[i] for i in places))
-        config = timm.get_pretrained_cfg(name)
+        config = timm.get_pretrained_cfg(name) or PretrainedCfg()
         mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -72,7 +72,7 @@ def _create(name: str, pretrained: bool, weights: str | None) -> Any:
         raise InputError(f"model.backbone.weights={weights}: there is no such file")
     overlay = {"file": weights} if weights else None
     try:
-        body = timm.create_model(name, features_only=True, pretrained=pretrained or bool(weights), pretrained_cfg_overlay=overlay)
+        body: Any = timm.create_model(name, features_only=True, pretrained=pretrained or bool(weights), pretrained_cfg_overlay=overlay)
     except OSError as error:
         raise InputError(
             f"the pretrained weights of '{name}' could not be fetched ({type(error).__name__}): connect to the network, give a local "

@@ -196,7 +196,7 @@ def _find(name: str | Path, room: str, kind: str) -> Any:
 
 def _file(path: Any) -> dict[str, Any]:
     try:
-        own = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+        own: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):

@@ -30,9 +30,9 @@ class OneStage(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         neck: nn.Module,
-        head: nn.Module,
+        head: Any,
         score: float = 0.05,
         nms: float = 0.5,
         max_det: int = 100,
@@ -41,12 +41,12 @@ class OneStage(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.select = {"score": score, "iou": nms, "max_det": max_det, "pre_nms": pre_nms}
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     @property
     def num_classes(self) -> int:
         """K, the number of classes that it tells apart."""
-        return self.head.num_classes  # type: ignore[return-value]
+        return self.head.num_classes
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
         """Pictures uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
@@ -54,8 +54,9 @@ class OneStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 pictures to what the body was trained on, in channels_last; the padding is 0 after it."""
-        x = images.to(self.backbone.scale.dtype, memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
-        x = torch.addcmul(self.backbone.shift, x, self.backbone.scale).to(next(self.backbone.parameters()).dtype)  # type: ignore[arg-type]
+        scale, shift = self.backbone.scale, self.backbone.shift
+        x = torch.addcmul(shift, images.to(scale.dtype, memory_format=torch.channels_last), scale)
+        x = x.to(next(self.backbone.parameters()).dtype)
         if sizes is None:
             return x
         rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]  # (N, H)
@@ -64,12 +65,12 @@ class OneStage(nn.Module):
 
     def loss(self, batch: Batch) -> Losses:
         """The head's losses on a batch with targets, unweighted."""
-        return self.head.loss(self(batch.images, batch.sizes), batch.targets)  # type: ignore[operator]
+        return self.head.loss(self(batch.images, batch.sizes), batch.targets)
 
     def detect(self, images: Tensor, sizes: Tensor) -> Selected:
         """Final detections as padded tensors, in pixels of the network's input: the form that exports."""
         outputs = self(images, sizes)
-        boxes, scores = self.head.decode(outputs)  # type: ignore[operator]
+        boxes, scores = self.head.decode(outputs)
         return select(boxes, scores, sizes, outputs.priors.counts, **self.select)  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -99,13 +100,13 @@ def for_inference(detector: OneStage, precision: Literal["fp32", "bf16"] = "fp32
 
     With bf16, boxes and scores are still decoded in float32.
     """
-    detector = copy.copy(detector).eval()
-    device = detector.backbone.scale.device
-    body = fold_batch_norm(detector.backbone, torch.rand(1, 3, 64, 96, device=device))  # type: ignore[arg-type]
-    detector._modules = {**detector._modules, "backbone": body}
+    detector = copy.deepcopy(detector).eval()
+    scale, shift = detector.backbone.scale, detector.backbone.shift
+    detector.backbone = fold_batch_norm(detector.backbone, torch.rand(1, 3, 64, 96, device=scale.device))
     if precision == "bf16":
-        detector = copy.deepcopy(detector).to(torch.bfloat16)
-        detector.backbone.scale, detector.backbone.shift = body.scale, body.shift
+        detector.to(torch.bfloat16)
+        # pictures are normalised in float32 all the same
+        detector.backbone.scale, detector.backbone.shift = scale, shift
     return detector
 
 

@@ -70,7 +70,7 @@ class Predictor:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.detector.backbone.scale.device  # type: ignore[union-attr, return-value]
+        return self.detector.backbone.scale.device
 
     def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
         """What is in a picture, or, for a list, in each of its pictures, `batch` of them at a time.
@@ -225,4 +225,5 @@ def pictures(sources: Iterable[str]) -> list[Path]:
 
 def _empty(picture: Tensor) -> Record:
     none = np.zeros(0)
-    return Record(0, Path(), *picture.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])
+    height, width = picture.shape[1:]
+    return Record(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])

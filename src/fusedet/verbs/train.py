@@ -69,8 +69,9 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         if rate != config.train.lr:
             say(f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}")
     recipe = make_recipe(config, rate)
-    out = Path(config.out) if resume else fabric.broadcast(fresh(config.out) if fabric.is_global_zero else None)
+    out = Path(config.out)
     if fabric.is_global_zero and not resume:
+        fresh(out)
         (out / "config.yaml").write_text(config.to_yaml())
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
         write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed})
