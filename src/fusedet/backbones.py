@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self
@@ -68,30 +72,63 @@ class Backbone(nn.Module):
 def _create(name: str, pretrained: bool, weights: str | None) -> Any:
     if not timm.is_model(name.split(".")[0]):
         raise unknown("timm model", name, timm.list_models())
-    if weights and not Path(weights).is_file():
-        raise InputError(f"model.backbone.weights={weights}: there is no such file")
+    state = _state(weights) if weights else {}
     overlay = {"file": weights} if weights else None
     try:
-        body: Any = timm.create_model(name, features_only=True, pretrained=pretrained or bool(weights), pretrained_cfg_overlay=overlay)
+        with _silent():
+            body: Any = timm.create_model(name, features_only=True, pretrained=pretrained or bool(weights), pretrained_cfg_overlay=overlay)
     except OSError as error:
         raise InputError(
             f"the pretrained weights of '{name}' could not be fetched ({type(error).__name__}): connect to the network, give a local "
             "file with model.backbone.weights=FILE, or train from scratch with model.backbone.pretrained=false"
         ) from error
-    except (RuntimeError, AttributeError, KeyError, UnpicklingError, SafetensorError) as error:
-        source = f"model.backbone.weights={weights} does not fit '{name}'" if weights else f"timm's '{name}' cannot be a backbone"
-        raise InputError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+    except (RuntimeError, AttributeError, KeyError) as error:
+        # of torch's list of differences the first is enough
+        lines = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()]
+        reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+        source = f"model.backbone.weights={weights} holds no weights of '{name}'" if weights else f"timm's '{name}' cannot be a backbone"
+        raise InputError(f"{source}: {reason}") from error
     if weights:
-        _check_loaded(body, weights)
+        _check_loaded(body, state, weights)
     if not set(_STRIDES[1:]) <= set(body.feature_info.reduction()):
         raise InputError(f"timm's '{name}' gives strides {body.feature_info.reduction()}, a pyramid needs 8, 16 and 32")
     return body
 
 
-def _check_loaded(body: nn.Module, weights: str) -> None:
+def _state(weights: str) -> dict[str, Tensor]:
+    """The state dict of a file, read without running anything that it holds."""
+    if not Path(weights).is_file():
+        raise InputError(f"model.backbone.weights={weights}: there is no such file")
+    try:
+        with _silent():
+            state = load_state_dict(weights)
+    except UnpicklingError as error:
+        raise InputError(f"model.backbone.weights={weights} holds code or is no file of torch.save: it must be a plain state dict") from error
+    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"model.backbone.weights={weights} cannot be read as a state dict: give a whole .safetensors or .pth file with weights by timm's names"
+        ) from error
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without timm's and torch's warnings: what is wrong with weights is said in one sentence of our own."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_loaded(body: nn.Module, state: dict[str, Tensor], weights: str) -> None:
     """timm loads bodies leniently: every parameter must really have come from the file."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
-    for tensor in load_state_dict(weights).values():
+    for tensor in state.values():
         by_shape.setdefault(tensor.shape, []).append(tensor)
     missing = [k for k, p in body.named_parameters() if not any(torch.equal(t.to(p.dtype), p) for t in by_shape.get(p.shape, []))]
     if missing:

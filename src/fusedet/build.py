@@ -37,7 +37,7 @@ def build(
     constructor names it, refused in the spec.
     Raises InputError for an unknown type, an unknown option (the nearest is offered) or a value of the wrong type.
     """
-    options = {"type": spec} if isinstance(spec, str) else dict(spec)
+    options = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("type", None)
     if not isinstance(name, str):
         raise InputError(f"{kind} must be a name or have a key 'type', got {spec!r}")
@@ -57,4 +57,5 @@ def build(
     try:
         return make(**passed, **options)
     except InputError as error:
-        raise InputError(f"{kind} '{name}': {error}") from error
+        text = str(error)
+        raise InputError(text if text.startswith(kind) else f"{kind} '{name}': {text}") from error

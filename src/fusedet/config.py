@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
@@ -29,6 +30,10 @@ class Pyramid:
     finest: int = 3
     coarsest: int = 7
     top: Literal["max_pool", "on_input", "on_output"] = "on_input"
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model.pyramid", self, "channels")
+        _need(self.finest <= self.coarsest, "model.pyramid.finest", self.finest, f"at most model.pyramid.coarsest={self.coarsest}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Data:
         if self.multi_scale:
             _need(32 <= self.multi_scale[0] <= self.multi_scale[1], "data.multi_scale", self.multi_scale, "[smallest, largest] short side")
         _need(0 <= self.flip <= 1, "data.flip", self.flip, "a probability, 0 to 1")
-        _need(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _at_least(0, "data", self, "workers")
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,13 @@ class Train:
     weights: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch", "accumulate", "validate_every"):
-            _need(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
-        for key in ("lr", "gamma"):
-            _need(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
+        _at_least(1, "train", self, "epochs", "batch", "accumulate", "validate_every", "base_batch", "patience")
+        _at_least(0, "train", self, "seed", "warmup_steps", "weight_decay")
+        for key in ("lr", "gamma", "clip_norm"):
+            value = getattr(self, key)
+            _need(value is None or 0 < value < math.inf, f"train.{key}", value, "above 0 and finite")
+        _need(0 <= self.momentum < 1, "train.momentum", self.momentum, "0 or more and below 1")
+        _need(0 < self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "above 0 and at most 1")
         _need(self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of train.accumulate={self.accumulate}")
         _need(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "a decay between 0 and 1, or null")
         _need(list(self.milestones) == sorted(self.milestones), "train.milestones", self.milestones, "increasing epochs")
@@ -120,8 +128,7 @@ class Test:
     def __post_init__(self) -> None:
         for key in ("score", "nms"):
             _need(0 <= getattr(self, key) <= 1, f"test.{key}", getattr(self, key), "0 to 1")
-        for key in ("max_det", "pre_nms"):
-            _need(getattr(self, key) >= 1, f"test.{key}", getattr(self, key), "1 or more")
+        _at_least(1, "test", self, "max_det", "pre_nms", "batch")
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def _find(name: str | Path, room: str, kind: str) -> Any:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise InputError(f"no config file {path}")
+            raise InputError(f"there is no config file {path}: give a YAML file, or one of {', '.join(names(room))}")
         return path
     shipped = _SHIPPED / room / f"{name}.yaml"
     if not shipped.is_file():
@@ -194,7 +201,7 @@ def _find(name: str | Path, room: str, kind: str) -> Any:
     return shipped
 
 
-def _file(path: Any) -> dict[str, Any]:
+def _file(path: Any, children: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         own: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
@@ -206,10 +213,10 @@ def _file(path: Any) -> dict[str, Any]:
         return _merge({}, own, str(path))
     # a base beside the file wins over a shipped one, so that a folder of configs moves as a whole
     beside = path.parent / f"{base}.yaml"
-    parent = beside if beside.is_file() else _find(base, path.parent.name, f"base of {path}:")
-    if str(parent) == str(path):
-        raise InputError(f"{path} names itself as its base")
-    return _merge(_file(parent), own, str(path))
+    parent = beside if beside.is_file() else _find(base, "models", f"base of {path}:")
+    if str(parent) in (str(path), *children):
+        raise InputError(f"{path} is, through {parent}, its own base")
+    return _merge(_file(parent, (str(path), *children)), own, str(path))
 
 
 def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str, Any]:
@@ -306,4 +313,11 @@ def _plain(value: Any) -> Any:
 
 def _need(condition: bool, key: str, value: Any, right: str) -> None:
     if not condition:
-        raise InputError(f"{key}={value} must be {right}")
+        shown = list(value) if isinstance(value, tuple) else value
+        raise InputError(f"{key}={shown} must be {right}")
+
+
+def _at_least(least: int, section: str, values: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(values, key)
+        _need(value is None or value >= least, f"{section}.{key}", value, f"{least} or more")

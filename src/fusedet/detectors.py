@@ -128,6 +128,8 @@ def from_config(config: configs.Config, num_classes: int) -> OneStage:
         if getattr(model, slot):
             raise InputError(f"model.{slot}={getattr(model, slot)}: this version has no {table} yet, leave it null")
     backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
+    if model.neck == []:
+        raise InputError("model.neck=[]: a chain needs at least one neck, such as fpn")
     necks: list[nn.Module] = []
     for i, spec in enumerate(model.neck if isinstance(model.neck, list) else [model.neck]):
         levels = necks[-1].levels if necks else backbone.levels

@@ -8,6 +8,9 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
+_LISTED = 50  # more names than this are not listed in a message
+
+
 class InputError(ValueError):
     """Wrong input: one sentence that names the file, key or value and what would be right.
 
@@ -24,6 +27,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
+    if len(names) > _LISTED:
+        some = difflib.get_close_matches(str(name), names, n=5, cutoff=0)
+        return InputError(f"unknown {kind} '{name}': {hint}Known are {len(names)}, among them {', '.join(some)}")
     return InputError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or 'none'}")
 
 

@@ -18,14 +18,15 @@ from fusedet.errors import InputError
 Rng = np.random.Generator
 Array = np.ndarray
 
-VERSION = 1  # to be raised whenever the same parameters draw other pictures
+VERSION = 2  # to be raised whenever the same parameters draw other pictures
 MARKER = "demo.json"
 SMALLEST = 8.0  # pixels across
 LARGEST = 0.8  # of the picture's shorter side
-MOST_OBJECTS = 8
-HIDDEN = 0.6  # no object is hidden more than this
+MOST_OBJECTS = 6
+HIDDEN = 0.35  # no object is hidden more than this
 TRIES = 20  # places tried for an object before it is left out
 EMPTY_EVERY = 25  # every 25th picture has no object
+HUE_SPREAD = 0.06  # each class has its own hue, give or take this share of the circle: at 8 pixels a form alone says little
 SHADOW = 0.15  # how far a shadow reaches, of the object's radius
 
 
@@ -177,7 +178,7 @@ def draw_scene(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple
             left = [*(mask & ~inside for mask in masks), inside]
             areas = [*whole, float((patch.distance <= 0).sum())]
             if all(mask.sum() >= (1 - HIDDEN) * area for mask, area in zip(left, areas)):
-                _paint(rng, canvas, patch, radius)
+                _paint(rng, canvas, patch, radius, label / len(SHAPES))
                 labels, masks, whole = [*labels, label], left, areas
                 break
     canvas += rng.normal(0, rng.uniform(1, 6), (height, width, 1))
@@ -206,14 +207,14 @@ def _patch(rng: Rng, label: int, radius: float, height: int, width: int) -> _Pat
     return _Patch(SHAPES[list(SHAPES)[label]](*turned) * radius, rows, columns, cut)
 
 
-def _paint(rng: Rng, canvas: Array, patch: _Patch, radius: float) -> None:
+def _paint(rng: Rng, canvas: Array, patch: _Patch, radius: float, hue: float) -> None:
     """Draw an object with a soft shadow, a shaded fill that stands out from what is behind it, and perhaps a rim."""
     behind = canvas[patch.rows, patch.columns]
     distance = patch.distance[patch.cut]
     shadow = 0.35 * np.clip(1 - distance / (SHADOW * radius + 1), 0, 1) ** 2
     behind *= 1 - shadow[..., None]
 
-    colours = np.array([_colour(rng, (0.45, 1.0), (0.3, 1.0)) for _ in range(16)])
+    colours = np.array([_colour(rng, (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1, (0.6, 1.0), (0.4, 1.0)) for _ in range(16)])
     border = behind[np.abs(distance) < 3][:, None]  # (n, 1, 3)
     contrast = np.quantile(np.abs(border - colours).sum(2), 0.1, axis=0)
     colour = colours[contrast.argmax()]
@@ -227,8 +228,8 @@ def _paint(rng: Rng, canvas: Array, patch: _Patch, radius: float) -> None:
     behind += cover * (np.clip(fill, 0, 255) - behind)
 
 
-def _colour(rng: Rng, saturation: tuple[float, float], value: tuple[float, float]) -> Array:
-    return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)))
+def _colour(rng: Rng, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> Array:
+    return 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value)))
 
 
 def _background(rng: Rng, height: int, width: int) -> Array:
@@ -247,7 +248,7 @@ def _background(rng: Rng, height: int, width: int) -> Array:
         mix = _clouds(rng, height, width)
     else:
         mix = np.clip(0.5 + 2 * np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period), 0, 1)
-    one, other = _colour(rng, (0.05, 0.4), (0.25, 0.95)), _colour(rng, (0.05, 0.4), (0.25, 0.95))
+    one, other = (_colour(rng, rng.random(), (0.05, 0.3), (0.25, 0.95)) for _ in range(2))
     if kind in (1, 3):
         other = one + 0.5 * (other - one)  # hard patterns are kept low in contrast
     light = 1 + 0.15 * (2 * _clouds(rng, height, width) - 1)

@@ -142,7 +142,7 @@ def _coco_files(path: Path) -> dict[str, Path]:
 
 def _is_split(file: Path) -> bool:
     known = canonical(re.sub(r"^instances_|\d{4}$", "", file.stem)) in ("train", "val", "test", "trainval")
-    return known or _mentions(file, '"images"', '"annotations"', '"categories"')
+    return known or _mentions(file, r'"(images|annotations|categories)"\s*:\s*\[')
 
 
 def _coco_file(path: Path, split: str) -> Path:

@@ -78,7 +78,7 @@ class Watch:
         return f"the gradient norm is {norm.item()} at step {step}, images {_listed(ids)}: {_ADVICE}"
 
 
-_ADVICE = "lower the learning rate, clip the gradients, or look at these pictures' boxes; the last checkpoint is from before"
+_ADVICE = "lower the learning rate, clip the gradients, or look at these pictures' boxes; what was saved before is still whole"
 
 
 def _listed(ids: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedet.errors import InputError
 from fusedet.heads.tower import TwinTowers
 from fusedet.ops.assign import MaxIoU
 from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
@@ -45,6 +46,10 @@ class RetinaHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
+        if convs < 0 or scales_per_octave < 1 or not ratios:
+            raise InputError(
+                f"convs={convs}, scales_per_octave={scales_per_octave} and ratios={list(ratios)} must be 0 or more, 1 or more, and not empty"
+            )
         channels = channels or levels.channels[0]
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.assigner = MaxIoU(positive, negative)

@@ -14,7 +14,8 @@ def tower(inputs: int, channels: int, convs: int, norm: bool = False) -> nn.Sequ
     layers: list[nn.Module] = []
     for i in range(convs):
         layers.append(conv(inputs if i == 0 else channels, channels, 3))
-        layers += [nn.GroupNorm(32, channels)] * norm
+        if norm:
+            layers.append(nn.GroupNorm(32, channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 

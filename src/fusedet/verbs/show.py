@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from fusedet.doctor import Report
 
 def score(console: Console, figures: dict[str, Any], title: str) -> None:
     """AP and AR by object size, then AP per class."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for name in ("", "all", "IoU 0.5", "IoU 0.75", "small", "medium", "large"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("AP", *(number(figures[k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
@@ -29,14 +30,14 @@ def score(console: Console, figures: dict[str, Any], title: str) -> None:
     for name in ("class", "pictures", "objects", *columns):
         classes.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")
     for row in figures["classes"]:
-        classes.add_row(row["name"], str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns))
+        classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns))
     console.print(classes)
 
 
 def cost(console: Console, figures: dict[str, Any], title: str) -> None:
     """Parameters and multiply-adds per part."""
     height, width = figures["picture"]
-    table = Table(title=f"{title}, one picture of {height} x {width}", title_justify="left")
+    table = Table(title=f"{escape(title)}, one picture of {height} x {width}", title_justify="left")
     for name in ("part", "parameters", "trainable", "multiply-adds (G)"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for name, row in [*figures["parts"].items(), ("all", figures)]:
@@ -46,10 +47,20 @@ def cost(console: Console, figures: dict[str, Any], title: str) -> None:
 
 def report(console: Console, split: str, found: Report) -> None:
     """What a doctor found in a split."""
-    figures = found.figures
+    if found.figures:
+        _content(console, split, found.figures)
+    for text in found.warnings:
+        console.print(f"  [yellow]warning[/] {escape(text)}")
+    for text in found.errors[:20]:
+        console.print(f"  [red]error[/] {escape(text)}")
+    if len(found.errors) > 20:
+        console.print(f"  [red]error[/] and {len(found.errors) - 20} more")
+
+
+def _content(console: Console, split: str, figures: dict[str, Any]) -> None:
     sizes = figures["sizes"]
     console.print(
-        f"[bold]{split}[/]: {figures['pictures']} pictures ({figures['empty_pictures']} without objects), {figures['objects']} objects"
+        f"[bold]{escape(split)}[/]: {figures['pictures']} pictures ({figures['empty_pictures']} without objects), {figures['objects']} objects"
     )
     console.print(
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
@@ -58,19 +69,12 @@ def report(console: Console, split: str, found: Report) -> None:
     if small := figures.get("smallest"):
         w, h = small["original"]
         console.print(
-            f"  smallest after the resize: {w:.0f}x{h:.0f} becomes {small['network_side']:.1f} pixels, in {small['picture']}",
-            highlight=False,
+            f"  smallest after the resize: {w:.0f}x{h:.0f} becomes {small['network_side']:.1f} pixels, in {escape(small['picture'])}"
         )
     table = Table("class", "objects")
     for name, count in figures["classes"].items():
-        table.add_row(name, str(count))
+        table.add_row(escape(name), str(count))
     console.print(table)
-    for text in found.warnings:
-        console.print(f"  [yellow]warning[/] {text}", highlight=False)
-    for text in found.errors[:20]:
-        console.print(f"  [red]error[/] {text}", highlight=False)
-    if len(found.errors) > 20:
-        console.print(f"  [red]error[/] and {len(found.errors) - 20} more")
 
 
 def number(value: float | None) -> str:
@@ -80,6 +84,6 @@ def number(value: float | None) -> str:
 
 def track(console: Console, items: Iterable[Any], total: int, text: str) -> Iterator[Any]:
     """The same items with a progress bar where there is a terminal."""
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(escape(text)), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(items, total=total)

@@ -1,0 +1,45 @@
+# make demo | test | lint | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+BENCHMARKS := predict train_step evaluate loader
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   generate pictures, train a small detector on them, score it and draw what it finds"
+	@echo "make test   all tests, WORKERS=$(WORKERS) at a time"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  the four benchmarks, JSON each"
+	@echo "make clean  remove caches and build products; .venv, demos and runs stay"
+
+demo: .venv/.ready
+	$(BIN)/fusedet demo
+
+# one thread per worker: small tensors gain nothing from more, and workers would fight for the cores
+test: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: .venv/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/.ready
+	@for name in $(BENCHMARKS); do echo "== $$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fusedet needs Python 3.11 or newer, and '$(PYTHON)' is not: name one that is, e.g. make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || rm -rf .venv
+	@if uv --version >/dev/null 2>&1; then \
+	  { test -x $(BIN)/python || uv venv --python "$$(command -v $(PYTHON))" .venv; } && uv pip install --python $(BIN)/python -e ".[dev]"; \
+	else \
+	  { test -x $(BIN)/python || $(PYTHON) -m venv .venv; } && $(BIN)/python -m pip install -e ".[dev]"; \
+	fi
+	@touch $@

@@ -1,0 +1,174 @@
+"""Configs: bases, overrides, schedules, types, and what is said about mistakes."""
+
+from pathlib import Path
+
+import pytest
+
+from fusedet import config
+from fusedet.detectors import create_model, from_config
+from fusedet.errors import InputError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_overrides_are_typed_and_nested() -> None:
+    c = config.load(
+        "retinanet_r50", ["train.epochs=3", "train.lr=1e-3", "data=/x/y", "data.size=[320,400]", "train.ema=0.999", "out=runs/a"]
+    )
+    assert (c.train.epochs, c.train.lr, c.train.ema, c.out) == (3, 0.001, 0.999, "runs/a")
+    assert c.data.path == "/x/y"
+    assert c.data.size == (320, 400)
+    assert config.load("retinanet_r50", ["data=007"]).data.path == "007"  # a path is never a number
+    assert config.load("retinanet_r50", ["train.ema=null"]).train.ema is None
+
+
+def test_backbone_by_name_keeps_its_options() -> None:
+    c = config.load("retinanet_r50", ["model.backbone=resnet18"])
+    assert c.model.backbone == {"name": "resnet18", "pretrained": True, "frozen_stages": 1, "norm_eval": True}
+
+
+def test_a_slot_whose_type_changes_begins_anew() -> None:
+    c = config.load("retinanet_r50", ["model.head.convs=2"])
+    assert c.model.head == {"type": "retina", "convs": 2}
+    c = config.load("retinanet_r50", ["model.head.convs=2", "model.head=pkg.mod:Other"])
+    assert c.model.head == {"type": "pkg.mod:Other"}
+    c = config.load("retinanet_r50", ["model.head={type: retina, channels: 8}"])
+    assert c.model.head == {"type": "retina", "convs": 4, "channels": 8}
+
+
+def test_list_items_are_addressed() -> None:
+    c = config.load("retinanet_r50", ["model.neck=[fpn,pkg.mod:Extra]", "model.neck.1.width=3", "model.neck[0].type=fpn"])
+    assert c.model.neck == [{"type": "fpn"}, {"type": "pkg.mod:Extra", "width": 3}]
+    with pytest.raises(InputError, match="list of 2, address its items by 0 to 1"):
+        config.load("retinanet_r50", ["model.neck=[fpn,fpn]", "model.neck.2.width=3"])
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "milestones", "scales"), [("1x", 12, (8, 11), None), ("2x", 24, (16, 22), None), ("2x_ms", 24, (16, 22), (640, 800))]
+)
+def test_schedules(name: str, epochs: int, milestones: tuple, scales: tuple | None) -> None:
+    c = config.load("retinanet_r50", [f"train.schedule={name}"])
+    assert (c.train.epochs, c.train.milestones, c.data.multi_scale) == (epochs, milestones, scales)
+    t = c.train
+    assert (t.optimizer, t.lr, t.batch, t.base_batch, t.momentum, t.weight_decay) == ("sgd", 0.01, 16, 16, 0.9, 1e-4)
+    assert (t.warmup_steps, t.warmup_ratio, t.gamma) == (500, 0.001, 0.1)
+
+
+def test_a_schedule_lies_below_what_comes_with_it() -> None:
+    c = config.load("retinanet_tiny", ["train.epochs=5", "train.schedule=2x"])
+    assert c.train.epochs == 5  # said beside the schedule
+    assert c.train.milestones == (16, 22)  # from the schedule
+    assert c.train.optimizer == "sgd"  # the schedule lies above the model's own file
+
+
+def test_the_resolved_yaml_is_enough(tmp_path: Path) -> None:
+    for name in config.names():
+        c = config.load(name, ["train.schedule=2x_ms", "train.epochs=7", "data=/x", "model.neck=[fpn]"])
+        assert config.load(write(tmp_path, "again", c.to_yaml())) == c
+
+
+def test_bases(tmp_path: Path) -> None:
+    write(tmp_path, "parent", "base: retinanet_r18\ntrain: {epochs: 5}\n")
+    child = write(tmp_path, "child", "base: parent\ntrain: {lr: 0.5}\n")
+    c = config.load(child)
+    assert (c.train.epochs, c.train.lr, c.model.backbone["name"]) == (5, 0.5, "resnet18.tv_in1k")
+
+
+def test_python_and_command_line_are_the_same() -> None:
+    sections = {"model": {"neck": ["fpn"], "pyramid": {"channels": 32}, "backbone": {"pretrained": False}}}
+    words = ["model.neck=[fpn]", "model.pyramid.channels=32", "model.backbone.pretrained=false"]
+    assert config.load("retinanet_r18", sections=sections) == config.load("retinanet_r18", words)
+    one, other = create_model("retinanet_r18", *words), create_model("retinanet_r18", **sections)
+    assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.epoch=3", "did you mean 'train.epochs'"),
+        ("modle.neck=fpn", "unknown config key 'modle'"),
+        ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
+        ("train.epochs=0", "train.epochs=0 must be 1 or more"),
+        ("train.epochs", "write key=value"),
+        ("train.epochs=[", "not YAML"),
+        ("train=3", "train must be a mapping"),
+        ("train.schedule=3x", "unknown schedule"),
+        ("train.optimizer=adam", "did you mean 'adamw'"),
+        ("data.size=[800,600]", "data.size"),
+        ("data.size=800", "data.size must be"),
+        ("test.nms=2", "test.nms=2"),
+        ("train.batch=5", None),
+        ("model.pyramid.top=on_inputs", "did you mean 'on_input'"),
+    ],
+)
+def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
+    if said is None:
+        config.load("retinanet_r50", [override])
+        return
+    with pytest.raises(InputError) as error:
+        config.load("retinanet_r50", [override])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.neck=fpm", "unknown model.neck 'fpm': did you mean 'fpn'"),
+        ("model.neck=no.such:Neck", "cannot be imported"),
+        ("model.neck.channels=4", "set model.pyramid.channels"),
+        ("model.neck.levels=4", "passes levels by itself"),
+        ("model.head.num_classes=4", "passes num_classes by itself"),
+        ("model.head.conv=4", "did you mean 'convs'"),
+        ("model.head.convs=many", "model.head.convs must be int"),
+        ("model.backbone.name=resnet51", "unknown timm model 'resnet51'"),
+        ("model.backbone.frozen_stages=9", "frozen_stages=9"),
+        ("model.plugin=msfm", "leave it null"),
+        ("model.interact=msil", "leave it null"),
+        ("model.pyramid.finest=9", "finest=9"),
+        ("model.neck=3", "model.neck must be a name"),
+    ],
+)
+def test_mistakes_in_parts(override: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        from_config(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no config file"):
+        config.load(tmp_path / "absent.yaml")
+    with pytest.raises(InputError, match="did you mean 'retinanet_r50'"):
+        config.load("retinanet_r5")
+    with pytest.raises(InputError, match="is not YAML"):
+        config.load(write(tmp_path, "broken", "model: [1, 2\n"))
+    with pytest.raises(InputError, match="must be a mapping"):
+        config.load(write(tmp_path, "list", "- 1\n- 2\n"))
+    with pytest.raises(InputError, match="own base"):
+        write(tmp_path, "other", "base: loop\n")
+        config.load(write(tmp_path, "loop", "base: other\n"))
+    with pytest.raises(InputError, match="unknown base"):
+        config.load(write(tmp_path, "orphan", "base: nothing\n"))
+
+
+def test_a_neck_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_necks.py").write_text(
+        "from torch import nn\n"
+        "class Plain(nn.Module):\n"
+        "    def __init__(self, levels, gain: float = 1.0):\n"
+        "        super().__init__()\n"
+        "        self.levels, self.gain = levels, gain\n"
+        "    def forward(self, features):\n"
+        "        return [self.gain * f for f in features]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = create_model(
+        "retinanet_tiny", "model.neck=[fpn,their_necks:Plain]", "model.neck.1.gain=2", "model.backbone.name=resnet10t", num_classes=1
+    )
+    assert model.neck.necks[1].gain == 2.0
+    assert model.neck.levels == model.neck.necks[0].levels

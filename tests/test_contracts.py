@@ -1,0 +1,325 @@
+"""What every backbone, neck, head and shipped config promises."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from fusedet import config
+from fusedet.backbones import Backbone
+from fusedet.detectors import OneStage, create_model, for_inference
+from fusedet.errors import InputError
+from fusedet.heads import HEADS
+from fusedet.necks import FPN, NECKS
+from fusedet.types import Batch, Levels, Target
+
+BODIES = ["resnet18", "resnet50", "resnext101_32x4d", "convnext_tiny", "mobilenetv3_large_100", "resnet10t", "regnetx_002"]
+SIZES = [(64, 96), (33, 47), (75, 129)]
+LEVELS = Levels((8, 16, 24, 32), (4, 8, 16, 32))
+PYRAMIDS = [(3, 7, "on_input"), (3, 7, "on_output"), (2, 6, "max_pool"), (3, 5, "on_input"), (2, 5, "max_pool")]
+
+
+def objects(boxes: list, labels: list) -> Target:
+    return Target(torch.tensor(boxes, dtype=torch.float).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64))
+
+
+EMPTY = objects([], [])
+SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
+
+
+def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
+    n = len(targets)
+    images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
+    return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
+
+
+def maps(levels: Levels, size: tuple[int, int], n: int = 2) -> list[torch.Tensor]:
+    """Random maps as a body would give them for a picture of this size."""
+    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
+
+
+def small(**head: object) -> OneStage:
+    options = ["model.backbone.name=resnet10t", "model.pyramid.channels=16", "model.head.convs=1"]
+    return create_model("retinanet_tiny", *options, num_classes=3, model={"head": head})
+
+
+# -- backbones
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("size", SIZES[:2])
+def test_backbones_keep_their_promise(name: str, size: tuple[int, int]) -> None:
+    body = Backbone(name, pretrained=False).eval()
+    assert body.levels.strides == (4, 8, 16, 32)
+    with torch.no_grad():
+        found = body(torch.randn(1, 3, *size))
+    assert [f.shape[1] for f in found] == list(body.levels.channels)
+    for f, stride in zip(found, body.levels.strides):
+        # convnext's stem drops the rest of a division, others round up
+        assert all(side // stride <= have <= math.ceil(side / stride) for side, have in zip(size, f.shape[2:]))
+
+
+@pytest.mark.parametrize(("stages", "frozen"), [(-1, 0), (0, 9_536), (1, 225_344), (2, 1_444_928), (4, 23_508_032)])
+def test_frozen_stages_of_resnet50(stages: int, frozen: int) -> None:
+    """The stem has 9,536 parameters, with layer1 225,344 (the papers' counting rule), with all four stages everything."""
+    body = Backbone("resnet50", pretrained=False, frozen_stages=stages)
+    assert sum(p.numel() for p in body.parameters() if not p.requires_grad) == frozen
+    resting = [m for m in body.train().modules() if isinstance(m, nn.BatchNorm2d) and not m.training]
+    assert len(resting) == {-1: 0, 0: 1, 1: 11, 2: 24, 4: 53}[stages]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_frozen_parts_are_the_first_ones(name: str) -> None:
+    """With k stages frozen, the gradient reaches the first map beyond them and no frozen weight."""
+    body = Backbone(name, pretrained=False, frozen_stages=1).train()
+    found = body(torch.randn(2, 3, 64, 64))
+    assert not found[0].requires_grad
+    assert found[1].requires_grad
+    assert 0 < sum(p.requires_grad for p in body.parameters()) < len(list(body.parameters()))
+
+
+def test_norm_eval_rests_statistics_and_trains_scale_and_shift() -> None:
+    body = Backbone("resnet10t", pretrained=False, norm_eval=True).train()
+    norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
+    assert all(m.weight.requires_grad for m in norms)
+    before = norms[0].running_mean.clone()
+    body(torch.randn(2, 3, 64, 64))
+    assert torch.equal(norms[0].running_mean, before)
+
+
+def test_normalisation_is_the_pretrained_one() -> None:
+    model = small()
+    picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert torch.allclose(model.normalise(picture), (picture / 255 - mean) / std, atol=1e-5)
+
+
+def test_padding_is_zero_after_normalisation() -> None:
+    x = small().normalise(torch.full((2, 3, 32, 64), 255, dtype=torch.uint8), torch.tensor([[32, 64], [20, 40]]))
+    assert x[0].all()
+    assert x[1, :, :20, :40].all()
+    assert not x[1, :, 20:].any()
+    assert not x[1, :, :, 40:].any()
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_local_weights_are_loaded_and_checked(tmp_path) -> None:
+    import timm
+
+    source = timm.create_model("resnet10t", pretrained=False)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    body = Backbone("resnet10t", weights=str(tmp_path / "w.pth"))
+    assert torch.equal(body.body.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth"):
+        Backbone("resnet10t", weights=str(tmp_path / "other.pth"))
+    with pytest.raises(InputError, match="no such file"):
+        Backbone("resnet10t", weights=str(tmp_path / "absent.pth"))
+
+
+def test_unfit_bodies_are_refused() -> None:
+    with pytest.raises(InputError, match="did you mean 'resnet50'"):
+        Backbone("resnet50x", pretrained=False)
+    with pytest.raises(InputError, match="strides|backbone"):
+        Backbone("vit_tiny_patch16_224", pretrained=False)
+
+
+# -- necks
+
+
+@pytest.mark.parametrize(("name", "pyramid", "size"), list(product(NECKS, PYRAMIDS, SIZES)))
+def test_necks_keep_their_promise(name: str, pyramid: tuple[int, int, str], size: tuple[int, int]) -> None:
+    finest, coarsest, top = pyramid
+    neck = NECKS[name](LEVELS, channels=32, finest=finest, coarsest=coarsest, top=top)
+    inputs = [m.requires_grad_() for m in maps(LEVELS, size)]
+    kept = [m.detach().clone() for m in inputs]
+    outputs = neck(inputs)
+    assert neck.levels == Levels((32,) * len(outputs), tuple(2**i for i in range(finest, coarsest + 1)))
+    for out, stride in zip(outputs, neck.levels.strides):
+        expected = size
+        for _ in range(int(math.log2(stride))):
+            expected = tuple(math.ceil(s / 2) for s in expected)
+        assert out.shape == (2, 32, *expected)
+    sum(o.square().mean() for o in outputs).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in neck.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(kept, inputs))  # inputs are never changed
+
+
+def test_fpn_refuses_impossible_pyramids() -> None:
+    with pytest.raises(InputError, match="finest=6"):
+        FPN(LEVELS, finest=6)
+    with pytest.raises(InputError, match="coarsest=4"):
+        FPN(LEVELS, coarsest=4)
+
+
+def test_fpn_by_hand() -> None:
+    """With identity convolutions the finest level is the sum of all, each upsampled by nearest."""
+    neck = FPN(Levels((1, 1), (8, 16)), channels=1, coarsest=5, top="max_pool")
+    for m in [*neck.lateral, *neck.output]:
+        nn.init.dirac_(m.weight)
+        nn.init.zeros_(m.bias)
+    fine, coarse = torch.arange(8.0).reshape(1, 1, 2, 4), torch.tensor([[10.0, 20.0]]).reshape(1, 1, 1, 2)
+    p3, p4, p5 = neck([fine, coarse])
+    assert p3.flatten().tolist() == [10, 11, 22, 23, 14, 15, 26, 27]
+    assert p4.flatten().tolist() == [10, 20]
+    assert p5.flatten().tolist() == [10]
+
+
+# -- heads
+
+
+@pytest.mark.parametrize(("name", "size"), list(product(HEADS, SIZES)))
+def test_heads_keep_their_promise(name: str, size: tuple[int, int]) -> None:
+    levels = Levels((32,) * 5, (8, 16, 32, 64, 128))
+    head = HEADS[name](levels, num_classes=3, convs=1)
+    outputs = head(maps(levels, size))
+    boxes, scores = head.decode(outputs)
+    count = len(outputs.priors)
+    assert sum(outputs.priors.counts) == count
+    assert boxes.shape == (2, count, 4)
+    assert scores.shape == (2, count, 3)
+    assert 0 <= scores.min() <= scores.max() <= 1
+    losses = head.loss(outputs, [SOME, EMPTY])
+    assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in head.parameters())
+
+
+def test_every_anchor_starts_with_the_prior_score() -> None:
+    head = HEADS["retina"](Levels((8,), (8,)), num_classes=2, prior=0.01)
+    for p in [*head.towers.parameters(), head.cls.weight]:
+        nn.init.zeros_(p)
+    assert torch.allclose(head.decode(head([torch.zeros(1, 8, 2, 2)]))[1], torch.tensor(0.01))
+
+
+# -- detectors
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("targets", [(EMPTY,), (SOME,), (EMPTY, EMPTY), (SOME, EMPTY)])
+def test_empty_pictures_go_through_everything(mode: bool, targets: tuple[Target, ...]) -> None:
+    model = small().train(mode)
+    losses = model.loss(batch(*targets))
+    assert all(v.isfinite() for v in losses.values())
+    if not any(len(t) for t in targets):
+        assert float(losses["loss_box"].detach()) == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert len(model.predict(batch(*targets))) == len(targets)
+    assert model.training is mode
+
+
+def test_an_object_larger_than_the_picture_and_a_thousand_objects() -> None:
+    torch.manual_seed(1)
+    corner = torch.rand(1000, 2) * torch.tensor([80.0, 50.0])
+    many = objects(torch.cat([corner, corner + 1 + 10 * torch.rand(1000, 2)], dim=1).tolist(), [1] * 1000)
+    huge = objects([[-50, -50, 500, 400]], [0])
+    losses = small().loss(batch(many, huge))
+    assert all(v.isfinite() for v in losses.values())
+
+
+def test_a_batch_is_its_pictures() -> None:
+    """Prediction of a batch equals that of each picture alone, padded likewise."""
+    model = small().eval()
+    model.head.cls.bias.data += 3
+    together = batch(EMPTY, EMPTY)
+    for i, found in enumerate(model.predict(together)):
+        alone = Batch(together.images[i : i + 1], together.sizes[i : i + 1], (i,), together.scales[i : i + 1])
+        (one,) = model.predict(alone)
+        assert len(one) > 0
+        assert torch.allclose(one.boxes, found.boxes, atol=1e-3)
+        assert torch.equal(one.labels, found.labels)
+
+
+def test_loss_normaliser_by_hand() -> None:
+    """Each picture counts for its positives, at least one (MMDetection 3.x): the loss of a pair with an empty picture shows it."""
+    head = small().head
+    levels = maps(head.levels, (64, 96), n=1)
+    twice = [m.repeat(2, 1, 1, 1) for m in levels]
+    alone, pair = head.loss(head(levels), [SOME]), head.loss(head(twice), [SOME, EMPTY])
+    positives = int((head.assigner.assign(head(levels).priors, SOME) >= 0).sum())
+    assert float((pair["loss_box"] / alone["loss_box"]).detach()) == pytest.approx(positives / (positives + 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_inference_copy_finds_the_same(precision: str) -> None:
+    model = small()
+    model.train()
+    for _ in range(3):
+        model(batch(EMPTY, EMPTY).images)  # moves the norms' statistics
+    model.eval()
+    ready = for_inference(model, precision)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in ready.modules())
+    images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
+    with torch.no_grad():
+        a, b = model(images, sizes), ready(images, sizes)
+    for ours, theirs in zip(a.maps["cls"] + a.maps["reg"], b.maps["cls"] + b.maps["reg"]):
+        assert torch.allclose(ours, theirs.float(), atol=1e-4 if precision == "fp32" else 0.1 * float(ours.abs().max()))
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_tiny", "mobilenetv3_large_100"])
+def test_folding_batch_norms_of_other_bodies(name: str) -> None:
+    model = create_model("retinanet_tiny", f"model.backbone.name={name}", num_classes=2)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in for_inference(model).modules())
+
+
+def test_detection_exports() -> None:
+    """torch.export takes all of prediction, suppression included, and gives the same."""
+    model = for_inference(small())
+    model.head.cls.bias.data += 3
+    images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
+
+    class Detect(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(self.model.detect(images, sizes))
+
+    exported = torch.export.export(Detect(), (images, sizes), strict=False).module()
+    other = batch(EMPTY).images
+    with torch.no_grad():
+        for ours, theirs in zip(model.detect(other, sizes), exported(other, sizes)):
+            assert torch.allclose(ours.float(), theirs.float(), atol=1e-4)
+    assert int(model.detect(other, sizes).counts) > 0
+
+
+def test_autocast_and_channels_last_are_trained_through() -> None:
+    model = small().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.loss(batch(SOME, EMPTY))
+    sum(losses.values()).backward()
+    assert all(v.dtype == torch.float32 for v in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.backbone.body.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# -- configs
+
+
+@pytest.mark.parametrize("name", config.names())
+def test_every_shipped_config_is_built_and_stepped_once(name: str) -> None:
+    options = ["model.backbone.pretrained=false"]
+    model = create_model(name, *options, num_classes=3).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = model.loss(batch(SOME, EMPTY))
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"), [("retinanet_r50", 37_743_348), ("retinanet_r101", 56_735_476), ("retinanet_r18", None)]
+)
+def test_trainable_parameters(name: str, trainable: int | None) -> None:
+    model = create_model(name, "model.backbone.pretrained=false")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert trainable in (None, count)
+    assert frozen == (157_504 if trainable is None else 225_344)  # the stem and the first stage
