@@ -10,8 +10,6 @@ import argparse
 import contextlib
 import io
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import own_peak, report
 
 from fusedet import evaluate
 from fusedet.data.records import Record, Records
@@ -79,7 +78,7 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     results = detections(data, count, seed)
     evaluate.coco(data, [], evaluator=evaluator)  # imports are not what is measured
     truth = evaluate.coco_ground_truth(data) if evaluator != "fusedet" else {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_peak()
     began = time.perf_counter()
     if evaluator == "fusedet":
         figures = evaluate.coco(data, results)
@@ -87,9 +86,8 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     else:
         stats, classes = by_package(evaluator, truth, results)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    print(json.dumps({"seconds": seconds, "peak_mib": peak / unit, "grown_mib": (peak - before) / unit, "figures": [*stats, *classes]}))
+    peak = own_peak()
+    print(json.dumps({"seconds": seconds, "peak_mib": peak, "grown_mib": peak - before, "figures": [*stats, *classes]}))
 
 
 def by_package(evaluator: str, truth: dict, results: list[dict]) -> tuple[list[float], list[float]]:
@@ -133,13 +131,11 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, done in runs.items():
             done.append(json.loads(subprocess.run([*command, "--one", name], check=True, capture_output=True, text=True).stdout))
-    report = {
+    figures = {
         "images": options.images,
         "detections": options.detections // options.images * options.images,
         "objects": options.objects,
         "repeats": options.repeats,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
         "evaluators": {
             name: {
                 "seconds": [round(run["seconds"], 3) for run in done],
@@ -152,15 +148,15 @@ def main() -> None:
         },
     }
     if "fusedet" in runs:
-        own = report["evaluators"]["fusedet"]
+        own = figures["evaluators"]["fusedet"]
         for name in [name for name in runs if name != "fusedet"]:
-            other = report["evaluators"][name]
-            report[f"fusedet_over_{name}"] = {
+            other = figures["evaluators"][name]
+            figures[f"fusedet_over_{name}"] = {
                 "times_as_fast": round(other["median_seconds"] / own["median_seconds"], 2),
                 "memory": round(own["peak_mib"] / other["peak_mib"], 3),
                 "largest_difference": _difference(runs["fusedet"][0]["figures"], runs[name][0]["figures"]),
             }
-    print(json.dumps(report, indent=2))
+    report(benchmark="evaluate", **figures)
 
 
 def _difference(a: list[float], b: list[float]) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+from common import report
 from PIL import Image
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -162,18 +162,17 @@ def main() -> None:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 peaks[name] = pool.submit(peak_mib, name, path, options.batch).result()
     medians = {name: statistics.median(values) for name, values in times.items()}
-    result = {
-        "milliseconds_per_image": {name: round(value, 2) for name, value in medians.items()},
-        "torchvision_over_fusedet": round(medians["torchvision"] / medians["fusedet"], 2),
-        "peak_memory_over_imports_mib": peaks,
-        "includes": INCLUDES,
-        "images": options.images,
-        "batch": options.batch,
-        "picture": f"{WIDTH}x{HEIGHT} JPEG, resized to {SHORT}/{LONG}",
-        "threads": 1,
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": Image.__version__},
-    }
-    print(json.dumps(result, indent=1))
+    report(
+        benchmark="loader",
+        milliseconds_per_image={name: round(value, 2) for name, value in medians.items()},
+        torchvision_over_fusedet=round(medians["torchvision"] / medians["fusedet"], 2),
+        peak_memory_over_imports_mib=peaks,
+        includes=INCLUDES,
+        images=options.images,
+        batch=options.batch,
+        picture=f"{WIDTH}x{HEIGHT} JPEG, resized to {SHORT}/{LONG}",
+        pillow=Image.__version__,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
 """Fixtures that all tests share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+from fusedet import cli
+from fusedet.data.demo import generate
+
+# how long an example takes says more about the machine than about the code
+settings.register_profile("fusedet", deadline=None)
+settings.load_profile("fusedet")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,3 +33,41 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+SMALL = [
+    "model.backbone.name=lcnet_050",
+    "model.pyramid.channels=16",
+    "model.head.convs=1",
+    "model.head.norm=false",
+    "data.size=[64,96]",
+    "data.workers=0",
+    "train.epochs=1",
+    "train.batch=4",
+    "train.base_batch=4",
+    "train.warmup_steps=0",
+    "test.score=0.001",
+    "device=cpu",
+]
+"""Overrides of retinanet_tiny that make a training a matter of a second."""
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated data: 8 pictures to train on, 8 to validate on, of 64 to 96 pixels. Not to be changed."""
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    return generate(folder, images=16, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
+
+
+@pytest.fixture(scope="session")
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on `scenes`. Not to be changed: use `run_copy`."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL]) == 0
+    return out
+
+
+@pytest.fixture
+def run_copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "copied_run"))

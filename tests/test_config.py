@@ -149,8 +149,8 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
         config.load(write(tmp_path, "broken", "model: [1, 2\n"))
     with pytest.raises(InputError, match="must be a mapping"):
         config.load(write(tmp_path, "list", "- 1\n- 2\n"))
+    write(tmp_path, "other", "base: loop\n")
     with pytest.raises(InputError, match="own base"):
-        write(tmp_path, "other", "base: loop\n")
         config.load(write(tmp_path, "loop", "base: other\n"))
     with pytest.raises(InputError, match="unknown base"):
         config.load(write(tmp_path, "orphan", "base: nothing\n"))

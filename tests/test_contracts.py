@@ -124,7 +124,7 @@ def test_local_weights_are_loaded_and_checked(tmp_path) -> None:
 def test_unfit_bodies_are_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'resnet50'"):
         Backbone("resnet50x", pretrained=False)
-    with pytest.raises(InputError, match="strides|backbone"):
+    with pytest.raises(InputError, match="vit_tiny"):
         Backbone("vit_tiny_patch16_224", pretrained=False)
 
 
@@ -314,9 +314,7 @@ def test_every_shipped_config_is_built_and_stepped_once(name: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "trainable"), [("retinanet_r50", 37_743_348), ("retinanet_r101", 56_735_476), ("retinanet_r18", None)]
-)
+@pytest.mark.parametrize(("name", "trainable"), [("retinanet_r50", 37_743_348), ("retinanet_r101", 56_735_476), ("retinanet_r18", None)])
 def test_trainable_parameters(name: str, trainable: int | None) -> None:
     model = create_model(name, "model.backbone.pretrained=false")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -79,10 +79,10 @@ def _create(name: str, pretrained: bool, weights: str | None) -> Any:
             body: Any = timm.create_model(name, features_only=True, pretrained=pretrained or bool(weights), pretrained_cfg_overlay=overlay)
     except OSError as error:
         raise InputError(
-            f"the pretrained weights of '{name}' could not be fetched ({type(error).__name__}): connect to the network, give a local "
-            "file with model.backbone.weights=FILE, or train from scratch with model.backbone.pretrained=false"
+            f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): connect to the "
+            "network, give a local file with model.backbone.weights=FILE, or train from scratch with model.backbone.pretrained=false"
         ) from error
-    except (RuntimeError, AttributeError, KeyError) as error:
+    except (RuntimeError, AttributeError, KeyError, UnpicklingError, SafetensorError) as error:
         # of torch's list of differences the first is enough
         lines = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()]
         reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
@@ -102,11 +102,10 @@ def _state(weights: str) -> dict[str, Tensor]:
     try:
         with _silent():
             state = load_state_dict(weights)
-    except UnpicklingError as error:
-        raise InputError(f"model.backbone.weights={weights} holds code or is no file of torch.save: it must be a plain state dict") from error
-    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, SafetensorError) as error:
+    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
         raise InputError(
-            f"model.backbone.weights={weights} cannot be read as a state dict: give a whole .safetensors or .pth file with weights by timm's names"
+            f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
+            ".pth file of tensors by timm's names"
         ) from error
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 

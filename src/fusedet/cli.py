@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fusedet import config, doctor, evaluate, measure
 from fusedet.config import Config
 from fusedet.data import demo as demo_data
 from fusedet.data.convert import convert as convert_data
-from fusedet.data.read import read
+from fusedet.data.read import form, read
 from fusedet.detectors import from_config
 from fusedet.engine.loop import Interrupted
 from fusedet.errors import InputError, unknown
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+out, err = (Console(stderr=to_err, soft_wrap=True, highlight=False, emoji=False) for to_err in (False, True))
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
@@ -56,7 +57,7 @@ def train_(
         return _json(trained.figures | {"out": str(trained.out)})
     show.score(out, trained.figures, f"{trained.out}: best weights on {options.data.val}")
     _files(trained.files)
-    out.print(f"next: fusedet predict {trained.out} PICTURE_OR_FOLDER...", highlight=False)
+    out.print(f"next: fusedet predict {escape(str(trained.out))} PICTURE_OR_FOLDER...")
 
 
 @app.command("val")
@@ -80,9 +81,10 @@ def val_(
     else:
         file = predict.weights_file(source)
         detector, saved, names, _ = predict.rebuild(file)
-        options = config.parse(config.overridden(saved.tree() | {"out": None}, overrides))
-    wanted = split or options.data.val
-    records = read(options.data.path or "", wanted, images=options.data.images)
+        wanted = predict.only(overrides, "data", "test", "device", "out")
+        options = config.parse(config.overridden(saved.tree() | {"out": None}, wanted))
+    scored = split or options.data.val
+    records = read(options.data.path or "", scored, images=options.data.images)
     if is_results:
         results = evaluate.load_results(path)
     else:
@@ -93,11 +95,11 @@ def val_(
         results = val.detect(ready, _track(json, loader, len(loader), "pictures"), records, device)
     figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator)
     parent = path if path.is_dir() else path.parent
-    target = folder.fresh(options.out) if options.out else folder.numbered(parent, f"val-{Path(wanted).stem}")
-    files = val.report(records, results, figures, target, title=f"{path.name} on {wanted}")
+    target = folder.fresh(options.out) if options.out else folder.numbered(parent, f"val-{Path(scored).stem}")
+    files = val.report(records, results, figures, target, title=f"{path.name} on {scored}")
     if json:
         return _json(figures | {"out": str(target)})
-    show.score(out, figures, f"{source} on {wanted} of {options.data.path}")
+    show.score(out, figures, f"{source} on {scored} of {options.data.path}")
     _files(files)
 
 
@@ -113,14 +115,16 @@ def predict_(
 ) -> None:
     """Find objects in pictures: files, folders, globs, or "-" for a list of paths on standard input."""
     given = [s for s in sources or [] if not _is_override(s)]
-    options = config.parse(config.overridden({}, [s for s in sources or [] if _is_override(s)]))
+    overrides = [s for s in sources or [] if _is_override(s)]
+    of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
+    options = config.parse(config.overridden({}, [o for o in overrides if o not in of_model]))
     if not given:
         raise InputError('which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs or "-" for a list on standard input')
     if precision not in ("fp32", "bf16"):
         raise unknown("precision", precision, ("fp32", "bf16"))
     listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in given else []
     pictures = predict.pictures([*(s for s in given if s != "-"), *listed])
-    predictor = predict.load(model, device=options.device, precision=precision)  # type: ignore[arg-type]
+    predictor = predict.load(model, *of_model, device=options.device, precision=precision)  # type: ignore[arg-type]
     parent = Path(model) if Path(model).is_dir() else Path(model).parent
     target = folder.fresh(options.out) if options.out else folder.numbered(parent, "predict")
     written = predict.write(predictor, _track(json, pictures, len(pictures), "pictures"), target, batch=batch, score=score, drawn=draw)
@@ -142,7 +146,7 @@ def info(words: Words = None, classes: Classes = 80, json: Json = False) -> None
         out.print("models: " + ", ".join(config.names()))
         return out.print("schedules (train.schedule=NAME): " + ", ".join(config.names("schedules")))
     # what a model costs does not depend on its weights: none are fetched
-    options = config.load(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
+    options = _load(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
     short, long = options.data.size
     figures = measure.cost(from_config(options, classes), _padded(short), _padded(long))
     if json:
@@ -160,10 +164,15 @@ def doctor_(
     options = _any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
+    form(options.data.path)
     reports: dict[str, doctor.Report] = {}
     splits = {}
     for split in dict.fromkeys((options.data.train, options.data.val)):
-        splits[split] = read(options.data.path, split, images=options.data.images, need_pictures=False)
+        try:
+            splits[split] = read(options.data.path, split, images=options.data.images, need_pictures=False)
+        except InputError as error:
+            reports[split] = doctor.Report(errors=[str(error)])
+            continue
 
         def progress(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
             return _track(json, items, total, split)
@@ -177,7 +186,7 @@ def doctor_(
         for split, found in reports.items():
             show.report(out, split, found)
         for text in between:
-            out.print(f"[red]error[/] {text}")
+            out.print(f"[red]error[/] {escape(text)}")
         out.print("[red]this data would stop a training[/]" if failed else "[green]this data can be trained on[/]")
     raise typer.Exit(1 if failed else 0)
 
@@ -198,7 +207,7 @@ def browse(
     shown = browsing.browse(options, split or options.data.train, images, epoch, target)
     if json:
         return _json({"picture": str(target), "images": shown})
-    out.print(f"{shown} pictures: {target}", highlight=False)
+    out.print(f"{shown} pictures: {escape(str(target))}")
 
 
 @app.command()
@@ -215,15 +224,15 @@ def convert(
     if json:
         return _json({"out": target, "splits": report})
     for split, figures in report.items():
-        out.print(f"{split}: " + ", ".join(f"{count} {what}" for what, count in figures.items()))
-    out.print(f"next: fusedet train retinanet_r50 data={target} out=runs/a", highlight=False)
+        out.print(escape(f"{split}: " + ", ".join(f"{count} {what}" for what, count in figures.items())))
+    out.print(f"next: fusedet train retinanet_r50 data={escape(target)} out=runs/a")
 
 
 @app.command()
 def demo(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    images: Annotated[int, typer.Option(help="Pictures to generate.", min=10)] = 400,
-    seed: Annotated[int, typer.Option(help="Of the pictures and the training.")] = 0,
+    images: Annotated[int, typer.Option(help="Pictures to generate.", min=10)] = 800,
+    seed: Annotated[int, typer.Option(help="Of the pictures and the training.", min=0)] = 0,
     json: Json = False,
 ) -> None:
     """Generate a data set, train retinanet_tiny on it, score it and draw what it found: no download, minutes on two cores."""
@@ -242,8 +251,8 @@ def demo(
         return _json(trained.figures | {"out": str(target), "files": {k: str(v) for k, v in files.items()}})
     show.score(out, trained.figures, "RetinaNet on generated scenes: AP by object size")
     _files(files)
-    out.print(f"next: fusedet predict {trained.out} {data / 'val'}", highlight=False)
-    out.print("or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine", highlight=False)
+    out.print(escape(f"next: fusedet predict {trained.out} {data / 'val'}"))
+    out.print("or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine")
 
 
 @app.command("config")
@@ -264,38 +273,56 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except InputError as error:
-        err.print(f"[red]error:[/] {_safe(str(error))}", highlight=False)
-        return 2
+        return _complain(str(error))
     except Interrupted as stop:
-        err.print(_safe(str(stop)), highlight=False)
+        err.print(escape(str(stop)))
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, a folder without permission: said, not traced
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
     return 0
+
+
+def _complain(text: str) -> int:
+    err.print(f"[red]error:[/] {escape(' '.join(text.splitlines()))}")
+    return 2
 
 
 def _run_config(name: str, overrides: list[str], resume: bool) -> Config:
     """The config of a training: of a name or file, or of a run's folder, which with --resume is also where it goes on."""
     path = Path(name)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise InputError(f"{path} is not a run's folder: it has no config.yaml")
-        options = config.load(path / "config.yaml", [*([f"out={path}"] if resume else ["out=null"]), *overrides])
+    if name not in config.names() and path.is_dir():
+        options = config.load(_of_run(path), [f"out={path}" if resume else "out=null", *overrides])
     elif resume:
         options = config.load(name, overrides)
         if options.out is None or not (Path(options.out) / "last.ckpt").is_file():
             raise InputError(f"out={options.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
-        options = config.load(Path(options.out) / "config.yaml", [f"out={options.out}", *overrides])
+        options = config.load(_of_run(Path(options.out)), [f"out={options.out}", *overrides])
     else:
         options = config.load(name, overrides)
     if options.out is None:
-        options = config.replaced(options, out=str(folder.numbered("runs", path.stem if not path.is_dir() else path.name)))
+        options = config.replaced(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
     return options
 
 
 def _any_config(words: list[str] | None) -> Config:
     name, overrides = _split(words)
-    return config.load(name, overrides) if name else config.parse(config.overridden({}, overrides))
+    return _load(name, overrides) if name else config.parse(config.overridden({}, overrides))
+
+
+def _load(name: str, overrides: list[str]) -> Config:
+    """The config of a shipped name, a YAML file or a run's folder (its `out` is not taken: nothing is written there again)."""
+    if name in config.names() or not Path(name).is_dir():
+        return config.load(name, overrides)
+    return config.load(_of_run(Path(name)), ["out=null", *overrides])
+
+
+def _of_run(folder: Path) -> Path:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{folder} is not a run's folder: it has no config.yaml")
+    return file
 
 
 def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
@@ -316,7 +343,7 @@ def _padded(side: int) -> int:
 
 
 def _say(json: bool) -> Any:
-    return lambda text: (err if json else out).print(_safe(text), highlight=False)
+    return lambda text: (err if json else out).print(escape(text))
 
 
 def _track(json: bool, items: Iterable[Any], total: int, text: str) -> Iterable[Any]:
@@ -325,16 +352,11 @@ def _track(json: bool, items: Iterable[Any], total: int, text: str) -> Iterable[
 
 def _files(files: dict[str, Path]) -> None:
     for name, path in files.items():
-        out.print(f"{name}: {_safe(str(path))}", highlight=False)
+        out.print(f"{name}: {escape(str(path))}")
 
 
 def _json(content: dict[str, Any]) -> None:
     print(jsonlib.dumps(folder.plain(content), indent=2, ensure_ascii=False))
-
-
-def _safe(text: str) -> str:
-    """Brackets in names are no markup."""
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Data:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        _need(self.size[0] >= 32, "data.size", self.size, "a short side of at least 32 pixels")
+        _need(self.size[0] >= 32, "data.size", self.size, "[short, longest] with a short side of at least 32 pixels")
         _need(self.size[0] <= self.size[1], "data.size", self.size, "[short, longest] with short <= longest")
         if self.multi_scale:
             _need(32 <= self.multi_scale[0] <= self.multi_scale[1], "data.multi_scale", self.multi_scale, "[smallest, largest] short side")

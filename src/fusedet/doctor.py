@@ -58,7 +58,7 @@ def examine(
     if missing := [name for name, count in figures["classes"].items() if count == 0]:
         warnings.append(f"no object of {'class' if len(missing) == 1 else 'classes'} {', '.join(missing)}")
     if len(labels) == 0:
-        errors.append(f"{records.source} has no objects: a detector cannot learn from background alone")
+        errors.append(f"{records.source} has no objects: a detector can neither learn nor be scored on background alone")
     elif (real := area > 0).any():
         figures["smallest"] = _smallest(records, wh, owner, real, size)
         if figures["smallest"]["network_side"] < 4:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-
 _LISTED = 50  # more names than this are not listed in a message
 
 

@@ -23,7 +23,8 @@ class RetinaHead(nn.Module):
     """Two towers of `convs` convolutions over every level, then class scores and box codes for A anchors per cell.
 
     levels: of the pyramid. num_classes: K. interact: an interaction between the branches, or None.
-    channels: of the towers, those of the pyramid by default. base_scale, scales_per_octave, ratios: the anchors'
+    channels: of the towers, those of the pyramid by default. norm: GroupNorm(32) in the towers, which narrow ones trained from
+    scratch need. base_scale, scales_per_octave, ratios: the anchors'
     sizes are stride * base_scale * 2^(i / scales_per_octave); A = scales_per_octave * len(ratios).
     positive, negative: overlaps of the assignment (section 4). alpha, gamma: of the focal loss. prior: the score that every
     anchor starts with.
@@ -36,6 +37,7 @@ class RetinaHead(nn.Module):
         interact: Any = None,
         convs: int = 4,
         channels: int | None = None,
+        norm: bool = False,
         base_scale: float = 4.0,
         scales_per_octave: int = 3,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
@@ -48,14 +50,16 @@ class RetinaHead(nn.Module):
         super().__init__()
         if convs < 0 or scales_per_octave < 1 or not ratios:
             raise InputError(
-                f"convs={convs}, scales_per_octave={scales_per_octave} and ratios={list(ratios)} must be 0 or more, 1 or more, and not empty"
+                f"convs={convs}, scales_per_octave={scales_per_octave}, ratios={list(ratios)} must be at least 0, at least 1 and not empty"
             )
         channels = channels or levels.channels[0]
+        if norm and channels % 32:
+            raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.assigner = MaxIoU(positive, negative)
         self.shapes = [anchor_shapes(stride, base_scale, scales_per_octave, ratios) for stride in levels.strides]  # (A, 4) each
         anchors = len(self.shapes[0])
-        self.towers = TwinTowers(levels.channels[0], channels, convs, interact=interact)
+        self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact)
         self.cls = conv(channels, anchors * num_classes, 3)
         self.reg = conv(channels, anchors * 4, 3)
         normal(self)

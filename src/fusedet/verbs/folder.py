@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import count
@@ -30,12 +31,22 @@ def fresh(folder: str | Path) -> Path:
 
 
 def numbered(parent: str | Path, name: str) -> Path:
-    """A new folder parent/name, parent/name-2, ...: the first that is free."""
-    for i in count(1):
-        path = Path(parent) / (name if i == 1 else f"{name}-{i}")
-        if not path.exists():
-            return fresh(path)
-    raise AssertionError
+    """Make the folder that `free` names."""
+    return fresh(free(parent, name))
+
+
+def free(parent: str | Path, name: str) -> Path:
+    """parent/name, parent/name-2, ...: the first that is not there."""
+    paths = (Path(parent) / (name if i == 1 else f"{name}-{i}") for i in count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def withdraw(folder: Path, *names: str) -> None:
+    """Take back what a run wrote before it failed, so that the same command can be given again; anything else stays."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def write_json(path: Path, content: Any) -> None:

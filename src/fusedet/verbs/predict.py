@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusedet import draw
-from fusedet.config import Config, parse
+from fusedet.config import Config, overridden, parse
 from fusedet.data.files import extensions
 from fusedet.data.images import to_tensor
 from fusedet.data.loader import Sample, collate
@@ -105,16 +105,30 @@ class Predictor:
             )
 
 
-def load(path: str | Path, *, device: str = "auto", precision: Precision = "fp32", which: Literal["best", "last"] = "best") -> Predictor:
+def load(
+    path: str | Path, *overrides: str, device: str = "auto", precision: Precision = "fp32", which: Literal["best", "last"] = "best"
+) -> Predictor:
     """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
 
     path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but test and data.size) stays.
     Raises InputError for what is not a checkpoint, is cut short, or holds code.
     """
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file)
-    target = pick_device(device)
-    return Predictor(for_inference(detector.to(target), precision), config, names, category_ids, file)
+    config = parse(overridden(config.tree(), only(overrides, "test", "data.size")))
+    return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
+
+
+def only(overrides: Iterable[str], *keys: str) -> list[str]:
+    """The overrides; raises InputError for one outside these keys and sections, which would change nothing."""
+    overrides = list(overrides)
+    for text in overrides:
+        key = text.partition("=")[0]
+        known = key.partition(".")[0] in {field.name for field in fields(Config)}
+        if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
+            raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
+    return overrides
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
@@ -147,19 +161,22 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one. Raises InputError for a device that this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device={name} is not a device: write auto, cpu, cuda, cuda:1 or mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name} is not there ({' '.join(str(error).split())[:120]}): use device=cpu or device=auto") from error
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise InputError(f"device={name} is not there ({reason}): use device=cpu or device=auto") from error
     return device
 
 
-def tuned(detector: OneStage, config: Config) -> OneStage:
+def tuned(detector: OneStage, config: Config, precision: Precision = "fp32") -> OneStage:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
     test = config.test
     detector.select = {"score": test.score, "iou": test.nms, "max_det": test.max_det, "pre_nms": test.pre_nms}
-    return for_inference(detector)
+    return for_inference(detector, precision)
 
 
 def write(predictor: Predictor, files: Iterable[Path], target: Path, *, batch: int, score: float, drawn: bool) -> dict[str, Any]:
@@ -167,19 +184,23 @@ def write(predictor: Predictor, files: Iterable[Path], target: Path, *, batch: i
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     shown = 0
-    for i, found in enumerate(predictor.stream(files, batch), start=1):
-        assert found.picture is not None
-        height, width = found.picture.shape[1:]
-        images.append({"id": i, "file_name": str(found.path), "height": height, "width": width})
-        for one in found.to_coco(i):
-            annotations.append({"id": len(annotations) + 1, **one, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0})
-        shown += int((found.scores >= score).sum())
-        if drawn:
-            (target / "pictures").mkdir(exist_ok=True)
-            found.plot(_free(target / "pictures", found.path), score)
-    categories = [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
     file = target / "predictions.json"
-    file.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}, ensure_ascii=False))
+    categories = [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
+    try:
+        for i, found in enumerate(predictor.stream(files, batch), start=1):
+            assert found.picture is not None
+            height, width = found.picture.shape[1:]
+            images.append({"id": i, "file_name": str(found.path), "height": height, "width": width})
+            for one in found.to_coco(i):
+                annotations.append({"id": len(annotations) + 1, **one, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0})
+            shown += int((found.scores >= score).sum())
+            if drawn:
+                (target / "pictures").mkdir(exist_ok=True)
+                found.plot(_free(target / "pictures", found.path), score)
+    finally:
+        # a picture that cannot be read does not cost what was found before it
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     files_ = {"predictions": str(file)} | ({"pictures": str(target / "pictures")} if drawn else {})
     return {"pictures": len(images), "detections": len(annotations), "shown": shown, "files": files_}
 

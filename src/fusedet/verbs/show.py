@@ -47,7 +47,9 @@ def cost(console: Console, figures: dict[str, Any], title: str) -> None:
 
 def report(console: Console, split: str, found: Report) -> None:
     """What a doctor found in a split."""
-    if found.figures:
+    if not found.figures:
+        console.print(f"[bold]{escape(split)}[/]: cannot be read")
+    else:
         _content(console, split, found.figures)
     for text in found.warnings:
         console.print(f"  [yellow]warning[/] {escape(text)}")
@@ -58,10 +60,8 @@ def report(console: Console, split: str, found: Report) -> None:
 
 
 def _content(console: Console, split: str, figures: dict[str, Any]) -> None:
-    sizes = figures["sizes"]
-    console.print(
-        f"[bold]{escape(split)}[/]: {figures['pictures']} pictures ({figures['empty_pictures']} without objects), {figures['objects']} objects"
-    )
+    sizes, empty = figures["sizes"], figures["empty_pictures"]
+    console.print(f"[bold]{escape(split)}[/]: {figures['pictures']} pictures ({empty} without objects), {figures['objects']} objects")
     console.print(
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
         f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_picture']} in one picture"

@@ -22,8 +22,8 @@ from fusedet.data.transforms import Train as TrainTransform
 from fusedet.detectors import from_config
 from fusedet.doctor import compare
 from fusedet.engine import checkpoint, logs, loop, optim
-from fusedet.errors import InputError
-from fusedet.verbs.folder import about, fresh, write_json
+from fusedet.errors import InputError, unknown
+from fusedet.verbs.folder import about, fresh, withdraw, write_json
 from fusedet.verbs.predict import pick_device, rebuild, weights_file
 from fusedet.verbs.val import FIGURES, check_names, detect, report, score, val_loader
 
@@ -47,6 +47,8 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     if config.out is None:
         raise InputError("no output folder: add out=FOLDER")
+    if config.train.monitor not in FIGURES:
+        raise unknown("value of train.monitor:", config.train.monitor, FIGURES)
     fabric = make_fabric(config)
     if fabric.global_rank:
         say = _silent
@@ -83,9 +85,24 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         return {name: figures[name] for name in FIGURES}
 
     meta = {"config": config.to_yaml(), "names": list(data.names), "category_ids": list(data.category_ids), "format": "fusedet"}
-    loggers = logs.loggers(config.train.loggers, out)
-    loop.fit(fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta, quiet=quiet)
+    try:
+        loggers = logs.loggers(config.train.loggers, out)
+        loop.fit(fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta, quiet=quiet)
+    except InputError:
+        if fabric.is_global_zero and not resume and not (out / "last.ckpt").exists():
+            withdraw(out, "config.yaml", "run.json", "metrics.csv")
+        raise
+    except loop.Interrupted:
+        _note(config, fabric, out)
+        raise
+    _note(config, fabric, out)
     return finish(config, fabric, out, val)
+
+
+def _note(config: Config, fabric: Fabric, out: Path) -> None:
+    """Write the config as it is now: a resumed run may have got another one (train.epochs=24)."""
+    if fabric.is_global_zero:
+        (out / "config.yaml").write_text(config.to_yaml())
 
 
 def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
@@ -124,8 +141,9 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Reco
     data, val = (read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val))
     if different := compare(data, val):
         raise InputError(different[0])
-    if not len(data.labels):
-        raise InputError(f"{data.source} has no objects: a detector cannot learn from background alone")
+    for records in (data, val):
+        if not len(records.labels):
+            raise InputError(f"{records.source} has no objects: a detector can neither learn nor be scored on background alone")
     for split, records in (("train", data), ("val", val)):
         say(f"{split}: {len(records)} pictures, {len(records.labels)} objects, {len(records.names)} classes from {records.source}")
         for text, count in records.problems.items():

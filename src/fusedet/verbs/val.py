@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import distributed, nn
 
 from fusedet import draw, evaluate
@@ -73,12 +74,15 @@ def report(records: Records, results: list[Result], figures: dict[str, Any], out
     draw.curves(evaluate.precision_recall(records, results), files["precision-recall curves"], title)
     draw.confusion(evaluate.confusion(records, results), records.names, files["confusion matrix"])
     draw.sizes(figures, files["AP by object size"], title)
-    worst(records, results).save(files["worst pictures"])
+    if (grid := worst(records, results)) is None:
+        del files["worst pictures"]
+    else:
+        grid.save(files["worst pictures"])
     return files
 
 
-def worst(records: Records, results: list[Result], n: int = 12, least: float = 0.3) -> Any:
-    """The n pictures that went worst: truth dashed, finds coloured."""
+def worst(records: Records, results: list[Result], n: int = 12, least: float = 0.3) -> Image | None:
+    """The n pictures that went worst: truth dashed, finds coloured; None where no picture has a mistake."""
     by_image: dict[int, list[Result]] = {}
     for result in results:
         if result["score"] >= least:
@@ -95,7 +99,7 @@ def worst(records: Records, results: list[Result], n: int = 12, least: float = 0
         truth = (torch.from_numpy(record.boxes[keep]), torch.from_numpy(record.labels[keep]))
         drawn.append(draw.compare(read_image(record.path), truth, guess, records.names))
         captions.append(f"{record.path.name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return draw.grid(drawn, captions)
+    return draw.grid(drawn, captions) if drawn else None
 
 
 def check_names(records: Records, names: Iterable[str], source: str) -> None:

@@ -1,0 +1,479 @@
+"""Bad input: one clear sentence on stderr that names what is wrong and what would be right, exit 2, nothing lost."""
+
+import errno
+import json
+import pickle
+import shutil
+import signal
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from conftest import SMALL
+from fusedet import cli
+from fusedet.data.demo import generate
+from fusedet.engine import checkpoint
+
+Capture = pytest.CaptureFixture[str]
+
+
+def complaint(capsys: Capture, *words: object) -> str:
+    """The one line that a wrong command line prints on stderr."""
+    capsys.readouterr()
+    code = cli.run([str(word) for word in words])
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert said.startswith("error: "), said
+    assert said.count("\n") == 1, f"one line, got {said}"
+    assert said.endswith("\n")
+    return said
+
+
+def train(data: object, out: Path, *more: object) -> list[str]:
+    return ["train", "retinanet_tiny", f"data={data}", f"out={out}", *SMALL, *map(str, more)]
+
+
+def has(said: str, *words: object) -> None:
+    for word in words:
+        assert str(word) in said
+
+
+def edited(scenes: Path, tmp_path: Path, edit: Callable[[dict[str, Any], Path], None], split: str = "train") -> Path:
+    """A copy of the data whose json of one split went through `edit`, which also gets the split's picture folder."""
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    file = data / "annotations" / f"instances_{split}.json"
+    content = json.loads(file.read_text())
+    edit(content, data / split)
+    file.write_text(json.dumps(content))
+    return data
+
+
+# -- data that is not there or not data
+
+
+def test_wrong_path_and_empty_folder(capsys: Capture, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    has(complaint(capsys, *train("/no/where", out)), "/no/where does not exist", "a folder, a COCO json or a YOLO yaml")
+    (tmp_path / "empty").mkdir()
+    for verb in (train(tmp_path / "empty", out), ["doctor", f"data={tmp_path / 'empty'}"], ["browse", f"data={tmp_path / 'empty'}"]):
+        has(complaint(capsys, *verb), tmp_path / "empty", "is an empty folder")
+    has(complaint(capsys, "train", "retinanet_tiny"), "add data=PATH")
+    has(complaint(capsys, "convert", "data", "/no/where", out, "--to", "yolo"), "/no/where does not exist")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ('{"a": 1}', "the key 'images' is missing"),
+        ("[1, 2]", "must be an object with 'images', 'annotations' and 'categories'"),
+        ('{"images": [', "line 1"),
+        ('{"images": [], "categories": []}', "has no classes"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg", "width": 9}], "categories": [{"id": 1, "name": "a"}]}', "image 1 has no 'height'"),
+    ],
+)
+def test_json_that_is_not_coco(capsys: Capture, tmp_path: Path, text: str, right: str) -> None:
+    file = tmp_path / "some.json"
+    file.write_text(text)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    has(complaint(capsys, *train(file, tmp_path / "out")), file, right)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_key(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    data = edited(scenes, tmp_path, lambda content, _: content["annotations"][3].pop("bbox"))
+    has(complaint(capsys, *train(data, tmp_path / "out")), "instances_train.json", "annotation 4 has no 'bbox'")
+
+
+def test_unknown_category_id(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    data = edited(scenes, tmp_path, lambda content, _: content["annotations"][0].update(category_id=99))
+    has(complaint(capsys, *train(data, tmp_path / "out")), "annotation 1 has the category id 99", "'categories' does not list")
+    assert cli.run(["doctor", f"data={data}"]) == 1
+    said = capsys.readouterr().out
+    has(said, "train: cannot be read", "category id 99", "val: 8 pictures")
+
+
+def test_class_names_that_differ(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    data = edited(scenes, tmp_path, lambda content, _: content["categories"][0].update(name="di[s]c"), "val")
+    has(complaint(capsys, *train(data, tmp_path / "out")), "only train knows circle", "only val knows di[s]c")
+    assert cli.run(["doctor", f"data={data}"]) == 1
+    has(capsys.readouterr().out, "only train knows circle", "only val knows di[s]c")
+    assert not (tmp_path / "out").exists()
+
+
+# -- pictures
+
+
+def absent(content: dict[str, Any], pictures: Path) -> None:
+    (pictures / content["images"][1]["file_name"]).unlink()
+
+
+def truncated(content: dict[str, Any], pictures: Path) -> None:
+    file = pictures / content["images"][1]["file_name"]
+    file.write_bytes(file.read_bytes()[:400])
+
+
+def text(content: dict[str, Any], pictures: Path) -> None:
+    (pictures / content["images"][1]["file_name"]).write_text("no picture")
+
+
+def bomb(content: dict[str, Any], pictures: Path) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    side = 30_000
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    (pictures / "000001.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("edit", "right"), [(absent, "does not exist"), (truncated, "truncated or damaged"), (text, "not a picture"), (bomb, "Pillow's limit")]
+)
+def test_a_picture_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
+    data, out = edited(scenes, tmp_path, edit), tmp_path / "out"
+    has(complaint(capsys, *train(data, out)), data / "train" / "000001.jpg", right)
+    assert not out.exists(), "the same command can be given again once the picture is mended"
+    assert cli.run(["doctor", f"data={data}", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert report["val"]["errors"] == []
+    (error,) = report["train"]["errors"]
+    has(error, data / "train" / "000001.jpg", right)
+
+
+def test_a_picture_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    data = edited(scenes, tmp_path, lambda content, _: content["images"][0].update(width=0, height=0))
+    has(complaint(capsys, *train(data, tmp_path / "out")), "image 1 (000000.jpg) is 0x0 pixels")
+
+
+def test_predict_keeps_what_it_found_before_a_bad_picture(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    pictures = Path(shutil.copytree(scenes / "val", tmp_path / "pictures"))
+    bad = sorted(pictures.iterdir())[-1]
+    bad.write_bytes(b"")
+    has(complaint(capsys, "predict", trained, pictures, f"out={tmp_path / 'out'}"), bad, "not a picture")
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 7
+
+
+# -- boxes and classes
+
+
+def faulty(content: dict[str, Any], _: Path) -> None:
+    rows = content["annotations"]
+    rows[0]["bbox"] = [float("nan"), 1, 2, 3]
+    rows[1]["bbox"] = [1, 1, -5, 4]
+    rows[2]["bbox"] = [5, 5, 0, 4]
+    rows[3]["bbox"] = [5000, 5, 4, 4]
+    rows[4]["bbox"][0] = -3
+    rows.append(rows[5] | {"id": 999})
+
+
+def test_bad_boxes_are_counted_and_trained_around(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    data = edited(scenes, tmp_path, faulty)
+    sentences = ("NaN or infinite coordinates: dropped: 1", "negative width or height: dropped: 1", "no area: not trained on: 1")
+    sentences += ("wholly outside their picture: not trained on: 1", "partly outside their picture: clipped in training: 1")
+    assert cli.run(train(data, tmp_path / "out")) == 0
+    has(capsys.readouterr().out, *sentences)
+    assert cli.run(["doctor", f"data={data}"]) == 0, "warnings do not stop a training"
+    has(capsys.readouterr().out, *sentences, "boxes that repeat another", "this data can be trained on")
+
+
+def test_a_class_without_objects_is_said(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    def without_squares(content: dict[str, Any], _: Path) -> None:
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 3]
+
+    data = edited(scenes, tmp_path, without_squares)
+    assert cli.run(train(data, tmp_path / "out")) == 0
+    has(capsys.readouterr().out, "no training object of square: it will not be found")
+    assert cli.run(["doctor", f"data={data}"]) == 0
+    has(capsys.readouterr().out, "no object of class square")
+
+
+def test_empty_pictures_are_background(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    def nearly_all_empty(content: dict[str, Any], _: Path) -> None:
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+
+    data = edited(scenes, tmp_path, nearly_all_empty)
+    assert cli.run(train(data, tmp_path / "out", "train.batch=1", "train.base_batch=1")) == 0
+    capsys.readouterr()
+    assert cli.run(["doctor", f"data={data}"]) == 0
+    has(capsys.readouterr().out, "8 pictures (7 without objects)")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_any_object(capsys: Capture, scenes: Path, tmp_path: Path, split: str) -> None:
+    data = edited(scenes, tmp_path, lambda content, _: content["annotations"].clear(), split)
+    has(complaint(capsys, *train(data, tmp_path / "out")), f"instances_{split}.json has no objects")
+    assert not (tmp_path / "out").exists()
+    assert cli.run(["doctor", f"data={data}"]) == 1
+
+
+def test_scoring_where_nothing_is_annotated(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    data = edited(scenes, tmp_path, lambda content, _: content.pop("annotations"), "val")
+    assert cli.run(["val", str(trained), f"data={data}", f"out={tmp_path / 'out'}"]) == 0, "test-dev: the results are what is wanted"
+    assert json.loads((tmp_path / "out" / "val.bbox.json").read_text())
+
+
+# -- configs
+
+
+@pytest.mark.parametrize(
+    ("override", "right"),
+    [
+        ("train.epoch=3", "unknown config key 'train.epoch': did you mean 'train.epochs'?"),
+        ("trian.epochs=3", "did you mean 'train'?"),
+        ("model.neck=fpm", "unknown model.neck 'fpm': did you mean 'fpn'?"),
+        ("model.head.conv=3", "did you mean 'convs'?"),
+        ("model.head.convs=-1", "convs=-1"),
+        ("model.head.ratios=[]", "ratios=[]"),
+        ("model.head.norm=true", "norm=true needs channels in multiples of 32, got 16"),
+        ("model.head=null", "model.head must be a name"),
+        ("model.neck=[]", "at least one neck"),
+        ("model.roi=faster", "no two-stage detectors yet"),
+        ("model.backbone.name=resnet181", "did you mean 'resnet18'?"),
+        ("model.backbone.name=vit_tiny_patch16_224", "a pyramid needs 8, 16 and 32"),
+        ("model.backbone.frozen_stages=9", "must be -1 (nothing) to 4"),
+        ("model.pyramid.channels=0", "model.pyramid.channels=0 must be 1 or more"),
+        ("model.pyramid.finest=9", "model.pyramid.finest=9"),
+        ("epochs", "options are written key=value"),
+        ("train.epochs=[1", "is not YAML"),
+        ("train.epochs=x", "train.epochs must be int, got 'x'"),
+        ("train.epochs=0", "train.epochs=0 must be 1 or more"),
+        ("train.lr=-1", "train.lr=-1.0 must be above 0"),
+        ("train.lr=1e400", "finite"),
+        ("train.momentum=1.5", "below 1"),
+        ("train.clip_norm=0", "train.clip_norm=0.0 must be above 0"),
+        ("train.patience=0", "1 or more"),
+        ("train.base_batch=0", "train.base_batch=0 must be 1 or more"),
+        ("train.seed=-1", "train.seed=-1 must be 0 or more"),
+        ("train.monitor=APX", "did you mean 'AP'?"),
+        ("train.loggers=[tensorbord]", "did you mean 'tensorboard'?"),
+        ("train.precision=fp8", "did you mean 'fp32'?"),
+        ("train.precision=fp16", "use bf16 or fp32"),
+        ("train.schedule=3x", "did you mean '2x'?"),
+        ("data.size=[10,20]", "a short side of at least 32 pixels"),
+        ("data.size=[96,64]", "short <= longest"),
+        ("data.flip=2", "0 to 1"),
+        ("data.images=/no/where", "/no/where"),
+        ("data.val=tset", "has no split 'tset': it has train, val"),
+        ("test.score=3", "test.score=3.0 must be 0 to 1"),
+        ("test.batch=0", "test.batch=0 must be 1 or more"),
+        ("device=gpu", "write auto, cpu, cuda"),
+    ],
+)
+def test_wrong_options(capsys: Capture, scenes: Path, tmp_path: Path, override: str, right: str) -> None:
+    said = complaint(capsys, *train(scenes, tmp_path / "out", override))
+    has(said, right)
+    assert len(said) < 1000, "a user reads it"
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_models(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for verb in ("train", "info", "config"):
+        has(complaint(capsys, verb, "retinanet_r5"), "unknown config 'retinanet_r5': did you mean 'retinanet_r50'?")
+        has(complaint(capsys, verb, "mine.yaml"), "there is no config file mine.yaml")
+        has(complaint(capsys, verb, "retinanet_r18", "retinanet_r50"), "one model at a time")
+    has(complaint(capsys, "info", tmp_path), "is not a run's folder")
+    has(complaint(capsys, "train"), "which model?")
+    has(complaint(capsys, "info", "retinanet_tiny", "--classes", 0), "at least one class")
+    assert not any(tmp_path.iterdir()), "not even a runs folder"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_missing(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    for words in (train(scenes, tmp_path / "out"), ["val", trained], ["predict", trained, scenes / "val"]):
+        has(complaint(capsys, *words, "device=cuda"), "device=cuda is not there", "use device=cpu or device=auto")
+
+
+# -- folders and files of runs
+
+
+def test_an_output_folder_that_exists(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    verbs = (["val", trained], ["predict", trained, scenes / "val"], ["demo"])
+    for words in (train(scenes, out), *([*verb, f"out={out}"] for verb in verbs)):
+        has(complaint(capsys, *words), f"out={out} exists and is not empty", "choose another")
+    has(complaint(capsys, "convert", "data", scenes, out, "--to", "voc"), "nothing is overwritten")
+    picture = tmp_path / "b.png"
+    picture.write_text("keep me")
+    has(complaint(capsys, "browse", f"data={scenes}", f"out={picture}"), "exists: nothing is overwritten")
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    assert picture.read_text() == "keep me"
+
+
+def test_a_folder_that_cannot_be_made(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    has(complaint(capsys, *train(scenes, tmp_path / "file" / "out")), "out=", "cannot be made")
+
+
+def test_resuming_what_cannot_be_resumed(capsys: Capture, run_copy: Path, tmp_path: Path) -> None:
+    has(complaint(capsys, "train", "retinanet_tiny", f"out={tmp_path / 'none'}", "--resume"), "holds no last.ckpt")
+    (tmp_path / "empty").mkdir()
+    has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run's folder")
+    before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
+    has(complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", "train.batch=2"), "batches per epoch was 2 and is now 4")
+    has(complaint(capsys, "train", run_copy, "--resume", "model.pyramid.channels=8"), "does not fit this model")
+    assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before
+
+
+def test_a_checkpoint_of_other_classes(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(scenes, tmp_path / "two"))
+    for split in ("train", "val"):
+        file = data / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["categories"] = content["categories"][:2]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 2]
+        file.write_text(json.dumps(content))
+    for words in (["val", trained, f"data={data}"], train(data, tmp_path / "out", f"train.weights={trained}")):
+        has(complaint(capsys, *words), "knows the 6 classes circle, triangle", "has the 2 classes", "same class names")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
+def test_a_checkpoint_that_is_cut_short(capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path, name: str) -> None:
+    file = run_copy / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for words in (["val", file], ["predict", file, scenes / "val"], train(scenes, tmp_path / "out", f"train.weights={file}")):
+        has(complaint(capsys, *words), file, "cut short", "copy it again")
+    if name == "last.ckpt":
+        has(complaint(capsys, "train", run_copy, "--resume", "train.epochs=2"), file, "cut short")
+
+
+class Code:
+    """What a stranger's pickle may hold: unpickling it would make a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.target), "w")
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_a_checkpoint_that_holds_code(capsys: Capture, scenes: Path, tmp_path: Path, form: str) -> None:
+    target, file = tmp_path / "was_run", tmp_path / "evil.ckpt"
+    if form == "zip":
+        torch.save({"model": {}, "x": Code(target)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Code(target)))
+    right = "holds code" if form == "zip" else "is not a fusedet checkpoint"
+    for words in (["val", file], ["predict", file, scenes / "val"], train(scenes, tmp_path / "out", f"train.weights={file}")):
+        has(complaint(capsys, *words), file, right)
+    has(complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}")), file, "code in it is never run")
+    assert not target.exists()
+
+
+def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path) -> None:
+    has(complaint(capsys, "predict", "/no/where", scenes / "val"), "there is no checkpoint at /no/where")
+    (tmp_path / "empty").mkdir()
+    has(complaint(capsys, "val", tmp_path / "empty"), "holds no checkpoint: best.safetensors or last.ckpt is missing")
+    strange = tmp_path / "strange.safetensors"
+    save_file({"a": torch.zeros(3)}, strange)
+    has(complaint(capsys, "val", strange), strange, "is not a fusedet checkpoint", "config")
+    has(complaint(capsys, "predict", run_copy / "config.yaml", scenes / "val"), "is not a fusedet checkpoint")
+
+
+def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    has(complaint(capsys, "predict", trained), "which pictures?")
+    has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no picture, folder or pattern /no/where.jpg")
+    has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no picture")
+    has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no picture")
+    has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
+    has(complaint(capsys, "predict", trained, scenes / "val", "model.neck=fpn"), "changes nothing for a trained model")
+
+
+def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    results = trained / "val.bbox.json"
+    has(complaint(capsys, "val", results), "add data=PATH")
+    has(complaint(capsys, "val", "/no/where.json", f"data={scenes}"), "/no/where.json")
+    has(complaint(capsys, "val", results, f"data={scenes}", "--split", "train"), "image_id", "the same data")
+    has(complaint(capsys, "val", scenes / "annotations" / "instances_val.json", f"data={scenes}"), "must hold a list of results")
+    has(complaint(capsys, "val", trained, "--split", "tset"), "has no split 'tset'")
+    has(complaint(capsys, "val", trained, "--evaluator", "cocoeval"), "unknown evaluator 'cocoeval'")
+    has(complaint(capsys, "val", trained, "train.epochs=3"), "changes nothing for a trained model")
+    (tmp_path / "bad.json").write_text('[{"image_id": 9, "category_id": 1, "bbox": [1, 2, 3, 4]}]')
+    has(complaint(capsys, "val", tmp_path / "bad.json", f"data={scenes}"), "result 0 lacks 'score'")
+
+
+# -- pretrained weights
+
+
+def test_weights_that_cannot_be_fetched(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    said = complaint(capsys, *train(scenes, tmp_path / "out", "model.backbone.pretrained=true"))
+    has(said, "lcnet_050", "model.backbone.weights=FILE", "model.backbone.pretrained=false")
+    assert not (tmp_path / "out").exists()
+
+
+def test_local_weights_that_are_none(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    def told(file: Path) -> str:
+        return complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}"))
+
+    file = tmp_path / "w.pth"
+    has(told(file), file, "there is no such file")
+    file.write_text("hello")
+    has(told(file), file, "cannot be read as a state dict")
+    torch.save([1, 2], file)
+    has(told(file), file, "cannot be read as a state dict")
+    torch.save({"a": torch.zeros(3)}, file)
+    has(told(file), file, "lacks", "timm's names")
+    torch.save(timm.create_model("lcnet_035").state_dict(), file)
+    has(told(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
+    assert not (tmp_path / "out").exists()
+
+
+# -- while training
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(capsys: Capture, run_copy: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = (run_copy / "last.ckpt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # no file can grow beyond it, as on a full disk
+    try:
+        said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    has(said, "cannot be written", "what was there before is still whole")
+    assert (run_copy / "last.ckpt").read_bytes() == before
+    assert not list(run_copy.glob(".*")), "no half file is left"
+    assert cli.run(["train", str(run_copy), "--resume", "train.epochs=2"]) == 0
+
+
+def test_a_full_disk_elsewhere_is_said(capsys: Capture, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
+
+    monkeypatch.setattr("fusedet.draw.curves", full)
+    has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
+
+
+def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
+    before = checkpoint.load(run_copy / "last.ckpt")
+    said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null")
+    has(said, "is nan at step 4, images", "lower the learning rate", "what was saved before is still whole")
+    assert "loss_cls" in said or "loss_box" in said
+    after = checkpoint.load(run_copy / "last.ckpt")
+    assert all(torch.equal(after["model"][k], before["model"][k]) for k in before["model"])
+    assert cli.run(["train", str(run_copy), "--resume"]) == 0, "it can go on with a better rate"
+
+
+def test_generated_data_is_never_overwritten(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "data")
+    with pytest.raises(ValueError, match="name a new or empty folder"):
+        generate(tmp_path / "data", images=10)

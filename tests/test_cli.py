@@ -1,0 +1,371 @@
+"""The verbs from one command line and one Python call, on tiny data."""
+
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fusedet
+from conftest import SMALL
+from fusedet import cli, config
+from fusedet.data.demo import SHAPES
+from fusedet.data.read import read
+from fusedet.engine import checkpoint
+from fusedet.measure import cost
+from fusedet.types import Detections
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
+
+
+def spoken(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a command line that goes well prints."""
+    capsys.readouterr()
+    code = cli.run([str(word) for word in words])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
+def figures(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    """The same with --json."""
+    return json.loads(spoken(capsys, *words, "--json"))
+
+
+# -- train
+
+
+def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
+    files = {path.name for path in trained.iterdir()}
+    assert files >= {"config.yaml", "last.ckpt", "best.safetensors", "metrics.csv", "metrics.json", "run.json", "val.bbox.json"}
+    assert files >= {"precision_recall.png", "confusion.png", "sizes.png", "worst.png", "training.png"}
+    about = json.loads((trained / "run.json").read_text())
+    assert set(about["data"]) == {"train", "val"}
+    assert "torch" in about["versions"]
+    results = json.loads((trained / "val.bbox.json").read_text())
+    assert {r["category_id"] for r in results} <= set(range(1, 7))
+    assert results
+    assert {r["image_id"] for r in results} <= set(range(9, 17))
+
+
+def test_the_config_of_a_run_alone_runs_it_again(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
+    spoken(capsys, "train", trained, f"out={tmp_path / 'third'}")
+    first, _ = checkpoint.load_weights(trained / "last.ckpt")
+    for name in ("again", "third"):
+        weights, _ = checkpoint.load_weights(tmp_path / name / "last.ckpt")
+        assert weights.keys() == first.keys()
+        assert all(torch.equal(weights[key], first[key]) for key in first)
+
+
+def test_resume_by_the_runs_folder_or_by_out(capsys: pytest.CaptureFixture[str], run_copy: Path) -> None:
+    spoken(capsys, "train", run_copy, "--resume", "train.epochs=2")
+    assert config.load(run_copy / "config.yaml").train.epochs == 2, "the config is the one that the weights come from"
+    spoken(capsys, "train", "retinanet_tiny", f"out={run_copy}", "--resume", "train.epochs=3")
+    assert checkpoint.load(run_copy / "last.ckpt")["epoch"] == 3
+    steps = [row.split(",")[1] for row in (run_copy / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(steps)
+    assert steps[-1] == "6"
+
+
+def test_two_epochs_equal_one_and_a_resumed_one(capsys: pytest.CaptureFixture[str], trained: Path, run_copy: Path, tmp_path: Path) -> None:
+    options = ["train.policy=multistep", "train.milestones=[1]", "train.epochs=2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    spoken(capsys, "train", trained, f"out={whole}", *options)
+    spoken(capsys, "train", trained, f"out={parts}", *options[:2], "train.epochs=1")
+    spoken(capsys, "train", parts, "--resume", "train.epochs=2")
+    a, b = (checkpoint.load_weights(out / "last.ckpt")[0] for out in (whole, parts))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_train_as_json(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    said = figures(capsys, "train", trained, f"out={tmp_path / 'json'}")
+    assert said["out"] == str(tmp_path / "json")
+    assert {"AP", "AP50", "APs", "classes", "stamp"} <= said.keys()
+
+
+def test_starting_from_weights(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    spoken(capsys, "train", trained, f"out={out}", f"train.weights={trained}", "train.lr=1e-12", "model.backbone.norm_eval=true")
+    before, _ = checkpoint.load_weights(trained / "best.safetensors")
+    after, _ = checkpoint.load_weights(out / "last.ckpt")
+    torch.testing.assert_close(dict(after), dict(before), atol=1e-6, rtol=0)
+
+
+# -- val
+
+
+def test_val_of_run_checkpoint_and_results_agree(capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path) -> None:
+    by_training = json.loads((trained / "metrics.json").read_text())
+    results = json.loads((trained / "val.bbox.json").read_text())
+    sources = {"run": [trained], "best": [trained / "best.safetensors"], "last": [trained / "last.ckpt"]}
+    sources["results"] = [trained / "val.bbox.json", f"data={scenes}"]
+    for name, words in sources.items():
+        found = figures(capsys, "val", *words, f"out={tmp_path / name}")
+        assert [found[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
+        again = json.loads((tmp_path / name / "val.bbox.json").read_text())
+        # training scores with batch norms, val with folded ones: near ties may change places
+        assert [r["image_id"] for r in again] == [r["image_id"] for r in results], name
+        assert [r["score"] for r in again] == pytest.approx([r["score"] for r in results], abs=1e-5), name
+        assert Counter(r["category_id"] for r in again) == Counter(r["category_id"] for r in results), name
+        assert found["stamp"]["data"] == by_training["stamp"]["data"]
+
+
+def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    words = ["val", trained, "--voc", "--split", "train", "--evaluator", "pycocotools", f"out={tmp_path / 'v'}"]
+    found = figures(capsys, *words, "test.max_det=7")
+    assert "VOC_AP" in found
+    assert found["stamp"]["detections"] == 8 * 7
+    assert found["stamp"]["evaluator"].startswith("pycocotools")
+    said = spoken(capsys, "val", trained, f"out={tmp_path / 'w'}")
+    assert "IoU 0.75" in said
+    assert "worst pictures" in said
+
+
+def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    truth = json.loads((scenes / "annotations/instances_val.json").read_text())["annotations"]
+    results = tmp_path / "perfect.json"
+    results.write_text(json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth]))
+    found = figures(capsys, "val", results, f"data={scenes}")
+    assert found["AP"] == pytest.approx(1)
+    assert not (Path(found["out"]) / "worst.png").exists(), "there is no picture with a mistake"
+
+
+# -- predict
+
+
+def test_predict_writes_coco_with_original_sizes_and_ids(capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path) -> None:
+    said = figures(capsys, "predict", run_copy, scenes / "val", "--batch", 3, "--score", 0)
+    content = json.loads(Path(said["files"]["predictions"]).read_text())
+    assert said["pictures"] == len(content["images"]) == 8
+    assert said["detections"] == len(content["annotations"]) == said["shown"]
+    for image in content["images"]:
+        assert Image.open(image["file_name"]).size == (image["width"], image["height"])
+    assert [c["name"] for c in content["categories"]] == list(SHAPES)
+    assert [c["id"] for c in content["categories"]] == [1, 2, 3, 4, 5, 6]
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for one in content["annotations"]:
+        x, y, w, h = one["bbox"]
+        width, height = sizes[one["image_id"]]
+        assert min(x, y, w, h) >= -1e-3
+        assert x + w <= width + 1e-3
+        assert y + h <= height + 1e-3
+    assert Path(said["files"]["pictures"]) == run_copy / "predict" / "pictures"
+    assert len(list((run_copy / "predict" / "pictures").iterdir())) == 8
+    again = figures(capsys, "predict", run_copy, scenes / "val", "--no-draw")
+    assert Path(again["files"]["predictions"]).parent == run_copy / "predict-2", "nothing is overwritten"
+
+
+def test_predict_takes_files_globs_and_a_list(
+    capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = sorted((scenes / "val").iterdir())[:2]
+    plain = ["--no-draw", "device=cpu"]
+    assert figures(capsys, "predict", trained / "last.ckpt", one, f"out={tmp_path / 'a'}", *plain)["pictures"] == 1
+    assert figures(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["pictures"] == 8
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n\n{two}\n"))
+    said = figures(capsys, "predict", trained, "-", f"out={tmp_path / 'c'}", "--precision", "bf16", *plain)
+    assert said["pictures"] == 2
+    assert "pictures" not in said["files"]
+    assert "3 detections" in spoken(capsys, "predict", trained, one, f"out={tmp_path / 'd'}", "test.max_det=3")
+
+
+def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[red] [/b] :smile:"
+    assert str(out) in spoken(capsys, "predict", trained, sorted((scenes / "val").iterdir())[0], f"out={out}")
+    assert cli.run(["predict", str(trained), str(out / "[1, 2].jpg")]) == 2
+    assert str(out / "[1, 2].jpg") in capsys.readouterr().err
+
+
+# -- Python
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> fusedet.Predictor:
+    return fusedet.load(trained, device="cpu")
+
+
+def test_predict_takes_every_kind_of_picture(model: fusedet.Predictor, scenes: Path) -> None:
+    path = sorted((scenes / "val").iterdir())[0]
+    picture = Image.open(path).convert("RGB")
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    expected = model.predict(path)
+    for source in (str(path), path.read_bytes(), picture, array, tensor, tensor.float() / 255):
+        found = model.predict(source)
+        torch.testing.assert_close(found.boxes, expected.boxes)
+        assert torch.equal(found.labels, expected.labels)
+    assert expected.path == path
+
+
+def test_one_in_one_out_a_list_in_a_list_out(model: fusedet.Predictor, scenes: Path) -> None:
+    paths = sorted((scenes / "val").iterdir())[:3]
+    single = [model.predict(path) for path in paths]
+    assert all(isinstance(one, Detections) for one in single)
+    assert isinstance(model.predict(paths[:1]), list)
+    assert model.predict([]) == []
+    for batch in (1, 2, 3):
+        for a, b in zip(model.predict(paths, batch=batch), single, strict=True):
+            torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=1e-3)
+            assert a.path == b.path
+
+
+def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_path: Path) -> None:
+    path = sorted((scenes / "val").iterdir())[0]
+    found = model.predict(path)
+    assert len(found) > 0
+    assert found.to_dict().keys() == {"boxes", "scores", "labels"}
+    first = found.to_coco(5)[0]
+    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1])
+    assert (first["image_id"], first["category_id"]) == (5, int(found.labels[0]) + 1)
+    assert found.plot(tmp_path / "drawn.png").size == Image.open(path).size
+    assert (tmp_path / "drawn.png").is_file()
+    pytest.importorskip("supervision")
+    assert found.to_supervision().xyxy.shape == (len(found), 4)
+
+
+def test_boxes_come_back_in_the_pictures_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fake(batch: Any) -> list[Detections]:
+        seen.append(tuple(batch.sizes[0].tolist()))
+        h, w = batch.sizes[0].tolist()
+        return [Detections(torch.tensor([[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h]]), torch.tensor([0.9, 0.8]), torch.tensor([0, 1]))]
+
+    monkeypatch.setattr(model.detector, "predict", fake)
+    for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):
+        found = model.predict(np.zeros((height, width, 3), np.uint8))
+        expected = [[0, 0, width, height], [width / 4, height / 2, width / 2, height]]
+        torch.testing.assert_close(found.boxes, torch.tensor(expected), atol=1e-3, rtol=1e-5)
+    assert seen[0] == seen[1], "the network sees pictures of one shape at one size"
+
+
+def test_load_takes_overrides_of_the_test(trained: Path, scenes: Path) -> None:
+    path = sorted((scenes / "val").iterdir())[0]
+    assert len(fusedet.load(trained, "test.max_det=2", device="cpu").predict(path)) == 2
+    with pytest.raises(fusedet.InputError, match="changes nothing for a trained model"):
+        fusedet.load(trained, "model.neck=fpn")
+    with pytest.raises(fusedet.InputError, match=r"did you mean 'test.max_det'"):
+        fusedet.load(trained, "test.max_dets=2")
+
+
+def test_create_model_is_the_command_line(trained: Path) -> None:
+    model = fusedet.create_model("retinanet_tiny", *SMALL, num_classes=6)
+    sections = {"backbone": {"name": "lcnet_050"}, "pyramid": {"channels": 16}, "head": {"convs": 1, "norm": False}}
+    same = fusedet.create_model("retinanet_tiny", num_classes=6, model=sections)
+    weights, _ = checkpoint.load_weights(trained / "best.safetensors")
+    for one in (model, same):
+        assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in weights.items()}
+
+
+# -- info
+
+
+def test_multiply_adds_of_a_convolution_by_hand() -> None:
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.head = torch.nn.Conv2d(8, 5, 1, bias=False).requires_grad_(False)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(images.float()))
+
+    found = cost(Small(), 32, 64)
+    assert found["parts"]["body"] == {"parameters": 3 * 8 * 9 + 8, "trainable": 3 * 8 * 9 + 8, "multiply_adds": 16 * 32 * 8 * 3 * 9}
+    assert found["parts"]["head"] == {"parameters": 40, "trainable": 0, "multiply_adds": 16 * 32 * 40}
+    assert found["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
+
+
+def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
+    found = figures(capsys, "info", "retinanet_r50")
+    assert found["trainable"] == 37_743_348
+    assert found["picture"] == [800, 1344]
+    assert sum(part["multiply_adds"] for part in found["parts"].values()) == found["multiply_adds"]
+    said = spoken(capsys, "info", "retinanet_tiny", *SMALL, "--classes", 6)
+    for name in ("backbone", "neck", "head", "all"):
+        assert name in said
+    small, of_run = (figures(capsys, "info", *words, "--classes", 6) for words in (["retinanet_tiny", *SMALL], [trained]))
+    assert small["parts"] == of_run["parts"], "a run's folder is a model too"
+    assert "retinanet_r50" in figures(capsys, "info")["models"]
+    assert "2x_ms" in spoken(capsys, "info")
+
+
+# -- the other verbs
+
+
+def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    boxes = {1: [[10, 10, 20, 10], [10, 10, 20, 10], [50, 50, 100, 80]], 2: [[0, 0, 200, 150], [5, 5, 0, 9], [300, 9, 5, 5]], 3: []}
+    rows = [{"id": 10 * i + k, "image_id": i, "category_id": 7, "bbox": box} for i, many in boxes.items() for k, box in enumerate(many)]
+    images = [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 150} for i in (1, 2, 3, 4, 5)]
+    content = {"images": images, "annotations": rows, "categories": [{"id": 7, "name": "car"}, {"id": 9, "name": "bus"}]}
+    for name in ("train.json", "val.json"):
+        (tmp_path / name).write_text(json.dumps(content))
+    for i, size in ((1, (200, 150)), (2, (200, 150)), (3, (100, 150))):  # the third is not as stated, the fifth is not there
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    (tmp_path / "4.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
+    assert cli.run(["doctor", f"data={tmp_path}", "data.size=[75,200]", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"]
+    assert report["train"] == report["val"]
+    found = report["train"]["figures"]
+    assert (found["pictures"], found["empty_pictures"], found["classes"]) == (5, 3, {"bus": 0, "car": 6})
+    # small: 20 x 10 twice, and the two of no area or outside (5 x 5)
+    assert found["sizes"] == {"small": 4, "medium": 1, "large": 1}
+    assert found["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in a picture shrunk from 150 to 75"
+    warnings = " | ".join(report["train"]["warnings"])
+    for sentence in ("no area: not trained on: 1", "wholly outside their picture: not trained on: 1", "same picture: kept: 1"):
+        assert sentence in warnings
+    assert "no object of class bus" in warnings
+    assert "larger data.size keeps it visible" in warnings
+    wrong_size, damaged, missing = report["train"]["errors"]
+    assert "3.png is 100x150, but its annotation says 200x150" in wrong_size
+    assert "4.png" in damaged
+    assert "5.png does not exist" in missing
+    assert cli.run(["doctor", f"data={tmp_path}", "--no-pictures"]) == 0, "annotations alone are fit to train on"
+    assert "5 pictures (3 without objects), 6 objects" in capsys.readouterr().out
+
+
+def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    target = tmp_path / "pictures" / "seen.png"
+    words = ["browse", f"data={scenes}", "data.size=[64,96]"]
+    assert figures(capsys, *words, f"out={target}", "--images", 5) == {"picture": str(target), "images": 5}
+    assert Image.open(target).width > 64
+    spoken(capsys, *words, f"out={tmp_path / 'b.png'}", "--split", "val", "--images", 99, "--epoch", 3)
+
+
+def test_convert(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    report = figures(capsys, "convert", "data", scenes, tmp_path / "yolo", "--to", "yolo")
+    assert {split: row["images"] for split, row in report["splits"].items()} == {"train": 8, "val": 8}
+    before, after = read(scenes, "val"), read(tmp_path / "yolo", "val")
+    torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
+    assert "next: fusedet train" in spoken(capsys, "convert", "data", tmp_path / "yolo", tmp_path / "voc", "--to", "voc")
+
+
+def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(spoken(capsys, "config", "retinanet_tiny", *SMALL))
+    assert config.load(file) == config.load("retinanet_tiny", SMALL)
+    assert spoken(capsys, "config", trained).endswith("out: null\n")
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = spoken(capsys, "demo", "--images", 10, f"out={tmp_path / 'd'}", *SMALL)
+    assert "AP by object size" in said
+    assert (tmp_path / "d/predictions.png").is_file()
+    commands = re.findall(r"fusedet predict (\S+) (\S+)", said)
+    assert commands == [(str(tmp_path / "d/run"), str(tmp_path / "d/data/val"))]
+    spoken(capsys, "predict", *commands[0], "--no-draw")
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    said = spoken(capsys, "--help")
+    for verb in ("train", "val", "predict", "info", "doctor", "browse", "convert", "demo", "config"):
+        assert f"  {verb} " in said
