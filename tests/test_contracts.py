@@ -41,7 +41,7 @@ def maps(levels: Levels, size: tuple[int, int], n: int = 2) -> list[torch.Tensor
 
 
 def small(**head: object) -> OneStage:
-    options = ["model.backbone.name=resnet10t", "model.pyramid.channels=16", "model.head.convs=1"]
+    options = ["model.backbone.name=resnet10t", "model.pyramid.channels=16", "model.head.convs=1", "model.head.norm=false"]
     return create_model("retinanet_tiny", *options, num_classes=3, model={"head": head})
 
 

@@ -16,6 +16,7 @@ from fusedet.engine import checkpoint
 OPTIONS = [
     # batch norms at rest: the statistics of a batch are those of its process
     *("model.backbone.name=regnetx_002", "model.backbone.norm_eval=true", "model.pyramid.channels=16", "model.head.convs=1"),
+    "model.head.norm=false",
     *("data.size=[64,96]", "data.workers=0", "train.epochs=2", "train.batch=4", "train.optimizer=sgd", "train.lr=0.01"),
     *("train.warmup_steps=0", "train.base_batch=null", "test.score=0.001", "device=cpu"),
 ]

@@ -6,6 +6,7 @@ import json as jsonlib
 import signal
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -302,7 +303,7 @@ def _run_config(name: str, overrides: list[str], resume: bool) -> Config:
     else:
         options = config.load(name, overrides)
     if options.out is None:
-        options = config.replaced(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
+        options = replace(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
     return options
 
 

@@ -1,0 +1,151 @@
+"""YAML with one `base:` parent and dotted key=value overrides become one config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fusedet.config.schema import Config, parse, plain
+from fusedet.errors import InputError, unknown
+
+_SHIPPED = files("fusedet") / "configs"
+_SLOTS = ("plugin", "neck", "interact", "head", "roi")
+_RENAMED = {"data": "data.path", "model.backbone": "model.backbone.name"}
+
+
+def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Config:
+    """The config of that name (shipped) or file, with overrides on top.
+
+    overrides: "key=value" texts with dotted keys; list items are addressed by number ("model.neck.0.type=fpn");
+    `data=PATH` and `model.backbone=NAME` are short for data.path and model.backbone.name.
+    sections: the same as nested mappings, {"model": {"neck": ["fpn", "smsl"]}}.
+    A schedule (train.schedule=2x) is merged where it is named: above what came before, below what comes after.
+    Raises InputError for an unknown config, key or schedule, and for a value of the wrong type.
+    """
+    tree: dict[str, Any] = _file(_find(name, "models", "config"))
+    for section, values in (sections or {}).items():
+        tree = _merge(tree, {section: plain(values)}, f"{section}=")
+    return parse(overridden(tree, overrides))
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A nested mapping with "key=value" texts laid over it, as `load` does; the schedule first."""
+    pairs = [_parse(text) for text in overrides]
+    for key, value in sorted(pairs, key=lambda pair: pair[0] != "train.schedule"):
+        tree = _set(tree, key, value)
+    return tree
+
+
+def names(room: str = "models") -> list[str]:
+    """The names of the shipped configs."""
+    return sorted(p.name.removesuffix(".yaml") for p in (_SHIPPED / room).iterdir() if p.name.endswith(".yaml") and p.name[0] != "_")
+
+
+def _find(name: str | Path, room: str, kind: str) -> Any:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"there is no config file {path}: give a YAML file, or one of {', '.join(names(room))}")
+        return path
+    shipped = _SHIPPED / room / f"{name}.yaml"
+    if not shipped.is_file():
+        raise unknown(kind, name, names(room))
+    return shipped
+
+
+def _file(path: Any, room: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
+    try:
+        own: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(own, dict):
+        raise InputError(f"{path} must be a mapping with model, data, train, test or base")
+    base = own.pop("base", None)
+    if base is None:
+        return _merge({}, own, str(path))
+    # a base beside the file wins over a shipped one, so that a folder of configs moves as a whole
+    beside = path.parent / f"{base}.yaml"
+    parent = beside if beside.is_file() else _find(base, room, f"base of {path}:")
+    if str(parent) in (str(path), *children):
+        raise InputError(f"{path} is, through {parent}, its own base")
+    return _merge(_file(parent, room, (str(path), *children)), own, str(path))
+
+
+def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str, Any]:
+    """Lay one mapping over another; schedules first, slots whose type changes begin anew."""
+    layer = dict(layer)
+    schedule = layer.get("train", {}).get("schedule") if isinstance(layer.get("train"), Mapping) else None
+    if schedule is not None:
+        file = _find(schedule, "schedules", f"schedule (train.schedule in {source})")
+        tree = _overlay(tree, _file(file, "schedules"))
+        # a resolved config must not depend on a file of the user's: the schedule's values are in it
+        layer["train"] = layer["train"] | {"schedule": None if isinstance(file, Path) and file.parent.parent != _SHIPPED else schedule}
+    return _overlay(tree, layer)
+
+
+def _overlay(below: Any, above: Any, key: str = "") -> Any:
+    if key in _RENAMED and isinstance(above, str):
+        above = {_RENAMED[key].rpartition(".")[2]: above}
+    if key.removeprefix("model.") in _SLOTS:
+        above, below = _spec(above), _spec(below)
+        if isinstance(above, dict) and isinstance(below, dict) and above.get("type", below.get("type")) != below.get("type"):
+            return above
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    merged = dict(below)
+    for name, value in above.items():
+        merged[name] = _overlay(below.get(name), value, f"{key}.{name}" if key else str(name))
+    return merged
+
+
+def _spec(slot: Any) -> Any:
+    if isinstance(slot, str):
+        return {"type": slot}
+    return [_spec(item) for item in slot] if isinstance(slot, (list, tuple)) else slot
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    key, sign, raw = text.partition("=")
+    if not sign or not key:
+        raise InputError(f"'{text}' is not an override: write key=value, for example train.epochs=24")
+    key = _RENAMED.get(key, key).replace("[", ".").replace("]", "")
+    if _leaf(Config, key) in (str, str | None):
+        return key, None if raw in ("null", "") else raw
+    try:
+        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"the value of '{text}' is not YAML") from error
+
+
+def _leaf(schema: Any, key: str) -> Any:
+    for part in key.split("."):
+        schema = get_type_hints(schema).get(part) if hasattr(schema, "__dataclass_fields__") else None
+    return schema
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Lay one dotted key over the tree; a number addresses an item of a list that is there."""
+    parts = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}, address its items by 0 to {len(node) - 1}")
+            layer = _nest(parts[depth + 1 :], value)
+            item = _spec(node[int(part)])
+            node[int(part)] = _overlay(item, _spec(layer), "model.neck")
+            return tree
+        node = node.get(part) if isinstance(node, dict) else None
+    return _merge(tree, _nest(parts, value), f"{key}={value}")
+
+
+def _nest(parts: list[str], value: Any) -> Any:
+    for part in reversed(parts):
+        value = {part: value}
+    return value
