@@ -14,16 +14,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fusedet import config, doctor, evaluate, measure
+from fusedet import config, evaluate, measure
 from fusedet.config import Config
-from fusedet.data import demo as demo_data
 from fusedet.data.convert import convert as convert_data
-from fusedet.data.read import form, read
+from fusedet.data.read import read
 from fusedet.detectors import from_config
 from fusedet.engine.loop import Interrupted
 from fusedet.errors import InputError, unknown
 from fusedet.verbs import browse as browsing
 from fusedet.verbs import folder, predict, show, val
+from fusedet.verbs.check import check_data
+from fusedet.verbs.demo import demo as run_demo
 from fusedet.verbs.train import train as run_training
 
 app = typer.Typer(
@@ -165,21 +166,7 @@ def doctor_(
     options = _any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
-    form(options.data.path)
-    reports: dict[str, doctor.Report] = {}
-    splits = {}
-    for split in dict.fromkeys((options.data.train, options.data.val)):
-        try:
-            splits[split] = read(options.data.path, split, images=options.data.images, need_pictures=False)
-        except InputError as error:
-            reports[split] = doctor.Report(errors=[str(error)])
-            continue
-
-        def progress(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
-            return _track(json, items, total, split)
-
-        reports[split] = doctor.examine(splits[split], options.data.size, read=read_pictures, progress=progress)
-    between = doctor.compare(*splits.values()) if len(splits) == 2 else []
+    reports, between = check_data(options, read_pictures, lambda items, total, split: _track(json, items, total, split))
     failed = bool(between) or any(r.errors for r in reports.values())
     if json:
         _json({split: vars(r) for split, r in reports.items()} | {"between": between, "ok": not failed})
@@ -237,22 +224,12 @@ def demo(
     json: Json = False,
 ) -> None:
     """Generate a data set, train retinanet_tiny on it, score it and draw what it found: no download, minutes on two cores."""
-    options = config.load("retinanet_tiny", [f"train.seed={seed}", *(words or [])])
-    target = folder.fresh(options.out) if options.out else folder.numbered(".", "demo")
-    data = demo_data.generate(target / "data", images=images, seed=seed)
-    _say(json)(f"{images} generated pictures: {data}")
-    options = config.load("retinanet_tiny", [f"train.seed={seed}", *(words or []), f"data={data}", f"out={target / 'run'}"])
-    trained = run_training(options, say=_say(json), quiet=json)
-    records = read(data, "val")
-    predictor = predict.load(trained.out)
-    picture = target / "predictions.png"
-    browsing.predictions(predictor, [records.path(i) for i in range(min(16, len(records)))], picture)
-    files = trained.files | {"predictions": picture}
+    trained = run_demo([f"train.seed={seed}", *(words or [])], images, seed, say=_say(json), quiet=json)
     if json:
-        return _json(trained.figures | {"out": str(target), "files": {k: str(v) for k, v in files.items()}})
+        return _json(trained.figures | {"out": str(trained.out.parent), "files": {k: str(v) for k, v in trained.files.items()}})
     show.score(out, trained.figures, "RetinaNet on generated scenes: AP by object size")
-    _files(files)
-    out.print(escape(f"next: fusedet predict {trained.out} {data / 'val'}"))
+    _files(trained.files)
+    out.print(escape(f"next: fusedet predict {trained.out} {trained.out.parent / 'data' / 'val'}"))
     out.print("or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine")
 
 

@@ -39,7 +39,7 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
     return count
 
 
-def predictions(predictor: Predictor, pictures: list[Path], target: Path, score: float = 0.4) -> None:
+def predictions(predictor: Predictor, pictures: list[Path], target: Path, score: float = 0.3) -> None:
     """Draw what a detector finds in pictures into one grid."""
     found = list(predictor.stream(pictures, batch=4))
     draw.grid([one.plot(score=score) for one in found], [path.name for path in pictures]).save(target)
