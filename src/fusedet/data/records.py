@@ -1,4 +1,7 @@
-"""Annotations of a data set, read once into flat arrays in shared memory that every worker sees and none copies."""
+"""Annotations of a data set, read once into flat tensors that every worker sees and none copies.
+
+Forked workers share the pages; for spawned ones torch moves tensors to shared memory when it pickles them.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class Records:
         form: str,
         problems: Mapping[str, int] | None = None,
     ) -> Records:
-        """Flatten records into shared arrays."""
+        """Flatten records."""
         ids, sizes, counts, paths = [], [], [], []
         segments: list[bytes] = []
         boxes, labels, ignore, area = [], [], [], []
@@ -88,7 +91,7 @@ class Records:
 
         def flat(parts: list[Any], shape: tuple[int, ...], dtype: Any) -> Tensor:
             joined = np.concatenate([np.reshape(p, shape) for p in parts]) if parts else np.zeros((0, *shape[1:]))
-            return torch.from_numpy(np.ascontiguousarray(joined, dtype=dtype)).share_memory_()
+            return torch.from_numpy(np.ascontiguousarray(joined, dtype=dtype))
 
         return cls(
             names=tuple(names),
@@ -135,21 +138,21 @@ class Records:
         order = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=len(paths))
 
-        def shared(values: np.ndarray, dtype: Any) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).share_memory_()
+        def tensor(values: np.ndarray, dtype: Any) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
 
         return cls(
             names=tuple(names),
             category_ids=tuple(int(c) for c in category_ids),
             source=str(source),
             form=form,
-            image_ids=shared(image_ids, np.int64),
-            sizes=shared(np.reshape(sizes, (-1, 2)), np.int64),
-            offsets=shared(np.concatenate([[0], np.cumsum(counts)]), np.int64),
-            boxes=shared(boxes[order], np.float64),
-            labels=shared(labels[order], np.int64),
-            ignore=shared(ignore[order], np.bool_),
-            area=shared(area[order], np.float64),
+            image_ids=tensor(image_ids, np.int64),
+            sizes=tensor(np.reshape(sizes, (-1, 2)), np.int64),
+            offsets=tensor(np.concatenate([[0], np.cumsum(counts)]), np.int64),
+            boxes=tensor(boxes[order], np.float64),
+            labels=tensor(labels[order], np.int64),
+            ignore=tensor(ignore[order], np.bool_),
+            area=tensor(area[order], np.float64),
             paths=Packed.of([p.encode("utf-8", "surrogateescape") for p in paths]),
             segments=Packed.of([outlines[i] for i in order.tolist()]),
             problems=dict(problems or {}),
@@ -194,7 +197,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Packed:
-    """Many byte strings in two shared tensors: `packed[i]` is the i-th."""
+    """Many byte strings in two tensors: `packed[i]` is the i-th."""
 
     data: Tensor  # (bytes,) uint8
     offsets: Tensor  # (N + 1,) int64
@@ -202,8 +205,8 @@ class Packed:
     @classmethod
     def of(cls, items: list[bytes]) -> Packed:
         """Pack byte strings."""
-        offsets = torch.from_numpy(np.cumsum([0, *map(len, items)], dtype=np.int64)).share_memory_()
-        data = torch.empty(int(offsets[-1]), dtype=torch.uint8).share_memory_()
+        offsets = torch.from_numpy(np.cumsum([0, *map(len, items)], dtype=np.int64))
+        data = torch.empty(int(offsets[-1]), dtype=torch.uint8)
         data.numpy()[:] = np.frombuffer(b"".join(items), dtype=np.uint8)
         return cls(data, offsets)
 
