@@ -67,7 +67,7 @@ def test_the_config_of_a_run_alone_runs_it_again(capsys: pytest.CaptureFixture[s
 def test_resume_by_the_runs_folder_or_by_out(capsys: pytest.CaptureFixture[str], run_copy: Path) -> None:
     spoken(capsys, "train", run_copy, "--resume", "train.epochs=2")
     assert config.load(run_copy / "config.yaml").train.epochs == 2, "the config is the one that the weights come from"
-    spoken(capsys, "train", "retinanet_tiny", f"out={run_copy}", "--resume", "train.epochs=3")
+    spoken(capsys, "train", "retinanet_tiny", *SMALL, f"out={run_copy}", "--resume", "train.epochs=3")
     assert checkpoint.load(run_copy / "last.ckpt")["epoch"] == 3
     steps = [row.split(",")[1] for row in (run_copy / "metrics.csv").read_text().splitlines()[1:]]
     assert steps == sorted(steps)

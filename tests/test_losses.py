@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
+from fusedet.ops import losses
+from fusedet.ops.losses import mean_over_ranks
+
+
+def sigmoid_focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """By one label per row: the class, -1 background, -2 not counted."""
+    rows = (labels >= 0).nonzero().squeeze(1)
+    return losses.sigmoid_focal(logits, labels != -2, rows, labels[rows], alpha, gamma)
 
 
 def make(rows: int = 50, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,3 +73,13 @@ def test_focal_in_half_precision_keeps_the_logits_type() -> None:
 def test_mean_over_one_rank_is_itself() -> None:
     assert float(mean_over_ranks(torch.tensor(7))) == 7
     assert float(mean_over_ranks(torch.tensor(0))) == 1  # never divides by nothing
+
+
+def test_focal_in_float16_survives_the_loss_scale() -> None:
+    """Confident negatives have gradients below float16's smallest number: they are rounded only after the loss scale."""
+    logits = torch.full((1, 2), -8.0, dtype=torch.float16, requires_grad=True)
+    (65536 * sigmoid_focal(logits, torch.tensor([-1]))).backward()
+    exact = torch.full((1, 2), -8.0, requires_grad=True)
+    (65536 * sigmoid_focal(exact, torch.tensor([-1]))).backward()
+    assert exact.grad.all()
+    assert torch.allclose(logits.grad.float(), exact.grad, rtol=1e-2)

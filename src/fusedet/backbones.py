@@ -92,7 +92,22 @@ def _create(name: str, pretrained: bool, weights: str | None) -> Any:
         _check_loaded(body, state, weights)
     if not set(_STRIDES[1:]) <= set(body.feature_info.reduction()):
         raise InputError(f"timm's '{name}' gives strides {body.feature_info.reduction()}, a pyramid needs 8, 16 and 32")
+    _check_maps(name)
     return body
+
+
+def _check_maps(name: str) -> None:
+    """Some of timm's bodies take one size of picture only, or give maps of another layout: asked of a copy without data."""
+    with torch.device("meta"):
+        probe: Any = timm.create_model(name, features_only=True, pretrained=False).eval()
+        try:
+            maps = probe(torch.zeros(1, 3, 96, 160))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(f"timm's '{name}' does not take pictures of any size ({reason}): choose a convolutional body") from error
+    promised = [(c, 96 // s, 160 // s) for c, s in zip(probe.feature_info.channels(), probe.feature_info.reduction())]
+    if [tuple(m.shape[1:]) for m in maps] != promised:
+        raise InputError(f"timm's '{name}' gives maps of other shapes than its strides promise: choose a convolutional body")
 
 
 def _state(weights: str) -> dict[str, Tensor]:
@@ -148,5 +163,8 @@ def _stages(body: nn.Module, names: list[str], count: int) -> list[nn.Module]:
         inside = any(stage.startswith(f"{name}.") for stage in names)
         units += [(f"{name}_{k}", m) for k, m in child.named_children()] if inside else [(name, child)]
     order = [name for name, _ in units]
-    end = order.index(names[0].replace(".", "_")) if count == 0 else order.index(names[count - 1].replace(".", "_")) + 1
+    places = [stage.replace(".", "_") for stage in names]
+    if lacking := [place for place in places if place not in order]:
+        raise InputError(f"frozen_stages={count}: this body has no stages that can be told apart ({lacking[0]}), set frozen_stages=-1")
+    end = order.index(places[0]) if count == 0 else order.index(places[count - 1]) + 1
     return [module for _, module in units[:end]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -38,7 +39,7 @@ out, err = (Console(stderr=to_err, soft_wrap=True, highlight=False, emoji=False)
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
-Classes = Annotated[int, typer.Option(help="Number of classes.")]
+Classes = Annotated[int | None, typer.Option(help="Number of classes; by default a run's own, else COCO's 80.")]
 
 
 @app.command("train")
@@ -86,7 +87,9 @@ def val_(
         wanted = predict.only(overrides, "data", "test", "device", "out")
         options = config.parse(config.overridden(saved.tree() | {"out": None}, wanted))
     scored = split or options.data.val
-    records = read(options.data.path or "", scored, images=options.data.images)
+    records = read(options.data.path or "", scored, images=options.data.images, need_pictures=not is_results)
+    if options.out:
+        folder.check(options.out)  # before the work, not after it
     if is_results:
         results = evaluate.load_results(path)
     else:
@@ -139,7 +142,7 @@ def predict_(
 
 
 @app.command()
-def info(words: Words = None, classes: Classes = 80, json: Json = False) -> None:
+def info(words: Words = None, classes: Classes = None, json: Json = False) -> None:
     """Parameters, trainable parameters and multiply-adds of MODEL, per part."""
     name, overrides = _split(words)
     if name is None:
@@ -149,6 +152,8 @@ def info(words: Words = None, classes: Classes = 80, json: Json = False) -> None
         return out.print("schedules (train.schedule=NAME): " + ", ".join(config.names("schedules")))
     # what a model costs does not depend on its weights: none are fetched
     options = _load(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
+    if classes is None:
+        classes = len(predict.rebuild(predict.weights_file(name))[2]) if Path(name).is_dir() and name not in config.names() else 80
     short, long = options.data.size
     figures = measure.cost(from_config(options, classes), _padded(short), _padded(long))
     if json:
@@ -251,7 +256,8 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except InputError as error:
-        return _complain(str(error))
+        # what all processes of a training raise, the first one says
+        return 2 if int(os.environ.get("RANK", 0)) else _complain(str(error))
     except Interrupted as stop:
         err.print(escape(str(stop)))
         return 128 + signal.SIGINT
@@ -273,13 +279,17 @@ def _run_config(name: str, overrides: list[str], resume: bool) -> Config:
     if name not in config.names() and path.is_dir():
         options = config.load(_of_run(path), [f"out={path}" if resume else "out=null", *overrides])
     elif resume:
-        options = config.load(name, overrides)
-        if options.out is None or not (Path(options.out) / "last.ckpt").is_file():
-            raise InputError(f"out={options.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
-        options = config.load(_of_run(Path(options.out)), [f"out={options.out}", *overrides])
+        asked = config.load(name, overrides)
+        if asked.out is None or not (Path(asked.out) / "last.ckpt").is_file():
+            raise InputError(f"out={asked.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
+        options = config.load(_of_run(Path(asked.out)), [f"out={asked.out}", *overrides])
+        if options.model != asked.model:
+            raise InputError(f"{name} is not the model that out={asked.out} trains: give the run's folder, fusedet train RUN --resume")
     else:
         options = config.load(name, overrides)
     if options.out is None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("several processes need one folder: add out=FOLDER")
         options = replace(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
     return options
 

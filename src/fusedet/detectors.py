@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,22 +26,13 @@ BACKBONES = {"timm": Backbone}
 class OneStage(nn.Module):
     """Body, neck and dense head: RetinaNet and all that is built like it.
 
-    score, nms, max_det, pre_nms: see `ops.boxes.select`.
+    selection: options of `ops.boxes.select` (score, iou, pre_nms, max_det), its defaults where there are none.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        neck: nn.Module,
-        head: Any,
-        score: float = 0.05,
-        nms: float = 0.5,
-        max_det: int = 100,
-        pre_nms: int = 1000,
-    ) -> None:
+    def __init__(self, backbone: Any, neck: nn.Module, head: Any, selection: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
-        self.select = {"score": score, "iou": nms, "max_det": max_det, "pre_nms": pre_nms}
+        self.selection = dict(selection or {})
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -71,7 +63,7 @@ class OneStage(nn.Module):
         """Final detections as padded tensors, in pixels of the network's input: the form that exports."""
         outputs = self(images, sizes)
         boxes, scores = self.head.decode(outputs)
-        return select(boxes, scores, sizes, outputs.priors.counts, **self.select)  # type: ignore[arg-type]
+        return select(boxes, scores, sizes, outputs.priors.counts, **self.selection)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
@@ -98,16 +90,22 @@ class Chain(nn.Module):
 def for_inference(detector: OneStage, precision: Literal["fp32", "bf16"] = "fp32") -> OneStage:
     """A copy for prediction: in eval mode, batch norms folded into their convolutions, weights in bfloat16 where asked.
 
-    With bf16, boxes and scores are still decoded in float32.
+    With bf16, pictures are still normalised, and boxes and scores decoded, in float32.
     """
     detector = copy.deepcopy(detector).eval()
-    scale, shift = detector.backbone.scale, detector.backbone.shift
-    detector.backbone = fold_batch_norm(detector.backbone, torch.rand(1, 3, 64, 96, device=scale.device))
+    try:
+        detector.backbone = fold_batch_norm(detector.backbone, torch.rand(1, 3, 64, 96, device=detector.backbone.scale.device))
+    except RuntimeError as error:
+        warnings.warn(f"{error}; prediction is the same without, only slower", stacklevel=2)
     if precision == "bf16":
-        detector.to(torch.bfloat16)
-        # pictures are normalised in float32 all the same
-        detector.backbone.scale, detector.backbone.shift = scale, shift
+        for parameter in detector.parameters():  # buffers (normalisation, anchors) keep float32
+            parameter.data = parameter.data.to(torch.bfloat16)
     return detector
+
+
+def selection(test: configs.Test) -> dict[str, Any]:
+    """The config's thresholds as options of `ops.boxes.select`."""
+    return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
 
 
 def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: Mapping[str, Any]) -> OneStage:
@@ -121,7 +119,7 @@ def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: 
 
 def from_config(config: configs.Config, num_classes: int) -> OneStage:
     """A detector from a resolved config."""
-    model, test = config.model, config.test
+    model = config.model
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
     for slot, table in (("plugin", "MSFM"), ("interact", "MSIL"), ("roi", "two-stage detectors")):
@@ -137,4 +135,4 @@ def from_config(config: configs.Config, num_classes: int) -> OneStage:
         necks.append(build(slot, spec, NECKS, {"levels": levels}, {"model.pyramid": vars(model.pyramid)}))
     neck = Chain(necks) if len(necks) > 1 else necks[0]
     head = build("model.head", model.head, HEADS, {"levels": neck.levels, "num_classes": num_classes, "interact": None})
-    return OneStage(backbone, neck, head, score=test.score, nms=test.nms, max_det=test.max_det, pre_nms=test.pre_nms)
+    return OneStage(backbone, neck, head, selection(config.test))

@@ -95,7 +95,7 @@ class _Moves:
 class Target(_Moves):
     """The objects of one picture.
 
-    boxes (G, 4); labels (G,) int64; masks (G, H, W) bool or None; ignore (I, 4), regions that are neither object nor
+    boxes (G, 4); labels (G,) int64; masks (G, H, W) bool or None; ignore (I, 4), regions that evaluation takes as neither object nor
     background (crowds, difficult objects), or None.
     """
 
@@ -137,7 +137,7 @@ class Detections(_Moves):
         found = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
         return found if self.masks is None else found | {"masks": self.masks}
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """COCO's result form: [x, y, width, height] boxes; labels become category ids where these are given (K,)."""
         corners = self.boxes.detach().cpu().double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()

@@ -8,6 +8,7 @@ their largest magnitude, predictions the same set (label, coordinates within 0.0
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -61,10 +62,15 @@ class Case:
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference over the largest magnitude."""
-    if ours.shape != theirs.shape:
+    if ours.shape != theirs.shape or not ours.isfinite().all():
         return float("inf")
     ours = ours.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest `relative` over levels; both sides must have as many."""
+    return max(relative(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def unmatched(ours: Detections, boxes: Tensor, scores: Tensor, labels: Tensor) -> int:
@@ -96,7 +102,7 @@ def fpn(case: Case) -> tuple[Errors, dict[str, int]]:
     with torch.no_grad():
         outputs = neck(inputs)
     reference = case.levels("out.features")
-    return {"features": max(map(relative, outputs, reference))}, {"levels": len(reference)}
+    return {"features": largest(outputs, reference)}, {"levels": len(reference)}
 
 
 def dense(
@@ -111,15 +117,16 @@ def dense(
     outputs = head(features)
     errors = {"raw": 0.0, "losses": 0.0, "gradients": 0.0, "norms": 0.0}
     for i, name in enumerate(maps):
-        errors["raw"] = max(errors["raw"], *map(relative, outputs.maps[name], case.levels(f"out.head.{i}")))
+        errors["raw"] = max(errors["raw"], largest(outputs.maps[name], case.levels(f"out.head.{i}")))
     found = head.loss(outputs, case.targets())
     for ours, theirs in losses.items():
         value = case.spec["losses"][theirs]
         value = sum(value) if isinstance(value, list) else value
-        errors["losses"] = max(errors["losses"], abs(float(found[ours].detach()) - value) / max(abs(value), 1e-12))
+        difference = abs(float(found[ours].detach()) - value) / max(abs(value), 1e-12)
+        errors["losses"] = max(errors["losses"], difference if math.isfinite(difference) else math.inf)
     sum(found.values()).backward()
     gradients = [f.grad for f in features]
-    errors["gradients"] = max(map(relative, gradients, case.levels("out.grad.features")))
+    errors["gradients"] = largest(gradients, case.levels("out.grad.features"))
     norms = case.spec["grad_norms"]
     for name, parameter in head.named_parameters():
         theirs = next(k for k in norms if _renamed(k, renames) == name)
@@ -129,7 +136,7 @@ def dense(
     with torch.no_grad():
         outputs = head(features)
         for i, name in enumerate(maps):
-            errors["raw"] = max(errors["raw"], *map(relative, outputs.maps[name], case.levels(f"out.head_eval.{i}")))
+            errors["raw"] = max(errors["raw"], largest(outputs.maps[name], case.levels(f"out.head_eval.{i}")))
         boxes, scores = head.decode(outputs)
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}

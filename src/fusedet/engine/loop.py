@@ -21,7 +21,7 @@ from fusedet.engine.optim import schedule
 from fusedet.engine.recipe import Recipe, precision
 from fusedet.engine.run import Loader, Run, Validate, save, setup
 from fusedet.engine.watch import NonFinite
-from fusedet.errors import unknown
+from fusedet.errors import InputError, unknown
 from fusedet.types import Batch, Losses
 
 __all__ = ["Interrupted", "Loader", "NonFinite", "Recipe", "Validate", "fit", "precision"]
@@ -60,6 +60,12 @@ def fit(
                 _train_epoch(run)
                 _end_epoch(run)
             status = "success"
+        except NonFinite:
+            raise
+        except InputError:
+            if run.fabric.world_size == 1 and run.state["position"]:  # a picture that cannot be read costs none of the steps before it
+                save(run)
+            raise
         except KeyboardInterrupt:
             save(run)
             raise Interrupted(f"stopped after step {run.state['step']}, all of it is in {run.last}: resume to go on") from None

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fusedet.errors import InputError
 from fusedet.heads.tower import TwinTowers
-from fusedet.ops.assign import MaxIoU
+from fusedet.ops.assign import IGNORED, MaxIoU
 from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
 from fusedet.ops.layers import conv, flatten_maps, normal
 from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
@@ -29,6 +30,8 @@ class RetinaHead(nn.Module):
     positive, negative: overlaps of the assignment (section 4). alpha, gamma: of the focal loss. prior: the score that every
     anchor starts with.
     """
+
+    shapes: Tensor
 
     def __init__(
         self,
@@ -57,8 +60,9 @@ class RetinaHead(nn.Module):
             raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.assigner = MaxIoU(positive, negative)
-        self.shapes = [anchor_shapes(stride, base_scale, scales_per_octave, ratios) for stride in levels.strides]  # (A, 4) each
-        anchors = len(self.shapes[0])
+        shapes = torch.stack([anchor_shapes(stride, base_scale, scales_per_octave, ratios) for stride in levels.strides])  # (L, A, 4)
+        self.register_buffer("shapes", shapes, persistent=False)
+        anchors = shapes.shape[1]
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact)
         self.cls = conv(channels, anchors * num_classes, 3)
         self.reg = conv(channels, anchors * 4, 3)
@@ -77,15 +81,16 @@ class RetinaHead(nn.Module):
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
-        picture, prior = (owners >= 0).nonzero(as_tuple=True)  # (R,), the positives
+        picture, prior = (owners >= 0).nonzero(as_tuple=True)  # (R,), the positives: the one place where a GPU is waited for
         owned = owners[picture, prior]
-        first = torch.tensor([0, *(len(t) for t in targets)], device=owned.device).cumsum(0)[picture] + owned
-        boxes = torch.cat([t.boxes for t in targets]).to(codes.device)[first]
-        labels = owners.index_put((picture, prior), torch.cat([t.labels for t in targets])[first])
+        boxes = pad_sequence([t.boxes for t in targets], batch_first=True)[picture, owned]  # (R, 4)
+        classes = pad_sequence([t.labels for t in targets], batch_first=True)[picture, owned]
+        rows = picture * len(priors) + prior
+        counted = (owners != IGNORED).flatten()
         count = mean_over_ranks((owners >= 0).sum(dim=1).clamp(min=1).sum())
         wanted = encode(priors.boxes[prior], boxes.to(priors.boxes.dtype))
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), labels.flatten(), self.alpha, self.gamma) / count,
+            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma) / count,
             "loss_box": F.l1_loss(codes[picture, prior].float(), wanted, reduction="sum") / count,
         }
 

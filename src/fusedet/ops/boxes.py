@@ -25,7 +25,7 @@ def anchor_shapes(stride: int, base_scale: float, scales_per_octave: int, ratios
     return torch.stack([-half_w, -half_h, half_w, half_h], dim=1).float()
 
 
-def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor], offset: float = 0.0) -> Priors:
+def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor] | Tensor, offset: float = 0.0) -> Priors:
     """Put each level's shapes (A, 4) on every cell of its map: x = (column + offset) * stride, y likewise."""
     boxes, counts = [], []
     for feature, stride, shape in zip(features, levels.strides, shapes):

@@ -20,18 +20,18 @@ def mean_over_ranks(count: Tensor) -> Tensor:
     return count.clamp(min=1.0)
 
 
-def sigmoid_focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def sigmoid_focal(logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Focal loss (RetinaNet, 2017, eq. 5) of logits (R, K), summed over rows and classes.
 
-    labels (R,) int64: the class, -1 background, -2 the row does not count.
+    counted (R,) bool: the others, neither object nor background, have no loss. rows, labels (R+,) int64: the rows that answer for an
+    object, each counted and named once, and its class.
     Nearly every entry is a negative, so all are taken as negatives at once, without a target matrix of their size, and
     the few positive entries are exchanged.
     """
-    rows = (labels >= 0).nonzero().squeeze(1)
-    positive = logits[rows, labels[rows]].float()  # (R+,)
+    positive = logits[rows, labels].float()  # (R+,)
     p = positive.sigmoid()
     exchange = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
-    negatives: Tensor = _NegativeFocal.apply(logits, labels, 1 - alpha, gamma)
+    negatives: Tensor = _NegativeFocal.apply(logits, counted, 1 - alpha, gamma)
     return negatives + exchange.sum()
 
 
@@ -42,19 +42,21 @@ class _NegativeFocal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weight: float, gamma: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
         x = logits.float()
         p, cost = x.sigmoid(), F.softplus(x)
         scale = p**gamma
-        scale *= (labels != -2)[:, None] * weight
+        scale *= counted[:, None] * weight
         total = torch.dot(scale.flatten(), cost.flatten())
         if ctx.needs_input_grad[0]:
             # d/dx p^g s = p^g (g (1 - p) s + p)
             scale *= cost.mul_(1 - p).mul_(gamma).add_(p)
-            ctx.save_for_backward(scale.to(logits.dtype))
+            ctx.dtype = logits.dtype
+            # float16 would round small gradients to zero before the loss scale has reached them
+            ctx.save_for_backward(scale if logits.dtype == torch.float16 else scale.to(logits.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (local,) = ctx.saved_tensors
-        return local * grads[0].to(local.dtype), None, None, None
+        return (local * grads[0]).to(ctx.dtype), None, None, None

@@ -20,13 +20,19 @@ from fusedet.errors import InputError
 
 def fresh(folder: str | Path) -> Path:
     """Make an empty folder. Raises InputError where it exists and holds anything, or cannot be made."""
-    path = Path(folder)
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another folder")
+    path = check(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out={path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def check(folder: str | Path) -> Path:
+    """The path, if nothing would be overwritten there. Raises InputError as `fresh` does."""
+    path = Path(folder)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another folder")
     return path
 
 

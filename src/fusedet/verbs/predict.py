@@ -21,7 +21,7 @@ from fusedet.data.images import to_tensor
 from fusedet.data.loader import Sample, collate
 from fusedet.data.records import Record
 from fusedet.data.transforms import Eval
-from fusedet.detectors import OneStage, for_inference, from_config
+from fusedet.detectors import OneStage, for_inference, from_config, selection
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.types import Batch, Detections
@@ -41,7 +41,7 @@ class Prediction(Detections):
     category_ids: tuple[int, ...] = ()
     path: Path | None = None
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """As `Detections.to_coco`, with the data set's own category ids by default."""
         return super().to_coco(image_id, category_ids or self.category_ids)
 
@@ -86,14 +86,19 @@ class Predictor:
         """The same for any number of pictures, one after the other, in the order in which they come."""
         group: list[tuple[Tensor, Path | None]] = []
         for source in sources:
-            group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
+            try:
+                group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
+            except InputError:
+                yield from self._together(group)  # what came before it is not lost
+                raise
             if len(group) == batch:
                 yield from self._together(group)
                 group = []
-        if group:
-            yield from self._together(group)
+        yield from self._together(group)
 
     def _together(self, group: list[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
+        if not group:
+            return
         samples = []
         for i, (picture, _) in enumerate(group):
             image, scale, _ = self.transform(picture, _empty(picture))
@@ -174,9 +179,9 @@ def pick_device(name: str) -> torch.device:
 
 def tuned(detector: OneStage, config: Config, precision: Precision = "fp32") -> OneStage:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
-    test = config.test
-    detector.select = {"score": test.score, "iou": test.nms, "max_det": test.max_det, "pre_nms": test.pre_nms}
-    return for_inference(detector, precision)
+    ready = for_inference(detector, precision)
+    ready.selection = selection(config.test)
+    return ready
 
 
 def write(predictor: Predictor, files: Iterable[Path], target: Path, *, batch: int, score: float, drawn: bool) -> dict[str, Any]:

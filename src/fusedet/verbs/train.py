@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     if config.out is None:
         raise InputError("no output folder: add out=FOLDER")
+    if resume and not (Path(config.out) / "last.ckpt").is_file():
+        raise InputError(f"out={config.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
     if config.train.monitor not in FIGURES:
         raise unknown("value of train.monitor:", config.train.monitor, FIGURES)
     fabric = make_fabric(config)
@@ -54,7 +56,7 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         say = _silent
     data, val = open_data(config, say)
     torch.manual_seed(config.train.seed)
-    detector = make_detector(config, val, say)
+    detector = make_detector(config, val, say, resume)
     batch, rate = config.train.batch // config.train.accumulate, config.train.lr
     loader = train_loader(
         data,
@@ -72,8 +74,9 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
             say(f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}")
     recipe = make_recipe(config, rate)
     out = Path(config.out)
+    if not resume:
+        _together(fabric, lambda: fresh(out))
     if fabric.is_global_zero and not resume:
-        fresh(out)
         (out / "config.yaml").write_text(config.to_yaml())
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
         write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed})
@@ -88,6 +91,8 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
     try:
         loggers = logs.loggers(config.train.loggers, out)
         loop.fit(fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta, quiet=quiet)
+    except loop.NonFinite:
+        raise  # its metrics.csv shows how it came to that
     except InputError:
         if fabric.is_global_zero and not resume and not (out / "last.ckpt").exists():
             withdraw(out, "config.yaml", "run.json", "metrics.csv")
@@ -96,7 +101,20 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         _note(config, fabric, out)
         raise
     _note(config, fabric, out)
+    fabric.barrier()
     return finish(config, fabric, out, val)
+
+
+def _together(fabric: Fabric, action: Callable[[], object]) -> None:
+    """Let the first process act; a user's mistake that it meets is raised in all of them."""
+    problem: str | None = None
+    if fabric.is_global_zero:
+        try:
+            action()
+        except InputError as error:
+            problem = str(error)
+    if problem := fabric.broadcast(problem):
+        raise InputError(problem)
 
 
 def _note(config: Config, fabric: Fabric, out: Path) -> None:
@@ -154,8 +172,11 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Reco
     return data, val
 
 
-def make_detector(config: Config, records: Records, say: Callable[[str], None]) -> nn.Module:
-    """The config's detector for the data's classes, with train.weights loaded where it names some."""
+def make_detector(config: Config, records: Records, say: Callable[[str], None], resume: bool) -> nn.Module:
+    """The config's detector for the data's classes, with train.weights loaded where it names some; bare where a run is resumed."""
+    if resume:  # its weights are in the checkpoint: none are fetched, or asked for, to be thrown away
+        bare = config.model.backbone | {"pretrained": False, "weights": None}
+        return from_config(replace(config, model=replace(config.model, backbone=bare)), len(records.names))
     detector = from_config(config, len(records.names))
     body = detector.backbone
     if config.train.weights:

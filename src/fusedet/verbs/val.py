@@ -30,7 +30,7 @@ Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 def val_loader(config: Config, records: Records, rank: int = 0, world: int = 1) -> Any:
     """Every picture of a split once, as `predict` sees it; shared among processes."""
     # a batch no larger than the rank's share keeps every process busy; one picture per process is the least
-    batch = max(world, (config.test.batch or config.train.batch) // world * world)
+    batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
     return eval_loader(records, Eval(*config.data.size), batch=batch, workers=config.data.workers, rank=rank, world=world)
 
 
@@ -91,6 +91,8 @@ def worst(records: Records, results: list[Result], n: int = 12, least: float = 0
     drawn, captions = [], []
     for i, quality, misses, false in evaluate.worst_images(records, results, n=n, score=least):
         record = records[i]
+        if not record.path.is_file():  # results can be scored without the pictures
+            continue
         found = by_image.get(record.image_id, [])
         boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
