@@ -37,7 +37,7 @@ from fusedet.data.transforms import Train
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEIGHT, SHORT, LONG = 640, 480, 800, 1333
 INCLUDES = {
-    "fusedet": "records in shared memory, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
+    "fusedet": "records, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
     "fusedet_uint8": "the same up to the uint8 batch, which is what travels to the device; a model normalises there",
     "torchvision": "CocoDetection wrapped for transforms.v2 (Pillow decode), references/detection's preset (PILToTensor, flip, float, "
     "sanitise), then GeneralizedRCNNTransform (normalise, resize of float, pad), as its models do inside",

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fusedet import draw
-from fusedet.draw import style
+from fusedet.draw import history, style
 from fusedet.draw.marks import Mark, Pen, short
 from fusedet.draw.marks import draw as draw_marks
 from fusedet.errors import InputError
@@ -252,7 +252,7 @@ def write(path, header, rows):
 
 LOGS = {
     "validation in rows of its own": (
-        ["epoch", "step", "lr", "loss", "cls", "box", "AP", "AP50"],
+        ["epoch", "step", "lr", "loss", "loss_cls", "loss_box", "AP", "AP50"],
         [[1, s, 0.1, 2 / s, 1 / s, 1 / s, "", ""] for s in range(1, 200)] + [[1, 200, "", "", "", "", 0.3, 0.5]],
     ),
     "validation in the same rows": (["epoch", "lr", "loss", "AP"], [[1, 0.1, 3.0, 0.1], [2, 0.1, 2.0, 0.2]]),
@@ -280,3 +280,8 @@ def test_training_without_numbers(tmp_path, header, rows):
 def test_plots_leave_matplotlibs_global_state_alone():
     files = Path(draw.__file__).parent.glob("*.py")
     assert not [file.name for file in files if "pyplot" in file.read_text() or "rcParams" in file.read_text()]
+
+
+def test_speeds_and_norms_are_no_losses() -> None:
+    columns = ["epoch", "step", "lr", "loss", "loss_cls", "loss_box", "grad_norm", "images_per_second", "AP"]
+    assert history.loss_terms(columns) == ["loss_cls", "loss_box"]

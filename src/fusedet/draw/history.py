@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,6 @@ from matplotlib.axes import Axes
 
 from fusedet.draw.figures import DARK, clean, new_figure, save, tint
 from fusedet.errors import InputError
-
-NOT_LOSSES = {"epoch", "step", "lr", "loss", "images", "time", "seconds", "eta", "memory", "grad_norm"}
 
 
 def training(metrics_csv: str | Path, path: str | Path, title: str = "Training") -> None:
@@ -24,7 +23,7 @@ def training(metrics_csv: str | Path, path: str | Path, title: str = "Training")
     x_name = "step" if "step" in table else "epoch"
     x = table[x_name] if x_name in table else np.arange(len(next(iter(table.values()))), dtype=float)
     scores = [name for name in table if name.startswith(("AP", "mAP", "AR"))]
-    terms = [name for name in table if name not in NOT_LOSSES and name not in scores and not name.startswith("lr")]
+    terms = loss_terms(table)
     drawn = [group for group in ([*terms, "loss"], scores, ["lr"]) if any(name in table for name in group)]
     if not drawn:
         raise InputError(f"{metrics_csv} has no columns to draw: it must hold some of loss, lr, AP")
@@ -56,6 +55,11 @@ def training(metrics_csv: str | Path, path: str | Path, title: str = "Training")
     panels[-1].set_xlabel(x_name, color=DARK)
     figure.align_ylabels()
     save(figure, path)
+
+
+def loss_terms(columns: Iterable[str]) -> list[str]:
+    """The loss terms among a run's columns: what a head names loss_..., neither speeds nor norms."""
+    return [name for name in columns if name.startswith("loss_")]
 
 
 def _table(file: Path) -> dict[str, np.ndarray]:
