@@ -127,16 +127,18 @@ def _state(weights: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without timm's and torch's warnings: what is wrong with weights is said in one sentence of our own."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the warnings of timm, the hub and torch: what is wrong with weights is said in one sentence of our own."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _check_loaded(body: nn.Module, state: dict[str, Tensor], weights: str) -> None:
