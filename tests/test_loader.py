@@ -1,4 +1,7 @@
+import multiprocessing
+import os
 import pickle
+import signal
 from collections import Counter
 from multiprocessing.reduction import ForkingPickler
 
@@ -248,3 +251,15 @@ def test_wrong_options(records, options, text):
 def test_no_pictures(tmp_path):
     with pytest.raises(InputError, match="no pictures"):
         train_loader(make(tmp_path, []), TRANSFORM, batch=2)
+
+
+def test_workers_outlive_the_signals_that_end_a_training(records):
+    """A terminal and a cluster signal the whole process group; the training still finishes its step and saves."""
+    loader = train_loader(records, TRANSFORM, batch=2, workers=1)
+    batches = loader.epoch(0)
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, one)
+    ids = [first.ids, *(b.ids for b in batches)]
+    assert ids == [b.ids for b in train_loader(records, TRANSFORM, batch=2).epoch(0)]

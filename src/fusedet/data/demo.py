@@ -18,12 +18,12 @@ from fusedet.errors import InputError
 Rng = np.random.Generator
 Array = np.ndarray
 
-VERSION = 4  # to be raised whenever the same parameters draw other pictures
+VERSION = 5  # to be raised whenever the same parameters draw other pictures
 MARKER = "demo.json"
 SMALLEST = 8.0  # pixels across
 LARGEST = 0.8  # of the picture's shorter side
 MOST_OBJECTS = 6
-HIDDEN = 0.3  # no object is hidden more than this
+HIDDEN = 0.2  # no object is hidden more than this
 TRIES = 20  # places tried for an object before it is left out
 EMPTY_EVERY = 25  # every 25th picture has no object
 HUE_SPREAD = 0.06  # each class has its own hue, give or take this share of the circle: at 8 pixels a form alone says little

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,6 +257,7 @@ class _Steps:
             persistent_workers=workers > 0,
             multiprocessing_context=start_method if workers else None,
             generator=torch.Generator(),  # of its own: torch's global one stays untouched
+            worker_init_fn=_outlive_signals,
         )
 
     def run(self, plan: Iterable[Step]) -> Iterator[Batch]:
@@ -264,6 +266,12 @@ class _Steps:
             if isinstance(batch, InputError):
                 raise InputError(str(batch))  # a new one: `batch` would hold this frame in a cycle, and the workers would outlive it
             yield batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group: the main process ends its workers itself, once it has saved."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
 
 
 def _same(batch: Any) -> Any:

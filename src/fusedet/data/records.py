@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,39 +74,26 @@ class Records:
         problems: Mapping[str, int] | None = None,
     ) -> Records:
         """Flatten records."""
-        ids, sizes, counts, paths = [], [], [], []
-        segments: list[bytes] = []
-        boxes, labels, ignore, area = [], [], [], []
-        for r in records:
-            ids.append(r.image_id)
-            sizes.append((r.height, r.width))
-            counts.append(len(r.boxes))
-            paths.append(str(r.path).encode("utf-8", "surrogateescape"))
-            boxes.append(r.boxes)
-            labels.append(r.labels)
-            ignore.append(r.ignore)
-            area.append(r.area)
-            segments.extend(pack_outline(s) for s in r.segments)
+        rows = list(records)
 
-        def flat(parts: list[Any], shape: tuple[int, ...], dtype: Any) -> Tensor:
-            joined = np.concatenate([np.reshape(p, shape) for p in parts]) if parts else np.zeros((0, *shape[1:]))
-            return torch.from_numpy(np.ascontiguousarray(joined, dtype=dtype))
+        def column(empty: tuple[int, ...], name: str) -> np.ndarray:
+            return np.concatenate([np.zeros(empty), *(np.reshape(getattr(r, name), (-1, *empty[1:])) for r in rows)])
 
-        return cls(
-            names=tuple(names),
-            category_ids=tuple(int(c) for c in category_ids),
-            source=str(source),
+        return cls.from_arrays(
+            names,
+            category_ids,
+            image_ids=np.array([r.image_id for r in rows], dtype=np.int64),
+            sizes=np.array([(r.height, r.width) for r in rows], dtype=np.int64),
+            paths=[str(r.path) for r in rows],
+            owners=np.repeat(np.arange(len(rows)), np.array([len(r.boxes) for r in rows], dtype=np.int64)),
+            boxes=column((0, 4), "boxes"),
+            labels=column((0,), "labels"),
+            ignore=column((0,), "ignore"),
+            area=column((0,), "area"),
+            outlines=[pack_outline(s) for r in rows for s in r.segments],
+            source=source,
             form=form,
-            image_ids=flat([ids], (-1,), np.int64),
-            sizes=flat([sizes], (-1, 2), np.int64),
-            offsets=flat([np.cumsum([0, *counts])], (-1,), np.int64),
-            boxes=flat(boxes, (-1, 4), np.float64),
-            labels=flat(labels, (-1,), np.int64),
-            ignore=flat(ignore, (-1,), np.bool_),
-            area=flat(area, (-1,), np.float64),
-            paths=Packed.of(paths),
-            segments=Packed.of(segments),
-            problems=dict(problems or Counter()),
+            problems=problems,
         )
 
     @classmethod
