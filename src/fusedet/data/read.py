@@ -68,7 +68,7 @@ def form(path: str | Path) -> str:
             return "coco"
         raise InputError(f"{path} is neither a folder, a COCO .json nor a YOLO .yaml")
     if not any(path.iterdir()):
-        raise InputError(f"{path} is an empty folder")
+        raise InputError(f"{path} is an empty folder: data must be a folder in COCO, VOC or YOLO form, a COCO json or a YOLO yaml")
     voc = (path / "JPEGImages").is_dir() or (path / "ImageSets").is_dir() or _has(path / "Annotations", ".xml") or split_folders(path)
     found = [name for name, there in (("coco", _coco_files(path)), ("voc", voc), ("yolo", _yamls(path))) if there]
     if len(found) > 1:

@@ -21,7 +21,7 @@ from fusedet.engine.optim import schedule
 from fusedet.engine.recipe import Recipe, precision
 from fusedet.engine.run import Loader, Run, Validate, save, setup
 from fusedet.engine.watch import NonFinite
-from fusedet.errors import InputError, unknown
+from fusedet.errors import unknown
 from fusedet.types import Batch, Losses
 
 __all__ = ["Interrupted", "Loader", "NonFinite", "Recipe", "Validate", "fit", "precision"]
@@ -48,7 +48,8 @@ def fit(
 
     Returns epoch, step, best (the monitored metric's highest value, or None) and metrics (of the last validation).
     Raises Interrupted after Ctrl-C or SIGTERM, with last.ckpt written; NonFinite, with the last checkpoint as it was;
-    InputError for a folder that already holds a training (without resume), for nothing to resume, and for a full disk.
+    InputError for a folder that already holds a training (without resume), for nothing to resume, and for a full disk. Any other
+    failure in one process is raised again after last.ckpt is written, once a step of the epoch is done.
     """
     run = setup(
         fabric, detector, loader, recipe, out=Path(out), validate=validate, resume=resume, loggers=loggers, meta=meta or {}, quiet=quiet
@@ -62,8 +63,10 @@ def fit(
             status = "success"
         except NonFinite:
             raise
-        except InputError:
-            if run.fabric.world_size == 1 and run.state["position"]:  # a picture that cannot be read costs none of the steps before it
+        except Exception:
+            # a picture that cannot be read, or a validation that fails, costs none of the steps before it; of several processes
+            # the others may not be here to save with
+            if run.fabric.world_size == 1 and run.state["position"]:
                 save(run)
             raise
         except KeyboardInterrupt:
@@ -207,17 +210,12 @@ def _due(recipe: Recipe, epoch: int) -> bool:
 
 
 def _validated(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
-    """The metrics of the present weights; whatever fails in there, the epoch's steps are not lost with it."""
-    try:
-        with run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad():
-            metrics = {name: float(value) for name, value in validate(run.evaluated, epoch).items()}
-        metrics = run.fabric.broadcast(metrics)
-        if run.recipe.monitor not in metrics:
-            raise unknown("metric to monitor", run.recipe.monitor, metrics)
-    except Exception:
-        if run.fabric.world_size == 1:  # alone: the others may not be here to save with
-            save(run)
-        raise
+    """The metrics of the present weights."""
+    with run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad():
+        metrics = {name: float(value) for name, value in validate(run.evaluated, epoch).items()}
+    metrics = run.fabric.broadcast(metrics)
+    if run.recipe.monitor not in metrics:
+        raise unknown("metric to monitor", run.recipe.monitor, metrics)
     return metrics
 
 
