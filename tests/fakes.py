@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class FakeDetector(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         colour = images.float().mean(dim=(2, 3)) / 255
         return self.body(colour), self.score(colour)[:, 0]
+
+    loss_weights: ClassVar[dict[str, float]] = {"loss_box": 1.0, "loss_score": 1.0}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         boxes, scores = self(batch.images)  # (N, 4), (N,)

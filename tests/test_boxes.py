@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
 from fusedet.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select
-from fusedet.types import Levels
+from fusedet.types import Candidates, Levels
 
 side = st.floats(1, 500)
 corner = st.floats(-100, 600)
@@ -77,7 +77,7 @@ def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
     """Level by level and class by class, by torchvision's batched_nms on the pairs that the rule keeps."""
     boxes, scores, sizes = candidates(2, 90, 3)
     counts = (60, 25, 5)
-    found = select(boxes, scores, sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most)
+    found = select(Candidates(boxes, scores), sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most)
     clipped = clip(boxes, sizes)
     for i in range(2):
         kept = []
@@ -100,13 +100,13 @@ def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
 
 def test_select_of_nothing() -> None:
     boxes, scores, sizes = candidates(1, 10, 2)
-    found = select(boxes, scores * 0, sizes, (10,))
+    found = select(Candidates(boxes, scores * 0), sizes, (10,))
     assert found.counts.tolist() == [0]
     assert found.boxes.shape == (1, 100, 4)
 
 
 def test_boxes_without_area_are_not_found() -> None:
     boxes = torch.tensor([[[200.0, 10, 300, 50], [10, 10, 10, 20], [10, 10, 20, 20]]])  # outside, no width, good
-    found = select(boxes, torch.full((1, 3, 1), 0.9), torch.tensor([[100, 100]]), (3,))
+    found = select(Candidates(boxes, torch.full((1, 3, 1), 0.9)), torch.tensor([[100, 100]]), (3,))
     assert found.counts.tolist() == [1]
     assert found.boxes[0, 0].tolist() == [10, 10, 20, 20]

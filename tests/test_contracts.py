@@ -177,7 +177,7 @@ def test_heads_keep_their_promise(name: str, size: tuple[int, int]) -> None:
     levels = Levels((32,) * 5, (8, 16, 32, 64, 128))
     head = HEADS[name](levels, num_classes=3, convs=1)
     outputs = head(maps(levels, size))
-    boxes, scores = head.decode(outputs)
+    boxes, scores, _ = head.decode(outputs)
     count = len(outputs.priors)
     assert sum(outputs.priors.counts) == count
     assert boxes.shape == (2, count, 4)

@@ -15,6 +15,7 @@ from fusedet.backbones import Backbone
 from fusedet.build import build
 from fusedet.errors import InputError
 from fusedet.heads import HEADS
+from fusedet.interact import INTERACTIONS
 from fusedet.necks import NECKS
 from fusedet.ops.boxes import Selected, select
 from fusedet.ops.layers import fold_batch_norm
@@ -55,15 +56,27 @@ class OneStage(nn.Module):
         columns = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]
         return x * (rows[:, None, :, None] & columns[:, None, None, :])
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """What each term of `loss` counts in the total."""
+        weights: dict[str, float] = self.head.loss_weights
+        extra = getattr(self.neck, "auxiliary_weight", 0.0)
+        return weights | ({f"auxiliary_{name}": extra * weight for name, weight in weights.items()} if extra else {})
+
     def loss(self, batch: Batch) -> Losses:
-        """The head's losses on a batch with targets, unweighted."""
-        return self.head.loss(self(batch.images, batch.sizes), batch.targets)
+        """The head's losses on a batch with targets, unweighted; on the neck's auxiliary pyramid too, where it has one."""
+        if not getattr(self.neck, "auxiliary_weight", 0.0):
+            return self.head.loss(self(batch.images, batch.sizes), batch.targets)
+        features = self.backbone(self.normalise(batch.images, batch.sizes))
+        pyramid, unfused = self.neck.with_auxiliary(features)
+        losses = self.head.loss(self.head(pyramid), batch.targets)
+        extra = self.head.loss(self.head(unfused), batch.targets)
+        return losses | {f"auxiliary_{name}": value for name, value in extra.items()}
 
     def detect(self, images: Tensor, sizes: Tensor) -> Selected:
         """Final detections as padded tensors, in pixels of the network's input: the form that exports."""
         outputs = self(images, sizes)
-        boxes, scores = self.head.decode(outputs)
-        return select(boxes, scores, sizes, outputs.priors.counts, **self.selection)
+        return select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
@@ -73,18 +86,26 @@ class OneStage(nn.Module):
 
 
 class Chain(nn.Module):
-    """Necks one after the other; each takes what the one before promises."""
+    """Necks one after the other; each takes what the one before promises. The first may have an auxiliary pyramid (AugFPN's)."""
 
     def __init__(self, necks: list[nn.Module]) -> None:
         super().__init__()
         self.necks = nn.ModuleList(necks)
         self.levels = necks[-1].levels
+        self.auxiliary_weight = getattr(necks[0], "auxiliary_weight", 0.0)
 
     def forward(self, features: Features) -> Features:
         """Through all of them."""
         for neck in self.necks:
             features = neck(features)
         return features
+
+    def with_auxiliary(self, features: Features) -> tuple[Features, Features]:
+        """The pyramid, and the first neck's auxiliary one."""
+        features, auxiliary = self.necks[0].with_auxiliary(features)
+        for neck in self.necks[1:]:
+            features = neck(features)
+        return features, auxiliary
 
 
 def for_inference(detector: OneStage, precision: Literal["fp32", "bf16"] = "fp32") -> OneStage:
@@ -122,7 +143,7 @@ def from_config(config: configs.Config, num_classes: int) -> OneStage:
     model = config.model
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
-    for slot, table in (("plugin", "MSFM"), ("interact", "MSIL"), ("roi", "two-stage detectors")):
+    for slot, table in (("plugin", "MSFM"), ("roi", "two-stage detectors")):
         if getattr(model, slot):
             raise InputError(f"model.{slot}={getattr(model, slot)}: this version has no {table} yet, leave it null")
     backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
@@ -134,5 +155,10 @@ def from_config(config: configs.Config, num_classes: int) -> OneStage:
         slot = f"model.neck.{i}" if isinstance(model.neck, list) else "model.neck"
         necks.append(build(slot, spec, NECKS, {"levels": levels}, {"model.pyramid": vars(model.pyramid)}))
     neck = Chain(necks) if len(necks) > 1 else necks[0]
-    head = build("model.head", model.head, HEADS, {"levels": neck.levels, "num_classes": num_classes, "interact": None})
+
+    def interact(channels: int) -> nn.Module:
+        return build("model.interact", model.interact, INTERACTIONS, {"channels": channels})
+
+    given = {"levels": neck.levels, "num_classes": num_classes, "interact": interact if model.interact else None}
+    head = build("model.head", model.head, HEADS, given)
     return OneStage(backbone, neck, head, selection(config.test))

@@ -66,6 +66,18 @@ class Outputs(NamedTuple):
     priors: Priors
 
 
+class Candidates(NamedTuple):
+    """What a dense head's decode gives, before any selection.
+
+    boxes (N, P, 4), not clipped; scores (N, P, K) in 0..1, by which candidates are chosen; quality (N, P) in 0..1 or None: what the
+    scores of the chosen ones are multiplied with before suppression (FCOS's centre-ness).
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    quality: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class _Moves:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -110,7 +110,7 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, bool]:
     for i, batch in enumerate(batches):
         with run.fabric.no_backward_sync(run.model, enabled=i < len(batches) - 1):
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))
-            loss = _total(terms, run.recipe.loss_weights)
+            loss = _total(terms, run.detector.loss_weights)
             names, values = [*terms, "loss"], torch.stack([*terms.values(), loss]).detach().float()
             run.watch.look(names, values, number, batch.ids, stop=run.interrupts.requested)
             run.fabric.backward(loss / len(batches))
@@ -132,11 +132,8 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, bool]:
 
 
 def _total(terms: Losses, weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum of the loss terms."""
-    for name in weights:
-        if name not in terms:
-            raise unknown("loss term", name, terms)
-    return torch.stack([value.float() * weights.get(name, 1.0) for name, value in terms.items()]).sum()
+    """The sum of the loss terms, each with the detector's weight."""
+    return torch.stack([value.float() * weights[name] for name, value in terms.items()]).sum()
 
 
 def _groups(run: Run) -> Iterator[list[Batch]]:

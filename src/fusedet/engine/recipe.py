@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +18,6 @@ class Recipe:
 
     clip_norm: the largest gradient norm, or None. accumulate: batches per step; each keeps its own loss normaliser.
     ema_decay: averaged weights are kept, validated and saved as the best ones, or None.
-    loss_weights: factors by loss term, 1 where a term is not named; the logged terms stay unweighted.
     validate_every: in epochs; the last epoch is always validated. monitor: the metric whose highest value is the best.
     patience: validations without improvement after which the training ends, or None.
     compile: torch.compile the detector's `forward` (not its loss), worth its minutes of compilation on long GPU runs.
@@ -31,7 +29,6 @@ class Recipe:
     clip_norm: float | None = None
     accumulate: int = 1
     ema_decay: float | None = None
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
     validate_every: int = 1
     monitor: str = "AP"
     patience: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fusedet.errors import InputError
-from fusedet.heads.tower import TwinTowers
+from fusedet.heads.tower import Interact, TwinTowers
 from fusedet.ops.assign import IGNORED, MaxIoU
 from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
 from fusedet.ops.layers import conv, flatten_maps, normal
 from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
-from fusedet.types import Features, Levels, Losses, Outputs, Target
+from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 
 class RetinaHead(nn.Module):
@@ -37,7 +36,7 @@ class RetinaHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Any = None,
+        interact: Interact = None,
         convs: int = 4,
         channels: int | None = None,
         norm: bool = False,
@@ -51,14 +50,11 @@ class RetinaHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        if convs < 0 or scales_per_octave < 1 or not ratios:
-            raise InputError(
-                f"convs={convs}, scales_per_octave={scales_per_octave}, ratios={list(ratios)} must be at least 0, at least 1 and not empty"
-            )
+        if scales_per_octave < 1 or not ratios:
+            raise InputError(f"scales_per_octave={scales_per_octave}, ratios={list(ratios)} must be at least 1 and not empty")
         channels = channels or levels.channels[0]
-        if norm and channels % 32:
-            raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
+        self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.assigner = MaxIoU(positive, negative)
         shapes = torch.stack([anchor_shapes(stride, base_scale, scales_per_octave, ratios) for stride in levels.strides])  # (L, A, 4)
         self.register_buffer("shapes", shapes, persistent=False)
@@ -94,7 +90,7 @@ class RetinaHead(nn.Module):
             "loss_box": F.l1_loss(codes[picture, prior].float(), wanted, reduction="sum") / count,
         }
 
-    def decode(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
-        """Boxes (N, P, 4), not clipped, and scores (N, P, K)."""
+    def decode(self, outputs: Outputs) -> Candidates:
+        """Boxes (N, P, 4) and scores (N, P, K)."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores
+        return Candidates(decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from fusedet.errors import InputError
+from fusedet.ops.deform import DeformPack
 from fusedet.ops.layers import conv
 
+Interact = Callable[[int], Any] | None
+"""What makes the interaction of two branches of so many channels, or None."""
 
-def tower(inputs: int, channels: int, convs: int, norm: bool = False) -> nn.Sequential:
-    """`convs` times 3x3 convolution, GroupNorm(32) where `norm`, ReLU; shared by all levels."""
+
+def tower(inputs: int, channels: int, convs: int, norm: bool = False, bias: bool = True, deformable_last: bool = False) -> nn.Sequential:
+    """`convs` times 3x3 convolution, GroupNorm(32) where `norm`, ReLU; shared by all levels.
+
+    bias: of the convolutions. deformable_last: the last one is deformable and modulated.
+    """
     layers: list[nn.Module] = []
     for i in range(convs):
-        layers.append(conv(inputs if i == 0 else channels, channels, 3))
+        width = inputs if i == 0 else channels
+        last = deformable_last and i == convs - 1
+        layers.append(DeformPack(width, channels, bias=bias, modulated=True) if last else conv(width, channels, 3, bias=bias))
         if norm:
             layers.append(nn.GroupNorm(32, channels))
         layers.append(nn.ReLU(inplace=True))
@@ -21,12 +32,28 @@ def tower(inputs: int, channels: int, convs: int, norm: bool = False) -> nn.Sequ
 
 
 class TwinTowers(nn.Module):
-    """A classification and a regression tower; `interact`, if any, is a class of (channels) that exchanges between the two."""
+    """A classification and a regression tower; `interact`, if any, makes of their channels what exchanges between the two.
 
-    def __init__(self, inputs: int, channels: int, convs: int, norm: bool = False, interact: Any = None) -> None:
+    Raises InputError for convs below 0 and, with norm, for channels that 32 groups do not divide.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        channels: int,
+        convs: int,
+        norm: bool = False,
+        interact: Interact = None,
+        bias: bool = True,
+        deformable_last: bool = False,
+    ) -> None:
         super().__init__()
-        self.cls = tower(inputs, channels, convs, norm)
-        self.reg = tower(inputs, channels, convs, norm)
+        if convs < 0:
+            raise InputError(f"convs={convs} must be 0 or more")
+        if norm and channels % 32:
+            raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
+        self.cls = tower(inputs, channels, convs, norm, bias, deformable_last)
+        self.reg = tower(inputs, channels, convs, norm, bias, deformable_last)
         self.interact = interact(channels) if interact else None
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from fusedet.types import Features, Levels, Priors
+from fusedet.types import Candidates, Features, Levels, Priors
 
 MAX_RATIO = abs(math.log(16 / 1000))
 """The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
@@ -55,6 +55,52 @@ def decode(priors: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
+def point_shapes(stride: int, scale: float = 1.0) -> Tensor:
+    """The one prior of a cell of a point head, (1, 4): a square of scale * stride around the point."""
+    half = scale * stride / 2
+    return torch.tensor([[-half, -half, half, half]])
+
+
+def centres(priors: Tensor) -> Tensor:
+    """The centres (..., 2) of boxes (..., 4)."""
+    return (priors[..., :2] + priors[..., 2:]) / 2
+
+
+def to_distances(points: Tensor, boxes: Tensor) -> Tensor:
+    """How far the left, upper, right and lower side of boxes (..., 4) are from points (..., 2), negative outside (FCOS, 2019, eq. 1)."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
+
+
+def from_distances(points: Tensor, distances: Tensor) -> Tensor:
+    """The inverse of `to_distances`: boxes (..., 4) from points (..., 2) and distances (..., 4)."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+    """The overlap (...) of boxes a (..., 4), each with its partner in b (..., 4); a union counts as at least eps square pixels."""
+    shared, union = _shared(a, b)
+    return shared / union.clamp(min=eps)
+
+
+def giou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+    """`iou` less the share of the smallest enclosing box that neither covers, -1..1 (Rezatofighi et al., 2019, algorithm 1).
+
+    As torchvision.ops.generalized_box_iou_loss, but without its masks, for each of which a GPU is waited for.
+    """
+    shared, union = _shared(a, b)
+    union = union.clamp(min=eps)
+    width, height = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).unbind(dim=-1)
+    hull = (width * height).clamp(min=eps)
+    return shared / union - (hull - union) / hull
+
+
+def _shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The areas of the intersection and of the union."""
+    width, height = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(dim=-1)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a.unbind(dim=-1), b.unbind(dim=-1))]
+    return width * height, areas[0] + areas[1] - width * height
+
+
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (N, P, 4) moved inside pictures of sizes (N, 2), height and width."""
     limit = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (N, 1, 4): w, h, w, h
@@ -71,8 +117,7 @@ class Selected(NamedTuple):
 
 
 def select(
-    boxes: Tensor,
-    scores: Tensor,
+    candidates: Candidates,
     sizes: Tensor,
     level_counts: Sequence[int],
     *,
@@ -83,21 +128,23 @@ def select(
 ) -> Selected:
     """The one non-maximum suppression of the project.
 
-    boxes (N, P, 4), scores (N, P, K) in 0..1, sizes (N, 2) of the pictures, level_counts the priors per level.
+    candidates of P priors, sizes (N, 2) of the pictures, level_counts the priors per level.
     Per level the `pre_nms` best pairs of prior and class stay, then those above `score` whose clipped box has an area,
-    then class-wise suppression above `iou`, then the `max_det` best (MMDetection 3.x). No branch depends on the data,
-    so that torch.export takes it.
+    then class-wise suppression above `iou` in the order of score times quality, then the `max_det` best (MMDetection 3.x).
+    No branch depends on the data, so that torch.export takes it.
     """
+    boxes, scores, quality = candidates
     top = [_best_pairs(level, pre_nms) for level in scores.split(list(level_counts), dim=1)]
     starts = [sum(level_counts[:i]) for i in range(len(top))]
     confidence = torch.cat([values for values, _, _ in top], dim=1)  # (N, M)
     rows = torch.cat([rows + start for (_, rows, _), start in zip(top, starts)], dim=1)
     labels = torch.cat([classes for _, _, classes in top], dim=1)
     chosen = clip(boxes.gather(1, rows[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
+    final = confidence if quality is None else confidence * quality.gather(1, rows)
     span = chosen.detach().amax() + 1  # classes are moved apart by more than any box is wide
     picked = []
-    for b, s, k in zip(chosen.unbind(), confidence.unbind(), labels.unbind()):
-        real = (s > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
+    for b, c, s, k in zip(chosen.unbind(), confidence.unbind(), final.unbind(), labels.unbind()):
+        real = (c > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
         b, s, k = b[real], s[real], k[real]
         keep = nms((b + (k * span)[:, None]).float(), s.float(), iou)[:max_det]
         picked.append(_padded(b[keep], s[keep], k[keep], max_det))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fusedet.ops.deform import DeformPack
 from fusedet.types import Features
 
 
@@ -26,9 +27,13 @@ def xavier(module: nn.Module) -> None:
 
 
 def normal(module: nn.Module, std: float = 0.01) -> None:
-    """A normal start of that standard deviation for every convolution inside, zero biases (RetinaNet, 2017, 4.1)."""
+    """A normal start of that standard deviation for every convolution inside, zero biases (RetinaNet, 2017, 4.1).
+
+    Convolutions that predict offsets keep theirs.
+    """
+    offsets = {m.offset for m in module.modules() if isinstance(m, DeformPack)}
     for m in module.modules():
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv2d) and m not in offsets:
             nn.init.normal_(m.weight, std=std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
