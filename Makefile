@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-BENCHMARKS := predict train_step evaluate loader
+BENCHMARKS := predict train_step modules evaluate loader
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
@@ -11,7 +11,7 @@ help:
 	@echo "make demo   generate pictures, train a small detector on them, score it and draw what it finds"
 	@echo "make test   all tests, WORKERS=$(WORKERS) at a time"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  the four benchmarks, JSON each"
+	@echo "make bench  the benchmarks, JSON each"
 	@echo "make clean  remove caches and build products; .venv, demos and runs stay"
 
 demo: .venv/.ready

@@ -1,6 +1,6 @@
 """Values from outside are checked, and what is said about a wrong one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -22,6 +22,9 @@ from fusedet.errors import InputError, checked, unknown
         (["a"], list[str], ["a"]),
         ("b", Literal["a", "b"], "b"),
         ({"x": 1}, dict, {"x": 1}),
+        ({"x": 1}, Mapping[str, float], {"x": 1.0}),
+        ({"x": 1}, int | Mapping[str, int], {"x": 1}),
+        (2, int | Mapping[str, int], 2),
         (object, Any, object),
     ],
 )
@@ -43,6 +46,10 @@ def test_right_values(value: Any, hint: Any, result: Any) -> None:
         (["x"], list[int], "key.0 must be int, got 'x'"),
         ("x", float | None, "key must be float, got 'x'"),
         ([1], dict, "key must be dict, got [1]"),
+        ([1], dict[str, int], "key must be dict[str, int], got [1]"),
+        ({"x": "y"}, Mapping[str, int], "key.x must be int, got 'y'"),
+        ({"x": "y"}, int | Mapping[str, int], "key.x must be int, got 'y'"),
+        ("x", int | Mapping[str, int], "key must be int | Mapping[str, int], got 'x'"),
     ],
 )
 def test_wrong_values(value: Any, hint: Any, said: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedet import config as configs
-from fusedet.backbones import Backbone
+from fusedet.backbones import Backbone, insert
 from fusedet.build import build
 from fusedet.errors import InputError
 from fusedet.heads import HEADS
@@ -19,6 +19,7 @@ from fusedet.interact import INTERACTIONS
 from fusedet.necks import NECKS
 from fusedet.ops.boxes import Selected, select
 from fusedet.ops.layers import fold_batch_norm
+from fusedet.plugins import PLUGINS
 from fusedet.types import Batch, Detections, Features, Losses, Outputs
 
 BACKBONES = {"timm": Backbone}
@@ -30,7 +31,7 @@ class OneStage(nn.Module):
     selection: options of `ops.boxes.select` (score, iou, pre_nms, max_det), its defaults where there are none.
     """
 
-    def __init__(self, backbone: Any, neck: nn.Module, head: Any, selection: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, backbone: Any, neck: Any, head: Any, selection: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.selection = dict(selection or {})
@@ -88,9 +89,9 @@ class OneStage(nn.Module):
 class Chain(nn.Module):
     """Necks one after the other; each takes what the one before promises. The first may have an auxiliary pyramid (AugFPN's)."""
 
-    def __init__(self, necks: list[nn.Module]) -> None:
+    def __init__(self, necks: list[Any]) -> None:
         super().__init__()
-        self.necks = nn.ModuleList(necks)
+        self.necks: Any = nn.ModuleList(necks)
         self.levels = necks[-1].levels
         self.auxiliary_weight = getattr(necks[0], "auxiliary_weight", 0.0)
 
@@ -143,13 +144,14 @@ def from_config(config: configs.Config, num_classes: int) -> OneStage:
     model = config.model
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
-    for slot, table in (("plugin", "MSFM"), ("roi", "two-stage detectors")):
-        if getattr(model, slot):
-            raise InputError(f"model.{slot}={getattr(model, slot)}: this version has no {table} yet, leave it null")
+    if model.roi:
+        raise InputError(f"model.roi={model.roi}: this version has no two-stage detectors yet, leave it null")
     backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
+    if model.plugin:
+        insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     if model.neck == []:
         raise InputError("model.neck=[]: a chain needs at least one neck, such as fpn")
-    necks: list[nn.Module] = []
+    necks: list[Any] = []
     for i, spec in enumerate(model.neck if isinstance(model.neck, list) else [model.neck]):
         levels = necks[-1].levels if necks else backbone.levels
         slot = f"model.neck.{i}" if isinstance(model.neck, list) else "model.neck"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -35,7 +35,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
 def checked(value: Any, hint: Any, key: str) -> Any:
     """The value as the type hint asks for it: ints become floats, lists become tuples; anything else that differs is an InputError.
 
-    Knows Any, None, bool, int, float, str, Literal, unions, list, tuple and dict; other hints are taken as they come.
+    Knows Any, None, bool, int, float, str, Literal, unions, list, tuple, dict and Mapping; other hints are taken as they come.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -45,7 +45,8 @@ def checked(value: Any, hint: Any, key: str) -> Any:
                 return checked(value, option, key)
             except InputError as error:
                 errors.append(error)
-        raise errors[-1] if len(args) == 2 else _wrong(value, hint, key)
+        inside = [error for error in errors if str(error).startswith(f"{key}.")]  # what is wrong with an item says more
+        raise inside[0] if inside else errors[-1] if len(args) == 2 and NoneType in args else _wrong(value, hint, key)
     if origin is Literal:
         if value not in args:
             raise unknown(f"value of {key}:", value, map(str, args))
@@ -68,7 +69,10 @@ def checked(value: Any, hint: Any, key: str) -> Any:
         ok = isinstance(value, int) and not isinstance(value, bool)
     elif hint in (bool, str):
         ok = isinstance(value, hint)
-    elif hint is dict or origin is dict:
+    elif origin in (dict, Mapping):
+        ok = isinstance(value, Mapping)
+        value = {checked(k, args[0], f"{key}.{k}"): checked(v, args[1], f"{key}.{k}") for k, v in value.items()} if ok else value
+    elif hint is dict:
         ok = isinstance(value, dict)
     else:
         ok = True

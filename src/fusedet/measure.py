@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  (registers the operator)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def deformable(input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+    """Floating-point operations of a deformable convolution: the plain one's, the sampling is not counted."""
+    return 2 * math.prod(weight_shape[1:]) * math.prod(out_shape)
+
+
+FORMULAS = {torch.ops.torchvision.deform_conv2d: deformable}
 
 
 def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
@@ -18,7 +28,7 @@ def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     same three figures.
     """
     shadow = copy.deepcopy(detector).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
         shadow(torch.zeros(1, 3, height, width, dtype=torch.uint8, device="meta"))
     flops = counter.get_flop_counts()
     root = type(shadow).__name__

@@ -59,6 +59,9 @@ class Priors:
         return len(self.boxes)
 
 
+torch.export.register_dataclass(Priors)  # a raw forward that gives priors exports
+
+
 class Outputs(NamedTuple):
     """What a dense head's forward gives: its maps by name, per level, and the priors that they speak of."""
 
@@ -69,13 +72,24 @@ class Outputs(NamedTuple):
 class Candidates(NamedTuple):
     """What a dense head's decode gives, before any selection.
 
-    boxes (N, P, 4), not clipped; scores (N, P, K) in 0..1, by which candidates are chosen; quality (N, P) in 0..1 or None: what the
-    scores of the chosen ones are multiplied with before suppression (FCOS's centre-ness).
+    boxes (N, P, 4) or, one for each class, (N, P, K, 4), not clipped; scores (N, P, K) in 0..1, by which candidates are chosen;
+    quality (N, P) in 0..1 or None: what the scores of the chosen ones are multiplied with before suppression (FCOS's centre-ness).
     """
 
     boxes: Tensor
     scores: Tensor
     quality: Tensor | None = None
+
+
+class Proposals(NamedTuple):
+    """Regions where a two-stage detector looks again, best first, in pixels of the network's input.
+
+    boxes (N, R, 4), inside the picture; scores (N, R) in 0..1; counts (N,), how many of a picture's are real: the first ones.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)

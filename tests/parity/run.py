@@ -7,7 +7,6 @@ their largest magnitude, predictions the same set (label, coordinates within 0.0
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -15,76 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fusedet.heads import RetinaHead
-from fusedet.necks import FPN
+sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, however this file is run
+from branches import BRANCH_ADAPTERS
+from cases import LIMITS, Case, Errors, largest, renamed, unmatched
+from roi import ROI_ADAPTERS
+
+from fusedet.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
+from fusedet.necks import BFP, FPN, PAFPN
 from fusedet.ops.boxes import select
+from fusedet.ops.point_assign import NearestPoint
 from fusedet.types import Detections, Levels, Target
-
-Errors = dict[str, float]
-LIMITS = {"features": 1e-4, "raw": 1e-4, "losses": 1e-4, "gradients": 1e-3, "norms": 1e-3, "unmatched": 0.0}
-
-
-class Case:
-    """One case's numbers."""
-
-    def __init__(self, path: Path) -> None:
-        self.spec = json.loads(path.read_text())
-        self.tensors = load_file(path.with_suffix(".safetensors"))
-        self.sizes = torch.tensor(self.spec["image_shapes"])
-        self.config = self.spec["config"]
-
-    def state(self, renames: list[tuple[str, str]]) -> dict[str, Tensor]:
-        """MMDetection's weights by our names."""
-        found = {}
-        for key, tensor in self.tensors.items():
-            if key.startswith("state."):
-                name = key.removeprefix("state.")
-                for old, new in renames:
-                    name = re.sub(old, new, name)
-                found[name] = tensor
-        return found
-
-    def levels(self, prefix: str) -> list[Tensor]:
-        """The tensors PREFIX.0, PREFIX.1, ..."""
-        found = []
-        while (key := f"{prefix}.{len(found)}") in self.tensors:
-            found.append(self.tensors[key])
-        return found
-
-    def targets(self) -> list[Target]:
-        """One target per picture."""
-        shapes = range(len(self.sizes))
-        return [Target(self.tensors[f"in.gt.{i}.boxes"], self.tensors[f"in.gt.{i}.labels"]) for i in shapes]
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest magnitude."""
-    if ours.shape != theirs.shape or not ours.isfinite().all():
-        return float("inf")
-    ours = ours.detach()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-
-
-def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest `relative` over levels; both sides must have as many."""
-    return max(relative(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def unmatched(ours: Detections, boxes: Tensor, scores: Tensor, labels: Tensor) -> int:
-    """How many detections of either side have no partner of the other."""
-    close = (ours.boxes[:, None] - boxes[None]).abs().amax(dim=2) <= 0.01
-    close &= (ours.scores[:, None] - scores[None]).abs() <= 1e-4
-    close &= ours.labels[:, None] == labels[None]
-    pairs = 0
-    for row in close:  # each detection has one partner at most
-        free = row.nonzero()
-        if len(free):
-            close[:, free[0]] = False
-            pairs += 1
-    return len(ours) + len(boxes) - 2 * pairs
 
 
 def fpn(case: Case) -> tuple[Errors, dict[str, int]]:
@@ -106,19 +47,24 @@ def fpn(case: Case) -> tuple[Errors, dict[str, int]]:
 
 
 def dense(
-    case: Case, head: nn.Module, renames: list[tuple[str, str]], maps: list[str], losses: dict[str, str]
+    case: Case,
+    head: nn.Module,
+    renames: list[tuple[str, str]],
+    losses: dict[str, str],
+    maps: Callable[[dict[str, list[Tensor]]], list[list[Tensor]]],
+    maps_eval: Callable[[dict[str, list[Tensor]]], list[list[Tensor]]] | None = None,
 ) -> tuple[Errors, dict[str, int]]:
     """Raw outputs, losses, gradients and predictions of a dense head.
 
-    maps: ours, in the order of MMDetection's raw outputs. losses: our loss -> MMDetection's.
+    losses: our loss -> MMDetection's. maps, maps_eval: our maps as MMDetection's raw outputs, in its order, in train and in eval mode.
     """
     head.load_state_dict(case.state(renames))
     features = [f.requires_grad_() for f in case.levels("in.features")]
     outputs = head(features)
     errors = {"raw": 0.0, "losses": 0.0, "gradients": 0.0, "norms": 0.0}
-    for i, name in enumerate(maps):
-        errors["raw"] = max(errors["raw"], largest(outputs.maps[name], case.levels(f"out.head.{i}")))
-    found = head.loss(outputs, case.targets())
+    for i, ours in enumerate(maps(outputs.maps)):
+        errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head.{i}")))
+    found = {k: v * head.loss_weights.get(k, 1.0) for k, v in head.loss(outputs, case.targets()).items()}
     for ours, theirs in losses.items():
         value = case.spec["losses"][theirs]
         value = sum(value) if isinstance(value, list) else value
@@ -129,30 +75,23 @@ def dense(
     errors["gradients"] = largest(gradients, case.levels("out.grad.features"))
     norms = case.spec["grad_norms"]
     for name, parameter in head.named_parameters():
-        theirs = next(k for k in norms if _renamed(k, renames) == name)
+        theirs = next(k for k in norms if renamed(k, renames) == name)
         errors["norms"] = max(errors["norms"], abs(float(parameter.grad.norm()) - norms[theirs]) / max(norms[theirs], 1e-12))
     test = case.config["test_cfg"]
     head.eval()
     with torch.no_grad():
         outputs = head(features)
-        for i, name in enumerate(maps):
-            errors["raw"] = max(errors["raw"], largest(outputs.maps[name], case.levels(f"out.head_eval.{i}")))
-        boxes, scores = head.decode(outputs)
+        for i, ours in enumerate((maps_eval or maps)(outputs.maps)):
+            errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head_eval.{i}")))
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}
-        chosen = select(boxes, scores, case.sizes, outputs.priors.counts, **options)
+        chosen = select(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
     wrong, total = 0, 0
     for i, n in enumerate(chosen.counts.tolist()):
         reference = [case.tensors[f"out.pred.{i}.{k}"] for k in ("bboxes", "scores", "labels")]
         wrong += unmatched(Detections(chosen.boxes[i, :n], chosen.scores[i, :n], chosen.labels[i, :n]), *reference)
         total += len(reference[0])
     return errors | {"unmatched": float(wrong)}, {"detections": total}
-
-
-def _renamed(name: str, renames: list[tuple[str, str]]) -> str:
-    for old, new in renames:
-        name = re.sub(old, new, name)
-    return name
 
 
 def retina(case: Case) -> tuple[Errors, dict[str, int]]:
@@ -177,7 +116,158 @@ def retina(case: Case) -> tuple[Errors, dict[str, int]]:
         (r"^(cls|reg)_convs\.(\d+)\.conv", lambda m: f"towers.{m[1]}.{2 * int(m[2])}"),
         (r"^retina_(cls|reg)\.", r"\1."),
     ]
-    return dense(case, head, renames, ["cls", "reg"], {"loss_cls": "loss_cls", "loss_box": "loss_bbox"})
+    losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
+    return dense(case, head, renames, losses, lambda m: [m["cls"], m["reg"]])
+
+
+def pafpn(case: Case) -> tuple[Errors, dict[str, int]]:
+    """PAFPN, MMDetection's form."""
+    c = case.config["neck"]
+    levels = Levels(tuple(c["in_channels"]), tuple(4 * 2**i for i in range(len(c["in_channels"]))))
+    finest = 2 + c.get("start_level", 0)
+    neck = PAFPN(levels, c["out_channels"], finest, finest + c["num_outs"] - 1, c.get("add_extra_convs", "max_pool"))
+    used = len(neck.fpn.lateral)
+    extra = [(rf"^fpn_convs\.{used + i}\.conv", f"top.convs.{i}") for i in range(len(neck.top.convs))]
+    renames = [
+        *extra,
+        (r"^lateral_convs\.(\d+)\.conv", r"fpn.lateral.\1"),
+        (r"^fpn_convs\.(\d+)\.conv", r"fpn.output.\1"),
+        (r"^downsample_convs\.(\d+)\.conv", r"down.\1"),
+        (r"^pafpn_convs\.(\d+)\.conv", r"output.\1"),
+    ]
+    return neck_outputs(case, neck, renames)
+
+
+def bfp(case: Case) -> tuple[Errors, dict[str, int]]:
+    """Libra R-CNN's balanced pyramid."""
+    c = case.config["neck"]
+    levels = Levels((c["in_channels"],) * c["num_levels"], tuple(4 * 2**i for i in range(c["num_levels"])))
+    neck = BFP(levels, c["refine_level"], c["refine_type"] or "none")
+    return neck_outputs(case, neck, [(r"^refine\.conv_out\.conv", "refine.out"), (r"^refine\.(g|theta|phi)\.conv", r"refine.\1")])
+
+
+def neck_outputs(case: Case, neck: nn.Module, renames: list[tuple[str, str]]) -> tuple[Errors, dict[str, int]]:
+    """What a neck with MMDetection's weights gives, beside MMDetection's."""
+    neck.load_state_dict(case.state(renames))
+    with torch.no_grad():
+        outputs = neck(case.levels("in.features"))
+    reference = case.levels("out.features")
+    return {"features": largest(outputs, reference)}, {"levels": len(reference)}
+
+
+def vfnet(case: Case) -> tuple[Errors, dict[str, int]]:
+    """VFNet's head."""
+    c, train = case.config["head"], case.config["train_cfg"]["assigner"]
+    stack(case, "scales")
+    stack(case, "scales_refine")
+    head = VFNetHead(
+        Levels((c["in_channels"],) * len(c["strides"]), tuple(c["strides"])),
+        c["num_classes"],
+        convs=c["stacked_convs"],
+        channels=c["feat_channels"],
+        deformable_last=c["dcn_on_last_conv"],
+        topk=train["topk"],
+        alpha=c["loss_cls"]["alpha"],
+        gamma=c["loss_cls"]["gamma"],
+        box_weight=c["loss_bbox"]["loss_weight"],
+        refine_weight=c["loss_bbox_refine"]["loss_weight"],
+    )
+    renames = [
+        (r"^(cls|reg)_convs\.(\d+)\.conv", lambda m: f"towers.{m[1]}.{3 * int(m[2])}"),
+        (r"^(cls|reg)_convs\.(\d+)\.gn", lambda m: f"towers.{m[1]}.{3 * int(m[2]) + 1}"),
+        (r"^vfnet_reg_conv\.conv", "reg_conv.0"),
+        (r"^vfnet_reg_conv\.gn", "reg_conv.1"),
+        (r"^vfnet_(reg_refine|cls)_dconv\.", lambda m: m[1].removeprefix("reg_") + "_star."),
+        (r"^vfnet_reg_refine\.", "refine."),
+        (r"^vfnet_(cls|reg)\.", r"\1."),
+    ]
+    losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_refine": "loss_bbox_rf"}
+    return dense(case, head, renames, losses, lambda m: [m["cls"], m["reg"], m["refine"]], lambda m: [m["cls"], m["refine"]])
+
+
+def fcos(case: Case) -> tuple[Errors, dict[str, int]]:
+    """FCOS's head, plain and with its later improvements."""
+    c = case.config["head"]
+    levels = Levels((c["in_channels"],) * len(c["strides"]), tuple(c["strides"]))
+    stack(case, "scales")
+    normalized = c.get("norm_on_bbox", False)
+    head = FCOSHead(
+        levels,
+        c["num_classes"],
+        convs=c["stacked_convs"],
+        channels=c["feat_channels"],
+        bias=c.get("conv_bias", False),  # MMDetection leaves it out before a norm unless told otherwise
+        center_sampling=c.get("center_sampling", False),
+        normalize_boxes=normalized,
+        centerness_on_box=c.get("centerness_on_reg", False),
+        box_loss={"IoULoss": "iou", "GIoULoss": "giou"}[c["loss_bbox"]["type"]],
+        ranges=tuple(high for _, high in c["regress_ranges"][:-1]),
+        alpha=c["loss_cls"]["alpha"],
+        gamma=c["loss_cls"]["gamma"],
+    )
+    renames = [
+        (r"^(cls|reg)_convs\.(\d+)\.conv", lambda m: f"towers.{m[1]}.{3 * int(m[2])}"),
+        (r"^(cls|reg)_convs\.(\d+)\.gn", lambda m: f"towers.{m[1]}.{3 * int(m[2]) + 1}"),
+        (r"^conv_(cls|reg|centerness)\.", r"\1."),
+    ]
+    losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_centerness": "loss_centerness"}
+    units = c["strides"] if normalized else [1] * len(levels)  # MMDetection's eval mode gives pixels
+
+    def trained(m: dict[str, list[Tensor]]) -> list[list[Tensor]]:
+        return [m["cls"], m["reg"], m["centerness"]]
+
+    def evaluated(m: dict[str, list[Tensor]]) -> list[list[Tensor]]:
+        return [m["cls"], [r * unit for r, unit in zip(m["reg"], units)], m["centerness"]]
+
+    return dense(case, head, renames, losses, trained, evaluated)
+
+
+def stack(case: Case, name: str) -> None:
+    """MMDetection's scalars NAME.0.scale, NAME.1.scale, ... as the one vector NAME that they are here; their gradient's norm too."""
+    places = range(sum(bool(re.match(rf"state\.{name}\.\d+\.scale$", key)) for key in case.tensors))
+    case.tensors[f"state.{name}"] = torch.stack([case.tensors.pop(f"state.{name}.{i}.scale") for i in places])
+    norms = case.spec["grad_norms"]
+    norms[name] = math.hypot(*(norms.pop(f"{name}.{i}.scale") for i in places))
+
+
+def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
+    """RepPoints' head."""
+    c, train = case.config["head"], case.config["train_cfg"]
+    head = RepPointsHead(
+        Levels((c["in_channels"],) * len(c["point_strides"]), tuple(c["point_strides"])),
+        c["num_classes"],
+        convs=c["stacked_convs"],
+        channels=c["feat_channels"],
+        point_channels=c["point_feat_channels"],
+        norm=bool(c.get("norm_cfg")),
+        num_points=c["num_points"],
+        transform_method=c["transform_method"],
+        gradient_mul=c["gradient_mul"],
+        moment_mul=c.get("moment_mul", 0.01),
+        base_scale=c["point_base_scale"],
+        positive=train["refine"]["assigner"]["pos_iou_thr"],
+        negative=train["refine"]["assigner"]["neg_iou_thr"],
+        beta=c["loss_bbox_init"]["beta"],
+        init_weight=c["loss_bbox_init"]["loss_weight"],
+        refine_weight=c["loss_bbox_refine"]["loss_weight"],
+        alpha=c["loss_cls"]["alpha"],
+        gamma=c["loss_cls"]["gamma"],
+    )
+    first = train["init"]["assigner"]
+    head.init_assigner = NearestPoint(first["scale"], first["pos_num"])
+    step = 3 if c.get("norm_cfg") else 2
+    renames = [
+        (r"^(cls|reg)_convs\.(\d+)\.conv", lambda m: f"towers.{m[1]}.{step * int(m[2])}"),
+        (r"^(cls|reg)_convs\.(\d+)\.gn", lambda m: f"towers.{m[1]}.{step * int(m[2]) + 1}"),
+        (r"^reppoints_(cls|pts_init|pts_refine)_conv\.", r"\1_conv."),
+        (r"^reppoints_(cls|pts_init|pts_refine)_out\.", r"\1."),
+    ]
+    losses = {"loss_cls": "loss_cls", "loss_init": "loss_pts_init", "loss_refine": "loss_pts_refine"}
+
+    def boxes(m: dict[str, list[Tensor]]) -> list[Tensor]:
+        return [head.pseudo_boxes(points.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for points in m["pts_refine"]]
+
+    return dense(case, head, renames, losses, lambda m: [m["cls"], m["pts_init"], m["pts_refine"]], lambda m: [m["cls"], boxes(m)])
 
 
 def agrees(errors: Errors) -> bool:
@@ -185,7 +275,17 @@ def agrees(errors: Errors) -> bool:
     return all(value <= LIMITS[kind] for kind, value in errors.items())
 
 
-ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {"FPN": fpn, "RetinaHead": retina}
+ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
+    "FPN": fpn,
+    "PAFPN": pafpn,
+    "BFP": bfp,
+    "RetinaHead": retina,
+    "FCOSHead": fcos,
+    "VFNetHead": vfnet,
+    "RepPointsHead": reppoints,
+    **ROI_ADAPTERS,
+    **BRANCH_ADAPTERS,
+}
 
 
 def run(folder: Path) -> dict[str, str]:
@@ -195,6 +295,8 @@ def run(folder: Path) -> dict[str, str]:
     for path in cases:
         case = Case(path)
         kind = next(iter(case.config.get(k, {}).get("type") for k in ("neck", "head", "roi_head") if k in case.config), None)
+        if "mask_head" in case.config.get("roi_head", {}):
+            kind = f"{kind} with masks"
         if kind not in ADAPTERS:
             verdicts[path.stem] = "absent"
             print(f"{path.stem:20} absent  ({kind} is not in this version)")

@@ -9,7 +9,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 compare = runpy.run_path(str(Path(__file__).with_name("run.py")))["run"]
-PRESENT = {"fpn_rcnn", "fpn_retina", "fpn_fcos", "retina_head"}
+PRESENT = {
+    "fpn_rcnn",
+    "fpn_retina",
+    "fpn_fcos",
+    "pafpn",
+    "bfp",
+    "retina_head",
+    "vfnet_head",
+    "fcos_head",
+    "fcos_head_tricks",
+    "reppoints_head",
+}
 
 
 def test_golden_numbers_agree(shared: Path) -> None:

@@ -110,7 +110,7 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, bool]:
     for i, batch in enumerate(batches):
         with run.fabric.no_backward_sync(run.model, enabled=i < len(batches) - 1):
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))
-            loss = _total(terms, run.detector.loss_weights)
+            loss = _total(terms, run.detector.loss_weights)  # type: ignore[arg-type]
             names, values = [*terms, "loss"], torch.stack([*terms.values(), loss]).detach().float()
             run.watch.look(names, values, number, batch.ids, stop=run.interrupts.requested)
             run.fabric.backward(loss / len(batches))

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from fusedet.errors import InputError
 from fusedet.heads.tower import Interact, TwinTowers
-from fusedet.ops.assign import IGNORED, MaxIoU
+from fusedet.ops.assign import IGNORED, MaxIoU, positives
 from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
 from fusedet.ops.layers import conv, flatten_maps, normal
 from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
@@ -77,14 +76,11 @@ class RetinaHead(nn.Module):
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
-        picture, prior = (owners >= 0).nonzero(as_tuple=True)  # (R,), the positives: the one place where a GPU is waited for
-        owned = owners[picture, prior]
-        boxes = pad_sequence([t.boxes for t in targets], batch_first=True)[picture, owned]  # (R, 4)
-        classes = pad_sequence([t.labels for t in targets], batch_first=True)[picture, owned]
+        picture, prior, boxes, classes = positives(owners, targets)
         rows = picture * len(priors) + prior
         counted = (owners != IGNORED).flatten()
         count = mean_over_ranks((owners >= 0).sum(dim=1).clamp(min=1).sum())
-        wanted = encode(priors.boxes[prior], boxes.to(priors.boxes.dtype))
+        wanted = encode(priors.boxes[prior], boxes)
         return {
             "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma) / count,
             "loss_box": F.l1_loss(codes[picture, prior].float(), wanted, reduction="sum") / count,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.ops.deform import DeformPack
-from fusedet.ops.layers import conv
+from fusedet.ops.layers import GroupNorm, conv
 
 Interact = Callable[[int], Any] | None
 """What makes the interaction of two branches of so many channels, or None."""
@@ -26,7 +26,7 @@ def tower(inputs: int, channels: int, convs: int, norm: bool = False, bias: bool
         last = deformable_last and i == convs - 1
         layers.append(DeformPack(width, channels, bias=bias, modulated=True) if last else conv(width, channels, 3, bias=bias))
         if norm:
-            layers.append(nn.GroupNorm(32, channels))
+            layers.append(GroupNorm(32, channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.ops.attention import ChannelAttention
-from fusedet.ops.layers import conv
+from fusedet.ops.layers import GroupNorm, conv
 
 
 class MSIL(nn.Module):
@@ -105,4 +105,4 @@ class _Separate(nn.Module):
 
 def _unit(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     """Convolution without bias, GroupNorm(32), ReLU."""
-    return nn.Sequential(conv(inputs, outputs, kernel, bias=False), nn.GroupNorm(32, outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(conv(inputs, outputs, kernel, bias=False), GroupNorm(32, outputs), nn.ReLU(inplace=True))

@@ -48,9 +48,9 @@ def encode(priors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def decode(priors: Tensor, deltas: Tensor) -> Tensor:
-    """The inverse of `encode`: deltas (..., P, 4) on priors (P, 4) to boxes (..., P, 4); sizes bounded by `MAX_RATIO`."""
-    wh = priors[:, 2:] - priors[:, :2]
-    centre = (priors[:, :2] + priors[:, 2:]) / 2 + deltas[..., :2] * wh
+    """The inverse of `encode`: deltas (..., P, 4) on priors (P, 4), or (..., P, 4), to boxes (..., P, 4); sizes bounded by `MAX_RATIO`."""
+    wh = priors[..., 2:] - priors[..., :2]
+    centre = (priors[..., :2] + priors[..., 2:]) / 2 + deltas[..., :2] * wh
     half = wh * deltas[..., 2:].clamp(-MAX_RATIO, MAX_RATIO).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
@@ -78,27 +78,10 @@ def from_distances(points: Tensor, distances: Tensor) -> Tensor:
 
 def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     """The overlap (...) of boxes a (..., 4), each with its partner in b (..., 4); a union counts as at least eps square pixels."""
-    shared, union = _shared(a, b)
-    return shared / union.clamp(min=eps)
-
-
-def giou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """`iou` less the share of the smallest enclosing box that neither covers, -1..1 (Rezatofighi et al., 2019, algorithm 1).
-
-    As torchvision.ops.generalized_box_iou_loss, but without its masks, for each of which a GPU is waited for.
-    """
-    shared, union = _shared(a, b)
-    union = union.clamp(min=eps)
-    width, height = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).unbind(dim=-1)
-    hull = (width * height).clamp(min=eps)
-    return shared / union - (hull - union) / hull
-
-
-def _shared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The areas of the intersection and of the union."""
     width, height = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(dim=-1)
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a.unbind(dim=-1), b.unbind(dim=-1))]
-    return width * height, areas[0] + areas[1] - width * height
+    shared = width * height
+    return shared / (areas[0] + areas[1] - shared).clamp(min=eps)
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -139,7 +122,11 @@ def select(
     confidence = torch.cat([values for values, _, _ in top], dim=1)  # (N, M)
     rows = torch.cat([rows + start for (_, rows, _), start in zip(top, starts)], dim=1)
     labels = torch.cat([classes for _, _, classes in top], dim=1)
-    chosen = clip(boxes.gather(1, rows[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
+    if boxes.ndim == 4:  # a box for each class
+        places, boxes = rows * scores.shape[2] + labels, boxes.flatten(1, 2)
+    else:
+        places = rows
+    chosen = clip(boxes.gather(1, places[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
     final = confidence if quality is None else confidence * quality.gather(1, rows)
     span = chosen.detach().amax() + 1  # classes are moved apart by more than any box is wide
     picked = []
@@ -149,6 +136,15 @@ def select(
         keep = nms((b + (k * span)[:, None]).float(), s.float(), iou)[:max_det]
         picked.append(_padded(b[keep], s[keep], k[keep], max_det))
     return Selected(*(torch.stack(column) for column in zip(*picked)))
+
+
+@torch.no_grad()
+def survivors(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """(N, M) bool: which boxes (N, M, 4) no better one of the same picture overlaps by more than `iou`, in the order of scores (N, M)."""
+    if boxes.is_meta:  # only shapes are asked for
+        return torch.ones_like(scores, dtype=torch.bool)
+    none = torch.zeros_like(scores[0], dtype=torch.bool)
+    return torch.stack([none.index_fill(0, nms(b, s, iou), True) for b, s in zip(boxes.float().unbind(), scores.float().unbind())])
 
 
 def _best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
+
+from fusedet.ops.precision import without_autocast
 
 
 class DeformConv(nn.Module):
@@ -31,8 +34,10 @@ class DeformConv(nn.Module):
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (N, C, H, W), offset (N, 2 * kernel^2, H', W') in cells as (dy, dx) pairs row by row, mask (N, kernel^2, H', W') or None."""
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
-            y = deform_conv2d(
+        # the same by two ways: torchvision's kernel for the CPU is several times slower than sampling rows
+        convolve = deform_conv2d_by_rows if x.device.type == "cpu" else deform_conv2d
+        with without_autocast(x):
+            y = convolve(
                 x.float(),
                 offset.float(),
                 self.weight.float(),
@@ -73,3 +78,58 @@ class DeformPack(DeformConv):
             offset, logits = offset.split([2 * self.points, self.points], dim=1)
             mask = logits.sigmoid()
         return super().forward(x, offset, mask)
+
+
+def deform_conv2d_by_rows(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`torchvision.ops.deform_conv2d` of one offset group, by torch's own operations; its arguments, with square kernels.
+
+    A map in channels_last is a table of rows of C numbers, and a sample a weighted sum of four rows: an embedding bag. What it samples,
+    9 C numbers per cell for a 3x3 kernel, is kept for the backward pass.
+    """
+    kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
+    samples = sample_rows(x, offset, kernel, stride, padding, dilation, mask)  # (N, H' * W', K, C)
+    if groups == 1:
+        out = samples.flatten(2) @ weight.permute(2, 3, 1, 0).flatten(0, 2)  # (N, H' * W', outputs)
+    else:
+        columns = (
+            samples.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2)
+        )  # (groups, N * H' * W', K * C / groups)
+        weights = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (groups, K * C / groups, outputs / groups)
+        out = (columns @ weights).transpose(0, 1).flatten(1).unflatten(0, samples.shape[:2])
+    if bias is not None:
+        out = out + bias
+    return out.transpose(1, 2).unflatten(2, offset.shape[2:])
+
+
+def sample_rows(x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int, mask: Tensor | None) -> Tensor:
+    """x (N, C, H, W) at every point of every cell's kernel, moved by its offset, bilinear, 0 outside: (N, H' * W', kernel^2, C)."""
+    (n, channels, height, width), (rows, columns) = x.shape, offset.shape[2:]
+    steps = torch.arange(kernel, device=x.device) * dilation - padding
+    moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 3, 4, 1)  # (2, N, H', W', K), dy and dx
+    y = moves[0] + (torch.arange(rows, device=x.device) * stride)[:, None, None] + steps.repeat_interleave(kernel)
+    x_ = moves[1] + (torch.arange(columns, device=x.device) * stride)[:, None] + steps.repeat(kernel)
+    top, left = y.detach().floor(), x_.detach().floor()
+    first = (torch.arange(n, device=x.device) * height * width)[:, None, None, None]  # of each picture's rows
+    places, shares = [], []
+    for i, share_y in ((top, top + 1 - y), (top + 1, y - top)):
+        for j, share_x in ((left, left + 1 - x_), (left + 1, x_ - left)):
+            inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+            # what is not a number points anywhere and stays so by its share
+            cell = i.nan_to_num().clamp(0, height - 1) * width + j.nan_to_num().clamp(0, width - 1)
+            places.append(cell.long() + first)
+            shares.append(share_y * share_x * inside)
+    share = torch.stack(shares, dim=-1)  # (N, H', W', K, 4)
+    if mask is not None:
+        share = share * mask.permute(0, 2, 3, 1)[..., None]
+    table = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    samples = F.embedding_bag(torch.stack(places, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=share.view(-1, 4))
+    return samples.view(n, rows * columns, kernel**2, channels)

@@ -8,16 +8,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_area
+
+from fusedet.ops.boxes import iou
 
 
 @torch.no_grad()
-def mean_over_ranks(count: Tensor) -> Tensor:
-    """The mean of a count over all processes, at least 1; float. One process: the count itself."""
+def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
+    """The mean of a count over all processes, at least `least`; float. One process: the count itself."""
     count = count.detach().float().clone()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
         count /= dist.get_world_size()
-    return count.clamp(min=1.0)
+    return count.clamp(min=least)
+
+
+def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
+    """-log IoU (R,) of boxes and targets (R, 4) in the same row ("UnitBox", Yu et al., 2016); an overlap counts as at least eps."""
+    return -iou(boxes, targets, eps).clamp(min=eps).log()
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
+    """1 - GIoU (R,) of boxes and targets (R, 4) in the same row (Rezatofighi et al., 2019, algorithm 2); areas count as at least eps.
+
+    As torchvision.ops.generalized_box_iou_loss, but without its masks, for each of which a GPU is waited for.
+    """
+    overlap = iou(boxes, targets, eps)
+    union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(min=eps)  # as the shared area is overlap * union
+    corners = [torch.minimum(boxes[:, :2], targets[:, :2]), torch.maximum(boxes[:, 2:], targets[:, 2:])]
+    hull = box_area(torch.cat(corners, dim=1)).clamp(min=eps)  # the smallest box around both
+    return 1 - overlap + (hull - union) / hull
 
 
 def sigmoid_focal(logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -31,8 +51,13 @@ def sigmoid_focal(logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor,
     positive = logits[rows, labels].float()  # (R+,)
     p = positive.sigmoid()
     exchange = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
-    negatives: Tensor = _NegativeFocal.apply(logits, counted, 1 - alpha, gamma)
-    return negatives + exchange.sum()
+    return negative_focal(logits, counted, 1 - alpha, gamma) + exchange.sum()
+
+
+def negative_focal(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
+    """The focal loss of logits (R, K) as if all were negatives: the sum of weight * p^gamma * BCE(p, 0) over the counted (R,) bool rows."""
+    total: Tensor = _NegativeFocal.apply(logits, counted, weight, gamma)
+    return total
 
 
 class _NegativeFocal(torch.autograd.Function):

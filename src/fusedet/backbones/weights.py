@@ -1,4 +1,4 @@
-"""Bodies: any timm model with feature extraction, with frozen stages and batch norms at rest."""
+"""timm's models and their weights: made, loaded from timm or from a file, and checked."""
 
 from __future__ import annotations
 
@@ -8,68 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Self
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg, load_state_dict
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from fusedet.errors import InputError, unknown
-from fusedet.types import Features, Levels
 
-_STRIDES = (4, 8, 16, 32)
-
-
-class Backbone(nn.Module):
-    """A timm body that gives C2 to C5 (strides 4, 8, 16, 32).
-
-    name: timm's name of the model, with or without the tag of its weights ("resnet50.tv_in1k").
-    pretrained: fetch timm's weights. weights: a local file of them instead (.safetensors, .pth; a plain state dict).
-    frozen_stages: -1 nothing, 0 the stem, k the stem and the first k stages; frozen batch norms rest too.
-    norm_eval: all batch norms stay in eval mode while scale and shift are trained (MMDetection's convention).
-    Raises InputError for an unknown name, a body without feature maps of these strides, and weights that cannot be had.
-
-    `levels` promises channels and strides; pictures in 0..255 times `scale` plus `shift` (3, 1, 1) are what the weights know.
-    """
-
-    def __init__(
-        self, name: str, pretrained: bool = True, weights: str | None = None, frozen_stages: int = -1, norm_eval: bool = False
-    ) -> None:
-        super().__init__()
-        self.name, self.norm_eval = name, norm_eval
-        self.body = _create(name, pretrained, weights)
-        info = self.body.feature_info
-        places = [i for i, stride in enumerate(info.reduction()) if stride in _STRIDES]
-        self.places = places
-        self.levels = Levels(tuple(info.channels()[i] for i in places), tuple(info.reduction()[i] for i in places))
-        config = timm.get_pretrained_cfg(name) or PretrainedCfg()
-        mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", -mean / std, persistent=False)
-        self.frozen = _stages(self.body, [info.module_name()[i] for i in places], frozen_stages)
-        for module in self.frozen:
-            module.requires_grad_(False)
-        self.has_weights = bool(pretrained or weights)
-
-    def forward(self, images: Tensor) -> Features:
-        """Normalised pictures (N, 3, H, W) to C2..C5."""
-        maps = self.body(images)
-        return [maps[i] for i in self.places]
-
-    def train(self, mode: bool = True) -> Self:
-        """Train mode, but for the batch norms that rest."""
-        super().train(mode)
-        resting = [self.body] if self.norm_eval else self.frozen
-        for module in resting if mode else []:
-            for m in module.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
-        return self
+STRIDES = (4, 8, 16, 32)
 
 
-def _create(name: str, pretrained: bool, weights: str | None) -> Any:
+def create(name: str, pretrained: bool, weights: str | None) -> Any:
+    """A timm body with feature maps, with timm's weights or those of a file."""
     if not timm.is_model(name.split(".")[0]):
         raise unknown("timm model", name, timm.list_models())
     state = _state(weights) if weights else {}
@@ -90,7 +43,7 @@ def _create(name: str, pretrained: bool, weights: str | None) -> Any:
         raise InputError(f"{source}: {reason}") from error
     if weights:
         _check_loaded(body, state, weights)
-    if not set(_STRIDES[1:]) <= set(body.feature_info.reduction()):
+    if not set(STRIDES[1:]) <= set(body.feature_info.reduction()):
         raise InputError(f"timm's '{name}' gives strides {body.feature_info.reduction()}, a pyramid needs 8, 16 and 32")
     _check_maps(name)
     return body
@@ -152,21 +105,3 @@ def _check_loaded(body: nn.Module, state: dict[str, Tensor], weights: str) -> No
             f"model.backbone.weights={weights} lacks {len(missing)} of the body's parameters, the first is '{missing[0]}': "
             f"it must hold a state dict by timm's names"
         )
-
-
-def _stages(body: nn.Module, names: list[str], count: int) -> list[nn.Module]:
-    """The modules of the stem and the first `count` stages (none for -1), in the order in which they run."""
-    if not -1 <= count <= len(names):
-        raise InputError(f"frozen_stages={count} must be -1 (nothing) to {len(names)}")
-    if count < 0:
-        return []
-    units: list[tuple[str, nn.Module]] = []
-    for name, child in body.named_children():
-        inside = any(stage.startswith(f"{name}.") for stage in names)
-        units += [(f"{name}_{k}", m) for k, m in child.named_children()] if inside else [(name, child)]
-    order = [name for name, _ in units]
-    places = [stage.replace(".", "_") for stage in names]
-    if lacking := [place for place in places if place not in order]:
-        raise InputError(f"frozen_stages={count}: this body has no stages that can be told apart ({lacking[0]}), set frozen_stages=-1")
-    end = order.index(places[0]) if count == 0 else order.index(places[count - 1]) + 1
-    return [module for _, module in units[:end]]

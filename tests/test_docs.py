@@ -1,0 +1,126 @@
+"""The modules' pages and drawings: snippets run, tables say what the code has, links lead somewhere, texts stay in their boxes."""
+
+import inspect
+import re
+import runpy
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fusedet.detectors import create_model
+from fusedet.interact import INTERACTIONS
+from fusedet.necks import NECKS
+from fusedet.plugins import PLUGINS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = sorted((DOCS / "modules").glob("*.md"))
+PARENT = {"levels", "channels", "finest", "coarsest", "top"}  # what the builder or model.pyramid gives
+Row = list[str]
+
+
+def tables(page: Path) -> Iterator[tuple[Row, list[Row]]]:
+    """Head and rows of every table, as cells."""
+    for block in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
+        yield head, rows
+
+
+def snippets() -> list[Any]:
+    """Every block of Python, by page and place."""
+    return [
+        pytest.param(code, id=f"{page.stem}-{i}")
+        for page in PAGES
+        for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    ]
+
+
+def counts() -> list[Any]:
+    """Config, overrides and printed count of every row of the tables "`CONFIG` with | trainable"."""
+    found = []
+    for page in PAGES:
+        for head, rows in tables(page):
+            if match := re.fullmatch(r"`(.+)` with", head[0]):
+                name, *common = shlex.split(match[1])
+                found += [(name, (*common, *shlex.split(row[0].strip("`"))), int(row[1].replace(",", ""))) for row in rows]
+    return [pytest.param(*row, id=" ".join([row[0], *row[1]])) for row in dict.fromkeys(found)]
+
+
+@pytest.mark.parametrize("code", snippets())
+def test_snippet_runs(code: str) -> None:
+    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize(("name", "overrides", "printed"), counts())
+def test_printed_counts(name: str, overrides: tuple[str, ...], printed: int) -> None:
+    with torch.device("meta"):
+        model = create_model(name, "model.backbone.pretrained=false", *overrides)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == printed
+
+
+def test_differences_are_those_of_the_counts() -> None:
+    for page in PAGES:
+        for head, rows in tables(page):
+            if len(head) > 2 and head[2].startswith("more than"):
+                first, *others = [[int(cell.replace(",", "") or 0) for cell in row[1:3]] for row in rows]
+                assert all(count - first[0] == more for count, more in others), page.name
+
+
+def options(make: Callable[..., Any]) -> dict[str, Any]:
+    """Names and defaults of a part's options, as YAML has them."""
+    has = vars(make()) if is_dataclass(make) else {k: p.default for k, p in inspect.signature(make).parameters.items() if k not in PARENT}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in has.items()}
+
+
+@pytest.mark.parametrize("name", ["mse_fpn", "smsl", "msil", "msfm"])
+def test_options_and_defaults(name: str) -> None:
+    rows = next(rows for head, rows in tables(DOCS / "modules" / f"{name}.md") if head[0] == "option")
+    said = {row[0].strip("`"): yaml.safe_load(row[1].strip("`")) for row in rows}
+    assert said == options((NECKS | INTERACTIONS | PLUGINS)[name])
+
+
+def test_other_necks() -> None:
+    """Every neck is in the index, and those that are not a module of the papers with their options and defaults."""
+    rows = next(rows for head, rows in tables(DOCS / "modules" / "README.md") if head[0] == "`model.neck`")
+    said: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kind = next(k for k in sorted(NECKS, key=len, reverse=True) if k in row[0].replace("[fpn,", ""))
+        said.setdefault(kind, {}).update({k: yaml.safe_load(v) for k, v in re.findall(r"`(\w+)` \(`([^`]+)`", row[2])})
+    assert set(said) | {"mse_fpn", "smsl"} == set(NECKS)
+    for kind, found in said.items():
+        assert found == options(NECKS[kind]), kind
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert targets
+    assert not [t for t in targets if not (page.parent / t).exists()]
+
+
+def test_drawings() -> None:
+    """Every page has its drawing; a text lies inside its box and in the picture, and no two texts meet."""
+    code = runpy.run_path(str(DOCS / "drawings.py"))
+    sections = yaml.safe_load(code["DATA"].read_text())
+    assert set(sections) | {"README"} == {page.stem for page in PAGES}
+    for name, entries in sections.items():
+        assert f"../images/{name}.png" in (DOCS / "modules" / f"{name}.md").read_text()
+        drawing = code["read"](entries)
+        figure = code["draw"](drawing)
+        ax = figure.axes[0]
+        found = [(t, t.get_window_extent().transformed(ax.transData.inverted())) for t in ax.texts if t.get_text()]
+        for b in drawing.boxes:
+            if b.text and b.kind in code["KINDS"]:
+                (text,) = [e for t, e in found if t.get_position() == (b.x, b.y) and t.get_text() == b.text]
+                inside = b.x - b.w / 2 <= text.x0 and text.x1 <= b.x + b.w / 2 and abs(text.height) <= b.h
+                assert inside, f"{name}: the text of {b.name} leaves its box"
+        for i, (text, here) in enumerate(found):
+            seen = here.x0 >= 0 and here.x1 <= code["WIDTH"] and min(here.y0, here.y1) >= 0 and max(here.y0, here.y1) <= drawing.height
+            assert seen, f"{name}: '{text.get_text()}' leaves the picture"
+            met = [other.get_text() for other, there in found[i + 1 :] if here.overlaps(there)]
+            assert not met, f"{name}: '{text.get_text()}' meets {met}"

@@ -1,0 +1,446 @@
+"""MSFM against its equations in float64 loops, and its insertion into bodies."""
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusedet.backbones import Backbone, insert
+from fusedet.build import build
+from fusedet.errors import InputError
+from fusedet.measure import cost
+from fusedet.ops.layers import fold_batch_norm
+from fusedet.plugins import MSFM, PLUGINS, MSFMPlugin
+from fusedet.plugins.msfm import scaled
+
+ALL = ("after_conv1", "after_conv2", "after_conv3")
+BODIES = ["resnet10t", "resnetblur18", "resnet26t", "convnext_atto", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_es"]
+
+
+def modules(root: nn.Module) -> list[MSFM]:
+    return [m for m in root.modules() if isinstance(m, MSFM)]
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def moved(module: nn.Module) -> Any:
+    """Every parameter somewhere else, so that none hides behind a zero."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return module
+
+
+def lively(name: str, **options: Any) -> Backbone:
+    """A body whose branches all say something: timm starts the last norm of every residual branch at zero."""
+    body = Backbone(name, pretrained=False, **options)
+    for m in body.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.constant_(m.weight, 0.7)
+    return body
+
+
+# -- the paper's equations, once more, cell by cell
+
+
+def literal_resize(x: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, align_corners False: cell centres meet, what lies outside takes the border's value."""
+    (rows, columns), out = x.shape[2:], x.new_zeros(*x.shape[:2], height, width)
+    for i, j in product(range(height), range(width)):
+        y, z = max(0.0, (i + 0.5) * rows / height - 0.5), max(0.0, (j + 0.5) * columns / width - 0.5)
+        top, left = min(int(y), rows - 1), min(int(z), columns - 1)
+        low, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+        a, b = y - top, z - left
+        upper = (1 - b) * x[:, :, top, left] + b * x[:, :, top, right]
+        lower = (1 - b) * x[:, :, low, left] + b * x[:, :, low, right]
+        out[:, :, i, j] = (1 - a) * upper + a * lower
+    return out
+
+
+def literal_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    (n, _, height, width), k = x.shape, conv.weight.shape[-1] // 2
+    out = torch.stack([conv.bias.view(1, -1).expand(n, -1)] * (height * width), dim=-1).view(n, -1, height, width).clone()
+    for i, j, dy, dx in product(range(height), range(width), range(-k, k + 1), range(-k, k + 1)):
+        if 0 <= i + dy < height and 0 <= j + dx < width:
+            out[:, :, i, j] = out[:, :, i, j] + x[:, :, i + dy, j + dx] @ conv.weight[:, :, dy + k, dx + k].T
+    return out
+
+
+def literal_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    pictures = []
+    for picture in x:
+        parts = [
+            (part - part.mean()) / torch.sqrt(((part - part.mean()) ** 2).mean() + norm.eps) for part in picture.chunk(norm.num_groups)
+        ]
+        pictures.append(torch.cat(parts) * norm.weight[:, None, None] + norm.bias[:, None, None])
+    return torch.stack(pictures)
+
+
+def literal(module: MSFM, x: Tensor, scales: tuple[float, ...], fusion: str) -> Tensor:
+    """M(x) = x + U(C[F_1(S(x)), ..., F_n(S(x))]) with F_n(a) = R^-1(CGN(...(CGN(R(a)))))."""
+    height, width = x.shape[2:]
+    cgn = lambda x, block: literal_norm(literal_conv(x, block[0]), block[1]).clamp(min=0)  # noqa: E731
+    a, branches = cgn(x, module.squeeze), []
+    for scale, branch in zip(scales, module.branches, strict=True):
+        r = literal_resize(a, max(1, math.floor(height * scale)), max(1, math.floor(width * scale))) if scale != 1 else a
+        for block in branch:
+            r = cgn(r, block)
+        branches.append(literal_resize(r, height, width) if scale != 1 else r)
+    combined = sum(branches[1:], branches[0]) if fusion == "add" else torch.cat(branches, dim=1)
+    return x + literal_norm(literal_conv(combined, module.unsqueeze.conv), module.unsqueeze.norm)
+
+
+FINAL = (0.5, 0.7, 1, 1.4, 2)
+CASES: list[tuple[dict, tuple[int, ...]]] = [
+    ({"scales": FINAL}, (2, 8, 5, 6)),
+    ({"scales": FINAL, "conv_num_large_only": True}, (1, 8, 4, 7)),
+    ({"scales": FINAL, "fusion": "cat", "conv_num": 1}, (2, 8, 3, 4)),
+    ({"scales": (1, 1, 2), "groups": 1}, (1, 8, 3, 3)),
+    ({"scales": (0.5, 0.7), "groups": 4}, (2, 8, 1, 2)),
+    ({"scales": (0.5, 1.4), "fusion": "cat"}, (1, 8, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("options", "shape"), CASES)
+def test_it_is_the_papers_equation(options: dict, shape: tuple[int, ...]) -> None:
+    """Values, and gradients of the input and of all parameters, in float64."""
+    module = moved(MSFM(shape[1], **({"ratio": 2, "groups": 2} | options))).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    seed = torch.randn(shape, dtype=torch.float64)
+    wanted = literal(module, x, options["scales"], options.get("fusion", "add"))
+    sources = [x, *module.parameters()]
+    slopes = torch.autograd.grad(wanted, sources, seed)
+    for form in (x, x.to(memory_format=torch.channels_last)):
+        found = module(form)
+        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-10)
+        for a, b in zip(torch.autograd.grad(found, sources, seed), slopes):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_sizes_of_branches() -> None:
+    """floor(size * scale), exactly (90 * 0.7 is 62.99... in floating point), and never nothing."""
+    found = {s: [scaled((side, side), s)[0] for side in (1, 2, 3, 25, 90)] for s in MSFM(64).scales}
+    assert [found[s] for s in sorted(found)] == [
+        [1, 1, 1, 12, 45],
+        [1, 1, 2, 17, 63],
+        [1, 2, 3, 25, 90],
+        [1, 2, 4, 35, 126],
+        [2, 4, 6, 50, 180],
+    ]
+
+
+def test_groups_of_one_single_value_become_the_shift() -> None:
+    """A 1x1 map of one picture, where every channel is its own group: what a body gives for a tiny picture."""
+    module = moved(MSFM(64, ratio=2, groups=32))
+    found = module(x := torch.randn(1, 64, 1, 1))
+    assert found.isfinite().all()
+    assert torch.allclose(module.squeeze(x).flatten(), module.squeeze[1].bias.clamp(min=0), atol=1e-3)
+
+
+# -- the start
+
+
+@pytest.mark.parametrize("fusion", ["add", "cat"])
+def test_it_starts_as_the_identity(fusion: Any) -> None:
+    """The first step moves U's norm alone, the second one everything."""
+    module = MSFM(32, ratio=2, groups=4, fusion=fusion)
+    x = torch.randn(2, 32, 6, 9)
+    assert torch.equal(module(x), x)
+    (module(x) * torch.randn(2, 32, 6, 9)).sum().backward()
+    moving = {name for name, p in module.named_parameters() if p.grad.any()}
+    assert moving == {"unsqueeze.norm.weight", "unsqueeze.norm.bias"}
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    module.zero_grad()
+    (module(x) * torch.randn(2, 32, 6, 9)).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in module.parameters())
+
+
+def test_without_zero_init_it_is_not() -> None:
+    module, x = MSFM(32, ratio=2, groups=4, zero_init=False), torch.randn(1, 32, 6, 9)
+    change = (module(x) - x).detach()
+    assert torch.allclose(change.reshape(4, -1).std(dim=1, correction=0), torch.ones(4), atol=1e-3)  # U ends with its norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision(dtype: torch.dtype) -> None:
+    """Autocast and bfloat16 weights give the type of the input, near the exact result; statistics are never taken in bfloat16."""
+    module = moved(MSFM(64, ratio=4, groups=4))
+    x = (torch.randn(2, 64, 9, 13) + 3).to(memory_format=torch.channels_last)
+    exact = module(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x.to(dtype))
+    half = copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16())
+    assert found.dtype == dtype
+    assert half.dtype == torch.bfloat16
+    for near in (found, half):
+        assert near.is_contiguous(memory_format=torch.channels_last)
+        assert float((near.detach() - exact).abs().mean()) < 0.03 * float(exact.std())
+
+
+def test_inputs_stay() -> None:
+    x = torch.randn(1, 64, 5, 5)
+    kept = x.clone()
+    moved(MSFM(64))(x)
+    assert torch.equal(x, kept)
+
+
+# -- parameters
+
+
+def parameters(c: int, m: int, branches: int, convs: int, cat: bool) -> int:
+    """The specification's formula; convs: 3x3 convolutions in all."""
+    return c * m + c * m * (branches if cat else 1) + 9 * m * m * convs + 3 * c + 3 * m + 3 * m * convs
+
+
+@pytest.mark.parametrize("scales", [(0.5, 0.7, 1), (0.5, 0.6, 0.7, 0.85, 1), (1, 1.4, 2), (0.5, 0.7, 1.4, 2), FINAL])
+@pytest.mark.parametrize(("conv_num", "large_only"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("fusion", ["add", "cat"])
+def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large_only: bool, fusion: Any) -> None:
+    """Table 2's scales, ratios, numbers of convolutions and fusions at all three positions of ResNet-50's widths."""
+    convs = sum(conv_num if s > 1 or not large_only else 1 for s in scales)
+    for ratios in ((4, 8, 16), (8, 16, 32), (16, 32, 64)):
+        plugin = MSFMPlugin(ratios=ratios, groups=8, scales=scales, conv_num=conv_num, conv_num_large_only=large_only, fusion=fusion)
+        for stage, position in product((2, 3, 4), ("after_conv1", "after_conv3")):
+            c = 2**stage * (128 if position == "after_conv3" else 32)
+            m = c // ratios[stage - 2]
+            assert size(plugin.make(c, stage, position)) == parameters(c, m, len(scales), convs, fusion == "cat")
+
+
+@pytest.mark.parametrize(("name", "count", "blocks"), [("resnet50", 2_318_728, 13), ("resnet101", 5_254_832, 30)])
+def test_default_counts(name: str, count: int, blocks: int) -> None:
+    with torch.device("meta"):
+        body = Backbone(name, pretrained=False, frozen_stages=1)
+        before = sum(p.numel() for p in body.parameters() if p.requires_grad)
+        assert insert(body, MSFMPlugin()) == 2 * blocks
+    assert sum(p.numel() for p in body.parameters() if p.requires_grad) - before == count
+
+
+def test_multiply_adds() -> None:
+    """The convolutions' own, and what the one-product form of U adds: a column of ones, and the covariance of y's channels."""
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.msfm = MSFM(64, scales=(0.5, 1), ratio=8, groups=4, conv_num=2)
+
+        def forward(self, images: Tensor) -> Any:
+            return self.msfm(images.float()[:, :1].expand(-1, 64, -1, -1))
+
+    c, m, cells = 64, 8, 10 * 12
+    convolutions = c * m * cells + 2 * 9 * m * m * (cells + 5 * 6) + c * m * cells
+    assert cost(Alone(), 10, 12)["multiply_adds"] == convolutions + c * cells + m * m * cells + c * m + c * m * m
+
+
+# -- insertion
+
+
+def blocks_of(body: Backbone) -> Iterator[nn.Module]:
+    for part in body.stages("stages", (2, 3, 4)).values():
+        for stage in part:
+            yield from (m for m in stage.modules() if hasattr(m, "drop_path") and getattr(m, "has_skip", True))
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_keep_their_keys_and_their_maps(name: str) -> None:
+    body = lively(name).eval()
+    before = {key: tensor.clone() for key, tensor in body.state_dict().items()}
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps = body(x)
+        count = insert(body, MSFMPlugin())
+        after = body.state_dict()
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+        for a, b in zip(maps, body(x)):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+        assert body(torch.randn(1, 3, 33, 47))[-1].isfinite().all()
+    blocks = list(blocks_of(body))
+    assert count == len(modules(body)) == len(blocks) * (2 if hasattr(blocks[0], "conv3") else 1)
+    assert {m.squeeze[0].out_channels % m.squeeze[1].num_groups for m in modules(body)} == {0}
+
+
+@pytest.mark.parametrize("name", ["resnetblur18", "resnetaa50", "resnet26t"])
+def test_modules_stand_where_the_paper_says(name: str) -> None:
+    """after_conv1 / 2 take what norm and ReLU give and feed the next convolution, the last one comes before the residual sum."""
+    body = lively(name).eval()
+    last = hasattr(body.body.layer2[0], "conv3")
+    positions = ALL[: 3 if last else 2]
+    insert(body, MSFMPlugin(positions, ratios=(8, 8, 8), groups=4, zero_init=False))
+    block = body.body.layer2[0]
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    keep = lambda m, inputs, output: seen.update({m: (inputs[0].clone(), output.clone())})  # noqa: E731
+    for m in block.modules():
+        m.register_forward_hook(keep)
+    with torch.no_grad():
+        body(torch.randn(1, 3, 64, 96))
+    first, *middle, final = modules(block)
+    assert len(middle) == last
+    assert torch.equal(seen[first][1], seen[block.conv2][0])
+    assert (seen[first][0] >= 0).all()
+    for m in middle:
+        assert torch.equal(seen[m][1], seen[block.conv3][0])
+        assert (seen[m][0] >= 0).all()
+    assert torch.equal(seen[final][0], seen[block.bn3 if last else block.bn2][1])
+    assert torch.allclose((seen[final][1] + seen[block.downsample][1]).relu(), seen[block][1])
+
+
+def test_numbers_of_stages_are_strides() -> None:
+    """Stage 3 of a MobileNet holds what makes the map of stride 16, of two groups of blocks."""
+    body = Backbone("mobilenetv3_large_100", pretrained=False)
+    insert(body, MSFMPlugin(stages=(3,), ratios=(32,)))
+    found = {name.split(".")[2] for name, m in body.named_modules() if isinstance(m, MSFM)}
+    assert found == {"3", "4"}
+    assert {(m.squeeze[0].in_channels, m.squeeze[0].out_channels) for m in modules(body)} == {(80, 4), (112, 4)}
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "groups", "m"), [(40, 16, 4, 4), (112, 32, 4, 4), (80, 8, 4, 8), (112, 8, 4, 16), (96, 10, 8, 8), (96, 6, 8, 16)]
+)
+def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int) -> None:
+    """after_branch: the nearest multiple of groups to C / ratio, at least groups."""
+    plugin = MSFMPlugin(stages=(2,), ratios=(ratio,), groups=groups)
+    assert plugin.make(channels, 2, "after_branch").squeeze[0].out_channels == m
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("resnet10t", {"positions": ["after_conv3"]}, r"\(BasicBlock\) have no after_conv3, they have after_conv1, after_conv2"),
+        ("resnet26t", {"positions": ["after_branch"]}, "have no after_branch, they have after_conv1, after_conv2, after_conv3"),
+        ("convnext_atto", {"positions": ["after_conv2"]}, r"\(ConvNeXtBlock\) have no after_conv2, they have after_branch"),
+        ("resnet10t", {"positions": ["after_conv"]}, "unknown position in positions: 'after_conv': did you mean 'after_conv"),
+        ("resnet10t", {"positions": []}, "nothing would be inserted"),
+        ("resnet10t", {"positions": ["after_conv2", "after_conv2"]}, "names a position twice"),
+        ("resnet10t", {"stages": [], "ratios": []}, "nothing would be inserted"),
+        ("resnet10t", {"stages": [2, 5], "ratios": [16, 16]}, r"model.plugin.stages=\[2, 5\] must be different ones of .* \[1, 2, 3, 4\]"),
+        ("resnet10t", {"stages": [3, 4]}, r"ratios=\[16, 32, 64\] must hold one ratio for each of stages=\[3, 4\]"),
+        ("resnet10t", {"ratios": [10, 32, 64]}, "ratio=10 must make 128 channels a whole number, divisible by groups=4: 8 would"),
+        ("resnet10t", {"ratios": [64, 64, 64]}, "ratio=64 must make 128 channels .* groups=4: 32 would"),
+        ("resnet10t", {"groups": {"after_conv2": 3}}, "groups=3"),
+        ("resnet10t", {"groups": {"after_conv4": 4}}, "unknown position in groups: 'after_conv4'"),
+        ("resnet10t", {"groups": {"after_conv2": "x"}}, "model.plugin.groups.after_conv2 must be int, got 'x'"),
+        ("resnet10t", {"groups": "many"}, r"model.plugin.groups must be int \| Mapping\[str, int\], got 'many'"),
+        ("resnet10t", {"scales": [0.5, 0]}, "must be one or more numbers above 0"),
+        ("resnet10t", {"scales": []}, "must be one or more numbers above 0"),
+        ("resnet10t", {"conv_num": 0}, "conv_num=0 must be at least 1"),
+        ("resnet10t", {"fusion": "sum"}, "fusion"),
+        ("resnet10t", {"postions": []}, "did you mean 'positions'"),
+        ("lcnet_050", {}, "stage 2 of 'lcnet_050' has no residual blocks"),
+    ],
+)
+def test_mistakes_are_told(name: str, options: dict, said: str) -> None:
+    body = Backbone(name, pretrained=False)
+    keys = set(body.state_dict())
+    with pytest.raises(InputError, match=said):
+        insert(body, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))
+    assert set(body.state_dict()) == keys
+
+
+def test_options_from_a_config() -> None:
+    spec = {"type": "msfm", "positions": ["after_conv1", "after_conv2"], "groups": {"after_conv1": 2}, "scales": [0.5, 1], "fusion": "cat"}
+    plugin = build("model.plugin", spec, PLUGINS, {})
+    assert plugin == MSFMPlugin(("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat")
+    body = Backbone("resnet10t", pretrained=False)
+    insert(body, plugin)
+    assert [m.squeeze[1].num_groups for m in modules(body)] == [2, 4] * 3
+    assert build("model.plugin", "msfm", PLUGINS, {}) == MSFMPlugin()
+
+
+# -- what is done to bodies with plug-ins
+
+
+class Normed:
+    """A plug-in of another kind: a batch norm."""
+
+    positions, stages = None, (1, 2)
+
+    def make(self, channels: int, stage: int, position: str) -> nn.Module:
+        return nn.BatchNorm2d(channels)
+
+
+@pytest.mark.parametrize("options", [{"frozen_stages": 2}, {"norm_eval": True}])
+def test_plugins_are_trained_where_the_body_rests(options: dict) -> None:
+    body = lively("resnet10t", **options)
+    assert insert(body, Normed()) == 2
+    body.train()
+    for stage in (body.body.layer1, body.body.layer2):
+        (norm,) = (m for m in stage.modules() if isinstance(m, nn.BatchNorm2d) and m.training)
+        assert all(p.requires_grad for p in norm.parameters())
+    sum(m.square().mean() for m in body(torch.randn(2, 3, 64, 64))).backward()
+    assert norm.weight.grad.any()
+    frozen = [p for p in body.parameters() if not p.requires_grad]
+    assert bool(frozen) == ("frozen_stages" in options)
+    assert all(p.grad is None for p in frozen)
+    assert not any(m.training for m in body.eval().modules())
+
+
+def test_two_plugins_in_one_place() -> None:
+    body = Backbone("resnet10t", pretrained=False).eval()
+    insert(body, Normed())
+    insert(body, MSFMPlugin())
+    assert len(modules(body)) == 3
+    assert body(torch.randn(1, 3, 64, 64))[-1].isfinite().all()
+
+
+STAGE4 = MSFMPlugin(ALL, stages=(4,), ratios=(64,), zero_init=False)
+
+
+@pytest.fixture(scope="module")
+def furnished() -> Backbone:
+    """A small bottleneck body with modules that do something, at all positions of stage 4."""
+    torch.manual_seed(0)
+    body = lively("resnet26t")
+    insert(body, STAGE4)
+    body.train()
+    for _ in range(2):
+        body(torch.randn(2, 3, 64, 64))  # moves the norms' statistics
+    return body.eval().to(memory_format=torch.channels_last)
+
+
+def test_every_parameter_is_trained(furnished: Backbone) -> None:
+    """Where every channel is its own group (after_conv3), the biases before the norms of S and F move nothing."""
+    body = copy.deepcopy(furnished).train()
+    sum((m * torch.randn_like(m)).sum() for m in body(torch.randn(2, 3, 128, 128))).backward()
+    inside = {name for name, m in body.named_modules() if isinstance(m, MSFM) and m.squeeze[1].num_groups == m.squeeze[0].out_channels}
+    for name, p in body.named_parameters():
+        idle = name.endswith(".0.bias") and any(name.startswith(f"{i}.") for i in inside)
+        assert p.grad.isfinite().all()
+        assert p.grad.any() or idle, name
+
+
+def test_copies_round_trips_and_folding(furnished: Backbone) -> None:
+    x = torch.randn(1, 3, 64, 96)
+    other = Backbone("resnet26t", pretrained=False)
+    insert(other, STAGE4)
+    other.load_state_dict(furnished.state_dict())
+    with torch.no_grad():
+        maps = furnished(x)
+        folded = fold_batch_norm(furnished, torch.randn(1, 3, 64, 64))
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+        for twin, tolerance in ((copy.deepcopy(furnished), 0.0), (other.eval(), 1e-4), (folded, 1e-3)):
+            for a, b in zip(maps, twin(x)):
+                assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+
+
+def test_export_and_compile(furnished: Backbone) -> None:
+    stage, other = furnished.body.layer4, torch.randn(1, 1024, 4, 6)
+    compiled = torch.compile(stage, backend="eager", fullgraph=True)
+    exported = torch.export.export(stage, (torch.randn(1, 1024, 4, 6),), strict=False).module()
+    with torch.no_grad():
+        assert torch.allclose(stage(other), compiled(other), atol=1e-4)
+        assert torch.allclose(stage(other), exported(other), atol=1e-4)
+
+
+def test_exported_sizes_can_be_free() -> None:
+    side = torch.export.Dim("side", min=8, max=64)
+    module = moved(MSFM(32, ratio=2)).eval()
+    exported = torch.export.export(module, (torch.randn(1, 32, 11, 12),), dynamic_shapes=({2: side},), strict=False).module()
+    for height in (8, 13, 40):
+        x = torch.randn(1, 32, height, 12)
+        assert torch.allclose(exported(x), module(x), atol=1e-5)

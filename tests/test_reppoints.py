@@ -1,0 +1,486 @@
+"""RepPoints' head and its first assignment: by hand, against literal loops, and through everything that a head goes through."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedet.detectors import create_model, for_inference
+from fusedet.errors import InputError
+from fusedet.heads import RepPointsHead
+from fusedet.ops import point_assign
+from fusedet.ops.assign import BACKGROUND, IGNORED
+from fusedet.ops.boxes import centres, grid_priors, point_shapes
+from fusedet.ops.point_assign import NearestPoint
+from fusedet.types import Batch, Features, Levels, Outputs, Priors, Target
+
+LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
+
+
+def objects(boxes: list, labels: list | None = None) -> Target:
+    found = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+    return Target(found, torch.tensor(labels or [0] * len(found), dtype=torch.int64))
+
+
+EMPTY = objects([])
+SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
+
+
+def make(**options: object) -> RepPointsHead:
+    return RepPointsHead(LEVELS, 3, **({"convs": 1} | options))
+
+
+def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> Features:
+    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
+
+
+def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Priors:
+    """The points of levels of so many cells (rows, columns)."""
+    strides = strides or tuple(8 * 2**i for i in range(len(cells)))
+    shapes = [point_shapes(s) for s in strides]
+    return grid_priors([torch.zeros(1, 1, *c) for c in cells], Levels((1,) * len(cells), strides), shapes)
+
+
+def many(count: int, width: float, height: float) -> Target:
+    corner = torch.rand(count, 2) * torch.tensor([width, height])
+    return objects(torch.cat([corner, corner + 2 + 60 * torch.rand(count, 2)], dim=1).tolist())
+
+
+def spread(head: RepPointsHead) -> RepPointsHead:
+    """The same head, whose initial points are those of a square grid of 1.2 times the usual size, so that its boxes are no dots."""
+    nn.init.normal_(head.pts_init.weight, std=0.05)
+    head.pts_init.bias.data = 1.2 * head.base.flatten()
+    return head
+
+
+# -- from points to a box
+
+
+def test_moment_transform_by_hand() -> None:
+    """x = 0..8 has the mean 4 and the (unbiased) variance 60 / 8; y is 1 five times and -1 four times: mean 1/9, variance 80/81 * 9/8."""
+    points = torch.tensor([[1 - 2 * (i % 2), i] for i in range(9)], dtype=torch.float).flatten()
+    head = make()
+    head.moment_transfer.data = torch.tensor([math.log(2), -1.0])
+    w, h = 2 * math.sqrt(7.5), math.sqrt(80 / 81 * 9 / 8) / math.e
+    assert head.pseudo_boxes(points).tolist() == pytest.approx([4 - w, 1 / 9 - h, 4 + w, 1 / 9 + h])
+
+
+def test_a_hundredth_of_the_gradient_reaches_the_factors() -> None:
+    """The right side is mean + deviation * exp(t): its derivative by t is deviation * exp(t)."""
+    points = torch.tensor([[0, i] for i in range(9)], dtype=torch.float).flatten()
+    head = make()
+    head.moment_transfer.data = torch.tensor([0.5, 0.0])
+    head.pseudo_boxes(points)[2].backward()
+    assert head.moment_transfer.grad.tolist() == pytest.approx([0.01 * math.sqrt(7.5) * math.exp(0.5), 0])
+
+
+@pytest.mark.parametrize(("method", "box"), [("minmax", [-3, -2, 9, 7]), ("partial_minmax", [-1, -2, 5, 3])])
+def test_minmax_transforms_by_hand(method: str, box: list[float]) -> None:
+    yx = [[0, 5], [-2, 1], [3, -1], [1, 1], [7, 0], [0, 9], [1, -3], [0, 0], [2, 2]]
+    head = make(transform_method=method)
+    assert head.moment_transfer is None
+    assert head.pseudo_boxes(torch.tensor(yx, dtype=torch.float).flatten()).tolist() == box
+
+
+@pytest.mark.parametrize("method", ["moment", "minmax", "partial_minmax"])
+def test_boxes_move_and_grow_with_their_points(method: str) -> None:
+    """Boxes of maps and of rows are the same, and T(a * points + b) = a * T(points) + b."""
+    head = make(transform_method=method)
+    points = torch.randn(2, 5, 18)
+    moved = head.pseudo_boxes((points.unflatten(2, (9, 2)) * 3 + torch.tensor([2.0, 5.0])).flatten(2))
+    assert torch.allclose(moved, head.pseudo_boxes(points) * 3 + torch.tensor([5.0, 2.0, 5.0, 2.0]), atol=1e-5)
+    assert torch.equal(head.pseudo_boxes(points)[1, 3], head.pseudo_boxes(points[1, 3]))
+
+
+@pytest.mark.parametrize("method", ["moment", "minmax", "partial_minmax"])
+def test_points_in_one_place_have_a_finite_gradient(method: str) -> None:
+    points = torch.ones(1, 18, requires_grad=True)
+    head = make(transform_method=method)
+    box = head.pseudo_boxes(points)
+    box.sum().backward()
+    assert box.tolist() == [[1, 1, 1, 1]]
+    assert points.grad.isfinite().all()
+
+
+# -- the first assignment
+
+
+def test_the_level_is_that_of_the_size() -> None:
+    """sqrt(w h) / 4 below 16 is of stride 8, from 16 on of 16, from 32 on of 32; smaller and larger ones go to the ends."""
+    priors = grid((8, 8), (4, 4), (2, 2))
+    for w, h, stride in [
+        (63.9, 63.9, 8),
+        (64, 64, 16),
+        (128, 32, 16),
+        (32, 127, 8),
+        (128, 128, 32),
+        (3, 2, 8),
+        (4000, 4000, 32),
+        (0, 0, 8),
+    ]:
+        owners = NearestPoint().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
+        (place,) = (owners == 0).nonzero().flatten().tolist()
+        assert (int(priors.strides[place]), centres(priors.boxes)[place].tolist()) == (stride, [32, 32])
+        assert (owners == BACKGROUND).sum() == len(priors) - 1
+
+
+def test_levels_with_a_gap_take_the_finer_one() -> None:
+    priors = grid((8, 8), (2, 2), strides=(8, 32))
+    owners = NearestPoint().assign(priors, objects([[0, 0, 70, 70]]))
+    assert priors.strides[owners == 0].tolist() == [8]
+
+
+def test_distance_is_measured_in_sides() -> None:
+    """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16): 3/8 and 3.5/80; to (16, 16) it is 5/8. Wide boxes see it likewise."""
+    priors = grid((4, 4))
+    tall, wide = [7, -27.5, 15, 52.5], [-27.5, 7, 52.5, 15]
+    assert centres(priors.boxes)[NearestPoint().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
+    assert centres(priors.boxes)[NearestPoint().assign(priors, objects([wide])) == 0].tolist() == [[16, 8]]
+    # with two points each: along its long side a box looks farther, (8, 8) at 4.5/80 before (16, 16) at 5/8
+    two = NearestPoint(pos_num=2)
+    assert centres(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
+
+
+def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
+    priors = grid((4, 4))
+    near, far = [0, 0, 16.2, 16], [0, 0, 18, 16]
+    place = 5  # (8, 8)
+    assert int(NearestPoint().assign(priors, objects([far, near]))[place]) == 1
+    assert int(NearestPoint().assign(priors, objects([near, far]))[place]) == 0
+    assert int(NearestPoint().assign(priors, objects([far, near, near]))[place]) == 1
+    assert int((NearestPoint().assign(priors, objects([far, near, near])) >= 0).sum()) == 1
+
+
+def test_no_objects_and_more_points_asked_for_than_there_are() -> None:
+    assert NearestPoint().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
+    assert NearestPoint(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist() == [BACKGROUND] * 16 + [0] * 4
+
+
+def slow(rule: NearestPoint, priors: Priors, target: Target) -> list[int]:
+    """The rule, one object and one point at a time, in double precision."""
+    owners, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
+    levels = [int(math.log2(s)) for s in priors.strides.tolist()]
+    points = centres(priors.boxes.double()).tolist()
+    for g, (x1, y1, x2, y2) in enumerate(target.boxes.double().tolist()):
+        level = math.floor(math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / rule.scale))
+        level = min(max(level, min(levels)), max(levels))
+        middle = ((x1 + x2) / 2, (y1 + y2) / 2)
+        away = {
+            p: math.hypot((points[p][0] - middle[0]) / (x2 - x1), (points[p][1] - middle[1]) / (y2 - y1))
+            for p in range(len(priors))
+            if levels[p] == level
+        }
+        for p in sorted(away, key=lambda p: away[p])[: rule.pos_num]:
+            if away[p] < best[p]:
+                owners[p], best[p] = g, away[p]
+    return owners
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 15), pos_num=st.sampled_from([1, 3]), scale=st.sampled_from([2.0, 4.0]))
+def test_the_first_assignment_is_its_rule(seed: int, count: int, pos_num: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
+    assert NearestPoint(scale, pos_num).assign(priors, target).tolist() == slow(NearestPoint(scale, pos_num), priors, target)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, Tensor) else 0)
+        return result
+
+
+def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    priors = grid((50, 75), (25, 38), (13, 19), (7, 10))
+    target = many(1000, 600, 400)
+    with Largest() as largest:
+        owners = NearestPoint().assign(priors, target)
+    assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
+    assert 500 < int((owners >= 0).sum()) < 1000
+    monkeypatch.setattr(point_assign, "_OBJECTS_AT_ONCE", 1000)
+    assert torch.equal(owners, NearestPoint().assign(priors, target))
+
+
+@pytest.mark.parametrize(("options", "text"), [({"scale": 0.0}, "scale=0"), ({"pos_num": 0}, "pos_num=0 must be 1 or more")])
+def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        NearestPoint(**options)
+
+
+# -- the head
+
+
+def test_features_are_taken_at_the_initial_points() -> None:
+    """On maps that hold their own rows and columns, the kernel's place k of both deformable convolutions reads the place of point k."""
+    levels = Levels((2,), (8,))
+    y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    points = [(-2, -1.5), (-1, 0), (-0.25, 2), (0, -3), (0.5, 0.5), (1, 1), (2, -2), (3, 3), (-3.5, 0.75)]
+    head = RepPointsHead(levels, 2, convs=0)
+    for p in head.parameters():
+        nn.init.zeros_(p)
+    head.pts_init.bias.data = torch.tensor(points).flatten()
+    for k, (dy, dx) in enumerate(points):
+        for m in (head.cls_conv, head.pts_refine_conv):
+            nn.init.zeros_(m.weight)
+            m.weight.data.flatten(2)[:, :, k] = torch.eye(2)
+        for m in (head.cls, head.pts_refine):
+            m.weight.data[:2, :, 0, 0] = torch.eye(2)
+        outputs = head([torch.stack([y, x])[None]])
+        assert outputs.maps["cls"][0][0, :, 4, 4].tolist() == pytest.approx([4 + dy, 4 + dx])
+        init, refine = (outputs.maps[name][0][0, :, 4, 4] for name in ("pts_init", "pts_refine"))
+        assert init.tolist() == pytest.approx([c for point in points for c in point])
+        assert (refine - init).tolist() == pytest.approx([4 + dy, 4 + dx] + [0] * 16, abs=1e-5)
+
+
+def test_a_tenth_of_the_gradient_reaches_the_initial_points() -> None:
+    """By the scores, and by the refined points, which take the initial ones themselves as constants."""
+    features, found = maps((64, 64)), {}
+    head = spread(make())
+    for factor in (0.0, 0.1, 1.0):
+        head.gradient_mul = factor
+        for name in ("cls", "pts_refine"):
+            (found[name, factor],) = torch.autograd.grad(head(features).maps[name][0].square().sum(), head.pts_init.bias)
+    for name in ("cls", "pts_refine"):
+        assert not found[name, 0.0].any()
+        assert found[name, 1.0].abs().max() > 1e-6
+        assert torch.allclose(found[name, 0.1], 0.1 * found[name, 1.0], rtol=1e-3, atol=1e-7)
+
+
+def test_without_weights_all_points_lie_on_their_cell_and_every_class_has_the_prior() -> None:
+    head = make(prior=0.02)
+    for p in (*head.pts_init.parameters(), *head.pts_refine.parameters(), head.cls.weight):
+        nn.init.zeros_(p)
+    outputs = head(maps())
+    boxes, scores, quality = head.decode(outputs)
+    assert torch.equal(boxes[0], centres(outputs.priors.boxes).repeat(1, 2))
+    assert torch.allclose(scores, torch.tensor(0.02))
+    assert quality is None
+
+
+def test_decode_by_hand() -> None:
+    """The second cell of stride 8 lies at (8, 0)."""
+    points = torch.zeros(9, 2, 1, 2)
+    points[:, :, 0, 1] = torch.tensor([[-1.0, -2.0]] * 4 + [[3.0, 0.5]] * 5)  # y, x
+    maps = {"cls": [torch.zeros(1, 3, 1, 2)], "pts_init": [torch.ones(1, 18, 1, 2)], "pts_refine": [points.view(1, 18, 1, 2)]}
+    boxes, scores, _ = RepPointsHead(Levels((32,), (8,)), 3, transform_method="minmax").decode(Outputs(maps, grid((1, 2))))
+    assert boxes.tolist() == [[[0, 0, 0, 0], [8 - 16, -8, 8 + 4, 24]]]
+    assert scores.unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("beta", [0.11, 1.0])
+def test_loss_literally(beta: float) -> None:
+    """The losses, cell by cell in double precision, on a picture with objects and one without."""
+    head = spread(make(beta=beta))
+    head.moment_transfer.data = torch.tensor([0.3, -0.2])
+    outputs = head(maps())
+    losses = head.loss(outputs, [SOME, EMPTY])
+    priors = outputs.priors
+    rows = {name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double() for name, column in outputs.maps.items()}
+    rows = {name: values.detach() for name, values in rows.items()}
+
+    def box(points: list[float]) -> list[float]:
+        low, high = [], []
+        for values, factor in ((points[1::2], math.exp(0.3)), (points[0::2], math.exp(-0.2))):
+            mean = sum(values) / 9
+            half = factor * math.sqrt(sum((v - mean) ** 2 for v in values) / 8)
+            low, high = [*low, mean - half], [*high, mean + half]
+        return low + high
+
+    def overlap(a: list[float], b: list[float]) -> float:
+        shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+        return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+    def pixels(name: str, picture: int, i: int) -> list[float]:
+        (x, y), stride = centres(priors.boxes[i]).tolist(), float(priors.strides[i])
+        return [a * stride + b for a, b in zip(box(rows[name][picture, i].tolist()), (x, y, x, y))]
+
+    def distance(name: str, i: int, owner: int) -> float:
+        total = 0.0
+        for a, b in zip(pixels(name, 0, i), SOME.boxes[owner].tolist()):
+            d = abs(a - b) / (4 * float(priors.strides[i]))
+            total += d**2 / (2 * beta) if d < beta else d - beta / 2
+        return total
+
+    init = {i: owner for i, owner in enumerate(slow(NearestPoint(), priors, SOME)) if owner >= 0}
+    overlaps = [[overlap(pixels("pts_init", 0, i), b) for b in SOME.boxes.tolist()] for i in range(len(priors))]
+    owners = [BACKGROUND if max(o) < 0.4 else IGNORED if max(o) < 0.5 else o.index(max(o)) for o in overlaps]
+    for g in range(2):
+        peak = max(o[g] for o in overlaps)
+        owners = [g if o[g] == peak else owner for o, owner in zip(overlaps, owners)]
+    assert {BACKGROUND, IGNORED, 0, 1} == set(owners)
+
+    focal, refined, count = 0.0, 0.0, 0
+    for picture in (0, 1):
+        for i in range(len(priors)):
+            owner = owners[i] if picture == 0 else BACKGROUND
+            for k in range(3) if owner != IGNORED else ():
+                p = 1 / (1 + math.exp(-float(rows["cls"][picture, i, k])))
+                hit = owner >= 0 and k == int(SOME.labels[owner])
+                focal -= 0.25 * (1 - p) ** 2 * math.log(p) if hit else 0.75 * p**2 * math.log(1 - p)
+            if owner >= 0:
+                refined, count = refined + distance("pts_refine", i, owner), count + 1
+    assert count > 2
+    # the picture without objects counts as one positive
+    assert float(losses["loss_cls"].detach()) == pytest.approx(focal / (count + 1), rel=1e-4)
+    assert float(losses["loss_refine"].detach()) == pytest.approx(refined / (count + 1), rel=1e-4)
+    expected = sum(distance("pts_init", i, owner) for i, owner in init.items()) / (len(init) + 1)
+    assert float(losses["loss_init"].detach()) == pytest.approx(expected, rel=1e-4)
+    assert head.loss_weights == {"loss_cls": 1.0, "loss_init": 0.5, "loss_refine": 1.0}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": True, "num_points": 25}, {"transform_method": "minmax"}, {"transform_method": "partial_minmax"}]
+)
+@pytest.mark.parametrize(("size", "n"), [((64, 96), 2), ((33, 47), 2), ((33, 47), 1)])
+def test_every_parameter_has_a_gradient(options: dict, size: tuple[int, int], n: int) -> None:
+    head = make(**options)
+    features = maps(size, n)
+    kept = [f.clone() for f in features]
+    losses = head.loss(head(features), [SOME, EMPTY][:n])
+    assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in head.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(features, kept))
+
+
+@pytest.mark.parametrize("method", ["moment", "minmax"])
+def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached(method: str) -> None:
+    head = make(transform_method=method)
+    losses = head.loss(head(maps()), [EMPTY, EMPTY])
+    assert float(losses["loss_init"].detach()) == float(losses["loss_refine"].detach()) == 0
+    assert float(losses["loss_cls"].detach()) > 0
+    assert all(v.requires_grad for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_a_thousand_objects_and_one_larger_than_the_picture() -> None:
+    head = make()
+    losses = head.loss(head(maps()), [many(1000, 90, 60), objects([[-50, -50, 500, 400]])])
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_the_interaction_replaces_both_branches() -> None:
+    """An interaction that swaps the branches is a head whose towers are swapped."""
+
+    class Swap(nn.Module):
+        def forward(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
+            return reg, cls
+
+    plain, swapped = make(), make(interact=lambda channels: Swap())
+    swapped.load_state_dict(plain.state_dict())
+    plain.towers.cls, plain.towers.reg = plain.towers.reg, plain.towers.cls
+    features = maps()
+    for name, column in plain(features).maps.items():
+        assert all(torch.equal(a, b) for a, b in zip(column, swapped(features).maps[name]))
+
+
+def test_bfloat16() -> None:
+    """Under autocast, and with weights in bfloat16, points stay float32 and their boxes near those of float32."""
+    head, features = spread(make()), maps()
+    exact = head.decode(head(features))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head(features)
+        losses = head.loss(outputs, [SOME, EMPTY])
+    assert all(v.dtype == torch.float32 and v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+    low = spread(make()).to(torch.bfloat16)
+    low.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        for found in (outputs, low([f.bfloat16() for f in features])):
+            assert all(m.dtype == torch.float32 for name in ("pts_init", "pts_refine") for m in found.maps[name])
+            boxes = head.decode(found)[0]
+            assert boxes.dtype == torch.float32
+            assert ((boxes - exact).abs() <= 0.05 * found.priors.strides[:, None]).all()
+
+
+class Decode(nn.Module):
+    def __init__(self, head: RepPointsHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Features) -> tuple[Tensor, Tensor]:
+        boxes, scores, _ = self.head.decode(self.head(features))
+        return boxes, scores
+
+
+FEW = Levels((32,) * 2, (8, 16))
+
+
+def test_exports() -> None:
+    decode = Decode(spread(RepPointsHead(FEW, 3, convs=1)).eval())
+    exported = torch.export.export(decode, (maps(levels=FEW),), strict=False).module()
+    other = maps(levels=FEW)
+    for ours, theirs in zip(decode(other), exported(other)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_compiles_without_a_break() -> None:
+    decode, features = Decode(RepPointsHead(FEW, 3, convs=1)), maps(levels=FEW)
+    for ours, theirs in zip(decode(features), torch.compile(decode, backend="eager", fullgraph=True)(features)):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_channels_last_is_the_same() -> None:
+    head, features = spread(make(norm=True)), maps()
+    boxes, scores, _ = head.decode(head(features))
+    head.to(memory_format=torch.channels_last)
+    again = head.decode(head([f.to(memory_format=torch.channels_last) for f in features]))
+    assert torch.allclose(boxes, again.boxes, atol=1e-3)
+    assert torch.allclose(scores, again.scores, atol=1e-5)
+
+
+def test_parameters() -> None:
+    """The head alone, and the whole detector but its frozen stem and first stage."""
+    model = create_model("reppoints_r50", "model.backbone.pretrained=false")
+    assert sum(p.numel() for p in model.head.parameters()) == 5_340_022
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 36_620_150
+    assert sum(p.numel() for p in make(transform_method="minmax").parameters()) == sum(p.numel() for p in make().parameters()) - 2
+
+
+def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
+    options = ["model.backbone.pretrained=false", "model.backbone.name=resnet10t", "model.pyramid.channels=32", "model.head.convs=1"]
+    model = create_model("reppoints_r18", *options, num_classes=3).eval()
+    spread(model.head)
+    model.head.cls.bias.data += 4
+    images, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 60]])
+    batch = Batch(images, sizes, (0, 1), torch.ones(2, 2))
+    for ours, theirs in zip(model.predict(batch), for_inference(model).predict(batch)):
+        assert len(ours) > 0
+        assert torch.allclose(ours.boxes, theirs.boxes, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"transform_method": "momentum"}, "did you mean 'moment'"),
+        ({"num_points": 8}, "num_points=8 must be the square of 3, 5, 7"),
+        ({"num_points": 16}, "num_points=16"),
+        ({"num_points": 1}, "num_points=1 "),
+        ({"num_points": -9}, "num_points=-9"),
+        ({"gradient_mul": 1.5}, r"gradient_mul=1\.5 must be 0 to 1"),
+        ({"moment_mul": -1.0}, r"moment_mul=-1\.0 must be 0 to 1"),
+        ({"base_scale": 0.0}, r"base_scale=0\.0 must be above 0"),
+        ({"negative": 0.6}, r"negative=0\.6, positive=0\.5"),
+        ({"beta": -0.1}, r"beta=-0\.1 must be 0 or more"),
+        ({"prior": 1.0}, r"prior=1\.0"),
+        ({"convs": -1}, "convs=-1"),
+        ({"channels": 24, "norm": True}, "multiples of 32"),
+    ],
+)
+def test_bad_options_are_told(options: dict, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        make(**options)

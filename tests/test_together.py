@@ -1,0 +1,142 @@
+"""Everything with everything: detectors x necks x plug-ins x interactions, each by config alone."""
+
+import copy
+import itertools
+from itertools import product
+
+import pytest
+import torch
+
+from fusedet.detectors import OneStage, create_model
+from fusedet.types import Batch, Outputs, Target
+
+HEADS = ["retina", "fcos", "vfnet"]
+NECKS = {
+    "fpn": "fpn",
+    "pafpn": "pafpn",
+    "bifpn": "{type: bifpn, repeats: 1}",
+    "aug_fpn": "aug_fpn",
+    "mse_fpn": "mse_fpn",
+    "smsl-standalone": "{type: smsl, mode: standalone}",
+    "fpn+bfp": "[fpn,bfp]",
+    "fpn+smsl": "[fpn,smsl]",
+    "mse_fpn+smsl": "[mse_fpn,smsl]",
+}
+PLUGINS = {"": "null", "msfm": "{type: msfm, scales: [0.5, 1, 2], conv_num: 1}"}
+INTERACTIONS = {"": "null", "msil": "msil"}
+COMBINATIONS = list(product(HEADS, NECKS, PLUGINS, INTERACTIONS))
+# tracing takes seconds: every head with every neck, so that all pairs of neck, plug-in and interaction occur too
+COMPILED = [
+    (head, neck, list(PLUGINS)[(h + n) % 2], list(INTERACTIONS)[((h == 2) + n) % 2])
+    for (h, head), (n, neck) in product(enumerate(HEADS), enumerate(NECKS))
+]
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def make(head: str, neck: str, plugin: str, interact: str, *more: str) -> OneStage:
+    return create_model(
+        "retinanet_tiny",
+        "model.backbone.name=resnet10t",
+        "model.pyramid.channels=32",
+        f"model.head={{type: {head}, convs: 1, norm: true}}",
+        f"model.neck={NECKS[neck]}",
+        f"model.plugin={PLUGINS[plugin]}",
+        f"model.interact={INTERACTIONS[interact]}",
+        *more,
+        num_classes=3,
+    )
+
+
+def batch(counts: list[int], size: tuple[int, int]) -> Batch:
+    """Pictures with so many objects each."""
+    n, (h, w) = len(counts), size
+    corners = [torch.rand(g, 2) * torch.tensor([w / 2, h / 2]) for g in counts]
+    boxes = [torch.cat([c, c + 8 + torch.rand(len(c), 2) * torch.tensor([w / 2 - 8, h / 2 - 8])], dim=1) for c in corners]
+    targets = tuple(Target(b, torch.arange(len(b)) % 3) for b in boxes)
+    images = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8)
+    return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
+
+
+def flat(outputs: Outputs) -> list[torch.Tensor]:
+    return [m for name in sorted(outputs.maps) for m in outputs.maps[name]]
+
+
+def assert_close(ours: Outputs, theirs: Outputs, tolerance: float = 1e-4) -> None:
+    for a, b in zip(flat(ours), flat(theirs), strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()) + 1e-6)
+
+
+def total(model: OneStage, data: Batch) -> torch.Tensor:
+    losses = model.loss(data)
+    assert set(losses) == set(model.loss_weights)
+    assert all(v.ndim == 0 and v.dtype == torch.float32 and v.isfinite() for v in losses.values())
+    return torch.stack([v * model.loss_weights[k] for k, v in losses.items()]).sum()
+
+
+@pytest.mark.parametrize(("head", "neck", "plugin", "interact"), COMBINATIONS)
+def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
+    model = make(head, neck, plugin, interact).train()
+    assert model.neck.levels.strides == STRIDES
+    assert model.neck.levels.channels == (32,) * 5
+
+    # odd and tiny, one picture: as many priors as the promised levels have cells, one map of each kind per level
+    tiny = batch([1], (33, 47))
+    outputs = model(tiny.images, tiny.sizes)
+    cells = [(5, 6), (3, 3), (2, 2), (1, 1), (1, 1)]
+    for level_maps in outputs.maps.values():
+        assert [m.shape[-2:] for m in level_maps] == [torch.Size(c) for c in cells]
+    per_cell = 9 if head == "retina" else 1
+    assert outputs.priors.counts == tuple(h * w * per_cell for h, w in cells)
+    candidates = model.head.decode(outputs)
+    assert candidates.boxes.shape == (1, len(outputs.priors), 4)
+    assert candidates.scores.shape == (1, len(outputs.priors), 3)
+    assert 0 <= candidates.scores.min() <= candidates.scores.max() <= 1
+    total(model, tiny).backward()
+
+    # every parameter that is trained gets a finite gradient: with objects, with one picture of two without, with none at all
+    for counts in ([2, 0], [0, 0], [0]):
+        model.zero_grad(set_to_none=True)
+        total(model, batch(counts, (64, 96))).backward()
+        lost = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+        assert not lost
+
+    # what autocast makes of it is finite too
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = total(model, batch([2, 1], (64, 96)))
+    value.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    # channels_last is a layout, not another function
+    model.eval()
+    images = batch([0, 0], (64, 96)).images
+    with torch.no_grad():
+        expected = model(images)
+        assert_close(copy.deepcopy(model).to(memory_format=torch.contiguous_format)(images), expected)
+    assert len(model.predict(tiny)) == 1
+
+
+@pytest.mark.parametrize(("head", "neck", "plugin", "interact"), COMBINATIONS)
+def test_the_raw_forward_exports(head: str, neck: str, plugin: str, interact: str) -> None:
+    """The same numbers from the exported program for a picture that it was not traced with."""
+    model = make(head, neck, plugin, interact, "model.pyramid.coarsest=5").eval()
+    images, others = batch([0], (64, 96)).images, batch([0], (64, 96)).images
+    with torch.no_grad():
+        exported = torch.export.export(model, (images,), strict=False).module()
+        assert_close(exported(others), model(others))
+
+
+@pytest.mark.parametrize(("head", "neck", "plugin", "interact"), COMPILED)
+def test_the_raw_forward_compiles(head: str, neck: str, plugin: str, interact: str) -> None:
+    """In one graph, without a break."""
+    model = make(head, neck, plugin, interact, "model.pyramid.coarsest=5").eval()
+    images = batch([0], (64, 96)).images
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
+
+
+def test_all_pairs_of_parts_are_compiled() -> None:
+    parts = [HEADS, NECKS, PLUGINS, INTERACTIONS]
+    for a, b in itertools.combinations(range(4), 2):
+        assert {(c[a], c[b]) for c in COMPILED} == set(product(parts[a], parts[b]))
