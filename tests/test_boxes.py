@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
-from fusedet.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select
+from fusedet.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select, survivors
 from fusedet.types import Candidates, Levels
 
 side = st.floats(1, 500)
@@ -110,3 +110,35 @@ def test_boxes_without_area_are_not_found() -> None:
     found = select(Candidates(boxes, torch.full((1, 3, 1), 0.9)), torch.tensor([[100, 100]]), (3,))
     assert found.counts.tolist() == [1]
     assert found.boxes[0, 0].tolist() == [10, 10, 20, 20]
+
+
+@pytest.mark.parametrize("best", [0.0, 0.9])
+def test_an_exported_selection_takes_pictures_with_one_detection_or_none(best: float) -> None:
+    class Select(torch.nn.Module):
+        def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(select(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5))
+
+    boxes = torch.rand(1, 20, 4).sort(dim=2).values * 60
+    many, few = torch.rand(1, 20, 3), torch.zeros(1, 20, 3)
+    few[0, 7, 1] = best
+    exported = torch.export.export(Select(), (boxes, many), strict=False).module()
+    for scores in (many, few):
+        assert all(torch.equal(a, b) for a, b in zip(Select()(boxes, scores), exported(boxes, scores)))
+    assert int(exported(boxes, few)[3]) == (best > 0)
+
+
+def test_a_box_for_each_class() -> None:
+    boxes = torch.tensor([[[[0.0, 0, 10, 10], [20, 20, 30, 30]], [[40, 40, 50, 50], [0, 0, 9, 10]]]])
+    scores = torch.tensor([[[0.2, 0.9], [0.8, 0.7]]])
+    found = select(Candidates(boxes, scores), torch.tensor([[64, 45]]), [2])
+    assert found.counts.tolist() == [4]
+    assert found.labels[0, :4].tolist() == [1, 0, 1, 0]
+    assert found.boxes[0, :4].tolist() == [[20, 20, 30, 30], [40, 40, 45, 50], [0, 0, 9, 10], [0, 0, 10, 10]]
+
+
+def test_survivors_by_hand() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 10, 4]]] * 2)
+    scores = torch.tensor([[0.5, 0.9, 0.1, 0.8], [0.9, 0.5, 0.1, 0.8]])
+    assert survivors(boxes, scores, 0.5).tolist() == [[False, True, True, True], [True, False, True, True]]
+    assert survivors(boxes[:, :1], scores[:, :1], 0.5).tolist() == [[True], [True]]
+    assert survivors(boxes[:, :0], scores[:, :0], 0.5).shape == (2, 0)

@@ -19,6 +19,7 @@ from fusedet.data.demo import SHAPES
 from fusedet.data.read import read
 from fusedet.engine import checkpoint
 from fusedet.measure import cost
+from fusedet.ops.boxes import Selected
 from fusedet.types import Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
@@ -234,12 +235,13 @@ def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_p
 def test_boxes_come_back_in_the_pictures_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(batch: Any) -> list[Detections]:
-        seen.append(tuple(batch.sizes[0].tolist()))
-        h, w = batch.sizes[0].tolist()
-        return [Detections(torch.tensor([[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h]]), torch.tensor([0.9, 0.8]), torch.tensor([0, 1]))]
+    def fake(images: torch.Tensor, sizes: torch.Tensor) -> Selected:
+        seen.append(tuple(sizes[0].tolist()))
+        h, w = sizes[0].tolist()
+        boxes = torch.tensor([[[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h], [0, 0, 0, 0]]])
+        return Selected(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
 
-    monkeypatch.setattr(model.detector, "predict", fake)
+    monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):
         found = model.predict(np.zeros((height, width, 3), np.uint8))
         expected = [[0, 0, width, height], [width / 4, height / 2, width / 2, height]]

@@ -1,6 +1,7 @@
 """What every backbone, neck, head and shipped config promises."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -192,13 +193,15 @@ def test_fpn_by_hand() -> None:
 @pytest.mark.parametrize(("name", "size"), list(product(HEADS, SIZES)))
 def test_heads_keep_their_promise(name: str, size: tuple[int, int]) -> None:
     levels = Levels((32,) * 5, (8, 16, 32, 64, 128))
-    head = HEADS[name](levels, num_classes=3, convs=1)
+    # the RPN's anchors are made for larger objects: none of these would be its own
+    head = HEADS[name](levels, num_classes=3, convs=1, **({"scale": 4.0} if name == "rpn" else {}))
     outputs = head(maps(levels, size))
     boxes, scores, _ = head.decode(outputs)
     count = len(outputs.priors)
     assert sum(outputs.priors.counts) == count
     assert boxes.shape == (2, count, 4)
-    assert scores.shape == (2, count, 3)
+    assert scores.shape == (2, count, head.num_classes)
+    assert head.num_classes == (1 if name == "rpn" else 3)
     assert 0 <= scores.min() <= scores.max() <= 1
     losses = head.loss(outputs, [SOME, EMPTY])
     assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
@@ -333,8 +336,12 @@ def test_shipped_configs_of_large_bodies_are_built(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in config.names() if not any(size in name for size in LARGE)])
 def test_shipped_configs_of_small_bodies_are_built_and_stepped_once(name: str) -> None:
     model = create_model(name, "model.backbone.pretrained=false", num_classes=3).train()
+    masks = torch.zeros(2, 64, 96, dtype=torch.bool)
+    masks[0, 4:30, 4:30] = masks[1, 20:44, 10:60] = True
+    seen, empty = replace(SOME, masks=masks), replace(EMPTY, masks=masks[:0])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    losses = model.loss(batch(SOME, EMPTY))
+    losses = model.loss(batch(seen, empty))
+    assert set(losses) == set(model.loss_weights)
     sum(losses.values()).backward()
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())

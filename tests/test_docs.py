@@ -1,18 +1,22 @@
 """The modules' pages and drawings: snippets run, tables say what the code has, links lead somewhere, texts stay in their boxes."""
 
+import copy
 import inspect
 import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import nn
 
+from fusedet.backbones.weights import create
 from fusedet.detectors import create_model
 from fusedet.interact import INTERACTIONS
 from fusedet.necks import NECKS
@@ -56,10 +60,39 @@ def test_snippet_runs(code: str) -> None:
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 
+@cache
+def _body(*args: Any) -> nn.Module:
+    return create(*args)
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """A model without data; bodies are made once, not 60 times."""
+    monkeypatch.setattr("fusedet.backbones.body.create", lambda *args: copy.deepcopy(_body(*args)))
+
+    def made(name: str, *overrides: str) -> nn.Module:
+        with torch.device("meta"):
+            return create_model(name, *overrides, "model.backbone.pretrained=false")
+
+    return made
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_commands_and_configs(page: Path, make: Callable[..., nn.Module], tmp_path: Path) -> None:
+    """What is said to be trained can be made."""
+    commands = re.findall(r"^\$ fusedet train (.+)$", page.read_text(), re.MULTILINE)
+    assert commands
+    for name, *overrides in map(shlex.split, commands):
+        make(name, *(o for o in overrides if o != "data=PATH"))
+    for code in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        file = tmp_path / "mine.yaml"
+        file.write_text(code)
+        make(str(file))
+
+
 @pytest.mark.parametrize(("name", "overrides", "printed"), counts())
-def test_printed_counts(name: str, overrides: tuple[str, ...], printed: int) -> None:
-    with torch.device("meta"):
-        model = create_model(name, "model.backbone.pretrained=false", *overrides)
+def test_printed_counts(name: str, overrides: tuple[str, ...], printed: int, make: Callable[..., nn.Module]) -> None:
+    model = make(name, *overrides)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == printed
 
 

@@ -24,25 +24,35 @@ def grouped(opt: torch.optim.Optimizer) -> dict[int, float]:
 @pytest.mark.parametrize("decay", [True, False])
 def test_every_trainable_parameter_is_in_one_group_and_frozen_ones_in_none(name, decay):
     net = model()
-    found = grouped(optimizer(net, name=name, lr=0.1, weight_decay=0.5, decay_norm_and_bias=decay))
+    found = grouped(optimizer(net, Optim(name=name, lr=0.1, weight_decay=0.5, decay_norm_and_bias=decay)))
     assert set(found) == {id(p) for p in net.parameters() if p.requires_grad}
     assert found[id(net[2].weight)] == 0.5
     for vector in (net[0].bias, net[1].weight, net[1].bias, net[2].bias):
         assert found[id(vector)] == (0.5 if decay else 0.0)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_biases_outside_norms_may_learn_faster_and_without_decay(name):
+    """MMDetection's bias_lr_mult=2, bias_decay_mult=0 of FCOS and VFNet."""
+    net = model()
+    opt = optimizer(net, Optim(name=name, lr=0.1, weight_decay=0.5, decay_bias=False, bias_lr=2.0))
+    found = {id(p): (group["weight_decay"], group["factor"]) for group in opt.param_groups for p in group["params"]}
+    assert found[id(net[0].bias)] == found[id(net[2].bias)] == (0.0, 2.0)
+    assert found[id(net[1].weight)] == found[id(net[1].bias)] == found[id(net[2].weight)] == (0.5, 1.0)
+
+
 def test_a_shared_parameter_is_taken_once():
     one = nn.Linear(2, 2)
-    assert len(grouped(optimizer(nn.ModuleList([one, one]), name="sgd", lr=0.1, weight_decay=0))) == 2
+    assert len(grouped(optimizer(nn.ModuleList([one, one]), Optim(lr=0.1, weight_decay=0)))) == 2
 
 
 def test_wrong_options_are_said():
     with pytest.raises(InputError, match="did you mean 'adamw'"):
-        optimizer(model(), name="adam", lr=0.1, weight_decay=0)
+        Optim(name="adam")
     with pytest.raises(InputError, match="did you mean 'cosine'"):
         Optim(policy="cosin")
     with pytest.raises(InputError, match="no trainable parameter"):
-        optimizer(model().requires_grad_(False), name="sgd", lr=0.1, weight_decay=0)
+        optimizer(model().requires_grad_(False), Optim())
     with pytest.raises(InputError, match="learning rate"):
         Optim(lr=-1)
 

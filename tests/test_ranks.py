@@ -9,7 +9,6 @@ RANKS = [
     {"types", "build", "config"},
     {"ops"},
     {"backbones", "plugins", "necks", "interact", "heads", "roi", "data"},
-    {"two_stage"},
     {"detectors"},
     {"engine", "evaluate", "draw", "cam", "export", "measure", "doctor", "interop"},
     {"verbs"},

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from fusedet.verbs import folder, predict, show, val
 from fusedet.verbs.check import check_data
 from fusedet.verbs.demo import demo as run_demo
 from fusedet.verbs.train import train as run_training
+from fusedet.verbs.weights import convert as convert_weights
 
 app = typer.Typer(
     help="Object detection with feature pyramids. Options are key=value: fusedet train retinanet_r50 data=PATH train.epochs=24 out=runs/a",
@@ -92,13 +93,16 @@ def val_(
         folder.check(options.out)  # before the work, not after it
     if is_results:
         results = evaluate.load_results(path)
+        masks = bool(results) and all("segmentation" in result for result in results)
     else:
         val.check_names(records, names, str(file))
         device = predict.pick_device(options.device)
         ready = predict.tuned(detector.to(device), options)
+        if masks := val.finds_masks(ready):
+            val.check_masks(records)
         loader = val.val_loader(options, records)
         results = val.detect(ready, _track(json, loader, len(loader), "pictures"), records, device)
-    figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator)
+    figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
     parent = path if path.is_dir() else path.parent
     target = folder.fresh(options.out) if options.out else folder.numbered(parent, f"val-{Path(scored).stem}")
     files = val.report(records, results, figures, target, title=f"{path.name} on {scored}")
@@ -203,9 +207,12 @@ def browse(
     out.print(f"{shown} pictures: {escape(str(target))}")
 
 
-@app.command()
-def convert(
-    kind: Annotated[Literal["data"], typer.Argument(metavar="data")],
+converting = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.add_typer(converting, name="convert", help="Write a data set in another form, or another project's weights as a checkpoint here.")
+
+
+@converting.command("data")
+def convert_data_(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
     target: Annotated[str, typer.Argument(metavar="DST", show_default=False)],
     to: Annotated[str, typer.Option(help="coco, voc or yolo.")],
@@ -219,6 +226,30 @@ def convert(
     for split, figures in report.items():
         out.print(escape(f"{split}: " + ", ".join(f"{count} {what}" for what, count in figures.items())))
     out.print(f"next: fusedet train retinanet_r50 data={escape(target)} out=runs/a")
+
+
+@converting.command("weights")
+def convert_weights_(
+    source: Annotated[str, typer.Argument(metavar="FILE.pth", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="OUT", show_default=False)],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    like: Annotated[
+        str | None,
+        typer.Option("--config", metavar="CONFIG.py|NAME", help="MMDetection's config, or a config here; else the file tells."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint of MMDetection, or torchvision's detection weights, into the new folder OUT."""
+    name, overrides = _split(words)
+    if name is not None:
+        raise InputError(f"{name} is neither FILE.pth nor OUT, and options are written key=value: name the config with --config {name}")
+    file, found = convert_weights(source, target, like, overrides)
+    if json:
+        return _json({"out": target, "weights": str(file), "classes": found.names, "notes": found.notes})
+    for note in found.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(escape(f"weights: {file}"))
+    out.print(escape(f"next: fusedet predict {target} PICTURE_OR_FOLDER..."))
 
 
 @app.command()

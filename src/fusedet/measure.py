@@ -33,12 +33,17 @@ def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
 
+    def products(name: str, module: nn.Module) -> int:
+        # a list of modules is never called itself
+        inside = (products(f"{name}.{key}", part) for key, part in module.named_children())
+        return sum(flops[name].values()) // 2 if name in flops else sum(inside)
+
     def figures(name: str, module: nn.Module) -> dict[str, int]:
         parameters = list(module.parameters())
         return {
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "multiply_adds": sum(flops.get(name, {}).values()) // 2,
+            "multiply_adds": products(name, module),
         }
 
     parts = {name: figures(f"{root}.{name}", part) for name, part in detector.named_children()}

@@ -164,14 +164,21 @@ class Detections(_Moves):
         return found if self.masks is None else found | {"masks": self.masks}
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO's result form: [x, y, width, height] boxes; labels become category ids where these are given (K,)."""
+        """COCO's result form: [x, y, width, height] boxes, masks as RLE; labels become category ids where these are given (K,)."""
         corners = self.boxes.detach().cpu().double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
         found = zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
-        return [
+        results: list[dict[str, Any]] = [
             {"image_id": image_id, "category_id": category_ids[k] if category_ids else k, "bbox": box, "score": score}
             for box, score, k in found
         ]
+        if self.masks is not None and results:
+            from faster_coco_eval.core import mask as coco_mask
+
+            columns = self.masks.to("cpu", torch.uint8).mT.contiguous().numpy().T  # (H, W, D), column by column as RLE runs
+            for result, code in zip(results, coco_mask.encode(columns), strict=True):
+                result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+        return results
 
     def to_supervision(self) -> Any:
         """The same as `supervision.Detections`; raises ImportError with the command to install it."""

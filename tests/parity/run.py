@@ -25,7 +25,7 @@ from fusedet.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
 from fusedet.necks import BFP, FPN, PAFPN
 from fusedet.ops.boxes import select
 from fusedet.ops.point_assign import NearestPoint
-from fusedet.types import Detections, Levels, Target
+from fusedet.types import Detections, Levels
 
 
 def fpn(case: Case) -> tuple[Errors, dict[str, int]]:

@@ -20,6 +20,13 @@ PRESENT = {
     "fcos_head",
     "fcos_head_tricks",
     "reppoints_head",
+    "mask_roi_head",
+    "grid_roi_head",
+    "rpn_head",
+    "faster_roi_head",
+    "cascade_roi_head",
+    "dynamic_roi_head",
+    "libra_roi_head",
 }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import timm
 import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from fusedet.backbones.stages import deform, numbered, split
+from fusedet.backbones.stages import deform, numbered, split, stride_first
 from fusedet.backbones.weights import STRIDES, create
 from fusedet.errors import InputError
 from fusedet.types import Features, Levels
@@ -26,8 +26,11 @@ class Backbone(nn.Module):
     deformable_stages: ResNet's layer numbers, usually [2, 3, 4] (c3-c5 of "Deformable Convolutional Networks"), where every block's
     3x3 convolution samples at offsets that it predicts; in basic blocks, which MMDetection leaves plain, the second convolution.
     They keep their weights; without `modulated` they start as the plain convolutions, and with it (a mask too, v2) as half of them.
-    Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, and weights that
-    cannot be had.
+    style: where a ResNet's bottlenecks halve the map, in the 3x3 convolution ("pytorch") or in the first 1x1 convolution ("caffe", as
+    in the paper's code and in MMDetection's caffe bodies).
+    mean, std: per channel of RGB in 0..255, what the weights know pictures to be normalised by; timm's for this model by default.
+    Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, a std that is not above 0,
+    and weights that cannot be had.
 
     `levels` promises channels and strides; pictures in 0..255 times `scale` plus `shift` (3, 1, 1) are what the weights know.
     """
@@ -41,6 +44,9 @@ class Backbone(nn.Module):
         norm_eval: bool = False,
         deformable_stages: tuple[int, ...] = (),
         modulated: bool = False,
+        style: Literal["pytorch", "caffe"] = "pytorch",
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.norm_eval = name, norm_eval
@@ -50,9 +56,14 @@ class Backbone(nn.Module):
         self.modules_of_levels = [info.module_name()[i] for i in self.places]
         self.levels = Levels(tuple(info.channels()[i] for i in self.places), tuple(info.reduction()[i] for i in self.places))
         config = timm.get_pretrained_cfg(name) or PretrainedCfg()
-        mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
-        self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", -mean / std, persistent=False)
+        if std is not None and min(std) <= 0:
+            raise InputError(f"std={list(std)} must be above 0")
+        middle = 255 * torch.tensor(config.mean) if mean is None else torch.tensor(mean)
+        spread = 255 * torch.tensor(config.std) if std is None else torch.tensor(std)
+        self.register_buffer("scale", (1 / spread).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-middle / spread).view(3, 1, 1), persistent=False)
+        if style == "caffe":
+            stride_first(self.body, name)
         if deformable_stages:
             deform(self.stages("deformable_stages", deformable_stages), name, modulated)
         self.frozen = self._first_stages(frozen_stages)

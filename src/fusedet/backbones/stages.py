@@ -38,6 +38,18 @@ def numbered(stages: list[list[nn.Module]], strides: tuple[int, ...], option: st
     return {number: known[number] for number in numbers}
 
 
+def stride_first(body: nn.Module, name: str) -> None:
+    """Let every bottleneck of a ResNet halve the map in its first convolution, not in its second one.
+
+    Raises InputError for a body without such blocks.
+    """
+    blocks: list[Any] = [m for m in body.modules() if isinstance(m, Bottleneck)]
+    if not blocks:
+        raise InputError(f"style=caffe: '{name}' has no bottlenecks of a ResNet, leave the option out")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+
+
 def deform(stages: dict[int, list[nn.Module]], name: str, modulated: bool) -> None:
     """Make the 3x3 convolution (of a basic block the second one) of every ResNet block in these stages deformable, weights kept.
 

@@ -19,7 +19,7 @@ class Pyramid:
     channels: int = 256
     finest: int = 3
     coarsest: int = 7
-    top: Literal["max_pool", "on_input", "on_output"] = "on_input"
+    top: Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"] = "on_input"
 
     def __post_init__(self) -> None:
         _at_least(1, "model.pyramid", self, "channels")
@@ -76,6 +76,8 @@ class Train:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     decay_norm_and_bias: bool = True
+    decay_bias: bool = True
+    bias_lr: float = 1.0
     policy: Literal["multistep", "cosine"] = "multistep"
     milestones: tuple[float, ...] = (8, 11)
     gamma: float = 0.1
@@ -95,7 +97,7 @@ class Train:
     def __post_init__(self) -> None:
         _at_least(1, "train", self, "epochs", "batch", "accumulate", "validate_every", "base_batch", "patience")
         _at_least(0, "train", self, "seed", "warmup_steps", "weight_decay")
-        for key in ("lr", "gamma", "clip_norm"):
+        for key in ("lr", "gamma", "clip_norm", "bias_lr"):
             value = getattr(self, key)
             _need(value is None or 0 < value < math.inf, f"train.{key}", value, "above 0 and finite")
         _need(0 <= self.momentum < 1, "train.momentum", self.momentum, "0 or more and below 1")

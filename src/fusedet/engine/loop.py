@@ -106,7 +106,7 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, bool]:
     """One update of the weights; gives the gradient's norm and whether the processes shall stop."""
     number, stop, parts = run.state["step"] + 1, False, []
     for group in run.optimizer.param_groups:
-        group["lr"] = _rate(run)
+        group["lr"] = _rate(run) * group["factor"]
     for i, batch in enumerate(batches):
         with run.fabric.no_backward_sync(run.model, enabled=i < len(batches) - 1):
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))

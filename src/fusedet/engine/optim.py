@@ -13,6 +13,7 @@ from fusedet.errors import InputError, unknown
 
 OPTIMIZERS = ("adamw", "sgd")
 POLICIES = ("cosine", "multistep")
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Optim:
 
     lr: learning rate after the warm-up, already scaled to the total batch (see `scaled_lr`).
     momentum: of SGD; AdamW keeps betas of (0.9, 0.999).
-    decay_norm_and_bias: False takes norms, biases and all other vectors out of the weight decay.
+    decay_norm_and_bias: False takes norms, biases and all other vectors out of the weight decay; decay_bias: False the biases alone,
+    norms' not among them. bias_lr: what the learning rate of these biases is multiplied with.
     policy: "multistep" multiplies by gamma at each of `milestones` (epochs, fractions allowed); "cosine" falls to zero.
     """
 
@@ -30,6 +32,8 @@ class Optim:
     weight_decay: float = 1e-4
     momentum: float = 0.9
     decay_norm_and_bias: bool = True
+    decay_bias: bool = True
+    bias_lr: float = 1.0
     policy: str = "multistep"
     milestones: tuple[float, ...] = (8, 11)
     gamma: float = 0.1
@@ -43,33 +47,35 @@ class Optim:
             raise unknown("schedule", self.policy, POLICIES)
         if not self.lr > 0:
             raise InputError(f"the learning rate must be above 0, got {self.lr}")
+        if not self.bias_lr > 0:
+            raise InputError(f"bias_lr must be above 0, got {self.bias_lr}")
         if not self.weight_decay >= 0:
             raise InputError(f"the weight decay must be 0 or more, got {self.weight_decay}")
         if not 0 < self.warmup_ratio <= 1 or self.warmup_steps < 0:
             raise InputError(f"the warm-up needs a ratio in (0, 1] and 0 steps or more, got {self.warmup_ratio} and {self.warmup_steps}")
 
 
-def optimizer(
-    model: nn.Module, *, name: str, lr: float, weight_decay: float, momentum: float = 0.9, decay_norm_and_bias: bool = True
-) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
     """SGD or AdamW over every trainable parameter of the model, each in exactly one group; frozen ones in none.
 
-    Raises InputError for an unknown name and for a model with nothing to train.
+    A group's "factor" is what its learning rate is multiplied with in every step. Raises InputError for a model with nothing to train.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                bias = name == "bias" and not isinstance(module, NORMS)
+                decayed = (options.decay_norm_and_bias or parameter.ndim > 1) and (options.decay_bias or not bias)
+                kind = (options.weight_decay if decayed else 0.0, options.bias_lr if bias else 1.0)
+                groups.setdefault(kind, []).append(parameter)
+    if not groups:
         raise InputError("the model has no trainable parameter: freeze less")
-    decayed = [p for p in trainable if decay_norm_and_bias or p.ndim > 1]
-    spared = [p for p in trainable if not decay_norm_and_bias and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    grouped = [id(p) for p in (*decayed, *spared)]
-    assert len(grouped) == len(set(grouped)) == len(trainable), "every trainable parameter belongs to exactly one group"
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    raise unknown("optimizer", name, OPTIMIZERS)
+    listed = [{"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()]
+    if options.name == "sgd":
+        return torch.optim.SGD(listed, lr=options.lr, momentum=options.momentum)
+    return torch.optim.AdamW(listed, lr=options.lr)
 
 
 def scaled_lr(lr: float, batch: int, base_batch: int = 16) -> float:

@@ -125,19 +125,12 @@ def setup(
     """A run at its start, or where last.ckpt says. Raises InputError where that is impossible; nothing is then changed."""
     if not len(loader):
         raise InputError("there is nothing to train on: the loader has no batch")
-    first, options = fabric.is_global_zero, recipe.optim
+    first = fabric.is_global_zero
     detector.to(fabric.device).train()
     average = Average(detector, recipe.ema_decay) if recipe.ema_decay else None
     model, optimiser = fabric.setup(
         Objective(detector),
-        optimizer(
-            detector,
-            name=options.name,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            momentum=options.momentum,
-            decay_norm_and_bias=options.decay_norm_and_bias,
-        ),
+        optimizer(detector, recipe.optim),
     )
     run = Run(
         fabric=fabric,
@@ -222,5 +215,6 @@ def _plan(run: Run) -> dict[str, Any]:
         "precision": run.fabric.strategy.precision.precision,
         "optimizer": run.recipe.optim.name,
         "decay of norms and biases": run.recipe.optim.decay_norm_and_bias,
+        "groups of parameters": len(run.optimizer.param_groups),
         "averaging": run.average is not None,
     }

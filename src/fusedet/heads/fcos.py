@@ -31,7 +31,8 @@ class FCOSHead(nn.Module):
     (MMDetection: conv_bias, which is false unless its config says so; the paper's code has them).
     ranges: where the range of distances of one level ends and that of the next begins, in pixels: one number less than levels, 8
     strides of each level but the last by default (64, 128, 256 and 512 for P3 to P7, section 3.2).
-    alpha, gamma: of the focal loss. prior: the score that every point starts with.
+    alpha, gamma: of the focal loss. prior: the score that every point starts with. offset: where in its cell a point is, in strides,
+    0.5 in the middle (section 3.1), 0 at the upper left corner (torchvision).
 
     Beyond the first paper, the authors' later improvements ("FCOS: A Simple and Strong Anchor-free Object Detector", 2020), off by
     default; MMDetection's name in brackets:
@@ -65,6 +66,7 @@ class FCOSHead(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         prior: float = 0.01,
+        offset: float = 0.5,
     ) -> None:
         super().__init__()
         limits = tuple(8.0 * stride for stride in levels.strides[:-1]) if ranges is None else tuple(ranges)
@@ -74,6 +76,7 @@ class FCOSHead(nn.Module):
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.normalize_boxes, self.centerness_on_box, self.box_loss = normalize_boxes, centerness_on_box, BOX_LOSSES[box_loss]
+        self.offset = offset
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0, "loss_centerness": 1.0}
         self.assigner = PointInBox(limits, radius if center_sampling else None)
         self.register_buffer("shapes", torch.stack([point_shapes(stride) for stride in levels.strides]), persistent=False)  # (L, 1, 4)
@@ -96,7 +99,7 @@ class FCOSHead(nn.Module):
             maps["cls"].append(self.cls(cls))
             maps["reg"].append(raw.relu() if self.normalize_boxes else raw.exp())
             maps["centerness"].append(self.centerness(box if self.centerness_on_box else cls))
-        return Outputs(maps, grid_priors(features, self.levels, self.shapes, offset=0.5))
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
         """Focal loss and the centerness' binary cross-entropy, summed and divided by the positives of the batch; the boxes' loss,

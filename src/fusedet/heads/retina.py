@@ -23,8 +23,10 @@ class RetinaHead(nn.Module):
 
     levels: of the pyramid. num_classes: K. interact: an interaction between the branches, or None.
     channels: of the towers, those of the pyramid by default. norm: GroupNorm(32) in the towers, which narrow ones trained from
-    scratch need. base_scale, scales_per_octave, ratios: the anchors'
+    scratch need. bias: of the towers' convolutions. base_scale, scales_per_octave, ratios: the anchors'
     sizes are stride * base_scale * 2^(i / scales_per_octave); A = scales_per_octave * len(ratios).
+    offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x). round_anchors: their
+    corners to whole pixels (MMDetection 1.x, torchvision); whole_sizes: their sizes cut to whole pixels before (torchvision).
     positive, negative: overlaps of the assignment (section 4). alpha, gamma: of the focal loss. prior: the score that every
     anchor starts with.
     """
@@ -39,9 +41,13 @@ class RetinaHead(nn.Module):
         convs: int = 4,
         channels: int | None = None,
         norm: bool = False,
+        bias: bool = True,
         base_scale: float = 4.0,
         scales_per_octave: int = 3,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        offset: float = 0.0,
+        round_anchors: bool = False,
+        whole_sizes: bool = False,
         positive: float = 0.5,
         negative: float = 0.4,
         alpha: float = 0.25,
@@ -55,10 +61,11 @@ class RetinaHead(nn.Module):
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.assigner = MaxIoU(positive, negative)
-        shapes = torch.stack([anchor_shapes(stride, base_scale, scales_per_octave, ratios) for stride in levels.strides])  # (L, A, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        shapes = torch.stack([anchor_shapes(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides])
+        self.offset = offset
+        self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)  # (L, A, 4)
         anchors = shapes.shape[1]
-        self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact)
+        self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias)
         self.cls = conv(channels, anchors * num_classes, 3)
         self.reg = conv(channels, anchors * 4, 3)
         normal(self)
@@ -68,7 +75,7 @@ class RetinaHead(nn.Module):
         """Levels (N, C, H, W) to maps "cls" (N, A * K, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
         towers = [self.towers(f) for f in features]
         maps = {"cls": [self.cls(c) for c, _ in towers], "reg": [self.reg(r) for _, r in towers]}
-        return Outputs(maps, grid_priors(features, self.levels, self.shapes))
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
         """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per picture)."""

@@ -27,6 +27,7 @@ class RPNHead(nn.Module):
     levels: of the pyramid. num_classes: not used, there is one: object. interact: must be None, there is one branch.
     convs, channels (those of the pyramid by default): of the shared 3x3 convolutions. scale: an anchor's side in strides.
     ratios: height / width; A = len(ratios). round_anchors: to whole pixels, as torchvision and Detectron have them.
+    offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x).
     positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.sample.Sampler`.
     loss: of codes, "l1" or "smooth_l1" from beta on. nms: proposals of one level that overlap a better one by more are left out.
     proposals: how many of a picture are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
@@ -45,6 +46,7 @@ class RPNHead(nn.Module):
         scale: float = 8.0,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
         round_anchors: bool = False,
+        offset: float = 0.0,
         positive: float = 0.7,
         negative: float = 0.3,
         min_positive: float = 0.3,
@@ -65,7 +67,7 @@ class RPNHead(nn.Module):
             counts = f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, convs={convs}"
             raise InputError(f"{counts} must be at least 1 and ratios={list(ratios)} not empty")
         channels = channels or levels.channels[0]
-        self.levels, self.num_classes, self.nms = levels, 1, nms
+        self.levels, self.num_classes, self.nms, self.offset = levels, 1, nms, offset
         self.proposals, self.train_proposals, self.train_pre_nms = proposals, train_proposals, train_pre_nms
         self.cost = l1 if loss == "l1" else partial(smooth_l1, beta=beta)
         self.loss_weights = {"loss_rpn_cls": 1.0, "loss_rpn_box": 1.0}
@@ -82,7 +84,7 @@ class RPNHead(nn.Module):
         """Levels (N, C, H, W) to maps "cls" (N, A, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
         shared = [self.tower(f) for f in features]
         maps = {"cls": [self.cls(x) for x in shared], "reg": [self.reg(x) for x in shared]}
-        return Outputs(maps, grid_priors(features, self.levels, self.shapes))
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
         """Binary cross-entropy of the sampled anchors and the loss of the positive ones' codes, both divided by the number of samples.

@@ -62,7 +62,7 @@ class AugFPN(nn.Module):
         """
         laterals = self._laterals(features)
         fused = self._fuse(features[-1], laterals)
-        above = fused[len(laterals) :] if self.top.kind == "on_input" else self.top(features[-1], laterals[-1])
+        above = fused[len(laterals) :] if self.top.kind.startswith("on_input") else self.top(features[-1], laterals[-1])
         return fused, laterals + above
 
     def _laterals(self, features: Features) -> Features:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.ops.layers import conv, xavier
+from fusedet.ops.layers import GroupNorm, conv, xavier
 from fusedet.types import Features, Levels
 
-Top = Literal["max_pool", "on_input", "on_output"]
+Top = Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"]
 
 
 class FPN(nn.Module):
@@ -20,16 +20,22 @@ class FPN(nn.Module):
     levels: what the body promises. channels: of every level. top: where the levels above the body's last come from:
     "max_pool" takes every second cell of the level below (Faster R-CNN's P6), "on_input" convolves the body's last map
     with stride 2, then its own output (RetinaNet), "on_output" the pyramid's last level, with a ReLU before every
-    further convolution (FCOS). Raises InputError where the body has no level `finest` or `coarsest` is below its last.
+    further convolution (FCOS); "on_input_relu" (torchvision's RetinaNet v2) and "on_output_plain" are these two with and without the ReLU.
+    norm: GroupNorm(32) behind every convolution, which then has no bias (MMDetection's gn-neck).
+    Raises InputError where the body has no level `finest` or `coarsest` is below its last.
     """
 
-    def __init__(self, levels: Levels, channels: int = 256, finest: int = 3, coarsest: int = 7, top: Top = "on_input") -> None:
+    def __init__(
+        self, levels: Levels, channels: int = 256, finest: int = 3, coarsest: int = 7, top: Top = "on_input", norm: bool = False
+    ) -> None:
         super().__init__()
+        if norm and channels % 32:
+            raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
         self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
-        self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
-        self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
-        self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
+        self.lateral = nn.ModuleList(_layer(c, channels, 1, norm) for c in inputs)  # C_i -> channels
+        self.output = nn.ModuleList(_layer(channels, channels, 3, norm) for _ in inputs)
+        self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top, norm)
         xavier(self)
 
     def forward(self, features: Features) -> Features:
@@ -45,23 +51,28 @@ class FPN(nn.Module):
 class TopLevels(nn.Module):
     """The levels above the body's last, `count` of them; the same for every neck that makes a pyramid."""
 
-    def __init__(self, inputs: int, channels: int, count: int, top: Top) -> None:
+    def __init__(self, inputs: int, channels: int, count: int, top: Top, norm: bool = False) -> None:
         super().__init__()
         self.count, self.kind = count, top
-        sources = [inputs if top == "on_input" else channels] + [channels] * (count - 1)
-        self.convs = nn.ModuleList(conv(c, channels, 3, stride=2) for c in sources[:count]) if top != "max_pool" else nn.ModuleList()
+        sources = [inputs if top.startswith("on_input") else channels] + [channels] * (count - 1)
+        self.convs = nn.ModuleList(_layer(c, channels, 3, norm, 2) for c in sources[:count]) if top != "max_pool" else nn.ModuleList()
 
     def forward(self, last_input: Tensor, last_output: Tensor) -> Features:
         """The body's last map and the pyramid's last level to the levels above, finest first."""
-        x = last_input if self.kind == "on_input" else last_output
+        x = last_input if self.kind.startswith("on_input") else last_output
         levels: Features = []
         for i in range(self.count):
             if self.kind == "max_pool":
                 x = F.max_pool2d(x, 1, stride=2)
             else:
-                x = self.convs[i](F.relu(x) if self.kind == "on_output" and i > 0 else x)
+                x = self.convs[i](F.relu(x) if self.kind in ("on_output", "on_input_relu") and i > 0 else x)
             levels.append(x)
         return levels
+
+
+def _layer(inputs: int, channels: int, kernel: int, norm: bool, stride: int = 1) -> nn.Module:
+    layer = conv(inputs, channels, kernel, stride, bias=not norm)
+    return nn.Sequential(layer, GroupNorm(32, channels)) if norm else layer
 
 
 def pyramid(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:

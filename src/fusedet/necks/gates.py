@@ -1,4 +1,4 @@
-"""Gates: that of MSE-FPN ("Multi-scale semantic enhancement network for object detection", Guo et al., 2024) and its rivals.
+"""Gates: that of MSE-FPN ("Multi-scale semantic enhancement network for object detection", Guo et al., 2023) and its rivals.
 
 Each scales a map (N, C, H, W) by weights in 0..1 that it draws from the same map.
 """

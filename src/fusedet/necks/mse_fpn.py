@@ -1,4 +1,4 @@
-"""MSE-FPN: "Multi-scale semantic enhancement network for object detection", Guo et al., 2024."""
+"""MSE-FPN: "Multi-scale semantic enhancement network for object detection", Guo et al., 2023."""
 
 from __future__ import annotations
 

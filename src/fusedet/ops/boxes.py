@@ -16,12 +16,16 @@ MAX_RATIO = abs(math.log(16 / 1000))
 """The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
 
 
-def anchor_shapes(stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float]) -> Tensor:
-    """Anchors of one cell around the origin, (A, 4): ratios (height / width) outer, scales inner, not rounded."""
+def anchor_shapes(stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float], whole_sizes: bool = False) -> Tensor:
+    """Anchors of one cell around the origin, (A, 4): ratios (height / width) outer, scales inner, not rounded.
+
+    whole_sizes: the sizes of which the ratios make width and height are cut to whole pixels (torchvision's RetinaNet).
+    """
     octaves = base_scale * 2.0 ** (torch.arange(scales_per_octave, dtype=torch.float64) / scales_per_octave)
+    sizes = (stride * octaves).floor() if whole_sizes else stride * octaves
     root = torch.tensor(ratios, dtype=torch.float64).sqrt()
-    half_w = (stride * octaves[None] / root[:, None]).flatten() / 2
-    half_h = (stride * octaves[None] * root[:, None]).flatten() / 2
+    half_w = (sizes[None] / root[:, None]).flatten() / 2
+    half_h = (sizes[None] * root[:, None]).flatten() / 2
     return torch.stack([-half_w, -half_h, half_w, half_h], dim=1).float()
 
 
@@ -133,8 +137,10 @@ def select(
     for b, c, s, k in zip(chosen.unbind(), confidence.unbind(), final.unbind(), labels.unbind()):
         real = (c > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
         b, s, k = b[real], s[real], k[real]
-        keep = nms((b + (k * span)[:, None]).float(), s.float(), iou)[:max_det]
-        picked.append(_padded(b[keep], s[keep], k[keep], max_det))
+        keep = _best_apart(b + (k * span)[:, None], s, iou)
+        count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
+        place = keep[torch.minimum(torch.arange(max_det, device=keep.device), count)]  # an unused place reads one of the two rows of zeros
+        picked.append((*(torch.cat([x, x.new_zeros(2, *x.shape[1:])])[place] for x in (b, s, k)), count))
     return Selected(*(torch.stack(column) for column in zip(*picked)))
 
 
@@ -143,8 +149,19 @@ def survivors(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """(N, M) bool: which boxes (N, M, 4) no better one of the same picture overlaps by more than `iou`, in the order of scores (N, M)."""
     if boxes.is_meta:  # only shapes are asked for
         return torch.ones_like(scores, dtype=torch.bool)
-    none = torch.zeros_like(scores[0], dtype=torch.bool)
-    return torch.stack([none.index_fill(0, nms(b, s, iou), True) for b, s in zip(boxes.float().unbind(), scores.float().unbind())])
+    nobody = torch.zeros(boxes.shape[1] + 2, dtype=torch.bool, device=boxes.device)
+    alive = [nobody.scatter(0, _best_apart(b, s, iou), True)[:-2] for b, s in zip(boxes.unbind(), scores.unbind())]
+    return torch.stack(alive)
+
+
+def _best_apart(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Best first, the indices of boxes (M, 4), none at negative places, that no better one overlaps by more than `iou`; then M and M + 1.
+
+    These two stand for boxes outside of everything: what torch.export makes of nms takes no answer of fewer than two.
+    """
+    outside = boxes.new_tensor([[-9.0, -9, -8, -8], [-6, -6, -5, -5]])
+    every = torch.cat([scores.float(), scores.new_full((2,), -2.0).float()])
+    return nms(torch.cat([boxes, outside]).float(), every, iou)
 
 
 def _best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,14 +174,3 @@ def _best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     few = scores.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1)  # (N, R * K)
     values, pairs = few.topk(min(limit, few.shape[1]), dim=1)
     return values, rows.gather(1, pairs // classes), pairs % classes
-
-
-def _padded(boxes: Tensor, scores: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count = torch.ones_like(labels).sum()
-    room = torch.arange(size, device=labels.device)
-    # one dead row behind the real ones is what every unused place reads
-    boxes = torch.cat([boxes, boxes.new_zeros(1, 4)])
-    scores = torch.cat([scores, scores.new_zeros(1)])
-    labels = torch.cat([labels, labels.new_zeros(1)])
-    place = torch.minimum(room, count)
-    return boxes[place], scores[place], labels[place], count

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +27,7 @@ class DeformConv(nn.Module):
         self.padding = dilation * (kernel // 2)
         self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, kernel, kernel))
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
-        nn.init.uniform_(self.weight, -1 / math.sqrt(self.weight[0].numel()), 1 / math.sqrt(self.weight[0].numel()))
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (N, C, H, W), offset (N, 2 * kernel^2, H', W') in cells as (dy, dx) pairs row by row, mask (N, kernel^2, H', W') or None."""

@@ -21,9 +21,10 @@ from fusedet.data.images import to_tensor
 from fusedet.data.loader import Sample, collate
 from fusedet.data.records import Record
 from fusedet.data.transforms import Eval
-from fusedet.detectors import OneStage, for_inference, from_config, selection
+from fusedet.detectors import Detector, for_inference, from_config, selection
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
+from fusedet.roi.mask import paste
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
@@ -46,11 +47,12 @@ class Prediction(Detections):
         return super().to_coco(image_id, category_ids or self.category_ids)
 
     def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
-        """The picture with the boxes of `score` and more drawn on it; saved where a path is given."""
+        """The picture with the boxes and masks of `score` and more drawn on it; saved where a path is given."""
         if self.picture is None:
             raise ValueError("this prediction holds no picture to draw on")
         keep = self.scores >= score
-        drawn = draw.boxes(self.picture, self.boxes[keep], self.labels[keep], self.names, self.scores[keep])
+        masks = None if self.masks is None else self.masks[keep]
+        drawn = draw.boxes(self.picture, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks)
         if path is not None:
             drawn.save(path)
         return drawn
@@ -62,7 +64,7 @@ class Predictor:
     names and category_ids (K,) are those of the data that it was trained on; config is its run's.
     """
 
-    def __init__(self, detector: OneStage, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path) -> None:
+    def __init__(self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
         self.transform = Eval(*config.data.size)
@@ -104,10 +106,8 @@ class Predictor:
             image, scale, _ = self.transform(picture, _empty(picture))
             samples.append(Sample(image, scale, i))
         batch = collate(samples)
-        for found, (picture, path) in zip(original(self.detector.predict(batch.to(self.device)), batch), group):
-            yield Prediction(
-                found.boxes, found.scores, found.labels, picture=picture, names=self.names, category_ids=self.category_ids, path=path
-            )
+        for found, (picture, path) in zip(find(self.detector, batch, self.device), group):
+            yield Prediction(**vars(found), picture=picture, names=self.names, category_ids=self.category_ids, path=path)
 
 
 def load(
@@ -148,7 +148,7 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
     raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, so nothing was trained there yet")
 
 
-def rebuild(file: Path) -> tuple[OneStage, Config, list[str], list[int]]:
+def rebuild(file: Path) -> tuple[Detector, Config, list[str], list[int]]:
     """The detector of a checkpoint, its config, class names and category ids, from that one file."""
     state, meta = checkpoint.load_weights(file)
     if lacking := {"config", "names", "category_ids"} - meta.keys():
@@ -177,7 +177,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(detector: OneStage, config: Config, precision: Precision = "fp32") -> OneStage:
+def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> Detector:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
     ready = for_inference(detector, precision)
     ready.selection = selection(config.test)
@@ -196,8 +196,9 @@ def write(predictor: Predictor, files: Iterable[Path], target: Path, *, batch: i
             assert found.picture is not None
             height, width = found.picture.shape[1:]
             images.append({"id": i, "file_name": str(found.path), "height": height, "width": width})
-            for one in found.to_coco(i):
-                annotations.append({"id": len(annotations) + 1, **one, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0})
+            areas = (found.boxes[:, 2:] - found.boxes[:, :2]).double().prod(dim=1) if found.masks is None else found.masks.sum(dim=(1, 2))
+            for one, area in zip(found.to_coco(i), areas.tolist()):
+                annotations.append({"id": len(annotations) + 1, **one, "area": area, "iscrowd": 0})
             shown += int((found.scores >= score).sum())
             if drawn:
                 (target / "pictures").mkdir(exist_ok=True)
@@ -217,13 +218,22 @@ def _free(folder: Path, path: Path | None) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def original(found: list[Detections], batch: Batch) -> list[Detections]:
-    """Detections in the network's pixels as detections in the pixels of the pictures that the batch was made of, on the CPU."""
-    moved = []
-    for one, scale in zip(found, batch.scales):
-        one = one.to("cpu")
-        moved.append(Detections(one.boxes / scale.cpu().repeat(2), one.scores, one.labels, one.masks))
-    return moved
+@torch.no_grad()
+def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
+    """What is in each picture of a batch, best first: in the pixels of the pictures that it was made of, on the CPU.
+
+    As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
+    """
+    batch = batch.to(device, non_blocking=True)
+    found = detector.detect(batch.images, batch.sizes)
+    masks = getattr(found, "masks", None)
+    sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
+    results = []
+    for i, (n, (height, width)) in enumerate(zip(found.counts.tolist(), sizes)):
+        boxes = found.boxes[i, :n] / batch.scales[i].repeat(2)
+        pasted = None if masks is None else paste(masks[i, :n], boxes, (height, width))
+        results.append(Detections(boxes, found.scores[i, :n], found.labels[i, :n], pasted).to("cpu"))
+    return results
 
 
 def pictures(sources: Iterable[str]) -> list[Path]:

@@ -15,17 +15,19 @@ from fusedet.doctor import Report
 
 
 def score(console: Console, figures: dict[str, Any], title: str) -> None:
-    """AP and AR by object size, then AP per class."""
+    """AP and AR by object size, of masks too where there are any, then AP per class."""
     table = Table(title=escape(title), title_justify="left")
     for name in ("", "all", "IoU 0.5", "IoU 0.75", "small", "medium", "large"):
         table.add_column(name, justify="left" if not name else "right")
-    table.add_row("AP", *(number(figures[k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
-    table.add_row("AR", number(figures["AR100"]), "", "", *(number(figures[k]) for k in ("ARs", "ARm", "ARl")))
+    for kind in ("", "mask_") if "mask_AP" in figures else ("",):
+        name = kind.replace("_", " ")
+        table.add_row(f"{name}AP", *(number(figures[kind + k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
+        table.add_row(f"{name}AR", number(figures[f"{kind}AR100"]), "", "", *(number(figures[kind + k]) for k in ("ARs", "ARm", "ARl")))
     console.print(table)
     extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in figures]
     if extra:
         console.print("  ".join(f"{name.replace('_', ' ')} {number(figures[name])}" for name in extra))
-    columns = ["AP", "AP50", *extra]
+    columns = ["AP", "AP50", *(["mask_AP", "mask_AP50"] if "mask_AP" in figures else []), *extra]
     classes = Table()
     for name in ("class", "pictures", "objects", *columns):
         classes.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")

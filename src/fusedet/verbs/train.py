@@ -25,7 +25,18 @@ from fusedet.engine import checkpoint, logs, loop, optim
 from fusedet.errors import InputError, unknown
 from fusedet.verbs.folder import about, fresh, withdraw, write_json
 from fusedet.verbs.predict import pick_device, rebuild, weights_file
-from fusedet.verbs.val import FIGURES, check_names, detect, report, score, val_loader
+from fusedet.verbs.val import (
+    FIGURES,
+    MASK_FIGURES,
+    check_masks,
+    check_names,
+    detect,
+    finds_masks,
+    mask_figures,
+    report,
+    score,
+    val_loader,
+)
 
 
 @dataclass(frozen=True)
@@ -49,14 +60,20 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         raise InputError("no output folder: add out=FOLDER")
     if resume and not (Path(config.out) / "last.ckpt").is_file():
         raise InputError(f"out={config.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
-    if config.train.monitor not in FIGURES:
-        raise unknown("value of train.monitor:", config.train.monitor, FIGURES)
+    if config.train.monitor not in FIGURES + MASK_FIGURES:
+        raise unknown("value of train.monitor:", config.train.monitor, FIGURES + MASK_FIGURES)
     fabric = make_fabric(config)
     if fabric.global_rank:
         say = _silent
     data, val = open_data(config, say)
     torch.manual_seed(config.train.seed)
     detector = make_detector(config, val, say, resume)
+    masks = finds_masks(detector)
+    if masks:
+        check_masks(data)
+        check_masks(val)
+    elif config.train.monitor in MASK_FIGURES:
+        raise InputError(f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}")
     batch, rate = config.train.batch // config.train.accumulate, config.train.lr
     loader = train_loader(
         data,
@@ -66,6 +83,7 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         workers=config.data.workers,
         rank=fabric.global_rank,
         world=fabric.world_size,
+        masks=masks,
         pin=fabric.device.type == "cuda",
     )
     if config.train.base_batch:
@@ -85,7 +103,9 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, share, val, fabric.device)
         figures = evaluate.coco(val, results, per_class=False)
-        return {name: figures[name] for name in FIGURES}
+        if masks:
+            figures |= mask_figures(val, results)
+        return {name: figures[name] for name in FIGURES + MASK_FIGURES if name in figures}
 
     meta = {"config": config.to_yaml(), "names": list(data.names), "category_ids": list(data.category_ids), "format": "fusedet"}
     try:
@@ -129,7 +149,7 @@ def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
     results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
     if fabric.global_rank:
         return Trained(out, {}, {})
-    figures = score(val, results, voc=val.form == "voc", evaluator=evaluate.EVALUATORS[0])
+    figures = score(val, results, voc=val.form == "voc", evaluator=evaluate.EVALUATORS[0], masks=finds_masks(best))
     files = report(val, results, figures, out, title=out.name)
     files["training curves"] = out / "training.png"
     draw.training(out / "metrics.csv", files["training curves"])
@@ -211,6 +231,8 @@ def make_recipe(config: Config, rate: float) -> loop.Recipe:
         weight_decay=t.weight_decay,
         momentum=t.momentum,
         decay_norm_and_bias=t.decay_norm_and_bias,
+        decay_bias=t.decay_bias,
+        bias_lr=t.bias_lr,
         policy=t.policy,
         milestones=t.milestones,
         gamma=t.gamma,

@@ -18,11 +18,13 @@ from fusedet.data.loader import eval_loader
 from fusedet.data.records import Records
 from fusedet.data.transforms import Eval
 from fusedet.errors import InputError
+from fusedet.roi import MaskBranch
 from fusedet.types import Batch
 from fusedet.verbs.folder import write_json
-from fusedet.verbs.predict import original
+from fusedet.verbs.predict import find
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MASK_FIGURES = tuple(f"mask_{name}" for name in FIGURES)
 Result = dict[str, Any]
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -38,8 +40,7 @@ def detect(detector: nn.Module, loader: Iterable[Batch], records: Records, devic
     """The detector's finds on a split in COCO's result form: original pixels, ids and categories; of all processes together."""
     results: list[Result] = []
     for batch in loader:
-        found = detector.predict(batch.to(device, non_blocking=True))  # type: ignore[operator]
-        for one, image_id in zip(original(found, batch), batch.ids):
+        for one, image_id in zip(find(detector, batch, device), batch.ids):
             results += one.to_coco(image_id, records.category_ids)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         shares: list[Any] = [None] * distributed.get_world_size()
@@ -48,9 +49,33 @@ def detect(detector: nn.Module, loader: Iterable[Batch], records: Records, devic
     return results
 
 
-def score(records: Records, results: list[Result], *, voc: bool, evaluator: str) -> dict[str, Any]:
-    """All figures of a split: COCO's, VOC's where asked, per class, with the stamp that makes them comparable."""
+def finds_masks(detector: nn.Module) -> bool:
+    """Whether a detector finds masks too, and learns from data with masks alone."""
+    return any(isinstance(part, MaskBranch) for part in detector.modules())
+
+
+def check_masks(records: Records) -> None:
+    """Raises InputError where objects have no mask: a detector that finds masks can neither learn from them nor be scored on them."""
+    if bare := int((records.segments.offsets.diff() == 0).sum()):
+        raise InputError(
+            f"{bare} of the {len(records.labels)} objects of {records.source} have no mask, which a detector of masks learns and is scored "
+            "by: use data with masks, such as COCO's, or a detector without them"
+        )
+
+
+def mask_figures(records: Records, results: list[Result], evaluator: str = evaluate.EVALUATORS[0]) -> dict[str, Any]:
+    """COCO's figures by the overlap of masks, each as mask_NAME."""
+    figures = evaluate.coco(records, results, iou_type="segm", evaluator=evaluator)
+    return {f"mask_{name}": value for name, value in figures.items()}
+
+
+def score(records: Records, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False) -> dict[str, Any]:
+    """All figures of a split: COCO's, of masks and VOC's where asked, per class, with the stamp that makes them comparable."""
     figures = evaluate.coco(records, results, evaluator=evaluator)
+    if masks:
+        figures |= mask_figures(records, results, evaluator)
+        for row, other in zip(figures["classes"], figures.pop("mask_classes")):
+            row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:
         area, eleven = evaluate.voc(records, results), evaluate.voc(records, results, points=11)
         figures |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
@@ -69,7 +94,11 @@ def report(records: Records, results: list[Result], figures: dict[str, Any], out
         "AP by object size": out / "sizes.png",
         "worst pictures": out / "worst.png",
     }
-    files["results"].write_text(json.dumps(results))
+    boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in results]
+    files["results"].write_text(json.dumps(boxes))
+    if "mask_AP" in figures:
+        files["mask results"] = out / "val.segm.json"
+        files["mask results"].write_text(json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results]))
     write_json(files["metrics"], figures)
     draw.curves(evaluate.precision_recall(records, results), files["precision-recall curves"], title)
     draw.confusion(evaluate.confusion(records, results), records.names, files["confusion matrix"])

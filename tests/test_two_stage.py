@@ -1,0 +1,373 @@
+"""Two-stage detectors as a whole: every shipped one is built and trained a step, and what all detectors promise holds."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from fusedet import config as configs
+from fusedet.detectors import create_model, for_inference
+from fusedet.detectors.two_stage import Found, TwoStage
+from fusedet.errors import InputError
+from fusedet.measure import cost
+from fusedet.roi import DynamicStage
+from fusedet.types import Batch, Target
+
+FAMILIES = ("faster_rcnn", "cascade_rcnn", "dynamic_rcnn", "libra_rcnn")
+NAMES = [name for name in configs.names() if name.startswith(FAMILIES)]
+TINY = ["model.backbone.name=resnet10t", "model.backbone.frozen_stages=-1", "model.backbone.norm_eval=false", "model.pyramid.channels=16"]
+FEW = {"proposals": 100, "train_proposals": 100, "train_pre_nms": 200}
+
+
+def objects(boxes: list, labels: list, masks: bool = False) -> Target:
+    corners = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+    return Target(corners, torch.tensor(labels, dtype=torch.int64), torch.ones(len(boxes), 64, 96, dtype=torch.bool) if masks else None)
+
+
+EMPTY = objects([], [])
+SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
+
+
+def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
+    n = len(targets)
+    images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
+    return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
+
+
+def make(name: str, *overrides: str, num_classes: int = 80, **model: Any) -> TwoStage:
+    """The detector of a config, with sections of the model laid over it."""
+    sections = {"model": model} if model else {}
+    made = create_model(name, "model.backbone.pretrained=false", *overrides, num_classes=num_classes, **sections)
+    assert isinstance(made, TwoStage)
+    return made
+
+
+def small(name: str = "faster_rcnn_r18", **model: Any) -> TwoStage:
+    """A tiny detector whose scores and boxes differ from place to place."""
+    roi = model.pop("roi", None) or configs.load(name).model.roi
+    roi = roi | {"stages": [{"channels": 32, "num": 64} | stage for stage in roi["stages"]]}
+    made = make(name, *TINY, "test.score=0.02", num_classes=3, roi=roi, head=FEW, **model)
+    for stage in made.stages:
+        box = stage.box if isinstance(stage, DynamicStage) else stage
+        nn.init.normal_(box.cls.weight, std=0.2)
+        nn.init.normal_(made.head.cls.weight, std=0.2)
+    return made
+
+
+# -- configs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_built(name: str) -> None:
+    with torch.device("meta"):
+        made = make(name)
+    assert made.num_classes == 80
+    assert set(made.loss_weights) >= {"loss_rpn_cls", "loss_rpn_box"}
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin", "trainable"),
+    [
+        ("faster_rcnn_r50", None, 41_527_712),
+        ("dynamic_rcnn_r50", None, 41_527_712),
+        ("cascade_rcnn_r50", None, 69_169_422),
+        ("faster_rcnn_r101", None, 60_519_840),
+        ("cascade_rcnn_r101", None, 88_161_550),
+        ("faster_rcnn_r50_dcn", None, 42_108_554),
+        ("faster_rcnn_r50", "msfm", 43_846_440),
+        ("cascade_rcnn_r50", "msfm", 71_488_150),
+        ("faster_rcnn_r101", "msfm", 65_774_672),
+        ("cascade_rcnn_r101", "msfm", 93_416_382),
+    ],
+)
+def test_trainable_parameters(name: str, plugin: str | None, trainable: int) -> None:
+    with torch.device("meta"):
+        made = make(name, *([f"model.plugin={plugin}"] if plugin else []))
+    assert sum(p.numel() for p in made.parameters() if p.requires_grad) == trainable
+
+
+def test_cost_counts_a_thousand_regions() -> None:
+    with torch.device("meta"):
+        made = make("faster_rcnn_r50")
+    layers = 12544 * 1024 + 1024 * 1024 + 1024 * 81 + 1024 * 320
+    found = cost(made, 800, 1344)
+    parts = sum(part["multiply_adds"] for name, part in found["parts"].items() if name in ("backbone", "neck", "head"))
+    assert found["multiply_adds"] - parts == 1000 * layers
+
+
+@pytest.mark.parametrize(
+    ("roi", "message"),
+    [
+        ({"stages": []}, r"model\.roi\.stages=\[\]"),
+        ({"stages": "box"}, r"model\.roi\.stages='box' must be a list"),
+        ({"stage": ["box"], "stages": ["box"]}, "did you mean 'stages'"),
+        ({"stages": ["boks"]}, r"unknown model\.roi\.stages\.0 'boks': did you mean 'box'"),
+        ({"stages": [{"type": "box", "lose": "l1"}]}, "did you mean 'loss'"),
+        ({"stages": [{"type": "box", "pooling": "softer"}]}, r"model\.roi\.stages\.0\.pooling 'softer': did you mean 'soft'"),
+        ({"stages": [{"type": "box", "pooling": {"type": "level", "size": 3}}]}, r"pooling\.size is not set here"),
+        ({"stages": ["box"], "branches": ["musk"]}, r"unknown model\.roi\.branches\.0 'musk': did you mean 'mask'"),
+    ],
+)
+def test_mistakes_in_roi_are_told(roi: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make("faster_rcnn_r18", *TINY, roi=roi)
+
+
+def test_mistakes_beside_roi_are_told() -> None:
+    with pytest.raises(InputError, match=r"model\.interact=.*two branches"):
+        make("faster_rcnn_r18", *TINY, "model.pyramid.channels=32", interact="msil")
+    with pytest.raises(InputError, match="must be rpn"):
+        make("faster_rcnn_r18", *TINY, head="retina")
+
+
+# -- what all detectors promise
+
+
+@cache
+def many() -> Target:
+    torch.manual_seed(1)
+    corner = torch.rand(1000, 2) * torch.tensor([80.0, 50.0])
+    return objects(torch.cat([corner, corner + 1 + 10 * torch.rand(1000, 2)], dim=1).tolist(), [1] * 1000)
+
+
+@pytest.mark.parametrize("name", [f"{family}_r18" for family in FAMILIES])
+def test_all_kinds_of_pictures_train(name: str) -> None:
+    made = small(name).train()
+    huge = objects([[-50, -50, 500, 400]], [0])
+    for targets in ((EMPTY,), (SOME,), (EMPTY, EMPTY), (SOME, EMPTY), (many(), huge)):
+        losses = made.loss(batch(*targets))
+        assert set(losses) == set(made.loss_weights)
+        assert all(v.ndim == 0 and v.isfinite() for v in losses.values())
+        made.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+        if not any(len(t) for t in targets):
+            assert all(float(v.detach()) == 0 for k, v in losses.items() if k.endswith("box"))
+        else:
+            assert all(p.grad.any() for p in made.stages.parameters())
+    assert made.training
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_prediction_works_in_both_modes_and_a_batch_is_its_pictures(mode: bool) -> None:
+    made = small().train(mode)
+    if mode:
+        for m in made.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+    together = batch(EMPTY, EMPTY)
+    for i, found in enumerate(made.predict(together)):
+        alone = Batch(together.images[i : i + 1], together.sizes[i : i + 1], (i,), together.scales[i : i + 1])
+        (one,) = made.predict(alone)
+        assert len(one) > 0
+        assert torch.allclose(one.boxes, found.boxes, atol=1e-3)
+        assert torch.equal(one.labels, found.labels)
+    assert made.training is mode
+
+
+def test_chance_is_the_seeds() -> None:
+    made, pictures = small(roi={"stages": [{"type": "box", "num": 16}]}), batch(SOME, SOME)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(made.loss(pictures)["loss_cls"])
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("size", [(33, 47), (75, 129), (32, 32)])
+def test_any_size(size: tuple[int, int]) -> None:
+    made = small("cascade_rcnn_r18").eval()
+    pictures = batch(objects([[2, 3, 20, 30]], [1]), size=size)
+    assert all(v.isfinite() for v in made.loss(pictures).values())
+    (found,) = made.predict(pictures)
+    assert (found.boxes[:, 2:] <= torch.tensor([size[1], size[0]]) + 1e-4).all()
+
+
+def test_nothing_is_found_in_the_padding() -> None:
+    made = small().eval()
+    pictures = dataclasses.replace(batch(EMPTY), sizes=torch.tensor([[40, 50]]))
+    (found,) = made.predict(pictures)
+    assert len(found) > 0
+    assert (found.boxes <= torch.tensor([50, 40, 50, 40])).all()
+
+
+def test_autocast_and_half_precision() -> None:
+    made = small("cascade_rcnn_r18").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = made.loss(batch(SOME, EMPTY))
+    assert all(v.dtype == torch.float32 for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in made.parameters())
+    half = for_inference(small(), "bf16")
+    (found,) = half.predict(batch(EMPTY))
+    assert found.boxes.dtype == torch.float32
+    assert found.boxes.isfinite().all()
+
+
+def test_detection_exports() -> None:
+    made = for_inference(small("cascade_rcnn_r18"))
+    images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
+
+    class Detect(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = made
+
+        def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(self.model.detect(images, sizes))
+
+    exported = torch.export.export(Detect(), (images, sizes), strict=False).module()
+    other = batch(EMPTY).images
+    with torch.no_grad():
+        for ours, theirs in zip(made.detect(other, sizes), exported(other, sizes)):
+            assert torch.allclose(ours.float(), theirs.float(), atol=1e-3)
+    assert int(made.detect(other, sizes).counts) > 0
+
+
+# -- how stages and branches work together
+
+
+def test_each_stage_learns_from_what_the_one_before_made() -> None:
+    """The proposals of a later stage are the refined samples of the one before, without the objects' own boxes."""
+    made, pictures = small("cascade_rcnn_r18"), batch(SOME, objects([[30, 10, 80, 50]], [1]))
+    seen: list[Any] = []
+    for stage in made.stages:
+        draw = stage.sample
+
+        def sample(proposals: Any, targets: Any, draw: Any = draw) -> Any:
+            seen.append((proposals, draw(proposals, targets)))
+            return seen[-1][1]
+
+        stage.sample = sample
+    features = made.neck(made.backbone(made.normalise(pictures.images)))
+    losses = made.loss(pictures)
+    assert list(losses)[2:] == [f"s{i}_{k}" for i in range(3) for k in ("loss_cls", "loss_box")]
+    assert [made.loss_weights[f"s{i}_loss_cls"] for i in range(3)] == [1.0, 0.5, 0.25]
+    for i in (1, 2):
+        proposals, _ = seen[i]
+        _, samples = seen[i - 1]
+        codes = made.stages[i - 1](features, samples.rois)
+        boxes = made.stages[i - 1].refine(codes, samples.rois, pictures.sizes)
+        for picture in (0, 1):
+            mine = (samples.picture == picture) & ~samples.added
+            assert proposals.counts[picture] == mine.sum()
+            assert torch.allclose(proposals.boxes[picture, : mine.sum()], boxes[mine], atol=1e-3)
+
+
+def test_scores_of_a_cascade_are_of_the_mean_of_logits() -> None:
+    made, pictures = small("cascade_rcnn_r18").eval(), batch(EMPTY)
+    with torch.no_grad():
+        regions = made(pictures.images, pictures.sizes)
+        rois = torch.cat([torch.zeros(len(regions.rois), 1), made.head.propose(regions.outputs, pictures.sizes).boxes[0]], dim=1)
+        logits = []
+        for stage in made.stages:
+            logits.append(stage(regions.features, rois)[0])
+            last, rois = rois, torch.cat([rois[:, :1], stage.refine(stage(regions.features, rois), rois, pictures.sizes)], dim=1)
+    assert torch.allclose(regions.raw[0], sum(logits) / 3, atol=1e-4)
+    assert torch.allclose(regions.rois, last, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "stages"), [("faster_rcnn_r18", 1), ("cascade_rcnn_r18", 3)])
+def test_masks_come_with_a_branch_per_stage(name: str, stages: int) -> None:
+    roi = configs.load(name).model.roi | {"branches": [{"type": "mask", "convs": 1, "channels": 8}]}
+    made, objects_ = small(name, roi=roi), objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2], masks=True)
+    assert len(made.branches[0]) == stages
+    losses = made.loss(batch(objects_, objects([], [], masks=True)))
+    names = [f"s{i}_loss_mask" for i in range(3)] if stages == 3 else ["loss_mask"]
+    assert [k for k in losses if "mask" in k] == names
+    assert set(losses) == set(made.loss_weights)
+    sum(losses.values()).backward()
+    assert all(p.grad.any() for p in made.branches.parameters())
+    pictures = batch(EMPTY)
+    found = made.eval().detect(pictures.images, pictures.sizes)
+    assert isinstance(found, Found)
+    assert found.masks.shape == (1, 100, 28, 28)
+    (one,) = made.predict(pictures)
+    assert one.masks.shape == (len(one), 64, 96)
+    assert one.masks.dtype == torch.bool
+
+
+def test_grid_points_replace_the_boxes() -> None:
+    branch = {"type": "grid", "convs": 1, "point_channels": 4, "groups": 9}
+    made = small(roi={"stages": [{"type": "box", "regress": False}], "branches": [branch]})
+    losses = made.loss(batch(SOME, EMPTY))
+    assert set(losses) == set(made.loss_weights) == {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_grid"}
+    sum(losses.values()).backward()
+    (found,) = made.eval().predict(batch(EMPTY))
+    assert len(found) > 0
+    assert found.masks is None
+
+
+def test_soft_pooling_and_auxiliary_losses() -> None:
+    """AugFPN whole: its neck, whose unfused pyramid each stage's samples learn on too, and its pooling."""
+    made = small(neck="aug_fpn", roi={"stages": [{"type": "box", "pooling": "soft"}]})
+    losses = made.loss(batch(SOME, EMPTY))
+    assert set(losses) == set(made.loss_weights)
+    assert made.loss_weights["auxiliary_loss_box"] == made.neck.auxiliary_weight
+    sum(losses.values()).backward()
+    assert all(p.grad.any() for p in made.stages.parameters())
+
+
+# -- beside torchvision
+
+
+def theirs_of(made: TwoStage) -> FasterRCNN:
+    """torchvision's Faster R-CNN with our weights; its background is class 0, ours the last."""
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96).eval()
+    state = {}
+    for key, value in made.state_dict().items():
+        part, _, rest = key.partition(".")
+        if part == "backbone":
+            state[f"backbone.{rest}"] = value
+        elif key.startswith(("neck.lateral", "neck.output")):
+            _, kind, level, what = key.split(".")
+            state[f"backbone.fpn.{'inner' if kind == 'lateral' else 'layer'}_blocks.{level}.0.{what}"] = value
+        elif part == "head":
+            names = {"tower.0": "conv.0.0", "cls": "cls_logits", "reg": "bbox_pred"}
+            name, _, what = rest.rpartition(".")
+            state[f"rpn.head.{names[name]}.{what}"] = value
+        else:
+            name, _, what = rest.removeprefix("0.").rpartition(".")
+            if name == "cls":
+                value = value.roll(1, dims=0)
+            if name == "reg":
+                value = torch.cat([torch.zeros_like(value[:4]), value])
+            names = {
+                "shared.0": "box_head.fc6",
+                "shared.1": "box_head.fc7",
+                "cls": "box_predictor.cls_score",
+                "reg": "box_predictor.bbox_pred",
+            }
+            state[f"roi_heads.{names[name]}.{what}"] = value
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def test_the_same_as_torchvisions() -> None:
+    """Boxes, scores and labels agree once the definitions that differ are set alike: torchvision rounds its anchors, takes two samples
+    per cell of RoIAlign and does not align them, keeps boxes of at least 0.01 pixels, not all with an area, and sorts ties otherwise."""
+    stage = {"type": "box", "pooling": {"type": "level", "samples": 2, "aligned": False}}
+    options = ["model.head.round_anchors=true", "test.score=0.02", "model.backbone.frozen_stages=-1"]
+    made = make("faster_rcnn_r50", *options, num_classes=3, roi={"stages": [stage]}).eval()
+    for layer, std in ((made.head.cls, 0.3), (made.head.reg, 0.03), (made.stages[0].cls, 0.05), (made.stages[0].reg, 0.02)):
+        nn.init.normal_(layer.weight, std=std)
+    theirs = theirs_of(made)
+    assert isinstance(theirs.roi_heads, RoIHeads)
+    theirs.roi_heads.score_thresh = 0.02
+    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    (ours,) = made.predict(Batch(picture[None], torch.tensor([[64, 96]]), (0,), torch.ones(1, 2)))
+    with torch.no_grad():
+        (found,) = theirs([picture / 255])
+    assert len(ours) == len(found["boxes"]) > 20
+    used = torch.zeros(len(ours), dtype=torch.bool)
+    for box, score, label in zip(ours.boxes, ours.scores, ours.labels):
+        same = ((found["boxes"] - box).abs().amax(dim=1) < 0.05) & ((found["scores"] - score).abs() < 1e-4) & (found["labels"] - 1 == label)
+        same &= ~used
+        assert same.any()
+        used[same.nonzero()[0]] = True
