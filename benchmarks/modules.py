@@ -1,7 +1,8 @@
-"""What each module costs: the same detector with and without it, one 800x1216 picture, CPU, fp32, interleaved in one run.
+"""What each module costs: the same detector with and without it, one picture, CPU, fp32, interleaved in one run.
 
 Time is that of a whole prediction, from the uint8 picture to the final boxes, as `fusedet.load` prepares it; memory the peak of a
 process of its own; parameters are trainable ones, 80 classes; multiply-adds those of convolutions and matrix products of the forward.
+Beside it what the papers print: SMSL alone prints times, on a Tesla P100.
 """
 
 from __future__ import annotations
@@ -10,88 +11,132 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from common import interleave, own_peak, peak_memory, report
 
 from fusedet import create_model
-from fusedet.detectors import OneStage, for_inference
+from fusedet.detectors import Detector, for_inference
 from fusedet.measure import cost
 from fusedet.types import Batch
 
-HEIGHT, WIDTH = 800, 1216
+FULL, SQUARE = (800, 1216), (640, 640)
 PAFPN = "{type: pafpn, form: smsl}"
 
-# name: (config, overrides, what it is compared with, milliseconds of both that the paper prints, on a Tesla P100)
-SIDES: dict[str, tuple[str, list[str], str | None, tuple[float, float] | None]] = {
-    "retinanet": ("retinanet_r50", [], None, None),
-    "retinanet + smsl": ("retinanet_r50", ["model.neck=[fpn,smsl]"], "retinanet", (96.8, 99.0)),
-    "retinanet, panet*": ("retinanet_r50", [f"model.neck={PAFPN}"], None, None),
-    "retinanet, panet* + smsl": ("retinanet_r50", [f"model.neck=[{PAFPN},smsl]"], "retinanet, panet*", (100.6, 101.6)),
-    "retinanet + msfm": ("retinanet_r50", ["model.plugin=msfm"], "retinanet", None),
-    "retinanet, mse_fpn": ("retinanet_r50", ["model.neck=mse_fpn"], "retinanet", None),
-    "fcos": ("fcos_r50", [], None, None),
-    "fcos + msil": ("fcos_r50", ["model.interact=msil"], "fcos", None),
+
+@dataclass(frozen=True)
+class Side:
+    """A detector; base: the name of the one without the module; paper: milliseconds without and with, where they are printed."""
+
+    config: str
+    overrides: list[str] = field(default_factory=list)
+    base: str | None = None
+    paper: tuple[float, float] | None = None
+    size: tuple[int, int] = FULL
+
+
+SIDES = {
+    "RetinaNet": Side("retinanet_r50"),
+    "RetinaNet + SMSL": Side("retinanet_r50", ["model.neck=[fpn,smsl]"], "RetinaNet", (96.8, 99.0)),
+    "RetinaNet PANet*": Side("retinanet_r50", [f"model.neck={PAFPN}"]),
+    "RetinaNet PANet* + SMSL": Side("retinanet_r50", [f"model.neck=[{PAFPN},smsl]"], "RetinaNet PANet*", (100.6, 101.6)),
+    "RetinaNet + MSFM": Side("retinanet_r50", ["model.plugin=msfm"], "RetinaNet"),
+    "RetinaNet, MSE-FPN": Side("retinanet_r50", ["model.neck=mse_fpn"], "RetinaNet"),
+    "FCOS": Side("fcos_r50"),
+    "FCOS + MSIL": Side("fcos_r50", ["model.interact=msil"], "FCOS"),
+    "Mask R-CNN": Side("mask_rcnn_r50", size=SQUARE),
+    "Mask R-CNN + SMSL": Side("mask_rcnn_r50", ["model.neck=[fpn,smsl]"], "Mask R-CNN", (92.6, 97.2), SQUARE),
+    "Cascade R-CNN": Side("cascade_rcnn_r50", size=SQUARE),
+    "Cascade R-CNN + SMSL": Side("cascade_rcnn_r50", ["model.neck=[fpn,smsl]"], "Cascade R-CNN", (84.0, 88.0), SQUARE),
 }
 
 
-def make(name: str) -> OneStage:
+def make(name: str) -> Detector:
     """The detector of a side, with random weights."""
-    config, overrides, _, _ = SIDES[name]
-    return create_model(config, "model.backbone.pretrained=false", *overrides).eval()
+    return create_model(SIDES[name].config, "model.backbone.pretrained=false", *SIDES[name].overrides).eval()
 
 
 def predictor(name: str) -> Callable[[], Any]:
     """A call that predicts the same picture again and again."""
     torch.manual_seed(0)
-    picture = torch.randint(0, 256, (1, 3, HEIGHT, WIDTH), dtype=torch.uint8)
-    batch = Batch(picture, torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
+    height, width = SIDES[name].size
+    picture = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    batch = Batch(picture, torch.tensor([[height, width]]), (0,), torch.ones(1, 2))
     return functools.partial(for_inference(make(name)).predict, batch)
 
 
 def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """A side's own figures and, beside the detector without the module, what the module adds."""
-    total = cost(make(name), HEIGHT, WIDTH)
+    side = SIDES[name]
+    total = cost(make(name), *side.size)
     found = {
+        "picture": side.size,
         "median_ms": round(1000 * statistics.median(seconds[name]), 1),
         "peak_MiB": round(peak_memory(__file__, name)),
         "trainable": total["trainable"],
         "multiply_adds_G": round(total["multiply_adds"] / 1e9, 2),
     }
-    _, _, base, printed = SIDES[name]
-    if base:
-        plain = cost(make(base), HEIGHT, WIDTH)
-        # each turn has both sides under the same load: the median of their ratios moves less than the ratio of medians
-        ratios = [a / b for a, b in zip(seconds[name], seconds[base])]
+    if side.base:
+        plain = cost(make(side.base), *side.size)
+        # each turn has both sides under about the same load
+        turns = [a / b for a, b in zip(seconds[name], seconds[side.base])]
         found["added"] = {
-            "to": base,
-            "time_percent": round(100 * (statistics.median(seconds[name]) / statistics.median(seconds[base]) - 1), 2),
-            "time_percent_by_turn": round(100 * (statistics.median(ratios) - 1), 2),
+            "to": side.base,
+            "time_percent": round(100 * (statistics.median(seconds[name]) / statistics.median(seconds[side.base]) - 1), 2),
+            "time_percent_median_of_turns": round(100 * (statistics.median(turns) - 1), 2),
             "trainable": total["trainable"] - plain["trainable"],
             "multiply_adds_G": round((total["multiply_adds"] - plain["multiply_adds"]) / 1e9, 2),
         }
-        if printed:
-            found["paper"] = {"gpu": "Tesla P100", "ms": printed, "time_percent": round(100 * (printed[1] / printed[0] - 1), 2)}
+        if side.paper:
+            found["paper"] = {"gpu": "Tesla P100", "ms": side.paper, "time_percent": round(100 * (side.paper[1] / side.paper[0] - 1), 2)}
     return found
 
 
+def table(sides: dict[str, dict[str, Any]]) -> str:
+    """The sides that add a module, as Markdown."""
+    lines = [
+        "| | time | added | peak memory, without | trainable, added | multiply-adds, added | in the paper, one P100 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in sides.items():
+        if "added" in found:
+            added, plain = found["added"], sides[found["added"]["to"]]
+            printed = found.get("paper")
+            paper = f"{printed['ms'][0]} to {printed['ms'][1]} ms, {printed['time_percent']:+} %" if printed else ""
+            lines.append(
+                f"| {name} | {plain['median_ms']:.0f} to {found['median_ms']:.0f} ms | {added['time_percent']:+} % | "
+                f"{found['peak_MiB']}, {plain['peak_MiB']} MiB | {found['trainable']:,}, {added['trainable']:+,} | "
+                f"{found['multiply_adds_G']} G, {added['multiply_adds_G']:+} G | {paper} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Measure, print JSON."""
+    """Measure; print JSON, or the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), help="some of the sides only")
-    parser.add_argument("--only", choices=list(SIDES))
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), help="some of the sides, with what they add to")
+    parser.add_argument("--table", action="store_true", help="Markdown instead of JSON")
+    parser.add_argument("--only", choices=list(SIDES), help="the peak memory of one side")
     options = parser.parse_args()
     if options.only:
         call = predictor(options.only)
         call(), call()
         print(own_peak())
         return
-    missing = {base for name in options.sides if (base := SIDES[name][2])} - set(options.sides)
-    names = [*missing, *options.sides]
-    seconds = interleave({name: predictor(name) for name in names}, options.repeats)
-    report(benchmark="modules", picture=[HEIGHT, WIDTH], sides={name: figures(name, seconds) for name in names})
+    bases = [SIDES[name].base for name in options.sides]
+    names = [name for name in SIDES if name in options.sides or name in bases]
+    # by detector, so that a few are in memory at a time
+    seconds: dict[str, list[float]] = {}
+    for config in dict.fromkeys(SIDES[name].config for name in names):
+        seconds |= interleave({name: predictor(name) for name in names if SIDES[name].config == config}, options.repeats)
+    found = {name: figures(name, seconds) for name in names}
+    if options.table:
+        print(table(found))
+    else:
+        report(benchmark="modules", sides=found)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""A detector and a loader of a few lines, for the tests of the engine."""
+"""What several tests share: a detector and a loader of a few lines, random maps, pictures and objects, and promises of every head."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fusedet.ops.losses import mean_over_ranks
-from fusedet.types import Batch, Detections, Target
+from fusedet.types import Batch, Detections, Features, Levels, Target
 
 
 class FakeDetector(nn.Module):
@@ -63,3 +64,70 @@ def make_batch(seed: int, size: int) -> Batch:
     targets = tuple(Target(torch.rand(n, 4, generator=draw) * 32, torch.zeros(n, dtype=torch.int64)) for n in counts)
     ids = tuple(seed * size + i for i in range(size))
     return Batch(images, torch.full((size, 2), 8), ids, torch.ones(size, 2), targets)
+
+
+def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
+    """One random picture of that size for each target."""
+    n = len(targets)
+    images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
+    return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
+
+
+def objects(boxes: list, labels: list | None = None) -> Target:
+    """Boxes (x1, y1, x2, y2), of class 0 by default."""
+    found = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
+    return Target(found, torch.tensor(labels or [0] * len(found), dtype=torch.int64))
+
+
+def many(count: int, width: float, height: float) -> Target:
+    """Objects of sides 2 to 62 whose first corners lie in width x height."""
+    corner = torch.rand(count, 2) * torch.tensor([width, height])
+    return objects(torch.cat([corner, corner + 2 + 60 * torch.rand(count, 2)], dim=1).tolist())
+
+
+def maps(levels: Levels, size: tuple[int, int] = (64, 96), n: int = 2, dtype: torch.dtype = torch.float32) -> Features:
+    """Random maps of these levels for pictures of that size, every side rounded up."""
+    sides = [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in levels.strides]
+    return [torch.randn(n, c, *side, dtype=dtype) for c, side in zip(levels.channels, sides)]
+
+
+def shuffled(module: nn.Module, std: float = 0.5) -> Any:
+    """Every parameter and statistic random, so that none hides behind a zero or a one."""
+    for p in module.parameters():
+        nn.init.normal_(p, std=std)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    return module
+
+
+class Swap(nn.Module):
+    """An interaction that gives each branch the other's map."""
+
+    def forward(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
+        return reg, cls
+
+
+def swaps_branches(make: Callable[..., Any], features: Features) -> bool:
+    """Whether a head, made by make(interact=...), with such an interaction is the head whose towers are swapped."""
+    plain, swapped = make(), make(interact=lambda channels: Swap())
+    swapped.load_state_dict(plain.state_dict())
+    plain.towers.cls, plain.towers.reg = plain.towers.reg, plain.towers.cls
+    ours, theirs = plain(features).maps, swapped(features).maps
+    return all(torch.equal(a, b) for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
+
+
+def survives_no_objects(head: Any, features: Features, boxes: tuple[str, ...]) -> bool:
+    """Whether pictures without objects cost nothing by these losses, something by the scores, and still reach every parameter."""
+    losses = head.loss(head(features), [objects([])] * len(features[0]))
+    right = all(float(losses[name].detach()) == 0 for name in boxes) and float(losses["loss_cls"].detach()) > 0
+    right &= all(value.requires_grad for value in losses.values())
+    sum(losses.values()).backward()
+    return right and all(p.grad is not None and bool(p.grad.isfinite().all()) for p in head.parameters())
+
+
+def survives_a_thousand_objects(head: Any, features: Features) -> bool:
+    """Whether a thousand objects in one picture, and in the other one larger than it, give finite losses."""
+    losses = head.loss(head(features), [many(1000, 90, 60), objects([[-50, -50, 500, 400]])])
+    return all(bool(value.isfinite()) for value in losses.values())

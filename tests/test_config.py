@@ -34,7 +34,7 @@ def test_backbone_by_name_keeps_its_options() -> None:
 def test_a_slot_whose_type_changes_begins_anew() -> None:
     c = config.load("retinanet_r50", ["model.head.convs=2"])
     assert c.model.head == {"type": "retina", "convs": 2}
-    c = config.load("retinanet_r50", ["model.head.convs=2", "model.head=pkg.mod:Other"])
+    c = config.load("retinanet_r50", ["model.head=pkg.mod:Other"], {"model": {"head": {"convs": 2}}})
     assert c.model.head == {"type": "pkg.mod:Other"}
     c = config.load("retinanet_r50", ["model.head={type: retina, channels: 8}"])
     assert c.model.head == {"type": "retina", "convs": 4, "channels": 8}
@@ -128,6 +128,11 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
         ("model.backbone.name=resnet51", "unknown timm model 'resnet51'"),
         ("model.backbone.frozen_stages=9", "frozen_stages=9"),
         ("model.plugin=msfn", "did you mean 'msfm'"),
+        ("model.neck=msil", "msil belongs in another slot, write model.interact=msil"),
+        ("model.neck=[fpn,msfm]", "write model.plugin=msfm"),
+        ("model.interact={type: smsl}", "write model.neck=smsl"),
+        ("model.neck=pack.necks:Mine", "its folder in PYTHONPATH"),
+        ("model.plugin={type: msfm, positions: after_conv2}", "positions must be a list, such as [after_conv2]"),
         ("model.plugin={type: msfm, positions: [after_conv3]}", "have no after_conv3, they have after_conv1, after_conv2"),
         ("model.plugin={type: msfm, positions: [after_conv9]}", "unknown position"),
         ("model.plugin={type: msfm, ratios: [16]}", "ratios=[16] must hold one ratio for each of stages=[2, 3, 4]"),
@@ -148,6 +153,13 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
         from_config(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
+    words = ["model.neck=mse_fpn", "model.neck.gate=none", "model.neck.gate=cag"]
+    found = config.load("retinanet_r18", [words[1], words[2], words[0]] if flip else words).model.neck
+    assert found == {"type": "mse_fpn", "gate": "cag"}
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

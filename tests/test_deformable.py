@@ -183,8 +183,8 @@ def test_parameters(modulated: bool, count: int) -> None:
     """Faster R-CNN R50 prints 41.5 M without, 42.1 M with the deformable stages of v1; modulated they would make it 42.4 M."""
     with torch.device("meta"):
         sizes = [
-            sum(p.numel() for p in Backbone("resnet50", False, frozen_stages=1, deformable_stages=s, modulated=modulated).parameters())
-            for s in ((), (2, 3, 4))
+            sum(p.numel() for p in Backbone("resnet50", False, frozen_stages=1, **options).parameters())
+            for options in ({}, {"deformable_stages": (2, 3, 4), "modulated": modulated})
         ]
     assert sizes[1] - sizes[0] == count
 

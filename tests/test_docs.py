@@ -19,6 +19,7 @@ from torch import nn
 from fusedet.backbones.weights import create
 from fusedet.detectors import create_model
 from fusedet.interact import INTERACTIONS
+from fusedet.measure import cost
 from fusedet.necks import NECKS
 from fusedet.plugins import PLUGINS
 
@@ -102,6 +103,44 @@ def test_differences_are_those_of_the_counts() -> None:
             if len(head) > 2 and head[2].startswith("more than"):
                 first, *others = [[int(cell.replace(",", "") or 0) for cell in row[1:3]] for row in rows]
                 assert all(count - first[0] == more for count, more in others), page.name
+
+
+def multiply_adds() -> list[Any]:
+    """Config, overrides of the first row, of another one, and what that one prints in the column "multiply-adds, G"."""
+    found = []
+    for page in PAGES:
+        for head, (first, *others) in tables(page):
+            if "multiply-adds, G" in head:
+                name, *common = shlex.split(head[0].split("`")[1])
+                place, said = head.index("multiply-adds, G"), lambda row: (*common, *shlex.split(row[0].strip("`")))  # noqa: B023
+                assert not first[place]
+                found += [pytest.param(name, said(first), said(row), row[place], id=" ".join([name, *said(row)])) for row in others]
+    assert len(found) > 25
+    return found
+
+
+@pytest.mark.parametrize(("name", "without", "overrides", "printed"), multiply_adds())
+def test_printed_multiply_adds(
+    name: str,
+    without: tuple[str, ...],
+    overrides: tuple[str, ...],
+    printed: str,
+    make: Callable[..., nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the detector has more on a picture of 800 x 1344 than that of the table's first row."""
+    # without data only the sizes matter, and torch takes seconds to find those of bilinear maps
+    monkeypatch.setattr("fusedet.plugins.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size))
+    assert f"{(_multiply_adds(make, name, *overrides) - _multiply_adds(make, name, *without)) / 1e9:.2f}" == printed
+
+
+_counted: dict[tuple[str, ...], int] = {}
+
+
+def _multiply_adds(make: Callable[..., nn.Module], *config: str) -> int:
+    if config not in _counted:
+        _counted[config] = cost(make(*config), 800, 1344)["multiply_adds"]
+    return _counted[config]
 
 
 def options(make: Callable[..., Any]) -> dict[str, Any]:

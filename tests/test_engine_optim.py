@@ -6,6 +6,9 @@ from torch import nn
 
 from fusedet.engine.optim import Optim, optimizer, scaled_lr, schedule
 from fusedet.errors import InputError
+from fusedet.necks import SMSL
+from fusedet.ops.deform import DeformPack
+from fusedet.types import Levels
 
 
 def model() -> nn.Module:
@@ -39,6 +42,22 @@ def test_biases_outside_norms_may_learn_faster_and_without_decay(name):
     found = {id(p): (group["weight_decay"], group["factor"]) for group in opt.param_groups for p in group["params"]}
     assert found[id(net[0].bias)] == found[id(net[2].bias)] == (0.0, 2.0)
     assert found[id(net[1].weight)] == found[id(net[1].bias)] == found[id(net[2].weight)] == (0.5, 1.0)
+
+
+def test_biases_of_stacked_layers_are_biases_and_those_that_predict_offsets_are_not():
+    """SMSL stacks its units' layers and norms; MMEngine leaves the offsets of deformable convolutions out of its rule."""
+    smsl = SMSL(Levels((16, 16), (8, 16)))
+    net = nn.ModuleList([smsl, DeformPack(4, 4, bias=True)])
+    opt = optimizer(net, Optim(lr=0.1, weight_decay=0.5, decay_bias=False, bias_lr=2.0))
+    kinds = {id(p): (group["weight_decay"], group["factor"]) for group in opt.param_groups for p in group["params"]}
+    found = {name for name, p in net.named_parameters() if kinds[id(p)] == (0.0, 2.0)}
+    layers = {f"0.{name}.bias" for name, m in smsl.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert len(layers) == 6
+    assert found == layers | {"0.select.W_bias", "0.select.V_bias", "1.bias"}
+    assert {kinds[id(p)] for name, p in net.named_parameters() if name not in found} == {(0.5, 1.0)}
+    off = grouped(optimizer(smsl, Optim(lr=0.1, weight_decay=0.5, decay_norm_and_bias=False)))
+    vectors = {"select.W_bias", "select.V_bias", "select.norm_weight", "select.norm_bias"}
+    assert all(off[id(p)] == 0 for name, p in smsl.named_parameters() if name in vectors or name.endswith(".bias"))
 
 
 def test_a_shared_parameter_is_taken_once():

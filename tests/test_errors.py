@@ -41,7 +41,7 @@ def test_right_values(value: Any, hint: Any, result: Any) -> None:
         (1.5, int, "key must be int, got 1.5"),
         (True, float, "key must be float, got True"),
         (1, bool, "key must be bool, got 1"),
-        ("ab", tuple[int, ...], "key must be tuple[int, ...], got 'ab'"),
+        ("ab", tuple[int, ...], "key must be a list, such as [ab], got 'ab'"),
         ([1], tuple[int, int], "key must have 2 items, got [1]"),
         (["x"], list[int], "key.0 must be int, got 'x'"),
         ("x", float | None, "key must be float, got 'x'"),

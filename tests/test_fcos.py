@@ -393,7 +393,7 @@ def test_configs_with_the_later_improvements() -> None:
         ({"ranges": (0.0, 32.0, 128.0, 256.0)}, "above 0"),
         ({"radius": 0.0}, r"radius=0\.0 must be above 0"),
         ({"prior": 1.0}, r"prior=1\.0 must be"),
-        ({"box_loss": "diou"}, "box_loss=diou must be one of iou, giou"),
+        ({"box_loss": "diou"}, "unknown box_loss 'diou'"),
         ({"convs": -1}, "convs=-1"),
         ({"convs": 0, "deformable_last": True}, "deformable_last=true"),
         ({"channels": 20}, "multiples of 32"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fakes import maps, shuffled
 from fusedet.build import build
 from fusedet.errors import InputError
 from fusedet.necks import FPN, NECKS
@@ -20,22 +21,6 @@ BODY = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
 SMALL = Levels((8, 16, 24, 32), (4, 8, 16, 32))
 TINY = Levels((2, 3, 4, 5), (4, 8, 16, 32))
 OFF = {"sem": "none", "sim": "none", "gate": "none"}
-
-
-def maps(levels: Levels, size: tuple[int, int], n: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    sides = [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in levels.strides]
-    return [torch.randn(n, c, *side, dtype=dtype) for c, side in zip(levels.channels, sides)]
-
-
-def shuffled(module: nn.Module, std: float = 0.5) -> nn.Module:
-    """Every parameter and statistic random, so that none hides behind a zero or a one."""
-    for p in module.parameters():
-        nn.init.normal_(p, std=std)
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean)
-            nn.init.uniform_(m.running_var, 0.5, 2)
-    return module
 
 
 # -- the equations a second way, cell by cell, for one picture
@@ -251,6 +236,20 @@ def test_both_readings_of_the_pooling_are_one(gn1: bool, pool_first: bool) -> No
     assert not torch.allclose(sem(M), other)
     sem.w_q, sem.w_k = sem.w_k, sem.w_q
     assert torch.allclose(sem(M), other, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("gn1", "pool_first", "own"), list(product([True, False], [True, False], [True, False])))
+def test_autocast_leaves_the_relation_alone(kind: torch.dtype, gn1: bool, pool_first: bool, own: bool) -> None:
+    """Its sums of products of 256 channels are beyond float16's range; the maps come in autocast's precision or in float32."""
+    Q, K = (0.3 * (torch.randn(2, 256, 273) + torch.randn(2, 256, 1)) for _ in range(2))
+    Q, K = (x.to(kind if own else torch.float32).requires_grad_() for x in (Q, K))
+    with torch.autocast("cpu", kind):
+        found = relation(Q, K, gn1, pool_first)
+        (found * torch.randn_like(found)).sum().backward()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), relation(Q.double(), K.double(), gn1, pool_first), rtol=0, atol=1e-4)
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (Q, K))
 
 
 def test_order_of_pooling_and_sigmoid_matters() -> None:

@@ -50,11 +50,13 @@ def lively(name: str, **options: Any) -> Backbone:
 # -- the paper's equations, once more, cell by cell
 
 
-def literal_resize(x: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, align_corners False: cell centres meet, what lies outside takes the border's value."""
+def literal_resize(x: Tensor, height: int, width: int, corners: bool = False) -> Tensor:
+    """Bilinear: the pictures' corners meet and what lies outside takes the border's value, or the centres of the corner cells meet."""
     (rows, columns), out = x.shape[2:], x.new_zeros(*x.shape[:2], height, width)
     for i, j in product(range(height), range(width)):
         y, z = max(0.0, (i + 0.5) * rows / height - 0.5), max(0.0, (j + 0.5) * columns / width - 0.5)
+        if corners:
+            y, z = i * (rows - 1) / max(1, height - 1), j * (columns - 1) / max(1, width - 1)
         top, left = min(int(y), rows - 1), min(int(z), columns - 1)
         low, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
         a, b = y - top, z - left
@@ -83,18 +85,30 @@ def literal_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return torch.stack(pictures)
 
 
-def literal(module: MSFM, x: Tensor, scales: tuple[float, ...], fusion: str) -> Tensor:
+def literal(
+    module: MSFM,
+    x: Tensor,
+    scales: tuple[float, ...],
+    fusion: str = "add",
+    squeeze_relu: bool = True,
+    restore_relu: bool = False,
+    align_corners: bool = False,
+    **_: Any,
+) -> Tensor:
     """M(x) = x + U(C[F_1(S(x)), ..., F_n(S(x))]) with F_n(a) = R^-1(CGN(...(CGN(R(a)))))."""
     height, width = x.shape[2:]
     cgn = lambda x, block: literal_norm(literal_conv(x, block[0]), block[1]).clamp(min=0)  # noqa: E731
     a, branches = cgn(x, module.squeeze), []
+    if not squeeze_relu:
+        a = literal_norm(literal_conv(x, module.squeeze[0]), module.squeeze[1])
     for scale, branch in zip(scales, module.branches, strict=True):
-        r = literal_resize(a, max(1, math.floor(height * scale)), max(1, math.floor(width * scale))) if scale != 1 else a
+        r = literal_resize(a, max(1, math.floor(height * scale)), max(1, math.floor(width * scale)), align_corners) if scale != 1 else a
         for block in branch:
             r = cgn(r, block)
-        branches.append(literal_resize(r, height, width) if scale != 1 else r)
+        branches.append(literal_resize(r, height, width, align_corners) if scale != 1 else r)
     combined = sum(branches[1:], branches[0]) if fusion == "add" else torch.cat(branches, dim=1)
-    return x + literal_norm(literal_conv(combined, module.unsqueeze.conv), module.unsqueeze.norm)
+    u = literal_norm(literal_conv(combined, module.unsqueeze.conv), module.unsqueeze.norm)
+    return x + (u.clamp(min=0) if restore_relu else u)
 
 
 FINAL = (0.5, 0.7, 1, 1.4, 2)
@@ -105,6 +119,9 @@ CASES: list[tuple[dict, tuple[int, ...]]] = [
     ({"scales": (1, 1, 2), "groups": 1}, (1, 8, 3, 3)),
     ({"scales": (0.5, 0.7), "groups": 4}, (2, 8, 1, 2)),
     ({"scales": (0.5, 1.4), "fusion": "cat"}, (1, 8, 1, 1)),
+    ({"scales": FINAL, "align_corners": True, "conv_num": 1}, (1, 8, 4, 5)),
+    ({"scales": (0.5, 1), "squeeze_relu": False}, (2, 8, 4, 3)),
+    ({"scales": (0.5, 2), "restore_relu": True, "zero_init": False}, (2, 8, 4, 3)),
 ]
 
 
@@ -114,7 +131,7 @@ def test_it_is_the_papers_equation(options: dict, shape: tuple[int, ...]) -> Non
     module = moved(MSFM(shape[1], **({"ratio": 2, "groups": 2} | options))).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(shape, dtype=torch.float64)
-    wanted = literal(module, x, options["scales"], options.get("fusion", "add"))
+    wanted = literal(module, x, **options)
     sources = [x, *module.parameters()]
     slopes = torch.autograd.grad(wanted, sources, seed)
     for form in (x, x.to(memory_format=torch.channels_last)):
@@ -162,16 +179,32 @@ def test_it_starts_as_the_identity(fusion: Any) -> None:
     assert all(p.grad.isfinite().all() and p.grad.any() for p in module.parameters())
 
 
+def test_the_form_with_a_relu_is_the_other_one_cut_off_at_zero() -> None:
+    """x + relu(U) is done as it is written, x + U as one product: the same U."""
+    plain = moved(MSFM(32, ratio=2, groups=4, zero_init=False)).double()
+    cut = MSFM(32, ratio=2, groups=4, zero_init=False, restore_relu=True).double()
+    cut.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 32, 6, 9, dtype=torch.float64)
+    assert torch.allclose(cut(x) - x, (plain(x) - x).relu(), atol=1e-12)
+    assert cut(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_choices_have_the_same_parameters() -> None:
+    other = MSFM(64, zero_init=False, squeeze_relu=False, restore_relu=True, align_corners=True)
+    assert size(other) == size(MSFM(64))
+
+
 def test_without_zero_init_it_is_not() -> None:
     module, x = MSFM(32, ratio=2, groups=4, zero_init=False), torch.randn(1, 32, 6, 9)
     change = (module(x) - x).detach()
     assert torch.allclose(change.reshape(4, -1).std(dim=1, correction=0), torch.ones(4), atol=1e-3)  # U ends with its norm
 
 
+@pytest.mark.parametrize("restore_relu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision(dtype: torch.dtype) -> None:
+def test_precision(dtype: torch.dtype, restore_relu: bool) -> None:
     """Autocast and bfloat16 weights give the type of the input, near the exact result; statistics are never taken in bfloat16."""
-    module = moved(MSFM(64, ratio=4, groups=4))
+    module = moved(MSFM(64, ratio=4, groups=4, zero_init=not restore_relu, restore_relu=restore_relu))
     x = (torch.randn(2, 64, 9, 13) + 3).to(memory_format=torch.channels_last)
     exact = module(x).detach()
     with torch.autocast("cpu", torch.bfloat16):
@@ -331,7 +364,20 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
         ("resnet10t", {"conv_num": 0}, "conv_num=0 must be at least 1"),
         ("resnet10t", {"fusion": "sum"}, "fusion"),
         ("resnet10t", {"postions": []}, "did you mean 'positions'"),
-        ("lcnet_050", {}, "stage 2 of 'lcnet_050' has no residual blocks"),
+        ("resnet10t", {"restore_relu": True}, "restore_relu=true needs zero_init=false"),
+        (
+            "lcnet_050",
+            {},
+            r"stage 2 of 'lcnet_050' has DepthwiseSeparableConv \(_efficientnet_blocks\) without a residual sum; plug",
+        ),
+        (
+            "skresnet18",
+            {},
+            r"stage 2 of 'skresnet18' has SelectiveKernelBasic \(sknet\); plug-ins go into BasicBlock, Bottleneck \(res",
+        ),
+        ("res2net50_26w_4s", {}, r"has Bottle2neck \(res2net\); plug-ins go into"),
+        ("resnetv2_50", {"stages": [3], "ratios": [16]}, r"stage 3 of 'resnetv2_50' has PreActBottleneck \(resnetv2\); plug-ins go into"),
+        ("regnety_002", {}, r"has Bottleneck \(regnet\); plug-ins go into"),
     ],
 )
 def test_mistakes_are_told(name: str, options: dict, said: str) -> None:
@@ -343,12 +389,14 @@ def test_mistakes_are_told(name: str, options: dict, said: str) -> None:
 
 
 def test_options_from_a_config() -> None:
+    choices = {"squeeze_relu": False, "restore_relu": True, "align_corners": True, "zero_init": False}
     spec = {"type": "msfm", "positions": ["after_conv1", "after_conv2"], "groups": {"after_conv1": 2}, "scales": [0.5, 1], "fusion": "cat"}
-    plugin = build("model.plugin", spec, PLUGINS, {})
-    assert plugin == MSFMPlugin(("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat")
+    plugin = build("model.plugin", spec | choices, PLUGINS, {})
+    assert plugin == MSFMPlugin(("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat", **choices)
     body = Backbone("resnet10t", pretrained=False)
     insert(body, plugin)
     assert [m.squeeze[1].num_groups for m in modules(body)] == [2, 4] * 3
+    assert {(m.align_corners, m.unsqueeze.relu, isinstance(m.squeeze[2], nn.ReLU)) for m in modules(body)} == {(True, True, False)}
     assert build("model.plugin", "msfm", PLUGINS, {}) == MSFMPlugin()
 
 

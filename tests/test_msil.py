@@ -1,6 +1,8 @@
 """MSIL: its equations computed a second way, its switches and its counts."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
+from fusedet.heads import FCOSHead, RetinaHead, VFNetHead
 from fusedet.interact import MSIL
+from fusedet.ops.layers import GroupNorm
+from fusedet.types import Levels
 
 C = 32
 
@@ -32,6 +37,8 @@ def branches(size: tuple[int, int] = (5, 7), channels: int = C, n: int = 2) -> t
         ({"to_cls": False, "to_reg": False}, 0),
         ({"encoder_kernel": 1, "decoder_kernel": 1}, 477_984),
         ({"fuse_kernel": 3}, 3_623_712),
+        ({"norm": "none"}, 2_575_136 - 3 * 256),  # biases in place of scales and shifts
+        ({"activation": "none", "gate": "hard_sigmoid"}, 2_575_136),
     ],
 )
 def test_parameters_variant_by_variant(options: dict, parameters: int) -> None:
@@ -57,7 +64,7 @@ def literal_conv(x: list, weight: Tensor, bias: Tensor | None) -> list:
     return y
 
 
-def literal_norm_relu(x: list, norm: nn.GroupNorm) -> list:
+def literal_norm(x: list, norm: nn.GroupNorm) -> list:
     per = len(x) // norm.num_groups
     y = []
     for g in range(norm.num_groups):
@@ -65,12 +72,17 @@ def literal_norm_relu(x: list, norm: nn.GroupNorm) -> list:
         mean = sum(values) / len(values)
         std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + norm.eps)
         for c in range(g * per, (g + 1) * per):
-            y.append([[max(0.0, (v - mean) / std * float(norm.weight[c]) + float(norm.bias[c])) for v in row] for row in x[c]])
+            y.append([[(v - mean) / std * float(norm.weight[c]) + float(norm.bias[c]) for v in row] for row in x[c]])
     return y
 
 
 def literal_unit(x: list, unit: nn.Sequential) -> list:
-    return literal_norm_relu(literal_conv(x, unit[0].weight, None), unit[1])
+    y = literal_conv(x, unit[0].weight, unit[0].bias)
+    if isinstance(unit[1], nn.GroupNorm):
+        y = literal_norm(y, unit[1])
+    if isinstance(unit[2], nn.ReLU):
+        y = [[[max(0.0, v) for v in row] for row in channel] for channel in y]
+    return y
 
 
 def literal_encoder(x: list, align: nn.Module) -> list:
@@ -97,16 +109,26 @@ def literal_cam(u: list, cam: nn.Module) -> list[float]:
     return [sigmoid(a + m) for a, m in zip(average, maximum)]
 
 
-def literal_branch(feature: list, u: list, separate: nn.Module) -> Tensor:
+def hard_sigmoid(v: float) -> float:
+    return min(1.0, max(0.0, v / 6 + 0.5))
+
+
+def literal_branch(feature: list, u: list, separate: nn.Module, squash: Callable[[float], float]) -> Tensor:
     weights = literal_cam(u, separate.cam)
     gated = [[[weights[c] * v for v in row] for row in u[c]] for c in range(len(u))]
     decoded = literal_conv(gated, separate.dec.weight, separate.dec.bias)
-    gate = [[[sigmoid(v) for v in row] for row in channel] for channel in decoded]
+    gate = [[[squash(v) for v in row] for row in channel] for channel in decoded]
     return torch.tensor(feature, dtype=torch.float64) * torch.tensor(gate, dtype=torch.float64)
 
 
-def test_the_equations_computed_literally() -> None:
-    module = MSIL(C).double()
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "none"}, {"activation": "none", "gate": "hard_sigmoid"}, {"norm": "none", "activation": "none"}]
+)
+def test_the_equations_computed_literally(options: dict) -> None:
+    module = MSIL(C, **options).double()
+    parts = [type(m) for m in module.fuse[1:]]
+    assert parts == [nn.Identity if options.get("norm") else GroupNorm, nn.Identity if options.get("activation") else nn.ReLU]
+    squash = hard_sigmoid if "gate" in options else sigmoid
     for p in module.parameters():
         nn.init.normal_(p, std=0.3)
     cls, reg = (b.double() for b in branches((3, 2), n=1))
@@ -114,8 +136,8 @@ def test_the_equations_computed_literally() -> None:
         got_cls, got_reg = module(cls, reg)
         f_cls, f_reg = cls[0].tolist(), reg[0].tolist()
         u = literal_unit(literal_encoder(f_reg, module.align) + literal_encoder(f_cls, module.align), module.fuse)  # (3), (4)
-        assert torch.allclose(got_cls[0], literal_branch(f_cls, u, module.separate_cls), rtol=1e-10, atol=1e-12)  # (5), (6)
-        assert torch.allclose(got_reg[0], literal_branch(f_reg, u, module.separate_reg), rtol=1e-10, atol=1e-12)
+        assert torch.allclose(got_cls[0], literal_branch(f_cls, u, module.separate_cls, squash), rtol=1e-10, atol=1e-12)  # (5), (6)
+        assert torch.allclose(got_reg[0], literal_branch(f_reg, u, module.separate_reg, squash), rtol=1e-10, atol=1e-12)
 
 
 # -- switches
@@ -155,6 +177,12 @@ def test_branches_hear_of_each_other_by_fusion_alone(fuse: bool) -> None:
     assert bool(changed.any()) is fuse
 
 
+def test_without_norms_any_width_will_do() -> None:
+    module = MSIL(24, norm="none")
+    cls, reg = branches(channels=24)
+    assert module(cls, reg)[0].shape == cls.shape
+
+
 def test_gates_are_between_zero_and_one_and_inputs_stay() -> None:
     cls, reg = branches((1, 1))
     kept = cls.clone(), reg.clone()
@@ -167,17 +195,43 @@ def test_gates_are_between_zero_and_one_and_inputs_stay() -> None:
     assert torch.equal(reg, kept[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"align": False}, {"fuse": False}, {"separate": False}, {"to_cls": False}, {"to_reg": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"align": False},
+        {"fuse": False},
+        {"separate": False},
+        {"to_cls": False},
+        {"to_reg": False},
+        {"norm": "none", "activation": "none"},
+        {"gate": "hard_sigmoid"},
+    ],
+)
 def test_every_parameter_is_reached(options: dict) -> None:
     module = MSIL(C, **options)
     sum(m.square().sum() for m in module(*branches((4, 6)))).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in module.parameters())
 
 
+@pytest.mark.parametrize("head", [RetinaHead, FCOSHead, VFNetHead])
+@torch.no_grad()
+def test_off_it_is_the_plain_head(head: Callable[..., nn.Module]) -> None:
+    """The plain head's weights, no others, and its maps."""
+    levels = Levels((C,) * 3, (8, 16, 32))
+    plain = head(levels, 2, convs=1, norm=True)
+    off = head(levels, 2, partial(MSIL, to_cls=False, to_reg=False), convs=1, norm=True)
+    off.load_state_dict(plain.state_dict())
+    features = [torch.randn(2, C, *size) for size in ((9, 11), (5, 6), (3, 3))]
+    found, wanted = off(features).maps, plain(features).maps
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(a, b) for name in wanted for a, b in zip(found[name], wanted[name], strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"channels": 48}, "multiple of 32 channels .* got 48"),
+        ({"channels": 48}, "norm=gn .*multiple of 32 channels .* got 48"),
         ({"encoder_kernel": 2}, "encoder_kernel=2 must be odd"),
         ({"decoder_kernel": 0}, "decoder_kernel=0 must be odd"),
         ({"reduction": 0}, "reduction=0 must be between 1 and the 32"),

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fakes
+from fakes import many, objects
 from fusedet.detectors import create_model, for_inference
 from fusedet.errors import InputError
 from fusedet.heads import RepPointsHead
@@ -21,11 +23,6 @@ from fusedet.types import Batch, Features, Levels, Outputs, Priors, Target
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
 
 
-def objects(boxes: list, labels: list | None = None) -> Target:
-    found = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Target(found, torch.tensor(labels or [0] * len(found), dtype=torch.int64))
-
-
 EMPTY = objects([])
 SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
 
@@ -35,7 +32,7 @@ def make(**options: object) -> RepPointsHead:
 
 
 def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> Features:
-    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
+    return fakes.maps(levels, size, n)
 
 
 def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Priors:
@@ -43,11 +40,6 @@ def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Pri
     strides = strides or tuple(8 * 2**i for i in range(len(cells)))
     shapes = [point_shapes(s) for s in strides]
     return grid_priors([torch.zeros(1, 1, *c) for c in cells], Levels((1,) * len(cells), strides), shapes)
-
-
-def many(count: int, width: float, height: float) -> Target:
-    corner = torch.rand(count, 2) * torch.tensor([width, height])
-    return objects(torch.cat([corner, corner + 2 + 60 * torch.rand(count, 2)], dim=1).tolist())
 
 
 def spread(head: RepPointsHead) -> RepPointsHead:
@@ -357,34 +349,15 @@ def test_every_parameter_has_a_gradient(options: dict, size: tuple[int, int], n:
 
 @pytest.mark.parametrize("method", ["moment", "minmax"])
 def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached(method: str) -> None:
-    head = make(transform_method=method)
-    losses = head.loss(head(maps()), [EMPTY, EMPTY])
-    assert float(losses["loss_init"].detach()) == float(losses["loss_refine"].detach()) == 0
-    assert float(losses["loss_cls"].detach()) > 0
-    assert all(v.requires_grad for v in losses.values())
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+    assert fakes.survives_no_objects(make(transform_method=method), maps(), ("loss_init", "loss_refine"))
 
 
 def test_a_thousand_objects_and_one_larger_than_the_picture() -> None:
-    head = make()
-    losses = head.loss(head(maps()), [many(1000, 90, 60), objects([[-50, -50, 500, 400]])])
-    assert all(value.isfinite() for value in losses.values())
+    assert fakes.survives_a_thousand_objects(make(), maps())
 
 
 def test_the_interaction_replaces_both_branches() -> None:
-    """An interaction that swaps the branches is a head whose towers are swapped."""
-
-    class Swap(nn.Module):
-        def forward(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
-            return reg, cls
-
-    plain, swapped = make(), make(interact=lambda channels: Swap())
-    swapped.load_state_dict(plain.state_dict())
-    plain.towers.cls, plain.towers.reg = plain.towers.reg, plain.towers.cls
-    features = maps()
-    for name, column in plain(features).maps.items():
-        assert all(torch.equal(a, b) for a, b in zip(column, swapped(features).maps[name]))
+    assert fakes.swaps_branches(make, maps())
 
 
 def test_bfloat16() -> None:

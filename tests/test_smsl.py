@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fakes import maps, shuffled
 from fusedet.build import build
 from fusedet.errors import InputError
 from fusedet.necks import NECKS
@@ -21,18 +22,6 @@ SMALL_BODY = Levels((8, 16, 24, 32), (4, 8, 16, 32))
 
 def pyramid(channels: int, count: int = 5) -> Levels:
     return Levels((channels,) * count, tuple(8 * 2**i for i in range(count)))
-
-
-def maps(levels: Levels, size: tuple[int, int], n: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    sides = [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in levels.strides]
-    return [torch.randn(n, c, *side, dtype=dtype) for c, side in zip(levels.channels, sides)]
-
-
-def shuffled(module: nn.Module, std: float = 0.5) -> nn.Module:
-    """Every parameter random, so that none hides behind a zero or a one."""
-    for p in module.parameters():
-        nn.init.normal_(p, std=std)
-    return module
 
 
 # -- the equations a second way, value by value

@@ -126,6 +126,14 @@ def test_the_raw_forward_exports(head: str, neck: str, plugin: str, interact: st
         assert_close(exported(others), model(others))
 
 
+@pytest.mark.parametrize("neck", NECKS)
+def test_all_five_levels_export(neck: str) -> None:
+    model = make("fcos", neck, "", "").eval()
+    images, others = batch([0], (64, 96)).images, batch([0], (64, 96)).images
+    with torch.no_grad():
+        assert_close(torch.export.export(model, (images,), strict=False).module()(others), model(others))
+
+
 @pytest.mark.parametrize(("head", "neck", "plugin", "interact"), COMPILED)
 def test_the_raw_forward_compiles(head: str, neck: str, plugin: str, interact: str) -> None:
     """In one graph, without a break."""

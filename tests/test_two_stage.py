@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from fakes import batch
 from fusedet import config as configs
 from fusedet.detectors import create_model, for_inference
 from fusedet.detectors.two_stage import Found, TwoStage
@@ -31,12 +32,6 @@ def objects(boxes: list, labels: list, masks: bool = False) -> Target:
 
 EMPTY = objects([], [])
 SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
-
-
-def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
-    n = len(targets)
-    images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
-    return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
 
 
 def make(name: str, *overrides: str, num_classes: int = 80, **model: Any) -> TwoStage:

@@ -1,6 +1,7 @@
 """VFNet's head, ATSS and the varifocal loss: by hand, against literal loops, and through everything that a head goes through."""
 
 import math
+import re
 import statistics
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_iou
 
+import fakes
+from fakes import many, objects
 from fusedet.detectors import create_model
 from fusedet.errors import InputError
 from fusedet.heads import VFNetHead
@@ -18,16 +21,11 @@ from fusedet.ops import atss
 from fusedet.ops.assign import BACKGROUND
 from fusedet.ops.atss import ATSS
 from fusedet.ops.boxes import centres, grid_priors, iou, point_shapes
-from fusedet.ops.deform import DeformConv
+from fusedet.ops.deform import DeformConv, DeformPack
 from fusedet.ops.varifocal import varifocal
 from fusedet.types import Features, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
-
-
-def objects(boxes: list, labels: list | None = None) -> Target:
-    found = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Target(found, torch.tensor(labels or [0] * len(found), dtype=torch.int64))
 
 
 EMPTY = objects([])
@@ -39,7 +37,7 @@ def make(**options: object) -> VFNetHead:
 
 
 def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> Features:
-    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
+    return fakes.maps(levels, size, n)
 
 
 def grid(*cells: tuple[int, int], scale: float = 8.0, first: int = 8) -> Priors:
@@ -47,11 +45,6 @@ def grid(*cells: tuple[int, int], scale: float = 8.0, first: int = 8) -> Priors:
     strides = tuple(first * 2**i for i in range(len(cells)))
     shapes = [point_shapes(s, scale) for s in strides]
     return grid_priors([torch.zeros(1, 1, *c) for c in cells], Levels((1,) * len(cells), strides), shapes)
-
-
-def many(count: int, width: float, height: float) -> Target:
-    corner = torch.rand(count, 2) * torch.tensor([width, height])
-    return objects(torch.cat([corner, corner + 2 + 60 * torch.rand(count, 2)], dim=1).tolist())
 
 
 # -- overlap
@@ -302,33 +295,15 @@ def test_every_parameter_has_a_gradient(size: tuple[int, int], deformable: bool)
 
 
 def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached() -> None:
-    head = make()
-    losses = head.loss(head(maps()), [EMPTY, EMPTY])
-    assert float(losses["loss_box"].detach()) == float(losses["loss_refine"].detach()) == 0
-    assert float(losses["loss_cls"].detach()) > 0
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+    assert fakes.survives_no_objects(make(), maps(), ("loss_box", "loss_refine"))
 
 
 def test_a_thousand_objects_and_one_larger_than_the_picture() -> None:
-    head = make()
-    losses = head.loss(head(maps()), [many(1000, 90, 60), objects([[-50, -50, 500, 400]])])
-    assert all(value.isfinite() for value in losses.values())
+    assert fakes.survives_a_thousand_objects(make(), maps())
 
 
 def test_the_interaction_replaces_both_branches() -> None:
-    """An interaction that swaps the branches is a head whose towers are swapped."""
-
-    class Swap(nn.Module):
-        def forward(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
-            return reg, cls
-
-    plain, swapped = make(), make(interact=lambda channels: Swap())
-    swapped.load_state_dict(plain.state_dict())
-    plain.towers.cls, plain.towers.reg = plain.towers.reg, plain.towers.cls
-    features = maps()
-    for name, column in plain(features).maps.items():
-        assert all(torch.equal(a, b) for a, b in zip(column, swapped(features).maps[name]))
+    assert fakes.swaps_branches(make, maps())
 
 
 def test_bfloat16() -> None:
@@ -375,6 +350,19 @@ def test_parameters() -> None:
     assert sum(p.numel() for p in model.head.parameters()) == 5_514_850
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32_666_210
     assert model.selection["iou"] == 0.6
+
+
+@pytest.mark.parametrize("name", ["fcos_r18_dcn", "vfnet_r18_dcn", "vfnet_r50_dcn", "vfnet_r101_dcn"])
+def test_deformable_configs(name: str) -> None:
+    """Of every block in the last three stages the second convolution, and the last one of each tower."""
+    with torch.device("meta"):
+        model = create_model(name, "model.backbone.pretrained=false")
+    found = {key for key, m in model.named_modules() if isinstance(m, DeformPack)}
+    body = {f"backbone.body.{key}" for key, _ in model.backbone.body.named_modules() if re.fullmatch(r"layer[234]\.\d+\.conv2", key)}
+    assert len(body) == {"18": 6, "50": 13, "101": 30}[name.split("_r")[1].split("_")[0]]
+    assert body == {key for key in found if key.startswith("backbone")}
+    assert len(found - body) == 2
+    assert all(m.modulated for m in model.modules() if isinstance(m, DeformPack))
 
 
 @pytest.mark.parametrize(

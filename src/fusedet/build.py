@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from fusedet.errors import InputError, checked, unknown
+
+# what a message about a slot begins with: the innermost slot is named alone
+_NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
 
 
 def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -20,7 +24,10 @@ def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Calla
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{kind}: '{name}' cannot be imported ({error}); it must read package.module:Class") from error
+        raise InputError(
+            f"{kind}: '{name}' cannot be imported ({error}): it must read package.module:Class, with the package installed or its folder "
+            "in PYTHONPATH"
+        ) from error
 
 
 def build(
@@ -58,4 +65,4 @@ def build(
         return make(**passed, **options)
     except InputError as error:
         text = str(error)
-        raise InputError(text if text.startswith(kind) else f"{kind} '{name}': {text}") from error
+        raise InputError(text if text.startswith(kind) or _NAMES_A_SLOT.match(text) else f"{kind} '{name}': {text}") from error

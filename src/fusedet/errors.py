@@ -32,6 +32,15 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or 'none'}")
 
 
+def one_of(key: str, value: object, kind: Any) -> None:
+    """Raise InputError for a value that is none of a Literal type's; the nearest is offered.
+
+    Configs are checked where they are built; constructors ask this for those who call them in Python.
+    """
+    if value not in get_args(kind):
+        raise unknown(key, value, map(str, get_args(kind)))
+
+
 def checked(value: Any, hint: Any, key: str) -> Any:
     """The value as the type hint asks for it: ints become floats, lists become tuples; anything else that differs is an InputError.
 
@@ -48,8 +57,7 @@ def checked(value: Any, hint: Any, key: str) -> Any:
         inside = [error for error in errors if str(error).startswith(f"{key}.")]  # what is wrong with an item says more
         raise inside[0] if inside else errors[-1] if len(args) == 2 and NoneType in args else _wrong(value, hint, key)
     if origin is Literal:
-        if value not in args:
-            raise unknown(f"value of {key}:", value, map(str, args))
+        one_of(f"value of {key}:", value, hint)
         return value
     if origin in (list, tuple, Sequence):
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -82,5 +90,7 @@ def checked(value: Any, hint: Any, key: str) -> Any:
 
 
 def _wrong(value: Any, hint: Any, key: str) -> InputError:
+    if get_origin(hint) in (list, tuple):
+        return InputError(f"{key} must be a list, such as [{value}], got {value!r}")
     name = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
     return InputError(f"{key} must be {name}, got {value!r}")

@@ -24,7 +24,8 @@ def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     """Parameters, trainable parameters and multiply-adds of a detector and of each of its parts.
 
     Multiply-adds are those of convolutions and matrix products of one picture of height x width through `forward`, counted without
-    computing anything (on the meta device); suppression and element-wise work are not counted. `parts` maps each part's name to the
+    computing anything (on the meta device); suppression, element-wise work and the branches of a
+    two-stage detector, which look at what was found, are not counted. `parts` maps each part's name to the
     same three figures.
     """
     shadow = copy.deepcopy(detector).to("meta").eval()

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from fusedet.backbones.stages import deform, numbered, split, stride_first
 from fusedet.backbones.weights import STRIDES, create
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.types import Features, Levels
+
+Style = Literal["pytorch", "caffe"]
 
 
 class Backbone(nn.Module):
@@ -24,13 +26,13 @@ class Backbone(nn.Module):
     into a frozen stage are trained.
     norm_eval: all batch norms of the body stay in eval mode while scale and shift are trained (MMDetection's convention).
     deformable_stages: ResNet's layer numbers, usually [2, 3, 4] (c3-c5 of "Deformable Convolutional Networks"), where every block's
-    3x3 convolution samples at offsets that it predicts; in basic blocks, which MMDetection leaves plain, the second convolution.
+    3x3 convolution samples at offsets that it predicts; in basic blocks, where MMDetection refuses them, the second convolution.
     They keep their weights; without `modulated` they start as the plain convolutions, and with it (a mask too, v2) as half of them.
     style: where a ResNet's bottlenecks halve the map, in the 3x3 convolution ("pytorch") or in the first 1x1 convolution ("caffe", as
     in the paper's code and in MMDetection's caffe bodies).
     mean, std: per channel of RGB in 0..255, what the weights know pictures to be normalised by; timm's for this model by default.
-    Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, a std that is not above 0,
-    and weights that cannot be had.
+    Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, modulated without
+    deformable stages, a std that is not above 0, and weights that cannot be had.
 
     `levels` promises channels and strides; pictures in 0..255 times `scale` plus `shift` (3, 1, 1) are what the weights know.
     """
@@ -44,11 +46,14 @@ class Backbone(nn.Module):
         norm_eval: bool = False,
         deformable_stages: tuple[int, ...] = (),
         modulated: bool = False,
-        style: Literal["pytorch", "caffe"] = "pytorch",
+        style: Style = "pytorch",
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
+        one_of("style", style, Style)
+        if modulated and not deformable_stages:
+            raise InputError("modulated=true is of deformable convolutions: name deformable_stages, such as [2, 3, 4], or leave it out")
         self.name, self.norm_eval = name, norm_eval
         self.body = create(name, pretrained, weights)
         info = self.body.feature_info

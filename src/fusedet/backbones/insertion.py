@@ -6,7 +6,7 @@ Parts of a block that hold no parameters (an activation, the drop path) are repl
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,8 +82,8 @@ def insert(backbone: Backbone, plugin: Plugin) -> int:
         blocks = [(m, places) for module in modules for m in module.modules() if (places := _places(m))]
         if not blocks:
             raise InputError(
-                f"model.plugin.stages={list(stages)}: stage {number} of '{backbone.name}' has no residual blocks that take a plug-in "
-                "(those of ResNet, ResNeXt, ConvNeXt, MobileNet and EfficientNet do): leave it out or choose another body"
+                f"model.plugin.stages={list(stages)}: stage {number} of '{backbone.name}' has {_blocks_of(modules)}; plug-ins go into "
+                f"{_named(PLACES)}: leave the stage out or choose another body"
             )
         for block, places in blocks:
             for position in _positions(plugin, block, places, backbone.name):
@@ -106,6 +106,27 @@ def _places(block: nn.Module) -> dict[str, Place]:
     if not getattr(block, "has_skip", True):
         return {}
     return next((places for kind, places in PLACES.items() if isinstance(block, kind)), {})
+
+
+def _blocks_of(modules: list[nn.Module]) -> str:
+    """What a stage without places for plug-ins is made of: the kinds of its blocks, by timm's names."""
+    kinds: dict[type[nn.Module], None] = {}
+    rest = list(modules)
+    while rest:
+        module = rest.pop(0)
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) or type(module).__name__.endswith("Stage"):
+            rest += module.children()
+        elif any(True for _ in module.parameters()):
+            kinds[type(module)] = None
+    return _named(kinds) + (" without a residual sum" if kinds.keys() & PLACES.keys() else "")
+
+
+def _named(kinds: Iterable[type[nn.Module]]) -> str:
+    """Classes with their files, since timm has two of the name Bottleneck."""
+    files: dict[str, list[str]] = {}
+    for kind in kinds:
+        files.setdefault(kind.__module__.rpartition(".")[2], []).append(kind.__name__)
+    return ", ".join(f"{', '.join(names)} ({file})" for file, names in files.items())
 
 
 def _positions(plugin: Plugin, block: nn.Module, places: dict[str, Place], name: str) -> tuple[str, ...]:

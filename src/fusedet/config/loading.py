@@ -35,9 +35,9 @@ def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str,
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A nested mapping with "key=value" texts laid over it, as `load` does; the schedule first."""
+    """A nested mapping with "key=value" texts laid over it, as `load` does; the schedule first, a slot before its options."""
     pairs = [_parse(text) for text in overrides]
-    for key, value in sorted(pairs, key=lambda pair: pair[0] != "train.schedule"):
+    for key, value in sorted(pairs, key=lambda pair: (pair[0] != "train.schedule", pair[0].count("."))):
         tree = _set(tree, key, value)
     return tree
 

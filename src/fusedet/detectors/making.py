@@ -46,6 +46,7 @@ def from_config(config: configs.Config, num_classes: int) -> Detector:
     model = config.model
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
+    _check_places(model)
     backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
     if model.plugin:
         insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
@@ -55,6 +56,18 @@ def from_config(config: configs.Config, num_classes: int) -> Detector:
         stages, branches = _roi(model.roi, neck.levels, num_classes)
         return TwoStage(backbone, neck, head, stages, branches, selection(config.test))
     return OneStage(backbone, neck, head, selection(config.test))
+
+
+def _check_places(model: configs.Model) -> None:
+    """The names are alike, and the nearest one is no help where a part stands in another's slot."""
+    tables: dict[str, Mapping[str, Any]] = {"plugin": PLUGINS, "neck": NECKS, "interact": INTERACTIONS, "head": HEADS}
+    for slot, table in tables.items():
+        value = getattr(model, slot)
+        for spec in value if isinstance(value, list) else [value]:
+            name = spec.get("type") if isinstance(spec, Mapping) else spec
+            right = [other for other, names in tables.items() if isinstance(name, str) and name in names]
+            if right and name not in table:
+                raise InputError(f"model.{slot}: {name} belongs in another slot, write model.{right[0]}={name}")
 
 
 def _neck(model: configs.Model, levels: Levels) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fusedet.errors import InputError, unknown
+from fusedet.ops.deform import offset_convolutions
 
 OPTIMIZERS = ("adamw", "sgd")
 POLICIES = ("cosine", "multistep")
@@ -23,7 +24,7 @@ class Optim:
     lr: learning rate after the warm-up, already scaled to the total batch (see `scaled_lr`).
     momentum: of SGD; AdamW keeps betas of (0.9, 0.999).
     decay_norm_and_bias: False takes norms, biases and all other vectors out of the weight decay; decay_bias: False the biases alone,
-    norms' not among them. bias_lr: what the learning rate of these biases is multiplied with.
+    norms' and those that predict offsets not among them. bias_lr: what the learning rate of these biases is multiplied with.
     policy: "multistep" multiplies by gamma at each of `milestones` (epochs, fractions allowed); "cosine" falls to zero.
     """
 
@@ -60,13 +61,16 @@ def optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
 
     A group's "factor" is what its learning rate is multiplied with in every step. Raises InputError for a model with nothing to train.
     """
+    # as in MMEngine, the convolutions that predict offsets follow the rules of weights
+    exempt = {*offset_convolutions(model), *(m for m in model.modules() if isinstance(m, NORMS))}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                bias = name == "bias" and not isinstance(module, NORMS)
+                # the end of the name, because stacked layers have several: SMSL's W_bias, V_bias, and norm_bias, which is a norm's
+                bias = module not in exempt and name.endswith("bias") and not name.endswith("norm_bias")
                 decayed = (options.decay_norm_and_bias or parameter.ndim > 1) and (options.decay_bias or not bias)
                 kind = (options.weight_decay if decayed else 0.0, options.bias_lr if bias else 1.0)
                 groups.setdefault(kind, []).append(parameter)

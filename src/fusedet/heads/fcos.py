@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
+from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers
 from fusedet.ops.assign import PointInBox, positives
 from fusedet.ops.boxes import centres, from_distances, grid_priors, point_shapes, to_distances
@@ -20,6 +21,7 @@ from fusedet.ops.losses import giou_loss, iou_loss, mean_over_ranks, sigmoid_foc
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 BOX_LOSSES = {"iou": iou_loss, "giou": giou_loss}
+BoxLoss = Literal["iou", "giou"]
 
 
 class FCOSHead(nn.Module):
@@ -42,7 +44,7 @@ class FCOSHead(nn.Module):
     box_loss (loss_bbox): "iou", -log IoU, or "giou", 1 - GIoU.
     deformable_last (dcn_on_last_conv): each tower's last convolution is deformable and modulated.
 
-    Raises InputError for ranges that do not fit the levels, and for a radius, a prior or a number of convolutions that cannot be.
+    Raises InputError for ranges that do not fit the levels, an unknown box_loss and numbers out of their ranges.
     """
 
     shapes: Tensor
@@ -61,7 +63,7 @@ class FCOSHead(nn.Module):
         radius: float = 1.5,
         normalize_boxes: bool = False,
         centerness_on_box: bool = False,
-        box_loss: Literal["iou", "giou"] = "iou",
+        box_loss: BoxLoss = "iou",
         ranges: tuple[float, ...] | None = None,
         alpha: float = 0.25,
         gamma: float = 2.0,
@@ -69,8 +71,11 @@ class FCOSHead(nn.Module):
         offset: float = 0.5,
     ) -> None:
         super().__init__()
+        one_of("box_loss", box_loss, BoxLoss)
+        checks.focal(alpha, gamma, prior)
+        checks.above_zero("radius", radius)
         limits = tuple(8.0 * stride for stride in levels.strides[:-1]) if ranges is None else tuple(ranges)
-        _check(limits, len(levels), radius, prior, box_loss)
+        _check(limits, len(levels))
         if deformable_last and convs == 0:
             raise InputError("deformable_last=true needs convs of 1 or more, got 0")
         channels = levels.channels[0] if channels is None else channels
@@ -144,13 +149,7 @@ def centerness(distances: Tensor) -> Tensor:
     return (x.amin(dim=1) / x.amax(dim=1) * (y.amin(dim=1) / y.amax(dim=1))).sqrt()
 
 
-def _check(limits: tuple[float, ...], levels: int, radius: float, prior: float, box_loss: str) -> None:
+def _check(limits: tuple[float, ...], levels: int) -> None:
     ends = (0.0, *limits, math.inf)
     if len(limits) != levels - 1 or any(not low < high for low, high in pairwise(ends)):
         raise InputError(f"ranges={list(limits)} must be {levels - 1} increasing numbers above 0, one between each two of {levels} levels")
-    if not radius > 0:
-        raise InputError(f"radius={radius} must be above 0, in strides")
-    if not 0 < prior < 1:
-        raise InputError(f"prior={prior} must be a score between 0 and 1")
-    if box_loss not in BOX_LOSSES:
-        raise InputError(f"box_loss={box_loss} must be one of {', '.join(BOX_LOSSES)}")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, one_of
+from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers
 from fusedet.ops.assign import IGNORED, MaxIoU, Positives, positives
 from fusedet.ops.boxes import centres, grid_priors, point_shapes
@@ -20,7 +21,7 @@ from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
 from fusedet.ops.point_assign import NearestPoint
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Priors, Target
 
-TRANSFORMS = ("moment", "minmax", "partial_minmax")
+Transform = Literal["moment", "minmax", "partial_minmax"]
 PARTIAL = 4  # the points that partial_minmax looks at (the authors' code; the paper says "a subset")
 
 
@@ -54,7 +55,7 @@ class RepPointsHead(nn.Module):
         point_channels: int | None = None,
         norm: bool = False,
         num_points: int = 9,
-        transform_method: Literal["moment", "minmax", "partial_minmax"] = "moment",
+        transform_method: Transform = "moment",
         gradient_mul: float = 0.1,
         moment_mul: float = 0.01,
         base_scale: float = 4.0,
@@ -68,24 +69,22 @@ class RepPointsHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        if transform_method not in TRANSFORMS:
-            raise unknown("transform_method", transform_method, TRANSFORMS)
+        one_of("transform_method", transform_method, Transform)
+        checks.focal(alpha, gamma, prior)
+        checks.overlaps(positive, negative)
+        checks.above_zero("base_scale", base_scale)
         kernel = math.isqrt(max(num_points, 0))
         if kernel < 3 or kernel % 2 == 0 or kernel**2 != num_points:
             raise InputError(f"num_points={num_points} must be the square of 3, 5, 7, ...: 9, 25, 49, ...")
         for key, value in (("gradient_mul", gradient_mul), ("moment_mul", moment_mul)):
             if not 0 <= value <= 1:
                 raise InputError(f"{key}={value} must be 0 to 1")
-        if not base_scale > 0:
-            raise InputError(f"base_scale={base_scale} must be above 0, in strides")
-        if not 0 <= negative <= positive <= 1:
-            raise InputError(f"negative={negative}, positive={positive} must be overlaps, 0 <= negative <= positive <= 1")
         if not beta >= 0:
             raise InputError(f"beta={beta} must be 0 or more")
-        if not 0 < prior < 1:
-            raise InputError(f"prior={prior} must be above 0 and below 1")
-        channels = channels or levels.channels[0]
-        width = point_channels or channels
+        channels = levels.channels[0] if channels is None else channels
+        width = channels if point_channels is None else point_channels
+        if width < 1:
+            raise InputError(f"channels={channels}, point_channels={point_channels} must be at least 1")
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.num_points, self.transform_method = num_points, transform_method
         self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
+from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers
 from fusedet.ops.assign import IGNORED, MaxIoU, positives
 from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
@@ -29,6 +30,7 @@ class RetinaHead(nn.Module):
     corners to whole pixels (MMDetection 1.x, torchvision); whole_sizes: their sizes cut to whole pixels before (torchvision).
     positive, negative: overlaps of the assignment (section 4). alpha, gamma: of the focal loss. prior: the score that every
     anchor starts with.
+    Raises InputError for numbers out of their ranges.
     """
 
     shapes: Tensor
@@ -55,9 +57,12 @@ class RetinaHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        if scales_per_octave < 1 or not ratios:
-            raise InputError(f"scales_per_octave={scales_per_octave}, ratios={list(ratios)} must be at least 1 and not empty")
-        channels = channels or levels.channels[0]
+        checks.focal(alpha, gamma, prior)
+        checks.overlaps(positive, negative)
+        checks.anchors("base_scale", base_scale, ratios)
+        if scales_per_octave < 1:
+            raise InputError(f"scales_per_octave={scales_per_octave} must be at least 1")
+        channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.assigner = MaxIoU(positive, negative)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
+from fusedet.heads import checks
 from fusedet.heads.tower import Interact, tower
 from fusedet.ops.assign import IGNORED, MaxIoU, positives
 from fusedet.ops.boxes import anchor_shapes, clip, decode, encode, grid_priors, survivors
@@ -19,6 +20,8 @@ from fusedet.ops.losses import mean_over_ranks
 from fusedet.ops.regression_losses import l1, smooth_l1
 from fusedet.ops.sample import Sampler
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Proposals, Target
+
+CodeLoss = Literal["l1", "smooth_l1"]
 
 
 class RPNHead(nn.Module):
@@ -31,7 +34,7 @@ class RPNHead(nn.Module):
     positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.sample.Sampler`.
     loss: of codes, "l1" or "smooth_l1" from beta on. nms: proposals of one level that overlap a better one by more are left out.
     proposals: how many of a picture are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
-    Raises InputError for an interaction and for a number of proposals below 1.
+    Raises InputError for an interaction, an unknown loss and numbers out of their ranges.
     """
 
     shapes: Tensor
@@ -53,7 +56,7 @@ class RPNHead(nn.Module):
         num: int = 256,
         fraction: float = 0.5,
         most_negatives: float | None = None,
-        loss: Literal["l1", "smooth_l1"] = "l1",
+        loss: CodeLoss = "l1",
         beta: float = 1 / 9,
         nms: float = 0.7,
         proposals: int = 1000,
@@ -61,12 +64,15 @@ class RPNHead(nn.Module):
         train_pre_nms: int = 2000,
     ) -> None:
         super().__init__()
+        one_of("loss", loss, CodeLoss)
+        checks.overlaps(positive, negative)
+        checks.anchors("scale", scale, ratios)
         if interact:
             raise InputError("the RPN has one branch, an interaction needs two: leave model.interact null")
-        if min(proposals, train_proposals, train_pre_nms) < 1 or convs < 1 or not ratios:
+        if min(proposals, train_proposals, train_pre_nms) < 1 or convs < 1:
             counts = f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, convs={convs}"
-            raise InputError(f"{counts} must be at least 1 and ratios={list(ratios)} not empty")
-        channels = channels or levels.channels[0]
+            raise InputError(f"{counts} must be at least 1")
+        channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.nms, self.offset = levels, 1, nms, offset
         self.proposals, self.train_proposals, self.train_pre_nms = proposals, train_proposals, train_pre_nms
         self.cost = l1 if loss == "l1" else partial(smooth_l1, beta=beta)

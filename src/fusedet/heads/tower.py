@@ -19,7 +19,14 @@ def tower(inputs: int, channels: int, convs: int, norm: bool = False, bias: bool
     """`convs` times 3x3 convolution, GroupNorm(32) where `norm`, ReLU; shared by all levels.
 
     bias: of the convolutions. deformable_last: the last one is deformable and modulated.
+    Raises InputError for convs below 0, for channels below 1 and, with norm, for channels that 32 groups do not divide.
     """
+    if convs < 0:
+        raise InputError(f"convs={convs} must be 0 or more")
+    if channels < 1:
+        raise InputError(f"channels={channels} must be at least 1")
+    if norm and channels % 32:
+        raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
     layers: list[nn.Module] = []
     for i in range(convs):
         width = inputs if i == 0 else channels
@@ -34,7 +41,7 @@ def tower(inputs: int, channels: int, convs: int, norm: bool = False, bias: bool
 class TwinTowers(nn.Module):
     """A classification and a regression tower; `interact`, if any, makes of their channels what exchanges between the two.
 
-    Raises InputError for convs below 0 and, with norm, for channels that 32 groups do not divide.
+    Raises InputError for what `tower` refuses.
     """
 
     def __init__(
@@ -48,10 +55,6 @@ class TwinTowers(nn.Module):
         deformable_last: bool = False,
     ) -> None:
         super().__init__()
-        if convs < 0:
-            raise InputError(f"convs={convs} must be 0 or more")
-        if norm and channels % 32:
-            raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
         self.cls = tower(inputs, channels, convs, norm, bias, deformable_last)
         self.reg = tower(inputs, channels, convs, norm, bias, deformable_last)
         self.interact = interact(channels) if interact else None

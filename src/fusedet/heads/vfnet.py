@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, one_of
+from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers, tower
 from fusedet.ops.assign import positives
 from fusedet.ops.atss import ATSS
@@ -26,6 +27,9 @@ UNITS = {"reg_denom": 8.0, "stride": 1.0}  # of the initial distances, in stride
 LEAST_IOU = 1e-6  # keeps a positive's target above 0, which would make it a negative
 
 
+BoxNorm = Literal["reg_denom", "stride"]
+
+
 class VFNetHead(nn.Module):
     """Two towers, an initial box per cell, then a refined box and IoU-aware class scores from the box's nine star points.
 
@@ -36,8 +40,7 @@ class VFNetHead(nn.Module):
     box_norm: the unit of the initial distances: "reg_denom" 8 strides (64 to 1024 pixels for P3 to P7), "stride" one.
     alpha, gamma: of the varifocal loss (its eq. 2). box_weight, refine_weight: the paper's lambda_0 and lambda_1, kept in
     `loss_weights`. prior: the score that every cell starts with.
-    Raises InputError for deformable_last without convolutions, gradient_mul outside 0..1, prior not between 0 and 1, topk below 1 and an
-    unknown box_norm.
+    Raises InputError for deformable_last without convolutions, an unknown box_norm and numbers out of their ranges.
     """
 
     star_base: Tensor
@@ -55,7 +58,7 @@ class VFNetHead(nn.Module):
         deformable_last: bool = False,
         gradient_mul: float = 0.1,
         topk: int = 9,
-        box_norm: Literal["reg_denom", "stride"] = "reg_denom",
+        box_norm: BoxNorm = "reg_denom",
         alpha: float = 0.75,
         gamma: float = 2.0,
         box_weight: float = 1.5,
@@ -63,15 +66,13 @@ class VFNetHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
+        one_of("box_norm", box_norm, BoxNorm)
+        checks.focal(alpha, gamma, prior)
         if deformable_last and convs == 0:
             raise InputError("deformable_last=true needs convs of 1 or more, got 0")
         if not 0 <= gradient_mul <= 1:
             raise InputError(f"gradient_mul={gradient_mul} must be 0 to 1")
-        if not 0 < prior < 1:
-            raise InputError(f"prior={prior} must be above 0 and below 1")
-        if box_norm not in UNITS:
-            raise unknown("box_norm", box_norm, UNITS)
-        channels = channels or levels.channels[0]
+        channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.gradient_mul, self.unit = gradient_mul, UNITS[box_norm]
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_refine": refine_weight}

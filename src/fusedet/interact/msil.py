@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.ops.attention import ChannelAttention
 from fusedet.ops.layers import GroupNorm, conv
+
+Norm = Literal["gn", "none"]
+Activation = Literal["relu", "none"]
+Gate = Literal["sigmoid", "hard_sigmoid"]
 
 
 class MSIL(nn.Module):
@@ -20,14 +27,17 @@ class MSIL(nn.Module):
 
     Shared over the levels of the pyramid, after the towers and before every predictor.
 
-    channels: C of both branches, a multiple of 32 (the groups of GroupNorm).
+    channels: C of both branches, with norm="gn" a multiple of 32.
     align: equation 3; without it E is the identity (Table 1, "w/o semantic alignment").
     fuse: equation 4; without it each branch is gated by its own aligned map, and nothing passes between the two (ours, in no table).
     separate: equation 5 as printed; without it the gate is sigmoid(U) (Table 1, "w/o semantic separation"; that form is a choice).
     to_cls, to_reg: which branch is gated (Table 2). With neither the module has no parameters and changes nothing.
     encoder_kernel, conv_kernel, fuse_kernel, decoder_kernel: odd; the paper names the layers, not their sizes (a choice: 3, 1, 1, 3).
-    reduction: of the CAM's MLP, as in CBAM, which the paper cites. GroupNorm(32) and ReLU after encoder and fusion are a choice.
-    Raises InputError for channels that 32 groups do not divide and for even kernels.
+    reduction: of the CAM's MLP, as in CBAM, which the paper cites.
+    norm, activation: after each of the encoder's two convolutions and after the fusion, GroupNorm(32), without which these convolutions
+    have biases, and ReLU; the paper names neither (a choice). gate: the outer function of equation 5, "activation function" in the paper
+    (a choice); the one of equation 6 is printed. Both map to 0..1.
+    Raises InputError for channels that 32 groups do not divide, for even kernels and for unknown names.
     """
 
     def __init__(
@@ -43,20 +53,27 @@ class MSIL(nn.Module):
         fuse_kernel: int = 1,
         decoder_kernel: int = 3,
         reduction: int = 16,
+        norm: Norm = "gn",
+        activation: Activation = "relu",
+        gate: Gate = "sigmoid",
     ) -> None:
         super().__init__()
-        if channels % 32:
-            raise InputError(f"msil needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got {channels}")
+        for key, value, kind in (("norm", norm, Norm), ("activation", activation, Activation), ("gate", gate, Gate)):
+            one_of(key, value, kind)
+        if channels < 1:
+            raise InputError(f"channels={channels} must be at least 1")
+        if norm == "gn" and channels % 32:
+            raise InputError(f"msil with norm=gn needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got {channels}")
         kernels = {"encoder": encoder_kernel, "conv": conv_kernel, "fuse": fuse_kernel, "decoder": decoder_kernel}
         for name, kernel in kernels.items():
             if kernel < 1 or kernel % 2 == 0:
                 raise InputError(f"{name}_kernel={kernel} must be odd, such as 1 or 3")
         if not 1 <= reduction <= channels:
             raise InputError(f"reduction={reduction} must be between 1 and the {channels} channels")
-        self.to_cls, self.to_reg = to_cls, to_reg
+        self.to_cls, self.to_reg, self.gate = to_cls, to_reg, gate
         used = to_cls or to_reg
-        self.align = _Align(channels, encoder_kernel, conv_kernel) if align and used else nn.Identity()
-        self.fuse = _unit(2 * channels, channels, fuse_kernel) if fuse and used else None
+        self.align = _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and used else nn.Identity()
+        self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, activation) if fuse and used else None
         self.separate_cls = _Separate(channels, decoder_kernel, reduction) if separate and to_cls else nn.Identity()
         self.separate_reg = _Separate(channels, decoder_kernel, reduction) if separate and to_reg else nn.Identity()
 
@@ -73,18 +90,20 @@ class MSIL(nn.Module):
         aligned_reg, aligned_cls = self.align(torch.cat([reg, cls])).chunk(2)
         if self.fuse:
             aligned_cls = aligned_reg = self.fuse(torch.cat([aligned_reg, aligned_cls], dim=1))  # U
+        squash = F.hardsigmoid if self.gate == "hard_sigmoid" else torch.sigmoid
         return (
-            self.separate_cls(aligned_cls).sigmoid() if self.to_cls else None,
-            self.separate_reg(aligned_reg).sigmoid() if self.to_reg else None,
+            squash(self.separate_cls(aligned_cls)) if self.to_cls else None,
+            squash(self.separate_reg(aligned_reg)) if self.to_reg else None,
         )
 
 
 class _Align(nn.Module):
     """E of equation 3: (N, C, H, W) to the same shape."""
 
-    def __init__(self, channels: int, encoder_kernel: int, conv_kernel: int) -> None:
+    def __init__(self, channels: int, encoder_kernel: int, conv_kernel: int, norm: Norm, activation: Activation) -> None:
         super().__init__()
-        self.enc, self.enc2 = _unit(channels, channels, encoder_kernel), _unit(channels, channels, encoder_kernel)
+        self.enc = _unit(channels, channels, encoder_kernel, norm, activation)
+        self.enc2 = _unit(channels, channels, encoder_kernel, norm, activation)
         self.conv = conv(channels, channels, conv_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +111,7 @@ class _Align(nn.Module):
 
 
 class _Separate(nn.Module):
-    """dec(CAM(U) * U) of equation 5, before its sigmoid."""
+    """dec(CAM(U) * U) of equation 5, before the gate's function."""
 
     def __init__(self, channels: int, kernel: int, reduction: int) -> None:
         super().__init__()
@@ -103,6 +122,10 @@ class _Separate(nn.Module):
         return self.dec(self.cam(fused) * fused)
 
 
-def _unit(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Convolution without bias, GroupNorm(32), ReLU."""
-    return nn.Sequential(conv(inputs, outputs, kernel, bias=False), GroupNorm(32, outputs), nn.ReLU(inplace=True))
+def _unit(inputs: int, outputs: int, kernel: int, norm: Norm, activation: Activation) -> nn.Sequential:
+    """Convolution, GroupNorm(32) or a bias, ReLU or nothing."""
+    return nn.Sequential(
+        conv(inputs, outputs, kernel, bias=norm == "none"),
+        GroupNorm(32, outputs) if norm == "gn" else nn.Identity(),
+        nn.ReLU(inplace=True) if activation == "relu" else nn.Identity(),
+    )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.necks.fpn import Top, TopLevels, pyramid
+from fusedet.necks.fpn import Top, TopLevels, pyramid, top_down
 from fusedet.ops.layers import conv, xavier
 from fusedet.types import Features, Levels
 
@@ -69,12 +69,9 @@ class AugFPN(nn.Module):
         return [lateral(c) for lateral, c in zip(self.lateral, features[self.start :])]  # M_i
 
     def _fuse(self, last: Tensor, laterals: Features) -> Features:
-        merged = list(laterals)
         if self.context:
-            merged[-1] = merged[-1] + self.context(last)  # M_5 + M_6
-        for i in range(len(merged) - 1, 0, -1):
-            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
-        outputs = [output(m) for output, m in zip(self.output, merged)]
+            laterals = [*laterals[:-1], laterals[-1] + self.context(last)]  # M_5 + M_6
+        outputs = [output(m) for output, m in zip(self.output, top_down(laterals))]
         return outputs + self.top(last, outputs[-1])
 
 

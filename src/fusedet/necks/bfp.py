@@ -6,10 +6,12 @@ from typing import Literal
 
 from torch import nn
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.ops.gather import NonLocal, gather, scatter
 from fusedet.ops.layers import conv, xavier
 from fusedet.types import Features, Levels
+
+Refine = Literal["non_local", "conv", "none"]
 
 
 class BFP(nn.Module):
@@ -22,8 +24,9 @@ class BFP(nn.Module):
     Raises InputError for levels of unequal channels and for a refine_level that there is not.
     """
 
-    def __init__(self, levels: Levels, refine_level: int = 2, refine: Literal["non_local", "conv", "none"] = "non_local") -> None:
+    def __init__(self, levels: Levels, refine_level: int = 2, refine: Refine = "non_local") -> None:
         super().__init__()
+        one_of("refine", refine, Refine)
         channels = levels.channels[0]
         if set(levels.channels) != {channels}:
             raise InputError(

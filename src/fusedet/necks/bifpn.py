@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.necks.fpn import Top, TopLevels, pyramid
 from fusedet.ops.layers import GroupNorm, conv, xavier
 from fusedet.types import Features, Levels
@@ -43,11 +43,12 @@ class BiFPN(nn.Module):
         separable: bool = True,
     ) -> None:
         super().__init__()
+        one_of("norm", norm, Norm)
+        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be at least 1")
         if norm == "gn" and channels % 8:
             raise InputError(f"norm=gn needs channels in multiples of 8, got {channels}: set norm=bn, or other channels")
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         inputs, count = levels.channels[self.start :], len(self.levels)
         self.lateral = nn.ModuleList(nn.Sequential(conv(c, channels, 1, bias=False), _norm(norm, channels)) for c in inputs)
         self.top = TopLevels(inputs[-1], channels, count - len(inputs), top)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.ops.layers import GroupNorm, conv, xavier
 from fusedet.types import Features, Levels
 
 Top = Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"]
+
+LAST_STRIDE = 32
+"""Of a body; levels beyond it are a neck's."""
 
 
 class FPN(nn.Module):
@@ -22,16 +26,17 @@ class FPN(nn.Module):
     with stride 2, then its own output (RetinaNet), "on_output" the pyramid's last level, with a ReLU before every
     further convolution (FCOS); "on_input_relu" (torchvision's RetinaNet v2) and "on_output_plain" are these two with and without the ReLU.
     norm: GroupNorm(32) behind every convolution, which then has no bias (MMDetection's gn-neck).
-    Raises InputError where the body has no level `finest` or `coarsest` is below its last.
+    Raises InputError where the body has no level `finest`, `coarsest` is below its last, channels is below 1, top is unknown, and behind
+    another neck, whose levels go beyond a body's.
     """
 
     def __init__(
         self, levels: Levels, channels: int = 256, finest: int = 3, coarsest: int = 7, top: Top = "on_input", norm: bool = False
     ) -> None:
         super().__init__()
+        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         if norm and channels % 32:
             raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(_layer(c, channels, 1, norm) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(_layer(channels, channels, 3, norm) for _ in inputs)
@@ -41,11 +46,21 @@ class FPN(nn.Module):
     def forward(self, features: Features) -> Features:
         """C maps, finest first, to P maps of the promised levels."""
         inputs = features[self.start :]
-        merged = [lateral(c) for lateral, c in zip(self.lateral, inputs)]
-        for i in range(len(merged) - 1, 0, -1):
-            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], size=merged[i - 1].shape[-2:], mode="nearest")
+        merged = top_down([lateral(c) for lateral, c in zip(self.lateral, inputs)])
         outputs = [output(m) for output, m in zip(self.output, merged)]
         return outputs + self.top(inputs[-1], outputs[-1])
+
+
+def top_down(maps: Features, gates: Sequence[nn.Module] | nn.ModuleList = ()) -> Features:
+    """Every map, finest first, plus the sum at the level above, enlarged by nearest neighbours; the sums, of the same shapes.
+
+    gates: one for each map but the coarsest, what the sum above passes before it is enlarged; none by default.
+    """
+    sums = list(maps)
+    for i in range(len(sums) - 1, 0, -1):
+        above = gates[i - 1](sums[i]) if gates else sums[i]
+        sums[i - 1] = sums[i - 1] + F.interpolate(above, size=sums[i - 1].shape[-2:], mode="nearest")
+    return sums
 
 
 class TopLevels(nn.Module):
@@ -53,6 +68,7 @@ class TopLevels(nn.Module):
 
     def __init__(self, inputs: int, channels: int, count: int, top: Top, norm: bool = False) -> None:
         super().__init__()
+        one_of("top", top, Top)
         self.count, self.kind = count, top
         sources = [inputs if top.startswith("on_input") else channels] + [channels] * (count - 1)
         self.convs = nn.ModuleList(_layer(c, channels, 3, norm, 2) for c in sources[:count]) if top != "max_pool" else nn.ModuleList()
@@ -77,6 +93,10 @@ def _layer(inputs: int, channels: int, kernel: int, norm: bool, stride: int = 1)
 
 def pyramid(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
     """Where P`finest` begins among a body's maps, and the levels P`finest` to P`coarsest`."""
+    if levels.strides[-1] > LAST_STRIDE:
+        raise InputError(f"it takes a body's maps, got levels up to stride {levels.strides[-1]}: put it first in the chain")
+    if channels < 1:
+        raise InputError(f"channels={channels} must be at least 1")
     if 2**finest not in levels.strides:
         raise InputError(f"finest={finest} (stride {2**finest}) must be one of the body's strides {levels.strides}")
     if 2**coarsest < levels.strides[-1]:

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError
-from fusedet.necks.fpn import Top, TopLevels, pyramid
+from fusedet.errors import InputError, one_of
+from fusedet.necks.fpn import Top, TopLevels, pyramid, top_down
 from fusedet.necks.gates import Gate, make_gate
 from fusedet.ops.layers import GroupNorm, conv, xavier
+from fusedet.ops.precision import without_autocast
 from fusedet.types import Features, Levels
 
 Enhancement = Literal["full", "channel", "spatial", "conv1x1", "none"]
 Injection = Literal["full", "split", "conv1x1", "none"]
+GatePlace = Literal["lateral", "topdown"]
+Norm = Literal["gn1", "none"]
 
 
 class MSEFPN(nn.Module):
@@ -42,8 +45,8 @@ class MSEFPN(nn.Module):
     reduction: of the channel branch, eq. 3 (a choice). sim_groups: of SIM's GroupNorm (a choice). gate_reduction: of "ca" and "cam", 32
     and 16 by default. cag_relu: ReLU on each term of "cag" (a choice). An option of a part that is off has no effect.
 
-    Raises InputError for what FPN refuses, for levels in `context` that the body lacks, for a `sem` whose result no `sim` takes, and for
-    widths that the groups do not divide.
+    Raises InputError for what FPN refuses, for levels in `context` that the body lacks, for a `sem` whose result no `sim` takes, for
+    pre_conv without SIM, and for widths that the groups do not divide.
     """
 
     def __init__(
@@ -58,10 +61,10 @@ class MSEFPN(nn.Module):
         sim: Injection = "full",
         pre_conv: bool = False,
         gate: Gate = "gcg",
-        gate_place: Literal["lateral", "topdown"] = "lateral",
+        gate_place: GatePlace = "lateral",
         embed: int = 256,
         v_groups: int = 1,
-        norm: Literal["gn1", "none"] = "gn1",
+        norm: Norm = "gn1",
         pool_first: bool = True,
         reduction: int = 16,
         sim_groups: int = 32,
@@ -69,6 +72,9 @@ class MSEFPN(nn.Module):
         cag_relu: bool = False,
     ) -> None:
         super().__init__()
+        named = {"sem": sem, "sim": sim, "gate": gate, "gate_place": gate_place, "norm": norm}
+        for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, Norm)):
+            one_of(key, value, kind)
         self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
@@ -77,6 +83,8 @@ class MSEFPN(nn.Module):
 
         if sim == "none" and sem != "none":
             raise InputError(f"sem={sem} needs a sim that takes its result: set sem=none, or sim to full, split or conv1x1")
+        if pre_conv and sim not in ("full", "split"):
+            raise InputError(f"pre_conv=true stands before SIM, and sim={sim} has none: set pre_conv=false, or sim to full or split")
         if sim in ("full", "split") and (sim_groups < 1 or channels % sim_groups):
             raise InputError(f"channels={channels} must be a multiple of sim_groups={sim_groups}, the groups of SIM's GroupNorm")
         if min(embed, reduction, 1 if gate_reduction is None else gate_reduction) < 1:
@@ -108,9 +116,7 @@ class MSEFPN(nn.Module):
                 maps[int(key)] = inject(maps[int(key)], context[:, self.parts[key]])
         if self.gate_place == "lateral":
             maps = [gate(f) for gate, f in zip(self.gate, maps)]
-        for i in range(len(maps) - 1, 0, -1):
-            above = self.gate[i - 1](maps[i]) if self.gate_place == "topdown" else maps[i]
-            maps[i - 1] = maps[i - 1] + F.interpolate(above, size=maps[i - 1].shape[-2:], mode="nearest")
+        maps = top_down(maps, self.gate if self.gate_place == "topdown" else ())
         outputs = [output(m) for output, m in zip(self.output, maps)]
         return outputs + self.top(inputs[-1], outputs[-1])
 
@@ -157,24 +163,25 @@ def relation(Q: Tensor, K: Tensor, gn1: bool = True, pool_first: bool = True, ep
     """R' of eq. 6: Q and K (B, C', N), N cells, to (B, N) in 0..1, from R = Q^T K, normalised over all its N x N entries where gn1.
 
     R is read as N maps of N cells, and the pooling takes the mean over the maps; the other reading, over the cells of each map, is the
-    same function with W_q and W_k exchanged. Computed in float32 at least.
+    same function with W_q and W_k exchanged. Computed in float32 at least, inside autocast too.
 
     With pool_first, R itself is never made: with q, k the means of Q's and K's columns and Q_c, K_c what is left of them, an entry is
     q.k + Q_c[n].k + q.K_c[m] + Q_c[n].K_c[m]. Over all n and m the last three have mean 0 and are uncorrelated, so that the first is
     the mean of R, their mean squares add up to its variance, and the mean over n leaves q.k + q.K_c[m].
     """
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))
-    if not pool_first:
-        R = Q.transpose(1, 2) @ K  # (B, N, N)
-        return (F.layer_norm(R, R.shape[1:], eps=eps) if gn1 else R).sigmoid().mean(dim=1)
-    q, k = Q.mean(dim=2, keepdim=True), K.mean(dim=2, keepdim=True)  # (B, C', 1)
-    if not gn1:
-        return (q * K).sum(dim=1).sigmoid()
-    Q_c, K_c = Q - q, K - k
-    pooled = (q * K_c).sum(dim=1)  # (B, N), less the mean of R
-    gram = (Q_c @ Q_c.transpose(1, 2) * (K_c @ K_c.transpose(1, 2))).sum(dim=(1, 2)) / Q.shape[2] ** 2
-    variance = (Q_c * k).sum(dim=1).square().mean(dim=1) + pooled.square().mean(dim=1) + gram  # (B,)
-    return torch.sigmoid(pooled * torch.rsqrt(variance + eps)[:, None])
+    with without_autocast(Q):
+        if not pool_first:
+            R = Q.transpose(1, 2) @ K  # (B, N, N)
+            return (F.layer_norm(R, R.shape[1:], eps=eps) if gn1 else R).sigmoid().mean(dim=1)
+        q, k = Q.mean(dim=2, keepdim=True), K.mean(dim=2, keepdim=True)  # (B, C', 1)
+        if not gn1:
+            return (q * K).sum(dim=1).sigmoid()
+        Q_c, K_c = Q - q, K - k
+        pooled = (q * K_c).sum(dim=1)  # (B, N), less the mean of R
+        gram = (Q_c @ Q_c.transpose(1, 2) * (K_c @ K_c.transpose(1, 2))).sum(dim=(1, 2)) / Q.shape[2] ** 2
+        variance = (Q_c * k).sum(dim=1).square().mean(dim=1) + pooled.square().mean(dim=1) + gram  # (B,)
+        return torch.sigmoid(pooled * torch.rsqrt(variance + eps)[:, None])
 
 
 class SIM(nn.Module):

@@ -7,9 +7,12 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedet.errors import one_of
 from fusedet.necks.fpn import FPN, Top, TopLevels, pyramid
 from fusedet.ops.layers import conv, xavier
 from fusedet.types import Features, Levels
+
+Form = Literal["mmdet", "smsl"]
 
 
 class PAFPN(nn.Module):
@@ -31,9 +34,10 @@ class PAFPN(nn.Module):
         finest: int = 3,
         coarsest: int = 7,
         top: Top = "on_input",
-        form: Literal["mmdet", "smsl"] = "mmdet",
+        form: Form = "mmdet",
     ) -> None:
         super().__init__()
+        one_of("form", form, Form)
         start, self.levels = pyramid(levels, channels, finest, coarsest)
         count = len(levels) - start  # levels that the body has
         self.fpn = FPN(levels, channels, finest, finest + count - 1, top)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.necks.fpn import Top, TopLevels, pyramid
 from fusedet.ops.gather import NonLocal, gather, scatter
 from fusedet.ops.layers import conv, xavier
 from fusedet.types import Features, Levels
+
+Mode = Literal["on_neck", "standalone"]
 
 
 class SMSL(nn.Module):
@@ -37,7 +39,7 @@ class SMSL(nn.Module):
     def __init__(
         self,
         levels: Levels,
-        mode: Literal["on_neck", "standalone"] = "on_neck",
+        mode: Mode = "on_neck",
         channels: int = 256,
         finest: int = 3,
         coarsest: int = 7,
@@ -48,6 +50,7 @@ class SMSL(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
+        one_of("mode", mode, Mode)
         self.sources = Sources(levels, channels, finest, coarsest, top) if mode == "standalone" else None
         self.levels = self.sources.levels if self.sources else levels
         L, C = len(self.levels), self.levels.channels[0]
@@ -129,7 +132,7 @@ class SelectiveUnits(nn.Module):
         self.shape = (T, L, C)
         self.W = nn.Parameter(torch.empty(T, k, C).uniform_(-1, 1) / math.sqrt(C))  # torch's start of a linear layer
         self.V = nn.Parameter(torch.empty(T, L * C, k).uniform_(-1, 1) / math.sqrt(k))
-        # vectors, because optimisers tell biases and norms by their one dimension
+        # vectors that are named so: engine/optim.py knows biases by the end of their names, and norms and biases by their one dimension
         self.W_bias = nn.Parameter(torch.empty(T * k).uniform_(-1, 1) / math.sqrt(C))
         self.V_bias = nn.Parameter(torch.empty(T * L * C).uniform_(-1, 1) / math.sqrt(k))
         self.norm_weight = nn.Parameter(torch.ones(T * k))

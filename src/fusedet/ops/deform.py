@@ -78,6 +78,11 @@ class DeformPack(DeformConv):
         return super().forward(x, offset, mask)
 
 
+def offset_convolutions(module: nn.Module) -> set[nn.Module]:
+    """The convolutions inside that predict offsets."""
+    return {m.offset for m in module.modules() if isinstance(m, DeformPack)}
+
+
 def deform_conv2d_by_rows(
     x: Tensor,
     offset: Tensor,

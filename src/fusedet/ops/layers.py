@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fusedet.ops.deform import DeformConv, DeformPack
+from fusedet.ops.deform import DeformConv, offset_convolutions
 from fusedet.types import Features
 
 
@@ -39,7 +39,7 @@ def normal(module: nn.Module, std: float = 0.01) -> None:
 
     Convolutions that predict offsets keep theirs.
     """
-    offsets = {m.offset for m in module.modules() if isinstance(m, DeformPack)}
+    offsets = offset_convolutions(module)
     for m in module.modules():
         if isinstance(m, nn.Conv2d) and m not in offsets:
             nn.init.normal_(m.weight, std=std)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, one_of
 from fusedet.ops.boxes import clip, decode, encode
+from fusedet.ops.layers import conv, kaiming
 from fusedet.ops.losses import mean_over_ranks
 from fusedet.ops.regression_losses import balanced_l1, l1, smooth_l1
 from fusedet.ops.sample import Sampler
@@ -26,11 +27,16 @@ Raw = tuple[Tensor, Tensor | None]
 Cost = Callable[[Tensor, Tensor], Tensor]
 
 
+Sampling = Literal["random", "balanced"]
+CodeLoss = Literal["l1", "smooth_l1", "balanced_l1"]
+
+
 class BoxStage(nn.Module):
-    """Two fully connected layers over a region's features, then its class or background and a box code.
+    """Fully connected layers over a region's features, then its class or background and a box code.
 
     levels: of the pyramid. num_classes: K. pooling: makes the pooling of a size, `LevelPooling` by default.
-    size: of the pooled features, in cells a side. channels: of the two layers. class_agnostic: one code for all classes (Cascade).
+    size: of the pooled features, in cells a side. layers, channels: how many fully connected layers, and how wide; convs: 3x3 convolutions
+    before them (4 before one layer in MMDetection's Shared4Conv1FC and torchvision's v2). class_agnostic: one code for all (Cascade).
     regress: with codes; without, boxes stay as they were proposed (Grid R-CNN). stds: of the codes, which are divided by them.
     positive: the overlap with an object from which a region is positive. num, fraction: of `ops.sample.Sampler`; sampling: "random", or
     Libra R-CNN's "balanced". loss: of the codes; beta: of "smooth_l1". weight: of both losses in the total.
@@ -45,20 +51,24 @@ class BoxStage(nn.Module):
         pooling: Pooling | None = None,
         size: int = 7,
         channels: int = 1024,
+        layers: int = 2,
+        convs: int = 0,
         class_agnostic: bool = False,
         regress: bool = True,
         stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2),
         positive: float = 0.5,
         num: int = 512,
         fraction: float = 0.25,
-        sampling: Literal["random", "balanced"] = "random",
-        loss: Literal["l1", "smooth_l1", "balanced_l1"] = "l1",
+        sampling: Sampling = "random",
+        loss: CodeLoss = "l1",
         beta: float = 1.0,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if size < 1 or channels < 1:
-            raise InputError(f"size={size}, channels={channels} must be at least 1")
+        one_of("sampling", sampling, Sampling)
+        one_of("loss", loss, CodeLoss)
+        if size < 1 or channels < 1 or layers < 1 or convs < 0:
+            raise InputError(f"size={size}, channels={channels}, layers={layers} must be at least 1 and convs={convs} at least 0")
         if min(stds) <= 0 or not beta > 0:
             raise InputError(f"stds={list(stds)}, beta={beta} must be above 0")
         self.num_classes, self.class_agnostic, self.positive = num_classes, class_agnostic, positive
@@ -68,8 +78,11 @@ class BoxStage(nn.Module):
         self.sampler = Sampler(num, fraction, balanced=sampling == "balanced")
         self.register_buffer("stds", torch.tensor(stds), persistent=False)
         self.pooling = pooling(size) if pooling else LevelPooling(levels, size)
-        shared = [nn.Linear(levels.channels[0] * size * size, channels), nn.Linear(channels, channels)]
+        width = levels.channels[0]
+        self.convs = nn.ModuleList(conv(width, width, 3) for _ in range(convs))
+        shared = [nn.Linear(channels if i else width * size * size, channels) for i in range(layers)]
         self.shared = nn.ModuleList(shared)
+        kaiming(self.convs)
         self.cls = nn.Linear(channels, num_classes + 1)
         self.reg = nn.Linear(channels, 4 if class_agnostic else 4 * num_classes) if regress else None
         for layer in shared:
@@ -82,7 +95,10 @@ class BoxStage(nn.Module):
 
     def forward(self, features: Features, rois: Tensor) -> Raw:
         """Levels (N, C, H, W) and rois (M, 5), each the picture's number and a box in pixels, to logits and codes."""
-        x = self.pooling(features, rois).flatten(1)
+        x = self.pooling(features, rois)
+        for layer in self.convs:
+            x = F.relu(layer(x))
+        x = x.flatten(1)
         for layer in self.shared:
             x = F.relu(layer(x))
         return self.cls(x), self.reg(x) if self.reg is not None else None

@@ -12,7 +12,9 @@ from fusedet.errors import InputError
 from fusedet.verbs import folder
 
 
-def convert(source: str | Path, target: str | Path, config: str | None = None, overrides: Sequence[str] = ()) -> tuple[Path, interop.Converted]:
+def convert(
+    source: str | Path, target: str | Path, config: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[Path, interop.Converted]:
     """Convert a checkpoint of MMDetection or torchvision; where its weights are written, and what they are.
 
     target: a new folder, which then holds config.yaml, best.safetensors and run.json; or a file, NAME.safetensors.

@@ -1,0 +1,52 @@
+"""The names of a checkpoint's classes, and their category ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LISTED = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench,
+bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis,
+snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
+knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant,
+bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
+clock, vase, scissors, teddy bear, hair drier, toothbrush
+"""
+COCO = tuple(" ".join(_LISTED.split()).split(", "))
+_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
+
+
+def classes(meta: Any, count: int, notes: list[str]) -> tuple[list[str], list[int]]:
+    """The names and category ids (K,) of a checkpoint's `meta`: those of its data set, else COCO's for 80 classes, else class_0, ..."""
+    found = _named(meta)
+    if found and len(found) != count:
+        notes.append(f"the checkpoint names {len(found)} classes and its weights know {count}: the names are not taken")
+        found = None
+    if found is None and count == len(COCO):
+        notes.append("the checkpoint names no classes: its 80 are taken for COCO's")
+        found = COCO
+    if found is None:
+        notes.append(f"the checkpoint names no classes: they are called class_0 to class_{count - 1}")
+        found = [f"class_{i}" for i in range(count)]
+    if [_plain(name) for name in found] == [_plain(name) for name in COCO]:  # 1.x has underscores
+        return list(COCO), list(COCO_IDS)
+    return list(found), list(range(1, count + 1))
+
+
+def _named(meta: Any) -> Sequence[str] | None:
+    """The names in a checkpoint's meta, by the keys of 3.x, then 2.x and 1.x."""
+    if not isinstance(meta, Mapping):
+        return None
+    inner = meta.get("dataset_meta")
+    sources = [*(inner.get(k) for k in ("classes", "CLASSES") if isinstance(inner, Mapping)), meta.get("CLASSES"), meta.get("classes")]
+    for names in sources:
+        names = [names] if isinstance(names, str) else names
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return names
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()

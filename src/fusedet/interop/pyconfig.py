@@ -1,0 +1,264 @@
+"""MMDetection's Python configs, read as data: parsed, never executed."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusedet.errors import InputError
+
+Tree = dict[str, Any]
+_LARGEST = 10**6  # items and digits that an expression may make: a config holds no more
+_BASE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+
+
+@dataclass
+class Source:
+    """A config and the bases that were not where it says they are."""
+
+    tree: Tree
+    missing: list[str] = field(default_factory=list)
+
+
+def read(path: str | Path) -> Source:
+    """A config file with its `_base_` files, merged as MMDetection merges them.
+
+    Read are literals, names assigned before, `dict(...)`, `list(...)` and `tuple(...)`, arithmetic, subscripts, comprehensions over lists,
+    and `_base_.name` or `{{_base_.name}}`. Raises InputError, with file and line, for anything else: it would have to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no config file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text: give MMDetection's Python config") from error
+    return parse(text, str(path), path.parent, (path.resolve(),))
+
+
+def parse(text: str, name: str, folder: Path | None = None, children: tuple[Path, ...] = ()) -> Source:
+    """The same of a config's text; `name` stands for it in messages, `folder` is where its bases are looked for, if anywhere."""
+    try:
+        # a page of digits or a thousand brackets are not data either
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise InputError(f"{name}{line} is not Python: give a config of MMDetection") from error
+    reader = _Reader(name, folder, children)
+    try:
+        for statement in body:
+            reader.run(statement)
+    except RecursionError as error:
+        raise InputError(f"{name} is nested too deeply for a config") from error
+    return Source(merged(reader.base, {k: v for k, v in reader.names.items() if k != "_base_"}), reader.missing)
+
+
+def merged(below: Any, above: Any) -> Any:
+    """`above` laid over `below`: mappings key by key, unless `above` says `_delete_`; a list's items by number; all else replaced."""
+    if isinstance(above, dict) and isinstance(below, list) and above and all(str(k).isdigit() and int(k) < len(below) for k in above):
+        return [
+            merged(item, above.get(str(i), above.get(i, {}))) if str(i) in above or i in above else item for i, item in enumerate(below)
+        ]
+    if not isinstance(above, dict):
+        return above
+    own = {k: v for k, v in above.items() if k != "_delete_"}
+    start = dict(below) if isinstance(below, dict) and not above.get("_delete_", False) else {}
+    for key, value in own.items():
+        start[key] = merged(start.get(key), value)
+    return start
+
+
+class _Reader:
+    """One file's names, statement by statement."""
+
+    def __init__(self, file: str, folder: Path | None, children: tuple[Path, ...]) -> None:
+        self.file, self.folder, self.children = file, folder, children
+        self.names: Tree = {}
+        self.base: Tree = {}
+        self.missing: list[str] = []
+
+    def refuse(self, node: ast.AST, what: str) -> InputError:
+        where = f"{self.file}, line {getattr(node, 'lineno', '?')}"
+        return InputError(f"{where}: {what} cannot be read as data, and configs are never run: write the value itself")
+
+    def run(self, node: ast.stmt) -> None:
+        """An assignment, its undoing, or a text that stands alone."""
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            return
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            node = ast.copy_location(ast.Assign([node.target], node.value), node)
+        if not isinstance(node, (ast.Assign, ast.Delete)):
+            raise self.refuse(node, _first_line(node))
+        for target in node.targets:
+            holder, key = self.place(node, target)
+            try:
+                if isinstance(node, ast.Delete):
+                    del holder[key]
+                else:
+                    holder[key] = self.value(node.value)
+            except (TypeError, KeyError, IndexError) as error:
+                raise self.refuse(node, _first_line(node)) from error
+            if isinstance(target, ast.Name) and key == "_base_":
+                self.inherit(node, holder[key])
+
+    def place(self, node: ast.stmt, target: ast.expr) -> tuple[Any, Any]:
+        """What an assignment changes: a mapping or list, and the key or number in it."""
+        match target:
+            case ast.Name(id=name):
+                return self.names, name
+            case ast.Subscript(value=inner, slice=index):
+                return self.value(inner), self.value(index)
+            case ast.Attribute(value=ast.Name(id="_base_"), attr=name):
+                return self.base, name
+            case ast.Attribute(value=inner, attr=name):
+                return self.value(inner), name
+        raise self.refuse(node, _first_line(node))
+
+    def inherit(self, node: ast.AST, bases: Any) -> None:
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, (list, tuple)) or not all(isinstance(base, str) for base in bases):
+            raise self.refuse(node, "a _base_ that is no file name")
+        for base in bases:
+            path = None if self.folder is None else self.folder / base
+            if path is None or not path.is_file():
+                self.missing.append(f"{base} ({self.file})")
+                continue
+            if path.resolve() in self.children:
+                raise InputError(f"{self.file} is, through {base}, its own base")
+            if path.suffix != ".py":
+                raise self.refuse(node, f"the base {base}, which is no Python config,")
+            found = parse(path.read_text(encoding="utf-8"), str(path), path.parent, (*self.children, path.resolve()))
+            self.base = merged(self.base, found.tree)
+            self.missing += found.missing
+
+    def value(self, node: ast.expr) -> Any:
+        """What an expression says."""
+        match node:
+            case ast.Constant(value=str(text)):
+                return self.filled(node, text)
+            case ast.Constant():
+                return node.value
+            case ast.Name(id=name):
+                if name not in self.names:
+                    raise self.refuse(node, f"the name {name}, which is not assigned before,")
+                return self.names[name]
+            case ast.List() | ast.Tuple():
+                items = [v for item in node.elts for v in self.items(item)]
+                return tuple(items) if isinstance(node, ast.Tuple) else items
+            case ast.Set(elts=[ast.Set(elts=[inner])]):  # {{_base_.name}}
+                return self.value(inner)
+            case ast.Dict():
+                return self.mapping(zip(node.keys, node.values))
+            case ast.Call(func=ast.Name(id="dict"), args=args):
+                pairs = dict(self.value(args[0])) if len(args) == 1 else {}
+                return pairs | self.mapping((None if k.arg is None else ast.Constant(k.arg), k.value) for k in node.keywords)
+            case ast.Call(func=ast.Name(id="list" | "tuple" as kind), args=[one], keywords=[]):
+                return list(self.value(one)) if kind == "list" else tuple(self.value(one))
+            case ast.Attribute(value=inner, attr=name):
+                return self.attribute(node, inner, name)
+            case ast.Subscript(value=inner, slice=index):
+                return self.guarded(node, lambda: self.value(inner)[self.index(index)])
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not() as op, operand=inner):
+                signs: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+                return self.guarded(node, lambda: signs[type(op)](self.value(inner)))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+                return self.guarded(node, lambda: self.combined(node, _BINARY[type(op)], self.value(left), self.value(right)))
+            case ast.IfExp(test=test, body=body, orelse=other):
+                return self.value(body) if self.value(test) else self.value(other)
+            case ast.JoinedStr(values=parts):
+                return "".join(str(self.value(p.value if isinstance(p, ast.FormattedValue) else p)) for p in parts)
+            case ast.ListComp(elt=item, generators=[ast.comprehension(target=ast.Name(id=name), iter=source, ifs=[])]):
+                return self.comprehension(node, item, name, source)
+        raise self.refuse(node, _first_line(node))
+
+    def items(self, node: ast.expr) -> list[Any]:
+        return list(self.value(node.value)) if isinstance(node, ast.Starred) else [self.value(node)]
+
+    def index(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Slice):
+            return slice(*(None if part is None else self.value(part) for part in (node.lower, node.upper, node.step)))
+        return self.value(node)
+
+    def mapping(self, pairs: Any) -> Tree:
+        found: Tree = {}
+        for key, value in pairs:
+            if key is None:  # **name
+                spread = self.value(value)
+                if not isinstance(spread, Mapping):
+                    raise self.refuse(value, f"**{_first_line(value)}")
+                found |= spread
+            else:
+                found[self.value(key)] = self.value(value)
+        return found
+
+    def attribute(self, node: ast.expr, inner: ast.expr, name: str) -> Any:
+        if isinstance(inner, ast.Name) and inner.id == "_base_":
+            return self.guarded(node, lambda: self.base[name])
+        holder = self.value(inner)
+        if not isinstance(holder, Mapping):
+            raise self.refuse(node, _first_line(node))
+        return self.guarded(node, lambda: holder[name])
+
+    def filled(self, node: ast.expr, text: str) -> Any:
+        """A text whose {{_base_.name}} are replaced; alone, it is the value itself."""
+
+        def find(names: str) -> Any:
+            value: Any = self.base
+            for part in names.split("."):
+                value = value[part]
+            return value
+
+        if whole := _BASE.fullmatch(text):
+            return self.guarded(node, lambda: find(whole[1]))
+        return self.guarded(node, lambda: _BASE.sub(lambda m: str(find(m[1])), text))
+
+    def combined(self, node: ast.expr, act: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+        """An operation, unless its result could be larger than any config's."""
+        sizes = [len(v) if isinstance(v, (str, list, tuple)) else abs(v) for v in (a, b)]
+        numbers = not any(isinstance(v, (str, list, tuple)) for v in (a, b))
+        too_large = {
+            operator.pow: not numbers or max(sizes) > _LARGEST or sizes[1] > 64,
+            operator.mul: sizes[0] * sizes[1] > (_LARGEST**3 if numbers else _LARGEST),
+            operator.mod: not numbers,
+        }
+        if too_large.get(act, False):
+            raise self.refuse(node, _first_line(node))
+        return act(a, b)
+
+    def comprehension(self, node: ast.expr, item: ast.expr, name: str, source: ast.expr) -> list[Any]:
+        before, found = self.names.get(name), []
+        had = name in self.names
+        for each in self.guarded(node, lambda: list(self.value(source))):
+            self.names[name] = each
+            found.append(self.value(item))
+        self.names.pop(name, None)
+        if had:
+            self.names[name] = before
+        return found
+
+    def guarded(self, node: ast.expr, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except (TypeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError, MemoryError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise self.refuse(node, _first_line(node)) from error
+
+
+def _first_line(node: ast.AST) -> str:
+    text = " ".join(ast.unparse(node).split())
+    return f"`{text[:57]}...`" if len(text) > 60 else f"`{text}`"

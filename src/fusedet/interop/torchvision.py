@@ -1,0 +1,217 @@
+"""torchvision's detection weights (RetinaNet v1 and v2, FCOS, Faster and Mask R-CNN v1 and v2) by the names here.
+
+Class rows: softmax heads have background first, which comes last here, and nothing of it in boxes and masks. torchvision's 91 rows for
+COCO are its category ids, of which 80 have objects: the others are left out. That is exact for the sigmoids of RetinaNet and FCOS, and
+for the others as far as a softmax gives nothing to a class that was never seen.
+The batch norms of v2's necks, box and mask heads are folded into the convolutions before them, which is exact for prediction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedet.errors import InputError
+from fusedet.interop.guess import body
+from fusedet.interop.keys import Rule, renamed
+from fusedet.interop.names import COCO, COCO_IDS
+
+Tree = dict[str, Any]
+Weights = dict[str, Tensor]
+EPS = 1e-5
+# these were trained with frozen batch norms that add nothing to the variance, as their names' hashes tell
+_WITHOUT_EPS = ("258fb6c6", "bf2d0c1e", "eeacb38b")
+
+COMMON: list[Rule] = [
+    (r"^backbone\.body\.", "backbone.body."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d+)\.(?:0\.)?(weight|bias)$", r"neck.lateral.\1.\2"),
+    (r"^backbone\.fpn\.layer_blocks\.(\d+)\.(?:0\.)?(weight|bias)$", r"neck.output.\1.\2"),
+    (r"^backbone\.fpn\.extra_blocks\.p([67])\.", lambda m: f"neck.top.convs.{int(m[1]) - 6}."),
+]
+TWO_STAGE: list[Rule] = [
+    (r"^rpn\.head\.conv\.(\d+)\.0\.", lambda m: f"head.tower.{2 * int(m[1])}."),
+    (r"^rpn\.head\.conv\.(weight|bias)$", r"head.tower.0.\1"),
+    (r"^rpn\.head\.cls_logits\.", "head.cls."),
+    (r"^rpn\.head\.bbox_pred\.", "head.reg."),
+    (r"^roi_heads\.box_head\.fc([67])\.", lambda m: f"stages.0.shared.{int(m[1]) - 6}."),
+    (r"^roi_heads\.box_head\.(\d+)\.0\.", r"stages.0.convs.\1."),
+    (r"^roi_heads\.box_head\.5\.", "stages.0.shared.0."),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "stages.0.cls."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "stages.0.reg."),
+    (r"^roi_heads\.mask_head\.(\d+)\.0\.", r"branches.0.0.convs.\1."),
+    (r"^roi_heads\.mask_head\.mask_fcn(\d+)\.", lambda m: f"branches.0.0.convs.{int(m[1]) - 1}."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "branches.0.0.upsample."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "branches.0.0.logits."),
+]
+_TOWER = {"classification": "cls", "regression": "reg"}
+
+
+@dataclass(frozen=True)
+class Translated:
+    """fusedet's config as a tree; weights by the names here; sources, of each the name in the file; classes; notes for the user."""
+
+    tree: Tree
+    weights: Weights
+    sources: dict[str, str]
+    names: list[str]
+    category_ids: list[int]
+    notes: list[str]
+
+
+def knows(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are the names of torchvision's detectors."""
+    return any(key.startswith("backbone.body.") for key in state) and any(
+        key.startswith(("rpn.head.", "head.classification_head.")) for key in state
+    )
+
+
+def translate(state: Weights, file: str) -> Translated:
+    """Config and weights of a torchvision detector. file: the name of its file, by which the first COCO weights are known."""
+    notes: list[str] = []
+    found = body({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
+    name = f"resnext{found['depth']}_{found['groups']}x{found['base_width']}d" if "groups" in found else f"resnet{found['depth']}"
+    backbone: Tree = {"name": f"{name}.tv_in1k", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
+    state = _folded(state, notes)
+    state = _without_eps(state, file, notes)
+    dense = any(key.startswith("head.classification_head.") for key in state)
+    model, test, rules, rows = (_one_stage if dense else _two_stage)(state)
+    weights, sources = {}, {}
+    for key, value in rows(state).items():
+        new = renamed(key, COMMON + rules)
+        weights[new], sources[new] = value, key
+    if model["head"]["type"] == "fcos":  # it has none
+        weights["head.scales"], sources["head.scales"] = torch.ones(5), "head.scales"
+    count = _classes(state, dense)
+    coco = count == (91 if dense else 90)
+    if coco:
+        notes.append("of torchvision's 91 rows of classes the 80 are kept that COCO has objects of")
+    else:
+        notes.append(f"torchvision's weights name no classes: they are called class_0 to class_{count - 1}")
+    names = list(COCO) if coco else [f"class_{i}" for i in range(count)]
+    ids = list(COCO_IDS) if coco else list(range(0 if dense else 1, count + (0 if dense else 1)))
+    tree = {"model": {"backbone": backbone, **model}, "data": {"size": [800, 1333]}, "test": test}
+    return Translated(tree, weights, sources, names, ids, notes)
+
+
+Parts = tuple[Tree, Tree, list[Rule], Callable[[Weights], Weights]]
+
+
+def _classes(state: Weights, dense: bool) -> int:
+    """K: rows of a dense head per anchor, or those of the box head without background."""
+    if not dense:
+        return len(state["roi_heads.box_predictor.cls_score.bias"]) - 1
+    return len(state["head.classification_head.cls_logits.bias"]) // (len(state["head.regression_head.bbox_reg.bias"]) // 4)
+
+
+def _one_stage(state: Weights) -> Parts:
+    """RetinaNet or FCOS."""
+    fcos = "head.regression_head.bbox_ctrness.weight" in state
+    normed = fcos or "head.classification_head.conv.0.1.weight" in state
+    old = not any(re.match(r"head\.classification_head\.conv\.\d+\.0\.", key) for key in state)  # layers in one row: FCOS, first RetinaNet
+    step = 3 if normed else 2
+
+    def place(m: re.Match[str]) -> str:
+        inner = step * int(m[2]) + int(m[3]) if m[3] else int(m[2])
+        return f"head.towers.{_TOWER[m[1]]}.{inner}."
+
+    rules: list[Rule] = [
+        (r"^head\.(classification|regression)_head\.conv\.(\d+)\." + ("()?" if old else r"(\d+)\."), place),
+        (r"^head\.classification_head\.cls_logits\.", "head.cls."),
+        (r"^head\.regression_head\.bbox_reg\.", "head.reg."),
+        (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
+    ]
+    on_input = state["backbone.fpn.extra_blocks.p6.weight"].shape[1] != len(state["backbone.fpn.extra_blocks.p6.weight"])
+    pyramid = {"channels": 256, "finest": 3, "coarsest": 7, "top": "on_input_relu" if on_input else "on_output"}
+    if fcos:
+        head: Tree = {
+            "type": "fcos",
+            "normalize_boxes": True,
+            "centerness_on_box": True,
+            "box_loss": "giou",
+            "center_sampling": True,
+            "offset": 0.0,
+        }
+        # its scores are roots of those here, and its threshold 0.2 is of the root
+        test = {"score": 0.04, "nms": 0.6, "max_det": 100}
+    else:
+        if len(state["head.regression_head.bbox_reg.bias"]) != 36:
+            raise InputError("a torchvision RetinaNet of other than 9 anchors per cell: their sizes cannot be told from the weights")
+        head = {"type": "retina", "norm": normed, "bias": not normed, "round_anchors": True, "whole_sizes": True}
+        test = {"score": 0.05, "nms": 0.5, "max_det": 300}
+    anchors = 1 if fcos else 9
+
+    def rows(given: Weights) -> Weights:
+        found = dict(given)
+        for kind in ("weight", "bias"):
+            key = f"head.classification_head.cls_logits.{kind}"
+            if len(given[key]) == 91 * anchors:
+                found[key] = given[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
+        return found
+
+    return {"neck": "fpn", "pyramid": pyramid, "head": head}, test, rules, rows
+
+
+def _two_stage(state: Weights) -> Parts:
+    """Faster or Mask R-CNN."""
+    convs = sum(bool(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", key)) for key in state)
+    depth = sum(bool(re.fullmatch(r"rpn\.head\.conv\.\d+\.0\.weight", key)) for key in state)
+    if len(state["rpn.head.cls_logits.bias"]) != 3:
+        raise InputError("a torchvision RPN of other than 3 anchors per cell: their sizes cannot be told from the weights")
+    pooling = {"type": "level", "samples": 2, "aligned": False}
+    stage: Tree = {"type": "box", "pooling": pooling} | ({"convs": convs, "layers": 1} if convs else {})
+    masks = any(key.startswith("roi_heads.mask_predictor.") for key in state)
+    model: Tree = {
+        "neck": "fpn",
+        "pyramid": {"channels": 256, "finest": 2, "coarsest": 6, "top": "max_pool"},
+        "head": {"type": "rpn", "round_anchors": True, "loss": "smooth_l1"} | ({"convs": depth} if depth > 1 else {}),
+        "roi": {"stages": [stage], "branches": [{"type": "mask", "pooling": dict(pooling)}] if masks else []},
+    }
+
+    def rows(given: Weights) -> Weights:
+        found = dict(given)
+        keep = list(COCO_IDS) if len(given["roi_heads.box_predictor.cls_score.bias"]) == 91 else None
+        for kind in ("weight", "bias"):
+            for layer, width in (("box_predictor.cls_score", 1), ("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
+                key = f"roi_heads.{layer}.{kind}"
+                if key in given:
+                    by_class = given[key].unflatten(0, (-1, width))
+                    classes = by_class[keep] if keep else by_class[1:]
+                    found[key] = (torch.cat([classes, by_class[:1]]) if layer.endswith("cls_score") else classes).flatten(0, 1)
+        return found
+
+    return model, {"score": 0.05, "nms": 0.5, "max_det": 100}, TWO_STAGE, rows
+
+
+def _folded(state: Weights, notes: list[str]) -> Weights:
+    """Batch norms outside the body folded into the convolutions before them."""
+    found = dict(state)
+    folded = 0
+    for key in state:
+        if not key.endswith(".1.running_var") or key.startswith("backbone.body."):
+            continue
+        norm = key.removesuffix("running_var")
+        conv = norm.removesuffix("1.") + "0."
+        scale = state[f"{norm}weight"] * (state[key] + EPS).rsqrt()
+        found[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
+        found[f"{conv}bias"] = state[f"{norm}bias"] + (state.get(f"{conv}bias", 0) - state[f"{norm}running_mean"]) * scale
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            found.pop(f"{norm}{part}", None)
+        folded += 1
+    if folded:
+        notes.append(f"{folded} batch norms outside the body are folded into their convolutions: training would go on without them")
+    return found
+
+
+def _without_eps(state: Weights, file: str, notes: list[str]) -> Weights:
+    """Variances less the epsilon that norms here add to them, for weights that were trained without one."""
+    frozen = "backbone.body.bn1.running_var" in state and "backbone.body.bn1.num_batches_tracked" not in state
+    first = any(hash_ in file for hash_ in _WITHOUT_EPS) or "backbone.fpn.inner_blocks.0.weight" in state
+    if not (frozen and first):
+        return state
+    notes.append("the body's norms are those of torchvision's first weights, without an epsilon: it is taken off the variances")
+    return {k: v - EPS if k.startswith("backbone.body.") and k.endswith("running_var") else v for k, v in state.items()}

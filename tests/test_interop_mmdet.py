@@ -1,0 +1,259 @@
+"""MMDetection's checkpoints: whole models of its, converted, see what they saw there."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faster_coco_eval.core import mask as coco_mask
+from torch import Tensor
+
+from fusedet.detectors import from_config
+from fusedet.heads import RPNHead
+from fusedet.interop import Converted, convert
+from fusedet.types import Batch, Detections, Levels
+
+FOLDER = Path(__file__).with_name("parity")
+CASES = sorted(path.stem for path in (FOLDER / "checkpoints").glob("*.json"))
+FILLED = runpy.run_path(str(FOLDER / "filled.py"))
+# those of which names and shapes tell all; not BGR and its mean, the place of a stride, norm_on_bbox, Dynamic R-CNN's suppression
+TOLD = [
+    "libra_retinanet_r18",
+    "vfnet_r50_mdconv",
+    "reppoints_r18_gn",
+    "faster_rcnn_r18_pafpn",
+    "faster_rcnn_x50_dconv",
+    "cascade_mask_rcnn_r18",
+    "grid_rcnn_r18",
+]
+
+
+def case(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / "checkpoints" / f"{name}.json").read_text())
+
+
+def weights(spec: dict[str, Any]) -> dict[str, Tensor]:
+    return {k: torch.from_numpy(np.array(FILLED["fill"](k, tuple(s), spec["stem"]))) for k, s in spec["keys"].items()}
+
+
+def converted(tmp_path: Path, content: dict[str, Any], model: dict[str, Any] | None, *overrides: str) -> Converted:
+    torch.save(content, tmp_path / "model.pth")
+    if model is not None:
+        (tmp_path / "config.py").write_text(f"model = {model!r}")
+    return convert(tmp_path / "model.pth", str(tmp_path / "config.py") if model is not None else None, overrides)
+
+
+def seen(found: Converted, size: tuple[int, int]) -> Detections:
+    detector = from_config(found.config, len(found.names)).eval()
+    detector.load_state_dict(found.weights)
+    height, width = size
+    padded = torch.zeros(1, 3, -(-height // 32) * 32, -(-width // 32) * 32, dtype=torch.uint8)
+    padded[0, :, :height, :width] = torch.from_numpy(FILLED["picture"](height, width)).permute(2, 0, 1)
+    return detector.predict(Batch(padded, torch.tensor([[height, width]]), (0,), torch.ones(1, 2)))[0]
+
+
+def agree(ours: Detections, theirs: dict[str, Any]) -> None:
+    """The same set: every detection of either side has a partner on the other, with its box, score, label and mask."""
+    boxes, scores, labels = (torch.tensor(theirs[key]) for key in ("boxes", "scores", "labels"))
+    close = (ours.boxes[:, None] - boxes).abs().amax(dim=2) <= 0.05
+    close &= (ours.scores[:, None] - scores).abs() <= 2e-4
+    close &= ours.labels[:, None] == labels
+    assert len(ours) == len(boxes)
+    assert close.any(dim=0).all()
+    assert close.any(dim=1).all()
+    for i, code in enumerate(theirs.get("masks", [])):
+        assert ours.masks is not None
+        mask = torch.from_numpy(coco_mask.decode({"size": list(ours.masks.shape[1:]), "counts": code.encode()})).bool()
+        partners = ours.masks[close[:, 10 * i]]
+        assert min(int((mask ^ partner).sum()) for partner in partners) <= 1 + 1e-3 * int(mask.sum())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_detections(tmp_path: Path, name: str) -> None:
+    spec = case(name)
+    content = {"state_dict": weights(spec), "meta": {"dataset_meta": {"classes": ("a", "b", "c", "d", "e")}}}
+    found = converted(tmp_path, content, spec["model"])
+    assert len(set(found.names)) == 5
+    assert not found.notes or name == "libra_retinanet_r18"  # whose loss RetinaNet has not here
+    agree(seen(found, spec["size"]), spec["predictions"])
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_told_from_the_weights_alone(tmp_path: Path, name: str) -> None:
+    """Without a config the detector is the same, and what cannot be told is said."""
+    spec = case(name)
+    found = converted(tmp_path, weights(spec), None)
+    assert any("no config" in note for note in found.notes)
+    agree(seen(found, spec["size"]), spec["predictions"])
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A two-stage state dict as the 1.x line would have it, with known rows for background."""
+    found = {}
+    for key, value in state.items():
+        layer = key.rpartition(".")[0]
+        if layer.endswith("fc_cls"):  # background first
+            value = torch.cat([value[-1:], value[:-1]])
+        elif layer.endswith("fc_reg") and len(value) > 4:
+            value = torch.cat([torch.full_like(value[:4], 7.0), value])
+        elif layer.endswith("conv_logits"):
+            value = torch.cat([torch.full_like(value[:1], 7.0), value])
+        found[key.removeprefix("roi_head.")] = value
+    return found
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_r18", "cascade_mask_rcnn_r18"])
+def test_the_1x_line_has_background_first(tmp_path: Path, name: str) -> None:
+    state = weights(case(name))
+    today = converted(tmp_path, {"state_dict": state}, None)
+    old = converted(tmp_path, {"state_dict": old_names(state), "meta": {"mmdet_version": "1.2.0+7d0f5ce"}}, None)
+    assert len(old.names) == 5
+    assert old.weights.keys() == today.weights.keys()
+    assert all(torch.equal(old.weights[k], today.weights[k]) for k in old.weights)
+    assert any("1.x" in note for note in old.notes)
+    head, roi = old.config.model.head, old.config.model.roi
+    assert (head["offset"], head["round_anchors"]) == (0.5, True)
+    assert all(part["pooling"] == {"type": "level", "samples": 2, "aligned": False} for part in roi["stages"] + roi["branches"])
+    assert "offset" not in today.config.model.head
+
+
+def test_1x_config_and_names(tmp_path: Path) -> None:
+    """A config of the 1.x line: heads beside each other, anchors in the head, thresholds outside the model."""
+    state = weights(case("mask_rcnn_r18"))
+    extractor = {
+        "type": "SingleRoIExtractor",
+        "roi_layer": {"type": "RoIAlign", "out_size": 7, "sample_num": 2},
+        "featmap_strides": [4, 8, 16, 32],
+    }
+    model = {
+        "type": "MaskRCNN",
+        "pretrained": "torchvision://resnet18",
+        "backbone": {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (0, 1, 2, 3), "frozen_stages": 1, "style": "pytorch"},
+        "neck": {"type": "FPN", "in_channels": [64, 128, 256, 512], "out_channels": 64, "num_outs": 5},
+        "rpn_head": {
+            "type": "RPNHead",
+            "in_channels": 64,
+            "feat_channels": 64,
+            "anchor_scales": [8],
+            "anchor_ratios": [0.5, 1.0, 2.0],
+            "anchor_strides": [4, 8, 16, 32, 64],
+            "target_means": [0.0, 0.0, 0.0, 0.0],
+            "target_stds": [1.0, 1.0, 1.0, 1.0],
+            "loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True},
+            "loss_bbox": {"type": "SmoothL1Loss", "beta": 1 / 9},
+        },
+        "bbox_roi_extractor": extractor,
+        "bbox_head": {
+            "type": "SharedFCBBoxHead",
+            "num_fcs": 2,
+            "in_channels": 64,
+            "fc_out_channels": 128,
+            "roi_feat_size": 7,
+            "num_classes": 6,
+            "target_means": [0.0, 0.0, 0.0, 0.0],
+            "target_stds": [0.1, 0.1, 0.2, 0.2],
+            "reg_class_agnostic": False,
+        },
+        "mask_roi_extractor": extractor | {"roi_layer": {"type": "RoIAlign", "out_size": 14, "sample_num": 2}},
+        "mask_head": {"type": "FCNMaskHead", "num_convs": 4, "in_channels": 64, "conv_out_channels": 64, "num_classes": 6},
+    }
+    text = (
+        f"model = {model!r}\ntest_cfg = dict(rpn=dict(nms_pre=900, max_num=800, nms_thr=0.6), rcnn=dict(score_thr=0.1, max_per_img=70))\n"
+    )
+    text += "img_norm_cfg = dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
+    text += "test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(1000, 600), transforms=[dict(type='Normalize', **img_norm_cfg)])]\n"
+    (tmp_path / "old.py").write_text(text)
+    torch.save({"state_dict": old_names(state), "meta": {"CLASSES": ("v", "w", "x", "y", "z")}}, tmp_path / "old.pth")
+    found = convert(tmp_path / "old.pth", str(tmp_path / "old.py"))
+    assert found.names == ["v", "w", "x", "y", "z"]
+    assert found.config.data.size == (600, 1000)
+    test, head = found.config.test, found.config.model.head
+    assert (test.score, test.max_det, test.pre_nms, head["nms"], head["proposals"]) == (0.1, 70, 900, 0.6, 800)
+    assert (head["offset"], head["round_anchors"]) == (0.5, True)
+    body = found.config.model.backbone
+    assert body["mean"] == [122.7717, 115.9465, 102.9801]
+    assert torch.equal(found.weights["backbone.body.conv1.weight"], state["backbone.conv1.weight"].flip(1))
+
+
+def test_anchors_of_the_1x_line() -> None:
+    """1.x counted a box's last pixel in, and had a cell's anchors around its middle: here the same, one pixel longer to the right."""
+    head = RPNHead(Levels((8,) * 2, (4, 16)), scale=8.0, offset=0.5, round_anchors=True)
+    features = [torch.zeros(1, 8, 2, 3), torch.zeros(1, 8, 1, 1)]
+    priors = head(features).priors.boxes
+    wanted = []
+    for stride, (height, width) in ((4, (2, 3)), (16, (1, 1))):
+        for y in range(height):
+            for x in range(width):
+                for ratio in (0.5, 1.0, 2.0):
+                    w, h, centre = stride * 8 / ratio**0.5, stride * 8 * ratio**0.5, 0.5 * (stride - 1)
+                    box = [centre - 0.5 * (w - 1), centre - 0.5 * (h - 1), centre + 0.5 * (w - 1), centre + 0.5 * (h - 1)]
+                    wanted.append([round(v) + shift for v, shift in zip(box, (x * stride, y * stride, x * stride + 1, y * stride + 1))])
+    assert torch.equal(priors, torch.tensor(wanted, dtype=torch.float32))
+
+
+def test_spellings_of_deformable_offsets(tmp_path: Path) -> None:
+    """1.0 had the offsets beside the convolution, later lines have them inside, modulated ones under another name for a while."""
+    spec = case("vfnet_r50_mdconv")
+    state = weights(spec)
+    today = converted(tmp_path, {"state_dict": state}, spec["model"])
+    for name in ("conv2_offset.", "conv2.conv_offset_mask."):
+        old = {key.replace("conv2.conv_offset.", name): value for key, value in state.items()}
+        found = converted(tmp_path, {"state_dict": old}, spec["model"])
+        assert all(torch.equal(found.weights[k], v) for k, v in today.weights.items())
+
+
+def test_averaged_weights_and_wrappers(tmp_path: Path) -> None:
+    """The averaged weights stand under the plain names; the others, the optimiser and the loop's own things are left out."""
+    spec = case("retinanet_r18_gn")
+    state = weights(spec)
+    plain = converted(tmp_path, {"state_dict": state}, spec["model"]).weights
+    raw = {f"module.{k}": v + 1 for k, v in state.items()} | {"steps": torch.tensor(3)}
+    buffers = {f"ema_{k.replace('.', '_')}": v + 1 for k, v in state.items()}
+    wrapped = {f"module.{k}": v for k, v in state.items()}
+    for content in (
+        {"state_dict": state, "ema_state_dict": raw, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}},
+        {"state_dict": state | buffers},
+        {"state_dict": wrapped},
+        {"ema_state_dict": wrapped | {"steps": torch.tensor(3)}},
+        {"state_dict": {k: v for k, v in state.items() if "num_batches_tracked" not in k}},  # before torch had these
+    ):
+        found = converted(tmp_path, content, spec["model"]).weights
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[k], plain[k]) for k in plain)
+
+
+def test_classes_by_name(tmp_path: Path) -> None:
+    spec = case("retinanet_r18_gn")
+    state = weights(spec)
+    for meta, names in (
+        ({"dataset_meta": {"CLASSES": ["a", "b", "c", "d", "e"]}}, ["a", "b", "c", "d", "e"]),
+        ({"CLASSES": ("p", "q", "r", "s", "t")}, ["p", "q", "r", "s", "t"]),
+        ({"CLASSES": ("p", "q")}, [f"class_{i}" for i in range(5)]),
+        ({}, [f"class_{i}" for i in range(5)]),
+    ):
+        found = converted(tmp_path, {"state_dict": state, "meta": meta}, spec["model"])
+        assert found.names == names
+        assert found.category_ids == [1, 2, 3, 4, 5]
+
+
+def test_the_config_in_the_checkpoint(tmp_path: Path) -> None:
+    """Where no config is given, the copy that MMDetection leaves in the checkpoint is read."""
+    spec = case("fcos_r50_caffe_dcn")
+    state = weights(spec)
+    given = converted(tmp_path, {"state_dict": state}, spec["model"])
+    for key in ("cfg", "config"):
+        inside = converted(tmp_path, {"state_dict": state, "meta": {key: f"model = {spec['model']!r}"}}, None)
+        assert inside.config == given.config
+
+
+def test_a_config_of_this_project(tmp_path: Path) -> None:
+    spec = case("retinanet_r18_gn")
+    torch.save(weights(spec), tmp_path / "model.pth")
+    words = ["model.pyramid.channels=64", "model.head.norm=true", "model.head.bias=false"]
+    found = convert(tmp_path / "model.pth", "retinanet_r18", words)
+    agree(seen(found, spec["size"]), spec["predictions"])

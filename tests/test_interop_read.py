@@ -1,0 +1,241 @@
+"""Files of others: read as data, and refused by name where they are more than data."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fusedet import cli
+from fusedet.errors import InputError
+from fusedet.interop import pyconfig
+from fusedet.interop.reading import read, weights
+
+WEIGHTS = {"backbone.conv1.weight": torch.zeros(2)}
+
+
+def package(*path: str, **names: Any) -> list[str]:
+    """A module of that dotted name, as if a package were installed; what to take out of sys.modules again."""
+    for i in range(len(path)):
+        name = ".".join(path[: i + 1])
+        sys.modules[name] = types.ModuleType(name)
+    for name, value in names.items():
+        setattr(sys.modules[".".join(path)], name, value)
+        value.__module__, value.__qualname__ = ".".join(path), name
+    return [".".join(path[: i + 1]) for i in range(len(path))]
+
+
+@pytest.fixture
+def bookkeeping() -> Any:
+    """What MMEngine leaves in a checkpoint, by its names: a history that names its own methods, and a mapping."""
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            import numpy as np
+
+            self._log_history, self._statistics_methods = np.arange(3.0), {"mean": HistoryBuffer.mean}
+
+        def mean(self) -> float:
+            return 0.0
+
+    class ConfigDict(dict):
+        pass
+
+    class Unknown:
+        pass
+
+    added = package("mmengine", "logging", "history_buffer", HistoryBuffer=HistoryBuffer)
+    added += package("mmengine", "config", "config", ConfigDict=ConfigDict)
+    added += package("mmengine", "model", Unknown=Unknown)
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
+    HistoryBuffer.mean.__module__ = HistoryBuffer.__module__
+    yield {"buffer": HistoryBuffer(), "mapping": ConfigDict(a=1, b=ConfigDict(c=2)), "unknown": Unknown()}
+    for name in added:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_bookkeeping_is_inert(tmp_path: Path, bookkeeping: dict[str, Any], zipped: bool) -> None:
+    import numpy as np
+
+    hub = {"log_scalars": {"loss": bookkeeping["buffer"]}, "runtime_info": {"iter": np.int64(3), "lr": np.float64(0.1)}}
+    content = {"state_dict": WEIGHTS, "meta": {"cfg": "x = 1", "extra": bookkeeping["mapping"]}, "message_hub": hub}
+    torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+    found = read(tmp_path / "model.pth")
+    assert torch.equal(found["state_dict"]["backbone.conv1.weight"], torch.zeros(2))
+    assert found["meta"]["cfg"] == "x = 1"
+    assert found["meta"]["extra"] == {"a": 1, "b": {"c": 2}}
+    assert type(found["message_hub"]["log_scalars"]["loss"]) is not type(bookkeeping["buffer"])
+    torch.save({"state_dict": WEIGHTS, "other": bookkeeping["unknown"]}, tmp_path / "other.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"holds mmengine\.model\.Unknown"):
+        read(tmp_path / "other.pth")
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert cli.run([str(w) for w in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(content: Any, **options: Any) -> str:
+        torch.save(content, tmp_path / "model.pth", **options)
+        return complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out")
+
+    for zipped in (True, False):
+        spoken = said({"state_dict": WEIGHTS, "hook": Code(f"touch {tmp_path}/ran")}, _use_new_zipfile_serialization=zipped)
+        assert "system" in spoken
+        whole = (tmp_path / "model.pth").read_bytes()
+        (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+        assert "cut short" in complaint(capsys, "convert", "weights", tmp_path / "cut.pth", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert "holds a list" in said([1, 2])
+    assert "holds no weights" in said({"state_dict": {}, "meta": {}})
+    assert "no detector that is known" in said({"encoder.weight": torch.zeros(2)})
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    assert "or not a checkpoint" in complaint(capsys, "convert", "weights", tmp_path / "text.pth", tmp_path / "out")
+    assert "there is no file" in complaint(capsys, "convert", "weights", tmp_path / "none.pth", tmp_path / "out")
+    assert "is a folder" in complaint(capsys, "convert", "weights", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    assert "nothing is overwritten" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "kept")
+
+
+BODY = (
+    "backbone=dict(type='ResNet', depth=18), "
+    "neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=64, start_level=1, add_extra_convs='on_input', num_outs=5)"
+)
+RETINA = f"model = dict(type='RetinaNet', {BODY}, bbox_head=dict(type='RetinaHead', num_classes=5))\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("import os\n" + RETINA, 1, "import os"),
+        (RETINA + "os.system('touch ran')\n", 2, "os.system"),
+        ("depth = int('18')\n" + RETINA, 1, "int('18')"),
+        (RETINA + "\nfor i in range(3):\n    pass\n", 3, "for i in range"),
+        (RETINA + "x = 10 ** 10 ** 10\n", 2, "10 ** 10 ** 10"),
+        (RETINA + "x = [0] * 10 ** 9\n", 2, "[0] * 10 ** 9"),
+        (RETINA + "x = lambda: 1\n", 2, "lambda"),
+        (RETINA + "x = unknown\n", 2, "unknown"),
+        (RETINA + "x = (1).__class__\n", 2, "__class__"),
+        (RETINA + "x = dict(a=1)['b']\n", 2, "['b']"),
+        (RETINA + "x = [1,\n", 2, "not Python"),
+        (RETINA + "_base_ = 3\n", 2, "_base_"),
+    ],
+)
+def test_configs_are_never_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, what: str) -> None:
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    (tmp_path / "config.py").write_text(text)
+    said = complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py")
+    assert f"config.py, line {line}" in said
+    assert what in said
+
+
+def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(
+        {"state_dict": {**WEIGHTS, "bbox_head.retina_cls.weight": torch.zeros(45, 1), "bbox_head.retina_reg.weight": torch.zeros(36, 1)}},
+        tmp_path / "model.pth",
+    )
+
+    def said(text: str) -> str:
+        (tmp_path / "config.py").write_text(text)
+        return complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py")
+
+    spoken = said(RETINA)
+    assert "does not match" in spoken
+    assert "of another shape: backbone.conv1.weight (2,)" in spoken
+    assert "head.towers.cls.0.weight" in spoken or "backbone.body.bn1.weight" in spoken
+    for text, what in (
+        ("model = dict(type='DETR')", "detector DETR is not here: RetinaNet"),
+        (RETINA.replace("'ResNet'", "'SwinTransformer'"), "SwinTransformer is not here"),
+        (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not here"),
+        (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not here"),
+        (RETINA.replace("'RetinaHead'", "'ATSSHead'"), "unknown bbox_head of MMDetection 'ATSSHead'"),
+        (RETINA.replace("num_classes=5", "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"), "target_stds"),
+        (RETINA.replace("'on_input'", "'on_lateral'"), "on_lateral"),
+        ("x = 1", "no `model`"),
+        ("model = dict(type='RetinaNet')", "no model.backbone"),
+        ("_base_ = './gone.py'\nmodel = dict(bbox_head=dict(num_classes=3))", "gone.py"),
+    ):
+        assert what in said(text), text
+    assert "unknown config" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "retinanet_r5")
+    assert "there is no config file" in complaint(
+        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "gone.py"
+    )
+    assert "neither FILE.pth nor OUT" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "faster.py")
+    (tmp_path / "loop.py").write_text("_base_ = './config.py'")
+    assert "its own base" in said("_base_ = './loop.py'")
+
+
+def test_config_files(tmp_path: Path) -> None:
+    """Bases in folders, names, arithmetic and all else that MMDetection's own configs use."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.py").write_text(
+        '"""A base."""\nnorm = dict(type="BN")\nscales = (8,)\n'
+        'model = dict(type="A", body=dict(depth=50, norm=norm), head=[dict(k=1), dict(k=2)], old=dict(x=1, y=2))\n'
+    )
+    (tmp_path / "base" / "data.py").write_text(
+        "root = 'data/'\nscale: tuple = (1333, 800)\npipeline = [dict(type='Resize', scale=scale), dict(type='Pad')]\n"
+    )
+    (tmp_path / "config.py").write_text(
+        "_base_ = ['./base/model.py', './base/data.py']\n"
+        "third = 1 / 3 + 2 ** 2 - -1\n"
+        "model = dict(body=dict(depth=100 + 1, **dict(style='caffe')), head={1: dict(k=5)}, old=dict(_delete_=True, z=[third] * 2))\n"
+        "shorter = [dict(type='Resize', scale=s) for s in (*_base_.scales, _base_.scale[0])]\n"
+        "path = f'{{{{_base_.root}}}}x{third:}'\n"
+        "where = {{_base_.root}}\n"
+        "text = '{{_base_.root}}train'\n"
+        "last = model['head'][1]['k'] if not False else 0\n"
+        "_base_.pipeline[0].scale = (2, 3)\n"
+        "del _base_.scale\n"
+    )
+    tree = pyconfig.read(tmp_path / "config.py").tree
+    third = 1 / 3 + 4 + 1
+    assert tree["model"] == {
+        "type": "A",
+        "body": {"depth": 101, "norm": {"type": "BN"}, "style": "caffe"},
+        "head": [{"k": 1}, {"k": 5}],
+        "old": {"z": [third, third]},
+    }
+    assert tree["shorter"] == [{"type": "Resize", "scale": 8}, {"type": "Resize", "scale": 1333}]
+    assert (tree["where"], tree["text"], tree["last"]) == ("data/", "data/train", 5)
+    assert tree["pipeline"] == [{"type": "Resize", "scale": (2, 3)}, {"type": "Pad"}]
+    assert "scale" not in tree
+    assert "_base_" not in tree
+
+
+def test_missing_bases_of_a_whole_model(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text("_base_ = ['../datasets/coco.py', 'mmdet::runtime.py']\n" + RETINA)
+    found = pyconfig.read(tmp_path / "config.py")
+    assert [text.split()[0] for text in found.missing] == ["../datasets/coco.py", "mmdet::runtime.py"]
+    assert found.tree["model"]["type"] == "RetinaNet"
+
+
+def test_weights_of_any_holder() -> None:
+    assert weights({"state_dict": WEIGHTS}, "x").keys() == WEIGHTS.keys()
+    assert weights({"model": WEIGHTS}, "x").keys() == WEIGHTS.keys()
+    assert weights(WEIGHTS, "x").keys() == WEIGHTS.keys()
+    assert weights({"state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}}, "x").keys() == WEIGHTS.keys()
+    with pytest.raises(InputError, match="holds no weights"):
+        weights({"meta": {}}, "x")

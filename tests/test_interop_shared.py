@@ -1,0 +1,41 @@
+"""The reference data's MMDetection checkpoints, by the command line: rebuilt, converted, predicted, compared."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fusedet
+from fusedet import cli
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_r50", "fcos_r50_caffe_gn", "retinanet_r18"])
+def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
+    spec = json.loads((shared / "checkpoints" / f"{name}.json").read_text())
+    fill = runpy.run_path(str(shared / "checkpoints" / "fill_weights.py"))["fill"]
+    state = {k: torch.from_numpy(np.array(fill(k, tuple(shape), spec["stem"]))) for k, shape in spec["keys"].items()}
+    torch.save({"state_dict": state, "meta": {"mmdet_version": "3.3.0"}}, tmp_path / "model.pth")
+    (tmp_path / "config.py").write_text(f"model = {spec['model']!r}\n")
+    out = tmp_path / "out"
+    assert cli.run(["convert", "weights", str(tmp_path / "model.pth"), str(out), "--config", str(tmp_path / "config.py")]) == 0
+    picture = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
+    width, height = spec["picture_size"]
+    size = f"data.size=[{min(width, height)},{max(width, height)}]"
+    assert cli.run(["predict", str(out), str(picture), size, "device=cpu", "--no-draw"]) == 0
+    written = json.loads((out / "predict" / "predictions.json").read_text())
+    assert [c["name"] for c in written["categories"]][::79] == ["person", "toothbrush"]
+    assert written["categories"][-1]["id"] == 90
+    found = fusedet.load(out, size, device="cpu").predict(picture)
+    assert len(found) == len(written["annotations"])
+    wanted = {key: torch.tensor(spec["predictions"][key]) for key in ("boxes", "scores", "labels")}
+    close = (found.boxes[:, None] - wanted["boxes"]).abs().amax(dim=2) <= 0.5
+    close &= (found.scores[:, None] - wanted["scores"]).abs() <= 0.002
+    close &= found.labels[:, None] == wanted["labels"]
+    assert len(found) == len(wanted["scores"])
+    assert close.any(dim=0).all()
+    assert close.any(dim=1).all()

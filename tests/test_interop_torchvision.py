@@ -1,0 +1,165 @@
+"""torchvision's detectors, with weights of no training: converted, they find the same in the same picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection, resnet18
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from fusedet.detectors import from_config
+from fusedet.errors import InputError
+from fusedet.interop import Converted, convert
+from fusedet.types import Batch, Detections
+
+SIZE = (128, 256)  # multiples of the coarsest stride: others torchvision's anchors of P6 and P7 stand apart by less than it
+OPTIONS = {"min_size": SIZE[0], "max_size": SIZE[1]}
+
+
+def dense_body(v2: bool = False) -> nn.Module:
+    """ResNet-18 with a pyramid P3 to P7."""
+    return _resnet_fpn_extractor(resnet18(), 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(512 if v2 else 256, 256))
+
+
+def retinanet(v2: bool) -> nn.Module:
+    if not v2:
+        return detection.RetinaNet(dense_body(), 7, **OPTIONS)
+    head = RetinaNetHead(256, 9, 7, norm_layer=lambda channels: nn.GroupNorm(32, channels))
+    return detection.RetinaNet(dense_body(v2=True), 7, anchor_generator=_default_anchorgen(), head=head, **OPTIONS)
+
+
+def two_stage(v2: bool, masks: bool) -> nn.Module:
+    body = _resnet_fpn_extractor(resnet18(), 5, norm_layer=nn.BatchNorm2d if v2 else None)
+    parts = {}
+    if v2:
+        parts["rpn_head"] = RPNHead(256, 3, conv_depth=2)
+        parts["box_head"] = FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d)
+        if masks:
+            parts["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, norm_layer=nn.BatchNorm2d)
+    return (detection.MaskRCNN if masks else detection.FasterRCNN)(body, 6, rpn_post_nms_top_n_test=200, **parts, **OPTIONS)
+
+
+MODELS = {
+    "retinanet": lambda: retinanet(False),
+    "retinanet_v2": lambda: retinanet(True),
+    "fcos": lambda: detection.FCOS(dense_body(), 7, **OPTIONS),
+    "fasterrcnn": lambda: two_stage(False, False),
+    "fasterrcnn_v2": lambda: two_stage(True, False),
+    "maskrcnn": lambda: two_stage(False, True),
+    "maskrcnn_v2": lambda: two_stage(True, True),
+}
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Weights that keep activations of order one, and leave most places to the background."""
+    for name, value in model.state_dict().items():
+        if name.endswith("running_mean"):
+            value.normal_(std=0.05)
+        elif name.endswith("running_var"):
+            value.uniform_(0.75, 1.25)
+        elif value.ndim > 1:
+            # codes stay below the bound that torchvision has for growing boxes alone, and this project for shrinking ones too
+            value.normal_(std=(0.3 if "bbox_pred" in name else 1.0) * value[0].numel() ** -0.5)
+        elif name.endswith("weight"):
+            value.normal_(1.0, 0.1).mul_(0.3 if name.endswith("bn2.weight") else 1.0)
+        elif value.is_floating_point():
+            value.normal_(-2.0 if "cls" in name else 0.0, 0.1)
+    return model.eval()
+
+
+def converted(model: nn.Module, folder: Path, name: str = "model.pth") -> Converted:
+    torch.save(model.state_dict(), folder / name)
+    return convert(folder / name, overrides=["model.head.proposals=200"] if hasattr(model, "rpn") else [])
+
+
+def seen(found: Converted, image: Tensor) -> Detections:
+    detector = from_config(found.config, len(found.names)).eval()
+    detector.load_state_dict(found.weights)
+    return detector.predict(Batch(image[None], torch.tensor([SIZE]), (0,), torch.ones(1, 2)))[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_same_detections(tmp_path: Path, name: str) -> None:
+    model = filled(MODELS[name]())
+    found = converted(model, tmp_path)
+    image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+    masks: list[Tensor] = []
+    if name.startswith("maskrcnn"):
+        model.roi_heads.mask_predictor.register_forward_hook(lambda *call: masks.append(call[2]))
+    theirs = model([image / 255])[0]
+    ours = seen(found, image)
+    scores = ours.scores.sqrt() if name == "fcos" else ours.scores  # torchvision's FCOS scores are roots
+    background = 0 if name.startswith(("retinanet", "fcos")) else 1  # whose label torchvision has as 0
+    close = (theirs["boxes"][:, None] - ours.boxes).abs().amax(dim=2) <= 0.05
+    close &= (theirs["scores"][:, None] - scores).abs() <= 1e-4
+    close &= theirs["labels"][:, None] - background == ours.labels
+    wh = theirs["boxes"][:, 2:] - theirs["boxes"][:, :2]
+    real = (wh > 0).all(dim=1)  # torchvision's dense detectors keep boxes that clipping leaves without an area
+    assert real.sum() > 50
+    assert close[real].any(dim=1).all()
+    if real.all():
+        assert close.any(dim=0).all()
+        assert len(ours) == len(real)
+    if masks:
+        detector = from_config(found.config, len(found.names)).eval()
+        detector.load_state_dict(found.weights)
+        drawn = detector.detect(image[None], torch.tensor([SIZE]))
+        own = masks[0][torch.arange(len(close)), theirs["labels"]].sigmoid()
+        for i in range(len(close)):
+            j = int(close[i].nonzero()[0])
+            assert float((own[i] - drawn.masks[0, j]).abs().max()) <= 1e-3 or close[i].sum() > 1
+
+
+def test_rows_of_coco(tmp_path: Path) -> None:
+    """torchvision's 91 rows are category ids; those without objects go."""
+    model = filled(detection.FCOS(dense_body(), 91, **OPTIONS))
+    found = converted(model, tmp_path)
+    assert (len(found.names), found.names[11], found.category_ids[11]) == (80, "stop sign", 13)
+    assert torch.equal(found.weights["head.cls.weight"][11], model.state_dict()["head.classification_head.cls_logits.weight"][13])
+    faster = two_stage(False, False)
+    faster.roi_heads.box_predictor = detection.faster_rcnn.FastRCNNPredictor(1024, 91)
+    state = filled(faster).state_dict()
+    found = converted(faster, tmp_path)
+    assert torch.equal(found.weights["stages.0.cls.weight"][11], state["roi_heads.box_predictor.cls_score.weight"][13])
+    assert torch.equal(found.weights["stages.0.cls.weight"][80], state["roi_heads.box_predictor.cls_score.weight"][0])
+    assert torch.equal(found.weights["stages.0.reg.bias"][44:48], state["roi_heads.box_predictor.bbox_pred.bias"][52:56])
+
+
+def test_first_weights(tmp_path: Path) -> None:
+    """The first published files have other names, frozen norms, and no epsilon in them."""
+    model = filled(two_stage(False, False))
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        for kind in ("inner", "layer"):
+            for i in range(4):
+                key = key.replace(f"{kind}_blocks.{i}.0.", f"{kind}_blocks.{i}.")
+        state[key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")] = value
+    today = converted(model, tmp_path).weights
+    torch.save(state, tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
+    first = convert(tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
+    assert any("epsilon" in note for note in first.notes)
+    for key, value in today.items():
+        if key.endswith("running_var"):
+            assert torch.allclose(first.weights[key] + 1e-5, value)
+        elif not key.endswith("num_batches_tracked"):
+            assert torch.equal(first.weights[key], value), key
+
+
+def test_what_is_not_here(tmp_path: Path) -> None:
+    model = detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None)
+    with pytest.raises(InputError, match="no ResNet or ResNeXt"):
+        converted(model, tmp_path)
+    torch.save(two_stage(False, False).state_dict(), tmp_path / "model.pth")
+    with pytest.raises(InputError, match="leave --config out"):
+        convert(tmp_path / "model.pth", "faster_rcnn_r18")

@@ -1,0 +1,195 @@
+"""Options that cannot be are refused in one sentence, in Python as in a config, and no part takes what another one is for."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fusedet.backbones import Backbone
+from fusedet.detectors import Chain, OneStage, create_model
+from fusedet.errors import InputError, one_of
+from fusedet.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
+from fusedet.interact import MSIL
+from fusedet.necks import BFP, FPN, MSEFPN, PAFPN, SMSL, AugFPN, BiFPN
+from fusedet.necks.fpn import Top, TopLevels
+from fusedet.plugins import MSFM
+from fusedet.roi import BoxStage
+from fusedet.types import Levels
+
+BODY = Levels((64, 96, 128, 160), (4, 8, 16, 32))
+PYRAMID = Levels((32,) * 5, (8, 16, 32, 64, 128))
+
+
+def make(*overrides: str) -> OneStage:
+    small = ["model.backbone.name=resnet10t", "model.backbone.pretrained=false", "model.pyramid.channels=32"]
+    return create_model("retinanet_r18", *small, *overrides, num_classes=3)
+
+
+# -- names
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "meant"),
+    [
+        (lambda **o: MSEFPN(BODY, **o), "gate", "gcgs", "gcg"),
+        (lambda **o: MSEFPN(BODY, **o), "gate_place", "top_down", "topdown"),
+        (lambda **o: MSEFPN(BODY, **o), "sem", "channels", "channel"),
+        (lambda **o: MSEFPN(BODY, **o), "sim", "conv1", "conv1x1"),
+        (lambda **o: MSEFPN(BODY, **o), "norm", "gn", "gn1"),
+        (lambda **o: SMSL(PYRAMID, **o), "mode", "on_necks", "on_neck"),
+        (lambda **o: PAFPN(BODY, **o), "form", "mmdets", "mmdet"),
+        (lambda **o: BFP(PYRAMID, **o), "refine", "nonlocal", "non_local"),
+        (lambda **o: BiFPN(BODY, **o), "norm", "gnn", "gn"),
+        (lambda **o: TopLevels(8, 8, 2, **o), "top", "maxpool", "max_pool"),
+        (lambda **o: MSFM(64, **o), "fusion", "concat", "cat"),
+        (lambda **o: MSIL(32, **o), "gate", "hardsigmoid", "hard_sigmoid"),
+        (lambda **o: MSIL(32, **o), "norm", "gnn", "gn"),
+        (lambda **o: MSIL(32, **o), "activation", "rely", "relu"),
+        (lambda **o: FCOSHead(PYRAMID, 3, **o), "box_loss", "gious", "giou"),
+        (lambda **o: VFNetHead(PYRAMID, 3, **o), "box_norm", "strid", "stride"),
+        (lambda **o: RepPointsHead(PYRAMID, 3, **o), "transform_method", "momentum", "moment"),
+        (lambda **o: RPNHead(PYRAMID, **o), "loss", "smooth", "smooth_l1"),
+        (lambda **o: BoxStage(PYRAMID, 3, **o), "loss", "smooth", "smooth_l1"),
+        (lambda **o: BoxStage(PYRAMID, 3, **o), "sampling", "balance", "balanced"),
+        (lambda **o: Backbone("resnet26", False, **o), "style", "cafe", "caffe"),
+        *[
+            (lambda neck=neck, **o: neck(BODY, **o), "top", "on_inputs", "on_input")
+            for neck in (FPN, PAFPN, BiFPN, AugFPN, MSEFPN, lambda levels, **o: SMSL(levels, "standalone", **o))
+        ],
+    ],
+)
+def test_mistyped_names_are_no_other_part(part: Callable[..., Any], option: str, value: str, meant: str) -> None:
+    with pytest.raises(InputError) as error:
+        part(**{option: value})
+    assert str(error.value).startswith(f"unknown {option} '{value}': did you mean '{meant}'? Known: ")
+    part(**{option: meant})
+
+
+def test_one_of_a_literal() -> None:
+    one_of("top", "on_input", Top)
+    with pytest.raises(InputError, match="unknown top 'None': Known: max_pool, "):
+        one_of("top", None, Top)
+
+
+# -- chains
+
+
+@pytest.mark.parametrize("neck", ["fpn", "pafpn", "bifpn", "aug_fpn", "mse_fpn", "{type: smsl, mode: standalone}"])
+def test_necks_of_a_body_stand_first(neck: str) -> None:
+    make(f"model.neck={neck}")
+    make(f"model.neck=[{neck},bfp,smsl]")
+    with pytest.raises(InputError) as error:
+        make(f"model.neck=[fpn,{neck}]")
+    assert "model.neck.1 " in str(error.value)
+    assert "it takes a body's maps, got levels up to stride 128: put it first in the chain" in str(error.value)
+
+
+def test_auxiliary_losses_are_not_left_out() -> None:
+    """A short pyramid cannot be told from a body's maps."""
+    short = "model.pyramid.coarsest=5"
+    with pytest.raises(InputError, match="auxiliary losses must be the first in the chain"):
+        make("model.neck=[fpn,aug_fpn]", short)
+    assert isinstance(make("model.neck=[fpn,{type: aug_fpn, auxiliary_weight: 0}]", short).neck, Chain)
+    assert "auxiliary_loss_cls" in make("model.neck=[aug_fpn,bfp]", "model.neck.1.refine_level=1", short).loss_weights
+
+
+# -- numbers
+
+
+@pytest.mark.parametrize("channels", [0, -32])
+def test_widths_below_one(channels: int) -> None:
+    said = f"channels={channels} must be at least 1"
+    for neck in (FPN, PAFPN, BiFPN, AugFPN, MSEFPN, lambda levels, channels: SMSL(levels, "standalone", channels)):
+        with pytest.raises(InputError, match=said):
+            neck(BODY, channels=channels)
+    for head in HEADS.values():
+        for convs in (1, 2):
+            with pytest.raises(InputError, match=f"channels={channels}.* must be at least 1"):
+                head(PYRAMID, num_classes=3, convs=convs, channels=channels)
+    with pytest.raises(InputError, match=f"point_channels={channels} must be at least 1"):
+        RepPointsHead(PYRAMID, 3, point_channels=channels)
+    with pytest.raises(InputError, match=said):
+        MSIL(channels)
+    with pytest.raises(InputError, match=said):
+        make(f"model.head.channels={channels}")
+
+
+FOCAL = [
+    ({"prior": 0.0}, r"prior=0\.0 must be above 0 and below 1"),
+    ({"prior": 1.0}, r"prior=1\.0 must be"),
+    ({"prior": math.nan}, "prior=nan must be"),
+    ({"gamma": -1.0}, r"gamma=-1\.0 must be 0 or more"),
+    ({"gamma": math.inf}, "gamma=inf must be"),
+    ({"alpha": -0.1}, r"alpha=-0\.1 must be 0 to 1"),
+    ({"alpha": 1.5}, r"alpha=1\.5 must be 0 to 1"),
+]
+OVERLAPS = [
+    ({"positive": 0.2}, r"negative=0\.\d, positive=0\.2 must be overlaps"),
+    ({"negative": -0.1}, r"negative=-0\.1, .* must be overlaps"),
+    ({"positive": 1.5}, r"positive=1\.5 must be overlaps"),
+]
+RATIOS = [({"ratios": r}, "must be one or more numbers above 0") for r in ((), (0.0, 1.0), (-1.0,), (math.inf,))]
+
+
+def scales(key: str) -> list[tuple[dict[str, float], str]]:
+    return [({key: value}, f"{key}={value} must be above 0, in strides") for value in (0.0, -4.0, math.inf)]
+
+
+@pytest.mark.parametrize(
+    ("head", "mistakes"),
+    [
+        (RetinaHead, [*FOCAL, *OVERLAPS, *RATIOS, *scales("base_scale"), ({"scales_per_octave": 0}, "scales_per_octave=0")]),
+        (FCOSHead, [*FOCAL, *scales("radius")]),
+        (VFNetHead, FOCAL),
+        (RepPointsHead, [*FOCAL, *OVERLAPS, *scales("base_scale")]),
+        (RPNHead, [*OVERLAPS, *RATIOS, *scales("scale")]),
+    ],
+)
+def test_numbers_out_of_their_ranges(head: Callable[..., Any], mistakes: list[tuple[dict, str]]) -> None:
+    for options, said in mistakes:
+        with pytest.raises(InputError, match=said):
+            head(PYRAMID, num_classes=3, **options)
+
+
+def test_numbers_at_the_ends_of_their_ranges() -> None:
+    head = RetinaHead(PYRAMID, 3, alpha=1, gamma=0, positive=0.5, negative=0.5)
+    assert (head.alpha, head.gamma) == (1, 0)
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan, -1.0, 0.0])
+def test_scales_of_msfm(scale: float) -> None:
+    with pytest.raises(InputError, match=r"scales=.* must be one or more numbers above 0"):
+        MSFM(64, scales=(0.5, scale))
+
+
+def test_modulated_needs_deformable_stages() -> None:
+    with pytest.raises(InputError, match=r"modulated=true .* name deformable_stages"):
+        make("model.backbone.modulated=true")
+    make("model.backbone.modulated=true", "model.backbone.deformable_stages=[4]")
+
+
+@pytest.mark.parametrize("options", [{"sim": "conv1x1"}, {"sim": "none", "sem": "none"}])
+def test_pre_conv_needs_sim(options: dict) -> None:
+    MSEFPN(BODY, **options)
+    with pytest.raises(InputError, match=f"pre_conv=true .* sim={options['sim']} has none"):
+        MSEFPN(BODY, pre_conv=True, **options)
+
+
+# -- messages
+
+
+@pytest.mark.parametrize(
+    ("interact", "begins"),
+    [
+        ("{type: msil, encoder_kernel: 2}", "model.interact 'msil': encoder_kernel=2 "),
+        ("{type: msil, align: 2}", "model.interact.align must be bool"),
+        ("{type: msil, aling: true}", "unknown option of model.interact 'msil': 'aling'"),
+        ("{type: msil, norm: gns}", "unknown value of model.interact.norm: 'gns'"),
+        ("msli", "unknown model.interact 'msli'"),
+    ],
+)
+def test_the_innermost_slot_alone_is_named(interact: str, begins: str) -> None:
+    with pytest.raises(InputError) as error:
+        make(f"model.interact={interact}")
+    assert str(error.value).startswith(begins)
