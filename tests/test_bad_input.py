@@ -239,7 +239,7 @@ def test_scoring_where_nothing_is_annotated(trained: Path, scenes: Path, tmp_pat
         ("model.head.norm=true", "norm=true needs channels in multiples of 32, got 16"),
         ("model.head=null", "model.head must be a name"),
         ("model.neck=[]", "at least one neck"),
-        ("model.roi=faster", "no two-stage detectors yet"),
+        ("model.roi=faster", "unknown key of model.roi: 'type'"),
         ("model.backbone.name=resnet181", "did you mean 'resnet18'?"),
         ("model.backbone.name=vit_tiny_patch16_224", "a pyramid needs 8, 16 and 32"),
         ("model.backbone.frozen_stages=9", "must be -1 (nothing) to 4"),

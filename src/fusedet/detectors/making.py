@@ -51,11 +51,11 @@ def from_config(config: configs.Config, num_classes: int) -> Detector:
     if model.plugin:
         insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     neck = _neck(model, backbone.levels)
+    if not model.roi:
+        return OneStage(backbone, neck, _head(model, neck.levels, num_classes), selection(config.test))
+    stages, branches = _roi(model.roi, neck.levels, num_classes)
     head = _head(model, neck.levels, num_classes)
-    if model.roi:
-        stages, branches = _roi(model.roi, neck.levels, num_classes)
-        return TwoStage(backbone, neck, head, stages, branches, selection(config.test))
-    return OneStage(backbone, neck, head, selection(config.test))
+    return TwoStage(backbone, neck, head, stages, branches, selection(config.test))
 
 
 def _check_places(model: configs.Model) -> None:

@@ -65,7 +65,8 @@ def translate(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool =
     settings["max_det"] = _count(test, ("max_per_img", "max_num"), 100)
     settings["pre_nms"] = _count(test, ("nms_pre",), 1000)
     model.rest("data_preprocessor", "train_cfg", "test_cfg", "rpn_head", "roi_head", "bbox_head")
-    return Architecture({"model": found, "data": picture_size(config, notes), "test": settings}, bgr, notes)
+    tree = {"model": found, "data": picture_size(config, notes), "test": settings}
+    return Architecture(tree | ({} if kind in _DENSE else {"train": {"lr": 0.02}}), bgr, notes)
 
 
 def is_legacy(config: Mapping[str, Any], keys: Mapping[str, Any], version: str = "") -> bool:

@@ -66,6 +66,8 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
         notes.append(
             "the checkpoint is of MMDetection's 1.x line: background rows come last or are dropped, boxes include their last pixel"
         )
+        if own:
+            notes.append(f"anchors and pooling are those of {config}, which are the 1.x line's only where it says so")
     count = class_count(state, options)
     weights = _mmdetection(as_rgb(state) if translated.bgr else state, options, count, file)
     names, category_ids = classes(meta, count, notes)
