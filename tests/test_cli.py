@@ -235,7 +235,7 @@ def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_p
 def test_boxes_come_back_in_the_pictures_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(images: torch.Tensor, sizes: torch.Tensor) -> Selected:
+    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Selected:
         seen.append(tuple(sizes[0].tolist()))
         h, w = sizes[0].tolist()
         boxes = torch.tensor([[[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h], [0, 0, 0, 0]]])

@@ -111,7 +111,7 @@ def test_assignment_against_a_slow_loop(seed: int, count: int, radius: float | N
     boxes = torch.cat([corners, corners + 2.0 * torch.randint(1, 12, (count, 2))], dim=1)
     rule = PointInBox((8, 14), radius)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "_OBJECTS_AT_ONCE", chunk)
+        patch.setattr(assign, "OBJECTS_AT_ONCE", chunk)
         assert rule.assign(priors, objects(*boxes.tolist())).tolist() == slow(rule, priors, objects(*boxes.tolist()))
 
 

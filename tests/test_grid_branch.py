@@ -1,6 +1,7 @@
 """The grid branch: fusion, targets, boxes and losses against literal computations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -280,7 +281,7 @@ def test_loss_is_reproducible_by_seed_and_takes_num_samples() -> None:
 def test_no_positive_sample_costs_nothing_and_is_connected() -> None:
     branch = GridBranch(LEVELS, 3, **SMALL)
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    none = samples()._replace(owners=torch.full((5,), -1))
+    none = replace(samples(), owners=torch.full((5,), -1))
     loss = branch.loss(pyramid(), none, [empty, empty], SIZES)["loss_grid"]
     loss.backward()
     assert float(loss.detach()) == 0

@@ -1,6 +1,7 @@
 """The mask branch: crops, losses and pasted masks against literal computations and torchvision."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ EMPTY = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None) -> None:
     branch = MaskBranch(LEVELS, 3, convs=1, channels=8)
     empty = Target(EMPTY.boxes, EMPTY.labels, masks)
-    none = samples()._replace(owners=torch.full((5,), -1))
+    none = replace(samples(), owners=torch.full((5,), -1))
     loss = branch.loss(pyramid(), none, [empty, empty], SIZES)["loss_mask"]
     loss.backward()
     assert float(loss.detach()) == 0
@@ -226,7 +227,7 @@ def test_one_picture_has_objects() -> None:
     """The other picture changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
     found = samples()
-    second = found._replace(owners=torch.where(found.picture == 1, found.owners, -1))
+    second = replace(found, owners=torch.where(found.picture == 1, found.owners, -1))
     only = Samples(second.rois[:1] - torch.eye(5)[:1], second.owners[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):

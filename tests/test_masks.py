@@ -86,7 +86,7 @@ def test_masks_are_pasted_in_the_pictures_own_pixels(run: Path, monkeypatch: pyt
     half = torch.zeros(1, 2, 28, 28)
     half[..., :14] = 1
 
-    def fake(images: torch.Tensor, sizes: torch.Tensor) -> Found:
+    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Found:
         h, w = sizes[0].tolist()
         boxes = torch.tensor([[[0.0, 0, w, h / 2], [0, 0, 0, 0]]])
         return Found(boxes, torch.tensor([[0.9, 0]]), torch.tensor([[1, 0]]), torch.tensor([1]), half)
@@ -106,7 +106,7 @@ class Knowing(torch.nn.Module):
         super().__init__()
         self.targets = iter(batch.targets for batch in batches)
 
-    def detect(self, images: torch.Tensor, sizes: torch.Tensor) -> Found:
+    def detect(self, images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Found:
         targets = next(self.targets)
         counts = torch.tensor([len(t) for t in targets])
         boxes, labels, masks = (

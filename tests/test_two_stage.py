@@ -205,8 +205,31 @@ def test_autocast_and_half_precision() -> None:
     assert found.boxes.isfinite().all()
 
 
-def test_detection_exports() -> None:
-    made = for_inference(small("cascade_rcnn_r18"))
+@pytest.mark.parametrize("name", ["mask_rcnn_r18", "grid_rcnn_r18"])
+@pytest.mark.parametrize("score", [0.3, 1.0])  # some, and nothing
+def test_places_that_nobody_fills_change_nothing(name: str, score: float) -> None:
+    made, pictures = small(name).eval(), batch(EMPTY, EMPTY)
+    made.selection["score"] = score
+    with torch.no_grad():
+        whole, cut = (made.detect(pictures.images, pictures.sizes, padded=p) for p in (True, False))
+    assert cut.boxes.shape[1] == int(whole.counts.max()) < whole.boxes.shape[1]
+    assert bool(whole.counts.any()) is (score < 1)
+    for i, n in enumerate(whole.counts.tolist()):
+        for ours, theirs in zip(whole, cut):
+            if ours.ndim > 1:
+                assert torch.allclose(ours[i, :n].float(), theirs[i, :n].float(), atol=1e-4)
+
+
+def test_a_stage_counts_as_much_as_its_branches() -> None:
+    """Cascade Mask R-CNN: what the second stage's mask is worth falls with what the stage is worth."""
+    weights = make("cascade_rcnn_r50", "model.roi.branches=[mask]").loss_weights
+    for term in ("loss_cls", "loss_box", "loss_mask"):
+        assert [weights[f"s{i}_{term}"] for i in range(3)] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("name", ["cascade_rcnn_r18", "mask_rcnn_r18", "grid_rcnn_r18"])
+def test_detection_exports(name: str) -> None:
+    made = for_inference(small(name))
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
 
     class Detect(nn.Module):

@@ -16,6 +16,9 @@ from torch import Tensor
 Features = list[Tensor]
 """Feature maps, finest first, each (N, C, H, W)."""
 
+MULTIPLE = 32
+"""Pictures are padded to multiples of this, the largest stride of a usual backbone."""
+
 Losses = dict[str, Tensor]
 """Named loss terms, scalars, unweighted."""
 

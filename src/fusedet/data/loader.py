@@ -17,10 +17,7 @@ from fusedet.data.images import read_image
 from fusedet.data.records import Records
 from fusedet.data.transforms import Transform
 from fusedet.errors import InputError
-from fusedet.types import Batch, Target
-
-MULTIPLE = 32
-"""Batches are padded to multiples of this, the largest stride of a usual backbone."""
+from fusedet.types import MULTIPLE, Batch, Target
 
 
 class Sample(NamedTuple):

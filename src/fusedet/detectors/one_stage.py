@@ -48,20 +48,21 @@ class OneStage(nn.Module):
     def loss(self, batch: Batch) -> Losses:
         """The head's losses on a batch with targets, unweighted; on the neck's auxiliary pyramid too, where it has one."""
         if not getattr(self.neck, "auxiliary_weight", 0.0):
-            return self.head.loss(self(batch.images, batch.sizes), batch.targets)
+            return self.head.loss(self(batch.images, batch.sizes), batch.targets, batch.sizes)
         features = self.backbone(self.normalise(batch.images, batch.sizes))
         pyramid, unfused = self.neck.with_auxiliary(features)
-        losses = self.head.loss(self.head(pyramid), batch.targets)
-        extra = self.head.loss(self.head(unfused), batch.targets)
+        losses = self.head.loss(self.head(pyramid), batch.targets, batch.sizes)
+        extra = self.head.loss(self.head(unfused), batch.targets, batch.sizes)
         return losses | {f"auxiliary_{name}": value for name, value in extra.items()}
 
-    def detect(self, images: Tensor, sizes: Tensor) -> Selected:
-        """Final detections as padded tensors, in pixels of the network's input: the form that exports."""
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
+        """Final detections as tensors, in pixels of the network's input: padded to max_det, the form that exports, or to the most."""
         outputs = self(images, sizes)
-        return select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
+        found = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
+        return found if padded else found.trimmed()
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
         """What is in each picture of a batch, in pixels of the network's input, best first."""
-        found = self.detect(batch.images, batch.sizes)
+        found = self.detect(batch.images, batch.sizes, padded=False)
         return [Detections(b[:n], s[:n], k[:n]) for b, s, k, n in zip(found.boxes, found.scores, found.labels, found.counts.tolist())]

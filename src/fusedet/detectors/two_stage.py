@@ -76,8 +76,9 @@ class TwoStage(nn.Module):
         extra = getattr(self.neck, "auxiliary_weight", 0.0)
         weights: dict[str, float] = dict(self.head.loss_weights)
         for i, stage in enumerate(self.stages):
-            parts = [stage, *(kind[i] for kind in self.branches)]
-            weights |= {self.term(i, name): weight for part in parts for name, weight in part.loss_weights.items()}
+            weights |= {self.term(i, name): weight for name, weight in stage.loss_weights.items()}
+            branches = [kind[i].loss_weights for kind in self.branches]
+            weights |= {self.term(i, name): weight * stage.weight for terms in branches for name, weight in terms.items()}
             if extra:
                 weights |= {f"auxiliary_{self.term(i, name)}": extra * weight for name, weight in stage.loss_weights.items()}
         return weights
@@ -122,7 +123,7 @@ class TwoStage(nn.Module):
         else:
             features = self.neck(maps)
         outputs = self.head(features)
-        losses: Losses = self.head.loss(outputs, batch.targets)
+        losses: Losses = self.head.loss(outputs, batch.targets, batch.sizes)
         proposals = self.head.propose(outputs, batch.sizes, to_train=True)
         for i, stage in enumerate(self.stages):
             samples = stage.sample(proposals, batch.targets)
@@ -140,25 +141,36 @@ class TwoStage(nn.Module):
                 proposals = as_proposals(boxes[others], samples.picture[others], len(batch))
         return losses
 
-    def detect(self, images: Tensor, sizes: Tensor) -> Selected | Found:
-        """Final detections as padded tensors, in pixels of the network's input: the form that exports; with masks where a branch has."""
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected | Found:
+        """Final detections as tensors, in pixels of the network's input, with masks where a branch has them.
+
+        padded to max_det, the form that exports, or to the most that a picture has, so that branches look at nothing in vain.
+        """
         regions = self(images, sizes)
+        found = self.choose(regions, sizes)
+        return self.branch(regions.features, found if padded else found.trimmed())
+
+    def choose(self, regions: Regions, sizes: Tensor) -> Selected:
+        """What the last stage found, after suppression."""
         candidates = self.stages[-1].decode(regions.raw, regions.rois, regions.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
-        found = select(candidates, sizes, [count], pre_nms=count * classes, **options)
+        return select(candidates, sizes, [count], pre_nms=count * classes, **options)
+
+    def branch(self, features: Features, found: Selected) -> Selected | Found:
+        """The same with what all branches add."""
         masks = None
         for kind in self.branches:
             if hasattr(kind[-1], "refine"):
-                found = kind[-1].refine(regions.features, found)
+                found = kind[-1].refine(features, found)
             else:
-                masks = torch.stack([branch.predict(regions.features, found) for branch in kind]).mean(dim=0)
+                masks = torch.stack([branch.predict(features, found) for branch in kind]).mean(dim=0)
         return found if masks is None else Found(*found, masks)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
         """What is in each picture of a batch, in pixels of the network's input, best first; masks (D, H, W) of the picture's size."""
-        found = self.detect(batch.images, batch.sizes)
+        found = self.detect(batch.images, batch.sizes, padded=False)
         results = []
         for i, (n, (height, width)) in enumerate(zip(found.counts.tolist(), batch.sizes.tolist())):
             boxes = found.boxes[i, :n]

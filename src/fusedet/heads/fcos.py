@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers
-from fusedet.ops.assign import PointInBox, positives
+from fusedet.ops.assign import PointInBox, assign_all, positives
 from fusedet.ops.boxes import centres, from_distances, grid_priors, point_shapes, to_distances
-from fusedet.ops.layers import conv, flatten_maps, normal
+from fusedet.ops.layers import conv, flatten_maps, normal, start_at
 from fusedet.ops.losses import giou_loss, iou_loss, mean_over_ranks, sigmoid_focal
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
@@ -91,7 +91,7 @@ class FCOSHead(nn.Module):
         self.centerness = conv(channels, 1, 3)
         self.scales = nn.Parameter(torch.ones(len(levels)))  # s_i of section 3.2
         normal(self)
-        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        start_at(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, K, H, W) and "centerness" (N, 1, H, W), logits, and "reg" (N, 4, H, W), distances
@@ -106,15 +106,17 @@ class FCOSHead(nn.Module):
             maps["centerness"].append(self.centerness(box if self.centerness_on_box else cls))
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
-    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Focal loss and the centerness' binary cross-entropy, summed and divided by the positives of the batch; the boxes' loss,
         weighted by the wanted centerness and divided by its sum, as in the authors' code (eq. 2 has neither).
+
+        sizes is not used: all points of the canvas count, those beyond a picture as background (as in MMDetection 3.x).
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         distances = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         centralities = flatten_maps(outputs.maps["centerness"], 1).squeeze(2)  # (N, P)
-        owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
+        owners = assign_all(self.assigner.assign, priors, targets)  # (N, P)
         picture, prior, boxes, classes = positives(owners, targets)
         rows = picture * len(priors) + prior
         count = mean_over_ranks((owners >= 0).sum())

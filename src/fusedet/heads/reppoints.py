@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers
-from fusedet.ops.assign import IGNORED, MaxIoU, Positives, positives
+from fusedet.ops.assign import IGNORED, MaxIoU, Positives, assign_all, positives, valid_priors
 from fusedet.ops.boxes import centres, grid_priors, point_shapes
 from fusedet.ops.deform import DeformConv
-from fusedet.ops.layers import conv, flatten_maps, normal
+from fusedet.ops.layers import conv, flatten_maps, normal, start_at
 from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
 from fusedet.ops.point_assign import NearestPoint
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Priors, Target
@@ -104,10 +104,7 @@ class RepPointsHead(nn.Module):
         self.pts_refine = conv(width, 2 * num_points, 1)
         self.moment_transfer = nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None  # logs of lambda_x, lambda_y
         normal(self)
-        # MMDetection's normal start leaves deformable kernels with theirs
-        for deformable in (self.cls_conv, self.pts_refine_conv):
-            nn.init.kaiming_uniform_(deformable.weight, nonlinearity="relu")
-        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        start_at(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, K, H, W), logits, and "pts_init" and "pts_refine" (N, 2 * num_points, H, W), float32: how
@@ -135,20 +132,21 @@ class RepPointsHead(nn.Module):
         some = xy[..., :PARTIAL, :] if self.transform_method == "partial_minmax" else xy
         return torch.cat([some.amin(dim=-2), some.amax(dim=-2)], dim=-1)
 
-    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Focal loss of the scores and smooth L1 of the corners of the initial and of the refined boxes, in `base_scale` strides, each
         summed and divided by its positives of the batch (at least one per picture).
 
         Initial points answer for an object by place and size (`NearestPoint`), scores and refined points by the overlap of the initial
-        box (`MaxIoU`).
+        box (`MaxIoU`). sizes (N, 2): of the pictures inside the canvas, None: all of it. Cells beyond a picture's own padding do not count.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         init, refine = (flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine"))  # (N, P, 2n)
         with torch.no_grad():
             boxes = self._boxes(priors, init)  # (N, P, 4)
-        owners_init = torch.stack([self.init_assigner.assign(priors, t) for t in targets])  # (N, P)
-        owners = torch.stack([self.refine_assigner.match(b, t)[0] for b, t in zip(boxes, targets, strict=True)])
+        valid = valid_priors(outputs, self.levels.strides, sizes)  # (N, P)
+        owners_init = assign_all(self.init_assigner.assign, priors, targets, valid)  # (N, P)
+        owners = torch.stack([self.refine_assigner.match(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)])
         first, found = positives(owners_init, targets), positives(owners, targets)
         counts = torch.stack([(o >= 0).sum(dim=1).clamp(min=1).sum() for o in (owners_init, owners)])
         count_init, count = mean_over_ranks(counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,9 @@ from torch.nn import functional as F
 from fusedet.errors import InputError
 from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers
-from fusedet.ops.assign import IGNORED, MaxIoU, positives
+from fusedet.ops.assign import IGNORED, MaxIoU, assign_all, positives, valid_priors
 from fusedet.ops.boxes import anchor_shapes, decode, encode, grid_priors
-from fusedet.ops.layers import conv, flatten_maps, normal
+from fusedet.ops.layers import conv, flatten_maps, normal, start_at
 from fusedet.ops.losses import mean_over_ranks, sigmoid_focal
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
@@ -74,7 +73,7 @@ class RetinaHead(nn.Module):
         self.cls = conv(channels, anchors * num_classes, 3)
         self.reg = conv(channels, anchors * 4, 3)
         normal(self)
-        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        start_at(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, A * K, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
@@ -82,12 +81,15 @@ class RetinaHead(nn.Module):
         maps = {"cls": [self.cls(c) for c, _ in towers], "reg": [self.reg(r) for _, r in towers]}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
-    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
-        """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per picture)."""
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
+        """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per picture).
+
+        sizes (N, 2): of the pictures inside the canvas, None: all of it. Anchors beyond a picture's own padding do not count.
+        """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
-        owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
+        owners = assign_all(self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes))  # (N, P)
         picture, prior, boxes, classes = positives(owners, targets)
         rows = picture * len(priors) + prior
         counted = (owners != IGNORED).flatten()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.heads import checks
 from fusedet.heads.tower import Interact, tower
-from fusedet.ops.assign import IGNORED, MaxIoU, positives
+from fusedet.ops.assign import IGNORED, MaxIoU, assign_all, positives, valid_priors
 from fusedet.ops.boxes import anchor_shapes, clip, decode, encode, grid_priors, survivors
 from fusedet.ops.layers import conv, flatten_maps, normal
 from fusedet.ops.losses import mean_over_ranks
@@ -32,6 +32,7 @@ class RPNHead(nn.Module):
     ratios: height / width; A = len(ratios). round_anchors: to whole pixels, as torchvision and Detectron have them.
     offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x).
     positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.sample.Sampler`.
+    allowed_border: by how many pixels anchors that are learned from may reach outside their picture (3.1.3: 0), None: by any number.
     loss: of codes, "l1" or "smooth_l1" from beta on. nms: proposals of one level that overlap a better one by more are left out.
     proposals: how many of a picture are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
     Raises InputError for an interaction, an unknown loss and numbers out of their ranges.
@@ -53,6 +54,7 @@ class RPNHead(nn.Module):
         positive: float = 0.7,
         negative: float = 0.3,
         min_positive: float = 0.3,
+        allowed_border: float | None = None,
         num: int = 256,
         fraction: float = 0.5,
         most_negatives: float | None = None,
@@ -72,8 +74,11 @@ class RPNHead(nn.Module):
         if min(proposals, train_proposals, train_pre_nms) < 1 or convs < 1:
             counts = f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, convs={convs}"
             raise InputError(f"{counts} must be at least 1")
+        if allowed_border is not None and not allowed_border >= 0:
+            raise InputError(f"allowed_border={allowed_border} must be 0 or more, in pixels, or null: no limit")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.nms, self.offset = levels, 1, nms, offset
+        self.allowed_border = allowed_border
         self.proposals, self.train_proposals, self.train_pre_nms = proposals, train_proposals, train_pre_nms
         self.cost = l1 if loss == "l1" else partial(smooth_l1, beta=beta)
         self.loss_weights = {"loss_rpn_cls": 1.0, "loss_rpn_box": 1.0}
@@ -92,13 +97,15 @@ class RPNHead(nn.Module):
         maps = {"cls": [self.cls(x) for x in shared], "reg": [self.reg(x) for x in shared]}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
-    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Binary cross-entropy of the sampled anchors and the loss of the positive ones' codes, both divided by the number of samples.
 
-        A picture counts for at least one positive and one negative (MMDetection 3.x).
+        A picture counts for at least one positive and one negative (MMDetection 3.x). sizes (N, 2): of the pictures inside the canvas,
+        None: all of it. Anchors beyond a picture's own padding or, with `allowed_border`, its edge are never sampled.
         """
         priors = outputs.priors
-        owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
+        valid = valid_priors(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
+        owners = assign_all(self.assigner.assign, priors, targets, valid)  # (N, P)
         drawn = self.sampler.sample(owners)
         positive = drawn & (owners >= 0)
         numbers = [mask.sum(dim=1).clamp(min=1) for mask in (positive, drawn & ~positive)]  # (N,) each

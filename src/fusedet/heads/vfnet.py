@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,11 +12,11 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.heads import checks
 from fusedet.heads.tower import Interact, TwinTowers, tower
-from fusedet.ops.assign import positives
+from fusedet.ops.assign import assign_all, positives, valid_priors
 from fusedet.ops.atss import ATSS
 from fusedet.ops.boxes import centres, from_distances, grid_priors, iou, point_shapes
 from fusedet.ops.deform import DeformConv
-from fusedet.ops.layers import conv, flatten_maps, normal
+from fusedet.ops.layers import conv, flatten_maps, normal, start_at
 from fusedet.ops.losses import giou_loss, mean_over_ranks
 from fusedet.ops.varifocal import varifocal
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
@@ -91,7 +90,7 @@ class VFNetHead(nn.Module):
         self.cls_star = DeformConv(channels, channels)
         self.cls = conv(channels, num_classes, 3)
         normal(self)
-        nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        start_at(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, K, H, W), logits, and "reg" and "refine" (N, 4, H, W), float32: how many pixels the
@@ -122,11 +121,15 @@ class VFNetHead(nn.Module):
         points = [(y, x) for y in (-top, here, bottom) for x in (-left, here, right)]
         return torch.stack([side for point in points for side in point], dim=1) - self.star_base
 
-    def loss(self, outputs: Outputs, targets: Sequence[Target]) -> Losses:
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Varifocal loss, divided by the number of positives, and GIoU loss of the initial and of the refined boxes, each positive
-        weighted with its overlap and divided by the sum of these weights; all divisors are means over ranks, at least 1."""
+        weighted with its overlap and divided by the sum of these weights; all divisors are means over ranks, at least 1.
+
+        sizes (N, 2): of the pictures inside the canvas, None: all of it. Cells beyond a picture's own padding answer for no object, but
+        are background to the scores (as in MMDetection 3.x).
+        """
         priors = outputs.priors
-        owners = torch.stack([self.assigner.assign(priors, t) for t in targets])  # (N, P)
+        owners = assign_all(self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes))  # (N, P)
         picture, prior, wanted, classes = positives(owners, targets)
         points = centres(priors.boxes)[prior]  # (R, 2)
         found = [from_distances(points, flatten_maps(outputs.maps[name], 4)[picture, prior]) for name in ("reg", "refine")]

@@ -141,6 +141,8 @@ def rpn(part: Part, train: Part, proposal: Part, test: Part, pyramid: Tree) -> T
     found |= {"num": sampler.integer("num", 256), "fraction": sampler.number("pos_fraction", 0.5)}
     if (most := sampler.number("neg_pos_ub", -1)) > 0:
         found["most_negatives"] = most
+    if (border := train.number("allowed_border", -1)) >= 0:
+        found["allowed_border"] = border
     found |= box_loss(part, "l1", "smooth_l1")
     found["nms"], found["proposals"] = nms(test, 0.7), _most(test, 1000)
     found["train_proposals"], found["train_pre_nms"] = _most(proposal, found["proposals"]), proposal.integer("nms_pre", 2000)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.ops.assign import BACKGROUND
+from fusedet.ops.assign import OBJECTS_AT_ONCE, cheapest
 from fusedet.ops.boxes import centres, iou, to_distances
 from fusedet.types import Priors, Target
 
-_OBJECTS_AT_ONCE = 64  # bounds the distance matrix: 64 x 200,000 priors are 51 MB
 _INSIDE = 0.01  # pixels by which a prior's centre lies inside its object (the authors' code; the paper says "inside")
 
 
@@ -33,31 +33,30 @@ class ATSS:
             raise InputError(f"topk={self.topk} must be 1 or more")
 
     @torch.no_grad()
-    def assign(self, priors: Priors, target: Target) -> Tensor:
-        """(P,) int64: the object's index, or -1, background."""
+    def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
+        """(P,) int64: the object's index, -1 background, -2 not valid."""
         objects = target.boxes.to(priors.boxes.dtype)[:, None]  # (G, 1, 4)
-        places = self._candidates(priors, centres(objects))  # (G, M)
+        points = centres(priors.boxes)
+        if valid is not None:
+            points = points.masked_fill(~valid[:, None], math.inf)  # no candidate but where a level has less than topk
+        places = self._candidates(points, priors.counts, centres(objects))  # (G, M)
+        real = points[places].isfinite().all(dim=2)  # (G, M)
         candidates = priors.boxes[places]  # (G, M, 4)
         overlap = iou(candidates, objects)  # (G, M)
-        mean = overlap.mean(dim=1, keepdim=True)
-        variance = (overlap - mean).square().sum(dim=1, keepdim=True) / max(1, overlap.shape[1] - 1)
+        number = real.sum(dim=1, keepdim=True)  # (G, 1)
+        mean = (overlap * real).sum(dim=1, keepdim=True) / number
+        variance = ((overlap - mean).square() * real).sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
         inside = to_distances(centres(candidates), objects).amin(dim=2) > _INSIDE
+        # an invalid one may be taken here: from nobody, and it is ignored in the end
         taken = (overlap >= mean + variance.sqrt()) & inside
+        return cheapest(torch.where(taken, -overlap, math.inf), places, len(priors), valid)
 
-        count = len(objects)
-        claims = torch.where(taken, overlap, -1.0)
-        best = claims.new_full((len(priors),), -1.0).scatter_reduce(0, places.flatten(), claims.flatten(), "amax")
-        index = torch.arange(count, device=places.device)[:, None]  # (G, 1)
-        winners = torch.where(taken & (overlap == best[places]), index, count)
-        owner = winners.new_full((len(priors),), count).scatter_reduce(0, places.flatten(), winners.flatten(), "amin")
-        return torch.where(owner < count, owner, BACKGROUND)
-
-    def _candidates(self, priors: Priors, middle: Tensor) -> Tensor:
-        """Which priors (G, M) are nearest to the objects' centres (G, 1, 2), `topk` (or all) of every level."""
+    def _candidates(self, every: Tensor, counts: tuple[int, ...], middle: Tensor) -> Tensor:
+        """Which points (G, M) of (P, 2) are nearest to the objects' centres (G, 1, 2), `topk` (or all) of every level."""
         levels, start = [], 0
-        for points in centres(priors.boxes).split(list(priors.counts)):
+        for points in every.split(list(counts)):
             # the root orders nothing anew, but its rounding makes the ties that MMDetection sees
-            some = [(points - m).square().sum(dim=2).sqrt() for m in middle.split(_OBJECTS_AT_ONCE)]
+            some = [(points - m).square().sum(dim=2).sqrt() for m in middle.split(OBJECTS_AT_ONCE)]
             k = min(self.topk, len(points))
             levels.append(start + torch.cat([distance.topk(k, dim=1, largest=False).indices for distance in some]))
             start += len(points)

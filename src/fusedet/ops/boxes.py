@@ -102,6 +102,11 @@ class Selected(NamedTuple):
     labels: Tensor
     counts: Tensor
 
+    def trimmed(self) -> Selected:
+        """Without the places that no picture fills; a GPU is waited for."""
+        most = int(self.counts.max())
+        return Selected(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts)
+
 
 def select(
     candidates: Candidates,

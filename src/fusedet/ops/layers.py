@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,11 @@ def normal(module: nn.Module, std: float = 0.01) -> None:
             nn.init.normal_(m.weight, std=std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+def start_at(bias: Tensor | None, prior: float) -> None:
+    """The bias of logits that start with the score `prior`, above 0 and below 1 (RetinaNet, 2017, 4.1)."""
+    nn.init.constant_(bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
 
 
 def kaiming(module: nn.Module) -> None:

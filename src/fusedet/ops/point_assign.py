@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.ops.assign import BACKGROUND
+from fusedet.ops.assign import OBJECTS_AT_ONCE, cheapest
 from fusedet.ops.boxes import centres
 from fusedet.types import Priors, Target
 
-_OBJECTS_AT_ONCE = 64  # bounds the distance matrix: 64 x 200,000 points are 51 MB
 _LEAST_SIDE = 1e-6  # pixels that a box's side counts as at least
 
 
@@ -38,30 +37,26 @@ class NearestPoint:
             raise InputError(f"pos_num={self.pos_num} must be 1 or more")
 
     @torch.no_grad()
-    def assign(self, priors: Priors, target: Target) -> Tensor:
-        """(P,) int64: the object's index, or -1, background."""
-        objects = target.boxes.to(priors.boxes.dtype)
-        distance, places = self._claims(priors, objects)  # (G, M)
+    def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
+        """(P,) int64: the object's index, -1 background, -2 not valid."""
+        points = centres(priors.boxes)
+        if valid is not None:
+            points = points.masked_fill(~valid[:, None], torch.inf)
+        return cheapest(*self._claims(points, priors, target.boxes.to(points.dtype)), len(priors), valid)
 
-        count = len(objects)
-        nearest = distance.new_full((len(priors),), torch.inf).scatter_reduce(0, places.flatten(), distance.flatten(), "amin")
-        index = torch.arange(count, device=places.device)[:, None]  # (G, 1)
-        winners = torch.where(distance.isfinite() & (distance == nearest[places]), index, count)
-        owner = winners.new_full((len(priors),), count).scatter_reduce(0, places.flatten(), winners.flatten(), "amin")
-        return torch.where(owner < count, owner, BACKGROUND)
-
-    def _claims(self, priors: Priors, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest points (G, M), `pos_num` (or all) of every level, and their distances, endless but on the object's own level."""
+    def _claims(self, every: Tensor, priors: Priors, objects: Tensor) -> tuple[Tensor, Tensor]:
+        """The distances (G, M) of the nearest points of (P, 2), `pos_num` (or all) of every level, endless but on the object's own level,
+        and which ones they are."""
         middle, sides = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
         size = (sides / self.scale).log2().mean(dim=1)  # (G,)
         exponents = torch.stack([strides[0] for strides in priors.strides.split(list(priors.counts))]).log2().floor()  # (L,)
         level = ((size[:, None] >= exponents).sum(dim=1) - 1).clamp(min=0)  # (G,)
         distances, places, start = [], [], 0
-        for i, points in enumerate(centres(priors.boxes).split(list(priors.counts))):
+        for i, points in enumerate(every.split(list(priors.counts))):
             k = min(self.pos_num, len(points))
             some = [
                 ((points - m[:, None]) / s[:, None]).norm(dim=2).topk(k, dim=1, largest=False)  # (G', k)
-                for m, s in zip(middle.split(_OBJECTS_AT_ONCE), sides.split(_OBJECTS_AT_ONCE))
+                for m, s in zip(middle.split(OBJECTS_AT_ONCE), sides.split(OBJECTS_AT_ONCE))
             ]
             own = (level == i)[:, None]
             distances.append(torch.where(own, torch.cat([found.values for found in some]), torch.inf))

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from fusedet.errors import InputError, one_of
 from fusedet.ops.boxes import clip, decode, encode
@@ -39,7 +38,8 @@ class BoxStage(nn.Module):
     before them (4 before one layer in MMDetection's Shared4Conv1FC and torchvision's v2). class_agnostic: one code for all (Cascade).
     regress: with codes; without, boxes stay as they were proposed (Grid R-CNN). stds: of the codes, which are divided by them.
     positive: the overlap with an object from which a region is positive. num, fraction: of `ops.sample.Sampler`; sampling: "random", or
-    Libra R-CNN's "balanced". loss: of the codes; beta: of "smooth_l1". weight: of both losses in the total.
+    Libra R-CNN's "balanced". loss: of the codes; beta: of "smooth_l1".
+    weight: of the losses of this stage and of its branches in the total (Cascade R-CNN).
     """
 
     stds: Tensor
@@ -71,7 +71,7 @@ class BoxStage(nn.Module):
             raise InputError(f"size={size}, channels={channels}, layers={layers} must be at least 1 and convs={convs} at least 0")
         if min(stds) <= 0 or not beta > 0:
             raise InputError(f"stds={list(stds)}, beta={beta} must be above 0")
-        self.num_classes, self.class_agnostic, self.positive = num_classes, class_agnostic, positive
+        self.num_classes, self.class_agnostic, self.positive, self.weight = num_classes, class_agnostic, positive, weight
         costs: dict[str, Cost] = {"l1": l1, "smooth_l1": partial(smooth_l1, beta=beta), "balanced_l1": balanced_l1}
         self.cost = costs[loss]
         self.loss_weights = {"loss_cls": weight} | ({"loss_box": weight} if regress else {})
@@ -121,22 +121,17 @@ class BoxStage(nn.Module):
 
     def classes(self, samples: Samples, targets: Sequence[Target]) -> Tensor:
         """The class (S,) of each sample, K for background."""
-        positive = (samples.owners >= 0).nonzero().squeeze(1)
-        labels = pad_sequence([t.labels for t in targets], batch_first=True)[samples.picture[positive], samples.owners[positive]]
-        return torch.full_like(samples.owners, self.num_classes).index_copy(0, positive, labels)
+        _, labels = samples.objects(targets)
+        return torch.full_like(samples.owners, self.num_classes).index_copy(0, samples.positive, labels)
 
     def regression(self, raw: Raw, samples: Samples, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         """The codes (R, 4) of the positive samples, found and wanted."""
         assert raw[1] is not None
-        positive = (samples.owners >= 0).nonzero().squeeze(1)
-        owned = samples.picture[positive], samples.owners[positive]
-        rois = samples.rois[positive, 1:]
-        boxes = pad_sequence([t.boxes for t in targets], batch_first=True)[owned].to(rois.dtype)
-        codes = raw[1][positive]
+        boxes, labels = samples.objects(targets)
+        codes = raw[1][samples.positive]
         if not self.class_agnostic:
-            labels = pad_sequence([t.labels for t in targets], batch_first=True)[owned]
             codes = _of_class(codes, labels)
-        return codes.float(), encode(rois, boxes) / self.stds
+        return codes.float(), encode(samples.rois[samples.positive, 1:], boxes) / self.stds
 
     def decode(self, raw: Raw, rois: Tensor, counts: Tensor) -> Candidates:
         """Rois (N * R, 5), of each picture the first counts (N,) real, to boxes (N, R, 4), or (N, R, K, 4) class by class, and scores

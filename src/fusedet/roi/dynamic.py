@@ -59,7 +59,7 @@ class DynamicStage(nn.Module):
             raise InputError(f"iou_topk={iou_topk}, beta_topk={beta_topk}, interval={interval} must be at least 1")
         options = {"size": size, "channels": channels, "class_agnostic": class_agnostic, "stds": stds, "positive": positive}
         self.box = BoxStage(levels, num_classes, pooling, num=num, fraction=fraction, weight=weight, **options)  # type: ignore[arg-type]
-        self.num_classes, self.loss_weights = num_classes, self.box.loss_weights
+        self.num_classes, self.weight, self.loss_weights = num_classes, weight, self.box.loss_weights
         self.iou_topk, self.beta_topk, self.initial_iou, self.initial_beta = iou_topk, beta_topk, initial_iou, initial_beta
         self.register_buffer("threshold", torch.tensor(positive))
         self.register_buffer("beta", torch.tensor(initial_beta))

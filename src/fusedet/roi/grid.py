@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from fusedet.errors import InputError
 from fusedet.ops.boxes import Selected
-from fusedet.ops.layers import conv, kaiming
+from fusedet.ops.layers import GroupNorm, conv, kaiming, start_at
+from fusedet.ops.losses import mean_over_ranks
 from fusedet.roi.pooling import LevelPooling, Pooling, with_pictures
 from fusedet.roi.sampling import Samples
 from fusedet.types import Features, Levels, Losses, Target
@@ -63,11 +62,11 @@ class GridBranch(nn.Module):
         for i in range(convs):
             first = i == 0
             width = levels.channels[0] if first else channels
-            layers += [conv(width, channels, 3, 2 if first else 1), nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)]
+            layers += [conv(width, channels, 3, 2 if first else 1), GroupNorm(groups, channels), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
         self.first_order, self.second_order = Transition(side, point_channels), Transition(side, point_channels)
         self.up = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, groups=points)
-        self.norm = nn.GroupNorm(points, channels)
+        self.norm = GroupNorm(points, channels)
         self.heat = nn.ConvTranspose2d(channels, points, 4, stride=2, padding=1, groups=points)
         # where each point's heat map begins in the whole map: at its start, a quarter before the point, or at its middle
         starts = [0, *(max(int((i / (side - 1) - 0.25) * 2 * self.cells), 0) for i in range(1, side - 1)), self.cells]
@@ -77,7 +76,7 @@ class GridBranch(nn.Module):
         for layer in (self.up, self.heat):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        nn.init.constant_(self.heat.bias, -math.log(0.99 / 0.01))  # type: ignore[arg-type]
+        start_at(self.heat.bias, 0.01)
 
     corners: Tensor
 
@@ -98,16 +97,15 @@ class GridBranch(nn.Module):
 
         sizes (N, 2): of the pictures. Chance is torch's. Zero where no sample is positive.
         """
-        positive = (samples.owners >= 0).nonzero().squeeze(1)
-        chosen = positive[torch.randperm(len(positive), device=positive.device)[: self.num]]  # (R,)
-        owners, picture = samples.owners[chosen], samples.picture[chosen]
-        rois = samples.rois[chosen].float()
-        boxes = self.jittered(rois[:, 1:], sizes[picture])
-        objects = pad_sequence([t.boxes for t in targets], batch_first=True)[picture, owners]
-        wanted = self.wanted(boxes, objects.to(boxes.dtype))
+        chosen = torch.randperm(len(samples.positive), device=samples.owners.device)[: self.num]  # (R,)
+        rows, objects = samples.positive[chosen], samples.objects(targets)[0][chosen]
+        rois = samples.rois[rows].float()
+        boxes = self.jittered(rois[:, 1:], sizes[samples.picture[rows]])
+        wanted = self.wanted(boxes, objects)
         x = self.convs(self.pooling(features, torch.cat([rois[:, :1], boxes], dim=1)))
         costs = [F.binary_cross_entropy_with_logits(self.maps(y).float(), wanted, reduction="sum") for y in (self.fuse(x), x)]
-        return {"loss_grid": sum(costs, wanted.new_zeros(())) / max(wanted.numel(), 1)}
+        count = mean_over_ranks(wanted.new_tensor(len(wanted))) * self.points * self.cells**2
+        return {"loss_grid": sum(costs, wanted.new_zeros(())) / count}
 
     def jittered(self, boxes: Tensor, sizes: Tensor) -> Tensor:
         """Boxes (R, 4), each with its centre and size changed at random, inside pictures of sizes (R, 2) less one pixel."""

@@ -8,12 +8,12 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
 from fusedet.ops.boxes import Selected
 from fusedet.ops.layers import conv, kaiming
+from fusedet.ops.losses import mean_over_ranks
 from fusedet.ops.precision import without_autocast
 from fusedet.roi.pooling import LevelPooling, Pooling, with_pictures
 from fusedet.roi.sampling import Samples
@@ -64,13 +64,13 @@ class MaskBranch(nn.Module):
 
         sizes (N, 2) of the pictures are not needed here. Zero where no sample is positive. Raises InputError for targets without masks.
         """
-        positive = (samples.owners >= 0).nonzero().squeeze(1)  # (R,)
-        rois, owners, picture = samples.rois[positive], samples.owners[positive], samples.picture[positive]
+        rois, owners, picture = (x[samples.positive] for x in (samples.rois, samples.owners, samples.picture))
         logits = self(features, rois)
-        labels = pad_sequence([t.labels for t in targets], batch_first=True)[picture, owners]
+        _, labels = samples.objects(targets)
         own = logits[torch.arange(len(rois), device=rois.device), labels].float()  # (R, size, size)
         wanted = crop_masks(targets, rois[:, 1:], picture, owners, self.size)
-        return {"loss_mask": F.binary_cross_entropy_with_logits(own, wanted, reduction="sum") / max(own.numel(), 1)}
+        count = mean_over_ranks(own.new_tensor(len(own))) * self.size**2
+        return {"loss_mask": F.binary_cross_entropy_with_logits(own, wanted, reduction="sum") / count}
 
     def predict(self, features: Features, found: Selected) -> Tensor:
         """Masks (N, D, size, size) of detections, probabilities inside their boxes; `paste` puts them into the picture."""

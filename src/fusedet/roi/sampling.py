@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fusedet.ops.assign import IGNORED, MaxIoU
+from fusedet.ops.assign import IGNORED, MaxIoU, objects
 from fusedet.ops.sample import Sampler
 from fusedet.types import Proposals, Target
 
 
-class Samples(NamedTuple):
+@dataclass(frozen=True)
+class Samples:
     """Regions of a batch to learn from, picture by picture.
 
     rois (S, 5), the picture's number and a box in pixels; owners (S,) int64, the object's index within its picture, -1 background;
@@ -25,6 +28,15 @@ class Samples(NamedTuple):
     owners: Tensor
     picture: Tensor
     added: Tensor | None = None
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """The rows (R,) of those that answer for an object; the first look waits for a GPU."""
+        return (self.owners >= 0).nonzero().squeeze(1)
+
+    def objects(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+        """Boxes (R, 4) and labels (R,) of the positive ones' objects."""
+        return objects(targets, self.picture[self.positive], self.owners[self.positive])
 
 
 class Matched(NamedTuple):

@@ -225,7 +225,7 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
     """
     batch = batch.to(device, non_blocking=True)
-    found = detector.detect(batch.images, batch.sizes)
+    found = detector.detect(batch.images, batch.sizes, padded=False)
     masks = getattr(found, "masks", None)
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
     results = []
