@@ -1,0 +1,74 @@
+"""The command line: one typed function per verb; a user's mistake is one line and exit 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import typer
+from rich.markup import escape
+
+from fusedet.cli import data, model
+from fusedet.cli.words import err
+from fusedet.engine.loop import Interrupted
+from fusedet.errors import InputError
+
+app = typer.Typer(
+    help="Object detection with feature pyramids. Options are key=value: fusedet train retinanet_r50 data=PATH train.epochs=24 out=runs/a",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+converting = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.add_typer(converting, name="convert", help="Write a data set in another form, or another project's weights as a checkpoint here.")
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": model.train,
+    "val": model.val_,
+    "predict": model.predict_,
+    "info": model.info,
+    "doctor": data.doctor,
+    "browse": data.browse,
+    "demo": model.demo,
+    "config": model.config_,
+}
+CONVERTERS: dict[str, Callable[..., None]] = {"data": data.convert_data_, "weights": data.convert_weights_}
+
+for name, verb in VERBS.items():
+    app.command(name)(verb)
+for name, verb in CONVERTERS.items():
+    converting.command(name)(verb)
+
+
+def main() -> None:
+    """Run a verb. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 130 stopped by Ctrl-C or SIGTERM."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code of a command line."""
+    try:
+        app(arguments, prog_name="fusedet")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except InputError as error:
+        # what all processes of a training raise, the first one says
+        return 2 if int(os.environ.get("RANK", 0)) else _complain(str(error))
+    except Interrupted as stop:
+        err.print(escape(str(stop)))
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 0
+    except OSError as error:  # a full disk, a folder without permission: said, not traced
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+    return 0
+
+
+def _complain(text: str) -> int:
+    err.print(f"[red]error:[/] {escape(' '.join(text.splitlines()))}")
+    return 2

@@ -1,0 +1,96 @@
+"""The verbs that look at data or convert it, and other projects' weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from fusedet.cli.words import Json, Words, any_config, out, print_json, separate, track
+from fusedet.data.convert import convert as convert_data
+from fusedet.errors import InputError
+from fusedet.verbs import browse as browsing
+from fusedet.verbs import show
+from fusedet.verbs.check import check_data
+from fusedet.verbs.weights import convert as convert_weights
+
+
+def doctor(
+    words: Words = None,
+    read_pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Read every picture, not the annotations alone.")] = True,
+    json: Json = False,
+) -> None:
+    """Check data=PATH before a training does: exit 1 where something would stop it."""
+    options = any_config(words)
+    if options.data.path is None:
+        raise InputError("no data: write fusedet doctor data=PATH")
+    reports, between = check_data(options, read_pictures, lambda items, total, split: track(json, items, total, split))
+    failed = bool(between) or any(r.errors for r in reports.values())
+    if json:
+        print_json({split: vars(r) for split, r in reports.items()} | {"between": between, "ok": not failed})
+    else:
+        for split, found in reports.items():
+            show.report(out, split, found)
+        for text in between:
+            out.print(f"[red]error[/] {escape(text)}")
+        out.print("[red]this data would stop a training[/]" if failed else "[green]this data can be trained on[/]")
+    raise typer.Exit(1 if failed else 0)
+
+
+def browse(
+    words: Words = None,
+    split: Annotated[str | None, typer.Option(help="The split, by default data.train.")] = None,
+    images: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 16,
+    epoch: Annotated[int, typer.Option(help="The epoch whose chance (flips, sizes, colours) is shown.", min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """Draw data=PATH as the network sees it in training, boxes included, into one picture, out=FILE.png."""
+    options = any_config(words)
+    if options.data.path is None:
+        raise InputError("no data: write fusedet browse data=PATH")
+    target = Path(options.out or "browse.png")
+    shown = browsing.browse(options, split or options.data.train, images, epoch, target)
+    if json:
+        return print_json({"picture": str(target), "images": shown})
+    out.print(f"{shown} pictures: {escape(str(target))}")
+
+
+def convert_data_(
+    source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="DST", show_default=False)],
+    to: Annotated[str, typer.Option(help="coco, voc or yolo.")],
+    link: Annotated[bool, typer.Option(help="Hard links to the pictures instead of copies.")] = False,
+    json: Json = False,
+) -> None:
+    """Write the data set SRC to the new folder DST in another form; boxes keep their values."""
+    report = convert_data(source, target, to, link=link)
+    if json:
+        return print_json({"out": target, "splits": report})
+    for name, figures in report.items():
+        out.print(escape(f"{name}: " + ", ".join(f"{count} {what}" for what, count in figures.items())))
+    out.print(f"next: fusedet train retinanet_r50 data={escape(target)} out=runs/a")
+
+
+def convert_weights_(
+    source: Annotated[str, typer.Argument(metavar="FILE.pth", show_default=False)],
+    target: Annotated[str, typer.Argument(metavar="OUT", show_default=False)],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    like: Annotated[
+        str | None,
+        typer.Option("--config", metavar="CONFIG.py|NAME", help="MMDetection's config, or a config here; else the file tells."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Convert a checkpoint of MMDetection, or torchvision's detection weights, into the new folder OUT."""
+    name, overrides = separate(words)
+    if name is not None:
+        raise InputError(f"{name} is neither FILE.pth nor OUT, and options are written key=value: name the config with --config {name}")
+    file, found = convert_weights(source, target, like, overrides)
+    if json:
+        return print_json({"out": target, "weights": str(file), "classes": found.names, "notes": found.notes})
+    for note in found.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(escape(f"weights: {file}"))
+    out.print(escape(f"next: fusedet predict {target} PICTURE_OR_FOLDER..."))

@@ -1,0 +1,200 @@
+"""The verbs that make, score and use a model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from fusedet import config, evaluate, measure
+from fusedet.cli.words import (
+    Classes,
+    Json,
+    Words,
+    any_config,
+    is_override,
+    load_config,
+    of_run,
+    out,
+    print_files,
+    print_json,
+    separate,
+    speaker,
+    track,
+)
+from fusedet.config import Config
+from fusedet.data.read import read
+from fusedet.detectors import from_config
+from fusedet.errors import InputError, unknown
+from fusedet.verbs import folder, predict, show, val
+from fusedet.verbs.demo import demo as run_demo
+from fusedet.verbs.train import train as run_training
+
+
+def train(
+    words: Words = None,
+    resume: Annotated[bool, typer.Option(help="Go on where the run in out=FOLDER (or the run's folder given as MODEL) stopped.")] = False,
+    json: Json = False,
+) -> None:
+    """Train MODEL (a config's name, a YAML file or a run's folder) on data=PATH; results go to out=FOLDER."""
+    name, overrides = separate(words)
+    if name is None:
+        raise InputError(f"which model? Write fusedet train MODEL data=PATH, with MODEL one of {', '.join(config.names())}, or a YAML file")
+    options = _run_config(name, overrides, resume)
+    trained = run_training(options, resume=resume, say=speaker(json), quiet=json)
+    if not trained.figures:
+        return
+    if json:
+        return print_json(trained.figures | {"out": str(trained.out)})
+    show.score(out, trained.figures, f"{trained.out}: best weights on {options.data.val}")
+    print_files(trained.files)
+    out.print(f"next: fusedet predict {escape(str(trained.out))} PICTURE_OR_FOLDER...")
+
+
+def val_(
+    source: Annotated[str, typer.Argument(metavar="RUN|CKPT|RESULTS.json", show_default=False)],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    split: Annotated[str | None, typer.Option(help="The split to score on, by default data.val.")] = None,
+    voc: Annotated[bool, typer.Option(help="VOC's AP too (for VOC data it is always given).")] = False,
+    evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluate.EVALUATORS)}.")] = evaluate.EVALUATORS[0],
+    json: Json = False,
+) -> None:
+    """Score a run, a checkpoint, or results in COCO's form against data=PATH (by default the run's own data)."""
+    _, overrides = separate(words)
+    if evaluator not in evaluate.EVALUATORS:
+        raise unknown("evaluator", evaluator, evaluate.EVALUATORS)
+    path, is_results = Path(source), source.endswith(".json")
+    if is_results:
+        options = config.parse(config.overridden({}, overrides))
+        if options.data.path is None:
+            raise InputError(f"{source} are results: add data=PATH, what they were made on")
+    else:
+        file = predict.weights_file(source)
+        detector, saved, names, _ = predict.rebuild(file)
+        wanted = predict.only(overrides, "data", "test", "device", "out")
+        options = config.parse(config.overridden(saved.tree() | {"out": None}, wanted))
+    scored = split or options.data.val
+    records = read(options.data.path or "", scored, images=options.data.images, need_pictures=not is_results)
+    if options.out:
+        folder.check(options.out)  # before the work, not after it
+    if is_results:
+        results = evaluate.load_results(path)
+        masks = bool(results) and all("segmentation" in result for result in results)
+    else:
+        val.check_names(records, names, str(file))
+        device = predict.pick_device(options.device)
+        ready = predict.tuned(detector.to(device), options)
+        if masks := val.finds_masks(ready):
+            val.check_masks(records)
+        loader = val.val_loader(options, records)
+        results = val.detect(ready, track(json, loader, len(loader), "pictures"), records, device)
+    figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
+    parent = path if path.is_dir() else path.parent
+    target = folder.fresh(options.out) if options.out else folder.numbered(parent, f"val-{Path(scored).stem}")
+    files = val.report(records, results, figures, target, title=f"{path.name} on {scored}")
+    if json:
+        return print_json(figures | {"out": str(target)})
+    show.score(out, figures, f"{source} on {scored} of {options.data.path}")
+    print_files(files)
+
+
+def predict_(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", show_default=False)],
+    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE... [KEY=VALUE]...", show_default=False)] = None,
+    score: Annotated[float, typer.Option(help="Boxes drawn have at least this score; the json holds all.")] = 0.3,
+    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    draw: Annotated[bool, typer.Option(help="Draw the boxes on copies of the pictures.")] = True,
+    json: Json = False,
+) -> None:
+    """Find objects in pictures: files, folders, globs, or "-" for a list of paths on standard input."""
+    given = [s for s in sources or [] if not is_override(s)]
+    overrides = [s for s in sources or [] if is_override(s)]
+    of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
+    options = config.parse(config.overridden({}, [o for o in overrides if o not in of_model]))
+    if not given:
+        raise InputError('which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs or "-" for a list on standard input')
+    if precision not in ("fp32", "bf16"):
+        raise unknown("precision", precision, ("fp32", "bf16"))
+    listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in given else []
+    pictures = predict.pictures([*(s for s in given if s != "-"), *listed])
+    predictor = predict.load(model, *of_model, device=options.device, precision=precision)  # type: ignore[arg-type]
+    parent = Path(model) if Path(model).is_dir() else Path(model).parent
+    target = folder.fresh(options.out) if options.out else folder.numbered(parent, "predict")
+    written = predict.write(predictor, track(json, pictures, len(pictures), "pictures"), target, batch=batch, score=score, drawn=draw)
+    if json:
+        return print_json(written)
+    out.print(
+        f"{written['pictures']} pictures, {written['detections']} detections, {written['shown']} of them with a score of {score:g} or more"
+    )
+    print_files({name: Path(path) for name, path in written["files"].items()})
+
+
+def info(words: Words = None, classes: Classes = None, json: Json = False) -> None:
+    """Parameters, trainable parameters and multiply-adds of MODEL, per part."""
+    name, overrides = separate(words)
+    if name is None:
+        if json:
+            return print_json({"models": config.names(), "schedules": config.names("schedules")})
+        out.print("models: " + ", ".join(config.names()))
+        return out.print("schedules (train.schedule=NAME): " + ", ".join(config.names("schedules")))
+    # what a model costs does not depend on its weights: none are fetched
+    options = load_config(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
+    if classes is None:
+        classes = len(predict.rebuild(predict.weights_file(name))[2]) if Path(name).is_dir() and name not in config.names() else 80
+    short, long = options.data.size
+    figures = measure.cost(from_config(options, classes), _padded(short), _padded(long))
+    if json:
+        return print_json({"model": name, "classes": classes, **figures})
+    show.cost(out, figures, f"{name}, {classes} classes")
+
+
+def demo(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    images: Annotated[int, typer.Option(help="Pictures to generate.", min=10)] = 800,
+    seed: Annotated[int, typer.Option(help="Of the pictures and the training.", min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """Generate a data set, train retinanet_tiny on it, score it and draw what it found: no download, minutes on two cores."""
+    trained = run_demo([f"train.seed={seed}", *(words or [])], images, seed, say=speaker(json), quiet=json)
+    if json:
+        return print_json(trained.figures | {"out": str(trained.out.parent), "files": {k: str(v) for k, v in trained.files.items()}})
+    show.score(out, trained.figures, "RetinaNet on generated scenes: AP by object size")
+    print_files(trained.files)
+    out.print(escape(f"next: fusedet predict {trained.out} {trained.out.parent / 'data' / 'val'}"))
+    out.print("or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine")
+
+
+def config_(words: Words = None) -> None:
+    """Print MODEL's config as a run would have it, overrides included."""
+    sys.stdout.write(any_config(words).to_yaml())
+
+
+def _run_config(name: str, overrides: list[str], resume: bool) -> Config:
+    """The config of a training: of a name or file, or of a run's folder, which with --resume is also where it goes on."""
+    path = Path(name)
+    if name not in config.names() and path.is_dir():
+        options = config.load(of_run(path), [f"out={path}" if resume else "out=null", *overrides])
+    elif resume:
+        asked = config.load(name, overrides)
+        if asked.out is None or not (Path(asked.out) / "last.ckpt").is_file():
+            raise InputError(f"out={asked.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
+        options = config.load(of_run(Path(asked.out)), [f"out={asked.out}", *overrides])
+        if options.model != asked.model:
+            raise InputError(f"{name} is not the model that out={asked.out} trains: give the run's folder, fusedet train RUN --resume")
+    else:
+        options = config.load(name, overrides)
+    if options.out is None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("several processes need one folder: add out=FOLDER")
+        options = replace(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
+    return options
+
+
+def _padded(side: int) -> int:
+    return -(-side // 32) * 32
