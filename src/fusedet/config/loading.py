@@ -28,7 +28,7 @@ def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str,
     A schedule (train.schedule=2x) is merged where it is named: above what came before, below what comes after.
     Raises InputError for an unknown config, key or schedule, and for a value of the wrong type.
     """
-    tree: dict[str, Any] = _file(_find(name, "models", "config"))
+    tree: dict[str, Any] = _file(find(name))
     for section, values in (sections or {}).items():
         tree = _merge(tree, {section: plain(values)}, f"{section}=")
     return parse(overridden(tree, overrides))
@@ -47,11 +47,19 @@ def names(room: str = "models") -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in (_SHIPPED / room).iterdir() if p.name.endswith(".yaml") and p.name[0] != "_")
 
 
-def _find(name: str | Path, room: str, kind: str) -> Any:
+def find(name: str | Path, room: str = "models", kind: str = "config", folder: Any = None) -> Any:
+    """The YAML file that a name means: itself, or one of that name in `folder`, else a shipped one. Raises InputError where there is none.
+
+    kind: what the name is, for the message; a file in `folder` wins, so that a folder of configs moves as a whole.
+    """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
+    is_file = path.suffix in (".yaml", ".yml")
+    if folder is not None and (beside := folder / (str(name) if is_file else f"{name}.yaml")).is_file():
+        return beside
+    if is_file:
         if not path.is_file():
-            raise InputError(f"there is no config file {path}: give a YAML file, or one of {', '.join(names(room))}")
+            what = "table" if room == "ablations" else "config"
+            raise InputError(f"there is no {what} file {path}: give a YAML file, or one of {', '.join(names(room))}")
         return path
     shipped = _SHIPPED / room / f"{name}.yaml"
     if not shipped.is_file():
@@ -59,19 +67,23 @@ def _find(name: str | Path, room: str, kind: str) -> Any:
     return shipped
 
 
-def _file(path: Any, room: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
+def read(path: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError for what is not YAML and what is no mapping; keys: what it should have, as told."""
     try:
         own: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
-        raise InputError(f"{path} must be a mapping with model, data, train, test or base")
+        raise InputError(f"{path} must be a mapping with {keys}")
+    return own
+
+
+def _file(path: Any, room: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
+    own = read(path)
     base = own.pop("base", None)
     if base is None:
         return _merge({}, own, str(path))
-    # a base beside the file wins over a shipped one, so that a folder of configs moves as a whole
-    beside = path.parent / f"{base}.yaml"
-    parent = beside if beside.is_file() else _find(base, room, f"base of {path}:")
+    parent = find(base, room, f"base of {path}:", path.parent)
     if str(parent) in (str(path), *children):
         raise InputError(f"{path} is, through {parent}, its own base")
     return _merge(_file(parent, room, (str(path), *children)), own, str(path))
@@ -82,7 +94,7 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str
     layer = dict(layer)
     schedule = layer.get("train", {}).get("schedule") if isinstance(layer.get("train"), Mapping) else None
     if schedule is not None:
-        file = _find(schedule, "schedules", f"schedule (train.schedule in {source})")
+        file = find(schedule, "schedules", f"schedule (train.schedule in {source})")
         tree = _overlay(tree, _file(file, "schedules"))
         # a resolved config must not depend on a file of the user's: the schedule's values are in it
         layer["train"] = layer["train"] | {"schedule": None if isinstance(file, Path) and file.parent.parent != _SHIPPED else schedule}

@@ -1,0 +1,202 @@
+"""Tables of an ablation: what a file may hold, how a row becomes a config, and what is said of a wrong one."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from fusedet import ablate, config
+from fusedet.ablate import Table, table
+from fusedet.errors import InputError
+from fusedet.necks import NECKS
+
+MINE = """
+base: retinanet_tiny
+overrides: [train.epochs=3, "model.neck={type: mse_fpn, gate: none}"]
+rows:
+  - {label: plain, overrides: [model.neck=fpn]}
+  - {label: all}
+  - {label: gate, overrides: [model.neck.gate=cag, train.epochs=5]}
+  - {label: long, overrides: [train.schedule=2x]}
+  - {label: other, base: fcos_tiny, overrides: [model.interact=msil]}
+  - {label: theirs, cited: true, published: {AP: 41, AP50: 60.5}, split: test-dev, note: "from elsewhere"}
+"""
+
+
+def write(folder: Path, text: str, name: str = "mine") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+def with_rows(folder: Path, rows: str, head: str = "base: retinanet_tiny\n") -> Path:
+    return write(folder, f"{head}rows:\n" + "".join(f"  - {row}\n" for row in rows.split(" | ")))
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Table:
+    return ablate.load(write(tmp_path, MINE))
+
+
+# -- files
+
+
+def test_a_file_of_ones_own(mine: Table) -> None:
+    assert (mine.name, mine.title, mine.base, mine.reference) == ("mine", "mine", "retinanet_tiny", None)
+    assert [row.label for row in mine.rows] == ["plain", "all", "gate", "long", "other", "theirs"]
+    assert mine.rows[1].overrides == ()
+    theirs = mine.rows[-1]
+    assert (theirs.cited, theirs.published, theirs.split, theirs.note) == (True, {"AP": 41.0, "AP50": 60.5}, "test-dev", "from elsewhere")
+
+
+def test_layers_lie_over_each_other(mine: Table) -> None:
+    plain, whole, gate, long, other = (row.config(mine) for row in mine.rows[:-1])
+    assert plain.model.neck == {"type": "fpn"}  # the slot begins anew
+    assert whole.model.neck == {"type": "mse_fpn", "gate": "none"}
+    assert gate.model.neck == {"type": "mse_fpn", "gate": "cag"}
+    assert [c.train.epochs for c in (plain, whole, gate)] == [3, 3, 5]
+    assert (long.train.epochs, long.train.milestones) == (24, (16, 22))  # a row's schedule lies above the table's epochs
+    assert other == config.load("fcos_tiny", [*mine.overrides, "model.interact=msil"])
+
+
+def test_more_lies_over_the_row(mine: Table) -> None:
+    gate = mine.rows[2]
+    more = gate.config(mine, "data=/pictures", "train.epochs=1", "model.neck=bifpn", "model.backbone=resnet18")
+    assert (more.data.path, more.train.epochs, more.model.neck) == ("/pictures", 1, {"type": "bifpn"})
+    assert more.model.backbone["name"] == "resnet18"
+    assert gate.config(mine).data.path is None
+
+
+def test_a_base_beside_the_table_wins(tmp_path: Path) -> None:
+    write(tmp_path, "base: retinanet_tiny\ntrain: {epochs: 2}\n", "retinanet_r50")
+    for base in ("retinanet_r50", "retinanet_r50.yaml"):
+        found = ablate.load(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
+        assert found.rows[0].config(found).train.epochs == 2
+
+
+def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
+    found = mine.configs("train.seed=7")
+    assert list(found) == ["plain", "all", "gate", "long", "other"]
+    assert {c.train.seed for c in found.values()} == {7}
+    assert found["gate"] == mine.rows[2].config(mine, "train.seed=7")
+    assert found["gate"].model.backbone == mine.rows[2].config(mine).model.backbone  # what building leaves out is still in it
+
+
+# -- mistakes, each one sentence
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("{overrides: [train.epochs=1]}", "mine.yaml, row 1 has no label"),
+        ("{label: a} | {label: b} | {label: a}", "mine.yaml: rows 1 and 3 both have the label 'a'"),
+        ("{label: ''}", "label must not be empty"),
+        ("{label: 3}", "mine.yaml, row 1: label must be str, got 3"),
+        ("a", "mine.yaml, row 1 must be a mapping with label and overrides, got 'a'"),
+        ("{label: a, override: [x=1]}", "unknown key in .*mine.yaml, row 'a': 'override': did you mean 'overrides'"),
+        ("{label: a, overrides: train.epochs=1}", r"mine.yaml, row 'a': overrides must be a list, such as \[train.epochs=1\]"),
+        ("{label: a, overrides: [{train.epochs: 1}]}", r"mine.yaml, row 'a': overrides.0 must be str"),
+        ("{label: a, published: {Ap50: 3}}", "unknown figure in .*row 'a': published 'Ap50': did you mean 'AP50'"),
+        ("{label: a, published: {AP: high}}", "row 'a': published.AP must be float, got 'high'"),
+        ("{label: a, published: {delta_AP: 1.2}}", "row 'a': a published difference needs reference"),
+        ("{label: a, cited: true}", "row 'a': a cited row needs published figures"),
+        ("{label: a, cited: true, overrides: [train.epochs=1], published: {AP: 3}}", "row 'a': a cited row is not run"),
+    ],
+)
+def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ablate.load(with_rows(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: retinanet_tiny\n", "mine.yaml: rows must be a list of rows.*got None"),
+        ("base: retinanet_tiny\nrows: []\n", r"mine.yaml: rows must be a list of rows.*got \[\]"),
+        ("rows: {a: 1}\n", "mine.yaml: rows must be a list of rows"),
+        ("- a\n", "mine.yaml must be a mapping with base and rows"),
+        ("rows: [\n", "mine.yaml is not YAML"),
+        ("bases: x\nrows: [{label: a}]\n", "unknown key in .*mine.yaml: 'bases': did you mean 'base'"),
+        ("source: x\nrows: [{label: a}]\n", "unknown key in .*mine.yaml: 'source'"),
+        ("base: [x]\nrows: [{label: a}]\n", "mine.yaml: base must be str"),
+        ("reference: b\nrows: [{label: aa}, {label: bb}]\n", "unknown row in .*mine.yaml: reference 'b': did you mean 'bb'"),
+    ],
+)
+def test_mistakes_in_files(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ablate.load(write(tmp_path, text))
+
+
+def test_unknown_tables(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown ablation table 'neks': did you mean 'necks'"):
+        ablate.load("neks")
+    with pytest.raises(InputError, match=r"there is no table file .*other\.yaml: give a YAML file, or one of modules_together"):
+        ablate.load(tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("row", "head", "said"),
+    [
+        ("{label: a, overrides: [train.epoch=1]}", "base: retinanet_tiny\n", r"mine.yaml, row 'a': unknown config key 'train.epoch'"),
+        ("{label: a, overrides: [train.epochs=x]}", "base: retinanet_tiny\n", r"mine.yaml, row 'a': train.epochs must be int"),
+        ("{label: a, base: retinanet_tny}", "", r"mine.yaml, row 'a': unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'"),
+        ("{label: a}", "base: retinanet_tny\n", r"mine.yaml: unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'"),
+        ("{label: a}", "base: retinanet_tiny\noverrides: [train.epoch=1]\n", r"mine.yaml: unknown config key 'train.epoch'"),
+        ("{label: a}", "", r"mine.yaml, row 'a' has no config: write base: MODEL"),
+    ],
+)
+def test_overrides_and_bases_that_the_config_refuses(tmp_path: Path, row: str, head: str, said: str) -> None:
+    found = ablate.load(with_rows(tmp_path, row, head))
+    with pytest.raises(InputError, match=said):
+        found.rows[0].config(found)
+    with pytest.raises(InputError, match=said):
+        found.configs()
+
+
+def test_what_the_command_line_adds_is_named(mine: Table) -> None:
+    with pytest.raises(InputError, match=r"^train.epoch=1 does not fit .*mine.yaml, row 'plain': unknown config key 'train.epoch'"):
+        mine.configs("train.epoch=1")
+
+
+def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    """The config takes any option of a slot; the part refuses it when it is made."""
+    found = ablate.load(with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0]))
+    assert found.rows[1].config(found).model.neck["gait"] == "cag"
+    with pytest.raises(InputError, match=r"mine.yaml, row 'b': unknown option of model.neck 'mse_fpn': 'gait': did you mean 'gate'"):
+        found.configs()
+
+
+def test_cited_rows_are_not_run(mine: Table) -> None:
+    with pytest.raises(InputError, match=r"mine.yaml, row 'theirs' is cited"):
+        mine.rows[-1].config(mine)
+
+
+# -- shipped
+
+
+@pytest.mark.parametrize("name", ablate.names())
+def test_shipped_tables_are_read(name: str) -> None:
+    found = ablate.load(name)
+    assert found.name == found.source == name
+    assert found.title not in ("", name)
+    assert all(set(row.published) <= set(table.PUBLISHED) | {f"delta_{figure}" for figure in table.PUBLISHED} for row in found.rows)
+    # the file speaks as the one of a user does
+    assert ablate.load(Path(found.folder) / f"{name}.yaml").rows == found.rows
+
+
+def test_necks_has_every_neck_and_one_detector() -> None:
+    found = ablate.load("necks")
+    configs = [row.config(found) for row in found.rows]
+    chains = [c.model.neck if isinstance(c.model.neck, list) else [c.model.neck] for c in configs]
+    assert {part["type"] for chain in chains for part in chain} == set(NECKS)
+    assert len({(str(c.model.head), str(c.model.backbone), str(c.train), str(c.data)) for c in configs}) == 1
+
+
+def test_modules_together_has_every_combination_once() -> None:
+    found = ablate.load("modules_together")
+    configs = [row.config(found) for row in found.rows]
+    plain = configs[0].model
+    switched = [(c.model.plugin != plain.plugin, c.model.neck != plain.neck, c.model.interact != plain.interact) for c in configs]
+    assert len(switched) == 8
+    assert set(switched) == set(product((False, True), repeat=3))
+    assert (plain.plugin, plain.interact) == (None, None)
