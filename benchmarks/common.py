@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torchvision
 
+from fusedet.interop.torchvision import translate
+
 
 def interleave(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each call, the sides in turn, so that a slow moment of the machine meets all of them."""
@@ -51,22 +53,12 @@ def own_peak() -> float:
     return int(status["VmHWM"].split()[0]) / 1024
 
 
-def torchvision_name(key: str) -> str:
-    """Our name of a RetinaNet weight, as torchvision's RetinaNet has it."""
-    rules = [
-        (r"^backbone\.body\.", "backbone.body."),
-        (r"^neck\.lateral\.(\d)", r"backbone.fpn.inner_blocks.\1.0"),
-        (r"^neck\.output\.(\d)", r"backbone.fpn.layer_blocks.\1.0"),
-        (r"^neck\.top\.convs\.0", "backbone.fpn.extra_blocks.p6"),
-        (r"^neck\.top\.convs\.1", "backbone.fpn.extra_blocks.p7"),
-        (r"^head\.towers\.cls\.(\d+)", lambda m: f"head.classification_head.conv.{int(m[1]) // 2}.0"),
-        (r"^head\.towers\.reg\.(\d+)", lambda m: f"head.regression_head.conv.{int(m[1]) // 2}.0"),
-        (r"^head\.cls\.", "head.classification_head.cls_logits."),
-        (r"^head\.reg\.", "head.regression_head.bbox_reg."),
-    ]
-    for ours, theirs in rules:
-        key = re.sub(ours, theirs, key)
-    return key
+def take_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Give our detector the weights of torchvision's."""
+    left = ours.load_state_dict(translate(theirs.state_dict(), "torchvision").weights, strict=False)
+    # counters of batch norms, which frozen ones do not have
+    assert not left.unexpected_keys, left
+    assert all(key.endswith("num_batches_tracked") for key in left.missing_keys), left
 
 
 def report(**figures: Any) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from common import interleave, own_peak, peak_memory, report, summary, torchvision_name
+from common import interleave, own_peak, peak_memory, report, summary, take_weights
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from fusedet import create_model
@@ -19,64 +19,62 @@ from fusedet.detectors import for_inference
 from fusedet.types import Batch
 
 HEIGHT, WIDTH = 800, 1216
-
-
 CANDIDATES = 4000
 """Pairs of place and class above the score threshold, about what a trained detector gives for a busy picture."""
 
 
 @torch.no_grad()
-def trained(picture: torch.Tensor) -> torch.nn.Module:
-    """A RetinaNet with random weights, P6 from P5 as torchvision has it, and, by its last bias, as many candidates as a trained one."""
-    model = create_model("retinanet_r50", "model.backbone.pretrained=false", "model.pyramid.top=on_output").eval()
-    for final in (model.head.cls, model.head.reg):
+def trained(picture: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torchvision's RetinaNet, told not to resize, and ours, P6 from P5 as there, with the same random weights; the last bias makes as
+    many candidates as a trained one has."""
+    torch.manual_seed(0)
+    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH).eval()
+    theirs.detections_per_img = 100
+    last = theirs.head.classification_head.cls_logits
+    for final in (last, theirs.head.regression_head.bbox_reg):
         torch.nn.init.normal_(final.weight, std=0.05)
-    logits = torch.cat([m.flatten() for m in model(picture[None]).maps["cls"]])
-    model.head.cls.bias += math.log(0.05 / 0.95) - logits.topk(CANDIDATES).values[-1]
-    return model
+    ours = create_model("retinanet_r50", "model.backbone.pretrained=false", "model.pyramid.top=on_output").eval()
+    take_weights(ours, theirs)
+    logits = torch.cat([m.flatten() for m in ours(picture[None]).maps["cls"]])
+    last.bias += math.log(0.05 / 0.95) - logits.topk(CANDIDATES).values[-1]
+    ours.head.cls.bias.copy_(last.bias)
+    return theirs, ours
 
 
-def fusedet(model: torch.nn.Module, picture: torch.Tensor, precision: str) -> Callable[[], object]:
+def fusedet(picture: torch.Tensor, precision: str) -> Callable[[], object]:
     """fusedet's detector as `fusedet.load` prepares it."""
-    model = for_inference(model, precision)
+    model = for_inference(trained(picture)[1], precision)
     batch = Batch(picture[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return functools.partial(model.predict, batch)
 
 
-def torchvision(model: torch.nn.Module, picture: torch.Tensor) -> Callable[[], object]:
-    """torchvision's detector with the same weights and its own normalisation, told not to resize."""
-    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH).eval()
-    theirs.load_state_dict({torchvision_name(k): v for k, v in model.state_dict().items()})
-    theirs.detections_per_img = 100
+def torchvision(picture: torch.Tensor) -> Callable[[], object]:
+    """torchvision's detector with its own normalisation."""
+    model = trained(picture)[0]
+    return torch.inference_mode()(lambda: model([picture.float() / 255]))
 
-    @torch.inference_mode()
-    def predict() -> object:
-        return theirs([picture.float() / 255])
 
-    return predict
+MAKERS = {
+    "torchvision": torchvision,
+    "fusedet": functools.partial(fusedet, precision="fp32"),
+    "fusedet_bf16": functools.partial(fusedet, precision="bf16"),
+}
 
 
 def main() -> None:
     """Measure, print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=["fusedet", "fusedet_bf16", "torchvision"])
+    parser.add_argument("--only", choices=MAKERS)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    picture = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
-    model = trained(picture)
-    makers = {
-        "torchvision": lambda: torchvision(model, picture),
-        "fusedet": lambda: fusedet(model, picture, "fp32"),
-        "fusedet_bf16": lambda: fusedet(model, picture, "bf16"),
-    }
+    picture = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if options.only:
-        call = makers[options.only]()
+        call = MAKERS[options.only](picture)
         call(), call()
         print(own_peak())
         return
-    figures = summary(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
-    for side in makers:
+    figures = summary(interleave({k: make(picture) for k, make in MAKERS.items()}, options.repeats), "torchvision")
+    for side in MAKERS:
         figures[side]["peak_MiB"] = round(peak_memory(__file__, side))
     report(benchmark="predict", picture=[HEIGHT, WIDTH], detector="RetinaNet R50 FPN, 80 classes", **figures)
 

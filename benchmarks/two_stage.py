@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import re
 from collections.abc import Callable
 
 import torch
-from common import interleave, report, summary
+from common import interleave, report, summary, take_weights
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fusedet import create_model
@@ -23,54 +22,26 @@ from fusedet.types import Batch, Target
 HEIGHT, WIDTH = 800, 1216
 
 
-def torchvision_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our weights by torchvision's names; its background is class 0, ours the last."""
-    rules = [
-        (r"^neck\.lateral\.(\d)", r"backbone.fpn.inner_blocks.\1.0"),
-        (r"^neck\.output\.(\d)", r"backbone.fpn.layer_blocks.\1.0"),
-        (r"^head\.tower\.0", "rpn.head.conv.0.0"),
-        (r"^head\.cls", "rpn.head.cls_logits"),
-        (r"^head\.reg", "rpn.head.bbox_pred"),
-        (r"^stages\.0\.shared\.(\d)", lambda m: f"roi_heads.box_head.fc{6 + int(m[1])}"),
-        (r"^stages\.0\.cls", "roi_heads.box_predictor.cls_score"),
-        (r"^stages\.0\.reg", "roi_heads.box_predictor.bbox_pred"),
-    ]
-    theirs = {}
-    for key, value in state.items():
-        if key.startswith("stages.0.cls"):
-            value = value.roll(1, dims=0)
-        if key.startswith("stages.0.reg"):
-            value = torch.cat([torch.zeros_like(value[:4]), value])
-        for ours, name in rules:
-            key = re.sub(ours, name, key)
-        theirs[key] = value
-    return theirs
-
-
-def model() -> torch.nn.Module:
-    """A Faster R-CNN with random weights whose scores and boxes differ from place to place, like a trained one's."""
-    made = create_model("faster_rcnn_r50", "model.backbone.pretrained=false")
-    for layer, std in ((made.head.cls, 0.05), (made.head.reg, 0.01), (made.stages[0].cls, 0.05)):
+def models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torchvision's Faster R-CNN, told not to resize, and ours with the same random weights, whose scores and boxes differ from place to
+    place like a trained one's."""
+    sizes = {"min_size": HEIGHT, "max_size": WIDTH}
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81, trainable_backbone_layers=3, **sizes)
+    rpn, box = theirs.rpn.head, theirs.roi_heads.box_predictor
+    for layer, std in ((rpn.cls_logits, 0.05), (rpn.bbox_pred, 0.01), (box.cls_score, 0.05), (box.bbox_pred, 0.001)):
         torch.nn.init.normal_(layer.weight, std=std)
-    return made
-
-
-def theirs(ours: torch.nn.Module) -> torch.nn.Module:
-    """torchvision's with the same weights, told not to resize."""
-    made = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=81, min_size=HEIGHT, max_size=WIDTH, trainable_backbone_layers=3
-    )
-    made.load_state_dict(torchvision_state(ours.state_dict()))
-    return made
+    ours = create_model("faster_rcnn_r50", "model.backbone.pretrained=false")
+    take_weights(ours, theirs)
+    return theirs, ours
 
 
 def prediction(picture: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Both sides' prediction."""
-    ours = model().eval()
-    other, ready = theirs(ours).eval(), for_inference(ours)
+    theirs, ours = (side.eval() for side in models())
+    ready = for_inference(ours)
     batch = Batch(picture[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return {
-        "torchvision": torch.inference_mode()(lambda: other([picture.float() / 255])),
+        "torchvision": torch.inference_mode()(lambda: theirs([picture.float() / 255])),
         "fusedet": functools.partial(ready.predict, batch),
     }
 
@@ -91,12 +62,11 @@ def training(picture: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Both sides' training step."""
     corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
     boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
-    ours = model().train()
-    other = theirs(ours).train()
+    theirs, ours = (side.train() for side in models())
     batch = Batch(picture[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2), (Target(boxes, labels),))
     objects = [{"boxes": boxes, "labels": labels + 1}]
     return {
-        "torchvision": step(lambda: other([picture.float() / 255], objects), other),
+        "torchvision": step(lambda: theirs([picture.float() / 255], objects), theirs),
         "fusedet": step(lambda: ours.loss(batch), ours),
     }
 

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
-from torchvision.models.detection.roi_heads import RoIHeads
 
 from fakes import batch
 from fusedet import config as configs
@@ -330,62 +328,3 @@ def test_soft_pooling_and_auxiliary_losses() -> None:
     assert made.loss_weights["auxiliary_loss_box"] == made.neck.auxiliary_weight
     sum(losses.values()).backward()
     assert all(p.grad.any() for p in made.stages.parameters())
-
-
-# -- beside torchvision
-
-
-def theirs_of(made: TwoStage) -> FasterRCNN:
-    """torchvision's Faster R-CNN with our weights; its background is class 0, ours the last."""
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96).eval()
-    state = {}
-    for key, value in made.state_dict().items():
-        part, _, rest = key.partition(".")
-        if part == "backbone":
-            state[f"backbone.{rest}"] = value
-        elif key.startswith(("neck.lateral", "neck.output")):
-            _, kind, level, what = key.split(".")
-            state[f"backbone.fpn.{'inner' if kind == 'lateral' else 'layer'}_blocks.{level}.0.{what}"] = value
-        elif part == "head":
-            names = {"tower.0": "conv.0.0", "cls": "cls_logits", "reg": "bbox_pred"}
-            name, _, what = rest.rpartition(".")
-            state[f"rpn.head.{names[name]}.{what}"] = value
-        else:
-            name, _, what = rest.removeprefix("0.").rpartition(".")
-            if name == "cls":
-                value = value.roll(1, dims=0)
-            if name == "reg":
-                value = torch.cat([torch.zeros_like(value[:4]), value])
-            names = {
-                "shared.0": "box_head.fc6",
-                "shared.1": "box_head.fc7",
-                "cls": "box_predictor.cls_score",
-                "reg": "box_predictor.bbox_pred",
-            }
-            state[f"roi_heads.{names[name]}.{what}"] = value
-    theirs.load_state_dict(state)
-    return theirs
-
-
-def test_the_same_as_torchvisions() -> None:
-    """Boxes, scores and labels agree once the definitions that differ are set alike: torchvision rounds its anchors, takes two samples
-    per cell of RoIAlign and does not align them, keeps boxes of at least 0.01 pixels, not all with an area, and sorts ties otherwise."""
-    stage = {"type": "box", "pooling": {"type": "level", "samples": 2, "aligned": False}}
-    options = ["model.head.round_anchors=true", "test.score=0.02", "model.backbone.frozen_stages=-1"]
-    made = make("faster_rcnn_r50", *options, num_classes=3, roi={"stages": [stage]}).eval()
-    for layer, std in ((made.head.cls, 0.3), (made.head.reg, 0.03), (made.stages[0].cls, 0.05), (made.stages[0].reg, 0.02)):
-        nn.init.normal_(layer.weight, std=std)
-    theirs = theirs_of(made)
-    assert isinstance(theirs.roi_heads, RoIHeads)
-    theirs.roi_heads.score_thresh = 0.02
-    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    (ours,) = made.predict(Batch(picture[None], torch.tensor([[64, 96]]), (0,), torch.ones(1, 2)))
-    with torch.no_grad():
-        (found,) = theirs([picture / 255])
-    assert len(ours) == len(found["boxes"]) > 20
-    used = torch.zeros(len(ours), dtype=torch.bool)
-    for box, score, label in zip(ours.boxes, ours.scores, ours.labels):
-        same = ((found["boxes"] - box).abs().amax(dim=1) < 0.05) & ((found["scores"] - score).abs() < 1e-4) & (found["labels"] - 1 == label)
-        same &= ~used
-        assert same.any()
-        used[same.nonzero()[0]] = True

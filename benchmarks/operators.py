@@ -1,0 +1,91 @@
+"""The operators that are ours for speed beside those of libraries, at the sizes of an 800x1216 picture, CPU, interleaved in one run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from common import interleave, report, summary
+from torch import Tensor
+from torchvision.ops import deform_conv2d, roi_align
+
+from fusedet.necks import SMSL
+from fusedet.necks.gates import rows_and_columns
+from fusedet.ops.deform import deform_conv2d_by_rows
+from fusedet.ops.region_align import region_align
+from fusedet.types import Levels
+
+Sides = dict[str, Callable[[], object]]
+STRIDES = (8, 16, 32, 64, 128)
+
+
+def map_of(stride: int) -> Tensor:
+    """A level of 256 channels, in channels_last as detectors have it."""
+    return torch.randn(1, 256, -(-800 // stride), -(-1216 // stride)).contiguous(memory_format=torch.channels_last)
+
+
+def aligning(backward: bool) -> Sides:
+    """512 regions, from the finest level, as many samples as a cell is wide."""
+    feature, corner = map_of(4).requires_grad_(backward), torch.rand(512, 2) * torch.tensor([1000.0, 600.0])
+    rois = torch.cat([torch.zeros(512, 1), corner, corner + 20 + 92 * torch.rand(512, 2)], dim=1)
+
+    def library() -> Tensor:
+        return roi_align(feature, rois, 7, 1 / 4, sampling_ratio=0, aligned=True)
+
+    def own() -> Tensor:
+        return region_align(feature, rois, 7, 4)
+
+    sides = {"torchvision": library, "fusedet": own}
+    return {name: _backward(call(), feature) for name, call in sides.items()} if backward else {**sides}
+
+
+def _backward(pooled: Tensor, feature: Tensor) -> Callable[[], object]:
+    grown = torch.randn_like(pooled)
+    return lambda: torch.autograd.grad(pooled, feature, grown, retain_graph=True)
+
+
+def deforming() -> Sides:
+    """A 3x3 convolution of C4's size, modulated."""
+    x, weight = map_of(16), torch.randn(256, 256, 3, 3) / 48
+    offset, mask = torch.randn(1, 18, *x.shape[2:]), torch.rand(1, 9, *x.shape[2:])
+    return {
+        name: lambda call=call: call(x, offset, weight, None, stride=1, padding=1, dilation=1, mask=mask)
+        for name, call in {"torchvision": deform_conv2d, "fusedet": deform_conv2d_by_rows}.items()
+    }
+
+
+def pooling() -> Sides:
+    """The means of rows and columns of P3."""
+    x = map_of(8)
+    return {"torch": lambda: (x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)), "fusedet": lambda: rows_and_columns(x)}
+
+
+def smsl() -> Sides:
+    """SMSL alone, behind a neck of five levels."""
+    neck, maps = SMSL(Levels((256,) * 5, STRIDES)).eval(), [map_of(s) for s in STRIDES]
+    return {"fusedet": lambda: neck(maps)}
+
+
+def main() -> None:
+    """Measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    cases = {
+        "RoIAlign": aligning(False),
+        "RoIAlign, backward": aligning(True),
+        "deformable convolution": deforming(),
+        "means of rows and columns": pooling(),
+        "SMSL": smsl(),
+    }
+    figures = {}
+    for name, sides in cases.items():
+        with torch.set_grad_enabled(name.endswith("backward")):
+            figures[name] = summary(interleave(sides, options.repeats), next(iter(sides)))
+    report(benchmark="operators", **figures)
+
+
+if __name__ == "__main__":
+    main()
