@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
 from fusedet.backbones import Backbone
 from fusedet.detectors import Chain, OneStage, create_model
@@ -167,6 +168,19 @@ def test_modulated_needs_deformable_stages() -> None:
     with pytest.raises(InputError, match=r"modulated=true .* name deformable_stages"):
         make("model.backbone.modulated=true")
     make("model.backbone.modulated=true", "model.backbone.deformable_stages=[4]")
+
+
+@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.tv_in1k", "regnetx_002"])
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_blocks_start_as_the_identity_or_not(name: str, zero_init: bool) -> None:
+    body = Backbone(name, pretrained=False, zero_init=zero_init)
+    still = [n for n, m in body.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()]
+    assert bool(still) is zero_init
+
+
+def test_bodies_without_that_choice_say_so() -> None:
+    with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such choice"):
+        Backbone("convnext_tiny", pretrained=False, zero_init=False)
 
 
 @pytest.mark.parametrize("options", [{"sim": "conv1x1"}, {"sim": "none", "sem": "none"}])

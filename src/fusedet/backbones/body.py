@@ -30,6 +30,8 @@ class Backbone(nn.Module):
     They keep their weights; without `modulated` they start as the plain convolutions, and with it (a mask too, v2) as half of them.
     style: where a ResNet's bottlenecks halve the map, in the 3x3 convolution ("pytorch") or in the first 1x1 convolution ("caffe", as
     in the paper's code and in MMDetection's caffe bodies).
+    zero_init: without weights, the last norm of every residual block starts at 0, the block as the identity (timm's and MMDetection's
+    habit); false, at 1 (torchvision's).
     mean, std: per channel of RGB in 0..255, what the weights know pictures to be normalised by; timm's for this model by default.
     Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, modulated without
     deformable stages, a std that is not above 0, and weights that cannot be had.
@@ -49,13 +51,14 @@ class Backbone(nn.Module):
         style: Style = "pytorch",
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        zero_init: bool = True,
     ) -> None:
         super().__init__()
         one_of("style", style, Style)
         if modulated and not deformable_stages:
             raise InputError("modulated=true is of deformable convolutions: name deformable_stages, such as [2, 3, 4], or leave it out")
         self.name, self.norm_eval = name, norm_eval
-        self.body = create(name, pretrained, weights)
+        self.body = create(name, pretrained, weights, zero_init)
         info = self.body.feature_info
         self.places = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
         self.modules_of_levels = [info.module_name()[i] for i in self.places]

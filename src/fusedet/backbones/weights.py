@@ -21,15 +21,21 @@ from fusedet.errors import InputError, unknown
 STRIDES = (4, 8, 16, 32)
 
 
-def create(name: str, pretrained: bool, weights: str | None) -> Any:
-    """A timm body with feature maps, with timm's weights or those of a file."""
+def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
+    """A timm body with feature maps, with timm's weights or those of a file. zero_init: see `Backbone`."""
     if not timm.is_model(name.split(".")[0]):
         raise unknown("timm model", name, timm.list_models())
     state = _state(weights) if weights else {}
     overlay = {"file": weights} if weights else None
+    options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
     try:
         with _silent():
-            body: Any = timm.create_model(name, features_only=True, pretrained=pretrained or bool(weights), pretrained_cfg_overlay=overlay)
+            loaded = pretrained or bool(weights)
+            body: Any = timm.create_model(name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options)
+    except TypeError as error:
+        if zero_init or "zero_init_last" not in str(error):
+            raise
+        raise InputError(f"model.backbone.zero_init=false: timm's '{name}' has no such choice, leave it out") from error
     except OSError as error:
         raise InputError(
             f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): connect to the "

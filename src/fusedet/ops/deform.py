@@ -32,7 +32,7 @@ class DeformConv(nn.Module):
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (N, C, H, W), offset (N, 2 * kernel^2, H', W') in cells as (dy, dx) pairs row by row, mask (N, kernel^2, H', W') or None."""
         bias = None if self.bias is None else self.bias.float()
-        # the same by two ways: torchvision's kernel for the CPU is several times slower than sampling rows
+        # the same by two ways: torchvision's kernel for the CPU is slower than sampling rows (benchmarks/operators.py)
         convolve = deform_conv2d_by_rows if x.device.type == "cpu" else deform_conv2d
         with without_autocast(x):
             y = convolve(
