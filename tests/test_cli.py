@@ -15,6 +15,7 @@ from PIL import Image
 import fusedet
 from conftest import SMALL
 from fusedet import cli, config
+from fusedet.data import demo
 from fusedet.data.demo import SHAPES
 from fusedet.data.read import read
 from fusedet.engine import checkpoint
@@ -97,6 +98,27 @@ def test_starting_from_weights(capsys: pytest.CaptureFixture[str], trained: Path
     before, _ = checkpoint.load_weights(trained / "best.safetensors")
     after, _ = checkpoint.load_weights(out / "last.ckpt")
     torch.testing.assert_close(dict(after), dict(before), atol=1e-6, rtol=0)
+
+
+def test_starting_from_weights_of_other_classes(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    """What speaks of classes starts anew and is named; all else is taken over."""
+    data = demo.generate(tmp_path / "data", images=10, size=(64, 96))
+    for file in data.rglob("instances_*.json"):
+        content = json.loads(file.read_text())
+        content["categories"], known = content["categories"][:2], {c["id"] for c in content["categories"][:2]}
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] in known]
+        file.write_text(json.dumps(content))
+    options = [f"train.weights={trained}", "train.lr=1e-12", "model.backbone.norm_eval=true"]
+    said = spoken(capsys, "train", trained, f"data={data}", f"out={tmp_path / 'tuned'}", *options)
+    assert "knows the 6 classes circle, triangle" in said
+    assert "what depends on classes starts anew (head.cls.weight, head.cls.bias)" in said
+    before, _ = checkpoint.load_weights(trained / "best.safetensors")
+    after, meta = checkpoint.load_weights(tmp_path / "tuned" / "last.ckpt")
+    assert len(json.loads(meta["names"])) == 2
+    for key, value in before.items():
+        if not key.startswith("head.cls."):
+            torch.testing.assert_close(after[key], value, atol=1e-6, rtol=0)
+    assert len(after["head.cls.bias"]) * 3 == len(before["head.cls.bias"])
 
 
 # -- val

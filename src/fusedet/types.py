@@ -204,7 +204,8 @@ class Batch(_Moves):
 
     images uint8 (N, 3, H, W), padded with zeros at the right and the bottom; sizes (N, 2) int64, height and width of
     the picture inside the padding; ids, the pictures' ids in the data set; scales (N, 2) float32, network pixels per
-    original pixel along x and y; targets, one per picture, or None.
+    original pixel along x and y; targets, one per picture, or None; flipped, whether the pictures are mirrored left to right
+    (said in testing alone); views, the same pictures seen in other ways, for testing at several sizes or with flips.
     """
 
     images: Tensor
@@ -212,6 +213,8 @@ class Batch(_Moves):
     ids: tuple[int, ...]
     scales: Tensor
     targets: tuple[Target, ...] | None = None
+    flipped: bool = False
+    views: tuple[Batch, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -219,6 +222,7 @@ class Batch(_Moves):
         _need(self.images.dtype == torch.uint8, f"images must be uint8, got {self.images.dtype}")
         _need(self.sizes.shape == (n, 2) and self.scales.shape == (n, 2) and len(self.ids) == n, "one size, scale and id per picture")
         _need(self.targets is None or len(self.targets) == n, "one target per picture")
+        _need(all(view.ids == self.ids for view in self.views), "views are of the same pictures")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -31,7 +31,7 @@ from fusedet.config import Config
 from fusedet.data.read import read
 from fusedet.detectors import from_config
 from fusedet.errors import InputError, unknown
-from fusedet.verbs import folder, predict, show, val
+from fusedet.verbs import folder, predict, show, submission, val
 from fusedet.verbs.demo import demo as run_demo
 from fusedet.verbs.train import train as run_training
 
@@ -62,6 +62,7 @@ def val_(
     split: Annotated[str | None, typer.Option(help="The split to score on, by default data.val.")] = None,
     voc: Annotated[bool, typer.Option(help="VOC's AP too (for VOC data it is always given).")] = False,
     evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluate.EVALUATORS)}.")] = evaluate.EVALUATORS[0],
+    submit: Annotated[bool, typer.Option("--submission", help="Write the json and zip that COCO's test server takes.")] = False,
     json: Json = False,
 ) -> None:
     """Score a run, a checkpoint, or results in COCO's form against data=PATH (by default the run's own data)."""
@@ -82,6 +83,10 @@ def val_(
     records = read(options.data.path or "", scored, images=options.data.images, need_pictures=not is_results)
     if options.out:
         folder.check(options.out)  # before the work, not after it
+    server_split = submission.of_server(records, options.test.max_det) if submit else None
+    annotated = len(records.labels) > 0
+    if not annotated and not submit:
+        raise InputError(f"{records.source} has no objects to score by: use fusedet predict, or for COCO's server --submission")
     if is_results:
         results = evaluate.load_results(path)
         masks = bool(results) and all("segmentation" in result for result in results)
@@ -93,13 +98,19 @@ def val_(
             val.check_masks(records)
         loader = val.val_loader(options, records)
         results = val.detect(ready, track(json, loader, len(loader), "pictures"), records, device)
-    figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
+    rows = submission.checked(records, results) if submit else {}
+    figures: dict[str, Any] = {"detections": len(results)}
+    if annotated:
+        figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
     parent = path if path.is_dir() else path.parent
     target = folder.fresh(options.out) if options.out else folder.numbered(parent, f"val-{Path(scored).stem}")
-    files = val.report(records, results, figures, target, title=f"{path.name} on {scored}")
+    files = val.report(records, results, figures, target, title=f"{path.name} on {scored}") if annotated else {}
+    if server_split:
+        files |= submission.write(rows, server_split, path.name if path.is_dir() else path.stem, target)
     if json:
-        return print_json(figures | {"out": str(target)})
-    show.score(out, figures, f"{source} on {scored} of {options.data.path}")
+        return print_json(figures | {"out": str(target), "files": {name: str(file) for name, file in files.items()}})
+    if annotated:
+        show.score(out, figures, f"{source} on {scored} of {options.data.path}")
     print_files(files)
 
 
@@ -147,8 +158,7 @@ def info(words: Words = None, classes: Classes = None, json: Json = False) -> No
     options = load_config(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
     if classes is None:
         classes = len(predict.rebuild(predict.weights_file(name))[2]) if Path(name).is_dir() and name not in config.names() else 80
-    short, long = options.data.size
-    figures = measure.cost(from_config(options, classes), _padded(short), _padded(long))
+    figures = measure.cost(from_config(options, classes), *measure.network_size(options.data.size))
     if json:
         return print_json({"model": name, "classes": classes, **figures})
     show.cost(out, figures, f"{name}, {classes} classes")
@@ -194,7 +204,3 @@ def _run_config(name: str, overrides: list[str], resume: bool) -> Config:
             raise InputError("several processes need one folder: add out=FOLDER")
         options = replace(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
     return options
-
-
-def _padded(side: int) -> int:
-    return -(-side // 32) * 32

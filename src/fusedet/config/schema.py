@@ -109,18 +109,23 @@ class Train:
 
 @dataclass(frozen=True)
 class Test:
-    """How raw outputs become detections."""
+    """How raw outputs become detections. Each picture is seen at all `scales`, short sides, data.size's where there are none."""
 
     score: float = 0.05
     nms: float = 0.5
     max_det: int = 100
     pre_nms: int = 1000
     batch: int | None = None
+    scales: tuple[int, ...] | None = None
+    flip: bool = False
 
     def __post_init__(self) -> None:
         for key in ("score", "nms"):
             _need(0 <= getattr(self, key) <= 1, f"test.{key}", getattr(self, key), "0 to 1")
         _at_least(1, "test", self, "max_det", "pre_nms", "batch")
+        if self.scales is not None:
+            good = self.scales and min(self.scales) >= 32 and len(set(self.scales)) == len(self.scales)
+            _need(bool(good), "test.scales", self.scales, "different short sides of at least 32 pixels, such as [600, 800, 1000], or null")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fusedet.data.images import read_image
-from fusedet.data.records import Records
-from fusedet.data.transforms import Transform
+from fusedet.data.records import Record, Records
+from fusedet.data.transforms import Eval, Transform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch, Target
 
@@ -55,6 +55,19 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batc
         scales=torch.tensor([s.scale for s in samples], dtype=torch.float32).reshape(-1, 2),
         targets=_joined([s.target for s in samples], height, width),
     )
+
+
+def see(image: Tensor, record: Record, transforms: Iterable[Transform], masks: bool = False) -> list[Sample]:
+    """A picture (3, H, W) uint8 as each of the transforms gives it."""
+    seen = [transform(image, record, masks) for transform in transforms]
+    return [Sample(changed, scale, record.image_id, target) for changed, scale, target in seen]
+
+
+def collate_views(pictures: Sequence[Sequence[Sample]], views: Sequence[Eval] = (), canvas: tuple[int, int] = (1, 1)) -> Batch:
+    """One batch of pictures, each given by its samples: the first ones, and in `Batch.views` those of the further `views`."""
+    first, *others = zip(*pictures, strict=True)
+    seen = (replace(collate(samples), flipped=view.flip) for samples, view in zip(others, views, strict=True))
+    return replace(collate(first, canvas), views=tuple(seen))
 
 
 def _joined(targets: Sequence[Target | None], height: int, width: int) -> tuple[Target, ...] | None:
@@ -146,17 +159,19 @@ def eval_loader(
     masks: bool = False,
     pin: bool = False,
     start_method: str | None = None,
+    views: Sequence[Eval] = (),
 ) -> EvalLoader:
     """Each picture once, in order of aspect ratio so that there is little padding; the last batch may be smaller.
 
-    Batches of batch / world pictures go to the processes in turn. Otherwise as `train_loader`.
+    Batches of batch / world pictures go to the processes in turn. views: in which other ways each picture is seen, in the order of
+    `Batch.views`; it is read once. Otherwise as `train_loader`.
     """
     _check(records, batch, workers, rank, world)
     height, width = records.sizes.numpy().T
     order = np.argsort(width / np.maximum(height, 1), kind="stable").tolist()
     each = batch // world
     batches = [tuple(order[i : i + each]) for i in range(0, len(order), each)]
-    steps = _Steps(records, transform, 0, masks, workers, pin, start_method)
+    steps = _Steps(records, transform, 0, masks, workers, pin, start_method, views)
     return EvalLoader(steps, [Step(0, own, own) for own in batches[rank::world]])
 
 
@@ -212,20 +227,20 @@ class Reader(Dataset[Any]):
     transform: Transform
     seed: int
     masks: bool
+    views: tuple[Eval, ...] = ()
 
     def __getitem__(self, step: Step) -> Batch | InputError:
         try:
-            return collate([self.sample(step.epoch, i) for i in step.own], self.canvas(step))
+            return collate_views([self.samples(step.epoch, i) for i in step.own], self.views, self.canvas(step))
         except InputError as error:
             return error
 
-    def sample(self, epoch: int, index: int) -> Sample:
-        """Picture `index` as it comes in an epoch."""
+    def samples(self, epoch: int, index: int) -> list[Sample]:
+        """Picture `index` as it comes in an epoch, and in the further views."""
         record = self.records[index]
         image = read_image(record.path)
         with _chance(self.seed, epoch, index):
-            image, scale, target = self.transform(image, record, self.masks)
-        return Sample(image, scale, record.image_id, target)
+            return see(image, record, (self.transform, *self.views), self.masks)
 
     def canvas(self, step: Step) -> tuple[int, int]:
         """The largest height and width among the pictures of the joint batch that other processes read."""
@@ -241,11 +256,19 @@ class _Steps:
     """Workers that stay alive between epochs and read whatever plan they are given."""
 
     def __init__(
-        self, records: Records, transform: Transform, seed: int, masks: bool, workers: int, pin: bool, start_method: str | None
+        self,
+        records: Records,
+        transform: Transform,
+        seed: int,
+        masks: bool,
+        workers: int,
+        pin: bool,
+        start_method: str | None,
+        views: Sequence[Eval] = (),
     ) -> None:
         self.plan: list[Step] = []  # filled anew for every run
         self.loader = DataLoader(
-            Reader(records, transform, seed, masks),
+            Reader(records, transform, seed, masks, tuple(views)),
             sampler=self.plan,
             batch_size=None,
             num_workers=workers,

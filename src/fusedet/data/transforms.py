@@ -45,10 +45,11 @@ def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Eval:
-    """Resize to at most `size` on the short and `max_size` on the long side."""
+    """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right."""
 
     size: int
     max_size: int
+    flip: bool = False
 
     def __post_init__(self) -> None:
         _check_sizes((self.size,), self.max_size)
@@ -59,7 +60,7 @@ class Eval:
 
     def __call__(self, image: Tensor, record: Record, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
         """As `Train.__call__`, without chance."""
-        return _apply(image, record, masks, size=self.network_size(*image.shape[1:]), flip=False)
+        return _apply(image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip)
 
 
 @dataclass(frozen=True)

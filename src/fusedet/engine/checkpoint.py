@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +78,11 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         raise InputError(f"{path} is cut short or not a safetensors file: copy it again, or use the run's last.ckpt") from error
 
 
-def load_into(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    source: Path | str,
-    *,
-    names: Sequence[str] | None = None,
-    source_names: Sequence[str] | None = None,
-) -> None:
+def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path | str) -> None:
     """Load weights strictly: every key there, none too many, every shape equal.
 
-    names, source_names: the classes of the model and of the weights; where both are given, a different count is said as such.
     Raises InputError that names the first differences; the model is then unchanged.
     """
-    if names is not None and source_names is not None and len(names) != len(source_names):
-        raise InputError(
-            f"{source} knows {_classes(source_names)}, but the model has {_classes(names)}: use the data it was trained on, or train anew"
-        )
     own = model.state_dict()
     shapes = [
         f"{key} is {tuple(state_dict[key].shape)} and should be {tuple(own[key].shape)}"
@@ -109,11 +97,6 @@ def load_into(
     if any(differences):
         raise InputError(f"{source} does not fit this model: " + "; ".join(text for text in differences if text))
     model.load_state_dict(dict(state_dict))
-
-
-def _classes(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} classes ({shown})" if len(names) != 1 else f"1 class ({shown})"
 
 
 def _first(what: str, items: list[str], limit: int = 3) -> str:

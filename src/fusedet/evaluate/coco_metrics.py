@@ -10,10 +10,11 @@ import numpy as np
 from fusedet.data.records import Records
 from fusedet.errors import InputError, unknown
 from fusedet.evaluate import coco_rule as rule
-from fusedet.evaluate.ground_truth import counts, owners, sizes_first
-from fusedet.evaluate.masks import check_masks, encoded, mask_area, mask_pairs
+from fusedet.evaluate.ground_truth import counts
+from fusedet.evaluate.masks import check_masks
+from fusedet.evaluate.matching import matched
 from fusedet.evaluate.reference import by_package
-from fusedet.evaluate.results import EVALUATORS, MAX_DETS, Found, Result, found, mean
+from fusedet.evaluate.results import EVALUATORS, Found, Result, found, mean
 
 
 def coco(
@@ -97,28 +98,5 @@ def precision_recall(records: Records, results: Sequence[Result], iou: float = 0
 
 def _evaluate(records: Records, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> rule.Curves:
     """The project's own evaluator: boxes, or the results' masks where these are given."""
-    n, owner = len(records), owners(records)
-    place = np.empty(n, dtype=np.int64)
-    place[np.argsort(records.image_ids.numpy(), kind="stable")] = np.arange(n)  # COCO goes through the pictures by rising id
-
-    group = records.labels.numpy() * n + place[owner]
-    order = np.argsort(group, kind="stable")
-    objects = rule.Objects(group[order], records.area.numpy()[order], records.ignore.numpy()[order])
-
-    group = table.labels * n + place[table.images]
-    best = np.lexsort((-table.scores, group))
-    best = best[rule.rank(group[best]) < MAX_DETS[-1]]
-    group = group[best]
-    if masks is None:
-        boxes = table.boxes[best]
-        area = boxes[:, 2] * boxes[:, 3]
-        pairs = rule.box_pairs(group, boxes, objects, sizes_first(records.boxes.numpy()[order]), thresholds.min())
-    else:
-        answers = [masks[i]["segmentation"] for i in best]
-        area = np.array([mask_area(answer) for answer in answers])
-        segments, sizes = [s for record in records for s in record.segments], records.sizes.tolist()
-        truth = [encoded(segments[j], *sizes[owner[j]]) for j in order]
-        pairs = mask_pairs(group, [encoded(answer, *answer["size"]) for answer in answers], objects, truth)
-    guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])
-    hit, void = rule.match(guesses, objects, pairs, thresholds, areas)
-    return rule.accumulate(guesses, objects, hit, void, areas, n, len(records.names))
+    pairs = matched(records, table, masks, thresholds, areas)
+    return rule.accumulate(pairs.guesses, pairs.objects, pairs.hit, pairs.void, areas, len(records), len(records.names))

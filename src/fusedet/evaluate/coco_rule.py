@@ -108,8 +108,10 @@ def box_pairs(det_group: np.ndarray, det: np.ndarray, objects: Objects, boxes: n
     return Pairs(np.concatenate(dets), np.concatenate(objs), np.concatenate(ious))
 
 
-def match(guesses: Guesses, objects: Objects, pairs: Pairs, thresholds: np.ndarray, areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections hit an object, and which do not count, two bool arrays (T, A, D).
+def match(
+    guesses: Guesses, objects: Objects, pairs: Pairs, thresholds: np.ndarray, areas: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which detections hit an object, which do not count (T, A, D), and which objects are hit (T, A, G); all bool.
 
     Best score first, a detection takes the free object that it overlaps most; an object that counts goes before one that
     does not (a crowd, which is never used up, or one outside the area range). What hits no object and lies outside the
@@ -130,7 +132,7 @@ def match(guesses: Guesses, objects: Objects, pairs: Pairs, thresholds: np.ndarr
         taken[t, a, obj[(best[t, a, d] - 1) % p]] = True
         hit[:, :, det[first]] = got
         void[:, :, det[first]] = got & (best <= p)
-    return hit, void | (~hit & outside(guesses.area, areas))
+    return hit, void | (~hit & outside(guesses.area, areas)), taken
 
 
 def outside(area: np.ndarray, areas: np.ndarray) -> np.ndarray:
@@ -157,6 +159,15 @@ def _rounds(group: np.ndarray, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.nd
         yield d, pairs.obj[order[part]], pairs.iou[order[part]], np.flatnonzero(np.r_[True, d[1:] != d[:-1]])
 
 
+def by_class(guesses: Guesses, objects: Objects, images: int, classes: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """Each class's detections over all pictures, best score first and of equal ones the earlier, and where its objects are."""
+    edges = np.arange(classes + 1) * images
+    object_edges, guess_edges = np.searchsorted(objects.group, edges), np.searchsorted(guesses.group, edges)
+    for k in range(classes):
+        own = np.arange(guess_edges[k], guess_edges[k + 1])
+        yield own[np.argsort(-guesses.scores[own], kind="stable")], slice(object_edges[k], object_edges[k + 1])
+
+
 def accumulate(
     guesses: Guesses, objects: Objects, hit: np.ndarray, void: np.ndarray, areas: np.ndarray, images: int, classes: int
 ) -> Curves:
@@ -165,12 +176,8 @@ def accumulate(
     precision, scores = np.full((2, T, len(RECALLS), classes, A), np.nan)
     recall, few = np.full((T, classes, A), np.nan), np.full((2, T, classes), np.nan)
     counts = ~(objects.crowd | outside(objects.area, areas))  # (A, G)
-    edges = np.arange(classes + 1) * images
-    object_edges, guess_edges = np.searchsorted(objects.group, edges), np.searchsorted(guesses.group, edges)
-    for k in range(classes):
-        total = counts[:, object_edges[k] : object_edges[k + 1]].sum(axis=1)  # (A,)
-        own = np.arange(guess_edges[k], guess_edges[k + 1])
-        own = own[np.argsort(-guesses.scores[own], kind="stable")]
+    for k, (own, of_class) in enumerate(by_class(guesses, objects, images, classes)):
+        total = counts[:, of_class].sum(axis=1)  # (A,)
         good = hit[:, :, own] & ~void[:, :, own]
         false = np.cumsum(~hit[:, :, own] & ~void[:, :, own], axis=2, dtype=np.int32)
         for a in np.flatnonzero(total):

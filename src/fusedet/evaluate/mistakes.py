@@ -8,8 +8,10 @@ import numpy as np
 
 from fusedet.data.records import Records
 from fusedet.errors import InputError
-from fusedet.evaluate.results import Result, found
+from fusedet.evaluate.results import Found, Result, found
 from fusedet.ops.owners import EXCUSED, FALSE, owners
+
+Judged = tuple[float, int, int]
 
 
 def confusion(records: Records, results: Sequence[Result], *, score: float = 0.3, iou: float = 0.5) -> np.ndarray:
@@ -37,17 +39,35 @@ def worst_images(
     Of equal F1 the one with more mistakes goes first, then the earlier one; pictures without a mistake are not listed. An
     object found as a wrong class is a miss and a false detection. Matched as in `confusion`.
     """
-    rows = []
-    for i, (truth, labels, owner) in enumerate(_matched(records, results, score, iou)):
-        hit = owner >= 0
-        right = int((truth[owner[hit]] == labels[hit]).sum())
-        misses, false = len(truth) - right, int((owner != EXCUSED).sum()) - right
-        if misses + false:
-            rows.append((i, 2 * right / (2 * right + misses + false), misses, false))
+    rows = [(i, *row) for i, row in enumerate(_judged(records, results, score, iou)) if row[1] + row[2]]
     return sorted(rows, key=lambda row: (row[1], -row[2] - row[3], row[0]))[:n]
 
 
-def _matched(records: Records, results: Sequence[Result], score: float, iou: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def differing_images(
+    records: Records, a: Sequence[Result] | Found, b: Sequence[Result] | Found, n: int = 16, score: float = 0.3, iou: float = 0.5
+) -> list[tuple[int, Judged, Judged]]:
+    """The n pictures whose F1 differ most between two runs: (position in the records, a's F1, misses and false detections, b's).
+
+    Of equal differences the one with more mistakes goes first, then the earlier one; equally good ones are not listed.
+    Matched as in `confusion`.
+    """
+    both = zip(_judged(records, a, score, iou), _judged(records, b, score, iou), strict=True)
+    rows = [(i, one, other) for i, (one, other) in enumerate(both) if one[0] != other[0]]
+    return sorted(rows, key=lambda row: (-abs(row[2][0] - row[1][0]), -sum(row[1][1:] + row[2][1:]), row[0]))[:n]
+
+
+def _judged(records: Records, results: Sequence[Result] | Found, score: float, iou: float) -> Iterator[Judged]:
+    """Each picture's F1, 1 where there is no mistake, misses and false detections."""
+    for truth, labels, owner in _matched(records, results, score, iou):
+        hit = owner >= 0
+        right = int((truth[owner[hit]] == labels[hit]).sum())
+        misses, false = len(truth) - right, int((owner != EXCUSED).sum()) - right
+        yield (2 * right / (2 * right + misses + false) if misses + false else 1.0), misses, false
+
+
+def _matched(
+    records: Records, results: Sequence[Result] | Found, score: float, iou: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Per picture: classes (G,) of the objects that count, labels (D,) of the detections, and the owner (D,) of each."""
     if not 0 < iou <= 1:
         raise InputError(f"iou must lie in 0..1, it is {iou}")

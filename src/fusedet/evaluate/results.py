@@ -47,12 +47,14 @@ class Found:
             yield corners[part], self.labels[part]
 
 
-def found(records: Records, results: Sequence[Result], *, boxes: bool = True) -> Found:
-    """The results as arrays; `boxes=False` reads no boxes and leaves zeros.
+def found(records: Records, results: Sequence[Result] | Found, *, boxes: bool = True) -> Found:
+    """The results as arrays, where they are not already; `boxes=False` reads no boxes and leaves zeros.
 
     Raises InputError where a result lacks a key, holds a number that is not finite, or names an image or a category
     that the records do not hold.
     """
+    if isinstance(results, Found):
+        return results
     check(results, "results", boxes=boxes)
     size = np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4) if boxes else np.zeros((len(results), 4))
     return Found(

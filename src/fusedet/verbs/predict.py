@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,11 @@ from fusedet import draw
 from fusedet.config import Config, overridden, parse
 from fusedet.data.files import extensions
 from fusedet.data.images import to_tensor
-from fusedet.data.loader import Sample, collate
+from fusedet.data.loader import collate_views, see
 from fusedet.data.records import Record
 from fusedet.data.transforms import Eval
 from fusedet.detectors import Detector, for_inference, from_config, selection
+from fusedet.detectors.views import find_in, merge
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.roi.mask import paste
@@ -67,7 +68,7 @@ class Predictor:
     def __init__(self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
-        self.transform = Eval(*config.data.size)
+        self.views = views(config)
 
     @property
     def device(self) -> torch.device:
@@ -98,14 +99,14 @@ class Predictor:
                 group = []
         yield from self._together(group)
 
+    def seen(self, pictures: Sequence[Tensor]) -> Batch:
+        """Pictures (3, H, W) uint8 as the network sees them, in all views."""
+        return collate_views([see(picture, _empty(picture), self.views) for picture in pictures], self.views[1:])
+
     def _together(self, group: list[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
         if not group:
             return
-        samples = []
-        for i, (picture, _) in enumerate(group):
-            image, scale, _ = self.transform(picture, _empty(picture))
-            samples.append(Sample(image, scale, i))
-        batch = collate(samples)
+        batch = self.seen([picture for picture, _ in group])
         for found, (picture, path) in zip(find(self.detector, batch, self.device), group):
             yield Prediction(**vars(found), picture=picture, names=self.names, category_ids=self.category_ids, path=path)
 
@@ -218,21 +219,28 @@ def _free(folder: Path, path: Path | None) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
+def views(config: Config) -> tuple[Eval, ...]:
+    """How the network sees a picture in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
+    short, long = config.data.size
+    sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
+    return tuple(Eval(*size, flip=flip) for flip in (False, True)[: 1 + config.test.flip] for size in sizes)
+
+
 @torch.no_grad()
 def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     """What is in each picture of a batch, best first: in the pixels of the pictures that it was made of, on the CPU.
 
     As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
+    What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
     """
-    batch = batch.to(device, non_blocking=True)
-    found = detector.detect(batch.images, batch.sizes, padded=False)
-    masks = getattr(found, "masks", None)
+    seen = [find_in(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)]
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
     results = []
-    for i, (n, (height, width)) in enumerate(zip(found.counts.tolist(), sizes)):
-        boxes = found.boxes[i, :n] / batch.scales[i].repeat(2)
-        pasted = None if masks is None else paste(masks[i, :n], boxes, (height, width))
-        results.append(Detections(boxes, found.scores[i, :n], found.labels[i, :n], pasted).to("cpu"))
+    shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
+    for found, (height, width) in zip(zip(*seen), sizes):
+        one = merge(found, **shared) if len(found) > 1 else found[0]
+        masks = None if one.masks is None else paste(one.masks, one.boxes, (height, width))
+        results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
     return results
 
 

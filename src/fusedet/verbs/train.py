@@ -29,12 +29,12 @@ from fusedet.verbs.val import (
     FIGURES,
     MASK_FIGURES,
     check_masks,
-    check_names,
     detect,
     finds_masks,
     mask_figures,
     report,
     score,
+    some,
     val_loader,
 )
 
@@ -60,20 +60,14 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         raise InputError("no output folder: add out=FOLDER")
     if resume and not (Path(config.out) / "last.ckpt").is_file():
         raise InputError(f"out={config.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
-    if config.train.monitor not in FIGURES + MASK_FIGURES:
-        raise unknown("value of train.monitor:", config.train.monitor, FIGURES + MASK_FIGURES)
+    check_monitor(config)
     fabric = make_fabric(config)
     if fabric.global_rank:
         say = _silent
     data, val = open_data(config, say)
     torch.manual_seed(config.train.seed)
     detector = make_detector(config, val, say, resume)
-    masks = finds_masks(detector)
-    if masks:
-        check_masks(data)
-        check_masks(val)
-    elif config.train.monitor in MASK_FIGURES:
-        raise InputError(f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}")
+    masks = learns_masks(config, detector, data, val)
     batch, rate = config.train.batch // config.train.accumulate, config.train.lr
     loader = train_loader(
         data,
@@ -202,8 +196,15 @@ def make_detector(config: Config, records: Records, say: Callable[[str], None], 
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)
-        if "names" in meta:
-            check_names(records, json.loads(meta["names"]), str(file))
+        known = json.loads(meta["names"]) if "names" in meta else list(records.names)
+        if known != list(records.names):
+            own = detector.state_dict()
+            anew = {key: own[key] for key in class_tensors(config)}
+            state = {key: value for key, value in state.items() if key not in anew} | anew
+            say(
+                f"{file} knows the {len(known)} classes {some(known)}, the data has the {len(records.names)} classes "
+                f"{some(records.names)}: what depends on classes starts anew ({', '.join(anew)})"
+            )
         checkpoint.load_into(detector, state, file)
     elif not body.has_weights and (body.frozen or body.norm_eval):
         say(
@@ -211,6 +212,31 @@ def make_detector(config: Config, records: Records, say: Callable[[str], None], 
             "model.backbone.frozen_stages=-1 model.backbone.norm_eval=false to train all of it"
         )
     return detector
+
+
+def class_tensors(config: Config) -> list[str]:
+    """The names of the weights whose shapes depend on how many classes there are."""
+    bare = replace(config, model=replace(config.model, backbone=config.model.backbone | {"pretrained": False, "weights": None}))
+    with torch.device("meta"):
+        one, two = (from_config(bare, count).state_dict() for count in (1, 2))
+    return [key for key in one if one[key].shape != two[key].shape]
+
+
+def check_monitor(config: Config) -> None:
+    """Raises InputError where train.monitor is no figure of a validation."""
+    if config.train.monitor not in FIGURES + MASK_FIGURES:
+        raise unknown("value of train.monitor:", config.train.monitor, FIGURES + MASK_FIGURES)
+
+
+def learns_masks(config: Config, detector: nn.Module, data: Records, val: Records) -> bool:
+    """Whether the detector learns masks. Raises InputError where the data have none then, and where train.monitor asks for them else."""
+    masks = finds_masks(detector)
+    if masks:
+        check_masks(data)
+        check_masks(val)
+    elif config.train.monitor in MASK_FIGURES:
+        raise InputError(f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}")
+    return masks
 
 
 def train_transform(config: Config) -> TrainTransform:

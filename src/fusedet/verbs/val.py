@@ -16,14 +16,14 @@ from fusedet.config import Config
 from fusedet.data.images import read_image
 from fusedet.data.loader import eval_loader
 from fusedet.data.records import Records
-from fusedet.data.transforms import Eval
 from fusedet.errors import InputError
 from fusedet.roi import MaskBranch
 from fusedet.types import Batch
 from fusedet.verbs.folder import write_json
-from fusedet.verbs.predict import find
+from fusedet.verbs.predict import find, views
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+SHOWN = 0.3  # the least score of what is drawn
 MASK_FIGURES = tuple(f"mask_{name}" for name in FIGURES)
 Result = dict[str, Any]
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -33,7 +33,8 @@ def val_loader(config: Config, records: Records, rank: int = 0, world: int = 1) 
     """Every picture of a split once, as `predict` sees it; shared among processes."""
     # a batch no larger than the rank's share keeps every process busy; one picture per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
-    return eval_loader(records, Eval(*config.data.size), batch=batch, workers=config.data.workers, rank=rank, world=world)
+    first, *others = views(config)
+    return eval_loader(records, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others)
 
 
 def detect(detector: nn.Module, loader: Iterable[Batch], records: Records, device: torch.device) -> list[Result]:
@@ -110,27 +111,38 @@ def report(records: Records, results: list[Result], figures: dict[str, Any], out
     return files
 
 
-def worst(records: Records, results: list[Result], n: int = 12, least: float = 0.3) -> Image | None:
+def worst(records: Records, results: list[Result], n: int = 12) -> Image | None:
     """The n pictures that went worst: truth dashed, finds coloured; None where no picture has a mistake."""
+    drawn, captions = [], []
+    paint = painter(records, results)
+    for i, quality, misses, false in evaluate.worst_images(records, results, n=n, score=SHOWN):
+        if (picture := paint(i)) is not None:
+            drawn.append(picture)
+            captions.append(f"{records.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
+    return draw.grid(drawn, captions) if drawn else None
+
+
+def painter(records: Records, results: list[Result]) -> Callable[[int], Image | None]:
+    """What draws the finds of at least `SHOWN` in picture i of the records against the truth; None where its file is absent."""
     by_image: dict[int, list[Result]] = {}
     for result in results:
-        if result["score"] >= least:
+        if result["score"] >= SHOWN:
             by_image.setdefault(result["image_id"], []).append(result)
     labels = {c: k for k, c in enumerate(records.category_ids)}
-    drawn, captions = [], []
-    for i, quality, misses, false in evaluate.worst_images(records, results, n=n, score=least):
+
+    def paint(i: int) -> Image | None:
         record = records[i]
         if not record.path.is_file():  # results can be scored without the pictures
-            continue
+            return None
         found = by_image.get(record.image_id, [])
         boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         guess = (boxes, torch.tensor([labels[r["category_id"]] for r in found]), torch.tensor([r["score"] for r in found]))
         keep = ~record.ignore
         truth = (torch.from_numpy(record.boxes[keep]), torch.from_numpy(record.labels[keep]))
-        drawn.append(draw.compare(read_image(record.path), truth, guess, records.names))
-        captions.append(f"{record.path.name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return draw.grid(drawn, captions) if drawn else None
+        return draw.compare(read_image(record.path), truth, guess, records.names, score=SHOWN)
+
+    return paint
 
 
 def check_names(records: Records, names: Iterable[str], source: str) -> None:
@@ -138,11 +150,12 @@ def check_names(records: Records, names: Iterable[str], source: str) -> None:
     names = tuple(names)
     if names != records.names:
         raise InputError(
-            f"{source} knows the {len(names)} classes {_some(names)}, but {records.source} has the {len(records.names)} classes "
-            f"{_some(records.names)}: use data with the same class names"
+            f"{source} knows the {len(names)} classes {some(names)}, but {records.source} has the {len(records.names)} classes "
+            f"{some(records.names)}: use data with the same class names"
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first of a list of names."""
     names = list(names)
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

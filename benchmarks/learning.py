@@ -1,0 +1,138 @@
+"""Does every detector learn? Each trains from scratch on the demo's pictures, with one body, size, recipe and number of epochs.
+
+Prints a JSON line per detector, then a table; exits with 1 where one stays below its stated AP50. A run that is there is not made again,
+one that was stopped goes on. Seconds are those of the training steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedet import config
+from fusedet.config import Config
+from fusedet.data.demo import generate
+from fusedet.errors import InputError
+from fusedet.verbs.train import train
+
+PICTURES, SEED = 800, 0  # as `fusedet demo`
+COMMON = [
+    "model.backbone.name=regnetx_002",
+    "data.size=[256,256]",
+    "data.workers=0",
+    "train.epochs=5",
+    "train.validate_every=5",
+    f"train.seed={SEED}",
+]
+
+
+# provisional: nothing is measured yet
+LEAST = {
+    "retinanet": {"AP50": 0.5},
+    "fcos": {"AP50": 0.5},
+    "vfnet": {"AP50": 0.5},
+    "reppoints": {"AP50": 0.5},
+    "faster_rcnn": {"AP50": 0.5},
+    "mask_rcnn": {"AP50": 0.5, "mask_AP50": 0.5},
+    "cascade_rcnn": {"AP50": 0.5},
+    "dynamic_rcnn": {"AP50": 0.5},
+    "grid_rcnn": {"AP50": 0.5},
+    "libra_rcnn": {"AP50": 0.5},
+}
+"""What each detector must reach on the validation pictures: COCO's AP50 of boxes and, where it finds masks, of masks."""
+
+
+def recipe(name: str, data: Path, out: Path) -> Config:
+    """The config of a detector's run."""
+    return config.load(f"{name}_tiny", [*COMMON, f"data={data}", f"out={out / name}"])
+
+
+def finished(name: str, data: Path, out: Path) -> bool:
+    """Whether a detector's run is there and complete. Raises InputError for one of another recipe."""
+    wanted, run = recipe(name, data, out), out / name
+    if (run / "config.yaml").is_file():
+        had = config.load(run / "config.yaml")
+        if (had.model, had.train, had.test, had.data.size) != (wanted.model, wanted.train, wanted.test, wanted.data.size):
+            raise InputError(f"{run} was trained with another recipe: remove it, or name another --out")
+    return (run / "metrics.json").is_file()
+
+
+def learn(name: str, data: Path, out: Path) -> str:
+    """Train a detector, or go on where its run was stopped; gives its name."""
+    train(recipe(name, data, out), resume=(out / name / "last.ckpt").is_file(), say=lambda text: None, quiet=True)
+    return name
+
+
+def figures(name: str, run: Path) -> dict[str, Any]:
+    """What a finished run found, how long its steps took, and whether it is good enough."""
+    batch = config.load(run / "config.yaml").train.batch
+    scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    pictures, seconds, before = 0, 0.0, 0
+    for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()):
+        if row["images_per_second"]:
+            seen = batch * (int(row["step"]) - before)
+            pictures, seconds, before = pictures + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
+    found = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
+    least = {f"least_{key}": value for key, value in LEAST[name].items()}
+    reached = all(scores[key] >= value for key, value in LEAST[name].items())
+    pace = {"seconds": round(seconds), "images_per_second": round(pictures / seconds, 1)}
+    return {"detector": name, **found, **least, "reached": reached, **pace}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    keys = ("AP", "AP50", "least_AP50", "mask_AP50", "least_mask_AP50")
+    lines = [
+        "| detector | AP | AP50 | at least | mask AP50 | at least | minutes | images/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [f"{row[key]:.3f}" if key in row else "" for key in keys]
+        lines.append(f"| `{row['detector']}_tiny` | {' | '.join(cells)} | {row['seconds'] / 60:.1f} | {row['images_per_second']} |")
+    return "\n".join(lines)
+
+
+def runs(names: Sequence[str], data: Path, out: Path, beside: int) -> Iterator[str]:
+    """The detectors' names, each when its run is finished; `beside` train at a time, each in a process and with a share of the cores."""
+    waiting = [name for name in names if not finished(name, data, out)]
+    yield from (name for name in names if name not in waiting)
+    threads = max(1, (os.cpu_count() or 1) // beside)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(beside, len(waiting)) or 1, torch.set_num_threads, (threads,), maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(partial(learn, data=data, out=out), waiting)
+
+
+def main() -> None:
+    """Train, print, judge."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=list(LEAST), choices=list(LEAST), help="some of the detectors")
+    parser.add_argument("--data", type=Path, help="the folder of the generated pictures, by default data in --out")
+    parser.add_argument("--out", type=Path, default=Path("learning"), help="the folder of the runs")
+    parser.add_argument("--beside", type=int, default=1, help="detectors that train at a time")
+    options = parser.parse_args()
+    names = [name for name in LEAST if name in options.only]
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        data = generate(options.data or options.out / "data", images=PICTURES, seed=SEED)
+        for name in runs(names, data, options.out, options.beside):
+            found[name] = figures(name, options.out / name)
+            print(json.dumps(found[name]), flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table([found[name] for name in names]))
+    sys.exit(0 if all(row["reached"] for row in found.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The recipe under which every detector is shown to learn, and what its script says of a run; docs/learning.md has the trainings."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fusedet import config
+from fusedet.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def learning() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_detector_learns_under_one_recipe(learning: ModuleType, tmp_path: Path) -> None:
+    """All small configs are there, and their runs differ in pyramid, neck, head and stages alone."""
+    assert {f"{name}_tiny" for name in learning.LEAST} == {name for name in config.names() if name.endswith("_tiny")}
+    recipes = [learning.recipe(name, tmp_path, tmp_path) for name in learning.LEAST]
+    assert len({replace(c.train, schedule=None) for c in recipes}) == 1  # the name of a schedule; its values are beside it
+    assert len({c.data for c in recipes}) == 1
+    assert all(c.model.backbone == recipes[0].model.backbone for c in recipes)
+    assert {c.model.pyramid.channels for c in recipes} == {64}
+    assert not any(c.model.backbone["pretrained"] for c in recipes)
+
+
+def write_run(folder: Path, name: str, scores: dict[str, float], *overrides: str) -> Path:
+    """A finished run of three logged rows and a validation."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.load(f"{name}_tiny", overrides).to_yaml())
+    rows = ["epoch,step,loss,images_per_second,AP50", "1,10,2.0,8.0,", "1,15,1.0,4.0,", "1,15,,,0.5", "2,25,0.5,8.0,"]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(scores))
+    return folder
+
+
+def test_figures_of_a_run_by_hand(learning: ModuleType, tmp_path: Path) -> None:
+    """10, 5 and 10 steps of 4 pictures, at 8, 4 and 8 pictures per second: 5 + 5 + 5 seconds."""
+    run = write_run(tmp_path / "run", "fcos", {"AP": 0.61239, "AP50": 0.9})
+    assert learning.figures("fcos", run) == {
+        "detector": "fcos",
+        "AP": 0.612,
+        "AP50": 0.9,
+        "least_AP50": learning.LEAST["fcos"]["AP50"],
+        "reached": True,
+        "seconds": 15,
+        "images_per_second": 6.7,
+    }
+
+
+@pytest.mark.parametrize(("boxes", "masks", "reached"), [(0.0, 0.0, True), (-0.01, 0.0, False), (0.0, -0.01, False)])
+def test_both_values_must_be_reached(learning: ModuleType, tmp_path: Path, boxes: float, masks: float, reached: bool) -> None:
+    least = learning.LEAST["mask_rcnn"]
+    scores = {"AP": 0.1, "AP50": least["AP50"] + boxes, "mask_AP": 0.1, "mask_AP50": least["mask_AP50"] + masks}
+    assert learning.figures("mask_rcnn", write_run(tmp_path / "run", "mask_rcnn", scores))["reached"] is reached
+
+
+def test_a_run_is_taken_as_it_is_but_not_of_another_recipe(learning: ModuleType, tmp_path: Path) -> None:
+    write_run(tmp_path / "vfnet", "vfnet", {}, *learning.COMMON, "data=elsewhere")
+    assert learning.finished("vfnet", tmp_path, tmp_path)
+    assert not learning.finished("fcos", tmp_path, tmp_path)
+    write_run(tmp_path / "fcos", "fcos", {}, *learning.COMMON, "train.epochs=8")
+    with pytest.raises(InputError, match="another recipe"):
+        learning.finished("fcos", tmp_path, tmp_path)

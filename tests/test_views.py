@@ -1,0 +1,250 @@
+"""Testing at several sizes and with flips: what each view finds is moved back, and all views together are suppressed once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+import fusedet
+from conftest import SMALL
+from fusedet import cli, config
+from fusedet.data.loader import collate_views, eval_loader, see
+from fusedet.data.read import read
+from fusedet.data.records import Record
+from fusedet.data.transforms import Eval
+from fusedet.detectors.two_stage import Found
+from fusedet.detectors.views import Seen, merge
+from fusedet.ops.boxes import Selected
+from fusedet.types import Batch
+from fusedet.verbs.predict import find, views
+from small import DETECTORS, make
+
+CPU = torch.device("cpu")
+
+
+def made(*overrides: str) -> tuple[Eval, ...]:
+    return views(config.parse(config.overridden({}, ["data.size=[800,1333]", *overrides])))
+
+
+def batch(pictures: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
+    none = np.zeros(0)
+    records = [Record(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, []) for p in pictures]
+    return collate_views([see(*pair, seen) for pair in zip(pictures, records)], seen[1:])
+
+
+# -- the config
+
+
+def test_views_of_a_config() -> None:
+    """Long sides keep data.size's proportion; mirrored views come after the others."""
+    assert made() == made("test.scales=[800]") == (Eval(800, 1333),)
+    assert made("test.flip=true") == (Eval(800, 1333), Eval(800, 1333, flip=True))
+    both = made("test.scales=[400,1200]", "test.flip=true")
+    assert both == (Eval(400, 666), Eval(1200, 2000), Eval(400, 666, flip=True), Eval(1200, 2000, flip=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("test.scales=[]", "test.scales=[] must be different short sides"),
+        ("test.scales=[16,800]", "test.scales=[16, 800] must be different short sides of at least 32 pixels"),
+        ("test.scales=[600,600]", "test.scales=[600, 600] must be different"),
+        ("test.scales=600", "test.scales must be a list, such as [600], got 600"),
+        ("test.scales=[[400,666]]", "test.scales.0 must be int"),
+        ("test.flip=0.5", "test.flip must be bool"),
+    ],
+)
+def test_wrong_values_are_told(override: str, told: str) -> None:
+    with pytest.raises(fusedet.InputError) as error:
+        made(override)
+    assert told in str(error.value)
+
+
+# -- the pictures
+
+
+def test_a_batch_holds_every_view_of_its_pictures(scenes: Path) -> None:
+    """Each as a loader of that view alone gives it; a flip turns the picture inside its padding, and its objects."""
+    records = read(scenes, "val")
+    seen = (Eval(32, 48), Eval(64, 96), Eval(64, 96, flip=True))
+    together = list(eval_loader(records, seen[0], batch=3, views=seen[1:], workers=1))
+    for number, view in enumerate(seen):
+        alone = list(eval_loader(records, view, batch=3))
+        assert len(alone) == len(together)
+        for ours, wanted in zip(((b, *b.views)[number] for b in together), alone):
+            assert torch.equal(ours.images, wanted.images)
+            assert torch.equal(ours.sizes, wanted.sizes)
+            assert torch.equal(ours.scales, wanted.scales)
+            assert (ours.ids, ours.flipped) == (wanted.ids, view.flip)
+    for one in together:
+        plain, mirrored = one.views
+        for i, (h, w) in enumerate(plain.sizes.tolist()):
+            assert torch.equal(mirrored.images[i, :, :h, :w], plain.images[i, :, :h, :w].flip(2))
+            assert not mirrored.images[i, :, h:].any()
+            boxes, turned = plain.targets[i].boxes, mirrored.targets[i].boxes
+            assert torch.allclose(turned, torch.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], 1), atol=1e-4)
+
+
+# -- the merging
+
+
+class Scripted:
+    """A detector that finds what it was told to, one view after the other: rows (x1, y1, x2, y2, score, label)."""
+
+    def __init__(self, *finds: list[tuple[float, ...]], masks: list[Tensor] | None = None, **selection: Any) -> None:
+        self.finds, self.masks, self.selection = iter(finds), iter(masks or []), selection
+        self.has_masks = masks is not None
+
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Any:
+        rows = torch.tensor(next(self.finds)).reshape(1, -1, 6)
+        found = Selected(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
+        return Found(*found, next(self.masks)[None]) if self.has_masks else found
+
+
+TABLE = [
+    [(10, 10, 20, 20, 0.9, 0), (30, 5, 50, 25, 0.6, 1)],  # as it is
+    [(20, 20, 40, 40, 0.8, 0), (20, 20, 40, 40, 0.7, 1)],  # twice as large
+    [(40, 10, 50, 20, 0.95, 0), (0, 0, 6, 8, 0.3, 0)],  # mirrored in a width of 60
+    [],  # both
+]
+
+
+def test_views_by_hand() -> None:
+    """The best of three finds of one object stays, of each class for itself; a corner comes back on the other side."""
+    seen = made("data.size=[40,60]", "test.scales=[40,80]", "test.flip=true")
+    pictures = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
+    wanted = [(10, 10, 20, 20, 0.95, 0), (10, 10, 20, 20, 0.7, 1), (30, 5, 50, 25, 0.6, 1), (54, 0, 60, 8, 0.3, 0)]
+    for most in (100, 3):
+        (found,) = find(Scripted(*TABLE, iou=0.5, max_det=most), pictures, CPU)
+        rows = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None]], dim=1)
+        assert torch.allclose(rows, torch.tensor(wanted[:most]))
+    (found,) = find(Scripted(*TABLE, iou=1.0), pictures, CPU)  # nothing overlaps by more than that
+    assert sorted(found.scores.tolist()) == pytest.approx([0.3, 0.6, 0.7, 0.8, 0.9, 0.95])
+
+
+def test_masks_travel_with_their_boxes() -> None:
+    """The mirrored view's find wins, and the half of its mask that is set is the other half of the box in the picture."""
+    seen = made("data.size=[40,60]", "test.flip=true")
+    pictures = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
+    left = torch.zeros(1, 4, 4)
+    left[..., :2] = 1
+    rows = [[(10, 10, 30, 20, 0.5, 2)], [(30, 10, 50, 20, 0.9, 2)]]
+    (found,) = find(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), pictures, CPU)
+    assert found.boxes.tolist() == [[10, 10, 30, 20]]
+    assert found.masks.shape == (1, 40, 60)
+    columns = torch.arange(60)
+    assert torch.equal(found.masks[0, 15], (columns >= 20) & (columns < 30))
+    assert not found.masks[0, :10].any()
+
+
+class Bright:
+    """A detector that finds what is not black, whole: the same in every view."""
+
+    selection: ClassVar[dict[str, Any]] = {}
+
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
+        boxes = []
+        for picture in images:
+            y, x = (picture.amax(dim=0) > 127).nonzero().unbind(1)
+            boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+        n = len(images)
+        return Selected(torch.tensor(boxes).float()[:, None], torch.full((n, 1), 0.8), torch.zeros(n, 1).long(), torch.ones(n).long())
+
+
+def test_what_looks_the_same_in_every_view_is_found_once() -> None:
+    """At a width that is no multiple of 32, so that there is padding beside the picture, and on two pictures of different shapes."""
+    pictures = [torch.zeros(3, 50, 77, dtype=torch.uint8), torch.zeros(3, 64, 40, dtype=torch.uint8)]
+    pictures[0][:, 4:30, 8:21] = 255
+    pictures[1][:, 40:64, 0:9] = 255
+    wanted = [[8, 4, 21, 30], [0, 40, 9, 64]]
+    for options in (["test.flip=true"], ["test.flip=true", "test.scales=[128,64,32]"]):
+        for found, box in zip(find(Bright(), batch(pictures, made("data.size=[64,128]", *options)), CPU), wanted, strict=True):
+            assert len(found) == 1
+            assert torch.allclose(found.boxes, torch.tensor([box]).float(), atol=1.5)  # the resize rounds to whole pixels
+    flat = batch(pictures[:1], (Eval(50, 77), Eval(50, 77, flip=True)))
+    assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
+
+
+def test_merging_is_the_definition() -> None:
+    """Greedy suppression per class, literally."""
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        parts = []
+        for count in (0, 7, 12):
+            corner = torch.rand(count, 2, generator=draw) * 40
+            box = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=draw) * 30], dim=1)
+            scores = torch.rand(count, generator=draw).sort(descending=True).values
+            parts.append(Seen(box, scores, torch.randint(0, 2, (count,), generator=draw), None))
+        boxes, scores, labels = (torch.cat(column) for column in list(zip(*parts))[:3])
+        kept: list[int] = []
+        for i in scores.argsort(descending=True).tolist():
+            if all(labels[i] != labels[j] or box_iou(boxes[i][None], boxes[j][None]) <= 0.4 for j in kept):
+                kept.append(i)
+        found = merge(parts, iou=0.4, max_det=6)
+        assert len(kept) > 6
+        assert torch.equal(found.boxes, boxes[kept[:6]])
+        assert torch.equal(found.labels, labels[kept[:6]])
+
+
+def test_nothing_is_found_in_any_view() -> None:
+    nothing = Seen(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
+    found = merge([nothing, nothing])
+    assert [len(column) for column in found] == [0, 0, 0, 0]
+
+
+# -- every detector, and the verbs
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector(name: str) -> None:
+    """The best of all views is the best found, no two of a class overlap, and no mask or box leaves its picture."""
+    detector = make(name, "test.score=0", "test.max_det=15").eval()
+    pictures = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((50, 70), (90, 60))]
+    seen = made("data.size=[64,96]", "test.scales=[64,96]", "test.flip=true")
+    every = batch(pictures, seen)
+    found = find(detector, every, CPU)
+    alone = [find(detector, replace(view, views=()), CPU) for view in (every, *every.views)]
+    for i, (one, picture) in enumerate(zip(found, pictures, strict=True)):
+        assert 0 < len(one) <= 15
+        assert one.scores[0] == max(view[i].scores[0] for view in alone)
+        assert (one.scores.diff() <= 0).all()
+        same = one.labels[:, None] == one.labels
+        assert "grid" in name or (box_iou(one.boxes, one.boxes).fill_diagonal_(0)[same] <= detector.selection["iou"] + 1e-4).all()
+        height, width = picture.shape[1:]
+        limit = torch.tensor([width, height, width, height])
+        assert "grid" in name or ((one.boxes >= 0) & (one.boxes <= limit + 1e-3)).all()
+        assert (one.masks is None) == (name != "mask_rcnn")
+        assert one.masks is None or one.masks.shape == (len(one), height, width)
+
+
+def test_one_view_is_no_augmentation(trained: Path, scenes: Path) -> None:
+    path = sorted((scenes / "val").iterdir())[0]
+    plain, same, more = (
+        fusedet.load(trained, *overrides, device="cpu").predict(path)
+        for overrides in ([], ["test.scales=[64]", "test.flip=false"], ["test.scales=[64,96]", "test.flip=true"])
+    )
+    assert torch.equal(plain.boxes, same.boxes)
+    assert torch.equal(plain.scores, same.scores)
+    assert more.scores[0] >= plain.scores[0]
+    assert not torch.equal(plain.scores[: len(more)], more.scores[: len(plain)])
+
+
+def test_all_verbs_mean_the_same(scenes: Path, trained: Path, tmp_path: Path) -> None:
+    """What a training scores last, `val` and `predict` find."""
+    out = tmp_path / "run"
+    overrides = ["test.scales=[48,64]", "test.flip=true", "test.batch=1"]
+    assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, *overrides]) == 0
+    assert cli.run(["val", str(out), f"out={tmp_path / 'val'}"]) == 0
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
+    assert figures[0]["AP"] == pytest.approx(figures[1]["AP"], abs=1e-6)
+    records = read(scenes, "val")
+    found = fusedet.load(out, device="cpu").predict(records.path(0))
+    results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())
+    scored = [r["score"] for r in results if r["image_id"] == int(records.image_ids[0])]
+    assert found.scores.tolist() == pytest.approx(scored, abs=1e-5)
