@@ -1,0 +1,95 @@
+"""Every detector, small: a body of ten layers, 32 channels, narrow heads; and what its losses are checked with, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusedet import config as configs
+from fusedet.detectors import OneStage, TwoStage, create_model
+from fusedet.types import Batch, Losses, Target
+
+ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]
+TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
+DETECTORS = ONE_STAGE + TWO_STAGE
+BRANCHES = {"mask": {"type": "mask", "convs": 1, "channels": 8}, "grid": {"type": "grid", "convs": 1, "point_channels": 4, "groups": 9}}
+EVERYTHING = 100_000  # more than there are anchors or proposals
+CLASSES = 3
+
+
+def make(name: str, *overrides: str, everything: bool = False, rest: bool = False) -> OneStage | TwoStage:
+    """The detector of the published config `name`, with small parts; CLASSES classes.
+
+    everything: nothing is left to chance. All anchors become proposals and all are drawn, regions are not jittered.
+    rest: batch norms of the body do not use the statistics of the batch.
+    """
+    config = configs.load(f"{name}_r18")
+    model: dict[str, Any] = {
+        "backbone": {"name": "resnet10t", "pretrained": False, "frozen_stages": -1, "norm_eval": rest},
+        "pyramid": {"channels": 32},
+    }
+    if name in ONE_STAGE:
+        model["head"] = {"convs": 1, "norm": True}
+    else:
+        few = {"proposals": 50, "train_proposals": 100, "train_pre_nms": 200}
+        all_anchors = {"num": EVERYTHING, "fraction": 1.0, "most_negatives": None, "allowed_border": None, "ratios": [1.0]}
+        all_proposals = {"nms": 1.0, "train_proposals": EVERYTHING, "train_pre_nms": EVERYTHING}
+        model["head"] = all_anchors | all_proposals if everything else few
+        stage = {"channels": 32} | ({"num": EVERYTHING, "fraction": 1.0} if everything else {"num": 64})
+        branches = [BRANCHES[kind] for kind in config.model.roi.get("branches") or []]
+        if everything:
+            branches = [b | {"num": EVERYTHING, "jitter": 0.0} if b["type"] == "grid" else b for b in branches]
+        model["roi"] = {"stages": [s | stage for s in config.model.roi["stages"]], "branches": branches}
+    return create_model(f"{name}_r18", *overrides, num_classes=CLASSES, model=model)
+
+
+def target(boxes: Any, labels: list[int] | None = None, size: tuple[int, int] = (64, 96)) -> Target:
+    """Objects (x1, y1, x2, y2) with masks that fill their boxes as far as they are in the picture; classes 0, 1, 2, 0, ... by default."""
+    found = torch.as_tensor(boxes, dtype=torch.get_default_dtype()).reshape(-1, 4)
+    y, x = (torch.arange(n) + 0.5 for n in size)
+    x1, y1, x2, y2 = found[:, :, None].unbind(1)
+    masks = ((y1 < y) & (y < y2))[:, :, None] & ((x1 < x) & (x < x2))[:, None]
+    return Target(found, torch.tensor(labels) if labels else torch.arange(len(found)) % CLASSES, masks)
+
+
+def total(detector: Any, batch: Batch) -> Tensor:
+    """The weighted sum of a batch's losses."""
+    return weighted(detector, detector.loss(batch))
+
+
+def weighted(detector: Any, losses: Losses) -> Tensor:
+    """The weighted sum of the losses, all of which are finite scalars."""
+    assert set(losses) == set(detector.loss_weights)
+    assert all(v.ndim == 0 and v.isfinite() for v in losses.values()), losses
+    return torch.stack([v * detector.loss_weights[k] for k, v in losses.items()]).sum()
+
+
+def without_gradient(detector: nn.Module) -> list[str]:
+    """Trained parameters whose gradient is missing or not finite; a missing one would stop DDP."""
+    return [k for k, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+
+
+def livelier(detector: nn.Module) -> None:
+    """Every scale and shift random, so that no ReLU stands at exactly 0, and last layers that say something else at every place."""
+    for key, p in detector.named_parameters():
+        if p.ndim < 2:
+            p.data.add_(0.1 * torch.randn_like(p))
+        elif key.startswith(("head.", "stages.", "branches.")):
+            p.data.mul_(0.3 / (p.data.std() * p[0].numel() ** 0.5))
+
+
+@contextmanager
+def float64() -> Iterator[pytest.MonkeyPatch]:
+    """Everything in float64, also what asks for float32; differences of 1e-9 are mistakes then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield patch
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -1,0 +1,78 @@
+"""All ten detectors in two processes: the mean of their gradients is that of one process, also where one of them has no objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fakes import batch
+from fusedet.roi import DynamicStage
+from fusedet.types import Batch
+from small import DETECTORS, float64, livelier, make, target, total, without_gradient
+
+Learned = dict[str, Any]
+SIZE = (32, 48)
+OBJECTS: dict[str, list[list[list[float]]]] = {  # of two pictures for each process
+    "both": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [], [[-5, -5, 60, 40]], [[10, 5, 35, 25], [25, 1, 30, 6]]],
+    "first": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [[10, 5, 35, 25], [25, 1, 30, 6]], [], []],
+    "none": [[], [], [], []],
+}
+
+
+def learned(name: str, kind: str, pictures: slice) -> Learned:
+    """The gradients of these pictures' losses by name, and what Dynamic R-CNN notes. Nothing is left to chance."""
+    torch.manual_seed(0)
+    with float64():
+        near = ["model.head.box_norm=stride"] if name == "vfnet" else []  # its weights, overlaps, must be more than one per process
+        detector = make(name, *near, everything=True, rest=True).double().train()
+        livelier(detector)
+        dynamic = [stage for stage in detector.modules() if isinstance(stage, DynamicStage)]
+        data = batch(*(target(boxes, size=SIZE) for boxes in OBJECTS[kind]), size=SIZE)
+        assert data.targets is not None
+        part = Batch(data.images[pictures], data.sizes[pictures], data.ids[pictures], data.scales[pictures], data.targets[pictures])
+        total(detector, part).backward()
+    assert not without_gradient(detector)
+    notes = {key: float(getattr(stage, key)[0]) for stage in dynamic for key in ("overlaps", "shifts")}
+    return {k: p.grad for k, p in detector.named_parameters()} | notes
+
+
+def work(rank: int, folder: Path) -> None:
+    """What one of two processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    found = {(name, kind): learned(name, kind, slice(2 * rank, 2 * rank + 2)) for name in DETECTORS for kind in OBJECTS}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Learned]]:
+    """What each of two processes learned; starting them is what takes time."""
+    folder = tmp_path_factory.mktemp("two")
+    mp.spawn(work, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_two_processes_learn_what_one_does(two: list[dict[tuple[str, str], Learned]], name: str, kind: str) -> None:
+    expected = learned(name, kind, slice(4))
+    first, second = (side[name, kind] for side in two)
+    assert set(first) == set(second) == set(expected)
+    notes = {key for key, value in expected.items() if isinstance(value, float)}
+    assert notes == ({"overlaps", "shifts"} if name == "dynamic_rcnn" else set())
+    # no positive at all counts as one in each process, where divisors are of the batch
+    share = 2 if kind == "none" and name in ("fcos", "vfnet") else 1
+    largest = max(float(expected[key].abs().max()) for key in expected.keys() - notes)
+    for key in expected.keys() - notes:
+        mean = (first[key] + second[key]) / 2
+        assert torch.allclose(mean * share, expected[key], rtol=1e-6, atol=1e-9 * largest), key
+    if notes:  # overlaps are means over pictures, shifts of the positives of each process
+        assert first["overlaps"] == second["overlaps"] == pytest.approx(expected["overlaps"])
+        assert first["shifts"] == second["shifts"]
+        assert (first["shifts"] < 0) is (kind == "none")
