@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-BENCHMARKS := predict train_step modules two_stage operators evaluate loader
+BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap loader
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean

@@ -11,6 +11,8 @@ import torchvision  # noqa: F401  (registers the operator)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fusedet.types import MULTIPLE
+
 
 def deformable(input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
     """Floating-point operations of a deformable convolution: the plain one's, the sampling is not counted."""
@@ -18,6 +20,12 @@ def deformable(input_shape: list[int], weight_shape: list[int], *_: Any, out_sha
 
 
 FORMULAS = {torch.ops.torchvision.deform_conv2d: deformable}
+
+
+def network_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest picture that a network sees: data.size, padded to whole strides."""
+    short, long = (-(-side // MULTIPLE) * MULTIPLE for side in size)
+    return short, long
 
 
 def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -11,7 +11,7 @@ import torch
 
 from fusedet import config
 from fusedet.config import Config
-from fusedet.detectors.making import from_config
+from fusedet.detectors import Detector, from_config, without_weights
 from fusedet.errors import InputError, checked, unknown
 from fusedet.verbs.val import FIGURES, MASK_FIGURES
 
@@ -93,17 +93,20 @@ class Table:
             if row.cited:
                 continue
             found[row.label] = made = row.config(self, *more)
-            backbone = made.model.backbone | {"pretrained": False, "weights": None}
-            made = replace(made, model=replace(made.model, backbone=backbone))
             if (key := repr(made.model)) in seen:
                 continue
             seen.add(key)
             try:
-                with torch.device("meta"):
-                    from_config(made, num_classes)
+                weightless(made, num_classes)
             except InputError as error:
                 raise InputError(f"{self.source}, row '{row.label}': {error}") from error
         return found
+
+
+def weightless(made: Config, num_classes: int) -> Detector:
+    """A config's detector without memory, on the meta device: to be looked at, not run. Raises InputError for what cannot be built."""
+    with torch.device("meta"):
+        return from_config(without_weights(made), num_classes)
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 from rich.markup import escape
 
-from fusedet.cli import data, model
+from fusedet.cli import data, evidence, model
 from fusedet.cli.words import err
 from fusedet.engine.loop import Interrupted
 from fusedet.errors import InputError
@@ -31,6 +31,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": model.train,
     "val": model.val_,
     "predict": model.predict_,
+    "compare": evidence.compare_,
+    "cam": evidence.cam_,
+    "ablate": evidence.ablate_,
     "info": model.info,
     "doctor": data.doctor,
     "browse": data.browse,

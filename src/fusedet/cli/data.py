@@ -44,12 +44,20 @@ def browse(
     split: Annotated[str | None, typer.Option(help="The split, by default data.train.")] = None,
     images: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 16,
     epoch: Annotated[int, typer.Option(help="The epoch whose chance (flips, sizes, colours) is shown.", min=0)] = 0,
+    centres: Annotated[bool, typer.Option("--centres", help="Draw instead where the centres of all objects lie, class by class.")] = False,
     json: Json = False,
 ) -> None:
     """Draw data=PATH as the network sees it in training, boxes included, into one picture, out=FILE.png."""
     options = any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet browse data=PATH")
+    if centres:
+        target = Path(options.out or "centres.png")
+        classes = browsing.centres(options, split or options.data.train, target)
+        if json:
+            return print_json({"picture": str(target), "classes": classes})
+        show.centres(out, classes)
+        return out.print(f"centres: {escape(str(target))}")
     target = Path(options.out or "browse.png")
     shown = browsing.browse(options, split or options.data.train, images, epoch, target)
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,12 @@ def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: 
     >>> create_model("retinanet_r50", model={"backbone": {"pretrained": False}})  # doctest: +SKIP
     """
     return from_config(configs.load(name, overrides, sections), num_classes)
+
+
+def without_weights(config: configs.Config) -> configs.Config:
+    """The same config, but for the body's weights: none are fetched or asked for, where others will be loaded or only shapes are wanted."""
+    backbone = config.model.backbone | {"pretrained": False, "weights": None}
+    return replace(config, model=replace(config.model, backbone=backbone))
 
 
 def from_config(config: configs.Config, num_classes: int) -> Detector:

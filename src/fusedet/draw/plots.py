@@ -1,4 +1,4 @@
-"""Plots of an evaluation: precision and recall, confusion, object sizes."""
+"""Plots of an evaluation: precision and recall, confusion, object sizes, differences of two."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fusedet.draw.figures import DARK, PALE, new_axes, new_figure, save, tint
 from fusedet.errors import InputError
 
 MOST_CLASSES = 10  # that are told apart by colour in one plot
+MOST_ROWS = 40
+UNSURE = "#9a9a9a"
 
 
 def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall") -> None:
@@ -100,6 +102,39 @@ def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by obje
     axes.set_xticks(range(3), ["small\n< 32² px", "medium", "large\n> 96² px"])
     top = max(mean, *heights)
     axes.set(xlim=(-0.5, 2.45), ylim=(0, min(1.1, max(0.1, 1.25 * top))))
+    save(figure, path)
+
+
+def differences(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Difference of AP", mean: Mapping[str, Any] | None = None
+) -> None:
+    """A point and its interval per row {name, difference, low, high}, the largest on top; those whose interval holds 0 are grey.
+
+    mean, a row that stands dark above the others. Rows without a difference are left out; of more than forty the twenty
+    largest and the twenty smallest are shown.
+    """
+    known = sorted((row for row in rows if not math.isnan(row["difference"])), key=lambda row: -row["difference"])
+    half = MOST_ROWS // 2
+    shown = known if len(known) <= MOST_ROWS else known[:half] + known[-half:]
+    left_out = f" ({half} largest and {half} smallest of {len(known)})" if len(shown) < len(known) else ""
+    lines = [] if mean is None else [len(shown) - 0.5]
+    if left_out:
+        lines.append(half - 0.5)
+    shown = shown[::-1] + ([] if mean is None else [dict(mean)])
+    figure = new_figure(6.4, 1.3 + 0.24 * max(1, len(shown)))
+    axes = new_axes(figure, title, f"difference{left_out}", "")
+    axes.axvline(0, color=DARK, lw=1.2)
+    for place, row in enumerate(shown):
+        tells = row["low"] > 0 or row["high"] < 0
+        colour = DARK if mean is not None and place == len(shown) - 1 else tint(6 if row["difference"] > 0 else 4) if tells else UNSURE
+        axes.plot([row["low"], row["high"]], [place, place], color=colour, lw=2.2, solid_capstyle="round", zorder=2)
+        axes.plot(row["difference"], place, "o", color=colour, ms=5, zorder=3)
+    for line in lines:
+        axes.axhline(line, color=PALE, lw=1.2, ls=(0, (4, 3)))
+    names = [row["name"] for row in shown]
+    axes.set_yticks(range(len(shown)), names, fontfamily=style.families(names), fontsize=9)
+    axes.set_ylim(-0.5, max(1, len(shown)) - 0.5)
+    axes.grid(False, axis="y")
     save(figure, path)
 
 

@@ -1,6 +1,6 @@
 """Gates: that of MSE-FPN ("Multi-scale semantic enhancement network for object detection", Guo et al., 2023) and its rivals.
 
-Each scales a map (N, C, H, W) by weights in 0..1 that it draws from the same map.
+Each scales a map (N, C, H, W) by weights in 0..1 that it draws from the same map, and tells them by `weights`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ class GCG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
         f_h, f_w = rows_and_columns(x)
-        return torch.sigmoid(self.fc1(f_h) * self.fc2(f_w)) * x
+        return torch.sigmoid(self.fc1(f_h) * self.fc2(f_w))
 
 
 class CAG(nn.Module):
@@ -63,8 +67,12 @@ class CAG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
         mean, largest = self.fc1(x.mean(dim=(2, 3), keepdim=True)), self.fc2(x.amax(dim=(2, 3), keepdim=True))  # (N, C, 1, 1)
-        return torch.sigmoid(mean.relu() + largest.relu() if self.relu else mean + largest) * x
+        return torch.sigmoid(mean.relu() + largest.relu() if self.relu else mean + largest)
 
 
 class CoordinateAttention(nn.Module):
@@ -78,10 +86,14 @@ class CoordinateAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
         rows, columns = rows_and_columns(x)
         both = F.hardswish(self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2))))  # (N, inner, H + W, 1)
         f_h, f_w = both.split([x.shape[2], x.shape[3]], dim=2)
-        return x * self.conv_h(f_h).sigmoid() * self.conv_w(f_w.transpose(2, 3)).sigmoid()
+        return self.conv_h(f_h).sigmoid() * self.conv_w(f_w.transpose(2, 3)).sigmoid()
 
 
 class CAM(nn.Module):
@@ -93,4 +105,9 @@ class CAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        return self.attention(x) * x
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
+        found: Tensor = self.attention(x)
+        return found

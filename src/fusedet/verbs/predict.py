@@ -21,7 +21,7 @@ from fusedet.data.images import to_tensor
 from fusedet.data.loader import collate_views, see
 from fusedet.data.records import Record
 from fusedet.data.transforms import Eval
-from fusedet.detectors import Detector, for_inference, from_config, selection
+from fusedet.detectors import Detector, for_inference, from_config, selection, without_weights
 from fusedet.detectors.views import find_in, merge
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
@@ -155,9 +155,7 @@ def rebuild(file: Path) -> tuple[Detector, Config, list[str], list[int]]:
     if lacking := {"config", "names", "category_ids"} - meta.keys():
         raise InputError(f"{file} is not a fusedet checkpoint: its description lacks {', '.join(sorted(lacking))}")
     tree: Any = OmegaConf.to_container(OmegaConf.create(meta["config"]))
-    # the weights come from the checkpoint: nothing is fetched to be thrown away
-    tree["model"]["backbone"] |= {"pretrained": False, "weights": None}
-    config, names = parse(tree), json.loads(meta["names"])
+    config, names = without_weights(parse(tree)), json.loads(meta["names"])  # they come from the checkpoint
     detector = from_config(config, len(names))
     checkpoint.load_into(detector, state, file)
     return detector, config, names, json.loads(meta["category_ids"])

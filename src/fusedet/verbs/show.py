@@ -1,4 +1,4 @@
-"""Tables for the terminal: figures of a split, a detector's cost, a doctor's report."""
+"""Tables for the terminal: figures of a split, two runs side by side, a detector's cost, a doctor's report."""
 
 from __future__ import annotations
 
@@ -34,6 +34,41 @@ def score(console: Console, figures: dict[str, Any], title: str) -> None:
     for row in figures["classes"]:
         classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns))
     console.print(classes)
+
+
+def comparison(console: Console, found: dict[str, Any]) -> None:
+    """Figures of two runs side by side with the difference's interval, then per class, then the errors by kind."""
+    level = f"{100 * found['level']:g} % over pictures"
+    console.print(f"A: {escape(found['a'])}\nB: {escape(found['b'])}")
+    for title, rows in (("", [{"name": name} | found["figures"][name] for name in found["figures"]]), ("class", found["classes"])):
+        table = Table()
+        for name in (title, "A", "B", "B - A", level):
+            table.add_column(name, justify="left" if name == title else "right")
+        for row in rows:
+            ends = "-" if math.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}"
+            change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.3f}"
+            table.add_row(escape(row["name"]), number(row["a"]), number(row["b"]), change, ends)
+        console.print(table)
+    table = Table()
+    for name in ("errors at IoU 0.5", "A", "B", "AP50 lost, A", "B"):
+        table.add_column(name, justify="left" if name.startswith("errors") else "right")
+    one, other = (found["errors"][side]["kinds"] for side in "ab")
+    for kind in one:
+        values = [f"{side[kind]['count']:,}" for side in (one, other)] + [number(side[kind]["dAP"]) for side in (one, other)]
+        table.add_row(kind, *values)
+    console.print(table)
+
+
+def centres(console: Console, classes: list[dict[str, Any]]) -> None:
+    """Per class, what share of its objects lies in each quarter of the picture."""
+    quarters = [name for name in classes[0] if name not in ("name", "objects")]
+    table = Table()
+    for name in ("class", "objects", *quarters):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for row in classes:
+        shares = [f"{100 * row[name] / row['objects']:.1f} %" if row["objects"] else "-" for name in quarters]
+        table.add_row(escape(row["name"]), f"{row['objects']:,}", *shares)
+    console.print(table)
 
 
 def cost(console: Console, figures: dict[str, Any], title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fusedet.data.loader import train_loader
 from fusedet.data.read import read
 from fusedet.data.records import Records
 from fusedet.data.transforms import Train as TrainTransform
-from fusedet.detectors import from_config
+from fusedet.detectors import from_config, without_weights
 from fusedet.doctor import compare
 from fusedet.engine import checkpoint, logs, loop, optim
 from fusedet.errors import InputError, unknown
@@ -188,9 +188,8 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Reco
 
 def make_detector(config: Config, records: Records, say: Callable[[str], None], resume: bool) -> nn.Module:
     """The config's detector for the data's classes, with train.weights loaded where it names some; bare where a run is resumed."""
-    if resume:  # its weights are in the checkpoint: none are fetched, or asked for, to be thrown away
-        bare = config.model.backbone | {"pretrained": False, "weights": None}
-        return from_config(replace(config, model=replace(config.model, backbone=bare)), len(records.names))
+    if resume:  # its weights are in the checkpoint
+        return from_config(without_weights(config), len(records.names))
     detector = from_config(config, len(records.names))
     body = detector.backbone
     if config.train.weights:
@@ -216,9 +215,8 @@ def make_detector(config: Config, records: Records, say: Callable[[str], None], 
 
 def class_tensors(config: Config) -> list[str]:
     """The names of the weights whose shapes depend on how many classes there are."""
-    bare = replace(config, model=replace(config.model, backbone=config.model.backbone | {"pretrained": False, "weights": None}))
     with torch.device("meta"):
-        one, two = (from_config(bare, count).state_dict() for count in (1, 2))
+        one, two = (from_config(without_weights(config), count).state_dict() for count in (1, 2))
     return [key for key in one if one[key].shape != two[key].shape]
 
 

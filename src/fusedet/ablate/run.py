@@ -1,0 +1,211 @@
+"""Running what a plan asks for: here, on one device or several side by side, or as jobs of a cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import torch
+
+from fusedet.ablate import worker
+from fusedet.ablate.estimate import Clock, told
+from fusedet.ablate.plan import MARKER, Cell, Plan, State, read_json
+from fusedet.engine.interrupt import Interrupted, Interrupts
+from fusedet.errors import InputError
+from fusedet.verbs.folder import write_json
+from fusedet.verbs.predict import pick_device
+
+Say = Callable[[str], None]
+POLL = 0.2
+LOCK = ".lock"
+
+
+@dataclass
+class Queue:
+    """The runs that are still to be done, and which of them the budget allows.
+
+    rows: the runs of each row that are not finished; budget: seconds from now, all where None; beside: how many run at a time.
+    Whole rows come first, in order: one is begun only where all that it lacks is expected to fit; then single runs that fit.
+    Where nothing is known of how long a run takes, it fits.
+    """
+
+    rows: list[list[Cell]]
+    clock: Clock
+    budget: float | None = None
+    beside: int = 1
+    began: float = field(default_factory=time.monotonic)
+    begun: set[str] = field(default_factory=set)
+
+    def take(self) -> Cell | None:
+        """The next run; None where there is none, or none that fits."""
+        self.rows = [row for row in self.rows if row]
+        for whole in (True, False):
+            for row in self.rows:
+                asked = row if whole and row[0].label not in self.begun else row[:1]
+                if self._fits(asked):
+                    self.begun.add(row[0].label)
+                    return row.pop(0)
+        return None
+
+    @property
+    def left(self) -> list[Cell]:
+        """What was not taken."""
+        return [cell for row in self.rows for cell in row]
+
+    @property
+    def remaining(self) -> float | None:
+        """Expected seconds of what was not taken; None where nothing is known."""
+        expected = [self.clock.expected(cell.label) for cell in self.left]
+        return None if None in expected else sum(e for e in expected if e is not None) / self.beside
+
+    def _fits(self, cells: Sequence[Cell]) -> bool:
+        if self.budget is None:
+            return True
+        spent = time.monotonic() - self.began
+        expected = [self.clock.expected(cell.label) or 0.0 for cell in cells]
+        return spent < self.budget and spent + max(sum(expected) / self.beside, max(expected)) <= self.budget
+
+
+def mark(plan: Plan, command: Sequence[str]) -> None:
+    """Write which table a folder is of, and the command, into its marker. Raises InputError for a folder of something else."""
+    check_folder(plan)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    known = read_json(plan.out / MARKER) or {"table": plan.table.source, "commands": []}
+    if list(command) not in known["commands"]:
+        known["commands"].append(list(command))
+    write_json(plan.out / MARKER, known)
+
+
+def check_folder(plan: Plan) -> None:
+    """Raises InputError where the folder holds anything but an ablation of this table: nothing is overwritten."""
+    if not plan.out.is_dir() or not any(path.name != LOCK for path in plan.out.iterdir()):
+        return
+    known = read_json(plan.out / MARKER)
+    if known is None:
+        raise InputError(f"out={plan.out} exists and holds no ablation: nothing is overwritten, choose another folder")
+    if known["table"] != plan.table.source:
+        raise InputError(f"out={plan.out} holds the ablation of {known['table']}, not of {plan.table.source}: choose another folder")
+
+
+def unfinished(plan: Plan, states: Mapping[Path, State]) -> list[list[Cell]]:
+    """The runs of the chosen rows that have neither finished nor failed."""
+    return [[cell for cell in row if states[cell.folder] in ("absent", "begun")] for row in plan.to_run()]
+
+
+def devices(name: str) -> list[str]:
+    """All GPUs of this machine where the config leaves the choice, else the one device."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [name]
+
+
+def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) -> None:
+    """Run the queue on these devices: one in this process, several with a process per run, whose output goes to a .log beside its folder.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, with every run's last.ckpt written; InputError where a run cannot go on.
+    """
+    total, done = len(queue.left), 0
+    running: dict[int, tuple[subprocess.Popen[bytes], Cell]] = {}
+
+    def announce(cell: Cell, place: str = "") -> None:
+        expected, others = queue.clock.expected(cell.label), queue.remaining
+        rest = "" if expected is None or others is None else f", about {told(expected)}; the others after it about {told(others)}"
+        say(f"run {done + len(running) + 1} of {total}: row '{cell.label}', seed {cell.seed}{place}{rest}")
+
+    if len(places) == 1:
+        while cell := queue.take():
+            announce(cell)
+            worker.run(cell, say, quiet)
+            queue.clock.add(cell)
+            done += 1
+        return
+    # the processes get the signal too where it comes from a terminal; a second one within two seconds changes nothing
+    try:
+        with Interrupts():
+            while True:
+                for i, place in enumerate(places):
+                    if i not in running and (cell := queue.take()):
+                        announce(cell, f" on {place}, {cell.folder}.log")
+                        running[i] = (_start(cell, place), cell)
+                if not running:
+                    return
+                time.sleep(POLL)
+                for i, (process, cell) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[i]
+                        _check(process, cell)
+                        queue.clock.add(cell)
+                        done += 1
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what was trained is kept, give the same command to go on") from None
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+
+
+def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
+    """A process that does a run on a device."""
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    asked = {"label": cell.label, "config": replace(cell.config, device=place).tree()}
+    with open(f"{cell.folder}.log", "ab") as log:
+        process = subprocess.Popen([sys.executable, "-m", worker.__name__], stdin=subprocess.PIPE, stdout=log, stderr=log)
+    assert process.stdin is not None
+    with process.stdin as stream:
+        stream.write(json.dumps(asked).encode())
+    return process
+
+
+def _check(process: subprocess.Popen[bytes], cell: Cell) -> None:
+    if process.returncode:
+        log = Path(f"{cell.folder}.log")
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+        raise InputError(f"the run of row '{cell.label}', seed {cell.seed}, ended with {process.returncode}: {last[-1]} (see {log})")
+
+
+def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, cluster: str = "slurm") -> None:
+    """Submit a job per run through submitit, and wait for them; jobs that an earlier call has submitted are not submitted again.
+
+    folder: of submitit's logs; options: as submitit's `update_parameters` takes them, such as timeout_min and slurm_partition. Raises
+    InputError where a job has failed.
+    """
+    submitit = import_module("submitit")
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    executor.update_parameters(name="fusedet", **options)
+    job_class = getattr(submitit, f"{cluster.title()}Job")
+    noted = folder / "jobs.json"
+    known = read_json(noted) or {}
+    jobs = []
+    while cell := queue.take():
+        before = known.get(str(cell.folder))
+        job = job_class(folder=folder, job_id=before) if before else None
+        if job is None or job.done():
+            job = executor.submit(worker.run, cell, print, True)
+            known[str(cell.folder)] = job.job_id
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(noted, known)
+        say(f"row '{cell.label}', seed {cell.seed}: job {job.job_id}")
+        jobs.append((job, cell))
+    say(f"waiting for {len(jobs)} jobs; stopped here, they go on, and the same command takes them up")
+    problems = [f"row '{cell.label}', seed {cell.seed}: {error}" for job, cell in jobs if (error := job.exception()) is not None]
+    if problems:
+        raise InputError(f"{len(problems)} of {len(jobs)} jobs have failed, see {folder}: {' '.join(problems[0].split())}")
+
+
+def check_slurm() -> None:
+    """Raises InputError where submitit or Slurm is not there."""
+    if find_spec("submitit") is None:
+        raise InputError("--launcher slurm needs submitit, which is not installed: pip install 'fusedet[slurm]'")
+    if which("srun") is None:
+        raise InputError("--launcher slurm needs Slurm, and this machine has no srun: use a login node, or --launcher local")

@@ -1,0 +1,189 @@
+"""The page of an ablation in a browser: nothing is asked of the network, nothing fails, and what the table says is on it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fusedet.ablate import report, tables
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next((path for name in BROWSERS if (path := shutil.which(os.environ.get("FUSEDET_BROWSER", name)))), None)
+    if found is None:
+        pytest.skip("no browser: install chromium, or name one in FUSEDET_BROWSER")
+    return found
+
+
+def look(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
+    """The page's elements once it stands, the browser's messages of the page, and the addresses it asked for."""
+    log = work / "net.json"
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    words += [
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "--disable-sync",
+        "--no-first-run",
+        "--enable-logging=stderr",
+        "--log-level=0",
+        f"--user-data-dir={work / 'profile'}",
+    ]
+    command = [browser, *words, f"--log-net-log={log}", "--net-log-capture-mode=Everything", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    # the browser itself may ask its maker for news; what the page asks for has the page as its initiator
+    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    asked = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
+    return done.stdout, said, asked
+
+
+class Cells(HTMLParser):
+    """The text of every cell and heading, and how many pictures there are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.pictures = 0
+        self.open = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.pictures += tag == "svg"
+        if tag in ("td", "th", "h1", "h2"):
+            self.open = True
+            self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open = self.open and tag not in ("td", "th", "h1", "h2")
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts[-1] += data
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Three rows of two seeds and a cited one, with names that HTML must not take for its own."""
+    classes = ["<script>alert(1)</script>", "cell & nucleus", "Zähler"]
+    rows: list[dict[str, Any]] = []
+    for i, label in enumerate(["FPN", "FPN + <SMSL>", "MSE-FPN | long label that has to be broken somewhere"]):
+        measured = {
+            name: {"mean": 30.0 + i, "low": 29.0 + i, "high": 31.0 + i, "values": [29.5 + i, 30.5 + i]}
+            for name in ("AP", "AP50", "APs", "APm")
+        }
+        change = {"value": 1.0 * i, "over_pictures": [0.5 * i, 1.5 * i], "over_seeds": [-1.0, 3.0]} if i else None
+        runs = []
+        for seed in (0, 1):
+            run = folder / f"row{i}" / f"seed{seed}"
+            run.mkdir(parents=True)
+            (run / "metrics.csv").write_text(f"epoch,step,AP\n1,4,\n1,4,0.{i}1\n2,8,0.{i}{seed + 3}\n")
+            about = {"state": "finished", "folder": str(run), "figures": {"AP": 1.0}, "seconds": 61.0, "device": "cpu", "reason": None}
+            runs.append(about | {"seed": seed, "versions": {"torch": "2.6"}})
+        cost = {"parameters": 10**7, "trainable": 9 * 10**6, "multiply_adds": 10**10 * (1 + i), "picture": [64, 96]}
+        cost |= {"prediction": {"p50_ms": 9.0 + i, "p95_ms": 12.0, "pictures": 8, "peak_MiB": 55.5, "device": "cpu"}, "training": None}
+        rows.append(
+            {
+                "label": label,
+                "cited": False,
+                "published": {"AP": 35.5 + i},
+                "params_M": 37.74,
+                "time_ms": None,
+                "split": "val",
+                "note": None,
+            }
+            | {"base": "x", "overrides": [], "same_as": None, "runs": runs, "measured": measured, "cost": cost}
+            | {"difference": dict.fromkeys(measured, change) if change else None, "conclusion": f"conclusion {i}"}
+            | {"classes": [{"name": name, "value": 1.0, "over_pictures": [0.5, 1.5]} for name in classes] if change else None}
+        )
+    rows.append(
+        {"label": "theirs", "cited": True, "published": {"AP": 41.0}, "params_M": None, "time_ms": None, "split": None, "note": "n"}
+    )
+    split = {"source": "data & more", "pictures": 8, "objects": 24, "fingerprint": "17a5b5b7ccea1f3f"}
+    head = {"table": "mine", "title": "Necks <of> mine", "paper": "A paper", "note": None, "baseline": "FPN", "seeds": 2, "overrides": []}
+    return head | {
+        "commands": [["fusedet", "ablate", "mine", "data=a b"]],
+        "data": {"train": split, "val": split, "classes": classes},
+        "unit": "percent",
+        "resamples": 1000,
+        "level": 0.95,
+        "rows": rows,
+    }
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    found = summary(tmp_path / "runs")
+    (tmp_path / "out").mkdir()
+    return report.write(found, tmp_path / "out")["page"], found
+
+
+def test_the_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    file, found = page
+    dom, said, asked = look(browser, file, tmp_path, "--dump-dom")
+    assert said == ""
+    assert asked == []
+    seen = Cells(dom)
+    for sheet in tables.sheets(found):
+        assert sheet.title in seen.texts
+        for cells in [sheet.head, *sheet.rows]:
+            assert any(seen.texts[i : i + len(cells)] == cells for i in range(len(seen.texts))), cells
+    assert {"Necks <of> mine", "FPN + <SMSL>", "conclusion 2", "mine"} <= set(seen.texts)
+    assert seen.pictures == 3 + 2  # and one by class for each row but the baseline
+    assert "<script" not in dom
+
+
+def test_what_a_page_asks_for_and_says_is_seen(browser: str, tmp_path: Path) -> None:
+    """Or the test above could not fail."""
+    page = tmp_path / "bad.html"
+    page.write_text('<img src="http://127.0.0.1:9/a.png"><script>console.error("oh no")</script>')
+    _, said, asked = look(browser, page, tmp_path, "--dump-dom")
+    assert "oh no" in said
+    assert asked == ["http://127.0.0.1:9/a.png"]
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)])
+def test_light_and_dark(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool) -> None:
+    """The page follows the reader's scheme: its corner is paper or night, and text and plots stand out from it."""
+    picture = tmp_path / "page.png"
+    look(
+        browser, page[0], tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1200,2600", f"--screenshot={picture}"
+    )
+    grey = Image.open(picture).convert("L")
+    assert (grey.getpixel((3, 3)) < 60) is dark
+    histogram = grey.histogram()
+    bright, deep = sum(histogram[200:]), sum(histogram[:60])
+    assert (deep > 10 * bright) is dark
+    assert min(bright, deep) > 5000  # there is something to read
+
+
+def test_the_page_fits_a_narrow_window(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Wide tables and plots scroll inside; the page itself does not."""
+    probe = tmp_path / "probe.html"
+    script = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
+    probe.write_text(page[0].read_text().replace("</body>", f"{script}</body>"))
+    dom, _, _ = look(browser, probe, tmp_path, "--window-size=600,900", "--dump-dom")
+    title = re.search(r"<title>(\d+) (\d+)</title>", dom)
+    assert title, dom[:500]
+    assert int(title[1]) <= int(title[2])
+
+
+def test_what_was_not_measured_is_said(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """No run at all: a page without plots and without one figure that did not run."""
+    found = json.loads(json.dumps(page[1]))
+    for row in found["rows"][:3]:
+        row |= {"measured": None, "difference": None, "classes": None, "runs": [], "conclusion": "Not measured: nothing can be said."}
+        row["cost"] |= {"prediction": None}
+    text = report.write(found, tmp_path / "out")["page"].read_text()
+    assert "<svg" not in text
+    assert [cells[2] for cells in tables.difference_sheet(found).rows] == ["not measured"] * 3 + ["cited"]
+    assert tables.cost_sheet(found).rows[0][5:] == ["not measured"] * 4
+    assert not list((tmp_path / "out" / "plots").glob("*.svg"))

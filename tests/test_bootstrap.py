@@ -1,0 +1,257 @@
+"""Intervals: the bootstrap against pictures really repeated, its coverage where the true difference is known, and printed t tables."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusedet import evaluate
+from fusedet.data.records import Records
+from fusedet.errors import InputError
+from fusedet.evaluate.bootstrap import FIGURES, Resampled, difference, drawn_pictures, mean_of, resampled
+from fusedet.evaluate.intervals import percentiles, t_quantile
+from fusedet.evaluate.results import Found
+from test_evaluate import GUESSES, OBJECTS, records, result
+
+IDS = (4, 1, 9)
+
+
+def repeated(pictures, image_ids, weights):
+    """COCO's figures of the data in which picture i really occurs weights[i] times: the slow reference.
+
+    Scores are replaced by falling ones in COCO's order on the data itself (score, then image id, then the order of the
+    results), and copies get ids beside their original's: so ties stand as `resampled` says.
+    """
+    rows = [(-score, image_ids[i], n, i, box, k) for i, (_, own) in enumerate(pictures) for n, (box, k, score) in enumerate(own)]
+    ranked = {(i, n): 1 - place / 1000 for place, (_, _, n, i, _, _) in enumerate(sorted(rows, key=lambda row: row[:3]))}
+    copies = [(i, 100 * image_ids[i] + c) for i, weight in enumerate(weights) for c in range(weight)]
+    data = records([pictures[i][0] for i, _ in copies], names=("a", "b", "c"), ids=IDS, image_ids=[new for _, new in copies])
+    results = [result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(pictures[i][1])]
+    return evaluate.coco(data, results)
+
+
+@given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
+@settings(max_examples=100, deadline=None)
+def test_equals_pictures_really_repeated(data, pictures, image_ids):
+    weights = np.array(
+        data.draw(st.lists(st.lists(st.integers(0, 3), min_size=len(pictures), max_size=len(pictures)), min_size=3, max_size=3))
+    )
+    weights[weights.sum(axis=1) == 0] = 1
+    whole = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
+    results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(pictures) for box, k, score in own]
+    found = resampled(whole, results, np.array([np.ones(len(pictures), int), *weights], dtype=np.int16))
+    itself = evaluate.coco(whole, results)
+    for column, expected in enumerate([itself, *(repeated(pictures, image_ids, row) for row in weights)]):
+        assert found.figures[:, column] == pytest.approx([expected[name] for name in FIGURES], abs=1e-12, nan_ok=True)
+        assert found.classes[:, column] == pytest.approx([row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 19])
+def test_blocks_do_not_matter(monkeypatch, block):
+    data, a, b, _ = draw(np.random.default_rng(0), 40)
+    whole = evaluate.paired_bootstrap(data, a, b, resamples=30)
+    monkeypatch.setattr("fusedet.evaluate.bootstrap.BLOCK", block)
+    found = evaluate.paired_bootstrap(data, a, b, resamples=30)
+    for name in FIGURES:
+        assert found[name] == pytest.approx(whole[name], abs=1e-12, nan_ok=True)
+
+
+def test_form_and_seed():
+    data, a, b, _ = draw(np.random.default_rng(0), 40)
+    found = evaluate.paired_bootstrap(data, a, b, resamples=50)
+    assert list(found) == [*FIGURES, "classes"]
+    for row in (found["AP"], found["classes"][0]):
+        assert row["difference"] == pytest.approx(row["b"] - row["a"])
+        assert row["low"] < row["difference"] < row["high"]
+    assert found["AP"]["a"] == pytest.approx(evaluate.coco(data, a)["AP"])
+    assert found["AP"] == evaluate.paired_bootstrap(data, a, b, resamples=50)["AP"]
+    assert found["AP"] != evaluate.paired_bootstrap(data, a, b, resamples=50, seed=1)["AP"]
+    back = evaluate.paired_bootstrap(data, b, a, resamples=50)["AP"]
+    assert (back["low"], back["high"]) == pytest.approx((-found["AP"]["high"], -found["AP"]["low"]))
+    same = evaluate.paired_bootstrap(data, a, a, resamples=50)["AP"]
+    assert same["low"] == same["high"] == 0, "the same resample for both"
+
+
+def test_drawn_pictures():
+    weights = drawn_pictures(30, 2000, 3)
+    assert (weights[0] == 1).all()
+    assert (weights.sum(axis=1) == 30).all()
+    # each count is binomial (30, 1/30): its mean 1, its variance 29/30
+    assert weights[1:].mean(axis=0) == pytest.approx(1, abs=0.12)
+    assert weights[1:].var() == pytest.approx(29 / 30, rel=0.05)
+    for wrong in ((0, 10, 0), (10, 0, 0), (10, 10, -1)):
+        with pytest.raises(InputError, match="a bootstrap needs"):
+            drawn_pictures(*wrong)
+    data, a, _, _ = draw(np.random.default_rng(0), 5)
+    with pytest.raises(InputError, match=r"weights must be \(resamples, 5\)"):
+        resampled(data, a, np.ones((2, 4), np.int16))
+
+
+def test_mean_over_seeds():
+    one, two = (Resampled(np.full((6, 3), v), np.full((2, 3), v), 9) for v in (0.2, 0.4))
+    found = difference(mean_of([one, two]), two, ["x", "y"])
+    assert found["AP50"] == pytest.approx({"a": 0.3, "b": 0.4, "difference": 0.1, "low": 0.1, "high": 0.1})
+    assert [row["name"] for row in found["classes"]] == ["x", "y"]
+
+
+# -- coverage
+
+
+HIT_A, HIT_B, SPREAD, FALSE_A, FALSE_B = 0.6, 0.68, 0.2, 1.0, 0.8
+
+
+def expected(hit, false, objects=2.0):
+    """AP on endless data: a share `hit` of the objects is found exactly, at scores sqrt(U); `false` finds per picture at 1 - sqrt(U).
+
+    Right ones above a score s are hit (1 - s²) of the objects, false ones false (1 - s)² per picture.
+    """
+    recall = np.linspace(0, 1, 101)[1:]  # at recall 0 the precision of the best scores, 1
+    right = recall[recall <= hit]
+    s = np.sqrt(1 - right / hit)
+    precision = objects * right / (objects * right + false * (1 - s) ** 2)
+    return (1 + precision.sum()) / 101
+
+
+def draw(rng, count):
+    """Records of `count` pictures of one class, two runs' finds, and the true difference of their AP.
+
+    A picture has 1 to 3 objects and is easy or hard for both runs; an object that the worse run finds the better one does.
+    """
+    each = rng.integers(1, 4, count)
+    owner = np.repeat(np.arange(count), each)
+    first = 50.0 * (np.arange(len(owner)) - np.repeat(np.cumsum(each) - each, each))
+    boxes = np.stack([first, 0 * first, first + 40, 0 * first + 40], axis=1)
+    data = Records.from_arrays(
+        ["a"],
+        [1],
+        image_ids=np.arange(1, count + 1),
+        sizes=np.full((count, 2), 200),
+        paths=["x"] * count,
+        owners=owner,
+        boxes=boxes,
+        labels=0 * owner,
+        ignore=owner < 0,
+        area=np.full(len(owner), 1600.0),
+        outlines=[b""] * len(owner),
+        source="drawn",
+        form="coco",
+    )
+    chance = rng.random(len(owner)) + rng.choice([-SPREAD, SPREAD], count)[owner]
+    runs = []
+    for hit, false in ((HIT_A, FALSE_A), (HIT_B, FALSE_B)):
+        right, wrong = np.flatnonzero(chance < hit), np.repeat(np.arange(count), rng.poisson(false, count))
+        corners = np.concatenate([boxes[right] - [0, 0, 1, 0] * first[right, None], np.tile([0.0, 100, 30, 30], (len(wrong), 1))])
+        scores = np.concatenate([np.sqrt(rng.random(len(right))), 1 - np.sqrt(rng.random(len(wrong)))])
+        runs.append(Found(np.concatenate([owner[right], wrong]), np.zeros(len(scores), int), scores, corners))
+    return data, *runs, expected(HIT_B, FALSE_B) - expected(HIT_A, FALSE_A)
+
+
+def test_expected_precision_is_that_of_much_data():
+    data, a, b, _ = draw(np.random.default_rng(1), 6000)
+    assert evaluate.coco(data, a)["AP"] == pytest.approx(expected(HIT_A, FALSE_A), abs=0.015)
+    assert evaluate.coco(data, b)["AP"] == pytest.approx(expected(HIT_B, FALSE_B), abs=0.015)
+
+
+def test_interval_covers_as_often_as_it_says():
+    """95 % of the intervals, give or take 2, hold the difference that is true of all pictures."""
+    rng, held, sizes = np.random.default_rng(0), 0, 500
+    for i in range(sizes):
+        data, a, b, true = draw(rng, 80)
+        row = evaluate.paired_bootstrap(data, a, b, resamples=99, seed=i)["AP"]
+        held += row["low"] <= true <= row["high"]
+    assert 0.93 <= held / sizes <= 0.97
+
+
+# -- over seeds
+
+
+@pytest.mark.parametrize(
+    ("freedom", "p90", "p95", "p975", "p995"),  # the table printed in every textbook
+    [
+        (1, 3.078, 6.314, 12.706, 63.657),
+        (2, 1.886, 2.920, 4.303, 9.925),
+        (3, 1.638, 2.353, 3.182, 5.841),
+        (4, 1.533, 2.132, 2.776, 4.604),
+        (9, 1.383, 1.833, 2.262, 3.250),
+        (30, 1.310, 1.697, 2.042, 2.750),
+        (120, 1.289, 1.658, 1.980, 2.617),
+    ],
+)
+def test_t_table(freedom, p90, p95, p975, p995):
+    assert [t_quantile(p, freedom) for p in (0.9, 0.95, 0.975, 0.995)] == pytest.approx([p90, p95, p975, p995], abs=5.1e-4)
+    assert t_quantile(0.025, freedom) == -t_quantile(0.975, freedom)
+
+
+def test_t_in_closed_form():
+    for p in (0.6, 0.9, 0.975, 0.9999):
+        assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-10)
+        assert t_quantile(p, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-10)
+        assert t_quantile(p, 1e7) == pytest.approx(NormalDist().inv_cdf(p), rel=1e-5)
+    assert t_quantile(0.975, 2) > t_quantile(0.975, 2.5) > t_quantile(0.975, 3), "degrees of freedom need not be whole"
+    assert t_quantile(0.5, 7) == pytest.approx(0, abs=1e-6)
+    for p, freedom in ((0, 3), (1, 3), (0.5, 0)):
+        with pytest.raises(InputError, match="a t quantile needs"):
+            t_quantile(p, freedom)
+
+
+def test_interval_over_seeds_by_hand():
+    # mean 3, variance 1, of the mean 1/3; t of 2 degrees 4.3027
+    assert evaluate.over_seeds([2, 3, 4]) == pytest.approx((3, 3 - 4.30265 / math.sqrt(3), 3 + 4.30265 / math.sqrt(3)), abs=1e-4)
+    assert evaluate.over_seeds([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
+    assert evaluate.over_seeds([0.3, 0.3]) == (0.3, 0.3, 0.3)
+    with pytest.raises(InputError, match="at least one value"):
+        evaluate.over_seeds([])
+
+
+def test_difference_over_seeds_by_hand():
+    a, b = [2.0, 3.0, 4.0], [3.0, 5.0, 7.0]
+    # paired: differences 1, 2, 3
+    assert evaluate.difference_over_seeds(a, b, paired=True) == evaluate.over_seeds([1, 2, 3])
+    # Welch: squared error 1/3 + 4/3, degrees (5/3)² / ((1/3)² / 2 + (4/3)² / 2) = 50/17;
+    value, low, high = evaluate.difference_over_seeds(a, b, paired=False)
+    assert value == 2
+    assert (high - low) / 2 == pytest.approx(t_quantile(0.975, 50 / 17) * math.sqrt(5 / 3))
+    assert math.isnan(evaluate.difference_over_seeds([1.0], b, paired=False).low)
+    assert evaluate.difference_over_seeds([1.0, 1.0], [2.0, 2.0], paired=False) == (1, 1, 1)
+    with pytest.raises(InputError, match="equal number, they are 3 and 2"):
+        evaluate.difference_over_seeds(a, b[:2], paired=True)
+    with pytest.raises(InputError, match="each side"):
+        evaluate.difference_over_seeds([], b, paired=False)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_interval_over_seeds_covers_as_often_as_it_says(paired):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.3, 0.01, (800, 3)), rng.normal(0.32, 0.02, (800, 3))
+    held = sum(
+        low <= 0.02 <= high
+        for _, low, high in (evaluate.difference_over_seeds(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    )
+    assert 0.93 <= held / 800 <= 0.98, "Welch's interval of three seeds a side is a little too wide"
+
+
+def test_percentiles():
+    values = np.array([np.arange(39.0)[::-1], np.full(39, np.nan)])
+    # of very many items: of 39 values the first and the last, beyond which a further one lies with probability 1 / 40 a side
+    low, high = percentiles(values, 10**9)
+    assert (low[0], high[0]) == pytest.approx((0, 38), abs=1e-6)
+    assert np.isnan([low[1], high[1]]).all()
+    assert percentiles(np.append(np.arange(39.0), np.nan), 10**9) == pytest.approx((0, 38), abs=1e-6)
+    # of five: 2.7764 sqrt(5 / 4) = 3.1042 standard deviations, the 0.000954th part a side
+    normal = np.array([NormalDist().inv_cdf(p) for p in np.arange(1, 10**5) / 10**5])
+    assert percentiles(normal, 5) == pytest.approx((-3.1042, 3.1042), abs=1e-3)
+    assert np.isnan(percentiles(normal, 1)).all(), "one picture has no interval"
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_interval_of_a_mean_of_few(count):
+    """Of normally distributed items the interval is Student's, up to the chance of the resamples."""
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=count)
+    low, high = percentiles((drawn_pictures(count, 20000, 0)[1:] * items).mean(axis=1), count)
+    value, left, right = evaluate.over_seeds(items.tolist())
+    assert (high - low) / (right - left) == pytest.approx(1, abs=0.1)
+    assert (high + low) / 2 == pytest.approx(value, abs=0.1)

@@ -1,0 +1,73 @@
+"""Where objects' centres lie: counts by hand, densities that keep every point, and the verb."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fusedet import cli
+from fusedet.data.read import read
+from fusedet.draw.centres import QUADRANTS, centres, density, quadrants
+from fusedet.errors import InputError
+
+
+def test_quadrants_by_hand() -> None:
+    points = np.array([[0.1, 0.1], [0.49, 0.49], [0.5, 0.1], [0.2, 0.5], [0.5, 0.5], [1.0, 1.0]])
+    assert quadrants(points).tolist() == [2, 1, 1, 2]
+    assert quadrants(points[:0]).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 5000])
+def test_a_density_has_the_mean_1(count: int) -> None:
+    """At the edges too: the points of a beta distribution crowd there."""
+    points = np.random.default_rng(0).beta(0.4, 0.7, size=(count, 2))
+    found = density(points)
+    assert found.mean() == pytest.approx(1)
+    assert (found >= 0).all()
+
+
+def test_a_density_is_uniform_for_a_grid() -> None:
+    steps = (np.arange(64) + 0.5) / 64
+    points = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+    inner = density(points)[10:-10, 10:-10]
+    np.testing.assert_allclose(inner, 1, atol=0.02)
+
+
+def test_a_density_is_highest_at_the_point() -> None:
+    """x counts columns, y rows."""
+    assert np.unravel_index(density(np.array([[0.9, 0.2]]), cells=10).argmax(), (10, 10)) == (2, 9)
+
+
+def test_classes_without_objects_have_no_panel(tmp_path: Path) -> None:
+    points = np.random.default_rng(0).uniform(size=(20, 2))
+    centres([points, points[:0], points], ["a", "b", "c"], tmp_path / "two.png")
+    centres([points, points], ["a", "c"], tmp_path / "same.png")
+    two, same = (np.asarray(Image.open(tmp_path / name)) for name in ("two.png", "same.png"))
+    assert np.array_equal(two, same)
+    with pytest.raises(InputError, match="no objects"):
+        centres([points[:0]], ["a"], tmp_path / "none.png")
+
+
+def test_the_verb_counts_every_object_that_counts(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    target = tmp_path / "centres.png"
+    assert cli.run(["browse", f"data={scenes}", "--centres", f"out={target}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    records = read(scenes, "train")
+    expected = {name: dict.fromkeys(QUADRANTS, 0) for name in records.names}
+    for record in records:
+        for (x1, y1, x2, y2), k, ignored in zip(record.boxes, record.labels, record.ignore):
+            side = "left" if (x1 + x2) / 2 < record.width / 2 else "right"
+            height = "upper" if (y1 + y2) / 2 < record.height / 2 else "lower"
+            expected[records.names[k]][f"{height} {side}"] += not ignored
+    assert {row["name"]: {q: row[q] for q in QUADRANTS} for row in found["classes"]} == expected
+    assert all(row["objects"] == sum(row[q] for q in QUADRANTS) for row in found["classes"])
+    assert min(Image.open(target).size) > 300
+
+
+def test_refused(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.png").touch()
+    for out, text in (("there.png", "exists: nothing is overwritten"), ("a.bmp", "must end in .png, .pdf or .svg")):
+        assert cli.run(["browse", f"data={scenes}", "--centres", f"out={tmp_path / out}"]) == 2
+        assert text in capsys.readouterr().err

@@ -1,0 +1,203 @@
+"""Two runs side by side: what the verb says, writes and refuses."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fusedet import cli, draw, evaluate
+from fusedet.data.demo import generate
+from fusedet.data.read import read
+from fusedet.verbs.compare import conclusion
+from test_cli import figures, spoken
+
+
+def guesses(data: Path, split: str, *, found: float, spread: float, seed: int) -> list[dict[str, Any]]:
+    """The truth, of which a share is found, with its sides moved by a share of them, and false finds of low score."""
+    rng = np.random.default_rng(seed)
+    results = []
+    for record in read(data, split):
+        for (x1, y1, x2, y2), label in zip(record.boxes, record.labels, strict=True):
+            if rng.random() < found:
+                moved = rng.normal(0, spread, 4) * [x2 - x1, y2 - y1, x2 - x1, y2 - y1]
+                x, y, w, h = np.array([x1, y1, x2 - x1, y2 - y1]) + moved
+                row = {"image_id": record.image_id, "category_id": int(label) + 1, "bbox": [x, y, abs(w), abs(h)]}
+                results.append(row | {"score": float(rng.uniform(0.4, 1))})
+        row = {"image_id": record.image_id, "category_id": int(rng.integers(1, 7)), "bbox": [5.0, 5.0, 20.0, 20.0]}
+        results.append(row | {"score": float(rng.uniform(0, 0.6))})
+    return results
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate(tmp_path_factory.mktemp("compare") / "data", images=60, size=(96, 128), splits={"val": 0.9, "test": 0.1})
+
+
+@pytest.fixture
+def runs(data: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Folders of two runs, as `fusedet val` leaves them, the second one much better."""
+    folders = tmp_path / "plain", tmp_path / "better"
+    for folder, found, spread in zip(folders, (0.6, 0.95), (0.15, 0.04), strict=True):
+        results = guesses(data, "val", found=found, spread=spread, seed=1)
+        file = tmp_path / f"{folder.name}.json"
+        file.write_text(json.dumps(results))
+        assert cli.run(["val", str(file), f"data={data}", f"out={folder}"]) == 0
+        (folder / "config.yaml").write_text(f"data: {{path: {data}, train: val}}\n")
+    return folders
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert cli.run([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = runs
+    found = figures(capsys, "compare", a, b, "--resamples", 200)
+    assert Path(found["out"]) == b / "compare-plain"
+    assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "pictures.png"}
+    stored = json.loads((b / "compare-plain/compare.json").read_text())
+    assert found == stored | {"out": str(b / "compare-plain")}
+    for side, folder in (("a", a), ("b", b)):
+        own = json.loads((folder / "metrics.json").read_text())
+        for name, row in found["figures"].items():
+            assert row[side] == pytest.approx(own[name], abs=1e-12)
+        assert [row[side] for row in found["classes"]] == pytest.approx([row["AP"] for row in own["classes"]], abs=1e-12)
+        assert found["errors"][side]["AP50"] == pytest.approx(own["AP50"], abs=1e-12)
+        assert found["stamp"]["data"] == own["stamp"]["data"]
+    row = found["figures"]["AP"]
+    assert 0 < row["low"] < row["difference"] < row["high"]
+    assert found["conclusion"].startswith("B is better than A")
+    assert figures(capsys, "compare", b, a, "--resamples", 200)["conclusion"].startswith("A is better than B")
+    again = figures(capsys, "compare", a, b, "--resamples", 200, f"out={tmp_path / 'o'}")
+    assert again["figures"] == found["figures"]
+    other = figures(capsys, "compare", a, b, "--resamples", 200, "--seed", 1)["figures"]["AP"]
+    assert other["difference"] == row["difference"]
+    assert (other["low"], other["high"]) != (row["low"], row["high"])
+
+
+def test_what_is_said(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
+    said = spoken(capsys, "compare", *runs, "--resamples", 40)
+    for part in (
+        "B - A",
+        "95 % over pictures",
+        "APs",
+        "triangle",
+        "localisation",
+        "missed",
+        "better than A",
+        "another seed",
+        "pictures.png",
+    ):
+        assert part in said
+
+
+def test_results_files(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    by_folder = figures(capsys, "compare", *runs, "--resamples", 40)["figures"]
+    files = [tmp_path / f"{run.name}.json" for run in runs]
+    found = figures(capsys, "compare", *files, f"data={data}", "--resamples", 40)
+    assert found["figures"] == by_folder
+    assert Path(found["out"]) == tmp_path / "compare-plain"
+    mixed = figures(capsys, "compare", runs[0], files[1], "--resamples", 40)
+    assert mixed["figures"] == by_folder, "one run says on which data the other's results are"
+
+
+def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
+    found = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
+    assert found["conclusion"].startswith("Nothing")
+    assert all(row["difference"] == row["low"] == row["high"] == 0 for row in found["figures"].values() if row["difference"] is not None)
+    assert not (Path(found["out"]) / "pictures.png").exists(), "there is no picture on which they differ"
+
+
+def test_another_split(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    said = refused(capsys, "compare", *runs, "--split", "test")
+    assert "no stored results on 'test'" in said
+    assert f"fusedet val {runs[0]} --split test" in said
+    for run in runs:
+        file = tmp_path / f"{run.name}-test.json"
+        file.write_text(json.dumps(guesses(data, "test", found=0.9, spread=0.1, seed=3)))
+        assert cli.run(["val", str(file), f"data={data}", "--split", "test", f"out={run / 'val-test'}"]) == 0
+    found = figures(capsys, "compare", *runs, "--split", "test", "--resamples", 40)
+    assert (found["split"], found["stamp"]["images"]) == ("test", 6)
+
+
+def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    a, b = runs
+    files = [tmp_path / f"{run.name}.json" for run in runs]
+    assert "do not say on which data they were made: add data=PATH" in refused(capsys, "compare", *files)
+    assert "neither a run's folder nor a results file" in refused(capsys, "compare", a, tmp_path / "no")
+    assert "one too many" in refused(capsys, "compare", a, b, "third")
+    assert "changes nothing" in refused(capsys, "compare", a, b, "model.neck=fpn")
+    assert "not empty" in refused(capsys, "compare", a, b, f"out={a}")
+    other = generate(tmp_path / "other", images=60, seed=1, size=(96, 128), splits={"val": 0.9, "test": 0.1})
+    said = refused(capsys, "compare", a, b, f"data={other}")
+    assert "other data" in said
+    assert "same pictures and annotations" in said
+    few = generate(tmp_path / "few", images=10, size=(96, 128), splits={"val": 0.9, "test": 0.1})
+    assert "image_id that is not in" in refused(capsys, "compare", *files, f"data={few}")
+    (b / "metrics.json").write_text("{}")
+    assert "has no stamp" in refused(capsys, "compare", a, b)
+
+
+def test_conclusion() -> None:
+    def say(low: float, high: float) -> str:
+        return conclusion({"difference": (low + high) / 2, "low": low, "high": high}, 36)
+
+    assert say(-0.01, 0.03) == (
+        "Nothing can be concluded about which is better: the difference of AP is +0.010, "
+        "but its 95 % interval over the 36 pictures -0.010 to +0.030 holds 0."
+    )
+    assert say(0.01, 0.03).startswith(
+        "B is better than A on pictures such as these: AP 0.020 higher, 95 % interval over the 36 pictures +0.010"
+    )
+    assert say(-0.03, -0.01).startswith("A is better than B on pictures such as these: AP 0.020 higher")
+    assert say(0, 0).startswith("Nothing")
+    assert say(np.nan, np.nan) == "Nothing can be concluded: the data hold no object that counts."
+
+
+def test_pictures_that_differ_most(data: Path) -> None:
+    records = read(data, "val")
+    objects = np.diff(records.offsets.numpy())
+    busy, quiet = int(objects.argmax()), int(np.flatnonzero(objects == 1)[0])
+    truth = [
+        {"image_id": r.image_id, "category_id": int(k) + 1, "bbox": [*box[:2], *(box[2:] - box[:2])], "score": 0.9}
+        for r in records
+        for box, k in zip(r.boxes, r.labels, strict=True)
+    ]
+    without = [r for r in truth if r["image_id"] != records[quiet].image_id]
+    first = next(i for i, r in enumerate(without) if r["image_id"] == records[busy].image_id)
+    del without[first]
+    found = evaluate.differing_images(records, truth, without)
+    n = int(objects[busy])
+    assert [row[0] for row in found] == [quiet, busy]
+    assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
+    assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
+    assert evaluate.differing_images(records, truth, truth) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_plot_of_differences(tmp_path: Path, count: int) -> None:
+    mean = {"name": "all", "difference": 0.01, "low": -0.01, "high": 0.03}
+    rows = [mean | {"name": f"class {k}"} for k in range(count)]
+    absent = {"name": "absent", "difference": math.nan, "low": math.nan, "high": math.nan}
+    heights = []
+    for name, given, above in (("a", rows, None), ("b", [*rows, absent], None), ("c", rows, mean)):
+        draw.differences(given, tmp_path / f"{name}.png", "B less A", above)
+        heights.append(Image.open(tmp_path / f"{name}.png").height)
+    assert heights[0] == heights[1], "a class without objects has no row"
+    assert (heights[2] > heights[0]) == (count > 0)
+
+
+def test_plot_of_many_differences_is_no_larger(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(0, 0.05, 100)
+    rows = [{"name": f"class {k}", "difference": v, "low": v - 0.05, "high": v + 0.04} for k, v in enumerate(values)]
+    for name, given in (("all", rows), ("some", rows[:40])):
+        draw.differences(given, tmp_path / f"{name}.png")
+    assert Image.open(tmp_path / "all.png").height == Image.open(tmp_path / "some.png").height
