@@ -391,5 +391,5 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     said = spoken(capsys, "--help")
-    for verb in ("train", "val", "predict", "info", "doctor", "browse", "convert", "demo", "config"):
+    for verb in ("train", "val", "predict", "info", "doctor", "browse", "compare", "ablate", "cam", "convert", "demo", "config"):
         assert f"  {verb} " in said
