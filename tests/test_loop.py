@@ -167,7 +167,7 @@ def test_validation_and_the_best_file_take_the_averaged_weights(tmp_path):
 
 
 def test_accumulated_batches_give_the_mean_gradient_and_a_short_last_step(tmp_path):
-    recipe = replace(RECIPE, epochs=1, accumulate=3, optim=Optim(lr=1.0, momentum=0, weight_decay=0, warmup_steps=0))
+    recipe = replace(RECIPE, epochs=1, accumulate=3, optim=Optim(lr=0.1, momentum=0, weight_decay=0, warmup_steps=0))
     torch.manual_seed(1)
     by_hand = FakeDetector()
     for group in ((0, 1, 2), (3, 4, 5), (6,)):
@@ -175,7 +175,7 @@ def test_accumulated_batches_give_the_mean_gradient_and_a_short_last_step(tmp_pa
         sum(sum(by_hand.loss(batches[i]).values()) / len(group) for i in group).backward()
         with torch.no_grad():
             for p in by_hand.parameters():
-                p -= p.grad
+                p -= 0.1 * p.grad
                 p.grad = None
     detector, result = train(tmp_path, recipe, dropout=0)
     assert result["step"] == 3
