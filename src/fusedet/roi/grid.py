@@ -93,7 +93,8 @@ class GridBranch(nn.Module):
         return self.heat(F.relu(self.norm(self.up(x))))
 
     def loss(self, features: Features, samples: Samples, targets: Sequence[Target], sizes: Tensor) -> Losses:
-        """Binary cross-entropy of fused and of unfused heat maps, each the mean over `num` positive samples, jittered, and their cells.
+        """Binary cross-entropy of fused and of unfused heat maps, each the mean over `num` positive samples, jittered, and their
+        cells; the number of samples is averaged over ranks.
 
         sizes (N, 2): of the pictures. Chance is torch's. Zero where no sample is positive.
         """

@@ -60,7 +60,8 @@ class MaskBranch(nn.Module):
         return self.logits(F.relu(self.upsample(x)))
 
     def loss(self, features: Features, samples: Samples, targets: Sequence[Target], sizes: Tensor) -> Losses:
-        """Binary cross-entropy of the positive samples, each in the channel of its own class, the mean over them and their cells.
+        """Binary cross-entropy of the positive samples, each in the channel of its own class, the mean over them, their number averaged
+        over ranks, and over their cells.
 
         sizes (N, 2) of the pictures are not needed here. Zero where no sample is positive. Raises InputError for targets without masks.
         """
