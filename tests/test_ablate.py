@@ -1,6 +1,7 @@
 """`fusedet ablate`: what is run, how it goes on after a stop, what the table and the page say, and what is refused before anything runs."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from conftest import SMALL
 from fusedet import ablate, cli
@@ -236,12 +238,18 @@ class Jobs:
         self.module = SimpleNamespace(AutoExecutor=AutoExecutor, SlurmJob=Job)
 
 
+def stop_at_once(config: Config, **options: Any) -> None:
+    """A training that leaves nothing to go on from."""
+    Path(str(config.out)).mkdir(parents=True)
+    (Path(str(config.out)) / "config.yaml").write_text(config.to_yaml())
+
+
 def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs()
     monkeypatch.setitem(sys.modules, "submitit", jobs.module)
     monkeypatch.setattr(run, "find_spec", lambda name: True)
     monkeypatch.setattr(run, "which", lambda name: name)
-    monkeypatch.setattr(worker, "train", lambda config, **options: Path(config.out).mkdir(parents=True))
+    monkeypatch.setattr(worker, "train", stop_at_once)
     launch = ablate.Launch(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
     said: list[str] = []
     with pytest.raises(InputError, match="--budget goes with --launcher local"):
@@ -366,6 +374,18 @@ def test_dry_run_after_a_run_rests_on_it(done: Path, scenes: Path, table: Path, 
     assert [one["left"] for one in found["rows"]] == [1, 0, 1, None]
     seconds = [json.loads((done / "fpn_bfp" / f"seed{s}" / "time.json").read_text())["seconds"] for s in (0, 1)]
     assert found["rows"][2]["seconds"] == pytest.approx(sum(seconds) / 2)
+
+
+def test_tables_are_whole_where_no_terminal_breaks_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a terminal of 60 columns words of the head are whole and labels folded, in a file every row is a line."""
+    sheet = tables.Sheet("t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]])
+    tables.show(Console(), sheet)
+    assert any(line.count("250.49") == 12 and "of more than twenty-four letters" in line for line in capsys.readouterr().out.splitlines())
+    text = io.StringIO()
+    few = tables.Sheet("t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]])
+    tables.show(Console(file=text, force_terminal=True, width=60), few)
+    assert "multiply-adds" in text.getvalue()
+    assert "…" not in text.getvalue()
 
 
 # -- the summary

@@ -176,6 +176,13 @@ def test_the_page_fits_a_narrow_window(browser: str, page: tuple[Path, dict[str,
     assert int(title[1]) <= int(title[2])
 
 
+def test_text_in_plots_follows_the_page(page: tuple[Path, dict[str, Any]]) -> None:
+    """Text without a colour of its own is black, which nobody reads at night."""
+    texts = re.findall(r"<!-- (.*?) -->\s*<g([^>]*)>", page[0].read_text())
+    assert {"multiply-adds (G)", "epoch", "AP", "FPN"} <= {text for text, _ in texts}
+    assert [text for text, style in texts if "fill: " not in style] == []
+
+
 def test_what_was_not_measured_is_said(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """No run at all: a page without plots and without one figure that did not run."""
     found = json.loads(json.dumps(page[1]))

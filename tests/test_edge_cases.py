@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fakes import batch
 from fusedet.detectors import TwoStage
 from fusedet.types import Batch, Target
-from small import DETECTORS, ONE_STAGE, TWO_STAGE, float64, livelier, make, target, total, weighted, without_gradient
+from small import DETECTORS, ONE_STAGE, TWO_STAGE, float64, livelier, make, target, weighted, without_gradient
 
 SMALL = (32, 48)
 EMPTY = target([])
@@ -108,26 +108,25 @@ def test_the_gradient_is_the_slope_of_the_loss(name: str, targets: tuple[Target,
             return detector.loss(data)
 
         said = terms()
-        for part, module in detector.named_children():
+        for part, module in ((k, m) for k, m in detector.named_children() if list(m.parameters())):
             moved = list(module.parameters())
             direction = [torch.randn_like(p) for p in moved]
-            errors: dict[str, list[float]] = {}
-            for step in (1e-8, 1e-9) if moved else ():
+            gradients = {k: torch.autograd.grad(v, moved, retain_graph=True, materialize_grads=True) for k, v in said.items()}
+            wrong = set(said)
+            for step in (1e-8, 1e-9):
                 ends = []
-                for sign in (1, -2, 1):
+                for sign in (1, -2, 1) if wrong else ():
                     for p, d in zip(moved, direction):
                         p.data.add_(d, alpha=sign * step)
                     held.place = 0
                     ends.append(terms())
                     assert held.place == len(held.seen)
-                for key, loss in said.items():
-                    slope = float((ends[0][key].data - ends[1][key].data) / (2 * step))
-                    gradient = torch.autograd.grad(loss, moved, retain_graph=True, allow_unused=True)
-                    pairs = [(g, d) for g, d in zip(gradient, direction) if g is not None]
-                    size = sum(float(g.square().sum()) for g, _ in pairs) ** 0.5
-                    errors.setdefault(key, []).append(abs(slope - sum(float((g * d).sum()) for g, d in pairs)) / max(size, 1e-12))
-            print(part, {k: ["%.1e" % x for x in v] for k, v in errors.items()})
-            assert all(min(found) < 1e-4 for found in errors.values()), (part, errors)
+                for key in tuple(wrong):
+                    slope = float((ends[0][key] - ends[1][key]).data) / (2 * step)
+                    found = sum(float((g * d).sum()) for g, d in zip(gradients[key], direction))
+                    if abs(slope - found) <= 1e-5 * sum(float(g.square().sum()) for g in gradients[key]) ** 0.5:
+                        wrong.remove(key)
+            assert not wrong, part
 
 
 @pytest.mark.parametrize("name", ONE_STAGE)

@@ -95,7 +95,8 @@ def learning(rows: Sequence[Found], baseline: str | None, path: Path) -> None:
     figure = new_figure(8.4, max(3.4, 0.6 + 0.21 * len(rows)))
     axes = figure.add_subplot()
     clean(axes)
-    axes.set(xlabel="epoch", ylabel="AP")
+    axes.set_xlabel("epoch", color=DARK)
+    axes.set_ylabel("AP", color=DARK)
     handles = []
     for i, row in enumerate(rows):
         colour = _colour(i, row, rows, baseline)

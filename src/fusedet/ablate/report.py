@@ -111,7 +111,7 @@ def _notes(found: Found) -> str:
         notes += [f"{row['label']}, seed {run['seed']}: {run['reason']}" for run in row.get("runs", ()) if run["reason"]]
     done = {row["label"]: sum(run["state"] == "finished" for run in row.get("runs", ())) for row in found["rows"] if not row["cited"]}
     if lacking := [f"{label} {count}" for label, count in done.items() if count < found["seeds"]]:
-        notes.append(f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}; all of them in the other rows.")
+        notes.append(f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}{'; all in the other rows' * (len(lacking) < len(done))}.")
     return "".join(f"<p>{escape(note)}</p>" for note in dict.fromkeys(notes))
 
 

@@ -16,7 +16,7 @@ from fusedet.ablate.summary import MEASURED, SHOWN
 
 Found = Mapping[str, Any]
 NOTHING = "not measured"
-UNBOUND = 240  # characters of a line where no terminal breaks it
+UNBOUND = 1000  # characters of a line where no terminal breaks it
 LABEL = 24  # characters of a row's label that are not broken in the terminal
 CITED = "cited"
 
@@ -190,11 +190,12 @@ def show(console: Console, sheet: Sheet) -> None:
     table = Terminal(title=escape(sheet.title), title_justify="left")
     for i, name in enumerate(sheet.head):
         widest = max(len(row[0]) for row in sheet.rows)
-        kind: Any = {"justify": "right"} if i else {"min_width": min(widest, LABEL)}
-        table.add_column(escape(name), overflow="fold", **kind)
+        least = max(map(len, name.split())) if i else min(widest, LABEL)
+        table.add_column(escape(name), justify="right" if i else "left", overflow="fold", min_width=least)
     for row in sheet.rows:
         table.add_row(*map(escape, row))
-    console.print(table, width=None if console.is_terminal else UNBOUND, crop=False)
+    wide = console if console.is_terminal else Console(file=console.file, width=UNBOUND, highlight=False, emoji=False)
+    wide.print(table)
 
 
 def number(value: float | None, digits: int = 1) -> str:
