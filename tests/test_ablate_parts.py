@@ -1,0 +1,126 @@
+"""Parts of an ablation without a training: how a budget is spent, what is expected of a run, and what a row's intervals allow to say."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fusedet.ablate import cost, estimate, run, summary
+from fusedet.ablate.plan import Cell
+from fusedet.config import Config, Train
+
+# -- budget
+
+
+def queue(seconds: dict[str, list[float]], budget: float | None, now: list[float], **options: Any) -> run.Queue:
+    """Three rows of two seeds."""
+    work = {"FPN": 1.0, "PAFPN": 2.0, "BiFPN": 1.0}
+    rows = [[Cell(label, Config(train=Train(seed=s), out=f"{label}/{s}")) for s in (0, 1)] for label in work]
+    made = run.Queue(rows, estimate.Clock(work, seconds), budget, **options)
+    made.began = now[0]
+    return made
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set."""
+    clock = [1000.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def taken(asked: run.Queue, now: list[float], seconds: Callable[[Cell], float]) -> list[tuple[str, int]]:
+    order = []
+    while cell := asked.take():
+        order.append((cell.label, cell.seed))
+        now[0] += seconds(cell)
+        asked.clock.seconds.setdefault(cell.label, []).append(seconds(cell))
+    return order
+
+
+def test_a_budget_goes_to_whole_rows_first(now: list[float]) -> None:
+    """Rows take 10, 20 and 10 s a run, so whole ones 20, 40 and 20 s."""
+    costs = {"FPN": 10.0, "PAFPN": 20.0, "BiFPN": 10.0}
+
+    def spend(budget: float | None) -> list[tuple[str, int]]:
+        now[0] = 1000.0
+        return taken(queue({}, budget, now), now, lambda cell: costs[cell.label])
+
+    fpn, pafpn, bifpn = ([(label, s) for s in (0, 1)] for label in costs)
+    assert spend(None) == fpn + pafpn + bifpn
+    assert spend(80) == fpn + pafpn + bifpn
+    assert spend(45) == fpn + bifpn  # PAFPN as a whole does not fit, BiFPN does
+    assert spend(39) == fpn + bifpn[:1]  # no whole row fits any more: single runs, as far as they fit
+    assert spend(20) == fpn
+    assert spend(1) == fpn[:1]  # nothing is known before the first run
+
+
+def test_runs_side_by_side_share_the_budget(now: list[float]) -> None:
+    known = {"FPN": [10.0], "PAFPN": [20.0], "BiFPN": [10.0]}
+    alone, beside = (queue(dict(known), 40, now, beside=n) for n in (1, 2))
+    assert alone.remaining == 80
+    assert beside.remaining == 40
+    assert beside.take() is not None
+    tight = queue(known, 15, now, beside=2)
+    assert [cell.label for cell in (tight.take(), tight.take(), tight.take()) if cell] == ["FPN", "FPN", "BiFPN"]
+
+
+def test_other_rows_are_expected_by_their_work(now: list[float]) -> None:
+    clock = queue({"FPN": [10.0, 14.0]}, None, now).clock
+    assert (clock.expected("FPN"), clock.expected("PAFPN"), clock.expected("BiFPN")) == (12.0, 24.0, 12.0)
+    assert estimate.Clock({"FPN": 3.0}, {}).expected("FPN") is None
+    assert estimate.Clock({"FPN": 3.0}, {}, rate=2.0).expected("FPN") == 6.0
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("1.5h", 5400), ("1d", 86400)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert estimate.duration(text) == seconds
+
+
+# -- cost and conclusions
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    def call() -> None:
+        a = torch.zeros(1 << 20)  # 4 MiB
+        b = a + 1
+        del a
+        c = b + 1
+        del b, c
+
+    assert 0 <= cost._allocated(call) - (8 << 20) < 1024  # and the numbers that were filled in and added
+
+
+AP = {"over_pictures": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {},
+            r"^AP 1\.00 higher than 'a', for other pictures such as these \(\+0\.20 to \+1\.80\) and for other seeds \(\+0\.10 to",
+        ),
+        ({"value": -1.0, "over_pictures": [-1.8, -0.2], "over_seeds": [-1.9, -0.1]}, r"^AP 1\.00 lower than 'a', for other pictures"),
+        ({"over_seeds": [-0.1, 2.1]}, r"with these weights; another training may give another sign \(-0\.10 to \+2\.10\)"),
+        ({"over_pictures": [-0.1, 2.1]}, r"on these very pictures for other seeds too .*; other pictures may give another sign"),
+        ({"over_pictures": [-1, 2], "over_seeds": [-1, 3]}, r"^Nothing can be concluded: both intervals hold 0"),
+        ({"over_seeds": None}, r"with these weights\. With fewer than two seeds on a side nothing is known of other trainings"),
+        ({"over_seeds": None, "over_pictures": [-1, 2]}, r"^Nothing can be concluded: the interval over pictures"),
+        ({"value": None, "over_pictures": None}, "no object that counts"),
+    ],
+)
+def test_conclusions(change: dict[str, Any], said: str) -> None:
+    one = {"label": "b", "measured": {"AP": {}}, "difference": {"AP": AP | change}}
+    assert re.search(said, summary.conclusion(one, "a", {"a": "a", "b": "b"}))
+
+
+def test_conclusions_without_a_difference() -> None:
+    owners = {"a": "a", "b": "b", "c": "a"}
+    measured = {"label": "b", "measured": {"AP": {}}, "difference": None}
+    assert "baseline was not measured" in summary.conclusion(measured, "a", owners)
+    assert summary.conclusion(measured | {"label": "a"}, "a", owners).startswith("The baseline:")
+    assert summary.conclusion(measured | {"label": "c"}, "a", owners) == "The same config as 'a'."
+    assert "Not measured" in summary.conclusion(measured | {"measured": None}, "a", owners)
