@@ -29,6 +29,9 @@ def test_overrides_are_typed_and_nested() -> None:
 def test_backbone_by_name_keeps_its_options() -> None:
     c = config.load("retinanet_r50", ["model.backbone=resnet18"])
     assert c.model.backbone == {"name": "resnet18", "pretrained": True, "frozen_stages": 1, "norm_eval": True}
+    c = config.load("retinanet_r50", ["model.backbone={name: resnet18, pretrained: false}", "data={path: /x, workers: 3}"])
+    assert c.model.backbone == {"name": "resnet18", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
+    assert (c.data.path, c.data.workers) == ("/x", 3)
 
 
 def test_a_slot_whose_type_changes_begins_anew() -> None:

@@ -126,7 +126,9 @@ def _parse(text: str) -> tuple[str, Any]:
     key, sign, raw = text.partition("=")
     if not sign or not key:
         raise InputError(f"'{text}' is not an override: write key=value, for example train.epochs=24")
-    key = _RENAMED.get(key, key).replace("[", ".").replace("]", "")
+    key = key.replace("[", ".").replace("]", "")
+    if not raw.startswith("{"):  # a section as a whole keeps its name
+        key = _RENAMED.get(key, key)
     if _leaf(Config, key) in (str, str | None):
         return key, None if raw in ("null", "") else raw
     try:
