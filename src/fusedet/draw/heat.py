@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fusedet.draw import style
@@ -80,7 +81,7 @@ def maps(
     for r, caption in enumerate(captions.values()):
         axes = grid[r, 0]
         axes.text(-0.06, 0.5, textwrap.fill(caption, 20), transform=axes.transAxes, ha="right", va="center", fontsize=9, color=DARK)
-    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.02, ticks=MaxNLocator(4))
     bar.outline.set_visible(False)
     bar.set_label(unit, color=DARK, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
