@@ -73,3 +73,15 @@ def test_a_run_is_taken_as_it_is_but_not_of_another_recipe(learning: ModuleType,
     write_run(tmp_path / "fcos", "fcos", {}, *learning.COMMON, "train.epochs=8")
     with pytest.raises(InputError, match="another recipe"):
         learning.finished("fcos", tmp_path, tmp_path)
+
+
+def test_the_page_says_what_the_script_asks_for(learning: ModuleType) -> None:
+    """Each detector has a row of docs/learning.md with the stated least values, below what was measured."""
+    page = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+    for name, least in learning.LEAST.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}_tiny` |"))
+        _, box, least_box, mask, least_mask, *_ = [float(cell) if cell.strip() else None for cell in row.strip("|").split("|")[1:]]
+        assert (least_box, least_mask) == (least["AP50"], least.get("mask_AP50"))
+        assert box is not None
+        assert 0.03 < box - least["AP50"] < 0.1
+        assert (mask is None) == (least_mask is None)
