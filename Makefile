@@ -1,15 +1,16 @@
-# make demo | test | lint | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
+# make demo | test | soak | lint | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap loader
+BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap loader scale
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test soak lint bench clean
 
 help:
 	@echo "make demo   generate pictures, train a small detector on them, score it and draw what it finds"
 	@echo "make test   all tests, WORKERS=$(WORKERS) at a time"
+	@echo "make soak   the tests that take minutes: memory over thousands of steps, large annotations, killed processes"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks, JSON each"
 	@echo "make clean  remove caches and build products; .venv, demos and runs stay"
@@ -20,6 +21,10 @@ demo: .venv/.ready
 # one thread per worker: small tensors gain nothing from more, and workers would fight for the cores
 test: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# one after the other: they measure memory and time
+soak: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/soak
 
 lint: .venv/.ready
 	$(BIN)/ruff check

@@ -67,7 +67,7 @@ def finished(name: str, data: Path, out: Path) -> bool:
 
 def learn(name: str, data: Path, out: Path) -> str:
     """Train a detector, or go on where its run was stopped; gives its name."""
-    train(recipe(name, data, out), resume=(out / name / "last.ckpt").is_file(), say=lambda text: None, quiet=True)
+    train(recipe(name, data, out), resume=(out / name / "config.yaml").is_file(), say=lambda text: None, quiet=True)
     return name
 
 
@@ -76,10 +76,9 @@ def figures(name: str, run: Path) -> dict[str, Any]:
     batch = config.load(run / "config.yaml").train.batch
     scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     pictures, seconds, before = 0, 0.0, 0
-    for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()):
-        if row["images_per_second"]:
-            seen = batch * (int(row["step"]) - before)
-            pictures, seconds, before = pictures + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
+    for row in csv.DictReader((run / "speed.csv").read_text().splitlines()):
+        seen = batch * (int(row["step"]) - before)
+        pictures, seconds, before = pictures + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
     found = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
     least = {f"least_{key}": value for key, value in LEAST[name].items()}
     reached = all(scores[key] >= value for key, value in LEAST[name].items())

@@ -46,7 +46,7 @@ class FakeLoader:
     """`length` batches of random pictures, a function of (epoch, number); `change` may spoil a batch."""
 
     def __init__(self, length: int = 7, size: int = 4, change: Callable[[int, int, Batch], Batch] = lambda e, i, batch: batch) -> None:
-        self.length, self.size, self.change = length, size, change
+        self.length, self.size, self.batch, self.change = length, size, size, change
 
     def __len__(self) -> int:
         return self.length

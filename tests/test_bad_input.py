@@ -136,7 +136,13 @@ def bomb(content: dict[str, Any], pictures: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "right"), [(absent, "does not exist"), (truncated, "truncated or damaged"), (text, "not a picture"), (bomb, "Pillow's limit")]
+    ("edit", "right"),
+    [
+        (absent, "does not exist"),
+        (truncated, "truncated or damaged"),
+        (text, "not a picture"),
+        (bomb, "the limit against decompression bombs"),
+    ],
 )
 def test_a_picture_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
     data, out = edited(scenes, tmp_path, edit), tmp_path / "out"
@@ -320,7 +326,7 @@ def test_a_folder_that_cannot_be_made(capsys: Capture, scenes: Path, tmp_path: P
 
 
 def test_resuming_what_cannot_be_resumed(capsys: Capture, run_copy: Path, tmp_path: Path) -> None:
-    has(complaint(capsys, "train", "retinanet_tiny", f"out={tmp_path / 'none'}", "--resume"), "holds no last.ckpt")
+    has(complaint(capsys, "train", "retinanet_tiny", f"out={tmp_path / 'none'}", "--resume"), "holds no run to resume")
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run's folder")
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}

@@ -308,6 +308,12 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
     assert found["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
 
 
+@pytest.mark.parametrize(("name", "said"), [("mask_rcnn_tiny", True), ("faster_rcnn_tiny", False)])
+def test_info_says_what_it_does_not_count(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
+    assert cli.run(["info", name]) == 0
+    assert ("branches (masks, grids) depend on what is found" in " ".join(capsys.readouterr().out.split())) == said
+
+
 def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     found = figures(capsys, "info", "retinanet_r50")
     assert found["trainable"] == 37_743_348
@@ -350,7 +356,7 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "no object of class bus" in warnings
     assert "larger data.size keeps it visible" in warnings
     wrong_size, damaged, missing = report["train"]["errors"]
-    assert "3.png is 100x150, but its annotation says 200x150" in wrong_size
+    assert "3.png is 100x150 pixels, but its annotation says 200x150" in wrong_size
     assert "4.png" in damaged
     assert "5.png does not exist" in missing
     assert cli.run(["doctor", f"data={tmp_path}", "--no-pictures"]) == 0, "annotations alone are fit to train on"

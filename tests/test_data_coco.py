@@ -58,9 +58,9 @@ def test_area_is_the_files_else_of_the_box(tmp_path: Path) -> None:
 
 
 def test_outlines_are_kept(tmp_path: Path) -> None:
-    b, a = load(tmp_path, changed(0, segmentation={"size": [10, 20], "counts": "abc"}))
+    b, a = load(tmp_path, changed(0, segmentation={"size": [10, 20], "counts": "X6"}))
     assert b.segments == [[[5.0, 6.0, 15.0, 6.0, 15.0, 18.0]], None]
-    assert a.segments == [{"size": [10, 20], "counts": "abc"}, {"size": [10, 20], "counts": [0, 200]}]
+    assert a.segments == [{"size": [10, 20], "counts": "X6"}, {"size": [10, 20], "counts": [0, 200]}]
 
 
 def test_several_polygons(tmp_path: Path) -> None:

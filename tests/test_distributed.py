@@ -1,17 +1,27 @@
 """Two processes on the CPU (gloo) do what one process does on the joint batch."""
 
+import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
-from fakes import FakeDetector, make_batch
+from fakes import FakeDetector, FakeLoader, make_batch
+from fusedet.data.loader import train_loader
+from fusedet.data.read import read
+from fusedet.data.transforms import Eval
 from fusedet.engine import checkpoint
+from fusedet.engine.loop import Interrupted, Recipe, fit
+from fusedet.engine.optim import Optim
+from fusedet.errors import InputError
 from fusedet.types import Batch
+from killing import differences
 
 TESTS = Path(__file__).parent
 
@@ -24,8 +34,10 @@ from pathlib import Path
 import torch
 from fakes import FakeDetector, FakeLoader, make_batch
 from lightning_fabric import Fabric
+from test_distributed import part
 from torch import nn
 
+from fusedet.config import Interval
 from fusedet.engine.loop import Interrupted, NonFinite, Recipe, fit
 from fusedet.engine.optim import Optim
 from fusedet.engine.run import Objective
@@ -58,15 +70,30 @@ class Loader(FakeLoader):
             yield batch
 
 
-def train(folder, what="", resume=False):
-    out, loader, made = top / folder, Loader(), detector()
+class Shared(Loader):
+    # the rank's half of a joint batch
+    def epoch(self, epoch, start=0):
+        for number in range(start, self.length):
+            if rank == 1 and number == 3 and self.what == "stop":
+                os.kill(os.getpid(), signal.SIGINT)
+            yield part(make_batch(100 * epoch + number, 4), slice(2 * rank, 2 * rank + 2))
+
+
+def train(folder, what="", resume=False, loader=None, every=None):
+    out, loader, made = top / folder, loader or Loader(), detector()
     out.mkdir(exist_ok=True)
     loader.what = what
-    recipe = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9)
+    recipe = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9, checkpoint_every=every)
+
+    def validate(module, epoch):
+        if what == "stop in the validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"AP": rank + epoch}
+
     try:
-        fit(fabric, made, loader, recipe, out=out, validate=lambda module, epoch: {"AP": rank + epoch}, resume=resume)
+        fit(fabric, made, loader, recipe, out=out, validate=validate, resume=resume)
     except (Interrupted, NonFinite) as error:
-        (out / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        (out / f"{rank}.txt").write_text(f"{type(error).__name__}: {error} {getattr(error, 'code', '')}")
     torch.save(made.state_dict(), out / f"{rank}.pt")
 
 
@@ -80,9 +107,31 @@ torch.save({k: p.grad for k, p in made.named_parameters()}, top / f"{rank}.pt")
 train("whole")
 train("nan", what="nan")
 train("stop", what="stop")
+train("stopped in the validation", what="stop in the validation")
+train("timed", every=Interval(seconds=1e-9))
+train("two_to_one", what="stop", loader=Shared())
 fabric.barrier()
 train("stop", resume=True)
+train("stopped in the validation", resume=True)
+train("one_to_two", resume=True, loader=Shared())
 """
+JOINT = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9)
+
+
+def alone(out: Path, stop: bool = False, **options) -> None:
+    """One process, with the batches of which `Shared` gives each process its half."""
+
+    def change(epoch: int, number: int, batch: Batch) -> Batch:
+        if stop and number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    torch.manual_seed(0)
+    detector = FakeDetector()
+    detector.body[1] = nn.Identity()
+    out.mkdir(exist_ok=True)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fit(fabric, detector, FakeLoader(change=change), JOINT, out=out, validate=lambda module, epoch: {"AP": epoch}, quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +139,19 @@ def two(tmp_path_factory) -> tuple[Path, str]:
     """The folder and the output of one launch of two processes; starting them is what takes time."""
     out = tmp_path_factory.mktemp("two")
     (out / "script.py").write_text(SCRIPT)
+    with pytest.raises(Interrupted):
+        alone(out / "one_to_two", stop=True)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(out / "script.py"), str(out)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
+
+
+def part(batch: Batch, own: slice) -> Batch:
+    """Some of a batch's pictures."""
+    assert batch.targets is not None
+    return Batch(batch.images[own], batch.sizes[own], batch.ids[own], batch.scales[own], batch.targets[own])
 
 
 def joined(a: Batch, b: Batch) -> Batch:
@@ -125,8 +182,8 @@ def test_the_processes_stay_equal_and_only_the_first_writes(two):
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key])
         assert torch.equal(value, saved["model"][key])
-    # by the runs "whole" and, resumed, "stop"
-    assert said.count("epoch 2/2: AP 2") == 2
+    # by the runs "whole", "timed" and the three that were resumed
+    assert said.count("epoch 2/2: AP 2") == 5
 
 
 def test_a_bad_loss_in_one_process_stops_both_with_its_images(two):
@@ -140,7 +197,44 @@ def test_a_bad_loss_in_one_process_stops_both_with_its_images(two):
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_they_resume(two):
     out = two[0]
     for rank in (0, 1):
-        assert "Interrupted: stopped after step 2" in (out / "stop" / f"{rank}.txt").read_text()
-    whole, resumed = (checkpoint.load(out / name / "last.ckpt") for name in ("whole", "stop"))
-    assert all(torch.equal(whole["model"][key], resumed["model"][key]) for key in whole["model"])
-    assert whole["metrics"] == resumed["metrics"]
+        said = (out / "stop" / f"{rank}.txt").read_text()
+        assert "Interrupted: stopped after step 2" in said
+        assert said.endswith(" 143"), "both end with the signal's code, whichever it came to"
+        assert (out / "two_to_one" / f"{rank}.txt").read_text().endswith(" 130")
+    assert not differences(out / "whole", out / "stop")
+
+
+def test_stopped_in_a_validation_they_save_the_state_before_it(two):
+    for rank in (0, 1):
+        said = (two[0] / "stopped in the validation" / f"{rank}.txt").read_text()
+        assert "Interrupted: stopped after step 4" in said
+    assert not differences(two[0] / "whole", two[0] / "stopped in the validation")
+
+
+def test_the_first_processs_clock_says_when_to_save_and_nothing_changes(two):
+    assert not differences(two[0] / "whole", two[0] / "timed")
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(two, tmp_path):
+    out, said, lines = two[0], two[1], []
+    alone(tmp_path / "whole")
+    alone(out / "two_to_one", resume=True, say=lines.append)
+    assert lines[0].endswith(
+        "goes on in another number of processes: 2 until step 2, 1 from now on; "
+        "the batches stay the same 4 pictures in the same order, but some random numbers differ"
+    )
+    assert "goes on in another number of processes: 1 until step 1, 2 from now on" in " ".join(said.split())
+    whole = checkpoint.load(tmp_path / "whole" / "last.ckpt")
+    figures = [list(csv.DictReader((run / "metrics.csv").open())) for run in (tmp_path / "whole", out / "two_to_one", out / "one_to_two")]
+    for run, rows in zip((out / "two_to_one", out / "one_to_two"), figures[1:]):
+        saved = checkpoint.load(run / "last.ckpt")
+        assert saved["step"] == whole["step"]
+        for key, value in whole["model"].items():
+            assert torch.allclose(saved["model"][key], value, rtol=1e-4, atol=1e-6), (run.name, key)
+        for row, expected in zip(rows, figures[0], strict=True):
+            assert {k: float(v or 0) for k, v in row.items()} == pytest.approx({k: float(v or 0) for k, v in expected.items()}, rel=1e-4)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(scenes):
+    with pytest.raises(InputError, match="batch counts the pictures of all processes: 4 must be a multiple of the 3 processes"):
+        train_loader(read(scenes, "train"), Eval(64, 96), batch=4, world=3)

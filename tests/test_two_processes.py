@@ -1,7 +1,8 @@
-"""`fusedet train` in two processes gives what one gives: RetinaNet, the loader, the normaliser and the shared validation together."""
+"""`fusedet train` in two processes, by launchers as on two machines, gives what one gives, validation and figures included."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,26 @@ OPTIONS = [
 ]
 
 
+def on_two_machines(words: list[str]) -> list[str]:
+    """What is said by two launches of one process each, with different node ranks, as two machines have them; both end well."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in ("0", "1"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", rank, "--nproc-per-node", "1", *meeting]
+        command = [*launch, "-m", "fusedet.cli", *words]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], [err[-2000:] for _, err in said]
+    return [out for out, _ in said]
+
+
 def test_two_processes_are_one(tmp_path: Path) -> None:
     data = demo.generate(tmp_path / "data", images=14, size=(64, 96))
     words = ["train", "retinanet_tiny", f"data={data}", *OPTIONS]
     assert run([*words, f"out={tmp_path / 'one'}"]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedet.cli"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *words, f"out={tmp_path / 'two'}"], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = on_two_machines([*words, f"out={tmp_path / 'two'}"])
     one, two = (checkpoint.load(tmp_path / k / "last.ckpt") for k in ("one", "two"))
     assert one["step"] == two["step"] == 6
     for key, value in one["model"].items():
@@ -42,4 +55,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     results = [json.loads((tmp_path / k / "val.bbox.json").read_text()) for k in ("one", "two")]
     pictures = [sorted({r["image_id"] for r in side}) for side in results]
     assert pictures[0] == pictures[1]  # every picture once, whoever looked at it
-    assert done.stdout.count("next: fusedet predict") == 1  # one process speaks
+    assert [text.count("next: fusedet predict") for text in said] == [1, 0]  # one process speaks
+    rows = [(tmp_path / k / "metrics.csv").read_text().splitlines() for k in ("one", "two")]
+    assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]  # one process writes
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2

@@ -72,10 +72,14 @@ def test_every_config_is_built(name: str) -> None:
         ("faster_rcnn_r101", None, 60_519_840),
         ("cascade_rcnn_r101", None, 88_161_550),
         ("faster_rcnn_r50_dcn", None, 42_108_554),
+        ("mask_rcnn_r50", None, 44_170_992),
+        ("grid_rcnn_r50", None, 64_322_857),
         ("faster_rcnn_r50", "msfm", 43_846_440),
         ("cascade_rcnn_r50", "msfm", 71_488_150),
         ("faster_rcnn_r101", "msfm", 65_774_672),
         ("cascade_rcnn_r101", "msfm", 93_416_382),
+        ("mask_rcnn_r50", "msfm", 46_489_720),
+        ("grid_rcnn_r50", "msfm", 66_641_585),
     ],
 )
 def test_trainable_parameters(name: str, plugin: str | None, trainable: int) -> None:

@@ -14,7 +14,8 @@ from torchvision.ops import box_iou
 import fusedet
 from conftest import SMALL
 from fusedet import cli, config
-from fusedet.data.loader import collate_views, eval_loader, see
+from fusedet.data.collate import collate_views, see
+from fusedet.data.loader import eval_loader
 from fusedet.data.read import read
 from fusedet.data.records import Record
 from fusedet.data.transforms import Eval

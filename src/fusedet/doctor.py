@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusedet.data.images import read_image
+from fusedet.data.images import formats, image_size, read_image
 from fusedet.data.records import Records
 from fusedet.data.transforms import keep_ratio
 from fusedet.errors import InputError
@@ -67,7 +68,7 @@ def examine(
                 "network: a larger data.size keeps it visible"
             )
     if read:
-        errors += _unreadable(records, progress)
+        errors += _unreadable(records, lambda path: tuple(read_image(path).shape[1:]), progress)
     return Report(errors, warnings, figures)
 
 
@@ -97,15 +98,27 @@ def _smallest(records: Records, wh: np.ndarray, owner: np.ndarray, real: np.ndar
     }
 
 
-def _unreadable(records: Records, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
+def glance(records: Records) -> list[str]:
+    """What is wrong with pictures as far as their headers tell: absent, no picture, too large, of another size than annotated."""
+    return _unreadable(records, image_size, None)
+
+
+def _unreadable(
+    records: Records, size: Callable[[Path], tuple[int, ...]], progress: Callable[[Iterable[Any], int], Iterable[Any]] | None
+) -> list[str]:
     def trouble(i: int) -> str | None:
         try:
-            image = read_image(records.path(i))
+            true = size(records.path(i))
         except InputError as error:
             return str(error)
-        stated, true = tuple(records.sizes[i].tolist()), tuple(image.shape[1:])
-        return None if stated == true else f"{records.path(i)} is {true[1]}x{true[0]}, but its annotation says {stated[1]}x{stated[0]}"
+        stated = tuple(records.sizes[i].tolist())
+        if 0 in true:
+            return f"{records.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
+        return (
+            None if stated == true else f"{records.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"
+        )
 
+    formats()  # known once, not in every thread
     with ThreadPoolExecutor() as pool:
         found = pool.map(trouble, range(len(records)))
         return [text for text in (progress(found, len(records)) if progress else found) if text]

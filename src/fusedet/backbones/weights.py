@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from fusedet import archive
 from fusedet.errors import InputError, unknown
 
 STRIDES = (4, 8, 16, 32)
@@ -74,9 +75,11 @@ def _state(weights: str) -> dict[str, Tensor]:
     if not Path(weights).is_file():
         raise InputError(f"model.backbone.weights={weights}: there is no such file")
     try:
+        archive.check(Path(weights))
         with _silent():
             state = load_state_dict(weights)
-    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+        archive.check_tensors(state, Path(weights))
+    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError) as error:
         raise InputError(
             f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
             ".pth file of tensors by timm's names"

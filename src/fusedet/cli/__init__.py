@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 
 import typer
 from rich.markup import escape
 
-from fusedet.cli import data, evidence, model
+from fusedet.cli import data, evidence, model, prediction
 from fusedet.cli.words import err
 from fusedet.engine.loop import Interrupted
+from fusedet.engine.peers import EXIT, Lost
 from fusedet.errors import InputError
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ app.add_typer(converting, name="convert", help="Write a data set in another form
 VERBS: dict[str, Callable[..., None]] = {
     "train": model.train,
     "val": model.val_,
-    "predict": model.predict_,
+    "predict": prediction.predict_,
     "compare": evidence.compare_,
     "cam": evidence.cam_,
     "ablate": evidence.ablate_,
@@ -49,7 +49,9 @@ for name, verb in CONVERTERS.items():
 
 
 def main() -> None:
-    """Run a verb. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 130 stopped by Ctrl-C or SIGTERM."""
+    """Run a verb. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 75 another process of it is gone, 130 stopped by
+    Ctrl-C, 143 by SIGTERM.
+    """
     sys.exit(run())
 
 
@@ -64,7 +66,11 @@ def run(arguments: list[str] | None = None) -> int:
         return 2 if int(os.environ.get("RANK", 0)) else _complain(str(error))
     except Interrupted as stop:
         err.print(escape(str(stop)))
-        return 128 + signal.SIGINT
+        return stop.code
+    except Lost as lost:
+        if str(lost):
+            _complain(str(lost))
+        return EXIT
     except BrokenPipeError:
         return 0
     except OSError as error:  # a full disk, a folder without permission: said, not traced

@@ -10,11 +10,12 @@ import yaml
 from rich.markup import escape
 
 from fusedet import ablate, config
-from fusedet.ablate import tables
+from fusedet.ablate import phrases, tables
 from fusedet.ablate.estimate import told
-from fusedet.cli.words import Json, is_override, out, print_files, print_json, separate, speaker
+from fusedet.cli.words import Json, Trust, is_override, out, print_files, print_json, separate, speaker
 from fusedet.errors import InputError, unknown
 from fusedet.verbs import cam, compare, predict, show
+from fusedet.verbs.sources import Sources
 
 
 def compare_(
@@ -106,6 +107,8 @@ def ablate_(
     for row in found["rows"]:
         if not row["cited"]:
             out.print(escape(f"{row['label']}: {row['conclusion']}"))
+    for text in [*phrases.covered(found), *phrases.notes(found), phrases.cost_note(found)]:
+        out.print(escape(text))
     return print_files(files)
 
 
@@ -125,6 +128,7 @@ def cam_(
     score: Annotated[float, typer.Option(help="The least score of a detection.")] = 0.3,
     alone: Annotated[bool, typer.Option("--best", help="Of the class's best place alone, not of all places by their scores.")] = False,
     only: Annotated[list[str] | None, typer.Option(help=f"Only this, can be repeated: {', '.join(cam.PARTS)}.")] = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Draw what the features of a run speak for in pictures, level by level, before and after each module, and its gates and weights."""
@@ -137,7 +141,7 @@ def cam_(
         raise InputError("which pictures? Write fusedet cam RUN IMAGE..., files, folders or globs")
     made = cam.cam(
         run,
-        predict.pictures(files),
+        list(Sources(files)),
         [word for word in overrides if word not in own],
         beside=beside,
         name=class_,
@@ -146,6 +150,7 @@ def cam_(
         only=only or (),
         device=options.device,
         out=options.out,
+        trust=trust,
     )
     if json:
         return print_json({"out": str(made.out), "pictures": made.figures})

@@ -15,9 +15,9 @@ from fusedet import config, evaluate, measure
 from fusedet.cli.words import (
     Classes,
     Json,
+    Trust,
     Words,
     any_config,
-    is_override,
     load_config,
     of_run,
     out,
@@ -31,7 +31,7 @@ from fusedet.config import Config
 from fusedet.data.read import read
 from fusedet.detectors import from_config
 from fusedet.errors import InputError, unknown
-from fusedet.verbs import folder, predict, show, submission, val
+from fusedet.verbs import folder, predict, processes, show, submission, val
 from fusedet.verbs.demo import demo as run_demo
 from fusedet.verbs.train import train as run_training
 
@@ -39,13 +39,14 @@ from fusedet.verbs.train import train as run_training
 def train(
     words: Words = None,
     resume: Annotated[bool, typer.Option(help="Go on where the run in out=FOLDER (or the run's folder given as MODEL) stopped.")] = False,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Train MODEL (a config's name, a YAML file or a run's folder) on data=PATH; results go to out=FOLDER."""
     name, overrides = separate(words)
     if name is None:
         raise InputError(f"which model? Write fusedet train MODEL data=PATH, with MODEL one of {', '.join(config.names())}, or a YAML file")
-    options = _run_config(name, overrides, resume)
+    options = _run_config(name, overrides, resume, trust)
     trained = run_training(options, resume=resume, say=speaker(json), quiet=json)
     if not trained.figures:
         return
@@ -63,6 +64,7 @@ def val_(
     voc: Annotated[bool, typer.Option(help="VOC's AP too (for VOC data it is always given).")] = False,
     evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluate.EVALUATORS)}.")] = evaluate.EVALUATORS[0],
     submit: Annotated[bool, typer.Option("--submission", help="Write the json and zip that COCO's test server takes.")] = False,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Score a run, a checkpoint, or results in COCO's form against data=PATH (by default the run's own data)."""
@@ -76,7 +78,7 @@ def val_(
             raise InputError(f"{source} are results: add data=PATH, what they were made on")
     else:
         file = predict.weights_file(source)
-        detector, saved, names, _ = predict.rebuild(file)
+        detector, saved, names, _ = predict.rebuild(file, trust)
         wanted = predict.only(overrides, "data", "test", "device", "out")
         options = config.parse(config.overridden(saved.tree() | {"out": None}, wanted))
     scored = split or options.data.val
@@ -92,12 +94,14 @@ def val_(
         masks = bool(results) and all("segmentation" in result for result in results)
     else:
         val.check_names(records, names, str(file))
-        device = predict.pick_device(options.device)
-        ready = predict.tuned(detector.to(device), options)
-        if masks := val.finds_masks(ready):
+        if masks := val.finds_masks(detector):
             val.check_masks(records)
-        loader = val.val_loader(options, records)
-        results = val.detect(ready, track(json, loader, len(loader), "pictures"), records, device)
+        with processes.shared(options.device) as (rank, world, device):
+            ready = predict.tuned(detector.to(device), options)
+            loader = val.val_loader(options, records, rank, world)
+            results = val.detect(ready, loader if rank else track(json, loader, len(loader), "pictures"), records, device)
+        if rank:
+            return
     rows = submission.checked(records, results) if submit else {}
     figures: dict[str, Any] = {"detections": len(results)}
     if annotated:
@@ -114,39 +118,7 @@ def val_(
     print_files(files)
 
 
-def predict_(
-    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", show_default=False)],
-    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE... [KEY=VALUE]...", show_default=False)] = None,
-    score: Annotated[float, typer.Option(help="Boxes drawn have at least this score; the json holds all.")] = 0.3,
-    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 1,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    draw: Annotated[bool, typer.Option(help="Draw the boxes on copies of the pictures.")] = True,
-    json: Json = False,
-) -> None:
-    """Find objects in pictures: files, folders, globs, or "-" for a list of paths on standard input."""
-    given = [s for s in sources or [] if not is_override(s)]
-    overrides = [s for s in sources or [] if is_override(s)]
-    of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
-    options = config.parse(config.overridden({}, [o for o in overrides if o not in of_model]))
-    if not given:
-        raise InputError('which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs or "-" for a list on standard input')
-    if precision not in ("fp32", "bf16"):
-        raise unknown("precision", precision, ("fp32", "bf16"))
-    listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in given else []
-    pictures = predict.pictures([*(s for s in given if s != "-"), *listed])
-    predictor = predict.load(model, *of_model, device=options.device, precision=precision)  # type: ignore[arg-type]
-    parent = Path(model) if Path(model).is_dir() else Path(model).parent
-    target = folder.fresh(options.out) if options.out else folder.numbered(parent, "predict")
-    written = predict.write(predictor, track(json, pictures, len(pictures), "pictures"), target, batch=batch, score=score, drawn=draw)
-    if json:
-        return print_json(written)
-    out.print(
-        f"{written['pictures']} pictures, {written['detections']} detections, {written['shown']} of them with a score of {score:g} or more"
-    )
-    print_files({name: Path(path) for name, path in written["files"].items()})
-
-
-def info(words: Words = None, classes: Classes = None, json: Json = False) -> None:
+def info(words: Words = None, classes: Classes = None, trust: Trust = False, json: Json = False) -> None:
     """Parameters, trainable parameters and multiply-adds of MODEL, per part."""
     name, overrides = separate(words)
     if name is None:
@@ -155,9 +127,9 @@ def info(words: Words = None, classes: Classes = None, json: Json = False) -> No
         out.print("models: " + ", ".join(config.names()))
         return out.print("schedules (train.schedule=NAME): " + ", ".join(config.names("schedules")))
     # what a model costs does not depend on its weights: none are fetched
-    options = load_config(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
+    options = load_config(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"], trust)
     if classes is None:
-        classes = len(predict.rebuild(predict.weights_file(name))[2]) if Path(name).is_dir() and name not in config.names() else 80
+        classes = len(predict.rebuild(predict.weights_file(name), trust)[2]) if Path(name).is_dir() and name not in config.names() else 80
     figures = measure.cost(from_config(options, classes), *measure.network_size(options.data.size))
     if json:
         return print_json({"model": name, "classes": classes, **figures})
@@ -185,15 +157,15 @@ def config_(words: Words = None) -> None:
     sys.stdout.write(any_config(words).to_yaml())
 
 
-def _run_config(name: str, overrides: list[str], resume: bool) -> Config:
+def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> Config:
     """The config of a training: of a name or file, or of a run's folder, which with --resume is also where it goes on."""
     path = Path(name)
     if name not in config.names() and path.is_dir():
-        options = config.load(of_run(path), [f"out={path}" if resume else "out=null", *overrides])
+        options = config.load(of_run(path), [f"out={path}" if resume else "out=null", *overrides], trust=trust)
     elif resume:
         asked = config.load(name, overrides)
-        if asked.out is None or not (Path(asked.out) / "last.ckpt").is_file():
-            raise InputError(f"out={asked.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
+        if asked.out is None or not (Path(asked.out) / "config.yaml").is_file():
+            raise InputError(f"out={asked.out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
         options = config.load(of_run(Path(asked.out)), [f"out={asked.out}", *overrides])
         if options.model != asked.model:
             raise InputError(f"{name} is not the model that out={asked.out} trains: give the run's folder, fusedet train RUN --resume")

@@ -20,6 +20,7 @@ out, err = (Console(stderr=to_err, soft_wrap=True, highlight=False, emoji=False)
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Let a checkpoint's or run's config name classes of other packages: their code runs.")]
 Classes = Annotated[int | None, typer.Option(help="Number of classes; by default a run's own, else COCO's 80.")]
 
 
@@ -29,11 +30,14 @@ def any_config(words: list[str] | None) -> Config:
     return load_config(name, overrides) if name else config.parse(config.overridden({}, overrides))
 
 
-def load_config(name: str, overrides: list[str]) -> Config:
-    """The config of a shipped name, a YAML file or a run's folder (its `out` is not taken: nothing is written there again)."""
+def load_config(name: str, overrides: list[str], trust: bool = True) -> Config:
+    """The config of a shipped name, a YAML file or a run's folder (its `out` is not taken: nothing is written there again).
+
+    trust: whether a run's folder, which may be somebody else's, may name classes of other packages.
+    """
     if name in config.names() or not Path(name).is_dir():
         return config.load(name, overrides)
-    return config.load(of_run(Path(name)), ["out=null", *overrides])
+    return config.load(of_run(Path(name)), ["out=null", *overrides], trust=trust)
 
 
 def of_run(folder: Path) -> Path:

@@ -1,6 +1,24 @@
 """Configs: what they hold (`schema`) and how YAML, bases and overrides become one (`loading`)."""
 
-from fusedet.config.loading import find, load, names, overridden, read
+from fusedet.config.interval import Interval, interval
+from fusedet.config.loading import find, load, mapping, names, overridden, read, refuse_outside
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
 
-__all__ = ["Config", "Data", "Model", "Pyramid", "Test", "Train", "find", "load", "names", "overridden", "parse", "read"]
+__all__ = [
+    "Config",
+    "Data",
+    "Interval",
+    "Model",
+    "Pyramid",
+    "Test",
+    "Train",
+    "find",
+    "interval",
+    "load",
+    "mapping",
+    "names",
+    "overridden",
+    "parse",
+    "read",
+    "refuse_outside",
+]

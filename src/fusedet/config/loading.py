@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -16,19 +17,24 @@ from fusedet.errors import InputError, unknown
 
 _SHIPPED = files("fusedet") / "configs"
 _SLOTS = ("plugin", "neck", "interact", "head", "roi")
+LONGEST, LARGEST = 2**20, 100_000
+"""Characters and, with every alias written out, values that a YAML text may have: the longest shipped config has a few hundred values."""
 _RENAMED = {"data": "data.path", "model.backbone": "model.backbone.name"}
 
 
-def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None) -> Config:
+def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None, *, trust: bool = True) -> Config:
     """The config of that name (shipped) or file, with overrides on top.
 
     overrides: "key=value" texts with dotted keys; list items are addressed by number ("model.neck.0.type=fpn");
     `data=PATH` and `model.backbone=NAME` are short for data.path and model.backbone.name.
     sections: the same as nested mappings, {"model": {"neck": ["fpn", "smsl"]}}.
     A schedule (train.schedule=2x) is merged where it is named: above what came before, below what comes after.
+    trust: whether the file may name classes of other packages; what overrides and sections name is the caller's own in any case.
     Raises InputError for an unknown config, key or schedule, and for a value of the wrong type.
     """
     tree: dict[str, Any] = _file(find(name))
+    if not trust:
+        refuse_outside(tree, name)
     for section, values in (sections or {}).items():
         tree = _merge(tree, {section: plain(values)}, f"{section}=")
     return parse(overridden(tree, overrides))
@@ -54,28 +60,88 @@ def find(name: str | Path, room: str = "models", kind: str = "config", folder: A
     """
     path = Path(name)
     is_file = path.suffix in (".yaml", ".yml")
-    if folder is not None and (beside := folder / (str(name) if is_file else f"{name}.yaml")).is_file():
+    if folder is not None and _exists(beside := folder / (str(name) if is_file else f"{name}.yaml")):
         return beside
     if is_file:
-        if not path.is_file():
+        if not _exists(path):
             what = "table" if room == "ablations" else "config"
             raise InputError(f"there is no {what} file {path}: give a YAML file, or one of {', '.join(names(room))}")
         return path
     shipped = _SHIPPED / room / f"{name}.yaml"
-    if not shipped.is_file():
+    if not _exists(shipped):
         raise unknown(kind, name, names(room))
     return shipped
+
+
+def _exists(file: Any) -> bool:
+    """Whether there is such a file; no name is too long, or too strange, to ask."""
+    try:
+        return bool(file.is_file())
+    except (OSError, ValueError):
+        return False
 
 
 def read(path: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError for what is not YAML and what is no mapping; keys: what it should have, as told."""
     try:
-        own: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return mapping(text, path, keys)
+
+
+def mapping(text: str, source: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
+    """The mapping that a YAML text is; source and keys are for the message. Nothing in it is looked up or built.
+
+    Raises InputError for what is not YAML, is no mapping, or grows beyond `LARGEST` values when its aliases are written out.
+    """
+    try:
+        if len(text) > LONGEST or _values(yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
+            raise InputError(f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values")
+        own: Any = OmegaConf.to_container(OmegaConf.create(text))
+    except RecursionError as error:
+        raise InputError(f"{source} is not a config: its values are nested too deeply") from error
+    except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, TypeError, LookupError) as error:  # PyYAML of "!!int" alone
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
-        raise InputError(f"{path} must be a mapping with {keys}")
+        raise InputError(f"{source} must be a mapping with {keys}")
     return own
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node stands for; an alias is its anchor's node once more, and counted once (`known`)."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST + 1  # an anchor that holds itself
+        inner = getattr(node, "value", None)
+        items = inner if isinstance(inner, list) else []
+        known[id(node)] = 1 + sum(_values(one, known) for item in items for one in (item if isinstance(item, tuple) else (item,)))
+    return known[id(node)]
+
+
+def refuse_outside(tree: Mapping[str, Any], source: Any) -> None:
+    """Raises InputError where a config of somebody else names a class of another package, which importing would run.
+
+    `build.find` imports what has a ":" in its name, so every text of `model` that has one is such a name; a body's file of weights is not.
+    """
+    for key, text in _texts(tree.get("model"), "model"):
+        if ":" in text and key != "model.backbone.weights":
+            raise InputError(
+                f"{source}: {key} names {text[:200]!r}, a class that is not fusedet's: making it runs code of that package; if you trust "
+                "whom the file comes from, add --trust (in Python trust=True)"
+            )
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _texts(one, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for i, one in enumerate(value):
+            yield from _texts(one, f"{key}.{i}")
 
 
 def _file(path: Any, room: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -133,7 +199,7 @@ def _parse(text: str) -> tuple[str, Any]:
         return key, None if raw in ("null", "") else raw
     try:
         return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise InputError(f"the value of '{text}' is not YAML") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_type_hints
 
 from omegaconf import OmegaConf
 
+from fusedet.config.interval import interval
 from fusedet.errors import InputError, checked, unknown
 
 
@@ -52,6 +53,7 @@ class Data:
     flip: float = 0.5
     photometric: bool = False
     workers: int = 2
+    check: bool = True
 
     def __post_init__(self) -> None:
         _need(self.size[0] >= 32, "data.size", self.size, "[short, longest] with a short side of at least 32 pixels")
@@ -86,10 +88,15 @@ class Train:
     clip_norm: float | None = None
     ema: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     validate_every: int = 1
+    checkpoint_every: str | int | None = None
     monitor: str = "AP"
     patience: int | None = None
+    on_bad_image: Literal["error", "skip"] = "error"
+    max_bad_images: float = 0.01
     seed: int = 0
+    deterministic: bool = False
     compile: bool = False
     loggers: tuple[str, ...] = ()
     weights: str | None = None
@@ -100,8 +107,11 @@ class Train:
         for key in ("lr", "gamma", "clip_norm", "bias_lr"):
             value = getattr(self, key)
             _need(value is None or 0 < value < math.inf, f"train.{key}", value, "above 0 and finite")
+        _need(0 <= self.max_bad_images <= 1, "train.max_bad_images", self.max_bad_images, "a share of the pictures, 0 to 1")
         _need(0 <= self.momentum < 1, "train.momentum", self.momentum, "0 or more and below 1")
         _need(0 < self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "above 0 and at most 1")
+        if self.checkpoint_every is not None:
+            interval(self.checkpoint_every, "train.checkpoint_every")
         _need(self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of train.accumulate={self.accumulate}")
         _need(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "a decay between 0 and 1, or null")
         _need(list(self.milestones) == sorted(self.milestones), "train.milestones", self.milestones, "increasing epochs")

@@ -15,7 +15,8 @@ import numpy as np
 
 from fusedet.data import gather
 from fusedet.data.files import inside, read_text, require_some, require_text
-from fusedet.data.records import Records, pack_outline
+from fusedet.data.outlines import fits, packed
+from fusedet.data.records import Records
 from fusedet.errors import InputError
 
 
@@ -50,6 +51,7 @@ def read_coco(
         raise InputError(f"{file}: image {image_ids[i]} ({file_names[i]}) is {sizes[i, 1]}x{sizes[i, 0]} pixels: both must be above 0")
 
     rows = _rows(data, "annotations", file) if "annotations" in data else []
+    doubtful = {gather.SAME_ID: _same_ids(rows), gather.AS_TEXT: _as_text(rows)}
     owners, listed = _positions(image_ids, _integers(rows, "image_id", "annotation", file))
     rows = rows if listed.all() else [rows[i] for i in np.flatnonzero(listed).tolist()]
     owners = owners[listed]
@@ -59,7 +61,9 @@ def read_coco(
     area, bad_areas = _areas(rows, file)
     outlines = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
     del data, images, rows  # a large file's objects take a gigabyte
-    bad_outlines = outlines.count(_BROKEN)
+    shapes = sizes.tolist()
+    drawn = [o if not o or o[:1] == b"P" or fits(o, tuple(shapes[i])) else b"" for o, i in zip(outlines, owners.tolist(), strict=True)]
+    lost = sum(a != b for a, b in zip(outlines, drawn, strict=True))
     return gather.gather(
         names,
         category_ids,
@@ -71,10 +75,10 @@ def read_coco(
         labels=labels,
         ignore=ignore,
         area=area,
-        outlines=[b"" if o == _BROKEN else o for o in outlines] if bad_outlines else outlines,
+        outlines=drawn,
         source=file,
         form="coco",
-        problems={gather.NO_PICTURE: int((~listed).sum()), gather.BAD_AREA: bad_areas, gather.BAD_OUTLINE: bad_outlines},
+        problems=doubtful | {gather.NO_PICTURE: int((~listed).sum()), gather.BAD_AREA: bad_areas, gather.BAD_OUTLINE: lost},
     )
 
 
@@ -96,30 +100,12 @@ def _load(file: Path) -> dict[str, Any]:
     return data
 
 
-_BROKEN = b"?"  # marks an outline that is neither polygons nor RLE
-
-
 def _pack(entry: dict[str, Any]) -> dict[str, Any]:
     """Shrink an outline as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
     outline = entry.get("segmentation")
     if outline is not None:
-        entry["segmentation"] = _packed(outline)
+        entry["segmentation"] = packed(outline)
     return entry
-
-
-def _packed(outline: Any) -> bytes:
-    if isinstance(outline, dict):
-        counts, size = outline.get("counts"), outline.get("size")
-        runs = counts if isinstance(counts, list) else []
-        good = isinstance(counts, str | list) and isinstance(size, list) and len(size) == 2 and set(map(type, [*runs, *size])) == {int}
-        return pack_outline({"size": size, "counts": counts}) if good else _BROKEN
-    if not isinstance(outline, list):
-        return _BROKEN
-    try:
-        good = all(type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in outline)
-        return (pack_outline(outline) if outline else b"") if good else _BROKEN
-    except (TypeError, OverflowError):
-        return _BROKEN
 
 
 @contextmanager
@@ -264,6 +250,20 @@ def _labels(rows: list[dict[str, Any]], category_ids: list[int], file: Path) -> 
             f"{file}: {_called(row, rows, 'annotation')} has the category id {row['category_id']}, which 'categories' does not list"
         )
     return labels
+
+
+def _same_ids(rows: list[dict[str, Any]]) -> int:
+    """How many annotations have an id that an earlier one has; those without an id do not count."""
+    ids = [row["id"] for row in rows if type(row.get("id")) in (int, str)]
+    return len(ids) - len(set(ids))
+
+
+def _as_text(rows: list[dict[str, Any]]) -> int:
+    """How many annotations hold a coordinate in quotes."""
+    boxes = [row["bbox"] for row in rows if type(row.get("bbox")) is list]
+    if str not in set(map(type, chain.from_iterable(boxes))):
+        return 0
+    return sum(any(type(v) is str for v in box) for box in boxes)
 
 
 def _refuse_doubles(ids: np.ndarray, noun: str, file: Path) -> None:

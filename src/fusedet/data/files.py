@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -12,13 +12,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from fusedet.data.images import image_size
+from fusedet.data.images import formats, image_size
 from fusedet.errors import InputError
 
 T = TypeVar("T")
 
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
-_STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows their names but not how to read them
 
 
 def canonical(split: str) -> str:
@@ -40,9 +39,9 @@ def choose(splits: Mapping[str, T], asked: str, source: Path) -> T:
 
 @cache
 def extensions() -> frozenset[str]:
-    """The lower-case file extensions, with dot, that Pillow reads."""
+    """The lower-case file extensions, with dot, of the formats that are read."""
     known = Image.registered_extensions()
-    return frozenset(e for e, form in known.items() if form in Image.OPEN and form not in _STUBS) | {".mpo"}
+    return frozenset(e for e, form in known.items() if form in formats()) | {".mpo"}
 
 
 def is_picture(name: str) -> bool:
@@ -52,8 +51,27 @@ def is_picture(name: str) -> bool:
 
 def pictures_below(folder: Path) -> list[str]:
     """All pictures in a folder and its subfolders, sorted by path."""
-    found = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if is_picture(name)]
-    return sorted(found)
+    return sorted(path for path in files_below(folder) if is_picture(path))
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """All files in a folder and its subfolders, each once, also in subfolders that are links to elsewhere.
+
+    Raises OSError for a folder that cannot be read.
+    """
+    top, followed = os.path.realpath(folder), set()
+    for at, inner, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if os.path.islink(at) and at != os.fspath(folder):
+            there = Path(os.path.realpath(at))
+            if there in followed or within(top, there) or within(str(there), Path(top)):  # what is walked anyhow, or a circle
+                inner.clear()
+                continue
+            followed.add(there)
+        yield from (os.path.join(at, name) for name in names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read_text(path: Path) -> str:
@@ -69,19 +87,24 @@ def read_text(path: Path) -> str:
 def inside(folder: Path, name: str, *roots: Path, source: str | Path) -> str:
     """folder/name; raises InputError where that is absolute or leaves the folder (and all other roots) by "..".
 
-    Links are not followed: a picture folder that is a link is the user's own choice.
+    Links are followed and not judged: no annotation can make one, whoever laid the data there did.
     """
     name = name.replace("\\", "/")  # written on Windows
-    if not name or "\0" in name or name.startswith("/") or name[1:3] == ":/":
+    if not name or "\0" in name or name.startswith("/") or name[1:3] == ":/" or os.path.splitdrive(name)[0]:
         raise InputError(f"{source} names the file '{name}': it must be a path relative to the data folder")
     path = os.path.join(folder, name)
     if ".." not in name:
         return path
     path = os.path.normpath(path)
-    for root in map(os.path.abspath, (folder, *roots)):
-        if os.path.commonpath([root, os.path.abspath(path)]) == root:
-            return path
-    raise InputError(f"{source} names the file '{name}', which lies outside the data folder {folder}")
+    if not within(path, folder, *roots):
+        raise InputError(f"{source} names the file '{name}', which lies outside the data folder {folder}")
+    return path
+
+
+def within(path: str, *folders: Path) -> bool:
+    """Whether a path lies in one of the folders, as it is written: links are not followed."""
+    roots = map(os.path.abspath, folders)
+    return any(os.path.commonpath([root, os.path.abspath(path)]) == root for root in roots)
 
 
 def require_some(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
@@ -109,7 +132,7 @@ def picture_sizes(paths: Sequence[str]) -> np.ndarray:
         except InputError as error:
             return error
 
-    Image.init()  # once, not in every thread
+    formats()  # known once, not in every thread
     with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
         found = list(pool.map(attempt, paths))
     bad = [f for f in found if isinstance(f, InputError)]

@@ -18,7 +18,11 @@ CLIPPED = "boxes partly outside their picture: clipped in training"
 REPEATED = "boxes that repeat another of the same class in the same picture: kept"
 NO_PICTURE = "annotations of pictures that are not listed: dropped"
 BAD_AREA = "annotated areas that are negative or not finite: width x height taken"
-BAD_OUTLINE = "outlines that are neither polygons nor RLE: dropped, their boxes kept"
+BAD_OUTLINE = (
+    "outlines that cannot be drawn (no polygons, no RLE of their picture's size, not finite or far away): dropped, their boxes kept"
+)
+SAME_ID = "annotations whose id an earlier one has: kept"
+AS_TEXT = "boxes with numbers in quotes: read as numbers"
 LISTED_TWICE = "pictures listed more than once: read once"
 NO_LABELS = "pictures without a label file: background"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,16 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error, zlib.error)
+_DAMAGE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError, AttributeError),
+    *(MemoryError, struct.error, zlib.error),
+)
 """What Pillow's decoders raise on damaged files."""
+
+MAX_PIXELS = 178_956_970
+"""Pictures of more pixels are refused from their header, before anything is decoded; the environment's FUSEDET_MAX_PIXELS overrides it."""
+
+_REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program, the others Pillow knows by name alone
 
 
 def read_image(source: Source) -> Tensor:
@@ -39,8 +49,8 @@ def read_image(source: Source) -> Tensor:
 
     EXIF orientation is applied; of several frames the first is read; transparent pixels are laid over white; 16-bit
     grey is scaled to 8 bit. The tensor lies channels-last in memory, as decoders write it.
-    Raises InputError, naming the file, for what is missing, empty, truncated, not a picture, larger than Pillow's
-    limit (`PIL.Image.MAX_IMAGE_PIXELS`), or in pixels without an agreed range (floats, 32-bit integers).
+    Raises InputError, naming the file, for what is missing, empty, truncated, not a picture, larger than `max_pixels()`,
+    or in pixels without an agreed range (floats, 32-bit integers).
     """
     with _opened(source) as picture:
         return _tensor(picture, _name(source))
@@ -98,9 +108,47 @@ def _name(source: Source) -> str:
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
     """The picture with its header read; whatever goes wrong while it is open is told as an InputError."""
-    name = _name(source)
-    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as picture:
+    name, limit = _name(source), max_pixels()
+    if not isinstance(source, bytes):
+        _regular(source)
+    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=formats()) as picture:
+        if picture.width * picture.height > limit:
+            raise _too_large(name)
         yield picture
+
+
+def _regular(path: str | os.PathLike[str]) -> None:
+    """Raises InputError for a pipe or a device, which could be read for ever."""
+    with _explained(os.fspath(path)):
+        mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{os.fspath(path)} is a pipe or a device: a picture's file was expected there")
+
+
+def max_pixels() -> int:
+    """The most pixels of a picture. Raises InputError where FUSEDET_MAX_PIXELS is no number."""
+    given = os.environ.get("FUSEDET_MAX_PIXELS")
+    if given is None:
+        return MAX_PIXELS
+    if not given.isdecimal():
+        raise InputError(f"the environment variable FUSEDET_MAX_PIXELS={given} must be a whole number of pixels")
+    if Image.MAX_IMAGE_PIXELS and int(given) > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = int(given)  # Pillow's own limit would come first
+    return int(given)
+
+
+def _too_large(name: str) -> InputError:
+    return InputError(
+        f"{name} has more than {max_pixels()} pixels, the limit against decompression bombs: if it is sound, set the environment variable "
+        "FUSEDET_MAX_PIXELS"
+    )
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The picture formats that are read: all of Pillow's, but for those that run a program."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _REFUSED)
 
 
 @contextmanager
@@ -111,14 +159,13 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise InputError(f"{name} does not exist: a picture was expected there") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{name} cannot be opened: {error.strerror}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is empty or not a picture in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise InputError(f"{name} has more than {limit} pixels, Pillow's limit: raise PIL.Image.MAX_IMAGE_PIXELS if it is sound") from error
+        raise _too_large(name) from error
     except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:  # the system's, Pillow's own have no number
+            raise InputError(f"{name} cannot be opened: {error.strerror}") from error
         raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fusedet.data.coco import read_coco
@@ -27,7 +29,21 @@ def read(path: str | Path, split: str, *, images: str | Path | None = None, need
     it. need_pictures refuses COCO and VOC annotations without a single one of their first 100 pictures (YOLO's sizes
     always come from the pictures). Raises InputError: one sentence that says what is wrong, with the splits that exist.
     """
-    path, kind = Path(path), form(path)
+    with readable(path):
+        return _read(Path(path), split, images, need_pictures)
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """What the system refuses inside (a folder without permission, a name that is too long) is told as an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path, split: str, images: str | Path | None, need_pictures: bool) -> Records:
+    kind = form(path)
     own_file = split.endswith((".json", ".txt"))
     if own_file:
         split = _existing(split, path)
@@ -49,18 +65,25 @@ def read(path: str | Path, split: str, *, images: str | Path | None = None, need
 def splits(path: str | Path) -> dict[str, str]:
     """The splits of a data set and where each comes from (a file or a folder). Raises InputError."""
     path, kind = Path(path), form(path)
-    if kind == "yolo":
-        return yolo_splits(_yaml(path))
-    if kind == "voc":
-        return voc_splits(path)
-    return {name: str(file) for name, file in _coco_files(path).items()}
+    with readable(path):
+        if kind == "yolo":
+            return yolo_splits(_yaml(path))
+        if kind == "voc":
+            return voc_splits(path)
+        return {name: str(file) for name, file in _coco_files(path).items()}
 
 
 def form(path: str | Path) -> str:
     """ "coco", "voc" or "yolo"; raises InputError where it is none, or where a folder holds two of them."""
-    path = Path(path)
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
+    with readable(path):
+        return _form(Path(path))
+
+
+def _form(path: Path) -> str:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml") from None
     if path.is_file():
         if path.suffix.lower() in _YAML:
             return "yolo"

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from fusedet.data import gather
-from fusedet.data.files import canonical, choose, inside, is_picture, picture_sizes, read_text, require_some, require_text
+from fusedet.data.files import canonical, choose, files_below, inside, is_picture, picture_sizes, read_text, require_some, require_text
 from fusedet.data.records import Records
 from fusedet.errors import InputError, unknown
 
@@ -199,7 +199,8 @@ def _name(line: str, annotations: Path) -> str:
 
 def _all_annotations(root: Path) -> dict[str, str]:
     """All xml files of the data set, normalised path to path."""
-    found = [os.path.join(at, name) for at, _, names in os.walk(root / "Annotations") for name in names if name.endswith(".xml")]
+    folder = root / "Annotations"
+    found = [file for file in files_below(folder) if file.endswith(".xml")] if folder.is_dir() else []
     for folder in split_folders(root):
         found += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
     return {os.path.normpath(file): file for file in sorted(found)}

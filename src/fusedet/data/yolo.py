@@ -13,7 +13,8 @@ import numpy as np
 import yaml
 
 from fusedet.data import gather
-from fusedet.data.files import canonical, choose, inside, picture_sizes, pictures_below, read_text, require_text
+from fusedet.data.files import canonical, choose, inside, picture_sizes, pictures_below, read_text, require_text, within
+from fusedet.data.outlines import drawable
 from fusedet.data.records import Records, pack_outline
 from fusedet.errors import InputError
 
@@ -43,7 +44,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> Records:
     labels: list[int] = []
     boxes: list[tuple[float, ...]] = []
     outlines: list[bytes] = []
-    bare = 0
+    bare = lost = 0
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
         label_file = next(filter(os.path.isfile, (label_path(path), beside)), None)
@@ -59,6 +60,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> Records:
             labels.append(labels_of[number])
             boxes.append(box)
             outlines.append(pack_outline(polygon and [polygon]))
+            lost += len(values) > 4 and polygon is None
     return gather.gather(
         names.values(),
         names,
@@ -72,7 +74,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> Records:
         outlines=outlines,
         source=f"{file} ({split})",
         form="yolo",
-        problems={gather.LISTED_TWICE: len(listed) - len(paths), gather.NO_LABELS: bare},
+        problems={gather.LISTED_TWICE: len(listed) - len(paths), gather.NO_LABELS: bare, gather.BAD_OUTLINE: lost},
     )
 
 
@@ -176,10 +178,15 @@ def _place(item: str, root: Path, file: Path) -> Path:
 
 
 def _listed(list_file: Path, root: Path) -> list[str]:
-    """The pictures of a text list: absolute, or relative to the list or to the data folder."""
+    """The pictures of a text list: relative to the list or to the data folder, or absolute and inside one of these."""
     names = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
     require_text(names, list_file)
     relative = [name for name in names if not os.path.isabs(name)]
+    if away := [name for name in names if os.path.isabs(name) and not within(name, root, list_file.parent)]:
+        raise InputError(
+            f"{list_file} names the file '{away[0]}', which lies outside the data folder {root}: let the yaml's 'path' name a folder that "
+            "holds it"
+        )
     base = next((folder for folder in (list_file.parent, root) if relative and os.path.exists(folder / relative[0])), root)
     return [name if os.path.isabs(name) else os.path.normpath(inside(base, name, root, source=list_file)) for name in names]
 
@@ -210,7 +217,9 @@ def _object(values: list[float], height: int, width: int) -> tuple[tuple[float, 
     xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
     box = (min(xs), min(ys), max(xs), max(ys))
     if not all(map(math.isfinite, xs + ys)):
-        box = (math.nan,) * 4
+        return (math.nan,) * 4, [0.0] * 6  # goes with its box
+    if not drawable(xs + ys):
+        return box, None
     return box, [v for point in zip(xs, ys, strict=True) for v in point]
 
 

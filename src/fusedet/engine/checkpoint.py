@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fusedet import archive
+from fusedet.engine.files import replace
 from fusedet.errors import InputError
 
 Weights = dict[str, Tensor]
+DAMAGE = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
+"""What torch's reader raises on files that somebody has changed."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -28,37 +30,37 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    _replace(Path(path), buffer.getbuffer())
+    replace(Path(path), buffer.getbuffer())
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
     """Write weights and their description as safetensors, under the same promise as `save`."""
     # safetensors refuses views and shared memory, so each tensor becomes its own
     tensors = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state_dict.items()}
-    _replace(Path(path), safetensors.torch.save(tensors, metadata=dict(meta)))
+    replace(Path(path), safetensors.torch.save(tensors, metadata=dict(meta)))
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, on the CPU, tensors and plain values only.
 
-    Raises InputError for a file that is absent, cut short, holds code, or is something else.
+    Raises InputError for a file that is absent, cut short, holds code, claims more than it holds, or is something else.
     """
     path = _existing(Path(path))
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             raise InputError(f"{path} is not a fusedet checkpoint: give a run's last.ckpt or best.safetensors")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is cut short: copy it again, or use another checkpoint of the run")
+    archive.check(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         code = f" ({found.group(1)})" if found else ""
         raise InputError(f"{path} holds code{code}, which is never run: only tensors and plain values are read") from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except DAMAGE as error:
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f"{path} is not a fusedet checkpoint: it has no weights under 'model'")
+    archive.check_tensors(state, path)
     return state
 
 
@@ -70,9 +72,11 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     path = Path(path)
     if path.suffix != ".safetensors":
         state = load(path)
-        return state.get("ema") or state["model"], dict(state.get("meta") or {})
+        weights, meta = state.get("ema") or state["model"], state.get("meta") or {}
+        return _tensors(weights, path), {str(key): str(value) for key, value in _mapping(meta, path).items()}
+    archive.check(_existing(path))
     try:
-        with safe_open(_existing(path), framework="pt", device="cpu") as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{path} is cut short or not a safetensors file: copy it again, or use the run's last.ckpt") from error
@@ -83,6 +87,12 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path |
 
     Raises InputError that names the first differences; the model is then unchanged.
     """
+    refuse_misfit(model, state_dict, source)
+    model.load_state_dict(dict(state_dict))
+
+
+def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raises InputError, as `load_into` does, where the weights are not this model's; it may be one without data (on "meta")."""
     own = model.state_dict()
     shapes = [
         f"{key} is {tuple(state_dict[key].shape)} and should be {tuple(own[key].shape)}"
@@ -96,7 +106,18 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path |
     ]
     if any(differences):
         raise InputError(f"{source} does not fit this model: " + "; ".join(text for text in differences if text))
-    model.load_state_dict(dict(state_dict))
+
+
+def _mapping(value: Any, path: Path) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{path} is not a fusedet checkpoint: its weights and their description must be mappings")
+    return value
+
+
+def _tensors(value: Any, path: Path) -> Weights:
+    if wrong := [key for key, tensor in _mapping(value, path).items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]:
+        raise InputError(f"{path} is not a fusedet checkpoint: under its weights, {str(wrong[0])[:100]!r} is no tensor by name")
+    return dict(value)
 
 
 def _first(what: str, items: list[str], limit: int = 3) -> str:
@@ -110,17 +131,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}")
     return path
-
-
-def _replace(path: Path, data: bytes | memoryview) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; what was there before is still whole") from error
-    finally:
-        temporary.unlink(missing_ok=True)

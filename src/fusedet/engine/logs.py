@@ -1,4 +1,4 @@
-"""Where a training's figures go: metrics.csv always, TensorBoard, W&B and MLflow on request."""
+"""Where a training's figures go: metrics.csv and speed.csv always, TensorBoard, W&B and MLflow on request."""
 
 from __future__ import annotations
 
@@ -15,49 +15,55 @@ import torch
 from lightning_fabric.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from fusedet.engine.files import replace, sync
 from fusedet.errors import InputError, unknown
 
 Row = dict[str, float | int]
 
 
 class Table:
-    """metrics.csv: a row is added at once, a new column widens the file, rows beyond a resumed step are dropped.
+    """A csv file of figures: a row is added at once, a new column widens the file.
 
     epoch and step count from 1; an empty cell means that the row has no such figure.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Begin a new file, or keep the rows up to resume_step of the one that is there."""
+    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        """Begin a new file, or go on from where it gave `state`: what was written later is dropped. `lost`: rows that are not there."""
         self.path = path
-        self.columns: list[str] = []
-        kept: list[dict[str, str]] = []
-        if resume_step is not None and path.is_file():
-            text = path.read_text()
-            # a last line without its end was cut off when the machine stopped
-            reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-            self.columns = list(reader.fieldnames or ())
-            kept = [row for row in reader if int(row["step"]) <= resume_step]
+        self.columns: list[str] = list(state["columns"]) if state else []
+        kept = self._read()[: state["rows"]] if state else []
+        self.rows, self.lost = len(kept), state["rows"] - len(kept) if state else 0
         self._rewrite(kept)
 
     def add(self, row: Mapping[str, float | int]) -> None:
         """Append one row."""
-        new = [name for name in row if name not in self.columns]
-        if new:
-            rows = list(csv.DictReader(self.path.read_text().splitlines()))
+        if new := [name for name in row if name not in self.columns]:
+            rows = self._read()
             self.columns += new
             self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        self.rows += 1
+
+    def state(self) -> dict[str, Any]:
+        """How much there is, for a checkpoint; the disk holds it then."""
+        sync(self.path)
+        return {"columns": list(self.columns), "rows": self.rows}
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        # a last line without its end was cut off when the process died
+        return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
         if self.columns:
-            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(text.getvalue(), newline="")
-        os.replace(temporary, self.path)
+        replace(self.path, text.getvalue().encode())
 
 
 class Meter:
@@ -83,6 +89,12 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run logs the same means."""
         return {"names": self.names, "sums": None if self.sums is None else self.sums.cpu(), "steps": self.steps}
+
+    @staticmethod
+    def mean(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The states of several processes as one that each of them can go on from: the mean of the sums."""
+        sums = [one["sums"] for one in states]
+        return states[0] | {"sums": None if sums[0] is None else torch.stack(sums).mean(dim=0)}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what `state` gave."""

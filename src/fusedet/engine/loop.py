@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import Tensor, nn
 
-from fusedet.engine import checkpoint, rng
+from fusedet.engine import checkpoint, rng, shards
 from fusedet.engine.interrupt import Interrupted
 from fusedet.engine.optim import schedule
 from fusedet.engine.recipe import Recipe, precision
-from fusedet.engine.run import Loader, Run, Validate, save, setup
+from fusedet.engine.run import TABLES, Loader, Run, Validate, part, save, setup
 from fusedet.engine.watch import NonFinite
 from fusedet.errors import unknown
 from fusedet.types import Batch, Losses
@@ -39,43 +40,60 @@ def fit(
     loggers: Sequence[Logger] = (),
     meta: Mapping[str, Any] | None = None,
     quiet: bool = False,
+    say: Callable[[str], None] | None = None,
+    saved: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a detector; leave last.ckpt, metrics.csv and (with a validation) best.safetensors in the folder `out`.
+    """Train a detector; leave last.ckpt, metrics.csv, speed.csv and (with a validation) best.safetensors in the folder `out`.
 
     detector: a module with `loss(Batch) -> dict of scalar tensors`; afterwards it holds the trained, not the averaged weights.
     fabric: launched; its devices and precision are used. meta: what the checkpoints say about the model; values that are
-    not strings become JSON. The validation runs in full precision and sees the averaged weights where there are any.
+    not strings become JSON. say: takes what is another one since the run was stopped. saved: called
+    by the first process when it has written its first checkpoint. The validation runs in full precision and sees the averaged
+    weights where there are any.
 
     Returns epoch, step, best (the monitored metric's highest value, or None) and metrics (of the last validation).
     Raises Interrupted after Ctrl-C or SIGTERM, with last.ckpt written; NonFinite, with the last checkpoint as it was;
     InputError for a folder that already holds a training (without resume), for nothing to resume, and for a full disk. Any other
-    failure in one process is raised again after last.ckpt is written, once a step of the epoch is done.
+    failure in one process, or in a validation, is raised again after last.ckpt is written, once a step of the epoch is done.
     """
-    run = setup(
-        fabric, detector, loader, recipe, out=Path(out), validate=validate, resume=resume, loggers=loggers, meta=meta or {}, quiet=quiet
-    )
+    asked = {"out": Path(out), "validate": validate, "resume": resume, "loggers": loggers, "meta": meta or {}, "quiet": quiet, "say": say}
+    run = setup(fabric, detector, loader, recipe, **asked)  # type: ignore[arg-type]
+    run.after_save = saved
     status = "failed"
     with run.interrupts, run.display, _compiled(detector, recipe.compile):
         try:
-            while not _finished(run):
-                _train_epoch(run)
-                _end_epoch(run)
+            with run.interrupts.held():
+                while not _finished(run):
+                    _train_epoch(run)
+                    _end_epoch(run)
             status = "success"
         except NonFinite:
             raise
-        except Exception:
+        except Exception as error:
             # a picture that cannot be read, or a validation that fails, costs none of the steps before it; of several processes
-            # the others may not be here to save with
-            if run.fabric.world_size == 1 and run.state["position"]:
+            # the others may not be here to save with, unless they have said before the validation what there is to save
+            if run.parts or (fabric.world_size == 1 and run.state["position"]):
                 save(run)
+            if run.parts and run.interrupts.received:
+                raise _interrupted(run) from error  # another process has gone first
             raise
         except KeyboardInterrupt:
-            save(run)
-            raise Interrupted(f"stopped after step {run.state['step']}, all of it is in {run.last}: resume to go on") from None
+            if not run.interrupts.forced:
+                save(run)
+            raise _interrupted(run) from None
         finally:
             for logger in run.loggers:
                 logger.finalize(status)
     return {key: run.state[key] for key in ("epoch", "step", "best", "metrics")}
+
+
+def _interrupted(run: Run) -> Interrupted:
+    step = run.state["step"]
+    if run.interrupts.forced:
+        text = f"stopped at once by a second Ctrl-C after step {step}: {run.last} is what was saved before it, resume to go on"
+    else:
+        text = f"stopped after step {step}, all of it is in {run.last}: resume to go on"
+    return Interrupted(text, run.interrupts.received or signal.SIGINT)
 
 
 def _finished(run: Run) -> bool:
@@ -89,22 +107,26 @@ def _finished(run: Run) -> bool:
 def _train_epoch(run: Run) -> None:
     """The steps of the epoch that are still to come."""
     run.pace.start()
+    every = run.recipe.checkpoint_every
     for batches in _groups(run):
-        with run.interrupts.held():
-            norm, stop = _train_step(run, batches)
-            run.state["step"] += 1
-            run.state["position"] += len(batches)
-            run.pace.step(sum(len(batch) for batch in batches) * run.fabric.world_size)
-            run.display.step(run.state["epoch"] + 1, run.done)
-            if run.state["step"] % run.recipe.log_every == 0 or run.done == run.steps_per_epoch:
-                _log(run, norm)
-        if stop and run.interrupts.agreed:
+        norm, stop, due = _train_step(run, batches)
+        run.state["step"] += 1
+        run.state["position"] += len(batches)
+        run.pace.step(sum(len(batch) for batch in batches) * run.fabric.world_size)
+        run.display.step(run.state["epoch"] + 1, run.done)
+        if run.state["step"] % run.recipe.log_every == 0 or run.done == run.steps_per_epoch:
+            _log(run, norm)
+        if stop:
+            run.interrupts.received = stop
             raise KeyboardInterrupt
+        run.interrupts.check()
+        if due or (every and every.steps and run.state["step"] % every.steps == 0):
+            save(run)
 
 
-def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, bool]:
-    """One update of the weights; gives the gradient's norm and whether the processes shall stop."""
-    number, stop, parts = run.state["step"] + 1, False, []
+def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, int, bool]:
+    """One update of the weights; gives the gradient's norm, the signal by which the processes shall stop (or 0), and whether to save."""
+    number, stop, due, parts = run.state["step"] + 1, 0, False, []
     for group in run.optimizer.param_groups:
         group["lr"] = _rate(run) * group["factor"]
     for i, batch in enumerate(batches):
@@ -112,23 +134,25 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, bool]:
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))
             loss = _total(terms, run.detector.loss_weights)  # type: ignore[arg-type]
             names, values = [*terms, "loss"], torch.stack([*terms.values(), loss]).detach().float()
-            run.watch.look(names, values, number, batch.ids, stop=run.interrupts.requested)
+            run.watch.look(names, values, number, batch.ids, stop=run.interrupts.received, save=run.late)
             run.fabric.backward(loss / len(batches))
-        stop = run.watch.verdict()
+        stop, due = run.watch.verdict()
         parts.append(values)
 
     # without a limit the norm is measured and nothing clipped; fp16's scaler sees to non-finite gradients itself
     limit = run.recipe.clip_norm or math.inf
     norm = run.fabric.clip_gradients(run.model, run.optimizer, max_norm=limit, error_if_nonfinite=False)
     assert norm is not None
+    norm = shards.whole(norm)
     if getattr(run.fabric.strategy.precision, "scaler", None) is None:
         run.watch.gradient(norm, tuple(one for batch in batches for one in batch.ids))
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.average:
-        run.average.update(run.detector)
+        with shards.gathered(run.model):
+            run.average.update(run.detector)
     run.meter.add(names, torch.stack(parts).mean(dim=0))
-    return norm, stop
+    return norm, stop, due
 
 
 def _total(terms: Losses, weights: Mapping[str, float]) -> Tensor:
@@ -143,7 +167,7 @@ def _groups(run: Run) -> Iterator[list[Batch]]:
         return
     batches = iter(run.loader.epoch(run.state["epoch"], start=start))
     while True:
-        with rng.preserved():
+        with rng.preserved(), contextlib.nullcontext() if run.interrupts.agreed else run.interrupts.open():
             group = list(itertools.islice(batches, run.recipe.accumulate))
         if not group:
             return
@@ -170,16 +194,19 @@ def _log(run: Run, norm: Tensor) -> None:
     losses = run.meter.read(lambda values: run.fabric.all_reduce(values, reduce_op="mean"))
     losses = {"loss": losses.pop("loss"), **losses}
     rate, gradient, speed = run.optimizer.param_groups[0]["lr"], norm.item(), run.pace.speed()
-    _record(run, {"lr": rate, **losses, "grad_norm": gradient, "images_per_second": speed})
+    _record(run, {"lr": rate, **losses, "grad_norm": gradient}, {"images_per_second": speed})
     run.display.figures(run.state["epoch"] + 1, run.done, {**losses, "lr": rate, "images/s": speed}, _remaining(run))
 
 
-def _record(run: Run, figures: Mapping[str, float]) -> None:
-    """Write figures of the present step to metrics.csv and to the loggers."""
-    if run.table:
-        run.table.add({"epoch": run.state["epoch"] + 1, "step": run.state["step"], **figures})
+def _record(run: Run, figures: Mapping[str, float], speed: Mapping[str, float] | None = None) -> None:
+    """Write figures of the present step to metrics.csv, how fast it was to speed.csv, and both to the loggers."""
+    place = {"epoch": run.state["epoch"] + 1, "step": run.state["step"]}
+    # in two files: what the seed decides is the same in every run, the clock is not
+    for name, row in zip(TABLES, (figures, speed), strict=True):
+        if run.tables and row:
+            run.tables[name].add({**place, **row})
     for logger in run.loggers:
-        logger.log_metrics(dict(figures), step=run.state["step"])
+        logger.log_metrics({**figures, **(speed or {})}, step=run.state["step"])
 
 
 def _remaining(run: Run) -> str:
@@ -194,12 +221,18 @@ def _remaining(run: Run) -> str:
 def _end_epoch(run: Run) -> None:
     """Validate, keep the best weights, and write the checkpoint."""
     epoch = run.state["epoch"] + 1
-    metrics = _validated(run, run.validate, epoch) if run.validate and _due(run.recipe, epoch) else None
-    with run.interrupts.held():
-        if metrics:
-            _judge(run, metrics)
-        run.state |= {"epoch": epoch, "position": 0}
-        save(run)
+    if run.validate and _due(run.recipe, epoch):
+        run.parts = part(run)
+        run.weights = shards.weights(run.detector, run.optimizer) if shards.is_shared(run.model) else None
+        _judge(run, _validated(run, run.validate, epoch))
+    run.state |= {"epoch": epoch, "position": 0}
+    run.parts = run.weights = None
+    save(run)
+    if run.interrupts.agreed:
+        asked = torch.tensor(float(run.interrupts.received), device=run.fabric.device)
+        run.interrupts.received = int(run.fabric.all_reduce(asked, reduce_op="max"))  # type: ignore[arg-type]
+    if run.interrupts.received:
+        raise KeyboardInterrupt
 
 
 def _due(recipe: Recipe, epoch: int) -> bool:
@@ -208,7 +241,13 @@ def _due(recipe: Recipe, epoch: int) -> bool:
 
 def _validated(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """The metrics of the present weights."""
-    with run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad():
+    if run.fabric.world_size > 1:
+        for buffer in run.evaluated.buffers():  # each process has seen other pictures: all judge what the first one keeps
+            torch.distributed.broadcast(buffer, 0)
+    around = (run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad(), shards.gathered(run.model))
+    with contextlib.ExitStack() as stack:
+        for one in (*around, run.interrupts.open()):
+            stack.enter_context(one)
         metrics = {name: float(value) for name, value in validate(run.evaluated, epoch).items()}
     metrics = run.fabric.broadcast(metrics)
     if run.recipe.monitor not in metrics:
@@ -220,16 +259,18 @@ def _judge(run: Run, metrics: dict[str, float]) -> None:
     """Log a validation, and keep the weights if the monitored metric has never been higher."""
     state, value, monitor = run.state, metrics[run.recipe.monitor], run.recipe.monitor
     better = not math.isnan(value) and (state["best"] is None or value > state["best"])
-    state |= {"best": value if better else state["best"], "stale": 0 if better else state["stale"] + 1, "metrics": metrics}
-    _record(run, metrics)
-    figures = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    run.display.say(f"epoch {state['epoch'] + 1}/{run.recipe.epochs}: {figures}{' (best)' if better else ''}")
     if better:
-        run.watch.healthy(run.evaluated)
+        weights = shards.whole(run.evaluated.state_dict())
+        run.watch.healthy(weights)
         kind = "ema" if run.average else "model"
         about = {"weights": kind, "epoch": str(state["epoch"] + 1), "step": str(state["step"]), monitor: repr(value)}
         if run.fabric.is_global_zero:
-            checkpoint.save_weights(run.best, run.evaluated.state_dict(), run.meta | about)
+            checkpoint.save_weights(run.best, weights, run.meta | about)
+    _record(run, metrics)
+    # last: where a file could not be written, the validation is done again
+    state |= {"best": value if better else state["best"], "stale": 0 if better else state["stale"] + 1, "metrics": metrics}
+    figures = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    run.display.say(f"epoch {state['epoch'] + 1}/{run.recipe.epochs}: {figures}{' (best)' if better else ''}")
 
 
 @contextlib.contextmanager

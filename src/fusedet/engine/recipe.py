@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fusedet.config import Interval
 from fusedet.engine.optim import Optim
 from fusedet.errors import InputError, unknown
 
@@ -18,7 +19,8 @@ class Recipe:
 
     clip_norm: the largest gradient norm, or None. accumulate: batches per step; each keeps its own loss normaliser.
     ema_decay: averaged weights are kept, validated and saved as the best ones, or None.
-    validate_every: in epochs; the last epoch is always validated. monitor: the metric whose highest value is the best.
+    validate_every: in epochs; the last epoch is always validated. checkpoint_every: how often last.ckpt is written within an epoch,
+    besides at its end; it changes no result. monitor: the metric whose highest value is the best.
     patience: validations without improvement after which the training ends, or None.
     compile: torch.compile the detector's `forward` (not its loss), worth its minutes of compilation on long GPU runs.
     log_every: in steps; an epoch's last step is always logged.
@@ -30,6 +32,7 @@ class Recipe:
     accumulate: int = 1
     ema_decay: float | None = None
     validate_every: int = 1
+    checkpoint_every: Interval | None = None
     monitor: str = "AP"
     patience: int | None = None
     compile: bool = False

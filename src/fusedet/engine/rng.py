@@ -32,6 +32,21 @@ def restore(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def seed(number: int) -> None:
+    """Begin as a run with this seed does."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def begin(*numbers: int) -> None:
+    """Give all generators states that are a function of these numbers."""
+    words = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
     """What happens inside leaves the CPU's generators as they were.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +16,9 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import nn
 
-from fusedet.engine import checkpoint, rng
+from fusedet.engine import checkpoint, rng, shards
 from fusedet.engine.ema import Average
+from fusedet.engine.files import clean
 from fusedet.engine.interrupt import Interrupts
 from fusedet.engine.logs import Meter, Table
 from fusedet.engine.optim import optimizer
@@ -25,12 +28,18 @@ from fusedet.engine.watch import Watch
 from fusedet.errors import InputError
 from fusedet.types import Batch, Losses
 
+TABLES = ("metrics.csv", "speed.csv")
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
 """(detector in eval mode, the epoch's number from 1) -> metrics. Every process calls it; the first one's figures count."""
 
 
 class Loader(Protocol):
-    """Batches of one process, the same ones for the same epoch and start."""
+    """Batches of one process, the same ones for the same epoch and start; the same pictures in all processes together, however many.
+
+    batch: pictures of one batch, over all processes.
+    """
+
+    batch: int
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -62,6 +71,8 @@ class Run:
 
     step: updates done; epoch: epochs finished with their validation; position: batches of the present epoch that are done;
     best: the monitored metric's highest value; stale: validations since then; metrics: of the last validation.
+    parts: during a validation, what each process has to say in a checkpoint, so that the first one can save without the others.
+    tables: the files of figures by name, in the first process.
     """
 
     fabric: Fabric
@@ -78,7 +89,12 @@ class Run:
     watch: Watch
     interrupts: Interrupts
     loggers: list[Logger]
-    table: Table | None = None
+    say: Callable[[str], None]
+    tables: dict[str, Table] = field(default_factory=dict)
+    parts: list[dict[str, Any]] | None = None
+    weights: dict[str, Any] | None = None
+    saved: float = field(default_factory=time.monotonic)
+    after_save: Callable[[], None] | None = None
     meter: Meter = field(default_factory=Meter)
     pace: Pace = field(default_factory=Pace)
     state: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +120,13 @@ class Run:
         return math.ceil(len(self.loader) / self.recipe.accumulate)
 
     @property
+    def late(self) -> bool:
+        """Whether a checkpoint is due by the first process's clock."""
+        every = self.recipe.checkpoint_every
+        due = every is not None and every.seconds is not None and time.monotonic() - self.saved >= every.seconds
+        return due and self.fabric.is_global_zero
+
+    @property
     def evaluated(self) -> nn.Module:
         """The module to validate and to keep: the averaged one where there is one."""
         return self.average.module if self.average else self.detector
@@ -121,6 +144,7 @@ def setup(
     loggers: Sequence[Logger],
     meta: Mapping[str, Any],
     quiet: bool,
+    say: Callable[[str], None] | None = None,
 ) -> Run:
     """A run at its start, or where last.ckpt says. Raises InputError where that is impossible; nothing is then changed."""
     if not len(loader):
@@ -128,10 +152,9 @@ def setup(
     first = fabric.is_global_zero
     detector.to(fabric.device).train()
     average = Average(detector, recipe.ema_decay) if recipe.ema_decay else None
-    model, optimiser = fabric.setup(
-        Objective(detector),
-        optimizer(detector, recipe.optim),
-    )
+    model = fabric.setup_module(Objective(detector))
+    optimiser = fabric.setup_optimizers(optimizer(detector, recipe.optim))  # of the weights as they are then, shared out or not
+    display = Display(recipe.epochs, math.ceil(len(loader) / recipe.accumulate), quiet=quiet or not first)
     run = Run(
         fabric=fabric,
         detector=detector,
@@ -143,75 +166,120 @@ def setup(
         validate=validate,
         out=out,
         meta={key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()},
-        display=Display(recipe.epochs, math.ceil(len(loader) / recipe.accumulate), quiet=quiet or not first),
+        display=display,
         watch=Watch(fabric.device),
         interrupts=Interrupts(agreed=fabric.world_size > 1),
         loggers=list(loggers) if first else [],
+        say=(say or display.say) if first else lambda text: None,
         state={"step": 0, "epoch": 0, "position": 0, "best": None, "stale": 0, "metrics": {}},
     )
-    if resume:
-        restore(run)
-    elif run.last.exists():
+    if not resume and run.last.exists():
         raise InputError(f"{out} already holds a training: resume it, or choose another folder")
+    known = restore(run) if resume else {}
     if first:
-        run.table = Table(out / "metrics.csv", run.state["step"] if resume else None)
+        clean(out)
+        if not resume:
+            run.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        run.tables = {name: Table(out / name, known.get(name)) for name in TABLES}
+        for table in run.tables.values():
+            if table.lost:
+                run.say(f"{table.path} has lost {table.lost} of its rows: the training goes on, they do not come back")
     return run
+
+
+def part(run: Run) -> list[dict[str, Any]]:
+    """What each process has to say in a checkpoint. All processes call it."""
+    own = {"random": rng.capture(), "meter": run.meter.state()}
+    if run.fabric.world_size == 1:
+        return [own]
+    everyone: list[dict[str, Any]] = [{} for _ in range(run.fabric.world_size)]
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
 
 
 def save(run: Run) -> None:
     """Write last.ckpt: everything that the rest of the training depends on. All processes call it, the first one writes.
 
-    Raises NonFinite where a weight is not finite, InputError where the file cannot be written; the previous one then stays.
+    During a validation, when `parts` and shared `weights` are known, none waits for another one. Raises NonFinite where a weight is
+    not finite, InputError where the file cannot be written; the previous one then stays.
     """
-    run.watch.healthy(run.detector)
-    own = {"random": rng.capture(), "meter": run.meter.state()}
-    everyone = [own]
-    if run.fabric.world_size > 1:
-        everyone = [{} for _ in range(run.fabric.world_size)]
-        torch.distributed.all_gather_object(everyone, own)
+    weights = run.weights or shards.weights(run.detector, run.optimizer)
+    run.watch.healthy(weights["model"])
+    everyone = part(run) if run.parts is None else run.parts
     if run.fabric.is_global_zero:
         content = run.state | {
-            "model": run.detector.state_dict(),
+            **weights,
             "ema": run.average.module.state_dict() if run.average else None,
             "ema_updates": run.average.updates if run.average else 0,
-            "optimizer": run.optimizer.state_dict(),
             "scaler": run.fabric.strategy.precision.state_dict(),
             "processes": everyone,
+            "tables": {name: table.state() for name, table in run.tables.items()},
             "plan": _plan(run),
+            "made with": _surroundings(run),
             "meta": run.meta,
         }
         checkpoint.save(run.last, content)
+        if run.after_save:
+            run.after_save()
+            run.after_save = None
+    run.saved = time.monotonic()
 
 
-def restore(run: Run) -> None:
-    """Bring a run to where its last.ckpt says."""
+def restore(run: Run) -> dict[str, Any]:
+    """Bring a run to where its last.ckpt says, and say what is not as it was; gives the states of the tables."""
     saved = checkpoint.load(run.last)
-    if lacking := {"optimizer", "scaler", "processes", "plan", *run.state} - saved.keys():
+    if lacking := {"optimizer", "scaler", "processes", "tables", "plan", "made with", *run.state} - saved.keys():
         raise InputError(f"{run.last} cannot be resumed: it holds no {', '.join(sorted(lacking))}")
     for key, value in _plan(run).items():
         if saved["plan"].get(key) != value:
             raise InputError(
                 f"{run.last} cannot be resumed: {key} was {saved['plan'].get(key)} and is now {value}; "
-                "use the same data, batch size, options and number of processes"
+                "use the same data, batch size and options"
             )
-    checkpoint.load_into(run.detector, saved["model"], run.last)
+    checkpoint.load_into(run.detector, shards.share_weights(saved["model"], run.detector), run.last)
     if run.average:
         checkpoint.load_into(run.average.module, saved["ema"], run.last)
         run.average.updates = saved["ema_updates"]
-    run.optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.load_state_dict(shards.share_optimizer(saved["optimizer"], run.optimizer))
     run.fabric.strategy.precision.load_state_dict(saved["scaler"])
     run.state = {key: saved[key] for key in run.state}
-    mine = saved["processes"][run.fabric.global_rank]
-    run.meter.restore(mine["meter"], run.fabric.device)
-    rng.restore(mine["random"])
+    for name, now in _surroundings(run).items():
+        if (then := saved["made with"].get(name)) != now:
+            run.say(f"{run.out} goes on with another {name}: {then} until step {run.state['step']}, {now} from now on")
+    _share(run, saved["processes"])
+    return saved["tables"]
+
+
+def _share(run: Run, everyone: list[dict[str, Any]]) -> None:
+    """Take up what this process said, or where there were more or fewer of them, what comes nearest."""
+    rank, world, step = run.fabric.global_rank, run.fabric.world_size, run.state["step"]
+    if world == len(everyone):
+        run.meter.restore(everyone[rank]["meter"], run.fabric.device)
+    else:
+        run.meter.restore(Meter.mean([one["meter"] for one in everyone]), run.fabric.device)
+        chance = "some random numbers differ" if world < len(everyone) else f"process {len(everyone)} and later begin new random numbers"
+        run.say(
+            f"{run.out} goes on in another number of processes: {len(everyone)} until step {step}, {world} from now on; "
+            f"the batches stay the same {run.loader.batch} pictures in the same order, but {chance}"
+        )
+    if rank < len(everyone):
+        rng.restore(everyone[rank]["random"])
+    else:
+        rng.begin(torch.initial_seed() % 2**32, step, rank)
+
+
+def _surroundings(run: Run) -> dict[str, str]:
+    """What may be another one when a run goes on, and may change the last digits."""
+    names = ("fusedet", "torch", "torchvision", "timm")
+    return {name: version(name) for name in names} | {"device": run.fabric.device.type}
 
 
 def _plan(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on as if nothing had happened."""
     return {
         "batches per epoch": len(run.loader),
+        "pictures per batch": run.loader.batch,
         "accumulated batches": run.recipe.accumulate,
-        "processes": run.fabric.world_size,
         "precision": run.fabric.strategy.precision.precision,
         "optimizer": run.recipe.optim.name,
         "decay of norms and biases": run.recipe.optim.decay_norm_and_bias,

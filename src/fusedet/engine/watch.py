@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedet.errors import InputError
 
@@ -30,15 +30,18 @@ class Watch:
         self.ids: tuple[int, ...] = ()
         self._names: Sequence[str] = ()
         self._values = torch.zeros(0, device=device)
-        self._flags = torch.zeros(2)
+        self._flags = torch.zeros(3)
         self._event: torch.cuda.Event | None = None
         self._norm: tuple[Tensor, int, tuple[int, ...]] = (torch.zeros((), device=device), 0, ())
 
-    def look(self, names: Sequence[str], values: Tensor, step: int, ids: tuple[int, ...], stop: bool) -> None:
-        """Begin to check one batch: values (T,) of the named loss terms; stop: somebody asked this process to end."""
+    def look(self, names: Sequence[str], values: Tensor, step: int, ids: tuple[int, ...], stop: int = 0, save: bool = False) -> None:
+        """Begin to check one batch: values (T,) of the named loss terms.
+
+        stop: the signal that asked this process to end, 0 where none did; save: by its clock a checkpoint is due.
+        """
         self.step, self.ids, self._names, self._values = step, ids, names, values
         bad = ~(values.isfinite().all() & self._norm[0].isfinite())
-        flags = torch.stack([bad.float(), torch.full((), float(stop), device=self.device)])
+        flags = torch.stack([bad.float(), *(torch.full((), float(flag), device=self.device) for flag in (stop, save))])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         self._flags = flags.to("cpu", non_blocking=self.device.type == "cuda")
@@ -46,14 +49,17 @@ class Watch:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def verdict(self) -> bool:
-        """True where any process was asked to stop. Raises NonFinite, in all processes, for what `look` saw in any of them."""
+    def verdict(self) -> tuple[int, bool]:
+        """The signal by which any process was asked to stop, or 0, and whether any wants to save.
+
+        Raises NonFinite, in all processes, for what `look` saw in any of them.
+        """
         if self._event is not None:
             self._event.synchronize()
-        bad, stop = self._flags.tolist()
+        bad, stop, wanted = self._flags.tolist()
         if bad:
             raise NonFinite(_agreed(self._complaint()))
-        return bool(stop)
+        return int(stop), bool(wanted)
 
     def gradient(self, norm: Tensor, ids: tuple[int, ...]) -> None:
         """Note the gradient norm of the step of these pictures, which the weights take next."""
@@ -61,9 +67,9 @@ class Watch:
         if self.device.type == "cpu" and not math.isfinite(norm):
             raise NonFinite(self._gradient())
 
-    def healthy(self, model: nn.Module) -> None:
+    def healthy(self, weights: Mapping[str, Tensor]) -> None:
         """Raise NonFinite unless all weights and buffers are finite: asked before they are saved."""
-        finite = [tensor.isfinite().all() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        finite = [tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point()]
         if finite and not torch.stack(finite).all():
             raise NonFinite(f"the weights are no longer finite after step {self.step}: {_ADVICE}")
 

@@ -60,11 +60,13 @@ def cam(
     only: Collection[str] = (),
     device: str = "auto",
     out: str | None = None,
+    trust: bool = False,
 ) -> Made:
     """Draw heat maps, gates and level weights of a run, and of another one `beside` it, on pictures.
 
     name: of the class, by default that of the best detection of `run` in each picture. score: the least of a detection. alone: of the
     class's best place alone. only: some of `cam.PARTS`. Written into `out`, by default cam in the run's folder, cam-2, ...
+    trust: as `fusedet.load` has it, for both runs.
 
     Raises InputError for a class that a run does not know, a picture in which nothing is found where no class is named, and a part that
     no run has.
@@ -74,7 +76,7 @@ def cam(
             raise unknown("part", part, PARTS)
     if out is not None:
         folder.check(out)  # before the work, not after it
-    runs = {source: load(source, *overrides, device=device) for source in dict.fromkeys([run, *([beside] if beside else [])])}
+    runs = {source: load(source, *overrides, device=device, trust=trust) for source in dict.fromkeys([run, *([beside] if beside else [])])}
     for source, predictor in runs.items():
         if name is not None and name not in predictor.names:
             raise unknown(f"class of {source}", name, predictor.names)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fusedet.engine.files import leftovers, replace
 from fusedet.errors import InputError
 
 
@@ -29,9 +30,12 @@ def fresh(folder: str | Path) -> Path:
 
 
 def check(folder: str | Path) -> Path:
-    """The path, if nothing would be overwritten there. Raises InputError as `fresh` does."""
+    """The path, if nothing would be overwritten there. Raises InputError as `fresh` does.
+
+    What a process had begun to write when it was killed counts as nothing.
+    """
     path = Path(folder)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and set(path.iterdir()) - set(leftovers(path)):
         raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another folder")
     return path
 
@@ -57,7 +61,7 @@ def withdraw(folder: Path, *names: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """As indented JSON; numbers that JSON lacks (NaN) become null."""
-    path.write_text(json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,23 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from fusedet import draw
 from fusedet.config import Config, overridden, parse
-from fusedet.data.files import extensions
+from fusedet.data.collate import collate_views, see
 from fusedet.data.images import to_tensor
-from fusedet.data.loader import collate_views, see
 from fusedet.data.records import Record
 from fusedet.data.transforms import Eval
-from fusedet.detectors import Detector, for_inference, from_config, selection, without_weights
+from fusedet.detectors import Detector, for_inference, selection
 from fusedet.detectors.views import find_in, merge
-from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.roi.mask import paste
 from fusedet.types import Batch, Detections
+from fusedet.verbs.rebuilt import rebuild, weights_file
 
 Precision = Literal["fp32", "bf16"]
 
@@ -92,18 +89,19 @@ class Predictor:
             try:
                 group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
             except InputError:
-                yield from self._together(group)  # what came before it is not lost
+                yield from self.together(group)  # what came before it is not lost
                 raise
             if len(group) == batch:
-                yield from self._together(group)
+                yield from self.together(group)
                 group = []
-        yield from self._together(group)
+        yield from self.together(group)
 
     def seen(self, pictures: Sequence[Tensor]) -> Batch:
         """Pictures (3, H, W) uint8 as the network sees them, in all views."""
         return collate_views([see(picture, _empty(picture), self.views) for picture in pictures], self.views[1:])
 
-    def _together(self, group: list[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
+    def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
+        """What is in each of some pictures (3, H, W) uint8, given with the paths that they come from, all at once."""
         if not group:
             return
         batch = self.seen([picture for picture, _ in group])
@@ -112,16 +110,22 @@ class Predictor:
 
 
 def load(
-    path: str | Path, *overrides: str, device: str = "auto", precision: Precision = "fp32", which: Literal["best", "last"] = "best"
+    path: str | Path,
+    *overrides: str,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    which: Literal["best", "last"] = "best",
+    trust: bool = False,
 ) -> Predictor:
     """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
 
     path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
     overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but test and data.size) stays.
+    trust: whether the checkpoint's config may name classes of other packages, whose code then runs.
     Raises InputError for what is not a checkpoint, is cut short, or holds code.
     """
     file = weights_file(path, which)
-    detector, config, names, category_ids = rebuild(file)
+    detector, config, names, category_ids = rebuild(file, trust)
     config = parse(overridden(config.tree(), only(overrides, "test", "data.size")))
     return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
 
@@ -135,30 +139,6 @@ def only(overrides: Iterable[str], *keys: str) -> list[str]:
         if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
             raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
     return overrides
-
-
-def weights_file(path: str | Path, which: str = "best") -> Path:
-    """The checkpoint that a run's folder or a file stands for."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]
-    for name in order:
-        if (path / name).is_file():
-            return path / name
-    raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, so nothing was trained there yet")
-
-
-def rebuild(file: Path) -> tuple[Detector, Config, list[str], list[int]]:
-    """The detector of a checkpoint, its config, class names and category ids, from that one file."""
-    state, meta = checkpoint.load_weights(file)
-    if lacking := {"config", "names", "category_ids"} - meta.keys():
-        raise InputError(f"{file} is not a fusedet checkpoint: its description lacks {', '.join(sorted(lacking))}")
-    tree: Any = OmegaConf.to_container(OmegaConf.create(meta["config"]))
-    config, names = without_weights(parse(tree)), json.loads(meta["names"])  # they come from the checkpoint
-    detector = from_config(config, len(names))
-    checkpoint.load_into(detector, state, file)
-    return detector, config, names, json.loads(meta["category_ids"])
 
 
 def pick_device(name: str) -> torch.device:
@@ -181,40 +161,6 @@ def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> 
     ready = for_inference(detector, precision)
     ready.selection = selection(config.test)
     return ready
-
-
-def write(predictor: Predictor, files: Iterable[Path], target: Path, *, batch: int, score: float, drawn: bool) -> dict[str, Any]:
-    """Predict files into a folder: predictions.json (COCO's form, scores included) and, if `drawn`, a copy of each with its boxes."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    shown = 0
-    file = target / "predictions.json"
-    categories = [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
-    try:
-        for i, found in enumerate(predictor.stream(files, batch), start=1):
-            assert found.picture is not None
-            height, width = found.picture.shape[1:]
-            images.append({"id": i, "file_name": str(found.path), "height": height, "width": width})
-            areas = (found.boxes[:, 2:] - found.boxes[:, :2]).double().prod(dim=1) if found.masks is None else found.masks.sum(dim=(1, 2))
-            for one, area in zip(found.to_coco(i), areas.tolist()):
-                annotations.append({"id": len(annotations) + 1, **one, "area": area, "iscrowd": 0})
-            shown += int((found.scores >= score).sum())
-            if drawn:
-                (target / "pictures").mkdir(exist_ok=True)
-                found.plot(_free(target / "pictures", found.path), score)
-    finally:
-        # a picture that cannot be read does not cost what was found before it
-        content = {"images": images, "categories": categories, "annotations": annotations}
-        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    files_ = {"predictions": str(file)} | ({"pictures": str(target / "pictures")} if drawn else {})
-    return {"pictures": len(images), "detections": len(annotations), "shown": shown, "files": files_}
-
-
-def _free(folder: Path, path: Path | None) -> Path:
-    """A name in the folder that no picture has yet: two sources may share one."""
-    stem = path.stem if path else "picture"
-    names = (f"{stem}.jpg" if i == 1 else f"{stem}-{i}.jpg" for i in range(1, 1_000_000))
-    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def views(config: Config) -> tuple[Eval, ...]:
@@ -240,29 +186,6 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
         masks = None if one.masks is None else paste(one.masks, one.boxes, (height, width))
         results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
     return results
-
-
-def pictures(sources: Iterable[str]) -> list[Path]:
-    """The picture files that files, folders (with their subfolders) and globs stand for, each once, in order.
-
-    Raises InputError for a source that is not there or that holds no picture.
-    """
-    known, found = extensions(), {}
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
-        elif path.is_file():
-            files = [path]
-        elif any(c in source for c in "*?["):
-            root = Path(path.anchor) if path.is_absolute() else Path()
-            files = sorted(p for p in root.glob(str(path.relative_to(root))) if p.is_file())
-        else:
-            raise InputError(f"there is no picture, folder or pattern {source}")
-        if not files:
-            raise InputError(f"{source} holds no picture")
-        found.update(dict.fromkeys(files))
-    return list(found)
 
 
 def _empty(picture: Tensor) -> Record:

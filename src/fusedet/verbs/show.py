@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fusedet.doctor import Report
+from fusedet.evaluate.intervals import decimals
 
 
 def score(console: Console, figures: dict[str, Any], title: str) -> None:
@@ -45,8 +47,9 @@ def comparison(console: Console, found: dict[str, Any]) -> None:
         for name in (title, "A", "B", "B - A", level):
             table.add_column(name, justify="left" if name == title else "right")
         for row in rows:
-            ends = "-" if math.isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}"
-            change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.3f}"
+            digits = decimals(row["difference"], row["low"], row["high"], least=3)
+            ends = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
+            change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
             table.add_row(escape(row["name"]), number(row["a"]), number(row["b"]), change, ends)
         console.print(table)
     table = Table()
@@ -80,6 +83,8 @@ def cost(console: Console, figures: dict[str, Any], title: str) -> None:
     for name, row in [*figures["parts"].items(), ("all", figures)]:
         table.add_row(name, f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['multiply_adds'] / 1e9:.2f}")
     console.print(table)
+    if figures["parts"].get("branches", {}).get("parameters"):
+        console.print("Multiply-adds of branches (masks, grids) depend on what is found, and are not counted.")
 
 
 def report(console: Console, split: str, found: Report) -> None:
@@ -124,3 +129,12 @@ def track(console: Console, items: Iterable[Any], total: int, text: str) -> Iter
     columns = (TextColumn(escape(text)), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(items, total=total)
+
+
+@contextmanager
+def progress(console: Console, total: int, text: str, hidden: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar as `track`'s, that is told how many more are done."""
+    columns = (TextColumn(escape(text)), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,24 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import draw, evaluate
-from fusedet.config import Config
+from fusedet.config import Config, interval
 from fusedet.data.loader import train_loader
 from fusedet.data.read import read
 from fusedet.data.records import Records
+from fusedet.data.skipped import Ledger
 from fusedet.data.transforms import Train as TrainTransform
 from fusedet.detectors import from_config, without_weights
 from fusedet.doctor import compare
-from fusedet.engine import checkpoint, logs, loop, optim
+from fusedet.engine import checkpoint, logs, loop, optim, rng
+from fusedet.engine.determinism import deterministic
+from fusedet.engine.files import replace
+from fusedet.engine.peers import Peers
+from fusedet.engine.run import TABLES
 from fusedet.errors import InputError, unknown
 from fusedet.verbs.folder import about, fresh, withdraw, write_json
-from fusedet.verbs.predict import pick_device, rebuild, weights_file
+from fusedet.verbs.pictures import check_pictures, note_replaced
+from fusedet.verbs.processes import make_fabric, silent, together
+from fusedet.verbs.rebuilt import class_names, rebuild, weights_file
 from fusedet.verbs.val import (
     FIGURES,
     MASK_FIGURES,
@@ -51,24 +57,43 @@ class Trained:
 def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = print, quiet: bool = False) -> Trained:
     """Train as the config says, then score the best weights.
 
-    config.out is made, or with `resume` continued. say: takes the lines for the user. quiet: no progress bar.
-    Raises InputError before anything is written for wrong data, names or options, and what `engine.loop.fit` raises.
+    config.out is made, or with `resume` continued; a run that was killed before its first checkpoint then begins anew. say: takes the
+    lines for the user. quiet: no progress bar. Raises InputError before anything is written for wrong data, names or options, and what
+    `engine.loop.fit` raises.
     """
+    with deterministic(config.train.deterministic):
+        return _train(config, resume, say, quiet)
+
+
+def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool) -> Trained:
     if config.data.path is None:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     if config.out is None:
         raise InputError("no output folder: add out=FOLDER")
-    if resume and not (Path(config.out) / "last.ckpt").is_file():
-        raise InputError(f"out={config.out} holds no last.ckpt to resume: give the run's folder, fusedet train RUN --resume")
+    out = Path(config.out)
+    begun = resume and (out / "last.ckpt").is_file()
+    if resume and not begun and not (out / "config.yaml").is_file():
+        raise InputError(f"out={out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
     check_monitor(config)
     fabric = make_fabric(config)
-    if fabric.global_rank:
-        say = _silent
+    with Peers(fabric, out / "last.ckpt", say):
+        return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
+
+
+def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool) -> Trained:
+    """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
     data, val = open_data(config, say)
-    torch.manual_seed(config.train.seed)
-    detector = make_detector(config, val, say, resume)
+    if begun:
+        _check_prints(out, data, val)
+    elif resume:
+        say(f"{out} was stopped before its first checkpoint: it begins anew")
+    rng.seed(config.train.seed)
+    detector = make_detector(config, val, say, begun)
     masks = learns_masks(config, detector, data, val)
     batch, rate = config.train.batch // config.train.accumulate, config.train.lr
+    ledger = None
+    if config.train.on_bad_image == "skip":
+        ledger = Ledger(out, len(data), config.train.max_bad_images, fabric.global_rank, fabric.world_size)
     loader = train_loader(
         data,
         train_transform(config),
@@ -79,17 +104,19 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         world=fabric.world_size,
         masks=masks,
         pin=fabric.device.type == "cuda",
+        ledger=ledger,
     )
     if config.train.base_batch:
         rate = optim.scaled_lr(rate, config.train.batch, config.train.base_batch)
         if rate != config.train.lr:
             say(f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}")
     recipe = make_recipe(config, rate)
-    out = Path(config.out)
+    if config.data.check:
+        together(fabric, lambda: check_pictures(config, data, val, say))
     if not resume:
-        _together(fabric, lambda: fresh(out))
-    if fabric.is_global_zero and not resume:
-        (out / "config.yaml").write_text(config.to_yaml())
+        together(fabric, lambda: fresh(out))
+    if fabric.is_global_zero and not begun:
+        replace(out / "config.yaml", config.to_yaml().encode())
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
         write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed})
     share = val_loader(config, val, fabric.global_rank, fabric.world_size)
@@ -104,42 +131,41 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
     meta = {"config": config.to_yaml(), "names": list(data.names), "category_ids": list(data.category_ids), "format": "fusedet"}
     try:
         loggers = logs.loggers(config.train.loggers, out)
-        loop.fit(fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta, quiet=quiet)
+        options: dict[str, Any] = {"validate": validate, "resume": begun, "loggers": loggers, "meta": meta, "quiet": quiet, "say": say}
+        loop.fit(fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out), **options)
     except loop.NonFinite:
         raise  # its metrics.csv shows how it came to that
     except InputError:
-        if fabric.is_global_zero and not resume and not (out / "last.ckpt").exists():
-            withdraw(out, "config.yaml", "run.json", "metrics.csv")
-        raise
-    except loop.Interrupted:
-        _note(config, fabric, out)
+        if fabric.is_global_zero and not begun and not (out / "last.ckpt").exists():
+            withdraw(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
         raise
     _note(config, fabric, out)
+    if ledger:
+        note_replaced(ledger, out, say)
     fabric.barrier()
     return finish(config, fabric, out, val)
-
-
-def _together(fabric: Fabric, action: Callable[[], object]) -> None:
-    """Let the first process act; a user's mistake that it meets is raised in all of them."""
-    problem: str | None = None
-    if fabric.is_global_zero:
-        try:
-            action()
-        except InputError as error:
-            problem = str(error)
-    if problem := fabric.broadcast(problem):
-        raise InputError(problem)
 
 
 def _note(config: Config, fabric: Fabric, out: Path) -> None:
     """Write the config as it is now: a resumed run may have got another one (train.epochs=24)."""
     if fabric.is_global_zero:
-        (out / "config.yaml").write_text(config.to_yaml())
+        replace(out / "config.yaml", config.to_yaml().encode())
+
+
+def _check_prints(out: Path, data: Records, val: Records) -> None:
+    """Raises InputError where a run was begun on other data."""
+    try:
+        known = json.loads((out / "run.json").read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError):
+        return
+    for name, records in (("train", data), ("val", val)):
+        if known.get(name) != records.fingerprint():
+            raise InputError(f"out={out} cannot be resumed: its {name} pictures or boxes were not those of {records.source} now")
 
 
 def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
     """Score the best weights once more and draw what there is to see."""
-    best = rebuild(weights_file(out))[0].to(fabric.device).eval()
+    best = rebuild(weights_file(out), trust=True)[0].to(fabric.device).eval()
     results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
     if fabric.global_rank:
         return Trained(out, {}, {})
@@ -148,23 +174,6 @@ def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
     files["training curves"] = out / "training.png"
     draw.training(out / "metrics.csv", files["training curves"])
     return Trained(out, figures, files)
-
-
-def make_fabric(config: Config) -> Fabric:
-    """Fabric on the config's device, in as many processes as torchrun has started."""
-    device = pick_device(config.device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    devices: Any = local if world > 1 or device.index is None else [device.index]
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=max(1, local) if isinstance(devices, int) else devices,
-        num_nodes=max(1, world // max(1, local)),
-        strategy="ddp" if world > 1 else "auto",
-        precision=loop.precision(config.train.precision, device),  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    return fabric
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Records]:
@@ -195,7 +204,7 @@ def make_detector(config: Config, records: Records, say: Callable[[str], None], 
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)
-        known = json.loads(meta["names"]) if "names" in meta else list(records.names)
+        known = class_names(meta, file) if "names" in meta else list(records.names)
         if known != list(records.names):
             own = detector.state_dict()
             anew = {key: own[key] for key in class_tensors(config)}
@@ -270,11 +279,8 @@ def make_recipe(config: Config, rate: float) -> loop.Recipe:
         accumulate=t.accumulate,
         ema_decay=t.ema,
         validate_every=t.validate_every,
+        checkpoint_every=None if t.checkpoint_every is None else interval(t.checkpoint_every, "train.checkpoint_every"),
         monitor=t.monitor,
         patience=t.patience,
         compile=t.compile,
     )
-
-
-def _silent(text: str) -> None:
-    """What the other processes say."""

@@ -1,0 +1,181 @@
+"""What grows how: time and memory against pictures, objects and processes, on generated data, in one run.
+
+A line of JSON per measurement, then the table of docs/scale.md. Memory of records is what the process has more after
+reading; of a prediction, the process's peak. Each figure of a row is from a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import own_peak, report
+from PIL import Image
+
+from fusedet import config
+from fusedet.data.read import read
+from fusedet.detectors import from_config
+from fusedet.engine import checkpoint
+
+RECORDS = [(5_000, 50_000), (40_000, 50_000), (40_000, 400_000)]  # pictures, objects
+PICTURES = [50, 200]
+PROCESSES = [1, 2]
+OPTIONS = [
+    "model.backbone.name=regnetx_002",
+    "model.pyramid.channels=16",
+    "model.head.convs=1",
+    "model.head.norm=false",
+    "data.size=[64,96]",
+]
+
+
+def rss() -> float:
+    """This process's present memory in MiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024
+
+
+def write_records(folder: Path, pictures: int, objects: int) -> None:
+    """A COCO file whose pictures exist in name only: records are read without them."""
+    draw = np.random.default_rng(0)
+    corners, sides = draw.uniform(0, 400, (objects, 2)).round(2), draw.uniform(4, 80, (objects, 2)).round(2)
+    boxes = np.concatenate([corners, sides], axis=1).tolist()
+    owners, labels = draw.integers(0, pictures, objects).tolist(), draw.integers(1, 81, objects).tolist()
+    content = {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": 480, "width": 640} for i in range(pictures)],
+        "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 81)],
+        "annotations": [
+            {"id": i, "image_id": owner, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for i, (owner, label, box) in enumerate(zip(owners, labels, boxes))
+        ],
+    }
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    (folder / "train").mkdir()
+
+
+def measure_records(folder: Path) -> dict[str, float]:
+    """Seconds to read a data set, the memory it then takes, and the peak on the way."""
+    before, began = rss(), time.perf_counter()
+    records = read(str(folder), "train", need_pictures=False)
+    seconds = time.perf_counter() - began
+    held = rss() - before
+    assert len(records)
+    return {"seconds": round(seconds, 2), "held_MiB": round(held, 1), "peak_MiB": round(own_peak() - before, 1)}
+
+
+def alone(*words: object) -> dict[str, Any]:
+    """The last line that this script prints in a process of its own, which is JSON."""
+    command = [sys.executable, __file__, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def make_model(file: Path) -> None:
+    """A small detector of random weights that finds 20 objects in every picture."""
+    torch.manual_seed(0)
+    options = config.load("retinanet_tiny", [*OPTIONS, "test.score=0.001", "test.max_det=20"])
+    meta = {"config": options.to_yaml(), "names": json.dumps(["a", "b"]), "category_ids": "[1, 2]"}
+    checkpoint.save_weights(file, from_config(options, 2).state_dict(), meta)
+
+
+def measure_prediction(top: Path, pictures: int, processes: int) -> dict[str, float]:
+    """Wall seconds of `fusedet predict` of a list, and of the first process its peak memory."""
+    listed = top / f"{pictures}.txt"
+    listed.write_text("\n".join(str(top / "one.png") for _ in range(pictures)))
+    words = [
+        "predict",
+        str(top / "model.safetensors"),
+        f"@{listed}",
+        f"out={top / f'out-{pictures}-{processes}'}",
+        "--no-draw",
+        "--part=100",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    began, running = time.perf_counter(), []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        command = [sys.executable, __file__, "--predict", *words, "device=cpu"]
+        running.append(subprocess.Popen(command, env=env | own, stdout=subprocess.PIPE, text=True))
+    said = [json.loads(one.communicate()[0].strip().splitlines()[-1]) for one in running]
+    return {
+        "seconds": round(time.perf_counter() - began, 2),
+        "work_seconds": max(one["seconds"] for one in said),
+        "peak_MiB": said[0]["peak_MiB"],
+    }
+
+
+def predict(words: list[str]) -> None:
+    """`fusedet predict` here, then its seconds without the imports and this process's peak memory."""
+    from fusedet import cli
+
+    began = time.perf_counter()
+    assert cli.run(words) == 0
+    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_MiB": round(own_peak(), 1)}))
+
+
+def slopes(rows: list[dict[str, Any]], keys: tuple[str, ...], value: str) -> list[float]:
+    """Least squares of a value as a constant plus so much of each key; the slopes."""
+    known = np.array([[1, *(row[key] for key in keys)] for row in rows], dtype=float)
+    found, *_ = np.linalg.lstsq(known, np.array([row[value] for row in rows]), rcond=None)
+    return found[1:].tolist()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        rows: list[dict[str, Any]] = []
+        for pictures, objects in RECORDS:
+            write_records(top / f"{pictures}-{objects}", pictures, objects)
+            row = {"pictures": pictures, "objects": objects, **alone("--records", top / f"{pictures}-{objects}")}
+            print(json.dumps({"records": row}), flush=True)
+            rows.append(row)
+        make_model(top / "model.safetensors")
+        Image.new("RGB", (96, 64), (90, 120, 200)).save(top / "one.png")
+        shared = []
+        for pictures in PICTURES:
+            for processes in PROCESSES:
+                row = {"pictures": pictures, "processes": processes, **measure_prediction(top, pictures, processes)}
+                print(json.dumps({"prediction": row}), flush=True)
+                shared.append(row)
+    per = {
+        "bytes_per_picture_and_object": [round(2**20 * one) for one in slopes(rows, ("pictures", "objects"), "held_MiB")],
+        "peak_bytes_per_picture_and_object": [round(2**20 * one) for one in slopes(rows, ("pictures", "objects"), "peak_MiB")],
+        "microseconds_per_picture_and_object": [round(1e6 * one, 2) for one in slopes(rows, ("pictures", "objects"), "seconds")],
+    }
+    for processes in PROCESSES:
+        few, many = (next(r for r in shared if (r["pictures"], r["processes"]) == (n, processes)) for n in PICTURES)
+        rate = (many["pictures"] - few["pictures"]) / max(many["work_seconds"] - few["work_seconds"], 1e-9)
+        per[f"pictures_per_second_{processes}"] = round(rate, 1)
+        per[f"prediction_MiB_per_picture_{processes}"] = round(
+            (many["peak_MiB"] - few["peak_MiB"]) / (many["pictures"] - few["pictures"]), 4
+        )
+    table(rows, shared)
+    report(slopes=per, load_average=os.getloadavg())
+
+
+def table(rows: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
+    print("\n| annotations read | seconds | MiB held | MiB at the peak |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['pictures']:,} pictures, {row['objects']:,} objects | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |")
+    print("\n| prediction | processes | seconds | MiB at the peak, each |\n|---|---|---|---|")
+    for row in shared:
+        print(f"| {row['pictures']:,} pictures | {row['processes']} | {row['work_seconds']} | {row['peak_MiB']} |")
+    print()
+
+
+if __name__ == "__main__":
+    if "--records" in sys.argv:
+        print(json.dumps(measure_records(Path(sys.argv[2]))))
+    elif "--predict" in sys.argv:
+        predict(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,86 @@
+"""The verb that predicts, in one process or many, a few pictures or millions."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+from fusedet import config
+from fusedet.cli.words import Json, Trust, err, is_override, out, print_files, print_json
+from fusedet.errors import InputError, unknown
+from fusedet.verbs import folder, parts, predict, processes, show
+from fusedet.verbs.sources import Sources
+
+
+def predict_(
+    model: Annotated[str, typer.Argument(metavar="RUN|CKPT", show_default=False)],
+    sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE... [KEY=VALUE]...", show_default=False)] = None,
+    score: Annotated[float, typer.Option(help="Boxes drawn have at least this score; the json holds all.")] = 0.3,
+    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    draw: Annotated[bool, typer.Option(help="Draw the boxes on copies of the pictures.")] = True,
+    resume: Annotated[bool, typer.Option(help="Go on in out=FOLDER where the same command stopped; where it never began, begin.")] = False,
+    on_bad_image: Annotated[
+        str, typer.Option(help="error: a picture that cannot be read ends it; skip: it is counted and listed.")
+    ] = "error",
+    part: Annotated[int | None, typer.Option(help=f"Pictures written at once, {parts.PART} where there are as many.", min=1)] = None,
+    parts_: Annotated[bool, typer.Option("--parts", help="Leave the parts, with an index.json, instead of one predictions.json.")] = False,
+    workers: Annotated[int, typer.Option(help="Threads that read pictures ahead.", min=0)] = 2,
+    trust: Trust = False,
+    json: Json = False,
+) -> None:
+    """Find objects in pictures: files, folders, globs, @FILE with a path a line, or "-" for such a list on standard input."""
+    given = [s for s in sources or [] if not is_override(s)]
+    overrides = [s for s in sources or [] if is_override(s)]
+    of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
+    options = config.parse(config.overridden({}, [o for o in overrides if o not in of_model]))
+    if not given:
+        raise InputError(
+            'which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs, @FILE with a path a line, or "-" for one '
+            "on standard input"
+        )
+    if precision not in ("fp32", "bf16"):
+        raise unknown("precision", precision, ("fp32", "bf16"))
+    if on_bad_image not in ("error", "skip"):
+        raise unknown("value of --on-bad-image:", on_bad_image, ("error", "skip"))
+    rank, world, _ = processes.place()
+    if world > 1 and "-" in given:
+        raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
+    if options.out is None and (world > 1 or resume):
+        raise InputError(f"{'several processes need' if world > 1 else '--resume needs'} to know the folder: add out=FOLDER")
+    with ExitStack() as stack:
+        found = Sources([_spooled(stack) if word == "-" else word for word in given])
+        device = str(processes.own_device(options.device))
+        predictor = predict.load(model, *of_model, device=device, precision=cast(Any, precision), trust=trust)
+        parent = Path(model) if Path(model).is_dir() else Path(model).parent
+        target = Path(options.out) if options.out else folder.free(parent, "predict")
+        asked = parts.Options(batch, score, draw, part, parts_, cast(Literal["error", "skip"], on_bad_image), workers, rank, world)
+        with show.progress(err if json else out, found.count(), "pictures", hidden=rank > 0) as advance:
+            written = parts.predict(predictor, found, target, asked, precision=precision, resume=resume, advance=advance)
+    _say(written, score, rank, json)
+
+
+def _spooled(stack: ExitStack) -> str:
+    """Standard input as a list in a file, which can be read again."""
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "paths.txt"
+    with file.open("w", encoding="utf-8", errors="surrogateescape") as written:
+        written.writelines(sys.stdin)
+    return f"@{file}"
+
+
+def _say(written: dict[str, Any], score: float, rank: int, json: bool) -> None:
+    if written["left"]:
+        return out.print(f"process {rank} has done its parts, {written['left']} of other processes are still to come")
+    if json:
+        return print_json(written)
+    out.print(
+        f"{written['pictures']} pictures, {written['detections']} detections, {written['shown']} of them with a score of {score:g} or more"
+    )
+    if written["skipped"]:
+        out.print(f'{written["skipped"]} pictures could not be read: they are listed under "skipped" in what was written')
+    print_files({name: Path(path) for name, path in written["files"].items()})

@@ -1,0 +1,54 @@
+"""A program: read a split, and let workers read it too; how long it took and what it takes, as JSON."""
+
+import gc
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fusedet.data.read import read
+from resident import pss
+
+path, workers, methods = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
+
+
+class Touch(Dataset):
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self.records[i]
+        return float(record.boxes.sum()) + len(record.segments) + record.labels.sum()
+
+
+if __name__ == "__main__":
+    empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    wall, cpu = time.perf_counter(), time.process_time()
+    records = read(path, "train", need_pictures=False)
+    out = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "pictures": len(records), "boxes": len(records.labels)}
+    out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out["empty"] = empty
+    rows = Path("/proc/self/status").read_text().splitlines()
+    out["libraries"] = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("RssFile:"))
+    columns = [v for v in vars(records).values() if isinstance(v, torch.Tensor)]
+    columns += [v for packed in (records.paths, records.segments) for v in (packed.data, packed.offsets)]
+    out["records"] = sum(v.nbytes for v in columns)
+    gc.collect()
+    for method in methods:
+        out["alone"] = pss()
+        loader = iter(
+            DataLoader(Touch(records), batch_size=100, num_workers=workers, multiprocessing_context=method, persistent_workers=True)
+        )
+        for _ in range(-(-len(records) // 100)):
+            next(loader)
+        out[method] = pss() - out["alone"]
+        del loader
+        gc.collect()
+    print(json.dumps(out))

@@ -1,0 +1,277 @@
+"""Files as a broken tool or a stranger might write them, for every parser: what is checked is that nothing but InputError comes out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from fusedet import config as configs
+from fusedet.data.coco import read_coco
+from fusedet.data.collate import see
+from fusedet.data.outlines import covered, packed
+from fusedet.data.outlines import fits as fits_picture
+from fusedet.data.records import Records
+from fusedet.data.transforms import Eval, _mask
+from fusedet.data.voc import parse, read_voc
+from fusedet.data.yolo import read_yolo
+from fusedet.doctor import examine
+from fusedet.errors import InputError
+from tiny import coco_dict, write_coco, write_voc, write_yolo, xml
+
+ATOMS: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 9, 2**31, 2**63, -(2**63) - 1, 10**40, 0.5, -0.5, 1e308, -1e308, 1e-320),
+    *(float("nan"), float("inf"), float("-inf"), "", "0", "-1", "1e3", "nan", "٣", "a.jpg", "../a.jpg", "/etc/passwd", "\0", "\ud800"),
+    *([], {}, [[]], [{}], [1, 2, 3, 4], [1, 2, float("nan"), 4], ["1", "2", "3", "4"], [[1, 1, 5, 1, 5, 5]], [[1e9] * 6], [0, 10**9]),
+    *({"counts": [1], "size": [1, 1]}, {"counts": "X6", "size": [10, 20]}, {"counts": "~", "size": [10, 20]}),
+]
+JUNK = [
+    b"",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b",",
+    b":",
+    b'"',
+    b"\\",
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"9" * 400,
+    b"-",
+    b"1e999",
+    b"NaN",
+    b"<",
+    b"&",
+]
+JUNK += [
+    b"&a;",
+    b"<!DOCTYPE a>",
+    b"<![CDATA[",
+    b"<?xml?>",
+    b"]]>",
+    b"/",
+    b"..",
+    b"\n",
+    b"\r",
+    b"\t",
+    b"\x85",
+    b"*a",
+    b"&a ",
+    b"!!int ",
+    b"'",
+]
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ATOMS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "bbox", "images", "x"]), inner, max_size=4),
+    max_leaves=12,
+)
+SEEDS = st.integers(0, 2**40)
+
+
+def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The addresses of all values in a tree."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place for key, value in inner for place in ((*at, key), *places(value, (*at, key)))]
+
+
+def changed(tree: Any, rng: random.Random, value: Any) -> Any:
+    """The tree with one of its values replaced, taken away, doubled, or exchanged for another of its values."""
+    tree = copy.deepcopy(tree)
+    addresses = places(tree)
+    if not addresses:
+        return value
+    *path, key = rng.choice(addresses)
+    parent = tree
+    for step in path:
+        parent = parent[step]
+    way = rng.randrange(5)
+    if way == 0:
+        del parent[key]
+    elif way == 1 and isinstance(parent, list):
+        parent.append(copy.deepcopy(parent[key]))
+    elif way == 2:
+        other = tree
+        for step in rng.choice(addresses):
+            with suppress(Exception):  # what was just changed may be on the way
+                other = other[step]
+        parent[key] = copy.deepcopy(other)
+    else:
+        parent[key] = value if way == 3 else rng.choice(ATOMS)
+    return tree
+
+
+def damaged(text: bytes, rng: random.Random) -> bytes:
+    """Bytes put in, taken away, exchanged or cut off."""
+    at = rng.randrange(len(text) + 1)
+    if rng.random() < 0.1:
+        return text[:at]
+    return text[:at] + rng.choice(JUNK) + text[at + rng.choice([0, 0, 1, 2, 5, 20]) :]
+
+
+def used(read: Callable[[], Records]) -> None:
+    """Read, and if that goes well, look at everything as a training does; InputError is what may come out."""
+    with suppress(InputError):
+        records = read()
+        examine(records, (64, 64), read=False)
+        assert len(records.fingerprint()) == 16
+        for record in records:
+            if record.height * record.width < 1 << 14:
+                see(torch.zeros(3, record.height, record.width, dtype=torch.uint8), record, [Eval(32, 64)], masks=all(record.segments))
+
+
+def check_coco(seed: int, value: Any, count: int) -> None:
+    """A valid COCO file with some values changed, and at times some bytes."""
+    rng = random.Random(seed)
+    tree = coco_dict()
+    for _ in range(count):
+        tree = changed(tree, rng, value)
+    text = json.dumps(tree).encode("utf-8", "surrogatepass")
+    for _ in range(rng.choice([0, 0, 1, 3])):
+        text = damaged(text, rng)
+    _coco(text)
+
+
+def check_json(tree: Any) -> None:
+    """Any json at all, and the sections of a COCO file with anything in them."""
+    _coco(json.dumps(tree).encode())
+    _coco(json.dumps({"images": tree, "annotations": tree, "categories": tree}).encode())
+    _coco(json.dumps(coco_dict() | {"annotations": tree}).encode())
+
+
+def _coco(text: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_coco(Path(folder))
+        file = root / "annotations" / "instances_train2017.json"
+        file.write_bytes(text)
+        used(lambda: read_coco(file, root / "train2017"))
+
+
+def check_voc(seed: int, count: int) -> None:
+    """A valid VOC folder with some bytes of its annotations and its list changed."""
+    rng = random.Random(seed)
+    one = xml(("dog", 1, 1, 10, 20, 0), ("cat", 5.5, 6.5, 8.5, 9.5, 1)).encode()
+    words = [b"1", b"nan", b"-1e999", b"", b"<a>", b"</object>", b"<bndbox>", b"<object><name>x</name></object>", b"9" * 400, b"\xd9\xa3"]
+    listed = b"a\nb\n"
+    for _ in range(count):
+        if rng.random() < 0.5:
+            begin = one.find(b">", rng.randrange(len(one))) + 1
+            one = one[:begin] + rng.choice(words) + one[one.find(b"<", begin) if rng.random() < 0.7 else begin :]
+        elif rng.random() < 0.8:
+            one = damaged(one, rng)
+        else:
+            listed = damaged(listed, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_voc(Path(folder))
+        (root / "Annotations" / "a.xml").write_bytes(one)
+        (root / "ImageSets" / "Main" / "train.txt").write_bytes(listed)
+        with suppress(InputError):
+            parse(str(root / "Annotations" / "a.xml"))
+        used(lambda: read_voc(root, "train"))
+
+
+def check_yolo(seed: int, count: int) -> None:
+    """A valid YOLO folder with its labels, its yaml and its list changed."""
+    rng = random.Random(seed)
+    tokens = ["0", "1", "0.5", "-0.5", "1.7", "nan", "inf", "-inf", "1e400", "1e9", "x", "", "0x1", "1_0", "٣", "0,5", "1" * 400]
+    lines = [" ".join(rng.choice(tokens) for _ in range(rng.choice([1, 4, 5, 5, 5, 6, 7, 9]))) for _ in range(rng.randrange(4))]
+    texts = ["\n".join(lines).encode(), b"train: list.txt\nval: images/val\nnc: 2\nnames: [dog, cat]\n", b"./images/train/a.jpg\n"]
+    for _ in range(count):
+        which = rng.randrange(3)
+        texts[which] = damaged(texts[which], rng)
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_yolo(Path(folder), texts[0])
+        file.write_bytes(texts[1])
+        (Path(folder) / "list.txt").write_bytes(texts[2])
+        used(lambda: read_yolo(file, "train"))
+
+
+RLES = st.fixed_dictionaries(
+    {
+        "size": st.lists(st.integers(-1, 12), min_size=2, max_size=2),
+        "counts": st.lists(st.integers(-3, 40), max_size=6) | st.text("0123456789:;<=>?@ABCDEabcdeklmno~ \x7fé", max_size=8),
+    }
+)
+
+
+def check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
+    """A run-length code that is taken can be drawn, and covers its picture."""
+    outline = packed(rle)
+    if not fits_picture(outline, size):
+        return
+    assert covered(rle["counts"]) == size[0] * size[1]
+    record: Any = SimpleNamespace(segments=[rle], width=size[1], height=size[0], path="x.jpg")
+    assert _mask(record, 0).shape == size
+
+
+KEYS = st.sampled_from(
+    [f"{section}.{key}" for section, part in configs.parse({}).tree().items() if isinstance(part, dict) for key in part]
+    + [
+        "model",
+        "data",
+        "train",
+        "model.head.convs",
+        "model.neck.0",
+        "model.neck.0.type",
+        "model.pyramid.channels",
+        "device",
+        "out",
+        "x",
+        "",
+        ".",
+    ]
+)
+VALUES = st.sampled_from(
+    [
+        "null",
+        "true",
+        "1",
+        "-1",
+        "0",
+        "1e400",
+        "nan",
+        ".inf",
+        "[]",
+        "{}",
+        "[1,2]",
+        "{a: b}",
+        "x",
+        "'",
+        "[",
+        "${a}",
+        "${oc.env:HOME}",
+        "!!int",
+        "!!float x",
+        "&a [*a]",
+    ]
+)
+
+
+def check_overrides(pairs: list[tuple[str, str]], words: list[str]) -> None:
+    """A command line with any options."""
+    with suppress(InputError):
+        configs.load("retinanet_tiny", [*(f"{key}={value}" for key, value in pairs), *words])
+
+
+def check_config(seed: int, count: int) -> None:
+    """A config file with some bytes changed."""
+    rng = random.Random(seed)
+    text = b"base: retinanet_tiny\nmodel:\n  neck: [fpn]\n  pyramid: {channels: 64}\ntrain:\n  epochs: 7\n  milestones: [1, 2]\n"
+    for _ in range(count):
+        text = damaged(text, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "mine.yaml"
+        file.write_bytes(text)
+        with suppress(InputError):
+            configs.load(file)

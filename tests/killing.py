@@ -1,0 +1,296 @@
+"""Trainings in processes of their own that are killed, at any time or at a chosen place, and what must then be the same.
+
+The processes are forked from one that has imported everything: a start costs a second, not the seconds that torch's import takes.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedet import cli
+from fusedet.engine import checkpoint, logs, loop
+from fusedet.verbs import train as verb
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["killing"])
+FILES = ("metrics.csv", "val.bbox.json")
+
+
+class Training:
+    """A training in one or several processes; their output goes to `log`, what they are doing to `log`.doing.
+
+    fault: (place, number, signal): at the number-th passage of a place of `PLACES` the process sends itself the signal.
+    """
+
+    def __init__(self, words: Sequence[object], log: Path, processes: int = 1, fault: tuple[str, int, int] | None = None) -> None:
+        self.log = log
+        log.with_suffix(".doing").unlink(missing_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        env = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {"TORCHELASTIC_RUN_ID": "killing", "GROUP_RANK": 0} if processes > 1 else {}
+        self.processes = []
+        for rank in range(processes):
+            own = env | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            process = SERVER.Process(target=_work, args=([str(word) for word in words], own, str(log), fault))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether all processes end within that time."""
+        end = None if seconds is None else time.monotonic() + seconds
+        for process in self.processes:
+            process.join(None if end is None else max(0.0, end - time.monotonic()))
+        return not any(process.is_alive() for process in self.processes)
+
+    def doing(self) -> str:
+        """What the first process is busy with."""
+        file = self.log.with_suffix(".doing")
+        return (file.read_text().strip() if file.exists() else "") or "starting"
+
+    def steps(self) -> bool:
+        """Wait until the first step begins, or the end; whether there was one."""
+        while self.doing() == "starting" and not self.wait(0):
+            time.sleep(0.01)
+        return self.doing() != "starting"
+
+    def kill(self) -> str:
+        """Kill all processes; gives what they were doing."""
+        doing = self.doing()
+        for process in self.processes:
+            process.kill()
+        self.wait()
+        return doing
+
+    @property
+    def codes(self) -> list[int | None]:
+        """What they ended with; of a signal, minus its number."""
+        return [process.exitcode for process in self.processes]
+
+
+def _work(words: list[str], env: dict[str, Any], log: str, fault: tuple[str, int, int] | None) -> None:
+    os.environ.update({key: str(value) for key, value in env.items()})
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its workers: this process's own would import everything once more
+    if env.get("RANK", 0) == 0:
+        _mark(Path(log).with_suffix(".doing"))
+    if fault:
+        place, number, kind = fault
+        PLACES[place](_at(number, kind))
+    code = cli.run(words)
+    os._exit(code)  # what a launcher sees; without waiting for the threads of a group whose other processes are gone
+
+
+def _at(number: int, kind: int) -> Callable[[], None]:
+    """What sends the process a signal when it is called for the number-th time."""
+    left = [number]
+
+    def pass_by() -> None:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), kind)
+
+    return pass_by
+
+
+def _mark(file: Path) -> None:
+    """Note in a file what the process is doing."""
+    doing = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.pwrite(doing, b"starting  ", 0)
+
+    def note(module: Any, name: str, word: str) -> None:
+        inner = getattr(module, name)
+
+        def outer(*args: Any, **options: Any) -> Any:
+            os.pwrite(doing, f"{word:<10}".encode(), 0)
+            try:
+                return inner(*args, **options)
+            finally:
+                os.pwrite(doing, f"{'between':<10}".encode(), 0)
+
+        setattr(module, name, outer)
+
+    note(loop, "_train_step", "step")
+    note(loop, "_validated", "validation")
+    note(checkpoint, "save", "checkpoint")
+    note(checkpoint, "save_weights", "best")
+    note(logs.Table, "add", "row")
+    note(verb, "finish", "scoring")
+
+
+# -- places
+
+
+def _in_a_step(hit: Callable[[], None]) -> None:
+    inner = loop._total
+    loop._total = lambda *args: (hit(), inner(*args))[1]
+
+
+def _in_a_validation(hit: Callable[[], None]) -> None:
+    inner = verb.detect
+    verb.detect = lambda *args: (hit(), inner(*args), hit())[1]
+
+
+def _before_a_checkpoint_is_in_its_place(hit: Callable[[], None]) -> None:
+    inner = Path.replace
+
+    def outer(self: Path, target: Path) -> Path:
+        if Path(target).name == "last.ckpt":
+            hit()
+        return inner(self, target)
+
+    Path.replace = outer  # type: ignore[method-assign]
+
+
+def _in_the_middle_of_a_checkpoint(hit: Callable[[], None]) -> None:
+    def torn(self: Path, target: Path) -> Path:
+        if Path(target).name == "last.ckpt":
+            whole = self.read_bytes()
+            self.write_bytes(whole[: len(whole) // 2])
+            hit()
+            self.write_bytes(whole)
+        return inner(self, target)
+
+    inner = Path.replace
+    Path.replace = torn  # type: ignore[method-assign]
+
+
+def _after_half_a_row(hit: Callable[[], None]) -> None:
+    inner = logs.Table.add
+
+    def outer(self: logs.Table, row: Any) -> None:
+        if self.path.name == "metrics.csv":
+            whole = self.path.read_bytes()
+            with self.path.open("a") as file:
+                file.write("1,3,0.0")
+            hit()
+            self.path.write_bytes(whole)
+        inner(self, row)
+
+    logs.Table.add = outer  # type: ignore[method-assign]
+
+
+def _after_the_row_of_a_validation(hit: Callable[[], None]) -> None:
+    inner = logs.Table.add
+
+    def outer(self: logs.Table, row: Any) -> None:
+        inner(self, row)
+        if "AP" in row:
+            hit()
+
+    logs.Table.add = outer  # type: ignore[method-assign]
+
+
+def _between_best_and_last(hit: Callable[[], None]) -> None:
+    inner = checkpoint.save_weights
+
+    def outer(*args: Any) -> None:
+        inner(*args)
+        hit()
+
+    checkpoint.save_weights = outer
+
+
+PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
+    "in a step": _in_a_step,
+    "in a validation": _in_a_validation,
+    "in the middle of a checkpoint": _in_the_middle_of_a_checkpoint,
+    "before a checkpoint is in its place": _before_a_checkpoint_is_in_its_place,
+    "after half a row": _after_half_a_row,
+    "after the row of a validation": _after_the_row_of_a_validation,
+    "between best and last": _between_best_and_last,
+}
+
+
+# -- what must be the same
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Where the folders of two runs are not bit for bit the same: state, best weights and their description, figures, results."""
+    found = _different(checkpoint.load(a / "last.ckpt"), checkpoint.load(b / "last.ckpt"), "last.ckpt")
+    best = [checkpoint.load_weights(run / "best.safetensors") for run in (a, b)]
+    found += _different(_without_folder(best[0]), _without_folder(best[1]), "best.safetensors")
+    found += [name for name in FILES if (a / name).exists() and (a / name).read_bytes() != (b / name).read_bytes()]
+    steps = [[(row["epoch"], row["step"]) for row in csv.DictReader((run / "speed.csv").open())] for run in (a, b)]
+    found += ["speed.csv"] if steps[0] != steps[1] else []
+    return found + [f"{run} keeps {file.name}" for run in (a, b) for file in run.glob(".*.part")]
+
+
+def _without_folder(best: tuple[Any, dict[str, str]]) -> tuple[Any, Any]:
+    return best[0], {key: value for key, value in best[1].items() if key != "config"}
+
+
+def _different(a: Any, b: Any, where: str) -> list[str]:
+    if where == "last.ckpt.meta":  # its config names the folder
+        a, b = ({key: value for key, value in side.items() if key != "config"} for side in (a, b))
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        keys = [where] if not isinstance(b, dict) or a.keys() != b.keys() else []
+        return keys or [text for key in a for text in _different(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, (list, tuple)):
+        lengths = [where] if not isinstance(b, (list, tuple)) or len(a) != len(b) else []
+        return lengths or [text for i, (x, y) in enumerate(zip(a, b)) for text in _different(x, y, f"{where}.{i}")]
+    return [] if a == b or (a != a and b != b) else [where]  # a figure of no object is NaN
+
+
+def killed_at_random(words: Sequence[object], whole: Path, out: Path, kills: int, seed: int, processes: int = 1) -> list[str]:
+    """Kill a training and its resumptions that many times, let it end, and compare it with the run in `whole`; gives what it was doing.
+
+    One moment of five lies in a process's start, the others between its first step and what a whole training takes from there, more of
+    them early, so that a chain has many links; a training that ends before its kill is compared too, and the next one begins.
+    """
+    draw, done, chain, doing = random.Random(seed), 0, 0, []
+    start, usual = (float(text) for text in (whole / "seconds").read_text().split())
+    while True:
+        run = out / str(chain)
+        log = out / f"{chain}.log"
+        resume = ["--resume"] if (run / "config.yaml").exists() else []
+        training = Training([*words, f"out={run}", *resume], log, processes)
+        early, share = draw.random() < 0.2, draw.random()
+        moment = None
+        if done < kills:
+            moment = start * share if early or not training.steps() else usual * share**2
+        if not training.wait(moment):
+            doing.append(training.kill())
+            done += 1
+            continue
+        assert training.codes == [0] * processes, log.read_text()[-3000:]
+        found = differences(whole, run)
+        assert not found, f"seed {seed}, chain {chain}, killed while {doing}: {found[:5]}"
+        if done == kills:
+            print(f"seed {seed}, {processes} processes: killed while {', '.join(doing)}; the same in {chain + 1} trainings")
+            return doing
+        chain += 1
+
+
+def undisturbed(words: Sequence[object], out: Path, processes: int = 1) -> Path:
+    """The folder of the same training, never killed, with how long its start and the rest took in `seconds`."""
+    warm = SERVER.Process(target=int)  # the import is not a training's time
+    warm.start()
+    warm.join()
+    began = time.monotonic()
+    training = Training([*words, f"out={out}"], out.with_suffix(".log"), processes)
+    training.steps()
+    first = time.monotonic()
+    training.wait()
+    assert training.codes == [0] * processes, out.with_suffix(".log").read_text()[-3000:]
+    (out / "seconds").write_text(f"{first - began} {time.monotonic() - first}")
+    return out
+
+
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

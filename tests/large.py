@@ -1,0 +1,72 @@
+"""Data sets with many pictures, as files: all pictures are one, by hard links."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tiny import OBJECT, XML, picture
+
+WIDTH, HEIGHT = 640, 480
+NAMES = [f"class {i}" for i in range(20)]
+
+
+def boxes(pictures: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(pictures, each, 4) xyxy inside the picture, and labels (pictures, each)."""
+    chance = np.random.default_rng(seed)
+    corner = chance.uniform(0, 400, (pictures, each, 2))
+    return np.concatenate([corner, corner + chance.uniform(8, 80, (pictures, each, 2))], axis=2).round(2), chance.integers(
+        0, len(NAMES), (pictures, each)
+    )
+
+
+def write(root: Path, form: str, pictures: int, each: int, *, polygons: bool = False) -> Path:
+    """A split "train" in COCO's, YOLO's or VOC's form; the path to give to `read`."""
+    found, labels = boxes(pictures, each)
+    if form == "coco":
+        return _coco(root, found, labels, polygons)
+    one = picture(root / "one.jpg", WIDTH, HEIGHT)
+    folders = {"yolo": ("images/train", "labels/train"), "voc": ("JPEGImages", "Annotations")}[form]
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+    for i, (rows, own) in enumerate(zip(found.tolist(), labels.tolist())):
+        os.link(one, root / folders[0] / f"{i:06d}.jpg")
+        if form == "yolo":
+            lines = [
+                f"{k} {(a + c) / 2 / WIDTH:.6f} {(b + d) / 2 / HEIGHT:.6f} {(c - a) / WIDTH:.6f} {(d - b) / HEIGHT:.6f}\n"
+                for k, (a, b, c, d) in zip(own, rows)
+            ]
+            (root / folders[1] / f"{i:06d}.txt").write_text("".join(lines))
+        else:
+            objects = "".join(OBJECT.format(name=NAMES[k], x1=a, y1=b, x2=c, y2=d, difficult=0) for k, (a, b, c, d) in zip(own, rows))
+            (root / folders[1] / f"{i:06d}.xml").write_text(XML.format(name=f"{i:06d}", width=WIDTH, height=HEIGHT, objects=objects))
+    if form == "yolo":
+        (root / "data.yaml").write_text(f"train: images/train\nnames: {NAMES}\n")
+        return root / "data.yaml"
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("".join(f"{i:06d}\n" for i in range(pictures)))
+    return root
+
+
+def _coco(root: Path, found: np.ndarray, labels: np.ndarray, polygons: bool) -> Path:
+    file = root / "annotations" / "instances_train2017.json"
+    file.parent.mkdir(parents=True)
+    (root / "train2017").mkdir()
+    with file.open("w") as out:
+        images = (f'{{"id":{i},"file_name":"{i:012d}.jpg","width":{WIDTH},"height":{HEIGHT}}}' for i in range(len(found)))
+        out.write(f'{{"images":[{",".join(images)}],"categories":[')
+        out.write(",".join(f'{{"id":{k + 1},"name":"{name}"}}' for k, name in enumerate(NAMES)) + '],"annotations":[')
+        number = 0
+        for i, (rows, own) in enumerate(zip(found.tolist(), labels.tolist())):
+            lines = []
+            for k, (a, b, c, d) in zip(own, rows):
+                number += 1
+                w, h = round(c - a, 2), round(d - b, 2)
+                outline = f',"segmentation":[[{a},{b},{c},{b},{c},{d},{a},{d}]]' if polygons else ""
+                area = f'"area":{w * h:.2f},"iscrowd":0{outline}'
+                lines.append(f'{{"id":{number},"image_id":{i},"category_id":{k + 1},"bbox":[{a},{b},{w},{h}],{area}}}')
+            out.write(("," if i else "") + ",".join(lines))
+        out.write("]}")
+    return root

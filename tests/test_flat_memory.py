@@ -1,0 +1,86 @@
+"""Memory stays where it is: the short form of tests/soak/test_memory.py, and that its measure sees a leak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import SMALL
+from fusedet.data.demo import generate
+from large import write
+from resident import KIB, MIB, line, of_verb, pss, run
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+
+
+def noise(n: int, seed: int) -> np.ndarray:
+    """Memory as an allocator gives it: levels that last for a while, of some megabytes."""
+    chance = np.random.default_rng(seed)
+    return 400 * MIB + np.repeat(chance.uniform(0, 4 * MIB, -(-n // 10)), 10)[:n]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_line_sees_a_planted_leak(seed: int) -> None:
+    steps = np.arange(0, 2000, 5)
+    flat = line(steps, noise(len(steps), seed))
+    assert flat.low < 0 < flat.high
+    assert flat.high < 4 * KIB
+    leaking = line(steps, noise(len(steps), seed) + 18 * KIB * steps)
+    assert leaking.low < 18 * KIB < leaking.high
+    assert leaking.low > 4 * KIB
+
+
+def test_the_interval_holds_the_slope_as_often_as_it_says() -> None:
+    steps = np.arange(0, 2000, 5)
+    found = [line(steps, noise(len(steps), seed)) for seed in range(400)]
+    assert 0.90 <= np.mean([one.low < 0 < one.high for one in found]) <= 0.99
+
+
+def test_what_comes_before_is_left_out() -> None:
+    steps = np.arange(1000)
+    assert line(steps, np.minimum(steps, 200) * MIB).high < 1
+    assert line(steps, np.minimum(steps, 200) * MIB, warm_up=0.0).slope > 10 * KIB
+
+
+def test_the_measure_sees_a_leak() -> None:
+    kept, taken = [], []
+    for _ in range(60):
+        kept.append(np.ones(256 * KIB, np.uint8))
+        taken.append(pss())
+    found = line(range(60), taken)
+    assert 200 * KIB < found.slope < 320 * KIB
+
+
+PER_STEP, PER_PICTURE = 256 * KIB, 128 * KIB
+"""Bytes at the interval's upper end. An allocator's steps are a few megabytes, which is much for so few steps; a step's graph is larger."""
+
+
+def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path) -> None:
+    data = generate(tmp_path / "data", images=108, seed=0, size=(64, 96), splits={"train": 100 / 108, "val": 8 / 108})
+    words = ["train", "retinanet_tiny", f"data={data}", f"out={tmp_path / 'run'}", *SMALL]
+    taken = of_verb("loss", 2, [*words, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
+    found = line(taken[:, 0], taken[:, 2], warm_up=0.4)
+    assert taken[-1, 0] == 150
+    assert found.high < PER_STEP, found
+    (tmp_path / "many").mkdir()
+    for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
+        (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
+    # what is found is held until its part is written, some kilobytes a picture: many small parts
+    words = ["predict", trained, tmp_path / "many", f"out={tmp_path / 'found'}", "--no-draw", "--batch", "4", "--part", "20", "--json"]
+    taken = of_verb("detect", 2, words)
+    found = line(taken[:, 1], taken[:, 2], warm_up=0.4)
+    assert taken[-1, 1] == 496
+    assert found.high < PER_PICTURE, found
+
+
+def test_annotations_are_not_copied_by_workers(tmp_path: Path) -> None:
+    """A tenth of the soak test's pictures: the records are held in a few bytes each, and two workers do not double them."""
+    large, small = (
+        run(Path(__file__).with_name("annotated.py"), write(tmp_path / str(n), "coco", n, 10), 2, "fork") for n in (10_000, 100)
+    )
+    assert large["boxes"] == 100_000
+    assert large["records"] < 10 * MIB
+    assert large["peak"] - large["empty"] < 256 * MIB
+    assert large["fork"] - small["fork"] < 0.1 * large["alone"]  # as lists the boxes alone would be twice that

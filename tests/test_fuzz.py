@@ -1,0 +1,65 @@
+"""Parsers take anything and raise nothing but InputError; tests/soak does the same at length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fuzzing
+
+few = settings(max_examples=100, deadline=None)
+small = st.integers(1, 3)
+
+
+@few
+@given(fuzzing.SEEDS, fuzzing.JSON, small)
+def test_coco(seed: int, value: Any, count: int) -> None:
+    fuzzing.check_coco(seed, value, count)
+
+
+@few
+@given(fuzzing.JSON)
+def test_any_json(tree: Any) -> None:
+    fuzzing.check_json(tree)
+
+
+@few
+@given(fuzzing.SEEDS, small)
+def test_voc(seed: int, count: int) -> None:
+    fuzzing.check_voc(seed, count)
+
+
+@few
+@given(fuzzing.SEEDS, st.integers(0, 3))
+def test_yolo(seed: int, count: int) -> None:
+    fuzzing.check_yolo(seed, count)
+
+
+@few
+@given(fuzzing.RLES, st.tuples(st.integers(1, 12), st.integers(1, 12)))
+def test_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
+    fuzzing.check_rle(rle, size)
+
+
+@few
+@given(st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=3), st.lists(st.text(max_size=8), max_size=2))
+def test_overrides(pairs: list[tuple[str, str]], words: list[str]) -> None:
+    fuzzing.check_overrides(pairs, words)
+
+
+@few
+@given(fuzzing.SEEDS, small)
+def test_config_files(seed: int, count: int) -> None:
+    fuzzing.check_config(seed, count)
+
+
+def test_the_fuzzer_sees_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("a parser's mistake")
+
+    monkeypatch.setattr(fuzzing, "read_coco", broken)
+    with pytest.raises(KeyError):
+        fuzzing.check_json([])

@@ -1,0 +1,65 @@
+"""A training that is killed or stopped, wherever, and resumed is bit for bit the one that never was."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL
+from killing import INT, KILL, TERM, Training, differences, killed_at_random, undisturbed
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+OPTIONS = [*SMALL, "data.workers=1", "train.epochs=3", "train.accumulate=2", "train.ema=0.9", "train.checkpoint_every=1steps"]
+FAULTS = [  # each met by the process that goes on from the one before
+    ("in the middle of a checkpoint", 1, KILL),  # before there is one
+    ("after half a row", 1, KILL),
+    ("before a checkpoint is in its place", 2, KILL),
+    ("in a step", 1, TERM),
+    ("in a validation", 1, KILL),
+    ("in a validation", 1, TERM),
+    ("between best and last", 1, KILL),
+    ("after the row of a validation", 1, KILL),
+    ("in a step", 4, INT),
+    ("in a validation", 1, INT),
+    ("in a validation", 3, KILL),  # the second half: of the last validation, or of the scoring
+]
+
+
+@pytest.fixture(scope="module")
+def words(scenes: Path) -> list[str]:
+    return ["train", "retinanet_tiny", f"data={scenes}", *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed."""
+    return undisturbed(words, tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_killed_or_stopped_at_every_place_a_run_ends_the_same(words: list[str], whole: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "run.log"
+    for fault in FAULTS:
+        resume = ["--resume"] if run.exists() else []
+        training = Training([*words, f"out={run}", *resume], log, fault=fault)
+        training.wait()
+        code = {KILL: -KILL, TERM: 143, INT: 130}[fault[2]]
+        assert training.codes == [code], f"{fault}: {log.read_text()[-2000:]}"
+    training = Training([*words, f"out={run}", "--resume"], log)
+    training.wait()
+    assert training.codes == [0], log.read_text()[-3000:]
+    assert not differences(whole, run)[:5]
+    assert "begins anew" in log.read_text()
+
+
+def test_killed_at_ten_random_moments_a_run_ends_the_same(words: list[str], whole: Path, tmp_path: Path) -> None:
+    doing = killed_at_random(words, whole, tmp_path, kills=10, seed=secrets.randbits(32))
+    assert len(doing) == 10
+    assert set(doing) != {"starting"}
+
+
+def test_two_processes_killed_at_three_random_moments_end_the_same(words: list[str], tmp_path: Path) -> None:
+    whole = undisturbed(words, tmp_path / "whole", processes=2)
+    killed_at_random(words, whole, tmp_path, kills=3, seed=secrets.randbits(32), processes=2)

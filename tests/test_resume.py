@@ -1,0 +1,199 @@
+"""What resuming rests on: intervals, tables, signals, what is said of another torch, and torch's deterministic algorithms."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from fakes import FakeDetector, FakeLoader
+from fusedet.ablate.run import _check
+from fusedet.config import Config, Interval, Train, interval
+from fusedet.engine import checkpoint, run
+from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
+from fusedet.engine.interrupt import Interrupts
+from fusedet.engine.logs import Meter, Table
+from fusedet.engine.loop import Interrupted, Recipe, fit
+from fusedet.engine.optim import Optim
+from fusedet.errors import InputError
+from fusedet.verbs.folder import fresh
+from killing import differences
+
+RECIPE = Recipe(epochs=2, optim=Optim(lr=0.05, warmup_steps=4, milestones=(1,)), log_every=3)
+
+
+def train(out: Path, recipe: Recipe = RECIPE, detector: Any = None, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    out.mkdir(exist_ok=True)
+    validate = lambda module, epoch: {"AP": float(module.score.weight.sum())}  # noqa: E731
+    made = detector or FakeDetector(0.5)
+    return fit(Fabric(accelerator="cpu", devices=1), made, FakeLoader(), recipe, out=out, validate=validate, quiet=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90s", Interval(seconds=90)),
+        ("30min", Interval(seconds=1800)),
+        ("1.5h", Interval(seconds=5400)),
+        ("500steps", Interval(steps=500)),
+        ("1 step", Interval(steps=1)),
+    ],
+)
+def test_intervals(text: str, expected: Interval) -> None:
+    assert interval(text, "key") == expected
+
+
+@pytest.mark.parametrize("text", ["30", "min", "0steps", "2.5steps", "-1h", "0s", "30minutes", "1h30min", ""])
+def test_what_is_no_interval_is_said(text: str) -> None:
+    with pytest.raises(InputError, match=r"train.checkpoint_every=.* such as 90s, 30min, 2h or 500steps"):
+        Config(train=Train(checkpoint_every=text))
+
+
+@pytest.mark.parametrize("every", [Interval(steps=3), Interval(seconds=1e-9)])
+def test_checkpoints_within_an_epoch_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: Interval) -> None:
+    train(tmp_path / "a")
+    steps, write = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (steps.append(state["step"]), write(path, state)))
+    train(tmp_path / "b", replace(RECIPE, checkpoint_every=every))
+    # after every third step or every single one, and after both epochs of seven
+    assert steps == ([3, 6, 7, 9, 12, 14] if every.steps else [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14, 14])
+    assert not differences(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_second_interrupt_in_the_middle_of_a_step_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    """The weights may be half moved: nothing is saved."""
+
+    class Impatient(FakeDetector):
+        def loss(self, batch: Any) -> Any:
+            if batch.ids[0] == 4 * 4:  # the fifth step
+                os.kill(os.getpid(), signal.SIGINT)
+                made.append("first")
+                interrupts[0]._first -= 3
+                os.kill(os.getpid(), signal.SIGINT)
+                made.append("second")
+            return super().loss(batch)
+
+    made: list[str] = []
+    interrupts: list[Interrupts] = []
+    enter = Interrupts.__enter__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupts, "__enter__", lambda self: (interrupts.append(self), enter(self))[1])
+        with pytest.raises(Interrupted, match="by a second Ctrl-C after step 4") as stopped:
+            train(tmp_path, replace(RECIPE, checkpoint_every=Interval(steps=3)), Impatient(0.5))
+    assert made == ["first"]
+    assert stopped.value.code == 130
+    assert checkpoint.load(tmp_path / "last.ckpt")["step"] == 3
+
+
+def test_a_second_sigterm_does_not_take_away_the_checkpoint() -> None:
+    def hold(interrupts: Interrupts) -> None:
+        with interrupts.held():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                interrupts._first -= 3
+
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        hold(interrupts)
+    assert (interrupts.received, interrupts.forced) == (signal.SIGTERM, False)
+
+
+def test_a_table_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    table = Table(file)
+    for step in (1, 2):
+        table.add({"step": step, "loss": 0.1 * step})
+    state, text = table.state(), file.read_text()
+    table.add({"step": 2, "AP": 0.5})
+    with file.open("a") as half:
+        half.write("3,0.")
+    again = Table(file, state)
+    assert (file.read_text(), again.lost) == (text, 0), "rows and columns of later are gone"
+    file.write_text("\n".join(text.splitlines()[:2]) + "\n")
+    assert Table(file, state).lost == 1
+
+
+def test_another_torch_is_said_and_another_precision_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, replace(RECIPE, epochs=1))
+    lines: list[str] = []
+    now = run.version
+    monkeypatch.setattr(run, "version", lambda name: "9.9" if name in ("torch", "fusedet") else now(name))
+    train(tmp_path, resume=True, say=lines.append)
+    known = {name: now(name) for name in ("fusedet", "torch")}
+    assert lines == [f"{tmp_path} goes on with another {k}: {v} until step 7, 9.9 from now on" for k, v in known.items()]
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    with pytest.raises(InputError, match="precision was 32-true and is now bf16-mixed"):
+        fit(fabric, FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, resume=True, quiet=True)
+    with pytest.raises(InputError, match="pictures per batch was 4 and is now 2"):
+        fit(Fabric(accelerator="cpu", devices=1), FakeDetector(), FakeLoader(size=2), RECIPE, out=tmp_path, resume=True, quiet=True)
+
+
+def test_means_over_other_processes() -> None:
+    states = [{"names": ["loss"], "sums": torch.tensor([float(n)]), "steps": 2} for n in (2, 6)]
+    meter = Meter()
+    meter.restore(Meter.mean(states), torch.device("cpu"))
+    assert meter.read(lambda values: values) == {"loss": 2.0}
+    empty = {"names": [], "sums": None, "steps": 0}
+    assert Meter.mean([empty, empty]) == empty
+
+
+def test_what_a_killed_process_left_is_cleaned_and_no_hindrance(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.yaml.123.part").write_text("half")
+    assert fresh(out) == out
+    train(out, replace(RECIPE, epochs=1))
+    assert not list(out.glob(".*.part"))
+    (out / ".last.ckpt.123.part").write_text("half")
+    train(out, resume=True)
+    assert not list(out.glob(".*.part"))
+    with pytest.raises(InputError, match="not empty"):
+        fresh(out)
+
+
+def test_best_weights_that_cannot_be_written_are_written_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise InputError("best.safetensors cannot be written: No space left on device")
+
+    train(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_weights", full)
+        with pytest.raises(InputError, match="No space left"):
+            train(tmp_path / "b")
+    train(tmp_path / "b", resume=True)
+    assert not differences(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_row_that_was_stopped_stops_the_table_with_its_code() -> None:
+    for code in (130, 143):
+        with pytest.raises(Interrupted, match="give the same command") as stopped:
+            _check(SimpleNamespace(returncode=code), SimpleNamespace())  # type: ignore[arg-type]
+        assert stopped.value.code == code
+
+
+def test_deterministic_algorithms_are_asked_for_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WORKSPACE, raising=False)
+
+    def now() -> tuple[Any, ...]:
+        cudnn = torch.backends.cudnn
+        return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE)
+
+    before = now()
+    with deterministic(False):
+        assert now() == before
+    with deterministic(True):
+        assert now() == (True, True, False, ":4096:8")
+    assert now() == before
+    name = "adaptive_avg_pool2d_backward_cuda"
+    with pytest.raises(InputError, match=f"torch has no deterministic {name} on this device"), deterministic(True):
+        raise RuntimeError(f"{name} {REFUSED}, but you set 'torch.use_deterministic_algorithms(True)'")
+    with pytest.raises(RuntimeError, match="else"), deterministic(True):
+        raise RuntimeError("something else")
+    assert now() == before

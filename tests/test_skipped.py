@@ -1,0 +1,234 @@
+"""train.on_bad_image=skip: bad pictures are replaced alike by any number of workers and processes and after a resume, and listed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from conftest import SMALL
+from fusedet import cli
+from fusedet.data.loader import TrainLoader, train_loader
+from fusedet.data.records import Record, Records
+from fusedet.data.skipped import Ledger, Skipped, allowed
+from fusedet.data.transforms import Train
+from fusedet.errors import InputError
+from fusedet.types import Batch
+
+TRANSFORM = Train([32, 64, 96], 192, resize="choice", photometric=True)  # batches of many sizes
+SIZES = [(40, 60), (45, 55), (30, 80), (48, 48), (60, 40), (70, 33)] * 4
+BAD = (3, 8, 17)
+COUNT = len(SIZES)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    """24 pictures of several shapes, three of which cannot be read."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, (height, width) in enumerate(SIZES):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        one = np.ones(1)
+        rows.append(Record(100 + i, path, height, width, np.array([[3.0, 4, 20, 25]]), one.astype(int), one > 2, one, [None]))
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "8.png").write_bytes(b"no picture")
+    (tmp_path / "17.png").write_bytes((tmp_path / "17.png").read_bytes()[:-300])
+    return Records.build(["a", "b"], [1, 2], rows, source=tmp_path, form="coco")
+
+
+@pytest.fixture
+def make(records: Records, tmp_path: Path) -> Callable[..., TrainLoader]:
+    def loader(name: str = "out", share: float = 0.2, **more: int) -> TrainLoader:
+        return train_loader(records, TRANSFORM, batch=4, seed=5, ledger=Ledger(tmp_path / name, COUNT, share), **more)
+
+    return loader
+
+
+def listed(folder: Path) -> list[list[str]]:
+    with (folder / "skipped.csv").open(newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def ids(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
+    return [batch.ids for batch in batches]
+
+
+def test_bad_pictures_are_replaced_and_listed(make: Callable[..., TrainLoader], tmp_path: Path) -> None:
+    loader = make()
+    seen = [one for batch in loader.epoch(0) for one in batch.ids]
+    assert len(seen) == COUNT
+    assert set(seen) == {100 + i for i in range(COUNT) if i not in BAD}, "every good picture is seen"
+    rows = loader.ledger.close()
+    assert sorted(row.image_id for row in rows) == [100 + i for i in BAD]
+    for row in rows:
+        assert row.epoch == 1
+        assert row.file in row.reason
+        assert 100 + int(Path(row.file).stem) == row.image_id
+    assert listed(tmp_path / "out") == [list(Skipped._fields), *([str(v) for v in row] for row in rows)]
+
+
+def test_without_a_ledger_it_is_an_error(records: Records) -> None:
+    with pytest.raises(InputError, match="png"):
+        list(train_loader(records, TRANSFORM, batch=4, seed=5).epoch(0))
+
+
+def test_workers_and_epochs(make: Callable[..., TrainLoader], tmp_path: Path) -> None:
+    alone, helped = make("a"), make("b", workers=2)
+    for epoch in range(2):
+        for one, other in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
+            assert one.ids == other.ids
+            assert torch.equal(one.images, other.images)
+    assert listed(tmp_path / "a") == listed(tmp_path / "b")
+    assert len(listed(tmp_path / "a")) == 1 + 2 * len(BAD)
+    assert ids(make("c").epoch(0)) != ids(make("d").epoch(1)), "another epoch, other pictures"
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_two_processes_see_what_one_does(make: Callable[..., TrainLoader], epoch: int) -> None:
+    whole = list(make("w").epoch(epoch))
+    halves = [list(make(f"h{rank}", rank=rank, world=2).epoch(epoch)) for rank in range(2)]
+    for one, first, second in zip(whole, *halves, strict=True):
+        assert one.ids == first.ids + second.ids
+        assert torch.equal(one.images, torch.cat([first.images, second.images])), "padded alike, though only one knows of the bad picture"
+        assert torch.equal(one.sizes, torch.cat([first.sizes, second.sizes]))
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_going_on_in_an_epoch(make: Callable[..., TrainLoader], tmp_path: Path, start: int) -> None:
+    first = make("whole")
+    whole = [ids(first.epoch(0)), ids(first.epoch(1))]
+    killed = make("killed")
+    batches = killed.epoch(0)
+    for _ in range(start + 1):  # one further than the checkpoint that it goes on from
+        next(batches)
+    batches.close()
+    again = make("killed")
+    assert ids(again.epoch(0, start=start)) == whole[0][start:]
+    assert ids(again.epoch(1)) == whole[1]
+    assert again.ledger.close() == first.ledger.close()
+    assert listed(tmp_path / "killed") == listed(tmp_path / "whole")
+
+
+def test_too_many(make: Callable[..., TrainLoader], records: Records) -> None:
+    loader = make(share=2 / COUNT)
+    with pytest.raises(InputError, match=r"^3 of the 24 training pictures cannot be read, more than train.max_bad_images=0.08") as error:
+        list(loader.epoch(0))
+    assert any(str(records.path(i)) in str(error.value) for i in BAD)
+    list(make("enough", share=3 / COUNT).epoch(0))
+    with pytest.raises(InputError, match=r"^1 of the 24"):
+        list(make("none", share=0).epoch(0))
+
+
+@pytest.mark.parametrize(("count", "share", "right"), [(8, 0.01, 1), (1000, 0.01, 10), (1001, 0.01, 11), (7, 0, 0), (100, 0.29, 29)])
+def test_what_a_share_allows(count: int, share: float, right: int) -> None:
+    assert allowed(count, share) == right
+
+
+def test_nothing_that_can_stand_in(records: Records, tmp_path: Path) -> None:
+    for i in range(COUNT):
+        records.path(i).unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"does not exist.*and nothing could stand in for it: \d+ other pictures"):
+        list(train_loader(records, TRANSFORM, batch=4, ledger=Ledger(tmp_path / "out", COUNT, 1)).epoch(0))
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """A process that meets one bad picture of its own, is killed and goes on, then meets one too many together with the other."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    out = folder / "out"
+
+    def ledger() -> Ledger:
+        return Ledger(out, 100, 0.02, rank, 2)
+
+    killed = ledger()
+    killed.begin(0, 0)
+    killed.add(Skipped(1, 2, rank, f"{rank}.jpg", "gone"))
+    killed.add(Skipped(1, 9, 10 * rank + 10, "after.jpg", "the checkpoint"))
+    dist.barrier()
+    again = ledger()
+    again.begin(0, 5)
+    assert again.bad == {0, 1}, "known to both"
+    assert len(again.rows) == (2 if rank == 0 else 0)
+    again.end()
+    again.add(Skipped(1, 7, rank, f"{rank}.jpg", "gone"))
+    rows = again.close()
+    assert [(row.batch, row.image_id) for row in rows] == [(2, 0), (2, 1), (7, 0), (7, 1)]
+    dist.barrier()
+    if rank:
+        assert sorted(path.name for path in out.iterdir()) == ["skipped.csv"]
+    several = Ledger(folder / "several", 100, 0.02, rank, 2)
+    several.begin(0, 0)
+    for i in range(2):
+        several.add(Skipped(1, i + 1, 10 * rank + i, f"{rank}-{i}.jpg", "gone"))
+    try:
+        several.end()
+    except InputError as error:
+        (folder / f"said-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_the_lists_of_two_processes_come_together(tmp_path: Path) -> None:
+    mp.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method="fork")  # they need no imports of their own
+    assert len(listed(tmp_path / "out")) == 5
+    for rank in range(2):
+        assert (tmp_path / f"said-{rank}").read_text().startswith("4 of the 100 training pictures cannot be read"), "each says so and stops"
+
+
+# -- the whole training
+
+
+def run(*words: object) -> int:
+    return cli.run([str(word) for word in words])
+
+
+def test_a_training_around_a_bad_picture(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for path in scenes.rglob("*"):
+        if path.is_file():
+            (data / path.relative_to(scenes)).parent.mkdir(parents=True, exist_ok=True)
+            (data / path.relative_to(scenes)).write_bytes(path.read_bytes())
+    bad = data / "train" / "000002.jpg"
+    bad.write_bytes(bad.read_bytes()[:-500])
+    words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.policy=multistep", "train.milestones=[]"]
+
+    assert run(*words, f"out={tmp_path / 'stopped'}") == 2
+    assert f"{bad} is truncated or damaged" in capsys.readouterr().err
+    skip = [*words, "train.on_bad_image=skip"]
+    assert run(*skip, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
+    said = capsys.readouterr().out
+    assert f"1 training picture was replaced 2 times, see {tmp_path / 'whole' / 'skipped.csv'}" in said
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["replaced"] == {"pictures": 1, "times": 2}
+    assert [row[0] for row in listed(tmp_path / "whole")] == ["epoch", "1", "2"]
+
+    assert run(*skip, f"out={tmp_path / 'parts'}") == 0
+    assert run("train", tmp_path / "parts", "--resume", "train.epochs=2") == 0
+    assert listed(tmp_path / "parts") == listed(tmp_path / "whole")
+    one, other = (torch.load(tmp_path / name / "last.ckpt", weights_only=False)["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(one[key], other[key]) for key in one), "as if nothing had happened"
+
+    assert run(*skip, f"out={tmp_path / 'none'}", "train.max_bad_images=0") == 2
+    assert "1 of the 8 training pictures cannot be read, more than train.max_bad_images=0 allows" in capsys.readouterr().err
+
+
+def test_a_bad_validation_picture_is_an_error_always(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+    for name in ("annotations/instances_train.json", "annotations/instances_val.json"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes((scenes / name).read_bytes())
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir()
+        for path in (scenes / split).iterdir():
+            (tmp_path / "data" / split / path.name).write_bytes(path.read_bytes())
+    bad = sorted((tmp_path / "data" / "val").iterdir())[0]
+    bad.write_bytes(b"")
+    words = ["train", "retinanet_tiny", f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", *SMALL, "train.on_bad_image=skip"]
+    assert run(*words) == 2
+    assert f"error: {bad} is empty or not a picture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists(), "before anything is written"
