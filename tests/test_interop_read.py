@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -44,6 +46,10 @@ def bookkeeping() -> Any:
             return 0.0
 
     class ConfigDict(dict):
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # as MMEngine's: the items are the constructor's argument
+            return type(self), (dict(self),), None, None, None, None
+
+    class Items(dict):  # as MMCV's: the items are set afterwards
         pass
 
     class Unknown:
@@ -52,9 +58,10 @@ def bookkeeping() -> Any:
     added = package("mmengine", "logging", "history_buffer", HistoryBuffer=HistoryBuffer)
     added += package("mmengine", "config", "config", ConfigDict=ConfigDict)
     added += package("mmengine", "model", Unknown=Unknown)
+    added += package("addict", "addict", Dict=Items)
     HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
     HistoryBuffer.mean.__module__ = HistoryBuffer.__module__
-    yield {"buffer": HistoryBuffer(), "mapping": ConfigDict(a=1, b=ConfigDict(c=2)), "unknown": Unknown()}
+    yield {"buffer": HistoryBuffer(), "mapping": ConfigDict(a=1, b=ConfigDict(c=2)), "items": Items(d=3), "unknown": Unknown()}
     for name in added:
         sys.modules.pop(name, None)
 
@@ -64,12 +71,17 @@ def test_bookkeeping_is_inert(tmp_path: Path, bookkeeping: dict[str, Any], zippe
     import numpy as np
 
     hub = {"log_scalars": {"loss": bookkeeping["buffer"]}, "runtime_info": {"iter": np.int64(3), "lr": np.float64(0.1)}}
-    content = {"state_dict": WEIGHTS, "meta": {"cfg": "x = 1", "extra": bookkeeping["mapping"]}, "message_hub": hub}
+    content = {
+        "state_dict": WEIGHTS,
+        "meta": {"cfg": "x = 1", "extra": bookkeeping["mapping"], "items": bookkeeping["items"]},
+        "message_hub": hub,
+    }
     torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
     found = read(tmp_path / "model.pth")
     assert torch.equal(found["state_dict"]["backbone.conv1.weight"], torch.zeros(2))
     assert found["meta"]["cfg"] == "x = 1"
     assert found["meta"]["extra"] == {"a": 1, "b": {"c": 2}}
+    assert found["meta"]["items"] == {"d": 3}
     assert type(found["message_hub"]["log_scalars"]["loss"]) is not type(bookkeeping["buffer"])
     torch.save({"state_dict": WEIGHTS, "other": bookkeeping["unknown"]}, tmp_path / "other.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=r"holds mmengine\.model\.Unknown"):
@@ -93,6 +105,37 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     return said
+
+
+def test_arguments_of_torchvisions_training(tmp_path: Path) -> None:
+    """Its reference script saves what it was called with; that is no reason to refuse the weights."""
+    torch.save({"model": WEIGHTS, "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 3}, tmp_path / "model.pth")
+    found = read(tmp_path / "model.pth")
+    assert weights(found, "x").keys() == WEIGHTS.keys()
+    assert not isinstance(found["args"], argparse.Namespace)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_torch_did_not_write(tmp_path: Path, protocol: int) -> None:
+    """Code in it is named and not run, like that in a file of torch.save."""
+    (tmp_path / "model.pth").write_bytes(pickle.dumps({"state_dict": Code(f"touch {tmp_path}/ran")}, protocol=protocol))
+    with pytest.raises(InputError, match=r"is a plain pickle, not a file of torch\.save and holds posix\.system: it is not run"):
+        read(tmp_path / "model.pth")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "model.pth").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
+    with pytest.raises(InputError, match=r"is a plain pickle, not a file of torch\.save: it is not run"):
+        read(tmp_path / "model.pth")
+
+
+def test_an_old_file_cut_after_its_first_number(tmp_path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS}, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+    with (tmp_path / "model.pth").open("rb") as file:
+        pickle.load(file)
+        file.seek(0, 1)
+        end = file.tell()
+    (tmp_path / "model.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:end])
+    with pytest.raises(InputError, match="cut short"):
+        read(tmp_path / "model.pth")
 
 
 def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +222,7 @@ def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("_base_ = './gone.py'\nmodel = dict(bbox_head=dict(num_classes=3))", "gone.py"),
     ):
         assert what in said(text), text
+    assert "config.py: the config is empty" in said("# nothing yet\n")
     assert "unknown config" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "retinanet_r5")
     assert "there is no config file" in complaint(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "gone.py"

@@ -37,13 +37,29 @@ def test_golden_numbers_agree(shared: Path) -> None:
     assert set(verdicts) == {p.stem for p in (shared / "golden").glob("*.json")}
 
 
-@pytest.mark.parametrize("key", ["out.head.0.1", "out.grad.features.0", "out.pred.1.bboxes", "state.retina_reg.bias"])
-def test_one_wrong_number_fails(shared: Path, tmp_path: Path, key: str) -> None:
-    shutil.copy(shared / "golden" / "retina_head.json", tmp_path)
-    tensors = load_file(shared / "golden" / "retina_head.safetensors")
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("retina_head", "out.head.0.1"),
+        ("retina_head", "out.grad.features.0"),
+        ("retina_head", "out.pred.1.bboxes"),
+        ("retina_head", "state.retina_reg.bias"),
+        ("rpn_head", "out.head.0.1"),
+        ("rpn_head", "out.grad.features.0"),
+        ("rpn_head", "out.pred.1.bboxes"),
+        ("rpn_head", "state.rpn_reg.bias"),
+        ("faster_roi_head", "out.grad.features.0"),
+        ("faster_roi_head", "out.pred.1.bboxes"),
+        ("faster_roi_head", "state.bbox_head.fc_reg.bias"),
+        ("faster_roi_head", "in.proposals.0.bboxes"),
+    ],
+)
+def test_one_wrong_number_fails(shared: Path, tmp_path: Path, name: str, key: str) -> None:
+    shutil.copy(shared / "golden" / f"{name}.json", tmp_path)
+    tensors = load_file(shared / "golden" / f"{name}.safetensors")
     tensors[key].view(-1)[0] += 0.05 * max(1.0, float(tensors[key].abs().max()))
-    save_file(tensors, tmp_path / "retina_head.safetensors")
-    assert compare(tmp_path) == {"retina_head": "FAIL"}
+    save_file(tensors, tmp_path / f"{name}.safetensors")
+    assert compare(tmp_path) == {name: "FAIL"}
 
 
 def test_a_wrong_loss_fails(shared: Path, tmp_path: Path) -> None:

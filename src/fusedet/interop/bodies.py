@@ -51,21 +51,23 @@ def backbone(part: Part) -> Tree:
     part.need("conv_cfg", None)
     norm(part, "norm_cfg", "BN", "BN")
     found: Tree = {"name": f"{name}.{TAGS[name]}" if name in TAGS else name, "pretrained": False}
-    found |= {"frozen_stages": part.integer("frozen_stages", -1), "norm_eval": bool(part.get("norm_eval", True))}
+    found |= {"frozen_stages": part.integer("frozen_stages", -1), "norm_eval": part.flag("norm_eval", True)}
     if part.need("style", "pytorch", "caffe") == "caffe" and depth >= 50:
         found["style"] = "caffe"
     return found | _deformable(part)
 
 
 def _deformable(part: Part) -> Tree:
-    dcn, where = part.part("dcn"), part.get("stage_with_dcn", [False] * 4)
+    dcn, where = part.part("dcn"), part.typed("stage_with_dcn", list[bool], [False] * 4)
     if not dcn:
         return {}
     kind = dcn.kind("DCN", "DCNv2", "DCNv1")
-    modulated = kind == "DCNv2" or bool(dcn.get("modulated", False))
+    modulated = kind == "DCNv2" or dcn.flag("modulated", False)
     for key in ("deform_groups", "deformable_groups"):
         dcn.need(key, 1)
     dcn.need("fallback_on_stride", False)
+    if len(where) != 4:
+        raise InputError(f"MMDetection's {part.where}.stage_with_dcn={where} must have four items, one for each stage")
     stages = [i for i, yes in enumerate(where, start=1) if yes]
     return {"deformable_stages": stages, "modulated": modulated} if stages else {}
 
@@ -80,7 +82,7 @@ def neck(parts: list[Part]) -> tuple[Any, Tree]:
     if first.part("upsample_cfg").get("mode", "nearest") != "nearest":
         raise InputError(f"MMDetection's {first.where}.upsample_cfg is not here: what can be converted upsamples by nearest neighbours")
     normed = norm(first, "norm_cfg", None, None, *(["GN"] if kind == "FPN" else [])) == "GN"
-    start, count = first.integer("start_level", 0), first.integer("num_outs", 5)
+    start, count = first.integer("start_level", 0, 0, 3), first.integer("num_outs", 5, 1, 16)
     pyramid: Tree = {"channels": first.integer("out_channels", 256), "finest": 2 + start, "coarsest": 1 + start + count}
     if count < 4 - start:
         raise InputError(f"MMDetection's {first.where}.num_outs={count} leaves out a level of the body: there are {4 - start} or more here")
@@ -91,17 +93,17 @@ def neck(parts: list[Part]) -> tuple[Any, Tree]:
         part.kind("BFP")
         part.need("num_levels", count)
         norm(part, "norm_cfg", None, None)
-        refine = part.get("refine_type", "none")
+        refine = part.need("refine_type", "none", "conv", "non_local")
         specs.append({"type": "bfp", "refine_level": part.integer("refine_level", 2), "refine": refine})
         part.rest()
     return (specs if len(specs) > 1 else specs[0]), pyramid
 
 
 def _top(part: Part, more: int) -> str:
-    extra = part.get("add_extra_convs", False)
+    extra = part.typed("add_extra_convs", bool | str, False)
     if extra is True:  # before 2.x's names
-        extra = "on_input" if part.get("extra_convs_on_inputs", True) else "on_output"
-    relu = bool(part.get("relu_before_extra_convs", False))
+        extra = "on_input" if part.flag("extra_convs_on_inputs", True) else "on_output"
+    relu = part.flag("relu_before_extra_convs", False)
     if not extra:
         return "max_pool"
     if more < 2:  # no second convolution that a ReLU could precede
@@ -111,35 +113,38 @@ def _top(part: Part, more: int) -> str:
     return _TOPS[extra, relu]
 
 
-def normalisation(config: Mapping[str, Any], notes: list[str]) -> tuple[Tree, bool]:
-    """Mean and std of RGB, where they are not the usual ones, and whether the weights take BGR."""
+def normalisation(config: Mapping[str, Any], notes: list[str]) -> tuple[list[float], list[float], bool] | None:
+    """Mean and std of RGB, and whether the weights take BGR; None where a config says nothing of pictures."""
     model = config.get("model") or {}
     if model.get("data_preprocessor") or config.get("data_preprocessor"):
         part = Part("model.data_preprocessor", model.get("data_preprocessor") or config["data_preprocessor"], notes)
-        bgr = not part.get("bgr_to_rgb", False)
+        bgr = not part.flag("bgr_to_rgb", False)
         part.need("rgb_to_bgr", False)
         if (divisor := part.integer("pad_size_divisor", 1)) != 32:
             notes.append(f"pictures were padded to multiples of {divisor}, here of 32: values near the right and lower edge may differ")
     else:
         found = config.get("img_norm_cfg") or _step(config, "Normalize")
         if not found:
-            notes.append("how pictures are normalised is not said: RGB and ImageNet's mean and deviation are taken")
-            return {}, False
+            return None
         part = Part("img_norm_cfg", found, notes)
-        bgr = not part.get("to_rgb", True)
+        bgr = not part.flag("to_rgb", True)
     mean, std = part.numbers("mean", (0, 0, 0)), part.numbers("std", (1, 1, 1))
     if len(mean) != 3 or len(std) != 3:
         raise InputError(f"MMDetection's {part.where} must have a mean and a std of three channels")
     if bgr:
         mean, std = mean[::-1], std[::-1]
-    usual = all(abs(a - b) < 5e-3 for a, b in zip(mean + std, (123.675, 116.28, 103.53, 58.395, 57.12, 57.375)))
-    return ({} if usual else {"mean": mean, "std": std}), bgr
+    return mean, std, bgr
+
+
+def usual(mean: list[float], std: list[float]) -> bool:
+    """Whether they are ImageNet's."""
+    return all(abs(a - b) < 5e-3 for a, b in zip(mean + std, (123.675, 116.28, 103.53, 58.395, 57.12, 57.375)))
 
 
 def picture_size(config: Mapping[str, Any], notes: list[str]) -> Tree:
     """The size of pictures in MMDetection's test pipeline, as data.size says it."""
-    for source in (config.get("test_pipeline"), config.get("test_dataloader"), (config.get("data") or {}).get("test")):
-        step = _step(source, "Resize", "MultiScaleFlipAug", having=("scale", "img_scale"))
+    for source in (config.get("test_pipeline"), config.get("test_dataloader"), _inside(config.get("data"), "test")):
+        step: Any = _step(source, "Resize", "MultiScaleFlipAug", having=("scale", "img_scale"))
         scale = step and (step.get("scale") or step.get("img_scale"))
         if isinstance(scale, (list, tuple)) and scale and isinstance(scale[0], (list, tuple)):
             scale = scale[0]
@@ -148,6 +153,10 @@ def picture_size(config: Mapping[str, Any], notes: list[str]) -> Tree:
                 notes.append(f"pictures were stretched to {scale[0]} x {scale[1]}, here their ratio is kept")
             return {"size": sorted(scale)} if min(scale) >= 32 else {}
     return {}
+
+
+def _inside(tree: Any, key: str) -> Any:
+    return tree.get(key) if isinstance(tree, Mapping) else None
 
 
 def _step(tree: Any, *types: str, having: tuple[str, ...] = ("type",)) -> Any:

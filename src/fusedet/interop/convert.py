@@ -14,10 +14,11 @@ from fusedet.config import Config
 from fusedet.detectors import from_config
 from fusedet.errors import InputError
 from fusedet.interop import pyconfig, reading, rows, torchvision
-from fusedet.interop.architecture import Architecture, is_legacy, translate
+from fusedet.interop.architecture import hidden, is_legacy, old_form, translate
 from fusedet.interop.guess import guess
 from fusedet.interop.keys import as_rgb, joined, matched, renamed, rules
 from fusedet.interop.names import classes
+from fusedet.interop.shapes import axis
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -38,8 +39,9 @@ class Converted:
 def convert(file: str | Path, config: str | None = None, overrides: Sequence[str] = ()) -> Converted:
     """The checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision in a file.
 
-    config: MMDetection's config, a .py file; or the name or YAML file of a config here. Where none is given, the checkpoint's own copy of
-    MMDetection's is taken, else what names and shapes tell. overrides: "key=value" texts of this project's config on top.
+    config: MMDetection's config, a .py file; or the name or YAML file of a config here, to which the checkpoint's own copy of MMDetection's
+    adds style, mean and BGR. Where none is given, that copy is taken, else what names and shapes tell.
+    overrides: "key=value" texts of this project's config on top.
     Raises InputError for a file that cannot be read, holds code, is of no detector here, or does not match in every key.
     """
     content = reading.read(file)
@@ -50,36 +52,61 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
             raise InputError(f"--config={config}: {file} is of torchvision, its weights tell all; leave --config out")
         return _of_torchvision(state, file, overrides)
     own = config is not None and not config.endswith(".py")
-    source, notes = ({}, []) if own else _config(config, meta, file)
-    legacy = is_legacy(source, state, str(meta.get("mmdet_version", "")))  # type: ignore[union-attr]
+    source, notes = _own_config(meta, file) if own else _config(config, meta, file)
+    legacy = is_legacy(source or {}, state, str(meta.get("mmdet_version", "")))  # type: ignore[union-attr]
     state = rows.modern(state) if legacy else state
     if own:
-        options = configs.load(str(config), [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"])
-        translated = Architecture({}, False, notes)
+        words = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
+        options = configs.load(str(config), words)
+        translated = hidden(source or {}, options.model.backbone, str(config))
+        backbone = {**options.model.backbone, **translated.tree}
+        options = configs.load(str(config), words, {"model": {"backbone": backbone}})
     else:
-        if not source:
+        if source is None:
             source, notes = guess(state, legacy)
-        translated = translate(source, state, legacy)
+            translated = translate(source, state, legacy)
+        else:
+            translated = translate(source, state, old_form(source))
         options = configs.parse(configs.overridden(translated.tree, overrides))
     notes += translated.notes
     if legacy:
-        notes.append(
-            "the checkpoint is of MMDetection's 1.x line: background rows come last or are dropped, boxes include their last pixel"
-        )
-        if own:
-            notes.append(f"anchors and pooling are those of {config}, which are the 1.x line's only where it says so")
+        notes += _of_the_1x_line(options, config or "its own config")
     count = class_count(state, options)
     weights = _mmdetection(as_rgb(state) if translated.bgr else state, options, count, file)
     names, category_ids = classes(meta, count, notes)
     return Converted(options, weights, names, category_ids, notes)
 
 
-def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree, list[str]]:
-    """MMDetection's config of a file, else of the checkpoint's meta, else nothing; and what to say of it."""
+def _of_the_1x_line(options: Config, name: str) -> list[str]:
+    """What to say of a checkpoint of the 1.x line, of whose rules a detector of these options has the anchors or not."""
+    notes = ["the checkpoint is of MMDetection's 1.x line: background rows come last or are dropped"]
+    head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
+    if head.get("type") in ("retina", "rpn"):
+        if head.get("round_anchors"):
+            return [*notes, "anchors are that line's, and boxes include their last pixel"]
+        notes.append(
+            f"anchors and boxes are those of later lines, as {name} says, and boxes may be a pixel off: a config of the 1.x line, or one "
+            "with LegacyAnchorGenerator, has those of the checkpoint's line"
+        )
+    return notes
+
+
+def _own_config(meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
+    """The checkpoint's own config beside another that is to be used: where it cannot be read, that is said."""
+    try:
+        return _config(None, meta, file)
+    except InputError as error:
+        return None, [f"the checkpoint's own config is not looked at: {error}"]
+
+
+def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
+    """MMDetection's config of a file, else of the checkpoint's meta, else None; and what to say of it."""
     text = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str) and "model" in meta[key]), None)
     if path is None and text is None:
-        return {}, []
+        return None, []
     read = pyconfig.read(path) if path is not None else pyconfig.parse(str(text), "the checkpoint's own config")
+    if not read.tree and not read.missing:
+        raise InputError(f"{path or file}: the config is empty; give the one that the checkpoint was trained with, or leave --config out")
     if not read.missing:
         return read.tree, []
     model = read.tree.get("model")
@@ -94,7 +121,8 @@ def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree, list[s
 def class_count(state: Mapping[str, Tensor], options: Config) -> int:
     """K, from the rows of what tells classes apart."""
     head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
-    anchors = len(state["bbox_head.retina_reg.weight"]) // 4 if "bbox_head.retina_reg.weight" in state else 1
+    codes = "bbox_head.retina_reg.weight"
+    anchors = max(axis(state, codes) // 4, 1) if codes in state else 1
     places = {
         "retina": (("bbox_head.retina_cls.weight",), anchors, 0),
         "fcos": (("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight"), 1, 0),
@@ -103,8 +131,8 @@ def class_count(state: Mapping[str, Tensor], options: Config) -> int:
         "rpn": (("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"), 1, 1),
     }
     names, share, background = places.get(str(head.get("type")), ((), 1, 0))
-    found = next((state[name] for name in names if name in state), None)
-    count = 0 if found is None else len(found) // share - background
+    found = next((name for name in names if name in state), None)
+    count = 0 if found is None else axis(state, found) // share - background
     if count < 1:
         raise InputError(
             f"the weights are not of a detector with model.head={head.get('type')}: they have no {' or '.join(names) or 'such head'}"

@@ -11,6 +11,8 @@ from fusedet.interop.part import Part, norm
 
 Tree = dict[str, Any]
 Keys = Mapping[str, Any]
+LAYERS = 100
+"""How many convolutions a head of a config may have: what is built of it is bounded."""
 _BOX_LOSSES = {"L1Loss": "l1", "SmoothL1Loss": "smooth_l1", "BalancedL1Loss": "balanced_l1"}
 
 
@@ -49,13 +51,13 @@ def fcos(part: Part, train: Part, pyramid: Tree, keys: Keys) -> Tree:
         "centerness_on_box": "centerness_on_reg",
         "deformable_last": "dcn_on_last_conv",
     }
-    found |= {ours: True for ours, theirs in names.items() if part.get(theirs, False)}
+    found |= {ours: True for ours, theirs in names.items() if part.flag(theirs, False)}
     radius = part.number("center_sample_radius", 1.5)
     if radius != 1.5:
         found["radius"] = radius
-    ranges = part.get("regress_ranges")
+    ranges = part.typed("regress_ranges", list[tuple[float, float]], [])
     if ranges:
-        found["ranges"] = [float(high) for _, high in ranges[:-1]]
+        found["ranges"] = [high for _, high in ranges[:-1]]
     found |= _focal(part.part("loss_cls"))
     kinds = {"IoULoss": "iou", "GIoULoss": "giou"}
     loss = part.part("loss_bbox")
@@ -75,7 +77,7 @@ def vfnet(part: Part, train: Part, pyramid: Tree, keys: Keys) -> Tree:
     found["bias"] = _has_bias(keys)
     part.need("use_atss", True)
     part.need("sync_num_pos", True, False)
-    if part.get("dcn_on_last_conv", False):
+    if part.flag("dcn_on_last_conv", False):
         found["deformable_last"] = True
     found["gradient_mul"] = part.number("gradient_mul", 0.1)
     found["box_norm"] = part.need("bbox_norm_type", "reg_denom", "stride")
@@ -98,7 +100,7 @@ def reppoints(part: Part, train: Part, pyramid: Tree, keys: Keys) -> Tree:
     part.need("center_init", True)
     found |= {
         "point_channels": part.integer("point_feat_channels", 256),
-        "num_points": part.integer("num_points", 9),
+        "num_points": part.integer("num_points", 9, 1),
         "transform_method": part.need("transform_method", "moment", "minmax", "partial_minmax"),
         "gradient_mul": part.number("gradient_mul", 0.1),
         "moment_mul": part.number("moment_mul", 0.01),
@@ -127,7 +129,7 @@ def rpn(part: Part, train: Part, proposal: Part, test: Part, pyramid: Tree) -> T
     """RPNHead; train, proposal, test: MMDetection's train_cfg.rpn, train_cfg.rpn_proposal and test_cfg.rpn."""
     part.kind("RPNHead")
     found: Tree = {"type": "rpn"}
-    if (convs := part.integer("num_convs", 1)) != 1:
+    if (convs := part.integer("num_convs", 1, 1, LAYERS)) != 1:
         found["convs"] = convs
     if (channels := part.integer("feat_channels", 256)) != pyramid["channels"]:
         found["channels"] = channels
@@ -182,7 +184,7 @@ def anchors(part: Part, pyramid: Tree, form: str) -> Tree:
     scales = generator.numbers("anchor_scales" if old else "scales")
     base, count = (
         generator.number("octave_base_scale", scales[0] if scales else 4),
-        generator.integer("scales_per_octave", len(scales) or 3),
+        generator.integer("scales_per_octave", len(scales) or 3, 1, 100),
     )
     octaves = [base * 2 ** (i / count) for i in range(count)]
     if any(abs(a - b) > 1e-4 * b for a, b in zip(scales, octaves)) or (form == "scale" and count != 1):
@@ -220,11 +222,16 @@ def box_loss(part: Part, *kinds: str) -> Tree:
         part.notes.append(f"further training has the loss of codes {kinds[0]} where MMDetection's {part.where} has {theirs}")
         ours = kinds[0]
     beta = loss.number("beta", 1.0)
+    if ours == "balanced_l1" and (shape := (loss.number("alpha", 0.5), loss.number("gamma", 1.5), beta)) != (0.5, 1.5, 1.0):
+        part.notes.append(
+            f"further training has the balanced L1 loss with alpha=0.5, gamma=1.5, beta=1.0 where MMDetection's {part.where} has "
+            f"alpha={shape[0]}, gamma={shape[1]}, beta={shape[2]}"
+        )
     return {} if len(kinds) == 1 else {"loss": ours} | ({"beta": beta} if ours == "smooth_l1" else {})
 
 
 def _towers(part: Part, pyramid: Tree, default_norm: str | None) -> Tree:
-    found: Tree = {"convs": part.integer("stacked_convs", 4)}
+    found: Tree = {"convs": part.integer("stacked_convs", 4, 0, LAYERS)}
     if (channels := part.integer("feat_channels", 256)) != pyramid["channels"]:
         found["channels"] = channels
     return found | {"norm": norm(part, "norm_cfg", default_norm, None, "GN") == "GN"}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedet.errors import InputError
+from fusedet.interop.shapes import axis
 
 Tree = dict[str, Any]
 Weights = Mapping[str, Tensor]
@@ -59,16 +60,15 @@ def body(state: Weights) -> Tree:
     if depth is None or "backbone.conv1.weight" not in state:
         raise InputError(f"the weights' body is no ResNet or ResNeXt that is known here: its four stages have {list(blocks)} blocks")
     found: Tree = {"type": "ResNet", "depth": depth, "frozen_stages": 1, "norm_eval": True}
-    width, inputs = state["backbone.layer1.0.conv2.weight"].shape[:2]
+    width, inputs = (axis(state, "backbone.layer1.0.conv2.weight", i) for i in (0, 1))
     if deep and width != inputs:
         found |= {"type": "ResNeXt", "groups": width // inputs, "base_width": inputs}
     offsets = [
-        next((v for k, v in state.items() if re.match(rf"backbone\.layer{i}\.\d+\.conv2(_|\.conv_)offset.*weight", k)), None)
-        for i in (1, 2, 3, 4)
+        next((k for k in state if re.match(rf"backbone\.layer{i}\.\d+\.conv2(_|\.conv_)offset.*weight", k)), None) for i in (1, 2, 3, 4)
     ]
-    shapes = [len(v) for v in offsets if v is not None]
-    if shapes:
-        found |= {"dcn": {"type": "DCNv2" if shapes[0] == 27 else "DCN"}, "stage_with_dcn": [v is not None for v in offsets]}
+    rows = [axis(state, k) for k in offsets if k is not None]
+    if rows:
+        found |= {"dcn": {"type": "DCNv2" if rows[0] == 27 else "DCN"}, "stage_with_dcn": [k is not None for k in offsets]}
     return found
 
 
@@ -80,18 +80,17 @@ def _neck(state: Weights, points: str) -> Any:
     outputs = _count(state, rf"{re.escape(prefix)}fpn_convs\.(\d+)\.")
     if not laterals:
         raise InputError("the weights' neck is none that is known here by its names: FPN, PAFPN and BFP behind them are")
-    first = state[f"{prefix}lateral_convs.0.conv.weight"]
     found: Tree = {
         "type": "PAFPN" if f"{prefix}pafpn_convs.0.conv.weight" in state else "FPN",
-        "out_channels": len(first),
+        "out_channels": axis(state, f"{prefix}lateral_convs.0.conv.weight"),
         "start_level": 4 - laterals,
     }
     if f"{prefix}lateral_convs.0.gn.weight" in state:
         found["norm_cfg"] = {"type": "GN", "num_groups": 32}
     found["num_outs"] = outputs if outputs > laterals else 5
     if outputs > laterals:
-        inputs = state[f"{prefix}fpn_convs.{laterals}.conv.weight"].shape[1]
-        on_input = inputs == state[f"{prefix}lateral_convs.{laterals - 1}.conv.weight"].shape[1]
+        inputs = axis(state, f"{prefix}fpn_convs.{laterals}.conv.weight", 1)
+        on_input = inputs == axis(state, f"{prefix}lateral_convs.{laterals - 1}.conv.weight", 1)
         # the heads that take P6 from P5 (FCOS, VFNet) have a ReLU before P7 in all of MMDetection's configs
         found |= {"add_extra_convs": "on_input" if on_input else "on_output", "relu_before_extra_convs": bool(points)}
     if not many:
@@ -106,11 +105,11 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
     convs = _count(state, r"bbox_head\.cls_convs\.(\d+)\.")
     found: Tree = {"stacked_convs": convs}
     norm = {"type": "GN", "num_groups": 32} if "bbox_head.cls_convs.0.gn.weight" in state else None
-    first = state.get("bbox_head.cls_convs.0.conv.weight", state.get("bbox_head.cls_convs.0.weight"))
-    found |= {"norm_cfg": norm, "feat_channels": 256 if first is None else len(first)}
+    first = next((k for k in ("bbox_head.cls_convs.0.conv.weight", "bbox_head.cls_convs.0.weight") if k in state), None)
+    found |= {"norm_cfg": norm, "feat_channels": 256 if first is None else axis(state, first)}
     last = f"bbox_head.cls_convs.{convs - 1}.conv.conv_offset.weight" in state
     if "bbox_head.retina_cls.weight" in state:
-        anchors = len(state["bbox_head.retina_reg.weight"]) // 4
+        anchors = axis(state, "bbox_head.retina_reg.weight") // 4
         if anchors != 9:
             raise InputError(
                 f"RetinaNet with {anchors} anchors per cell: their scales and ratios cannot be told from the weights, give --config"
@@ -122,12 +121,12 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
         method = "moment" if "bbox_head.moment_transfer" in state else "minmax"
         if method == "minmax":
             notes.append("transform_method=minmax is taken; partial_minmax has the same weights: give --config if it was that")
-        points = state["bbox_head.reppoints_pts_init_out.weight"]
+        points = "bbox_head.reppoints_pts_init_out.weight"
         return found | {
             "type": "RepPointsHead",
             "transform_method": method,
-            "num_points": len(points) // 2,
-            "point_feat_channels": points.shape[1],
+            "num_points": axis(state, points) // 2,
+            "point_feat_channels": axis(state, points, 1),
         }
     if "bbox_head.conv_centerness.weight" in state or "bbox_head.fcos_centerness.weight" in state:
         notes.append(
@@ -138,11 +137,11 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
 
 
 def _rpn(state: Weights) -> Tree:
-    anchors = len(state["rpn_head.rpn_cls.weight"])
+    anchors = axis(state, "rpn_head.rpn_cls.weight")
     if anchors != 3:
         raise InputError(f"an RPN with {anchors} anchors per cell: their scales and ratios cannot be told from the weights, give --config")
     convs = _count(state, r"rpn_head\.rpn_conv\.(\d+)\.")
-    return {"type": "RPNHead", "num_convs": max(convs, 1), "feat_channels": state["rpn_head.rpn_cls.weight"].shape[1]}
+    return {"type": "RPNHead", "num_convs": max(convs, 1), "feat_channels": axis(state, "rpn_head.rpn_cls.weight", 1)}
 
 
 def _anchors(head: Tree, legacy: bool) -> None:
@@ -170,11 +169,10 @@ def _roi(state: Weights, notes: list[str]) -> Tree:
         found = {"type": "CascadeRoIHead", "bbox_head": codes, "stage_loss_weights": [1, 0.5, 0.25]}
     if masks := [k for k in state if k.startswith("roi_head.mask_head.") and k.endswith(("upsample.bias", "conv_logits.bias"))]:
         convs = _count(state, r"roi_head\.mask_head\.(?:\d+\.)?convs\.(\d+)\.")
-        width = next((len(state[k]) for k in masks if k.endswith("upsample.bias")), 256)
+        width = next((axis(state, k) for k in masks if k.endswith("upsample.bias")), 256)
         found["mask_head"] = {"type": "FCNMaskHead", "num_convs": convs, "conv_out_channels": width}
     if "roi_head.grid_head.deconv1.weight" in state:
-        points = len(state["roi_head.grid_head.deconv2.bias"])
-        width = len(state["roi_head.grid_head.deconv1.bias"])
+        points, width = (axis(state, f"roi_head.grid_head.deconv{i}.bias") for i in (2, 1))
         notes.append("how many groups Grid R-CNN's norms have cannot be told from the weights: 36 are taken")
         convs = _count(state, r"roi_head\.grid_head\.convs\.(\d+)\.")
         grid = {"type": "GridHead", "grid_points": points, "point_feat_channels": width // points, "num_convs": convs}
@@ -187,6 +185,6 @@ def _roi(state: Weights, notes: list[str]) -> Tree:
 def _stage(state: Weights, prefix: str) -> Tree:
     convs = _count(state, rf"{re.escape(prefix)}shared_convs\.(\d+)\.")
     found: Tree = {"type": "Shared4Conv1FCBBoxHead" if convs else "Shared2FCBBoxHead"}
-    found["fc_out_channels"] = state[f"{prefix}fc_cls.weight"].shape[1]
-    codes = state.get(f"{prefix}fc_reg.weight")
-    return found | {"with_reg": codes is not None, "reg_class_agnostic": codes is not None and len(codes) == 4}
+    found["fc_out_channels"] = axis(state, f"{prefix}fc_cls.weight", 1)
+    codes = f"{prefix}fc_reg.weight"
+    return found | {"with_reg": codes in state, "reg_class_agnostic": codes in state and axis(state, codes) == 4}

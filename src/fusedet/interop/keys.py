@@ -148,7 +148,7 @@ def joined(state: Weights) -> Weights:
     found = dict(state)
     for name in ("bbox_head.scales", "bbox_head.scales_refine"):
         numbers = sorted(int(m[1]) for key in state if (m := re.fullmatch(rf"{re.escape(name)}\.(\d+)\.scale", key)))
-        if numbers:
+        if numbers and all(state[f"{name}.{i}.scale"].numel() == 1 for i in numbers):
             found[name] = torch.stack([found.pop(f"{name}.{i}.scale").reshape(()) for i in numbers])
     edge = re.compile(r"(roi_head\.grid_head\.(?:\d+\.)?)(f|s)order_trans\.(\d+)\.(\d+)\.(0|1)\.(weight|bias)")
     groups: dict[str, list[tuple[int, int, str]]] = {}
@@ -158,6 +158,8 @@ def joined(state: Weights) -> Weights:
             name = f"{m[1]}{'first' if m[2] == 'f' else 'second'}_order.{layer}.{m[6]}"
             groups.setdefault(name, []).append((int(m[3]), int(m[4]), key))
     for name, parts in groups.items():
+        if len({state[key].shape[1:] for _, _, key in parts}) > 1 or any(state[key].ndim == 0 for _, _, key in parts):
+            continue  # left as they are, and told of as without a place
         found[name] = torch.cat([found.pop(key) for _, _, key in sorted(parts)])
     return found
 
@@ -165,7 +167,7 @@ def joined(state: Weights) -> Weights:
 def as_rgb(state: Weights) -> Weights:
     """Weights that take BGR, taking RGB: the input channels of the first convolution turned round."""
     stem = "backbone.conv1.weight"
-    return state | {stem: state[stem].flip(1)} if stem in state else state
+    return state | {stem: state[stem].flip(1)} if stem in state and state[stem].ndim == 4 else state
 
 
 def matched(

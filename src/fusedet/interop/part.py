@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, checked
 
+_LARGEST = 1e30  # what a float32 holds with room for products
 # what changes no prediction and has its own place here, or none
 _SILENT = {"type", "pretrained", "init_cfg", "with_cp", "zero_init_residual", "in_channels", "conv_cfg", "act_cfg", "num_classes"}
 
@@ -29,24 +30,35 @@ class Part:
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int) -> int:
-        """The same, a whole number."""
+    def typed(self, key: str, hint: Any, default: Any) -> Any:
+        """The same, of the type that the hint says (`errors.checked`): list[bool], str, ..."""
+        return checked(self.get(key, default), hint, f"MMDetection's {self.where}.{key}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The same, True or False."""
+        found: bool = self.typed(key, bool, default)
+        return found
+
+    def integer(self, key: str, default: int, least: int = -1, most: int = 10**6) -> int:
+        """The same, a whole number from least to most, which bound what is built of it."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a whole number")
+        if not least <= value <= most:
+            raise InputError(f"MMDetection's {self.where}.{key}={value} must be from {least} to {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
         """The same, a number."""
         value = self.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not _is_number(value):
             raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a number")
         return float(value)
 
     def numbers(self, key: str, default: Any = ()) -> list[float]:
         """The same, a list of numbers."""
         value = self.get(key, list(default))
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, (int, float)) for v in value):
+        if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
             raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a list of numbers")
         return [float(v) for v in value]
 
@@ -82,6 +94,10 @@ class Part:
         left = [k for k, v in self.values.items() if k not in self.asked | _SILENT | set(silent) and v is not None]
         if left:
             self.notes.append(f"not taken over from {self.where}: {', '.join(left)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def norm(part: Part, key: str, default: str | None, *kinds: str | None) -> str | None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import pickletools
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedet import archive
 from fusedet.errors import InputError
 
 
@@ -30,8 +29,9 @@ class _Inert:
 class _InertDict:
     """Stands for a mapping of another project: its items alone are kept, in a plain one."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return OrderedDict()
+    def __new__(cls, *made_of: Any) -> Any:
+        # MMEngine's ConfigDict has its items here, others set them later
+        return OrderedDict(made_of[0] if len(made_of) == 1 and isinstance(made_of[0], Mapping) else {})
 
 
 def _stand_in(path: str, base: type) -> type:
@@ -51,6 +51,7 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
             "numpy.dtype",
             *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
             *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+            "argparse.Namespace",  # of torchvision's reference training
             "pathlib.PosixPath",
             "pathlib.WindowsPath",
         )
@@ -79,8 +80,7 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     if path.suffix == ".safetensors":
         return _safetensors(path)
-    if not _whole(path):
-        raise InputError(f"{path} is cut short, or not a checkpoint: copy it again")
+    archive.check(path)
     try:
         with torch.serialization.safe_globals(STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -88,34 +88,21 @@ def read(path: str | Path) -> dict[str, Any]:
         found = re.search(r"GLOBAL (\w[\w.]*\w)", str(error)) or re.search(r"Can only .*|Trying to .*", str(error))
         what = found[found.re.groups] if found else "something else than tensors and plain values"
         raise InputError(f"{path} holds {what}, which no checkpoint of weights needs: it is not run") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, MemoryError) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(content, Mapping):
         raise InputError(
             f"{path} holds a {type(content).__name__}: a checkpoint is a mapping with weights under 'state_dict', or of weights alone"
         )
+    archive.check_tensors(content, path)
     return dict(content)
-
-
-def _whole(path: Path) -> bool:
-    """Whether a file ends where torch.save ended it: a zip file, or, before torch 1.6, five pickles and then the tensors."""
-    with path.open("rb") as file:
-        if file.read(2) == b"PK":
-            return zipfile.is_zipfile(path)
-        file.seek(0)
-        try:
-            for _ in range(5):
-                for _ in pickletools.genops(file):  # read, not run
-                    pass
-        except (ValueError, UnicodeDecodeError):
-            return False
-    return True
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    archive.check(path)
     try:
         return dict(load_file(path))
     except SafetensorError as error:

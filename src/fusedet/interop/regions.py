@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedet.errors import InputError
-from fusedet.interop.dense import box_loss, code
+from fusedet.interop.dense import LAYERS, box_loss, code
 from fusedet.interop.part import Part, norm
 
 Tree = dict[str, Any]
@@ -18,7 +18,7 @@ def roi(part: Part, trains: list[Part], legacy: bool) -> Tree:
     part.need("shared_head", None)
     heads = part.parts("bbox_head")
     if kind == "CascadeRoIHead" and len(heads) == 1:
-        heads = heads * part.integer("num_stages", 3)
+        heads = heads * part.integer("num_stages", 3, 1, 16)
     if kind != "CascadeRoIHead" and len(heads) != 1:
         raise InputError(f"MMDetection's {part.where}.bbox_head must be one mapping, got {len(heads)}")
     weights = part.numbers("stage_loss_weights", [1.0] * len(heads))
@@ -53,14 +53,14 @@ def _stage(head: Part, weight: float, train: Part, pooling: Tree, kind: str) -> 
     for key in ("reg_predictor_cfg", "cls_predictor_cfg"):
         if str(head.part(key).get("type", "Linear")) != "Linear":
             raise InputError(f"MMDetection's {head.where}.{key} is not here: what can be converted has Linear")
-    if head.part("loss_cls").get("use_sigmoid", False):
+    if head.part("loss_cls").flag("use_sigmoid", False):
         raise InputError(f"MMDetection's {head.where}.loss_cls.use_sigmoid=True is not here: what can be converted has the softmax")
     sampler = train.part("sampler")
     found: Tree = {"type": "dynamic" if kind == "DynamicRoIHead" else "box"} | pooling
     found |= {"channels": head.integer("fc_out_channels", 1024)} | ({"convs": convs, "layers": layers} if four else {})
     found |= {"stds": code(head, None), "num": sampler.integer("num", 512), "fraction": sampler.number("pos_fraction", 0.25)}
     found["positive"] = train.part("assigner").number("pos_iou_thr", 0.5)
-    if head.get("reg_class_agnostic", False):
+    if head.flag("reg_class_agnostic", False):
         found["class_agnostic"] = True
     if weight != 1.0:
         found["weight"] = weight
@@ -71,7 +71,7 @@ def _stage(head: Part, weight: float, train: Part, pooling: Tree, kind: str) -> 
         found |= {"initial_iou": memory.number("initial_iou", 0.4), "initial_beta": memory.number("initial_beta", 1.0)}
         head.part("loss_bbox")
     else:
-        found |= {} if head.get("with_reg", True) else {"regress": False}
+        found |= {} if head.flag("with_reg", True) else {"regress": False}
         found |= box_loss(head, "l1", "smooth_l1", "balanced_l1")
         found |= _sampling(sampler)
     head.rest("loss_cls", "loss_bbox", "roi_feat_size", "num_shared_fcs", "conv_out_channels", "target_means", "target_stds")
@@ -98,17 +98,20 @@ def _pooling(extractors: list[Part], legacy: bool, size: int) -> Tree:
     layer.kind("RoIAlign", "RoIAlignV2")
     layer.need("pool_mode", "avg")
     found: Tree = {}
-    samples = layer.integer("sampling_ratio", layer.integer("sample_num", 0))
+    samples = layer.integer("sampling_ratio", layer.integer("sample_num", 0), 0, 100)
     if samples:
         found["samples"] = samples
-    if not layer.get("aligned", not legacy):
+    if not layer.flag("aligned", not legacy):
         found["aligned"] = False
     if (side := part.number("finest_scale", 56)) != 56:
         found["finest_side"] = side
     if (count := len(part.numbers("featmap_strides", (4, 8, 16, 32)))) != 4:
         found["count"] = count
-    out = layer.get("output_size", layer.get("out_size", size))
-    out = out[0] if isinstance(out, (list, tuple)) else out
+    key = "output_size" if layer.get("output_size") is not None else "out_size"
+    sides = layer.typed(key, int | list[int], size)
+    sides = [sides] if isinstance(sides, int) else sides
+    if len(set(sides)) != 1 or not 1 <= (out := sides[0]) <= 1000:
+        raise InputError(f"MMDetection's {layer.where}.{key}={layer.get(key)} must be one side of a square from 1 to 1000")
     return ({"size": out} if out != size else {}) | ({"pooling": {"type": "level"} | found} if found else {})
 
 
@@ -124,7 +127,11 @@ def _mask(head: Part, pooling: Tree) -> Tree:
         or head.get("upsample_method", "deconv") != "deconv"
     ):
         raise InputError(f"MMDetection's {head.where} does not double its maps by a transposed convolution, as what can be converted does")
-    found: Tree = {"type": "mask", "convs": head.integer("num_convs", 4), "channels": head.integer("conv_out_channels", 256)} | pooling
+    found: Tree = {
+        "type": "mask",
+        "convs": head.integer("num_convs", 4, 0, LAYERS),
+        "channels": head.integer("conv_out_channels", 256),
+    } | pooling
     if (weight := head.part("loss_mask").number("loss_weight", 1.0)) != 1.0:
         found["weight"] = weight
     head.rest("roi_feat_size")
@@ -133,11 +140,11 @@ def _mask(head: Part, pooling: Tree) -> Tree:
 
 def _grid(head: Part, train: Part, pooling: Tree) -> Tree:
     head.kind("GridHead")
-    points = head.integer("grid_points", 9)
+    points = head.integer("grid_points", 9, 1)
     groups = head.part("norm_cfg").integer("num_groups", 36)
     head.need("deconv_kernel_size", 4)
     head.need("conv_kernel_size", 3)
-    found: Tree = {"type": "grid", "side": round(points**0.5), "convs": head.integer("num_convs", 8), "groups": groups} | pooling
+    found: Tree = {"type": "grid", "side": round(points**0.5), "convs": head.integer("num_convs", 8, 0, LAYERS), "groups": groups} | pooling
     found |= {"point_channels": head.integer("point_feat_channels", 64), "radius": train.integer("pos_radius", 1)}
     found |= {"num": train.integer("max_num_grid", 192), "weight": head.part("loss_grid").number("loss_weight", 15)}
     head.rest("roi_feat_size")

@@ -26,6 +26,8 @@ def modern(state: Weights) -> Weights:
 
 
 def _rows(name: str, value: Tensor) -> Tensor:
+    if value.ndim == 0:  # no rows: `keys.matched` says of what shape it should be
+        return value
     layer = name.rpartition(".")[0]
     if layer.endswith("fc_cls"):
         return torch.cat([value[1:], value[:1]])

@@ -20,6 +20,7 @@ from fusedet.errors import InputError
 from fusedet.interop.guess import body
 from fusedet.interop.keys import Rule, renamed
 from fusedet.interop.names import COCO, COCO_IDS
+from fusedet.interop.shapes import axis
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -87,6 +88,8 @@ def translate(state: Weights, file: str) -> Translated:
     if model["head"]["type"] == "fcos":  # it has none
         weights["head.scales"], sources["head.scales"] = torch.ones(5), "head.scales"
     count = _classes(state, dense)
+    if count < 1:
+        raise InputError(f"the weights of {file} know no class beside background: there is nothing to convert")
     coco = count == (91 if dense else 90)
     if coco:
         notes.append("of torchvision's 91 rows of classes the 80 are kept that COCO has objects of")
@@ -106,8 +109,8 @@ Parts = tuple[Tree, Tree, list[Rule], Callable[[Weights], Weights]]
 def _classes(state: Weights, dense: bool) -> int:
     """K: rows of a dense head per anchor, or those of the box head without background."""
     if not dense:
-        return len(state["roi_heads.box_predictor.cls_score.bias"]) - 1
-    return len(state["head.classification_head.cls_logits.bias"]) // (len(state["head.regression_head.bbox_reg.bias"]) // 4)
+        return axis(state, "roi_heads.box_predictor.cls_score.bias") - 1
+    return axis(state, "head.classification_head.cls_logits.bias") // max(axis(state, "head.regression_head.bbox_reg.bias") // 4, 1)
 
 
 def _one_stage(state: Weights) -> Parts:
@@ -127,7 +130,8 @@ def _one_stage(state: Weights) -> Parts:
         (r"^head\.regression_head\.bbox_reg\.", "head.reg."),
         (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
     ]
-    on_input = state["backbone.fpn.extra_blocks.p6.weight"].shape[1] != len(state["backbone.fpn.extra_blocks.p6.weight"])
+    p6 = "backbone.fpn.extra_blocks.p6.weight"
+    on_input = axis(state, p6, 1) != axis(state, p6)
     pyramid = {"channels": 256, "finest": 3, "coarsest": 7, "top": "on_input_relu" if on_input else "on_output"}
     if fcos:
         head: Tree = {
@@ -141,7 +145,7 @@ def _one_stage(state: Weights) -> Parts:
         # its scores are roots of those here, and its threshold 0.2 is of the root
         test = {"score": 0.04, "nms": 0.6, "max_det": 100}
     else:
-        if len(state["head.regression_head.bbox_reg.bias"]) != 36:
+        if axis(state, "head.regression_head.bbox_reg.bias") != 36:
             raise InputError("a torchvision RetinaNet of other than 9 anchors per cell: their sizes cannot be told from the weights")
         head = {"type": "retina", "norm": normed, "bias": not normed, "round_anchors": True, "whole_sizes": True}
         test = {"score": 0.05, "nms": 0.5, "max_det": 300}
@@ -151,7 +155,7 @@ def _one_stage(state: Weights) -> Parts:
         found = dict(given)
         for kind in ("weight", "bias"):
             key = f"head.classification_head.cls_logits.{kind}"
-            if len(given[key]) == 91 * anchors:
+            if axis(given, key) == 91 * anchors:
                 found[key] = given[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
         return found
 
@@ -162,7 +166,7 @@ def _two_stage(state: Weights) -> Parts:
     """Faster or Mask R-CNN."""
     convs = sum(bool(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", key)) for key in state)
     depth = sum(bool(re.fullmatch(r"rpn\.head\.conv\.\d+\.0\.weight", key)) for key in state)
-    if len(state["rpn.head.cls_logits.bias"]) != 3:
+    if axis(state, "rpn.head.cls_logits.bias") != 3:
         raise InputError("a torchvision RPN of other than 3 anchors per cell: their sizes cannot be told from the weights")
     pooling = {"type": "level", "samples": 2, "aligned": False}
     stage: Tree = {"type": "box", "pooling": pooling} | ({"convs": convs, "layers": 1} if convs else {})
@@ -176,11 +180,13 @@ def _two_stage(state: Weights) -> Parts:
 
     def rows(given: Weights) -> Weights:
         found = dict(given)
-        keep = list(COCO_IDS) if len(given["roi_heads.box_predictor.cls_score.bias"]) == 91 else None
+        keep = list(COCO_IDS) if axis(given, "roi_heads.box_predictor.cls_score.bias") == 91 else None
         for kind in ("weight", "bias"):
             for layer, width in (("box_predictor.cls_score", 1), ("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
                 key = f"roi_heads.{layer}.{kind}"
                 if key in given:
+                    if axis(given, key) != (count := axis(given, "roi_heads.box_predictor.cls_score.bias")) * width:
+                        raise InputError(f"the weights' {key} has {axis(given, key)} rows: {count} classes need {count * width}")
                     by_class = given[key].unflatten(0, (-1, width))
                     classes = by_class[keep] if keep else by_class[1:]
                     found[key] = (torch.cat([classes, by_class[:1]]) if layer.endswith("cls_score") else classes).flatten(0, 1)
@@ -198,11 +204,17 @@ def _folded(state: Weights, notes: list[str]) -> Weights:
             continue
         norm = key.removesuffix("running_var")
         conv = norm.removesuffix("1.") + "0."
+        parts = [f"{norm}{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        if (
+            any(axis(state, one) != axis(state, f"{conv}weight") or state[one].ndim != 1 for one in parts)
+            or state[f"{conv}weight"].ndim != 4
+        ):
+            raise InputError(f"the weights' {norm}* is no batch norm of {conv}weight: it should have as many values as that has rows")
         scale = state[f"{norm}weight"] * (state[key] + EPS).rsqrt()
         found[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
         found[f"{conv}bias"] = state[f"{norm}bias"] + (state.get(f"{conv}bias", 0) - state[f"{norm}running_mean"]) * scale
-        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            found.pop(f"{norm}{part}", None)
+        for one in (*parts, f"{norm}num_batches_tracked"):
+            found.pop(one, None)
         folded += 1
     if folded:
         notes.append(f"{folded} batch norms outside the body are folded into their convolutions: training would go on without them")
