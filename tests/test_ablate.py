@@ -20,7 +20,7 @@ from rich.console import Console
 
 from conftest import SMALL
 from fusedet import ablate, cli
-from fusedet.ablate import cost, estimate, run, tables, worker
+from fusedet.ablate import cost, estimate, phrases, run, tables, worker
 from fusedet.ablate.plan import Cell, Plan
 from fusedet.config import Config
 from fusedet.engine.loop import NonFinite
@@ -109,7 +109,8 @@ def test_a_finished_table_runs_nothing(done: Path, scenes: Path, table: Path, mo
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("trained again"))
     assert cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "60", *SMALL]) == 0
     assert load(out)["rows"][0]["measured"] == load(done)["rows"][0]["measured"]
-    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", str(table)]] * 2  # both calls are in the report
+    # both calls are in the report, with paths from here
+    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", phrases.shown(str(table))]] * 2
 
 
 KILLED = """
@@ -136,8 +137,11 @@ def test_killed_and_started_again_gives_the_same_table(scenes: Path, table: Path
     for name in ("a", "b"):
         assert cli.run([*words, f"out={tmp_path / name}"]) == 0
     a, b = (load(tmp_path / name) for name in ("a", "b"))
-    times = [json.loads((tmp_path / "a" / "fpn_bfp" / f"seed{s}" / "time.json").read_text())["resumed"] for s in (0, 1)]
-    assert times == [True, False]
+    times = [json.loads((tmp_path / "a" / "fpn_bfp" / f"seed{s}" / "time.json").read_text()) for s in (0, 1)]
+    assert [one["resumed"] for one in times] == [True, False]
+    assert times[0]["seconds"] is None  # nobody knows how long the killed session was
+    assert times[1]["seconds"] == sum(times[1]["sessions"]) > 0
+    assert "training time not known</td><td>1 runs" in (tmp_path / "a" / "report.html").read_text()
     for one, other in zip(a["rows"], b["rows"]):
         assert [one.get(key) for key in ("measured", "difference", "classes", "conclusion")] == [
             other.get(key) for key in ("measured", "difference", "classes", "conclusion")
@@ -270,10 +274,12 @@ def test_the_budget_says_what_is_left(plan: Plan, monkeypatch: pytest.MonkeyPatc
     said: list[str] = []
     ablate.ablate(plan, ablate.Launch(budget=0.001, resamples=40), say=said.append, quiet=True)
     left = next(text for text in said if "undone" in text)
-    assert re.search(r"leaves 3 runs undone, about .*: 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0, 'FPN\*\+BFP' seed 1", left)
+    assert re.search(r"leaves 4 runs undone, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left)
+    assert "timing a training step of 'plain, 1 conv'" in said
     found = load(plan.out)
-    assert [one["state"] for one in row(found, "plain")["runs"]] == ["finished", "absent"]
+    assert [one["state"] for one in row(found, "plain")["runs"]] == ["absent"] * 2
     assert tables.cost_sheet(found).rows[2][5:] == ["not measured"] * 4
+    assert not list(plan.out.rglob("config.yaml"))
 
 
 # -- dry run

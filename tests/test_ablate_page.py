@@ -99,6 +99,9 @@ def summary(folder: Path) -> dict[str, Any]:
                 "time_ms": None,
                 "split": "val",
                 "note": None,
+                "published_difference": {"AP": 1.0 * i} if i else {},
+                "reference": "FPN",
+                "weights_of": None,
             }
             | {"base": "x", "overrides": [], "same_as": None, "runs": runs, "measured": measured, "cost": cost}
             | {"difference": dict.fromkeys(measured, change) if change else None, "conclusion": f"conclusion {i}"}
@@ -106,9 +109,11 @@ def summary(folder: Path) -> dict[str, Any]:
         )
     rows.append(
         {"label": "theirs", "cited": True, "published": {"AP": 41.0}, "params_M": None, "time_ms": None, "split": None, "note": "n"}
+        | {"published_difference": {}}
     )
     split = {"source": "data & more", "pictures": 8, "objects": 24, "fingerprint": "17a5b5b7ccea1f3f"}
     head = {"table": "mine", "title": "Necks <of> mine", "paper": "A paper", "note": None, "baseline": "FPN", "seeds": 2, "overrides": []}
+    head |= {"figure": "AP", "drawn": True, "chosen": False}
     return head | {
         "commands": [["fusedet", "ablate", "mine", "data=a b"]],
         "data": {"train": split, "val": split, "classes": classes},

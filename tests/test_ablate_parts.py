@@ -37,6 +37,7 @@ def taken(asked: run.Queue, now: list[float], seconds: Callable[[Cell], float]) 
         order.append((cell.label, cell.seed))
         now[0] += seconds(cell)
         asked.clock.seconds.setdefault(cell.label, []).append(seconds(cell))
+        asked.finished(cell)
     return order
 
 
@@ -54,7 +55,7 @@ def test_a_budget_goes_to_whole_rows_first(now: list[float]) -> None:
     assert spend(45) == fpn + bifpn  # PAFPN as a whole does not fit, BiFPN does
     assert spend(39) == fpn + bifpn[:1]  # no whole row fits any more: single runs, as far as they fit
     assert spend(20) == fpn
-    assert spend(1) == fpn[:1]  # nothing is known before the first run
+    assert spend(1) == fpn[:1]  # nothing is known here before the first run; `ablate` times a step
 
 
 def test_runs_side_by_side_share_the_budget(now: list[float]) -> None:
@@ -63,8 +64,15 @@ def test_runs_side_by_side_share_the_budget(now: list[float]) -> None:
     assert alone.remaining == 80
     assert beside.remaining == 40
     assert beside.take() is not None
-    tight = queue(known, 15, now, beside=2)
-    assert [cell.label for cell in (tight.take(), tight.take(), tight.take()) if cell] == ["FPN", "FPN", "BiFPN"]
+    tight = queue(known, 25, now, beside=2)
+    first, second = tight.take(), tight.take()
+    assert first
+    assert second
+    assert [first.label, second.label] == ["FPN", "FPN"]
+    now[0] += 4  # both devices need 6 s more, which leaves 15: a run of 10 s does not fit two times on one of them, nor one of 20 s
+    assert [cell.label for cell in (tight.take(), tight.take(), tight.take()) if cell] == ["BiFPN", "BiFPN"]
+    late = queue(known, 15, now, beside=2)
+    assert [cell.label for cell in (late.take(), late.take(), late.take()) if cell] == ["FPN", "FPN"]  # a third one would end at 20
 
 
 def test_other_rows_are_expected_by_their_work(now: list[float]) -> None:
@@ -113,14 +121,28 @@ AP = {"over_pictures": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
     ],
 )
 def test_conclusions(change: dict[str, Any], said: str) -> None:
-    one = {"label": "b", "measured": {"AP": {}}, "difference": {"AP": AP | change}}
-    assert re.search(said, summary.conclusion(one, "a", {"a": "a", "b": "b"}))
+    one = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": {"AP": AP | change}}
+    assert re.search(said, summary.conclusion(one, "AP", {"a": "a", "b": "b"}))
+
+
+def test_conclusions_of_a_figure_without_an_interval_over_pictures() -> None:
+    def said(over_seeds: list[float] | None) -> str:
+        change = {"value": 1.0, "over_pictures": None, "over_seeds": over_seeds}
+        one = {"label": "b", "reference": "a", "measured": {"VOC_AP": {}}, "difference": {"VOC_AP": change}}
+        return summary.conclusion(one, "VOC_AP", {"a": "a", "b": "b"})
+
+    assert said([0.1, 1.9]).startswith(
+        "VOC_AP 1.00 higher than 'a' on these very pictures for other seeds too (+0.10 to +1.90). Over pictures"
+    )
+    assert said([-0.0001, 1.9]).startswith("Nothing can be concluded: -0.0001 to +1.9000 holds 0. Over pictures there is no interval")
+    assert "fewer than two seeds" in said(None)
 
 
 def test_conclusions_without_a_difference() -> None:
     owners = {"a": "a", "b": "b", "c": "a"}
-    measured = {"label": "b", "measured": {"AP": {}}, "difference": None}
-    assert "baseline was not measured" in summary.conclusion(measured, "a", owners)
-    assert summary.conclusion(measured | {"label": "a"}, "a", owners).startswith("The baseline:")
-    assert summary.conclusion(measured | {"label": "c"}, "a", owners) == "The same config as 'a'."
-    assert "Not measured" in summary.conclusion(measured | {"measured": None}, "a", owners)
+    measured = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": None}
+    assert "'a' was not measured" in summary.conclusion(measured, "AP", owners)
+    assert "baseline was not measured" in summary.conclusion(measured | {"reference": None}, "AP", owners)
+    assert summary.conclusion(measured | {"label": "a"}, "AP", owners).startswith("The baseline:")
+    assert summary.conclusion(measured | {"label": "c"}, "AP", owners) == "The same config as 'a'."
+    assert "Not measured" in summary.conclusion(measured | {"measured": None}, "AP", owners)

@@ -222,6 +222,7 @@ def test_counts_of_the_parts_of_smsl() -> None:
     [
         ("retinanet_r101", ["model.plugin=msfm"], 56_735_476 + 5_254_832),
         ("retinanet_r50", ["model.backbone.deformable_stages=[2,3,4]"], 37_743_348 + 580_842),
+        ("reppoints_r50", ["model.plugin=msfm"], 38_938_878),
     ],
 )
 def test_counts_of_the_specification_outside_the_tables(name: str, overrides: list[str], count: int) -> None:

@@ -55,6 +55,8 @@ def ablate(plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False)
         costs = counted(plan.configs, plan.classes)
         places = run.devices(next(iter(plan.configs.values())).device)
         queue = run.Queue(run.unfinished(plan, states), estimate.clock(plan, costs), launch.budget, len(places))
+        if launch.budget is not None and queue.left and not queue.clock.seconds:
+            _time(plan, queue.left[0].label, costs, queue.clock, say)
         if launch.launcher == "slurm" and queue.left:
             run.slurm(queue, plan.out / "slurm", launch.slurm, say)
         elif queue.left:
@@ -80,14 +82,12 @@ def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
         states = plan.states()
         lacking = {row[0].label: len(row) for row in run.unfinished(plan, states) if row}
         if not clock.seconds and lacking:
-            first = plan.baseline if plan.baseline in lacking else next(iter(lacking))
-            say(f"timing a training step of '{first}'")
-            estimate.timed(plan, str(first), costs[str(first)]["multiply_adds"], clock)
+            _time(plan, next(iter(lacking)), costs, clock, say)
     rows = []
     for row in plan.table.rows:
         cost = costs.get(row.label, {})
         left = lacking.pop(plan.owners[row.label], 0) if row.label in plan.chosen else None  # of rows that share runs the first has them
-        expected = clock.expected(row.label) if clock and left else None
+        expected = clock.expected(plan.owners[row.label]) if clock and left else None
         rows.append(
             {
                 "label": row.label,
@@ -102,6 +102,12 @@ def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
             }
         )
     return rows, clock.basis if clock else ""
+
+
+def _time(plan: Plan, label: str, costs: Mapping[str, Mapping[str, float]], clock: estimate.Clock, say: Say) -> None:
+    """Where no run has finished, a step tells how long one takes."""
+    say(f"timing a training step of '{label}'")
+    estimate.timed(plan, label, costs[label]["multiply_adds"], clock)
 
 
 def _left(queue: run.Queue) -> str:

@@ -17,10 +17,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusedet import measure
+from fusedet.ablate.plan import Cell
 from fusedet.ablate.table import weightless
 from fusedet.config import Config
+from fusedet.data.collate import collate_views, see
 from fusedet.data.images import read_image
-from fusedet.data.loader import collate_views, see
 from fusedet.data.records import Records
 from fusedet.types import Batch
 from fusedet.verbs.predict import Predictor, find, load
@@ -42,15 +43,16 @@ def counted(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, 
     return found
 
 
-def predicting(runs: Mapping[str, Path], records: Records, device: torch.device, seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
-    """Latency and memory of prediction with each run's weights: {row: {p50_ms, p95_ms, pictures, peak_MiB, device}}.
+def predicting(runs: Mapping[str, Cell], records: Records, device: torch.device, seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
+    """Latency and memory of prediction with each run's weights, tested as the run is: {row: {p50_ms, p95_ms, pictures, peak_MiB, device}}.
 
     Latency is from a picture as the network sees it to its detections, in all views that the config's test section asks for; `PICTURES`
     pictures of the records one by one, the rows in turn, so that a slow moment of the machine meets all of them; after `seconds` no
     further picture is begun, but two are always timed. Peak memory is of the tensors alive at once, weights included, the most
     of two pictures; None on devices that do not count it.
     """
-    models = {label: load(run, device=device.type if device.index is None else str(device)) for label, run in runs.items()}
+    place = device.type if device.index is None else str(device)
+    models = {label: load(cell.trained or cell.folder, *_testing(cell), device=place, trust=True) for label, cell in runs.items()}
     places = np.unique(np.linspace(0, len(records) - 1, PICTURES).round().astype(int)).tolist()
     times: dict[str, list[float]] = {label: [] for label in runs}
     peaks: dict[str, float | None] = {}
@@ -79,13 +81,18 @@ def predicting(runs: Mapping[str, Path], records: Records, device: torch.device,
 
 
 def training_speed(run: Path) -> float | None:
-    """Training pictures per second of a run, the wait for data included: the median of what its metrics.csv has logged; None without."""
+    """Training pictures per second of a run, the wait for data included: the median of what its speed.csv has logged; None without."""
     try:
-        with (run / "metrics.csv").open(newline="", encoding="utf-8") as lines:
-            speeds = [float(row["images_per_second"]) for row in csv.DictReader(lines) if row.get("images_per_second")]
+        with (run / "speed.csv").open(newline="", encoding="utf-8") as lines:
+            speeds = [float(row["images_per_second"]) for row in csv.DictReader(lines)]
     except OSError:
         return None
     return median(speeds) if speeds else None
+
+
+def _testing(cell: Cell) -> list[str]:
+    """The test section of a run that scores weights of another one, as overrides; nothing for one that was trained."""
+    return [f"test.{key}={json.dumps(value)}" for key, value in cell.config.tree()["test"].items()] if cell.trained else []
 
 
 def _batch(model: Predictor, records: Records, i: int) -> Batch:

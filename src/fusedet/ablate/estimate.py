@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count as count_up
 from statistics import fmean, median
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fusedet.ablate.plan import TIMES, Cell, Plan, Split, read_json
 from fusedet.data.loader import train_loader
 from fusedet.errors import InputError
-from fusedet.verbs.predict import pick_device
+from fusedet.verbs.predict import pick_device, views
 from fusedet.verbs.train import make_detector, train_transform
 from fusedet.verbs.val import detect, finds_masks, val_loader
 
@@ -72,7 +73,7 @@ class Clock:
     def add(self, cell: Cell) -> None:
         """A run has finished: what it took counts, unless it was stopped in between or another machine's."""
         times = read_json(cell.folder / TIMES)
-        if times and not times["resumed"]:
+        if times and not times["resumed"] and times["seconds"] is not None:
             self.seconds.setdefault(cell.label, []).append(times["seconds"])
 
 
@@ -88,10 +89,16 @@ def clock(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> Clock:
 
 
 def work(plan: Plan, label: str, multiply_adds: float) -> float:
-    """Multiply-adds of a row's run: a training step is three forward passes, a validation one."""
-    one, (data, val) = plan.configs[label].train, plan.data[label]
-    validations = -(-one.epochs // one.validate_every) + 1  # the last one scores the best weights
-    return multiply_adds * (3 * one.epochs * len(data) + validations * len(val))
+    """Multiply-adds of a row's run: a training step is three forward passes, a validation one per view.
+
+    Where the weights of another row are scored, a validation is all there is to do.
+    """
+    one, (data, val) = plan.configs[label], plan.data[label]
+    validations = -(-one.train.epochs // one.train.validate_every) + 1  # the last one scores the best weights
+    seen = sum((view.size / one.data.size[0]) ** 2 for view in views(one))
+    if plan.owners[label] != plan.trainers[label]:
+        return multiply_adds * seen * len(val)
+    return multiply_adds * (3 * one.train.epochs * len(data) + validations * seen * len(val))
 
 
 def timed(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
@@ -104,7 +111,9 @@ def timed(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
     # the two passes have a rate each; a run mixes them as `work` does
     one = options.train
     steps, checks = one.epochs * len(data[0]), (-(-one.epochs // one.validate_every) + 1) * len(data[1])
-    made.rate = (steps * step + checks * prediction) / made.work[label]
+    # of a row that only scores another one's weights too: the rate is that of a training
+    whole = replace(plan, trainers=plan.owners)
+    made.rate = (steps * step + checks * prediction) / work(whole, label, multiply_adds)
     made.basis = (
         f"one training step of '{label}' on {device} with {count} pictures, {step:.3g} s each, and a prediction, {prediction:.3g} s; "
         "other rows by their multiply-adds"
@@ -117,7 +126,7 @@ def _seconds(plan: Plan, label: str, data: Split, device: torch.device, count: i
     detector: Any = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
     loader = train_loader(data[0], train_transform(options), batch=count, masks=finds_masks(detector))
     weights = detector.loss_weights
-    batches = loader.epoch(0)
+    batches = (batch for epoch in count_up() for batch in loader.epoch(epoch))
     for _ in range(2):
         began = time.perf_counter()
         terms = detector.loss(next(batches).to(device))

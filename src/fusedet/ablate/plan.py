@@ -16,6 +16,7 @@ from fusedet.data.records import Records
 from fusedet.errors import InputError, unknown
 from fusedet.verbs.predict import pick_device
 from fusedet.verbs.train import check_monitor, learns_masks, open_data
+from fusedet.verbs.val import finds_masks
 
 Split = tuple[Records, Records]
 State = Literal["absent", "begun", "failed", "finished"]
@@ -26,10 +27,14 @@ FAILED, TIMES, MARKER = "failed.json", "time.json", "ablation.json"
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a row with a seed. config: complete, with its seed and `out`, the run's folder."""
+    """One run: a row with a seed. config: complete, with its seed and `out`, the run's folder.
+
+    trained: None for a training; else the folder of the one whose weights are scored anew, as this row's test section says.
+    """
 
     label: str
     config: Config
+    trained: Path | None = None
 
     @property
     def seed(self) -> int:
@@ -47,6 +52,8 @@ class Cell:
         absent: no step of it is kept; begun: it goes on from its last checkpoint; failed: it diverged.
         """
         folder, file = self.folder, self.folder / "config.yaml"
+        if self.trained and (self.trained / FAILED).is_file():
+            return "failed"
         if not folder.exists() or not any(folder.iterdir()):
             return "absent"
         if not file.is_file():
@@ -74,13 +81,15 @@ class Plan:
     """A table with its rows resolved.
 
     configs: of every row that can run, by label. owners: the row whose runs a row shares, its own label, or that of the first one with
-    an equal config. chosen: the labels to run. data: training and validation split of every row with a config; empty without data.
+    an equal config. trainers: the row whose weights a row is scored with, likewise, of configs that are equal but for their test
+    section. chosen: the labels to run. data: training and validation split of every row with a config; empty without data.
     """
 
     table: Table
     overrides: tuple[str, ...]
     configs: Mapping[str, Config]
     owners: Mapping[str, str]
+    trainers: Mapping[str, str]
     chosen: tuple[str, ...]
     seeds: int
     out: Path
@@ -102,18 +111,33 @@ class Plan:
         label = self.table.reference or next(iter(self.configs), None)
         return label if label in self.configs else None
 
+    def reference(self, label: str) -> str | None:
+        """The row that a row is compared with: its own reference, else the baseline; None where that one is only cited."""
+        own = next(row.reference for row in self.table.rows if row.label == label)
+        return self.baseline if own is None else own if own in self.configs else None
+
     def cells(self, label: str) -> list[Cell]:
         """The runs of a row, one per seed."""
-        owner = self.owners[label]
-        one, parent = self.configs[owner], self.out / self._slugs()[owner]
-        seeds = range(one.train.seed, one.train.seed + self.seeds)
-        return [Cell(owner, replace(one, out=str(parent / f"seed{s}"), train=replace(one.train, seed=s))) for s in seeds]
+        owner, trainer = self.owners[label], self.trainers[label]
+        one, slugs = self.configs[owner], self._slugs()
+        found = []
+        for seed in range(one.train.seed, one.train.seed + self.seeds):
+            folder, seeded = self.out / slugs[trainer] / f"seed{seed}", replace(one, train=replace(one.train, seed=seed))
+            if owner == trainer:
+                found.append(Cell(owner, replace(seeded, out=str(folder))))
+            else:
+                found.append(Cell(owner, replace(seeded, out=str(folder / f"test-{slugs[owner]}")), folder))
+        return found
 
     def to_run(self) -> list[list[Cell]]:
-        """The runs of the chosen rows, row by row, equal ones once; the baseline first: without it there are no differences."""
-        owners = list(dict.fromkeys(self.owners[label] for label in self.chosen))
+        """The runs of the chosen rows, row by row, equal ones once; those that others are compared or scored with before these."""
         base = self.owners.get(self.baseline or "")
-        return [self.cells(owner) for owner in sorted(owners, key=lambda owner: owner != base)]
+        wanted: dict[str, None] = {}
+        for label in sorted(self.chosen, key=lambda label: self.owners[label] != base):
+            reference = self.reference(label)
+            for one in (reference, label) if reference in self.chosen else (label,):
+                wanted |= {self.trainers[one]: None, self.owners[one]: None}
+        return [self.cells(owner) for owner in wanted]
 
     def states(self) -> dict[Path, State]:
         """How far every run of the table is, by its folder. Raises InputError as `Cell.state` does."""
@@ -161,11 +185,16 @@ def make(
             check_monitor(one)
             if data:
                 learns_masks(one, weightless(one, classes), *data[label])
+            if table.figure.startswith("mask_") and not finds_masks(weightless(one, classes)):
+                raise InputError(f"the table is about {table.figure}, but this row's detector finds no masks")
         except InputError as error:
             raise InputError(f"{table.source}, row '{label}': {error}") from error
         pick_device(one.device)
     owners = {label: next(first for first, other in configs.items() if other == one) for label, one in configs.items()}
-    return Plan(table, tuple(overrides), configs, owners, chosen, seeds, Path(out), data)
+    trainers = {
+        label: next(first for first, other in configs.items() if replace(other, test=one.test) == one) for label, one in configs.items()
+    }
+    return Plan(table, tuple(overrides), configs, owners, trainers, chosen, seeds, Path(out), data)
 
 
 def read_json(file: Path) -> Any:

@@ -17,7 +17,7 @@ from fusedet.draw.figures import DARK, PALE, clean, new_figure, save, tint
 
 Found = Mapping[str, Any]
 COSTS = {"multiply-adds (G)": ("multiply_adds", None, 1e-9), "latency of prediction, p50 (ms)": ("prediction", "p50_ms", 1.0)}
-SIZES = {"APs": "small, < 32² px", "APm": "medium", "APl": "large, > 96² px"}
+SIZES = {"s": "small, < 32² px", "m": "medium", "l": "large, > 96² px"}
 APART = 10
 """More rows than this are not told apart by colour."""
 
@@ -31,29 +31,39 @@ def plots(found: Found, folder: Path) -> dict[str, Path]:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     baseline = next((row["same_as"] or row["label"] for row in found["rows"] if row["label"] == found["baseline"]), None)
-    files = {"AP against cost": folder / "cost.svg", "AP by object size": folder / "sizes.svg", "Learning curves": folder / "learning.svg"}
-    against_cost(rows, baseline, files["AP against cost"])
-    by_size(rows, baseline, files["AP by object size"])
-    learning(rows, baseline, files["Learning curves"])
+    figure, files = found["figure"], {}
+    ap = "mask_AP" if figure.startswith("mask_") else "AP"
+    if known := [row for row in rows if figure in row["measured"]]:
+        files[f"{figure} against cost"] = folder / "cost.svg"
+        against_cost(known, baseline, files[f"{figure} against cost"], figure)
+    files[f"{ap} by object size"] = folder / "sizes.svg"
+    by_size(rows, baseline, files[f"{ap} by object size"], ap)
+    files["Learning curves"] = folder / "learning.svg"
+    learning([row for row in rows if not row["weights_of"]], baseline, files["Learning curves"], learnt(figure))
     for i, row in enumerate(rows):
         if row["classes"]:
-            name = f"{row['label']} less {found['baseline']}, AP by class"
+            name = f"{row['label']} less {row['reference']}, {ap} by class"
             files[name] = folder / f"classes-{i}.svg"
             draw.differences([_with_ends(one) for one in row["classes"]], files[name], name)
     return files
 
 
-def against_cost(rows: Sequence[Found], baseline: str | None, path: Path) -> None:
-    """AP with its interval over seeds against multiply-adds and, where it was measured, latency; points are numbered as the legend says."""
-    panels = [(name, key) for name, key in COSTS.items() if all(_cost(row, *key) is not None for row in rows)]
+def learnt(figure: str) -> str:
+    """The figure of the learning curves of a table about a figure: validations have COCO's alone."""
+    return "AP" if figure.startswith("VOC_") else figure
+
+
+def against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
+    """A figure with its interval over seeds against multiply-adds and, where measured, latency; points are numbered as the legend says."""
+    panels = [(cost, key) for cost, key in COSTS.items() if all(_cost(row, *key) is not None for row in rows)]
     figure = new_figure(4.3 * len(panels) + 1.6, max(3.4, 0.6 + 0.21 * len(rows)))
     handles: list[Any] = []
-    for axes, (name, key) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+    for axes, (cost, key) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
         clean(axes)
-        axes.set_xlabel(name, color=DARK)
+        axes.set_xlabel(cost, color=DARK)
         handles = []
         for i, row in enumerate(rows):
-            x, ap, colour = _cost(row, *key), row["measured"]["AP"], _colour(i, row, rows, baseline)
+            x, ap, colour = _cost(row, *key), row["measured"][name], _colour(i, row, rows, baseline)
             if ap["low"] is not None:
                 axes.plot([x, x], [ap["low"], ap["high"]], color=colour, lw=1.6, alpha=0.8, solid_capstyle="round")
             handles += axes.plot(x, ap["mean"], "o", color=colour, ms=6, label=f"{i + 1}  {row['label']}")
@@ -61,16 +71,17 @@ def against_cost(rows: Sequence[Found], baseline: str | None, path: Path) -> Non
         axes.margins(0.12)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(useOffset=False)
-    figure.axes[0].set_ylabel("AP", color=DARK)
+    figure.axes[0].set_ylabel(name, color=DARK)
     _legend(figure, handles)
     save(figure, path)
 
 
-def by_size(rows: Sequence[Found], baseline: str | None, path: Path) -> None:
-    """APs, APm and APl of every row with intervals over seeds, one panel each."""
+def by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "AP") -> None:
+    """APs, APm and APl, or those of masks (`ap` is then mask_AP), of every row with intervals over seeds, one panel each."""
     figure = new_figure(9.2, 1.1 + 0.26 * len(rows))
     panels = figure.subplots(1, len(SIZES), sharey=True)
-    for axes, (name, title) in zip(panels, SIZES.items()):
+    for axes, (size, title) in zip(panels, SIZES.items()):
+        name = ap + size
         clean(axes)
         axes.grid(False, axis="y")
         axes.set_title(f"{name}: {title}", loc="left", fontsize=10, color=DARK)
@@ -90,17 +101,17 @@ def by_size(rows: Sequence[Found], baseline: str | None, path: Path) -> None:
     save(figure, path)
 
 
-def learning(rows: Sequence[Found], baseline: str | None, path: Path) -> None:
-    """AP of the validations against the epoch: thin a seed, thick the mean of all seeds at epochs that all of them have."""
+def learning(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
+    """A figure of the validations against the epoch: thin a seed, thick the mean of all seeds at epochs that all of them have."""
     figure = new_figure(8.4, max(3.4, 0.6 + 0.21 * len(rows)))
     axes = figure.add_subplot()
     clean(axes)
     axes.set_xlabel("epoch", color=DARK)
-    axes.set_ylabel("AP", color=DARK)
+    axes.set_ylabel(name, color=DARK)
     handles = []
     for i, row in enumerate(rows):
         colour = _colour(i, row, rows, baseline)
-        curves = [curve for run in row["runs"] if run["figures"] and (curve := dict(_validations(Path(run["folder"]))))]
+        curves = [curve for run in row["runs"] if run["figures"] and (curve := dict(_validations(Path(run["folder"]), name)))]
         for curve in curves:
             axes.plot(list(curve), list(curve.values()), color=colour, lw=0.6, alpha=0.5)
         if curves:
@@ -114,12 +125,12 @@ def learning(rows: Sequence[Found], baseline: str | None, path: Path) -> None:
     save(figure, path)
 
 
-def _validations(run: Path) -> Iterator[tuple[int, float]]:
-    """Epoch and AP in percent of a run's validations."""
+def _validations(run: Path, name: str) -> Iterator[tuple[int, float]]:
+    """Epoch and a figure in percent of a run's validations."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
-            if row.get("AP") and not math.isnan(float(row["AP"])):
-                yield int(row["epoch"]), 100 * float(row["AP"])
+            if row.get(name) and not math.isnan(float(row[name])):
+                yield int(row["epoch"]), 100 * float(row[name])
 
 
 def _cost(row: Found, section: str, key: str | None, scale: float) -> float | None:

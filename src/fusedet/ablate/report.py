@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fusedet.ablate.estimate import told
-from fusedet.ablate.plots import plots
-from fusedet.ablate.tables import CITED, NOTHING, Sheet, comma_separated, covered, markdown, sheets
+from fusedet.ablate.phrases import cost_note, covered, notes, shown
+from fusedet.ablate.plots import learnt, plots
+from fusedet.ablate.tables import CITED, COST, NOTHING, Sheet, comma_separated, markdown, sheets
 from fusedet.verbs.folder import write_json
 
 Found = Mapping[str, Any]
@@ -42,10 +43,10 @@ def page(found: Found, drawn: Mapping[str, Path]) -> str:
         f'<p class="faint">{escape(found["paper"])}</p>' if found["paper"] else "",
         _section(first.title, _table(first)),
         _section("What can be concluded", _plain([(row["label"], row["conclusion"]) for row in found["rows"] if not row["cited"]])),
-        _section("What the figures cover", "".join(f"<p>{escape(line)}</p>" for line in covered(found)) + _notes(found)),
-        *(_section(name, f"<figure>{svg}</figure>{_caption(name)}") for name, svg in main.items()),
+        _section("What the figures cover", "".join(f"<p>{escape(line)}</p>" for line in [*covered(found), *notes(found)])),
+        *(_section(name, f"<figure>{svg}</figure>{_caption(name, found)}") for name, svg in main.items()),
         _section("Differences by class", _folded(classes)) if classes else "",
-        *(_section(sheet.title, _table(sheet) + (_cost_note(found) if sheet.title == "Cost" else "")) for sheet in others),
+        *(_section(sheet.title, _table(sheet) + (_faint(cost_note(found)) if sheet.title == COST else "")) for sheet in others),
         _section("How it was made", _origin(found)),
     ]
     css = (files("fusedet.ablate") / "report.css").read_text(encoding="utf-8")
@@ -93,40 +94,20 @@ def _folded(pictures: Mapping[str, str]) -> str:
     return text + "".join(f"<details><summary>{escape(name)}</summary><figure>{svg}</figure></details>" for name, svg in pictures.items())
 
 
-def _caption(name: str) -> str:
-    captions = {
-        "AP against cost": "Points are means over seeds, lines their t intervals.",
-        "AP by object size": "Points are means over seeds, strokes the seeds, lines the t intervals; the baseline is dark.",
-        "Learning curves": "AP of each validation: thin a seed, thick the mean. The tables have the best weights of each run.",
-    }
-    return f'<p class="faint">{captions[name]}</p>'
-
-
-def _notes(found: Found) -> str:
-    """What the table and its rows have to say."""
-    notes = [found["note"]] if found["note"] else []
-    notes += [f"{row['label']}: {row['note']}" for row in found["rows"] if row["note"]]
-    notes += [f"{row['label']}: the same config as '{row['same_as']}', whose runs it shares" for row in found["rows"] if row.get("same_as")]
-    for row in found["rows"]:
-        notes += [f"{row['label']}, seed {run['seed']}: {run['reason']}" for run in row.get("runs", ()) if run["reason"]]
-    done = {row["label"]: sum(run["state"] == "finished" for run in row.get("runs", ())) for row in found["rows"] if not row["cited"]}
-    if lacking := [f"{label} {count}" for label, count in done.items() if count < found["seeds"]]:
-        notes.append(f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}{'; all in the other rows' * (len(lacking) < len(done))}.")
-    return "".join(f"<p>{escape(note)}</p>" for note in dict.fromkeys(notes))
-
-
-def _cost_note(found: Found) -> str:
-    measured = [row["cost"] for row in found["rows"] if row.get("cost")]
-    speeds = [cost["prediction"] for cost in measured if cost["prediction"]]
-    sizes = dict.fromkeys("x".join(map(str, cost["picture"])) for cost in measured)
-    text = f"#Param are trainable ones; multiply-adds are of one picture of {' or '.join(sizes)}. "
-    if speeds:
-        text += (
-            f"Latency: one picture at a time on {speeds[0]['device']}, {speeds[0]['pictures']} pictures, the rows in turn. Peak memory: "
+def _caption(name: str, found: Found) -> str:
+    if name == "Learning curves":
+        return _faint(
+            f"{learnt(found['figure'])} of each validation: thin a seed, thick the mean. The tables have each run's best weights."
         )
-        text += "tensors alive at once in a prediction, weights included. "
-    places = dict.fromkeys(cost["training"]["device"] for cost in measured if cost["training"])
-    return f'<p class="faint">{escape(text + (f"Trained on {chr(59).join(places)}." if places else ""))}</p>'
+    return _faint(
+        "Points are means over seeds, strokes the seeds, lines the t intervals; the baseline is dark."
+        if name.endswith("by object size")
+        else "Points are means over seeds, lines their t intervals."
+    )
+
+
+def _faint(text: str) -> str:
+    return f'<p class="faint">{escape(text)}</p>'
 
 
 def _origin(found: Found) -> str:
@@ -140,14 +121,15 @@ def _origin(found: Found) -> str:
         )
     for version in dict.fromkeys(", ".join(f"{name} {v}" for name, v in (run["versions"] or {}).items()) for run in runs):
         rows.append(("versions", version))
-    rows += [("machine", device) for device in dict.fromkeys(run["device"] for run in runs)]
-    own = {run["folder"]: run["seconds"] for run in runs if run["seconds"] is not None}
+    rows += [("machine", device) for device in dict.fromkeys(run["device"] for run in runs) if device]
+    trained = {run["folder"]: run["seconds"] for row in found["rows"] if not row.get("weights_of") for run in row.get("runs", ())}
+    own = [trained[folder] for folder in dict.fromkeys(run["folder"] for run in runs) if trained.get(folder) is not None]
     if own:
-        rows.append(
-            ("training time", f"{told(sum(own.values()))} for {len(own)} runs that were not stopped in between, validation included")
-        )
+        rows.append(("training time", f"{told(sum(own))} for {len(own)} runs, validation included"))
+    if lacking := len({run["folder"] for run in runs} & trained.keys()) - len(own):
+        rows.append(("training time not known", f"{lacking} runs, which were killed in between"))
     commands = "\n".join(shlex.join(command) for command in found["commands"])
-    folders = dict.fromkeys(run["folder"] for run in runs)
+    folders = dict.fromkeys(shown(run["folder"], keep=2) for run in runs if run["folder"] in trained)
     again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=FOLDER"]) for folder in folders)
     text = _plain(rows) + f"<p>The table:</p><pre><code>{escape(commands)}</code></pre>"
     return text + (f"<details><summary>One run again</summary><pre><code>{escape(again)}</code></pre></details>" if again else "")

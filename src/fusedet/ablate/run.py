@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ import torch
 
 from fusedet.ablate import worker
 from fusedet.ablate.estimate import Clock, told
-from fusedet.ablate.plan import MARKER, Cell, Plan, State, read_json
+from fusedet.ablate.phrases import shown
+from fusedet.ablate.plan import FAILED, MARKER, Cell, Plan, State, read_json
 from fusedet.engine.interrupt import Interrupted, Interrupts
 from fusedet.errors import InputError
 from fusedet.verbs.folder import write_json
@@ -26,6 +28,8 @@ from fusedet.verbs.predict import pick_device
 
 Say = Callable[[str], None]
 POLL = 0.2
+KEPT = "stopped; what was trained is kept, give the same command to go on"
+STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
 LOCK = ".lock"
 
 
@@ -34,8 +38,9 @@ class Queue:
     """The runs that are still to be done, and which of them the budget allows.
 
     rows: the runs of each row that are not finished; budget: seconds from now, all where None; beside: how many run at a time.
-    Whole rows come first, in order: one is begun only where all that it lacks is expected to fit; then single runs that fit.
-    Where nothing is known of how long a run takes, it fits.
+    Whole rows come first, in order: one is begun only where all that it lacks is expected to fit beside what those that run still need;
+    then single runs that fit. Where nothing is known of how long a run takes, it fits. A run that scores the weights of another one
+    waits for it. running: the runs in progress by their folders, with their rows and when they were taken.
     """
 
     rows: list[list[Cell]]
@@ -44,17 +49,26 @@ class Queue:
     beside: int = 1
     began: float = field(default_factory=time.monotonic)
     begun: set[str] = field(default_factory=set)
+    running: dict[Path, tuple[str, float]] = field(default_factory=dict)
 
     def take(self) -> Cell | None:
-        """The next run; None where there is none, or none that fits."""
-        self.rows = [row for row in self.rows if row]
+        """The next run; None where there is none, none that fits, or none whose weights are there."""
+        self.rows = [kept for row in self.rows if (kept := [cell for cell in row if not _hopeless(cell)])]
         for whole in (True, False):
             for row in self.rows:
-                asked = row if whole and row[0].label not in self.begun else row[:1]
-                if self._fits(asked):
-                    self.begun.add(row[0].label)
-                    return row.pop(0)
+                ready = next((cell for cell in row if not cell.trained or read_json(cell.trained / "metrics.json") is not None), None)
+                asked = row if whole and row[0].label not in self.begun else [ready]
+                if ready is not None and self._fits([cell for cell in asked if cell is not None]):
+                    self.begun.add(ready.label)
+                    self.running[ready.folder] = ready.label, time.monotonic()
+                    row.remove(ready)
+                    return ready
         return None
+
+    def finished(self, cell: Cell) -> None:
+        """A run has ended: its place is free, and what it took is known."""
+        self.running.pop(cell.folder, None)
+        self.clock.add(cell)
 
     @property
     def left(self) -> list[Cell]:
@@ -70,19 +84,27 @@ class Queue:
     def _fits(self, cells: Sequence[Cell]) -> bool:
         if self.budget is None:
             return True
-        spent = time.monotonic() - self.began
-        expected = [self.clock.expected(cell.label) or 0.0 for cell in cells]
-        return spent < self.budget and spent + max(sum(expected) / self.beside, max(expected)) <= self.budget
+        now = time.monotonic()
+        spent = now - self.began
+        rest = [max(0.0, (self.clock.expected(label) or 0.0) - (now - since)) for label, since in self.running.values()]
+        places = sorted([*rest, *[0.0] * self.beside], reverse=True)[: self.beside]
+        end = 0.0
+        for cell in cells:  # each goes to the place that is free first
+            places.sort()
+            places[0] += self.clock.expected(cell.label) or 0.0
+            end = max(end, places[0])
+        return spent < self.budget and spent + end <= self.budget
 
 
 def mark(plan: Plan, command: Sequence[str]) -> None:
     """Write which table a folder is of, and the command, into its marker. Raises InputError for a folder of something else."""
     check_folder(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
-    known = read_json(plan.out / MARKER) or {"table": plan.table.source, "commands": []}
-    if list(command) not in known["commands"]:
-        known["commands"].append(list(command))
-    write_json(plan.out / MARKER, known)
+    commands = (read_json(plan.out / MARKER) or {"commands": []})["commands"]
+    if (own := [shown(word) for word in command]) not in commands:
+        commands.append(own)
+    about = {"table": plan.table.name, "content": plan.table.content, "rows": [row.label for row in plan.table.rows]}
+    write_json(plan.out / MARKER, about | {"commands": commands})
 
 
 def check_folder(plan: Plan) -> None:
@@ -92,8 +114,17 @@ def check_folder(plan: Plan) -> None:
     known = read_json(plan.out / MARKER)
     if known is None:
         raise InputError(f"out={plan.out} exists and holds no ablation: nothing is overwritten, choose another folder")
-    if known["table"] != plan.table.source:
-        raise InputError(f"out={plan.out} holds the ablation of {known['table']}, not of {plan.table.source}: choose another folder")
+    name = Path(known["table"]).stem  # an older marker has the path as it was given
+    rows = known.get("rows", ())
+    shared = not rows or any(row.label in rows for row in plan.table.rows)  # a table may get further rows
+    if known.get("content") != plan.table.content and (name != plan.table.name or not shared):
+        other = "another table of that name" if name == plan.table.name else f"the ablation of {name}"
+        raise InputError(f"out={plan.out} holds {other}, not of {plan.table.source}: choose another folder")
+
+
+def _hopeless(cell: Cell) -> bool:
+    """Whether the training whose weights a run would score has failed."""
+    return cell.trained is not None and (cell.trained / FAILED).is_file()
 
 
 def unfinished(plan: Plan, states: Mapping[Path, State]) -> list[list[Cell]]:
@@ -126,12 +157,13 @@ def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) ->
         while cell := queue.take():
             announce(cell)
             worker.run(cell, say, quiet)
-            queue.clock.add(cell)
+            queue.finished(cell)
             done += 1
         return
+    interrupts = Interrupts()
     # the processes get the signal too where it comes from a terminal; a second one within two seconds changes nothing
     try:
-        with Interrupts():
+        with interrupts:
             while True:
                 for i, place in enumerate(places):
                     if i not in running and (cell := queue.take()):
@@ -144,10 +176,10 @@ def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) ->
                     if process.poll() is not None:
                         del running[i]
                         _check(process, cell)
-                        queue.clock.add(cell)
+                        queue.finished(cell)
                         done += 1
     except KeyboardInterrupt:
-        raise Interrupted("stopped; what was trained is kept, give the same command to go on") from None
+        raise Interrupted(KEPT, interrupts.received) from None
     finally:
         for process, _ in running.values():
             process.terminate()
@@ -159,6 +191,7 @@ def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
     """A process that does a run on a device."""
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     asked = {"label": cell.label, "config": replace(cell.config, device=place).tree()}
+    asked |= {"trained": str(cell.trained)} if cell.trained else {}
     with open(f"{cell.folder}.log", "ab") as log:
         process = subprocess.Popen([sys.executable, "-m", worker.__name__], stdin=subprocess.PIPE, stdout=log, stderr=log)
     assert process.stdin is not None
@@ -168,6 +201,8 @@ def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
 
 
 def _check(process: subprocess.Popen[bytes], cell: Cell) -> None:
+    if process.returncode in STOPPED:  # it has got the signal before this process
+        raise Interrupted(KEPT, process.returncode - 128)
     if process.returncode:
         log = Path(f"{cell.folder}.log")
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
@@ -186,6 +221,12 @@ def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, clus
     job_class = getattr(submitit, f"{cluster.title()}Job")
     noted = folder / "jobs.json"
     known = read_json(noted) or {}
+    while _round(queue, folder, executor, job_class, noted, known, say):
+        pass  # those that score the weights of others come after these
+
+
+def _round(queue: Queue, folder: Path, executor: Any, job_class: Any, noted: Path, known: dict[str, str], say: Say) -> bool:
+    """Submit what can be begun and wait for it; whether there was anything."""
     jobs = []
     while cell := queue.take():
         before = known.get(str(cell.folder))
@@ -197,10 +238,13 @@ def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, clus
             write_json(noted, known)
         say(f"row '{cell.label}', seed {cell.seed}: job {job.job_id}")
         jobs.append((job, cell))
+    if not jobs:
+        return False
     say(f"waiting for {len(jobs)} jobs; stopped here, they go on, and the same command takes them up")
     problems = [f"row '{cell.label}', seed {cell.seed}: {error}" for job, cell in jobs if (error := job.exception()) is not None]
     if problems:
         raise InputError(f"{len(problems)} of {len(jobs)} jobs have failed, see {folder}: {' '.join(problems[0].split())}")
+    return True
 
 
 def check_slurm() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,7 +26,8 @@ class Row:
     """A label and how the row's config differs from the table's, or what a paper cites of other people's detectors.
 
     overrides: "key=value" texts over the table's. base: a config's name or file, in place of the table's.
-    published: what the paper prints, in percent, by the names of `PUBLISHED`; "delta_AP": the difference to the table's reference row.
+    reference: the label of the row that this one is compared with, in place of the table's; its own label where it is such a row itself.
+    published: what the paper prints, in percent, by the names of `PUBLISHED`; "delta_AP": the difference to the reference row.
     params_M: trainable parameters in 1e6. time_ms: of one picture, on the paper's machine. split: where this was measured, as it says.
     cited: the figures are shown, and nothing is run. note: what whoever compares has to know.
     """
@@ -33,6 +35,7 @@ class Row:
     label: str
     overrides: tuple[str, ...] = ()
     base: str | None = None
+    reference: str | None = None
     published: Mapping[str, float] = field(default_factory=dict)
     params_M: float | None = None  # noqa: N815 - the unit
     time_ms: float | None = None
@@ -66,7 +69,8 @@ class Table:
 
     name: of the shipped table or the file, without its suffix; the title where there is none. source: what messages call it.
     folder: where it lies; a base beside it wins over a shipped one. title, paper: what it shows and whose it is. base, overrides: of
-    all rows. reference: the label of the row that the others are compared with. split, note: as in Row, of all rows.
+    all rows. reference: the label of the row that the others are compared with. figure: what the table is about, one of `PUBLISHED`.
+    split, note: as in Row, of all rows.
     """
 
     name: str
@@ -78,8 +82,15 @@ class Table:
     base: str | None = None
     overrides: tuple[str, ...] = ()
     reference: str | None = None
+    figure: str = "AP"
     split: str | None = None
     note: str | None = None
+
+    @property
+    def content(self) -> str:
+        """A fingerprint of what the rows run: the same for a file that was moved, renamed or given other words."""
+        rows = [(row.label, row.base, row.overrides, row.cited) for row in self.rows]
+        return sha256(repr((self.base, self.overrides, rows)).encode()).hexdigest()[:16]
 
     def configs(self, *more: str, num_classes: int = 80) -> dict[str, Config]:
         """Every row's config by its label, cited rows left out; each different model is built once, without memory.
@@ -175,9 +186,15 @@ def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Mapping[str
 def _check_reference(table: Table, labels: Sequence[str]) -> None:
     if table.reference is not None and table.reference not in labels:
         raise unknown(f"row in {table.source}: reference", table.reference, labels)
+    if table.figure not in PUBLISHED:
+        raise unknown(f"figure in {table.source}: figure", table.figure, PUBLISHED)
     for row in table.rows:
-        if table.reference is None and any(figure.startswith(DELTA) for figure in row.published):
-            raise InputError(f"{table.source}, row '{row.label}': a published difference needs reference: LABEL above the rows")
+        if row.reference is not None and row.reference not in labels:
+            raise unknown(f"row in {table.source}, row '{row.label}': reference", row.reference, labels)
+        if table.reference is row.reference is None and any(figure.startswith(DELTA) for figure in row.published):
+            raise InputError(
+                f"{table.source}, row '{row.label}': a published difference needs reference: LABEL above the rows or in the row"
+            )
 
 
 def _laid(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:

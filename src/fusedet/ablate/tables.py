@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -12,13 +12,16 @@ from rich.markup import escape
 from rich.table import Table as Terminal
 
 from fusedet.ablate.estimate import told
-from fusedet.ablate.summary import MEASURED, SHOWN
+from fusedet.ablate.phrases import cost_note, covered, finished, notes
+from fusedet.ablate.summary import MEASURED, differing
+from fusedet.evaluate.intervals import decimals
 
 Found = Mapping[str, Any]
 NOTHING = "not measured"
 UNBOUND = 1000  # characters of a line where no terminal breaks it
 LABEL = 24  # characters of a row's label that are not broken in the terminal
 CITED = "cited"
+COST = "Cost"
 
 
 class Sheet(NamedTuple):
@@ -30,33 +33,43 @@ class Sheet(NamedTuple):
 
 
 def sheets(found: Found) -> list[Sheet]:
-    """The tables of a summary: AP with its differences, all figures, cost."""
+    """The tables of a summary: its figure with its differences, all figures, cost."""
     return [difference_sheet(found), figure_sheet(found), cost_sheet(found)]
 
 
 def difference_sheet(found: Found) -> Sheet:
-    """AP as published and as measured, with both intervals of the difference to the baseline."""
-    level, base = f"{100 * found['level']:g} %", found["baseline"]
-    head = ["row", "AP published", "AP measured", f"AP, {level} over seeds", "AP per seed"]
-    head += [f"AP less '{base}'", f"difference, {level} over pictures", f"difference, {level} over seeds"] if base else []
+    """The table's figure as published and as measured, with both intervals of the difference to each row's reference."""
+    level, name = f"{100 * found['level']:g} %", found["figure"]
+    own = [row for row in found["rows"] if not row["cited"]]
+    references = {row["reference"] for row in own}
+    partial = any(finished(row) < found["seeds"] for row in own)
+    head = ["row", f"{name} published", f"{name} measured", f"{name}, {level} over seeds", f"{name} per seed", *(["seeds"] * partial)]
+    if compared := any(references) or any(row["published_difference"] for row in found["rows"]):
+        head += ["compared with"] if len(references) > 1 else []
+        less = f"{name} less '{next(iter(references))}'" if len(references) == 1 else f"{name} less that"
+        head += ["published difference", less, f"difference, {level} over pictures", f"difference, {level} over seeds"]
     rows = []
     for row in found["rows"]:
-        ap = (row.get("measured") or {}).get("AP")
-        cells = [row["label"], number(row["published"].get("AP"))]
-        if row["cited"] or ap is None:
+        one = (row.get("measured") or {}).get(name)
+        cells = [row["label"], number(row["published"].get(name))]
+        if row["cited"] or one is None:
             cells += [CITED if row["cited"] else NOTHING, "", ""]
         else:
-            cells += [number(ap["mean"], 2), ends((ap["low"], ap["high"])), " ".join(number(value, 2) for value in ap["values"])]
-        if base:
-            change = (row.get("difference") or {}).get("AP")
+            cells += [number(one["mean"], 2), ends((one["low"], one["high"])), " ".join(number(value, 2) for value in one["values"])]
+        if partial:
+            cells.append("" if row["cited"] else f"{finished(row)}/{found['seeds']}")
+        if compared:
+            change, reference = (row.get("difference") or {}).get(name), row.get("reference")
+            cells += [("" if reference in (None, row["label"]) else reference)] * (len(references) > 1)
+            cells.append(printed(row["published_difference"].get(name)))
             cells += (
                 ["", "", ""]
                 if change is None
-                else [signed(change["value"]), *(ends(change[f"over_{what}"], signed) for what in ("pictures", "seeds"))]
+                else [signed(change["value"]), *(ends(change[f"over_{what}"], signed=True) for what in ("pictures", "seeds"))]
             )
         rows.append(cells)
-    count = found["seeds"]
-    return Sheet(f"AP in percent, means over {count} seed{'s' * (count > 1)}", head, rows)
+    seeds = "means over the seeds that finished" if found["seeds"] > 1 else "one seed"
+    return Sheet(f"{name} in percent, {seeds}", head, rows)
 
 
 def figure_sheet(found: Found) -> Sheet:
@@ -90,7 +103,7 @@ def cost_sheet(found: Found) -> Sheet:
                 *(none if v is None else f"{v:,.1f}" for v in values),
             ]
         )
-    return Sheet("Cost", head, rows)
+    return Sheet(COST, head, rows)
 
 
 def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
@@ -115,9 +128,9 @@ def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
 
 
 def shown_figures(found: Found) -> list[str]:
-    """AP to APl, and what else the table's rows print."""
-    printed = {name for row in found["rows"] for name in row["published"]}
-    return [name for name in MEASURED if name in SHOWN or name in printed]
+    """AP to APl, the table's own figure with those of its kind, and what else the table's rows print."""
+    also = {name for row in found["rows"] for name in row["published"]} | set(differing("AP")) | set(differing(found["figure"]))
+    return [name for name in MEASURED if name in also]
 
 
 def markdown(found: Found) -> str:
@@ -125,12 +138,13 @@ def markdown(found: Found) -> str:
     text = [f"# {found['title']}", "", *([found["paper"], ""] if found["paper"] else [])]
     for sheet in sheets(found):
         text += [f"## {sheet.title}", "", _line(sheet.head), "|" + "---|" * len(sheet.head), *map(_line, sheet.rows), ""]
+        text += [cost_note(found), ""] if sheet.title == COST else []
     text += [
         "## What can be concluded",
         "",
         *(f"- **{_safe(row['label'])}**: {row['conclusion']}" for row in found["rows"] if not row["cited"]),
     ]
-    text += ["", "## What the intervals cover", "", *(f"- {line}" for line in covered(found)), ""]
+    text += ["", "## What the figures cover", "", *(f"- {line}" for line in [*covered(found), *map(_safe, notes(found))]), ""]
     return "\n".join(text)
 
 
@@ -138,10 +152,12 @@ def comma_separated(found: Found) -> str:
     """One line per row with every figure in a column of its own; empty where nothing was printed or measured."""
     text = io.StringIO(newline="")
     names = shown_figures(found)
-    columns = ["row", "cited", *(f"published_{name}" for name in names), "published_params_M", "published_time_ms"]
+    changes = differing(found["figure"])
+    columns = ["row", "cited", "seeds_finished", *(f"published_{name}" for name in names), "published_params_M", "published_time_ms"]
     for name in names:
         columns += [f"{name}_mean", f"{name}_seeds_low", f"{name}_seeds_high", f"{name}_per_seed"]
-    for name in SHOWN:
+    columns += ["reference", *(f"published_{name}_difference" for name in changes)]
+    for name in changes:
         columns += [f"{name}_difference", *(f"{name}_difference_{what}_{end}" for what in ("pictures", "seeds") for end in ("low", "high"))]
     columns += ["trainable", "multiply_adds", "p50_ms", "p95_ms", "peak_MiB", "train_images_per_second", "conclusion"]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -149,11 +165,13 @@ def comma_separated(found: Found) -> str:
     for row in found["rows"]:
         line = {"row": row["label"], "cited": row["cited"], "published_params_M": row["params_M"], "published_time_ms": row["time_ms"]}
         line |= {f"published_{name}": row["published"].get(name) for name in names}
+        line |= {"seeds_finished": None if row["cited"] else finished(row), "reference": row.get("reference")}
+        line |= {f"published_{name}_difference": row["published_difference"].get(name) for name in changes}
         for name in names:
             if one := (row.get("measured") or {}).get(name):
                 line |= {f"{name}_mean": one["mean"], f"{name}_seeds_low": one["low"], f"{name}_seeds_high": one["high"]}
                 line[f"{name}_per_seed"] = " ".join(map(repr, one["values"]))
-        for name in SHOWN:
+        for name in changes:
             if one := (row.get("difference") or {}).get(name):
                 line[f"{name}_difference"] = one["value"]
                 for what in ("pictures", "seeds"):
@@ -165,24 +183,6 @@ def comma_separated(found: Found) -> str:
         line |= {name: speed.get(name) for name in ("p50_ms", "p95_ms", "peak_MiB")}
         writer.writerow(line | {"train_images_per_second": training.get("images_per_second")})
     return text.getvalue()
-
-
-def covered(found: Found) -> list[str]:
-    """What each interval and figure stands for, as sentences."""
-    val, level = found["data"]["val"], f"{100 * found['level']:g} %"
-    several = sum(bool(row.get("difference")) for row in found["rows"])
-    lines = [
-        f"Measured on {val['pictures']} pictures of {val['source']}; published on what the paper says. Other data or another recipe give "
-        "other levels: compare differences within a column, not the columns.",
-        f"Over seeds ({level}): Student's t of the mean, for differences Welch's. It covers another seed on these very pictures.",
-        f"Over pictures ({level}): percentiles of {found['resamples']} paired resamples of the pictures, of the mean over seeds. It covers "
-        "other pictures drawn in the same way, with these very weights.",
-    ]
-    if several > 1:
-        lines.append(
-            f"{several} rows are compared with the baseline: of twenty intervals of rows that differ in nothing, about one misses 0."
-        )
-    return lines
 
 
 def show(console: Console, sheet: Sheet) -> None:
@@ -205,13 +205,19 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def signed(value: float | None) -> str:
     """A difference with its sign."""
-    return "-" if value is None else f"{value:+.2f}"
+    return "-" if value is None else f"{value:+.{decimals(value, least=2)}f}"
 
 
-def ends(pair: Sequence[float | None] | None, write: Callable[[float], str] = "{:.2f}".format) -> str:
+def printed(value: float | None) -> str:
+    """A published difference with its sign and the decimals that it has, at least one."""
+    return "-" if value is None else f"{value:+.1f}" if abs(value - round(value, 1)) < 1e-6 else f"{value:+.2f}"
+
+
+def ends(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
     """An interval; "none" where it needs more seeds or objects."""
-    known = [write(end) for end in pair or () if end is not None]
-    return " to ".join(known) if len(known) == 2 else "none"
+    known = [end for end in pair or () if end is not None]
+    digits = decimals(*known, least=2)
+    return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -6,18 +6,24 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fusedet import config
-from fusedet.ablate.plan import FAILED, TIMES, Cell
+from fusedet.ablate.plan import FAILED, TIMES, Cell, read_json
+from fusedet.engine.files import replace
 from fusedet.engine.loop import Interrupted, NonFinite
 from fusedet.errors import InputError
-from fusedet.verbs.folder import write_json
-from fusedet.verbs.train import train
+from fusedet.evaluate import EVALUATORS
+from fusedet.verbs.folder import about, fresh, write_json
+from fusedet.verbs.predict import pick_device, tuned
+from fusedet.verbs.rebuilt import rebuild, weights_file
+from fusedet.verbs.train import open_data, train
+from fusedet.verbs.val import detect, finds_masks, report, score, val_loader
 
 
 def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> None:
-    """Train and score a run that is not finished; how long it took is noted in its folder.
+    """Train and score a run that is not finished, or score its row's weights; how long it took is noted in its folder.
 
     One that diverged is noted too and raises nothing: the other runs of a table do not depend on it.
     """
@@ -25,25 +31,62 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
     resumed = (folder / "last.ckpt").is_file()
     if not resumed and folder.exists():
         shutil.rmtree(folder)  # it stopped before its first checkpoint: nothing of it can be used
+    earlier = _sessions(folder) if resumed else []
+    if resumed:
+        _note(folder, [*earlier, None])
     began = time.perf_counter()
     try:
-        train(cell.config, resume=resumed, say=say, quiet=quiet)
+        if cell.trained:
+            score_again(cell, say)
+        else:
+            train(cell.config, resume=resumed, say=say, quiet=quiet)
     except NonFinite as error:
         write_json(folder / FAILED, {"reason": str(error)})
-        return
-    write_json(folder / TIMES, {"seconds": time.perf_counter() - began, "resumed": resumed})
+    finally:
+        if (folder / "config.yaml").is_file():
+            _note(folder, [*earlier, time.perf_counter() - began])
+
+
+def score_again(cell: Cell, say: Callable[[str], None] = print) -> None:
+    """Score the weights of the run `cell.trained` as the cell's config tests, into the cell's folder: results, figures and pictures."""
+    assert cell.trained is not None
+    one = cell.config
+    device = pick_device(one.device)
+    detector = tuned(rebuild(weights_file(cell.trained), trust=True)[0].to(device), one)
+    train_split, records = open_data(one, say)
+    masks = finds_masks(detector)
+    results = detect(detector, val_loader(one, records), records, device)
+    figures = score(records, results, voc=records.form == "voc", evaluator=EVALUATORS[0], masks=masks)
+    folder = fresh(cell.folder)
+    replace(folder / "config.yaml", one.to_yaml().encode())
+    prints = {"train": train_split.fingerprint(), "val": records.fingerprint()}
+    write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": cell.seed})
+    report(records, results, figures, folder, title=cell.label)
+
+
+def _sessions(folder: Path) -> list[float | None]:
+    """Seconds of each session of a run so far; None for one that could not say, because it was killed."""
+    return (read_json(folder / TIMES) or {}).get("sessions", [None])
+
+
+def _note(folder: Path, sessions: Sequence[float | None]) -> None:
+    """Write how long a run took: seconds of all sessions together, None where one of them is not known."""
+    known = [one for one in sessions if one is not None]
+    seconds = sum(known) if len(known) == len(sessions) else None
+    write_json(folder / TIMES, {"seconds": seconds, "resumed": len(sessions) > 1, "sessions": list(sessions)})
 
 
 def main() -> int:
     """Run what standard input says; exits as the command line does."""
     asked = json.load(sys.stdin)
     try:
-        run(Cell(asked["label"], config.parse(asked["config"])))
+        run(Cell(asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None))
     except InputError as error:
         print(str(error), file=sys.stderr)
         return 2
-    except Interrupted:
-        return 130
+    except Interrupted as stop:
+        print(str(stop), file=sys.stderr)
+        return stop.code
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fusedet.data.records import Records
 from fusedet.errors import InputError
 from fusedet.evaluate import coco_rule as rule
 from fusedet.evaluate.intervals import LEVEL, percentiles
+from fusedet.evaluate.masks import check_masks
 from fusedet.evaluate.matching import matched, places
 from fusedet.evaluate.results import Found, Result, found
 
@@ -54,18 +55,26 @@ def drawn_pictures(pictures: int, resamples: int, seed: int) -> np.ndarray:
     return weights
 
 
-def resampled(records: Records, results: Sequence[Result] | Found, weights: np.ndarray) -> Resampled:
-    """COCO's average precisions of boxes on each resample; weights (B, N) as `drawn_pictures` gives them.
+def resampled(
+    records: Records, results: Sequence[Result] | Found, weights: np.ndarray, iou_type: Literal["bbox", "segm"] = "bbox"
+) -> Resampled:
+    """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `drawn_pictures` gives them.
 
     They equal `evaluate.coco` on data in which each picture is repeated as often as its weight says. Detections of equal
     score stand as `coco` has them on the data itself: by rising image id, then in the order of the results; the copies of
-    one detection stand together. A class that has no object in a resample is left out of its means, as COCO does. Raises
-    InputError as `coco` does.
+    one detection stand together. A class that has no object in a resample is left out of its means, as COCO does. Masks
+    need the results themselves, each with an RLE. Raises InputError as `coco` does.
     """
     n, classes = len(records), len(records.names)
     if weights.ndim != 2 or weights.shape[1] != n:
         raise InputError(f"weights must be (resamples, {n}), one per picture, they are {weights.shape}")
-    pairs = matched(records, found(records, results), None, rule.THRESHOLDS, rule.AREAS)
+    table = found(records, results, boxes=iou_type == "bbox")
+    masks: Sequence[Result] | None = None
+    if iou_type == "segm":
+        assert not isinstance(results, Found), "a table of finds holds no masks"
+        check_masks(records, results)
+        masks = results
+    pairs = matched(records, table, masks, rule.THRESHOLDS, rule.AREAS)
     by_place = np.empty_like(weights)
     by_place[:, places(records)] = weights
     counts = ~(pairs.objects.crowd | rule.outside(pairs.objects.area, rule.AREAS))
@@ -113,6 +122,7 @@ def paired_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
     level: float = LEVEL,
+    iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> Mapping[str, Any]:
     """How much b's average precisions exceed a's, each with its interval over pictures; form as in `difference`.
 
@@ -120,11 +130,12 @@ def paired_bootstrap(
     data: among data sets of as many pictures drawn in the same way, `level` of the intervals hold the difference of these
     two sets of weights on all such pictures. It does not cover which seed the runs were trained with: that is
     `intervals.difference_over_seeds`. A figure of objects that few pictures hold has its interval from the resamples that
-    hold one. Raises InputError as `coco` does. Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    hold one. `iou_type` as in `coco`. Raises InputError as that does.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
     weights = drawn_pictures(len(records), resamples, seed)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda results: resampled(records, results, weights), (a, b))
+        first, second = pool.map(lambda results: resampled(records, results, weights, iou_type), (a, b))
     return difference(first, second, records.names, level)
 
 

@@ -73,6 +73,18 @@ def percentiles(values: np.ndarray, count: int, level: float = LEVEL) -> tuple[n
     return ends[0], ends[1]
 
 
+def decimals(*values: float, least: int) -> int:
+    """How many decimals it takes that no value but 0 is printed as 0.
+
+    >>> decimals(-0.0004, 0.041, least=3), decimals(0.0, 1.0, least=2)
+    (4, 2)
+    """
+    digits = least
+    while digits < least + 4 and any(value and not round(value, digits) for value in values):
+        digits += 1
+    return digits
+
+
 @lru_cache(maxsize=1024)
 def t_quantile(p: float, freedom: float) -> float:
     """The p quantile, 0 < p < 1, of Student's t with `freedom` > 0 degrees of freedom, which need not be whole.

@@ -16,7 +16,7 @@ from fusedet.data.read import read
 from fusedet.data.records import Records
 from fusedet.errors import InputError
 from fusedet.evaluate.bootstrap import FIGURES
-from fusedet.evaluate.intervals import LEVEL
+from fusedet.evaluate.intervals import LEVEL, decimals
 from fusedet.verbs import folder
 from fusedet.verbs.val import Result, painter
 
@@ -88,12 +88,13 @@ def conclusion(row: dict[str, float], pictures: int) -> str:
     change, low, high = row["difference"], row["low"], row["high"]
     if math.isnan(low):
         return "Nothing can be concluded: the data hold no object that counts."
-    ends = f"{100 * LEVEL:g} % interval over the {pictures} pictures {low:+.3f} to {high:+.3f}"
+    digits = decimals(change, low, high, least=3)
+    ends = f"{100 * LEVEL:g} % interval over the {pictures} pictures {low:+.{digits}f} to {high:+.{digits}f}"
     if low <= 0 <= high:
-        return f"Nothing can be concluded about which is better: the difference of AP is {change:+.3f}, but its {ends} holds 0."
+        return f"Nothing can be concluded about which is better: the difference of AP is {change:+.{digits}f}, but its {ends} holds 0."
     better, worse = ("B", "A") if change > 0 else ("A", "B")
     return (
-        f"{better} is better than {worse} on pictures such as these: AP {abs(change):.3f} higher, {ends} of B - A. "
+        f"{better} is better than {worse} on pictures such as these: AP {abs(change):.{digits}f} higher, {ends} of B - A. "
         "This is about these two sets of weights; another seed may give another difference."
     )
 
