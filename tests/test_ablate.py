@@ -107,7 +107,7 @@ def test_labels_that_look_alike_have_their_own_folders(tmp_path: Path) -> None:
 def test_a_finished_table_runs_nothing(done: Path, scenes: Path, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "60", *SMALL]) == 0
+    assert cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "50", *SMALL]) == 0
     assert load(out)["rows"][0]["measured"] == load(done)["rows"][0]["measured"]
     # both calls are in the report, with paths from here
     assert [words[1:3] for words in load(out)["commands"]] == [["ablate", phrases.shown(str(table))]] * 2

@@ -239,7 +239,7 @@ def test_a_dry_run_on_a_few_pictures(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, TESTS, data, *SMALL, "train.epochs=5", seeds=1)
     rows, basis = ablate.look(plan, say=lambda text: None)
     assert basis.startswith("one training step of 'plain'")
-    assert rows[0]["seconds"] > rows[1]["seconds"] > 0  # a scoring takes less than a training
+    assert all(row["seconds"] > 0 for row in rows[:2])
 
 
 def test_a_folder_knows_its_table_by_what_it_runs(scenes: Path, tmp_path: Path) -> None:
