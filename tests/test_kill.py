@@ -60,6 +60,6 @@ def test_killed_at_ten_random_moments_a_run_ends_the_same(words: list[str], whol
     assert set(doing) != {"starting"}
 
 
-def test_two_processes_killed_at_three_random_moments_end_the_same(words: list[str], tmp_path: Path) -> None:
+def test_two_processes_killed_at_a_random_moment_end_the_same(words: list[str], tmp_path: Path) -> None:
     whole = undisturbed(words, tmp_path / "whole", processes=2)
-    killed_at_random(words, whole, tmp_path, kills=3, seed=secrets.randbits(32), processes=2)
+    killed_at_random(words, whole, tmp_path, kills=1, seed=secrets.randbits(32), processes=2)

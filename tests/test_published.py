@@ -152,6 +152,29 @@ def test_rows_have_the_printed_body_and_recipe(table: Table, ours: Row, theirs: 
     assert made.train.batch == (12 if table.name == "smsl_table3" and wanted["backbone"] == "x101" else 16)
 
 
+@pytest.mark.parametrize("name", ["smsl_table2", "smsl_table3", "msfm_table4", "msil_table3", "msil_table5", "mse_fpn_table1"])
+def test_differences_are_within_one_detector(name: str) -> None:
+    own = {row.label: row for row in table(name).rows if not row.cited}
+    first = next(iter(own))
+    for row in own.values():
+        assert row.base == own[row.reference or first].base, row.label
+
+
+def test_tables_are_about_what_they_print() -> None:
+    for name in names():
+        printed_figures = {figure.removeprefix("delta_") for row in table(name).rows for figure in row.published}
+        assert not printed_figures or table(name).figure in printed_figures, name
+
+
+def test_rows_tested_at_several_sizes_are_trained_like_those_above_them() -> None:
+    rows = {row.label: row.config(table("smsl_table3")) for row in table("smsl_table3").rows if not row.cited}
+    for body in ("r101", "x101"):
+        one, several = rows[f"RetinaNet (ours), {body}"], rows[f"RetinaNet (ours) multi-scale test, {body}"]
+        assert replace(several, test=one.test) == one
+        assert (one.test.scales, several.test.flip) == (None, True)
+        assert len(several.test.scales or ()) > 1
+
+
 def test_the_final_module_of_msfm_is_the_default_one() -> None:
     """Table 4 has by its name what the text chooses from Table 3."""
     assert {row.label: trainable(row.config(table("msfm_table3"))) for row in table("msfm_table3").rows}["positions 2,3"] == 43_846_440

@@ -120,14 +120,14 @@ def _origin(found: Found) -> str:
             (split, f"{about['source']}: {about['pictures']} pictures, {about['objects']} objects, fingerprint {about['fingerprint']}")
         )
     for version in dict.fromkeys(", ".join(f"{name} {v}" for name, v in (run["versions"] or {}).items()) for run in runs):
-        rows.append(("versions", version))
+        rows += [("versions", version)] if version else []
     rows += [("machine", device) for device in dict.fromkeys(run["device"] for run in runs) if device]
     trained = {run["folder"]: run["seconds"] for row in found["rows"] if not row.get("weights_of") for run in row.get("runs", ())}
     own = [trained[folder] for folder in dict.fromkeys(run["folder"] for run in runs) if trained.get(folder) is not None]
     if own:
         rows.append(("training time", f"{told(sum(own))} for {len(own)} runs, validation included"))
     if lacking := len({run["folder"] for run in runs} & trained.keys()) - len(own):
-        rows.append(("training time not known", f"{lacking} runs, which were killed in between"))
+        rows.append(("training time not known", f"{lacking} runs, which were killed in between or left no note of it"))
     commands = "\n".join(shlex.join(command) for command in found["commands"])
     folders = dict.fromkeys(shown(run["folder"], keep=2) for run in runs if run["folder"] in trained)
     again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=FOLDER"]) for folder in folders)
