@@ -20,7 +20,7 @@ demo: .venv/.ready
 
 # one thread per worker: small tensors gain nothing from more, and workers would fight for the cores
 test: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # one after the other: they measure memory and time
 soak: .venv/.ready

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,12 @@ from fusedet.data.read import read
 from resident import pss
 
 path, workers, methods = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
+
+
+def status(key):
+    """A row of the process's status, in bytes. VmHWM is its own peak; getrusage's would be the parent's, which a child inherits."""
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{key}:"))
 
 
 class Touch(Dataset):
@@ -29,14 +34,13 @@ class Touch(Dataset):
 
 
 if __name__ == "__main__":
-    empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    empty = status("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
     records = read(path, "train", need_pictures=False)
     out = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "pictures": len(records), "boxes": len(records.labels)}
-    out["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    out["peak"] = status("VmHWM")
     out["empty"] = empty
-    rows = Path("/proc/self/status").read_text().splitlines()
-    out["libraries"] = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("RssFile:"))
+    out["libraries"] = status("RssFile")
     columns = [v for v in vars(records).values() if isinstance(v, torch.Tensor)]
     columns += [v for packed in (records.paths, records.segments) for v in (packed.data, packed.offsets)]
     out["records"] = sum(v.nbytes for v in columns)

@@ -145,11 +145,11 @@ def again(section: str, **values: Any) -> Callable[[Path], None]:
     return coco(lambda content: content[section].append(content[section][0] | values))
 
 
-def stored(mode: str, form: str = "PNG", **options: Any) -> Callable[[Path], None]:
+def stored(mode: str, form: str = "PNG", at: str = "train/p0.jpg", **options: Any) -> Callable[[Path], None]:
     """The first picture in another mode and format, under its old name."""
 
     def spoil(root: Path) -> None:
-        file = root / "train/p0.jpg"
+        file = root / at
         with Image.open(file) as picture:
             picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
         picture.save(file, form, **options)
@@ -239,6 +239,14 @@ def linked(root: Path) -> None:
     os.symlink("p1.jpg", away / "p0.jpg")
 
 
+def moved(root: Path) -> None:
+    """The pictures and labels are in a folder elsewhere, which the yaml names."""
+    away = root.parent / f"{root.name}-elsewhere"
+    for folder in ("images", "labels"):
+        shutil.move(root / folder, away / folder)
+    text("data.yaml", ("train:", f"path: {away}\ntrain:"))(root)
+
+
 def looped(root: Path) -> None:
     """A picture folder holds a link to itself, and one to another folder of pictures."""
     (root / "images/more").mkdir()
@@ -270,10 +278,16 @@ def bare(content: dict[str, Any]) -> None:
     content["annotations"].clear()
 
 
-def piped(root: Path) -> None:
-    """A picture is a named pipe, which would be read for ever."""
-    (root / "train/p0.jpg").unlink()
-    os.mkfifo(root / "train/p0.jpg")
+def piped(file: str) -> Callable[[Path], Any]:
+    """A file is a named pipe, which would be read for ever."""
+    return lambda root: [(root / file).unlink(), os.mkfifo(root / file)]
+
+
+def laughing(key: str) -> Callable[[Path], None]:
+    """A key of a data.yaml is a list of lists of lists ..., half a million values in a few hundred characters."""
+    lists = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcde", "bcdef")]
+    rest = {"train": "images/train", "val": "images/val", "names": "[cat, dog]", key: "*f"}
+    return data("data.yaml", "\n".join(["a: &a [x, x, x, x, x, x, x, x, x]", *lists, *(f"{k}: {v}" for k, v in rest.items()), ""]))
 
 
 LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
@@ -294,6 +308,7 @@ KINDS = [
     Kind("json-nested", "coco", data(JSON, "[" * 200_000), refused=("instances_train.json is not valid json",)),
     Kind("json-latin1", "coco", data(JSON, b'{"images": "\xe9"}'), refused=("instances_train.json is not UTF-8",)),
     Kind("json-null-sections", "coco", coco(lambda c: c.update(annotations=None)), refused=("'annotations' must be a list, not null",)),
+    Kind("json-is-a-pipe", "coco", piped(JSON), refused=("instances_train.json is a pipe or a device",)),
     Kind("bom-and-windows-ends-coco", "coco", as_windows),
     # COCO: entries
     Kind("key-missing-bbox", "coco", without("bbox"), refused=("annotation 1 has no 'bbox'",)),
@@ -354,7 +369,7 @@ KINDS = [
     Kind("picture-is-text", "coco", data("train/p0.jpg", "hello"), refused=("p0.jpg is empty or not a picture",), replaced=1),
     Kind("picture-is-a-program", "coco", data("train/p0.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n"), refused=("p0.jpg is empty or not a picture",), replaced=1),  # noqa: E501
     Kind("picture-is-a-folder", "coco", lambda r: [(r / "train/p0.jpg").unlink(), (r / "train/p0.jpg").mkdir()], refused=("p0.jpg cannot be opened",), replaced=1),  # noqa: E501
-    Kind("picture-is-a-pipe", "coco", piped, refused=("p0.jpg is a pipe or a device",), replaced=1),
+    Kind("picture-is-a-pipe", "coco", piped("train/p0.jpg"), refused=("p0.jpg is a pipe or a device",), replaced=1),
     Kind("picture-links-nowhere", "coco", lambda r: [(r / "train/p0.jpg").unlink(), os.symlink("gone", r / "train/p0.jpg")], refused=("p0.jpg does not exist",), replaced=1),  # noqa: E501
     Kind("picture-truncated", "coco", cut, refused=("p0.jpg is truncated or damaged",), met=True, replaced=1),
     Kind("picture-of-no-pixels", "coco", data("train/p0.jpg", png(0, 0)), refused=("p0.jpg",), replaced=1),
@@ -370,7 +385,8 @@ KINDS = [
     Kind("picture-grey-16-bit", "coco", stored("I;16")),
     Kind("picture-palette", "coco", stored("P", transparency=0)),
     Kind("picture-alpha", "coco", stored("RGBA")),
-    Kind("picture-float", "coco", stored("F", "TIFF"), refused=("p0.jpg holds floating-point numbers",), met=True, replaced=1),
+    Kind("picture-float", "coco", stored("F", "TIFF"), refused=("p0.jpg holds floating-point numbers",), replaced=1),
+    Kind("picture-32-bit", "coco", stored("I", "TIFF"), refused=("p0.jpg holds 32-bit integers",), replaced=1),
     Kind("all-pictures-absent", "coco", lambda r: shutil.rmtree(r / "train"), refused=("p0.jpg is absent there",)),
     # names and paths
     Kind("name-any-script", "coco", renamed("снимок 画像 é\N{COMBINING ACUTE ACCENT} صورة 🐈.jpg")),
@@ -385,6 +401,8 @@ KINDS = [
     Kind("links", "coco", linked),
     # VOC
     Kind("bom-and-windows-ends-voc", "voc", as_windows),
+    Kind("xml-is-a-pipe", "voc", piped(XML), refused=("p0.xml is a pipe or a device",)),
+    Kind("voc-list-is-a-pipe", "voc", piped(LIST), refused=("train.txt is a pipe or a device",)),
     Kind("xml-cut", "voc", lambda r: (r / XML).write_text((r / XML).read_text()[:90]), refused=("p0.xml is not valid xml",)),
     Kind("xml-empty", "voc", data(XML, ""), refused=("p0.xml is not valid xml",)),
     Kind("xml-other-root", "voc", data(XML, "<html/>"), refused=("p0.xml is not a VOC annotation", "<html>")),
@@ -416,12 +434,20 @@ KINDS = [
     Kind("txt-outline-far", "yolo", data(TXT, "0 0.1 0.1 1e9 0.1 0.5 1e9\n"), {gather.BAD_OUTLINE: 1, gather.CLIPPED: 1}),
     Kind("txt-empty", "yolo", data(TXT, "")),
     Kind("txt-absent", "yolo", lambda r: (r / TXT).unlink(), {gather.NO_LABELS: 1}),
+    Kind("txt-is-a-pipe", "yolo", piped(TXT), {gather.NO_LABELS: 1}),
     Kind("txt-not-text", "yolo", data(TXT, b"\xff\xfe0\0"), refused=("p0.txt is not UTF-8",)),
     Kind("yaml-tab", "yolo", data("data.yaml", "names:\t[cat\n train: images"), refused=("data.yaml is not valid YAML",)),
+    Kind("yaml-is-a-pipe", "yolo", piped("data.yaml"), refused=("has no data.yaml",)),
+    Kind("yaml-laughs-names", "yolo", laughing("names"), refused=("data.yaml is larger than any YOLO data file",)),
+    Kind("yaml-laughs-nc", "yolo", laughing("nc"), refused=("data.yaml is larger than any YOLO data file",)),
+    Kind("yaml-laughs-path", "yolo", laughing("path"), refused=("data.yaml is larger than any YOLO data file",)),
+    Kind("yaml-laughs-train", "yolo", laughing("train"), refused=("data.yaml is larger than any YOLO data file",)),
     Kind("yaml-nc-differs", "yolo", text("data.yaml", ("names", "nc: 3\nnames")), refused=("data.yaml: 'nc' is '3'", "lists 2 classes")),
     Kind("yaml-code", "yolo", text("data.yaml", ("[cat, dog]", "!!python/object/apply:os.system ['touch pwned']")), refused=("p0.txt, line 2: class 1 is not among",)),  # noqa: E501
     Kind("yaml-path-upwards", "yolo", text("data.yaml", ("images/train", "../../../etc")), refused=("lies outside the data folder",)),
     Kind("yolo-list-elsewhere", "yolo", lambda r: [text("data.yaml", ("images/train", "l.txt"))(r), (r / "l.txt").write_text("/etc/x.jpg\n")], refused=("l.txt names the file '/etc/x.jpg'", "outside the data folder")),  # noqa: E501
+    Kind("yolo-data-elsewhere", "yolo", moved),
     Kind("yolo-picture-bad", "yolo", data("images/train/p0.jpg", b"no"), refused=("p0.jpg is empty or not a picture",)),
+    Kind("yolo-picture-float", "yolo", stored("F", "TIFF", "images/train/p0.jpg"), refused=("p0.jpg holds floating-point numbers",), replaced=1),  # noqa: E501
     Kind("yolo-links-in-a-circle", "yolo", looped),
 ]  # fmt: skip

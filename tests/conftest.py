@@ -16,6 +16,13 @@ settings.register_profile("fusedet", deadline=None)
 settings.load_profile("fusedet")
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = ("together", "ablate", "kill", "two_ranks", "cli", "contracts", "flat_memory", "together_two_stage", "edge_cases")
+"""Files that are begun first, so that no worker waits for another one's at the end (with --no-loadscope-reorder)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from fusedet.data.voc import parse, read_voc
 from fusedet.data.yolo import read_yolo
 from fusedet.doctor import examine
 from fusedet.errors import InputError
+from fusedet.evaluate import load_results
+from fusedet.verbs.val import score, worst
 from tiny import coco_dict, write_coco, write_voc, write_yolo, xml
 
 ATOMS: list[Any] = [
@@ -165,7 +167,7 @@ def check_voc(seed: int, count: int) -> None:
     words = [b"1", b"nan", b"-1e999", b"", b"<a>", b"</object>", b"<bndbox>", b"<object><name>x</name></object>", b"9" * 400, b"\xd9\xa3"]
     listed = b"a\nb\n"
     for _ in range(count):
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and one:
             begin = one.find(b">", rng.randrange(len(one))) + 1
             one = one[:begin] + rng.choice(words) + one[one.find(b"<", begin) if rng.random() < 0.7 else begin :]
         elif rng.random() < 0.8:
@@ -195,6 +197,41 @@ def check_yolo(seed: int, count: int) -> None:
         file.write_bytes(texts[1])
         (Path(folder) / "list.txt").write_bytes(texts[2])
         used(lambda: read_yolo(file, "train"))
+
+
+FOUND: list[Any] = [
+    {"image_id": 3, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 0.9, "segmentation": {"size": [10, 20], "counts": [0, 3, 197]}},
+    {"image_id": 7, "category_id": 2, "bbox": [5, 6, 10, 12], "score": 0.5, "segmentation": {"size": [30, 40], "counts": ":n0XT1"}},
+]
+
+
+def check_results(seed: int, value: Any, count: int) -> None:
+    """A valid file of results with some values changed, and at times some bytes, scored by boxes and masks, and drawn."""
+    rng = random.Random(seed)
+    tree: Any = FOUND
+    for _ in range(count):
+        tree = changed(tree, rng, value)
+    text = json.dumps(tree).encode("utf-8", "surrogatepass")
+    for _ in range(rng.choice([0, 0, 1, 3])):
+        text = damaged(text, rng)
+    score_results(text)
+
+
+def score_results(text: bytes) -> bool:
+    """As `fusedet val RESULTS.json` does; whether they could be scored."""
+    truth = coco_dict()
+    for row in truth["annotations"]:
+        row.setdefault("segmentation", [[1, 1, 6, 1, 6, 6]])
+    with tempfile.TemporaryDirectory() as folder, suppress(InputError):
+        root = write_coco(Path(folder), truth)
+        records = read_coco(root / "annotations" / "instances_train2017.json", root / "train2017")
+        (root / "found.json").write_bytes(text)
+        results = load_results(root / "found.json")
+        masks = bool(results) and all("segmentation" in result for result in results)
+        score(records, results, voc=True, evaluator="fusedet", masks=masks)
+        worst(records, results)
+        return True
+    return False
 
 
 RLES = st.fixed_dictionaries(

@@ -24,7 +24,7 @@ from fusedet.verbs import train as verb
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["killing"])
-FILES = ("metrics.csv", "val.bbox.json")
+FILES = ("metrics.csv", "val.bbox.json", "skipped.csv")
 
 
 class Training:
@@ -220,14 +220,18 @@ PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """Where the folders of two runs are not bit for bit the same: state, best weights and their description, figures, results."""
+    """Where the folders of two runs are not bit for bit the same: state, best weights and their description, and `FILES`."""
     found = _different(checkpoint.load(a / "last.ckpt"), checkpoint.load(b / "last.ckpt"), "last.ckpt")
     best = [checkpoint.load_weights(run / "best.safetensors") for run in (a, b)]
     found += _different(_without_folder(best[0]), _without_folder(best[1]), "best.safetensors")
-    found += [name for name in FILES if (a / name).exists() and (a / name).read_bytes() != (b / name).read_bytes()]
+    found += [name for name in FILES if _content(a / name) != _content(b / name)]
     steps = [[(row["epoch"], row["step"]) for row in csv.DictReader((run / "speed.csv").open())] for run in (a, b)]
     found += ["speed.csv"] if steps[0] != steps[1] else []
     return found + [f"{run} keeps {file.name}" for run in (a, b) for file in run.glob(".*.part")]
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
 
 
 def _without_folder(best: tuple[Any, dict[str, str]]) -> tuple[Any, Any]:

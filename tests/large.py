@@ -1,4 +1,4 @@
-"""Data sets with many pictures, as files: all pictures are one, by hard links."""
+"""Data sets with many pictures, as files: thousands of pictures are one, by hard links."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from tiny import OBJECT, XML, picture
 
 WIDTH, HEIGHT = 640, 480
+LINKS = 50_000  # to one file; ext4 allows 65,000
 NAMES = [f"class {i}" for i in range(20)]
 
 
@@ -27,11 +28,12 @@ def write(root: Path, form: str, pictures: int, each: int, *, polygons: bool = F
     found, labels = boxes(pictures, each)
     if form == "coco":
         return _coco(root, found, labels, polygons)
-    one = picture(root / "one.jpg", WIDTH, HEIGHT)
     folders = {"yolo": ("images/train", "labels/train"), "voc": ("JPEGImages", "Annotations")}[form]
     for folder in folders:
         (root / folder).mkdir(parents=True)
     for i, (rows, own) in enumerate(zip(found.tolist(), labels.tolist())):
+        if i % LINKS == 0:
+            one = picture(root / f"{i}.jpg", WIDTH, HEIGHT)
         os.link(one, root / folders[0] / f"{i:06d}.jpg")
         if form == "yolo":
             lines = [

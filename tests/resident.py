@@ -48,16 +48,19 @@ def line(units: Sequence[float], memory: Sequence[float], warm_up: float = 0.25)
 
 
 def pss(pid: int | str = "self") -> int:
-    """Bytes of a process and all below it, where a page that n processes share counts 1/n in each."""
+    """Bytes that a process and all below it have made, where a page that n of them share counts 1/n in each.
+
+    Pages of files are left out: a library's count less in each process as soon as a stranger maps it too.
+    """
     total, rest = 0, [str(os.getpid() if pid == "self" else pid)]
     while rest:
         one = Path("/proc", rest.pop())
         try:
             rows = (one / "smaps_rollup").read_text().splitlines()
-            total += next(int(row.split()[1]) * KIB for row in rows if row.startswith("Pss:"))
+            total += sum(int(row.split()[1]) * KIB for row in rows if row.startswith(("Pss_Anon:", "Pss_Shmem:")))
             for task in (one / "task").iterdir():
                 rest += (task / "children").read_text().split()
-        except (FileNotFoundError, ProcessLookupError, StopIteration):
+        except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
     return total
 

@@ -290,8 +290,11 @@ def test_unknown_models(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Mon
         has(complaint(capsys, verb, "retinanet_r5"), "unknown config 'retinanet_r5': did you mean 'retinanet_r50'?")
         has(complaint(capsys, verb, "mine.yaml"), "there is no config file mine.yaml")
         has(complaint(capsys, verb, "retinanet_r18", "retinanet_r50"), "one model at a time")
-    has(complaint(capsys, "info", tmp_path), "is not a run's folder")
-    has(complaint(capsys, "train"), "which model?")
+    for verb in ("info", "doctor", "browse"):
+        has(complaint(capsys, verb, tmp_path), "is not a run's folder", f"did you mean data={tmp_path}?")
+    said = complaint(capsys, "train")
+    has(said, "which model?", "fusedet info lists")
+    assert len(said) < 200, "not all 76"
     has(complaint(capsys, "info", "retinanet_tiny", "--classes", 0), "at least one class")
     assert not any(tmp_path.iterdir()), "not even a runs folder"
 
@@ -318,6 +321,23 @@ def test_an_output_folder_that_exists(capsys: Capture, trained: Path, scenes: Pa
     has(complaint(capsys, "browse", f"data={scenes}", f"out={picture}"), "exists: nothing is overwritten")
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
     assert picture.read_text() == "keep me"
+
+
+def test_pictures_of_the_data_are_numbered(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, said in ((["--images", "1"], "1 picture: "), (["--images", "2"], "2 pictures: "), (["--centres"], ""), (["--centres"], "")):
+        assert cli.run(["browse", f"data={scenes}", "data.workers=0", *words]) == 0
+        assert said in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centres-2.png", "centres.png"]
+
+
+def test_names_are_checked_before_the_data(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr("fusedet.verbs.train.read", never)
+    for override in ("model.neck=fpm", "model.backbone.name=resnet51", "model.head.conv=2", "train.monitor=ap"):
+        has(complaint(capsys, *train(scenes, tmp_path / "out", override)), "unknown")
 
 
 def test_a_folder_that_cannot_be_made(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
@@ -397,7 +417,9 @@ def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_pa
     has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no picture")
     has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no picture")
     has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
-    has(complaint(capsys, "predict", trained, scenes / "val", "model.neck=fpn"), "changes nothing for a trained model")
+    for verb in ("predict", "cam"):
+        said = complaint(capsys, verb, trained, scenes / "val", "model.neck=fpn")
+        has(said, "changes nothing for a trained model: what can be set here is test, data.size, device, out")
 
 
 def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:

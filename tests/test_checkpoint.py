@@ -151,6 +151,39 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def shared_lists(levels: int) -> list:
+    """A few bytes in a file, 9 ** levels words as text."""
+    made = ["x"] * 9
+    for _ in range(levels):
+        made = [made] * 9
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ema": torch.zeros(4)}, "weights must be tensors by name"),
+        ({"ema": 5}, "weights must be tensors by name"),
+        ({"ema": {"w": "x"}}, "'w' is no tensor by name"),
+        ({"ema": {(1, 2): torch.zeros(1)}}, "a tuple is no tensor by name"),
+        ({"meta": torch.zeros(3)}, "description .* texts by name"),
+        ({"meta": None}, "description .* texts by name"),
+        ({"meta": {"config": shared_lists(4)}}, "description .* texts by name"),
+        ({"meta": {3: "x"}}, "description .* texts by name"),
+    ],
+)
+def test_weights_and_descriptions_of_other_kinds(tmp_path, change, text):
+    checkpoint.save(tmp_path / "x.ckpt", state() | change)
+    with pytest.raises(InputError, match=f"x.ckpt is not a fusedet checkpoint: .*{text}") as caught:
+        checkpoint.load_weights(tmp_path / "x.ckpt")
+    assert len(str(caught.value)) < 500
+
+
+def test_averaged_weights_that_are_none_are_not_replaced_by_others(tmp_path):
+    checkpoint.save(tmp_path / "x.ckpt", state() | {"ema": {}})
+    assert checkpoint.load_weights(tmp_path / "x.ckpt")[0] == {}
+
+
 def test_load_into_names_the_differences():
     net = nn.Linear(2, 3)
     good = {k: torch.ones_like(v) for k, v in net.state_dict().items()}

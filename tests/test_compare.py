@@ -2,17 +2,22 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fusedet import cli, draw, evaluate
 from fusedet.data.demo import generate
 from fusedet.data.read import read
+from fusedet.draw import pictures
 from fusedet.verbs.compare import conclusion
+from fusedet.verbs.val import painter
 from test_cli import figures, spoken
 
 
@@ -111,7 +116,7 @@ def test_results_files(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pat
 
 def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
     found = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
-    assert found["conclusion"].startswith("Nothing")
+    assert found["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
     assert all(row["difference"] == row["low"] == row["high"] == 0 for row in found["figures"].values() if row["difference"] is not None)
     assert not (Path(found["out"]) / "pictures.png").exists(), "there is no picture on which they differ"
 
@@ -180,6 +185,29 @@ def test_pictures_that_differ_most(data: Path) -> None:
     assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
     assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
     assert evaluate.differing_images(records, truth, truth) == []
+
+
+def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strip below a picture and the caption, of wrong classes and of objects that do not count too."""
+    whole = read(data, "val")
+    ignore = torch.arange(len(whole.labels)) % 5 == 0
+    records = replace(whole, ignore=ignore)
+    results = guesses(data, "val", found=0.8, spread=0.1, seed=2)
+    for result in results[::4]:
+        result["category_id"] = result["category_id"] % 6 + 1
+    strips: list[str] = []
+    monkeypatch.setattr(pictures, "_legend", lambda picture, items, pen: strips.append(" ".join(text for text, *_ in items)) or picture)
+    paint, rows = painter(records, results), evaluate.worst_images(records, results, n=99)
+    assert len(rows) > 40
+    confused = 0
+    for i, quality, misses, false in rows:
+        paint(i)
+        found, *counts, wrong = map(int, re.findall(r"\d+", strips[-1]))
+        assert counts == [misses, false]
+        assert quality == pytest.approx(2 * found / (2 * found + misses + false))
+        confused += wrong
+    pairs = evaluate.confusion(records, results)[:-1, :-1]
+    assert confused == pairs.sum() - np.trace(pairs) > 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])

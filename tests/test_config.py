@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusedet import config
-from fusedet.detectors import create_model, from_config
+from fusedet.detectors import bare, create_model, from_config
 from fusedet.errors import InputError
 
 
@@ -93,7 +93,13 @@ def test_python_and_command_line_are_the_same() -> None:
     ("override", "said"),
     [
         ("train.epoch=3", "did you mean 'train.epochs'"),
-        ("modle.neck=fpn", "unknown config key 'modle'"),
+        ("modle.neck=fpn", "unknown config key 'modle': did you mean 'model'?"),
+        ("epochs=3", "unknown config key 'epochs': did you mean 'train.epochs'? Known: data, device, model, out, test, train"),
+        ("epoch=3", "did you mean 'train.epochs'"),
+        ("batch=3", "did you mean 'train.batch' or 'test.batch'"),
+        ("train.bach=3", "did you mean 'train.batch'? "),
+        ("channels=3", "did you mean 'model.pyramid.channels'"),
+        ("zzz=3", "unknown config key 'zzz': Known: data"),
         ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
         ("train.epochs=0", "train.epochs=0 must be 1 or more"),
         ("train.epochs", "write key=value"),
@@ -102,7 +108,7 @@ def test_python_and_command_line_are_the_same() -> None:
         ("train.schedule=3x", "unknown schedule"),
         ("train.optimizer=adam", "did you mean 'adamw'"),
         ("data.size=[800,600]", "data.size"),
-        ("data.size=800", "data.size must be"),
+        ("data.size=800", "data.size must be a list, such as [800, 800], got 800"),
         ("test.nms=2", "test.nms=2"),
         ("train.batch=5", None),
         ("model.pyramid.top=on_inputs", "did you mean 'on_input'"),
@@ -158,6 +164,14 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("override", "said"), [("model.neck=fpm", "did you mean 'fpn'"), ("model.head.conv=4", "did you mean 'convs'")])
+def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, said: str) -> None:
+    asked = ["model.backbone.weights=/no/where"]
+    assert all(p.is_meta for p in bare(config.load("retinanet_r18", asked)).parameters())
+    with pytest.raises(InputError, match=said):
+        bare(config.load("retinanet_r18", [*asked, override]))
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
     words = ["model.neck=mse_fpn", "model.neck.gate=none", "model.neck.gate=cag"]
@@ -166,10 +180,11 @@ def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no config file"):
-        config.load(tmp_path / "absent.yaml")
-    with pytest.raises(InputError, match="did you mean 'retinanet_r50'"):
-        config.load("retinanet_r5")
+    for name, said in ((tmp_path / "retinanet_r5.yaml", "there is no config file"), ("retinanet_r5", "did you mean 'retinanet_r50'")):
+        with pytest.raises(InputError, match=said) as error:
+            config.load(name)
+        assert str(error.value).endswith("(fusedet info lists them)")
+        assert str(error.value).count("_") < 20, "the nearest, not all 76"
     with pytest.raises(InputError, match="is not YAML"):
         config.load(write(tmp_path, "broken", "model: [1, 2\n"))
     with pytest.raises(InputError, match="must be a mapping"):

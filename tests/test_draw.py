@@ -211,6 +211,15 @@ def drawn(path):
         return len(set(picture.convert("L").resize((64, 64)).getdata())) > 8
 
 
+@pytest.mark.parametrize(("iou", "named"), [(0.5, "AP50"), (0.75, "AP75")])
+@pytest.mark.parametrize("classes", [3, 80])
+def test_curves_name_the_overlap(tmp_path, classes, iou, named):
+    draw.curves(precision_recall(classes), tmp_path / "curves.svg", iou=iou)
+    told = (tmp_path / "curves.svg").read_text()
+    assert f"precision at IoU {iou}" in told
+    assert f"{named}: 5 best, 5 worst" in told if classes > 10 else f"<!-- {named} -->" in told
+
+
 @pytest.mark.parametrize("classes", [1, 10, 80])
 def test_curves_and_confusion(tmp_path, classes):
     draw.curves(precision_recall(classes), tmp_path / "curves.png")

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fusedet.errors import InputError, checked, unknown
+from fusedet.errors import InputError, checked, plural, unknown
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,14 @@ def test_right_values(value: Any, hint: Any, result: Any) -> None:
         (1.5, int, "key must be int, got 1.5"),
         (True, float, "key must be float, got True"),
         (1, bool, "key must be bool, got 1"),
-        ("ab", tuple[int, ...], "key must be a list, such as [ab], got 'ab'"),
+        ("ab", tuple[str, ...], "key must be a list, such as [ab], got 'ab'"),
+        (640, tuple[int, int], "key must be a list, such as [640, 640], got 640"),
+        (640, tuple[int, int] | None, "key must be a list, such as [640, 640], got 640"),
+        (1, Sequence[float], "key must be a list, such as [1], got 1"),
+        ("ab", tuple[int, ...], "key must be a list [int, ...], got 'ab'"),
+        ("1x2", tuple[int, int], "key must be a list [int, int], got '1x2'"),
         ([1], tuple[int, int], "key must have 2 items, got [1]"),
+        ([], tuple[int], "key must have 1 item, got []"),
         (["x"], list[int], "key.0 must be int, got 'x'"),
         ("x", float | None, "key must be float, got 'x'"),
         ([1], dict, "key must be dict, got [1]"),
@@ -66,3 +72,12 @@ def test_literals_offer_the_nearest() -> None:
 def test_unknown_names() -> None:
     assert str(unknown("neck", "fpm", ["fpn", "bfp"])) == "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
     assert str(unknown("neck", "zzz", [])) == "unknown neck 'zzz': Known: none"
+    assert str(unknown("key", "a", ["b"], meant=["x.a", "y.a"])) == "unknown key 'a': did you mean 'x.a' or 'y.a'? Known: b"
+    many = [f"name{i}" for i in range(99)]
+    assert str(unknown("config", "name7", many[8:], lister="this")).endswith("(this lists them)")
+    assert len(str(unknown("config", "name7", many[8:]))) < 120
+
+
+@pytest.mark.parametrize(("thing", "two"), [("picture", "2 pictures"), ("class", "2 classes"), ("box", "2 boxes")])
+def test_numbers_of_things(thing: str, two: str) -> None:
+    assert (plural(1, thing), plural(2, thing), plural(0, thing)) == (f"1 {thing}", two, two.replace("2", "0"))

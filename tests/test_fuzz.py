@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -39,6 +40,26 @@ def test_yolo(seed: int, count: int) -> None:
 
 
 @few
+@given(fuzzing.SEEDS, fuzzing.JSON, small)
+def test_results(seed: int, value: Any, count: int) -> None:
+    fuzzing.check_results(seed, value, count)
+
+
+STRANGE = [("score", 10**400), ("image_id", 10**30), ("bbox", [1, 2, 10**40, 4]), ("bbox", [1, -1e308, 3, 20])]
+COUNTS = [[10**30], [-5, 205], [5, 5], "~~~~", "X6" * 100, "", None, ["a"]]
+
+
+def test_results_that_the_fuzzing_finds_seldom() -> None:
+    """Nested without end, numbers that no array holds, masks that take for ever to draw."""
+    good = fuzzing.FOUND
+    assert fuzzing.score_results(json.dumps(good).encode())
+    assert not fuzzing.score_results(b"[" * 200_000)
+    masks = [("segmentation", {"size": size, "counts": counts}) for counts in COUNTS for size in ([10, 20], [-10, -20], [10.0, 20], 5)]
+    for key, value in STRANGE + masks:
+        assert not fuzzing.score_results(json.dumps([good[0] | {key: value}]).encode()), (key, value)
+
+
+@few
 @given(fuzzing.RLES, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 def test_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
     fuzzing.check_rle(rle, size)
@@ -63,3 +84,5 @@ def test_the_fuzzer_sees_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzing, "read_coco", broken)
     with pytest.raises(KeyError):
         fuzzing.check_json([])
+    with pytest.raises(KeyError):
+        fuzzing.score_results(b"[]")

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fusedet import cli
 from fusedet.errors import InputError
-from fusedet.interop import pyconfig
+from fusedet.interop import convert, pyconfig
 from fusedet.interop.reading import read, weights
 
 WEIGHTS = {"backbone.conv1.weight": torch.zeros(2)}
@@ -136,6 +137,18 @@ def test_an_old_file_cut_after_its_first_number(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:end])
     with pytest.raises(InputError, match="cut short"):
         read(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors", ""])
+def test_what_is_fusedets_already(tmp_path: Path, name: str) -> None:
+    config = "model:\n  neck: {type: fpn}\n"
+    torch.save({"model": WEIGHTS, "meta": {"config": config, "format": "fusedet"}}, tmp_path / "last.ckpt")
+    save_file(WEIGHTS, tmp_path / "best.safetensors", {"config": config, "format": "fusedet"})
+    file = tmp_path / name
+    with pytest.raises(InputError, match=f"^{file} is fusedet's own already, there is nothing to convert: .* fusedet predict {file} "):
+        convert(file)
+    save_file(WEIGHTS, tmp_path / "other.safetensors", {"format": "pt"})
+    assert read(tmp_path / "other.safetensors").keys() == WEIGHTS.keys()
 
 
 def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

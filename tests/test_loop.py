@@ -329,7 +329,7 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, where, accumulate
     run(tmp_path / "a")
     stop = True
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="resume to go on"):
+    with pytest.raises(Interrupted, match=r"to go on: fusedet train .* --resume"):
         run(tmp_path / "b", signalled((1, 4)) if where == "between steps" else lambda e, i, batch: batch)
     assert signal.getsignal(signal.SIGINT) is handler
     between = checkpoint.load(tmp_path / "b" / "last.ckpt")

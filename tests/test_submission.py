@@ -130,6 +130,20 @@ def test_other_data_is_refused(trained: Path, scenes: Path, coco: Path, tmp_path
         submission.of_server(read(tmp_path / "few", "val"), 100)
 
 
+@pytest.mark.parametrize(("split", "whole"), [("val2017", 5000), ("test-dev2017", 20288)])
+def test_a_part_of_the_servers_split_is_warned_of(
+    coco: Path, split: str, whole: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = read(coco, split)
+    assert submission.of_server(records, 100) == split
+    said = capsys.readouterr()
+    assert said.out == "", "which may be json"
+    assert said.err == f"warning: {records.source} has 8 pictures, COCO's {split}, which the server scores as a whole, has {whole}\n"
+    monkeypatch.setitem(submission.PICTURES, split, 8)
+    submission.of_server(records, 100)
+    assert not capsys.readouterr().err
+
+
 # -- the format
 
 

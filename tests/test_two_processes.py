@@ -1,11 +1,13 @@
-"""`fusedet train` in two processes, by launchers as on two machines, gives what one gives, validation and figures included."""
+"""`fusedet train` and `val` in two processes, by launchers as on two machines, give what one gives, also with the weights shared out."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,41 +23,83 @@ OPTIONS = [
     *("data.size=[64,96]", "data.workers=0", "train.epochs=2", "train.batch=4", "train.optimizer=sgd", "train.lr=0.01"),
     *("train.warmup_steps=0", "train.base_batch=null", "test.score=0.001", "device=cpu"),
 ]
+COMMANDS = """
+import json, sys
+from fusedet import cli
+
+for words in json.loads(sys.argv[1]):
+    if code := cli.run(words):
+        sys.exit(code)
+"""
+"""Several commands in one start, which is what takes time."""
 
 
-def on_two_machines(words: list[str]) -> list[str]:
+def on_two_machines(commands: list[list[str]], script: Path) -> list[str]:
     """What is said by two launches of one process each, with different node ranks, as two machines have them; both end well."""
+    script.write_text(COMMANDS)
     with socket.create_server(("127.0.0.1", 0)) as free:
         meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     started = []
     for rank in ("0", "1"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", rank, "--nproc-per-node", "1", *meeting]
-        command = [*launch, "-m", "fusedet.cli", *words]
+        command = [*launch, str(script), json.dumps(commands)]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], [err[-2000:] for _, err in said]
     return [out for out, _ in said]
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    data = demo.generate(tmp_path / "data", images=14, size=(64, 96))
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The runs `one`, in one process, `two` and `shared` (FSDP), in two; the run `two` scored in `scored` by one, in `both` by two."""
+    top = tmp_path_factory.mktemp("runs")
+    data = demo.generate(top / "data", images=27, size=(64, 96), splits={"train": 0.45, "val": 0.55})
     words = ["train", "retinanet_tiny", f"data={data}", *OPTIONS]
-    assert run([*words, f"out={tmp_path / 'one'}"]) == 0
-    said = on_two_machines([*words, f"out={tmp_path / 'two'}"])
-    one, two = (checkpoint.load(tmp_path / k / "last.ckpt") for k in ("one", "two"))
+    assert run([*words, f"out={top / 'one'}"]) == 0
+    commands = [
+        [*words, f"out={top / 'two'}"],
+        ["val", str(top / "two"), f"out={top / 'both'}"],
+        [*words, "train.strategy=fsdp", f"out={top / 'shared'}"],
+    ]
+    said = on_two_machines(commands, top / "commands.py")
+    assert run(["val", str(top / "two"), f"out={top / 'scored'}"]) == 0
+    return top, said
+
+
+@pytest.mark.parametrize("kind", ["two", "shared"])
+def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]], kind: str) -> None:
+    top, said = runs
+    one, two = (checkpoint.load(top / k / "last.ckpt") for k in ("one", kind))
     assert one["step"] == two["step"] == 6
     for key, value in one["model"].items():
         assert torch.allclose(value, two["model"][key], rtol=1e-3, atol=1e-5), key
-    moved = checkpoint.load(tmp_path / "one" / "last.ckpt")["optimizer"]["state"]
-    assert any(v["momentum_buffer"].any() for v in moved.values())
-    a, b = (json.loads((tmp_path / k / "metrics.json").read_text()) for k in ("one", "two"))
+    assert any(v["momentum_buffer"].any() for v in two["optimizer"]["state"].values())
+    a, b = (read(top / k / "metrics.json") for k in ("one", kind))
     assert a["stamp"]["image_ids"] == b["stamp"]["image_ids"]
     assert a["AR100"] == pytest.approx(b["AR100"], abs=0.05)
-    results = [json.loads((tmp_path / k / "val.bbox.json").read_text()) for k in ("one", "two")]
-    pictures = [sorted({r["image_id"] for r in side}) for side in results]
-    assert pictures[0] == pictures[1]  # every picture once, whoever looked at it
-    assert [text.count("next: fusedet predict") for text in said] == [1, 0]  # one process speaks
-    rows = [(tmp_path / k / "metrics.csv").read_text().splitlines() for k in ("one", "two")]
+    rows = [(top / k / "metrics.csv").read_text().splitlines() for k in ("one", kind)]
     assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]  # one process writes
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    assert read(top / kind / "run.json")["processes"] == 2
+    assert [text.count("next: fusedet predict") for text in said] == [2, 0]  # one process speaks
+
+
+def test_two_processes_score_as_one_does(runs: tuple[Path, list[str]]) -> None:
+    top = runs[0]
+    one, two = (read(top / k / "val.bbox.json") for k in ("scored", "both"))
+    seen, seen_by_two = (Counter(row["image_id"] for row in side) for side in (one, two))
+    assert seen == seen_by_two, "every picture once, whoever looked at it"
+    assert len(seen) % 2 == 1, "the processes had not the same number of pictures"
+    for picture in seen:
+        scores = [sorted(row["score"] for row in side if row["image_id"] == picture) for side in (one, two)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    a, b = (read(top / k / "metrics.json") for k in ("scored", "both"))
+    assert a["stamp"] == b["stamp"]
+    assert a["AR100"] > 0
+    assert {k: v for k, v in a.items() if isinstance(v, float)} == {
+        k: pytest.approx(v, abs=1e-3) for k, v in b.items() if isinstance(v, float)
+    }

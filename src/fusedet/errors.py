@@ -17,19 +17,35 @@ class InputError(ValueError):
     """
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
+def unknown(kind: str, name: object, known: Iterable[str], *, meant: Sequence[str] = (), lister: str = "") -> InputError:
     """The error for a name that is not among the known ones; the nearest known name is offered.
+
+    meant: what to offer instead. lister: the command that shows all of the known names, where they are too many for a message.
 
     >>> str(unknown("neck", "fpm", ["fpn", "bfp"]))
     "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    near = meant or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     if len(names) > _LISTED:
-        some = difflib.get_close_matches(str(name), names, n=5, cutoff=0)
-        return InputError(f"unknown {kind} '{name}': {hint}Known are {len(names)}, among them {', '.join(some)}")
+        return InputError(f"unknown {kind} '{name}': {hint}Known are {nearest(name, names, lister)}")
     return InputError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or 'none'}")
+
+
+def nearest(name: object, known: Sequence[str], lister: str = "") -> str:
+    """How many names are known, the five that are most like a name, and the command that lists all."""
+    some = ", ".join(difflib.get_close_matches(str(name), known, n=5, cutoff=0))
+    return f"{len(known)}, among them {some}" + (f" ({lister} lists them)" if lister else "")
+
+
+def plural(count: int, thing: str) -> str:
+    """How many of a thing there are.
+
+    >>> plural(1, "box"), plural(2, "box"), plural(1200, "picture")
+    ('1 box', '2 boxes', '1200 pictures')
+    """
+    return f"{count} {thing}{'' if count == 1 else 'es' if thing.endswith(('s', 'x')) else 's'}"
 
 
 def one_of(key: str, value: object, kind: Any) -> None:
@@ -64,7 +80,7 @@ def checked(value: Any, hint: Any, key: str) -> Any:
             raise _wrong(value, hint, key)
         fixed = origin is tuple and args and args[-1] is not Ellipsis
         if fixed and len(value) != len(args):
-            raise InputError(f"{key} must have {len(args)} items, got {list(value)}")
+            raise InputError(f"{key} must have {plural(len(args), 'item')}, got {list(value)}")
         inner = args if fixed else (args[:1] or (Any,)) * len(value)
         items = [checked(v, t, f"{key}.{i}") for i, (v, t) in enumerate(zip(value, inner))]
         return items if origin is list else tuple(items)
@@ -90,7 +106,18 @@ def checked(value: Any, hint: Any, key: str) -> Any:
 
 
 def _wrong(value: Any, hint: Any, key: str) -> InputError:
-    if get_origin(hint) in (list, tuple):
-        return InputError(f"{key} must be a list, such as [{value}], got {value!r}")
-    name = getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
-    return InputError(f"{key} must be {name}, got {value!r}")
+    if get_origin(hint) not in (list, tuple, Sequence):
+        return InputError(f"{key} must be {_named(hint)}, got {value!r}")
+    args = get_args(hint)
+    fixed = get_origin(hint) is tuple and args[-1] is not Ellipsis
+    items = args if fixed else args[:1]
+    example = f", such as [{', '.join([str(value)] * len(items))}]"
+    try:
+        checked([value] * len(items), hint, key)
+    except InputError:  # the value is no item of such a list either
+        example = f" [{', '.join(map(_named, items))}{'' if fixed else ', ...'}]"
+    return InputError(f"{key} must be a list{example}, got {value!r}")
+
+
+def _named(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")

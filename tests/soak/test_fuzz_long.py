@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 import fuzzing
 
 pytestmark = pytest.mark.soak
-COUNTS = {"coco": 5000, "json": 3000, "voc": 5000, "yolo": 5000, "rle": 20_000, "overrides": 2000, "config": 3000}
+COUNTS = {"coco": 5000, "json": 3000, "voc": 5000, "yolo": 5000, "results": 5000, "rle": 20_000, "overrides": 2000, "config": 3000}
 small = st.integers(1, 5)
 CASES = {
     "coco": (fuzzing.check_coco, (fuzzing.SEEDS, fuzzing.JSON, small)),
     "json": (fuzzing.check_json, (fuzzing.JSON,)),
     "voc": (fuzzing.check_voc, (fuzzing.SEEDS, small)),
     "yolo": (fuzzing.check_yolo, (fuzzing.SEEDS, small)),
+    "results": (fuzzing.check_results, (fuzzing.SEEDS, fuzzing.JSON, small)),
     "rle": (fuzzing.check_rle, (fuzzing.RLES, st.tuples(st.integers(1, 12), st.integers(1, 12)))),
     "overrides": (
         fuzzing.check_overrides,

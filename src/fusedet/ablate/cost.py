@@ -24,7 +24,8 @@ from fusedet.data.collate import collate_views, see
 from fusedet.data.images import read_image
 from fusedet.data.records import Records
 from fusedet.types import Batch
-from fusedet.verbs.predict import Predictor, find, load
+from fusedet.verbs.predict import Predictor, find, tuned
+from fusedet.verbs.rebuilt import weights_file, with_weights
 
 PICTURES = 20
 SECONDS = 60.0
@@ -51,8 +52,7 @@ def predicting(runs: Mapping[str, Cell], records: Records, device: torch.device,
     further picture is begun, but two are always timed. Peak memory is of the tensors alive at once, weights included, the most
     of two pictures; None on devices that do not count it.
     """
-    place = device.type if device.index is None else str(device)
-    models = {label: load(cell.trained or cell.folder, *_testing(cell), device=place, trust=True) for label, cell in runs.items()}
+    models = {label: _predictor(cell, records, device) for label, cell in runs.items()}
     places = np.unique(np.linspace(0, len(records) - 1, PICTURES).round().astype(int)).tolist()
     times: dict[str, list[float]] = {label: [] for label in runs}
     peaks: dict[str, float | None] = {}
@@ -90,9 +90,11 @@ def training_speed(run: Path) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _testing(cell: Cell) -> list[str]:
-    """The test section of a run that scores weights of another one, as overrides; nothing for one that was trained."""
-    return [f"test.{key}={json.dumps(value)}" for key, value in cell.config.tree()["test"].items()] if cell.trained else []
+def _predictor(cell: Cell, records: Records, device: torch.device) -> Predictor:
+    """A run's weights, or those that it scores, in the model that the table asks for."""
+    file = weights_file(cell.trained or cell.folder)
+    detector = with_weights(cell.config, len(records.names), file).to(device)
+    return Predictor(tuned(detector, cell.config), cell.config, records.names, records.category_ids, file)
 
 
 def _batch(model: Predictor, records: Records, i: int) -> Batch:

@@ -67,7 +67,12 @@ class Cell:
                 )
         prints = [split.fingerprint() for split in data]
         about = read_json(folder / "run.json")
-        if about is not None and list(about["data"].values()) != prints:
+        known = about.get("data") if isinstance(about, dict) else None
+        if about is not None and not isinstance(known, dict):
+            raise InputError(
+                f"{folder / 'run.json'} is damaged, it does not name the run's data: copy it again, or choose another out=FOLDER"
+            )
+        if known is not None and list(known.values()) != prints:
             raise InputError(f"{folder} was trained on other data than {data[0].source} and {data[1].source}: choose another out=FOLDER")
         if (folder / FAILED).is_file():
             return "failed"

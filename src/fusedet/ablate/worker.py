@@ -17,7 +17,7 @@ from fusedet.errors import InputError
 from fusedet.evaluate import EVALUATORS
 from fusedet.verbs.folder import about, fresh, write_json
 from fusedet.verbs.predict import pick_device, tuned
-from fusedet.verbs.rebuilt import rebuild, weights_file
+from fusedet.verbs.rebuilt import weights_file, with_weights
 from fusedet.verbs.train import open_data, train
 from fusedet.verbs.val import detect, finds_masks, report, score, val_loader
 
@@ -52,8 +52,8 @@ def score_again(cell: Cell, say: Callable[[str], None] = print) -> None:
     assert cell.trained is not None
     one = cell.config
     device = pick_device(one.device)
-    detector = tuned(rebuild(weights_file(cell.trained), trust=True)[0].to(device), one)
     train_split, records = open_data(one, say)
+    detector = tuned(with_weights(one, len(records.names), weights_file(cell.trained)).to(device), one)
     masks = finds_masks(detector)
     results = detect(detector, val_loader(one, records), records, device)
     figures = score(records, results, voc=records.form == "voc", evaluator=EVALUATORS[0], masks=masks)

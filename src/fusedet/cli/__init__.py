@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from fusedet.cli.words import err
 from fusedet.engine.loop import Interrupted
 from fusedet.engine.peers import EXIT, Lost
 from fusedet.errors import InputError
+from fusedet.verbs.processes import place
 
 app = typer.Typer(
     help="Object detection with feature pyramids. Options are key=value: fusedet train retinanet_r50 data=PATH train.epochs=24 out=runs/a",
@@ -40,6 +40,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": model.demo,
     "config": model.config_,
 }
+TOGETHER = ("train", "val")
+"""Verbs whose processes tell each other what stops them."""
 CONVERTERS: dict[str, Callable[..., None]] = {"data": data.convert_data_, "weights": data.convert_weights_}
 
 for name, verb in VERBS.items():
@@ -62,8 +64,7 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except InputError as error:
-        # what all processes of a training raise, the first one says
-        return 2 if int(os.environ.get("RANK", 0)) else _complain(str(error))
+        return _refuse(str(error), sys.argv[1:2] if arguments is None else arguments[:1])
     except Interrupted as stop:
         err.print(escape(str(stop)))
         return stop.code
@@ -76,6 +77,18 @@ def run(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission: said, not traced
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
     return 0
+
+
+def _refuse(text: str, verb: list[str]) -> int:
+    """Say what is wrong with the input: of processes that work together the first one on each machine does, of others each."""
+    try:
+        rank, world, local = place()
+    except InputError:  # it is what is to be said
+        rank, world, local = 0, 1, 0
+    together = bool(verb) and verb[0] in TOGETHER
+    if together and local:
+        return 2
+    return _complain(f"process {rank}: {text}" if world > 1 and (rank or not together) else text)
 
 
 def _complain(text: str) -> int:

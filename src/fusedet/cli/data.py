@@ -10,9 +10,9 @@ from rich.markup import escape
 
 from fusedet.cli.words import Json, Words, any_config, out, print_json, separate, track
 from fusedet.data.convert import convert as convert_data
-from fusedet.errors import InputError
+from fusedet.errors import InputError, plural
 from fusedet.verbs import browse as browsing
-from fusedet.verbs import show
+from fusedet.verbs import folder, show
 from fusedet.verbs.check import check_data
 from fusedet.verbs.weights import convert as convert_weights
 
@@ -52,17 +52,17 @@ def browse(
     if options.data.path is None:
         raise InputError("no data: write fusedet browse data=PATH")
     if centres:
-        target = Path(options.out or "centres.png")
+        target = Path(options.out) if options.out else folder.free(".", "centres", ".png")
         classes = browsing.centres(options, split or options.data.train, target)
         if json:
             return print_json({"picture": str(target), "classes": classes})
         show.centres(out, classes)
         return out.print(f"centres: {escape(str(target))}")
-    target = Path(options.out or "browse.png")
+    target = Path(options.out) if options.out else folder.free(".", "browse", ".png")
     shown = browsing.browse(options, split or options.data.train, images, epoch, target)
     if json:
         return print_json({"picture": str(target), "images": shown})
-    out.print(f"{shown} pictures: {escape(str(target))}")
+    out.print(f"{plural(shown, 'picture')}: {escape(str(target))}")
 
 
 def convert_data_(

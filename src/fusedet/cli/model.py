@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 
@@ -30,9 +32,10 @@ from fusedet.cli.words import (
 from fusedet.config import Config
 from fusedet.data.read import read
 from fusedet.detectors import from_config
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, plural, unknown
 from fusedet.verbs import folder, predict, processes, show, submission, val
 from fusedet.verbs.demo import demo as run_demo
+from fusedet.verbs.rebuilt import _at_most
 from fusedet.verbs.train import train as run_training
 
 
@@ -45,7 +48,10 @@ def train(
     """Train MODEL (a config's name, a YAML file or a run's folder) on data=PATH; results go to out=FOLDER."""
     name, overrides = separate(words)
     if name is None:
-        raise InputError(f"which model? Write fusedet train MODEL data=PATH, with MODEL one of {', '.join(config.names())}, or a YAML file")
+        raise InputError(
+            f"which model? Write fusedet train MODEL data=PATH, with MODEL one of the {len(config.names())} that fusedet info lists, such "
+            "as retinanet_r50, a YAML file or a run's folder"
+        )
     options = _run_config(name, overrides, resume, trust)
     trained = run_training(options, resume=resume, say=speaker(json), quiet=json)
     if not trained.figures:
@@ -128,12 +134,19 @@ def info(words: Words = None, classes: Classes = None, trust: Trust = False, jso
         return out.print("schedules (train.schedule=NAME): " + ", ".join(config.names("schedules")))
     # what a model costs does not depend on its weights: none are fetched
     options = load_config(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"], trust)
-    if classes is None:
-        classes = len(predict.rebuild(predict.weights_file(name), trust)[2]) if Path(name).is_dir() and name not in config.names() else 80
-    figures = measure.cost(from_config(options, classes), *measure.network_size(options.data.size))
+    known, weights = _trained(name, trust) if Path(name).is_dir() and name not in config.names() else (80, None)
+    classes = known if classes is None else classes
+    try:
+        with torch.device("meta"), weights or nullcontext():  # no memory for any weight
+            detector = from_config(options, classes)
+        figures = measure.cost(detector, *measure.network_size(options.data.size))
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(f"{name}: its model has more numbers than can be counted") from error
     if json:
         return print_json({"model": name, "classes": classes, **figures})
-    show.cost(out, figures, f"{name}, {classes} classes")
+    show.cost(out, figures, f"{name}, {plural(classes, 'class')}")
 
 
 def demo(
@@ -157,14 +170,25 @@ def config_(words: Words = None) -> None:
     sys.stdout.write(any_config(words).to_yaml())
 
 
+def _trained(run: str, trust: bool) -> tuple[int, AbstractContextManager[None]]:
+    """How many classes a run knows, and what stops the making of a model of many more weights: its config may be somebody else's."""
+    file = predict.weights_file(run)
+    detector, _, names, _ = predict.rebuild(file, trust)
+    return len(names), _at_most(10 * len(detector.state_dict()) + 1000, file)
+
+
 def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> Config:
     """The config of a training: of a name or file, or of a run's folder, which with --resume is also where it goes on."""
     path = Path(name)
     if name not in config.names() and path.is_dir():
         options = config.load(of_run(path), [f"out={path}" if resume else "out=null", *overrides], trust=trust)
     elif resume:
+        if name not in config.names() and not path.exists():
+            raise InputError(f"{name} does not exist: there is no run to resume")
         asked = config.load(name, overrides)
-        if asked.out is None or not (Path(asked.out) / "config.yaml").is_file():
+        if asked.out is None:
+            raise InputError("which run shall be resumed? Give its folder, fusedet train RUN --resume, or add out=FOLDER")
+        if not (Path(asked.out) / "config.yaml").is_file():
             raise InputError(f"out={asked.out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
         options = config.load(of_run(Path(asked.out)), [f"out={asked.out}", *overrides])
         if options.model != asked.model:

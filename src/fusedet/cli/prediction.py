@@ -12,7 +12,7 @@ import typer
 
 from fusedet import config
 from fusedet.cli.words import Json, Trust, err, is_override, out, print_files, print_json
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, plural, unknown
 from fusedet.verbs import folder, parts, predict, processes, show
 from fusedet.verbs.sources import Sources
 
@@ -39,6 +39,7 @@ def predict_(
     overrides = [s for s in sources or [] if is_override(s)]
     of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
     options = config.parse(config.overridden({}, [o for o in overrides if o not in of_model]))
+    predict.only(overrides, "test", "data.size", "device", "out")
     if not given:
         raise InputError(
             'which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs, @FILE with a path a line, or "-" for one '
@@ -78,9 +79,8 @@ def _say(written: dict[str, Any], score: float, rank: int, json: bool) -> None:
         return out.print(f"process {rank} has done its parts, {written['left']} of other processes are still to come")
     if json:
         return print_json(written)
-    out.print(
-        f"{written['pictures']} pictures, {written['detections']} detections, {written['shown']} of them with a score of {score:g} or more"
-    )
+    pictures, detections = (plural(written[f"{thing}s"], thing) for thing in ("picture", "detection"))
+    out.print(f"{pictures}, {detections}, {written['shown']} of them with a score of {score:g} or more")
     if written["skipped"]:
-        out.print(f'{written["skipped"]} pictures could not be read: they are listed under "skipped" in what was written')
+        out.print(f'{plural(written["skipped"], "picture")} could not be read, listed under "skipped" in what was written')
     print_files({name: Path(path) for name, path in written["files"].items()})

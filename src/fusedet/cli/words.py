@@ -44,7 +44,7 @@ def of_run(folder: Path) -> Path:
     """The config file of a run's folder; raises InputError for another folder."""
     file = folder / "config.yaml"
     if not file.is_file():
-        raise InputError(f"{folder} is not a run's folder: it has no config.yaml")
+        raise InputError(f"{folder} is not a run's folder: it has no config.yaml; did you mean data={folder}?")
     return file
 
 

@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fusedet.config.schema import Config, parse, plain
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, nearest, unknown
 
 _SHIPPED = files("fusedet") / "configs"
+_LISTER = "fusedet info"
 _SLOTS = ("plugin", "neck", "interact", "head", "roi")
 LONGEST, LARGEST = 2**20, 100_000
 """Characters and, with every alias written out, values that a YAML text may have: the longest shipped config has a few hundred values."""
@@ -64,12 +65,13 @@ def find(name: str | Path, room: str = "models", kind: str = "config", folder: A
         return beside
     if is_file:
         if not _exists(path):
-            what = "table" if room == "ablations" else "config"
-            raise InputError(f"there is no {what} file {path}: give a YAML file, or one of {', '.join(names(room))}")
+            what, known = "table" if room == "ablations" else "config", names(room)
+            some = f"a name: known are {nearest(path.stem, known, _LISTER)}" if room == "models" else f"one of {', '.join(known)}"
+            raise InputError(f"there is no {what} file {path}: give a YAML file, or {some}")
         return path
     shipped = _SHIPPED / room / f"{name}.yaml"
     if not _exists(shipped):
-        raise unknown(kind, name, names(room))
+        raise unknown(kind, name, names(room), lister=_LISTER)
     return shipped
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Literal, get_type_hints
 
 from omegaconf import OmegaConf
@@ -171,10 +172,27 @@ def _typed(schema: Any, tree: Any, key: str) -> Any:
     for name, value in tree.items():
         where = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            raise unknown("config key", where, (f"{key}.{n}" if key else n for n in hints))
+            raise unknown("config key", where, (f"{key}.{n}" if key else n for n in hints), meant=_meant(where))
         nested = hasattr(hints[name], "__dataclass_fields__")
         values[name] = _typed(hints[name], value, where) if nested else checked(value, hints[name], where)
     return schema(**values)
+
+
+def _meant(key: str) -> list[str]:
+    """The keys that an unknown one may stand for: in its own section, else in any, those of its last name or, but for a letter, nearly."""
+    section, _, name = key.rpartition(".")
+    by_name: dict[str, list[str]] = {}
+    for path in _paths(Config, ""):
+        by_name.setdefault(path.rpartition(".")[2], []).append(path)
+    found = [path for near in get_close_matches(name, by_name, n=1, cutoff=0.8) for path in by_name[near]]
+    return [path for path in found if path.rpartition(".")[0] == section] or found
+
+
+def _paths(schema: Any, section: str) -> Iterator[str]:
+    for name, hint in get_type_hints(schema).items():
+        yield f"{section}{name}"
+        if hasattr(hint, "__dataclass_fields__"):
+            yield from _paths(hint, f"{section}{name}.")
 
 
 def plain(value: Any) -> Any:

@@ -148,7 +148,7 @@ def _categories(data: dict[str, Any], file: Path) -> tuple[list[str], list[int]]
 def _called(row: dict[str, Any], rows: list[dict[str, Any]], noun: str) -> str:
     """An entry by its id, or where it has none, by its place."""
     if type(row.get("id")) in (int, str):
-        return f"{noun} {row['id']}"
+        return f"{noun} {row['id']!s:.60}"
     return f"{noun} number {next(i for i, other in enumerate(rows) if other is row)}"
 
 

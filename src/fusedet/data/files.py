@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from fusedet.data.images import formats, image_size
+from fusedet.data.images import endless, formats, image_size
 from fusedet.errors import InputError
 
 T = TypeVar("T")
@@ -77,9 +77,17 @@ def _raise(error: OSError) -> None:
 def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without byte order mark; raises InputError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file of annotations, whole; raises InputError, for a pipe or a device too, which could be read for ever."""
+    try:
+        if endless(path):
+            raise InputError(f"{path} is a pipe or a device: a file was expected there")
+        return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -127,7 +135,7 @@ def picture_sizes(paths: Sequence[str]) -> np.ndarray:
 
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
-            height, width = image_size(path)
+            height, width = image_size(path, any_mode=True)  # what cannot be trained on is told with all other bad pictures
             return (height, width) if height and width else InputError(f"{path} has no pixels: it is {width} wide and {height} high")
         except InputError as error:
             return error

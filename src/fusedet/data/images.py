@@ -56,9 +56,14 @@ def read_image(source: Source) -> Tensor:
         return _tensor(picture, _name(source))
 
 
-def image_size(source: Source) -> tuple[int, int]:
-    """(height, width) of the tensor that `read_image` would give, from the file's header alone; raises InputError as it does."""
+def image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
+    """(height, width) of the tensor that `read_image` would give, from the file's header alone; raises InputError as it does.
+
+    any_mode: whether pixels without an agreed range, which `read_image` refuses, have a size too.
+    """
     with _opened(source) as picture:
+        if not any_mode:
+            _refuse_mode(picture, _name(source))
         return _upright_size(picture)
 
 
@@ -120,9 +125,14 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 def _regular(path: str | os.PathLike[str]) -> None:
     """Raises InputError for a pipe or a device, which could be read for ever."""
     with _explained(os.fspath(path)):
-        mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InputError(f"{os.fspath(path)} is a pipe or a device: a picture's file was expected there")
+        if endless(path):
+            raise InputError(f"{os.fspath(path)} is a pipe or a device: a picture's file was expected there")
+
+
+def endless(path: str | os.PathLike[str]) -> bool:
+    """Whether what is there is neither a file nor a folder, so that reading it may never end. Raises OSError where nothing is."""
+    mode = os.stat(path).st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def max_pixels() -> int:
@@ -198,15 +208,21 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
     mode = picture.mode
     if mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if mode.startswith("I;16") or (mode == "I" and picture.format in ("PNG", "PPM")):  # Pillow before 11.1 holds 16 bit as "I"
+    _refuse_mode(picture, name)
+    if mode.startswith("I"):
         eight = (np.asarray(picture).astype(np.uint32) + 128) // 257
         return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
-    if mode in ("I", "F"):
-        kind = "32-bit integers" if mode == "I" else "floating-point numbers"
-        raise InputError(f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel")
-    if mode == "LAB":
-        raise InputError(f"{name} holds L*a*b* colours: save it as RGB")
     if "transparency" in picture.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         over = picture.convert("LA").convert("RGBA") if mode == "La" else picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return picture.convert("RGB")
+
+
+def _refuse_mode(picture: Image.Image, name: str) -> None:
+    """Raises InputError for pixels without an agreed range; the header alone tells."""
+    mode = picture.mode
+    if mode == "F" or (mode == "I" and picture.format not in ("PNG", "PPM")):  # Pillow before 11.1 holds their 16 bit as "I"
+        kind = "32-bit integers" if mode == "I" else "floating-point numbers"
+        raise InputError(f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel")
+    if mode == "LAB":
+        raise InputError(f"{name} holds L*a*b* colours: save it as RGB")

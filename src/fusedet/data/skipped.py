@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +51,14 @@ class Ledger:
         self.begun = True
         if self.rank == 0:
             parts = sorted(self.folder.glob("skipped*.csv"))
-            self.rows = [row for part in parts for row in _read(part) if (row.epoch, row.batch) < (epoch + 1, batch + 1)]
-            for part in parts:
-                part.unlink()
+            rows: Counter[Skipped] = Counter()
+            for part in parts:  # not added up: a part may be in the whole list already, and be left of a process that was killed below
+                rows |= Counter(row for row in _read(part) if (row.epoch, row.batch) < (epoch + 1, batch + 1))
+            self.rows = sorted(rows.elements())
             self._rewrite(self.rows)
+            for part in parts:
+                if part != self.file:
+                    part.unlink()
         self._share()
 
     def add(self, row: Skipped) -> None:
@@ -76,10 +82,11 @@ class Ledger:
     def close(self) -> list[Skipped]:
         """All processes' rows in one file, in the order of the training; gives them."""
         rows = sorted(row for part in _gathered(self.rows, self.world) for row in part)
+        if not self.rank:
+            self._rewrite(rows)
+        _gathered([], self.world)  # nobody removes a part before the whole list is there
         if self.rank:
             self.file.unlink(missing_ok=True)
-        else:
-            self._rewrite(rows)
         return rows
 
     def _share(self) -> None:
@@ -97,9 +104,11 @@ class Ledger:
         if not rows:
             self.file.unlink(missing_ok=True)
             return
-        half = self.file.with_suffix(".half")
+        half = self.folder / f".{self.file.name}.{os.getpid()}.part"  # a name that the next start of the training removes
         with half.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             csv.writer(stream).writerows([Skipped._fields, *rows])
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(half, self.file)
 
 
@@ -122,10 +131,22 @@ def summary(rows: Iterable[Skipped], file: Path) -> str:
 
 
 def _read(file: Path) -> list[Skipped]:
-    """The rows of a list; one that was cut short when its process was killed is left out."""
-    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        rows = [row for row in csv.reader(stream) if len(row) == len(Skipped._fields)]
-    return [Skipped(int(e), int(b), int(i), name, reason) for e, b, i, name, reason in rows if e.isdecimal()]
+    """The rows of a list; one that was cut short when its process was killed is left out. Raises InputError for a list that is damaged."""
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
+    rows = csv.reader(io.StringIO(whole, newline=""))
+    found = []
+    try:
+        for row in rows:
+            if tuple(row) != Skipped._fields:
+                epoch, batch, image_id, name, reason = row
+                found.append(Skipped(int(epoch), int(batch), int(image_id), name, reason))
+    except (ValueError, csv.Error) as error:
+        raise InputError(
+            f"{file}, line {rows.line_num} is damaged: a row is epoch, batch, image_id, file, reason, the first three whole numbers; "
+            "correct or delete that row, and give the command again with --resume"
+        ) from error
+    return found
 
 
 def _gathered(rows: list[Skipped], world: int) -> list[list[Skipped]]:

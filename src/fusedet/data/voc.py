@@ -12,7 +12,18 @@ from xml.etree import ElementTree
 import numpy as np
 
 from fusedet.data import gather
-from fusedet.data.files import canonical, choose, files_below, inside, is_picture, picture_sizes, read_text, require_some, require_text
+from fusedet.data.files import (
+    canonical,
+    choose,
+    files_below,
+    inside,
+    is_picture,
+    picture_sizes,
+    read_bytes,
+    read_text,
+    require_some,
+    require_text,
+)
 from fusedet.data.records import Records
 from fusedet.errors import InputError, unknown
 
@@ -118,11 +129,9 @@ class _Builder(ElementTree.TreeBuilder):
 
 def parse(file: str) -> Annotation:
     """Read one xml file. Raises InputError that names it."""
+    content = read_bytes(file)
     try:
-        with open(file, "rb") as stream:
-            tree = ElementTree.fromstring(stream.read(), ElementTree.XMLParser(target=_Builder()))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+        tree = ElementTree.fromstring(content, ElementTree.XMLParser(target=_Builder()))
     except InputError as error:
         raise InputError(f"{file} {error}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fusedet.config.loading import LARGEST, LONGEST, _values
 from fusedet.data import gather
 from fusedet.data.files import canonical, choose, inside, picture_sizes, pictures_below, read_text, require_text, within
 from fusedet.data.outlines import drawable
@@ -79,11 +81,16 @@ def read_yolo(yaml_file: str | Path, split: str) -> Records:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """A data.yaml with all values as texts (a class called `no` stays "no"). Raises InputError."""
+    """A data.yaml with all values as texts (a class called `no` stays "no"). Raises InputError, also for more values than a config has."""
+    text = read_text(file)
     try:
-        data = yaml.load(read_text(file), yaml.BaseLoader)
+        large = len(text) > LONGEST
+        data = None if large else yaml.load(text, yaml.BaseLoader)
+        large = large or _values(yaml.compose(text, yaml.BaseLoader), {}) > LARGEST
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if large:
+        raise InputError(f"{file} is larger than any YOLO data file: it has more than {LONGEST} characters, or {LARGEST} values")
     if not isinstance(data, dict) or "names" not in data:
         raise InputError(f"{file} is not a YOLO data file: it must hold 'names', 'train' and 'val'")
     return data
@@ -127,7 +134,8 @@ def _names(data: dict[str, Any], file: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     for number, name in pairs:
         if not isinstance(name, str) or not str(number).isdecimal() or len(str(number)) > 9:
-            raise InputError(f"{file}: 'names' must be a list of class names or 'number: name' pairs, not {number}: {name!r:.60}")
+            pair = f"{number!s:.30}: {reprlib.repr(name)}"
+            raise InputError(f"{file}: 'names' must be a list of class names or 'number: name' pairs, not {pair}")
         if int(number) in names:
             raise InputError(f"{file}: 'names' gives class {int(number)} twice")
         names[int(number)] = name
@@ -135,7 +143,7 @@ def _names(data: dict[str, Any], file: Path) -> dict[int, str]:
         raise InputError(f"{file}: 'names' must list the class names")
     count = data.get("nc", str(len(names)))
     if count != str(len(names)):
-        raise InputError(f"{file}: 'nc' is {count!r:.60} but 'names' lists {len(names)} classes")
+        raise InputError(f"{file}: 'nc' is {reprlib.repr(count)} but 'names' lists {len(names)} classes")
     require_text(names.values(), file)
     return dict(sorted(names.items()))
 
@@ -144,7 +152,7 @@ def _root(data: dict[str, Any], file: Path) -> Path:
     """The data folder: `path` beside the yaml or, as YOLO's own tools take it, from the working folder; else the yaml's folder."""
     given = data.get("path", "")
     if not isinstance(given, str):
-        raise InputError(f"{file}: 'path' must be the data folder, not {given!r:.60}")
+        raise InputError(f"{file}: 'path' must be the data folder, not {reprlib.repr(given)}")
     if given in _NOTHING:
         return file.parent
     for folder in (file.parent / given, Path(given)):

@@ -2,7 +2,7 @@
 
 from fusedet.detectors.chain import Chain
 from fusedet.detectors.inference import for_inference
-from fusedet.detectors.making import Detector, create_model, from_config, selection, without_weights
+from fusedet.detectors.making import Detector, bare, create_model, from_config, selection, without_weights
 from fusedet.detectors.one_stage import OneStage
 from fusedet.detectors.two_stage import Found, Regions, TwoStage
 
@@ -13,6 +13,7 @@ __all__ = [
     "OneStage",
     "Regions",
     "TwoStage",
+    "bare",
     "create_model",
     "for_inference",
     "from_config",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fusedet import config as configs
@@ -63,6 +64,15 @@ def from_config(config: configs.Config, num_classes: int) -> Detector:
     stages, branches = _roi(model.roi, neck.levels, num_classes)
     head = _head(model, neck.levels, num_classes)
     return TwoStage(backbone, neck, head, stages, branches, selection(config.test))
+
+
+def bare(config: configs.Config, num_classes: int = 1) -> Detector:
+    """The detector of a config without weights and without memory for them (on "meta").
+
+    It tells names and shapes, and, as it raises InputError like `from_config`, before any data are read whether it can be built at all.
+    """
+    with torch.device("meta"):
+        return from_config(without_weights(config), num_classes)
 
 
 def _check_places(model: configs.Model) -> None:

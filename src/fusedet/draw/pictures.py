@@ -57,7 +57,7 @@ def compare(
     iou: float = 0.5,
     ignore: tuple[Tensor, Tensor] | None = None,
 ) -> Image.Image:
-    """Detections against the truth, with a legend below that counts what was found, confused, false and missed.
+    """Detections against the truth, with a legend below that counts what was found, false, missed and confused, which is both.
 
     image uint8 (3, H, W); truth (boxes (G, 4), labels (G,)); found (boxes (D, 4), labels (D,), scores (D,)), of which
     those of at least `score` are drawn; ignore (boxes, labels) of objects that do not count. Matched as in `ops.owners`.
@@ -92,11 +92,12 @@ def compare(
             groups["missed"].append(Mark(box, style.MISSED, names[k], dashed=True))
     pen = Pen.of(picture, None)
     marks = [mark for group in groups.values() for mark in group]
+    confused = len(groups["confused"])  # a miss and a false detection, as F1 counts it
     legend = [
         (f"found {len(groups['found'])}", style.FOUND, False),
-        (f"wrong class {len(groups['confused'])}", style.CONFUSED, False),
-        (f"false {len(groups['false'])}", style.FALSE, False),
-        (f"missed {len(groups['missed'])}", style.MISSED, True),
+        (f"missed {len(groups['missed']) + confused}", style.MISSED, True),
+        (f"false {len(groups['false']) + confused}", style.FALSE, False),
+        (f"wrong class {confused}{' (in both)' if confused else ''}", style.CONFUSED, False),
         ("truth", style.WHITE, True),
     ]
     return _legend(draw(picture, [*marks, *rest], pen), legend, pen)

@@ -18,8 +18,8 @@ MOST_ROWS = 40
 UNSURE = "#9a9a9a"
 
 
-def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall") -> None:
-    """Precision against recall per class, the mean in bold, as `evaluate.precision_recall` gives them.
+def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall", iou: float = 0.5) -> None:
+    """Precision against recall per class, the mean in bold, as `evaluate.precision_recall` gives them at the overlap `iou`.
 
     Of more than ten classes the five best (solid) and the five worst (dashed) have colours and names, the others are grey. The ending of
     `path` gives the form: png, pdf or svg.
@@ -30,7 +30,7 @@ def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and 
     shown, rest = (rows, []) if len(rows) <= MOST_CLASSES else (rows[:half] + rows[-half:], rows[half:-half])
     order = {row["name"]: k for k, row in enumerate(pr["classes"] if few else shown)}
     figure = new_figure(7.2, 4.4)
-    axes = new_axes(figure, title, "recall", "precision")
+    axes = new_axes(figure, title, "recall", f"precision at IoU {iou:g}")
     for row in rest:
         axes.plot(row["recall"], _reached(row["precision"]), color=PALE, lw=0.8, zorder=1)
     for row in shown:
@@ -40,7 +40,7 @@ def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and 
     axes.plot(pr["recall"], pr["mean"], color=DARK, lw=2.8, label=f"mean of {len(rows)}  {pr['AP']:.3f}", zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     letters = {"family": style.families([row["name"] for row in shown]), "size": 9}
-    heading = f"AP: {half} best, {half} worst" if rest else "AP"
+    heading = f"AP{100 * iou:g}" + (f": {half} best, {half} worst" if rest else "")
     axes.legend(title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=letters, alignment="left")
     save(figure, path)
 

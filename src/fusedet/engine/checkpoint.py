@@ -72,8 +72,8 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     path = Path(path)
     if path.suffix != ".safetensors":
         state = load(path)
-        weights, meta = state.get("ema") or state["model"], state.get("meta") or {}
-        return _tensors(weights, path), {str(key): str(value) for key, value in _mapping(meta, path).items()}
+        averaged = state.get("ema")
+        return _tensors(state["model"] if averaged is None else averaged, path), _texts(state.get("meta", {}), path)
     archive.check(_existing(path))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -108,15 +108,18 @@ def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Tensor], source: Pa
         raise InputError(f"{source} does not fit this model: " + "; ".join(text for text in differences if text))
 
 
-def _mapping(value: Any, path: Path) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{path} is not a fusedet checkpoint: its weights and their description must be mappings")
-    return value
-
-
 def _tensors(value: Any, path: Path) -> Weights:
-    if wrong := [key for key, tensor in _mapping(value, path).items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]:
-        raise InputError(f"{path} is not a fusedet checkpoint: under its weights, {str(wrong[0])[:100]!r} is no tensor by name")
+    if not isinstance(value, Mapping):
+        raise InputError(f"{path} is not a fusedet checkpoint: its weights must be tensors by name")
+    if wrong := [key for key, tensor in value.items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]:
+        key = repr(wrong[0][:100]) if isinstance(wrong[0], str) else f"a {type(wrong[0]).__name__}"  # its text may be of any length
+        raise InputError(f"{path} is not a fusedet checkpoint: under its weights, {key} is no tensor by name")
+    return dict(value)
+
+
+def _texts(value: Any, path: Path) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(one, str) for item in value.items() for one in item):
+        raise InputError(f"{path} is not a fusedet checkpoint: its description (meta) must be texts by name")
     return dict(value)
 
 

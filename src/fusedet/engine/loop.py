@@ -59,6 +59,8 @@ def fit(
     asked = {"out": Path(out), "validate": validate, "resume": resume, "loggers": loggers, "meta": meta or {}, "quiet": quiet, "say": say}
     run = setup(fabric, detector, loader, recipe, **asked)  # type: ignore[arg-type]
     run.after_save = saved
+    if resume:
+        run.say(_standing(run))
     status = "failed"
     with run.interrupts, run.display, _compiled(detector, recipe.compile):
         try:
@@ -87,12 +89,20 @@ def fit(
     return {key: run.state[key] for key in ("epoch", "step", "best", "metrics")}
 
 
+def _standing(run: Run) -> str:
+    """Where a resumed run goes on."""
+    epoch, epochs = run.state["epoch"], run.recipe.epochs
+    if _finished(run):
+        return f"{run.out} has ended with epoch {epoch} of {epochs}: nothing is left to train, a larger train.epochs goes on"
+    return f"{run.out} goes on after step {run.state['step']}, in epoch {epoch + 1} of {epochs}"
+
+
 def _interrupted(run: Run) -> Interrupted:
-    step = run.state["step"]
+    step, command = run.state["step"], f"fusedet train {run.out} --resume"
     if run.interrupts.forced:
-        text = f"stopped at once by a second Ctrl-C after step {step}: {run.last} is what was saved before it, resume to go on"
+        text = f"stopped at once by a second Ctrl-C after step {step}: {run.last} is what was saved before it; to go on: {command}"
     else:
-        text = f"stopped after step {step}, all of it is in {run.last}: resume to go on"
+        text = f"stopped after step {step}, all of it is in {run.last}; to go on: {command}"
     return Interrupted(text, run.interrupts.received or signal.SIGINT)
 
 

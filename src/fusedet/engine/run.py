@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import nn
 
-from fusedet.engine import checkpoint, rng, shards
+from fusedet.engine import checkpoint, contents, rng, shards
 from fusedet.engine.ema import Average
 from fusedet.engine.files import clean
 from fusedet.engine.interrupt import Interrupts
@@ -29,6 +29,7 @@ from fusedet.errors import InputError
 from fusedet.types import Batch, Losses
 
 TABLES = ("metrics.csv", "speed.csv")
+SEED = "seed"  # of the plan; checkpoints from before it was noted say nothing of it
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
 """(detector in eval mode, the epoch's number from 1) -> metrics. Every process calls it; the first one's figures count."""
 
@@ -36,7 +37,7 @@ Validate = Callable[[nn.Module, int], Mapping[str, float]]
 class Loader(Protocol):
     """Batches of one process, the same ones for the same epoch and start; the same pictures in all processes together, however many.
 
-    batch: pictures of one batch, over all processes.
+    batch: pictures of one batch, over all processes. It may have a `seed`, which the order of the pictures follows from.
     """
 
     batch: int
@@ -226,22 +227,32 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run) -> dict[str, Any]:
-    """Bring a run to where its last.ckpt says, and say what is not as it was; gives the states of the tables."""
+    """Bring a run to where its last.ckpt says, and say what is not as it was; gives the states of the tables.
+
+    Raises InputError where it does not fit this run, and where it is not as `save` writes it.
+    """
     saved = checkpoint.load(run.last)
-    if lacking := {"optimizer", "scaler", "processes", "tables", "plan", "made with", *run.state} - saved.keys():
-        raise InputError(f"{run.last} cannot be resumed: it holds no {', '.join(sorted(lacking))}")
+    contents.check(saved, run.last)
     for key, value in _plan(run).items():
-        if saved["plan"].get(key) != value:
+        then = saved["plan"].get(key, value if key == SEED else None)
+        if then != value:
             raise InputError(
-                f"{run.last} cannot be resumed: {key} was {saved['plan'].get(key)} and is now {value}; "
-                "use the same data, batch size and options"
+                f"{run.last} cannot be resumed: {key} was {then} and is now {value}; use the same data, batch size and options"
             )
+    contents.check_place(saved, len(run.loader), run.recipe.accumulate, run.last)
+    checkpoint.refuse_misfit(run.detector, saved["model"], run.last)  # before the moments: another model is no damage
+    contents.check_moments(saved, run.recipe.optim.name, run.optimizer, run.last)
+    precision = run.fabric.strategy.precision
+    if (saved["ema"] is None) != (run.average is None):
+        raise contents.damaged(run.last, "ema")
+    if saved["scaler"].keys() != precision.state_dict().keys():
+        raise contents.damaged(run.last, "scaler")
     checkpoint.load_into(run.detector, shards.share_weights(saved["model"], run.detector), run.last)
     if run.average:
         checkpoint.load_into(run.average.module, saved["ema"], run.last)
         run.average.updates = saved["ema_updates"]
-    run.optimizer.load_state_dict(shards.share_optimizer(saved["optimizer"], run.optimizer))
-    run.fabric.strategy.precision.load_state_dict(saved["scaler"])
+    run.optimizer.load_state_dict(shards.share_optimizer(contents.moved(saved, run.optimizer), run.optimizer))
+    precision.load_state_dict(saved["scaler"])
     run.state = {key: saved[key] for key in run.state}
     for name, now in _surroundings(run).items():
         if (then := saved["made with"].get(name)) != now:
@@ -263,7 +274,10 @@ def _share(run: Run, everyone: list[dict[str, Any]]) -> None:
             f"the batches stay the same {run.loader.batch} pictures in the same order, but {chance}"
         )
     if rank < len(everyone):
-        rng.restore(everyone[rank]["random"])
+        try:
+            rng.restore(everyone[rank]["random"])
+        except checkpoint.DAMAGE as error:  # the generators know best what a state of theirs is
+            raise contents.damaged(run.last, f"processes.{rank}.random") from error
     else:
         rng.begin(torch.initial_seed() % 2**32, step, rank)
 
@@ -285,4 +299,5 @@ def _plan(run: Run) -> dict[str, Any]:
         "decay of norms and biases": run.recipe.optim.decay_norm_and_bias,
         "groups of parameters": len(run.optimizer.param_groups),
         "averaging": run.average is not None,
+        SEED: getattr(run.loader, "seed", None),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedet.data.files import read_bytes
+from fusedet.data.outlines import fits, packed
 from fusedet.data.records import Records
 from fusedet.errors import InputError, unknown
 
@@ -24,6 +27,9 @@ EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
 
 MAX_DETS = (1, 10, 100)
 """Detections per picture and class that COCO's figures look at."""
+
+LARGEST = 1e18
+"""Pixels, that no coordinate of a result may reach."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,19 @@ def load_results(path: str | Path) -> list[Result]:
     """The results in a json file, checked.
 
     Raises InputError where the file is absent, is not json, is not a list of results, or where a result lacks a key or
-    holds NaN, an infinite number or a negative size.
+    holds NaN, an infinite number, a negative size or a mask that cannot be drawn.
     """
-    path = Path(path)
+    content = read_bytes(path)
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"results file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        results = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"results file {path} is not json: {error}") from error
     if not isinstance(results, list):
         raise InputError(f"results file {path} must hold a list of results, it holds a {type(results).__name__}")
     check(results, str(path), boxes=any(not isinstance(r, dict) or "segmentation" not in r for r in results))
+    for i, result in enumerate(results):
+        if isinstance(mask := result.get("segmentation"), dict) and not _drawable(mask):
+            raise InputError(f"{path}: the mask of result {i} is no run-length code of its own size")
     return results
 
 
@@ -90,7 +97,7 @@ def check(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
     _check(results, where, "category_id", "an integer", _whole)
     _check(results, where, "score", "a finite number", _finite)
     if boxes:
-        _check(results, where, "bbox", "four finite numbers [x, y, width, height], width and height not negative", _box)
+        _check(results, where, "bbox", f"four finite numbers [x, y, width, height] below {LARGEST:g}, width and height not negative", _box)
 
 
 def stamp(
@@ -140,20 +147,26 @@ def _check(results: Sequence[Result], where: str, key: str, wanted: str, good: C
         if not isinstance(result, dict) or key not in result:
             raise InputError(f"{where}: result {i} lacks '{key}', it must be {wanted}")
         if not good(result[key]):
-            raise InputError(f"{where}: '{key}' of result {i} must be {wanted}, it is {result[key]!r}")
+            raise InputError(f"{where}: '{key}' of result {i} must be {wanted}, it is {reprlib.repr(result[key])}")
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, (int, np.integer)) and not isinstance(value, bool))
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+    # a larger int fits no array
+    return math.isfinite(value) if isinstance(value, (float, np.floating)) else _whole(value)
 
 
 def _box(value: Any) -> bool:
     try:
         x, y, w, h = value
-        return math.isfinite(x + y) and 0 <= w < math.inf and 0 <= h < math.inf
+        return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= w < LARGEST and 0 <= h < LARGEST  # not so for NaN
     except (TypeError, ValueError):
         return False
+
+
+def _drawable(mask: dict[str, Any]) -> bool:
+    size = mask.get("size")
+    return isinstance(size, list) and fits(packed(mask), tuple(size))

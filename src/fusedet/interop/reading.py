@@ -71,9 +71,12 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 def read(path: str | Path) -> dict[str, Any]:
     """What a .pth (or .safetensors) file holds, on the CPU: tensors and plain values; inert objects for the known bookkeeping.
 
-    Raises InputError for a file that is absent or cut short, and for anything else in it, which is named and never run.
+    Raises InputError for a file that is absent or cut short, for anything else in it, which is named and never run, and for a
+    checkpoint of this project.
     """
     path = Path(path)
+    if (path / "best.safetensors").is_file() or (path / "last.ckpt").is_file():
+        raise _own(path)
     if not path.is_file():
         raise InputError(
             f"there is no file {path}" if not path.is_dir() else f"{path} is a folder: give a checkpoint's file, such as {path}/latest.pth"
@@ -95,18 +98,32 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}: a checkpoint is a mapping with weights under 'state_dict', or of weights alone"
         )
     archive.check_tensors(content, path)
+    _refuse_own(content.get("meta"), path)
     return dict(content)
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     archive.check(path)
     try:
+        with safe_open(path, framework="pt") as file:
+            _refuse_own(file.metadata(), path)
         return dict(load_file(path))
     except SafetensorError as error:
         raise InputError(f"{path} is cut short or not a safetensors file: copy it again") from error
+
+
+def _refuse_own(meta: Any, path: Path) -> None:
+    if isinstance(meta, Mapping) and meta.get("format") == "fusedet":
+        raise _own(path)
+
+
+def _own(path: Path) -> InputError:
+    return InputError(
+        f"{path} is fusedet's own already, there is nothing to convert: use it as it is, fusedet predict {path} PICTURE_OR_FOLDER..."
+    )
 
 
 def weights(content: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:

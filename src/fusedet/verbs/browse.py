@@ -12,7 +12,7 @@ from fusedet.config import Config
 from fusedet.data.loader import train_loader
 from fusedet.data.read import read
 from fusedet.draw import centres as drawing
-from fusedet.errors import InputError
+from fusedet.errors import InputError, plural
 from fusedet.verbs.predict import Predictor
 from fusedet.verbs.train import train_transform
 
@@ -32,7 +32,7 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         seen = batch.targets[0] if batch.targets else None
         assert seen is not None
         drawn.append(draw.boxes(batch.images[0, :, :height, :width], seen.boxes, seen.labels, records.names, ignore=seen.ignore))
-        captions.append(f"id {batch.ids[0]}: {width} x {height}, {len(seen)} objects")
+        captions.append(f"id {batch.ids[0]}: {width} x {height}, {plural(len(seen), 'object')}")
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from fusedet.verbs import folder
 from fusedet.verbs.val import Result, painter
 
 RESULTS, METRICS = "val.bbox.json", "metrics.json"
+SAME = "Nothing can be concluded: A and B are the same, detection by detection."
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def compare(a: str, b: str, options: Config, split: str | None = None, *, resamp
         "resamples": resamples,
         "seed": seed,
         "level": LEVEL,
-        "conclusion": conclusion(figures["AP"], len(records)),
+        "conclusion": SAME if results[0] == results[1] else conclusion(figures["AP"], len(records)),
         "figures": {name: figures[name] for name in FIGURES},
         "classes": figures["classes"],
         "errors": {side: evaluate.error_kinds(records, table) for side, table in zip("ab", tables)},

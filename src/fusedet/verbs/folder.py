@@ -45,9 +45,9 @@ def numbered(parent: str | Path, name: str) -> Path:
     return fresh(free(parent, name))
 
 
-def free(parent: str | Path, name: str) -> Path:
-    """parent/name, parent/name-2, ...: the first that is not there."""
-    paths = (Path(parent) / (name if i == 1 else f"{name}-{i}") for i in count(1))
+def free(parent: str | Path, name: str, ending: str = "") -> Path:
+    """parent/name, parent/name-2, ..., a file's with its ending: the first that is not there."""
+    paths = (Path(parent) / f"{name}{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
     return next(path for path in paths if not path.exists())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedet.engine.files import sync
 from fusedet.errors import InputError
 
 Info = dict[str, Any]
@@ -29,6 +30,7 @@ def join(parts: Sequence[Path | Info], target: Path, skipped: bool = False) -> N
                 file.write('], "skipped": [')
                 file.writelines(_listed(_items(parts, "skipped")))
             file.write("]}")
+        sync(temporary)  # the parts are removed afterwards
         temporary.replace(target)
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error.strerror or error}; the parts are whole, go on with --resume") from error

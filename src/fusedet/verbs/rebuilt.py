@@ -55,6 +55,13 @@ def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str
     return detector, config, names, ids
 
 
+def with_weights(config: Config, classes: int, file: Path) -> Detector:
+    """The config's detector with a checkpoint's weights; what the file says of itself is not asked: only the config was checked."""
+    detector = from_config(without_weights(config), classes)
+    checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)
+    return detector
+
+
 def class_names(meta: Mapping[str, str], file: Path | str) -> list[str]:
     """The names of the classes in a checkpoint's description; raises InputError where they are no list of texts."""
     return _list(meta["names"], str, f"{file}: its names of classes")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fusedet.doctor import Report
+from fusedet.errors import plural
 from fusedet.evaluate.intervals import decimals
 
 
@@ -103,7 +104,8 @@ def report(console: Console, split: str, found: Report) -> None:
 
 def _content(console: Console, split: str, figures: dict[str, Any]) -> None:
     sizes, empty = figures["sizes"], figures["empty_pictures"]
-    console.print(f"[bold]{escape(split)}[/]: {figures['pictures']} pictures ({empty} without objects), {figures['objects']} objects")
+    pictures, objects = plural(figures["pictures"], "picture"), plural(figures["objects"], "object")
+    console.print(f"[bold]{escape(split)}[/]: {pictures} ({empty} without objects), {objects}")
     console.print(
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
         f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_picture']} in one picture"

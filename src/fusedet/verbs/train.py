@@ -19,18 +19,18 @@ from fusedet.data.read import read
 from fusedet.data.records import Records
 from fusedet.data.skipped import Ledger
 from fusedet.data.transforms import Train as TrainTransform
-from fusedet.detectors import from_config, without_weights
+from fusedet.detectors import bare, from_config, without_weights
 from fusedet.doctor import compare
 from fusedet.engine import checkpoint, logs, loop, optim, rng
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.files import replace
 from fusedet.engine.peers import Peers
 from fusedet.engine.run import TABLES
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, plural, unknown
 from fusedet.verbs.folder import about, fresh, withdraw, write_json
 from fusedet.verbs.pictures import check_pictures, note_replaced
 from fusedet.verbs.processes import make_fabric, silent, together
-from fusedet.verbs.rebuilt import class_names, rebuild, weights_file
+from fusedet.verbs.rebuilt import class_names, weights_file, with_weights
 from fusedet.verbs.val import (
     FIGURES,
     MASK_FIGURES,
@@ -75,6 +75,7 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
     if resume and not begun and not (out / "config.yaml").is_file():
         raise InputError(f"out={out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
     check_monitor(config)
+    bare(config)  # what cannot be built is told before the data are read
     fabric = make_fabric(config)
     with Peers(fabric, out / "last.ckpt", say):
         return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
@@ -82,9 +83,11 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
 
 def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool) -> Trained:
     """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
+    if not resume:
+        say(f"results: {out}")
     data, val = open_data(config, say)
     if begun:
-        _check_prints(out, data, val)
+        _check_prints(out, data, val, say)
     elif resume:
         say(f"{out} was stopped before its first checkpoint: it begins anew")
     rng.seed(config.train.seed)
@@ -115,10 +118,11 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
         together(fabric, lambda: check_pictures(config, data, val, say))
     if not resume:
         together(fabric, lambda: fresh(out))
+    prints = {"train": data.fingerprint(), "val": val.fingerprint()}
+    known = about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed}
     if fabric.is_global_zero and not begun:
         replace(out / "config.yaml", config.to_yaml().encode())
-        prints = {"train": data.fingerprint(), "val": val.fingerprint()}
-        write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed})
+        write_json(out / "run.json", known)
     share = val_loader(config, val, fabric.global_rank, fabric.world_size)
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
@@ -132,32 +136,42 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
     try:
         loggers = logs.loggers(config.train.loggers, out)
         options: dict[str, Any] = {"validate": validate, "resume": begun, "loggers": loggers, "meta": meta, "quiet": quiet, "say": say}
-        loop.fit(fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out), **options)
+        done = loop.fit(fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out, known), **options)
     except loop.NonFinite:
         raise  # its metrics.csv shows how it came to that
     except InputError:
         if fabric.is_global_zero and not begun and not (out / "last.ckpt").exists():
             withdraw(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
         raise
-    _note(config, fabric, out)
+    _note(config, fabric, out, known)
     if ledger:
+        ledger.begin(done["epoch"], 0)  # or nothing would be known of the epochs before, where none was left to train
         note_replaced(ledger, out, say)
     fabric.barrier()
     return finish(config, fabric, out, val)
 
 
-def _note(config: Config, fabric: Fabric, out: Path) -> None:
-    """Write the config as it is now: a resumed run may have got another one (train.epochs=24)."""
+def _note(config: Config, fabric: Fabric, out: Path, known: dict[str, Any]) -> None:
+    """Write the config as it is now, because a resumed run may have got another one (train.epochs=24), and run.json where it is gone."""
     if fabric.is_global_zero:
         replace(out / "config.yaml", config.to_yaml().encode())
+        if not (out / "run.json").is_file():
+            write_json(out / "run.json", known)
 
 
-def _check_prints(out: Path, data: Records, val: Records) -> None:
-    """Raises InputError where a run was begun on other data."""
-    try:
-        known = json.loads((out / "run.json").read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError):
+def _check_prints(out: Path, data: Records, val: Records, say: Callable[[str], None]) -> None:
+    """Raises InputError where a run was begun on other data, or what its run.json says is damaged."""
+    file = out / "run.json"
+    if not file.is_file():
+        say(f"warning: {file} is gone, so nothing tells whether {out} was begun on these data; it is written anew")
         return
+    try:
+        noted = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        noted = None
+    known = noted.get("data") if isinstance(noted, dict) else None
+    if not isinstance(known, dict):
+        raise InputError(f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check")
     for name, records in (("train", data), ("val", val)):
         if known.get(name) != records.fingerprint():
             raise InputError(f"out={out} cannot be resumed: its {name} pictures or boxes were not those of {records.source} now")
@@ -165,7 +179,7 @@ def _check_prints(out: Path, data: Records, val: Records) -> None:
 
 def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
     """Score the best weights once more and draw what there is to see."""
-    best = rebuild(weights_file(out), trust=True)[0].to(fabric.device).eval()
+    best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
     results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
     if fabric.global_rank:
         return Trained(out, {}, {})
@@ -186,7 +200,8 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Reco
         if not len(records.labels):
             raise InputError(f"{records.source} has no objects: a detector can neither learn nor be scored on background alone")
     for split, records in (("train", data), ("val", val)):
-        say(f"{split}: {len(records)} pictures, {len(records.labels)} objects, {len(records.names)} classes from {records.source}")
+        counts = plural(len(records), "picture"), plural(len(records.labels), "object"), plural(len(records.names), "class")
+        say(f"{split}: {', '.join(counts)} from {records.source}")
         for text, count in records.problems.items():
             say(f"  {text}: {count}")
     present = torch.bincount(data.labels, minlength=len(data.names))

@@ -16,7 +16,7 @@ from fusedet.config import Config
 from fusedet.data.images import read_image
 from fusedet.data.loader import eval_loader
 from fusedet.data.records import Records
-from fusedet.errors import InputError
+from fusedet.errors import InputError, plural
 from fusedet.roi import MaskBranch
 from fusedet.types import Batch
 from fusedet.verbs.folder import write_json
@@ -138,9 +138,9 @@ def painter(records: Records, results: list[Result]) -> Callable[[int], Image | 
         boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         guess = (boxes, torch.tensor([labels[r["category_id"]] for r in found]), torch.tensor([r["score"] for r in found]))
-        keep = ~record.ignore
-        truth = (torch.from_numpy(record.boxes[keep]), torch.from_numpy(record.labels[keep]))
-        return draw.compare(read_image(record.path), truth, guess, records.names, score=SHOWN)
+        counts = ~record.ignore
+        truth, ignore = ((torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts))
+        return draw.compare(read_image(record.path), truth, guess, records.names, score=SHOWN, ignore=ignore)
 
     return paint
 
@@ -150,8 +150,8 @@ def check_names(records: Records, names: Iterable[str], source: str) -> None:
     names = tuple(names)
     if names != records.names:
         raise InputError(
-            f"{source} knows the {len(names)} classes {some(names)}, but {records.source} has the {len(records.names)} classes "
-            f"{some(records.names)}: use data with the same class names"
+            f"{source} knows the {plural(len(names), 'class')} {some(names)}, but {records.source} has the "
+            f"{plural(len(records.names), 'class')} {some(records.names)}: use data with the same class names"
         )
 
 
