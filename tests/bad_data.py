@@ -280,7 +280,7 @@ def bare(content: dict[str, Any]) -> None:
 
 def piped(file: str) -> Callable[[Path], Any]:
     """A file is a named pipe, which would be read for ever."""
-    return lambda root: [(root / file).unlink(), os.mkfifo(root / file)]
+    return lambda root: [(root / file).unlink(missing_ok=True), os.mkfifo(root / file)]
 
 
 def laughing(key: str) -> Callable[[Path], None]:
@@ -308,6 +308,7 @@ KINDS = [
     Kind("json-nested", "coco", data(JSON, "[" * 200_000), refused=("instances_train.json is not valid json",)),
     Kind("json-latin1", "coco", data(JSON, b'{"images": "\xe9"}'), refused=("instances_train.json is not UTF-8",)),
     Kind("json-null-sections", "coco", coco(lambda c: c.update(annotations=None)), refused=("'annotations' must be a list, not null",)),
+    Kind("another-json-is-a-pipe", "coco", piped("notes.json")),
     Kind("json-is-a-pipe", "coco", piped(JSON), refused=("instances_train.json is a pipe or a device",)),
     Kind("bom-and-windows-ends-coco", "coco", as_windows),
     # COCO: entries

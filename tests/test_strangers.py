@@ -346,6 +346,8 @@ def change(model: dict[str, Any], key: str, value: Any) -> None:
     [
         ("head.convs", 10**9, "that has more than|does not fit"),
         ("pyramid.channels", 2**20, "does not fit this model"),
+        ("pyramid.channels", 2**40, "more numbers than can be counted"),
+        ("pyramid.channels", 2**70, "more numbers than can be counted"),
         ("backbone.name", "hf-hub:timm/resnet18.a1_in1k", "unknown timm model"),
         ("backbone.name", "local-dir:/etc", "unknown timm model"),
         ("backbone.name", "resnet50", "does not fit this model|that has more"),

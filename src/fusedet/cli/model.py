@@ -35,7 +35,7 @@ from fusedet.detectors import from_config
 from fusedet.errors import InputError, plural, unknown
 from fusedet.verbs import folder, predict, processes, show, submission, val
 from fusedet.verbs.demo import demo as run_demo
-from fusedet.verbs.rebuilt import _at_most
+from fusedet.verbs.rebuilt import at_most
 from fusedet.verbs.train import train as run_training
 
 
@@ -174,7 +174,7 @@ def _trained(run: str, trust: bool) -> tuple[int, AbstractContextManager[None]]:
     """How many classes a run knows, and what stops the making of a model of many more weights: its config may be somebody else's."""
     file = predict.weights_file(run)
     detector, _, names, _ = predict.rebuild(file, trust)
-    return len(names), _at_most(10 * len(detector.state_dict()) + 1000, file)
+    return len(names), at_most(10 * len(detector.state_dict()) + 1000, file)
 
 
 def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> Config:

@@ -98,7 +98,7 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
     Raises InputError for what is not YAML, is no mapping, or grows beyond `LARGEST` values when its aliases are written out.
     """
     try:
-        if len(text) > LONGEST or _values(yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
+        if len(text) > LONGEST or count_values(yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
             raise InputError(f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values")
         own: Any = OmegaConf.to_container(OmegaConf.create(text))
     except RecursionError as error:
@@ -112,13 +112,13 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
     return own
 
 
-def _values(node: Any, known: dict[int, int]) -> int:
+def count_values(node: Any, known: dict[int, int]) -> int:
     """How many values a YAML node stands for; an alias is its anchor's node once more, and counted once (`known`)."""
     if id(node) not in known:
         known[id(node)] = LARGEST + 1  # an anchor that holds itself
         inner = getattr(node, "value", None)
         items = inner if isinstance(inner, list) else []
-        known[id(node)] = 1 + sum(_values(one, known) for item in items for one in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(count_values(one, known) for item in items for one in (item if isinstance(item, tuple) else (item,)))
     return known[id(node)]
 
 

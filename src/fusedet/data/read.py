@@ -121,7 +121,9 @@ def _has(folder: Path, ending: str) -> bool:
 
 
 def _mentions(file: Path, *words: str) -> bool:
-    """Whether a file's beginning holds one of the words."""
+    """Whether a file's beginning holds one of the words; of a pipe or a device, which might never end, no."""
+    if not file.is_file():
+        return False
     try:
         with open(file, "rb") as stream:
             head = stream.read(_HEAD)

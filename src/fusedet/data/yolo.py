@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fusedet.config.loading import LARGEST, LONGEST, _values
+from fusedet.config.loading import LARGEST, LONGEST, count_values
 from fusedet.data import gather
 from fusedet.data.files import canonical, choose, inside, picture_sizes, pictures_below, read_text, require_text, within
 from fusedet.data.outlines import drawable
@@ -86,7 +86,7 @@ def load(file: Path) -> dict[str, Any]:
     try:
         large = len(text) > LONGEST
         data = None if large else yaml.load(text, yaml.BaseLoader)
-        large = large or _values(yaml.compose(text, yaml.BaseLoader), {}) > LARGEST
+        large = large or count_values(yaml.compose(text, yaml.BaseLoader), {}) > LARGEST
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if large:

@@ -47,7 +47,7 @@ def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):
         raise InputError(f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids")
-    with _at_most(10 * len(state) + 1000, file), torch.device("meta"):
+    with at_most(10 * len(state) + 1000, file), torch.device("meta"):
         bare = from_config(config, len(names))
     checkpoint.refuse_misfit(bare, state, file)
     detector = from_config(config, len(names))
@@ -78,7 +78,7 @@ def _list(text: str, kind: type, what: str) -> list[Any]:
 
 
 @contextmanager
-def _at_most(parameters: int, file: Path) -> Iterator[None]:
+def at_most(parameters: int, file: Path) -> Iterator[None]:
     """Stops the making of a model that has many more parts than there are weights (convs: 1000000000)."""
     count = 0
 
@@ -91,5 +91,9 @@ def _at_most(parameters: int, file: Path) -> Iterator[None]:
     handle = register_module_parameter_registration_hook(add)
     try:
         yield
+    except (RuntimeError, TypeError) as error:  # torch's own words for sizes beyond 64 bits
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(f"{file} does not fit the model of its own config: that has more numbers than can be counted") from error
     finally:
         handle.remove()
