@@ -212,3 +212,10 @@ def test_a_neck_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     assert model.neck.necks[1].gain == 2.0
     assert model.neck.levels == model.neck.necks[0].levels
+
+
+@pytest.mark.parametrize("text", ["5", "1.5", "true", "2026-01-01", "9" * 400, "[1, 2]"])
+def test_a_file_that_is_one_value(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match="must be a mapping with model, data"):
+        config.load(str(tmp_path / "mine.yaml"))

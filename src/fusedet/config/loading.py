@@ -98,8 +98,10 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
     Raises InputError for what is not YAML, is no mapping, or grows beyond `LARGEST` values when its aliases are written out.
     """
     try:
-        if len(text) > LONGEST or count_values(yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
+        if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
             raise InputError(f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values")
+        if isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null")):  # a number alone
+            raise InputError(f"{source} must be a mapping with {keys}")
         own: Any = OmegaConf.to_container(OmegaConf.create(text))
     except RecursionError as error:
         raise InputError(f"{source} is not a config: its values are nested too deeply") from error
