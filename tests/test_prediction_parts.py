@@ -176,6 +176,21 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
     assert predict(model, *words) == 0
     assert not seen
     assert "10 pictures, 50 detections" in capsys.readouterr().out
+    file = out / "predict.json"
+    good = read(file)
+    for bad in ("", "[", "[]", "1", "{}", '{"asked": []}', '{"asked": {"part": "3"}}', '{"asked": {"part": 0}}', f"{'[' * 100_000}"):
+        file.write_text(bad)
+        refused(model, words, f"{file} is damaged", capsys)
+    for done in ([], {}, {**good["done"], "shown": "x"}, {**good["done"], "files": None}):
+        file.write_text(json.dumps({**good, "done": done}))
+        refused(model, words, f"{file} is damaged", capsys)
+
+
+def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:
+    assert predict(model, *words) == 2
+    said = capsys.readouterr().err
+    assert text in said.replace("\n", " ") or text in said.replace("\n", "")
+    assert "Traceback" not in said
 
 
 def test_a_picture_that_cannot_be_read_ends_it_or_is_counted_and_listed(

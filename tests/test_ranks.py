@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
 RANKS = [
     {"errors"},
-    {"types", "build", "config", "archive"},
+    {"types", "build", "config", "archive", "files"},
     {"ops"},
     {"backbones", "plugins", "necks", "interact", "heads", "roi", "data"},
     {"detectors"},

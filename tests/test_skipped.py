@@ -16,13 +16,12 @@ from PIL import Image
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data import skipped
 from fusedet.data.loader import TrainLoader, train_loader
 from fusedet.data.records import Record, Records
 from fusedet.data.skipped import Ledger, Skipped, allowed
 from fusedet.data.transforms import Train
-from fusedet.engine.files import clean
 from fusedet.errors import InputError
+from fusedet.files import clean
 from fusedet.types import Batch
 from fusedet.verbs import train as verb
 from killing import differences
@@ -150,15 +149,16 @@ ROWS = [Skipped(1, 2, 3, "3.jpg", "gone"), Skipped(1, 2, 3, "3.jpg", "gone"), Sk
 
 @pytest.mark.parametrize("place", ["replace", "unlink"])
 def test_a_kill_while_the_lists_come_together_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    (tmp_path / ".skipped.csv.1.part").write_text("epoch,ba")
     for rank, rows in ((0, ROWS[:2]), (1, ROWS[2:])):
         ledger = Ledger(tmp_path, 100, 0.03, rank)
         for row in rows:
             ledger.add(row)
     with monkeypatch.context() as patch:
-        patch.setattr(*((skipped.os, "replace") if place == "replace" else (Path, "unlink")), killed)
+        patch.setattr(Path, place, killed)
         with pytest.raises(KeyboardInterrupt):
             Ledger(tmp_path, 100, 0.03).begin(1, 0)
     clean(tmp_path)  # as a training does that goes on

@@ -90,9 +90,9 @@ def _zip(path: Path) -> None:
                 if entry.filename.rpartition("/")[2] == "data.pkl":
                     with archive.open(entry) as pickled:
                         _refuse_makers(pickled, path)
+    except InputError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, struct.error) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path} {_DAMAGE}") from error
 
 
@@ -106,9 +106,9 @@ def _old(path: Path, file: IO[bytes]) -> None:
         file.seek(-1, 1)
         for _ in range(4):
             _refuse_makers(file, path)
+    except InputError:
+        raise
     except (ValueError, struct.error) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path} is cut short, or not a checkpoint: copy it again") from error
 
 

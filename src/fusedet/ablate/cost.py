@@ -18,11 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusedet import measure
 from fusedet.ablate.plan import Cell
-from fusedet.ablate.table import weightless
 from fusedet.config import Config
 from fusedet.data.collate import collate_views, see
 from fusedet.data.images import read_image
 from fusedet.data.records import Records
+from fusedet.detectors import bare
 from fusedet.types import Batch
 from fusedet.verbs.predict import Predictor, find, tuned
 from fusedet.verbs.rebuilt import weights_file, with_weights
@@ -38,7 +38,7 @@ def counted(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, 
     for label, one in configs.items():
         key = repr((one.model, one.data.size))
         if key not in done:
-            figures = measure.cost(weightless(one, classes), *measure.network_size(one.data.size))
+            figures = measure.cost(bare(one, classes), *measure.network_size(one.data.size))
             done[key] = {name: value for name, value in figures.items() if name != "parts"}
         found[label] = done[key]
     return found

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fusedet import config
-from fusedet.ablate.table import Table, weightless
+from fusedet.ablate.table import Table
 from fusedet.config import Config
 from fusedet.data.records import Records
+from fusedet.detectors import bare
 from fusedet.errors import InputError, unknown
+from fusedet.verbs.folder import data_prints
 from fusedet.verbs.predict import pick_device
 from fusedet.verbs.train import check_monitor, learns_masks, open_data
 from fusedet.verbs.val import finds_masks
@@ -66,12 +68,7 @@ class Cell:
                     "choose another out=FOLDER, or ask for the same"
                 )
         prints = [split.fingerprint() for split in data]
-        about = read_json(folder / "run.json")
-        known = about.get("data") if isinstance(about, dict) else None
-        if about is not None and not isinstance(known, dict):
-            raise InputError(
-                f"{folder / 'run.json'} is damaged, it does not name the run's data: copy it again, or choose another out=FOLDER"
-            )
+        known = data_prints(folder)
         if known is not None and list(known.values()) != prints:
             raise InputError(f"{folder} was trained on other data than {data[0].source} and {data[1].source}: choose another out=FOLDER")
         if (folder / FAILED).is_file():
@@ -189,8 +186,8 @@ def make(
         try:
             check_monitor(one)
             if data:
-                learns_masks(one, weightless(one, classes), *data[label])
-            if table.figure.startswith("mask_") and not finds_masks(weightless(one, classes)):
+                learns_masks(one, bare(one, classes), *data[label])
+            if table.figure.startswith("mask_") and not finds_masks(bare(one, classes)):
                 raise InputError(f"the table is about {table.figure}, but this row's detector finds no masks")
         except InputError as error:
             raise InputError(f"{table.source}, row '{label}': {error}") from error

@@ -8,11 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-
 from fusedet import config
 from fusedet.config import Config
-from fusedet.detectors import Detector, from_config, without_weights
+from fusedet.detectors import bare
 from fusedet.errors import InputError, checked, unknown
 from fusedet.verbs.val import FIGURES, MASK_FIGURES
 
@@ -108,16 +106,10 @@ class Table:
                 continue
             seen.add(key)
             try:
-                weightless(made, num_classes)
+                bare(made, num_classes)
             except InputError as error:
                 raise InputError(f"{self.source}, row '{row.label}': {error}") from error
         return found
-
-
-def weightless(made: Config, num_classes: int) -> Detector:
-    """A config's detector without memory, on the meta device: to be looked at, not run. Raises InputError for what cannot be built."""
-    with torch.device("meta"):
-        return from_config(without_weights(made), num_classes)
 
 
 def names() -> list[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fusedet import config
 from fusedet.ablate.plan import FAILED, TIMES, Cell, read_json
-from fusedet.engine.files import replace
 from fusedet.engine.loop import Interrupted, NonFinite
 from fusedet.errors import InputError
 from fusedet.evaluate import EVALUATORS
+from fusedet.files import replace
 from fusedet.verbs.folder import about, fresh, write_json
 from fusedet.verbs.predict import pick_device, tuned
 from fusedet.verbs.rebuilt import weights_file, with_weights

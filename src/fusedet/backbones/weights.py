@@ -80,9 +80,10 @@ def _state(weights: str) -> dict[str, Tensor]:
             state = load_state_dict(weights)
         archive.check_tensors(state, Path(weights))
     except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError) as error:
+        reason = f" ({error})" if isinstance(error, InputError) else ""
         raise InputError(
             f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
-            ".pth file of tensors by timm's names"
+            f".pth file of tensors by timm's names{reason}"
         ) from error
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 
@@ -20,6 +19,7 @@ from fusedet.cli.words import (
     Trust,
     Words,
     any_config,
+    err,
     load_config,
     of_run,
     out,
@@ -31,11 +31,11 @@ from fusedet.cli.words import (
 )
 from fusedet.config import Config
 from fusedet.data.read import read
-from fusedet.detectors import from_config
+from fusedet.detectors import bare
 from fusedet.errors import InputError, plural, unknown
 from fusedet.verbs import folder, predict, processes, show, submission, val
 from fusedet.verbs.demo import demo as run_demo
-from fusedet.verbs.rebuilt import at_most
+from fusedet.verbs.rebuilt import at_most, countable
 from fusedet.verbs.train import train as run_training
 
 
@@ -92,6 +92,8 @@ def val_(
     if options.out:
         folder.check(options.out)  # before the work, not after it
     server_split = submission.of_server(records, options.test.max_det) if submit else None
+    if server_split and (warning := submission.incomplete(records, server_split)) and not processes.place()[0]:
+        err.print(escape(warning))
     annotated = len(records.labels) > 0
     if not annotated and not submit:
         raise InputError(f"{records.source} has no objects to score by: use fusedet predict, or for COCO's server --submission")
@@ -132,18 +134,13 @@ def info(words: Words = None, classes: Classes = None, trust: Trust = False, jso
             return print_json({"models": config.names(), "schedules": config.names("schedules")})
         out.print("models: " + ", ".join(config.names()))
         return out.print("schedules (train.schedule=NAME): " + ", ".join(config.names("schedules")))
-    # what a model costs does not depend on its weights: none are fetched
-    options = load_config(name, [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"], trust)
+    options = load_config(name, overrides, trust)
     known, weights = _trained(name, trust) if Path(name).is_dir() and name not in config.names() else (80, None)
     classes = known if classes is None else classes
-    try:
-        with torch.device("meta"), weights or nullcontext():  # no memory for any weight
-            detector = from_config(options, classes)
+    with countable(name):
+        with weights or nullcontext():
+            detector = bare(options, classes)
         figures = measure.cost(detector, *measure.network_size(options.data.size))
-    except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():
-            raise
-        raise InputError(f"{name}: its model has more numbers than can be counted") from error
     if json:
         return print_json({"model": name, "classes": classes, **figures})
     show.cost(out, figures, f"{name}, {plural(classes, 'class')}")
@@ -174,7 +171,7 @@ def _trained(run: str, trust: bool) -> tuple[int, AbstractContextManager[None]]:
     """How many classes a run knows, and what stops the making of a model of many more weights: its config may be somebody else's."""
     file = predict.weights_file(run)
     detector, _, names, _ = predict.rebuild(file, trust)
-    return len(names), at_most(10 * len(detector.state_dict()) + 1000, file)
+    return len(names), at_most(len(detector.state_dict()), file)
 
 
 def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> Config:

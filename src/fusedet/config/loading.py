@@ -103,11 +103,11 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
         if isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null")):  # a number alone
             raise InputError(f"{source} must be a mapping with {keys}")
         own: Any = OmegaConf.to_container(OmegaConf.create(text))
+    except InputError:
+        raise
     except RecursionError as error:
         raise InputError(f"{source} is not a config: its values are nested too deeply") from error
     except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, TypeError, LookupError) as error:  # PyYAML of "!!int" alone
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"{source} must be a mapping with {keys}")

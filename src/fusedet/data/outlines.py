@@ -18,10 +18,7 @@ FAR = 1e6  # pixels: a line to a point beyond would be walked step by step
 def packed(outline: Any) -> bytes:
     """What a COCO file gives as `segmentation`, as `pack_outline` packs it; nothing for no outline, BROKEN for one that cannot be drawn."""
     if isinstance(outline, dict):
-        counts, size = outline.get("counts"), outline.get("size")
-        runs = counts if isinstance(counts, list) else []
-        good = isinstance(counts, str | list) and isinstance(size, list) and len(size) == 2 and set(map(type, [*runs, *size])) == {int}
-        return pack_outline({"size": size, "counts": counts}) if good else BROKEN
+        return pack_outline({"size": outline["size"], "counts": outline["counts"]}) if is_rle(outline) else BROKEN
     if not isinstance(outline, list):
         return BROKEN
     try:
@@ -29,6 +26,13 @@ def packed(outline: Any) -> bytes:
         return (pack_outline(outline) if outline else b"") if good else BROKEN
     except (TypeError, OverflowError):
         return BROKEN
+
+
+def is_rle(outline: dict[str, Any]) -> bool:
+    """Whether a mapping has the form of a run-length code, plain or in COCO's compressed form; `covered` tells whether it is one."""
+    counts, size = outline.get("counts"), outline.get("size")
+    runs = counts if isinstance(counts, list) else []
+    return isinstance(counts, str | list) and isinstance(size, list) and len(size) == 2 and set(map(type, [*runs, *size])) == {int}
 
 
 def drawable(polygon: Sequence[float]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 from torch import distributed
 
 from fusedet.errors import InputError
+from fusedet.files import replace
 
 
 class Skipped(NamedTuple):
@@ -104,12 +104,9 @@ class Ledger:
         if not rows:
             self.file.unlink(missing_ok=True)
             return
-        half = self.folder / f".{self.file.name}.{os.getpid()}.part"  # a name that the next start of the training removes
-        with half.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            csv.writer(stream).writerows([Skipped._fields, *rows])
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(half, self.file)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([Skipped._fields, *rows])
+        replace(self.file, text.getvalue().encode(errors="surrogateescape"))
 
 
 def allowed(pictures: int, share: float) -> int:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fusedet import archive
-from fusedet.engine.files import replace
 from fusedet.errors import InputError
+from fusedet.files import replace
 
 Weights = dict[str, Tensor]
 DAMAGE = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)

@@ -15,8 +15,8 @@ import torch
 from lightning_fabric.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from fusedet.engine.files import replace, sync
 from fusedet.errors import InputError, unknown
+from fusedet.files import replace, sync
 
 Row = dict[str, float | int]
 

@@ -56,8 +56,9 @@ def fit(
     InputError for a folder that already holds a training (without resume), for nothing to resume, and for a full disk. Any other
     failure in one process, or in a validation, is raised again after last.ckpt is written, once a step of the epoch is done.
     """
-    asked = {"out": Path(out), "validate": validate, "resume": resume, "loggers": loggers, "meta": meta or {}, "quiet": quiet, "say": say}
-    run = setup(fabric, detector, loader, recipe, **asked)  # type: ignore[arg-type]
+    run = setup(
+        fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta or {}, quiet=quiet, say=say
+    )
     run.after_save = saved
     if resume:
         run.say(_standing(run))
@@ -252,8 +253,7 @@ def _due(recipe: Recipe, epoch: int) -> bool:
 def _validated(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """The metrics of the present weights."""
     if run.fabric.world_size > 1:
-        for buffer in run.evaluated.buffers():  # each process has seen other pictures: all judge what the first one keeps
-            torch.distributed.broadcast(buffer, 0)
+        shards.equal_buffers(run.evaluated)  # each process has seen other pictures: all judge what the first one keeps
     around = (run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad(), shards.gathered(run.model))
     with contextlib.ExitStack() as stack:
         for one in (*around, run.interrupts.open()):

@@ -101,7 +101,7 @@ class Peers:
             except OSError:
                 return
             peer.settimeout(5)
-            about = next(iter(_messages(peer)), {})
+            about = _message(peer)
             if not hmac.compare_digest(str(about.get("key")), key):
                 peer.close()
                 continue
@@ -116,7 +116,7 @@ class Peers:
                 selector.register(peer, selectors.EVENT_READ, rank)
             while selector.get_map() and not self._left.is_set():
                 for ready, _ in selector.select(timeout=1):
-                    said = _next(ready.fileobj)  # type: ignore[arg-type]
+                    said = _message(ready.fileobj)  # type: ignore[arg-type]
                     selector.unregister(ready.fileobj)
                     if said.get("end") != "":
                         return self._end(said.get("lost") or self._told(ready.data, said.get("end")), STOPPED if said else GRACE)
@@ -180,23 +180,18 @@ def _line(message: dict[str, Any]) -> bytes:
     return (json.dumps(message) + "\n").encode()
 
 
-def _messages(peer: socket.socket) -> Iterator[dict[str, Any]]:
-    """The next message, if one comes whole."""
+def _message(peer: socket.socket) -> dict[str, Any]:
+    """The next message; empty where none comes whole."""
     text = b""
     try:
         while not text.endswith(b"\n") and len(text) < _LONGEST:
             if not (part := peer.recv(1)):
-                return
+                return {}
             text += part
         said = json.loads(text)
     except (OSError, ValueError):
-        return
-    if isinstance(said, dict):
-        yield said
-
-
-def _next(peer: socket.socket) -> dict[str, Any]:
-    return next(_messages(peer), {})
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _sentence(error: BaseException) -> str:

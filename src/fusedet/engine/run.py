@@ -18,7 +18,6 @@ from torch import nn
 
 from fusedet.engine import checkpoint, contents, rng, shards
 from fusedet.engine.ema import Average
-from fusedet.engine.files import clean
 from fusedet.engine.interrupt import Interrupts
 from fusedet.engine.logs import Meter, Table
 from fusedet.engine.optim import optimizer
@@ -26,6 +25,7 @@ from fusedet.engine.progress import Display, Pace
 from fusedet.engine.recipe import Recipe
 from fusedet.engine.watch import Watch
 from fusedet.errors import InputError
+from fusedet.files import clean
 from fusedet.types import Batch, Losses
 
 TABLES = ("metrics.csv", "speed.csv")

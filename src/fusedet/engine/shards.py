@@ -23,12 +23,12 @@ def _share(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     # one group: a detector's losses use parts outside their own forward pass, where a group of their own would not be gathered
     module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     fully_shard(module, mesh=mesh["data_parallel"])
-    module.register_forward_pre_hook(_equal_buffers)
+    module.register_forward_pre_hook(equal_buffers)
     return module
 
 
-def _equal_buffers(module: nn.Module, _: Any = None) -> None:
-    """Buffers as in the first process, which DDP sees to as well: they are in no share."""
+def equal_buffers(module: nn.Module, _: Any = None) -> None:
+    """Give a module's buffers, in all processes, the values of the first one's: one broadcast per kind of number. All processes call it."""
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for buffer in module.buffers():
         kinds.setdefault(buffer.dtype, []).append(buffer)

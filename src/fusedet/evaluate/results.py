@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fusedet.data.files import read_bytes
-from fusedet.data.outlines import fits, packed
+from fusedet.data.outlines import covered, is_rle
 from fusedet.data.records import Records
 from fusedet.errors import InputError, unknown
 
@@ -168,5 +168,4 @@ def _box(value: Any) -> bool:
 
 
 def _drawable(mask: dict[str, Any]) -> bool:
-    size = mask.get("size")
-    return isinstance(size, list) and fits(packed(mask), tuple(size))
+    return is_rle(mask) and covered(mask["counts"]) == math.prod(mask["size"])

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from fusedet.engine.files import leftovers, replace
 from fusedet.errors import InputError
+from fusedet.files import leftovers, replace
 
 
 def fresh(folder: str | Path) -> Path:
@@ -62,6 +62,24 @@ def withdraw(folder: Path, *names: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """As indented JSON; numbers that JSON lacks (NaN) become null."""
     replace(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def data_prints(run: Path) -> dict[str, Any] | None:
+    """The fingerprints of a run's data, by what they were used for, as its run.json has them; None where that file is not there.
+
+    Raises InputError where it is damaged.
+    """
+    file = run / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        about = None
+    known = about.get("data") if isinstance(about, dict) else None
+    if not isinstance(known, dict):
+        raise InputError(f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check")
+    return known
 
 
 def plain(value: Any) -> Any:

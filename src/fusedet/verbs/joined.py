@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedet.engine.files import sync
 from fusedet.errors import InputError
+from fusedet.files import sync
 
 Info = dict[str, Any]
 _HEAD = '{"info": '

@@ -18,8 +18,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from fusedet.data.images import to_tensor
-from fusedet.engine.files import clean, replace
 from fusedet.errors import InputError
+from fusedet.files import clean, replace
 from fusedet.verbs.folder import fresh
 from fusedet.verbs.joined import Info, info_of, join, text
 from fusedet.verbs.predict import Prediction, Predictor
@@ -27,6 +27,7 @@ from fusedet.verbs.sources import Sources
 
 Reading = tuple[int, Path, Tensor | InputError]
 PART = 1000
+COUNTS = ("pictures", "detections", "shown", "skipped")
 _PATIENCE = 60.0  # seconds for the first process to make the folder
 
 
@@ -108,7 +109,7 @@ def _begin(target: Path, asked: Info, options: Options, resume: bool) -> Info:
         if time.monotonic() > end:
             raise InputError(f"{file} has not come: process 0 makes it; all processes need the same out=FOLDER on a common disk")
         time.sleep(0.1)
-    known: Info = json.loads(file.read_text(encoding="utf-8"))
+    known = _known(file)
     then = known["asked"]
     for key, value in {**asked, "part": options.part or then["part"]}.items():
         if then.get(key) != value:
@@ -116,6 +117,20 @@ def _begin(target: Path, asked: Info, options: Options, resume: bool) -> Info:
                 f"{target} was begun with {key} {_short(then.get(key))}, now it is {_short(value)}: ask the same, or choose another out"
             )
     return known
+
+
+def _known(file: Path) -> Info:
+    """What predict.json says; raises InputError where it is damaged."""
+    try:
+        known = json.loads(file.read_bytes())
+        asked, done = known["asked"], known.get("done")
+        whole = isinstance(asked, dict) and type(asked["part"]) is int and asked["part"] > 0
+        whole &= done is None or (all(type(done[key]) is int for key in (*COUNTS, "left")) and isinstance(done["files"], dict))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise InputError(f"{file} is damaged: it does not say what was asked for; choose another out=FOLDER")
+    return dict(known)
 
 
 class _Work:
@@ -161,13 +176,12 @@ class _Work:
 
     def finish(self, count: int) -> Info:
         """Put the parts together where all of them are there."""
-        figures: Info = dict.fromkeys(("pictures", "detections", "shown", "skipped"), 0)
         with FileLock(self.target / ".lock"):
-            known = json.loads((self.target / "predict.json").read_text(encoding="utf-8"))
+            known = _known(self.target / "predict.json")
             if known.get("done"):  # another process was the last one
                 return dict(known["done"])
             infos = [info_of(file) for file in map(self.file, range(count)) if file.is_file()]
-            figures = {key: sum(info[key] for info in infos) for key in figures} | {"left": count - len(infos)}
+            figures: Info = {key: sum(info[key] for info in infos) for key in COUNTS} | {"left": count - len(infos)}
             if figures["left"]:
                 return figures | {"files": {}}
             if self.options.parts:

@@ -10,8 +10,8 @@ from fusedet.config import Config
 from fusedet.data.records import Records
 from fusedet.data.skipped import Ledger, allowed, summary
 from fusedet.doctor import glance
-from fusedet.engine.files import replace
 from fusedet.errors import InputError
+from fusedet.verbs.folder import write_json
 
 
 def check_pictures(config: Config, data: Records, val: Records, say: Callable[[str], None]) -> None:
@@ -37,6 +37,6 @@ def note_replaced(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None
     if ledger.rank == 0:
         about = json.loads((out / "run.json").read_text(encoding="utf-8"))
         about["replaced"] = {"pictures": len({row.image_id for row in rows}), "times": len(rows)}
-        replace(out / "run.json", (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(out / "run.json", about)
     if rows:
         say(summary(rows, out / "skipped.csv"))

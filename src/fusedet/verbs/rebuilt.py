@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fusedet.config import Config, mapping, parse, refuse_outside
-from fusedet.detectors import Detector, from_config, without_weights
+from fusedet.detectors import Detector, bare, from_config, without_weights
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 
@@ -47,9 +46,8 @@ def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):
         raise InputError(f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids")
-    with at_most(10 * len(state) + 1000, file), torch.device("meta"):
-        bare = from_config(config, len(names))
-    checkpoint.refuse_misfit(bare, state, file)
+    with at_most(len(state), file):
+        checkpoint.refuse_misfit(bare(config, len(names)), state, file)
     detector = from_config(config, len(names))
     checkpoint.load_into(detector, state, file)
     return detector, config, names, ids
@@ -78,9 +76,9 @@ def _list(text: str, kind: type, what: str) -> list[Any]:
 
 
 @contextmanager
-def at_most(parameters: int, file: Path) -> Iterator[None]:
-    """Stops the making of a model that has many more parts than there are weights (convs: 1000000000)."""
-    count = 0
+def at_most(weights: int, file: Path) -> Iterator[None]:
+    """Stops the making of a model that has many more parts than the file has weights (convs: 1000000000), or uncountable ones."""
+    parameters, count = 10 * weights + 1000, 0
 
     def add(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal count
@@ -90,10 +88,18 @@ def at_most(parameters: int, file: Path) -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(add)
     try:
-        yield
-    except (RuntimeError, TypeError) as error:  # torch's own words for sizes beyond 64 bits
-        if "overflow" not in str(error).lower():
-            raise
-        raise InputError(f"{file} does not fit the model of its own config: that has more numbers than can be counted") from error
+        with countable(file):
+            yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def countable(source: Path | str) -> Iterator[None]:
+    """Raises InputError for a model whose sizes go beyond 64 bits, in place of torch's own words."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(f"{source}: its model has more numbers than can be counted") from error

@@ -128,14 +128,15 @@ def number(value: float | None) -> str:
 
 def track(console: Console, items: Iterable[Any], total: int, text: str) -> Iterator[Any]:
     """The same items with a progress bar where there is a terminal."""
-    columns = (TextColumn(escape(text)), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, total=total)
+    with progress(console, total, text) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 @contextmanager
 def progress(console: Console, total: int, text: str, hidden: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar as `track`'s, that is told how many more are done."""
+    """A progress bar that is told how many more are done; none where the output is no terminal, or `hidden`."""
     columns = (TextColumn(escape(text)), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from fusedet.data.records import Records
 from fusedet.errors import InputError, plural
 from fusedet.evaluate.masks import check_masks, mask_area
 from fusedet.evaluate.results import found
-from fusedet.verbs.processes import place
 
 SETS = ("test-dev2017", "test-challenge2017", "val2017")
 """What the server scores; val2017 to try it."""
@@ -40,7 +38,7 @@ Result = dict[str, Any]
 
 def of_server(records: Records, max_det: int) -> str:
     """The server's name of a split. Raises InputError for a split that it does not score, one with other categories than COCO's, and
-    for a detector that gives more detections of a picture than COCO's rules allow; warns of one with another number of pictures."""
+    for a detector that gives more detections of a picture than COCO's rules allow."""
     name = re.sub(r"^(instances|image_info)_", "", Path(records.source).stem)
     if records.form != "coco" or name not in SETS:
         raise InputError(f"{records.source} is no split that COCO's server scores: give that of {', '.join(SETS)}")
@@ -51,10 +49,15 @@ def of_server(records: Records, max_det: int) -> str:
         )
     if max_det > MOST:
         raise InputError(f"test.max_det={max_det}: COCO's rules allow {MOST} detections of a picture")
-    if len(records) != (whole := PICTURES.get(name, len(records))) and place()[0] == 0:
-        own = plural(len(records), "picture")
-        print(f"warning: {records.source} has {own}, COCO's {name}, which the server scores as a whole, has {whole}", file=sys.stderr)
     return name
+
+
+def incomplete(records: Records, name: str) -> str | None:
+    """What to warn of where a split has another number of pictures than COCO's of that name."""
+    if len(records) == (whole := PICTURES.get(name, len(records))):
+        return None
+    own = plural(len(records), "picture")
+    return f"warning: {records.source} has {own}, COCO's {name}, which the server scores as a whole, has {whole}"
 
 
 def checked(records: Records, results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from fusedet.detectors import bare, from_config, without_weights
 from fusedet.doctor import compare
 from fusedet.engine import checkpoint, logs, loop, optim, rng
 from fusedet.engine.determinism import deterministic
-from fusedet.engine.files import replace
 from fusedet.engine.peers import Peers
 from fusedet.engine.run import TABLES
 from fusedet.errors import InputError, plural, unknown
-from fusedet.verbs.folder import about, fresh, withdraw, write_json
+from fusedet.files import replace
+from fusedet.verbs.folder import about, data_prints, fresh, withdraw, write_json
 from fusedet.verbs.pictures import check_pictures, note_replaced
 from fusedet.verbs.processes import make_fabric, silent, together
 from fusedet.verbs.rebuilt import class_names, weights_file, with_weights
@@ -161,17 +160,9 @@ def _note(config: Config, fabric: Fabric, out: Path, known: dict[str, Any]) -> N
 
 def _check_prints(out: Path, data: Records, val: Records, say: Callable[[str], None]) -> None:
     """Raises InputError where a run was begun on other data, or what its run.json says is damaged."""
-    file = out / "run.json"
-    if not file.is_file():
-        say(f"warning: {file} is gone, so nothing tells whether {out} was begun on these data; it is written anew")
-        return
-    try:
-        noted = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        noted = None
-    known = noted.get("data") if isinstance(noted, dict) else None
-    if not isinstance(known, dict):
-        raise InputError(f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check")
+    known = data_prints(out)
+    if known is None:
+        return say(f"warning: {out / 'run.json'} is gone, so nothing tells whether {out} was begun on these data; it is written anew")
     for name, records in (("train", data), ("val", val)):
         if known.get(name) != records.fingerprint():
             raise InputError(f"out={out} cannot be resumed: its {name} pictures or boxes were not those of {records.source} now")
@@ -239,8 +230,7 @@ def make_detector(config: Config, records: Records, say: Callable[[str], None], 
 
 def class_tensors(config: Config) -> list[str]:
     """The names of the weights whose shapes depend on how many classes there are."""
-    with torch.device("meta"):
-        one, two = (from_config(without_weights(config), count).state_dict() for count in (1, 2))
+    one, two = (bare(config, count).state_dict() for count in (1, 2))
     return [key for key in one if one[key].shape != two[key].shape]
 
 
