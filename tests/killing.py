@@ -1,7 +1,4 @@
-"""Trainings in processes of their own that are killed, at any time or at a chosen place, and what must then be the same.
-
-The processes are forked from one that has imported everything: a start costs a second, not the seconds that torch's import takes.
-"""
+"""Trainings in processes of their own that are killed, at any time or at a chosen place, and what must then be the same."""
 
 from __future__ import annotations
 
@@ -21,9 +18,8 @@ import torch
 from fusedet import cli
 from fusedet.engine import checkpoint, logs, loop
 from fusedet.verbs import train as verb
+from warm import SERVER
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["killing"])
 FILES = ("metrics.csv", "val.bbox.json", "skipped.csv")
 
 
@@ -284,16 +280,16 @@ def killed_at_random(words: Sequence[object], whole: Path, out: Path, kills: int
 
 def undisturbed(words: Sequence[object], out: Path, processes: int = 1) -> Path:
     """The folder of the same training, never killed, with how long its start and the rest took in `seconds`."""
-    warm = SERVER.Process(target=int)  # the import is not a training's time
-    warm.start()
-    warm.join()
+    first = SERVER.Process(target=int)  # the server's imports are not a training's time
+    first.start()
+    first.join()
     began = time.monotonic()
     training = Training([*words, f"out={out}"], out.with_suffix(".log"), processes)
     training.steps()
-    first = time.monotonic()
+    stepped = time.monotonic()
     training.wait()
     assert training.codes == [0] * processes, out.with_suffix(".log").read_text()[-3000:]
-    (out / "seconds").write_text(f"{first - began} {time.monotonic() - first}")
+    (out / "seconds").write_text(f"{stepped - began} {time.monotonic() - stepped}")
     return out
 
 

@@ -25,11 +25,8 @@ NECKS = {
 PLUGINS = {"": "null", "msfm": "{type: msfm, scales: [0.5, 1, 2], conv_num: 1}"}
 INTERACTIONS = {"": "null", "msil": "msil"}
 COMBINATIONS = list(product(HEADS, NECKS, PLUGINS, INTERACTIONS))
-# tracing takes seconds: every head with every neck, so that all pairs of parts occur; all combinations: tests/soak/test_combinations.py
-TRACED = [
-    (head, neck, list(PLUGINS)[(h + n) % 2], list(INTERACTIONS)[((h == 2) + n) % 2])
-    for (h, head), (n, neck) in product(enumerate(HEADS), enumerate(NECKS))
-]
+# tracing takes seconds: every neck once, and all pairs of the other parts; all combinations: tests/soak/test_combinations.py
+TRACED = [(HEADS[n // 3], neck, list(PLUGINS)[n % 2], list(INTERACTIONS)[n // 2 % 2]) for n, neck in enumerate(NECKS)]
 STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -152,7 +149,7 @@ def test_the_raw_forward_compiles(head: str, neck: str, plugin: str, interact: s
     check_compiled(head, neck, plugin, interact)
 
 
-def test_all_pairs_of_parts_are_traced() -> None:
-    parts = [HEADS, NECKS, PLUGINS, INTERACTIONS]
-    for a, b in itertools.combinations(range(4), 2):
+def test_all_pairs_of_heads_plugins_and_interactions_are_traced() -> None:
+    parts = (HEADS, NECKS, PLUGINS, INTERACTIONS)
+    for a, b in itertools.combinations((0, 2, 3), 2):
         assert {(c[a], c[b]) for c in TRACED} == set(product(parts[a], parts[b]))

@@ -8,19 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from fakes import batch
 from fusedet.roi import DynamicStage
 from fusedet.types import Batch
 from small import DETECTORS, float64, livelier, make, target, total, without_gradient
+from warm import SERVER
 
 Learned = dict[str, Any]
 SIZE = (32, 48)
+THOUSAND = [[x, y, x + side, y + side * 1.25] for x, y, side in ((i % 45 + i / 1009, i % 29 + i / 2003, 0.5 + i / 60) for i in range(1000))]
 OBJECTS: dict[str, list[list[list[float]]]] = {  # of two pictures for each process
     "both": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [], [[-5, -5, 60, 40]], [[10, 5, 35, 25], [25, 1, 30, 6]]],
     "first": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [[10, 5, 35, 25], [25, 1, 30, 6]], [], []],
     "none": [[], [], [], []],
+    "thousand": [THOUSAND, [[10, 5, 35, 25]], [], []],
 }
 
 
@@ -52,9 +54,14 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Learned]]:
-    """What each of two processes learned; starting them is what takes time."""
+    """What each of two processes learned."""
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(work, (folder,), nprocs=2)
+    processes = [SERVER.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

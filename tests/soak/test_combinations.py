@@ -1,4 +1,4 @@
-"""Every combination of detector, neck, plug-in and interaction exports and compiles, not only the pairs of tests/test_together.py."""
+"""Every combination of detector, neck, plug-in and interaction exports and compiles, not only those of tests/test_together.py."""
 
 from __future__ import annotations
 
