@@ -147,6 +147,7 @@ def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path
     assert found["stamp"]["detections"] == 8 * 7
     assert found["stamp"]["evaluator"].startswith("pycocotools")
     said = spoken(capsys, "val", trained, f"out={tmp_path / 'w'}")
+    assert "best.safetensors on val of" in said.replace("\n", "")
     assert "IoU 0.75" in said
     assert "worst pictures" in said
 

@@ -200,7 +200,9 @@ def test_a_picture_that_cannot_be_read_ends_it_or_is_counted_and_listed(
     bad.write_bytes(b"no picture")
     words = [folder, f"out={tmp_path / 'bad'}", "--part", 3]
     assert predict(model, *words) == 2
-    assert str(bad) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(bad) in said
+    assert "--on-bad-image skip" in said
     assert [image["id"] for image in read(tmp_path / "bad" / "predictions.json")["images"]] == [1, 2, 3, 4]
     assert predict(model, *words, "--resume", "--on-bad-image", "skip", "--json") == 0
     said = json.loads(capsys.readouterr().out)

@@ -122,7 +122,7 @@ def val_(
     if json:
         return print_json(figures | {"out": str(target), "files": {name: str(file) for name, file in files.items()}})
     if annotated:
-        show.score(out, figures, f"{source} on {scored} of {options.data.path}")
+        show.score(out, figures, f"{source if is_results else file} on {scored} of {options.data.path}")
     print_files(files)
 
 

@@ -204,7 +204,7 @@ class _Work:
             if isinstance(picture, InputError):
                 if self.options.bad == "error":
                     yield from self._together(group)
-                    raise picture
+                    raise InputError(f"{picture}; with --on-bad-image skip the others are predicted") from picture
                 part.skipped.append({"id": number, "file_name": str(path), "reason": str(picture)})
                 continue
             group.append((number, path, picture))
