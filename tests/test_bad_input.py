@@ -30,8 +30,9 @@ def complaint(capsys: Capture, *words: object) -> str:
     """The one line that a wrong command line prints on stderr."""
     capsys.readouterr()
     code = cli.run([str(word) for word in words])
-    said = capsys.readouterr().err
+    result, said = capsys.readouterr()
     assert code == 2, said
+    assert "results:" not in result, "there is nothing where it points"
     assert said.startswith("error: "), said
     assert said.count("\n") == 1, f"one line, got {said}"
     assert said.endswith("\n")

@@ -82,8 +82,7 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
 
 def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool) -> Trained:
     """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
-    if not resume:
-        say(f"results: {out}")
+    loggers = logs.loggers(config.train.loggers, out)
     data, val = open_data(config, say)
     if begun:
         _check_prints(out, data, val, say)
@@ -117,6 +116,7 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
         together(fabric, lambda: check_pictures(config, data, val, say))
     if not resume:
         together(fabric, lambda: fresh(out))
+        say(f"results: {out}")
     prints = {"train": data.fingerprint(), "val": val.fingerprint()}
     known = about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed}
     if fabric.is_global_zero and not begun:
@@ -133,7 +133,6 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
 
     meta = {"config": config.to_yaml(), "names": list(data.names), "category_ids": list(data.category_ids), "format": "fusedet"}
     try:
-        loggers = logs.loggers(config.train.loggers, out)
         options: dict[str, Any] = {"validate": validate, "resume": begun, "loggers": loggers, "meta": meta, "quiet": quiet, "say": say}
         done = loop.fit(fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out, known), **options)
     except loop.NonFinite:
