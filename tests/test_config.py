@@ -194,6 +194,9 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
         config.load(write(tmp_path, "loop", "base: other\n"))
     with pytest.raises(InputError, match="unknown base"):
         config.load(write(tmp_path, "orphan", "base: nothing\n"))
+    for text, kind in (("base: 1.5", "float"), ("base: [fpn]", "list"), ("train: {schedule: 2}", "int")):
+        with pytest.raises(InputError, match=f"must be a name or a YAML file, got {kind}$"):
+            config.load(write(tmp_path, "number", f"{text}\n"))
 
 
 def test_a_neck_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,9 @@ def test_right_values(value: Any, hint: Any, result: Any) -> None:
     assert type(checked(value, hint, "key")) is type(result)
 
 
+LARGEST = 2**63 - 1
+
+
 @pytest.mark.parametrize(
     ("value", "hint", "said"),
     [
@@ -51,6 +54,9 @@ def test_right_values(value: Any, hint: Any, result: Any) -> None:
         ([], tuple[int], "key must have 1 item, got []"),
         (["x"], list[int], "key.0 must be int, got 'x'"),
         ("x", float | None, "key must be float, got 'x'"),
+        (10**400, float, f"key must lie between {-LARGEST} and {LARGEST}, got an integer of 1329 bits"),
+        pytest.param(-(10**5000), int | None, f"key must lie between {-LARGEST} and {LARGEST}, got an integer of 16610 bits", id="long"),
+        ([8, 2**63], tuple[float, ...] | None, f"key.1 must lie between {-LARGEST} and {LARGEST}, got an integer of 64 bits"),
         ([1], dict, "key must be dict, got [1]"),
         ([1], dict[str, int], "key must be dict[str, int], got [1]"),
         ({"x": "y"}, Mapping[str, int], "key.x must be int, got 'y'"),

@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 _LISTED = 50  # more names than this are not listed in a message
+_LARGEST = 2**63 - 1  # what torch and numpy count with
 
 
 class InputError(ValueError):
@@ -63,6 +64,8 @@ def checked(value: Any, hint: Any, key: str) -> Any:
     Knows Any, None, bool, int, float, str, Literal, unions, list, tuple, dict and Mapping; other hints are taken as they come.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise InputError(f"{key} must lie between {-_LARGEST} and {_LARGEST}, got an integer of {value.bit_length()} bits")
     if origin in (Union, UnionType):
         errors = []
         for option in sorted(args, key=lambda a: a is not NoneType):

@@ -59,6 +59,8 @@ def find(name: str | Path, room: str = "models", kind: str = "config", folder: A
 
     kind: what the name is, for the message; a file in `folder` wins, so that a folder of configs moves as a whole.
     """
+    if not isinstance(name, (str, Path)):
+        raise InputError(f"the {kind.removesuffix(':')} must be a name or a YAML file, got {type(name).__name__}")
     path = Path(name)
     is_file = path.suffix in (".yaml", ".yml")
     if folder is not None and _exists(beside := folder / (str(name) if is_file else f"{name}.yaml")):
