@@ -1,0 +1,79 @@
+"""torchvision's own Faster R-CNN-R18 on BCCD with the recipe of `faster_rcnn_r18_small`: our pictures, schedule and scoring, its detector.
+
+Trains for about half an hour on one core and prints COCO's figures on `test` as JSON: what docs/bccd.md compares with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from fusedet import config, evaluate
+from fusedet.data.loader import train_loader
+from fusedet.engine.optim import schedule
+from fusedet.types import Batch
+from fusedet.verbs import train, val
+
+
+def pictures(batch: Batch) -> list[Tensor]:
+    """(3, H, W) floats in 0..1, without the padding."""
+    return [image[:, :h, :w].float() / 255 for image, (h, w) in zip(batch.images, batch.sizes.tolist())]
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("data", help="the folder of BCCD")
+    words.add_argument("--seed", type=int, default=0)
+    words.add_argument("--epochs", type=int, default=24)
+    given = words.parse_args()
+    options = config.load("faster_rcnn_r18_small", [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"])
+    recipe, share = options.train, given.epochs / options.train.epochs
+    data, test = train.open_data(options, lambda text: print(text, file=sys.stderr))
+    torch.manual_seed(given.seed)
+    layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
+    body = BackboneWithFPN(resnet18(weights=None), layers, [64, 128, 256, 512], options.model.pyramid.channels)
+    short, long = options.data.size
+    model = FasterRCNN(body, len(data.names) + 1, min_size=short, max_size=long).train()
+    loader = train_loader(data, train.train_transform(options), batch=recipe.batch, seed=given.seed, workers=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    step = 0
+    for epoch in range(given.epochs):
+        for batch in loader.epoch(epoch):
+            factor = schedule(
+                step,
+                total_steps=len(loader) * given.epochs,
+                steps_per_epoch=len(loader),
+                warmup_steps=recipe.warmup_steps,
+                milestones=[milestone * share for milestone in recipe.milestones],
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * factor
+            targets = [{"boxes": target.boxes, "labels": target.labels + 1} for target in batch.targets or ()]
+            loss = sum(model(pictures(batch), targets).values())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm or float("inf"))
+            optimizer.step()
+            step += 1
+        print(f"epoch {epoch + 1}/{given.epochs}, last loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
+    model.eval()
+    results = []
+    for batch in val.val_loader(options, test, 0, 1):
+        with torch.no_grad():
+            found = model(pictures(batch))
+        for one, image_id, (x, y) in zip(found, batch.ids, batch.scales.tolist()):
+            for (x1, y1, x2, y2), label, score in zip(one["boxes"].tolist(), one["labels"].tolist(), one["scores"].tolist()):
+                box = [x1 / x, y1 / y, (x2 - x1) / x, (y2 - y1) / y]
+                results.append({"image_id": image_id, "category_id": test.category_ids[label - 1], "bbox": box, "score": score})
+    print(json.dumps(evaluate.coco(test, results)))
+
+
+if __name__ == "__main__":
+    main()
