@@ -88,6 +88,32 @@ def test_half_size_is_the_mean_of_four_pixels():
     assert (image[:, 1:-1, 1:-1] - expected).abs().max() <= 1
 
 
+@pytest.mark.parametrize("short", [13, 32, 50])
+def test_without_antialiasing_a_pixel_is_drawn_from_its_four_nearest(short):
+    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    image, _, _ = Eval(short, 2 * short, antialias=False)(picture, record(64, 96, []))
+
+    def nearest(size, old):
+        place = (torch.arange(size) + 0.5) * old / size - 0.5  # pixels are squares: their middles are at halves
+        low = place.floor().long()
+        return low.clamp(0, old - 1), (low + 1).clamp(0, old - 1), place - low
+
+    top, bottom, down = nearest(image.shape[1], 64)
+    left, right, across = nearest(image.shape[2], 96)
+    rows = picture[:, top] * (1 - down)[:, None] + picture[:, bottom] * down[:, None]
+    expected = rows[:, :, left] * (1 - across) + rows[:, :, right] * across
+    assert (image - expected).abs().max() <= 1.001  # rounded along each axis
+
+
+def test_antialiasing_changes_nothing_in_larger_pictures():
+    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    with_, without = (Eval(100, 150, antialias=flag)(picture, record(64, 96, []))[0].int() for flag in (True, False))
+    assert (with_ - without).abs().max() <= 1
+    mine = Train([32], 48, flip=0, antialias=False)(picture, record(64, 96, []))[0]
+    assert torch.equal(mine, Eval(32, 48, antialias=False)(picture, record(64, 96, []))[0])
+    assert not torch.equal(mine, Eval(32, 48)(picture, record(64, 96, []))[0])
+
+
 def test_same_size_changes_nothing():
     picture = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     before = picture.clone()

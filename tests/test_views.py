@@ -45,6 +45,7 @@ def batch(pictures: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
 def test_views_of_a_config() -> None:
     """Long sides keep data.size's proportion; mirrored views come after the others."""
     assert made() == made("test.scales=[800]") == (Eval(800, 1333),)
+    assert made("data.antialias=false") == (Eval(800, 1333, antialias=False),)
     assert made("test.flip=true") == (Eval(800, 1333), Eval(800, 1333, flip=True))
     both = made("test.scales=[400,1200]", "test.flip=true")
     assert both == (Eval(400, 666), Eval(1200, 2000), Eval(400, 666, flip=True), Eval(1200, 2000, flip=True))

@@ -53,6 +53,7 @@ class Data:
     multi_scale: tuple[int, int] | None = None
     flip: float = 0.5
     photometric: bool = False
+    antialias: bool = True
     workers: int = 2
     check: bool = True
 

@@ -45,11 +45,16 @@ def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Eval:
-    """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right."""
+    """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right.
+
+    antialias: a picture made smaller is the mean of all its pixels; without, each new pixel is drawn from the four nearest old ones,
+    as OpenCV's bilinear resize (MMDetection) and torchvision's detectors have it. Enlarging is the same in both.
+    """
 
     size: int
     max_size: int
     flip: bool = False
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         _check_sizes((self.size,), self.max_size)
@@ -60,7 +65,7 @@ class Eval:
 
     def __call__(self, image: Tensor, record: Record, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
         """As `Train.__call__`, without chance."""
-        return _apply(image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip)
+        return _apply(image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip, antialias=self.antialias)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Train:
     """Photometric distortion, resize and horizontal flip.
 
     sizes, short sides of which one is drawn (resize="choice"), or the first and last of a range of integers
-    (resize="range"); max_size, the most of the long side; flip, the probability of a horizontal flip.
+    (resize="range"); max_size, the most of the long side; flip, the probability of a horizontal flip; antialias as in `Eval`.
     A square canvas of s x s holds every picture with sizes=[s], max_size=s.
     """
 
@@ -78,6 +83,7 @@ class Train:
     resize: Literal["choice", "range"] = "choice"
     flip: float = 0.5
     photometric: bool = False
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         _check_sizes(self.sizes, self.max_size)
@@ -107,7 +113,7 @@ class Train:
         flip = bool(torch.rand(()) < self.flip)
         if self.photometric:
             image = v2.RandomPhotometricDistort()(tv_tensors.Image(image))
-        return _apply(image, record, masks, size=size, flip=flip)
+        return _apply(image, record, masks, size=size, flip=flip, antialias=self.antialias)
 
 
 def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
@@ -117,14 +123,16 @@ def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
         raise InputError(f"max_size must be at least the short side: it is {max_size}, the short side {max(sizes)}")
 
 
-def _apply(image: Tensor, record: Record, masks: bool, *, size: tuple[int, int], flip: bool) -> tuple[Tensor, tuple[float, float], Target]:
+def _apply(
+    image: Tensor, record: Record, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
+) -> tuple[Tensor, tuple[float, float], Target]:
     height, width = image.shape[1:]
     if (height, width) != (record.height, record.width):
         raise InputError(
             f"{record.path} is {width}x{height} pixels, but its annotation says {record.width}x{record.height}: correct the annotation"
         )
     boxes: Tensor = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes), format="XYXY", canvas_size=(height, width))
-    image = F.resize(tv_tensors.Image(image), list(size), antialias=True)
+    image = F.resize(tv_tensors.Image(image), list(size), antialias=antialias)
     boxes = F.resize(boxes, list(size))
     if flip:
         image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)

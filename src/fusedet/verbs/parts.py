@@ -72,9 +72,11 @@ def predict(
     that cannot be read, with what was found before it in predictions.json.
     """
     total = sources.count()
+    config = predictor.config
+    seen = {"size": list(config.data.size), "antialias": config.data.antialias}
     asked = {
         "weights": _sha(predictor.source),
-        "options": {"test": predictor.config.tree()["test"], "size": list(predictor.config.data.size), "precision": precision},
+        "options": {"test": config.tree()["test"], **seen, "precision": precision},
         "pictures": total,
         "batch": options.batch,
         "score": options.score,

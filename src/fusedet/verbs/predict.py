@@ -167,7 +167,9 @@ def views(config: Config) -> tuple[Eval, ...]:
     """How the network sees a picture in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
-    return tuple(Eval(*size, flip=flip) for flip in (False, True)[: 1 + config.test.flip] for size in sizes)
+    return tuple(
+        Eval(*size, flip=flip, antialias=config.data.antialias) for flip in (False, True)[: 1 + config.test.flip] for size in sizes
+    )
 
 
 @torch.no_grad()

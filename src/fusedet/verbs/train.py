@@ -255,7 +255,12 @@ def train_transform(config: Config) -> TrainTransform:
     data = config.data
     sizes = data.multi_scale or data.size[:1]
     return TrainTransform(
-        sizes, data.size[1], resize="range" if data.multi_scale else "choice", flip=data.flip, photometric=data.photometric
+        sizes,
+        data.size[1],
+        resize="range" if data.multi_scale else "choice",
+        flip=data.flip,
+        photometric=data.photometric,
+        antialias=data.antialias,
     )
 
 
