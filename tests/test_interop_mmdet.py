@@ -18,6 +18,7 @@ from fusedet.errors import InputError
 from fusedet.heads import RPNHead
 from fusedet.interop import Converted, convert
 from fusedet.interop.architecture import translate
+from fusedet.interop.bodies import resizing
 from fusedet.types import Batch, Detections, Levels
 from partners import partners
 
@@ -172,7 +173,7 @@ def test_1x_config_and_names(tmp_path: Path) -> None:
     torch.save({"state_dict": old_names(state), "meta": {"CLASSES": ("v", "w", "x", "y", "z")}}, tmp_path / "old.pth")
     found = convert(tmp_path / "old.pth", str(tmp_path / "old.py"))
     assert found.names == ["v", "w", "x", "y", "z"]
-    assert found.config.data.size == (600, 1000)
+    assert (found.config.data.size, found.config.data.antialias) == ((600, 1000), False)
     test, head = found.config.test, found.config.model.head
     assert (test.score, test.max_det, test.pre_nms, head["nms"], head["proposals"]) == (0.1, 70, 900, 0.6, 800)
     assert (head["offset"], head["round_anchors"]) == (0.5, True)
@@ -258,6 +259,28 @@ def test_a_config_of_this_project(tmp_path: Path) -> None:
     words = ["model.pyramid.channels=64", "model.head.norm=true", "model.head.bias=false"]
     found = convert(tmp_path / "model.pth", "retinanet_r18", words)
     agree(seen(found, spec["size"]), spec["predictions"])
+    assert not found.config.data.antialias
+    assert convert(tmp_path / "model.pth", "retinanet_r18", [*words, "data.antialias=true"]).config.data.antialias
+
+
+def resize(**words: Any) -> Any:
+    return {"test_pipeline": [{"type": "Resize", "scale": (1333, 800), **words}, {"type": "PackDetInputs"}]}
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "note"),
+    [
+        ({}, {"antialias": False}, None),
+        (resize(keep_ratio=True), {"size": [800, 1333], "antialias": False}, None),
+        (resize(backend="pillow"), {"size": [800, 1333], "antialias": True}, None),
+        (resize(interpolation="area"), {"size": [800, 1333], "antialias": False}, "pictures were resized by 'area', here bilinearly"),
+        (resize(keep_ratio=False), {"size": [800, 1333], "antialias": False}, "pictures were stretched to 1333 x 800"),
+    ],
+)
+def test_how_pictures_are_resized(config: Any, data: Any, note: str | None) -> None:
+    notes: list[str] = []
+    assert resizing(config, notes) == data
+    assert [text.split(", here their")[0] for text in notes] == ([note] if note else [])
 
 
 def test_twins_need_two_partners() -> None:

@@ -98,6 +98,7 @@ def test_the_same_detections(tmp_path: Path, name: str) -> None:
         model.roi_heads.mask_predictor.register_forward_hook(lambda *call: masks.append(call[2]))
     theirs = model([image / 255])[0]
     ours = seen(found, image)
+    assert not found.config.data.antialias
     scores = ours.scores.sqrt() if name == "fcos" else ours.scores  # torchvision's FCOS scores are roots
     background = 0 if name.startswith(("retinanet", "fcos")) else 1  # whose label torchvision has as 0
     close = (theirs["boxes"][:, None] - ours.boxes).abs().amax(dim=2) <= 0.05

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedet.errors import InputError
-from fusedet.interop.bodies import backbone, neck, normalisation, picture_size, usual
+from fusedet.interop.bodies import backbone, neck, normalisation, resizing, usual
 from fusedet.interop.dense import dense_head, nms, rpn
 from fusedet.interop.part import Part
 from fusedet.interop.regions import roi
@@ -68,7 +68,7 @@ def translate(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool =
     settings["max_det"] = _count(test, ("max_per_img", "max_num"), 100)
     settings["pre_nms"] = _count(test, ("nms_pre",), 1000)
     model.rest("data_preprocessor", "train_cfg", "test_cfg", "rpn_head", "roi_head", "bbox_head")
-    tree = {"model": found, "data": picture_size(config, notes), "test": settings}
+    tree = {"model": found, "data": resizing(config, notes), "test": settings}
     bgr = pixels is not None and pixels[2]
     return Architecture(tree | ({} if kind in _DENSE else {"train": {"lr": 0.02}}), bgr, notes)
 

@@ -141,8 +141,8 @@ def usual(mean: list[float], std: list[float]) -> bool:
     return all(abs(a - b) < 5e-3 for a, b in zip(mean + std, (123.675, 116.28, 103.53, 58.395, 57.12, 57.375)))
 
 
-def picture_size(config: Mapping[str, Any], notes: list[str]) -> Tree:
-    """The size of pictures in MMDetection's test pipeline, as data.size says it."""
+def resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
+    """How pictures are resized in MMDetection's test pipeline, as `data` says it: as OpenCV does, not antialiased, unless by Pillow."""
     for source in (config.get("test_pipeline"), config.get("test_dataloader"), _inside(config.get("data"), "test")):
         step: Any = _step(source, "Resize", "MultiScaleFlipAug", having=("scale", "img_scale"))
         scale = step and (step.get("scale") or step.get("img_scale"))
@@ -151,8 +151,11 @@ def picture_size(config: Mapping[str, Any], notes: list[str]) -> Tree:
         if isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(v, int) for v in scale):
             if step.get("keep_ratio", True) is False:
                 notes.append(f"pictures were stretched to {scale[0]} x {scale[1]}, here their ratio is kept")
-            return {"size": sorted(scale)} if min(scale) >= 32 else {}
-    return {}
+            if (kind := step.get("interpolation", "bilinear")) != "bilinear":
+                notes.append(f"pictures were resized by '{kind}', here bilinearly")
+            size = {"size": sorted(scale)} if min(scale) >= 32 else {}
+            return size | {"antialias": step.get("backend", "cv2") == "pillow"}
+    return {"antialias": False}
 
 
 def _inside(tree: Any, key: str) -> Any:

@@ -60,7 +60,7 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
         options = configs.load(str(config), words)
         translated = hidden(source or {}, options.model.backbone, str(config))
         backbone = {**options.model.backbone, **translated.tree}
-        options = configs.load(str(config), words, {"model": {"backbone": backbone}})
+        options = configs.load(str(config), words, {"model": {"backbone": backbone}, "data": {"antialias": False}})
     else:
         if source is None:
             source, notes = guess(state, legacy)

@@ -97,7 +97,7 @@ def translate(state: Weights, file: str) -> Translated:
         notes.append(f"torchvision's weights name no classes: they are called class_0 to class_{count - 1}")
     names = list(COCO) if coco else [f"class_{i}" for i in range(count)]
     ids = list(COCO_IDS) if coco else list(range(0 if dense else 1, count + (0 if dense else 1)))
-    tree = {"model": {"backbone": backbone, **model}, "data": {"size": [800, 1333]}, "test": test}
+    tree = {"model": {"backbone": backbone, **model}, "data": {"size": [800, 1333], "antialias": False}, "test": test}
     if not dense:
         tree["train"] = {"lr": 0.02}
     return Translated(tree, weights, sources, names, ids, notes)
