@@ -420,7 +420,7 @@ def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_pa
     has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
     for verb in ("predict", "cam"):
         said = complaint(capsys, verb, trained, scenes / "val", "model.neck=fpn")
-        has(said, "changes nothing for a trained model: what can be set here is test, data.size, device, out")
+        has(said, "changes nothing for a trained model: what can be set here is test, data.size, data.antialias, device, out")
 
 
 def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:

@@ -261,6 +261,9 @@ def test_a_config_of_this_project(tmp_path: Path) -> None:
     agree(seen(found, spec["size"]), spec["predictions"])
     assert not found.config.data.antialias
     assert convert(tmp_path / "model.pth", "retinanet_r18", [*words, "data.antialias=true"]).config.data.antialias
+    text = f"model = {spec['model']!r}\ntest_pipeline = {resize(backend='pillow')['test_pipeline']!r}"
+    torch.save({"state_dict": weights(spec), "meta": {"cfg": text}}, tmp_path / "model.pth")
+    assert convert(tmp_path / "model.pth", "retinanet_r18", words).config.data.antialias
 
 
 def resize(**words: Any) -> Any:
@@ -274,6 +277,15 @@ def resize(**words: Any) -> Any:
         (resize(keep_ratio=True), {"size": [800, 1333], "antialias": False}, None),
         (resize(backend="pillow"), {"size": [800, 1333], "antialias": True}, None),
         (resize(interpolation="area"), {"size": [800, 1333], "antialias": False}, "pictures were resized by 'area', here bilinearly"),
+        (
+            {
+                "test_pipeline": [
+                    {"type": "MultiScaleFlipAug", "img_scale": (1000, 600), "transforms": [{"type": "Resize", "backend": "pillow"}]}
+                ]
+            },
+            {"size": [600, 1000], "antialias": True},
+            None,
+        ),
         (resize(keep_ratio=False), {"size": [800, 1333], "antialias": False}, "pictures were stretched to 1333 x 800"),
     ],
 )

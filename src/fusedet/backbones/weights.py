@@ -79,11 +79,12 @@ def _state(weights: str) -> dict[str, Tensor]:
         with _silent():
             state = load_state_dict(weights)
         archive.check_tensors(state, Path(weights))
+    except InputError as error:
+        raise InputError(f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): {error}") from error
     except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError) as error:
-        reason = f" ({error})" if isinstance(error, InputError) else ""
         raise InputError(
             f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
-            f".pth file of tensors by timm's names{reason}"
+            ".pth file of tensors by timm's names"
         ) from error
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 

@@ -137,7 +137,7 @@ def cam_(
     overrides = [word for word in words if is_override(word)]
     own = [word for word in overrides if word.partition("=")[0] in ("device", "out")]
     options = config.parse(config.overridden({}, own))
-    predict.only(overrides, "test", "data.size", "device", "out")
+    predict.only(overrides, *predict.SETTABLE, "device", "out")
     if not files:
         raise InputError("which pictures? Write fusedet cam RUN IMAGE..., files, folders or globs")
     made = cam.cam(

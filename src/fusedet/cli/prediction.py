@@ -39,7 +39,7 @@ def predict_(
     overrides = [s for s in sources or [] if is_override(s)]
     of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
     options = config.parse(config.overridden({}, [o for o in overrides if o not in of_model]))
-    predict.only(overrides, "test", "data.size", "device", "out")
+    predict.only(overrides, *predict.SETTABLE, "device", "out")
     if not given:
         raise InputError(
             'which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs, @FILE with a path a line, or "-" for one '

@@ -47,7 +47,7 @@ def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int
 class Eval:
     """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right.
 
-    antialias: a picture made smaller is the mean of all its pixels; without, each new pixel is drawn from the four nearest old ones,
+    antialias: each pixel of a picture made smaller is a mean of all old ones that it covers; without, of the four nearest old ones,
     as OpenCV's bilinear resize (MMDetection) and torchvision's detectors have it. Enlarging is the same in both.
     """
 

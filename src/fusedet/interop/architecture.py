@@ -87,7 +87,7 @@ def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Ar
     if values.get("backbone"):
         facts["style"] = backbone(Part("model.backbone", values["backbone"], notes)).get("style", "pytorch")
         pixels = normalisation({**config, "model": values}, notes)
-        notes.append(f"style and pixels of the body are those of the checkpoint's own config, all else is that of {name}")
+        notes.append(f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}")
     if pixels is None:
         notes.append(
             f"the checkpoint does not say how its pictures were: RGB, and mean and style as {name} has them, are taken; if it was trained "

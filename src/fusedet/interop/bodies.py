@@ -149,12 +149,13 @@ def resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
         if isinstance(scale, (list, tuple)) and scale and isinstance(scale[0], (list, tuple)):
             scale = scale[0]
         if isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(v, int) for v in scale):
-            if step.get("keep_ratio", True) is False:
+            inner = _step(step.get("transforms"), "Resize") or step  # in MultiScaleFlipAug, which has the scale
+            if inner.get("keep_ratio", True) is False:
                 notes.append(f"pictures were stretched to {scale[0]} x {scale[1]}, here their ratio is kept")
-            if (kind := step.get("interpolation", "bilinear")) != "bilinear":
+            if (kind := inner.get("interpolation", "bilinear")) != "bilinear":
                 notes.append(f"pictures were resized by '{kind}', here bilinearly")
             size = {"size": sorted(scale)} if min(scale) >= 32 else {}
-            return size | {"antialias": step.get("backend", "cv2") == "pillow"}
+            return size | {"antialias": inner.get("backend", "cv2") == "pillow"}
     return {"antialias": False}
 
 

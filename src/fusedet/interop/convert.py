@@ -15,6 +15,7 @@ from fusedet.detectors import from_config
 from fusedet.errors import InputError
 from fusedet.interop import pyconfig, reading, rows, torchvision
 from fusedet.interop.architecture import hidden, is_legacy, old_form, translate
+from fusedet.interop.bodies import resizing
 from fusedet.interop.guess import guess
 from fusedet.interop.keys import as_rgb, joined, matched, renamed, rules
 from fusedet.interop.names import classes
@@ -40,7 +41,7 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
     """The checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision in a file.
 
     config: MMDetection's config, a .py file; or the name or YAML file of a config here, to which the checkpoint's own copy of MMDetection's
-    adds style, mean and BGR. Where none is given, that copy is taken, else what names and shapes tell.
+    adds style, mean, BGR and how pictures are resized. Where none is given, that copy is taken, else what names and shapes tell.
     overrides: "key=value" texts of this project's config on top.
     Raises InputError for a file that cannot be read, holds code, is of no detector here, or does not match in every key.
     """
@@ -60,7 +61,9 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
         options = configs.load(str(config), words)
         translated = hidden(source or {}, options.model.backbone, str(config))
         backbone = {**options.model.backbone, **translated.tree}
-        options = configs.load(str(config), words, {"model": {"backbone": backbone}, "data": {"antialias": False}})
+        options = configs.load(
+            str(config), words, {"model": {"backbone": backbone}, "data": {"antialias": resizing(source or {}, [])["antialias"]}}
+        )
     else:
         if source is None:
             source, notes = guess(state, legacy)

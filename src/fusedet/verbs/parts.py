@@ -131,7 +131,7 @@ def _known(file: Path) -> Info:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise InputError(f"{file} is damaged: it does not say what was asked for; choose another out=FOLDER")
+        raise InputError(f"{file} is damaged: choose another out=FOLDER")
     return dict(known)
 
 

@@ -26,6 +26,8 @@ from fusedet.types import Batch, Detections
 from fusedet.verbs.rebuilt import rebuild, weights_file
 
 Precision = Literal["fp32", "bf16"]
+SETTABLE = ("test", "data.size", "data.antialias")
+"""What can be set for a trained detector; all else follows from its weights."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,13 @@ def load(
     """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
 
     path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
-    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but test and data.size) stays.
+    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but `SETTABLE`) stays.
     trust: whether the checkpoint's config may name classes of other packages, whose code then runs.
     Raises InputError for what is not a checkpoint, is cut short, or holds code.
     """
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file, trust)
-    config = parse(overridden(config.tree(), only(overrides, "test", "data.size")))
+    config = parse(overridden(config.tree(), only(overrides, *SETTABLE)))
     return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
 
 
