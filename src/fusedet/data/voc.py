@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,22 +63,22 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_pictur
         paths.append(os.path.join(at, pictures[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
     if need_pictures:
         require_some(paths, folders.pictures, source)
-    objects = [(i, o) for i, row in enumerate(rows) for o in row.objects]
-    labels = {name: k for k, name in enumerate(classes)}
-    for i, o in objects:
-        if o.name not in labels:
-            raise InputError(f"{rows[i].file}: {unknown('class', o.name, classes)}")
+    known = {name: k for k, name in enumerate(classes)}
+    for row in rows:
+        if strange := next((name for name in row.names if name not in known), None):
+            raise InputError(f"{row.file}: {unknown('class', strange, classes)}")
+    labels = np.array([known[name] for row in rows for name in row.names], dtype=np.int64)
     return gather.gather(
         classes,
         range(1, len(classes) + 1),
         image_ids=np.arange(1, len(paths) + 1),
         sizes=_sizes(rows, paths),
         paths=paths,
-        owners=np.array([i for i, _ in objects], dtype=np.int64),
-        boxes=np.array([o.box for _, o in objects], dtype=np.float64).reshape(-1, 4) - [1, 1, 0, 0],
-        labels=np.array([labels[o.name] for _, o in objects], dtype=np.int64),
-        ignore=np.array([o.difficult for _, o in objects], dtype=bool),
-        outlines=[b""] * len(objects),
+        owners=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
+        boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
+        labels=labels,
+        ignore=np.concatenate([row.difficult for row in rows]),
+        outlines=[b""] * len(labels),
         source=source,
         form="voc",
         problems={gather.LISTED_TWICE: len(listed) - len(names)},
@@ -101,24 +102,20 @@ def split_folders(root: Path) -> list[Path]:
     return [f for f in folders if any(e.name.endswith(".xml") for e in os.scandir(f))]
 
 
-@dataclass(frozen=True)
-class Object:
-    """One object of an xml file; box as written, 1-based."""
-
-    name: str
-    box: tuple[float, ...]
-    difficult: bool
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Annotation:
-    """One xml file; height and width are 0 where it gives none."""
+    """One xml file, its objects by columns; height and width are 0 where it gives none.
+
+    names of K objects; boxes (K, 4) x1, y1, x2, y2 as written, 1-based; difficult (K,) bool.
+    """
 
     file: str
     file_name: str
     height: int
     width: int
-    objects: tuple[Object, ...]
+    names: tuple[str, ...]
+    boxes: np.ndarray
+    difficult: np.ndarray
 
 
 class _Builder(ElementTree.TreeBuilder):
@@ -138,20 +135,28 @@ def parse(file: str) -> Annotation:
         raise InputError(f"{file} is not valid xml: {error}") from error
     if tree.tag != "annotation":
         raise InputError(f"{file} is not a VOC annotation: its root is <{tree.tag}>, not <annotation>")
-    height, width = (_float(tree, f"size/{side}", file, 0.0) for side in ("height", "width"))
+    size = tree.find("size")
+    height, width = (0.0 if size is None else _float(size, side, file, 0.0) for side in ("height", "width"))
     known = 0 < height < 2**31 and 0 < width < 2**31
-    objects = tuple(_object(node, file) for node in tree.iterfind("object"))
-    return Annotation(file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, objects)
+    nodes = tree.findall("object")
+    names = tuple(_name_of(node, file) for node in nodes)
+    boxes = np.array([_box(node, name, file) for node, name in zip(nodes, names)], dtype=np.float64).reshape(-1, 4)
+    difficult = np.array([_float(node, "difficult", file, 0.0) != 0 for node in nodes], dtype=bool)
+    return Annotation(file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, names, boxes, difficult)
 
 
-def _object(node: ElementTree.Element, file: str) -> Object:
+def _name_of(node: ElementTree.Element, file: str) -> str:
     name = _text(node, "name")
     if not name:
         raise InputError(f"{file}: an <object> has no <name>")
-    if node.find("bndbox") is None:
+    return sys.intern(name)  # a million objects of few classes
+
+
+def _box(node: ElementTree.Element, name: str, file: str) -> list[float]:
+    box = node.find("bndbox")
+    if box is None:
         raise InputError(f"{file}: the <object> '{name}' has no <bndbox>")
-    box = tuple(_float(node, f"bndbox/{side}", file) for side in ("xmin", "ymin", "xmax", "ymax"))
-    return Object(name, box, _float(node, "difficult", file, 0.0) != 0)
+    return [_float(box, side, file) for side in ("xmin", "ymin", "xmax", "ymax")]
 
 
 def _text(node: ElementTree.Element, tag: str) -> str:
@@ -159,13 +164,13 @@ def _text(node: ElementTree.Element, tag: str) -> str:
 
 
 def _float(node: ElementTree.Element, tag: str, file: str, default: float | None = None) -> float:
-    text = _text(node, tag)
-    if not text and default is not None:
-        return default
+    text = node.findtext(tag) or ""
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"{file}: <{tag.rsplit('/')[-1]}> must be a number, not '{text[:40]}'") from error
+        if default is not None and not text.strip():
+            return default
+        raise InputError(f"{file}: <{tag}> must be a number, not '{text.strip()[:40]}'") from error
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,7 @@ def _classes(root: Path, parsed: dict[str, Annotation]) -> list[str]:
             if not classes:
                 raise InputError(f"{root / name} lists no classes")
             return classes
-    classes = sorted({o.name for row in parsed.values() for o in row.objects})
+    classes = sorted({name for row in parsed.values() for name in row.names})
     if not classes:
         raise InputError(f"not one annotation in {root} has an object, so there are no class names: list them in {root / 'labels.txt'}")
     return classes
