@@ -3,7 +3,9 @@
 import random
 import re
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusedet.data import gather
+from fusedet.data import files, gather
 from fusedet.data.yolo import label_path, read_yolo, yolo_splits
 from fusedet.errors import InputError
 from tiny import picture, write_yolo
@@ -230,6 +232,21 @@ def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "images" / "train" / "a.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"^2 of 2 pictures cannot be read, the first: .*a\.jpg"):
         read_yolo(file, "train")
+
+
+@pytest.mark.parametrize(("busy", "threads"), [(0.2, True), (0.8, False)])
+def test_files_are_read_by_threads_where_the_disk_is_waited_for(monkeypatch: pytest.MonkeyPatch, busy: float, threads: bool) -> None:
+    """busy: the share of the time in which this thread works."""
+    seen: list[int] = []
+
+    def read(i: int) -> int:
+        seen.append(threading.get_ident())
+        return -i
+
+    monkeypatch.setattr(files, "time", SimpleNamespace(perf_counter=lambda: len(seen), thread_time=lambda: busy * len(seen)))
+    assert list(files.read_each(read, range(150))) == [-i for i in range(150)]
+    assert set(seen[:100]) == {threading.get_ident()}
+    assert (threading.get_ident() not in seen[100:]) == threads
 
 
 @settings(max_examples=100, deadline=None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusedet.data.files import read_each
 from fusedet.data.images import formats, image_size, read_image
 from fusedet.data.records import Records
 from fusedet.data.transforms import keep_ratio
@@ -68,7 +70,7 @@ def examine(
                 "network: a larger data.size keeps it visible"
             )
     if read:
-        errors += _unreadable(records, lambda path: tuple(read_image(path).shape[1:]), progress)
+        errors += _unreadable(records, progress)
     return Report(errors, warnings, figures)
 
 
@@ -100,25 +102,23 @@ def _smallest(records: Records, wh: np.ndarray, owner: np.ndarray, real: np.ndar
 
 def glance(records: Records) -> list[str]:
     """What is wrong with pictures as far as their headers tell: absent, no picture, too large, of another size than annotated."""
-    return _unreadable(records, image_size, None)
+    return list(filter(None, read_each(partial(_trouble, records, image_size), range(len(records)))))
 
 
-def _unreadable(
-    records: Records, size: Callable[[Path], tuple[int, ...]], progress: Callable[[Iterable[Any], int], Iterable[Any]] | None
-) -> list[str]:
-    def trouble(i: int) -> str | None:
-        try:
-            true = size(records.path(i))
-        except InputError as error:
-            return str(error)
-        stated = tuple(records.sizes[i].tolist())
-        if 0 in true:
-            return f"{records.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
-        return (
-            None if stated == true else f"{records.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"
-        )
-
+def _unreadable(records: Records, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
+    """What is wrong with pictures when they are decoded, which leaves the interpreter to other threads."""
     formats()  # known once, not in every thread
     with ThreadPoolExecutor() as pool:
-        found = pool.map(trouble, range(len(records)))
-        return [text for text in (progress(found, len(records)) if progress else found) if text]
+        found = pool.map(partial(_trouble, records, lambda path: tuple(read_image(path).shape[1:])), range(len(records)))
+        return list(filter(None, progress(found, len(records)) if progress else found))
+
+
+def _trouble(records: Records, size: Callable[[Path], tuple[int, ...]], i: int) -> str | None:
+    try:
+        true = size(records.path(i))
+    except InputError as error:
+        return str(error)
+    stated = tuple(records.sizes[i].tolist())
+    if 0 in true:
+        return f"{records.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
+    return None if stated == true else f"{records.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,10 @@ from PIL import Image
 from fusedet.data.images import endless, formats, image_size
 from fusedet.errors import InputError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
+_TRIED = 100  # files that tell whether the disk is waited for
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
@@ -130,6 +133,18 @@ def require_text(names: Iterable[str], source: str | Path) -> None:
             raise InputError(f"{source} holds the name {name!r}, which is not valid Unicode") from error
 
 
+def read_each(read: Callable[[S], T], files: Sequence[S]) -> Iterator[T]:
+    """As map(read, files), for what takes little of each file: in threads where the disk is waited for."""
+    formats()  # known once, not in every thread
+    wall, busy = time.perf_counter(), time.thread_time()
+    yield from [read(file) for file in files[:_TRIED]]
+    if time.thread_time() - busy > 0.5 * (time.perf_counter() - wall):  # threads would take the interpreter from each other
+        yield from map(read, files[_TRIED:])
+        return
+    with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
+        yield from pool.map(read, files[_TRIED:])
+
+
 def picture_sizes(paths: Sequence[str]) -> np.ndarray:
     """(N, 2) int64 heights and widths after EXIF rotation; raises InputError that counts and names unreadable pictures."""
 
@@ -140,9 +155,7 @@ def picture_sizes(paths: Sequence[str]) -> np.ndarray:
         except InputError as error:
             return error
 
-    formats()  # known once, not in every thread
-    with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
-        found = list(pool.map(attempt, paths))
+    found = list(read_each(attempt, paths))
     bad = [f for f in found if isinstance(f, InputError)]
     if len(bad) > 1:
         raise InputError(f"{len(bad)} of {len(paths)} pictures cannot be read, the first: {bad[0]}") from bad[0]
