@@ -60,7 +60,7 @@ def test_prediction_of_20000_pictures(run_folder: tuple[Path, Path], tmp_path: P
     assert found.high < PER_PICTURE
 
 
-LIMITS = {"coco": (20, 1024), "coco with polygons": (20, 2048), "yolo": (40, 1024), "voc": (40, 1280)}
+LIMITS = {"coco": (20, 1024), "coco with polygons": (20, 2048), "yolo": (40, 1024), "voc": (40, 1024)}
 """Seconds of one core and MiB; a file for each picture takes longer than one for all."""
 
 
