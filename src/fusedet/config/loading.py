@@ -102,9 +102,8 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
     try:
         if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
             raise InputError(f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values")
-        if isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null")):  # a number alone
-            raise InputError(f"{source} must be a mapping with {keys}")
-        own: Any = OmegaConf.to_container(OmegaConf.create(text))
+        value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))  # which OmegaConf does not take
+        own: Any = None if value else OmegaConf.to_container(OmegaConf.create(text))
     except InputError:
         raise
     except RecursionError as error:

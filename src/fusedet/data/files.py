@@ -133,16 +133,15 @@ def require_text(names: Iterable[str], source: str | Path) -> None:
             raise InputError(f"{source} holds the name {name!r}, which is not valid Unicode") from error
 
 
-def read_each(read: Callable[[S], T], files: Sequence[S]) -> Iterator[T]:
-    """As map(read, files), for what takes little of each file: in threads where the disk is waited for."""
+def read_each(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
+    """The same as [read(file) for file in files], for what takes little of each file: in threads where the disk is waited for."""
     formats()  # known once, not in every thread
     wall, busy = time.perf_counter(), time.thread_time()
-    yield from [read(file) for file in files[:_TRIED]]
+    found = [read(file) for file in files[:_TRIED]]
     if time.thread_time() - busy > 0.5 * (time.perf_counter() - wall):  # threads would take the interpreter from each other
-        yield from map(read, files[_TRIED:])
-        return
+        return found + [read(file) for file in files[_TRIED:]]
     with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
-        yield from pool.map(read, files[_TRIED:])
+        return found + list(pool.map(read, files[_TRIED:]))
 
 
 def picture_sizes(paths: Sequence[str]) -> np.ndarray:
@@ -155,7 +154,7 @@ def picture_sizes(paths: Sequence[str]) -> np.ndarray:
         except InputError as error:
             return error
 
-    found = list(read_each(attempt, paths))
+    found = read_each(attempt, paths)
     bad = [f for f in found if isinstance(f, InputError)]
     if len(bad) > 1:
         raise InputError(f"{len(bad)} of {len(paths)} pictures cannot be read, the first: {bad[0]}") from bad[0]

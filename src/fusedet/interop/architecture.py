@@ -90,8 +90,8 @@ def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Ar
         notes.append(f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}")
     if pixels is None:
         notes.append(
-            f"the checkpoint does not say how its pictures were: RGB, and mean and style as {name} has them, are taken; if it was trained "
-            "caffe-style or with BGR, give MMDetection's config"
+            f"the checkpoint does not say how its pictures were: RGB, no antialiasing, and mean and style as {name} has them, are taken; "
+            "if it was trained caffe-style or with BGR, give MMDetection's config"
         )
     else:
         facts |= {"mean": pixels[0], "std": pixels[1]}
