@@ -15,12 +15,12 @@ from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from fusedet import config, evaluate
+from fusedet import config, evaluation
+from fusedet.api import train, validate
 from fusedet.data.loader import train_loader
 from fusedet.engine.optim import schedule
 from fusedet.errors import InputError
 from fusedet.types import Batch, Detections
-from fusedet.verbs import train, val
 
 
 def pictures(batch: Batch) -> list[Tensor]:
@@ -69,13 +69,13 @@ def main() -> None:
         print(f"epoch {epoch + 1}/{given.epochs}, last loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
     model.eval()
     results = []
-    for batch in val.val_loader(options, test, 0, 1):
+    for batch in validate.val_loader(options, test, 0, 1):
         with torch.no_grad():
             found = model(pictures(batch))
         for one, image_id, scale in zip(found, batch.ids, batch.scales):
             own = Detections(one["boxes"] / scale.repeat(2), one["scores"], one["labels"] - 1)
             results += own.to_coco(image_id, test.category_ids)
-    report(seed=given.seed, epochs=given.epochs, **evaluate.coco(test, results))
+    report(seed=given.seed, epochs=given.epochs, **evaluation.coco(test, results))
 
 
 if __name__ == "__main__":

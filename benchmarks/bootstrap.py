@@ -12,7 +12,7 @@ import time
 from common import own_peak, report
 from evaluate import detections, records
 
-from fusedet.evaluate import coco, paired_bootstrap
+from fusedet.evaluation import coco, paired_bootstrap
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from common import report
 
-from fusedet.evaluate.bootstrap import _average_precision, drawn_pictures
-from fusedet.evaluate.intervals import percentiles
-from fusedet.evaluate.results import Found
+from fusedet.evaluation.bootstrap import _average_precision, drawn_pictures
+from fusedet.evaluation.confidence_intervals import percentiles
+from fusedet.evaluation.results import Found
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from test_bootstrap import draw

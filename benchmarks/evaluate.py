@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from common import own_peak, report
 
-from fusedet import evaluate
-from fusedet.data.records import Record, Records
+from fusedet import evaluation
+from fusedet.data.dataset import Record, Records
 
 CLASSES, HEIGHT, WIDTH = 80, 480, 640
 
@@ -76,12 +76,12 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the figures."""
     data = records(images, objects, seed)
     results = detections(data, count, seed)
-    evaluate.coco(data, [], evaluator=evaluator)  # imports are not what is measured
-    truth = evaluate.coco_ground_truth(data) if evaluator != "fusedet" else {}
+    evaluation.coco(data, [], evaluator=evaluator)  # imports are not what is measured
+    truth = evaluation.coco_ground_truth(data) if evaluator != "fusedet" else {}
     before = own_peak()
     began = time.perf_counter()
     if evaluator == "fusedet":
-        figures = evaluate.coco(data, results)
+        figures = evaluation.coco(data, results)
         stats, classes = [figures[name] for name in list(figures)[:12]], [row["AP"] for row in figures["classes"]]
     else:
         stats, classes = by_package(evaluator, truth, results)
@@ -118,8 +118,8 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=36_000)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluators", nargs="+", default=list(evaluate.EVALUATORS), choices=evaluate.EVALUATORS)
-    parser.add_argument("--one", choices=evaluate.EVALUATORS, help=argparse.SUPPRESS)
+    parser.add_argument("--evaluators", nargs="+", default=list(evaluation.EVALUATORS), choices=evaluation.EVALUATORS)
+    parser.add_argument("--one", choices=evaluation.EVALUATORS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = (options.images, options.detections, options.objects, options.seed)
     if options.one:

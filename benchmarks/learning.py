@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from fusedet import config
+from fusedet.api.train import train
 from fusedet.config import Config
-from fusedet.data.demo import generate
+from fusedet.data.synthetic import generate
 from fusedet.errors import InputError
-from fusedet.verbs.train import train
 
 PICTURES, SEED = 800, 0  # as `fusedet demo`
 COMMON = [

@@ -29,9 +29,9 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
-from fusedet.data import demo
+from fusedet.data import synthetic
+from fusedet.data.dataset import Record, Records
 from fusedet.data.loader import train_loader
-from fusedet.data.records import Record, Records
 from fusedet.data.transforms import Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +49,7 @@ def write_pictures(folder: Path, count: int) -> Path:
     pictures, objects = [], []
     for i in range(count):
         rng = np.random.default_rng([7, i])
-        pixels, _ = demo.draw_scene(rng, (WIDTH, WIDTH))
+        pixels, _ = synthetic.draw_scene(rng, (WIDTH, WIDTH))
         Image.fromarray(pixels[:HEIGHT]).save(folder / f"{i}.jpg", quality=92)
         pictures.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
         for x, y, w, h in rng.integers(20, 200, (7, 4)).tolist():

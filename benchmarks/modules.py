@@ -18,8 +18,8 @@ import torch
 from common import interleave, own_peak, peak_memory, report
 
 from fusedet import create_model
-from fusedet.detectors import Detector, for_inference
-from fusedet.measure import cost
+from fusedet.models.detectors import Detector, for_inference
+from fusedet.models.profiling import cost
 from fusedet.types import Batch
 
 FULL, SQUARE = (800, 1216), (640, 640)

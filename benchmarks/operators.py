@@ -10,10 +10,10 @@ from common import interleave, report, summary
 from torch import Tensor
 from torchvision.ops import deform_conv2d, roi_align
 
-from fusedet.necks import SMSL
-from fusedet.necks.gates import rows_and_columns
-from fusedet.ops.deform import deform_conv2d_by_rows
-from fusedet.ops.region_align import region_align
+from fusedet.models.necks import SMSL
+from fusedet.models.necks.gates import rows_and_columns
+from fusedet.models.ops.deformable import deform_conv2d_by_rows
+from fusedet.models.ops.roi_align_cpu import region_align
 from fusedet.types import Levels
 
 Sides = dict[str, Callable[[], object]]

@@ -15,7 +15,7 @@ from common import interleave, own_peak, peak_memory, report, summary, take_weig
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from fusedet import create_model
-from fusedet.detectors import for_inference
+from fusedet.models.detectors import for_inference
 from fusedet.types import Batch
 
 HEIGHT, WIDTH = 800, 1216

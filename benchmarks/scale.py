@@ -21,9 +21,9 @@ from common import own_peak, report
 from PIL import Image
 
 from fusedet import config
-from fusedet.data.read import read
-from fusedet.detectors import from_config
+from fusedet.data.readers.auto import read
 from fusedet.engine import checkpoint
+from fusedet.models.detectors import from_config
 
 RECORDS = [(5_000, 50_000), (40_000, 50_000), (40_000, 400_000)]  # pictures, objects
 PICTURES = [50, 200]

@@ -16,7 +16,7 @@ from common import interleave, report, summary, take_weights
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fusedet import create_model
-from fusedet.detectors import for_inference
+from fusedet.models.detectors import for_inference
 from fusedet.types import Batch, Target
 
 HEIGHT, WIDTH = 800, 1216

@@ -1,6 +1,6 @@
 """Draws the data flow of the four modules: `python docs/drawings.py [FOLDER]` writes mse_fpn, smsl, msil and msfm.png to docs/images.
 
-What is in them stands in drawings.yaml. One unit is a pixel of a picture 900 wide; y goes down. Colours are those of fusedet.draw.style.
+What is in them stands in drawings.yaml. One unit is a pixel of a picture 900 wide; y goes down. Colours are those of fusedet.visualization.colors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.text import Text
 from PIL import Image
 
-from fusedet.draw.style import colour
+from fusedet.visualization.colors import colour
 
 matplotlib.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"})
 

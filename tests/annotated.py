@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fusedet.data.read import read
+from fusedet.data.readers.auto import read
 from resident import pss
 
 path, workers, methods = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")

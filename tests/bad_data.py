@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fusedet.data import gather
+from fusedet.data import annotation_cleaning
 from tiny import xml
 
 WIDTH, HEIGHT, CLASSES = 64, 48, ("cat", "dog")
@@ -295,7 +295,7 @@ LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
 ) + "]><annotation><filename>&i;</filename></annotation>"  # fmt: skip
 FOREIGN = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation><filename>&x;</filename></annotation>'
 XML, TXT, LIST = "Annotations/p0.xml", "labels/train/p0.txt", "ImageSets/Main/train.txt"
-OUTLINES, AREAS = {gather.BAD_OUTLINE: 1}, {gather.BAD_AREA: 1}
+OUTLINES, AREAS = {annotation_cleaning.BAD_OUTLINE: 1}, {annotation_cleaning.BAD_AREA: 1}
 NAN, INF = float("nan"), float("inf")
 
 KINDS = [
@@ -322,8 +322,8 @@ KINDS = [
     Kind("classes-differ", "coco", first("name", "cow", "categories"), refused=("class names", "only train knows cow")),
     Kind("image-id-twice", "coco", again("images", file_name="p1.jpg"), refused=("the image id 0 is given more than once",)),
     Kind("category-id-twice", "coco", again("categories", name="x"), refused=("the category id 1 is given more than once",)),
-    Kind("annotation-id-twice", "coco", again("annotations", bbox=[1, 1, 9, 9]), {gather.SAME_ID: 1}),
-    Kind("annotation-of-no-image", "coco", first("image_id", 4711), {gather.NO_PICTURE: 1}),
+    Kind("annotation-id-twice", "coco", again("annotations", bbox=[1, 1, 9, 9]), {annotation_cleaning.SAME_ID: 1}),
+    Kind("annotation-of-no-image", "coco", first("image_id", 4711), {annotation_cleaning.NO_PICTURE: 1}),
     Kind("ids-negative", "coco", coco(lambda c: [c["images"][0].update(id=-5), c["annotations"][0].update(image_id=-5)] and c["annotations"].pop(1))),  # noqa: E501
     Kind("ids-as-text", "coco", first("image_id", "0")),
     Kind("id-boolean", "coco", first("image_id", True), refused=("'image_id' of annotation 1 must be an integer, not True",)),
@@ -335,16 +335,16 @@ KINDS = [
     Kind("empty-pictures", "coco", coco(lambda c: c.update(annotations=c["annotations"][:2]))),
     Kind("in-train-and-val", "coco", both_splits),
     # COCO: boxes
-    Kind("bbox-nan", "coco", first("bbox", [NAN, 1, 2, 3]), {gather.NOT_FINITE: 1}),
-    Kind("bbox-infinite", "coco", first("bbox", [1, 1, INF, 3]), {gather.NOT_FINITE: 1}),
-    Kind("bbox-huge", "coco", first("bbox", [1, 1, 1e300, 1e300]), {gather.NOT_FINITE: 1}),
-    Kind("bbox-large", "coco", first("bbox", [-1e7, -1e7, 3e7, 3e7]), {gather.CLIPPED: 1}),
-    Kind("bbox-negative", "coco", first("bbox", [9, 9, -5, 4]), {gather.NEGATIVE: 1}),
-    Kind("bbox-no-area", "coco", first("bbox", [9, 9, 0, 4]), {gather.NO_AREA: 1}),
-    Kind("bbox-outside", "coco", first("bbox", [500, 9, 5, 4]), {gather.OUTSIDE: 1}),
-    Kind("bbox-partly-outside", "coco", first("bbox", [50, 9, 50, 4]), {gather.CLIPPED: 1}),
-    Kind("bbox-twice", "coco", again("annotations", id=99), {gather.REPEATED: 1}),
-    Kind("bbox-text", "coco", first("bbox", ["8", "6.5", "2e1", " 7 "]), {gather.AS_TEXT: 1}),
+    Kind("bbox-nan", "coco", first("bbox", [NAN, 1, 2, 3]), {annotation_cleaning.NOT_FINITE: 1}),
+    Kind("bbox-infinite", "coco", first("bbox", [1, 1, INF, 3]), {annotation_cleaning.NOT_FINITE: 1}),
+    Kind("bbox-huge", "coco", first("bbox", [1, 1, 1e300, 1e300]), {annotation_cleaning.NOT_FINITE: 1}),
+    Kind("bbox-large", "coco", first("bbox", [-1e7, -1e7, 3e7, 3e7]), {annotation_cleaning.CLIPPED: 1}),
+    Kind("bbox-negative", "coco", first("bbox", [9, 9, -5, 4]), {annotation_cleaning.NEGATIVE: 1}),
+    Kind("bbox-no-area", "coco", first("bbox", [9, 9, 0, 4]), {annotation_cleaning.NO_AREA: 1}),
+    Kind("bbox-outside", "coco", first("bbox", [500, 9, 5, 4]), {annotation_cleaning.OUTSIDE: 1}),
+    Kind("bbox-partly-outside", "coco", first("bbox", [50, 9, 50, 4]), {annotation_cleaning.CLIPPED: 1}),
+    Kind("bbox-twice", "coco", again("annotations", id=99), {annotation_cleaning.REPEATED: 1}),
+    Kind("bbox-text", "coco", first("bbox", ["8", "6.5", "2e1", " 7 "]), {annotation_cleaning.AS_TEXT: 1}),
     Kind("bbox-words", "coco", first("bbox", ["a", 1, 2, 3]), refused=("'bbox' of annotation 1 must hold numbers, not 'a'",)),
     Kind("bbox-nested", "coco", first("bbox", [[1, 2], 3, 4, 5]), refused=("'bbox' of annotation 1 must hold numbers",)),
     Kind("bbox-boolean", "coco", first("bbox", [True, 1, 2, 3]), refused=("'bbox' of annotation 1 must hold numbers, not True",)),
@@ -414,28 +414,28 @@ KINDS = [
     Kind("xml-no-name", "voc", text(XML, ("<name>cat</name>", "")), refused=("p0.xml: an <object> has no <name>",)),
     Kind("xml-no-xmin", "voc", text(XML, ("<xmin>9.0</xmin>", "")), refused=("p0.xml: <xmin> must be a number",)),
     Kind("xml-xmin-words", "voc", text(XML, ("9.0", "left")), refused=("p0.xml: <xmin> must be a number, not 'left'",)),
-    Kind("xml-xmin-nan", "voc", text(XML, ("9.0", "nan")), {gather.NOT_FINITE: 1}),
-    Kind("xml-corners-exchanged", "voc", text(XML, ("<xmin>9.0", "<xmin>28.0"), ("<xmax>28.0", "<xmax>9.0")), {gather.NEGATIVE: 1}),
+    Kind("xml-xmin-nan", "voc", text(XML, ("9.0", "nan")), {annotation_cleaning.NOT_FINITE: 1}),
+    Kind("xml-corners-exchanged", "voc", text(XML, ("<xmin>9.0", "<xmin>28.0"), ("<xmax>28.0", "<xmax>9.0")), {annotation_cleaning.NEGATIVE: 1}),
     Kind("xml-no-size", "voc", text(XML, ("<size>", "<sizes>"), ("</size>", "</sizes>"))),
     Kind("xml-size-0", "voc", text(XML, ("<width>64", "<width>0"))),
     Kind("xml-other-size", "voc", text(XML, ("<width>64", "<width>99")), refused=("p0.jpg is 64x48 pixels", "says 99x48")),
     Kind("voc-annotation-absent", "voc", lambda r: (r / XML).unlink(), refused=("lists p0, but its annotation", "does not exist")),
-    Kind("voc-listed-twice", "voc", lambda r: (r / LIST).write_text((r / LIST).read_text() + "p0\n"), {gather.LISTED_TWICE: 1}),
+    Kind("voc-listed-twice", "voc", lambda r: (r / LIST).write_text((r / LIST).read_text() + "p0\n"), {annotation_cleaning.LISTED_TWICE: 1}),
     Kind("voc-list-empty", "voc", data(LIST, "\n"), refused=("train.txt lists no pictures",)),
     Kind("voc-path-upwards", "voc", lambda r: (r / LIST).write_text("../../../x\n"), refused=("lies outside the data folder",)),
     Kind("voc-class-unknown", "voc", data("labels.txt", "cat\n"), refused=(".xml: unknown class 'dog'",)),
     # YOLO
     Kind("bom-and-windows-ends-yolo", "yolo", as_windows),
-    Kind("txt-values-above-1", "yolo", data(TXT, "0 0.5 0.5 1.7 0.5\n"), {gather.CLIPPED: 1}),
-    Kind("txt-pixels-for-shares", "yolo", data(TXT, "0 20 20 10 10\n"), {gather.OUTSIDE: 1}),
+    Kind("txt-values-above-1", "yolo", data(TXT, "0 0.5 0.5 1.7 0.5\n"), {annotation_cleaning.CLIPPED: 1}),
+    Kind("txt-pixels-for-shares", "yolo", data(TXT, "0 20 20 10 10\n"), {annotation_cleaning.OUTSIDE: 1}),
     Kind("txt-4-columns", "yolo", data(TXT, "0 0.5 0.5 0.5\n"), refused=("p0.txt, line 1: 4 values",)),
     Kind("txt-class-beyond", "yolo", data(TXT, "0 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 2: class 7 is not among",)),  # noqa: E501
     Kind("txt-words", "yolo", data(TXT, "cat 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 1", "not a number")),
-    Kind("txt-nan", "yolo", data(TXT, "0 nan 0.5 0.5 0.5\n"), {gather.NOT_FINITE: 1}),
-    Kind("txt-outline-far", "yolo", data(TXT, "0 0.1 0.1 1e9 0.1 0.5 1e9\n"), {gather.BAD_OUTLINE: 1, gather.CLIPPED: 1}),
+    Kind("txt-nan", "yolo", data(TXT, "0 nan 0.5 0.5 0.5\n"), {annotation_cleaning.NOT_FINITE: 1}),
+    Kind("txt-outline-far", "yolo", data(TXT, "0 0.1 0.1 1e9 0.1 0.5 1e9\n"), {annotation_cleaning.BAD_OUTLINE: 1, annotation_cleaning.CLIPPED: 1}),
     Kind("txt-empty", "yolo", data(TXT, "")),
-    Kind("txt-absent", "yolo", lambda r: (r / TXT).unlink(), {gather.NO_LABELS: 1}),
-    Kind("txt-is-a-pipe", "yolo", piped(TXT), {gather.NO_LABELS: 1}),
+    Kind("txt-absent", "yolo", lambda r: (r / TXT).unlink(), {annotation_cleaning.NO_LABELS: 1}),
+    Kind("txt-is-a-pipe", "yolo", piped(TXT), {annotation_cleaning.NO_LABELS: 1}),
     Kind("txt-not-text", "yolo", data(TXT, b"\xff\xfe0\0"), refused=("p0.txt is not UTF-8",)),
     Kind("yaml-tab", "yolo", data("data.yaml", "names:\t[cat\n train: images"), refused=("data.yaml is not valid YAML",)),
     Kind("yaml-is-a-pipe", "yolo", piped("data.yaml"), refused=("has no data.yaml",)),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from fusedet import cli
-from fusedet.data.demo import generate
+from fusedet.data.synthetic import generate
 
 # how long an example takes says more about the machine than about the code
 settings.register_profile("fusedet", deadline=None)

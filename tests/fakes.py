@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedet.ops.losses import mean_over_ranks
+from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.types import Batch, Detections, Features, Levels, Target
 
 

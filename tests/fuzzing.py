@@ -16,18 +16,18 @@ import torch
 from hypothesis import strategies as st
 
 from fusedet import config as configs
-from fusedet.data.coco import read_coco
+from fusedet.api.validate import score, worst
 from fusedet.data.collate import see
-from fusedet.data.outlines import covered, packed
-from fusedet.data.outlines import fits as fits_picture
-from fusedet.data.records import Records
+from fusedet.data.dataset import Records
+from fusedet.data.readers.coco import read_coco
+from fusedet.data.readers.voc import parse, read_voc
+from fusedet.data.readers.yolo import read_yolo
+from fusedet.data.segmentation import covered, packed
+from fusedet.data.segmentation import fits as fits_picture
 from fusedet.data.transforms import Eval, _mask
-from fusedet.data.voc import parse, read_voc
-from fusedet.data.yolo import read_yolo
-from fusedet.doctor import examine
+from fusedet.data.validation import examine
 from fusedet.errors import InputError
-from fusedet.evaluate import load_results
-from fusedet.verbs.val import score, worst
+from fusedet.evaluation import load_results
 from tiny import coco_dict, write_coco, write_voc, write_yolo, xml
 
 ATOMS: list[Any] = [

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fusedet import cli
-from fusedet.engine import checkpoint, logs, loop
-from fusedet.verbs import train as verb
+from fusedet.api import train as verb
+from fusedet.engine import checkpoint, logging, trainer
 from warm import SERVER
 
 FILES = ("metrics.csv", "val.bbox.json", "skipped.csv")
@@ -120,11 +120,11 @@ def _mark(file: Path) -> None:
 
         setattr(module, name, outer)
 
-    note(loop, "_train_step", "step")
-    note(loop, "_validated", "validation")
+    note(trainer, "_train_step", "step")
+    note(trainer, "_validated", "validation")
     note(checkpoint, "save", "checkpoint")
     note(checkpoint, "save_weights", "best")
-    note(logs.Table, "add", "row")
+    note(logging.Table, "add", "row")
     note(verb, "finish", "scoring")
 
 
@@ -132,8 +132,8 @@ def _mark(file: Path) -> None:
 
 
 def _in_a_step(hit: Callable[[], None]) -> None:
-    inner = loop._total
-    loop._total = lambda *args: (hit(), inner(*args))[1]
+    inner = trainer._total
+    trainer._total = lambda *args: (hit(), inner(*args))[1]
 
 
 def _in_a_validation(hit: Callable[[], None]) -> None:
@@ -166,9 +166,9 @@ def _in_the_middle_of_a_checkpoint(hit: Callable[[], None]) -> None:
 
 
 def _after_half_a_row(hit: Callable[[], None]) -> None:
-    inner = logs.Table.add
+    inner = logging.Table.add
 
-    def outer(self: logs.Table, row: Any) -> None:
+    def outer(self: logging.Table, row: Any) -> None:
         if self.path.name == "metrics.csv":
             whole = self.path.read_bytes()
             with self.path.open("a") as file:
@@ -177,18 +177,18 @@ def _after_half_a_row(hit: Callable[[], None]) -> None:
             self.path.write_bytes(whole)
         inner(self, row)
 
-    logs.Table.add = outer  # type: ignore[method-assign]
+    logging.Table.add = outer  # type: ignore[method-assign]
 
 
 def _after_the_row_of_a_validation(hit: Callable[[], None]) -> None:
-    inner = logs.Table.add
+    inner = logging.Table.add
 
-    def outer(self: logs.Table, row: Any) -> None:
+    def outer(self: logging.Table, row: Any) -> None:
         inner(self, row)
         if "AP" in row:
             hit()
 
-    logs.Table.add = outer  # type: ignore[method-assign]
+    logging.Table.add = outer  # type: ignore[method-assign]
 
 
 def _between_best_and_last(hit: Callable[[], None]) -> None:

@@ -68,7 +68,7 @@ def pss(pid: int | str = "self") -> int:
 VERB = """
 import json, sys
 from fusedet import cli
-from fusedet.detectors import OneStage
+from fusedet.models.detectors import OneStage
 from resident import pss
 
 method, every, words = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])

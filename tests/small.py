@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedet import config as configs
-from fusedet.detectors import OneStage, TwoStage, create_model
+from fusedet.models.detectors import OneStage, TwoStage, create_model
 from fusedet.types import Batch, Losses, Target
 
 ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]

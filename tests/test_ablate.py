@@ -19,11 +19,11 @@ import pytest
 from rich.console import Console
 
 from conftest import SMALL
-from fusedet import ablate, cli
-from fusedet.ablate import cost, estimate, phrases, run, tables, worker
-from fusedet.ablate.plan import Cell, Plan
+from fusedet import ablation, cli
+from fusedet.ablation import cost, estimate, launcher, render, summary_text, worker
+from fusedet.ablation.plan import Cell, Plan
 from fusedet.config import Config
-from fusedet.engine.loop import NonFinite
+from fusedet.engine.trainer import NonFinite
 from fusedet.errors import InputError
 
 TABLE = """
@@ -56,7 +56,7 @@ def done(scenes: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def plan(scenes: Path, table: Path, tmp_path: Path) -> Plan:
-    return ablate.make(ablate.load(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None)
+    return ablation.make(ablation.load(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None)
 
 
 def load(out: Path) -> dict[str, Any]:
@@ -79,7 +79,9 @@ def test_equal_rows_are_trained_once(done: Path) -> None:
 
 
 def test_folders_do_not_depend_on_what_is_chosen(plan: Plan, scenes: Path, table: Path, tmp_path: Path) -> None:
-    few = ablate.make(ablate.load(table), [f"data={scenes}", *SMALL], rows=["FPN*+BFP"], seeds=1, out=tmp_path / "out", say=lambda t: None)
+    few = ablation.make(
+        ablation.load(table), [f"data={scenes}", *SMALL], rows=["FPN*+BFP"], seeds=1, out=tmp_path / "out", say=lambda t: None
+    )
     assert [[c.folder.parent.name for c in cells] for cells in few.to_run()] == [["fpn_bfp"]]
     assert few.cells("plain")[0] == plan.cells("plain, 1 conv")[0]
     assert [cell.seed for cell in plan.cells("plain")] == [0, 1]
@@ -87,7 +89,7 @@ def test_folders_do_not_depend_on_what_is_chosen(plan: Plan, scenes: Path, table
 
 def test_labels_of_rows_may_hold_commas(scenes: Path, table: Path) -> None:
     def chosen(*rows: str) -> tuple[str, ...]:
-        return ablate.make(ablate.load(table), rows=rows, need_data=False).chosen
+        return ablation.make(ablation.load(table), rows=rows, need_data=False).chosen
 
     assert chosen("plain, 1 conv,FPN*+BFP") == ("plain, 1 conv", "FPN*+BFP")
     assert chosen("plain,plain, 1 conv") == ("plain", "plain, 1 conv")
@@ -100,7 +102,7 @@ def test_labels_that_look_alike_have_their_own_folders(tmp_path: Path) -> None:
         f"  - {{label: '{label}', overrides: [model.neck={neck}]}}\n" for label, neck in [("A*", "fpn"), ("A", "pafpn"), ("*", "bifpn")]
     )
     file.write_text(f"base: retinanet_tiny\nrows:\n{rows}")
-    plan = ablate.make(ablate.load(file), need_data=False, out=tmp_path)
+    plan = ablation.make(ablation.load(file), need_data=False, out=tmp_path)
     assert [plan.cells(label)[0].folder.parent.name for label in plan.configs] == ["a", "a-2", "row"]
 
 
@@ -110,7 +112,7 @@ def test_a_finished_table_runs_nothing(done: Path, scenes: Path, table: Path, mo
     assert cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "50", *SMALL]) == 0
     assert load(out)["rows"][0]["measured"] == load(done)["rows"][0]["measured"]
     # both calls are in the report, with paths from here
-    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", phrases.shown(str(table))]] * 2
+    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", summary_text.shown(str(table))]] * 2
 
 
 KILLED = """
@@ -146,7 +148,7 @@ def test_killed_and_started_again_gives_the_same_table(scenes: Path, table: Path
         assert [one.get(key) for key in ("measured", "difference", "classes", "conclusion")] == [
             other.get(key) for key in ("measured", "difference", "classes", "conclusion")
         ]
-    shown = [[sheet.rows for sheet in tables.sheets(found)[:2]] for found in (a, b)]
+    shown = [[sheet.rows for sheet in render.sheets(found)[:2]] for found in (a, b)]
     assert shown[0] == shown[1]
 
 
@@ -174,7 +176,7 @@ def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatc
         return real(config, **options)
 
     monkeypatch.setattr(worker, "train", train)
-    found, files = ablate.ablate(plan, ablate.Launch(resamples=40), say=lambda text: None, quiet=True)
+    found, files = ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
     one = row(found, "FPN*+BFP")
     assert ([run["state"] for run in one["runs"]], one["measured"], one["difference"]) == (["failed", "failed"], None, None)
     assert "loss is nan at step 3" in files["page"].read_text()
@@ -184,9 +186,9 @@ def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatc
 def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
     """Two processes that share the CPU, each with a run of its own; what they find is what one process finds."""
     cells = plan.cells("plain")
-    queue = run.Queue([cells[:]], estimate.clock(plan, cost.counted(plan.configs, plan.classes)), beside=2)
+    queue = launcher.Queue([cells[:]], estimate.clock(plan, cost.counted(plan.configs, plan.classes)), beside=2)
     said: list[str] = []
-    run.local(queue, ["cpu", "cpu"], said.append)
+    launcher.local(queue, ["cpu", "cpu"], said.append)
     assert len(said) == len(cells) == len(queue.clock.seconds[cells[0].label]) == 2
     for cell in cells:
         assert cell.state(plan.data["plain"]) == "finished"
@@ -198,9 +200,9 @@ def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
 def test_what_a_process_says_last_is_told(plan: Plan) -> None:
     cell = plan.cells("plain")[0]
     broken = replace(cell, config=replace(cell.config, data=replace(cell.config.data, path="/nowhere")))
-    queue = run.Queue([[broken]], estimate.Clock({}, {}))
+    queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
     with pytest.raises(InputError, match=r"row 'plain, 1 conv', seed 0, ended with 2: /nowhere does not exist.*seed0\.log"):
-        run.local(queue, ["cpu", "cpu"], lambda text: None)
+        launcher.local(queue, ["cpu", "cpu"], lambda text: None)
 
 
 class Jobs:
@@ -251,18 +253,18 @@ def stop_at_once(config: Config, **options: Any) -> None:
 def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs()
     monkeypatch.setitem(sys.modules, "submitit", jobs.module)
-    monkeypatch.setattr(run, "find_spec", lambda name: True)
-    monkeypatch.setattr(run, "which", lambda name: name)
+    monkeypatch.setattr(launcher, "find_spec", lambda name: True)
+    monkeypatch.setattr(launcher, "which", lambda name: name)
     monkeypatch.setattr(worker, "train", stop_at_once)
-    launch = ablate.Launch(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
+    launch = ablation.Launch(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
     said: list[str] = []
     with pytest.raises(InputError, match="--budget goes with --launcher local"):
-        ablate.ablate(plan, replace(launch, budget=5.0))
-    ablate.ablate(plan, launch, say=said.append)
+        ablation.ablate(plan, replace(launch, budget=5.0))
+    ablation.ablate(plan, launch, say=said.append)
     assert jobs.submitted == ["plain_1_conv"] * 2 + ["fpn_bfp"] * 2
     assert (jobs.options, jobs.waited) == ({"name": "fusedet", "timeout_min": 5}, ["job1", "job2", "job3", "job4"])
     # nothing has finished: the same command waits for the same jobs
-    ablate.ablate(plan, launch, say=said.append)
+    ablation.ablate(plan, launch, say=said.append)
     assert len(jobs.submitted) == 4
     assert jobs.waited == ["job1", "job2", "job3", "job4"] * 2
 
@@ -272,13 +274,13 @@ def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyP
 
 def test_the_budget_says_what_is_left(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    ablate.ablate(plan, ablate.Launch(budget=0.001, resamples=40), say=said.append, quiet=True)
+    ablation.ablate(plan, ablation.Launch(budget=0.001, resamples=40), say=said.append, quiet=True)
     left = next(text for text in said if "undone" in text)
     assert re.search(r"leaves 4 runs undone, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left)
     assert "timing a training step of 'plain, 1 conv'" in said
     found = load(plan.out)
     assert [one["state"] for one in row(found, "plain")["runs"]] == ["absent"] * 2
-    assert tables.cost_sheet(found).rows[2][5:] == ["not measured"] * 4
+    assert render.cost_sheet(found).rows[2][5:] == ["not measured"] * 4
     assert not list(plan.out.rglob("config.yaml"))
 
 
@@ -319,12 +321,12 @@ def test_dry_run_after_a_run_rests_on_it(done: Path, scenes: Path, table: Path, 
 
 def test_tables_are_whole_where_no_terminal_breaks_them(capsys: pytest.CaptureFixture[str]) -> None:
     """In a terminal of 60 columns words of the head are whole and labels folded, in a file every row is a line."""
-    sheet = tables.Sheet("t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]])
-    tables.show(Console(), sheet)
+    sheet = render.Sheet("t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]])
+    render.show(Console(), sheet)
     assert any(line.count("250.49") == 12 and "of more than twenty-four letters" in line for line in capsys.readouterr().out.splitlines())
     text = io.StringIO()
-    few = tables.Sheet("t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]])
-    tables.show(Console(file=text, force_terminal=True, width=60), few)
+    few = render.Sheet("t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]])
+    render.show(Console(file=text, force_terminal=True, width=60), few)
     assert "multiply-adds" in text.getvalue()
     assert "…" not in text.getvalue()
 
@@ -373,7 +375,7 @@ def test_files_say_the_same(done: Path) -> None:
     assert float(lines[2]["AP_mean"]) == row(found, "FPN*+BFP")["measured"]["AP"]["mean"]
     assert (lines[1]["published_AP"], lines[1]["published_params_M"], lines[3]["AP_mean"]) == ("35.5", "37.74", "")
     text = (done / "table.md").read_text()
-    for sheet in tables.sheets(found):
+    for sheet in render.sheets(found):
         for cells in sheet.rows:
             assert "| " + " | ".join(cell.replace("*", "\\*") for cell in cells) + " |" in text
     for one in found["rows"]:
@@ -381,7 +383,7 @@ def test_files_say_the_same(done: Path) -> None:
 
 
 def test_cited_rows_are_shown_as_cited(done: Path) -> None:
-    first, _, cost_table = tables.sheets(load(done))
+    first, _, cost_table = render.sheets(load(done))
     assert first.rows[3][:3] == ["theirs", "41.0", "cited"]
     assert "cited" in cost_table.rows[3]
     assert "conclusion" not in load(done)["rows"][3]
@@ -433,10 +435,10 @@ def test_mistakes(scenes: Path, table: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_slurm_that_is_not_there(scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     words = [str(table), f"data={scenes}", f"out={tmp_path / 'out'}", "--launcher", "slurm"]
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
     assert "pip install 'fusedet[slurm]'" in refused(capsys, *words)
-    monkeypatch.setattr(run, "find_spec", lambda name: True)
-    monkeypatch.setattr(run, "which", lambda name: None)
+    monkeypatch.setattr(launcher, "find_spec", lambda name: True)
+    monkeypatch.setattr(launcher, "which", lambda name: None)
     assert "this machine has no srun" in refused(capsys, *words)
 
 
@@ -468,12 +470,12 @@ def test_folders_of_others_are_refused(
 def test_one_ablation_at_a_time_in_a_folder(plan: Plan) -> None:
     plan.out.mkdir()
     code = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(plan.out / run.LOCK)], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", code, str(plan.out / launcher.LOCK)], stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout is not None
             assert other.stdout.readline().strip() == b"1"
             with pytest.raises(InputError, match="is in use by another fusedet ablate"):
-                ablate.ablate(plan, ablate.Launch())
+                ablation.ablate(plan, ablation.Launch())
         finally:
             other.kill()
 
@@ -482,4 +484,4 @@ def test_rows_are_scored_on_the_same_pictures(scenes: Path, tmp_path: Path) -> N
     file = tmp_path / "t.yaml"
     file.write_text("base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [data.val=train]}\n")
     with pytest.raises(InputError, match=r"row 'b' is scored on .* but row 'a' on .* rows are compared on the same pictures"):
-        ablate.make(ablate.load(file), [f"data={scenes}", *SMALL], say=lambda text: None)
+        ablation.make(ablation.load(file), [f"data={scenes}", *SMALL], say=lambda text: None)

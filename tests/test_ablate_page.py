@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fusedet.ablate import report, tables
+from fusedet.ablation import render, report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -137,7 +137,7 @@ def test_the_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], 
     assert said == ""
     assert asked == []
     seen = Cells(dom)
-    for sheet in tables.sheets(found):
+    for sheet in render.sheets(found):
         assert sheet.title in seen.texts
         for cells in [sheet.head, *sheet.rows]:
             assert any(seen.texts[i : i + len(cells)] == cells for i in range(len(seen.texts))), cells
@@ -196,6 +196,6 @@ def test_what_was_not_measured_is_said(page: tuple[Path, dict[str, Any]], tmp_pa
         row["cost"] |= {"prediction": None}
     text = report.write(found, tmp_path / "out")["page"].read_text()
     assert "<svg" not in text
-    assert [cells[2] for cells in tables.difference_sheet(found).rows] == ["not measured"] * 3 + ["cited"]
-    assert tables.cost_sheet(found).rows[0][5:] == ["not measured"] * 4
+    assert [cells[2] for cells in render.difference_sheet(found).rows] == ["not measured"] * 3 + ["cited"]
+    assert render.cost_sheet(found).rows[0][5:] == ["not measured"] * 4
     assert not list((tmp_path / "out" / "plots").glob("*.svg"))

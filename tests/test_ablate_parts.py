@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from fusedet.ablate import cost, estimate, run, summary
-from fusedet.ablate.plan import Cell
+from fusedet.ablation import cost, estimate, launcher, summary
+from fusedet.ablation.plan import Cell
 from fusedet.config import Config, Train
 
 # -- budget
 
 
-def queue(seconds: dict[str, list[float]], budget: float | None, now: list[float], **options: Any) -> run.Queue:
+def queue(seconds: dict[str, list[float]], budget: float | None, now: list[float], **options: Any) -> launcher.Queue:
     """Three rows of two seeds."""
     work = {"FPN": 1.0, "PAFPN": 2.0, "BiFPN": 1.0}
     rows = [[Cell(label, Config(train=Train(seed=s), out=f"{label}/{s}")) for s in (0, 1)] for label in work]
-    made = run.Queue(rows, estimate.Clock(work, seconds), budget, **options)
+    made = launcher.Queue(rows, estimate.Clock(work, seconds), budget, **options)
     made.began = now[0]
     return made
 
@@ -27,11 +27,11 @@ def queue(seconds: dict[str, list[float]], budget: float | None, now: list[float
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set."""
     clock = [1000.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: clock[0])
     return clock
 
 
-def taken(asked: run.Queue, now: list[float], seconds: Callable[[Cell], float]) -> list[tuple[str, int]]:
+def taken(asked: launcher.Queue, now: list[float], seconds: Callable[[Cell], float]) -> list[tuple[str, int]]:
     order = []
     while cell := asked.take():
         order.append((cell.label, cell.seed))

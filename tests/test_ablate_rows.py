@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 
 from conftest import SMALL
-from fusedet import ablate, cli
-from fusedet.ablate import cost, estimate, phrases, report, run, summary, tables, worker
-from fusedet.ablate.plan import Cell, Plan
+from fusedet import ablation, cli
+from fusedet.ablation import cost, estimate, launcher, render, report, summary, summary_text, worker
+from fusedet.ablation.plan import Cell, Plan
+from fusedet.api import validate
+from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
-from fusedet.data.demo import generate
-from fusedet.data.records import Records
+from fusedet.data.dataset import Records
+from fusedet.data.synthetic import generate
 from fusedet.errors import InputError
-from fusedet.evaluate.masks import encoded
-from fusedet.verbs import val
-from fusedet.verbs.folder import write_json
+from fusedet.evaluation.mask_iou import encoded
 
 
 def plan_of(folder: Path, text: str, data: Path, *more: str, seeds: int = 2) -> Plan:
     file = folder / "mine.yaml"
     file.write_text(text)
-    return ablate.make(ablate.load(file), [f"data={data}", "device=cpu", *more], seeds=seeds, out=folder / "out", say=lambda text: None)
+    return ablation.make(ablation.load(file), [f"data={data}", "device=cpu", *more], seeds=seeds, out=folder / "out", say=lambda text: None)
 
 
 def truth(records: Records, drop: float, late: float) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def finish(plan: Plan, find: Callable[[Cell], list[dict[str, Any]]], masks: bool
         for cell in row:
             cell.folder.mkdir(parents=True)
             results = find(cell)
-            figures = val.score(plan.val, results, voc=False, evaluator="fusedet", masks=masks)
+            figures = validate.score(plan.val, results, voc=False, evaluator="fusedet", masks=masks)
             (cell.folder / "config.yaml").write_text(cell.config.to_yaml())
             (cell.folder / "val.bbox.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results]))
             (cell.folder / "val.segm.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "bbox"} for r in results]))
@@ -92,7 +92,7 @@ def test_a_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
     assert more["conclusion"].startswith("mask_AP ")
     assert boxes["difference"]["mask_AP"] == {"value": 0.0, "over_pictures": [0.0, 0.0], "over_seeds": [0.0, 0.0]}
     assert boxes["measured"]["AP"]["mean"] > found["rows"][0]["measured"]["AP"]["mean"]
-    sheet = tables.difference_sheet(found)
+    sheet = render.difference_sheet(found)
     assert sheet.head[1:3] == ["mask_AP published", "mask_AP measured"]
     assert sheet.rows[1][sheet.head.index("published difference")] == "+1.8"
     files = report.write(found, tmp_path / "out")
@@ -137,7 +137,7 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
         assert "Over pictures there is no interval of it" in rows[label]["conclusion"]
     assert rows["A"]["difference"] is rows["B"]["difference"] is None
     assert rows["B"]["conclusion"] == "The baseline: what other rows are compared with."
-    sheet = tables.difference_sheet(found)
+    sheet = render.difference_sheet(found)
     assert sheet.title == "VOC_AP in percent, means over the seeds that finished"
     columns = [sheet.head.index(name) for name in ("seeds", "compared with", "published difference")]
     assert [[row[i] for i in columns] for row in sheet.rows] == [
@@ -146,7 +146,7 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
         ["2/2", "", "-"],
         ["1/2", "B", "+1.27"],
     ]
-    assert any(line.startswith("Over pictures: none.") for line in phrases.covered(found))
+    assert any(line.startswith("Over pictures: none.") for line in summary_text.covered(found))
     files = report.write(found, tmp_path / "out")
     for name in ("table", "page"):
         text = files[name].read_text()
@@ -164,7 +164,7 @@ def test_references_run_before_what_is_compared_with_them(scenes: Path, tmp_path
 def test_an_unknown_reference_of_a_row(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: retinanet_tiny\nrows: [{label: aa}, {label: b, reference: a}]\n")
     with pytest.raises(InputError, match=r"unknown row in .*mine.yaml, row 'b': reference 'a': did you mean 'aa'"):
-        ablate.load(tmp_path / "mine.yaml")
+        ablation.load(tmp_path / "mine.yaml")
 
 
 def test_what_was_scored_without_an_object_is_drawn_without_it(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_what_was_scored_without_an_object_is_drawn_without_it(scenes: Path, tmp
         file.write_text(json.dumps(json.loads(file.read_text()) | {"AP": None}))
     found = summed(plan, monkeypatch)
     assert "AP" not in found["rows"][0]["measured"]
-    assert tables.difference_sheet(found).rows[0][2] == "not measured"
+    assert render.difference_sheet(found).rows[0][2] == "not measured"
     assert "AP against cost" not in report.write(found, tmp_path / "out")["page"].read_text()
 
 
@@ -193,13 +193,13 @@ def test_a_row_that_only_tests_otherwise_is_not_trained(scenes: Path, tmp_path: 
     plan = plan_of(tmp_path, TESTS, scenes, *SMALL, seeds=1)
     real, trained = worker.train, []
     monkeypatch.setattr(worker, "train", lambda config, **rest: (trained.append(config.out), real(config, **rest)))
-    found, _ = ablate.ablate(plan, ablate.Launch(resamples=40), say=lambda text: None, quiet=True)
+    found, _ = ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
     source = plan.out / "plain" / "seed0"
     assert trained == [str(source)]
     both = found["rows"][1]
     assert (both["weights_of"], both["runs"][0]["state"]) == ("plain", "finished")
     assert both["cost"]["prediction"]["p50_ms"] > found["rows"][0]["cost"]["prediction"]["p50_ms"]  # four views, not one
-    assert "both ways: the weights of 'plain', scored as this row's test section says" in phrases.notes(found)
+    assert "both ways: the weights of 'plain', scored as this row's test section says" in summary_text.notes(found)
     # the figures are those of val with the same options
     words = ["val", str(source), "test.flip=true", "test.scales=[64,80]", f"out={tmp_path / 'again'}"]
     assert cli.run(words) == 0
@@ -209,7 +209,7 @@ def test_a_row_that_only_tests_otherwise_is_not_trained(scenes: Path, tmp_path: 
     # taken up where it stopped, without a training
     before = (source / "test-both_ways" / "metrics.json").read_text()
     (source / "test-both_ways" / "metrics.json").unlink()
-    ablate.ablate(plan, ablate.Launch(resamples=40), say=lambda text: None, quiet=True)
+    ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
     assert len(trained) == 1
     assert (source / "test-both_ways" / "metrics.json").read_text() == before
 
@@ -218,13 +218,13 @@ def test_what_scores_weights_waits_for_them(tmp_path: Path) -> None:
     source = tmp_path / "a" / "seed0"
     train = Cell("a", Config(train=Train(seed=0), out=str(source)))
     score = Cell("b", Config(train=Train(seed=0), out=str(source / "test-b")), source)
-    queue = run.Queue([[train], [score]], estimate.Clock({"a": 1.0, "b": 1.0}, {}), beside=2)
+    queue = launcher.Queue([[train], [score]], estimate.Clock({"a": 1.0, "b": 1.0}, {}), beside=2)
     assert queue.take() == train
     assert queue.take() is None
     source.mkdir(parents=True)
     (source / "metrics.json").write_text("{}")
     assert queue.take() == score
-    failed = run.Queue([[score]], estimate.Clock({"b": 1.0}, {}))
+    failed = launcher.Queue([[score]], estimate.Clock({"b": 1.0}, {}))
     (source / "metrics.json").unlink()
     (source / "failed.json").write_text("{}")
     assert failed.take() is None
@@ -237,14 +237,14 @@ def test_what_scores_weights_waits_for_them(tmp_path: Path) -> None:
 def test_a_dry_run_on_a_few_pictures(tmp_path: Path) -> None:
     data = generate(tmp_path / "few", images=4, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
     plan = plan_of(tmp_path, TESTS, data, *SMALL, "train.epochs=5", seeds=1)
-    rows, basis = ablate.look(plan, say=lambda text: None)
+    rows, basis = ablation.look(plan, say=lambda text: None)
     assert basis.startswith("one training step of 'plain'")
     assert all(row["seconds"] > 0 for row in rows[:2])
 
 
 def test_a_folder_knows_its_table_by_what_it_runs(scenes: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, TESTS, scenes, *SMALL)
-    run.mark(plan, ["fusedet", "ablate", str(tmp_path / "mine.yaml"), f"data={scenes}"])
+    launcher.mark(plan, ["fusedet", "ablate", str(tmp_path / "mine.yaml"), f"data={scenes}"])
     marker = tmp_path / "out" / "ablation.json"
     assert str(tmp_path) not in marker.read_text()
 
@@ -252,7 +252,7 @@ def test_a_folder_knows_its_table_by_what_it_runs(scenes: Path, tmp_path: Path) 
         file = tmp_path / "elsewhere" / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-        run.check_folder(replace(plan, table=ablate.load(file)))
+        launcher.check_folder(replace(plan, table=ablation.load(file)))
 
     taken_up("mine", TESTS)
     taken_up("renamed", TESTS + "note: other words\n")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fusedet import ablate, config
-from fusedet.ablate import Table, table
+from fusedet import ablation, config
+from fusedet.ablation import Table, spec
 from fusedet.errors import InputError
-from fusedet.necks import NECKS
+from fusedet.models.necks import NECKS
 
 MINE = """
 base: retinanet_tiny
@@ -35,7 +35,7 @@ def with_rows(folder: Path, rows: str, head: str = "base: retinanet_tiny\n") -> 
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Table:
-    return ablate.load(write(tmp_path, MINE))
+    return ablation.load(write(tmp_path, MINE))
 
 
 # -- files
@@ -70,7 +70,7 @@ def test_more_lies_over_the_row(mine: Table) -> None:
 def test_a_base_beside_the_table_wins(tmp_path: Path) -> None:
     write(tmp_path, "base: retinanet_tiny\ntrain: {epochs: 2}\n", "retinanet_r50")
     for base in ("retinanet_r50", "retinanet_r50.yaml"):
-        found = ablate.load(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
+        found = ablation.load(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
         assert found.rows[0].config(found).train.epochs == 2
 
 
@@ -105,7 +105,7 @@ def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
 )
 def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        ablate.load(with_rows(tmp_path, rows))
+        ablation.load(with_rows(tmp_path, rows))
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
 )
 def test_mistakes_in_files(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        ablate.load(write(tmp_path, text))
+        ablation.load(write(tmp_path, text))
 
 
 def test_unknown_tables(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown ablation table 'neks': did you mean 'necks'"):
-        ablate.load("neks")
+        ablation.load("neks")
     with pytest.raises(InputError, match=r"there is no table file .*other\.yaml: give a YAML file, or one of modules_together"):
-        ablate.load(tmp_path / "other.yaml")
+        ablation.load(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_unknown_tables(tmp_path: Path) -> None:
     ],
 )
 def test_overrides_and_bases_that_the_config_refuses(tmp_path: Path, row: str, head: str, said: str) -> None:
-    found = ablate.load(with_rows(tmp_path, row, head))
+    found = ablation.load(with_rows(tmp_path, row, head))
     with pytest.raises(InputError, match=said):
         found.rows[0].config(found)
     with pytest.raises(InputError, match=said):
@@ -160,7 +160,7 @@ def test_what_the_command_line_adds_is_named(mine: Table) -> None:
 
 def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> None:
     """The config takes any option of a slot; the part refuses it when it is made."""
-    found = ablate.load(with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0]))
+    found = ablation.load(with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0]))
     assert found.rows[1].config(found).model.neck["gait"] == "cag"
     with pytest.raises(InputError, match=r"mine.yaml, row 'b': unknown option of model.neck 'mse_fpn': 'gait': did you mean 'gate'"):
         found.configs()
@@ -174,18 +174,18 @@ def test_cited_rows_are_not_run(mine: Table) -> None:
 # -- shipped
 
 
-@pytest.mark.parametrize("name", ablate.names())
+@pytest.mark.parametrize("name", ablation.names())
 def test_shipped_tables_are_read(name: str) -> None:
-    found = ablate.load(name)
+    found = ablation.load(name)
     assert found.name == found.source == name
     assert found.title not in ("", name)
-    assert all(set(row.published) <= set(table.PUBLISHED) | {f"delta_{figure}" for figure in table.PUBLISHED} for row in found.rows)
+    assert all(set(row.published) <= set(spec.PUBLISHED) | {f"delta_{figure}" for figure in spec.PUBLISHED} for row in found.rows)
     # the file speaks as the one of a user does
-    assert ablate.load(Path(found.folder) / f"{name}.yaml").rows == found.rows
+    assert ablation.load(Path(found.folder) / f"{name}.yaml").rows == found.rows
 
 
 def test_necks_has_every_neck_and_one_detector() -> None:
-    found = ablate.load("necks")
+    found = ablation.load("necks")
     configs = [row.config(found) for row in found.rows]
     chains = [c.model.neck if isinstance(c.model.neck, list) else [c.model.neck] for c in configs]
     assert {part["type"] for chain in chains for part in chain} == set(NECKS)
@@ -193,7 +193,7 @@ def test_necks_has_every_neck_and_one_detector() -> None:
 
 
 def test_modules_together_has_every_combination_once() -> None:
-    found = ablate.load("modules_together")
+    found = ablation.load("modules_together")
     configs = [row.config(found) for row in found.rows]
     plain = configs[0].model
     switched = [(c.model.plugin != plain.plugin, c.model.neck != plain.neck, c.model.interact != plain.interact) for c in configs]

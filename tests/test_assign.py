@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from fusedet.ops import assign
-from fusedet.ops.assign import BACKGROUND, IGNORED, MaxIoU
+from fusedet.models.ops import assigners
+from fusedet.models.ops.assigners import BACKGROUND, IGNORED, MaxIoU
 from fusedet.types import Priors, Target
 
 
@@ -68,5 +68,5 @@ def test_against_a_slow_loop(seed: int, objects: int, count: int, chunk: int) ->
     boxes = torch.cat([corners, corners + torch.randint(1, 6, (objects + count, 2))], dim=1)
     priors, target = make(boxes[objects:].tolist(), boxes[:objects].tolist())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "OBJECTS_AT_ONCE", chunk)
+        patch.setattr(assigners, "OBJECTS_AT_ONCE", chunk)
         assert MaxIoU().assign(priors, target).tolist() == slow(MaxIoU(), priors, target)

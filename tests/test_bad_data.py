@@ -15,15 +15,15 @@ from torch import nn
 from bad_data import KINDS, TRAIN, Kind, good
 from conftest import SMALL
 from fusedet import config as configs
+from fusedet.api.image_check import check_pictures
+from fusedet.api.train import open_data, train_transform
 from fusedet.config import Config
+from fusedet.data.bad_images import Ledger
+from fusedet.data.dataset import Records
 from fusedet.data.loader import train_loader
-from fusedet.data.read import read
-from fusedet.data.records import Records
-from fusedet.data.skipped import Ledger
-from fusedet.detectors import from_config
+from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
-from fusedet.verbs.pictures import check_pictures
-from fusedet.verbs.train import open_data, train_transform
+from fusedet.models.detectors import from_config
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 REFUSED = [kind for kind in KINDS if kind.refused]

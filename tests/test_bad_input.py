@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.demo import generate
+from fusedet.data.synthetic import generate
 from fusedet.engine import checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -336,7 +336,7 @@ def test_names_are_checked_before_the_data(capsys: Capture, scenes: Path, tmp_pa
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr("fusedet.verbs.train.read", never)
+    monkeypatch.setattr("fusedet.api.train.read", never)
     for override in ("model.neck=fpm", "model.backbone.name=resnet51", "model.head.conv=2", "train.monitor=ap"):
         has(complaint(capsys, *train(scenes, tmp_path / "out", override)), "unknown")
 
@@ -488,7 +488,7 @@ def test_a_full_disk_elsewhere_is_said(capsys: Capture, trained: Path, tmp_path:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
-    monkeypatch.setattr("fusedet.draw.curves", full)
+    monkeypatch.setattr("fusedet.visualization.curves", full)
     has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
 
 

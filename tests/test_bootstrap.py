@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedet import evaluate
-from fusedet.data.records import Records
+from fusedet import evaluation
+from fusedet.data.dataset import Records
 from fusedet.errors import InputError
-from fusedet.evaluate.bootstrap import FIGURES, Resampled, difference, drawn_pictures, mean_of, resampled
-from fusedet.evaluate.intervals import percentiles, t_quantile
-from fusedet.evaluate.results import Found
+from fusedet.evaluation.bootstrap import FIGURES, Resampled, difference, drawn_pictures, mean_of, resampled
+from fusedet.evaluation.confidence_intervals import percentiles, t_quantile
+from fusedet.evaluation.results import Found
 from test_evaluate import GUESSES, OBJECTS, records, result
 
 IDS = (4, 1, 9)
@@ -30,7 +30,7 @@ def repeated(pictures, image_ids, weights):
     copies = [(i, 100 * image_ids[i] + c) for i, weight in enumerate(weights) for c in range(weight)]
     data = records([pictures[i][0] for i, _ in copies], names=("a", "b", "c"), ids=IDS, image_ids=[new for _, new in copies])
     results = [result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(pictures[i][1])]
-    return evaluate.coco(data, results)
+    return evaluation.coco(data, results)
 
 
 @given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
@@ -43,7 +43,7 @@ def test_equals_pictures_really_repeated(data, pictures, image_ids):
     whole = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
     results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(pictures) for box, k, score in own]
     found = resampled(whole, results, np.array([np.ones(len(pictures), int), *weights], dtype=np.int16))
-    itself = evaluate.coco(whole, results)
+    itself = evaluation.coco(whole, results)
     for column, expected in enumerate([itself, *(repeated(pictures, image_ids, row) for row in weights)]):
         assert found.figures[:, column] == pytest.approx([expected[name] for name in FIGURES], abs=1e-12, nan_ok=True)
         assert found.classes[:, column] == pytest.approx([row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True)
@@ -52,26 +52,26 @@ def test_equals_pictures_really_repeated(data, pictures, image_ids):
 @pytest.mark.parametrize("block", [1, 50, 1 << 19])
 def test_blocks_do_not_matter(monkeypatch, block):
     data, a, b, _ = draw(np.random.default_rng(0), 40)
-    whole = evaluate.paired_bootstrap(data, a, b, resamples=30)
-    monkeypatch.setattr("fusedet.evaluate.bootstrap.BLOCK", block)
-    found = evaluate.paired_bootstrap(data, a, b, resamples=30)
+    whole = evaluation.paired_bootstrap(data, a, b, resamples=30)
+    monkeypatch.setattr("fusedet.evaluation.bootstrap.BLOCK", block)
+    found = evaluation.paired_bootstrap(data, a, b, resamples=30)
     for name in FIGURES:
         assert found[name] == pytest.approx(whole[name], abs=1e-12, nan_ok=True)
 
 
 def test_form_and_seed():
     data, a, b, _ = draw(np.random.default_rng(0), 40)
-    found = evaluate.paired_bootstrap(data, a, b, resamples=50)
+    found = evaluation.paired_bootstrap(data, a, b, resamples=50)
     assert list(found) == [*FIGURES, "classes"]
     for row in (found["AP"], found["classes"][0]):
         assert row["difference"] == pytest.approx(row["b"] - row["a"])
         assert row["low"] < row["difference"] < row["high"]
-    assert found["AP"]["a"] == pytest.approx(evaluate.coco(data, a)["AP"])
-    assert found["AP"] == evaluate.paired_bootstrap(data, a, b, resamples=50)["AP"]
-    assert found["AP"] != evaluate.paired_bootstrap(data, a, b, resamples=50, seed=1)["AP"]
-    back = evaluate.paired_bootstrap(data, b, a, resamples=50)["AP"]
+    assert found["AP"]["a"] == pytest.approx(evaluation.coco(data, a)["AP"])
+    assert found["AP"] == evaluation.paired_bootstrap(data, a, b, resamples=50)["AP"]
+    assert found["AP"] != evaluation.paired_bootstrap(data, a, b, resamples=50, seed=1)["AP"]
+    back = evaluation.paired_bootstrap(data, b, a, resamples=50)["AP"]
     assert (back["low"], back["high"]) == pytest.approx((-found["AP"]["high"], -found["AP"]["low"]))
-    same = evaluate.paired_bootstrap(data, a, a, resamples=50)["AP"]
+    same = evaluation.paired_bootstrap(data, a, a, resamples=50)["AP"]
     assert same["low"] == same["high"] == 0, "the same resample for both"
 
 
@@ -151,8 +151,8 @@ def draw(rng, count):
 
 def test_expected_precision_is_that_of_much_data():
     data, a, b, _ = draw(np.random.default_rng(1), 6000)
-    assert evaluate.coco(data, a)["AP"] == pytest.approx(expected(HIT_A, FALSE_A), abs=0.015)
-    assert evaluate.coco(data, b)["AP"] == pytest.approx(expected(HIT_B, FALSE_B), abs=0.015)
+    assert evaluation.coco(data, a)["AP"] == pytest.approx(expected(HIT_A, FALSE_A), abs=0.015)
+    assert evaluation.coco(data, b)["AP"] == pytest.approx(expected(HIT_B, FALSE_B), abs=0.015)
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -160,7 +160,7 @@ def test_interval_covers_as_often_as_it_says():
     rng, held, sizes = np.random.default_rng(0), 0, 500
     for i in range(sizes):
         data, a, b, true = draw(rng, 80)
-        row = evaluate.paired_bootstrap(data, a, b, resamples=99, seed=i)["AP"]
+        row = evaluation.paired_bootstrap(data, a, b, resamples=99, seed=i)["AP"]
         held += row["low"] <= true <= row["high"]
     assert 0.93 <= held / sizes <= 0.97
 
@@ -199,27 +199,27 @@ def test_t_in_closed_form():
 
 def test_interval_over_seeds_by_hand():
     # mean 3, variance 1, of the mean 1/3; t of 2 degrees 4.3027
-    assert evaluate.over_seeds([2, 3, 4]) == pytest.approx((3, 3 - 4.30265 / math.sqrt(3), 3 + 4.30265 / math.sqrt(3)), abs=1e-4)
-    assert evaluate.over_seeds([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
-    assert evaluate.over_seeds([0.3, 0.3]) == (0.3, 0.3, 0.3)
+    assert evaluation.over_seeds([2, 3, 4]) == pytest.approx((3, 3 - 4.30265 / math.sqrt(3), 3 + 4.30265 / math.sqrt(3)), abs=1e-4)
+    assert evaluation.over_seeds([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
+    assert evaluation.over_seeds([0.3, 0.3]) == (0.3, 0.3, 0.3)
     with pytest.raises(InputError, match="at least one value"):
-        evaluate.over_seeds([])
+        evaluation.over_seeds([])
 
 
 def test_difference_over_seeds_by_hand():
     a, b = [2.0, 3.0, 4.0], [3.0, 5.0, 7.0]
     # paired: differences 1, 2, 3
-    assert evaluate.difference_over_seeds(a, b, paired=True) == evaluate.over_seeds([1, 2, 3])
+    assert evaluation.difference_over_seeds(a, b, paired=True) == evaluation.over_seeds([1, 2, 3])
     # Welch: squared error 1/3 + 4/3, degrees (5/3)² / ((1/3)² / 2 + (4/3)² / 2) = 50/17;
-    value, low, high = evaluate.difference_over_seeds(a, b, paired=False)
+    value, low, high = evaluation.difference_over_seeds(a, b, paired=False)
     assert value == 2
     assert (high - low) / 2 == pytest.approx(t_quantile(0.975, 50 / 17) * math.sqrt(5 / 3))
-    assert math.isnan(evaluate.difference_over_seeds([1.0], b, paired=False).low)
-    assert evaluate.difference_over_seeds([1.0, 1.0], [2.0, 2.0], paired=False) == (1, 1, 1)
+    assert math.isnan(evaluation.difference_over_seeds([1.0], b, paired=False).low)
+    assert evaluation.difference_over_seeds([1.0, 1.0], [2.0, 2.0], paired=False) == (1, 1, 1)
     with pytest.raises(InputError, match="equal number, they are 3 and 2"):
-        evaluate.difference_over_seeds(a, b[:2], paired=True)
+        evaluation.difference_over_seeds(a, b[:2], paired=True)
     with pytest.raises(InputError, match="each side"):
-        evaluate.difference_over_seeds([], b, paired=False)
+        evaluation.difference_over_seeds([], b, paired=False)
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -228,7 +228,7 @@ def test_interval_over_seeds_covers_as_often_as_it_says(paired):
     a, b = rng.normal(0.3, 0.01, (800, 3)), rng.normal(0.32, 0.02, (800, 3))
     held = sum(
         low <= 0.02 <= high
-        for _, low, high in (evaluate.difference_over_seeds(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+        for _, low, high in (evaluation.difference_over_seeds(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True))
     )
     assert 0.93 <= held / 800 <= 0.98, "Welch's interval of three seeds a side is a little too wide"
 
@@ -252,6 +252,6 @@ def test_interval_of_a_mean_of_few(count):
     rng = np.random.default_rng(0)
     items = rng.normal(size=count)
     low, high = percentiles((drawn_pictures(count, 20000, 0)[1:] * items).mean(axis=1), count)
-    value, left, right = evaluate.over_seeds(items.tolist())
+    value, left, right = evaluation.over_seeds(items.tolist())
     assert (high - low) / (right - left) == pytest.approx(1, abs=0.1)
     assert (high + low) / 2 == pytest.approx(value, abs=0.1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
-from fusedet.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select, survivors
+from fusedet.models.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select, survivors
 from fusedet.types import Candidates, Levels
 
 side = st.floats(1, 500)

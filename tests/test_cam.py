@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.cam import KINDS, PARTS, Row, Seen, layer_cam, look, recorded, share_inside, spread
-from fusedet.interact import MSIL
-from fusedet.necks import SMSL
-from fusedet.necks.gates import CAG, CAM, GCG, CoordinateAttention
+from fusedet.models.modules import MSIL
+from fusedet.models.necks import SMSL
+from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
 from fusedet.types import Batch
+from fusedet.visualization.activation_maps import KINDS, PARTS, Row, Seen, layer_cam, look, recorded, share_inside, spread
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
 
 HEIGHT, WIDTH = 90, 120

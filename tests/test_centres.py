@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from fusedet import cli
-from fusedet.data.read import read
-from fusedet.draw.centres import QUADRANTS, centres, density, quadrants
+from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
+from fusedet.visualization.object_centers import QUADRANTS, centres, density, quadrants
 
 
 def test_quadrants_by_hand() -> None:

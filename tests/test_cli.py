@@ -15,12 +15,12 @@ from PIL import Image
 import fusedet
 from conftest import SMALL
 from fusedet import cli, config
-from fusedet.data import demo
-from fusedet.data.demo import SHAPES
-from fusedet.data.read import read
+from fusedet.data import synthetic
+from fusedet.data.readers.auto import read
+from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
-from fusedet.measure import cost
-from fusedet.ops.boxes import Selected
+from fusedet.models.ops.boxes import Selected
+from fusedet.models.profiling import cost
 from fusedet.types import Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
@@ -102,7 +102,7 @@ def test_starting_from_weights(capsys: pytest.CaptureFixture[str], trained: Path
 
 def test_starting_from_weights_of_other_classes(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     """What speaks of classes starts anew and is named; all else is taken over."""
-    data = demo.generate(tmp_path / "data", images=10, size=(64, 96))
+    data = synthetic.generate(tmp_path / "data", images=10, size=(64, 96))
     for file in data.rglob("instances_*.json"):
         content = json.loads(file.read_text())
         content["categories"], known = content["categories"][:2], {c["id"] for c in content["categories"][:2]}

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fusedet import cli, draw, evaluate
-from fusedet.data.demo import generate
-from fusedet.data.read import read
-from fusedet.draw import pictures
-from fusedet.verbs.compare import conclusion
-from fusedet.verbs.val import painter
+from fusedet import cli, evaluation, visualization
+from fusedet.api.compare import conclusion
+from fusedet.api.validate import painter
+from fusedet.data.readers.auto import read
+from fusedet.data.synthetic import generate
+from fusedet.visualization import images
 from test_cli import figures, spoken
 
 
@@ -179,12 +179,12 @@ def test_pictures_that_differ_most(data: Path) -> None:
     without = [r for r in truth if r["image_id"] != records[quiet].image_id]
     first = next(i for i, r in enumerate(without) if r["image_id"] == records[busy].image_id)
     del without[first]
-    found = evaluate.differing_images(records, truth, without)
+    found = evaluation.differing_images(records, truth, without)
     n = int(objects[busy])
     assert [row[0] for row in found] == [quiet, busy]
     assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
     assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
-    assert evaluate.differing_images(records, truth, truth) == []
+    assert evaluation.differing_images(records, truth, truth) == []
 
 
 def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +196,8 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
     for result in results[::4]:
         result["category_id"] = result["category_id"] % 6 + 1
     strips: list[str] = []
-    monkeypatch.setattr(pictures, "_legend", lambda picture, items, pen: strips.append(" ".join(text for text, *_ in items)) or picture)
-    paint, rows = painter(records, results), evaluate.worst_images(records, results, n=99)
+    monkeypatch.setattr(images, "_legend", lambda picture, items, pen: strips.append(" ".join(text for text, *_ in items)) or picture)
+    paint, rows = painter(records, results), evaluation.worst_images(records, results, n=99)
     assert len(rows) > 40
     confused = 0
     for i, quality, misses, false in rows:
@@ -206,7 +206,7 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
         assert counts == [misses, false]
         assert quality == pytest.approx(2 * found / (2 * found + misses + false))
         confused += wrong
-    pairs = evaluate.confusion(records, results)[:-1, :-1]
+    pairs = evaluation.confusion(records, results)[:-1, :-1]
     assert confused == pairs.sum() - np.trace(pairs) > 0
 
 
@@ -217,7 +217,7 @@ def test_plot_of_differences(tmp_path: Path, count: int) -> None:
     absent = {"name": "absent", "difference": math.nan, "low": math.nan, "high": math.nan}
     heights = []
     for name, given, above in (("a", rows, None), ("b", [*rows, absent], None), ("c", rows, mean)):
-        draw.differences(given, tmp_path / f"{name}.png", "B less A", above)
+        visualization.differences(given, tmp_path / f"{name}.png", "B less A", above)
         heights.append(Image.open(tmp_path / f"{name}.png").height)
     assert heights[0] == heights[1], "a class without objects has no row"
     assert (heights[2] > heights[0]) == (count > 0)
@@ -227,5 +227,5 @@ def test_plot_of_many_differences_is_no_larger(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 100)
     rows = [{"name": f"class {k}", "difference": v, "low": v - 0.05, "high": v + 0.04} for k, v in enumerate(values)]
     for name, given in (("all", rows), ("some", rows[:40])):
-        draw.differences(given, tmp_path / f"{name}.png")
+        visualization.differences(given, tmp_path / f"{name}.png")
     assert Image.open(tmp_path / "all.png").height == Image.open(tmp_path / "some.png").height

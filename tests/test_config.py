@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fusedet import config
-from fusedet.detectors import bare, create_model, from_config
 from fusedet.errors import InputError
+from fusedet.models.detectors import bare, create_model, from_config
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from fusedet import config
-from fusedet.backbones import Backbone
-from fusedet.detectors import Chain, OneStage, create_model, for_inference
 from fusedet.errors import InputError
-from fusedet.heads import HEADS
-from fusedet.necks import FPN, NECKS
+from fusedet.models.backbones import Backbone
+from fusedet.models.detectors import Chain, OneStage, create_model, for_inference
+from fusedet.models.heads import HEADS
+from fusedet.models.necks import FPN, NECKS
 from fusedet.types import Batch, Levels, Target
 
 BODIES = ["resnet18", "resnet50", "resnext101_32x4d", "convnext_tiny", "mobilenetv3_large_100", "resnet10t", "regnetx_002"]

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedet.data import gather, write
-from fusedet.data.convert import convert
-from fusedet.data.read import form, read, splits
-from fusedet.data.records import Record, Records
+from fusedet.data import annotation_cleaning, writers
+from fusedet.data.conversion import convert
+from fusedet.data.dataset import Record, Records
+from fusedet.data.readers.auto import form, read, splits
 from fusedet.errors import InputError
 from tiny import coco_dict, picture, write_coco, write_voc, write_yolo, xml
 
@@ -90,16 +90,16 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     assert convert(src, tmp_path / "voc", "voc")["train"] == {
         "images": 2,
         "objects": 4,
-        write.DROPPED_OUTLINES.format(form="VOC"): 3,
-        write.DROPPED_CROWDS: 1,
-        write.NEW_IDS.format(form="VOC"): 2,
+        writers.DROPPED_OUTLINES.format(form="VOC"): 3,
+        writers.DROPPED_CROWDS: 1,
+        writers.NEW_IDS.format(form="VOC"): 2,
     }
     assert convert(src, tmp_path / "yolo", "yolo")["train"] == {
         "images": 2,
         "objects": 4,
-        write.DROPPED_OUTLINES.format(form="YOLO"): 2,
-        write.DROPPED_FLAGS: 2,
-        write.NEW_IDS.format(form="YOLO"): 2,
+        writers.DROPPED_OUTLINES.format(form="YOLO"): 2,
+        writers.DROPPED_FLAGS: 2,
+        writers.NEW_IDS.format(form="YOLO"): 2,
     }
     outline = by_name(read(tmp_path / "yolo", "train"))["b"].segments[0]
     np.testing.assert_allclose(outline, [[5, 6, 15, 6, 15, 18]], atol=1e-6)
@@ -117,7 +117,7 @@ def test_bad_boxes_are_in_the_report(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"][0]["bbox"][2] = -1
     report = convert(write_coco(tmp_path / "src", data), tmp_path / "dst", "coco")
-    assert report["train"] == {"images": 2, "objects": 3, gather.NEGATIVE: 1}
+    assert report["train"] == {"images": 2, "objects": 3, annotation_cleaning.NEGATIVE: 1}
 
 
 def test_same_names_in_several_folders(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
         picture(src / "train2017" / image["file_name"])
     for to in FORMS:
         report = convert(src, tmp_path / to, to)
-        assert report["train"][write.RENAMED] == 3
+        assert report["train"][writers.RENAMED] == 3
         after = read(tmp_path / to, "train")
         assert sorted(round(r.boxes[0, 0]) for r in after) == [0, 1, 2, 3]
         assert sorted(after.path(i).name for i in range(4)) == ["0_A.png", "1_a.jpg", "2_a.jpg", "a.jpg"]
@@ -138,7 +138,7 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
 
 def test_overlapping_splits_share_their_pictures(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", lists={"train": "a", "val": "b", "trainval": "b\na"})
-    for to, folder in write.FOLDERS.items():
+    for to, folder in writers.FOLDERS.items():
         convert(src, tmp_path / to, to)
         assert sorted(f.name for f in (tmp_path / to / folder).iterdir()) == ["a.jpg", "b.jpg"]
         assert [r.path.name for r in read(tmp_path / to, "trainval")] == ["b.jpg", "a.jpg"]
@@ -252,7 +252,7 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
         picture(src / "train2017" / name)
     for to in FORMS:
         report = convert(src, tmp_path / to, to)
-        assert report["train"][write.RENAMED] == 3
+        assert report["train"][writers.RENAMED] == 3
         after = read(tmp_path / to, "train")
         assert [round(r.boxes[0, 0]) for r in after] == list(range(len(names)))
         assert all(after.path(i).is_file() for i in range(len(after)))

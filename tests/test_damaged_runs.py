@@ -17,15 +17,15 @@ from lightning_fabric import Fabric
 from conftest import SMALL
 from fakes import FakeDetector, FakeLoader
 from fusedet import cli, config, load
-from fusedet.ablate import cost, worker
-from fusedet.ablate.plan import Cell
-from fusedet.data.read import read
+from fusedet.ablation import cost, worker
+from fusedet.ablation.plan import Cell
+from fusedet.api import train as verb
+from fusedet.data.readers.auto import read
 from fusedet.engine import checkpoint
-from fusedet.engine.contents import FORM
-from fusedet.engine.loop import Recipe, fit
+from fusedet.engine.checkpoint_validation import FORM
 from fusedet.engine.optim import Optim
+from fusedet.engine.trainer import Recipe, fit
 from fusedet.errors import InputError
-from fusedet.verbs import train as verb
 
 State = dict[str, Any]
 RECIPE = Recipe(epochs=2, optim=Optim(name="adamw", lr=0.05, warmup_steps=0), log_every=3, ema_decay=0.9)
@@ -207,7 +207,7 @@ def test_a_damaged_run_json(run_copy: Path, capsys: pytest.CaptureFixture[str], 
 def poisoned(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A run whose best.safetensors alone names a class of another package, and the file that its import would leave."""
     ran = tmp_path / "ran"
-    (tmp_path / "strange_parts.py").write_text(f"open({str(ran)!r}, 'w')\nfrom fusedet.necks import FPN as Neck\n")
+    (tmp_path / "strange_parts.py").write_text(f"open({str(ran)!r}, 'w')\nfrom fusedet.models.necks import FPN as Neck\n")
     monkeypatch.syspath_prepend(tmp_path)
     state, meta = checkpoint.load_weights(run_copy / "best.safetensors")
     tree = config.mapping(meta["config"], "x")

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedet.data import gather
-from fusedet.data.coco import read_coco
-from fusedet.data.records import Records
+from fusedet.data import annotation_cleaning
+from fusedet.data.dataset import Records
+from fusedet.data.readers.coco import read_coco
 from fusedet.errors import InputError
 from tiny import coco_dict, write_coco
 
@@ -71,7 +71,7 @@ def test_several_polygons(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outline", [[[1, 2, 3]], [[1, 2, 3, 4]], ["a"], "x", {"counts": 3}, [[1, 2, 3, 4, 5, None]], 5, [[[1, 2]]]])
 def test_broken_outlines_are_dropped_and_counted(tmp_path: Path, outline: Any) -> None:
     records = load(tmp_path, changed(0, segmentation=outline))
-    assert records.problems == {gather.BAD_OUTLINE: 1}
+    assert records.problems == {annotation_cleaning.BAD_OUTLINE: 1}
     assert records[1].segments[0] is None
     assert len(records.labels) == 4
 
@@ -87,14 +87,14 @@ def test_test_dev_has_no_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bbox", "kept", "text"),
     [
-        ([math.nan, 0, 1, 1], False, gather.NOT_FINITE),
-        ([0, 0, math.inf, 1], False, gather.NOT_FINITE),
-        ([1, 1, -1, 2], False, gather.NEGATIVE),
-        ([1, 1, 0, 2], True, gather.NO_AREA),
-        ([25, 1, 2, 2], True, gather.OUTSIDE),
-        ([-5, 1, 5, 2], True, gather.OUTSIDE),
-        ([-5, 1, 6, 2], True, gather.CLIPPED),
-        ([15, 1, 6, 2], True, gather.CLIPPED),
+        ([math.nan, 0, 1, 1], False, annotation_cleaning.NOT_FINITE),
+        ([0, 0, math.inf, 1], False, annotation_cleaning.NOT_FINITE),
+        ([1, 1, -1, 2], False, annotation_cleaning.NEGATIVE),
+        ([1, 1, 0, 2], True, annotation_cleaning.NO_AREA),
+        ([25, 1, 2, 2], True, annotation_cleaning.OUTSIDE),
+        ([-5, 1, 5, 2], True, annotation_cleaning.OUTSIDE),
+        ([-5, 1, 6, 2], True, annotation_cleaning.CLIPPED),
+        ([15, 1, 6, 2], True, annotation_cleaning.CLIPPED),
     ],
 )
 def test_bad_boxes_are_counted(tmp_path: Path, bbox: list[float], kept: bool, text: str) -> None:
@@ -107,19 +107,19 @@ def test_repeated_boxes_are_counted_and_kept(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"] += [data["annotations"][0] | {"id": i} for i in (10, 11)]
     records = load(tmp_path, data)
-    assert records.problems == {gather.REPEATED: 2}
+    assert records.problems == {annotation_cleaning.REPEATED: 2}
     assert len(records.labels) == 6
 
 
 def test_annotations_of_unlisted_pictures_are_dropped(tmp_path: Path) -> None:
     records = load(tmp_path, changed(1, image_id=99))
-    assert records.problems == {gather.NO_PICTURE: 1}
+    assert records.problems == {annotation_cleaning.NO_PICTURE: 1}
     assert len(records.labels) == 3
 
 
 def test_bad_areas(tmp_path: Path) -> None:
     records = load(tmp_path, changed(0, area=-3))
-    assert records.problems == {gather.BAD_AREA: 1}
+    assert records.problems == {annotation_cleaning.BAD_AREA: 1}
     assert records[1].area[0] == 12
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedet.data import gather
-from fusedet.data.voc import read_voc, voc_splits
+from fusedet.data import annotation_cleaning
+from fusedet.data.readers.voc import read_voc, voc_splits
 from fusedet.errors import InputError
 from tiny import picture, write_voc, xml
 
@@ -75,7 +75,7 @@ def test_names_and_list_files_as_splits(tmp_path: Path) -> None:
 def test_pictures_listed_twice(tmp_path: Path) -> None:
     records = read_voc(write_voc(tmp_path, lists={"train": "a\nb\na\n"}), "train")
     assert len(records) == 2
-    assert records.problems == {gather.LISTED_TWICE: 1}
+    assert records.problems == {annotation_cleaning.LISTED_TWICE: 1}
 
 
 def test_other_extensions_are_found(tmp_path: Path) -> None:
@@ -112,12 +112,12 @@ def test_folder_per_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("box", "kept", "text"),
     [
-        (("nan", 1, 2, 2), 0, gather.NOT_FINITE),
-        ((1, 1, "1e999", 2), 0, gather.NOT_FINITE),
-        ((5, 1, 2, 2), 0, gather.NEGATIVE),
-        ((5, 1, 4, 2), 1, gather.NO_AREA),
-        ((41, 1, 44, 2), 1, gather.OUTSIDE),
-        ((0, 1, 44, 2), 1, gather.CLIPPED),
+        (("nan", 1, 2, 2), 0, annotation_cleaning.NOT_FINITE),
+        ((1, 1, "1e999", 2), 0, annotation_cleaning.NOT_FINITE),
+        ((5, 1, 2, 2), 0, annotation_cleaning.NEGATIVE),
+        ((5, 1, 4, 2), 1, annotation_cleaning.NO_AREA),
+        ((41, 1, 44, 2), 1, annotation_cleaning.OUTSIDE),
+        ((0, 1, 44, 2), 1, annotation_cleaning.CLIPPED),
     ],
 )
 def test_bad_boxes_are_counted(tmp_path: Path, box: tuple[Any, ...], kept: int, text: str) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fusedet.data import files, gather
-from fusedet.data.yolo import label_path, read_yolo, yolo_splits
+from fusedet.data import annotation_cleaning, image_files
+from fusedet.data.readers.yolo import label_path, read_yolo, yolo_splits
 from fusedet.errors import InputError
 from tiny import picture, write_yolo
 
@@ -51,7 +51,7 @@ def test_pictures_without_labels_are_background(tmp_path: Path) -> None:
     val = read_yolo(file, "val")
     assert len(val) == 1
     assert len(val.labels) == 0
-    assert val.problems == {gather.NO_LABELS: 1}
+    assert val.problems == {annotation_cleaning.NO_LABELS: 1}
 
 
 def test_sizes_are_of_the_turned_picture(tmp_path: Path) -> None:
@@ -67,14 +67,14 @@ def test_sizes_are_of_the_turned_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "kept", "text"),
     [
-        ("0 nan 0.5 0.5 0.5", 0, gather.NOT_FINITE),
-        ("0 0.5 0.5 inf 0.5", 0, gather.NOT_FINITE),
-        ("0 0 0 1 nan 1 1", 0, gather.NOT_FINITE),
-        ("0 0.5 0.5 -0.5 0.5", 0, gather.NEGATIVE),
-        ("0 0.5 0.5 0 0.5", 1, gather.NO_AREA),
-        ("0 1.5 0.5 0.5 0.5", 1, gather.OUTSIDE),
-        ("0 1 0.5 0.5 0.5", 1, gather.CLIPPED),
-        ("0 -0.1 0.2 0.5 0.5 0.6 0.6", 1, gather.CLIPPED),
+        ("0 nan 0.5 0.5 0.5", 0, annotation_cleaning.NOT_FINITE),
+        ("0 0.5 0.5 inf 0.5", 0, annotation_cleaning.NOT_FINITE),
+        ("0 0 0 1 nan 1 1", 0, annotation_cleaning.NOT_FINITE),
+        ("0 0.5 0.5 -0.5 0.5", 0, annotation_cleaning.NEGATIVE),
+        ("0 0.5 0.5 0 0.5", 1, annotation_cleaning.NO_AREA),
+        ("0 1.5 0.5 0.5 0.5", 1, annotation_cleaning.OUTSIDE),
+        ("0 1 0.5 0.5 0.5", 1, annotation_cleaning.CLIPPED),
+        ("0 -0.1 0.2 0.5 0.5 0.6 0.6", 1, annotation_cleaning.CLIPPED),
     ],
 )
 def test_bad_boxes_are_counted(tmp_path: Path, line: str, kept: int, text: str) -> None:
@@ -175,7 +175,7 @@ def test_several_folders_and_repeated_pictures(tmp_path: Path) -> None:
     file = write_yolo(tmp_path, yaml="train: [images/train, images/val, images]\nval:\ntest: null\nnames: [dog]")
     records = read_yolo(file, "train")
     assert len(records) == 2
-    assert records.problems[gather.LISTED_TWICE] == 2
+    assert records.problems[annotation_cleaning.LISTED_TWICE] == 2
     assert set(yolo_splits(file)) == {"train"}
 
 
@@ -243,8 +243,8 @@ def test_files_are_read_by_threads_where_the_disk_is_waited_for(monkeypatch: pyt
         seen.append(threading.get_ident())
         return -i
 
-    monkeypatch.setattr(files, "time", SimpleNamespace(perf_counter=lambda: len(seen), thread_time=lambda: busy * len(seen)))
-    assert list(files.read_each(read, range(150))) == [-i for i in range(150)]
+    monkeypatch.setattr(image_files, "time", SimpleNamespace(perf_counter=lambda: len(seen), thread_time=lambda: busy * len(seen)))
+    assert list(image_files.read_each(read, range(150))) == [-i for i in range(150)]
     assert set(seen[:100]) == {threading.get_ident()}
     assert (threading.get_ident() not in seen[100:]) == threads
 

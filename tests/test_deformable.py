@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
-from fusedet.backbones import Backbone, insert
 from fusedet.errors import InputError
-from fusedet.measure import cost
-from fusedet.ops.deform import DeformConv, DeformPack, deform_conv2d_by_rows
-from fusedet.ops.layers import fold_batch_norm
-from fusedet.plugins import MSFMPlugin
+from fusedet.models.backbones import Backbone, insert
+from fusedet.models.modules import MSFMPlugin
+from fusedet.models.ops.deformable import DeformConv, DeformPack, deform_conv2d_by_rows
+from fusedet.models.ops.layers import fold_batch_norm
+from fusedet.models.profiling import cost
 
 
 def side(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

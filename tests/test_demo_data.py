@@ -5,7 +5,7 @@ import pytest
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
-from fusedet.data import demo
+from fusedet.data import synthetic
 from fusedet.errors import InputError
 
 COUNT = 60
@@ -13,7 +13,7 @@ COUNT = 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return demo.generate(tmp_path_factory.mktemp("demo") / "shapes", images=COUNT)
+    return synthetic.generate(tmp_path_factory.mktemp("demo") / "shapes", images=COUNT)
 
 
 def load(folder, split):
@@ -27,7 +27,7 @@ def contents(folder):
 def test_coco_form(folder):
     train, val = load(folder, "train"), load(folder, "val")
     assert (len(train["images"]), len(val["images"])) == (48, 12)
-    assert [c["name"] for c in train["categories"]] == list(demo.SHAPES)
+    assert [c["name"] for c in train["categories"]] == list(synthetic.SHAPES)
     assert not {i["id"] for i in train["images"]} & {i["id"] for i in val["images"]}
     for split, data in (("train", train), ("val", val)):
         assert len({a["id"] for a in data["annotations"]}) == len(data["annotations"])
@@ -49,14 +49,14 @@ def test_masks_of_a_picture_do_not_overlap(folder):
     data = load(folder, "train")
     for picture in data["images"]:
         own = [coco_mask.decode(a["segmentation"]) for a in data["annotations"] if a["image_id"] == picture["id"]]
-        assert len(own) <= demo.MOST_OBJECTS
+        assert len(own) <= synthetic.MOST_OBJECTS
         assert not own or np.sum(own, axis=0).max() == 1
 
 
 def test_masks_lie_on_what_is_drawn():
     """Colours step at the borders of masks, far more than elsewhere."""
     for seed in range(12):
-        pixels, found = demo.draw_scene(np.random.default_rng(seed), (224, 288))
+        pixels, found = synthetic.draw_scene(np.random.default_rng(seed), (224, 288))
         for _, mask in found:
             across = mask[:, 1:] != mask[:, :-1]
             step = np.abs(np.diff(pixels.astype(float), axis=1)).sum(2)
@@ -74,7 +74,7 @@ def test_sizes_classes_overlap_and_empty_pictures(folder):
     assert 1 <= len(data["images"]) - len(with_objects) <= 5
 
 
-@pytest.mark.parametrize("name", list(demo.SHAPES))
+@pytest.mark.parametrize("name", list(synthetic.SHAPES))
 def test_shapes_have_their_areas(name):
     """Area of each shape of circumradius about 1, by its formula."""
     areas = {
@@ -86,38 +86,38 @@ def test_shapes_have_their_areas(name):
         "star": 5 * 0.45 * np.sin(np.pi / 5),
     }
     x, y = np.meshgrid(*[np.linspace(-1.2, 1.2, 1201)] * 2)
-    assert (demo.SHAPES[name](x, y) <= 0).mean() * 2.4**2 == pytest.approx(areas[name], rel=0.01)
+    assert (synthetic.SHAPES[name](x, y) <= 0).mean() * 2.4**2 == pytest.approx(areas[name], rel=0.01)
 
 
 def test_deterministic(tmp_path, folder):
-    again = demo.generate(tmp_path / "again", images=COUNT)
+    again = synthetic.generate(tmp_path / "again", images=COUNT)
     assert contents(again) == contents(folder)
-    other = demo.generate(tmp_path / "other", images=5, seed=1)
+    other = synthetic.generate(tmp_path / "other", images=5, seed=1)
     assert (other / "train/000000.jpg").read_bytes() != (folder / "train/000000.jpg").read_bytes()
 
 
 def test_same_data_are_reused_and_nothing_else(tmp_path):
-    path = demo.generate(tmp_path / "a", images=4)
+    path = synthetic.generate(tmp_path / "a", images=4)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
-    assert demo.generate(path, images=4) == path
+    assert synthetic.generate(path, images=4) == path
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
     with pytest.raises(InputError, match="exists and is not the demo data asked for"):
-        demo.generate(path, images=5)
+        synthetic.generate(path, images=5)
     strange = tmp_path / "b"
     strange.mkdir()
     (strange / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="exists"):
-        demo.generate(strange, images=4)
+        synthetic.generate(strange, images=4)
     assert (strange / "thesis.txt").read_text() == "mine"
     with pytest.raises(InputError, match="exists"):
-        demo.generate(strange / "thesis.txt", images=4)
+        synthetic.generate(strange / "thesis.txt", images=4)
 
 
 def test_empty_folder_and_leftovers_are_taken(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a.part").mkdir()
     (tmp_path / "a.part" / "half").write_text("left by an interrupted run")
-    path = demo.generate(tmp_path / "a", images=4, splits={"train": 0.5, "val": 0.25, "test": 0.25})
+    path = synthetic.generate(tmp_path / "a", images=4, splits={"train": 0.5, "val": 0.25, "test": 0.25})
     assert len(load(path, "test")["images"]) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -127,5 +127,5 @@ def test_empty_folder_and_leftovers_are_taken(tmp_path):
 )
 def test_wrong_options(tmp_path, wrong):
     with pytest.raises(InputError):
-        demo.generate(tmp_path / "a", **wrong)
+        synthetic.generate(tmp_path / "a", **wrong)
     assert not (tmp_path / "a").exists()

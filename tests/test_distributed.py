@@ -14,11 +14,11 @@ from torch import nn
 
 from fakes import FakeDetector, FakeLoader, make_batch
 from fusedet.data.loader import train_loader
-from fusedet.data.read import read
+from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Eval
 from fusedet.engine import checkpoint
-from fusedet.engine.loop import Interrupted, Recipe, fit
 from fusedet.engine.optim import Optim
+from fusedet.engine.trainer import Interrupted, Recipe, fit
 from fusedet.errors import InputError
 from fusedet.types import Batch
 from killing import differences
@@ -38,9 +38,9 @@ from test_distributed import part
 from torch import nn
 
 from fusedet.config import Interval
-from fusedet.engine.loop import Interrupted, NonFinite, Recipe, fit
+from fusedet.engine.trainer import Interrupted, NonFinite, Recipe, fit
 from fusedet.engine.optim import Optim
-from fusedet.engine.run import Objective
+from fusedet.engine.train_state import Objective
 from fusedet.types import Target
 
 top = Path(sys.argv[1])

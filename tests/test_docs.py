@@ -16,12 +16,11 @@ import torch
 import yaml
 from torch import nn
 
-from fusedet.backbones.weights import create
-from fusedet.detectors import create_model
-from fusedet.interact import INTERACTIONS
-from fusedet.measure import cost
-from fusedet.necks import NECKS
-from fusedet.plugins import PLUGINS
+from fusedet.models.backbones.pretrained import create
+from fusedet.models.detectors import create_model
+from fusedet.models.modules import INTERACTIONS, PLUGINS
+from fusedet.models.necks import NECKS
+from fusedet.models.profiling import cost
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted((DOCS / "modules").glob("*.md"))
@@ -69,7 +68,7 @@ def _body(*args: Any) -> nn.Module:
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
     """A model without data; bodies are made once, not 60 times."""
-    monkeypatch.setattr("fusedet.backbones.body.create", lambda *args: copy.deepcopy(_body(*args)))
+    monkeypatch.setattr("fusedet.models.backbones.timm_backbone.create", lambda *args: copy.deepcopy(_body(*args)))
 
     def made(name: str, *overrides: str) -> nn.Module:
         with torch.device("meta"):
@@ -130,7 +129,7 @@ def test_printed_multiply_adds(
 ) -> None:
     """What the detector has more on a picture of 800 x 1344 than that of the table's first row."""
     # without data only the sizes matter, and torch takes seconds to find those of bilinear maps
-    monkeypatch.setattr("fusedet.plugins.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size))
+    monkeypatch.setattr("fusedet.models.modules.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size))
     assert f"{(_multiply_adds(make, name, *overrides) - _multiply_adds(make, name, *without)) / 1e9:.2f}" == printed
 
 

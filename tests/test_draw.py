@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fusedet import draw
-from fusedet.draw import history, style
-from fusedet.draw.marks import Mark, Pen, short
-from fusedet.draw.marks import draw as draw_marks
+from fusedet import visualization
 from fusedet.errors import InputError
+from fusedet.visualization import colors, training_curves
+from fusedet.visualization.annotators import Mark, Pen, short
+from fusedet.visualization.annotators import draw as draw_marks
 
 NAMES = ("cat", "dog", "кошка")
 PLAIN = torch.full((3, 240, 320), 128, dtype=torch.uint8)
@@ -24,10 +24,10 @@ def pixels(picture, colour, near=0):
 
 
 def test_colours_are_stable_and_all_different():
-    some = [draw.colour(k) for k in range(200)]
+    some = [visualization.colour(k) for k in range(200)]
     assert some[:2] == [(86, 180, 233), (230, 159, 0)]
     assert len(set(some)) == 200
-    assert some == [draw.colour(k) for k in range(200)]
+    assert some == [visualization.colour(k) for k in range(200)]
 
 
 @pytest.mark.parametrize("k", range(40))
@@ -36,14 +36,14 @@ def test_text_can_be_read_on_every_colour(k):
         linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
-    low, high = sorted([luminance(draw.colour(k)), luminance(style.ink(draw.colour(k)))])
+    low, high = sorted([luminance(visualization.colour(k)), luminance(colors.ink(visualization.colour(k)))])
     assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2, level AA
 
 
 def test_a_box_has_its_classs_colour_at_its_edge_and_nothing_inside():
     image = PLAIN.clone()
-    picture = draw.boxes(image, torch.tensor([[100.0, 80, 220, 200]]), torch.tensor([1]), NAMES)
-    line = pixels(picture, draw.colour(1))
+    picture = visualization.boxes(image, torch.tensor([[100.0, 80, 220, 200]]), torch.tensor([1]), NAMES)
+    line = pixels(picture, visualization.colour(1))
     assert picture.size == (320, 240)
     assert line[79:81, 100:220].any(axis=0).all()
     assert line[199:201, 100:220].any(axis=0).all()
@@ -53,9 +53,9 @@ def test_a_box_has_its_classs_colour_at_its_edge_and_nothing_inside():
 
 
 def test_a_small_object_stays_visible():
-    picture = draw.boxes(PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9]))
+    picture = visualization.boxes(PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9]))
     assert pixels(picture, (128, 128, 128))[100:106, 100:106].all()
-    assert pixels(picture, draw.colour(0))[98:109, 98:109].any()
+    assert pixels(picture, visualization.colour(0))[98:109, 98:109].any()
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,17 @@ def test_a_small_object_stays_visible():
 )
 def test_tags_stay_inside(box):
     def tag(corners):
-        picture = draw.boxes(PLAIN, torch.tensor([corners], dtype=torch.float32), torch.tensor([0]), NAMES, scores=torch.tensor([0.5]))
+        picture = visualization.boxes(
+            PLAIN, torch.tensor([corners], dtype=torch.float32), torch.tensor([0]), NAMES, scores=torch.tensor([0.5])
+        )
         return int(pixels(picture, (0, 0, 0), near=60).sum())  # the letters
 
     assert tag(box) == pytest.approx(tag((150, 100, 159, 109)), rel=0.15)
 
 
 def test_tags_do_not_hide_each_other():
-    apart = draw.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [200, 100, 240, 140]]), torch.tensor([0, 1]), NAMES)
-    close = draw.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [22, 102, 62, 142]]), torch.tensor([0, 1]), NAMES)
+    apart = visualization.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [200, 100, 240, 140]]), torch.tensor([0, 1]), NAMES)
+    close = visualization.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [22, 102, 62, 142]]), torch.tensor([0, 1]), NAMES)
     letters = [int(pixels(picture, (0, 0, 0), near=60).sum()) for picture in (apart, close)]
     assert letters[1] == pytest.approx(letters[0], rel=0.2)
 
@@ -79,15 +81,15 @@ def test_tags_do_not_hide_each_other():
 def test_the_best_score_lies_on_top():
     two = torch.tensor([[50.0, 50, 150, 150], [50, 50, 150, 150]])
     for scores, best in (((0.9, 0.1), 0), ((0.1, 0.9), 1)):
-        picture = draw.boxes(PLAIN, two, torch.tensor([0, 1]), NAMES, scores=torch.tensor(scores))
-        assert pixels(picture, draw.colour(best))[149:151, 80:150].any(axis=0).all()
+        picture = visualization.boxes(PLAIN, two, torch.tensor([0, 1]), NAMES, scores=torch.tensor(scores))
+        assert pixels(picture, visualization.colour(best))[149:151, 80:150].any(axis=0).all()
 
 
 def test_lines_grow_with_the_picture_or_are_given():
     def width(side, **options):
         image = torch.zeros(3, side, side, dtype=torch.uint8)
         box = torch.tensor([[0.2, 0.2, 0.8, 0.8]]) * side
-        column = pixels(draw.boxes(image, box, torch.tensor([0]), [""], **options), draw.colour(0))[side // 4 : side // 2]
+        column = pixels(visualization.boxes(image, box, torch.tensor([0]), [""], **options), visualization.colour(0))[side // 4 : side // 2]
         return int(column[side // 8, : side // 2].sum())
 
     assert width(300) == 1
@@ -100,43 +102,43 @@ def test_any_name_and_any_size_of_picture(names):
     for height, width in ((1, 1), (7, 300), (200, 40)):
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         corners = torch.tensor([[0.0, 0, 1, 1], [0, 0, width, height], [0.2, 0.2, 0.2, 0.2]])
-        assert draw.boxes(image, corners, torch.arange(3), names, scores=torch.rand(3)).size == (width, height)
+        assert visualization.boxes(image, corners, torch.arange(3), names, scores=torch.rand(3)).size == (width, height)
 
 
 def test_letters_of_other_scripts_are_found():
-    assert {"DejaVu Sans"} == set(style.families(["cat", "кошка", "γάτα"]))
-    assert style.font("кошка", 12).getname()[0] == "DejaVu Sans"
-    assert "Last Resort" not in style.font("血小板", 12).getname()[0]
+    assert {"DejaVu Sans"} == set(colors.families(["cat", "кошка", "γάτα"]))
+    assert colors.font("кошка", 12).getname()[0] == "DejaVu Sans"
+    assert "Last Resort" not in colors.font("血小板", 12).getname()[0]
 
 
 def test_no_boxes_leave_the_picture():
     empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    assert np.array_equal(draw.boxes(PLAIN, *empty, NAMES), PLAIN.permute(1, 2, 0))
-    assert draw.compare(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
+    assert np.array_equal(visualization.boxes(PLAIN, *empty, NAMES), PLAIN.permute(1, 2, 0))
+    assert visualization.compare(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
 
 
 def test_masks_tint_and_ignored_boxes_are_grey():
     mask = torch.zeros(1, 240, 320, dtype=torch.bool)
     mask[0, 50:100, 50:100] = True
-    picture = draw.boxes(
+    picture = visualization.boxes(
         PLAIN, torch.tensor([[50.0, 50, 100, 100]]), torch.tensor([0]), NAMES, masks=mask, ignore=torch.tensor([[200.0, 100, 260, 160]])
     )
-    tinted = np.array([0.6 * 128 + 0.4 * c for c in draw.colour(0)])
+    tinted = np.array([0.6 * 128 + 0.4 * c for c in visualization.colour(0)])
     assert np.asarray(picture)[75, 75] == pytest.approx(tinted, abs=1)
-    assert pixels(picture, style.GREY)[98:162, 198:262].any()
-    assert not pixels(picture, style.GREY)[:, :190].any()
+    assert pixels(picture, colors.GREY)[98:162, 198:262].any()
+    assert not pixels(picture, colors.GREY)[:, :190].any()
 
 
 def test_wrong_input_is_named():
     box, label = torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([3])
     with pytest.raises(InputError, match=r"labels must lie in 0\.\.2"):
-        draw.boxes(PLAIN, box, label, NAMES)
+        visualization.boxes(PLAIN, box, label, NAMES)
     with pytest.raises(InputError, match="uint8"):
-        draw.boxes(PLAIN.float(), box, torch.tensor([0]), NAMES)
+        visualization.boxes(PLAIN.float(), box, torch.tensor([0]), NAMES)
     with pytest.raises(InputError, match="masks must be as large"):
-        draw.boxes(PLAIN, box, torch.tensor([0]), NAMES, masks=torch.zeros(1, 5, 5))
+        visualization.boxes(PLAIN, box, torch.tensor([0]), NAMES, masks=torch.zeros(1, 5, 5))
     with pytest.raises(InputError, match=r"boxes must be \(N, 4\)"):
-        draw.boxes(PLAIN, box, torch.tensor([0, 1]), NAMES)
+        visualization.boxes(PLAIN, box, torch.tensor([0, 1]), NAMES)
 
 
 def test_comparison_tells_found_false_missed_and_confused_apart():
@@ -147,38 +149,38 @@ def test_comparison_tells_found_false_missed_and_confused_apart():
         torch.tensor([0.9, 0.8, 0.7, 0.1, 0.9]),  # the fourth is below the score
     )
     ignore = torch.tensor([[250.0, 55, 290, 95]]), torch.tensor([2])  # holds the fifth
-    picture = draw.compare(PLAIN, truth, found, NAMES, ignore=ignore)
+    picture = visualization.compare(PLAIN, truth, found, NAMES, ignore=ignore)
 
     def has(colour, x, y):
         return bool(pixels(picture, colour)[y - 4 : y + 44, x - 4 : x + 44].any())
 
-    assert has(style.FOUND, 20, 60)
-    assert has(style.CONFUSED, 100, 60)
-    assert has(style.MISSED, 180, 60)
-    assert has(style.FALSE, 250, 150)
-    assert has(style.GREY, 250, 60)
-    assert not has(style.FALSE, 250, 60)
-    assert not has(style.FOUND, 30, 150)
-    assert has(style.WHITE, 20, 60)
-    assert all(pixels(picture, colour)[240:].any() for colour in (style.FOUND, style.CONFUSED, style.MISSED, style.FALSE))
+    assert has(colors.FOUND, 20, 60)
+    assert has(colors.CONFUSED, 100, 60)
+    assert has(colors.MISSED, 180, 60)
+    assert has(colors.FALSE, 250, 150)
+    assert has(colors.GREY, 250, 60)
+    assert not has(colors.FALSE, 250, 60)
+    assert not has(colors.FOUND, 30, 150)
+    assert has(colors.WHITE, 20, 60)
+    assert all(pixels(picture, colour)[240:].any() for colour in (colors.FOUND, colors.CONFUSED, colors.MISSED, colors.FALSE))
 
 
 def test_a_grid_holds_every_picture():
-    colours = [draw.colour(k) for k in range(5)]
+    colours = [visualization.colour(k) for k in range(5)]
     pictures = [Image.new("RGB", size, c) for size, c in zip([(64, 32), (32, 64), (900, 900), (1, 1), (50, 40)], colours, strict=True)]
-    sheet = draw.grid(pictures, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
+    sheet = visualization.grid(pictures, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
     assert all(pixels(sheet, c, near=2).sum() >= 4900 for c in colours)
     assert sheet.width == 3 * 104 + 4
-    assert draw.grid(pictures, columns=2, cell=100).width == 2 * 104 + 4
-    assert draw.grid(pictures[:1], columns=9, cell=100).size == (108, 58)
+    assert visualization.grid(pictures, columns=2, cell=100).width == 2 * 104 + 4
+    assert visualization.grid(pictures[:1], columns=9, cell=100).size == (108, 58)
     with pytest.raises(InputError, match="at least one"):
-        draw.grid([])
+        visualization.grid([])
     with pytest.raises(InputError, match="as many captions"):
-        draw.grid(pictures, captions=["a"])
+        visualization.grid(pictures, captions=["a"])
 
 
 def test_long_texts_are_cut():
-    font = style.font("x", 12)
+    font = colors.font("x", 12)
     assert short("short", font, 100) == "short"
     assert short("x" * 99, font, 60).endswith("…")
     assert font.getlength(short("x" * 99, font, 60)) <= 60
@@ -186,7 +188,7 @@ def test_long_texts_are_cut():
 
 def test_marks_outside_of_the_picture_do_not_fail():
     picture = Image.new("RGB", (40, 30))
-    marks = [Mark((-90, -90, -50, -50), style.WHITE, "far"), Mark((50, 50, 90, 90), style.WHITE, "far", dashed=True)]
+    marks = [Mark((-90, -90, -50, -50), colors.WHITE, "far"), Mark((50, 50, 90, 90), colors.WHITE, "far", dashed=True)]
     assert draw_marks(picture, marks, Pen(2, 10)).size == (40, 30)
 
 
@@ -214,7 +216,7 @@ def drawn(path):
 @pytest.mark.parametrize(("iou", "named"), [(0.5, "AP50"), (0.75, "AP75")])
 @pytest.mark.parametrize("classes", [3, 80])
 def test_curves_name_the_overlap(tmp_path, classes, iou, named):
-    draw.curves(precision_recall(classes), tmp_path / "curves.svg", iou=iou)
+    visualization.curves(precision_recall(classes), tmp_path / "curves.svg", iou=iou)
     told = (tmp_path / "curves.svg").read_text()
     assert f"precision at IoU {iou}" in told
     assert f"{named}: 5 best, 5 worst" in told if classes > 10 else f"<!-- {named} -->" in told
@@ -222,17 +224,17 @@ def test_curves_name_the_overlap(tmp_path, classes, iou, named):
 
 @pytest.mark.parametrize("classes", [1, 10, 80])
 def test_curves_and_confusion(tmp_path, classes):
-    draw.curves(precision_recall(classes), tmp_path / "curves.png")
+    visualization.curves(precision_recall(classes), tmp_path / "curves.png")
     matrix = np.diag(np.arange(classes + 1))
     matrix[-1, -1] = 0
-    draw.confusion(matrix, [f"{NAMES[k % 3]} {k}" for k in range(classes)], tmp_path / "confusion.png")
+    visualization.confusion(matrix, [f"{NAMES[k % 3]} {k}" for k in range(classes)], tmp_path / "confusion.png")
     assert drawn(tmp_path / "curves.png")
     assert drawn(tmp_path / "confusion.png")
 
 
 def test_confusion_of_another_size_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"must be \(4, 4\)"):
-        draw.confusion(np.zeros((3, 3)), NAMES, tmp_path / "c.png")
+        visualization.confusion(np.zeros((3, 3)), NAMES, tmp_path / "c.png")
 
 
 @pytest.mark.parametrize(
@@ -241,16 +243,16 @@ def test_confusion_of_another_size_is_refused(tmp_path):
 @pytest.mark.parametrize("form", ["png", "pdf", "svg"])
 def test_sizes_in_every_form(tmp_path, figures, form):
     file = tmp_path / f"sizes.{form}"
-    draw.sizes(figures, file)
+    visualization.sizes(figures, file)
     assert file.stat().st_size > 1000
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):
     figures = {"AP": 0.4, "APs": 0.1, "APm": 0.4, "APl": 0.6}
     with pytest.raises(InputError, match="unknown form of the plot"):
-        draw.sizes(figures, tmp_path / "sizes.gif")
+        visualization.sizes(figures, tmp_path / "sizes.gif")
     with pytest.raises(InputError, match="cannot be written"):
-        draw.sizes(figures, tmp_path / "absent" / "sizes.png")
+        visualization.sizes(figures, tmp_path / "absent" / "sizes.png")
 
 
 def write(path, header, rows):
@@ -274,23 +276,23 @@ LOGS = {
 
 @pytest.mark.parametrize("name", LOGS)
 def test_training_of_any_log(tmp_path, name):
-    draw.training(write(tmp_path / "metrics.csv", *LOGS[name]), tmp_path / "training.png")
+    visualization.training(write(tmp_path / "metrics.csv", *LOGS[name]), tmp_path / "training.png")
     assert drawn(tmp_path / "training.png")
 
 
 @pytest.mark.parametrize(("header", "rows"), [([], []), (["epoch", "loss"], []), (["epoch", "loss"], [["", ""]]), (["epoch"], [[1]])])
 def test_training_without_numbers(tmp_path, header, rows):
     with pytest.raises(InputError, match=r"metrics\.csv"):
-        draw.training(write(tmp_path / "metrics.csv", header, rows), tmp_path / "training.png")
+        visualization.training(write(tmp_path / "metrics.csv", header, rows), tmp_path / "training.png")
     with pytest.raises(InputError, match="cannot be read"):
-        draw.training(tmp_path / "absent.csv", tmp_path / "training.png")
+        visualization.training(tmp_path / "absent.csv", tmp_path / "training.png")
 
 
 def test_plots_leave_matplotlibs_global_state_alone():
-    files = Path(draw.__file__).parent.glob("*.py")
+    files = Path(visualization.__file__).parent.glob("*.py")
     assert not [file.name for file in files if "pyplot" in file.read_text() or "rcParams" in file.read_text()]
 
 
 def test_speeds_and_norms_are_no_losses() -> None:
     columns = ["epoch", "step", "lr", "loss", "loss_cls", "loss_box", "grad_norm", "images_per_second", "AP"]
-    assert history.loss_terms(columns) == ["loss_cls", "loss_box"]
+    assert training_curves.loss_terms(columns) == ["loss_cls", "loss_box"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fakes import batch
-from fusedet.detectors import TwoStage
+from fusedet.models.detectors import TwoStage
 from fusedet.types import Batch, Target
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, float64, livelier, make, target, weighted, without_gradient
 
@@ -204,7 +204,7 @@ def test_a_loss_is_a_sum_over_pictures_by_a_sum_over_pictures(name: str) -> None
             return torch.ones_like(counts[-1]).reshape(x.shape)
 
         for key, module in list(sys.modules.items()):
-            if key.startswith(("fusedet.heads.", "fusedet.roi.")) and hasattr(module, "mean_over_ranks"):
+            if key.startswith(("fusedet.models.heads.", "fusedet.models.roi.")) and hasattr(module, "mean_over_ranks"):
                 patch.setattr(module, "mean_over_ranks", count)
 
         def sums(part: Batch) -> tuple[dict[str, Tensor], Tensor]:

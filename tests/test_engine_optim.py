@@ -6,8 +6,8 @@ from torch import nn
 
 from fusedet.engine.optim import Optim, optimizer, scaled_lr, schedule
 from fusedet.errors import InputError
-from fusedet.necks import SMSL
-from fusedet.ops.deform import DeformPack
+from fusedet.models.necks import SMSL
+from fusedet.models.ops.deformable import DeformPack
 from fusedet.types import Levels
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedet import evaluate
-from fusedet.evaluate.error_kinds import KINDS
+from fusedet import evaluation
+from fusedet.evaluation.error_analysis import KINDS
 from test_evaluate import GUESSES, OBJECTS, records, result
 
 CAT, DOG = 7, 3  # category ids of labels 0 and 1
@@ -19,7 +19,7 @@ def part(share):
 
 
 def kinds(pictures, results, **options):
-    found = evaluate.error_kinds(records(pictures, **options), results)
+    found = evaluation.error_kinds(records(pictures, **options), results)
     assert list(found["kinds"]) == list(KINDS)
     return found["AP50"], {name: (row["count"], row["dAP"]) for name, row in found["kinds"].items() if row["count"] or row["dAP"]}
 
@@ -53,7 +53,7 @@ def test_classification(share):
 @pytest.mark.parametrize("share", [0.11, 0.499])
 def test_both(share):
     # the object is missed too: nothing that is mended by place or class alone lies on it; without it no class has an object
-    found = evaluate.error_kinds(records([[(BOX, 0, False)]]), [one(part(share), DOG)])
+    found = evaluation.error_kinds(records([[(BOX, 0, False)]]), [one(part(share), DOG)])
     assert {name: row["count"] for name, row in found["kinds"].items() if row["count"]} == {"both": 1, "missed": 1}
 
 
@@ -134,8 +134,8 @@ def test_every_false_detection_and_every_lost_object_has_one_kind(pictures):
     objects = [[o for o in own if not o[2]] for own, _ in pictures]
     data = records(objects, names=("a", "b", "c"), ids=ids)
     results = [result(i, ids[k], box, score) for i, (_, own) in enumerate(pictures, 1) for box, k, score in own]
-    found = evaluate.error_kinds(data, results)
-    assert found["AP50"] == pytest.approx(evaluate.coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
+    found = evaluation.error_kinds(data, results)
+    assert found["AP50"] == pytest.approx(evaluation.coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
     counts = {name: row["count"] for name, row in found["kinds"].items()}
     hits = sum(hits_of_a_picture(own, guesses) for own, (_, guesses) in zip(objects, pictures, strict=True))
     assert hits + sum(counts[name] for name in KINDS[:5]) == len(results)

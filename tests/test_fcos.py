@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from fusedet.detectors import create_model
 from fusedet.errors import InputError
-from fusedet.heads import HEADS, FCOSHead
-from fusedet.heads.fcos import centerness
-from fusedet.necks import FPN
-from fusedet.ops import assign
-from fusedet.ops.assign import BACKGROUND, PointInBox
-from fusedet.ops.boxes import centres, grid_priors, point_shapes, select, to_distances
-from fusedet.ops.losses import giou_loss, iou_loss, mean_over_ranks
+from fusedet.models.detectors import create_model
+from fusedet.models.heads import HEADS, FCOSHead
+from fusedet.models.heads.fcos import centerness
+from fusedet.models.necks import FPN
+from fusedet.models.ops import assigners
+from fusedet.models.ops.assigners import BACKGROUND, PointInBox
+from fusedet.models.ops.boxes import centres, grid_priors, point_shapes, select, to_distances
+from fusedet.models.ops.losses import giou_loss, iou_loss, mean_over_ranks
 from fusedet.types import Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
@@ -111,7 +111,7 @@ def test_assignment_against_a_slow_loop(seed: int, count: int, radius: float | N
     boxes = torch.cat([corners, corners + 2.0 * torch.randint(1, 12, (count, 2))], dim=1)
     rule = PointInBox((8, 14), radius)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assign, "OBJECTS_AT_ONCE", chunk)
+        patch.setattr(assigners, "OBJECTS_AT_ONCE", chunk)
         assert rule.assign(priors, objects(*boxes.tolist())).tolist() == slow(rule, priors, objects(*boxes.tolist()))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL
-from fusedet.data.demo import generate
+from fusedet.data.synthetic import generate
 from large import write
 from resident import KIB, MIB, line, of_verb, run
 

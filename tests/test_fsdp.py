@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fusedet import cli, config
+from fusedet.api.distributed import strategy
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.verbs.processes import strategy
 from killing import differences
 
 TESTS = Path(__file__).parent
@@ -25,7 +25,7 @@ from fakes import FakeDetector, FakeLoader, make_batch
 from lightning_fabric import Fabric
 
 from fusedet.engine import shards
-from fusedet.engine.loop import Interrupted, NonFinite, Recipe, fit
+from fusedet.engine.trainer import Interrupted, NonFinite, Recipe, fit
 from fusedet.engine.optim import Optim
 from fusedet.types import Target
 

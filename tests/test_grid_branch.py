@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.ops.boxes import Selected
-from fusedet.roi.grid import GridBranch, Transition
-from fusedet.roi.sampling import Samples
+from fusedet.models.ops.boxes import Selected
+from fusedet.models.roi.grid import GridBranch, Transition
+from fusedet.models.roi.sampling import Samples
 from fusedet.types import Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))

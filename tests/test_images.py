@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fusedet.data.images import image_size, read_image, to_tensor
+from fusedet.data.image_decoding import image_size, read_image, to_tensor
 from fusedet.errors import InputError
 
 HEIGHT, WIDTH = 24, 40

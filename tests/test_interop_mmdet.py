@@ -13,12 +13,12 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
-from fusedet.detectors import from_config
 from fusedet.errors import InputError
-from fusedet.heads import RPNHead
 from fusedet.interop import Converted, convert
-from fusedet.interop.architecture import translate
-from fusedet.interop.bodies import resizing
+from fusedet.interop.mmdetection.backbone_config import resizing
+from fusedet.interop.mmdetection.detector_config import translate
+from fusedet.models.detectors import from_config
+from fusedet.models.heads import RPNHead
 from fusedet.types import Batch, Detections, Levels
 from partners import partners
 

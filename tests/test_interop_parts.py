@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from fusedet.backbones import Backbone
 from fusedet.errors import InputError
-from fusedet.heads import FCOSHead, RetinaHead
-from fusedet.necks import FPN
-from fusedet.roi import BoxStage
+from fusedet.models.backbones import Backbone
+from fusedet.models.heads import FCOSHead, RetinaHead
+from fusedet.models.necks import FPN
+from fusedet.models.roi import BoxStage
 from fusedet.types import Levels
 
 
@@ -138,7 +138,7 @@ def test_convolutions_before_the_layers() -> None:
 def test_padding_of_a_mean_is_nothing() -> None:
     """Whatever the mean, what lies outside a picture is 0 after normalisation (MMDetection pads after it)."""
     backbone = Backbone("resnet18", pretrained=False, mean=(122.77, 115.95, 102.98), std=(1.0, 1.0, 1.0))
-    from fusedet.ops.images import normalise
+    from fusedet.models.ops.image_normalization import normalise
 
     images = torch.from_numpy(np.full((1, 3, 4, 6), 200, np.uint8))
     out = normalise(images, backbone.scale, backbone.shift, torch.tensor([[3, 4]]))

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from fusedet import cli
 from fusedet.errors import InputError
-from fusedet.interop import convert, pyconfig
-from fusedet.interop.reading import read, weights
+from fusedet.interop import convert
+from fusedet.interop.mmdetection import python_config
+from fusedet.interop.mmdetection.load_checkpoint import read, weights
 
 WEIGHTS = {"backbone.conv1.weight": torch.zeros(2)}
 
@@ -267,7 +268,7 @@ def test_config_files(tmp_path: Path) -> None:
         "_base_.pipeline[0].scale = (2, 3)\n"
         "del _base_.scale\n"
     )
-    tree = pyconfig.read(tmp_path / "config.py").tree
+    tree = python_config.read(tmp_path / "config.py").tree
     third = 1 / 3 + 4 + 1
     assert tree["model"] == {
         "type": "A",
@@ -284,7 +285,7 @@ def test_config_files(tmp_path: Path) -> None:
 
 def test_missing_bases_of_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("_base_ = ['../datasets/coco.py', 'mmdet::runtime.py']\n" + RETINA)
-    found = pyconfig.read(tmp_path / "config.py")
+    found = python_config.read(tmp_path / "config.py")
     assert [text.split()[0] for text in found.missing] == ["../datasets/coco.py", "mmdet::runtime.py"]
     assert found.tree["model"]["type"] == "RetinaNet"
 

@@ -15,9 +15,9 @@ from torchvision.models.detection.retinanet import RetinaNetHead, _default_ancho
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from fusedet.detectors import from_config
 from fusedet.errors import InputError
 from fusedet.interop import Converted, convert
+from fusedet.models.detectors import from_config
 from fusedet.types import Batch, Detections
 from partners import partners
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from fusedet.data.collate import Sample, collate
+from fusedet.data.dataset import Record, Records
 from fusedet.data.loader import eval_loader, plan_epoch, train_loader
-from fusedet.data.records import Record, Records
 from fusedet.data.transforms import Eval, Train
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Target
@@ -126,7 +126,7 @@ def test_start_skips_without_reading(records, workers, monkeypatch):
     assert len(loader) == 4
     whole = list(loader.epoch(2))
     if not workers:
-        from fusedet.data import workers as module
+        from fusedet.data import worker_pool as module
 
         read, paths = module.read_image, []
         monkeypatch.setattr(module, "read_image", lambda path: paths.append(path) or read(path))

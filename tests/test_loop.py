@@ -14,12 +14,12 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from fakes import FakeDetector, FakeLoader
-from fusedet.engine import checkpoint, logs
+from fusedet.engine import checkpoint, logging
 from fusedet.engine.ema import Average
-from fusedet.engine.interrupt import Interrupts
-from fusedet.engine.loop import Interrupted, NonFinite, Recipe, fit, precision
 from fusedet.engine.optim import Optim
 from fusedet.engine.progress import Display, Pace
+from fusedet.engine.signals import Interrupts
+from fusedet.engine.trainer import Interrupted, NonFinite, Recipe, fit, precision
 from fusedet.errors import InputError
 from fusedet.types import Target
 
@@ -455,7 +455,7 @@ def test_a_bar_on_a_terminal():
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    train(tmp_path, loggers=logs.loggers(["tensorboard"], tmp_path), validate=scores(1, 2, 3))
+    train(tmp_path, loggers=logging.loggers(["tensorboard"], tmp_path), validate=scores(1, 2, 3))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -465,11 +465,11 @@ def test_tensorboard(tmp_path):
 
 
 def test_loggers_that_are_absent_or_unknown(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "find_spec", lambda name: None)
+    monkeypatch.setattr(logging, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="'wandb' is not installed: pip install wandb"):
-        logs.loggers(["wandb"], tmp_path)
+        logging.loggers(["wandb"], tmp_path)
     with pytest.raises(InputError, match="unknown logger 'tensorbord': did you mean 'tensorboard'"):
-        logs.loggers(["tensorbord"], tmp_path)
+        logging.loggers(["tensorbord"], tmp_path)
 
 
 def test_services_get_every_row_and_their_end(tmp_path, monkeypatch):
@@ -479,12 +479,12 @@ def test_services_get_every_row_and_their_end(tmp_path, monkeypatch):
     mlflow = types.SimpleNamespace(
         start_run=lambda run_name: run, log_metrics=lambda row, step: calls.append((row["AP"], step)), end_run=calls.append
     )
-    monkeypatch.setattr(logs, "find_spec", lambda name: True)
+    monkeypatch.setattr(logging, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     for name, end in (("wandb", 0), ("mlflow", "FINISHED")):
         calls.clear()
-        (logger,) = logs.loggers([name], tmp_path)
+        (logger,) = logging.loggers([name], tmp_path)
         logger.log_metrics({"AP": 0.5}, step=7)
         logger.finalize("success")
         assert calls == [(0.5, 7), end]

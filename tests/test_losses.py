@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from fusedet.ops import losses
-from fusedet.ops.losses import mean_over_ranks
+from fusedet.models.ops import losses
+from fusedet.models.ops.losses import mean_over_ranks
 
 
 def sigmoid_focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from fusedet.errors import InputError
-from fusedet.ops.boxes import Selected
-from fusedet.roi import mask as module
-from fusedet.roi.mask import MaskBranch, crop_masks, paste
-from fusedet.roi.sampling import Samples
+from fusedet.models.ops.boxes import Selected
+from fusedet.models.roi import mask as module
+from fusedet.models.roi.mask import MaskBranch, crop_masks, paste
+from fusedet.models.roi.sampling import Samples
 from fusedet.types import Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))

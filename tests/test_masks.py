@@ -13,14 +13,14 @@ from PIL import Image
 
 import fusedet
 from conftest import SMALL
-from fusedet import cli, evaluate
+from fusedet import cli, evaluation
+from fusedet.api.validate import detect, mask_figures
 from fusedet.data.loader import eval_loader
-from fusedet.data.read import read
+from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Eval
-from fusedet.detectors.two_stage import Found
-from fusedet.roi.mask import crop_masks
+from fusedet.models.detectors.two_stage import Found
+from fusedet.models.roi.mask import crop_masks
 from fusedet.types import Detections
-from fusedet.verbs.val import detect, mask_figures
 
 SMALL_MASKS = [
     *(option for option in SMALL if not option.startswith("model.head")),
@@ -151,7 +151,7 @@ def test_data_without_masks_is_refused_before_anything_is_written(scenes: Path, 
     assert cli.run(["train", "mask_rcnn_r18", f"data={data}", f"out={out}", *SMALL_MASKS]) == 2
     assert "2 of the" in capsys.readouterr().err
     assert not out.exists()
-    assert len(evaluate.coco(read(data, "val"), [])) > 0
+    assert len(evaluation.coco(read(data, "val"), [])) > 0
 
 
 def test_masks_cannot_be_monitored_without_masks(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

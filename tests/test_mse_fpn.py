@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fakes import maps, shuffled
-from fusedet.build import build
 from fusedet.errors import InputError
-from fusedet.necks import FPN, NECKS
-from fusedet.necks.gates import GCG, make_gate
-from fusedet.necks.mse_fpn import MSEFPN, SEM, relation
+from fusedet.models.build import build
+from fusedet.models.necks import FPN, NECKS
+from fusedet.models.necks.gates import GCG, make_gate
+from fusedet.models.necks.mse_fpn import MSEFPN, SEM, relation
 from fusedet.types import Levels
 
 BODY = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fusedet.backbones import Backbone, insert
-from fusedet.build import build
 from fusedet.errors import InputError
-from fusedet.measure import cost
-from fusedet.ops.layers import fold_batch_norm
-from fusedet.plugins import MSFM, PLUGINS, MSFMPlugin
-from fusedet.plugins.msfm import scaled
+from fusedet.models.backbones import Backbone, insert
+from fusedet.models.build import build
+from fusedet.models.modules import MSFM, PLUGINS, MSFMPlugin
+from fusedet.models.modules.msfm import scaled
+from fusedet.models.ops.layers import fold_batch_norm
+from fusedet.models.profiling import cost
 
 ALL = ("after_conv1", "after_conv2", "after_conv3")
 BODIES = ["resnet10t", "resnetblur18", "resnet26t", "convnext_atto", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_es"]

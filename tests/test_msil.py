@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.heads import FCOSHead, RetinaHead, VFNetHead
-from fusedet.interact import MSIL
-from fusedet.ops.layers import GroupNorm
+from fusedet.models.heads import FCOSHead, RetinaHead, VFNetHead
+from fusedet.models.modules import MSIL
+from fusedet.models.ops.layers import GroupNorm
 from fusedet.types import Levels
 
 C = 32

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
-from fusedet.necks.aug_fpn import Context, pooled_size
-from fusedet.necks.bifpn import BatchNorm, BiFPNLayer, Node, pool
+from fusedet.models.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
+from fusedet.models.necks.aug_fpn import Context, pooled_size
+from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, pool
 from fusedet.types import Features, Levels
 
 BODY = Levels((8, 16, 24, 32), (4, 8, 16, 32))

@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fusedet.backbones import Backbone
-from fusedet.detectors import Chain, OneStage, create_model
 from fusedet.errors import InputError, one_of
-from fusedet.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
-from fusedet.interact import MSIL
-from fusedet.necks import BFP, FPN, MSEFPN, PAFPN, SMSL, AugFPN, BiFPN
-from fusedet.necks.fpn import Top, TopLevels
-from fusedet.plugins import MSFM
-from fusedet.roi import BoxStage
+from fusedet.models.backbones import Backbone
+from fusedet.models.detectors import Chain, OneStage, create_model
+from fusedet.models.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
+from fusedet.models.modules import MSFM, MSIL
+from fusedet.models.necks import BFP, FPN, MSEFPN, PAFPN, SMSL, AugFPN, BiFPN
+from fusedet.models.necks.fpn import Top, TopLevels
+from fusedet.models.roi import BoxStage
 from fusedet.types import Levels
 
 BODY = Levels((64, 96, 128, 160), (4, 8, 16, 32))

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from fakes import batch, many, maps, objects
 from fusedet import config as configs
-from fusedet.detectors import create_model
 from fusedet.errors import InputError
-from fusedet.heads import HEADS
-from fusedet.ops.assign import BACKGROUND, IGNORED, MaxIoU, PointInBox, assign_all, valid_priors
-from fusedet.ops.atss import ATSS
-from fusedet.ops.boxes import grid_priors, point_shapes
-from fusedet.ops.point_assign import NearestPoint
+from fusedet.models.detectors import create_model
+from fusedet.models.heads import HEADS
+from fusedet.models.ops.assigners import BACKGROUND, IGNORED, MaxIoU, PointInBox, assign_all, valid_priors
+from fusedet.models.ops.atss import ATSS
+from fusedet.models.ops.boxes import grid_priors, point_shapes
+from fusedet.models.ops.point_assigner import NearestPoint
 from fusedet.types import Batch, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((16, 16, 16), (8, 16, 64))

@@ -28,7 +28,7 @@ from torch import nn
 
 from fusedet import cli
 from fusedet.engine import peers
-from fusedet.engine.loop import Recipe, fit
+from fusedet.engine.trainer import Recipe, fit
 from fusedet.engine.optim import Optim
 from fusedet.errors import InputError
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from fusedet import cli, config
-from fusedet.detectors import from_config
+from fusedet.api import batch_predict
+from fusedet.api.image_sources import Sources
+from fusedet.api.predict import Predictor, load
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.verbs import parts
-from fusedet.verbs.predict import Predictor, load
-from fusedet.verbs.sources import Sources
+from fusedet.models.detectors import from_config
 
 OPTIONS = [
     "model.backbone.name=regnetx_002",
@@ -86,7 +86,7 @@ def test_sources_come_in_the_order_of_their_paths_each_once(folder: Path, tmp_pa
 def test_a_source_is_no_more_read_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     scan = os.scandir
-    monkeypatch.setattr("fusedet.verbs.sources.os.scandir", lambda path: (seen.append(Path(path).name), scan(path))[1])
+    monkeypatch.setattr("fusedet.api.image_sources.os.scandir", lambda path: (seen.append(Path(path).name), scan(path))[1])
     walk = iter(Sources([str(folder)]))
     seen.clear()
     assert [next(walk).name, next(walk).name, next(walk).name] == ["1.png", "2.png", "a.png"]
@@ -251,7 +251,7 @@ def test_what_is_joined_is_on_the_disk_before_its_parts_are_gone(
 ) -> None:
     """A power cut takes back what was not synchronised, but not the removal of the parts."""
     held: dict[str, int] = {}
-    sync, remove = os.fsync, parts.shutil.rmtree
+    sync, remove = os.fsync, batch_predict.shutil.rmtree
 
     def noted(file: int) -> None:
         sync(file)
@@ -264,7 +264,7 @@ def test_what_is_joined_is_on_the_disk_before_its_parts_are_gone(
         remove(path, **options)
 
     monkeypatch.setattr("os.fsync", noted)
-    monkeypatch.setattr(parts.shutil, "rmtree", removed)
+    monkeypatch.setattr(batch_predict.shutil, "rmtree", removed)
     assert predict(model, folder, f"out={tmp_path / 'out'}") == 0
     assert held["removed"]
 
@@ -276,7 +276,7 @@ def test_what_is_read_ahead_comes_in_order_and_is_bounded() -> None:
         asked.append(i)
         return i, Path(), torch.zeros(0)
 
-    items = parts.ahead(reading, iter(range(1000)), 2)
+    items = batch_predict.ahead(reading, iter(range(1000)), 2)
     assert [next(items)[0] for _ in range(10)] == list(range(10))
     assert len(asked) <= 15
     assert [i for i, _, _ in items] == list(range(10, 1000))

@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from fusedet import config
-from fusedet.ablate import Row, Table, load, names
+from fusedet.ablation import Row, Table, load, names
 from fusedet.config import Config
-from fusedet.detectors.making import from_config
+from fusedet.models.detectors.factory import from_config
 
 # SMSL trained with MMDetection 1.x, whose mask logits and box codes had a row for the background
 MASK_WITH_BACKGROUND = 44_175_349 - 44_170_992

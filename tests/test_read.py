@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedet.data.read import form, read, splits
+from fusedet.data.readers.auto import form, read, splits
 from fusedet.errors import InputError
 from tiny import coco_dict, picture, write_coco, write_voc, write_yolo, xml
 

@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fakes
 from fakes import many, objects
-from fusedet.detectors import create_model, for_inference
 from fusedet.errors import InputError
-from fusedet.heads import RepPointsHead
-from fusedet.ops import point_assign
-from fusedet.ops.assign import BACKGROUND, IGNORED
-from fusedet.ops.boxes import centres, grid_priors, point_shapes
-from fusedet.ops.point_assign import NearestPoint
+from fusedet.models.detectors import create_model, for_inference
+from fusedet.models.heads import RepPointsHead
+from fusedet.models.ops import point_assigner
+from fusedet.models.ops.assigners import BACKGROUND, IGNORED
+from fusedet.models.ops.boxes import centres, grid_priors, point_shapes
+from fusedet.models.ops.point_assigner import NearestPoint
 from fusedet.types import Batch, Features, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
@@ -201,7 +201,7 @@ def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypa
         owners = NearestPoint().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
     assert 500 < int((owners >= 0).sum()) < 1000
-    monkeypatch.setattr(point_assign, "OBJECTS_AT_ONCE", 1000)
+    monkeypatch.setattr(point_assigner, "OBJECTS_AT_ONCE", 1000)
     assert torch.equal(owners, NearestPoint().assign(priors, target))
 
 

@@ -14,16 +14,16 @@ import torch
 from lightning_fabric import Fabric
 
 from fakes import FakeDetector, FakeLoader
-from fusedet.ablate.run import _check
+from fusedet.ablation.launcher import _check
+from fusedet.api.run_dir import fresh
 from fusedet.config import Config, Interval, Train, interval
-from fusedet.engine import checkpoint, loop, run
+from fusedet.engine import checkpoint, train_state, trainer
 from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
-from fusedet.engine.interrupt import Interrupts
-from fusedet.engine.logs import Meter, Table
-from fusedet.engine.loop import Interrupted, Recipe, fit
+from fusedet.engine.logging import Meter, Table
 from fusedet.engine.optim import Optim
+from fusedet.engine.signals import Interrupts
+from fusedet.engine.trainer import Interrupted, Recipe, fit
 from fusedet.errors import InputError
-from fusedet.verbs.folder import fresh
 from killing import differences
 
 RECIPE = Recipe(epochs=2, optim=Optim(lr=0.05, warmup_steps=4, milestones=(1,)), log_every=3)
@@ -123,8 +123,8 @@ def test_a_table_goes_on_from_where_it_was(tmp_path: Path) -> None:
 def test_another_torch_is_said_and_another_precision_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, replace(RECIPE, epochs=1))
     lines: list[str] = []
-    now = run.version
-    monkeypatch.setattr(run, "version", lambda name: "9.9" if name in ("torch", "fusedet") else now(name))
+    now = train_state.version
+    monkeypatch.setattr(train_state, "version", lambda name: "9.9" if name in ("torch", "fusedet") else now(name))
     train(tmp_path, resume=True, say=lines.append)
     known = {name: now(name) for name in ("fusedet", "torch")}
     assert [line for line in lines if "goes on with another" in line] == [
@@ -185,16 +185,16 @@ def test_best_weights_that_cannot_be_written_are_written_after_resuming(tmp_path
 
 
 def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = loop._judge
+    judge = trainer._judge
 
-    def failing(one: run.Run, metrics: dict[str, float]) -> None:
+    def failing(one: train_state.Run, metrics: dict[str, float]) -> None:
         if one.state["epoch"] == 1:
             raise InputError("metrics.csv cannot be written: No space left on device")
         judge(one, metrics)
 
     train(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_judge", failing)
+        patch.setattr(trainer, "_judge", failing)
         with pytest.raises(InputError, match="No space left"):
             train(tmp_path / "b")
     train(tmp_path / "b", resume=True)

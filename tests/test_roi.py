@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, roi_align
 
 from fusedet.errors import InputError
-from fusedet.ops.region_align import region_align
-from fusedet.ops.regression_losses import balanced_l1, l1, smooth_l1
-from fusedet.ops.sample import Sampler
-from fusedet.roi import BoxStage, DynamicStage, LevelPooling
-from fusedet.roi.pooling import with_pictures
-from fusedet.roi.sampling import Samples, as_proposals, draw, match
+from fusedet.models.ops.regression_losses import balanced_l1, l1, smooth_l1
+from fusedet.models.ops.roi_align_cpu import region_align
+from fusedet.models.ops.samplers import Sampler
+from fusedet.models.roi import BoxStage, DynamicStage, LevelPooling
+from fusedet.models.roi.pooling import with_pictures
+from fusedet.models.roi.sampling import Samples, as_proposals, draw, match
 from fusedet.types import Levels, Proposals, Target
 
 LEVELS = Levels((8,) * 4, (4, 8, 16, 32))
@@ -378,7 +378,7 @@ def test_memory_is_shared_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         other = torch.tensor([0.0, 0.0]) if value.ndim else torch.tensor(0.2)
         return ((value + other) / 2).clamp(min=least)
 
-    monkeypatch.setattr("fusedet.roi.dynamic.mean_over_ranks", mean)
+    monkeypatch.setattr("fusedet.models.roi.dynamic.mean_over_ranks", mean)
     made = DynamicStage(LEVELS, 3, channels=16, iou_topk=2)
     assert float(made.usual_overlap(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(((0.6 + 0.1) / 2 + 0.2) / 2)
     wanted = torch.tensor([[0.5, -0.1, 9, 9], [0.1, 0.1, 9, 9]])

@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from fusedet.errors import InputError
-from fusedet.heads import RPNHead
-from fusedet.ops.boxes import MAX_RATIO
+from fusedet.models.heads import RPNHead
+from fusedet.models.ops.boxes import MAX_RATIO
 from fusedet.types import Levels, Outputs, Target
 
 LEVELS = Levels((8,) * 3, (4, 8, 16))

@@ -16,14 +16,14 @@ from PIL import Image
 
 from conftest import SMALL
 from fusedet import cli
+from fusedet.api import train as verb
+from fusedet.atomic_io import clean
+from fusedet.data.bad_images import Ledger, Skipped, allowed
+from fusedet.data.dataset import Record, Records
 from fusedet.data.loader import TrainLoader, train_loader
-from fusedet.data.records import Record, Records
-from fusedet.data.skipped import Ledger, Skipped, allowed
 from fusedet.data.transforms import Train
 from fusedet.errors import InputError
-from fusedet.files import clean
 from fusedet.types import Batch
-from fusedet.verbs import train as verb
 from killing import differences
 
 TRANSFORM = Train([32, 64, 96], 192, resize="choice", photometric=True)  # batches of many sizes

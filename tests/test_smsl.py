@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fakes import maps, shuffled
-from fusedet.build import build
 from fusedet.errors import InputError
-from fusedet.necks import NECKS
-from fusedet.necks.smsl import SMSL, add_resized, combine
-from fusedet.ops.gather import grow
+from fusedet.models.build import build
+from fusedet.models.necks import NECKS
+from fusedet.models.necks.smsl import SMSL, add_resized, combine
+from fusedet.models.ops.pyramid_resize import grow
 from fusedet.types import Levels
 
 BODY = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))

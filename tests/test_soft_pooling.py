@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
-from fusedet.roi.mask import MaskBranch
-from fusedet.roi.soft import SoftPooling
+from fusedet.models.roi.mask import MaskBranch
+from fusedet.models.roi.soft_pooling import SoftPooling
 from fusedet.types import Levels
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))

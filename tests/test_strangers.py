@@ -23,15 +23,15 @@ import safetensors.torch
 import torch
 
 from fusedet import cli, config, load
-from fusedet.archive import HEADER
-from fusedet.backbones.weights import create
+from fusedet.api import load_model
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.interop import reading
-from fusedet.verbs import rebuilt
+from fusedet.interop.mmdetection import load_checkpoint
+from fusedet.models.backbones.pretrained import create
+from fusedet.safe_load import HEADER
 from scanning import runs_strangers
 
-SOURCES = sorted(Path(rebuilt.__file__).parents[1].rglob("*.py"))
+SOURCES = sorted(Path(load_model.__file__).parents[1].rglob("*.py"))
 MIB = 2**20
 
 
@@ -110,7 +110,7 @@ def readers(path: Path) -> dict[str, Callable[[], Any]]:
     """All that read a file of weights."""
     return {
         "checkpoint": lambda: checkpoint.load_weights(path),
-        "convert": lambda: reading.read(path),
+        "convert": lambda: load_checkpoint.read(path),
         "backbone": lambda: create("lcnet_050", False, str(path)),
     }
 
@@ -333,7 +333,7 @@ def test_descriptions(
     monkeypatch.chdir(tmp_path)
     file = with_meta(trained, tmp_path / f"x{suffix}", **changes)
     with at_most(64), pytest.raises(InputError, match=text) as caught:
-        rebuilt.rebuild(file)
+        load_model.rebuild(file)
     assert len(str(caught.value)) < 2000
     assert not (tmp_path / "ran").exists()
 
@@ -360,7 +360,7 @@ def change(model: dict[str, Any], key: str, value: Any) -> None:
 def test_models_that_are_not_those_of_the_weights(trained: Path, tmp_path: Path, key: str, value: Any, text: str) -> None:
     file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value))
     with at_most(64), pytest.raises(InputError, match=text):
-        rebuilt.rebuild(file, trust="hub" in str(value) or "local" in str(value))
+        load_model.rebuild(file, trust="hub" in str(value) or "local" in str(value))
 
 
 def test_info_counts_what_a_strangers_run_asks_for_and_takes_no_memory(
@@ -406,7 +406,7 @@ class Spy(torch.nn.Module):
 @pytest.fixture
 def stranger(monkeypatch: pytest.MonkeyPatch) -> str:
     """A package that can be imported and says when it is."""
-    from fusedet.necks import FPN
+    from fusedet.models.necks import FPN
 
     module = types.ModuleType("strange_parts")
     module.Spy, module.Neck = Spy, FPN  # type: ignore[attr-defined]
@@ -437,7 +437,7 @@ def test_a_class_of_another_package_is_refused_everywhere(
     file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value(stranger)))
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     with pytest.raises(InputError, match=rf"x.safetensors: model\.{key}.* names 'strange_parts:Spy'.* --trust"):
-        rebuilt.rebuild(file)
+        load_model.rebuild(file)
 
 
 def test_trust(trained: Path, tmp_path: Path, scenes: Path, stranger: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,7 +481,7 @@ def test_a_resumed_run_is_of_the_classes_of_its_config_alone(run_copy: Path, str
     """Its best weights, which are scored at the end, may say of themselves what they like."""
     with_meta(run_copy, run_copy / "best.safetensors", config=lambda model: change(model, "neck", stranger))
     with pytest.raises(InputError, match=r"strange_parts:Spy.*--trust"):
-        rebuilt.rebuild(run_copy / "best.safetensors")
+        load_model.rebuild(run_copy / "best.safetensors")
     assert cli.run(["train", str(run_copy), "--resume", "--json"]) == 0
 
 

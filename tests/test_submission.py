@@ -14,11 +14,11 @@ from pycocotools.cocoeval import COCOeval
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.read import read
-from fusedet.data.records import Records
+from fusedet.api import coco_submission
+from fusedet.data.dataset import Records
+from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
 from fusedet.types import Detections
-from fusedet.verbs import submission
 
 IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 NAMES = dict(zip([1, 2, 3, 16, 17, 90], ["person", "bicycle", "car", "bird", "cat", "toothbrush"]))
@@ -127,7 +127,7 @@ def test_other_data_is_refused(trained: Path, scenes: Path, coco: Path, tmp_path
     file = shutil.copytree(scenes, tmp_path / "few") / "annotations" / "instances_val.json"
     file.rename(file.with_name("instances_val2017.json"))
     with pytest.raises(InputError, match="has 6 categories, but COCO's server wants COCO's 80: the ids differ in 7, 8, 9, 10, 11, "):
-        submission.of_server(read(tmp_path / "few", "val"), 100)
+        coco_submission.of_server(read(tmp_path / "few", "val"), 100)
 
 
 @pytest.mark.parametrize(("split", "whole"), [("val2017", 5000), ("test-dev2017", 20288)])
@@ -135,14 +135,14 @@ def test_a_part_of_the_servers_split_is_warned_of(
     run: Path, coco: Path, split: str, whole: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = read(coco, split)
-    assert submission.of_server(records, 100) == split
+    assert coco_submission.of_server(records, 100) == split
     capsys.readouterr()
     assert cli.run(["val", str(run), "--submission", "--split", split, f"out={tmp_path / 'out'}", "--json"]) == 0
     said = capsys.readouterr()
     assert "warning" not in json.loads(said.out)
     assert said.err == f"warning: {records.source} has 8 pictures, COCO's {split}, which the server scores as a whole, has {whole}\n"
-    monkeypatch.setitem(submission.PICTURES, split, 8)
-    assert submission.incomplete(records, split) is None
+    monkeypatch.setitem(coco_submission.PICTURES, split, 8)
+    assert coco_submission.incomplete(records, split) is None
 
 
 # -- the format
@@ -159,7 +159,7 @@ def good(records: Records, **changes: Any) -> dict[str, Any]:
 
 
 def test_numbers_are_rounded(records: Records) -> None:
-    kinds = submission.checked(records, [good(records)])
+    kinds = coco_submission.checked(records, [good(records)])
     assert kinds == {"bbox": [good(records, bbox=[1.23, 2.0, 3.46, 4.0], score=0.123457)]}
 
 
@@ -181,15 +181,15 @@ def test_numbers_are_rounded(records: Records) -> None:
 )
 def test_wrong_fields_are_told(records: Records, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError) as error:
-        submission.checked(records, [good(records), good(records, **changes)])
+        coco_submission.checked(records, [good(records), good(records, **changes)])
     assert told in str(error.value)
 
 
 def test_wrong_numbers_of_results_are_told(records: Records) -> None:
     with pytest.raises(InputError, match="not one detection"):
-        submission.checked(records, [])
+        coco_submission.checked(records, [])
     with pytest.raises(InputError, match=r"image \d+ has 101 detections, COCO's rules allow 100"):
-        submission.checked(records, [good(records)] * 101)
+        coco_submission.checked(records, [good(records)] * 101)
 
 
 def test_masks_have_a_file_of_their_own(records: Records, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_masks_have_a_file_of_their_own(records: Records, tmp_path: Path) -> Non
     masks = torch.rand(2, height, width) < 0.5
     found = Detections(torch.tensor([[0.0, 0, 9, 9], [1, 2, 3, 4]]), torch.tensor([0.9, 0.1]), torch.tensor([0, 79]), masks)
     results = found.to_coco(int(records.image_ids[0]), records.category_ids)
-    files = submission.write(submission.checked(records, results), "test-dev2017", "a", tmp_path)
+    files = coco_submission.write(coco_submission.checked(records, results), "test-dev2017", "a", tmp_path)
     assert [f.parent.name for f in files.values()] == ["bbox", "segm"]
     boxes, segments = (content(f) for f in files.values())
     assert boxes[0].keys() == {"image_id", "category_id", "score", "bbox"}
@@ -221,7 +221,7 @@ def test_wrong_masks_are_told(records: Records, mask: Any, told: str) -> None:
     size = records.sizes[0].tolist()
     code = {"size": size} | mask if isinstance(mask, dict) else mask
     with pytest.raises(InputError, match=told):
-        submission.checked(records, [good(records, segmentation=code)])
+        coco_submission.checked(records, [good(records, segmentation=code)])
 
 
 # -- VOC

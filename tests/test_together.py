@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from fusedet.detectors import OneStage, create_model
+from fusedet.models.detectors import OneStage, create_model
 from fusedet.types import Batch, Outputs, Target
 
 HEADS = ["retina", "fcos", "vfnet"]

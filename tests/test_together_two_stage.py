@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from fakes import batch
-from fusedet.detectors import OneStage, TwoStage
 from fusedet.errors import InputError
-from fusedet.heads import RPNHead
-from fusedet.interact import MSIL
-from fusedet.plugins import MSFM
-from fusedet.roi import GridBranch
+from fusedet.models.detectors import OneStage, TwoStage
+from fusedet.models.heads import RPNHead
+from fusedet.models.modules import MSFM, MSIL
+from fusedet.models.roi import GridBranch
 from fusedet.types import Levels
 from small import TWO_STAGE, livelier, make, target, total, without_gradient
 from test_together import INTERACTIONS, NECKS, PLUGINS, STRIDES, assert_close

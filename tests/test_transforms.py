@@ -7,7 +7,7 @@ from faster_coco_eval.core import mask as coco_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedet.data.records import Record
+from fusedet.data.dataset import Record
 from fusedet.data.transforms import MIN_SIDE, Eval, Train, keep_ratio
 from fusedet.errors import InputError
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fakes import batch
-from fusedet.roi import DynamicStage
+from fusedet.models.roi import DynamicStage
 from fusedet.types import Batch
 from small import DETECTORS, float64, livelier, make, target, total, without_gradient
 from warm import SERVER

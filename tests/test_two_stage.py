@@ -10,11 +10,11 @@ from torch import nn
 
 from fakes import batch
 from fusedet import config as configs
-from fusedet.detectors import create_model, for_inference
-from fusedet.detectors.two_stage import Found, TwoStage
 from fusedet.errors import InputError
-from fusedet.measure import cost
-from fusedet.roi import DynamicStage
+from fusedet.models.detectors import create_model, for_inference
+from fusedet.models.detectors.two_stage import Found, TwoStage
+from fusedet.models.profiling import cost
+from fusedet.models.roi import DynamicStage
 from fusedet.types import Batch, Target
 
 FAMILIES = ("faster_rcnn", "cascade_rcnn", "dynamic_rcnn", "libra_rcnn")

@@ -14,15 +14,15 @@ from torchvision.ops import box_iou
 
 import fakes
 from fakes import many, objects
-from fusedet.detectors import create_model
 from fusedet.errors import InputError
-from fusedet.heads import VFNetHead
-from fusedet.ops import atss
-from fusedet.ops.assign import BACKGROUND
-from fusedet.ops.atss import ATSS
-from fusedet.ops.boxes import centres, grid_priors, iou, point_shapes
-from fusedet.ops.deform import DeformConv, DeformPack
-from fusedet.ops.varifocal import varifocal
+from fusedet.models.detectors import create_model
+from fusedet.models.heads import VFNetHead
+from fusedet.models.ops import atss
+from fusedet.models.ops.assigners import BACKGROUND
+from fusedet.models.ops.atss import ATSS
+from fusedet.models.ops.boxes import centres, grid_priors, iou, point_shapes
+from fusedet.models.ops.deformable import DeformConv, DeformPack
+from fusedet.models.ops.varifocal import varifocal
 from fusedet.types import Features, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))

@@ -14,16 +14,16 @@ from torchvision.ops import box_iou
 import fusedet
 from conftest import SMALL
 from fusedet import cli, config
+from fusedet.api.predict import find, views
 from fusedet.data.collate import collate_views, see
+from fusedet.data.dataset import Record
 from fusedet.data.loader import eval_loader
-from fusedet.data.read import read
-from fusedet.data.records import Record
+from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Eval
-from fusedet.detectors.two_stage import Found
-from fusedet.detectors.views import Seen, merge
-from fusedet.ops.boxes import Selected
+from fusedet.models.detectors.tta import Seen, merge
+from fusedet.models.detectors.two_stage import Found
+from fusedet.models.ops.boxes import Selected
 from fusedet.types import Batch
-from fusedet.verbs.predict import find, views
 from small import DETECTORS, make
 
 CPU = torch.device("cpu")

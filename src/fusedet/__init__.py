@@ -9,16 +9,16 @@ __all__ = ["InputError", "Prediction", "Predictor", "__version__", "create_model
 
 _HOMES = {
     "InputError": "errors",
-    "Prediction": "verbs.predict",
-    "Predictor": "verbs.predict",
-    "create_model": "detectors",
-    "load": "verbs.predict",
+    "Prediction": "api.predict",
+    "Predictor": "api.predict",
+    "create_model": "models.detectors",
+    "load": "api.predict",
 }
 
 if TYPE_CHECKING:
-    from fusedet.detectors import create_model
+    from fusedet.api.predict import Prediction, Predictor, load
     from fusedet.errors import InputError
-    from fusedet.verbs.predict import Prediction, Predictor, load
+    from fusedet.models.detectors import create_model
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,9 @@ from cases import Case, Errors, unmatched
 from roi import LAYERS, Given, box_stage, gradients, predicted, wrong_losses
 from torch import Tensor, nn
 
-from fusedet.detectors.two_stage import TwoStage
-from fusedet.roi import GridBranch, LevelPooling, MaskBranch
-from fusedet.roi.pooling import Pooling
+from fusedet.models.detectors.two_stage import TwoStage
+from fusedet.models.roi import GridBranch, LevelPooling, MaskBranch
+from fusedet.models.roi.pooling import Pooling
 from fusedet.types import Detections, Levels, Proposals
 
 STAGE = [(r"^bbox_head\.", "stages.0."), *LAYERS]

@@ -10,11 +10,11 @@ import torch
 from cases import Case, Errors, largest, relative, renamed, unmatched
 from torch import Tensor, nn
 
-from fusedet.detectors.two_stage import TwoStage
-from fusedet.heads import RPNHead
-from fusedet.ops.assign import BACKGROUND, positives
-from fusedet.ops.layers import flatten_maps
-from fusedet.roi import BoxStage, DynamicStage
+from fusedet.models.detectors.two_stage import TwoStage
+from fusedet.models.heads import RPNHead
+from fusedet.models.ops.assigners import BACKGROUND, positives
+from fusedet.models.ops.layers import flatten_maps
+from fusedet.models.roi import BoxStage, DynamicStage
 from fusedet.types import Detections, Levels, Losses, Outputs, Proposals
 
 LOSSES = {"L1Loss": "l1", "SmoothL1Loss": "smooth_l1", "BalancedL1Loss": "balanced_l1"}

@@ -21,10 +21,10 @@ from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
 from roi import ROI_ADAPTERS
 
-from fusedet.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
-from fusedet.necks import BFP, FPN, PAFPN
-from fusedet.ops.boxes import select
-from fusedet.ops.point_assign import NearestPoint
+from fusedet.models.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
+from fusedet.models.necks import BFP, FPN, PAFPN
+from fusedet.models.ops.boxes import select
+from fusedet.models.ops.point_assigner import NearestPoint
 from fusedet.types import Detections, Levels
 
 

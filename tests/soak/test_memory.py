@@ -9,7 +9,7 @@ import pytest
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.demo import generate
+from fusedet.data.synthetic import generate
 from large import write
 from resident import MIB, line, of_verb, run
 

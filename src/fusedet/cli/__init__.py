@@ -8,12 +8,12 @@ from collections.abc import Callable
 import typer
 from rich.markup import escape
 
+from fusedet.api.distributed import place
 from fusedet.cli import data, evidence, model, prediction
-from fusedet.cli.words import err
-from fusedet.engine.loop import Interrupted
+from fusedet.cli.args import err
 from fusedet.engine.peers import EXIT, Lost
+from fusedet.engine.trainer import Interrupted
 from fusedet.errors import InputError
-from fusedet.verbs.processes import place
 
 app = typer.Typer(
     help="Object detection with feature pyramids. Options are key=value: fusedet train retinanet_r50 data=PATH train.epochs=24 out=runs/a",

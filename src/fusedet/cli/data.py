@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fusedet.cli.words import Json, Words, any_config, out, print_json, separate, track
-from fusedet.data.convert import convert as convert_data
+from fusedet.api import browse as browsing
+from fusedet.api import run_dir
+from fusedet.api.check_dataset import check_data
+from fusedet.api.convert_weights import convert as convert_weights
+from fusedet.cli import tables
+from fusedet.cli.args import Json, Words, any_config, out, print_json, separate, track
+from fusedet.data.conversion import convert as convert_data
 from fusedet.errors import InputError, plural
-from fusedet.verbs import browse as browsing
-from fusedet.verbs import folder, show
-from fusedet.verbs.check import check_data
-from fusedet.verbs.weights import convert as convert_weights
 
 
 def doctor(
@@ -32,7 +33,7 @@ def doctor(
         print_json({split: vars(r) for split, r in reports.items()} | {"between": between, "ok": not failed})
     else:
         for split, found in reports.items():
-            show.report(out, split, found)
+            tables.report(out, split, found)
         for text in between:
             out.print(f"[red]error[/] {escape(text)}")
         out.print("[red]this data would stop a training[/]" if failed else "[green]this data can be trained on[/]")
@@ -52,13 +53,13 @@ def browse(
     if options.data.path is None:
         raise InputError("no data: write fusedet browse data=PATH")
     if centres:
-        target = Path(options.out) if options.out else folder.free(".", "centres", ".png")
+        target = Path(options.out) if options.out else run_dir.free(".", "centres", ".png")
         classes = browsing.centres(options, split or options.data.train, target)
         if json:
             return print_json({"picture": str(target), "classes": classes})
-        show.centres(out, classes)
+        tables.centres(out, classes)
         return out.print(f"centres: {escape(str(target))}")
-    target = Path(options.out) if options.out else folder.free(".", "browse", ".png")
+    target = Path(options.out) if options.out else run_dir.free(".", "browse", ".png")
     shown = browsing.browse(options, split or options.data.train, images, epoch, target)
     if json:
         return print_json({"picture": str(target), "images": shown})

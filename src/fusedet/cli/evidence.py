@@ -9,13 +9,14 @@ import typer
 import yaml
 from rich.markup import escape
 
-from fusedet import ablate, config
-from fusedet.ablate import phrases, tables
-from fusedet.ablate.estimate import told
-from fusedet.cli.words import Json, Trust, is_override, out, print_files, print_json, separate, speaker
+from fusedet import ablation, config
+from fusedet.ablation import render, summary_text
+from fusedet.ablation.estimate import told
+from fusedet.api import cam, compare, predict
+from fusedet.api.image_sources import Sources
+from fusedet.cli import tables
+from fusedet.cli.args import Json, Trust, is_override, out, print_files, print_json, separate, speaker
 from fusedet.errors import InputError, unknown
-from fusedet.verbs import cam, compare, predict, show
-from fusedet.verbs.sources import Sources
 
 
 def compare_(
@@ -35,7 +36,7 @@ def compare_(
     found = compare.compare(a, b, options, split, resamples=resamples, seed=seed)
     if json:
         return print_json(found.figures | {"out": str(found.out)})
-    show.comparison(out, found.figures)
+    tables.comparison(out, found.figures)
     out.print(escape(found.figures["conclusion"]))
     print_files(found.files)
 
@@ -61,13 +62,13 @@ def ablate_(
     """Train every row of TABLE (a shipped name or a YAML file) with several seeds on data=PATH into out=DIR, published beside measured."""
     if table is None:
         raise InputError(
-            f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {', '.join(ablate.names())}, or a file"
+            f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {', '.join(ablation.names())}, or a file"
         )
     if launcher not in ("local", "slurm"):
         raise unknown("launcher", launcher, ("local", "slurm"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("fusedet ablate starts its own processes: call it without torchrun")
-    seconds = None if budget is None else ablate.duration(budget)
+    seconds = None if budget is None else ablation.duration(budget)
     name, overrides = separate(words)
     if name is not None:
         raise InputError(f"one table at a time, {table} and {name} are two: options are written key=value")
@@ -76,14 +77,14 @@ def ablate_(
         raise InputError("no output folder: add out=FOLDER")
     more = [word for word in overrides if not word.startswith("out=")]
     say = speaker(json)
-    plan = ablate.make(ablate.load(table), more, seeds=seeds, rows=rows or (), out=folder or "", need_data=not dry_run, say=say)
+    plan = ablation.make(ablation.load(table), more, seeds=seeds, rows=rows or (), out=folder or "", need_data=not dry_run, say=say)
     if dry_run:
-        lines, basis = ablate.look(plan, say=say)
+        lines, basis = ablation.look(plan, say=say)
         total = [row["seconds"] for row in lines if row["seconds"] is not None]
         if json:
             return print_json({"table": plan.table.source, "classes": plan.classes, "rows": lines, "seconds": sum(total), "basis": basis})
         out.print(escape(plan.table.title))
-        tables.show(out, tables.plan_sheet(lines, plan.classes, seeds))
+        render.show(out, render.plan_sheet(lines, plan.classes, seeds))
         if total:
             out.print(escape(f"about {told(sum(total))} on one device, by {basis}"))
         elif not plan.data:
@@ -98,17 +99,17 @@ def ablate_(
         *overrides,
         *(word for key, values in given.items() for value in values for word in (key, value)),
     ]
-    options = ablate.Launch(seconds, launcher, dict(map(_pair, slurm or [])), resamples, tuple(command))
-    found, files = ablate.ablate(plan, options, say=say, quiet=json)
+    options = ablation.Launch(seconds, launcher, dict(map(_pair, slurm or [])), resamples, tuple(command))
+    found, files = ablation.ablate(plan, options, say=say, quiet=json)
     if json:
         return print_json(found | {"out": str(plan.out), "files": {name: str(file) for name, file in files.items()}})
-    for sheet in tables.sheets(found):
-        tables.show(out, sheet)
+    for sheet in render.sheets(found):
+        render.show(out, sheet)
     for row in found["rows"]:
         if not row["cited"]:
             out.print(escape(f"{row['label']}: {row['conclusion']}"))
-    for text in [*phrases.covered(found), *phrases.notes(found), phrases.cost_note(found)]:
-        out.print(escape(text))
+    for line in [*summary_text.covered(found), *summary_text.notes(found), summary_text.cost_note(found)]:
+        out.print(escape(line))
     return print_files(files)
 
 

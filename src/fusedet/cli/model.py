@@ -12,8 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from fusedet import config, evaluate, measure
-from fusedet.cli.words import (
+from fusedet import config, evaluation
+from fusedet.api import coco_submission, distributed, predict, run_dir, validate
+from fusedet.api.demo import demo as run_demo
+from fusedet.api.load_model import at_most, countable
+from fusedet.api.train import train as run_training
+from fusedet.cli import tables
+from fusedet.cli.args import (
     Classes,
     Json,
     Trust,
@@ -30,13 +35,10 @@ from fusedet.cli.words import (
     track,
 )
 from fusedet.config import Config
-from fusedet.data.read import read
-from fusedet.detectors import bare
+from fusedet.data.readers.auto import read
 from fusedet.errors import InputError, plural, unknown
-from fusedet.verbs import folder, predict, processes, show, submission, val
-from fusedet.verbs.demo import demo as run_demo
-from fusedet.verbs.rebuilt import at_most, countable
-from fusedet.verbs.train import train as run_training
+from fusedet.models import profiling
+from fusedet.models.detectors import bare
 
 
 def train(
@@ -58,7 +60,7 @@ def train(
         return
     if json:
         return print_json(trained.figures | {"out": str(trained.out)})
-    show.score(out, trained.figures, f"{trained.out}: best weights on {options.data.val}")
+    tables.score(out, trained.figures, f"{trained.out}: best weights on {options.data.val}")
     print_files(trained.files)
     out.print(f"next: fusedet predict {escape(str(trained.out))} PICTURE_OR_FOLDER...")
 
@@ -68,15 +70,15 @@ def val_(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     split: Annotated[str | None, typer.Option(help="The split to score on, by default data.val.")] = None,
     voc: Annotated[bool, typer.Option(help="VOC's AP too (for VOC data it is always given).")] = False,
-    evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluate.EVALUATORS)}.")] = evaluate.EVALUATORS[0],
+    evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluation.EVALUATORS)}.")] = evaluation.EVALUATORS[0],
     submit: Annotated[bool, typer.Option("--submission", help="Write the json and zip that COCO's test server takes.")] = False,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Score a run, a checkpoint, or results in COCO's form against data=PATH (by default the run's own data)."""
     _, overrides = separate(words)
-    if evaluator not in evaluate.EVALUATORS:
-        raise unknown("evaluator", evaluator, evaluate.EVALUATORS)
+    if evaluator not in evaluation.EVALUATORS:
+        raise unknown("evaluator", evaluator, evaluation.EVALUATORS)
     path, is_results = Path(source), source.endswith(".json")
     if is_results:
         options = config.parse(config.overridden({}, overrides))
@@ -90,39 +92,39 @@ def val_(
     scored = split or options.data.val
     records = read(options.data.path or "", scored, images=options.data.images, need_pictures=not is_results)
     if options.out:
-        folder.check(options.out)  # before the work, not after it
-    server_split = submission.of_server(records, options.test.max_det) if submit else None
-    if server_split and (warning := submission.incomplete(records, server_split)) and not processes.place()[0]:
+        run_dir.check(options.out)  # before the work, not after it
+    server_split = coco_submission.of_server(records, options.test.max_det) if submit else None
+    if server_split and (warning := coco_submission.incomplete(records, server_split)) and not distributed.place()[0]:
         err.print(escape(warning))
     annotated = len(records.labels) > 0
     if not annotated and not submit:
         raise InputError(f"{records.source} has no objects to score by: use fusedet predict, or for COCO's server --submission")
     if is_results:
-        results = evaluate.load_results(path)
+        results = evaluation.load_results(path)
         masks = bool(results) and all("segmentation" in result for result in results)
     else:
-        val.check_names(records, names, str(file))
-        if masks := val.finds_masks(detector):
-            val.check_masks(records)
-        with processes.shared(options.device) as (rank, world, device):
+        validate.check_names(records, names, str(file))
+        if masks := validate.finds_masks(detector):
+            validate.check_masks(records)
+        with distributed.shared(options.device) as (rank, world, device):
             ready = predict.tuned(detector.to(device), options)
-            loader = val.val_loader(options, records, rank, world)
-            results = val.detect(ready, loader if rank else track(json, loader, len(loader), "pictures"), records, device)
+            loader = validate.val_loader(options, records, rank, world)
+            results = validate.detect(ready, loader if rank else track(json, loader, len(loader), "pictures"), records, device)
         if rank:
             return
-    rows = submission.checked(records, results) if submit else {}
+    rows = coco_submission.checked(records, results) if submit else {}
     figures: dict[str, Any] = {"detections": len(results)}
     if annotated:
-        figures = val.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
+        figures = validate.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
     parent = path if path.is_dir() else path.parent
-    target = folder.fresh(options.out) if options.out else folder.numbered(parent, f"val-{Path(scored).stem}")
-    files = val.report(records, results, figures, target, title=f"{path.name} on {scored}") if annotated else {}
+    target = run_dir.fresh(options.out) if options.out else run_dir.numbered(parent, f"val-{Path(scored).stem}")
+    files = validate.report(records, results, figures, target, title=f"{path.name} on {scored}") if annotated else {}
     if server_split:
-        files |= submission.write(rows, server_split, path.name if path.is_dir() else path.stem, target)
+        files |= coco_submission.write(rows, server_split, path.name if path.is_dir() else path.stem, target)
     if json:
         return print_json(figures | {"out": str(target), "files": {name: str(file) for name, file in files.items()}})
     if annotated:
-        show.score(out, figures, f"{source if is_results else file} on {scored} of {options.data.path}")
+        tables.score(out, figures, f"{source if is_results else file} on {scored} of {options.data.path}")
     print_files(files)
 
 
@@ -140,10 +142,10 @@ def info(words: Words = None, classes: Classes = None, trust: Trust = False, jso
     with countable(name):
         with weights or nullcontext():
             detector = bare(options, classes)
-        figures = measure.cost(detector, *measure.network_size(options.data.size))
+        figures = profiling.cost(detector, *profiling.network_size(options.data.size))
     if json:
         return print_json({"model": name, "classes": classes, **figures})
-    show.cost(out, figures, f"{name}, {plural(classes, 'class')}")
+    tables.cost(out, figures, f"{name}, {plural(classes, 'class')}")
 
 
 def demo(
@@ -156,7 +158,7 @@ def demo(
     trained = run_demo([f"train.seed={seed}", *(words or [])], images, seed, say=speaker(json), quiet=json)
     if json:
         return print_json(trained.figures | {"out": str(trained.out.parent), "files": {k: str(v) for k, v in trained.files.items()}})
-    show.score(out, trained.figures, "RetinaNet on generated scenes: AP by object size")
+    tables.score(out, trained.figures, "RetinaNet on generated scenes: AP by object size")
     print_files(trained.files)
     out.print(escape(f"next: fusedet predict {trained.out} {trained.out.parent / 'data' / 'val'}"))
     out.print("or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine")
@@ -195,5 +197,5 @@ def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> C
     if options.out is None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("several processes need one folder: add out=FOLDER")
-        options = replace(options, out=str(folder.free("runs", path.stem if not path.is_dir() else path.name)))
+        options = replace(options, out=str(run_dir.free("runs", path.stem if not path.is_dir() else path.name)))
     return options

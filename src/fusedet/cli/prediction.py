@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from fusedet import config
-from fusedet.cli.words import Json, Trust, err, is_override, out, print_files, print_json
+from fusedet.api import batch_predict, distributed, predict, run_dir
+from fusedet.api.image_sources import Sources
+from fusedet.cli import tables
+from fusedet.cli.args import Json, Trust, err, is_override, out, print_files, print_json
 from fusedet.errors import InputError, plural, unknown
-from fusedet.verbs import folder, parts, predict, processes, show
-from fusedet.verbs.sources import Sources
 
 
 def predict_(
@@ -28,7 +29,9 @@ def predict_(
     on_bad_image: Annotated[
         str, typer.Option(help="error: a picture that cannot be read ends it; skip: it is counted and listed.")
     ] = "error",
-    part: Annotated[int | None, typer.Option(help=f"Pictures written at once, {parts.PART} where there are as many.", min=1)] = None,
+    part: Annotated[
+        int | None, typer.Option(help=f"Pictures written at once, {batch_predict.PART} where there are as many.", min=1)
+    ] = None,
     parts_: Annotated[bool, typer.Option("--parts", help="Leave the parts, with an index.json, instead of one predictions.json.")] = False,
     workers: Annotated[int, typer.Option(help="Threads that read pictures ahead.", min=0)] = 2,
     trust: Trust = False,
@@ -49,20 +52,20 @@ def predict_(
         raise unknown("precision", precision, ("fp32", "bf16"))
     if on_bad_image not in ("error", "skip"):
         raise unknown("value of --on-bad-image:", on_bad_image, ("error", "skip"))
-    rank, world, _ = processes.place()
+    rank, world, _ = distributed.place()
     if world > 1 and "-" in given:
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     if options.out is None and (world > 1 or resume):
         raise InputError(f"{'several processes need' if world > 1 else '--resume needs'} to know the folder: add out=FOLDER")
     with ExitStack() as stack:
         found = Sources([_spooled(stack) if word == "-" else word for word in given])
-        device = str(processes.own_device(options.device))
+        device = str(distributed.own_device(options.device))
         predictor = predict.load(model, *of_model, device=device, precision=cast(Any, precision), trust=trust)
         parent = Path(model) if Path(model).is_dir() else Path(model).parent
-        target = Path(options.out) if options.out else folder.free(parent, "predict")
-        asked = parts.Options(batch, score, draw, part, parts_, cast(Literal["error", "skip"], on_bad_image), workers, rank, world)
-        with show.progress(err if json else out, found.count(), "pictures", hidden=rank > 0) as advance:
-            written = parts.predict(predictor, found, target, asked, precision=precision, resume=resume, advance=advance)
+        target = Path(options.out) if options.out else run_dir.free(parent, "predict")
+        asked = batch_predict.Options(batch, score, draw, part, parts_, cast(Literal["error", "skip"], on_bad_image), workers, rank, world)
+        with tables.progress(err if json else out, found.count(), "pictures", hidden=rank > 0) as advance:
+            written = batch_predict.predict(predictor, found, target, asked, precision=precision, resume=resume, advance=advance)
     _say(written, score, rank, json)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedet.data.records import Record
+from fusedet.data.dataset import Record
 from fusedet.data.transforms import Eval, Transform
 from fusedet.types import MULTIPLE, Batch, Target
 

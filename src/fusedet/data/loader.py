@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fusedet.data.records import Records
-from fusedet.data.skipped import Ledger, Skipped
+from fusedet.data.bad_images import Ledger, Skipped
+from fusedet.data.dataset import Records
 from fusedet.data.transforms import Eval, Transform
-from fusedet.data.workers import Step, Steps, shuffled
+from fusedet.data.worker_pool import Step, Steps, shuffled
 from fusedet.errors import InputError
 from fusedet.types import Batch
 

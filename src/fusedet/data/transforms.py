@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from fusedet.data.records import Record
+from fusedet.data.dataset import Record
 from fusedet.errors import InputError
 from fusedet.types import Target
 

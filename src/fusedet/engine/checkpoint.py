@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fusedet import archive
+from fusedet import safe_load
+from fusedet.atomic_io import replace
 from fusedet.errors import InputError
-from fusedet.files import replace
 
 Weights = dict[str, Tensor]
 DAMAGE = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
@@ -49,7 +49,7 @@ def load(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             raise InputError(f"{path} is not a fusedet checkpoint: give a run's last.ckpt or best.safetensors")
-    archive.check(path)
+    safe_load.check(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -60,7 +60,7 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f"{path} is not a fusedet checkpoint: it has no weights under 'model'")
-    archive.check_tensors(state, path)
+    safe_load.check_tensors(state, path)
     return state
 
 
@@ -74,7 +74,7 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         state = load(path)
         averaged = state.get("ema")
         return _tensors(state["model"] if averaged is None else averaged, path), _texts(state.get("meta", {}), path)
-    archive.check(_existing(path))
+    safe_load.check(_existing(path))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fusedet.errors import InputError, unknown
-from fusedet.ops.deform import offset_convolutions
+from fusedet.models.ops.deformable import offset_convolutions
 
 OPTIMIZERS = ("adamw", "sgd")
 POLICIES = ("cosine", "multistep")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.interop.guess import body
-from fusedet.interop.keys import Rule, renamed
-from fusedet.interop.names import COCO, COCO_IDS
-from fusedet.interop.shapes import axis
+from fusedet.interop.class_names import COCO, COCO_IDS
+from fusedet.interop.mmdetection.infer_config import body
+from fusedet.interop.mmdetection.weight_names import Rule, renamed
+from fusedet.interop.weight_shapes import axis
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]

@@ -1,0 +1,118 @@
+"""An ablation from its plan to its report, and what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fusedet.ablation import estimate, launcher
+from fusedet.ablation.cost import counted
+from fusedet.ablation.plan import Plan
+from fusedet.ablation.report import write
+from fusedet.ablation.summary import summary
+from fusedet.errors import InputError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a plan is run. budget: seconds after which no run is begun; those that would not fit are not begun either.
+
+    slurm: options of the jobs, as submitit takes them. command: noted in the report.
+    """
+
+    budget: float | None = None
+    launcher: str = "local"
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+    resamples: int = 1000
+    command: tuple[str, ...] = ()
+
+
+def ablate(plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Train what a plan asks for and has not finished, then sum up; gives the summary and the files written, by what they are.
+
+    Raises InputError before anything has run where a folder holds something else, or is in use.
+    """
+    if launch.launcher == "slurm":
+        launcher.check_slurm()
+        if launch.budget is not None:
+            raise InputError("--budget goes with --launcher local: what Slurm runs at a time is not known here")
+    launcher.check_folder(plan)
+    states = plan.states()
+    plan.out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(plan.out / launcher.LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"out={plan.out} is in use by another fusedet ablate: wait for it, or choose another folder") from error
+    with lock:
+        launcher.mark(plan, launch.command)
+        costs = counted(plan.configs, plan.classes)
+        places = launcher.devices(next(iter(plan.configs.values())).device)
+        queue = launcher.Queue(launcher.unfinished(plan, states), estimate.clock(plan, costs), launch.budget, len(places))
+        if launch.budget is not None and queue.left and not queue.clock.seconds:
+            _time(plan, queue.left[0].label, costs, queue.clock, say)
+        if launch.launcher == "slurm" and queue.left:
+            launcher.slurm(queue, plan.out / "slurm", launch.slurm, say)
+        elif queue.left:
+            launcher.local(queue, places, say, quiet)
+        if queue.left:
+            say(_left(queue))
+        say("summing up")
+        found = summary(plan, costs, resamples=launch.resamples)
+        return found, write(found, plan.out)
+
+
+def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
+    """What `ablate` would do: a row of figures per row of the table, as `tables.plan_sheet` takes them, and what the estimate rests on.
+
+    Without data nothing is estimated. With data and no finished run, a step of the baseline's model is timed on pictures of the data.
+    """
+    if plan.out != Path():
+        launcher.check_folder(plan)
+    costs = counted(plan.configs, plan.classes)
+    clock, lacking = None, {plan.owners[label]: plan.seeds for label in plan.chosen}
+    if plan.data:
+        clock = estimate.clock(plan, costs)
+        states = plan.states()
+        lacking = {row[0].label: len(row) for row in launcher.unfinished(plan, states) if row}
+        if not clock.seconds and lacking:
+            _time(plan, next(iter(lacking)), costs, clock, say)
+    rows = []
+    for row in plan.table.rows:
+        cost = costs.get(row.label, {})
+        left = lacking.pop(plan.owners[row.label], 0) if row.label in plan.chosen else None  # of rows that share runs the first has them
+        expected = clock.expected(plan.owners[row.label]) if clock and left else None
+        rows.append(
+            {
+                "label": row.label,
+                "cited": row.cited,
+                "published": dict(row.published),
+                "params_M": row.params_M,
+                "time_ms": row.time_ms,
+                "trainable": cost.get("trainable"),
+                "multiply_adds": cost.get("multiply_adds"),
+                "left": left,
+                "seconds": None if expected is None or not left else expected * left,
+            }
+        )
+    return rows, clock.basis if clock else ""
+
+
+def _time(plan: Plan, label: str, costs: Mapping[str, Mapping[str, float]], clock: estimate.Clock, say: Say) -> None:
+    """Where no run has finished, a step tells how long one takes."""
+    say(f"timing a training step of '{label}'")
+    estimate.timed(plan, label, costs[label]["multiply_adds"], clock)
+
+
+def _left(queue: launcher.Queue) -> str:
+    """What the budget did not allow."""
+    names = [f"'{cell.label}' seed {cell.seed}" for cell in queue.left]
+    some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    rest = "" if queue.remaining is None else f", about {estimate.told(queue.remaining)}"
+    return f"the budget leaves {len(names)} runs undone{rest}: {some}; give the same command to go on"

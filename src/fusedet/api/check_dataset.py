@@ -1,0 +1,38 @@
+"""The doctor's round: every split that a training would use, and what must agree between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fusedet.config import Config
+from fusedet.data import validation
+from fusedet.data.dataset import Records
+from fusedet.data.readers.auto import form, read
+from fusedet.errors import InputError
+
+
+def check_data(
+    config: Config, read_pictures: bool, progress: Callable[[Iterable[Any], int, str], Iterable[Any]]
+) -> tuple[dict[str, validation.Report], list[str]]:
+    """A report by split, and what is wrong between the splits.
+
+    progress: wraps an iterable, given its length and what it is. A split that cannot be read is an error of its own report, the
+    others are looked at all the same. Raises InputError where config.data.path is no data set at all.
+    """
+    path = config.data.path or ""
+    form(path)
+    reports: dict[str, validation.Report] = {}
+    splits: dict[str, Records] = {}
+    for split in dict.fromkeys((config.data.train, config.data.val)):
+        try:
+            splits[split] = read(path, split, images=config.data.images, need_pictures=False)
+        except InputError as error:
+            reports[split] = validation.Report(errors=[str(error)])
+            continue
+
+        def wrap(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
+            return progress(items, total, split)
+
+        reports[split] = validation.examine(splits[split], config.data.size, read=read_pictures, progress=wrap)
+    return reports, validation.compare(*splits.values()) if len(splits) == 2 else []

@@ -1,0 +1,130 @@
+"""Picture files by the words that stand for them: found while they are asked for, none of them kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from fusedet.data.image_files import extensions
+from fusedet.errors import InputError
+
+Names = tuple[str, ...]
+
+
+class Sources:
+    """The picture files that files, folders (with their subfolders), globs and lists (`@FILE`, a path a line) stand for, in order.
+
+    It can be iterated again and again; each time the folders are walked and the lists read anew, and what is held is the names of one
+    folder. Each file comes once, but for lists, which are taken as they are. Links to folders are not followed.
+    Raises InputError for a source that is not there or that holds no picture.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = tuple(words)
+        self._sources = [_source(word) for word in self.words]
+        for word, source in zip(self.words, self._sources):
+            if next(iter(source), None) is None:
+                raise InputError(f"{word} holds no picture")
+
+    def __iter__(self) -> Iterator[Path]:
+        for i, source in enumerate(self._sources):
+            for path in source:
+                if not any(earlier.covers(path) for earlier in self._sources[:i]):
+                    yield path
+
+    def count(self) -> int:
+        """How many they are, found by going through all of them."""
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+
+    def __iter__(self) -> Iterator[Path]:
+        yield self.path
+
+    def covers(self, path: Path) -> bool:
+        return path == self.path
+
+
+@dataclass(frozen=True)
+class _Glob:
+    """The files below a folder whose names from there on match a pattern's parts; of any pattern "**", all pictures."""
+
+    folder: Path
+    pattern: Names
+
+    def __iter__(self) -> Iterator[Path]:
+        return _below(self.folder, (), self.pattern)
+
+    def covers(self, path: Path) -> bool:
+        return self.folder in path.parents and _fits(path.relative_to(self.folder).parts, self.pattern)
+
+
+@dataclass(frozen=True)
+class _List:
+    """A file of paths; a line may name a folder too."""
+
+    file: Path
+
+    def __iter__(self) -> Iterator[Path]:
+        with self.file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for line in lines:
+                if name := line.strip():
+                    yield from _Glob(Path(name), _ALL) if os.path.isdir(name) else (Path(name),)
+
+    def covers(self, path: Path) -> bool:
+        return False
+
+
+_ALL = ("**",)
+
+
+def _source(word: str) -> _File | _Glob | _List:
+    path = Path(word)
+    if path.is_dir():
+        return _Glob(path, _ALL)
+    if path.is_file():
+        return _File(path)
+    if word.startswith("@"):
+        if not Path(word[1:]).is_file():
+            raise InputError(f"there is no list {word[1:]}: write @FILE, a text file with the path of a picture in each line")
+        return _List(Path(word[1:]))
+    if not any(c in word for c in "*?["):
+        raise InputError(f"there is no picture, folder or pattern {word}")
+    magic = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
+    return _Glob(Path(*path.parts[:magic]), path.parts[magic:])
+
+
+def _below(folder: Path, names: Names, pattern: Names) -> Iterator[Path]:
+    """The matching files below folder/names, sorted by path; of this folder the names are held, sorted, while those below are walked."""
+    at = folder.joinpath(*names)
+    try:
+        with os.scandir(at) as found:
+            entries = sorted((one.name, one.is_dir(follow_symlinks=False)) for one in found)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"the folder {at} cannot be read: {error.strerror}") from error
+    for name, is_folder in entries:
+        inner = (*names, name)
+        if is_folder:
+            if _fits(inner, pattern, begun=True):
+                yield from _below(folder, inner, pattern)
+        elif _fits(inner, pattern) and os.path.isfile(at / name):
+            yield at / name
+
+
+def _fits(names: Names, pattern: Names, begun: bool = False) -> bool:
+    """Whether names match a pattern's parts; with `begun`, whether with more names they may."""
+    if pattern == _ALL:
+        return begun or os.path.splitext(names[-1])[1].lower() in extensions()
+    if not names or not pattern:
+        return bool(pattern) if begun and not names else not names and not pattern
+    if pattern[0] == "**":
+        return _fits(names, pattern[1:], begun) or _fits(names[1:], pattern, begun)
+    return fnmatch(names[0], pattern[0]) and _fits(names[1:], pattern[1:], begun)

@@ -1,0 +1,198 @@
+"""Prediction: a checkpoint alone becomes a model that takes pictures of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fusedet import visualization
+from fusedet.api.load_model import rebuild, weights_file
+from fusedet.config import Config, overridden, parse
+from fusedet.data.collate import collate_views, see
+from fusedet.data.dataset import Record
+from fusedet.data.image_decoding import to_tensor
+from fusedet.data.transforms import Eval
+from fusedet.errors import InputError
+from fusedet.models.detectors import Detector, for_inference, selection
+from fusedet.models.detectors.tta import find_in, merge
+from fusedet.models.roi.mask import paste
+from fusedet.types import Batch, Detections
+
+Precision = Literal["fp32", "bf16"]
+SETTABLE = ("test", "data.size", "data.antialias")
+"""What can be set for a trained detector; all else follows from its weights."""
+
+
+@dataclass(frozen=True)
+class Prediction(Detections):
+    """Detections in the pixels of the picture as it was given, with the names of the classes, and the picture itself.
+
+    picture (3, H, W) uint8; names (K,); category_ids (K,), the data set's own; path, where the picture came from a file.
+    """
+
+    picture: Tensor | None = None
+    names: tuple[str, ...] = ()
+    category_ids: tuple[int, ...] = ()
+    path: Path | None = None
+
+    def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """As `Detections.to_coco`, with the data set's own category ids by default."""
+        return super().to_coco(image_id, category_ids or self.category_ids)
+
+    def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
+        """The picture with the boxes and masks of `score` and more drawn on it; saved where a path is given."""
+        if self.picture is None:
+            raise ValueError("this prediction holds no picture to draw on")
+        keep = self.scores >= score
+        masks = None if self.masks is None else self.masks[keep]
+        drawn = visualization.boxes(self.picture, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks)
+        if path is not None:
+            drawn.save(path)
+        return drawn
+
+
+class Predictor:
+    """A trained detector that takes pictures: `fusedet.load` makes it.
+
+    names and category_ids (K,) are those of the data that it was trained on; config is its run's.
+    """
+
+    def __init__(self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path) -> None:
+        self.detector, self.config, self.source = detector, config, source
+        self.names, self.category_ids = tuple(names), tuple(category_ids)
+        self.views = views(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.detector.backbone.scale.device
+
+    def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
+        """What is in a picture, or, for a list, in each of its pictures, `batch` of them at a time.
+
+        A picture is a path, bytes of a file, a PIL image, an RGB numpy array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) of
+        uint8 or of floats in 0..1. Raises InputError for a picture that cannot be read.
+        """
+        if isinstance(source, (list, tuple)):
+            return list(self.stream(source, batch))
+        return next(self.stream([source], 1))
+
+    def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
+        """The same for any number of pictures, one after the other, in the order in which they come."""
+        group: list[tuple[Tensor, Path | None]] = []
+        for source in sources:
+            try:
+                group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
+            except InputError:
+                yield from self.together(group)  # what came before it is not lost
+                raise
+            if len(group) == batch:
+                yield from self.together(group)
+                group = []
+        yield from self.together(group)
+
+    def seen(self, pictures: Sequence[Tensor]) -> Batch:
+        """Pictures (3, H, W) uint8 as the network sees them, in all views."""
+        return collate_views([see(picture, _empty(picture), self.views) for picture in pictures], self.views[1:])
+
+    def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
+        """What is in each of some pictures (3, H, W) uint8, given with the paths that they come from, all at once."""
+        if not group:
+            return
+        batch = self.seen([picture for picture, _ in group])
+        for found, (picture, path) in zip(find(self.detector, batch, self.device), group):
+            yield Prediction(**vars(found), picture=picture, names=self.names, category_ids=self.category_ids, path=path)
+
+
+def load(
+    path: str | Path,
+    *overrides: str,
+    device: str = "auto",
+    precision: Precision = "fp32",
+    which: Literal["best", "last"] = "best",
+    trust: bool = False,
+) -> Predictor:
+    """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
+
+    path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but `SETTABLE`) stays.
+    trust: whether the checkpoint's config may name classes of other packages, whose code then runs.
+    Raises InputError for what is not a checkpoint, is cut short, or holds code.
+    """
+    file = weights_file(path, which)
+    detector, config, names, category_ids = rebuild(file, trust)
+    config = parse(overridden(config.tree(), only(overrides, *SETTABLE)))
+    return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
+
+
+def only(overrides: Iterable[str], *keys: str) -> list[str]:
+    """The overrides; raises InputError for one outside these keys and sections, which would change nothing."""
+    overrides = list(overrides)
+    for text in overrides:
+        key = text.partition("=")[0]
+        known = key.partition(".")[0] in {field.name for field in fields(Config)}
+        if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
+            raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
+    return overrides
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU where there is one. Raises InputError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device={name} is not a device: write auto, cpu, cuda, cuda:1 or mps")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise InputError(f"device={name} is not there ({reason}): use device=cpu or device=auto") from error
+    return device
+
+
+def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> Detector:
+    """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
+    ready = for_inference(detector, precision)
+    ready.selection = selection(config.test)
+    return ready
+
+
+def views(config: Config) -> tuple[Eval, ...]:
+    """How the network sees a picture in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
+    short, long = config.data.size
+    sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
+    return tuple(
+        Eval(*size, flip=flip, antialias=config.data.antialias) for flip in (False, True)[: 1 + config.test.flip] for size in sizes
+    )
+
+
+@torch.no_grad()
+def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
+    """What is in each picture of a batch, best first: in the pixels of the pictures that it was made of, on the CPU.
+
+    As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
+    What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
+    """
+    seen = [find_in(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)]
+    sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
+    results = []
+    shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
+    for found, (height, width) in zip(zip(*seen), sizes):
+        one = merge(found, **shared) if len(found) > 1 else found[0]
+        masks = None if one.masks is None else paste(one.masks, one.boxes, (height, width))
+        results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
+    return results
+
+
+def _empty(picture: Tensor) -> Record:
+    none = np.zeros(0)
+    height, width = picture.shape[1:]
+    return Record(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])

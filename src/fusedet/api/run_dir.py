@@ -1,0 +1,110 @@
+"""A run's folder: made once, never overwritten, and what is written into it beside the engine's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedet.atomic_io import leftovers, replace
+from fusedet.errors import InputError
+
+
+def fresh(folder: str | Path) -> Path:
+    """Make an empty folder. Raises InputError where it exists and holds anything, or cannot be made."""
+    path = check(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def check(folder: str | Path) -> Path:
+    """The path, if nothing would be overwritten there. Raises InputError as `fresh` does.
+
+    What a process had begun to write when it was killed counts as nothing.
+    """
+    path = Path(folder)
+    if path.is_dir() and set(path.iterdir()) - set(leftovers(path)):
+        raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another folder")
+    return path
+
+
+def numbered(parent: str | Path, name: str) -> Path:
+    """Make the folder that `free` names."""
+    return fresh(free(parent, name))
+
+
+def free(parent: str | Path, name: str, ending: str = "") -> Path:
+    """parent/name, parent/name-2, ..., a file's with its ending: the first that is not there."""
+    paths = (Path(parent) / f"{name}{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
+    return next(path for path in paths if not path.exists())
+
+
+def withdraw(folder: Path, *names: str) -> None:
+    """Take back what a run wrote before it failed, so that the same command can be given again; anything else stays."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        folder.rmdir()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As indented JSON; numbers that JSON lacks (NaN) become null."""
+    replace(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def data_prints(run: Path) -> dict[str, Any] | None:
+    """The fingerprints of a run's data, by what they were used for, as its run.json has them; None where that file is not there.
+
+    Raises InputError where it is damaged.
+    """
+    file = run / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        about = None
+    known = about.get("data") if isinstance(about, dict) else None
+    if not isinstance(known, dict):
+        raise InputError(f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check")
+    return known
+
+
+def plain(value: Any) -> Any:
+    """Tensors, tuples and NaN as what JSON has."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def about(device: str, world: int) -> dict[str, Any]:
+    """Versions and hardware, for run.json."""
+    packages = ("fusedet", "torch", "torchvision", "timm", "lightning-fabric", "faster-coco-eval", "numpy")
+    cuda = torch.cuda.is_available() and device.startswith("cuda")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if cuda else f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "processes": world,
+    }

@@ -1,0 +1,106 @@
+"""Bad boxes counted, dropped where nothing else is possible, and the rest made into Records: the end of every reader."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fusedet.data.dataset import Records
+
+NOT_FINITE = "boxes with NaN or infinite coordinates: dropped"
+NEGATIVE = "boxes of negative width or height: dropped"
+NO_AREA = "boxes of no area: not trained on"
+OUTSIDE = "boxes wholly outside their picture: not trained on"
+CLIPPED = "boxes partly outside their picture: clipped in training"
+REPEATED = "boxes that repeat another of the same class in the same picture: kept"
+NO_PICTURE = "annotations of pictures that are not listed: dropped"
+BAD_AREA = "annotated areas that are negative or not finite: width x height taken"
+BAD_OUTLINE = (
+    "outlines that cannot be drawn (no polygons, no RLE of their picture's size, not finite or far away): dropped, their boxes kept"
+)
+SAME_ID = "annotations whose id an earlier one has: kept"
+AS_TEXT = "boxes with numbers in quotes: read as numbers"
+LISTED_TWICE = "pictures listed more than once: read once"
+NO_LABELS = "pictures without a label file: background"
+
+MARGIN = 0.1  # pixels beyond the border that are rounding, not a fault
+ROUNDING = 1e-6  # pixels of width or height, above or below zero, that are none
+
+
+def gather(
+    names: Iterable[str],
+    category_ids: Iterable[int],
+    *,
+    image_ids: np.ndarray,
+    sizes: np.ndarray,
+    paths: Sequence[str],
+    owners: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    ignore: np.ndarray,
+    outlines: Sequence[bytes],
+    source: str | Path,
+    form: str,
+    area: np.ndarray | None = None,
+    problems: Mapping[str, int] | None = None,
+) -> Records:
+    """Records without the boxes that cannot be used, all faults counted; columns as in `Records.from_arrays`.
+
+    area (M,) may hold NaN where the file gives none: width x height is taken.
+    """
+    keep, met = sift(owners, boxes, labels, sizes)
+    kept = boxes[keep]
+    kept[:, 2:] = np.maximum(kept[:, 2:], kept[:, :2])
+    extent = np.prod(kept[:, 2:] - kept[:, :2], axis=1)
+    area = extent if area is None else np.where(np.isnan(area[keep]), extent, area[keep])
+    counts = Counter(dict(problems or {})) + met
+    return Records.from_arrays(
+        names,
+        category_ids,
+        image_ids=image_ids,
+        sizes=sizes,
+        paths=paths,
+        owners=owners[keep],
+        boxes=kept,
+        labels=labels[keep],
+        ignore=ignore[keep],
+        area=area,
+        outlines=outlines if keep.all() else [outlines[i] for i in np.flatnonzero(keep).tolist()],
+        source=source,
+        form=form,
+        problems={text: int(n) for text, n in counts.items() if n},
+    )
+
+
+def sift(owners: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, Counter[str]]:
+    """Which boxes can be used at all, (M,) bool, and how often each fault was met.
+
+    boxes (M, 4) xyxy pixels; owners (M,) index sizes (N, 2), heights and widths.
+    """
+    met: Counter[str] = Counter()
+    finite = np.isfinite(boxes).all(axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        extent = boxes[:, 2:] - boxes[:, :2]
+        negative = finite & (extent < -ROUNDING).any(axis=1)
+        keep = finite & ~negative & np.isfinite(extent.prod(axis=1))
+    empty = keep & (extent <= ROUNDING).any(axis=1)
+    limits = sizes[owners][:, ::-1].astype(np.float64) if len(owners) else np.zeros((0, 2))
+    away = keep & ~empty & ((boxes[:, :2] >= limits) | (boxes[:, 2:] <= 0)).any(axis=1)
+    beyond = ((boxes[:, :2] < -MARGIN) | (boxes[:, 2:] > limits + MARGIN)).any(axis=1)
+    met[NOT_FINITE] = int((~keep & ~negative).sum())
+    met[NEGATIVE] = int(negative.sum())
+    met[NO_AREA] = int(empty.sum())
+    met[OUTSIDE] = int(away.sum())
+    met[CLIPPED] = int((keep & ~empty & ~away & beyond).sum())
+    met[REPEATED] = _repeats(owners[keep], labels[keep], boxes[keep])
+    return keep, met
+
+
+def _repeats(owners: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> int:
+    """How many rows equal an earlier one in picture, class and box."""
+    rows = np.column_stack([owners, labels, boxes])
+    rows = rows[np.lexsort(rows.T)]
+    return int((rows[1:] == rows[:-1]).all(axis=1).sum())

@@ -1,0 +1,1 @@
+"""Dataset readers: COCO, VOC and YOLO, and the detection of the format."""

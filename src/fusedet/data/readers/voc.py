@@ -1,0 +1,249 @@
+"""VOC data sets (an xml per picture, lists of pictures in ImageSets/Main or a folder per split) into Records."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from fusedet.data import annotation_cleaning
+from fusedet.data.dataset import Records
+from fusedet.data.image_files import (
+    canonical,
+    choose,
+    files_below,
+    inside,
+    is_picture,
+    picture_sizes,
+    read_bytes,
+    read_text,
+    require_some,
+    require_text,
+)
+from fusedet.errors import InputError, unknown
+
+_CLASS_FILES = ("labels.txt", "classes.txt")
+_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # that labelling tools put into labels.txt
+
+
+def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_pictures: bool = True) -> Records:
+    """Read a VOC split: its name, a list file, or the names of its pictures without extension.
+
+    Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last. Difficult objects set
+    Record.ignore. Class names come from labels.txt or classes.txt, else sorted from all annotations of all splits, so
+    that the splits agree; category ids are 1..K, image ids 1..N in the order of the list.
+    need_pictures refuses a folder where not one of the first 100 pictures is. Raises InputError.
+    """
+    root = Path(root)
+    folders, listed, source = _listing(root, split)
+    names = list(dict.fromkeys(listed))
+    if not names:
+        raise InputError(f"{source} lists no pictures")
+    parsed = {stem: parse(file) for stem, file in _all_annotations(root).items()}
+    classes = _classes(root, parsed)
+    paths: list[str] = []
+    rows: list[Annotation] = []
+    pictures: dict[str, dict[str, str]] = {}
+    for name in names:
+        file = inside(folders.annotations, name + ".xml", root, source=source)
+        if os.path.normpath(file) not in parsed:
+            raise InputError(f"{source} lists {name}, but its annotation {file} does not exist")
+        rows.append(parsed[os.path.normpath(file)])
+        stem = inside(folders.pictures, name, root, source=source)
+        at = os.path.dirname(stem)
+        if at not in pictures:
+            pictures[at] = _by_stem(at)
+        extension = os.path.splitext(rows[-1].file_name)[1] if is_picture(rows[-1].file_name) else ".jpg"
+        paths.append(os.path.join(at, pictures[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
+    if need_pictures:
+        require_some(paths, folders.pictures, source)
+    known = {name: k for k, name in enumerate(classes)}
+    for row in rows:
+        if strange := next((name for name in row.names if name not in known), None):
+            raise InputError(f"{row.file}: {unknown('class', strange, classes)}")
+    labels = np.array([known[name] for row in rows for name in row.names], dtype=np.int64)
+    return annotation_cleaning.gather(
+        classes,
+        range(1, len(classes) + 1),
+        image_ids=np.arange(1, len(paths) + 1),
+        sizes=_sizes(rows, paths),
+        paths=paths,
+        owners=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
+        boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
+        labels=labels,
+        ignore=np.concatenate([row.difficult for row in rows]),
+        outlines=[b""] * len(labels),
+        source=source,
+        form="voc",
+        problems={annotation_cleaning.LISTED_TWICE: len(listed) - len(names)},
+    )
+
+
+def voc_splits(root: str | Path) -> dict[str, str]:
+    """The splits of a VOC folder, and the list file or folder of each; empty where there is none."""
+    root = Path(root)
+    lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    stems = {file.stem for file in lists}
+    # VOC's own folders also hold a list per class, like dog_train.txt
+    found = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{other}") for other in stems)}
+    return {canonical(name): at for name, at in found.items()} | {canonical(f.name): str(f) for f in split_folders(root)}
+
+
+def split_folders(root: Path) -> list[Path]:
+    """Subfolders train, val, ... that hold xml files beside their pictures."""
+    skipped = {"Annotations", "ImageSets", "JPEGImages"}
+    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name not in skipped] if root.is_dir() else []
+    return [f for f in folders if any(e.name.endswith(".xml") for e in os.scandir(f))]
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One xml file, its objects by columns; height and width are 0 where it gives none.
+
+    names of K objects; boxes (K, 4) x1, y1, x2, y2 as written, 1-based; difficult (K,) bool.
+    """
+
+    file: str
+    file_name: str
+    height: int
+    width: int
+    names: tuple[str, ...]
+    boxes: np.ndarray
+    difficult: np.ndarray
+
+
+class _Builder(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        """Entities can be made to expand without end, and no annotation needs them."""
+        raise InputError("has a DOCTYPE, which an annotation must not have")
+
+
+def parse(file: str) -> Annotation:
+    """Read one xml file. Raises InputError that names it."""
+    content = read_bytes(file)
+    try:
+        tree = ElementTree.fromstring(content, ElementTree.XMLParser(target=_Builder()))
+    except InputError as error:
+        raise InputError(f"{file} {error}") from error
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise InputError(f"{file} is not valid xml: {error}") from error
+    if tree.tag != "annotation":
+        raise InputError(f"{file} is not a VOC annotation: its root is <{tree.tag}>, not <annotation>")
+    size = tree.find("size")
+    height, width = (0.0 if size is None else _float(size, side, file, 0.0) for side in ("height", "width"))
+    known = 0 < height < 2**31 and 0 < width < 2**31
+    nodes = tree.findall("object")
+    names = tuple(_name_of(node, file) for node in nodes)
+    boxes = np.array([_box(node, name, file) for node, name in zip(nodes, names)], dtype=np.float64).reshape(-1, 4)
+    difficult = np.array([_float(node, "difficult", file, 0.0) != 0 for node in nodes], dtype=bool)
+    return Annotation(file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, names, boxes, difficult)
+
+
+def _name_of(node: ElementTree.Element, file: str) -> str:
+    name = _text(node, "name")
+    if not name:
+        raise InputError(f"{file}: an <object> has no <name>")
+    return sys.intern(name)  # a million objects of few classes
+
+
+def _box(node: ElementTree.Element, name: str, file: str) -> list[float]:
+    box = node.find("bndbox")
+    if box is None:
+        raise InputError(f"{file}: the <object> '{name}' has no <bndbox>")
+    return [_float(box, side, file) for side in ("xmin", "ymin", "xmax", "ymax")]
+
+
+def _text(node: ElementTree.Element, tag: str) -> str:
+    return (node.findtext(tag) or "").strip()
+
+
+def _float(node: ElementTree.Element, tag: str, file: str, default: float | None = None) -> float:
+    text = node.findtext(tag) or ""
+    try:
+        return float(text)
+    except ValueError as error:
+        if default is not None and not text.strip():
+            return default
+        raise InputError(f"{file}: <{tag}> must be a number, not '{text.strip()[:40]}'") from error
+
+
+@dataclass(frozen=True)
+class _Folders:
+    annotations: Path
+    pictures: Path
+
+
+def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, list[str], str]:
+    """The folders of a split, the names of its pictures without extension, and where it comes from."""
+    folders = _Folders(root / "Annotations", root / "JPEGImages")
+    if not isinstance(split, str | Path):
+        return folders, list(split), str(root)
+    if str(split).endswith(".txt"):
+        at = Path(split)
+    else:
+        found = voc_splits(root)
+        main = root / "ImageSets" / "Main"
+        if not found and not any(main.glob("*.txt")):
+            raise InputError(f"{root} has no lists of pictures: VOC needs {main}/{split}.txt with a picture's name in each line")
+        at = main / f"{split}.txt"
+        at = at if at.is_file() else Path(choose(found, str(split), root))
+    if at.is_dir():
+        return _Folders(at, at), sorted(e.name[:-4] for e in os.scandir(at) if e.name.endswith(".xml")), str(at)
+    for folder in (folders.annotations, folders.pictures):
+        if not folder.is_dir():
+            raise InputError(f"{root} is not a whole VOC data set: the folder {folder.name} is missing")
+    lines = [line.strip() for line in read_text(at).splitlines() if line.strip()]
+    require_text(lines, at)
+    return folders, [_name(line, folders.annotations) for line in lines], str(at)
+
+
+def _name(line: str, annotations: Path) -> str:
+    """A picture's name from a list's line, where a flag 1, 0 or -1 or an extension may follow it."""
+    if os.path.exists(os.path.join(annotations, line + ".xml")):
+        return line
+    name = re.sub(r"\s+(-1|0|1)$", "", line)
+    return os.path.splitext(name)[0] if is_picture(name) else name
+
+
+def _all_annotations(root: Path) -> dict[str, str]:
+    """All xml files of the data set, normalised path to path."""
+    folder = root / "Annotations"
+    found = [file for file in files_below(folder) if file.endswith(".xml")] if folder.is_dir() else []
+    for folder in split_folders(root):
+        found += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
+    return {os.path.normpath(file): file for file in sorted(found)}
+
+
+def _classes(root: Path, parsed: dict[str, Annotation]) -> list[str]:
+    for name in _CLASS_FILES:
+        if (root / name).is_file():
+            lines = [line.strip() for line in read_text(root / name).splitlines()]
+            classes = list(dict.fromkeys(line for line in lines if line and line not in _NO_CLASS))
+            if not classes:
+                raise InputError(f"{root / name} lists no classes")
+            return classes
+    classes = sorted({name for row in parsed.values() for name in row.names})
+    if not classes:
+        raise InputError(f"not one annotation in {root} has an object, so there are no class names: list them in {root / 'labels.txt'}")
+    return classes
+
+
+def _by_stem(folder: str) -> dict[str, str]:
+    """The pictures of a folder by their names without extension."""
+    if not os.path.isdir(folder):
+        return {}
+    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_picture(e.name)}
+
+
+def _sizes(rows: list[Annotation], paths: list[str]) -> np.ndarray:
+    """(N, 2) heights and widths; where the xml has none, from the picture."""
+    sizes = np.array([(row.height, row.width) for row in rows], dtype=np.int64).reshape(-1, 2)
+    unknown_size = np.flatnonzero((sizes == 0).any(axis=1))
+    sizes[unknown_size] = picture_sizes([paths[i] for i in unknown_size.tolist()])
+    return sizes

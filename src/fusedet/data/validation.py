@@ -1,0 +1,124 @@
+"""What is wrong with a data set, and what it holds, before a training finds out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedet.data.dataset import Records
+from fusedet.data.image_decoding import formats, image_size, read_image
+from fusedet.data.image_files import read_each
+from fusedet.data.transforms import keep_ratio
+from fusedet.errors import InputError
+
+_SMALL, _MEDIUM = 32**2, 96**2
+
+
+@dataclass(frozen=True)
+class Report:
+    """errors stop a training, warnings do not; figures describe the split."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def examine(
+    records: Records, size: tuple[int, int], *, read: bool = True, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None
+) -> Report:
+    """Look at one split: annotations always, and each picture (`read`) as the loader will read it.
+
+    size: (short, longest side) of the network's input; figures say what becomes of the smallest object under it.
+    progress: wraps the iterable over the pictures, given their number.
+    """
+    corners, labels = records.boxes.numpy(), records.labels.numpy()
+    wh = corners[:, 2:] - corners[:, :2]
+    area = wh.clip(0).prod(axis=1)
+    owner = np.repeat(np.arange(len(records)), np.diff(records.offsets.numpy()))
+    per_picture = np.bincount(owner, minlength=len(records))
+    per_class = np.bincount(labels, minlength=len(records.names))
+    figures: dict[str, Any] = {
+        "pictures": len(records),
+        "objects": len(labels),
+        "empty_pictures": int((per_picture == 0).sum()),
+        "ignored_objects": int(records.ignore.sum()),
+        "classes": dict(zip(records.names, per_class.tolist())),
+        "sizes": {
+            "small": int((area < _SMALL).sum()),
+            "medium": int(((area >= _SMALL) & (area < _MEDIUM)).sum()),
+            "large": int((area >= _MEDIUM).sum()),
+        },
+        "most_objects_in_a_picture": int(per_picture.max(initial=0)),
+    }
+    errors = [] if len(records) else [f"{records.source} has no pictures"]
+    warnings = [f"{text}: {count}" for text, count in records.problems.items()]
+    if missing := [name for name, count in figures["classes"].items() if count == 0]:
+        warnings.append(f"no object of {'class' if len(missing) == 1 else 'classes'} {', '.join(missing)}")
+    if len(labels) == 0:
+        errors.append(f"{records.source} has no objects: a detector can neither learn nor be scored on background alone")
+    elif (real := area > 0).any():
+        figures["smallest"] = _smallest(records, wh, owner, real, size)
+        if figures["smallest"]["network_side"] < 4:
+            warnings.append(
+                f"at data.size={list(size)} the smallest object is {figures['smallest']['network_side']:.1f} pixels wide or high for the "
+                "network: a larger data.size keeps it visible"
+            )
+    if read:
+        errors += _unreadable(records, progress)
+    return Report(errors, warnings, figures)
+
+
+def compare(train: Records, val: Records) -> list[str]:
+    """What must not differ between two splits: their class names, in order."""
+    if train.names == val.names:
+        return []
+    only = [f"only {split} knows {', '.join(sorted(names))}" for split, names in _difference(train, val) if names]
+    return [f"the class names of {train.source} and {val.source} differ: {'; '.join(only) or 'their order is not the same'}"]
+
+
+def _difference(train: Records, val: Records) -> list[tuple[str, set[str]]]:
+    a, b = set(train.names), set(val.names)
+    return [("train", a - b), ("val", b - a)]
+
+
+def _smallest(records: Records, wh: np.ndarray, owner: np.ndarray, real: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """The object whose shorter side is shortest after the resize."""
+    sizes = records.sizes.numpy()
+    scale = np.array([keep_ratio(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in sizes])
+    side = np.where(real, wh.min(axis=1) * scale[owner], np.inf)
+    i = int(side.argmin())
+    return {
+        "picture": str(records.path(int(owner[i]))),
+        "original": [float(v) for v in wh[i]],
+        "network_side": float(side[i]),
+    }
+
+
+def glance(records: Records) -> list[str]:
+    """What is wrong with pictures as far as their headers tell: absent, no picture, too large, of another size than annotated."""
+    return list(filter(None, read_each(partial(_trouble, records, image_size), range(len(records)))))
+
+
+def _unreadable(records: Records, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
+    """What is wrong with pictures when they are decoded, which leaves the interpreter to other threads."""
+    formats()  # known once, not in every thread
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(partial(_trouble, records, lambda path: tuple(read_image(path).shape[1:])), range(len(records)))
+        return list(filter(None, progress(found, len(records)) if progress else found))
+
+
+def _trouble(records: Records, size: Callable[[Path], tuple[int, ...]], i: int) -> str | None:
+    try:
+        true = size(records.path(i))
+    except InputError as error:
+        return str(error)
+    stated = tuple(records.sizes[i].tolist())
+    if 0 in true:
+        return f"{records.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
+    return None if stated == true else f"{records.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"

@@ -1,0 +1,175 @@
+"""Where a training's figures go: metrics.csv and speed.csv always, TensorBoard, W&B and MLflow on request."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+
+from fusedet.atomic_io import replace, sync
+from fusedet.errors import InputError, unknown
+
+Row = dict[str, float | int]
+
+
+class Table:
+    """A csv file of figures: a row is added at once, a new column widens the file.
+
+    epoch and step count from 1; an empty cell means that the row has no such figure.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        """Begin a new file, or go on from where it gave `state`: what was written later is dropped. `lost`: rows that are not there."""
+        self.path = path
+        self.columns: list[str] = list(state["columns"]) if state else []
+        kept = self._read()[: state["rows"]] if state else []
+        self.rows, self.lost = len(kept), state["rows"] - len(kept) if state else 0
+        self._rewrite(kept)
+
+    def add(self, row: Mapping[str, float | int]) -> None:
+        """Append one row."""
+        if new := [name for name in row if name not in self.columns]:
+            rows = self._read()
+            self.columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        self.rows += 1
+
+    def state(self) -> dict[str, Any]:
+        """How much there is, for a checkpoint; the disk holds it then."""
+        sync(self.path)
+        return {"columns": list(self.columns), "rows": self.rows}
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        # a last line without its end was cut off when the process died
+        return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        if self.columns:
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        replace(self.path, text.getvalue().encode())
+
+
+class Meter:
+    """The mean losses since the last reading, summed where they are (on the GPU, without waiting for it)."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.steps = 0
+
+    def add(self, names: Sequence[str], values: Tensor) -> None:
+        """Add one step's losses: values (T,), in the order of the names."""
+        self.names, self.steps = list(names), self.steps + 1
+        self.sums = values.clone() if self.sums is None else self.sums + values
+
+    def read(self, mean_over_ranks: Callable[[Tensor], Any]) -> dict[str, float]:
+        """The means over the steps and the processes; the meter is then empty."""
+        assert self.sums is not None, "nothing was measured since the last reading"
+        means = mean_over_ranks(self.sums / self.steps)
+        self.sums, self.steps = None, 0
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run logs the same means."""
+        return {"names": self.names, "sums": None if self.sums is None else self.sums.cpu(), "steps": self.steps}
+
+    @staticmethod
+    def mean(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The states of several processes as one that each of them can go on from: the mean of the sums."""
+        sums = [one["sums"] for one in states]
+        return states[0] | {"sums": None if sums[0] is None else torch.stack(sums).mean(dim=0)}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state` gave."""
+        self.names, self.steps = state["names"], state["steps"]
+        self.sums = None if state["sums"] is None else state["sums"].to(device)
+
+
+def loggers(names: Sequence[str], out: Path) -> list[Logger]:
+    """Loggers by name (tensorboard, wandb, mlflow), writing into or named after the run's folder.
+
+    Raises InputError for an unknown name, or one that is not installed, with the command to install it.
+    """
+    makers: dict[str, Callable[[Path], Logger]] = {
+        "tensorboard": lambda folder: TensorBoardLogger(root_dir=folder, name="", version="tensorboard"),
+        "wandb": WandB,
+        "mlflow": MLflow,
+    }
+    for name in names:
+        if name not in makers:
+            raise unknown("logger", name, makers)
+        if find_spec(name) is None:
+            raise InputError(f"the logger '{name}' is not installed: pip install {name}")
+    return [makers[name](Path(out)) for name in names]
+
+
+class _Service(Logger):
+    """What W&B and MLflow share: a run named after the folder, opened with the first figure."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._run: Any = None
+
+    @property
+    def name(self) -> str:
+        return "fusedet"
+
+    @property
+    def version(self) -> str:
+        return self.out.name
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's folder holds its config."""
+
+
+class WandB(_Service):
+    """Weights & Biases as a Fabric logger; project, entity and mode come from its environment variables."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log one row."""
+        import wandb
+
+        if self._run is None:
+            self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", self.name), name=self.version, dir=str(self.out))
+        self._run.log(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        """Close the run."""
+        if self._run is not None:
+            self._run.finish(exit_code=0 if status == "success" else 1)
+
+
+class MLflow(_Service):
+    """MLflow as a Fabric logger; the server comes from MLFLOW_TRACKING_URI."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log one row."""
+        import mlflow
+
+        if self._run is None:
+            self._run = mlflow.start_run(run_name=self.version)
+        mlflow.log_metrics(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        """Close the run."""
+        if self._run is not None:
+            import mlflow
+
+            mlflow.end_run("FINISHED" if status == "success" else "FAILED")

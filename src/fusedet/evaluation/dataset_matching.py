@@ -1,0 +1,63 @@
+"""Records and results matched by COCO's rule, once, for all that is computed from it: figures, intervals, kinds of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusedet.data.dataset import Records
+from fusedet.evaluation import coco_matching as rule
+from fusedet.evaluation.ground_truth import owners, sizes_first
+from fusedet.evaluation.mask_iou import encoded, mask_area, mask_pairs
+from fusedet.evaluation.results import MAX_DETS, Found, Result
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Detections and objects in `coco_rule`'s order and what became of them.
+
+    Groups are class x len(records) + place, a picture's place being its rank by rising id. results (D,) and annotations
+    (G,) say which result and which of the records' objects each one is; hit and void (T, A, D), taken (T, A, G) bool.
+    """
+
+    guesses: rule.Guesses
+    objects: rule.Objects
+    results: np.ndarray
+    annotations: np.ndarray
+    hit: np.ndarray
+    void: np.ndarray
+    taken: np.ndarray
+
+
+def places(records: Records) -> np.ndarray:
+    """Each picture's rank by rising id, (N,): COCO goes through the pictures in that order."""
+    place = np.empty(len(records), dtype=np.int64)
+    place[np.argsort(records.image_ids.numpy(), kind="stable")] = np.arange(len(records))
+    return place
+
+
+def matched(records: Records, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> Matched:
+    """Match boxes, or the results' masks where these are given, at thresholds (T,) of overlap in ranges (A, 2) of area."""
+    n, owner, place = len(records), owners(records), places(records)
+    group = records.labels.numpy() * n + place[owner]
+    order = np.argsort(group, kind="stable")
+    objects = rule.Objects(group[order], records.area.numpy()[order], records.ignore.numpy()[order])
+
+    group = table.labels * n + place[table.images]
+    best = np.lexsort((-table.scores, group))
+    best = best[rule.rank(group[best]) < MAX_DETS[-1]]
+    group = group[best]
+    if masks is None:
+        boxes = table.boxes[best]
+        area = boxes[:, 2] * boxes[:, 3]
+        pairs = rule.box_pairs(group, boxes, objects, sizes_first(records.boxes.numpy()[order]), thresholds.min())
+    else:
+        answers = [masks[i]["segmentation"] for i in best]
+        area = np.array([mask_area(answer) for answer in answers])
+        segments, sizes = [s for record in records for s in record.segments], records.sizes.tolist()
+        truth = [encoded(segments[j], *sizes[owner[j]]) for j in order]
+        pairs = mask_pairs(group, [encoded(answer, *answer["size"]) for answer in answers], objects, truth)
+    guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])
+    return Matched(guesses, objects, best, order, *rule.match(guesses, objects, pairs, thresholds, areas))

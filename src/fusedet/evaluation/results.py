@@ -1,0 +1,171 @@
+"""COCO-form results: read, checked once, and turned into flat arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedet.data.dataset import Records
+from fusedet.data.image_files import read_bytes
+from fusedet.data.segmentation import covered, is_rle
+from fusedet.errors import InputError, unknown
+
+Result = dict[str, Any]
+"""{image_id, category_id, score, bbox [x, y, width, height] in the original picture's pixels and / or segmentation (RLE)}."""
+
+EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
+"""Who computes COCO's figures; all agree to rounding, the first is the fastest."""
+
+MAX_DETS = (1, 10, 100)
+"""Detections per picture and class that COCO's figures look at."""
+
+LARGEST = 1e18
+"""Pixels, that no coordinate of a result may reach."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Results as arrays: images (D,) positions in the records, labels (D,) 0..K-1, scores (D,), boxes (D, 4) x, y, width, height."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def by_image(self, count: int, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Per picture: boxes (n, 4) xyxy and labels (n,) of what scores at least `least`, best first."""
+        order = np.lexsort((-self.scores, self.images))
+        order = order[self.scores[order] >= least]
+        corners = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
+        for part in np.split(order, np.searchsorted(self.images[order], np.arange(1, count))):
+            yield corners[part], self.labels[part]
+
+
+def found(records: Records, results: Sequence[Result] | Found, *, boxes: bool = True) -> Found:
+    """The results as arrays, where they are not already; `boxes=False` reads no boxes and leaves zeros.
+
+    Raises InputError where a result lacks a key, holds a number that is not finite, or names an image or a category
+    that the records do not hold.
+    """
+    if isinstance(results, Found):
+        return results
+    check(results, "results", boxes=boxes)
+    size = np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4) if boxes else np.zeros((len(results), 4))
+    return Found(
+        images=_position(results, "image_id", records.image_ids.numpy(), records.source),
+        labels=_position(results, "category_id", np.array(records.category_ids, dtype=np.int64), records.source),
+        scores=np.array([r["score"] for r in results], dtype=np.float64),
+        boxes=size,
+    )
+
+
+def load_results(path: str | Path) -> list[Result]:
+    """The results in a json file, checked.
+
+    Raises InputError where the file is absent, is not json, is not a list of results, or where a result lacks a key or
+    holds NaN, an infinite number, a negative size or a mask that cannot be drawn.
+    """
+    content = read_bytes(path)
+    try:
+        results = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"results file {path} is not json: {error}") from error
+    if not isinstance(results, list):
+        raise InputError(f"results file {path} must hold a list of results, it holds a {type(results).__name__}")
+    check(results, str(path), boxes=any(not isinstance(r, dict) or "segmentation" not in r for r in results))
+    for i, result in enumerate(results):
+        if isinstance(mask := result.get("segmentation"), dict) and not _drawable(mask):
+            raise InputError(f"{path}: the mask of result {i} is no run-length code of its own size")
+    return results
+
+
+def check(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
+    """Raise InputError for the first result that lacks a key or holds a bad number; `where` names the results."""
+    _check(results, where, "image_id", "an integer", _whole)
+    _check(results, where, "category_id", "an integer", _whole)
+    _check(results, where, "score", "a finite number", _finite)
+    if boxes:
+        _check(results, where, "bbox", f"four finite numbers [x, y, width, height] below {LARGEST:g}, width and height not negative", _box)
+
+
+def stamp(
+    records: Records, results: Sequence[Result], evaluator: str = "fusedet", *, iou_type: str = "bbox", max_dets: Sequence[int] = MAX_DETS
+) -> dict[str, Any]:
+    """What figures must share to be comparable, to be stored beside every metric.
+
+    evaluator, the package that computes it and its version; iou_type; max_dets; images, their number, and image_ids, 16
+    hex digits of the sorted ids; data, the records' fingerprint (annotations included); detections, their number.
+    Raises InputError for an evaluator that is not one of EVALUATORS.
+    """
+    if evaluator not in EVALUATORS:
+        raise unknown("evaluator", evaluator, EVALUATORS)
+    ids = np.sort(records.image_ids.numpy())
+    return {
+        "evaluator": f"{evaluator} {version(evaluator)}",
+        "iou_type": iou_type,
+        "max_dets": list(max_dets),
+        "images": len(records),
+        "image_ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16],
+        "data": records.fingerprint(),
+        "detections": len(results),
+    }
+
+
+def mean(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN for nothing."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _position(results: Sequence[Result], key: str, known: np.ndarray, source: str) -> np.ndarray:
+    """Where each result's id stands among the known ids."""
+    ids = np.array([r[key] for r in results], dtype=np.int64)
+    order = np.argsort(known, kind="stable")
+    place = np.searchsorted(known[order], ids)
+    strange = place == len(known)
+    strange[~strange] = known[order[place[~strange]]] != ids[~strange]
+    if strange.any():
+        some = ", ".join(map(str, np.unique(ids[strange])[:5].tolist()))
+        raise InputError(f"{int(strange.sum())} results have a {key} that is not in {source}: {some}; they must be made on the same data")
+    return order[place]
+
+
+def _check(results: Sequence[Result], where: str, key: str, wanted: str, good: Callable[[Any], bool]) -> None:
+    for i, result in enumerate(results):
+        if not isinstance(result, dict) or key not in result:
+            raise InputError(f"{where}: result {i} lacks '{key}', it must be {wanted}")
+        if not good(result[key]):
+            raise InputError(f"{where}: '{key}' of result {i} must be {wanted}, it is {reprlib.repr(result[key])}")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and -(2**63) <= int(value) < 2**63
+
+
+def _finite(value: Any) -> bool:
+    # a larger int fits no array
+    return math.isfinite(value) if isinstance(value, (float, np.floating)) else _whole(value)
+
+
+def _box(value: Any) -> bool:
+    try:
+        x, y, w, h = value
+        return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= w < LARGEST and 0 <= h < LARGEST  # not so for NaN
+    except (TypeError, ValueError):
+        return False
+
+
+def _drawable(mask: dict[str, Any]) -> bool:
+    return is_rle(mask) and covered(mask["counts"]) == math.prod(mask["size"])

@@ -1,0 +1,63 @@
+"""COCO's figures by the packages that others use: faster-coco-eval and pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusedet.data.dataset import Records
+from fusedet.errors import InputError
+from fusedet.evaluation import coco_matching as rule
+from fusedet.evaluation.ground_truth import coco_ground_truth
+from fusedet.evaluation.mask_iou import mask_area
+from fusedet.evaluation.results import Result
+
+
+def by_package(evaluator: str, records: Records, results: Sequence[Result], iou_type: str) -> rule.Curves:
+    """The figures' curves by "faster-coco-eval" or "pycocotools", which share their interface.
+
+    Raises InputError where the package is not installed.
+    """
+    coco, judge = _load(evaluator)
+    kept = "bbox" if iou_type == "bbox" else "segmentation"
+    answers = [
+        {
+            "id": i,
+            "image_id": r["image_id"],
+            "category_id": r["category_id"],
+            "score": r["score"],
+            "iscrowd": 0,
+            "area": r["bbox"][2] * r["bbox"][3] if iou_type == "bbox" else mask_area(r["segmentation"]),
+            kept: r[kept],
+        }
+        for i, r in enumerate(results, 1)
+    ]
+    truth, guess = coco(), coco()
+    truth.dataset = coco_ground_truth(records, masks=iou_type == "segm")
+    guess.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": answers}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        guess.createIndex()
+        run = judge(truth, guess, iou_type)
+        run.evaluate()
+        run.accumulate()
+    back = np.argsort(np.argsort(records.category_ids))  # the packages sort the classes by id
+    precision, scores, recall = (np.where(run.eval[key] < 0, np.nan, run.eval[key]) for key in ("precision", "scores", "recall"))
+    precision, scores, recall = precision[..., -1][:, :, back], scores[..., -1][:, :, back], recall[:, back]
+    return rule.Curves(precision, scores, recall[..., -1], recall[:, :, 0, 0], recall[:, :, 0, 1])
+
+
+def _load(evaluator: str) -> tuple[Any, Any]:
+    """The package's classes of a data set and of its evaluation."""
+    try:
+        if evaluator == "pycocotools":
+            return importlib.import_module("pycocotools.coco").COCO, importlib.import_module("pycocotools.cocoeval").COCOeval
+        package = importlib.import_module("faster_coco_eval")
+        return package.COCO, package.COCOeval_faster
+    except ImportError as error:
+        raise InputError(f"evaluator '{evaluator}' is not installed: pip install {evaluator}") from error

@@ -1,0 +1,1 @@
+"""MMDetection's configs and checkpoints, read as data."""

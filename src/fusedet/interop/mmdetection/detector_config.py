@@ -1,0 +1,152 @@
+"""From MMDetection's config of a detector to fusedet's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusedet.errors import InputError
+from fusedet.interop.mmdetection.backbone_config import backbone, neck, normalisation, resizing, usual
+from fusedet.interop.mmdetection.config_reader import Part
+from fusedet.interop.mmdetection.head_config import dense_head, nms, rpn
+from fusedet.interop.mmdetection.roi_config import roi
+
+Tree = dict[str, Any]
+_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", "SingleStageDetector")
+_TWO_STAGE = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
+DETECTORS = (*_DENSE, *_TWO_STAGE)
+_ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
+_ROI_KEYS_OF_1X = ("bbox_roi_extractor", "bbox_head", "mask_roi_extractor", "mask_head", "grid_roi_extractor", "grid_head", "num_stages")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """fusedet's config as a tree; whether the weights take BGR; notes, what differs or was not taken over."""
+
+    tree: Tree
+    bgr: bool
+    notes: list[str]
+
+
+def translate(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool = False) -> Architecture:
+    """fusedet's config for MMDetection's. keys: of the checkpoint. legacy: whether RoIAlign is the 1.x line's where the config is silent.
+
+    Raises InputError that names the first thing that is not here.
+    """
+    notes: list[str] = []
+    values = config.get("model")
+    if not isinstance(values, Mapping):
+        raise InputError("MMDetection's config has no `model`: give the one that the checkpoint was trained with")
+    values = _as_today(values, config)
+    model = Part("model", values, notes)
+    kind = str(model.get("type")).rpartition(".")[2]
+    if kind not in DETECTORS:
+        raise InputError(f"MMDetection's detector {kind} is not here: {', '.join(DETECTORS)} can be converted")
+    for key in ("backbone", "neck", *(("bbox_head",) if kind in _DENSE else ("rpn_head", "roi_head"))):
+        if not values.get(key):
+            raise InputError(f"MMDetection's config has no model.{key}: give the whole config")
+    body = backbone(body_part := model.part("backbone"))
+    body_part.rest("base_width", "groups", "style")
+    necks, pyramid = neck(model.parts("neck"))
+    train, test = model.part("train_cfg"), model.part("test_cfg")
+    found: Tree = {"backbone": body, "pyramid": pyramid, "neck": necks}
+    if kind in _DENSE:
+        found["head"] = dense_head(model.part("bbox_head"), train, pyramid, keys)
+    else:
+        proposals = test.part("rpn")
+        found["head"] = rpn(model.part("rpn_head"), train.part("rpn"), train.part("rpn_proposal"), proposals, pyramid)
+        found["roi"] = roi(model.part("roi_head"), train.parts("rcnn"), legacy)
+        test = test.part("rcnn")
+        test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
+    pixels = normalisation({**config, "model": values}, notes)
+    if pixels is None:
+        notes.append("how pictures are normalised is not said: RGB and ImageNet's mean and deviation are taken")
+    elif not usual(*pixels[:2]):
+        body |= {"mean": pixels[0], "std": pixels[1]}
+    settings = {"score": test.number("score_thr", 0.05), "nms": nms(test, 0.5)}
+    settings["max_det"] = _count(test, ("max_per_img", "max_num"), 100)
+    settings["pre_nms"] = _count(test, ("nms_pre",), 1000)
+    model.rest("data_preprocessor", "train_cfg", "test_cfg", "rpn_head", "roi_head", "bbox_head")
+    tree = {"model": found, "data": resizing(config, notes), "test": settings}
+    bgr = pixels is not None and pixels[2]
+    return Architecture(tree | ({} if kind in _DENSE else {"train": {"lr": 0.02}}), bgr, notes)
+
+
+def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Architecture:
+    """What a body's weights need and do not show, as MMDetection's config in the checkpoint says it: style, mean and std; whether BGR.
+
+    config: empty where there is none. given: model.backbone of the config here that is to be used, called `name`; what it says itself
+    must be the same. Raises InputError where it is not.
+    """
+    notes: list[str] = []
+    model = config.get("model")
+    values = model if isinstance(model, Mapping) else {}
+    facts: Tree = {}
+    pixels = None
+    if values.get("backbone"):
+        facts["style"] = backbone(Part("model.backbone", values["backbone"], notes)).get("style", "pytorch")
+        pixels = normalisation({**config, "model": values}, notes)
+        notes.append(f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}")
+    if pixels is None:
+        notes.append(
+            f"the checkpoint does not say how its pictures were: RGB, no antialiasing, and mean and style as {name} has them, are taken; "
+            "if it was trained caffe-style or with BGR, give MMDetection's config"
+        )
+    else:
+        facts |= {"mean": pixels[0], "std": pixels[1]}
+    for key, value in facts.items():
+        if (own := given.get(key)) is not None and not _same(own, value):
+            raise InputError(
+                f"model.backbone.{key}={own} of --config={name} is not what the checkpoint was trained with: its own config says {value}"
+            )
+    return Architecture(facts, pixels is not None and pixels[2], notes)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, str):
+        return bool(a == b)
+    return len(a) == len(b) and all(abs(x - y) < 5e-3 for x, y in zip(a, b))
+
+
+def old_form(config: Mapping[str, Any]) -> bool:
+    """Whether a config is in the words of the 1.x line: anchors in the head, or RoI heads beside it."""
+    model = config.get("model")
+    heads = [model.get(key) for key in ("bbox_head", "rpn_head")] if isinstance(model, Mapping) else []
+    named = any(isinstance(head, Mapping) and ("anchor_strides" in head or "anchor_scales" in head) for head in heads)
+    return named or (isinstance(model, Mapping) and "bbox_roi_extractor" in model)
+
+
+def is_legacy(config: Mapping[str, Any], keys: Mapping[str, Any], version: str = "") -> bool:
+    """Whether a checkpoint is of MMDetection's 1.x line: by its version, else by the names that only that line has."""
+    if version:
+        return version.startswith(("0.", "1."))
+    old = ("bbox_head.fc_cls.weight", "bbox_head.0.fc_cls.weight", "bbox_head.fcos_cls.weight")
+    return old_form(config) or any(key in keys for key in old)
+
+
+def _as_today(model: Mapping[str, Any], config: Mapping[str, Any]) -> Tree:
+    """A model of any line in the form of 3.x: RoI heads under roi_head, train_cfg and test_cfg inside."""
+    found = dict(model)
+    for key in ("train_cfg", "test_cfg"):
+        if not isinstance(found.get(key) or {}, Mapping):
+            raise InputError(f"MMDetection's model.{key} must be a mapping, got {found[key]!r}")
+        outside = config.get(key)
+        if not found.get(key) and isinstance(outside, Mapping) and "type" not in outside:
+            found[key] = outside
+    if "roi_head" not in found and found.get("bbox_roi_extractor"):
+        found["roi_head"] = {k: found.pop(k) for k in _ROI_KEYS_OF_1X if k in found}
+        found["roi_head"]["type"] = _ROI_OF_1X.get(str(found.get("type")), "StandardRoIHead")
+        weights = (found.get("train_cfg") or {}).get("stage_loss_weights")
+        if weights:
+            found["roi_head"]["stage_loss_weights"] = weights
+    head = found.get("bbox_head")
+    for key in ("train_cfg", "test_cfg"):  # a head may carry its own
+        if not found.get(key) and isinstance(head, Mapping) and head.get(key):
+            found[key] = head[key]
+    return found
+
+
+def _count(test: Part, names: tuple[str, ...], default: int) -> int:
+    value = next((test.integer(name, default) for name in names if test.get(name) is not None), default)
+    return value if value > 0 else 100_000  # -1 is "all"

@@ -1,0 +1,1 @@
+"""Every `nn.Module` of a detector and what it computes with."""

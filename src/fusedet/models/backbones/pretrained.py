@@ -1,0 +1,118 @@
+"""timm's models and their weights: made, loaded from timm or from a file, and checked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from fusedet import safe_load
+from fusedet.errors import InputError, unknown
+
+STRIDES = (4, 8, 16, 32)
+
+
+def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
+    """A timm body with feature maps, with timm's weights or those of a file. zero_init: see `Backbone`."""
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("timm model", name, timm.list_models())
+    state = _state(weights) if weights else {}
+    overlay = {"file": weights} if weights else None
+    options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
+    try:
+        with _silent():
+            loaded = pretrained or bool(weights)
+            body: Any = timm.create_model(name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options)
+    except TypeError as error:
+        if zero_init or "zero_init_last" not in str(error):
+            raise
+        raise InputError(f"model.backbone.zero_init=false: timm's '{name}' has no such choice, leave it out") from error
+    except OSError as error:
+        raise InputError(
+            f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): connect to the "
+            "network, give a local file with model.backbone.weights=FILE, or train from scratch with model.backbone.pretrained=false"
+        ) from error
+    except (RuntimeError, AttributeError, KeyError, UnpicklingError, SafetensorError) as error:
+        # of torch's list of differences the first is enough
+        lines = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()]
+        reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+        source = f"model.backbone.weights={weights} holds no weights of '{name}'" if weights else f"timm's '{name}' cannot be a backbone"
+        raise InputError(f"{source}: {reason}") from error
+    if weights:
+        _check_loaded(body, state, weights)
+    if not set(STRIDES[1:]) <= set(body.feature_info.reduction()):
+        raise InputError(f"timm's '{name}' gives strides {body.feature_info.reduction()}, a pyramid needs 8, 16 and 32")
+    _check_maps(name)
+    return body
+
+
+def _check_maps(name: str) -> None:
+    """Some of timm's bodies take one size of picture only, or give maps of another layout: asked of a copy without data."""
+    with torch.device("meta"):
+        probe: Any = timm.create_model(name, features_only=True, pretrained=False).eval()
+        try:
+            maps = probe(torch.zeros(1, 3, 96, 160))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(f"timm's '{name}' does not take pictures of any size ({reason}): choose a convolutional body") from error
+    promised = [(c, 96 // s, 160 // s) for c, s in zip(probe.feature_info.channels(), probe.feature_info.reduction())]
+    if [tuple(m.shape[1:]) for m in maps] != promised:
+        raise InputError(f"timm's '{name}' gives maps of other shapes than its strides promise: choose a convolutional body")
+
+
+def _state(weights: str) -> dict[str, Tensor]:
+    """The state dict of a file, read without running anything that it holds."""
+    if not Path(weights).is_file():
+        raise InputError(f"model.backbone.weights={weights}: there is no such file")
+    try:
+        safe_load.check(Path(weights))
+        with _silent():
+            state = load_state_dict(weights)
+        safe_load.check_tensors(state, Path(weights))
+    except InputError as error:
+        raise InputError(f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): {error}") from error
+    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError) as error:
+        raise InputError(
+            f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
+            ".pth file of tensors by timm's names"
+        ) from error
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the warnings of timm, the hub and torch: what is wrong with weights is said in one sentence of our own."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _check_loaded(body: nn.Module, state: dict[str, Tensor], weights: str) -> None:
+    """timm loads bodies leniently: every parameter must really have come from the file."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for tensor in state.values():
+        by_shape.setdefault(tensor.shape, []).append(tensor)
+    missing = [k for k, p in body.named_parameters() if not any(torch.equal(t.to(p.dtype), p) for t in by_shape.get(p.shape, []))]
+    if missing:
+        raise InputError(
+            f"model.backbone.weights={weights} lacks {len(missing)} of the body's parameters, the first is '{missing[0]}': "
+            f"it must hold a state dict by timm's names"
+        )

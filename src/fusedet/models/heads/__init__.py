@@ -1,0 +1,11 @@
+"""Dense heads: a pyramid in, raw maps out; loss and decode are methods that forward never calls."""
+
+from fusedet.models.heads.fcos import FCOSHead
+from fusedet.models.heads.reppoints import RepPointsHead
+from fusedet.models.heads.retina import RetinaHead
+from fusedet.models.heads.rpn import RPNHead
+from fusedet.models.heads.vfnet import VFNetHead
+
+HEADS = {"fcos": FCOSHead, "reppoints": RepPointsHead, "retina": RetinaHead, "rpn": RPNHead, "vfnet": VFNetHead}
+
+__all__ = ["HEADS", "FCOSHead", "RPNHead", "RepPointsHead", "RetinaHead", "VFNetHead"]

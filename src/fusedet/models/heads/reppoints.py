@@ -1,0 +1,179 @@
+"""RepPoints: "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019, with the semantics of MMDetection 3.x."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.errors import InputError, one_of
+from fusedet.models.heads import argument_checks
+from fusedet.models.heads.towers import Interact, TwinTowers
+from fusedet.models.ops.assigners import IGNORED, MaxIoU, Positives, assign_all, positives, valid_priors
+from fusedet.models.ops.boxes import centres, grid_priors, point_shapes
+from fusedet.models.ops.deformable import DeformConv
+from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
+from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal
+from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Priors, Target
+
+Transform = Literal["moment", "minmax", "partial_minmax"]
+PARTIAL = 4  # the points that partial_minmax looks at (the authors' code; the paper says "a subset")
+
+
+class RepPointsHead(nn.Module):
+    """Two towers, `num_points` points around each cell (init), then class scores and moved points (refine) from the features there.
+
+    levels: of the pyramid. num_classes: K. interact: an interaction between the branches, or None; its outputs are what all that
+    follows takes. convs, channels (those of the pyramid by default): of the towers. point_channels: of the features of the points, those
+    of the towers by default. norm: GroupNorm(32) in the towers, which then have no biases (MMDetection's gn-head).
+
+    From the paper: num_points (9), transform_method, what makes a box of points (section 3.2): "moment", mean and standard deviation
+    times two learned factors, "minmax", the box around all points, "partial_minmax", around the first four; positive and negative, the
+    overlaps of the second assignment (section 4).
+    From MMDetection: gradient_mul, what of their gradient the sampling places pass on to the initial points; moment_mul, what the learned
+    factors get of theirs; base_scale, the strides that a box loss counts as 1 and the scale of the first assignment; beta, where the
+    smooth L1 becomes straight; init_weight and refine_weight, of the box losses, kept in `loss_weights`. alpha, gamma: of the focal loss.
+    prior: the score that every cell starts with.
+    Raises InputError for an unknown transform_method, num_points other than 9, 25, 49, ..., and for numbers out of their ranges.
+    """
+
+    base: Tensor
+    shapes: Tensor
+
+    def __init__(
+        self,
+        levels: Levels,
+        num_classes: int,
+        interact: Interact = None,
+        convs: int = 3,
+        channels: int | None = None,
+        point_channels: int | None = None,
+        norm: bool = False,
+        num_points: int = 9,
+        transform_method: Transform = "moment",
+        gradient_mul: float = 0.1,
+        moment_mul: float = 0.01,
+        base_scale: float = 4.0,
+        positive: float = 0.5,
+        negative: float = 0.4,
+        beta: float = 0.11,
+        init_weight: float = 0.5,
+        refine_weight: float = 1.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        prior: float = 0.01,
+    ) -> None:
+        super().__init__()
+        one_of("transform_method", transform_method, Transform)
+        argument_checks.focal(alpha, gamma, prior)
+        argument_checks.overlaps(positive, negative)
+        argument_checks.above_zero("base_scale", base_scale)
+        kernel = math.isqrt(max(num_points, 0))
+        if kernel < 3 or kernel % 2 == 0 or kernel**2 != num_points:
+            raise InputError(f"num_points={num_points} must be the square of 3, 5, 7, ...: 9, 25, 49, ...")
+        for key, value in (("gradient_mul", gradient_mul), ("moment_mul", moment_mul)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{key}={value} must be 0 to 1")
+        if not beta >= 0:
+            raise InputError(f"beta={beta} must be 0 or more")
+        channels = levels.channels[0] if channels is None else channels
+        width = channels if point_channels is None else point_channels
+        if width < 1:
+            raise InputError(f"channels={channels}, point_channels={point_channels} must be at least 1")
+        self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
+        self.num_points, self.transform_method = num_points, transform_method
+        self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta
+        self.loss_weights = {"loss_cls": 1.0, "loss_init": init_weight, "loss_refine": refine_weight}
+        self.init_assigner, self.refine_assigner = NearestPoint(base_scale), MaxIoU(positive, negative)
+        self.register_buffer("shapes", torch.stack([point_shapes(s, base_scale) for s in levels.strides]), persistent=False)  # (L, 1, 4)
+        steps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
+        grid = torch.cartesian_prod(steps, steps).view(1, 2 * num_points, 1, 1)  # (dy, dx) pairs
+        self.register_buffer("base", grid, persistent=False)
+
+        self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias=not norm)
+        self.pts_init_conv = conv(channels, width, 3)
+        self.pts_init = conv(width, 2 * num_points, 1)
+        self.cls_conv = DeformConv(channels, width, kernel)
+        self.cls = conv(width, num_classes, 1)
+        self.pts_refine_conv = DeformConv(channels, width, kernel)
+        self.pts_refine = conv(width, 2 * num_points, 1)
+        self.moment_transfer = nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None  # logs of lambda_x, lambda_y
+        normal(self)
+        start_at(self.cls.bias, prior)
+
+    def forward(self, features: Features) -> Outputs:
+        """Levels (N, C, H, W) to maps "cls" (N, K, H, W), logits, and "pts_init" and "pts_refine" (N, 2 * num_points, H, W), float32: how
+        many strides each point is away from its cell's, as (dy, dx) pairs."""
+        levels = [self._level(feature) for feature in features]
+        maps = {name: list(column) for name, column in zip(("cls", "pts_init", "pts_refine"), zip(*levels))}
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes))
+
+    def _level(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cls, pts = self.towers(feature)
+        init = self.pts_init(F.relu(self.pts_init_conv(pts))).float()  # (N, 2 * num_points, H, W)
+        offset = multiply_gradient(init, self.gradient_mul) - self.base
+        logits = self.cls(F.relu(self.cls_conv(cls, offset)))
+        moves = self.pts_refine(F.relu(self.pts_refine_conv(pts, offset))).float()
+        return logits, init, init.detach() + moves
+
+    def pseudo_boxes(self, points: Tensor) -> Tensor:
+        """Boxes (..., 4) of sets of points (..., 2 * num_points), (y, x) pairs: the function T of section 3.2."""
+        xy = points.float().unflatten(-1, (-1, 2)).flip(-1)  # (..., num_points, 2)
+        if self.moment_transfer is not None:
+            middle = xy.mean(dim=-2)
+            deviation = (xy - middle.unsqueeze(-2)).norm(dim=-2) / math.sqrt(self.num_points - 1)  # unbiased
+            half = deviation * multiply_gradient(self.moment_transfer.float(), self.moment_mul).exp()
+            return torch.cat([middle - half, middle + half], dim=-1)
+        some = xy[..., :PARTIAL, :] if self.transform_method == "partial_minmax" else xy
+        return torch.cat([some.amin(dim=-2), some.amax(dim=-2)], dim=-1)
+
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
+        """Focal loss of the scores and smooth L1 of the corners of the initial and of the refined boxes, in `base_scale` strides, each
+        summed and divided by its positives of the batch (at least one per picture).
+
+        Initial points answer for an object by place and size (`NearestPoint`), scores and refined points by the overlap of the initial
+        box (`MaxIoU`). sizes (N, 2): of the pictures inside the canvas, None: all of it. Cells beyond a picture's own padding do not count.
+        """
+        priors = outputs.priors
+        logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
+        init, refine = (flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine"))  # (N, P, 2n)
+        with torch.no_grad():
+            boxes = self._boxes(priors, init)  # (N, P, 4)
+        valid = valid_priors(outputs, self.levels.strides, sizes)  # (N, P)
+        owners_init = assign_all(self.init_assigner.assign, priors, targets, valid)  # (N, P)
+        owners = torch.stack([self.refine_assigner.match(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)])
+        first, found = positives(owners_init, targets), positives(owners, targets)
+        counts = torch.stack([(o >= 0).sum(dim=1).clamp(min=1).sum() for o in (owners_init, owners)])
+        count_init, count = mean_over_ranks(counts)
+        rows, counted = found.picture * len(priors) + found.prior, (owners != IGNORED).flatten()
+        return {
+            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma) / count,
+            "loss_init": self._box_loss(priors, init, first) / count_init,
+            "loss_refine": self._box_loss(priors, refine, found) / count,
+        }
+
+    def _box_loss(self, priors: Priors, points: Tensor, answers: Positives) -> Tensor:
+        """The sum over the positives of the smooth L1 between their points' boxes and their objects'."""
+        place, stride = centres(priors.boxes[answers.prior]).repeat(1, 2), priors.strides[answers.prior, None]
+        wanted = (answers.boxes - place) / stride  # (R, 4)
+        found = self.pseudo_boxes(points[answers.picture, answers.prior])
+        return F.smooth_l1_loss(found / self.base_scale, wanted / self.base_scale, reduction="sum", beta=self.beta)
+
+    def _boxes(self, priors: Priors, points: Tensor) -> Tensor:
+        """Boxes (N, P, 4) in pixels of points (N, P, 2 * num_points) in strides."""
+        return centres(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
+
+    def decode(self, outputs: Outputs) -> Candidates:
+        """The refined boxes (N, P, 4) and scores (N, P, K)."""
+        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
+        return Candidates(self._boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points)), scores)
+
+
+def multiply_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself, to which only `factor` of its gradient goes back."""
+    return torch.lerp(x.detach(), x, factor)

@@ -1,0 +1,131 @@
+"""MSIL: "Multi-Semantic Interactive Learning for Object Detection", Wang et al., 2023, section 3.2, equations 3 to 6."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.errors import InputError, one_of
+from fusedet.models.ops.attention import ChannelAttention
+from fusedet.models.ops.layers import GroupNorm, conv
+
+Norm = Literal["gn", "none"]
+Activation = Literal["relu", "none"]
+Gate = Literal["sigmoid", "hard_sigmoid"]
+
+
+class MSIL(nn.Module):
+    """Semantic alignment, fusion and separation between a classification and a regression branch.
+
+        E(x)  = conv(enc2(x + enc(x)))              one encoder for both branches            (3)
+        U     = fuse(concat(E(F_reg), E(F_cls)))                                             (4)
+        class = F_cls * sigmoid(dec (CAM (U) * U))  a decoder and a CAM of its own per branch (5, 6)
+        box   = F_reg * sigmoid(dec'(CAM'(U) * U))
+
+    Shared over the levels of the pyramid, after the towers and before every predictor.
+
+    channels: C of both branches, with norm="gn" a multiple of 32.
+    align: equation 3; without it E is the identity (Table 1, "w/o semantic alignment").
+    fuse: equation 4; without it each branch is gated by its own aligned map, and nothing passes between the two (ours, in no table).
+    separate: equation 5 as printed; without it the gate is sigmoid(U) (Table 1, "w/o semantic separation"; that form is a choice).
+    to_cls, to_reg: which branch is gated (Table 2). With neither the module has no parameters and changes nothing.
+    encoder_kernel, conv_kernel, fuse_kernel, decoder_kernel: odd; the paper names the layers, not their sizes (a choice: 3, 1, 1, 3).
+    reduction: of the CAM's MLP, as in CBAM, which the paper cites.
+    norm, activation: after each of the encoder's two convolutions and after the fusion, GroupNorm(32), without which these convolutions
+    have biases, and ReLU; the paper names neither (a choice). gate: the outer function of equation 5, "activation function" in the paper
+    (a choice); the one of equation 6 is printed. Both map to 0..1.
+    Raises InputError for channels that 32 groups do not divide, for even kernels and for unknown names.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        align: bool = True,
+        fuse: bool = True,
+        separate: bool = True,
+        to_cls: bool = True,
+        to_reg: bool = True,
+        encoder_kernel: int = 3,
+        conv_kernel: int = 1,
+        fuse_kernel: int = 1,
+        decoder_kernel: int = 3,
+        reduction: int = 16,
+        norm: Norm = "gn",
+        activation: Activation = "relu",
+        gate: Gate = "sigmoid",
+    ) -> None:
+        super().__init__()
+        for key, value, kind in (("norm", norm, Norm), ("activation", activation, Activation), ("gate", gate, Gate)):
+            one_of(key, value, kind)
+        if channels < 1:
+            raise InputError(f"channels={channels} must be at least 1")
+        if norm == "gn" and channels % 32:
+            raise InputError(f"msil with norm=gn needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got {channels}")
+        kernels = {"encoder": encoder_kernel, "conv": conv_kernel, "fuse": fuse_kernel, "decoder": decoder_kernel}
+        for name, kernel in kernels.items():
+            if kernel < 1 or kernel % 2 == 0:
+                raise InputError(f"{name}_kernel={kernel} must be odd, such as 1 or 3")
+        if not 1 <= reduction <= channels:
+            raise InputError(f"reduction={reduction} must be between 1 and the {channels} channels")
+        self.to_cls, self.to_reg, self.gate = to_cls, to_reg, gate
+        used = to_cls or to_reg
+        self.align = _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and used else nn.Identity()
+        self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, activation) if fuse and used else None
+        self.separate_cls = _Separate(channels, decoder_kernel, reduction) if separate and to_cls else nn.Identity()
+        self.separate_reg = _Separate(channels, decoder_kernel, reduction) if separate and to_reg else nn.Identity()
+
+    def forward(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
+        """The two branches of a level, each (N, C, H, W), to the same with the gates applied."""
+        gate_cls, gate_reg = self.gates(cls, reg)
+        return cls if gate_cls is None else cls * gate_cls, reg if gate_reg is None else reg * gate_reg
+
+    def gates(self, cls: Tensor, reg: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The pixel attention of each branch, (N, C, H, W) in 0..1; None for a branch that is left alone."""
+        if not (self.to_cls or self.to_reg):
+            return None, None
+        # the encoder is shared, so both branches go through it as one batch
+        aligned_reg, aligned_cls = self.align(torch.cat([reg, cls])).chunk(2)
+        if self.fuse:
+            aligned_cls = aligned_reg = self.fuse(torch.cat([aligned_reg, aligned_cls], dim=1))  # U
+        squash = F.hardsigmoid if self.gate == "hard_sigmoid" else torch.sigmoid
+        return (
+            squash(self.separate_cls(aligned_cls)) if self.to_cls else None,
+            squash(self.separate_reg(aligned_reg)) if self.to_reg else None,
+        )
+
+
+class _Align(nn.Module):
+    """E of equation 3: (N, C, H, W) to the same shape."""
+
+    def __init__(self, channels: int, encoder_kernel: int, conv_kernel: int, norm: Norm, activation: Activation) -> None:
+        super().__init__()
+        self.enc = _unit(channels, channels, encoder_kernel, norm, activation)
+        self.enc2 = _unit(channels, channels, encoder_kernel, norm, activation)
+        self.conv = conv(channels, channels, conv_kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.enc2(x + self.enc(x)))
+
+
+class _Separate(nn.Module):
+    """dec(CAM(U) * U) of equation 5, before the gate's function."""
+
+    def __init__(self, channels: int, kernel: int, reduction: int) -> None:
+        super().__init__()
+        self.cam = ChannelAttention(channels, reduction)  # (6)
+        self.dec = conv(channels, channels, kernel)
+
+    def forward(self, fused: Tensor) -> Tensor:
+        return self.dec(self.cam(fused) * fused)
+
+
+def _unit(inputs: int, outputs: int, kernel: int, norm: Norm, activation: Activation) -> nn.Sequential:
+    """Convolution, GroupNorm(32) or a bias, ReLU or nothing."""
+    return nn.Sequential(
+        conv(inputs, outputs, kernel, bias=norm == "none"),
+        GroupNorm(32, outputs) if norm == "gn" else nn.Identity(),
+        nn.ReLU(inplace=True) if activation == "relu" else nn.Identity(),
+    )

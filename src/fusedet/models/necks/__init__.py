@@ -1,0 +1,13 @@
+"""Necks: feature maps in, a pyramid out; the table is the whole registry."""
+
+from fusedet.models.necks.aug_fpn import AugFPN
+from fusedet.models.necks.bfp import BFP
+from fusedet.models.necks.bifpn import BiFPN
+from fusedet.models.necks.fpn import FPN
+from fusedet.models.necks.mse_fpn import MSEFPN
+from fusedet.models.necks.pafpn import PAFPN
+from fusedet.models.necks.smsl import SMSL
+
+NECKS = {"fpn": FPN, "pafpn": PAFPN, "bfp": BFP, "bifpn": BiFPN, "aug_fpn": AugFPN, "mse_fpn": MSEFPN, "smsl": SMSL}
+
+__all__ = ["BFP", "FPN", "MSEFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN"]

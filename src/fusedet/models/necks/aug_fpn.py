@@ -1,0 +1,106 @@
+"""AugFPN: "AugFPN: Improving Multi-scale Feature Learning for Object Detection", Guo et al., 2020."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.errors import InputError
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid, top_down
+from fusedet.models.ops.layers import conv, xavier
+from fusedet.types import Features, Levels
+
+
+class AugFPN(nn.Module):
+    """FPN whose coarsest lateral gets context of several scales, and whose laterals can be supervised themselves.
+
+    levels, channels, finest, coarsest, top: as in FPN. ratios: sizes of the pooled context as parts of the last map's, in (0, 1];
+    the authors' code has 0.1, 0.2, 0.3 [H]. augment: residual feature augmentation; without it, this is FPN, weight for weight.
+    auxiliary_weight: what the losses on the pyramid before its fusion count in training (consistent supervision, lambda of equation 1),
+    0 for none; 0.25 in the authors' code [H].
+
+    Choices [X]: the auxiliary losses are those of the detector's own dense head, shared with the fused pyramid, on all levels; the
+    authors' code scores M3 to M5 with an extra head on regions, which a one-stage detector has not. The third part of the paper, soft
+    RoI selection, belongs to two-stage heads. The authors' one-stage code adds the mean of the context to P6 too; here it does not.
+    Raises InputError where the body has no level `finest`, `coarsest` is below its last, or a ratio or the weight is out of range.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        channels: int = 256,
+        finest: int = 3,
+        coarsest: int = 7,
+        top: Top = "on_input",
+        ratios: tuple[float, ...] = (0.1, 0.2, 0.3),
+        augment: bool = True,
+        auxiliary_weight: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if not ratios or not all(0 < r <= 1 for r in ratios):
+            raise InputError(f"ratios={list(ratios)} must be one number or more, each above 0 and at most 1")
+        if not auxiliary_weight >= 0:
+            raise InputError(f"auxiliary_weight={auxiliary_weight} must be at least 0")
+        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.auxiliary_weight = auxiliary_weight
+        inputs = levels.channels[self.start :]
+        self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
+        self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
+        self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
+        self.context = Context(inputs[-1], channels, ratios) if augment else None
+        xavier(self)
+
+    def forward(self, features: Features) -> Features:
+        """C maps, finest first, to P maps of the promised levels."""
+        return self._fuse(features[-1], self._laterals(features))
+
+    def with_auxiliary(self, features: Features) -> tuple[Features, Features]:
+        """C maps to the P maps and to the pyramid before its fusion, both of the promised levels.
+
+        The second has the laterals M_i themselves and, above, what `top` makes of them.
+        """
+        laterals = self._laterals(features)
+        fused = self._fuse(features[-1], laterals)
+        above = fused[len(laterals) :] if self.top.kind.startswith("on_input") else self.top(features[-1], laterals[-1])
+        return fused, laterals + above
+
+    def _laterals(self, features: Features) -> Features:
+        return [lateral(c) for lateral, c in zip(self.lateral, features[self.start :])]  # M_i
+
+    def _fuse(self, last: Tensor, laterals: Features) -> Features:
+        if self.context:
+            laterals = [*laterals[:-1], laterals[-1] + self.context(last)]  # M_5 + M_6
+        outputs = [output(m) for output, m in zip(self.output, top_down(laterals))]
+        return outputs + self.top(last, outputs[-1])
+
+
+class Context(nn.Module):
+    """Residual feature augmentation: C5 pooled to several sizes, brought back and summed with weights per place: M6.
+
+    A size is the map's own times a ratio, so that context keeps the picture's aspect. The 1x1 convolution comes before the bilinear
+    resize (corners aligned); the weights are sigmoids of two convolutions over all contexts (adaptive spatial fusion) [H].
+    """
+
+    def __init__(self, inputs: int, channels: int, ratios: tuple[float, ...]) -> None:
+        super().__init__()
+        self.ratios, count = ratios, len(ratios)
+        self.reduce = nn.ModuleList(conv(inputs, channels, 1) for _ in ratios)
+        self.weigh = nn.Sequential(conv(count * channels, channels, 1), nn.ReLU(), conv(channels, count, 3))
+
+    def forward(self, c5: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, channels, H, W)."""
+        size = (c5.shape[-2], c5.shape[-1])
+        pooled = [reduce(F.adaptive_avg_pool2d(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)]
+        contexts = [F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled]  # each (N, channels, H, W)
+        weights = self.weigh(torch.cat(contexts, dim=1)).sigmoid()  # (N, ratios, H, W)
+        return (weights[:, :, None] * torch.stack(contexts, dim=1)).sum(dim=1)
+
+
+def pooled_size(size: tuple[int, int], ratio: float) -> tuple[int, int]:
+    """Height and width times ratio, rounded down, at least 1.
+
+    >>> pooled_size((25, 42), 0.1), pooled_size((25, 42), 0.3), pooled_size((2, 3), 0.1)
+    ((2, 4), (7, 12), (1, 1))
+    """
+    return max(1, int(size[0] * ratio)), max(1, int(size[1] * ratio))

@@ -1,0 +1,113 @@
+"""Gates: that of MSE-FPN ("Multi-scale semantic enhancement network for object detection", Guo et al., 2023) and its rivals.
+
+Each scales a map (N, C, H, W) by weights in 0..1 that it draws from the same map, and tells them by `weights`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.models.ops.attention import ChannelAttention
+from fusedet.models.ops.layers import conv
+
+Gate = Literal["gcg", "cag", "ca", "cam", "none"]
+
+
+def make_gate(kind: Gate, channels: int, reduction: int | None = None, cag_relu: bool = False) -> nn.Module:
+    """The gate of that name; reduction: of "ca" and "cam", their papers' 32 and 16 by default. cag_relu: of "cag"."""
+    if kind == "gcg":
+        return GCG(channels)
+    if kind == "cag":
+        return CAG(channels, cag_relu)
+    if kind == "ca":
+        return CoordinateAttention(channels, reduction or 32)
+    return CAM(channels, reduction or 16) if kind == "cam" else nn.Identity()
+
+
+def rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of each row (N, C, H, 1) and of each column (N, C, 1, W) of a map; `mean` is slow in channels_last
+    (benchmarks/operators.py)."""
+    height, width = x.shape[-2:]
+    return F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))
+
+
+class GCG(nn.Module):
+    """Gated channel guidance, eq. 9-10: sigmoid(fc1(F_h) x fc2(F_w)) * F, x the outer product of every channel's rows and columns.
+
+    fc1 and fc2 act on channels, because the sizes vary (forced); one sigmoid on the product (eq. 10).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = conv(channels, channels, 1), conv(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
+        f_h, f_w = rows_and_columns(x)
+        return torch.sigmoid(self.fc1(f_h) * self.fc2(f_w))
+
+
+class CAG(nn.Module):
+    """Channel attention guided module ("CE-FPN: Enhancing Channel Information for Object Detection", Luo et al., 2021).
+
+    sigmoid(fc1(mean) + fc2(max)) * x; relu: each term goes through a ReLU first, as one public form has it (a choice).
+    """
+
+    def __init__(self, channels: int, relu: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.relu = conv(channels, channels, 1), conv(channels, channels, 1), relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
+        mean, largest = self.fc1(x.mean(dim=(2, 3), keepdim=True)), self.fc2(x.amax(dim=(2, 3), keepdim=True))  # (N, C, 1, 1)
+        return torch.sigmoid(mean.relu() + largest.relu() if self.relu else mean + largest)
+
+
+class CoordinateAttention(nn.Module):
+    """Coordinate attention ("Coordinate Attention for Efficient Mobile Network Design", Hou et al., 2021); at least 8 channels inside."""
+
+    def __init__(self, channels: int, reduction: int = 32) -> None:
+        super().__init__()
+        inner = max(8, channels // reduction)
+        self.conv, self.norm = conv(channels, inner, 1), nn.BatchNorm2d(inner)
+        self.conv_h, self.conv_w = conv(inner, channels, 1), conv(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
+        rows, columns = rows_and_columns(x)
+        both = F.hardswish(self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2))))  # (N, inner, H + W, 1)
+        f_h, f_w = both.split([x.shape[2], x.shape[3]], dim=2)
+        return self.conv_h(f_h).sigmoid() * self.conv_w(f_w.transpose(2, 3)).sigmoid()
+
+
+class CAM(nn.Module):
+    """CBAM's channel attention ("CBAM: Convolutional Block Attention Module", Woo et al., 2018)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.attention = ChannelAttention(channels, reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        return self.weights(x) * x
+
+    def weights(self, x: Tensor) -> Tensor:
+        """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
+        found: Tensor = self.attention(x)
+        return found

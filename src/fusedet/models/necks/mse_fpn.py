@@ -1,0 +1,237 @@
+"""MSE-FPN: "Multi-scale semantic enhancement network for object detection", Guo et al., 2023."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.errors import InputError, one_of
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid, top_down
+from fusedet.models.necks.gates import Gate, make_gate
+from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.ops.precision import without_autocast
+from fusedet.types import Features, Levels
+
+Enhancement = Literal["full", "channel", "spatial", "conv1x1", "none"]
+Injection = Literal["full", "split", "conv1x1", "none"]
+GatePlace = Literal["lateral", "topdown"]
+Norm = Literal["gn1", "none"]
+
+
+class MSEFPN(nn.Module):
+    """FPN whose lateral maps receive the semantics of all levels (SEM, SIM) and pass a gate (GCG); without the three it is FPN.
+
+    levels, channels, finest, coarsest, top: as in FPN.
+
+    context: the levels S, by pyramid numbers (3 has stride 8), whose maps make the global context M, eq. 1-2. (3, 4, 5) is the paper's
+    choice, (2, 3, 4, 5) and (4, 5) its Table 3; levels below `finest` may be named.
+    sem: what M passes. "full" both branches, "channel" and "spatial" one of them (Table 4), "conv1x1" a dense 1x1 convolution
+    (Table 2's substitute; its width is a choice), "none" nothing.
+    sim: how each lateral map takes the result M'. "full" all of it (the text's reading), "split" every level its own channels of M', a
+    level outside `context` nothing (TopFormer's way, which the abstract's "divides" suggests), "conv1x1" the sum with a 1x1
+    convolution of M' (Tables 2 and 4), "none" not at all.
+    pre_conv: a 1x1 convolution more on the lateral map, before "full" or "split" (Table 5).
+    gate: "gcg", or of Table 6 "cag", "ca" (coordinate attention), or "cam" (CBAM's), or "none". gate_place: "lateral" gates every lateral
+    map before the top-down sum (eq. 10 acts on F_i), "topdown" what a level passes down ("from the higher-level features"): a choice.
+
+    Of the spatial branch: embed, C' of Q and K (a choice); v_groups, groups of W_v (1 is the text; more makes the "small increase in
+    parameters" true); norm, what "normalizing the R group" means, "gn1" GroupNorm of one group without parameters or "none" (a choice);
+    pool_first, True for eq. 6, sigmoid of the mean, False for the prose, mean of the sigmoids, which needs the (H W)^2 matrix.
+    reduction: of the channel branch, eq. 3 (a choice). sim_groups: of SIM's GroupNorm (a choice). gate_reduction: of "ca" and "cam", 32
+    and 16 by default. cag_relu: ReLU on each term of "cag" (a choice). An option of a part that is off has no effect.
+
+    Raises InputError for what FPN refuses, for levels in `context` that the body lacks, for a `sem` whose result no `sim` takes, for
+    pre_conv without SIM, and for widths that the groups do not divide.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        channels: int = 256,
+        finest: int = 3,
+        coarsest: int = 7,
+        top: Top = "on_input",
+        context: tuple[int, ...] = (3, 4, 5),
+        sem: Enhancement = "full",
+        sim: Injection = "full",
+        pre_conv: bool = False,
+        gate: Gate = "gcg",
+        gate_place: GatePlace = "lateral",
+        embed: int = 256,
+        v_groups: int = 1,
+        norm: Norm = "gn1",
+        pool_first: bool = True,
+        reduction: int = 16,
+        sim_groups: int = 32,
+        gate_reduction: int | None = None,
+        cag_relu: bool = False,
+    ) -> None:
+        super().__init__()
+        named = {"sem": sem, "sim": sim, "gate": gate, "gate_place": gate_place, "norm": norm}
+        for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, Norm)):
+            one_of(key, value, kind)
+        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        inputs = levels.channels[self.start :]
+        self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
+        self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
+        self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
+
+        if sim == "none" and sem != "none":
+            raise InputError(f"sem={sem} needs a sim that takes its result: set sem=none, or sim to full, split or conv1x1")
+        if pre_conv and sim not in ("full", "split"):
+            raise InputError(f"pre_conv=true stands before SIM, and sim={sim} has none: set pre_conv=false, or sim to full or split")
+        if sim in ("full", "split") and (sim_groups < 1 or channels % sim_groups):
+            raise InputError(f"channels={channels} must be a multiple of sim_groups={sim_groups}, the groups of SIM's GroupNorm")
+        if min(embed, reduction, 1 if gate_reduction is None else gate_reduction) < 1:
+            raise InputError(f"embed={embed}, reduction={reduction}, gate_reduction={gate_reduction} must be at least 1")
+        self.sources = [] if sim == "none" else places(levels, context)
+        widths = [levels.channels[i] for i in self.sources]
+        total, ends = sum(widths), list(accumulate(widths))
+        own = {i: slice(end - width, end) for i, width, end in zip(self.sources, widths, ends)}
+        whole = {i: slice(0, total) for i in range(self.start, len(levels)) if total}
+        taken = {i: part for i, part in (own if sim == "split" else whole).items() if i >= self.start}
+        if sim == "split" and not taken:
+            raise InputError(f"sim=split needs a level of context={tuple(context)} that is not below finest={finest}")
+        self.parts = {str(i - self.start): part for i, part in taken.items()}  # the channels of M' that a lateral map takes
+        inject = partial(SIM, groups=sim_groups, local=pre_conv) if sim in ("full", "split") else Add
+        self.sem = make_sem(sem, total, embed, reduction, v_groups, norm == "gn1", pool_first)
+        self.sim = nn.ModuleDict({i: inject(part.stop - part.start, channels) for i, part in self.parts.items()})
+        self.gate_place = gate_place
+        gates = len(inputs) - (gate_place == "topdown")  # the finest level passes nothing down
+        self.gate = nn.ModuleList(make_gate(gate, channels, gate_reduction, cag_relu) for _ in range(gates))
+        xavier(self)
+
+    def forward(self, features: Features) -> Features:
+        """C maps, finest first, to P maps of the promised levels."""
+        inputs = features[self.start :]
+        maps = [lateral(c) for lateral, c in zip(self.lateral, inputs)]  # X_i, then F_i, then T_i
+        if self.sources:
+            context = self.sem(self.global_context(features))  # M' (N, Cn, H, W)
+            for key, inject in self.sim.items():
+                maps[int(key)] = inject(maps[int(key)], context[:, self.parts[key]])
+        if self.gate_place == "lateral":
+            maps = [gate(f) for gate, f in zip(self.gate, maps)]
+        maps = top_down(maps, self.gate if self.gate_place == "topdown" else ())
+        outputs = [output(m) for output, m in zip(self.output, maps)]
+        return outputs + self.top(inputs[-1], outputs[-1])
+
+    def global_context(self, features: Features) -> Tensor:
+        """M (N, Cn, H, W), eq. 1-2: the maps of the levels S by average pooling to half of the body's last map, stride 64."""
+        height, width = features[-1].shape[-2:]
+        size = ((height + 1) // 2, (width + 1) // 2)
+        return torch.cat([F.adaptive_avg_pool2d(features[i], size) for i in self.sources], dim=1)
+
+
+class SEM(nn.Module):
+    """Semantic enhancement, eq. 3-8: M' = R' * V * M_w + M.
+
+    channels: Cn. embed, reduction, v_groups, pool_first: as in MSEFPN; gn1: normalise R. channel, spatial: the two branches, one of
+    them at least; without the channel branch M' = R' * V + M, without the spatial one M' = M * M_w + M.
+    """
+
+    def __init__(
+        self, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool, channel: bool, spatial: bool
+    ) -> None:
+        super().__init__()
+        self.channel, self.spatial, self.gn1, self.pool_first = channel, spatial, gn1, pool_first
+        if channel:
+            inner = max(1, channels // reduction)
+            self.fc2, self.fc1 = conv(channels, inner, 1), conv(inner, channels, 1)
+        if spatial:
+            if v_groups < 1 or channels % v_groups:
+                raise InputError(f"v_groups={v_groups} must divide the {channels} channels of the global context")
+            self.w_q, self.w_k = conv(channels, embed, 1), conv(channels, embed, 1)
+            self.w_v = nn.Conv2d(channels, channels, 1, groups=v_groups)
+
+    def forward(self, M: Tensor) -> Tensor:
+        """M (N, Cn, H, W) to M' of the same shape."""
+        enhanced = M
+        if self.spatial:
+            R = relation(self.w_q(M).flatten(2), self.w_k(M).flatten(2), self.gn1, self.pool_first)  # (N, H * W)
+            enhanced = R.to(M.dtype).view(M.shape[0], 1, *M.shape[2:]) * self.w_v(M)  # R' * V  (7)
+        if self.channel:
+            enhanced = enhanced * self.fc1(self.fc2(M.mean(dim=(2, 3), keepdim=True)).relu()).sigmoid()  # M_w  (3)
+        return enhanced + M  # (8)
+
+
+def relation(Q: Tensor, K: Tensor, gn1: bool = True, pool_first: bool = True, eps: float = 1e-5) -> Tensor:
+    """R' of eq. 6: Q and K (B, C', N), N cells, to (B, N) in 0..1, from R = Q^T K, normalised over all its N x N entries where gn1.
+
+    R is read as N maps of N cells, and the pooling takes the mean over the maps; the other reading, over the cells of each map, is the
+    same function with W_q and W_k exchanged. Computed in float32 at least, inside autocast too.
+
+    With pool_first, R itself is never made: with q, k the means of Q's and K's columns and Q_c, K_c what is left of them, an entry is
+    q.k + Q_c[n].k + q.K_c[m] + Q_c[n].K_c[m]. Over all n and m the last three have mean 0 and are uncorrelated, so that the first is
+    the mean of R, their mean squares add up to its variance, and the mean over n leaves q.k + q.K_c[m].
+    """
+    Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))
+    with without_autocast(Q):
+        if not pool_first:
+            R = Q.transpose(1, 2) @ K  # (B, N, N)
+            return (F.layer_norm(R, R.shape[1:], eps=eps) if gn1 else R).sigmoid().mean(dim=1)
+        q, k = Q.mean(dim=2, keepdim=True), K.mean(dim=2, keepdim=True)  # (B, C', 1)
+        if not gn1:
+            return (q * K).sum(dim=1).sigmoid()
+        Q_c, K_c = Q - q, K - k
+        pooled = (q * K_c).sum(dim=1)  # (B, N), less the mean of R
+        gram = (Q_c @ Q_c.transpose(1, 2) * (K_c @ K_c.transpose(1, 2))).sum(dim=(1, 2)) / Q.shape[2] ** 2
+        variance = (Q_c * k).sum(dim=1).square().mean(dim=1) + pooled.square().mean(dim=1) + gram  # (B,)
+        return torch.sigmoid(pooled * torch.rsqrt(variance + eps)[:, None])
+
+
+class SIM(nn.Module):
+    """Semantic injection: F_i = X_i * up(sigmoid(GN(conv(M')))) + up(GN(conv(M'))), figure 4.
+
+    inputs: channels of M'. "Matrix multiplication" is element-wise, since the three have one size. Convolution, norm and sigmoid come
+    before the bilinear enlargement (TopFormer's way). local: a 1x1 convolution of X_i first (Table 5).
+    """
+
+    def __init__(self, inputs: int, channels: int, groups: int = 32, local: bool = False) -> None:
+        super().__init__()
+        self.local = conv(channels, channels, 1) if local else nn.Identity()
+        self.gate = nn.Sequential(conv(inputs, channels, 1), GroupNorm(groups, channels))
+        self.semantics = nn.Sequential(conv(inputs, channels, 1), GroupNorm(groups, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (N, C, H_i, W_i) and M' (N, inputs, H, W) to F_i, of the shape of x."""
+        return self.local(x) * enlarge(self.gate(context).sigmoid(), x) + enlarge(self.semantics(context), x)
+
+
+class Add(nn.Module):
+    """The substitute of SIM: F_i = X_i + up(conv(M'))."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(inputs, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (N, C, H_i, W_i) and M' (N, inputs, H, W) to F_i, of the shape of x."""
+        return x + enlarge(self.conv(context), x)
+
+
+def make_sem(kind: Enhancement, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool) -> nn.Module:
+    """What the global context of that many channels passes."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "conv1x1":
+        return conv(channels, channels, 1)
+    return SEM(channels, embed, reduction, v_groups, gn1, pool_first, channel=kind != "spatial", spatial=kind != "channel")
+
+
+def enlarge(x: Tensor, like: Tensor) -> Tensor:
+    """x by bilinear interpolation in the size of `like`."""
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def places(levels: Levels, context: tuple[int, ...]) -> list[int]:
+    """Where the levels with these pyramid numbers stand among a body's maps, finest first."""
+    missing = [i for i in context if 2**i not in levels.strides]
+    if missing or not context or len(set(context)) < len(context):
+        numbers = [stride.bit_length() - 1 for stride in levels.strides]
+        raise InputError(f"context={tuple(context)} must name some of the body's levels {numbers}, each once")
+    return sorted(levels.strides.index(2**i) for i in context)

@@ -1,0 +1,138 @@
+"""Deformable convolutions: "Deformable Convolutional Networks", Dai et al., 2017 (v1), and Zhu et al., 2019 (v2, modulated)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
+
+from fusedet.models.ops.precision import without_autocast
+
+
+class DeformConv(nn.Module):
+    """A convolution that samples at given offsets; keeps the size at stride 1.
+
+    weight (outputs, inputs / groups, kernel, kernel); bias (outputs,) where asked. The sampling has kernels for float32 alone, so that
+    is what it computes in; the result has the type of the input.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, dilation: int = 1, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.kernel, self.stride, self.dilation = outputs, kernel, stride, dilation
+        self.padding = dilation * (kernel // 2)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, kernel, kernel))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+        nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (N, C, H, W), offset (N, 2 * kernel^2, H', W') in cells as (dy, dx) pairs row by row, mask (N, kernel^2, H', W') or None."""
+        bias = None if self.bias is None else self.bias.float()
+        # the same by two ways: torchvision's kernel for the CPU is slower than sampling rows (benchmarks/operators.py)
+        convolve = deform_conv2d_by_rows if x.device.type == "cpu" else deform_conv2d
+        with without_autocast(x):
+            y = convolve(
+                x.float(),
+                offset.float(),
+                self.weight.float(),
+                bias,
+                stride=self.stride,
+                padding=self.padding,
+                dilation=self.dilation,
+                mask=None if mask is None else mask.float(),
+            )
+        return y.to(x.dtype)
+
+
+class DeformPack(DeformConv):
+    """A deformable convolution that predicts its own offsets, and its mask where `modulated`; starts as the plain convolution
+    (times one half where modulated, as a sigmoid starts)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+        modulated: bool = False,
+    ) -> None:
+        super().__init__(inputs, outputs, kernel, stride, groups, dilation, bias)
+        self.modulated, self.points = modulated, kernel**2
+        self.offset = nn.Conv2d(inputs, (3 if modulated else 2) * self.points, kernel, stride, self.padding, dilation)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) to (N, outputs, H', W')."""
+        offset = self.offset(x)
+        if self.modulated:
+            offset, logits = offset.split([2 * self.points, self.points], dim=1)
+            mask = logits.sigmoid()
+        return super().forward(x, offset, mask)
+
+
+def offset_convolutions(module: nn.Module) -> set[nn.Module]:
+    """The convolutions inside that predict offsets."""
+    return {m.offset for m in module.modules() if isinstance(m, DeformPack)}
+
+
+def deform_conv2d_by_rows(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`torchvision.ops.deform_conv2d` of one offset group, by torch's own operations; its arguments, with square kernels.
+
+    A map in channels_last is a table of rows of C numbers, and a sample a weighted sum of four rows: an embedding bag. What it samples,
+    9 C numbers per cell for a 3x3 kernel, is kept for the backward pass.
+    """
+    kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
+    samples = sample_rows(x, offset, kernel, stride, padding, dilation, mask)  # (N, H' * W', K, C)
+    if groups == 1:
+        out = samples.flatten(2) @ weight.permute(2, 3, 1, 0).flatten(0, 2)  # (N, H' * W', outputs)
+    else:
+        columns = (
+            samples.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2)
+        )  # (groups, N * H' * W', K * C / groups)
+        weights = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (groups, K * C / groups, outputs / groups)
+        out = (columns @ weights).transpose(0, 1).flatten(1).unflatten(0, samples.shape[:2])
+    if bias is not None:
+        out = out + bias
+    return out.transpose(1, 2).unflatten(2, offset.shape[2:])
+
+
+def sample_rows(x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int, mask: Tensor | None) -> Tensor:
+    """x (N, C, H, W) at every point of every cell's kernel, moved by its offset, bilinear, 0 outside: (N, H' * W', kernel^2, C)."""
+    (n, channels, height, width), (rows, columns) = x.shape, offset.shape[2:]
+    steps = torch.arange(kernel, device=x.device) * dilation - padding
+    moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 3, 4, 1)  # (2, N, H', W', K), dy and dx
+    y = moves[0] + (torch.arange(rows, device=x.device) * stride)[:, None, None] + steps.repeat_interleave(kernel)
+    x_ = moves[1] + (torch.arange(columns, device=x.device) * stride)[:, None] + steps.repeat(kernel)
+    top, left = y.detach().floor(), x_.detach().floor()
+    first = (torch.arange(n, device=x.device) * height * width)[:, None, None, None]  # of each picture's rows
+    places, shares = [], []
+    for i, share_y in ((top, top + 1 - y), (top + 1, y - top)):
+        for j, share_x in ((left, left + 1 - x_), (left + 1, x_ - left)):
+            inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+            # what is not a number points anywhere and stays so by its share
+            cell = i.nan_to_num().clamp(0, height - 1) * width + j.nan_to_num().clamp(0, width - 1)
+            places.append(cell.long() + first)
+            shares.append(share_y * share_x * inside)
+    share = torch.stack(shares, dim=-1)  # (N, H', W', K, 4)
+    if mask is not None:
+        share = share * mask.permute(0, 2, 3, 1)[..., None]
+    table = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    samples = F.embedding_bag(torch.stack(places, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=share.view(-1, 4))
+    return samples.view(n, rows * columns, kernel**2, channels)

@@ -1,0 +1,62 @@
+"""Maps of all levels brought to one size and back (Libra R-CNN, 2019, section 3.2), and the refinement between the two."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fusedet.models.ops.layers import conv
+from fusedet.types import Features
+
+Size = tuple[int, int]
+
+
+def shrink(x: Tensor, size: Size) -> Tensor:
+    """Adaptive max pooling of (N, C, H, W) to size; a plain window where the sizes divide, which is the same and much faster."""
+    (height, width), (h, w) = x.shape[-2:], size
+    if height % h == 0 and width % w == 0:
+        return F.max_pool2d(x, (height // h, width // w))
+    return F.adaptive_max_pool2d(x, size)
+
+
+def grow(x: Tensor, size: Size) -> Tensor:
+    """Nearest neighbours of (N, C, H, W) at size."""
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def gather(features: Features, level: int) -> Features:
+    """Every level in the size of level number `level`: finer ones by max pooling, coarser ones by nearest neighbours."""
+    size = (features[level].shape[-2], features[level].shape[-1])
+    return [shrink(f, size) if i < level else f if i == level else grow(f, size) for i, f in enumerate(features)]
+
+
+def scatter(x: Tensor, like: Tensor, place: int, level: int) -> Tensor:
+    """The way back of `gather`: a map of level number `level` in the size of `like`, which is level number `place`."""
+    size = (like.shape[-2], like.shape[-1])
+    return grow(x, size) if place < level else x if place == level else shrink(x, size)
+
+
+class NonLocal(nn.Module):
+    """x + out(softmax(theta(x)^T phi(x)) g(x)), embedded Gaussian ("Non-local Neural Networks", Wang et al., 2018, eq. 6).
+
+    channels: of x and of the embeddings. scale: divide the products by the square root of channels. zero_init: the last convolution
+    starts at zero, so that the module starts as the identity.
+    """
+
+    def __init__(self, channels: int, scale: bool = True, zero_init: bool = True) -> None:
+        super().__init__()
+        self.theta, self.phi, self.g, self.out = (conv(channels, channels, 1) for _ in range(4))
+        self.scale = 1 / math.sqrt(channels) if scale else 1.0
+        for m in (self.theta, self.phi, self.g):
+            nn.init.normal_(m.weight, std=0.01)
+            nn.init.zeros_(m.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.out.weight, std=0.0 if zero_init else 0.01)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        query, key, value = (m(x).flatten(2).transpose(1, 2) for m in (self.theta, self.phi, self.g))  # (N, H * W, C)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return x + self.out(mixed.transpose(1, 2).reshape(x.shape))

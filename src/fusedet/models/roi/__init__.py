@@ -1,0 +1,14 @@
+"""The second look of two-stage detectors: a stage classifies regions and betters their boxes, a branch adds masks or better boxes."""
+
+from fusedet.models.roi.box import BoxStage
+from fusedet.models.roi.dynamic import DynamicStage
+from fusedet.models.roi.grid import GridBranch
+from fusedet.models.roi.mask import MaskBranch
+from fusedet.models.roi.pooling import LevelPooling
+from fusedet.models.roi.soft_pooling import SoftPooling
+
+STAGES = {"box": BoxStage, "dynamic": DynamicStage}
+BRANCHES = {"mask": MaskBranch, "grid": GridBranch}
+POOLINGS = {"level": LevelPooling, "soft": SoftPooling}
+
+__all__ = ["BRANCHES", "POOLINGS", "STAGES", "BoxStage", "DynamicStage", "GridBranch", "LevelPooling", "MaskBranch", "SoftPooling"]

@@ -1,0 +1,83 @@
+"""Which proposals a stage learns from: assigned by overlap, objects themselves added, sampled (Fast R-CNN, 2015, 2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fusedet.models.ops.assigners import IGNORED, MaxIoU, objects
+from fusedet.models.ops.samplers import Sampler
+from fusedet.types import Proposals, Target
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Regions of a batch to learn from, picture by picture.
+
+    rois (S, 5), the picture's number and a box in pixels; owners (S,) int64, the object's index within its picture, -1 background;
+    picture (S,) int64; added (S,) bool, the region is an object's own box.
+    """
+
+    rois: Tensor
+    owners: Tensor
+    picture: Tensor
+    added: Tensor | None = None
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """The rows (R,) of those that answer for an object; the first look waits for a GPU."""
+        return (self.owners >= 0).nonzero().squeeze(1)
+
+    def objects(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+        """Boxes (R, 4) and labels (R,) of the positive ones' objects."""
+        return objects(targets, self.picture[self.positive], self.owners[self.positive])
+
+
+class Matched(NamedTuple):
+    """The objects' own boxes, then the proposals of a batch: boxes (N, P, 4), owners (N, P), -1 background and -2 padding, overlaps
+    (N, P) with the nearest object, -1 for padding; objects, how many of P are places of objects."""
+
+    boxes: Tensor
+    owners: Tensor
+    overlaps: Tensor
+    objects: int
+
+
+@torch.no_grad()
+def match(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> Matched:
+    """Proposals, with the objects added, that overlap an object by `positive` or more are its own."""
+    assigner = MaxIoU(positive, positive, low_quality=False)
+    found = [assigner.match(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)]
+    owners, overlaps = (torch.stack(column) for column in zip(*found))  # (N, R)
+    real = torch.arange(owners.shape[1], device=owners.device) < proposals.counts[:, None]
+    objects = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)
+    numbers = torch.arange(objects.shape[1], device=owners.device)
+    present = numbers < torch.tensor([len(t) for t in targets], device=owners.device)[:, None]
+    return Matched(
+        torch.cat([objects, proposals.boxes], dim=1),
+        torch.cat([torch.where(present, numbers, IGNORED), torch.where(real, owners, IGNORED)], dim=1),
+        torch.cat([2.0 * present - 1, torch.where(real, overlaps, -1)], dim=1),
+        objects.shape[1],
+    )
+
+
+@torch.no_grad()
+def draw(matched: Matched, sampler: Sampler) -> Samples:
+    """A random choice of them."""
+    picture, place = sampler.sample(matched.owners, matched.overlaps).nonzero(as_tuple=True)  # (S,); a GPU is waited for
+    boxes = matched.boxes[picture, place]
+    rois = torch.cat([picture[:, None].to(boxes.dtype), boxes], dim=1)
+    return Samples(rois, matched.owners[picture, place], picture, place < matched.objects)
+
+
+def as_proposals(boxes: Tensor, picture: Tensor, pictures: int) -> Proposals:
+    """Boxes (S, 4) of picture (S,), in order, as the proposals of a batch of `pictures`."""
+    counts = torch.bincount(picture, minlength=pictures)
+    padded = pad_sequence(boxes.split(counts.tolist()), batch_first=True)
+    return Proposals(padded, padded.new_zeros(padded.shape[:2]), counts)

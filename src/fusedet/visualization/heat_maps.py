@@ -1,0 +1,123 @@
+"""Heat maps over a picture, level by level, and the shares that levels take of each other."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from fusedet.visualization import colors
+from fusedet.visualization.figure import DARK, clean, new_figure, save, tint
+
+COLOURS = "inferno"  # darker to brighter all the way, also in grey print and for colour-blind readers
+CELL = 1.5  # inches, the longer side of a picture
+ABSENT = "not in\nthis detector"
+UNTOUCHED = "no map here"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One detector's block: a title above it, the picture that stands before its maps, and of each row the maps (H, W) by column.
+
+    marked: what stands first. A row that is absent the detector lacks; a column that a row lacks had no part in the score.
+    """
+
+    title: str
+    marked: Image.Image
+    rows: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def maps(
+    picture: Image.Image,
+    panels: Sequence[Panel],
+    captions: Mapping[str, str],
+    columns: Sequence[str],
+    path: str | Path,
+    title: str,
+    unit: str,
+    top: float | None = None,
+) -> None:
+    """Rows of maps over the picture, the panels side by side, all in one colour scale from 0 to the highest value, or to `top`.
+
+    Up to the highest value the colours go by its square root, which keeps what is a tenth of it visible; up to `top` they are even.
+    captions: what each row shows, by its key, in the order of the rows. columns: of the maps, in order. unit: of the values.
+    """
+    peak = max((float(x.max()) for panel in panels for row in panel.rows.values() for x in row.values()), default=0.0)
+    scale = PowerNorm(0.5, 0, peak or 1.0) if top is None else Normalize(0, top)
+    across = 1 + len(columns)
+    ratio = picture.height / picture.width
+    wide, high = (CELL, CELL * ratio) if ratio <= 1 else (CELL / ratio, CELL)
+    ratios = [width for i in range(len(panels)) for width in ([0.12] if i else []) + [1.0] * across]
+    figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
+    blank = np.ones((*grey.shape[:2], 3))
+    grid = figure.subplots(len(captions), len(ratios), squeeze=False, width_ratios=ratios)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for p, panel in enumerate(panels):
+        left = p * (across + 1)
+        grid[0, left].set_title(panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([panel.title]))
+        for axes, column in zip(grid[0, left + 1 :], columns):
+            axes.set_title(column, fontsize=9, color=DARK)
+        for r, key in enumerate(captions):
+            row = panel.rows.get(key)
+            grid[r, left].imshow(blank if row is None else np.asarray(panel.marked))
+            for axes, column in zip(grid[r, left + 1 :], columns):
+                if row is not None and column in row:
+                    axes.imshow(over(grey, np.asarray(scale(row[column]))), interpolation="none")
+                else:
+                    axes.imshow(blank)
+                    text = ABSENT if row is None else UNTOUCHED
+                    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="#767676")
+    for r, caption in enumerate(captions.values()):
+        axes = grid[r, 0]
+        axes.text(-0.06, 0.5, textwrap.fill(caption, 20), transform=axes.transAxes, ha="right", va="center", fontsize=9, color=DARK)
+    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.02, ticks=MaxNLocator(4))
+    bar.outline.set_visible(False)
+    bar.set_label(unit, color=DARK, fontsize=9)
+    bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
+    save(figure, path)
+
+
+def over(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A grey picture (H, W, 1) in 0..1 under a map (H, W) in 0..1: (H, W, 3), the hotter the less of the picture."""
+    colour = colormaps[COLOURS](heat)[..., :3]
+    cover = 0.45 + 0.4 * heat.clip(0, 1)[..., None]
+    mixed: np.ndarray = (1 - cover) * grey + cover * colour
+    return mixed.clip(0, 1)
+
+
+def shares(panels: Sequence[tuple[str, Sequence[str], np.ndarray, np.ndarray]], path: str | Path, title: str) -> None:
+    """Bars of how much each target takes of each level, a group of bars per target, with a thin line for the spread over the channels.
+
+    panels: title, names of L levels, means (T, L) over the channels and ends (2, T, L) of the spread; T is L, or L + 1 where a global
+    target is the last. The dashed line is 1 / L, what each level would have in a plain mean.
+    """
+    widest = max(mean.size for _, _, mean, _ in panels)
+    figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    top = max(float(ends.max()) for *_, ends in panels)
+    for axes, (name, levels, mean, ends) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        clean(axes)
+        axes.grid(False, axis="x")
+        axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([name]))
+        count = len(levels)
+        width = 0.8 / count
+        for level in range(count):
+            at = np.arange(len(mean)) + (level - (count - 1) / 2) * width
+            axes.bar(at, mean[:, level], 0.9 * width, color=tint(level), label=levels[level])
+            axes.vlines(at, ends[0, :, level], ends[1, :, level], color=DARK, lw=0.8)
+        axes.axhline(1 / count, color=DARK, lw=1, ls=(0, (4, 3)))
+        axes.set_xticks(range(len(mean)), [f"to\n{level}" for level in levels] + ["to the\nglobal one"] * (len(mean) - count))
+        axes.set(ylim=(0, min(1.0, 1.08 * top)), ylabel="weight")
+        axes.legend(title="taken from", alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    save(figure, path)

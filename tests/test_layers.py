@@ -1,0 +1,80 @@
+"""Imports go one way: a room imports from lower ranks only, rooms of one rank never import each other, files form no cycle."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
+RANKS = [
+    {"errors"},
+    {"types", "config", "safe_load", "atomic_io"},
+    {"models.build", "models.ops", "models.profiling"},
+    {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},
+    {"models.detectors"},
+    {"engine", "evaluation", "visualization", "export", "interop"},
+    {"api"},
+    {"ablation"},
+    {"cli"},
+]
+RANK = {room: i for i, rooms in enumerate(RANKS) for room in rooms}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it, as dotted paths below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fusedet":
+            inside = node.module.split(".")[1:]
+            names = [".".join([*inside, alias.name]) for alias in node.names]
+            found |= {n if is_module(n) else ".".join(inside) for n in names} - {""}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("fusedet.")}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def files() -> list[Path]:
+    return [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package(module: str) -> str:
+    """The package of a module: the first part of its name, of `models` the first two."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "models" else 1])
+
+
+def test_every_room_has_a_rank() -> None:
+    assert {package(name(p)) for p in files()} - {"models"} <= set(RANK)
+
+
+def test_imports_go_down() -> None:
+    wrong = []
+    for path in files():
+        room = package(name(path))
+        for target in imports(path):
+            other = package(target)
+            if other != room and RANK[other] >= RANK[room]:
+                wrong.append(f"{name(path)} imports {target}")
+    assert not wrong
+
+
+def test_no_cycles_within_rooms() -> None:
+    graph = {name(p): {t for t in imports(p) if package(t) == package(name(p))} for p in files()}
+    while graph:
+        leaves = {n for n, targets in graph.items() if not targets & set(graph) - {n}}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for leaf in leaves:
+            del graph[leaf]
+
+
+def test_layers_alone_read_the_mode() -> None:
+    """forward, loss and predict work in train and eval mode alike: `self.training` is read nowhere."""
+    assert not [name(p) for p in files() if "self.training" in p.read_text()]
