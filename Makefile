@@ -8,7 +8,7 @@ BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap 
 .PHONY: help demo test soak lint bench clean
 
 help:
-	@echo "make demo   generate pictures, train a small detector on them, score it and draw what it finds"
+	@echo "make demo   generate images, train a small detector on them, score it and draw what it finds"
 	@echo "make test   all tests, WORKERS=$(WORKERS) at a time"
 	@echo "make soak   the tests that take hours in all: memory over thousands of steps, large annotations, killed processes"
 	@echo "make lint   ruff and mypy"

@@ -1,4 +1,4 @@
-"""torchvision's own Faster R-CNN-R18 on BCCD with the recipe of `faster_rcnn_r18_small`: our pictures, schedule and scoring, its detector.
+"""torchvision's own Faster R-CNN-R18 on BCCD with the recipe of `faster_rcnn_r18_small`: our images, schedule and scoring, its detector.
 
 Prints COCO's figures on `test` as JSON, which docs/bccd.md compares with; 69 minutes on one core beside other work.
 """
@@ -23,7 +23,7 @@ from fusedet.errors import InputError
 from fusedet.types import Batch, Detections
 
 
-def pictures(batch: Batch) -> list[Tensor]:
+def images(batch: Batch) -> list[Tensor]:
     """(3, H, W) floats in 0..1, without the padding."""
     return [image[:, :h, :w].float() / 255 for image, (h, w) in zip(batch.images, batch.sizes.tolist())]
 
@@ -60,7 +60,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * factor
             targets = [{"boxes": target.boxes, "labels": target.labels + 1} for target in batch.targets or ()]
-            loss = sum(model(pictures(batch), targets).values())
+            loss = sum(model(images(batch), targets).values())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm or float("inf"))
@@ -71,7 +71,7 @@ def main() -> None:
     results = []
     for batch in validate.val_loader(options, test, 0, 1):
         with torch.no_grad():
-            found = model(pictures(batch))
+            found = model(images(batch))
         for one, image_id, scale in zip(found, batch.ids, batch.scales):
             own = Detections(one["boxes"] / scale.repeat(2), one["scores"], one["labels"] - 1)
             results += own.to_coco(image_id, test.category_ids)

@@ -10,7 +10,7 @@ import argparse
 import time
 
 from common import own_peak, report
-from evaluate import detections, records
+from evaluate import dataset, detections
 
 from fusedet.evaluation import coco, paired_bootstrap
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
-    data = records(options.images, options.objects, 0)
+    data = dataset(options.images, options.objects, 0)
     a, b = (detections(data, options.detections, seed) for seed in (0, 1))
     before, wall, cpu = own_peak(), [], []
     for _ in range(options.repeats):

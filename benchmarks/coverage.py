@@ -1,8 +1,8 @@
-"""How often the bootstrap's intervals of a difference of AP hold the true difference, by the number of pictures.
+"""How often the bootstrap's intervals of a difference of AP hold the true difference, by the number of images.
 
-Two runs of known worth on pictures drawn anew each time, as tests/test_bootstrap.py draws them; beside the interval that
+Two runs of known worth on images drawn anew each time, as tests/test_bootstrap.py draws them; beside the interval that
 fusedet gives stand others from the same resamples. Prints one JSON object.
-Usage: python benchmarks/coverage.py [--pictures 20 50 100 200] [--data-sets 2000] [--resamples 199]
+Usage: python benchmarks/coverage.py [--images 20 50 100 200] [--data-sets 2000] [--resamples 199]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from common import report
 
-from fusedet.evaluation.bootstrap import _average_precision, drawn_pictures
+from fusedet.evaluation.bootstrap import _average_precision, drawn_images
 from fusedet.evaluation.confidence_intervals import percentiles
 from fusedet.evaluation.results import Found
 
@@ -31,19 +31,19 @@ def resampled_ap(run: Found, owner: np.ndarray, weights: np.ndarray) -> np.ndarr
     return _average_precision(weights, run.images[order], np.ones(len(order), bool), hit, np.zeros_like(hit), owner)[0]
 
 
-def shares(pictures: int, sets: int, resamples: int) -> dict[str, float]:
-    """Of `sets` data sets the share whose interval holds the truth, for each kind of interval."""
+def shares(images: int, sets: int, resamples: int) -> dict[str, float]:
+    """Of `sets` datasets the share whose interval holds the truth, for each kind of interval."""
     rng = np.random.default_rng(7)
     held = dict.fromkeys(("fusedet", "percentile", "basic", "normal"), 0)
     for i in range(sets):
-        data, a, b, true = draw(rng, pictures)
-        owner = np.repeat(np.arange(pictures), np.diff(data.offsets.numpy()))
-        weights = drawn_pictures(pictures, resamples, i)
+        data, a, b, true = draw(rng, images)
+        owner = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
+        weights = drawn_images(images, resamples, i)
         change = resampled_ap(b, owner, weights) - resampled_ap(a, owner, weights)
         here, spread = change[0], 1.96 * change[1:].std(ddof=1)
         low, high = percentiles(change[1:], MANY)
         ends = {
-            "fusedet": percentiles(change[1:], pictures),
+            "fusedet": percentiles(change[1:], images),
             "percentile": (low, high),
             "basic": (2 * here - high, 2 * here - low),
             "normal": (here - spread, here + spread),
@@ -55,11 +55,11 @@ def shares(pictures: int, sets: int, resamples: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, nargs="+", default=[20, 50, 100, 200])
+    parser.add_argument("--images", type=int, nargs="+", default=[20, 50, 100, 200])
     parser.add_argument("--data-sets", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=199)
     options = parser.parse_args()
-    found = {n: shares(n, options.data_sets, options.resamples) for n in options.pictures}
+    found = {n: shares(n, options.data_sets, options.resamples) for n in options.images}
     report(benchmark="coverage", data_sets=options.data_sets, resamples=options.resamples, level=0.95, held=found)
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from common import own_peak, report
 
 from fusedet import evaluation
-from fusedet.data.dataset import Record, Records
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 
 CLASSES, HEIGHT, WIDTH = 80, 480, 640
 
 
-def records(images: int, objects: int, seed: int) -> Records:
-    """Pictures with objects of 80 classes, frequent and rare, of log-uniform size; 1 % are crowds; ids have gaps."""
+def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
+    """Images with objects of 80 classes, frequent and rare, of log-uniform size; 1 % are crowds; ids have gaps."""
     rng = np.random.default_rng(seed)
     owner = np.sort(rng.integers(0, images, objects))
     share = 1 / np.arange(1, CLASSES + 1)
@@ -37,18 +37,20 @@ def records(images: int, objects: int, seed: int) -> Records:
     crowd = rng.uniform(size=objects) < 0.01
     edges = np.searchsorted(owner, np.arange(images + 1))
 
-    def one(i: int) -> Record:
+    def one(i: int) -> ImageAnnotations:
         own = slice(edges[i], edges[i + 1])
         area = (boxes[own, 2:] - boxes[own, :2]).prod(axis=1) * 0.6
         nothing = [None] * (edges[i + 1] - edges[i])
-        return Record(3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing)
+        return ImageAnnotations(3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing)
 
     names = [f"class {k}" for k in range(CLASSES)]
-    return Records.build(names, (k + k // 10 + 1 for k in range(CLASSES)), map(one, range(images)), source="generated", form="coco")
+    return DetectionDataset.build(
+        names, (k + k // 10 + 1 for k in range(CLASSES)), map(one, range(images)), source="generated", form="coco"
+    )
 
 
-def detections(data: Records, count: int, seed: int) -> list[dict]:
-    """Results around the objects (half), the rest anywhere and mostly of low score; the same number for each picture."""
+def detections(data: DetectionDataset, count: int, seed: int) -> list[dict]:
+    """Results around the objects (half), the rest anywhere and mostly of low score; the same number for each image."""
     rng = np.random.default_rng(seed + 1)
     each = count // len(data)
     results = []
@@ -74,7 +76,7 @@ def detections(data: Records, count: int, seed: int) -> list[dict]:
 
 def measure(evaluator: str, images: int, count: int, objects: int, seed: int) -> None:
     """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the figures."""
-    data = records(images, objects, seed)
+    data = dataset(images, objects, seed)
     results = detections(data, count, seed)
     evaluation.coco(data, [], evaluator=evaluator)  # imports are not what is measured
     truth = evaluation.coco_ground_truth(data) if evaluator != "fusedet" else {}

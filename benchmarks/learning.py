@@ -1,4 +1,4 @@
-"""Does every detector learn? Each trains from scratch on the demo's pictures, with one body, size, recipe and number of epochs.
+"""Does every detector learn? Each trains from scratch on the demo's images, with one body, size, recipe and number of epochs.
 
 Prints a JSON line per detector, then a table; exits with 1 where one stays below its stated AP50. A run that is there is not made again,
 one that was stopped goes on. Seconds are those of the training steps.
@@ -25,7 +25,7 @@ from fusedet.config import Config
 from fusedet.data.synthetic import generate
 from fusedet.errors import InputError
 
-PICTURES, SEED = 800, 0  # as `fusedet demo`
+IMAGES, SEED = 800, 0  # as `fusedet demo`
 COMMON = [
     "model.backbone.name=regnetx_002",
     "data.size=[256,256]",
@@ -47,7 +47,7 @@ LEAST = {
     "grid_rcnn": {"AP50": 0.83},
     "libra_rcnn": {"AP50": 0.83},
 }
-"""What each detector must reach on the validation pictures: COCO's AP50 of boxes and, where it finds masks, of masks."""
+"""What each detector must reach on the validation images: COCO's AP50 of boxes and, where it finds masks, of masks."""
 
 
 def recipe(name: str, data: Path, out: Path) -> Config:
@@ -75,14 +75,14 @@ def figures(name: str, run: Path) -> dict[str, Any]:
     """What a finished run found, how long its steps took, and whether it is good enough."""
     batch = config.load(run / "config.yaml").train.batch
     scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    pictures, seconds, before = 0, 0.0, 0
+    images, seconds, before = 0, 0.0, 0
     for row in csv.DictReader((run / "speed.csv").read_text().splitlines()):
         seen = batch * (int(row["step"]) - before)
-        pictures, seconds, before = pictures + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
+        images, seconds, before = images + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
     found = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
     least = {f"least_{key}": value for key, value in LEAST[name].items()}
     reached = all(scores[key] >= value for key, value in LEAST[name].items())
-    pace = {"seconds": round(seconds), "images_per_second": round(pictures / seconds, 1)}
+    pace = {"seconds": round(seconds), "images_per_second": round(images / seconds, 1)}
     return {"detector": name, **found, **least, "reached": reached, **pace}
 
 
@@ -113,14 +113,14 @@ def main() -> None:
     """Train, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(LEAST), choices=list(LEAST), help="some of the detectors")
-    parser.add_argument("--data", type=Path, help="the folder of the generated pictures, by default data in --out")
+    parser.add_argument("--data", type=Path, help="the folder of the generated images, by default data in --out")
     parser.add_argument("--out", type=Path, default=Path("learning"), help="the folder of the runs")
     parser.add_argument("--beside", type=int, default=1, help="detectors that train at a time")
     options = parser.parse_args()
     names = [name for name in LEAST if name in options.only]
     found: dict[str, dict[str, Any]] = {}
     try:
-        data = generate(options.data or options.out / "data", images=PICTURES, seed=SEED)
+        data = generate(options.data or options.out / "data", images=IMAGES, seed=SEED)
         for name in runs(names, data, options.out, options.beside):
             found[name] = figures(name, options.out / name)
             print(json.dumps(found[name]), flush=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--images 40] [--batch 2]
 
-Both sides read the same 640x480 pictures, flip half of them, resize to 800/1333, normalise and pad, in one process and
+Both sides read the same 640x480 images, flip half of them, resize to 800/1333, normalise and pad, in one process and
 one thread, in turn batch by batch. Printed as JSON: median milliseconds per image, the ratio of the medians (above 1:
 fusedet is faster), and the peak memory of each side in a process of its own.
 """
@@ -30,48 +30,48 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from fusedet.data import synthetic
-from fusedet.data.dataset import Record, Records
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.loader import train_loader
 from fusedet.data.transforms import Train
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEIGHT, SHORT, LONG = 640, 480, 800, 1333
 INCLUDES = {
-    "fusedet": "records, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
+    "fusedet": "dataset, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
     "fusedet_uint8": "the same up to the uint8 batch, which is what travels to the device; a model normalises there",
     "torchvision": "CocoDetection wrapped for transforms.v2 (Pillow decode), references/detection's preset (PILToTensor, flip, float, "
     "sanitise), then GeneralizedRCNNTransform (normalise, resize of float, pad), as its models do inside",
 }
 
 
-def write_pictures(folder: Path, count: int) -> Path:
-    """A COCO data set of 640x480 scenes with about as many objects as COCO has."""
-    pictures, objects = [], []
+def write_images(folder: Path, count: int) -> Path:
+    """A COCO dataset of 640x480 scenes with about as many objects as COCO has."""
+    images, objects = [], []
     for i in range(count):
         rng = np.random.default_rng([7, i])
         pixels, _ = synthetic.draw_scene(rng, (WIDTH, WIDTH))
         Image.fromarray(pixels[:HEIGHT]).save(folder / f"{i}.jpg", quality=92)
-        pictures.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
+        images.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
         for x, y, w, h in rng.integers(20, 200, (7, 4)).tolist():
             box = {"id": len(objects) + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "area": w * h, "bbox": [x, y, w, h]}
             objects.append(box | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
     path = folder / "instances.json"
-    path.write_text(json.dumps({"images": pictures, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}))
+    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}))
     return path
 
 
-def fusedet_records(path: Path) -> Records:
+def fusedet_records(path: Path) -> DetectionDataset:
     data = json.loads(path.read_text())
-    records = []
-    for picture in data["images"]:
-        own = [o for o in data["annotations"] if o["image_id"] == picture["id"]]
+    dataset = []
+    for image in data["images"]:
+        own = [o for o in data["annotations"] if o["image_id"] == image["id"]]
         corners = np.array([o["bbox"] for o in own], dtype=np.float64)
         corners[:, 2:] += corners[:, :2]
         n = len(own)
-        file = path.parent / picture["file_name"]
-        records.append(
-            Record(
-                picture["id"],
+        file = path.parent / image["file_name"]
+        dataset.append(
+            ImageAnnotations(
+                image["id"],
                 file,
                 HEIGHT,
                 WIDTH,
@@ -82,7 +82,7 @@ def fusedet_records(path: Path) -> Records:
                 [o["segmentation"] for o in own],
             )
         )
-    return Records.build(["thing"], [1], records, source=path, form="coco")
+    return DetectionDataset.build(["thing"], [1], dataset, source=path, form="coco")
 
 
 def fusedet_uint8_side(path: Path, batch: int) -> Iterator[object]:
@@ -148,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        path = write_pictures(Path(folder), options.images)
+        path = write_images(Path(folder), options.images)
         for warm in (True, False):
             running = {name: side(path, options.batch) for name, side in SIDES.items()}
             for _ in range(options.images // options.batch if not warm else 2):
@@ -170,7 +170,7 @@ def main() -> None:
         includes=INCLUDES,
         images=options.images,
         batch=options.batch,
-        picture=f"{WIDTH}x{HEIGHT} JPEG, resized to {SHORT}/{LONG}",
+        image=f"{WIDTH}x{HEIGHT} JPEG, resized to {SHORT}/{LONG}",
         pillow=Image.__version__,
     )
 

@@ -1,6 +1,6 @@
-"""What each module costs: the same detector with and without it, one picture, CPU, fp32, interleaved in one run.
+"""What each module costs: the same detector with and without it, one image, CPU, fp32, interleaved in one run.
 
-Time is that of a whole prediction, from the uint8 picture to the final boxes, as `fusedet.load` prepares it; memory the peak of a
+Time is that of a whole prediction, from the uint8 image to the final boxes, as `fusedet.load` prepares it; memory the peak of a
 process of its own; parameters are trainable ones, 80 classes; multiply-adds those of convolutions and matrix products of the forward.
 Beside it what the papers print: SMSL alone prints times, on a Tesla P100.
 """
@@ -59,11 +59,11 @@ def make(name: str) -> Detector:
 
 
 def predictor(name: str) -> Callable[[], Any]:
-    """A call that predicts the same picture again and again."""
+    """A call that predicts the same image again and again."""
     torch.manual_seed(0)
     height, width = SIDES[name].size
-    picture = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
-    batch = Batch(picture, torch.tensor([[height, width]]), (0,), torch.ones(1, 2))
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    batch = Batch(image, torch.tensor([[height, width]]), (0,), torch.ones(1, 2))
     return functools.partial(for_inference(make(name)).predict, batch)
 
 
@@ -72,7 +72,7 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     side = SIDES[name]
     total = cost(make(name), *side.size)
     found = {
-        "picture": side.size,
+        "image": side.size,
         "median_ms": round(1000 * statistics.median(seconds[name]), 1),
         "peak_MiB": round(peak_memory(__file__, name)),
         "trainable": total["trainable"],

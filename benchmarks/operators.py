@@ -1,4 +1,4 @@
-"""The operators that are ours for speed beside those of libraries, at the sizes of an 800x1216 picture, CPU, interleaved in one run."""
+"""The operators that are ours for speed beside those of libraries, at the sizes of an 800x1216 image, CPU, interleaved in one run."""
 
 from __future__ import annotations
 

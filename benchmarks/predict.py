@@ -1,6 +1,6 @@
-"""Prediction: fusedet's RetinaNet-R50 and torchvision's, one 800x1216 picture, CPU, interleaved in one run.
+"""Prediction: fusedet's RetinaNet-R50 and torchvision's, one 800x1216 image, CPU, interleaved in one run.
 
-Both have the same weights, get the same uint8 picture and give final boxes after suppression; neither resizes.
+Both have the same weights, get the same uint8 image and give final boxes after suppression; neither resizes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fusedet.types import Batch
 
 HEIGHT, WIDTH = 800, 1216
 CANDIDATES = 4000
-"""Pairs of place and class above the score threshold, about what a trained detector gives for a busy picture."""
+"""Pairs of place and class above the score threshold, about what a trained detector gives for a busy image."""
 
 
 @torch.no_grad()
-def trained(picture: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
+def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
     """torchvision's RetinaNet, told not to resize, and ours, P6 from P5 as there, with the same random weights; the last bias makes as
     many candidates as a trained one has."""
     torch.manual_seed(0)
@@ -35,23 +35,23 @@ def trained(picture: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
         torch.nn.init.normal_(final.weight, std=0.05)
     ours = create_model("retinanet_r50", "model.backbone.pretrained=false", "model.pyramid.top=on_output").eval()
     take_weights(ours, theirs)
-    logits = torch.cat([m.flatten() for m in ours(picture[None]).maps["cls"]])
+    logits = torch.cat([m.flatten() for m in ours(image[None]).maps["cls"]])
     last.bias += math.log(0.05 / 0.95) - logits.topk(CANDIDATES).values[-1]
     ours.head.cls.bias.copy_(last.bias)
     return theirs, ours
 
 
-def fusedet(picture: torch.Tensor, precision: str) -> Callable[[], object]:
+def fusedet(image: torch.Tensor, precision: str) -> Callable[[], object]:
     """fusedet's detector as `fusedet.load` prepares it."""
-    model = for_inference(trained(picture)[1], precision)
-    batch = Batch(picture[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
+    model = for_inference(trained(image)[1], precision)
+    batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return functools.partial(model.predict, batch)
 
 
-def torchvision(picture: torch.Tensor) -> Callable[[], object]:
+def torchvision(image: torch.Tensor) -> Callable[[], object]:
     """torchvision's detector with its own normalisation."""
-    model = trained(picture)[0]
-    return torch.inference_mode()(lambda: model([picture.float() / 255]))
+    model = trained(image)[0]
+    return torch.inference_mode()(lambda: model([image.float() / 255]))
 
 
 MAKERS = {
@@ -67,16 +67,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", choices=MAKERS)
     options = parser.parse_args()
-    picture = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     if options.only:
-        call = MAKERS[options.only](picture)
+        call = MAKERS[options.only](image)
         call(), call()
         print(own_peak())
         return
-    figures = summary(interleave({k: make(picture) for k, make in MAKERS.items()}, options.repeats), "torchvision")
+    figures = summary(interleave({k: make(image) for k, make in MAKERS.items()}, options.repeats), "torchvision")
     for side in MAKERS:
         figures[side]["peak_MiB"] = round(peak_memory(__file__, side))
-    report(benchmark="predict", picture=[HEIGHT, WIDTH], detector="RetinaNet R50 FPN, 80 classes", **figures)
+    report(benchmark="predict", image=[HEIGHT, WIDTH], detector="RetinaNet R50 FPN, 80 classes", **figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What grows how: time and memory against pictures, objects and processes, on generated data, in one run.
+"""What grows how: time and memory against images, objects and processes, on generated data, in one run.
 
-A line of JSON per measurement, then the table of docs/scale.md. Memory of records is what the process has more after
+A line of JSON per measurement, then the table of docs/scale.md. Memory of dataset is what the process has more after
 reading; of a prediction, the process's peak. Each figure of a row is from a process of its own.
 """
 
@@ -25,8 +25,8 @@ from fusedet.data.readers.auto import read
 from fusedet.engine import checkpoint
 from fusedet.models.detectors import from_config
 
-RECORDS = [(5_000, 50_000), (40_000, 50_000), (40_000, 400_000)]  # pictures, objects
-PICTURES = [50, 200]
+RECORDS = [(5_000, 50_000), (40_000, 50_000), (40_000, 400_000)]  # images, objects
+IMAGES = [50, 200]
 PROCESSES = [1, 2]
 OPTIONS = [
     "model.backbone.name=regnetx_002",
@@ -43,14 +43,14 @@ def rss() -> float:
     return int(status["VmRSS"].split()[0]) / 1024
 
 
-def write_records(folder: Path, pictures: int, objects: int) -> None:
-    """A COCO file whose pictures exist in name only: records are read without them."""
+def write_records(folder: Path, images: int, objects: int) -> None:
+    """A COCO file whose images exist in name only: dataset are read without them."""
     draw = np.random.default_rng(0)
     corners, sides = draw.uniform(0, 400, (objects, 2)).round(2), draw.uniform(4, 80, (objects, 2)).round(2)
     boxes = np.concatenate([corners, sides], axis=1).tolist()
-    owners, labels = draw.integers(0, pictures, objects).tolist(), draw.integers(1, 81, objects).tolist()
+    owners, labels = draw.integers(0, images, objects).tolist(), draw.integers(1, 81, objects).tolist()
     content = {
-        "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": 480, "width": 640} for i in range(pictures)],
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": 480, "width": 640} for i in range(images)],
         "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 81)],
         "annotations": [
             {"id": i, "image_id": owner, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
@@ -63,12 +63,12 @@ def write_records(folder: Path, pictures: int, objects: int) -> None:
 
 
 def measure_records(folder: Path) -> dict[str, float]:
-    """Seconds to read a data set, the memory it then takes, and the peak on the way."""
+    """Seconds to read a dataset, the memory it then takes, and the peak on the way."""
     before, began = rss(), time.perf_counter()
-    records = read(str(folder), "train", need_pictures=False)
+    dataset = read(str(folder), "train", need_images=False)
     seconds = time.perf_counter() - began
     held = rss() - before
-    assert len(records)
+    assert len(dataset)
     return {"seconds": round(seconds, 2), "held_MiB": round(held, 1), "peak_MiB": round(own_peak() - before, 1)}
 
 
@@ -80,22 +80,22 @@ def alone(*words: object) -> dict[str, Any]:
 
 
 def make_model(file: Path) -> None:
-    """A small detector of random weights that finds 20 objects in every picture."""
+    """A small detector of random weights that finds 20 objects in every image."""
     torch.manual_seed(0)
     options = config.load("retinanet_tiny", [*OPTIONS, "test.score=0.001", "test.max_det=20"])
     meta = {"config": options.to_yaml(), "names": json.dumps(["a", "b"]), "category_ids": "[1, 2]"}
     checkpoint.save_weights(file, from_config(options, 2).state_dict(), meta)
 
 
-def measure_prediction(top: Path, pictures: int, processes: int) -> dict[str, float]:
+def measure_prediction(top: Path, images: int, processes: int) -> dict[str, float]:
     """Wall seconds of `fusedet predict` of a list, and of the first process its peak memory."""
-    listed = top / f"{pictures}.txt"
-    listed.write_text("\n".join(str(top / "one.png") for _ in range(pictures)))
+    listed = top / f"{images}.txt"
+    listed.write_text("\n".join(str(top / "one.png") for _ in range(images)))
     words = [
         "predict",
         str(top / "model.safetensors"),
         f"@{listed}",
-        f"out={top / f'out-{pictures}-{processes}'}",
+        f"out={top / f'out-{images}-{processes}'}",
         "--no-draw",
         "--part=100",
     ]
@@ -133,31 +133,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         rows: list[dict[str, Any]] = []
-        for pictures, objects in RECORDS:
-            write_records(top / f"{pictures}-{objects}", pictures, objects)
-            row = {"pictures": pictures, "objects": objects, **alone("--records", top / f"{pictures}-{objects}")}
-            print(json.dumps({"records": row}), flush=True)
+        for images, objects in RECORDS:
+            write_records(top / f"{images}-{objects}", images, objects)
+            row = {"images": images, "objects": objects, **alone("--records", top / f"{images}-{objects}")}
+            print(json.dumps({"dataset": row}), flush=True)
             rows.append(row)
         make_model(top / "model.safetensors")
         Image.new("RGB", (96, 64), (90, 120, 200)).save(top / "one.png")
         shared = []
-        for pictures in PICTURES:
+        for images in IMAGES:
             for processes in PROCESSES:
-                row = {"pictures": pictures, "processes": processes, **measure_prediction(top, pictures, processes)}
+                row = {"images": images, "processes": processes, **measure_prediction(top, images, processes)}
                 print(json.dumps({"prediction": row}), flush=True)
                 shared.append(row)
     per = {
-        "bytes_per_picture_and_object": [round(2**20 * one) for one in slopes(rows, ("pictures", "objects"), "held_MiB")],
-        "peak_bytes_per_picture_and_object": [round(2**20 * one) for one in slopes(rows, ("pictures", "objects"), "peak_MiB")],
-        "microseconds_per_picture_and_object": [round(1e6 * one, 2) for one in slopes(rows, ("pictures", "objects"), "seconds")],
+        "bytes_per_image_and_object": [round(2**20 * one) for one in slopes(rows, ("images", "objects"), "held_MiB")],
+        "peak_bytes_per_image_and_object": [round(2**20 * one) for one in slopes(rows, ("images", "objects"), "peak_MiB")],
+        "microseconds_per_image_and_object": [round(1e6 * one, 2) for one in slopes(rows, ("images", "objects"), "seconds")],
     }
     for processes in PROCESSES:
-        few, many = (next(r for r in shared if (r["pictures"], r["processes"]) == (n, processes)) for n in PICTURES)
-        rate = (many["pictures"] - few["pictures"]) / max(many["work_seconds"] - few["work_seconds"], 1e-9)
-        per[f"pictures_per_second_{processes}"] = round(rate, 1)
-        per[f"prediction_MiB_per_picture_{processes}"] = round(
-            (many["peak_MiB"] - few["peak_MiB"]) / (many["pictures"] - few["pictures"]), 4
-        )
+        few, many = (next(r for r in shared if (r["images"], r["processes"]) == (n, processes)) for n in IMAGES)
+        rate = (many["images"] - few["images"]) / max(many["work_seconds"] - few["work_seconds"], 1e-9)
+        per[f"images_per_second_{processes}"] = round(rate, 1)
+        per[f"prediction_MiB_per_image_{processes}"] = round((many["peak_MiB"] - few["peak_MiB"]) / (many["images"] - few["images"]), 4)
     table(rows, shared)
     report(slopes=per, load_average=os.getloadavg())
 
@@ -165,10 +163,10 @@ def main() -> None:
 def table(rows: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
     print("\n| annotations read | seconds | MiB held | MiB at the peak |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['pictures']:,} pictures, {row['objects']:,} objects | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |")
+        print(f"| {row['images']:,} images, {row['objects']:,} objects | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |")
     print("\n| prediction | processes | seconds | MiB at the peak, each |\n|---|---|---|---|")
     for row in shared:
-        print(f"| {row['pictures']:,} pictures | {row['processes']} | {row['work_seconds']} | {row['peak_MiB']} |")
+        print(f"| {row['images']:,} images | {row['processes']} | {row['work_seconds']} | {row['peak_MiB']} |")
     print()
 
 

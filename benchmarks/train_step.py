@@ -1,6 +1,6 @@
 """One training step: fusedet's RetinaNet-R50 and torchvision's, 800x1216, CPU, float32, interleaved in one run.
 
-Both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same picture and boxes.
+Both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image and boxes.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def step(loss: Callable[[], dict[str, torch.Tensor]], parameters: list[torch.nn.
     return run
 
 
-def fusedet(picture: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def fusedet(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """fusedet's step."""
     model = create_model("retinanet_r50", "model.backbone.pretrained=false").train()
-    n = len(picture)
+    n = len(image)
     sizes = torch.tensor([[HEIGHT, WIDTH]] * n)
-    batch = Batch(picture, sizes, tuple(range(n)), torch.ones(n, 2), tuple(Target(boxes, labels) for _ in range(n)))
+    batch = Batch(image, sizes, tuple(range(n)), torch.ones(n, 2), tuple(Target(boxes, labels) for _ in range(n)))
     return step(lambda: model.loss(batch), [p for p in model.parameters() if p.requires_grad])
 
 
-def torchvision(picture: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def torchvision(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """torchvision's step; FrozenBatchNorm2d is its own choice."""
     body = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, trainable_layers=3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(2048, 256)
     )
     model = RetinaNet(body, num_classes=80, min_size=HEIGHT, max_size=WIDTH).train()
-    targets = [{"boxes": boxes, "labels": labels} for _ in picture]
-    return step(lambda: model([p.float() / 255 for p in picture], targets), [p for p in model.parameters() if p.requires_grad])
+    targets = [{"boxes": boxes, "labels": labels} for _ in image]
+    return step(lambda: model([p.float() / 255 for p in image], targets), [p for p in model.parameters() if p.requires_grad])
 
 
 def main() -> None:
@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("--only", choices=["fusedet", "torchvision"])
     options = parser.parse_args()
     torch.manual_seed(0)
-    picture = torch.randint(0, 256, (options.batch, 3, HEIGHT, WIDTH), dtype=torch.uint8)
+    image = torch.randint(0, 256, (options.batch, 3, HEIGHT, WIDTH), dtype=torch.uint8)
     corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
     boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
-    makers = {"torchvision": lambda: torchvision(picture, boxes, labels), "fusedet": lambda: fusedet(picture, boxes, labels)}
+    makers = {"torchvision": lambda: torchvision(image, boxes, labels), "fusedet": lambda: fusedet(image, boxes, labels)}
     if options.only:
         run = makers[options.only]()
         run(), run()
@@ -72,7 +72,7 @@ def main() -> None:
     for side in makers:
         figures[side]["peak_MiB"] = round(peak_memory(__file__, side, "--batch", str(options.batch)))
     figures["fusedet"]["peak_ratio"] = round(figures["fusedet"]["peak_MiB"] / figures["torchvision"]["peak_MiB"], 3)
-    report(benchmark="train_step", picture=[HEIGHT, WIDTH], batch=options.batch, detector="RetinaNet R50 FPN, 80 classes", **figures)
+    report(benchmark="train_step", image=[HEIGHT, WIDTH], batch=options.batch, detector="RetinaNet R50 FPN, 80 classes", **figures)
 
 
 if __name__ == "__main__":

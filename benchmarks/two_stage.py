@@ -1,7 +1,7 @@
-"""Faster R-CNN R50: fusedet's and torchvision's, one 800x1216 picture, CPU, float32: prediction, and a training step, each interleaved.
+"""Faster R-CNN R50: fusedet's and torchvision's, one 800x1216 image, CPU, float32: prediction, and a training step, each interleaved.
 
-For prediction both have the same weights, get the same uint8 picture and give final boxes; neither resizes. In training both freeze the
-stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same picture and boxes. Each side keeps its own
+For prediction both have the same weights, get the same uint8 image and give final boxes; neither resizes. In training both freeze the
+stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image and boxes. Each side keeps its own
 definition of RoIAlign: fusedet as many samples as a cell is wide, torchvision two.
 """
 
@@ -35,13 +35,13 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     return theirs, ours
 
 
-def prediction(picture: torch.Tensor) -> dict[str, Callable[[], object]]:
+def prediction(image: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Both sides' prediction."""
     theirs, ours = (side.eval() for side in models())
     ready = for_inference(ours)
-    batch = Batch(picture[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
+    batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return {
-        "torchvision": torch.inference_mode()(lambda: theirs([picture.float() / 255])),
+        "torchvision": torch.inference_mode()(lambda: theirs([image.float() / 255])),
         "fusedet": functools.partial(ready.predict, batch),
     }
 
@@ -58,15 +58,15 @@ def step(loss: Callable[[], dict[str, torch.Tensor]], made: torch.nn.Module) -> 
     return run
 
 
-def training(picture: torch.Tensor) -> dict[str, Callable[[], object]]:
+def training(image: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Both sides' training step."""
     corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
     boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
     theirs, ours = (side.train() for side in models())
-    batch = Batch(picture[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2), (Target(boxes, labels),))
+    batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2), (Target(boxes, labels),))
     objects = [{"boxes": boxes, "labels": labels + 1}]
     return {
-        "torchvision": step(lambda: theirs([picture.float() / 255], objects), theirs),
+        "torchvision": step(lambda: theirs([image.float() / 255], objects), theirs),
         "fusedet": step(lambda: ours.loss(batch), ours),
     }
 
@@ -78,11 +78,11 @@ def main() -> None:
     parser.add_argument("--only", choices=["predict", "train_step"])
     options = parser.parse_args()
     torch.manual_seed(0)
-    picture = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
     for name, make in {"predict": prediction, "train_step": training}.items():
         if options.only in (None, name):
-            figures = summary(interleave(make(picture), options.repeats), "torchvision")
-            report(benchmark=f"two_stage {name}", picture=[HEIGHT, WIDTH], detector="Faster R-CNN R50 FPN, 80 classes", **figures)
+            figures = summary(interleave(make(image), options.repeats), "torchvision")
+            report(benchmark=f"two_stage {name}", image=[HEIGHT, WIDTH], detector="Faster R-CNN R50 FPN, 80 classes", **figures)
 
 
 if __name__ == "__main__":

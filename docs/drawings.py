@@ -1,6 +1,6 @@
 """Draws the data flow of the four modules: `python docs/drawings.py [FOLDER]` writes mse_fpn, smsl, msil and msfm.png to docs/images.
 
-What is in them stands in drawings.yaml. One unit is a pixel of a picture 900 wide; y goes down. Colours are those of fusedet.visualization.colors.
+What is in them stands in drawings.yaml. One unit is a pixel of an image 900 wide; y goes down. Colours are those of fusedet.visualization.colors.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything in one picture; note: beside the legend."""
+    """Everything in one image; note: beside the legend."""
 
     height: float
     groups: tuple[Group, ...]
@@ -158,7 +158,7 @@ def arrow(ax: Axes, boxes: dict[str, Box], line: Line) -> None:
 
 
 def draw(drawing: Drawing) -> Figure:
-    """The picture of a drawing, with a legend in its last row."""
+    """The image of a drawing, with a legend in its last row."""
     figure = Figure(figsize=(WIDTH / SCALE, drawing.height / SCALE))
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, WIDTH), ylim=(drawing.height, 0))

@@ -22,35 +22,35 @@ def status(key):
 
 
 class Touch(Dataset):
-    def __init__(self, records):
-        self.records = records
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def __len__(self):
-        return len(self.records)
+        return len(self.dataset)
 
     def __getitem__(self, i):
-        record = self.records[i]
+        record = self.dataset[i]
         return float(record.boxes.sum()) + len(record.segments) + record.labels.sum()
 
 
 if __name__ == "__main__":
     empty = status("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
-    records = read(path, "train", need_pictures=False)
-    out = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "pictures": len(records), "boxes": len(records.labels)}
+    dataset = read(path, "train", need_images=False)
+    out = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "images": len(dataset), "boxes": len(dataset.labels)}
     out["peak"] = status("VmHWM")
     out["empty"] = empty
     out["libraries"] = status("RssFile")
-    columns = [v for v in vars(records).values() if isinstance(v, torch.Tensor)]
-    columns += [v for packed in (records.paths, records.segments) for v in (packed.data, packed.offsets)]
-    out["records"] = sum(v.nbytes for v in columns)
+    columns = [v for v in vars(dataset).values() if isinstance(v, torch.Tensor)]
+    columns += [v for packed in (dataset.paths, dataset.segments) for v in (packed.data, packed.offsets)]
+    out["dataset"] = sum(v.nbytes for v in columns)
     gc.collect()
     for method in methods:
         out["alone"] = pss()
         loader = iter(
-            DataLoader(Touch(records), batch_size=100, num_workers=workers, multiprocessing_context=method, persistent_workers=True)
+            DataLoader(Touch(dataset), batch_size=100, num_workers=workers, multiprocessing_context=method, persistent_workers=True)
         )
-        for _ in range(-(-len(records) // 100)):
+        for _ in range(-(-len(dataset) // 100)):
             next(loader)
         out[method] = pss() - out["alone"]
         del loader

@@ -1,4 +1,4 @@
-"""Bad data sets: good small ones in COCO, VOC or YOLO form, each broken in one way, with what fusedet promises to do with it."""
+"""Bad datasets: good small ones in COCO, VOC or YOLO form, each broken in one way, with what fusedet promises to do with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import xml
 
 WIDTH, HEIGHT, CLASSES = 64, 48, ("cat", "dog")
 TRAIN, VAL = 6, 2
-BOX = (8.0, 6.0, 28.0, 30.0)  # x1, y1, x2, y2 of the first object of each picture
+BOX = (8.0, 6.0, 28.0, 30.0)  # x1, y1, x2, y2 of the first object of each image
 OTHER = (30.0, 10.0, 60.0, 44.0)
 
 
@@ -30,7 +30,7 @@ class Kind:
 
     trained through where `refused` is empty, with exactly the counted `problems` of the training split; else refused before the training
     with a sentence that holds all of the words. met: only reading the pixels tells, so the training stops there. replaced: how many
-    pictures train.on_bad_image=skip replaces in an epoch.
+    images train.on_bad_image=skip replaces in an epoch.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kind:
 
 
 def good(root: Path, form: str) -> Path:
-    """A sound data set: noise with two objects in each picture; returns the folder."""
+    """A sound dataset: noise with two objects in each image; returns the folder."""
     rng = np.random.default_rng(0)
     splits = {"train": range(TRAIN), "val": range(TRAIN, TRAIN + VAL)}
     folder = {"coco": "{split}", "voc": "JPEGImages", "yolo": "images/{split}"}[form]
@@ -63,9 +63,9 @@ def _coco(root: Path, split: str, numbers: range) -> None:
     rows = []
     for i in numbers:
         for k, (x1, y1, x2, y2) in enumerate((BOX, OTHER)):
-            outline = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+            segmentation = [[x1, y1, x2, y1, x2, y2, x1, y2]]
             row = {"id": len(rows) + 1, "image_id": i, "category_id": k + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
-            rows.append(row | {"area": (x2 - x1) * (y2 - y1), "segmentation": outline})
+            rows.append(row | {"area": (x2 - x1) * (y2 - y1), "segmentation": segmentation})
     content = {
         "images": [{"id": i, "file_name": f"p{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in numbers],
         "annotations": rows,
@@ -146,19 +146,19 @@ def again(section: str, **values: Any) -> Callable[[Path], None]:
 
 
 def stored(mode: str, form: str = "PNG", at: str = "train/p0.jpg", **options: Any) -> Callable[[Path], None]:
-    """The first picture in another mode and format, under its old name."""
+    """The first image in another mode and format, under its old name."""
 
     def spoil(root: Path) -> None:
         file = root / at
-        with Image.open(file) as picture:
-            picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else picture.convert(mode)
-        picture.save(file, form, **options)
+        with Image.open(file) as image:
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+        image.save(file, form, **options)
 
     return spoil
 
 
 def resized(width: int, height: int) -> Callable[[Path], None]:
-    """The first picture of another size, and annotated so, with one object that fills it."""
+    """The first image of another size, and annotated so, with one object that fills it."""
 
     def spoil(root: Path) -> None:
         Image.new("RGB", (width, height)).save(root / "train/p0.jpg", "PNG")
@@ -170,7 +170,7 @@ def resized(width: int, height: int) -> Callable[[Path], None]:
 
 
 def turned(root: Path) -> None:
-    """EXIF says that the picture is to be turned by 90 degrees; the annotation is of the turned one."""
+    """EXIF says that the image is to be turned by 90 degrees; the annotation is of the turned one."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (HEIGHT, WIDTH)).save(root / "train/p0.jpg", exif=exif)
@@ -205,13 +205,13 @@ def tiff(width: int, height: int) -> bytes:
 
 
 def cut(root: Path) -> None:
-    """The first picture's file ends too early; its header is whole."""
+    """The first image's file ends too early; its header is whole."""
     file = root / "train/p0.jpg"
     file.write_bytes(file.read_bytes()[:-400])
 
 
 def many(content: dict[str, Any]) -> None:
-    """60,000 objects in the first picture."""
+    """60,000 objects in the first image."""
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, [WIDTH - 2, HEIGHT - 2, 20, 20], (60_000, 4))
     corners[:, 2:] = np.minimum(corners[:, 2:] + 1, [WIDTH, HEIGHT] - corners[:, :2])
@@ -220,7 +220,7 @@ def many(content: dict[str, Any]) -> None:
 
 
 def renamed(name: str) -> Callable[[Path], None]:
-    """The first picture under another name."""
+    """The first image under another name."""
 
     def spoil(root: Path) -> None:
         (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -231,8 +231,8 @@ def renamed(name: str) -> Callable[[Path], None]:
 
 
 def linked(root: Path) -> None:
-    """The picture folder is a link to one outside the data folder, and in it a picture is a link to its neighbour."""
-    away = root.parent / f"{root.name}-pictures"
+    """The image folder is a link to one outside the data folder, and in it an image is a link to its neighbour."""
+    away = root.parent / f"{root.name}-images"
     shutil.move(root / "train", away)
     os.symlink(away, root / "train")
     (away / "p0.jpg").unlink()
@@ -240,7 +240,7 @@ def linked(root: Path) -> None:
 
 
 def moved(root: Path) -> None:
-    """The pictures and labels are in a folder elsewhere, which the yaml names."""
+    """The images and labels are in a folder elsewhere, which the yaml names."""
     away = root.parent / f"{root.name}-elsewhere"
     for folder in ("images", "labels"):
         shutil.move(root / folder, away / folder)
@@ -248,7 +248,7 @@ def moved(root: Path) -> None:
 
 
 def looped(root: Path) -> None:
-    """A picture folder holds a link to itself, and one to another folder of pictures."""
+    """An image folder holds a link to itself, and one to another folder of images."""
     (root / "images/more").mkdir()
     (root / "images/train/p0.jpg").rename(root / "images/more/p0.jpg")
     os.symlink("..", root / "images/train/up")
@@ -267,7 +267,7 @@ def as_windows(root: Path) -> None:
 
 
 def both_splits(root: Path) -> None:
-    """A training picture is in the validation split too."""
+    """A training image is in the validation split too."""
     val = root / "annotations/instances_val.json"
     content = json.loads(val.read_text())
     content["images"].append({"id": 0, "file_name": "../train/p0.jpg", "width": WIDTH, "height": HEIGHT})
@@ -295,7 +295,7 @@ LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
 ) + "]><annotation><filename>&i;</filename></annotation>"  # fmt: skip
 FOREIGN = '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation><filename>&x;</filename></annotation>'
 XML, TXT, LIST = "Annotations/p0.xml", "labels/train/p0.txt", "ImageSets/Main/train.txt"
-OUTLINES, AREAS = {annotation_cleaning.BAD_OUTLINE: 1}, {annotation_cleaning.BAD_AREA: 1}
+OUTLINES, AREAS = {annotation_cleaning.BAD_SEGMENTATION: 1}, {annotation_cleaning.BAD_AREA: 1}
 NAN, INF = float("nan"), float("inf")
 
 KINDS = [
@@ -323,7 +323,7 @@ KINDS = [
     Kind("image-id-twice", "coco", again("images", file_name="p1.jpg"), refused=("the image id 0 is given more than once",)),
     Kind("category-id-twice", "coco", again("categories", name="x"), refused=("the category id 1 is given more than once",)),
     Kind("annotation-id-twice", "coco", again("annotations", bbox=[1, 1, 9, 9]), {annotation_cleaning.SAME_ID: 1}),
-    Kind("annotation-of-no-image", "coco", first("image_id", 4711), {annotation_cleaning.NO_PICTURE: 1}),
+    Kind("annotation-of-no-image", "coco", first("image_id", 4711), {annotation_cleaning.NO_IMAGE: 1}),
     Kind("ids-negative", "coco", coco(lambda c: [c["images"][0].update(id=-5), c["annotations"][0].update(image_id=-5)] and c["annotations"].pop(1))),  # noqa: E501
     Kind("ids-as-text", "coco", first("image_id", "0")),
     Kind("id-boolean", "coco", first("image_id", True), refused=("'image_id' of annotation 1 must be an integer, not True",)),
@@ -332,7 +332,7 @@ KINDS = [
     Kind("iscrowd-text", "coco", first("iscrowd", "maybe"), refused=("'iscrowd' of annotation 1 must be an integer",)),
     Kind("size-0x0", "coco", coco(lambda c: c["images"][0].update(width=0, height=0)), refused=("image 0 (p0.jpg) is 0x0 pixels",)),
     Kind("no-object-at-all", "coco", coco(bare), refused=("instances_train.json has no objects",)),
-    Kind("empty-pictures", "coco", coco(lambda c: c.update(annotations=c["annotations"][:2]))),
+    Kind("empty-images", "coco", coco(lambda c: c.update(annotations=c["annotations"][:2]))),
     Kind("in-train-and-val", "coco", both_splits),
     # COCO: boxes
     Kind("bbox-nan", "coco", first("bbox", [NAN, 1, 2, 3]), {annotation_cleaning.NOT_FINITE: 1}),
@@ -353,42 +353,42 @@ KINDS = [
     Kind("area-negative", "coco", first("area", -3), AREAS),
     Kind("area-nan", "coco", first("area", NAN), AREAS),
     Kind("objects-60000", "coco", coco(many)),
-    # COCO: outlines
+    # COCO: segmentations
     Kind("polygon-of-two-points", "coco", first("segmentation", [[1, 1, 5, 5]]), OUTLINES),
     Kind("polygon-odd", "coco", first("segmentation", [[1, 1, 5, 5, 7, 7, 8]]), OUTLINES),
     Kind("polygon-nan", "coco", first("segmentation", [[1, 1, NAN, 5, 7, 7]]), OUTLINES),
     Kind("polygon-far", "coco", first("segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), OUTLINES),
     Kind("polygon-words", "coco", first("segmentation", [["a"] * 6]), OUTLINES),
-    Kind("polygon-leaves-picture", "coco", first("segmentation", [[-50, -50, 100, -50, 100, 100]])),
+    Kind("polygon-leaves-image", "coco", first("segmentation", [[-50, -50, 100, -50, 100, 100]])),
     Kind("rle-of-other-size", "coco", first("segmentation", {"size": [10, 10], "counts": [0, 100]}), OUTLINES),
     Kind("rle-too-short", "coco", first("segmentation", {"size": [HEIGHT, WIDTH], "counts": [5, 5]}), OUTLINES),
     Kind("rle-negative", "coco", first("segmentation", {"size": [HEIGHT, WIDTH], "counts": [-1, 3073]}), OUTLINES),
     Kind("rle-garbage", "coco", first("segmentation", {"size": [HEIGHT, WIDTH], "counts": "~ garbage"}), OUTLINES),
-    # pictures
-    Kind("picture-absent", "coco", lambda r: (r / "train/p0.jpg").unlink(), refused=("p0.jpg does not exist",), replaced=1),
-    Kind("picture-empty", "coco", data("train/p0.jpg", b""), refused=("p0.jpg is empty or not a picture",), replaced=1),
-    Kind("picture-is-text", "coco", data("train/p0.jpg", "hello"), refused=("p0.jpg is empty or not a picture",), replaced=1),
-    Kind("picture-is-a-program", "coco", data("train/p0.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n"), refused=("p0.jpg is empty or not a picture",), replaced=1),  # noqa: E501
-    Kind("picture-is-a-folder", "coco", lambda r: [(r / "train/p0.jpg").unlink(), (r / "train/p0.jpg").mkdir()], refused=("p0.jpg cannot be opened",), replaced=1),  # noqa: E501
-    Kind("picture-is-a-pipe", "coco", piped("train/p0.jpg"), refused=("p0.jpg is a pipe or a device",), replaced=1),
-    Kind("picture-links-nowhere", "coco", lambda r: [(r / "train/p0.jpg").unlink(), os.symlink("gone", r / "train/p0.jpg")], refused=("p0.jpg does not exist",), replaced=1),  # noqa: E501
-    Kind("picture-truncated", "coco", cut, refused=("p0.jpg is truncated or damaged",), met=True, replaced=1),
-    Kind("picture-of-no-pixels", "coco", data("train/p0.jpg", png(0, 0)), refused=("p0.jpg",), replaced=1),
+    # images
+    Kind("image-absent", "coco", lambda r: (r / "train/p0.jpg").unlink(), refused=("p0.jpg does not exist",), replaced=1),
+    Kind("image-empty", "coco", data("train/p0.jpg", b""), refused=("p0.jpg is empty or not an image",), replaced=1),
+    Kind("image-is-text", "coco", data("train/p0.jpg", "hello"), refused=("p0.jpg is empty or not an image",), replaced=1),
+    Kind("image-is-a-program", "coco", data("train/p0.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n"), refused=("p0.jpg is empty or not an image",), replaced=1),  # noqa: E501
+    Kind("image-is-a-folder", "coco", lambda r: [(r / "train/p0.jpg").unlink(), (r / "train/p0.jpg").mkdir()], refused=("p0.jpg cannot be opened",), replaced=1),  # noqa: E501
+    Kind("image-is-a-pipe", "coco", piped("train/p0.jpg"), refused=("p0.jpg is a pipe or a device",), replaced=1),
+    Kind("image-links-nowhere", "coco", lambda r: [(r / "train/p0.jpg").unlink(), os.symlink("gone", r / "train/p0.jpg")], refused=("p0.jpg does not exist",), replaced=1),  # noqa: E501
+    Kind("image-truncated", "coco", cut, refused=("p0.jpg is truncated or damaged",), met=True, replaced=1),
+    Kind("image-of-no-pixels", "coco", data("train/p0.jpg", png(0, 0)), refused=("p0.jpg",), replaced=1),
     Kind("bomb-png", "coco", data("train/p0.jpg", png(30_000, 30_000)), refused=("more than 178956970 pixels",), replaced=1),
     Kind("bomb-gif", "coco", data("train/p0.jpg", gif(65_000, 65_000)), refused=("more than 178956970 pixels",), replaced=1),
     Kind("bomb-tiff", "coco", data("train/p0.jpg", tiff(65_000, 65_000)), refused=("more than 178956970 pixels",), replaced=1),
     Kind("bomb-in-text-chunk", "coco", data("train/p0.jpg", png(WIDTH, HEIGHT, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))))), refused=("p0.jpg is truncated or damaged",), replaced=1),  # noqa: E501
-    Kind("picture-of-other-size", "coco", first("width", 65, "images"), refused=("p0.jpg is 64x48 pixels", "says 65x48"), replaced=1),
-    Kind("picture-1x1", "coco", resized(1, 1)),
-    Kind("picture-20000x200", "coco", resized(20_000, 200)),
-    Kind("picture-turned", "coco", turned),
-    Kind("picture-cmyk", "coco", stored("CMYK", "JPEG")),
-    Kind("picture-grey-16-bit", "coco", stored("I;16")),
-    Kind("picture-palette", "coco", stored("P", transparency=0)),
-    Kind("picture-alpha", "coco", stored("RGBA")),
-    Kind("picture-float", "coco", stored("F", "TIFF"), refused=("p0.jpg holds floating-point numbers",), replaced=1),
-    Kind("picture-32-bit", "coco", stored("I", "TIFF"), refused=("p0.jpg holds 32-bit integers",), replaced=1),
-    Kind("all-pictures-absent", "coco", lambda r: shutil.rmtree(r / "train"), refused=("p0.jpg is absent there",)),
+    Kind("image-of-other-size", "coco", first("width", 65, "images"), refused=("p0.jpg is 64x48 pixels", "says 65x48"), replaced=1),
+    Kind("image-1x1", "coco", resized(1, 1)),
+    Kind("image-20000x200", "coco", resized(20_000, 200)),
+    Kind("image-turned", "coco", turned),
+    Kind("image-cmyk", "coco", stored("CMYK", "JPEG")),
+    Kind("image-grey-16-bit", "coco", stored("I;16")),
+    Kind("image-palette", "coco", stored("P", transparency=0)),
+    Kind("image-alpha", "coco", stored("RGBA")),
+    Kind("image-float", "coco", stored("F", "TIFF"), refused=("p0.jpg holds floating-point numbers",), replaced=1),
+    Kind("image-32-bit", "coco", stored("I", "TIFF"), refused=("p0.jpg holds 32-bit integers",), replaced=1),
+    Kind("all-images-absent", "coco", lambda r: shutil.rmtree(r / "train"), refused=("p0.jpg is absent there",)),
     # names and paths
     Kind("name-any-script", "coco", renamed("снимок 画像 é\N{COMBINING ACUTE ACCENT} صورة 🐈.jpg")),
     Kind("name-windows-separators", "coco", lambda r: [renamed("a/b.jpg")(r), first("file_name", "a\\b.jpg", "images")(r)]),
@@ -421,7 +421,7 @@ KINDS = [
     Kind("xml-other-size", "voc", text(XML, ("<width>64", "<width>99")), refused=("p0.jpg is 64x48 pixels", "says 99x48")),
     Kind("voc-annotation-absent", "voc", lambda r: (r / XML).unlink(), refused=("lists p0, but its annotation", "does not exist")),
     Kind("voc-listed-twice", "voc", lambda r: (r / LIST).write_text((r / LIST).read_text() + "p0\n"), {annotation_cleaning.LISTED_TWICE: 1}),
-    Kind("voc-list-empty", "voc", data(LIST, "\n"), refused=("train.txt lists no pictures",)),
+    Kind("voc-list-empty", "voc", data(LIST, "\n"), refused=("train.txt lists no images",)),
     Kind("voc-path-upwards", "voc", lambda r: (r / LIST).write_text("../../../x\n"), refused=("lies outside the data folder",)),
     Kind("voc-class-unknown", "voc", data("labels.txt", "cat\n"), refused=(".xml: unknown class 'dog'",)),
     # YOLO
@@ -432,7 +432,7 @@ KINDS = [
     Kind("txt-class-beyond", "yolo", data(TXT, "0 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 2: class 7 is not among",)),  # noqa: E501
     Kind("txt-words", "yolo", data(TXT, "cat 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 1", "not a number")),
     Kind("txt-nan", "yolo", data(TXT, "0 nan 0.5 0.5 0.5\n"), {annotation_cleaning.NOT_FINITE: 1}),
-    Kind("txt-outline-far", "yolo", data(TXT, "0 0.1 0.1 1e9 0.1 0.5 1e9\n"), {annotation_cleaning.BAD_OUTLINE: 1, annotation_cleaning.CLIPPED: 1}),
+    Kind("txt-segmentation-far", "yolo", data(TXT, "0 0.1 0.1 1e9 0.1 0.5 1e9\n"), {annotation_cleaning.BAD_SEGMENTATION: 1, annotation_cleaning.CLIPPED: 1}),
     Kind("txt-empty", "yolo", data(TXT, "")),
     Kind("txt-absent", "yolo", lambda r: (r / TXT).unlink(), {annotation_cleaning.NO_LABELS: 1}),
     Kind("txt-is-a-pipe", "yolo", piped(TXT), {annotation_cleaning.NO_LABELS: 1}),
@@ -448,7 +448,7 @@ KINDS = [
     Kind("yaml-path-upwards", "yolo", text("data.yaml", ("images/train", "../../../etc")), refused=("lies outside the data folder",)),
     Kind("yolo-list-elsewhere", "yolo", lambda r: [text("data.yaml", ("images/train", "l.txt"))(r), (r / "l.txt").write_text("/etc/x.jpg\n")], refused=("l.txt names the file '/etc/x.jpg'", "outside the data folder")),  # noqa: E501
     Kind("yolo-data-elsewhere", "yolo", moved),
-    Kind("yolo-picture-bad", "yolo", data("images/train/p0.jpg", b"no"), refused=("p0.jpg is empty or not a picture",)),
-    Kind("yolo-picture-float", "yolo", stored("F", "TIFF", "images/train/p0.jpg"), refused=("p0.jpg holds floating-point numbers",), replaced=1),  # noqa: E501
+    Kind("yolo-image-bad", "yolo", data("images/train/p0.jpg", b"no"), refused=("p0.jpg is empty or not an image",)),
+    Kind("yolo-image-float", "yolo", stored("F", "TIFF", "images/train/p0.jpg"), refused=("p0.jpg holds floating-point numbers",), replaced=1),  # noqa: E501
     Kind("yolo-links-in-a-circle", "yolo", looped),
 ]  # fmt: skip

@@ -61,7 +61,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated data: 8 pictures to train on, 8 to validate on, of 64 to 96 pixels. Not to be changed."""
+    """Generated data: 8 images to train on, 8 to validate on, of 64 to 96 pixels. Not to be changed."""
     folder = tmp_path_factory.mktemp("scenes") / "data"
     return generate(folder, images=16, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
 

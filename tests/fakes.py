@@ -1,4 +1,4 @@
-"""What several tests share: a detector and a loader of a few lines, random maps, pictures and objects, and promises of every head."""
+"""What several tests share: a detector and a loader of a few lines, random maps, images and objects, and promises of every head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedet.types import Batch, Detections, Features, Levels, Target
 
 
 class FakeDetector(nn.Module):
-    """Predicts a picture's boxes from its mean colour; the losses are sums over objects by the shared count of objects."""
+    """Predicts an image's boxes from its mean colour; the losses are sums over objects by the shared count of objects."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class FakeDetector(nn.Module):
 
 
 class FakeLoader:
-    """`length` batches of random pictures, a function of (epoch, number); `change` may spoil a batch."""
+    """`length` batches of random images, a function of (epoch, number); `change` may spoil a batch."""
 
     def __init__(self, length: int = 7, size: int = 4, change: Callable[[int, int, Batch], Batch] = lambda e, i, batch: batch) -> None:
         self.length, self.size, self.batch, self.change = length, size, size, change
@@ -67,7 +67,7 @@ def make_batch(seed: int, size: int) -> Batch:
 
 
 def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
-    """One random picture of that size for each target."""
+    """One random image of that size for each target."""
     n = len(targets)
     images = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
     return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
@@ -86,7 +86,7 @@ def many(count: int, width: float, height: float) -> Target:
 
 
 def maps(levels: Levels, size: tuple[int, int] = (64, 96), n: int = 2, dtype: torch.dtype = torch.float32) -> Features:
-    """Random maps of these levels for pictures of that size, every side rounded up."""
+    """Random maps of these levels for images of that size, every side rounded up."""
     sides = [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in levels.strides]
     return [torch.randn(n, c, *side, dtype=dtype) for c, side in zip(levels.channels, sides)]
 
@@ -119,7 +119,7 @@ def swaps_branches(make: Callable[..., Any], features: Features) -> bool:
 
 
 def survives_no_objects(head: Any, features: Features, boxes: tuple[str, ...]) -> bool:
-    """Whether pictures without objects cost nothing by these losses, something by the scores, and still reach every parameter."""
+    """Whether images without objects cost nothing by these losses, something by the scores, and still reach every parameter."""
     losses = head.loss(head(features), [objects([])] * len(features[0]))
     right = all(float(losses[name].detach()) == 0 for name in boxes) and float(losses["loss_cls"].detach()) > 0
     right &= all(value.requires_grad for value in losses.values())
@@ -128,6 +128,6 @@ def survives_no_objects(head: Any, features: Features, boxes: tuple[str, ...]) -
 
 
 def survives_a_thousand_objects(head: Any, features: Features) -> bool:
-    """Whether a thousand objects in one picture, and in the other one larger than it, give finite losses."""
+    """Whether a thousand objects in one image, and in the other one larger than it, give finite losses."""
     losses = head.loss(head(features), [many(1000, 90, 60), objects([[-50, -50, 500, 400]])])
     return all(bool(value.isfinite()) for value in losses.values())

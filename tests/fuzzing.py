@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from fusedet import config as configs
 from fusedet.api.validate import score, worst
 from fusedet.data.collate import see
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.coco import read_coco
 from fusedet.data.readers.voc import parse, read_voc
 from fusedet.data.readers.yolo import read_yolo
 from fusedet.data.segmentation import covered, packed
-from fusedet.data.segmentation import fits as fits_picture
+from fusedet.data.segmentation import fits as fits_image
 from fusedet.data.transforms import Eval, _mask
 from fusedet.data.validation import examine
 from fusedet.errors import InputError
@@ -122,13 +122,13 @@ def damaged(text: bytes, rng: random.Random) -> bytes:
     return text[:at] + rng.choice(JUNK) + text[at + rng.choice([0, 0, 1, 2, 5, 20]) :]
 
 
-def used(read: Callable[[], Records]) -> None:
+def used(read: Callable[[], DetectionDataset]) -> None:
     """Read, and if that goes well, look at everything as a training does; InputError is what may come out."""
     with suppress(InputError):
-        records = read()
-        examine(records, (64, 64), read=False)
-        assert len(records.fingerprint()) == 16
-        for record in records:
+        dataset = read()
+        examine(dataset, (64, 64), read=False)
+        assert len(dataset.fingerprint()) == 16
+        for record in dataset:
             if record.height * record.width < 1 << 14:
                 see(torch.zeros(3, record.height, record.width, dtype=torch.uint8), record, [Eval(32, 64)], masks=all(record.segments))
 
@@ -224,12 +224,12 @@ def score_results(text: bytes) -> bool:
         row.setdefault("segmentation", [[1, 1, 6, 1, 6, 6]])
     with tempfile.TemporaryDirectory() as folder, suppress(InputError):
         root = write_coco(Path(folder), truth)
-        records = read_coco(root / "annotations" / "instances_train2017.json", root / "train2017")
+        dataset = read_coco(root / "annotations" / "instances_train2017.json", root / "train2017")
         (root / "found.json").write_bytes(text)
         results = load_results(root / "found.json")
         masks = bool(results) and all("segmentation" in result for result in results)
-        score(records, results, voc=True, evaluator="fusedet", masks=masks)
-        worst(records, results)
+        score(dataset, results, voc=True, evaluator="fusedet", masks=masks)
+        worst(dataset, results)
         return True
     return False
 
@@ -243,9 +243,9 @@ RLES = st.fixed_dictionaries(
 
 
 def check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
-    """A run-length code that is taken can be drawn, and covers its picture."""
-    outline = packed(rle)
-    if not fits_picture(outline, size):
+    """A run-length code that is taken can be drawn, and covers its image."""
+    segmentation = packed(rle)
+    if not fits_image(segmentation, size):
         return
     assert covered(rle["counts"]) == size[0] * size[1]
     record: Any = SimpleNamespace(segments=[rle], width=size[1], height=size[0], path="x.jpg")

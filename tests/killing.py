@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fusedet import cli
-from fusedet.api import train as verb
+from fusedet.api import train as command
 from fusedet.engine import checkpoint, logging, trainer
 from warm import SERVER
 
@@ -125,7 +125,7 @@ def _mark(file: Path) -> None:
     note(checkpoint, "save", "checkpoint")
     note(checkpoint, "save_weights", "best")
     note(logging.Table, "add", "row")
-    note(verb, "finish", "scoring")
+    note(command, "finish", "scoring")
 
 
 # -- places
@@ -137,8 +137,8 @@ def _in_a_step(hit: Callable[[], None]) -> None:
 
 
 def _in_a_validation(hit: Callable[[], None]) -> None:
-    inner = verb.detect
-    verb.detect = lambda *args: (hit(), inner(*args), hit())[1]
+    inner = command.detect
+    command.detect = lambda *args: (hit(), inner(*args), hit())[1]
 
 
 def _before_a_checkpoint_is_in_its_place(hit: Callable[[], None]) -> None:

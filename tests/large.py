@@ -1,4 +1,4 @@
-"""Data sets with many pictures, as files: thousands of pictures are one, by hard links."""
+"""Datasets with many images, as files: thousands of images are one, by hard links."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny import OBJECT, XML, picture
+from tiny import OBJECT, XML, image
 
 WIDTH, HEIGHT = 640, 480
 LINKS = 50_000  # to one file; ext4 allows 65,000
 NAMES = [f"class {i}" for i in range(20)]
 
 
-def boxes(pictures: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(pictures, each, 4) xyxy inside the picture, and labels (pictures, each)."""
+def boxes(images: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(images, each, 4) xyxy inside the image, and labels (images, each)."""
     chance = np.random.default_rng(seed)
-    corner = chance.uniform(0, 400, (pictures, each, 2))
-    return np.concatenate([corner, corner + chance.uniform(8, 80, (pictures, each, 2))], axis=2).round(2), chance.integers(
-        0, len(NAMES), (pictures, each)
+    corner = chance.uniform(0, 400, (images, each, 2))
+    return np.concatenate([corner, corner + chance.uniform(8, 80, (images, each, 2))], axis=2).round(2), chance.integers(
+        0, len(NAMES), (images, each)
     )
 
 
-def write(root: Path, form: str, pictures: int, each: int, *, polygons: bool = False) -> Path:
+def write(root: Path, form: str, images: int, each: int, *, polygons: bool = False) -> Path:
     """A split "train" in COCO's, YOLO's or VOC's form; the path to give to `read`."""
-    found, labels = boxes(pictures, each)
+    found, labels = boxes(images, each)
     if form == "coco":
         return _coco(root, found, labels, polygons)
     folders = {"yolo": ("images/train", "labels/train"), "voc": ("JPEGImages", "Annotations")}[form]
@@ -33,7 +33,7 @@ def write(root: Path, form: str, pictures: int, each: int, *, polygons: bool = F
         (root / folder).mkdir(parents=True)
     for i, (rows, own) in enumerate(zip(found.tolist(), labels.tolist())):
         if i % LINKS == 0:
-            one = picture(root / f"{i}.jpg", WIDTH, HEIGHT)
+            one = image(root / f"{i}.jpg", WIDTH, HEIGHT)
         os.link(one, root / folders[0] / f"{i:06d}.jpg")
         if form == "yolo":
             lines = [
@@ -48,7 +48,7 @@ def write(root: Path, form: str, pictures: int, each: int, *, polygons: bool = F
         (root / "data.yaml").write_text(f"train: images/train\nnames: {NAMES}\n")
         return root / "data.yaml"
     (root / "ImageSets" / "Main").mkdir(parents=True)
-    (root / "ImageSets" / "Main" / "train.txt").write_text("".join(f"{i:06d}\n" for i in range(pictures)))
+    (root / "ImageSets" / "Main" / "train.txt").write_text("".join(f"{i:06d}\n" for i in range(images)))
     return root
 
 
@@ -66,8 +66,8 @@ def _coco(root: Path, found: np.ndarray, labels: np.ndarray, polygons: bool) -> 
             for k, (a, b, c, d) in zip(own, rows):
                 number += 1
                 w, h = round(c - a, 2), round(d - b, 2)
-                outline = f',"segmentation":[[{a},{b},{c},{b},{c},{d},{a},{d}]]' if polygons else ""
-                area = f'"area":{w * h:.2f},"iscrowd":0{outline}'
+                segmentation = f',"segmentation":[[{a},{b},{c},{b},{c},{d},{a},{d}]]' if polygons else ""
+                area = f'"area":{w * h:.2f},"iscrowd":0{segmentation}'
                 lines.append(f'{{"id":{number},"image_id":{i},"category_id":{k + 1},"bbox":[{a},{b},{w},{h}],{area}}}')
             out.write(("," if i else "") + ",".join(lines))
         out.write("]}")

@@ -72,14 +72,14 @@ from fusedet.models.detectors import OneStage
 from resident import pss
 
 method, every, words = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-taken, calls, pictures = [], 0, 0
+taken, calls, images = [], 0, 0
 original = getattr(OneStage, method)
 
 def watched(self, batch, *rest, **named):
-    global calls, pictures
-    calls, pictures = calls + 1, pictures + len(getattr(batch, "images", batch))
+    global calls, images
+    calls, images = calls + 1, images + len(getattr(batch, "images", batch))
     if calls % every == 0:
-        taken.append((calls, pictures, pss()))
+        taken.append((calls, images, pss()))
     return original(self, batch, *rest, **named)
 
 setattr(OneStage, method, watched)
@@ -99,6 +99,6 @@ def run(program: str | Path, *arguments: Any, timeout: float = 3600) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def of_verb(method: str, every: int, words: Sequence[object]) -> np.ndarray:
-    """(samples, 3): calls of a detector's method so far, pictures so far, bytes; one row every so many calls of a `fusedet` command."""
+def of_command(method: str, every: int, words: Sequence[object]) -> np.ndarray:
+    """(samples, 3): calls of a detector's method so far, images so far, bytes; one row every so many calls of a `fusedet` command."""
     return np.array(run(VERB, method, every, json.dumps([str(word) for word in words])))

@@ -49,7 +49,7 @@ def make(name: str, *overrides: str, everything: bool = False, rest: bool = Fals
 
 
 def target(boxes: Any, labels: list[int] | None = None, size: tuple[int, int] = (64, 96)) -> Target:
-    """Objects (x1, y1, x2, y2) with masks that fill their boxes as far as they are in the picture; classes 0, 1, 2, 0, ... by default."""
+    """Objects (x1, y1, x2, y2) with masks that fill their boxes as far as they are in the image; classes 0, 1, 2, 0, ... by default."""
     found = torch.as_tensor(boxes, dtype=torch.get_default_dtype()).reshape(-1, 4)
     y, x = (torch.arange(n) + 0.5 for n in size)
     x1, y1, x2, y2 = found[:, :, None].unbind(1)

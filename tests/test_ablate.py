@@ -360,7 +360,7 @@ def test_cost_is_counted_and_measured(done: Path) -> None:
     for one in (plain, other):
         speed = one["prediction"]
         assert 0 < speed["p50_ms"] <= speed["p95_ms"]
-        assert speed["pictures"] == 8  # all there are
+        assert speed["images"] == 8  # all there are
         assert speed["peak_MiB"] * 2**20 > 4 * one["parameters"]
         assert one["training"]["images_per_second"] > 0
 
@@ -480,8 +480,8 @@ def test_one_ablation_at_a_time_in_a_folder(plan: Plan) -> None:
             other.kill()
 
 
-def test_rows_are_scored_on_the_same_pictures(scenes: Path, tmp_path: Path) -> None:
+def test_rows_are_scored_on_the_same_images(scenes: Path, tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text("base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [data.val=train]}\n")
-    with pytest.raises(InputError, match=r"row 'b' is scored on .* but row 'a' on .* rows are compared on the same pictures"):
+    with pytest.raises(InputError, match=r"row 'b' is scored on .* but row 'a' on .* rows are compared on the same images"):
         ablation.make(ablation.load(file), [f"data={scenes}", *SMALL], say=lambda text: None)

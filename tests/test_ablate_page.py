@@ -48,17 +48,17 @@ def look(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str,
 
 
 class Cells(HTMLParser):
-    """The text of every cell and heading, and how many pictures there are."""
+    """The text of every cell and heading, and how many images there are."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.texts: list[str] = []
-        self.pictures = 0
+        self.images = 0
         self.open = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.pictures += tag == "svg"
+        self.images += tag == "svg"
         if tag in ("td", "th", "h1", "h2"):
             self.open = True
             self.texts.append("")
@@ -80,7 +80,7 @@ def summary(folder: Path) -> dict[str, Any]:
             name: {"mean": 30.0 + i, "low": 29.0 + i, "high": 31.0 + i, "values": [29.5 + i, 30.5 + i]}
             for name in ("AP", "AP50", "APs", "APm")
         }
-        change = {"value": 1.0 * i, "over_pictures": [0.5 * i, 1.5 * i], "over_seeds": [-1.0, 3.0]} if i else None
+        change = {"value": 1.0 * i, "over_images": [0.5 * i, 1.5 * i], "over_seeds": [-1.0, 3.0]} if i else None
         runs = []
         for seed in (0, 1):
             run = folder / f"row{i}" / f"seed{seed}"
@@ -88,8 +88,8 @@ def summary(folder: Path) -> dict[str, Any]:
             (run / "metrics.csv").write_text(f"epoch,step,AP\n1,4,\n1,4,0.{i}1\n2,8,0.{i}{seed + 3}\n")
             about = {"state": "finished", "folder": str(run), "figures": {"AP": 1.0}, "seconds": 61.0, "device": "cpu", "reason": None}
             runs.append(about | {"seed": seed, "versions": {"torch": "2.6"}})
-        cost = {"parameters": 10**7, "trainable": 9 * 10**6, "multiply_adds": 10**10 * (1 + i), "picture": [64, 96]}
-        cost |= {"prediction": {"p50_ms": 9.0 + i, "p95_ms": 12.0, "pictures": 8, "peak_MiB": 55.5, "device": "cpu"}, "training": None}
+        cost = {"parameters": 10**7, "trainable": 9 * 10**6, "multiply_adds": 10**10 * (1 + i), "image": [64, 96]}
+        cost |= {"prediction": {"p50_ms": 9.0 + i, "p95_ms": 12.0, "images": 8, "peak_MiB": 55.5, "device": "cpu"}, "training": None}
         rows.append(
             {
                 "label": label,
@@ -105,13 +105,13 @@ def summary(folder: Path) -> dict[str, Any]:
             }
             | {"base": "x", "overrides": [], "same_as": None, "runs": runs, "measured": measured, "cost": cost}
             | {"difference": dict.fromkeys(measured, change) if change else None, "conclusion": f"conclusion {i}"}
-            | {"classes": [{"name": name, "value": 1.0, "over_pictures": [0.5, 1.5]} for name in classes] if change else None}
+            | {"classes": [{"name": name, "value": 1.0, "over_images": [0.5, 1.5]} for name in classes] if change else None}
         )
     rows.append(
         {"label": "theirs", "cited": True, "published": {"AP": 41.0}, "params_M": None, "time_ms": None, "split": None, "note": "n"}
         | {"published_difference": {}}
     )
-    split = {"source": "data & more", "pictures": 8, "objects": 24, "fingerprint": "17a5b5b7ccea1f3f"}
+    split = {"source": "data & more", "images": 8, "objects": 24, "fingerprint": "17a5b5b7ccea1f3f"}
     head = {"table": "mine", "title": "Necks <of> mine", "paper": "A paper", "note": None, "baseline": "FPN", "seeds": 2, "overrides": []}
     head |= {"figure": "AP", "drawn": True, "chosen": False}
     return head | {
@@ -142,7 +142,7 @@ def test_the_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], 
         for cells in [sheet.head, *sheet.rows]:
             assert any(seen.texts[i : i + len(cells)] == cells for i in range(len(seen.texts))), cells
     assert {"Necks <of> mine", "FPN + <SMSL>", "conclusion 2", "mine"} <= set(seen.texts)
-    assert seen.pictures == 3 + 2  # and one by class for each row but the baseline
+    assert seen.images == 3 + 2  # and one by class for each row but the baseline
     assert "<script" not in dom
 
 
@@ -158,11 +158,9 @@ def test_what_a_page_asks_for_and_says_is_seen(browser: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)])
 def test_light_and_dark(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool) -> None:
     """The page follows the reader's scheme: its corner is paper or night, and text and plots stand out from it."""
-    picture = tmp_path / "page.png"
-    look(
-        browser, page[0], tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1200,2600", f"--screenshot={picture}"
-    )
-    grey = Image.open(picture).convert("L")
+    image = tmp_path / "page.png"
+    look(browser, page[0], tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1200,2600", f"--screenshot={image}")
+    grey = Image.open(image).convert("L")
     assert (grey.getpixel((3, 3)) < 60) is dark
     histogram = grey.histogram()
     bright, deep = sum(histogram[200:]), sum(histogram[:60])

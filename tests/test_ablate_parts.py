@@ -101,7 +101,7 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     assert 0 <= cost._allocated(call) - (8 << 20) < 1024  # and the numbers that were filled in and added
 
 
-AP = {"over_pictures": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
+AP = {"over_images": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ AP = {"over_pictures": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
     [
         (
             {},
-            r"^AP 1\.00 higher than 'a', for other pictures such as these \(\+0\.20 to \+1\.80\) and for other seeds \(\+0\.10 to",
+            r"^AP 1\.00 higher than 'a', for other images such as these \(\+0\.20 to \+1\.80\) and for other seeds \(\+0\.10 to",
         ),
-        ({"value": -1.0, "over_pictures": [-1.8, -0.2], "over_seeds": [-1.9, -0.1]}, r"^AP 1\.00 lower than 'a', for other pictures"),
+        ({"value": -1.0, "over_images": [-1.8, -0.2], "over_seeds": [-1.9, -0.1]}, r"^AP 1\.00 lower than 'a', for other images"),
         ({"over_seeds": [-0.1, 2.1]}, r"with these weights; another training may give another sign \(-0\.10 to \+2\.10\)"),
-        ({"over_pictures": [-0.1, 2.1]}, r"on these very pictures for other seeds too .*; other pictures may give another sign"),
-        ({"over_pictures": [-1, 2], "over_seeds": [-1, 3]}, r"^Nothing can be concluded: both intervals hold 0"),
+        ({"over_images": [-0.1, 2.1]}, r"on these very images for other seeds too .*; other images may give another sign"),
+        ({"over_images": [-1, 2], "over_seeds": [-1, 3]}, r"^Nothing can be concluded: both intervals hold 0"),
         ({"over_seeds": None}, r"with these weights\. With fewer than two seeds on a side nothing is known of other trainings"),
-        ({"over_seeds": None, "over_pictures": [-1, 2]}, r"^Nothing can be concluded: the interval over pictures"),
-        ({"value": None, "over_pictures": None}, "no object that counts"),
+        ({"over_seeds": None, "over_images": [-1, 2]}, r"^Nothing can be concluded: the interval over images"),
+        ({"value": None, "over_images": None}, "no object that counts"),
     ],
 )
 def test_conclusions(change: dict[str, Any], said: str) -> None:
@@ -125,16 +125,14 @@ def test_conclusions(change: dict[str, Any], said: str) -> None:
     assert re.search(said, summary.conclusion(one, "AP", {"a": "a", "b": "b"}))
 
 
-def test_conclusions_of_a_figure_without_an_interval_over_pictures() -> None:
+def test_conclusions_of_a_figure_without_an_interval_over_images() -> None:
     def said(over_seeds: list[float] | None) -> str:
-        change = {"value": 1.0, "over_pictures": None, "over_seeds": over_seeds}
+        change = {"value": 1.0, "over_images": None, "over_seeds": over_seeds}
         one = {"label": "b", "reference": "a", "measured": {"VOC_AP": {}}, "difference": {"VOC_AP": change}}
         return summary.conclusion(one, "VOC_AP", {"a": "a", "b": "b"})
 
-    assert said([0.1, 1.9]).startswith(
-        "VOC_AP 1.00 higher than 'a' on these very pictures for other seeds too (+0.10 to +1.90). Over pictures"
-    )
-    assert said([-0.0001, 1.9]).startswith("Nothing can be concluded: -0.0001 to +1.9000 holds 0. Over pictures there is no interval")
+    assert said([0.1, 1.9]).startswith("VOC_AP 1.00 higher than 'a' on these very images for other seeds too (+0.10 to +1.90). Over images")
+    assert said([-0.0001, 1.9]).startswith("Nothing can be concluded: -0.0001 to +1.9000 holds 0. Over images there is no interval")
     assert "fewer than two seeds" in said(None)
 
 

@@ -17,7 +17,7 @@ from fusedet.ablation.plan import Cell, Plan
 from fusedet.api import validate
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.synthetic import generate
 from fusedet.errors import InputError
 from fusedet.evaluation.mask_iou import encoded
@@ -29,10 +29,10 @@ def plan_of(folder: Path, text: str, data: Path, *more: str, seeds: int = 2) -> 
     return ablation.make(ablation.load(file), [f"data={data}", "device=cpu", *more], seeds=seeds, out=folder / "out", say=lambda text: None)
 
 
-def truth(records: Records, drop: float, late: float) -> list[dict[str, Any]]:
+def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str, Any]]:
     """The objects as finds, without a share of them; boxes of a share are beside the object, masks always on it."""
     found = []
-    for i, record in enumerate(records):
+    for i, record in enumerate(dataset):
         for k, (box, label) in enumerate(zip(record.boxes.tolist(), record.labels.tolist())):
             if (7 * i + 3 * k) % 10 < 10 * drop:
                 continue
@@ -41,7 +41,7 @@ def truth(records: Records, drop: float, late: float) -> list[dict[str, Any]]:
             mask = encoded(record.segments[k], record.height, record.width)
             text = mask["counts"].decode() if isinstance(mask["counts"], bytes) else mask["counts"]
             found.append(
-                {"image_id": record.image_id, "category_id": records.category_ids[label], "bbox": [x, y, right - x, bottom - y]}
+                {"image_id": record.image_id, "category_id": dataset.category_ids[label], "bbox": [x, y, right - x, bottom - y]}
                 | {"score": 0.9 - 0.01 * k, "segmentation": {"size": [record.height, record.width], "counts": text}}
             )
     return found
@@ -88,9 +88,9 @@ def test_a_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
     for row in (more, boxes):  # the difference is that of the masks, and the data itself lies in its interval
         change = row["difference"]["mask_AP"]
         assert change["value"] == pytest.approx(row["measured"]["mask_AP"]["mean"] - found["rows"][0]["measured"]["mask_AP"]["mean"])
-        assert change["over_pictures"][0] <= change["value"] <= change["over_pictures"][1]
+        assert change["over_images"][0] <= change["value"] <= change["over_images"][1]
     assert more["conclusion"].startswith("mask_AP ")
-    assert boxes["difference"]["mask_AP"] == {"value": 0.0, "over_pictures": [0.0, 0.0], "over_seeds": [0.0, 0.0]}
+    assert boxes["difference"]["mask_AP"] == {"value": 0.0, "over_images": [0.0, 0.0], "over_seeds": [0.0, 0.0]}
     assert boxes["measured"]["AP"]["mean"] > found["rows"][0]["measured"]["AP"]["mean"]
     sheet = render.difference_sheet(found)
     assert sheet.head[1:3] == ["mask_AP published", "mask_AP measured"]
@@ -132,9 +132,9 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
     for label, base in (("A+", "A"), ("B+", "B")):
         means = [rows[one]["measured"]["VOC_AP"]["mean"] for one in (base, label)]
         assert rows[label]["difference"]["VOC_AP"]["value"] == pytest.approx(means[1] - means[0])
-        assert rows[label]["difference"]["VOC_AP"]["over_pictures"] is None
-        assert rows[label]["difference"]["AP"]["over_pictures"] is not None
-        assert "Over pictures there is no interval of it" in rows[label]["conclusion"]
+        assert rows[label]["difference"]["VOC_AP"]["over_images"] is None
+        assert rows[label]["difference"]["AP"]["over_images"] is not None
+        assert "Over images there is no interval of it" in rows[label]["conclusion"]
     assert rows["A"]["difference"] is rows["B"]["difference"] is None
     assert rows["B"]["conclusion"] == "The baseline: what other rows are compared with."
     sheet = render.difference_sheet(found)
@@ -146,11 +146,11 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
         ["2/2", "", "-"],
         ["1/2", "B", "+1.27"],
     ]
-    assert any(line.startswith("Over pictures: none.") for line in summary_text.covered(found))
+    assert any(line.startswith("Over images: none.") for line in summary_text.covered(found))
     files = report.write(found, tmp_path / "out")
     for name in ("table", "page"):
         text = files[name].read_text()
-        for part in ("+1.27", "no target", "Finished seeds, of 2: B+ 1", "Over pictures: none", "a word"):
+        for part in ("+1.27", "no target", "Finished seeds, of 2: B+ 1", "Over images: none", "a word"):
             assert part in text, (name, part)
         assert str(tmp_path) not in text  # nothing of the machine's folders
 
@@ -234,7 +234,7 @@ def test_what_scores_weights_waits_for_them(tmp_path: Path) -> None:
 # -- small data, and folders taken up again
 
 
-def test_a_dry_run_on_a_few_pictures(tmp_path: Path) -> None:
+def test_a_dry_run_on_a_few_images(tmp_path: Path) -> None:
     data = generate(tmp_path / "few", images=4, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
     plan = plan_of(tmp_path, TESTS, data, *SMALL, "train.epochs=5", seeds=1)
     rows, basis = ablation.look(plan, say=lambda text: None)

@@ -61,8 +61,8 @@ def test_layers_lie_over_each_other(mine: Table) -> None:
 
 def test_more_lies_over_the_row(mine: Table) -> None:
     gate = mine.rows[2]
-    more = gate.config(mine, "data=/pictures", "train.epochs=1", "model.neck=bifpn", "model.backbone=resnet18")
-    assert (more.data.path, more.train.epochs, more.model.neck) == ("/pictures", 1, {"type": "bifpn"})
+    more = gate.config(mine, "data=/images", "train.epochs=1", "model.neck=bifpn", "model.backbone=resnet18")
+    assert (more.data.path, more.train.epochs, more.model.neck) == ("/images", 1, {"type": "bifpn"})
     assert more.model.backbone["name"] == "resnet18"
     assert gate.config(mine).data.path is None
 

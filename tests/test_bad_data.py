@@ -1,4 +1,4 @@
-"""Every bad data set of bad_data.py is trained through with its counts, or refused with a sentence that names the fault."""
+"""Every bad dataset of bad_data.py is trained through with its counts, or refused with a sentence that names the fault."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import nn
 from bad_data import KINDS, TRAIN, Kind, good
 from conftest import SMALL
 from fusedet import config as configs
-from fusedet.api.image_check import check_pictures
+from fusedet.api.image_check import check_images
 from fusedet.api.train import open_data, train_transform
 from fusedet.config import Config
 from fusedet.data.bad_images import Ledger
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import train_loader
 from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
@@ -41,10 +41,10 @@ def spoiled(kind: Kind, tmp_path: Path) -> Path:
     return root
 
 
-def prepared(config: Config) -> tuple[Records, Records]:
+def prepared(config: Config) -> tuple[DetectionDataset, DetectionDataset]:
     """As a training does before its first step."""
     data, val = open_data(config, lambda text: None)
-    check_pictures(config, data, val, lambda text: None)
+    check_images(config, data, val, lambda text: None)
     return data, val
 
 
@@ -76,7 +76,7 @@ def detector() -> nn.Module:
     return from_config(options(Path("unused")), 2).train()
 
 
-def steps(detector: nn.Module, data: Records, config: Config, ledger: Ledger | None = None) -> int:
+def steps(detector: nn.Module, data: DetectionDataset, config: Config, ledger: Ledger | None = None) -> int:
     """Losses of every batch of an epoch; gives how many there were."""
     count = 0
     for batch in train_loader(data, train_transform(config), batch=2, ledger=ledger).epoch(0):
@@ -176,15 +176,15 @@ def test_code_in_a_yaml_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "pwned").exists()
 
 
-def test_outlines_that_were_dropped_are_refused_by_a_detector_of_masks(tmp_path: Path) -> None:
+def test_segmentations_that_were_dropped_are_refused_by_a_detector_of_masks(tmp_path: Path) -> None:
     root = spoiled(BY_NAME["polygon-far"], tmp_path)
     masks = train_loader(read(root, "train"), train_transform(options(root)), batch=2, masks=True)
     with pytest.raises(InputError, match="has no segment"):
         list(masks.epoch(0))
 
 
-def test_masks_follow_a_polygon_that_leaves_its_picture(tmp_path: Path) -> None:
-    root = spoiled(BY_NAME["polygon-leaves-picture"], tmp_path)
+def test_masks_follow_a_polygon_that_leaves_its_image(tmp_path: Path) -> None:
+    root = spoiled(BY_NAME["polygon-leaves-image"], tmp_path)
     config = options(root, "data.size=[48,64]", "data.flip=0")
     for batch in train_loader(read(root, "train"), train_transform(config), batch=TRAIN, masks=True).epoch(0):
         masks = batch.targets[batch.ids.index(0)].masks

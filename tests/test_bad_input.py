@@ -49,7 +49,7 @@ def has(said: str, *words: object) -> None:
 
 
 def edited(scenes: Path, tmp_path: Path, edit: Callable[[dict[str, Any], Path], None], split: str = "train") -> Path:
-    """A copy of the data whose json of one split went through `edit`, which also gets the split's picture folder."""
+    """A copy of the data whose json of one split went through `edit`, which also gets the split's image folder."""
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     file = data / "annotations" / f"instances_{split}.json"
     content = json.loads(file.read_text())
@@ -65,8 +65,8 @@ def test_wrong_path_and_empty_folder(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "out"
     has(complaint(capsys, *train("/no/where", out)), "/no/where does not exist", "a folder, a COCO json or a YOLO yaml")
     (tmp_path / "empty").mkdir()
-    for verb in (train(tmp_path / "empty", out), ["doctor", f"data={tmp_path / 'empty'}"], ["browse", f"data={tmp_path / 'empty'}"]):
-        has(complaint(capsys, *verb), tmp_path / "empty", "is an empty folder")
+    for command in (train(tmp_path / "empty", out), ["doctor", f"data={tmp_path / 'empty'}"], ["browse", f"data={tmp_path / 'empty'}"]):
+        has(complaint(capsys, *command), tmp_path / "empty", "is an empty folder")
     has(complaint(capsys, "train", "retinanet_tiny"), "add data=PATH")
     has(complaint(capsys, "convert", "data", "/no/where", out, "--to", "yolo"), "/no/where does not exist")
     assert not out.exists()
@@ -100,7 +100,7 @@ def test_unknown_category_id(capsys: Capture, scenes: Path, tmp_path: Path) -> N
     has(complaint(capsys, *train(data, tmp_path / "out")), "annotation 1 has the category id 99", "'categories' does not list")
     assert cli.run(["doctor", f"data={data}"]) == 1
     said = capsys.readouterr().out
-    has(said, "train: cannot be read", "category id 99", "val: 8 pictures")
+    has(said, "train: cannot be read", "category id 99", "val: 8 images")
 
 
 def test_class_names_that_differ(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
@@ -111,29 +111,29 @@ def test_class_names_that_differ(capsys: Capture, scenes: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-# -- pictures
+# -- images
 
 
-def absent(content: dict[str, Any], pictures: Path) -> None:
-    (pictures / content["images"][1]["file_name"]).unlink()
+def absent(content: dict[str, Any], images: Path) -> None:
+    (images / content["images"][1]["file_name"]).unlink()
 
 
-def truncated(content: dict[str, Any], pictures: Path) -> None:
-    file = pictures / content["images"][1]["file_name"]
+def truncated(content: dict[str, Any], images: Path) -> None:
+    file = images / content["images"][1]["file_name"]
     file.write_bytes(file.read_bytes()[:400])
 
 
-def text(content: dict[str, Any], pictures: Path) -> None:
-    (pictures / content["images"][1]["file_name"]).write_text("no picture")
+def text(content: dict[str, Any], images: Path) -> None:
+    (images / content["images"][1]["file_name"]).write_text("no image")
 
 
-def bomb(content: dict[str, Any], pictures: Path) -> None:
+def bomb(content: dict[str, Any], images: Path) -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     side = 30_000
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    (pictures / "000001.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+    (images / "000001.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
 
 
 @pytest.mark.parametrize(
@@ -141,15 +141,15 @@ def bomb(content: dict[str, Any], pictures: Path) -> None:
     [
         (absent, "does not exist"),
         (truncated, "truncated or damaged"),
-        (text, "not a picture"),
+        (text, "not an image"),
         (bomb, "the limit against decompression bombs"),
     ],
 )
-def test_a_picture_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
+def test_a_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
     data, out = edited(scenes, tmp_path, edit), tmp_path / "out"
     has(complaint(capsys, *train(data, out)), data / "train" / "000001.jpg", right)
     assert not out.exists() or (out / "last.ckpt").is_file(), (
-        "once the picture is mended: the same command, or --resume where steps were done"
+        "once the image is mended: the same command, or --resume where steps were done"
     )
     assert cli.run(["doctor", f"data={data}", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -159,16 +159,16 @@ def test_a_picture_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: 
     has(error, data / "train" / "000001.jpg", right)
 
 
-def test_a_picture_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+def test_a_image_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content["images"][0].update(width=0, height=0))
     has(complaint(capsys, *train(data, tmp_path / "out")), "image 1 (000000.jpg) is 0x0 pixels")
 
 
-def test_predict_keeps_what_it_found_before_a_bad_picture(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
-    pictures = Path(shutil.copytree(scenes / "val", tmp_path / "pictures"))
-    bad = sorted(pictures.iterdir())[-1]
+def test_predict_keeps_what_it_found_before_a_bad_image(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(scenes / "val", tmp_path / "images"))
+    bad = sorted(images.iterdir())[-1]
     bad.write_bytes(b"")
-    has(complaint(capsys, "predict", trained, pictures, f"out={tmp_path / 'out'}"), bad, "not a picture")
+    has(complaint(capsys, "predict", trained, images, f"out={tmp_path / 'out'}"), bad, "not an image")
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 7
 
 
@@ -188,7 +188,7 @@ def faulty(content: dict[str, Any], _: Path) -> None:
 def test_bad_boxes_are_counted_and_trained_around(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, faulty)
     sentences = ("NaN or infinite coordinates: dropped: 1", "negative width or height: dropped: 1", "no area: not trained on: 1")
-    sentences += ("wholly outside their picture: not trained on: 1", "partly outside their picture: clipped in training: 1")
+    sentences += ("wholly outside their image: not trained on: 1", "partly outside their image: clipped in training: 1")
     assert cli.run(train(data, tmp_path / "out")) == 0
     has(capsys.readouterr().out, *sentences)
     assert cli.run(["doctor", f"data={data}"]) == 0, "warnings do not stop a training"
@@ -206,7 +206,7 @@ def test_a_class_without_objects_is_said(capsys: Capture, scenes: Path, tmp_path
     has(capsys.readouterr().out, "no object of class square")
 
 
-def test_empty_pictures_are_background(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+def test_empty_images_are_background(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     def nearly_all_empty(content: dict[str, Any], _: Path) -> None:
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
 
@@ -214,7 +214,7 @@ def test_empty_pictures_are_background(capsys: Capture, scenes: Path, tmp_path: 
     assert cli.run(train(data, tmp_path / "out", "train.batch=1", "train.base_batch=1")) == 0
     capsys.readouterr()
     assert cli.run(["doctor", f"data={data}"]) == 0
-    has(capsys.readouterr().out, "8 pictures (7 without objects)")
+    has(capsys.readouterr().out, "8 images (7 without objects)")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -287,12 +287,12 @@ def test_wrong_options(capsys: Capture, scenes: Path, tmp_path: Path, override: 
 
 def test_unknown_models(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for verb in ("train", "info", "config"):
-        has(complaint(capsys, verb, "retinanet_r5"), "unknown config 'retinanet_r5': did you mean 'retinanet_r50'?")
-        has(complaint(capsys, verb, "mine.yaml"), "there is no config file mine.yaml")
-        has(complaint(capsys, verb, "retinanet_r18", "retinanet_r50"), "one model at a time")
-    for verb in ("info", "doctor", "browse"):
-        has(complaint(capsys, verb, tmp_path), "is not a run's folder", f"did you mean data={tmp_path}?")
+    for command in ("train", "info", "config"):
+        has(complaint(capsys, command, "retinanet_r5"), "unknown config 'retinanet_r5': did you mean 'retinanet_r50'?")
+        has(complaint(capsys, command, "mine.yaml"), "there is no config file mine.yaml")
+        has(complaint(capsys, command, "retinanet_r18", "retinanet_r50"), "one model at a time")
+    for command in ("info", "doctor", "browse"):
+        has(complaint(capsys, command, tmp_path), "is not a run's folder", f"did you mean data={tmp_path}?")
     said = complaint(capsys, "train")
     has(said, "which model?", "fusedet info lists")
     assert len(said) < 200, "not all 76"
@@ -313,20 +313,20 @@ def test_an_output_folder_that_exists(capsys: Capture, trained: Path, scenes: Pa
     out = tmp_path / "full"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    verbs = (["val", trained], ["predict", trained, scenes / "val"], ["demo"])
-    for words in (train(scenes, out), *([*verb, f"out={out}"] for verb in verbs)):
+    commands = (["val", trained], ["predict", trained, scenes / "val"], ["demo"])
+    for words in (train(scenes, out), *([*command, f"out={out}"] for command in commands)):
         has(complaint(capsys, *words), f"out={out} exists and is not empty", "choose another")
     has(complaint(capsys, "convert", "data", scenes, out, "--to", "voc"), "nothing is overwritten")
-    picture = tmp_path / "b.png"
-    picture.write_text("keep me")
-    has(complaint(capsys, "browse", f"data={scenes}", f"out={picture}"), "exists: nothing is overwritten")
+    image = tmp_path / "b.png"
+    image.write_text("keep me")
+    has(complaint(capsys, "browse", f"data={scenes}", f"out={image}"), "exists: nothing is overwritten")
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    assert picture.read_text() == "keep me"
+    assert image.read_text() == "keep me"
 
 
-def test_pictures_of_the_data_are_numbered(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_the_data_are_numbered(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for words, said in ((["--images", "1"], "1 picture: "), (["--images", "2"], "2 pictures: "), (["--centres"], ""), (["--centres"], "")):
+    for words, said in ((["--images", "1"], "1 image: "), (["--images", "2"], "2 images: "), (["--centres"], ""), (["--centres"], "")):
         assert cli.run(["browse", f"data={scenes}", "data.workers=0", *words]) == 0
         assert said in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centres-2.png", "centres.png"]
@@ -413,13 +413,13 @@ def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: 
 
 def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    has(complaint(capsys, "predict", trained), "which pictures?")
-    has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no picture, folder or pattern /no/where.jpg")
-    has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no picture")
-    has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no picture")
+    has(complaint(capsys, "predict", trained), "which images?")
+    has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no image, folder or pattern /no/where.jpg")
+    has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no image")
+    has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no image")
     has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
-    for verb in ("predict", "cam"):
-        said = complaint(capsys, verb, trained, scenes / "val", "model.neck=fpn")
+    for command in ("predict", "cam"):
+        said = complaint(capsys, command, trained, scenes / "val", "model.neck=fpn")
         has(said, "changes nothing for a trained model: what can be set here is test, data.size, data.antialias, device, out")
 
 

@@ -1,4 +1,4 @@
-"""Intervals: the bootstrap against pictures really repeated, its coverage where the true difference is known, and printed t tables."""
+"""Intervals: the bootstrap against images really repeated, its coverage where the true difference is known, and printed t tables."""
 
 import math
 from statistics import NormalDist
@@ -9,42 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet import evaluation
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
-from fusedet.evaluation.bootstrap import FIGURES, Resampled, difference, drawn_pictures, mean_of, resampled
+from fusedet.evaluation.bootstrap import FIGURES, Resampled, difference, drawn_images, mean_of, resampled
 from fusedet.evaluation.confidence_intervals import percentiles, t_quantile
 from fusedet.evaluation.results import Found
-from test_evaluate import GUESSES, OBJECTS, records, result
+from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 IDS = (4, 1, 9)
 
 
-def repeated(pictures, image_ids, weights):
-    """COCO's figures of the data in which picture i really occurs weights[i] times: the slow reference.
+def repeated(images, image_ids, weights):
+    """COCO's figures of the data in which image i really occurs weights[i] times: the slow reference.
 
     Scores are replaced by falling ones in COCO's order on the data itself (score, then image id, then the order of the
     results), and copies get ids beside their original's: so ties stand as `resampled` says.
     """
-    rows = [(-score, image_ids[i], n, i, box, k) for i, (_, own) in enumerate(pictures) for n, (box, k, score) in enumerate(own)]
+    rows = [(-score, image_ids[i], n, i, box, k) for i, (_, own) in enumerate(images) for n, (box, k, score) in enumerate(own)]
     ranked = {(i, n): 1 - place / 1000 for place, (_, _, n, i, _, _) in enumerate(sorted(rows, key=lambda row: row[:3]))}
     copies = [(i, 100 * image_ids[i] + c) for i, weight in enumerate(weights) for c in range(weight)]
-    data = records([pictures[i][0] for i, _ in copies], names=("a", "b", "c"), ids=IDS, image_ids=[new for _, new in copies])
-    results = [result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(pictures[i][1])]
+    data = dataset([images[i][0] for i, _ in copies], names=("a", "b", "c"), ids=IDS, image_ids=[new for _, new in copies])
+    results = [result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(images[i][1])]
     return evaluation.coco(data, results)
 
 
 @given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
 @settings(max_examples=100, deadline=None)
-def test_equals_pictures_really_repeated(data, pictures, image_ids):
-    weights = np.array(
-        data.draw(st.lists(st.lists(st.integers(0, 3), min_size=len(pictures), max_size=len(pictures)), min_size=3, max_size=3))
-    )
+def test_equals_images_really_repeated(data, images, image_ids):
+    weights = np.array(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=len(images), max_size=len(images)), min_size=3, max_size=3)))
     weights[weights.sum(axis=1) == 0] = 1
-    whole = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
-    results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(pictures) for box, k, score in own]
-    found = resampled(whole, results, np.array([np.ones(len(pictures), int), *weights], dtype=np.int16))
+    whole = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
+    results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(images) for box, k, score in own]
+    found = resampled(whole, results, np.array([np.ones(len(images), int), *weights], dtype=np.int16))
     itself = evaluation.coco(whole, results)
-    for column, expected in enumerate([itself, *(repeated(pictures, image_ids, row) for row in weights)]):
+    for column, expected in enumerate([itself, *(repeated(images, image_ids, row) for row in weights)]):
         assert found.figures[:, column] == pytest.approx([expected[name] for name in FIGURES], abs=1e-12, nan_ok=True)
         assert found.classes[:, column] == pytest.approx([row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True)
 
@@ -75,8 +73,8 @@ def test_form_and_seed():
     assert same["low"] == same["high"] == 0, "the same resample for both"
 
 
-def test_drawn_pictures():
-    weights = drawn_pictures(30, 2000, 3)
+def test_drawn_images():
+    weights = drawn_images(30, 2000, 3)
     assert (weights[0] == 1).all()
     assert (weights.sum(axis=1) == 30).all()
     # each count is binomial (30, 1/30): its mean 1, its variance 29/30
@@ -84,7 +82,7 @@ def test_drawn_pictures():
     assert weights[1:].var() == pytest.approx(29 / 30, rel=0.05)
     for wrong in ((0, 10, 0), (10, 0, 0), (10, 10, -1)):
         with pytest.raises(InputError, match="a bootstrap needs"):
-            drawn_pictures(*wrong)
+            drawn_images(*wrong)
     data, a, _, _ = draw(np.random.default_rng(0), 5)
     with pytest.raises(InputError, match=r"weights must be \(resamples, 5\)"):
         resampled(data, a, np.ones((2, 4), np.int16))
@@ -104,9 +102,9 @@ HIT_A, HIT_B, SPREAD, FALSE_A, FALSE_B = 0.6, 0.68, 0.2, 1.0, 0.8
 
 
 def expected(hit, false, objects=2.0):
-    """AP on endless data: a share `hit` of the objects is found exactly, at scores sqrt(U); `false` finds per picture at 1 - sqrt(U).
+    """AP on endless data: a share `hit` of the objects is found exactly, at scores sqrt(U); `false` finds per image at 1 - sqrt(U).
 
-    Right ones above a score s are hit (1 - s²) of the objects, false ones false (1 - s)² per picture.
+    Right ones above a score s are hit (1 - s²) of the objects, false ones false (1 - s)² per image.
     """
     recall = np.linspace(0, 1, 101)[1:]  # at recall 0 the precision of the best scores, 1
     right = recall[recall <= hit]
@@ -116,15 +114,15 @@ def expected(hit, false, objects=2.0):
 
 
 def draw(rng, count):
-    """Records of `count` pictures of one class, two runs' finds, and the true difference of their AP.
+    """DetectionDataset of `count` images of one class, two runs' finds, and the true difference of their AP.
 
-    A picture has 1 to 3 objects and is easy or hard for both runs; an object that the worse run finds the better one does.
+    An image has 1 to 3 objects and is easy or hard for both runs; an object that the worse run finds the better one does.
     """
     each = rng.integers(1, 4, count)
     owner = np.repeat(np.arange(count), each)
     first = 50.0 * (np.arange(len(owner)) - np.repeat(np.cumsum(each) - each, each))
     boxes = np.stack([first, 0 * first, first + 40, 0 * first + 40], axis=1)
-    data = Records.from_arrays(
+    data = DetectionDataset.from_arrays(
         ["a"],
         [1],
         image_ids=np.arange(1, count + 1),
@@ -135,7 +133,7 @@ def draw(rng, count):
         labels=0 * owner,
         ignore=owner < 0,
         area=np.full(len(owner), 1600.0),
-        outlines=[b""] * len(owner),
+        segmentations=[b""] * len(owner),
         source="drawn",
         form="coco",
     )
@@ -156,7 +154,7 @@ def test_expected_precision_is_that_of_much_data():
 
 
 def test_interval_covers_as_often_as_it_says():
-    """95 % of the intervals, give or take 2, hold the difference that is true of all pictures."""
+    """95 % of the intervals, give or take 2, hold the difference that is true of all images."""
     rng, held, sizes = np.random.default_rng(0), 0, 500
     for i in range(sizes):
         data, a, b, true = draw(rng, 80)
@@ -243,7 +241,7 @@ def test_percentiles():
     # of five: 2.7764 sqrt(5 / 4) = 3.1042 standard deviations, the 0.000954th part a side
     normal = np.array([NormalDist().inv_cdf(p) for p in np.arange(1, 10**5) / 10**5])
     assert percentiles(normal, 5) == pytest.approx((-3.1042, 3.1042), abs=1e-3)
-    assert np.isnan(percentiles(normal, 1)).all(), "one picture has no interval"
+    assert np.isnan(percentiles(normal, 1)).all(), "one image has no interval"
 
 
 @pytest.mark.parametrize("count", [5, 20])
@@ -251,7 +249,7 @@ def test_interval_of_a_mean_of_few(count):
     """Of normally distributed items the interval is Student's, up to the chance of the resamples."""
     rng = np.random.default_rng(0)
     items = rng.normal(size=count)
-    low, high = percentiles((drawn_pictures(count, 20000, 0)[1:] * items).mean(axis=1), count)
+    low, high = percentiles((drawn_images(count, 20000, 0)[1:] * items).mean(axis=1), count)
     value, left, right = evaluation.over_seeds(items.tolist())
     assert (high - low) / (right - left) == pytest.approx(1, abs=0.1)
     assert (high + low) / 2 == pytest.approx(value, abs=0.1)

@@ -113,7 +113,7 @@ def test_boxes_without_area_are_not_found() -> None:
 
 
 @pytest.mark.parametrize("best", [0.0, 0.9])
-def test_an_exported_selection_takes_pictures_with_one_detection_or_none(best: float) -> None:
+def test_an_exported_selection_takes_images_with_one_detection_or_none(best: float) -> None:
     class Select(torch.nn.Module):
         def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return tuple(select(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5))

@@ -1,4 +1,4 @@
-"""Heat maps: LayerCAM by hand, what hooks see, what cannot differ, and the verb from the command line."""
+"""Heat maps: LayerCAM by hand, what hooks see, what cannot differ, and the command from the command line."""
 
 import json
 import math
@@ -23,7 +23,7 @@ HEIGHT, WIDTH = 90, 120
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """One picture inside padding, with something in it."""
+    """One image inside padding, with something in it."""
     torch.manual_seed(1)
     image = torch.zeros(1, 3, 96, 128, dtype=torch.uint8)
     image[..., :HEIGHT, :WIDTH] = 90
@@ -136,7 +136,7 @@ def test_msil_that_gates_neither_branch_changes_nothing(batch: Batch) -> None:
 
 
 def test_smsl_that_adds_nothing_changes_nothing(batch: Batch) -> None:
-    """Weights of the pictures' levels made to draw on an empty mixture: the neck is the identity, and so are its heat maps."""
+    """Weights of the images' levels made to draw on an empty mixture: the neck is the identity, and so are its heat maps."""
     detector = make("retinanet", "model.neck=[fpn,smsl]").eval()
     smsl = detector.neck.necks[1]
     smsl.forward = lambda features: [x + 0 for x in features]
@@ -191,11 +191,11 @@ def test_recorded_tensors_are_not_written_to() -> None:
     torch.testing.assert_close(gradient, (first(x) > 0).float() @ first.weight)
 
 
-# -- maps on the picture
+# -- maps on the image
 
 
 def test_spread_puts_cells_where_they_are() -> None:
-    """4 x 6 cells of stride 8 over 30 x 44 pixels of a picture: each cell's middle keeps its value where neighbours are alike."""
+    """4 x 6 cells of stride 8 over 30 x 44 pixels of an image: each cell's middle keeps its value where neighbours are alike."""
     heat = torch.zeros(4, 6)
     heat[:, 3:] = 1.0
     whole = spread(heat, 8, (30, 44), (30, 44))
@@ -213,7 +213,7 @@ def test_share_inside_by_hand() -> None:
     assert area == 1
 
 
-# -- the verb
+# -- the command
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def runs(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 @pytest.fixture(scope="module")
-def picture(scenes: Path) -> Path:
+def image(scenes: Path) -> Path:
     return sorted((scenes / "val").glob("*"))[0]
 
 
@@ -240,12 +240,12 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
-def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], picture: Path, tmp_path: Path) -> None:
+def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path) -> None:
     a, b = map(str, runs)
-    words = ["cam", a, str(picture), "--beside", b, "--class", "circle", "--score", "0.001", f"out={tmp_path / 'out'}", "--json"]
+    words = ["cam", a, str(image), "--beside", b, "--class", "circle", "--score", "0.001", f"out={tmp_path / 'out'}", "--json"]
     assert cli.run(words) == 0
     found = json.loads(capsys.readouterr().out)
-    (one,) = found["pictures"].values()
+    (one,) = found["images"].values()
     assert one["class"] == "circle"
     assert set(one["files"]) == {"classification", "regression", "gates", "level weights"}
     for file in one["files"].values():
@@ -261,28 +261,26 @@ def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], runs: tuple[P
     assert 0 < one["area"] <= 1
     inside = [row["inside"] for run in one["runs"].values() for rows in run["heat"].values() for row in rows.values()]
     assert all(x is None or 0 <= x <= 1 for x in inside)
-    assert json.loads((tmp_path / "out" / "cam.json").read_text()) == found["pictures"]
+    assert json.loads((tmp_path / "out" / "cam.json").read_text()) == found["images"]
 
 
-def test_parts_and_folders(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], picture: Path) -> None:
+def test_parts_and_folders(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path) -> None:
     """--only takes what it says, and each call has a folder of its own beside the run."""
     for folder, part, files in (("cam", "smsl", ["level weights"]), ("cam-2", "msil", ["gates"])):
-        assert cli.run(["cam", str(runs[1]), str(picture), "--class", "star", "--only", part, "--json"]) == 0
+        assert cli.run(["cam", str(runs[1]), str(image), "--class", "star", "--only", part, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["out"] == str(runs[1] / folder)
-        assert [list(one["files"]) for one in found["pictures"].values()] == [files]
+        assert [list(one["files"]) for one in found["images"].values()] == [files]
 
 
-def test_refused(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], picture: Path, tmp_path: Path) -> None:
+def test_refused(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path) -> None:
     plain, _ = runs
     out = tmp_path / "out"
-    assert "unknown class" in (text := said(capsys, plain, picture, "--class", "circl", f"out={out}"))
+    assert "unknown class" in (text := said(capsys, plain, image, "--class", "circl", f"out={out}"))
     assert "did you mean 'circle'" in text
-    assert f"{picture}: {plain} finds nothing with a score of 1 or more" in said(capsys, plain, picture, "--score", "1", f"out={out}")
-    assert f"--only msil: {plain} has only neck, branches" in said(
-        capsys, plain, picture, "--class", "star", "--only", "msil", f"out={out}"
-    )
-    assert "unknown part 'mssl'" in said(capsys, plain, picture, "--only", "mssl", f"out={out}")
-    assert "which pictures?" in said(capsys, plain)
-    assert "changes nothing for a trained model" in said(capsys, plain, picture, "model.neck=bfp")
+    assert f"{image}: {plain} finds nothing with a score of 1 or more" in said(capsys, plain, image, "--score", "1", f"out={out}")
+    assert f"--only msil: {plain} has only neck, branches" in said(capsys, plain, image, "--class", "star", "--only", "msil", f"out={out}")
+    assert "unknown part 'mssl'" in said(capsys, plain, image, "--only", "mssl", f"out={out}")
+    assert "which images?" in said(capsys, plain)
+    assert "changes nothing for a trained model" in said(capsys, plain, image, "model.neck=bfp")
     assert not out.exists()

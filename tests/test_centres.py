@@ -1,4 +1,4 @@
-"""Where objects' centres lie: counts by hand, densities that keep every point, and the verb."""
+"""Where objects' centres lie: counts by hand, densities that keep every point, and the command."""
 
 import json
 from pathlib import Path
@@ -50,17 +50,17 @@ def test_classes_without_objects_have_no_panel(tmp_path: Path) -> None:
         centres([points[:0]], ["a"], tmp_path / "none.png")
 
 
-def test_the_verb_counts_every_object_that_counts(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+def test_the_command_counts_every_object_that_counts(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     target = tmp_path / "centres.png"
     assert cli.run(["browse", f"data={scenes}", "--centres", f"out={target}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    records = read(scenes, "train")
-    expected = {name: dict.fromkeys(QUADRANTS, 0) for name in records.names}
-    for record in records:
+    dataset = read(scenes, "train")
+    expected = {name: dict.fromkeys(QUADRANTS, 0) for name in dataset.names}
+    for record in dataset:
         for (x1, y1, x2, y2), k, ignored in zip(record.boxes, record.labels, record.ignore):
             side = "left" if (x1 + x2) / 2 < record.width / 2 else "right"
             height = "upper" if (y1 + y2) / 2 < record.height / 2 else "lower"
-            expected[records.names[k]][f"{height} {side}"] += not ignored
+            expected[dataset.names[k]][f"{height} {side}"] += not ignored
     assert {row["name"]: {q: row[q] for q in QUADRANTS} for row in found["classes"]} == expected
     assert all(row["objects"] == sum(row[q] for q in QUADRANTS) for row in found["classes"])
     assert min(Image.open(target).size) > 300

@@ -1,4 +1,4 @@
-"""The verbs from one command line and one Python call, on tiny data."""
+"""The commands from one command line and one Python call, on tiny data."""
 
 import io
 import json
@@ -149,7 +149,7 @@ def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path
     said = spoken(capsys, "val", trained, f"out={tmp_path / 'w'}")
     assert "best.safetensors on val of" in said.replace("\n", "")
     assert "IoU 0.75" in said
-    assert "worst pictures" in said
+    assert "worst images" in said
 
 
 def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
     results.write_text(json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth]))
     found = figures(capsys, "val", results, f"data={scenes}")
     assert found["AP"] == pytest.approx(1)
-    assert not (Path(found["out"]) / "worst.png").exists(), "there is no picture with a mistake"
+    assert not (Path(found["out"]) / "worst.png").exists(), "there is no image with a mistake"
 
 
 # -- predict
@@ -167,7 +167,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
 def test_predict_writes_coco_with_original_sizes_and_ids(capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path) -> None:
     said = figures(capsys, "predict", run_copy, scenes / "val", "--batch", 3, "--score", 0)
     content = json.loads(Path(said["files"]["predictions"]).read_text())
-    assert said["pictures"] == len(content["images"]) == 8
+    assert said["images"] == len(content["images"]) == 8
     assert said["detections"] == len(content["annotations"]) == said["shown"]
     for image in content["images"]:
         assert Image.open(image["file_name"]).size == (image["width"], image["height"])
@@ -180,8 +180,8 @@ def test_predict_writes_coco_with_original_sizes_and_ids(capsys: pytest.CaptureF
         assert min(x, y, w, h) >= -1e-3
         assert x + w <= width + 1e-3
         assert y + h <= height + 1e-3
-    assert Path(said["files"]["pictures"]) == run_copy / "predict" / "pictures"
-    assert len(list((run_copy / "predict" / "pictures").iterdir())) == 8
+    assert Path(said["files"]["images"]) == run_copy / "predict" / "images"
+    assert len(list((run_copy / "predict" / "images").iterdir())) == 8
     again = figures(capsys, "predict", run_copy, scenes / "val", "--no-draw")
     assert Path(again["files"]["predictions"]).parent == run_copy / "predict-2", "nothing is overwritten"
 
@@ -191,12 +191,12 @@ def test_predict_takes_files_globs_and_a_list(
 ) -> None:
     one, two = sorted((scenes / "val").iterdir())[:2]
     plain = ["--no-draw", "device=cpu"]
-    assert figures(capsys, "predict", trained / "last.ckpt", one, f"out={tmp_path / 'a'}", *plain)["pictures"] == 1
-    assert figures(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["pictures"] == 8
+    assert figures(capsys, "predict", trained / "last.ckpt", one, f"out={tmp_path / 'a'}", *plain)["images"] == 1
+    assert figures(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["images"] == 8
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n\n{two}\n"))
     said = figures(capsys, "predict", trained, "-", f"out={tmp_path / 'c'}", "--precision", "bf16", *plain)
-    assert said["pictures"] == 2
-    assert "pictures" not in said["files"]
+    assert said["images"] == 2
+    assert "images" not in said["files"]
     assert "3 detections" in spoken(capsys, "predict", trained, one, f"out={tmp_path / 'd'}", "test.max_det=3")
 
 
@@ -215,13 +215,13 @@ def model(trained: Path) -> fusedet.Predictor:
     return fusedet.load(trained, device="cpu")
 
 
-def test_predict_takes_every_kind_of_picture(model: fusedet.Predictor, scenes: Path) -> None:
+def test_predict_takes_every_kind_of_image(model: fusedet.Predictor, scenes: Path) -> None:
     path = sorted((scenes / "val").iterdir())[0]
-    picture = Image.open(path).convert("RGB")
-    array = np.asarray(picture)
+    image = Image.open(path).convert("RGB")
+    array = np.asarray(image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     expected = model.predict(path)
-    for source in (str(path), path.read_bytes(), picture, array, tensor, tensor.float() / 255):
+    for source in (str(path), path.read_bytes(), image, array, tensor, tensor.float() / 255):
         found = model.predict(source)
         torch.testing.assert_close(found.boxes, expected.boxes)
         assert torch.equal(found.labels, expected.labels)
@@ -255,7 +255,7 @@ def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_p
     assert found.to_supervision().xyxy.shape == (len(found), 4)
 
 
-def test_boxes_come_back_in_the_pictures_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Selected:
@@ -269,7 +269,7 @@ def test_boxes_come_back_in_the_pictures_own_pixels(model: fusedet.Predictor, mo
         found = model.predict(np.zeros((height, width, 3), np.uint8))
         expected = [[0, 0, width, height], [width / 4, height / 2, width / 2, height]]
         torch.testing.assert_close(found.boxes, torch.tensor(expected), atol=1e-3, rtol=1e-5)
-    assert seen[0] == seen[1], "the network sees pictures of one shape at one size"
+    assert seen[0] == seen[1], "the network sees images of one shape at one size"
 
 
 def test_load_takes_overrides_of_the_test(trained: Path, scenes: Path) -> None:
@@ -319,7 +319,7 @@ def test_info_says_what_it_does_not_count(capsys: pytest.CaptureFixture[str], na
 def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     found = figures(capsys, "info", "retinanet_r50")
     assert found["trainable"] == 37_743_348
-    assert found["picture"] == [800, 1344]
+    assert found["image"] == [800, 1344]
     assert sum(part["multiply_adds"] for part in found["parts"].values()) == found["multiply_adds"]
     said = spoken(capsys, "info", "retinanet_tiny", *SMALL, "--classes", 6)
     for name in ("backbone", "neck", "head", "all"):
@@ -330,7 +330,7 @@ def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     assert "2x_ms" in spoken(capsys, "info")
 
 
-# -- the other verbs
+# -- the other commands
 
 
 def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -348,12 +348,12 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert not report["ok"]
     assert report["train"] == report["val"]
     found = report["train"]["figures"]
-    assert (found["pictures"], found["empty_pictures"], found["classes"]) == (5, 3, {"bus": 0, "car": 6})
+    assert (found["images"], found["empty_images"], found["classes"]) == (5, 3, {"bus": 0, "car": 6})
     # small: 20 x 10 twice, and the two of no area or outside (5 x 5)
     assert found["sizes"] == {"small": 4, "medium": 1, "large": 1}
-    assert found["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in a picture shrunk from 150 to 75"
+    assert found["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
     warnings = " | ".join(report["train"]["warnings"])
-    for sentence in ("no area: not trained on: 1", "wholly outside their picture: not trained on: 1", "same picture: kept: 1"):
+    for sentence in ("no area: not trained on: 1", "wholly outside their image: not trained on: 1", "same image: kept: 1"):
         assert sentence in warnings
     assert "no object of class bus" in warnings
     assert "larger data.size keeps it visible" in warnings
@@ -361,14 +361,14 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "3.png is 100x150 pixels, but its annotation says 200x150" in wrong_size
     assert "4.png" in damaged
     assert "5.png does not exist" in missing
-    assert cli.run(["doctor", f"data={tmp_path}", "--no-pictures"]) == 0, "annotations alone are fit to train on"
-    assert "5 pictures (3 without objects), 6 objects" in capsys.readouterr().out
+    assert cli.run(["doctor", f"data={tmp_path}", "--no-images"]) == 0, "annotations alone are fit to train on"
+    assert "5 images (3 without objects), 6 objects" in capsys.readouterr().out
 
 
 def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
-    target = tmp_path / "pictures" / "seen.png"
+    target = tmp_path / "images" / "seen.png"
     words = ["browse", f"data={scenes}", "data.size=[64,96]"]
-    assert figures(capsys, *words, f"out={target}", "--images", 5) == {"picture": str(target), "images": 5}
+    assert figures(capsys, *words, f"out={target}", "--images", 5) == {"image": str(target), "images": 5}
     assert Image.open(target).width > 64
     spoken(capsys, *words, f"out={tmp_path / 'b.png'}", "--split", "val", "--images", 99, "--epoch", 3)
 
@@ -397,7 +397,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     spoken(capsys, "predict", *commands[0], "--no-draw")
 
 
-def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = spoken(capsys, "--help")
-    for verb in ("train", "val", "predict", "info", "doctor", "browse", "compare", "ablate", "cam", "convert", "demo", "config"):
-        assert f"  {verb} " in said
+    for command in ("train", "val", "predict", "info", "doctor", "browse", "compare", "ablate", "cam", "convert", "demo", "config"):
+        assert f"  {command} " in said

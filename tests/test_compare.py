@@ -1,4 +1,4 @@
-"""Two runs side by side: what the verb says, writes and refuses."""
+"""Two runs side by side: what the command says, writes and refuses."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], t
     a, b = runs
     found = figures(capsys, "compare", a, b, "--resamples", 200)
     assert Path(found["out"]) == b / "compare-plain"
-    assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "pictures.png"}
+    assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "images.png"}
     stored = json.loads((b / "compare-plain/compare.json").read_text())
     assert found == stored | {"out": str(b / "compare-plain")}
     for side, folder in (("a", a), ("b", b)):
@@ -92,14 +92,14 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path
     said = spoken(capsys, "compare", *runs, "--resamples", 40)
     for part in (
         "B - A",
-        "95 % over pictures",
+        "95 % over images",
         "APs",
         "triangle",
         "localisation",
         "missed",
         "better than A",
         "another seed",
-        "pictures.png",
+        "images.png",
     ):
         assert part in said
 
@@ -118,7 +118,7 @@ def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pa
     found = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
     assert found["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
     assert all(row["difference"] == row["low"] == row["high"] == 0 for row in found["figures"].values() if row["difference"] is not None)
-    assert not (Path(found["out"]) / "pictures.png").exists(), "there is no picture on which they differ"
+    assert not (Path(found["out"]) / "images.png").exists(), "there is no image on which they differ"
 
 
 def test_another_split(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]
     other = generate(tmp_path / "other", images=60, seed=1, size=(96, 128), splits={"val": 0.9, "test": 0.1})
     said = refused(capsys, "compare", a, b, f"data={other}")
     assert "other data" in said
-    assert "same pictures and annotations" in said
+    assert "same images and annotations" in said
     few = generate(tmp_path / "few", images=10, size=(96, 128), splits={"val": 0.9, "test": 0.1})
     assert "image_id that is not in" in refused(capsys, "compare", *files, f"data={few}")
     (b / "metrics.json").write_text("{}")
@@ -157,47 +157,47 @@ def test_conclusion() -> None:
 
     assert say(-0.01, 0.03) == (
         "Nothing can be concluded about which is better: the difference of AP is +0.010, "
-        "but its 95 % interval over the 36 pictures -0.010 to +0.030 holds 0."
+        "but its 95 % interval over the 36 images -0.010 to +0.030 holds 0."
     )
     assert say(0.01, 0.03).startswith(
-        "B is better than A on pictures such as these: AP 0.020 higher, 95 % interval over the 36 pictures +0.010"
+        "B is better than A on images such as these: AP 0.020 higher, 95 % interval over the 36 images +0.010"
     )
-    assert say(-0.03, -0.01).startswith("A is better than B on pictures such as these: AP 0.020 higher")
+    assert say(-0.03, -0.01).startswith("A is better than B on images such as these: AP 0.020 higher")
     assert say(0, 0).startswith("Nothing")
     assert say(np.nan, np.nan) == "Nothing can be concluded: the data hold no object that counts."
 
 
-def test_pictures_that_differ_most(data: Path) -> None:
-    records = read(data, "val")
-    objects = np.diff(records.offsets.numpy())
+def test_images_that_differ_most(data: Path) -> None:
+    dataset = read(data, "val")
+    objects = np.diff(dataset.offsets.numpy())
     busy, quiet = int(objects.argmax()), int(np.flatnonzero(objects == 1)[0])
     truth = [
         {"image_id": r.image_id, "category_id": int(k) + 1, "bbox": [*box[:2], *(box[2:] - box[:2])], "score": 0.9}
-        for r in records
+        for r in dataset
         for box, k in zip(r.boxes, r.labels, strict=True)
     ]
-    without = [r for r in truth if r["image_id"] != records[quiet].image_id]
-    first = next(i for i, r in enumerate(without) if r["image_id"] == records[busy].image_id)
+    without = [r for r in truth if r["image_id"] != dataset[quiet].image_id]
+    first = next(i for i, r in enumerate(without) if r["image_id"] == dataset[busy].image_id)
     del without[first]
-    found = evaluation.differing_images(records, truth, without)
+    found = evaluation.differing_images(dataset, truth, without)
     n = int(objects[busy])
     assert [row[0] for row in found] == [quiet, busy]
     assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
     assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
-    assert evaluation.differing_images(records, truth, truth) == []
+    assert evaluation.differing_images(dataset, truth, truth) == []
 
 
 def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The strip below a picture and the caption, of wrong classes and of objects that do not count too."""
+    """The strip below an image and the caption, of wrong classes and of objects that do not count too."""
     whole = read(data, "val")
     ignore = torch.arange(len(whole.labels)) % 5 == 0
-    records = replace(whole, ignore=ignore)
+    dataset = replace(whole, ignore=ignore)
     results = guesses(data, "val", found=0.8, spread=0.1, seed=2)
     for result in results[::4]:
         result["category_id"] = result["category_id"] % 6 + 1
     strips: list[str] = []
-    monkeypatch.setattr(images, "_legend", lambda picture, items, pen: strips.append(" ".join(text for text, *_ in items)) or picture)
-    paint, rows = painter(records, results), evaluation.worst_images(records, results, n=99)
+    monkeypatch.setattr(images, "_legend", lambda image, items, pen: strips.append(" ".join(text for text, *_ in items)) or image)
+    paint, rows = painter(dataset, results), evaluation.worst_images(dataset, results, n=99)
     assert len(rows) > 40
     confused = 0
     for i, quality, misses, false in rows:
@@ -206,7 +206,7 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
         assert counts == [misses, false]
         assert quality == pytest.approx(2 * found / (2 * found + misses + false))
         confused += wrong
-    pairs = evaluation.confusion(records, results)[:-1, :-1]
+    pairs = evaluation.confusion(dataset, results)[:-1, :-1]
     assert confused == pairs.sum() - np.trace(pairs) > 0
 
 

@@ -37,7 +37,7 @@ def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
 
 
 def maps(levels: Levels, size: tuple[int, int], n: int = 2) -> list[torch.Tensor]:
-    """Random maps as a body would give them for a picture of this size."""
+    """Random maps as a body would give them for an image of this size."""
     return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
 
 
@@ -94,9 +94,9 @@ def test_norm_eval_rests_statistics_and_trains_scale_and_shift() -> None:
 
 def test_normalisation_is_the_pretrained_one() -> None:
     model = small()
-    picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    assert torch.allclose(model.normalise(picture), (picture / 255 - mean) / std, atol=1e-5)
+    assert torch.allclose(model.normalise(image), (image / 255 - mean) / std, atol=1e-5)
 
 
 def test_padding_is_zero_after_normalisation() -> None:
@@ -221,7 +221,7 @@ def test_every_anchor_starts_with_the_prior_score() -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("targets", [(EMPTY,), (SOME,), (EMPTY, EMPTY), (SOME, EMPTY)])
-def test_empty_pictures_go_through_everything(mode: bool, targets: tuple[Target, ...]) -> None:
+def test_empty_images_go_through_everything(mode: bool, targets: tuple[Target, ...]) -> None:
     model = small().train(mode)
     losses = model.loss(batch(*targets))
     assert all(v.isfinite() for v in losses.values())
@@ -233,7 +233,7 @@ def test_empty_pictures_go_through_everything(mode: bool, targets: tuple[Target,
     assert model.training is mode
 
 
-def test_an_object_larger_than_the_picture_and_a_thousand_objects() -> None:
+def test_an_object_larger_than_the_image_and_a_thousand_objects() -> None:
     torch.manual_seed(1)
     corner = torch.rand(1000, 2) * torch.tensor([80.0, 50.0])
     many = objects(torch.cat([corner, corner + 1 + 10 * torch.rand(1000, 2)], dim=1).tolist(), [1] * 1000)
@@ -242,8 +242,8 @@ def test_an_object_larger_than_the_picture_and_a_thousand_objects() -> None:
     assert all(v.isfinite() for v in losses.values())
 
 
-def test_a_batch_is_its_pictures() -> None:
-    """Prediction of a batch equals that of each picture alone, padded likewise."""
+def test_a_batch_is_its_images() -> None:
+    """Prediction of a batch equals that of each image alone, padded likewise."""
     model = small().eval()
     model.head.cls.bias.data += 3
     together = batch(EMPTY, EMPTY)
@@ -256,7 +256,7 @@ def test_a_batch_is_its_pictures() -> None:
 
 
 def test_loss_normaliser_by_hand() -> None:
-    """Each picture counts for its positives, at least one (MMDetection 3.x): the loss of a pair with an empty picture shows it."""
+    """Each image counts for its positives, at least one (MMDetection 3.x): the loss of a pair with an empty image shows it."""
     head = small().head
     levels = maps(head.levels, (64, 96), n=1)
     twice = [m.repeat(2, 1, 1, 1) for m in levels]

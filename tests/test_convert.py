@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 
 from fusedet.data import annotation_cleaning, writers
 from fusedet.data.conversion import convert
-from fusedet.data.dataset import Record, Records
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.readers.auto import form, read, splits
 from fusedet.errors import InputError
-from tiny import coco_dict, picture, write_coco, write_voc, write_yolo, xml
+from tiny import coco_dict, image, write_coco, write_voc, write_yolo, xml
 
 FORMS = ("coco", "voc", "yolo")
 
 
-def by_name(records: Records) -> dict[str, Record]:
-    return {r.path.stem: r for r in records}
+def by_name(dataset: DetectionDataset) -> dict[str, ImageAnnotations]:
+    return {r.path.stem: r for r in dataset}
 
 
-def assert_same(a: Records, b: Records, flags: bool = True) -> None:
+def assert_same(a: DetectionDataset, b: DetectionDataset, flags: bool = True) -> None:
     assert a.names == b.names
     one, other = by_name(a), by_name(b)
     assert one.keys() == other.keys()
@@ -59,12 +59,12 @@ rows = st.lists(st.tuples(coordinates, coordinates, st.floats(0, 500), st.floats
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=3))
-def test_random_boxes_go_round_without_loss(pictures: list[list[tuple[float, float, float, float, int]]]) -> None:
+def test_random_boxes_go_round_without_loss(images: list[list[tuple[float, float, float, float, int]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 3 * i, "name": f"class {i}"} for i in range(3)]}
-        for i, boxes in enumerate(pictures):
-            picture(root / "a" / "images" / f"{i}.jpg", 640, 427)
+        for i, boxes in enumerate(images):
+            image(root / "a" / "images" / f"{i}.jpg", 640, 427)
             data["images"].append({"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 427})
             data["annotations"] += [{"id": 1, "image_id": i, "category_id": 3 * k, "bbox": box} for *box, k in boxes]
         (root / "a" / "train.json").write_text(json.dumps(data))
@@ -90,19 +90,19 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     assert convert(src, tmp_path / "voc", "voc")["train"] == {
         "images": 2,
         "objects": 4,
-        writers.DROPPED_OUTLINES.format(form="VOC"): 3,
+        writers.DROPPED_SEGMENTATIONS.format(form="VOC"): 3,
         writers.DROPPED_CROWDS: 1,
         writers.NEW_IDS.format(form="VOC"): 2,
     }
     assert convert(src, tmp_path / "yolo", "yolo")["train"] == {
         "images": 2,
         "objects": 4,
-        writers.DROPPED_OUTLINES.format(form="YOLO"): 2,
+        writers.DROPPED_SEGMENTATIONS.format(form="YOLO"): 2,
         writers.DROPPED_FLAGS: 2,
         writers.NEW_IDS.format(form="YOLO"): 2,
     }
-    outline = by_name(read(tmp_path / "yolo", "train"))["b"].segments[0]
-    np.testing.assert_allclose(outline, [[5, 6, 15, 6, 15, 18]], atol=1e-6)
+    segmentation = by_name(read(tmp_path / "yolo", "train"))["b"].segments[0]
+    np.testing.assert_allclose(segmentation, [[5, 6, 15, 6, 15, 18]], atol=1e-6)
 
 
 def test_a_polygon_that_is_not_its_box_gives_way_to_the_box(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
     data["images"].append({"id": 3, "file_name": "0/A.png", "width": 40, "height": 30})
     data["annotations"] = [{"image_id": i, "category_id": 2, "bbox": [i, i, 5, 5]} for i in range(4)]
     src = write_coco(tmp_path / "src", data)
-    for image in data["images"]:
-        picture(src / "train2017" / image["file_name"])
+    for entry in data["images"]:
+        image(src / "train2017" / entry["file_name"])
     for to in FORMS:
         report = convert(src, tmp_path / to, to)
         assert report["train"][writers.RENAMED] == 3
@@ -136,7 +136,7 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
         assert sorted(after.path(i).name for i in range(4)) == ["0_A.png", "1_a.jpg", "2_a.jpg", "a.jpg"]
 
 
-def test_overlapping_splits_share_their_pictures(tmp_path: Path) -> None:
+def test_overlapping_splits_share_their_images(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", lists={"train": "a", "val": "b", "trainval": "b\na"})
     for to, folder in writers.FOLDERS.items():
         convert(src, tmp_path / to, to)
@@ -144,14 +144,14 @@ def test_overlapping_splits_share_their_pictures(tmp_path: Path) -> None:
         assert [r.path.name for r in read(tmp_path / to, "trainval")] == ["b.jpg", "a.jpg"]
 
 
-def test_one_picture_with_two_annotations_is_refused(tmp_path: Path) -> None:
+def test_one_image_with_two_annotations_is_refused(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src")
     data = coco_dict()
     data["annotations"].pop()
     (src / "annotations" / "val.json").write_text(json.dumps(data))
     convert(src, tmp_path / "coco", "coco")
     for to in ("voc", "yolo"):
-        with pytest.raises(InputError, match="one annotation per picture"):
+        with pytest.raises(InputError, match="one annotation per image"):
             convert(src, tmp_path / to, to)
         assert not (tmp_path / to).exists()
         convert(src, tmp_path / to, to, splits=["train"])
@@ -201,7 +201,7 @@ def test_unknown_form(tmp_path: Path) -> None:
     refused(write_voc(tmp_path / "src"), "coca", "unknown form 'coca': did you mean 'coco'")
 
 
-def test_missing_picture(tmp_path: Path) -> None:
+def test_missing_image(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src")
     (src / "train2017" / "a.jpg").unlink()
     refused(src, "voc", r"a\.jpg, which does not exist")
@@ -209,7 +209,7 @@ def test_missing_picture(tmp_path: Path) -> None:
 
 def test_wrong_sizes_cannot_become_yolo(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src")
-    picture(src / "train2017" / "a.jpg", 10, 20)
+    image(src / "train2017" / "a.jpg", 10, 20)
     refused(src, "yolo", "is 10x20 pixels .* say 20x10")
 
 
@@ -249,7 +249,7 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
     data["annotations"] = [{"image_id": i, "category_id": 2, "bbox": [i, i, 5, 5]} for i in range(len(names))]
     src = write_coco(tmp_path / "src", data)
     for name in names:
-        picture(src / "train2017" / name)
+        image(src / "train2017" / name)
     for to in FORMS:
         report = convert(src, tmp_path / to, to)
         assert report["train"][writers.RENAMED] == 3
@@ -258,7 +258,7 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
         assert all(after.path(i).is_file() for i in range(len(after)))
 
 
-def test_background_pictures_survive(tmp_path: Path) -> None:
+def test_background_images_survive(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", {"a": xml(), "b": xml(("dog", 1, 1, 2, 2, 0), name="b")}, {"train": "a\nb"})
     for to in FORMS:
         convert(src, tmp_path / to, to)

@@ -19,7 +19,7 @@ from fakes import FakeDetector, FakeLoader
 from fusedet import cli, config, load
 from fusedet.ablation import cost, worker
 from fusedet.ablation.plan import Cell
-from fusedet.api import train as verb
+from fusedet.api import train as command
 from fusedet.data.readers.auto import read
 from fusedet.engine import checkpoint
 from fusedet.engine.checkpoint_validation import FORM
@@ -38,7 +38,7 @@ class Stops(FakeLoader):
     def epoch(self, epoch: int, start: int = 0) -> Any:
         for number, batch in enumerate(super().epoch(epoch, start), start):
             if (epoch, number) == (1, 4):
-                raise InputError("no such picture")
+                raise InputError("no such image")
             yield batch
 
 
@@ -54,7 +54,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped in the middle of its second epoch, between two rows of its table. Not to be changed."""
     out = tmp_path_factory.mktemp("runs") / "stopped"
     out.mkdir()
-    with pytest.raises(InputError, match="no such picture"):
+    with pytest.raises(InputError, match="no such image"):
         train(out, Stops(), resume=False)
     state = checkpoint.load(out / "last.ckpt")
     assert (state["step"], state["position"], state["processes"][0]["meter"]["steps"], state["best"]) == (11, 4, 2, 0.5)
@@ -222,9 +222,9 @@ def test_the_weights_of_a_run_name_no_class(
     """A run's config is checked where it is read; its weights are loaded into what that config makes, and asked for nothing else."""
     run, ran = poisoned
     (run / "run.json").unlink()
-    reported: list[list[State]] = []  # in the place of pictures
-    for module in (verb, worker):
-        monkeypatch.setattr(module, "report", lambda records, results, figures, out, title: reported.append(results) or {})
+    reported: list[list[State]] = []  # in the place of images
+    for module in (command, worker):
+        monkeypatch.setattr(module, "report", lambda dataset, results, figures, out, title: reported.append(results) or {})
     assert cli.run(["train", str(run), "--resume", "--json"]) == 0
     assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written anew"
     options = [f"data={scenes}", *SMALL, "test.max_det=7"]

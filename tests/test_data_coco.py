@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.coco import read_coco
 from fusedet.errors import InputError
 from tiny import coco_dict, write_coco
 
 
-def load(root: Path, data: Any = None) -> Records:
+def load(root: Path, data: Any = None) -> DetectionDataset:
     write_coco(root, data)
     return read_coco(root / "annotations" / "instances_train2017.json", root / "train2017")
 
@@ -32,17 +32,17 @@ def changed(index: int, **values: Any) -> dict[str, Any]:
 
 
 def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
-    records = load(tmp_path)
-    assert records.names == ("cat", "dog")
-    assert records.category_ids == (2, 9)
-    assert records.image_ids.tolist() == [7, 3]
-    assert records.sizes.tolist() == [[30, 40], [10, 20]]
-    b, a = records
+    dataset = load(tmp_path)
+    assert dataset.names == ("cat", "dog")
+    assert dataset.category_ids == (2, 9)
+    assert dataset.image_ids.tolist() == [7, 3]
+    assert dataset.sizes.tolist() == [[30, 40], [10, 20]]
+    b, a = dataset
     assert b.path == tmp_path / "train2017" / "b.jpg"
     assert b.boxes.tolist() == [[5, 6, 15, 18], [1.5, 2.5, 4.75, 7.25]]
     assert b.labels.tolist() == [0, 1]
     assert a.labels.tolist() == [1, 0]
-    assert not records.problems
+    assert not dataset.problems
 
 
 def test_crowds_and_ignored_are_ignored(tmp_path: Path) -> None:
@@ -57,31 +57,31 @@ def test_area_is_the_files_else_of_the_box(tmp_path: Path) -> None:
     assert b.area.tolist() == [120, 3.25 * 4.75]
 
 
-def test_outlines_are_kept(tmp_path: Path) -> None:
+def test_segmentations_are_kept(tmp_path: Path) -> None:
     b, a = load(tmp_path, changed(0, segmentation={"size": [10, 20], "counts": "X6"}))
     assert b.segments == [[[5.0, 6.0, 15.0, 6.0, 15.0, 18.0]], None]
     assert a.segments == [{"size": [10, 20], "counts": "X6"}, {"size": [10, 20], "counts": [0, 200]}]
 
 
 def test_several_polygons(tmp_path: Path) -> None:
-    outline = [[0.1, 0, 1, 0, 1, 1], [2, 2, 3, 2, 3, 3, 2, 3.7]]
-    assert load(tmp_path, changed(0, segmentation=outline))[1].segments[0] == outline
+    segmentation = [[0.1, 0, 1, 0, 1, 1], [2, 2, 3, 2, 3, 3, 2, 3.7]]
+    assert load(tmp_path, changed(0, segmentation=segmentation))[1].segments[0] == segmentation
 
 
-@pytest.mark.parametrize("outline", [[[1, 2, 3]], [[1, 2, 3, 4]], ["a"], "x", {"counts": 3}, [[1, 2, 3, 4, 5, None]], 5, [[[1, 2]]]])
-def test_broken_outlines_are_dropped_and_counted(tmp_path: Path, outline: Any) -> None:
-    records = load(tmp_path, changed(0, segmentation=outline))
-    assert records.problems == {annotation_cleaning.BAD_OUTLINE: 1}
-    assert records[1].segments[0] is None
-    assert len(records.labels) == 4
+@pytest.mark.parametrize("segmentation", [[[1, 2, 3]], [[1, 2, 3, 4]], ["a"], "x", {"counts": 3}, [[1, 2, 3, 4, 5, None]], 5, [[[1, 2]]]])
+def test_broken_segmentations_are_dropped_and_counted(tmp_path: Path, segmentation: Any) -> None:
+    dataset = load(tmp_path, changed(0, segmentation=segmentation))
+    assert dataset.problems == {annotation_cleaning.BAD_SEGMENTATION: 1}
+    assert dataset[1].segments[0] is None
+    assert len(dataset.labels) == 4
 
 
 def test_test_dev_has_no_objects(tmp_path: Path) -> None:
     data = coco_dict()
     del data["annotations"]
-    records = load(tmp_path, data)
-    assert len(records) == 2
-    assert len(records.labels) == 0
+    dataset = load(tmp_path, data)
+    assert len(dataset) == 2
+    assert len(dataset.labels) == 0
 
 
 @pytest.mark.parametrize(
@@ -98,35 +98,35 @@ def test_test_dev_has_no_objects(tmp_path: Path) -> None:
     ],
 )
 def test_bad_boxes_are_counted(tmp_path: Path, bbox: list[float], kept: bool, text: str) -> None:
-    records = load(tmp_path, changed(0, bbox=bbox))
-    assert records.problems == {text: 1}
-    assert len(records[1].boxes) == 1 + kept
+    dataset = load(tmp_path, changed(0, bbox=bbox))
+    assert dataset.problems == {text: 1}
+    assert len(dataset[1].boxes) == 1 + kept
 
 
 def test_repeated_boxes_are_counted_and_kept(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"] += [data["annotations"][0] | {"id": i} for i in (10, 11)]
-    records = load(tmp_path, data)
-    assert records.problems == {annotation_cleaning.REPEATED: 2}
-    assert len(records.labels) == 6
+    dataset = load(tmp_path, data)
+    assert dataset.problems == {annotation_cleaning.REPEATED: 2}
+    assert len(dataset.labels) == 6
 
 
-def test_annotations_of_unlisted_pictures_are_dropped(tmp_path: Path) -> None:
-    records = load(tmp_path, changed(1, image_id=99))
-    assert records.problems == {annotation_cleaning.NO_PICTURE: 1}
-    assert len(records.labels) == 3
+def test_annotations_of_unlisted_images_are_dropped(tmp_path: Path) -> None:
+    dataset = load(tmp_path, changed(1, image_id=99))
+    assert dataset.problems == {annotation_cleaning.NO_IMAGE: 1}
+    assert len(dataset.labels) == 3
 
 
 def test_bad_areas(tmp_path: Path) -> None:
-    records = load(tmp_path, changed(0, area=-3))
-    assert records.problems == {annotation_cleaning.BAD_AREA: 1}
-    assert records[1].area[0] == 12
+    dataset = load(tmp_path, changed(0, area=-3))
+    assert dataset.problems == {annotation_cleaning.BAD_AREA: 1}
+    assert dataset[1].area[0] == 12
 
 
 def test_numbers_in_quotes(tmp_path: Path) -> None:
-    records = load(tmp_path, changed(0, bbox=["1.5", 2, "3", 4], image_id="3", category_id=9.0, area="7"))
-    assert records[1].boxes[0].tolist() == [1.5, 2, 4.5, 6]
-    assert records[1].area[0] == 7
+    dataset = load(tmp_path, changed(0, bbox=["1.5", 2, "3", 4], image_id="3", category_id=9.0, area="7"))
+    assert dataset[1].boxes[0].tolist() == [1.5, 2, 4.5, 6]
+    assert dataset[1].area[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def with_image(**values: Any) -> dict[str, Any]:
         ({"annotations": [], "categories": []}, "'images' is missing"),
         ({"images": []}, "'categories' is missing"),
         (coco_dict() | {"images": {}}, "'images' must be a list"),
-        (coco_dict() | {"images": []}, "lists no pictures"),
+        (coco_dict() | {"images": []}, "lists no images"),
         (coco_dict() | {"images": [3]}, "entry 0 of 'images' must be an object"),
         (coco_dict() | {"annotations": None}, "'annotations' must be a list"),
         (coco_dict() | {"annotations": ["a"]}, "entry 0 of 'annotations'"),
@@ -221,15 +221,15 @@ def test_byte_order_mark(tmp_path: Path) -> None:
     assert len(load(tmp_path, "\ufeff" + json.dumps(coco_dict()))) == 2
 
 
-def test_pictures_must_be_there_unless_not_needed(tmp_path: Path) -> None:
+def test_images_must_be_there_unless_not_needed(tmp_path: Path) -> None:
     write_coco(tmp_path)
     file = tmp_path / "annotations" / "instances_train2017.json"
-    with pytest.raises(InputError, match="none of the first pictures"):
+    with pytest.raises(InputError, match="none of the first images"):
         read_coco(file, tmp_path / "annotations")
-    assert len(read_coco(file, tmp_path / "annotations", need_pictures=False)) == 2
+    assert len(read_coco(file, tmp_path / "annotations", need_images=False)) == 2
 
 
-def test_one_missing_picture_is_left_to_the_doctor(tmp_path: Path) -> None:
+def test_one_missing_image_is_left_to_the_doctor(tmp_path: Path) -> None:
     write_coco(tmp_path)
     (tmp_path / "train2017" / "a.jpg").unlink()
     assert len(read_coco(tmp_path / "annotations" / "instances_train2017.json", tmp_path / "train2017")) == 2
@@ -238,22 +238,22 @@ def test_one_missing_picture_is_left_to_the_doctor(tmp_path: Path) -> None:
 def test_windows_separators_in_file_names(tmp_path: Path) -> None:
     data = with_image(file_name="train2017\\a.jpg")
     write_coco(tmp_path, data)
-    records = read_coco(tmp_path / "annotations" / "instances_train2017.json", tmp_path, need_pictures=False)
-    assert records.path(1) == tmp_path / "train2017" / "a.jpg"
+    dataset = read_coco(tmp_path / "annotations" / "instances_train2017.json", tmp_path, need_images=False)
+    assert dataset.path(1) == tmp_path / "train2017" / "a.jpg"
 
 
 def test_agrees_with_pycocotools_on_real_data(shared: Path) -> None:
     pycocotools = pytest.importorskip("pycocotools.coco")
     root = shared / "data" / "coco_tiny"
     file = root / "annotations" / "instances_val2017.json"
-    reference, records = pycocotools.COCO(str(file)), read_coco(file, root / "val2017")
-    assert records.category_ids == tuple(sorted(reference.getCatIds()))
-    assert len(records) == len(reference.imgs)
-    for record in records:
+    reference, dataset = pycocotools.COCO(str(file)), read_coco(file, root / "val2017")
+    assert dataset.category_ids == tuple(sorted(reference.getCatIds()))
+    assert len(dataset) == len(reference.imgs)
+    for record in dataset:
         rows = reference.imgToAnns[record.image_id]
         boxes = np.array([r["bbox"] for r in rows]).reshape(-1, 4)
         np.testing.assert_array_equal(record.boxes, np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1))
-        assert [records.category_ids[k] for k in record.labels] == [r["category_id"] for r in rows]
+        assert [dataset.category_ids[k] for k in record.labels] == [r["category_id"] for r in rows]
         assert record.ignore.tolist() == [bool(r["iscrowd"]) for r in rows]
         assert record.area.tolist() == [r["area"] for r in rows]
         assert record.segments == [r["segmentation"] for r in rows]
@@ -324,8 +324,8 @@ def _only_input_errors(text: str) -> None:
         (Path(folder) / "b.jpg").touch()
         (Path(folder) / "x.json").write_text(text)
         try:
-            records = read_coco(Path(folder) / "x.json", folder)
+            dataset = read_coco(Path(folder) / "x.json", folder)
         except InputError:
             return
-        assert all(np.isfinite(r.boxes).all() for r in records)
-        assert len(records.fingerprint()) == 16
+        assert all(np.isfinite(r.boxes).all() for r in dataset)
+        assert len(dataset.fingerprint()) == 16

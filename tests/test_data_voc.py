@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 from fusedet.data import annotation_cleaning
 from fusedet.data.readers.voc import read_voc, voc_splits
 from fusedet.errors import InputError
-from tiny import picture, write_voc, xml
+from tiny import image, write_voc, xml
 
 
 def test_boxes_count_from_zero_and_difficult_is_ignored(tmp_path: Path) -> None:
-    records = read_voc(write_voc(tmp_path), "train")
-    (a,) = records
-    assert records.names == ("bird", "cat", "dog")  # over all splits, sorted
-    assert records.category_ids == (1, 2, 3)
-    assert records.form == "voc"
+    dataset = read_voc(write_voc(tmp_path), "train")
+    (a,) = dataset
+    assert dataset.names == ("bird", "cat", "dog")  # over all splits, sorted
+    assert dataset.category_ids == (1, 2, 3)
+    assert dataset.form == "voc"
     assert a.boxes.tolist() == [[0, 0, 10, 20], [4.5, 5.5, 8.5, 9.5]]
     assert a.labels.tolist() == [2, 1]
     assert a.ignore.tolist() == [False, True]
     assert a.area.tolist() == [200, 16]
     assert (a.image_id, a.height, a.width) == (1, 30, 40)
     assert a.path == tmp_path / "JPEGImages" / "a.jpg"
-    assert not records.problems
+    assert not dataset.problems
 
 
 def test_splits_agree_in_their_classes(tmp_path: Path) -> None:
@@ -40,9 +40,9 @@ def test_splits_agree_in_their_classes(tmp_path: Path) -> None:
 def test_class_list_sets_the_order(tmp_path: Path, name: str) -> None:
     root = write_voc(tmp_path)
     (root / name).write_text("__ignore__\r\ndog\r\nbird\r\n\r\ncat\r\nfish\r\n")
-    records = read_voc(root, "train")
-    assert records.names == ("dog", "bird", "cat", "fish")
-    assert records[0].labels.tolist() == [0, 2]
+    dataset = read_voc(root, "train")
+    assert dataset.names == ("dog", "bird", "cat", "fish")
+    assert dataset[0].labels.tolist() == [0, 2]
 
 
 def test_class_missing_from_the_list(tmp_path: Path) -> None:
@@ -72,25 +72,25 @@ def test_names_and_list_files_as_splits(tmp_path: Path) -> None:
     assert [r.path.name for r in read_voc(root, tmp_path / "mine.txt")] == ["b.jpg"]
 
 
-def test_pictures_listed_twice(tmp_path: Path) -> None:
-    records = read_voc(write_voc(tmp_path, lists={"train": "a\nb\na\n"}), "train")
-    assert len(records) == 2
-    assert records.problems == {annotation_cleaning.LISTED_TWICE: 1}
+def test_images_listed_twice(tmp_path: Path) -> None:
+    dataset = read_voc(write_voc(tmp_path, lists={"train": "a\nb\na\n"}), "train")
+    assert len(dataset) == 2
+    assert dataset.problems == {annotation_cleaning.LISTED_TWICE: 1}
 
 
 def test_other_extensions_are_found(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     (root / "JPEGImages" / "a.jpg").unlink()
-    picture(root / "JPEGImages" / "a.PNG")
+    image(root / "JPEGImages" / "a.PNG")
     assert read_voc(root, "train").path(0).name == "a.PNG"
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 0), ("", ""), (0, 30)])
-def test_missing_size_comes_from_the_turned_picture(tmp_path: Path, width: Any, height: Any) -> None:
+def test_missing_size_comes_from_the_turned_image(tmp_path: Path, width: Any, height: Any) -> None:
     root = write_voc(tmp_path, {"a": xml(("dog", 1, 1, 2, 2, 0), width=width, height=height)}, {"train": "a"})
     exif = __import__("PIL.Image").Image.Exif()
     exif[0x0112] = 6
-    picture(root / "JPEGImages" / "a.jpg", 40, 30, exif=exif)
+    image(root / "JPEGImages" / "a.jpg", 40, 30, exif=exif)
     assert read_voc(root, "train").sizes.tolist() == [[40, 30]]
 
 
@@ -101,12 +101,12 @@ def test_floats_in_sizes(tmp_path: Path) -> None:
 
 def test_folder_per_split(tmp_path: Path) -> None:
     for split, name in (("train", "dog"), ("valid", "cat")):
-        picture(tmp_path / split / f"{split}_1.rf.0a.jpg")
+        image(tmp_path / split / f"{split}_1.rf.0a.jpg")
         (tmp_path / split / f"{split}_1.rf.0a.xml").write_text(xml((name, 1, 1, 5, 5, 0)))
     assert set(voc_splits(tmp_path)) == {"train", "val"}
-    records = read_voc(tmp_path, "val")
-    assert records.names == ("cat", "dog")
-    assert records.path(0) == tmp_path / "valid" / "valid_1.rf.0a.jpg"
+    dataset = read_voc(tmp_path, "val")
+    assert dataset.names == ("cat", "dog")
+    assert dataset.path(0) == tmp_path / "valid" / "valid_1.rf.0a.jpg"
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_folder_per_split(tmp_path: Path) -> None:
     ],
 )
 def test_bad_boxes_are_counted(tmp_path: Path, box: tuple[Any, ...], kept: int, text: str) -> None:
-    records = read_voc(write_voc(tmp_path, {"a": xml(("dog", *box, 0))}, {"train": "a"}), "train")
-    assert records.problems == {text: 1}
-    assert len(records.labels) == kept
+    dataset = read_voc(write_voc(tmp_path, {"a": xml(("dog", *box, 0))}, {"train": "a"}), "train")
+    assert dataset.problems == {text: 1}
+    assert len(dataset.labels) == kept
 
 
 GOOD = xml(("dog", 1, 1, 10, 20, 0))
@@ -171,7 +171,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     root = write_voc(tmp_path, lists={"train": "a\nzz\n", "empty": " \n", "away": "../../a\n"})
     with pytest.raises(InputError, match="lists zz, but its annotation"):
         read_voc(root, "train")
-    with pytest.raises(InputError, match="lists no pictures"):
+    with pytest.raises(InputError, match="lists no images"):
         read_voc(root, "empty")
     with pytest.raises(InputError, match="outside the data folder"):
         read_voc(root, "away")
@@ -179,7 +179,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         read_voc(root, "test")
     for file in (root / "JPEGImages").iterdir():
         file.unlink()
-    with pytest.raises(InputError, match=r"none of the first pictures .*JPEGImages"):
+    with pytest.raises(InputError, match=r"none of the first images .*JPEGImages"):
         read_voc(root, ["a"])
 
 
@@ -196,9 +196,9 @@ def test_no_objects_at_all(tmp_path: Path) -> None:
         read_voc(write_voc(tmp_path, {"a": xml()}, {"train": "a"}), "train")
 
 
-def test_pictures_without_objects_are_kept(tmp_path: Path) -> None:
-    records = read_voc(write_voc(tmp_path, {"a": xml(), "b": GOOD}, {"train": "a\nb"}), "train")
-    assert [len(r.boxes) for r in records] == [0, 1]
+def test_images_without_objects_are_kept(tmp_path: Path) -> None:
+    dataset = read_voc(write_voc(tmp_path, {"a": xml(), "b": GOOD}, {"train": "a\nb"}), "train")
+    assert [len(r.boxes) for r in dataset] == [0, 1]
 
 
 def test_real_data(shared: Path) -> None:
@@ -225,7 +225,7 @@ def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
         (root / "ImageSets" / "Main" / "train.txt").write_bytes(texts[1])
         (root / "labels.txt").write_bytes(texts[2] + b"bird\n")
         try:
-            records = read_voc(root, "train")
+            dataset = read_voc(root, "train")
         except InputError:
             return
-        assert len(records.fingerprint()) == 16
+        assert len(dataset.fingerprint()) == 16

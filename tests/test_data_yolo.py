@@ -1,4 +1,4 @@
-"""YOLO data sets: what is read, what is said about bad entries."""
+"""YOLO datasets: what is read, what is said about bad entries."""
 
 import random
 import re
@@ -16,25 +16,25 @@ from PIL import Image
 from fusedet.data import annotation_cleaning, image_files
 from fusedet.data.readers.yolo import label_path, read_yolo, yolo_splits
 from fusedet.errors import InputError
-from tiny import picture, write_yolo
+from tiny import image, write_yolo
 
 
 def test_boxes_in_pixels(tmp_path: Path) -> None:
-    records = read_yolo(write_yolo(tmp_path, "1 0.5 0.5 0.5 0.4\n0 0.25 0.1 0.5 0.2\n"), "train")
-    assert records.names == ("dog", "cat")
-    assert records.category_ids == (0, 1)
-    assert records.form == "yolo"
-    (a,) = records
+    dataset = read_yolo(write_yolo(tmp_path, "1 0.5 0.5 0.5 0.4\n0 0.25 0.1 0.5 0.2\n"), "train")
+    assert dataset.names == ("dog", "cat")
+    assert dataset.category_ids == (0, 1)
+    assert dataset.form == "yolo"
+    (a,) = dataset
     np.testing.assert_allclose(a.boxes, [[10, 9, 30, 21], [0, 0, 20, 6]], atol=1e-12)
     assert a.labels.tolist() == [1, 0]
     assert (a.image_id, a.height, a.width) == (1, 30, 40)
     assert a.path == tmp_path / "images" / "train" / "a.jpg"
-    assert not records.problems
+    assert not dataset.problems
 
 
-def test_segments_give_box_and_outline(tmp_path: Path) -> None:
-    records = read_yolo(write_yolo(tmp_path, "0 0.25 0.5 0.5 0.1 0.75 0.9\n1 0.5 0.5 0.5 0.5\n"), "train")
-    (a,) = records
+def test_segments_give_box_and_segmentation(tmp_path: Path) -> None:
+    dataset = read_yolo(write_yolo(tmp_path, "0 0.25 0.5 0.5 0.1 0.75 0.9\n1 0.5 0.5 0.5 0.5\n"), "train")
+    (a,) = dataset
     np.testing.assert_allclose(a.boxes[0], [10, 3, 30, 27])
     np.testing.assert_allclose(a.segments[0], [[10, 15, 20, 3, 30, 27]])
     assert a.segments[1] is None
@@ -45,7 +45,7 @@ def test_blanks_and_byte_order_mark(tmp_path: Path, text: str) -> None:
     assert read_yolo(write_yolo(tmp_path, text), "train")[0].boxes.tolist() == [[0, 0, 40, 30]]
 
 
-def test_pictures_without_labels_are_background(tmp_path: Path) -> None:
+def test_images_without_labels_are_background(tmp_path: Path) -> None:
     file = write_yolo(tmp_path, "")
     assert read_yolo(file, "train").problems == {}
     val = read_yolo(file, "val")
@@ -54,14 +54,14 @@ def test_pictures_without_labels_are_background(tmp_path: Path) -> None:
     assert val.problems == {annotation_cleaning.NO_LABELS: 1}
 
 
-def test_sizes_are_of_the_turned_picture(tmp_path: Path) -> None:
+def test_sizes_are_of_the_turned_image(tmp_path: Path) -> None:
     file = write_yolo(tmp_path, "0 0.5 0.5 1 1")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "images" / "train" / "a.jpg", 40, 30, exif=exif)
-    records = read_yolo(file, "train")
-    assert records.sizes.tolist() == [[40, 30]]
-    assert records[0].boxes.tolist() == [[0, 0, 30, 40]]
+    image(tmp_path / "images" / "train" / "a.jpg", 40, 30, exif=exif)
+    dataset = read_yolo(file, "train")
+    assert dataset.sizes.tolist() == [[40, 30]]
+    assert dataset[0].boxes.tolist() == [[0, 0, 30, 40]]
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_sizes_are_of_the_turned_picture(tmp_path: Path) -> None:
     ],
 )
 def test_bad_boxes_are_counted(tmp_path: Path, line: str, kept: int, text: str) -> None:
-    records = read_yolo(write_yolo(tmp_path, line), "train")
-    assert records.problems == {text: 1}
-    assert len(records.labels) == kept
+    dataset = read_yolo(write_yolo(tmp_path, line), "train")
+    assert dataset.problems == {text: 1}
+    assert len(dataset.labels) == kept
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_label_that_is_not_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture_path", "label"),
+    ("image_path", "label"),
     [
         ("d/images/val/a.jpg", "d/labels/val/a.txt"),
         ("d/train/images/a.b.png", "d/train/labels/a.b.txt"),
@@ -119,17 +119,17 @@ def test_label_that_is_not_text(tmp_path: Path) -> None:
         ("d/obj/images.jpg", "d/obj/images.txt"),
     ],
 )
-def test_label_paths(picture_path: str, label: str) -> None:
-    assert label_path(picture_path) == label
+def test_label_paths(image_path: str, label: str) -> None:
+    assert label_path(image_path) == label
 
 
-def test_labels_beside_the_pictures(tmp_path: Path) -> None:
+def test_labels_beside_the_images(tmp_path: Path) -> None:
     file = write_yolo(tmp_path, yaml="train: obj\nnames: [dog]")
-    picture(tmp_path / "obj" / "sub" / "c.PNG")
+    image(tmp_path / "obj" / "sub" / "c.PNG")
     (tmp_path / "obj" / "sub" / "c.txt").write_text("0 0.5 0.5 1 1")
-    records = read_yolo(file, "train")
-    assert records.path(0).name == "c.PNG"
-    assert len(records.labels) == 1
+    dataset = read_yolo(file, "train")
+    assert dataset.path(0).name == "c.PNG"
+    assert len(dataset.labels) == 1
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_labels_beside_the_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_names(tmp_path: Path, names: str, expected: tuple[str, ...], ids: tuple[int, ...]) -> None:
-    records = read_yolo(write_yolo(tmp_path, yaml=f"train: images/train\nnames: {names}"), "train")
-    assert records.names == expected
-    assert records.category_ids == ids
+    dataset = read_yolo(write_yolo(tmp_path, yaml=f"train: images/train\nnames: {names}"), "train")
+    assert dataset.names == expected
+    assert dataset.category_ids == ids
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_what_a_split_may_be(tmp_path: Path, entry: str) -> None:
     (tmp_path / "lists" / "here.txt").write_text("images/train/a.jpg\n")
     (tmp_path / "absolute.txt").write_text(f"{tmp_path}/images/train/a.jpg\n")
     file = write_yolo(tmp_path, yaml=f"train: {entry.format(root=tmp_path)}\nnames: [dog]")
-    records = read_yolo(file, "train")
-    assert [p.name for p in map(records.path, range(len(records)))] == ["a.jpg"]
-    assert len(records.labels) == 1
+    dataset = read_yolo(file, "train")
+    assert [p.name for p in map(dataset.path, range(len(dataset)))] == ["a.jpg"]
+    assert len(dataset.labels) == 1
 
 
-def test_several_folders_and_repeated_pictures(tmp_path: Path) -> None:
+def test_several_folders_and_repeated_images(tmp_path: Path) -> None:
     file = write_yolo(tmp_path, yaml="train: [images/train, images/val, images]\nval:\ntest: null\nnames: [dog]")
-    records = read_yolo(file, "train")
-    assert len(records) == 2
-    assert records.problems[annotation_cleaning.LISTED_TWICE] == 2
+    dataset = read_yolo(file, "train")
+    assert len(dataset) == 2
+    assert dataset.problems[annotation_cleaning.LISTED_TWICE] == 2
     assert set(yolo_splits(file)) == {"train"}
 
 
@@ -207,14 +207,14 @@ def test_path_is_relative_to_the_yaml(tmp_path: Path) -> None:
         ("train: images/train\nnames: {0: b, 00: c}", "gives class 0 twice"),
         ("train: images/train\nnames: [a]\nnc: 2", "'nc' is '2' but 'names' lists 1"),
         ("val: images/val\nnames: [a]", "no split 'train': it has val"),
-        ("train: nowhere\nnames: [a]", "neither a folder of pictures nor"),
-        ("train: labels\nnames: [a]", "holds no pictures"),
+        ("train: nowhere\nnames: [a]", "neither a folder of images nor"),
+        ("train: labels\nnames: [a]", "holds no images"),
         ("train: ../../x\nnames: [a]", "outside the data folder"),
         ("train: up.txt\nnames: [a]", "outside the data folder"),
         ("train: gone.txt\nnames: [a]", "gone.jpg does not exist"),
         ("path: nowhere\ntrain: images\nnames: [a]", "its 'path' nowhere does not exist"),
         ("path: [x]\ntrain: images\nnames: [a]", "'path' must be the data folder"),
-        (f"train: {'x' * 300}\nnames: [a]", "neither a folder of pictures nor"),
+        (f"train: {'x' * 300}\nnames: [a]", "neither a folder of images nor"),
     ],
 )
 def test_bad_yaml_is_said(tmp_path: Path, yaml: str, text: str) -> None:
@@ -224,13 +224,13 @@ def test_bad_yaml_is_said(tmp_path: Path, yaml: str, text: str) -> None:
         read_yolo(write_yolo(tmp_path, yaml=yaml), "train")
 
 
-def test_unreadable_pictures_are_counted_and_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_and_named(tmp_path: Path) -> None:
     file = write_yolo(tmp_path)
-    (tmp_path / "images" / "train" / "b.jpg").write_bytes(b"no picture")
+    (tmp_path / "images" / "train" / "b.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"b\.jpg"):
         read_yolo(file, "train")
     (tmp_path / "images" / "train" / "a.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"^2 of 2 pictures cannot be read, the first: .*a\.jpg"):
+    with pytest.raises(InputError, match=r"^2 of 2 images cannot be read, the first: .*a\.jpg"):
         read_yolo(file, "train")
 
 
@@ -288,7 +288,7 @@ def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
         file.write_bytes(texts[1])
         (Path(folder) / "list.txt").write_bytes(texts[2])
         try:
-            records = read_yolo(file, "train")
+            dataset = read_yolo(file, "train")
         except InputError:
             return
-        assert len(records.fingerprint()) == 16
+        assert len(dataset.fingerprint()) == 16

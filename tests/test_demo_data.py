@@ -31,9 +31,9 @@ def test_coco_form(folder):
     assert not {i["id"] for i in train["images"]} & {i["id"] for i in val["images"]}
     for split, data in (("train", train), ("val", val)):
         assert len({a["id"] for a in data["annotations"]}) == len(data["annotations"])
-        for picture in data["images"]:
-            with Image.open(folder / split / picture["file_name"]) as image:
-                assert image.size == (picture["width"], picture["height"])
+        for path in data["images"]:
+            with Image.open(folder / split / path["file_name"]) as image:
+                assert image.size == (path["width"], path["height"])
                 assert 224 <= min(image.size) <= max(image.size) <= 288
 
 
@@ -45,10 +45,10 @@ def test_boxes_and_areas_are_those_of_the_masks(folder):
             assert mask.sum() == a["area"] > 0
 
 
-def test_masks_of_a_picture_do_not_overlap(folder):
+def test_masks_of_a_image_do_not_overlap(folder):
     data = load(folder, "train")
-    for picture in data["images"]:
-        own = [coco_mask.decode(a["segmentation"]) for a in data["annotations"] if a["image_id"] == picture["id"]]
+    for path in data["images"]:
+        own = [coco_mask.decode(a["segmentation"]) for a in data["annotations"] if a["image_id"] == path["id"]]
         assert len(own) <= synthetic.MOST_OBJECTS
         assert not own or np.sum(own, axis=0).max() == 1
 
@@ -63,7 +63,7 @@ def test_masks_lie_on_what_is_drawn():
             assert step[across].mean() > 3 * np.median(step)
 
 
-def test_sizes_classes_overlap_and_empty_pictures(folder):
+def test_sizes_classes_overlap_and_empty_images(folder):
     data = load(folder, "train")
     sides = np.array([max(a["bbox"][2:]) for a in data["annotations"]])
     assert sides.min() < 14

@@ -149,7 +149,7 @@ def two(tmp_path_factory) -> tuple[Path, str]:
 
 
 def part(batch: Batch, own: slice) -> Batch:
-    """Some of a batch's pictures."""
+    """Some of a batch's images."""
     assert batch.targets is not None
     return Batch(batch.images[own], batch.sizes[own], batch.ids[own], batch.scales[own], batch.targets[own])
 
@@ -221,7 +221,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(two, tmp_path
     alone(out / "two_to_one", resume=True, say=lines.append)
     assert lines[0].endswith(
         "goes on in another number of processes: 2 until step 2, 1 from now on; "
-        "the batches stay the same 4 pictures in the same order, but some random numbers differ"
+        "the batches stay the same 4 images in the same order, but some random numbers differ"
     )
     assert "goes on in another number of processes: 1 until step 1, 2 from now on" in " ".join(said.split())
     whole = checkpoint.load(tmp_path / "whole" / "last.ckpt")
@@ -236,5 +236,5 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(two, tmp_path
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(scenes):
-    with pytest.raises(InputError, match="batch counts the pictures of all processes: 4 must be a multiple of the 3 processes"):
+    with pytest.raises(InputError, match="batch counts the images of all processes: 4 must be a multiple of the 3 processes"):
         train_loader(read(scenes, "train"), Eval(64, 96), batch=4, world=3)

@@ -127,7 +127,7 @@ def test_printed_multiply_adds(
     make: Callable[..., nn.Module],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What the detector has more on a picture of 800 x 1344 than that of the table's first row."""
+    """What the detector has more on an image of 800 x 1344 than that of the table's first row."""
     # without data only the sizes matter, and torch takes seconds to find those of bilinear maps
     monkeypatch.setattr("fusedet.models.modules.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size))
     assert f"{(_multiply_adds(make, name, *overrides) - _multiply_adds(make, name, *without)) / 1e9:.2f}" == printed
@@ -175,7 +175,7 @@ def test_links(page: Path) -> None:
 
 
 def test_drawings() -> None:
-    """Every page has its drawing; a text lies inside its box and in the picture, and no two texts meet."""
+    """Every page has its drawing; a text lies inside its box and in the image, and no two texts meet."""
     code = runpy.run_path(str(DOCS / "drawings.py"))
     sections = yaml.safe_load(code["DATA"].read_text())
     assert set(sections) | {"README"} == {page.stem for page in PAGES}
@@ -192,6 +192,6 @@ def test_drawings() -> None:
                 assert inside, f"{name}: the text of {b.name} leaves its box"
         for i, (text, here) in enumerate(found):
             seen = here.x0 >= 0 and here.x1 <= code["WIDTH"] and min(here.y0, here.y1) >= 0 and max(here.y0, here.y1) <= drawing.height
-            assert seen, f"{name}: '{text.get_text()}' leaves the picture"
+            assert seen, f"{name}: '{text.get_text()}' leaves the image"
             met = [other.get_text() for other, there in found[i + 1 :] if here.overlaps(there)]
             assert not met, f"{name}: '{text.get_text()}' meets {met}"

@@ -1,4 +1,4 @@
-"""Pictures show what they should where they should, and plots of any run or result are written."""
+"""Images show what they should where they should, and plots of any run or result are written."""
 
 import csv
 import math
@@ -19,8 +19,8 @@ NAMES = ("cat", "dog", "кошка")
 PLAIN = torch.full((3, 240, 320), 128, dtype=torch.uint8)
 
 
-def pixels(picture, colour, near=0):
-    return np.abs(np.asarray(picture).astype(int) - np.array(colour)).max(axis=2) <= near
+def pixels(source, colour, near=0):
+    return np.abs(np.asarray(source).astype(int) - np.array(colour)).max(axis=2) <= near
 
 
 def test_colours_are_stable_and_all_different():
@@ -42,20 +42,20 @@ def test_text_can_be_read_on_every_colour(k):
 
 def test_a_box_has_its_classs_colour_at_its_edge_and_nothing_inside():
     image = PLAIN.clone()
-    picture = visualization.boxes(image, torch.tensor([[100.0, 80, 220, 200]]), torch.tensor([1]), NAMES)
-    line = pixels(picture, visualization.colour(1))
-    assert picture.size == (320, 240)
+    source = visualization.boxes(image, torch.tensor([[100.0, 80, 220, 200]]), torch.tensor([1]), NAMES)
+    line = pixels(source, visualization.colour(1))
+    assert source.size == (320, 240)
     assert line[79:81, 100:220].any(axis=0).all()
     assert line[199:201, 100:220].any(axis=0).all()
     assert line[80:200, 99:101].any(axis=1).all()
-    assert pixels(picture, (128, 128, 128))[84:196, 104:216].all()
+    assert pixels(source, (128, 128, 128))[84:196, 104:216].all()
     assert torch.equal(image, PLAIN)
 
 
 def test_a_small_object_stays_visible():
-    picture = visualization.boxes(PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9]))
-    assert pixels(picture, (128, 128, 128))[100:106, 100:106].all()
-    assert pixels(picture, visualization.colour(0))[98:109, 98:109].any()
+    source = visualization.boxes(PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9]))
+    assert pixels(source, (128, 128, 128))[100:106, 100:106].all()
+    assert pixels(source, visualization.colour(0))[98:109, 98:109].any()
 
 
 @pytest.mark.parametrize(
@@ -63,10 +63,10 @@ def test_a_small_object_stays_visible():
 )
 def test_tags_stay_inside(box):
     def tag(corners):
-        picture = visualization.boxes(
+        source = visualization.boxes(
             PLAIN, torch.tensor([corners], dtype=torch.float32), torch.tensor([0]), NAMES, scores=torch.tensor([0.5])
         )
-        return int(pixels(picture, (0, 0, 0), near=60).sum())  # the letters
+        return int(pixels(source, (0, 0, 0), near=60).sum())  # the letters
 
     assert tag(box) == pytest.approx(tag((150, 100, 159, 109)), rel=0.15)
 
@@ -74,18 +74,18 @@ def test_tags_stay_inside(box):
 def test_tags_do_not_hide_each_other():
     apart = visualization.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [200, 100, 240, 140]]), torch.tensor([0, 1]), NAMES)
     close = visualization.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [22, 102, 62, 142]]), torch.tensor([0, 1]), NAMES)
-    letters = [int(pixels(picture, (0, 0, 0), near=60).sum()) for picture in (apart, close)]
+    letters = [int(pixels(source, (0, 0, 0), near=60).sum()) for source in (apart, close)]
     assert letters[1] == pytest.approx(letters[0], rel=0.2)
 
 
 def test_the_best_score_lies_on_top():
     two = torch.tensor([[50.0, 50, 150, 150], [50, 50, 150, 150]])
     for scores, best in (((0.9, 0.1), 0), ((0.1, 0.9), 1)):
-        picture = visualization.boxes(PLAIN, two, torch.tensor([0, 1]), NAMES, scores=torch.tensor(scores))
-        assert pixels(picture, visualization.colour(best))[149:151, 80:150].any(axis=0).all()
+        source = visualization.boxes(PLAIN, two, torch.tensor([0, 1]), NAMES, scores=torch.tensor(scores))
+        assert pixels(source, visualization.colour(best))[149:151, 80:150].any(axis=0).all()
 
 
-def test_lines_grow_with_the_picture_or_are_given():
+def test_lines_grow_with_the_image_or_are_given():
     def width(side, **options):
         image = torch.zeros(3, side, side, dtype=torch.uint8)
         box = torch.tensor([[0.2, 0.2, 0.8, 0.8]]) * side
@@ -98,7 +98,7 @@ def test_lines_grow_with_the_picture_or_are_given():
 
 
 @pytest.mark.parametrize("names", [("血小板", "ζ", "кошка"), ("🐱", "a\u0301", ""), ("x" * 500, " ", "\u202eabc")])
-def test_any_name_and_any_size_of_picture(names):
+def test_any_name_and_any_size_of_image(names):
     for height, width in ((1, 1), (7, 300), (200, 40)):
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         corners = torch.tensor([[0.0, 0, 1, 1], [0, 0, width, height], [0.2, 0.2, 0.2, 0.2]])
@@ -111,7 +111,7 @@ def test_letters_of_other_scripts_are_found():
     assert "Last Resort" not in colors.font("血小板", 12).getname()[0]
 
 
-def test_no_boxes_leave_the_picture():
+def test_no_boxes_leave_the_image():
     empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     assert np.array_equal(visualization.boxes(PLAIN, *empty, NAMES), PLAIN.permute(1, 2, 0))
     assert visualization.compare(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
@@ -120,13 +120,13 @@ def test_no_boxes_leave_the_picture():
 def test_masks_tint_and_ignored_boxes_are_grey():
     mask = torch.zeros(1, 240, 320, dtype=torch.bool)
     mask[0, 50:100, 50:100] = True
-    picture = visualization.boxes(
+    source = visualization.boxes(
         PLAIN, torch.tensor([[50.0, 50, 100, 100]]), torch.tensor([0]), NAMES, masks=mask, ignore=torch.tensor([[200.0, 100, 260, 160]])
     )
     tinted = np.array([0.6 * 128 + 0.4 * c for c in visualization.colour(0)])
-    assert np.asarray(picture)[75, 75] == pytest.approx(tinted, abs=1)
-    assert pixels(picture, colors.GREY)[98:162, 198:262].any()
-    assert not pixels(picture, colors.GREY)[:, :190].any()
+    assert np.asarray(source)[75, 75] == pytest.approx(tinted, abs=1)
+    assert pixels(source, colors.GREY)[98:162, 198:262].any()
+    assert not pixels(source, colors.GREY)[:, :190].any()
 
 
 def test_wrong_input_is_named():
@@ -149,10 +149,10 @@ def test_comparison_tells_found_false_missed_and_confused_apart():
         torch.tensor([0.9, 0.8, 0.7, 0.1, 0.9]),  # the fourth is below the score
     )
     ignore = torch.tensor([[250.0, 55, 290, 95]]), torch.tensor([2])  # holds the fifth
-    picture = visualization.compare(PLAIN, truth, found, NAMES, ignore=ignore)
+    source = visualization.compare(PLAIN, truth, found, NAMES, ignore=ignore)
 
     def has(colour, x, y):
-        return bool(pixels(picture, colour)[y - 4 : y + 44, x - 4 : x + 44].any())
+        return bool(pixels(source, colour)[y - 4 : y + 44, x - 4 : x + 44].any())
 
     assert has(colors.FOUND, 20, 60)
     assert has(colors.CONFUSED, 100, 60)
@@ -162,21 +162,21 @@ def test_comparison_tells_found_false_missed_and_confused_apart():
     assert not has(colors.FALSE, 250, 60)
     assert not has(colors.FOUND, 30, 150)
     assert has(colors.WHITE, 20, 60)
-    assert all(pixels(picture, colour)[240:].any() for colour in (colors.FOUND, colors.CONFUSED, colors.MISSED, colors.FALSE))
+    assert all(pixels(source, colour)[240:].any() for colour in (colors.FOUND, colors.CONFUSED, colors.MISSED, colors.FALSE))
 
 
-def test_a_grid_holds_every_picture():
+def test_a_grid_holds_every_image():
     colours = [visualization.colour(k) for k in range(5)]
-    pictures = [Image.new("RGB", size, c) for size, c in zip([(64, 32), (32, 64), (900, 900), (1, 1), (50, 40)], colours, strict=True)]
-    sheet = visualization.grid(pictures, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
+    images = [Image.new("RGB", size, c) for size, c in zip([(64, 32), (32, 64), (900, 900), (1, 1), (50, 40)], colours, strict=True)]
+    sheet = visualization.grid(images, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
     assert all(pixels(sheet, c, near=2).sum() >= 4900 for c in colours)
     assert sheet.width == 3 * 104 + 4
-    assert visualization.grid(pictures, columns=2, cell=100).width == 2 * 104 + 4
-    assert visualization.grid(pictures[:1], columns=9, cell=100).size == (108, 58)
+    assert visualization.grid(images, columns=2, cell=100).width == 2 * 104 + 4
+    assert visualization.grid(images[:1], columns=9, cell=100).size == (108, 58)
     with pytest.raises(InputError, match="at least one"):
         visualization.grid([])
     with pytest.raises(InputError, match="as many captions"):
-        visualization.grid(pictures, captions=["a"])
+        visualization.grid(images, captions=["a"])
 
 
 def test_long_texts_are_cut():
@@ -186,10 +186,10 @@ def test_long_texts_are_cut():
     assert font.getlength(short("x" * 99, font, 60)) <= 60
 
 
-def test_marks_outside_of_the_picture_do_not_fail():
-    picture = Image.new("RGB", (40, 30))
+def test_marks_outside_of_the_image_do_not_fail():
+    source = Image.new("RGB", (40, 30))
     marks = [Mark((-90, -90, -50, -50), colors.WHITE, "far"), Mark((50, 50, 90, 90), colors.WHITE, "far", dashed=True)]
-    assert draw_marks(picture, marks, Pen(2, 10)).size == (40, 30)
+    assert draw_marks(source, marks, Pen(2, 10)).size == (40, 30)
 
 
 def precision_recall(classes):
@@ -208,9 +208,9 @@ def precision_recall(classes):
 
 
 def drawn(path):
-    """Whether a picture has been written that is not blank."""
-    with Image.open(path) as picture:
-        return len(set(picture.convert("L").resize((64, 64)).getdata())) > 8
+    """Whether an image has been written that is not blank."""
+    with Image.open(path) as source:
+        return len(set(source.convert("L").resize((64, 64)).getdata())) > 8
 
 
 @pytest.mark.parametrize(("iou", "named"), [(0.5, "AP50"), (0.75, "AP75")])

@@ -1,4 +1,4 @@
-"""Pictures without objects, with one, with a thousand, objects larger than the picture and smaller than a pixel: all ten detectors."""
+"""Images without objects, with one, with a thousand, objects larger than the image and smaller than a pixel: all ten detectors."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_gradient_is_the_slope_of_the_loss(name: str, targets: tuple[Target,
 
 @pytest.mark.parametrize("name", ONE_STAGE)
 def test_background_has_its_closed_form(name: str) -> None:
-    """The slope of 3/4 p^2 * -log(1 - p), for every class and place of a picture without objects, whatever the other one holds."""
+    """The slope of 3/4 p^2 * -log(1 - p), for every class and place of an image without objects, whatever the other one holds."""
     detector = make(name).train()
     for targets in ((SOME, EMPTY), (EMPTY, EMPTY)):
         outputs = detector(batch(*targets).images)
@@ -156,7 +156,7 @@ def slopes(loss: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", TWO_STAGE)
-def test_regions_of_a_picture_without_objects_are_background(name: str) -> None:
+def test_regions_of_a_image_without_objects_are_background(name: str) -> None:
     """Every anchor has the slope p / n, and every region of every stage softmax - 1 of background, by the number of samples;
     its codes have none."""
     detector = make(name, everything=True).train()
@@ -172,7 +172,7 @@ def test_regions_of_a_picture_without_objects_are_background(name: str) -> None:
     detector.head.register_forward_hook(lambda module, inputs, outputs: anchors.append(outputs.maps))
     terms = detector.loss(batch(SOME, EMPTY))
     found = slopes(terms["loss_rpn_cls"], anchors[0]["cls"])
-    divisor = sum(int(g.count_nonzero()) for g in found) + 1  # the picture without objects counts for one positive
+    divisor = sum(int(g.count_nonzero()) for g in found) + 1  # the image without objects counts for one positive
     for m, g in zip(anchors[0]["cls"], found):
         assert torch.allclose(g[1], m[1].detach().sigmoid() / divisor, rtol=1e-4)
     assert not any(g[1].any() for g in slopes(terms["loss_rpn_box"], anchors[0]["reg"]))
@@ -188,8 +188,8 @@ def test_regions_of_a_picture_without_objects_are_background(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_a_loss_is_a_sum_over_pictures_by_a_sum_over_pictures(name: str) -> None:
-    """What is added up, and what it is divided by, of a batch are those of its pictures, each alone; the divisor is at least 1. A picture
+def test_a_loss_is_a_sum_over_images_by_a_sum_over_images(name: str) -> None:
+    """What is added up, and what it is divided by, of a batch are those of its images, each alone; the divisor is at least 1. An image
     without objects counts for one in RetinaNet, RepPoints and the RPN, for none in FCOS and VFNet."""
     with float64() as patch:
         detector = make(name, everything=True, rest=True).double().train()
@@ -219,6 +219,6 @@ def test_a_loss_is_a_sum_over_pictures_by_a_sum_over_pictures(name: str) -> None
         for key, value in joint.items():
             assert torch.allclose(value, sum(found[key] for found, _ in alone), rtol=1e-9), key
             assert any(torch.allclose(whole[key].data * d, value) for d in divisors.clamp(min=1)), key
-        if name != "dynamic_rcnn":  # whose memory is of means over pictures
+        if name != "dynamic_rcnn":  # whose memory is of means over images
             assert torch.allclose(divisors, sum(d for _, d in alone), rtol=1e-9)
         assert alone[1][1][0] == (name not in ("fcos", "vfnet")) or name in TWO_STAGE

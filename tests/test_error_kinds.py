@@ -1,4 +1,4 @@
-"""Errors by kind: one hand-made picture per kind, what each kind costs by hand, and sums over random ones."""
+"""Errors by kind: one hand-made image per kind, what each kind costs by hand, and sums over random ones."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fusedet import evaluation
 from fusedet.evaluation.error_analysis import KINDS
-from test_evaluate import GUESSES, OBJECTS, records, result
+from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 CAT, DOG = 7, 3  # category ids of labels 0 and 1
 BOX, FAR = (10, 10, 110, 110), (150, 150, 190, 190)
@@ -18,8 +18,8 @@ def part(share):
     return (10, 10, 10 + 100 * share, 110)
 
 
-def kinds(pictures, results, **options):
-    found = evaluation.error_kinds(records(pictures, **options), results)
+def kinds(images, results, **options):
+    found = evaluation.error_kinds(dataset(images, **options), results)
     assert list(found["kinds"]) == list(KINDS)
     return found["AP50"], {name: (row["count"], row["dAP"]) for name, row in found["kinds"].items() if row["count"] or row["dAP"]}
 
@@ -53,7 +53,7 @@ def test_classification(share):
 @pytest.mark.parametrize("share", [0.11, 0.499])
 def test_both(share):
     # the object is missed too: nothing that is mended by place or class alone lies on it; without it no class has an object
-    found = evaluation.error_kinds(records([[(BOX, 0, False)]]), [one(part(share), DOG)])
+    found = evaluation.error_kinds(dataset([[(BOX, 0, False)]]), [one(part(share), DOG)])
     assert {name: row["count"] for name, row in found["kinds"].items() if row["count"]} == {"both": 1, "missed": 1}
 
 
@@ -62,7 +62,7 @@ def test_background(box):
     # the false one comes first: precision 1/2 becomes 1
     ap, found = kinds([[(BOX, 0, False)]], [one(BOX, CAT, 0.5), one(box, CAT)])
     assert (ap, found) == (pytest.approx(0.5), {"background": (1, pytest.approx(0.5))})
-    assert kinds([[]], [one(BOX, CAT)])[1]["background"][0] == 1, "in a picture without objects all is background"
+    assert kinds([[]], [one(BOX, CAT)])[1]["background"][0] == 1, "in an image without objects all is background"
 
 
 def test_overlap_at_the_edge_of_the_background():
@@ -94,9 +94,9 @@ def test_only_the_best_detection_on_an_object_is_mended():
 
 def test_a_mended_detection_keeps_its_score():
     # the misplaced one at 0.3 stays behind the false one at 0.6: right, false, right gives 2/3 from recall 1/2 on
-    pictures = [[(BOX, 0, False), (FAR, 0, False)]]
+    images = [[(BOX, 0, False), (FAR, 0, False)]]
     guesses = [one(FAR, CAT, 0.9), one((120, 0, 130, 10), CAT, 0.6), one(part(0.4), CAT, 0.3)]
-    ap, found = kinds(pictures, guesses)
+    ap, found = kinds(images, guesses)
     assert ap == pytest.approx(51 / 101)
     assert found == {"localisation": (1, pytest.approx(50 * 2 / 3 / 101)), "background": (1, 0)}
 
@@ -128,23 +128,23 @@ def test_nothing_at_all():
 
 
 @given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=3))
-def test_every_false_detection_and_every_lost_object_has_one_kind(pictures):
+def test_every_false_detection_and_every_lost_object_has_one_kind(images):
     """What is right, counted in plain loops, and the five kinds make up all detections; a lost object is missed or has one on it."""
     ids = (4, 1, 9)
-    objects = [[o for o in own if not o[2]] for own, _ in pictures]
-    data = records(objects, names=("a", "b", "c"), ids=ids)
-    results = [result(i, ids[k], box, score) for i, (_, own) in enumerate(pictures, 1) for box, k, score in own]
+    objects = [[o for o in own if not o[2]] for own, _ in images]
+    data = dataset(objects, names=("a", "b", "c"), ids=ids)
+    results = [result(i, ids[k], box, score) for i, (_, own) in enumerate(images, 1) for box, k, score in own]
     found = evaluation.error_kinds(data, results)
     assert found["AP50"] == pytest.approx(evaluation.coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
     counts = {name: row["count"] for name, row in found["kinds"].items()}
-    hits = sum(hits_of_a_picture(own, guesses) for own, (_, guesses) in zip(objects, pictures, strict=True))
+    hits = sum(hits_of_a_image(own, guesses) for own, (_, guesses) in zip(objects, images, strict=True))
     assert hits + sum(counts[name] for name in KINDS[:5]) == len(results)
     lost = sum(map(len, objects)) - hits
     assert lost - counts["localisation"] - counts["classification"] <= counts["missed"] <= lost
     assert all(row["dAP"] >= 0 for row in found["kinds"].values())
 
 
-def hits_of_a_picture(objects, guesses):
+def hits_of_a_image(objects, guesses):
     """How many objects are found at IoU 0.5, detection by detection, best first."""
     free = list(range(len(objects)))
     count = 0

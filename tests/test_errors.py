@@ -84,6 +84,6 @@ def test_unknown_names() -> None:
     assert len(str(unknown("config", "name7", many[8:]))) < 120
 
 
-@pytest.mark.parametrize(("thing", "two"), [("picture", "2 pictures"), ("class", "2 classes"), ("box", "2 boxes")])
+@pytest.mark.parametrize(("thing", "two"), [("image", "2 images"), ("class", "2 classes"), ("box", "2 boxes")])
 def test_numbers_of_things(thing: str, two: str) -> None:
     assert (plural(1, thing), plural(2, thing), plural(0, thing)) == (f"1 {thing}", two, two.replace("2", "0"))

@@ -12,24 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet import evaluation
-from fusedet.data.dataset import Record, Records
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.readers.coco import read_coco
 from fusedet.errors import InputError
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
 
-def records(pictures, names=("cat", "dog"), ids=(7, 3), image_ids=None, size=(200, 200)):
-    """Records of pictures [[(box xyxy, label, ignore), ...], ...]."""
+def dataset(images, names=("cat", "dog"), ids=(7, 3), image_ids=None, size=(200, 200)):
+    """DetectionDataset of images [[(box xyxy, label, ignore), ...], ...]."""
 
     def one(i, objects):
         boxes = np.array([o[0] for o in objects], dtype=float).reshape(-1, 4)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         labels, ignore = np.array([o[1] for o in objects], dtype=int), np.array([o[2] for o in objects], dtype=bool)
         image_id = image_ids[i] if image_ids else i + 1
-        return Record(image_id, Path(f"{i}.jpg"), *size, boxes, labels, ignore, area, [None] * len(objects))
+        return ImageAnnotations(image_id, Path(f"{i}.jpg"), *size, boxes, labels, ignore, area, [None] * len(objects))
 
-    return Records.build(names, ids, (one(i, o) for i, o in enumerate(pictures)), source="made", form="coco")
+    return DetectionDataset.build(names, ids, (one(i, o) for i, o in enumerate(images)), source="made", form="coco")
 
 
 def result(image_id, category_id, box, score):
@@ -41,7 +41,7 @@ def result(image_id, category_id, box, score):
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_cocos_own_example(shared, iou_type, evaluator):
     folder = shared / "data" / "coco_eval"
-    data = read_coco(folder / "instances_val2014_100.json", folder, need_pictures=False)
+    data = read_coco(folder / "instances_val2014_100.json", folder, need_images=False)
     results = evaluation.load_results(folder / f"instances_val2014_fake{iou_type}100_results.json")
     expected = json.loads((folder / "expected.json").read_text())
     figures = evaluation.coco(data, results, iou_type=iou_type, evaluator=evaluator)
@@ -57,10 +57,10 @@ GUESSES = st.lists(st.tuples(BOXES, st.integers(0, 2), st.sampled_from([0.1, 0.3
 
 @given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
 @settings(max_examples=100, deadline=None)
-def test_equals_the_packages(pictures, image_ids):
+def test_equals_the_packages(images, image_ids):
     ids = (4, 1, 9)
-    data = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=ids, image_ids=image_ids)
-    results = [result(image_ids[i], ids[k], box, score) for i, (_, guesses) in enumerate(pictures) for box, k, score in guesses]
+    data = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=ids, image_ids=image_ids)
+    results = [result(image_ids[i], ids[k], box, score) for i, (_, guesses) in enumerate(images) for box, k, score in guesses]
     own, *others = (evaluation.coco(data, results, evaluator=name) for name in evaluation.EVALUATORS)
     for other in others:
         assert [own[name] for name in FIGURES] == pytest.approx([other[name] for name in FIGURES], abs=1e-12, nan_ok=True)
@@ -76,14 +76,14 @@ def test_more_than_a_hundred_detections_equal_pycocotools():
         first = rng.integers(0, 100, (n, 2))
         return np.concatenate([first, first + rng.integers(5, 100, (n, 2))], axis=1).tolist()
 
-    data = records([[(box, int(rng.integers(2)), rng.random() < 0.2) for box in some(20)] for _ in range(3)])
+    data = dataset([[(box, int(rng.integers(2)), rng.random() < 0.2) for box in some(20)] for _ in range(3)])
     results = [result(i, (7, 3)[int(rng.integers(2))], box, round(rng.random(), 2)) for i in (1, 2, 3) for box in some(300)]
     own, other = (evaluation.coco(data, results, evaluator=name) for name in ("fusedet", "pycocotools"))
     assert [own[name] for name in FIGURES] == pytest.approx([other[name] for name in FIGURES], abs=1e-12, nan_ok=True)
 
 
 def test_pairs_in_blocks_change_nothing(monkeypatch):
-    data = records([[((0, 0, 40, 40), 0, False), ((5, 5, 50, 50), 0, False)]] * 5)
+    data = dataset([[((0, 0, 40, 40), 0, False), ((5, 5, 50, 50), 0, False)]] * 5)
     results = [result(i, 7, (j, j, 40 + j, 40 + j), 1 / (1 + j)) for i in range(1, 6) for j in range(12)]
     whole = evaluation.coco(data, results, per_class=False)
     monkeypatch.setattr("fusedet.evaluation.coco_matching.BLOCK", 7)
@@ -91,7 +91,7 @@ def test_pairs_in_blocks_change_nothing(monkeypatch):
 
 
 def test_no_results_give_zeros():
-    data = records([[((0, 0, 20, 20), 0, False)], []])
+    data = dataset([[((0, 0, 20, 20), 0, False)], []])
     for evaluator in evaluation.EVALUATORS:
         figures = evaluation.coco(data, [], evaluator=evaluator)
         assert figures["AP"] == figures["AP50"] == figures["AR100"] == figures["APs"] == 0
@@ -103,7 +103,7 @@ def test_no_results_give_zeros():
 
 
 def test_no_objects_give_nan():
-    data = records([[], [((0, 0, 20, 20), 0, True)]])
+    data = dataset([[], [((0, 0, 20, 20), 0, True)]])
     results = [result(1, 7, (0, 0, 5, 5), 0.5)]
     assert np.isnan(evaluation.coco(data, results)["AP"])
     assert np.isnan(evaluation.voc(data, results)["mAP"])
@@ -114,19 +114,19 @@ def test_results_are_not_changed():
     results = [result(1, 7, (0, 0, 5, 5), 0.5)]
     before = json.dumps(results)
     for evaluator in evaluation.EVALUATORS:
-        evaluation.coco(records([[((0, 0, 5, 5), 0, False)]]), results, evaluator=evaluator)
+        evaluation.coco(dataset([[((0, 0, 5, 5), 0, False)]]), results, evaluator=evaluator)
     assert json.dumps(results) == before
 
 
 def test_classes_count_what_is_not_ignored():
-    data = records([[((0, 0, 5, 5), 0, False), ((9, 9, 15, 15), 0, False), ((0, 0, 9, 9), 1, True)], [((0, 0, 5, 5), 0, False)]])
+    data = dataset([[((0, 0, 5, 5), 0, False), ((9, 9, 15, 15), 0, False), ((0, 0, 9, 9), 1, True)], [((0, 0, 5, 5), 0, False)]])
     rows = evaluation.coco(data, [result(1, 7, (0, 0, 5, 5), 0.5)])["classes"]
     assert [(row["name"], row["images"], row["objects"]) for row in rows] == [("cat", 2, 3), ("dog", 0, 0)]
     assert rows[0]["AP50"] == pytest.approx(34 / 101)  # one of three found: precision 1 at the recalls 0 .. 0.33
 
 
 def test_ground_truth_has_cocos_form():
-    data = records([[((1, 2, 11, 22), 1, True)]])
+    data = dataset([[((1, 2, 11, 22), 1, True)]])
     truth = evaluation.coco_ground_truth(data)
     assert truth["images"] == [{"id": 1, "file_name": "0.jpg", "height": 200, "width": 200}]
     assert truth["annotations"] == [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 1}]
@@ -134,7 +134,7 @@ def test_ground_truth_has_cocos_form():
 
 
 def test_precision_recall_by_hand():
-    data = records([[((0, 0, 10, 10), 0, False), ((50, 50, 60, 60), 0, False)]])
+    data = dataset([[((0, 0, 10, 10), 0, False), ((50, 50, 60, 60), 0, False)]])
     results = [result(1, 7, box, s) for box, s in (((0, 0, 10, 10), 0.9), ((90, 90, 99, 99), 0.8), ((50, 50, 60, 60), 0.7))]
     curve = evaluation.precision_recall(data, results)["classes"][0]
     assert curve["precision"] == pytest.approx([1] * 51 + [2 / 3] * 50)
@@ -144,7 +144,7 @@ def test_precision_recall_by_hand():
 
 def test_voc_by_hand():
     # Detections in falling score: right, false, right, late claim of a found object, one on a difficult object.
-    data = records([[((0, 0, 10, 10), 0, False), ((20, 20, 40, 40), 0, True)], [((0, 0, 10, 10), 0, False), ((50, 0, 60, 10), 0, False)]])
+    data = dataset([[((0, 0, 10, 10), 0, False), ((20, 20, 40, 40), 0, True)], [((0, 0, 10, 10), 0, False), ((50, 0, 60, 10), 0, False)]])
     results = [
         result(1, 7, (0, 0, 10, 10), 0.9),
         result(2, 7, (80, 80, 90, 90), 0.8),
@@ -185,23 +185,23 @@ def devkit(objects, guesses, total, points):
 
 
 @pytest.mark.parametrize("points", ["area", 11])
-@given(pictures=st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4))
+@given(images=st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
-def test_voc_equals_the_devkit(points, pictures):
-    data = records([objects for objects, _ in pictures], names=("a", "b", "c"), ids=(1, 2, 3))
-    results = [result(i, k + 1, box, score) for i, (_, guesses) in enumerate(pictures, 1) for box, k, score in guesses]
+def test_voc_equals_the_devkit(points, images):
+    data = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=(1, 2, 3))
+    results = [result(i, k + 1, box, score) for i, (_, guesses) in enumerate(images, 1) for box, k, score in guesses]
     rows = evaluation.voc(data, results, points=points)["classes"]
     pixels = lambda b: (b[0] + 1, b[1] + 1, b[2], b[3])  # noqa: E731
     for k, row in enumerate(rows):
-        objects = {i: [(pixels(b), d) for b, c, d in own if c == k] for i, (own, _) in enumerate(pictures, 1)}
-        guesses = [(i, pixels(b), s) for i, (_, own) in enumerate(pictures, 1) for b, c, s in own if c == k]
+        objects = {i: [(pixels(b), d) for b, c, d in own if c == k] for i, (own, _) in enumerate(images, 1)}
+        guesses = [(i, pixels(b), s) for i, (_, own) in enumerate(images, 1) for b, c, s in own if c == k]
         total = sum(not d for own in objects.values() for _, d in own)
         assert row["objects"] == total
         assert row["AP"] == pytest.approx(devkit(objects, guesses, total, points) if total else float("nan"), nan_ok=True)
 
 
 def mistakes():
-    data = records(
+    data = dataset(
         [
             [((0, 0, 10, 10), 0, False), ((20, 20, 30, 30), 1, False), ((50, 50, 90, 90), 0, True)],
             [((0, 0, 10, 10), 1, False)],
@@ -234,7 +234,7 @@ def test_worst_images_by_hand():
 def test_equal_overlaps_prefer_the_own_class():
     both = ((0, 0, 10, 10), 1, False), ((0, 0, 10, 10), 0, False)
     for objects in (both, both[::-1]):
-        matrix = evaluation.confusion(records([objects]), [result(1, 7, (0, 0, 10, 10), 0.9), result(1, 3, (0, 0, 10, 10), 0.8)])
+        matrix = evaluation.confusion(dataset([objects]), [result(1, 7, (0, 0, 10, 10), 0.9), result(1, 3, (0, 0, 10, 10), 0.8)])
         assert matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
@@ -252,7 +252,7 @@ def test_equal_overlaps_prefer_the_own_class():
     ],
 )
 def test_bad_results_are_named(change, text):
-    data, good = records([[((0, 0, 5, 5), 0, False)]]), result(1, 7, (0, 0, 5, 5), 0.5)
+    data, good = dataset([[((0, 0, 5, 5), 0, False)]]), result(1, 7, (0, 0, 5, 5), 0.5)
     for figure in (evaluation.coco, evaluation.voc, evaluation.confusion, evaluation.worst_images, evaluation.precision_recall):
         with pytest.raises(InputError, match=text.replace("[", r"\[")):
             figure(data, [good, good | change])
@@ -290,19 +290,19 @@ def test_good_result_file(tmp_path):
 
 
 def test_masks_must_be_there_and_fit():
-    bare = records([[((0, 0, 5, 5), 0, False)]])
+    bare = dataset([[((0, 0, 5, 5), 0, False)]])
     with pytest.raises(InputError, match="1 objects of made have no mask"):
         evaluation.coco(bare, [], iou_type="segm")
-    empty = records([[]])
+    empty = dataset([[]])
     wrong = {"image_id": 1, "category_id": 7, "score": 0.5}
     with pytest.raises(InputError, match="result 0 lacks 'segmentation'"):
         evaluation.coco(empty, [wrong], iou_type="segm")
-    with pytest.raises(InputError, match=r"size \[5, 5\], it must be the picture's \[200, 200\]"):
+    with pytest.raises(InputError, match=r"size \[5, 5\], it must be the image's \[200, 200\]"):
         evaluation.coco(empty, [wrong | {"segmentation": {"size": [5, 5], "counts": "0"}}], iou_type="segm")
 
 
 def test_unknown_names_are_refused():
-    data = records([[]])
+    data = dataset([[]])
     with pytest.raises(InputError, match="did you mean 'pycocotools'"):
         evaluation.coco(data, [], evaluator="pycocotool")
     with pytest.raises(InputError, match="unknown iou_type"):
@@ -319,20 +319,20 @@ def test_missing_package_says_how_to_install(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(InputError, match="pip install pycocotools"):
-        evaluation.coco(records([[]]), [], evaluator="pycocotools")
+        evaluation.coco(dataset([[]]), [], evaluator="pycocotools")
 
 
 def test_stamp_changes_with_what_is_evaluated():
-    data, results = records([[((0, 0, 5, 5), 0, False)], []]), [result(1, 7, (0, 0, 5, 5), 0.5)]
+    data, results = dataset([[((0, 0, 5, 5), 0, False)], []]), [result(1, 7, (0, 0, 5, 5), 0.5)]
     one = evaluation.stamp(data, results)
     assert one["evaluator"].startswith("fusedet ")
     assert (one["images"], one["detections"], one["iou_type"], one["max_dets"]) == (2, 1, "bbox", [1, 10, 100])
     assert one == evaluation.stamp(data, results)
-    other = evaluation.stamp(records([[((0, 0, 5, 5), 0, False)], []], image_ids=[1, 3]), results, "pycocotools", iou_type="segm")
+    other = evaluation.stamp(dataset([[((0, 0, 5, 5), 0, False)], []], image_ids=[1, 3]), results, "pycocotools", iou_type="segm")
     assert other["image_ids"] != one["image_ids"]
     assert other["evaluator"].startswith("pycocotools 2")
 
 
 def test_stamp_refuses_an_unknown_evaluator():
     with pytest.raises(InputError, match="unknown evaluator"):
-        evaluation.stamp(records([[]]), [], "coco")
+        evaluation.stamp(dataset([[]]), [], "coco")

@@ -10,7 +10,7 @@ import pytest
 from conftest import SMALL
 from fusedet.data.synthetic import generate
 from large import write
-from resident import KIB, MIB, line, of_verb, run
+from resident import KIB, MIB, line, of_command, run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 
@@ -62,34 +62,34 @@ def test_the_measure_sees_a_leak() -> None:
     assert 200 * KIB < found.slope < 320 * KIB
 
 
-PER_STEP, PER_PICTURE = 256 * KIB, 128 * KIB
+PER_STEP, PER_IMAGE = 256 * KIB, 128 * KIB
 """Bytes at the interval's upper end. An allocator's steps are a few megabytes, which is much for so few steps; a step's graph is larger."""
 
 
 def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path) -> None:
     data = generate(tmp_path / "data", images=108, seed=0, size=(64, 96), splits={"train": 100 / 108, "val": 8 / 108})
     words = ["train", "retinanet_tiny", f"data={data}", f"out={tmp_path / 'run'}", *SMALL]
-    taken = of_verb("loss", 2, [*words, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
+    taken = of_command("loss", 2, [*words, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
     found = line(taken[:, 0], taken[:, 2], warm_up=0.4)
     assert taken[-1, 0] == 150
     assert found.high < PER_STEP, found
     (tmp_path / "many").mkdir()
     for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
         (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
-    # what is found is held until its part is written, some kilobytes a picture: many small parts
+    # what is found is held until its part is written, some kilobytes an image: many small parts
     words = ["predict", trained, tmp_path / "many", f"out={tmp_path / 'found'}", "--no-draw", "--batch", "4", "--part", "20", "--json"]
-    taken = of_verb("detect", 2, words)
+    taken = of_command("detect", 2, words)
     found = line(taken[:, 1], taken[:, 2], warm_up=0.4)
     assert taken[-1, 1] == 496
-    assert found.high < PER_PICTURE, found
+    assert found.high < PER_IMAGE, found
 
 
 def test_annotations_are_not_copied_by_workers(tmp_path: Path) -> None:
-    """A tenth of the soak test's pictures: the records are held in a few bytes each, and two workers do not double them."""
+    """A tenth of the soak test's images: the dataset are held in a few bytes each, and two workers do not double them."""
     large, small = (
         run(Path(__file__).with_name("annotated.py"), write(tmp_path / str(n), "coco", n, 10), 2, "fork") for n in (10_000, 100)
     )
     assert large["boxes"] == 100_000
-    assert large["records"] < 10 * MIB
+    assert large["dataset"] < 10 * MIB
     assert large["peak"] - large["empty"] < 256 * MIB
     assert large["fork"] - small["fork"] < 0.1 * large["alone"]  # as lists the boxes alone would be twice that

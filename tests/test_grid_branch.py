@@ -32,7 +32,7 @@ def targets() -> list[Target]:
 
 
 def samples() -> Samples:
-    """Positives and negatives of both pictures, mixed."""
+    """Positives and negatives of both images, mixed."""
     table = torch.tensor(
         [(1, 12.5, 9, 80.3, 61, 0), (0, 1, 1, 20, 20, -1), (0, 62, 8.5, 128, 74, 1), (1, 0, 0, 30, 12, -1), (0, 5, 7.7, 37.2, 49, 0)]
     )

@@ -21,9 +21,9 @@ def rgb():
     return np.stack([x * 6, y * 10, 255 - x * 3], axis=2).astype(np.uint8)
 
 
-def encoded(picture, form, **options):
+def encoded(source, form, **options):
     out = io.BytesIO()
-    picture.save(out, form, **options)
+    source.save(out, form, **options)
     return out.getvalue()
 
 
@@ -46,7 +46,7 @@ def close(image, expected, atol=0):
     ],
 )
 def test_file_forms(tmp_path, rgb, form, options, atol):
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(encoded(Image.fromarray(rgb), form, **options))
     for source in (path, str(path), path.read_bytes()):
         close(read_image(source), rgb, atol)
@@ -84,9 +84,9 @@ def test_transparent_palette_colour_becomes_white():
 
 
 def test_transparent_colour_of_an_rgb_png_becomes_white():
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3))
-    picture.paste((9, 9, 9), (0, 0, 8, HEIGHT))
-    image = read_image(encoded(picture, "PNG", transparency=(9, 9, 9)))
+    source = Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3))
+    source.paste((9, 9, 9), (0, 0, 8, HEIGHT))
+    image = read_image(encoded(source, "PNG", transparency=(9, 9, 9)))
     assert image[:, 0, 0].tolist() == [255, 255, 255]
     assert image[:, 0, 20].tolist() == [1, 2, 3]
 
@@ -132,7 +132,7 @@ def test_exif_orientation(rgb, form, orientation):
     exif[0x0112] = orientation
     stored = encoded(Image.fromarray(rgb), form, exif=exif)
     image = read_image(stored)
-    # what each value means, by EXIF: where the stored first row and first column lie in the upright picture
+    # what each value means, by EXIF: where the stored first row and first column lie in the upright image
     rows_cols = {
         1: rgb,
         2: rgb[:, ::-1],
@@ -158,12 +158,12 @@ def test_missing_file(tmp_path):
             read(tmp_path / "gone.jpg")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture at all", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_not_a_picture(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"not an image at all", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_not_a_image(tmp_path, content):
     path = tmp_path / "text.jpg"
     path.write_bytes(content)
     for read in (read_image, image_size):
-        with pytest.raises(InputError, match=r"text\.jpg is (empty or not a picture|truncated or damaged)"):
+        with pytest.raises(InputError, match=r"text\.jpg is (empty or not an image|truncated or damaged)"):
             read(path)
 
 
@@ -177,13 +177,13 @@ def test_truncated_anywhere(form):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(noise), form)
     for part in (0.1, 0.3, 0.5, 0.7, 0.9):
-        with pytest.raises(InputError, match="the picture of"):
+        with pytest.raises(InputError, match="the image of"):
             read_image(whole[: int(len(whole) * part)])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM"])
-def test_damage_is_an_input_error_or_a_picture(form):
+def test_damage_is_an_input_error_or_a_image(form):
     rng = np.random.default_rng(0)
     whole = encoded(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)), form)
     for _ in range(150):
@@ -248,7 +248,7 @@ def test_anything_else_is_refused(bad):
         to_tensor(bad)
 
 
-def test_real_pictures_equal_pillow(shared):
+def test_real_images_equal_pillow(shared):
     for path in sorted((shared / "data/coco_tiny/val2017").glob("*.jpg"))[:8]:
-        with Image.open(path) as picture:
-            assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), np.array(picture.convert("RGB")))
+        with Image.open(path) as source:
+            assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), np.array(source.convert("RGB")))

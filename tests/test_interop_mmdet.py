@@ -57,7 +57,7 @@ def seen(found: Converted, size: tuple[int, int]) -> Detections:
     detector.load_state_dict(found.weights)
     height, width = size
     padded = torch.zeros(1, 3, -(-height // 32) * 32, -(-width // 32) * 32, dtype=torch.uint8)
-    padded[0, :, :height, :width] = torch.from_numpy(FILLED["picture"](height, width)).permute(2, 0, 1)
+    padded[0, :, :height, :width] = torch.from_numpy(FILLED["image"](height, width)).permute(2, 0, 1)
     return detector.predict(Batch(padded, torch.tensor([[height, width]]), (0,), torch.ones(1, 2)))[0]
 
 
@@ -276,7 +276,7 @@ def resize(**words: Any) -> Any:
         ({}, {"antialias": False}, None),
         (resize(keep_ratio=True), {"size": [800, 1333], "antialias": False}, None),
         (resize(backend="pillow"), {"size": [800, 1333], "antialias": True}, None),
-        (resize(interpolation="area"), {"size": [800, 1333], "antialias": False}, "pictures were resized by 'area', here bilinearly"),
+        (resize(interpolation="area"), {"size": [800, 1333], "antialias": False}, "images were resized by 'area', here bilinearly"),
         (
             {
                 "test_pipeline": [
@@ -286,10 +286,10 @@ def resize(**words: Any) -> Any:
             {"size": [600, 1000], "antialias": True},
             None,
         ),
-        (resize(keep_ratio=False), {"size": [800, 1333], "antialias": False}, "pictures were stretched to 1333 x 800"),
+        (resize(keep_ratio=False), {"size": [800, 1333], "antialias": False}, "images were stretched to 1333 x 800"),
     ],
 )
-def test_how_pictures_are_resized(config: Any, data: Any, note: str | None) -> None:
+def test_how_images_are_resized(config: Any, data: Any, note: str | None) -> None:
     notes: list[str] = []
     assert resizing(config, notes) == data
     assert [text.split(", here their")[0] for text in notes] == ([note] if note else [])

@@ -136,7 +136,7 @@ def test_convolutions_before_the_layers() -> None:
 
 
 def test_padding_of_a_mean_is_nothing() -> None:
-    """Whatever the mean, what lies outside a picture is 0 after normalisation (MMDetection pads after it)."""
+    """Whatever the mean, what lies outside an image is 0 after normalisation (MMDetection pads after it)."""
     backbone = Backbone("resnet18", pretrained=False, mean=(122.77, 115.95, 102.98), std=(1.0, 1.0, 1.0))
     from fusedet.models.ops.image_normalization import normalise
 

@@ -24,14 +24,14 @@ def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "config.py").write_text(f"model = {spec['model']!r}\n")
     out = tmp_path / "out"
     assert cli.run(["convert", "weights", str(tmp_path / "model.pth"), str(out), "--config", str(tmp_path / "config.py")]) == 0
-    picture = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
+    image = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
     width, height = spec["picture_size"]
     size = f"data.size=[{min(width, height)},{max(width, height)}]"
-    assert cli.run(["predict", str(out), str(picture), size, "device=cpu", "--no-draw"]) == 0
+    assert cli.run(["predict", str(out), str(image), size, "device=cpu", "--no-draw"]) == 0
     written = json.loads((out / "predict" / "predictions.json").read_text())
     assert [c["name"] for c in written["categories"]][::79] == ["person", "toothbrush"]
     assert written["categories"][-1]["id"] == 90
-    found = fusedet.load(out, size, device="cpu").predict(picture)
+    found = fusedet.load(out, size, device="cpu").predict(image)
     assert len(found) == len(written["annotations"])
     wanted = {key: torch.tensor(spec["predictions"][key]) for key in ("boxes", "scores", "labels")}
     close = (found.boxes[:, None] - wanted["boxes"]).abs().amax(dim=2) <= 0.5

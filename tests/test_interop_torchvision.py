@@ -1,4 +1,4 @@
-"""torchvision's detectors, with weights of no training: converted, they find the same in the same picture."""
+"""torchvision's detectors, with weights of no training: converted, they find the same in the same image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go one way: a room imports from lower ranks only, rooms of one rank never import each other, files form no cycle."""
+"""Imports go one way: a package imports from lower ranks only, packages of one rank never import each other, files form no cycle."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ RANKS = [
     {"ablation"},
     {"cli"},
 ]
-RANK = {room: i for i, rooms in enumerate(RANKS) for room in rooms}
+RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}
 
 
 def imports(path: Path) -> set[str]:
@@ -51,22 +51,22 @@ def package(module: str) -> str:
     return ".".join(parts[: 2 if parts[0] == "models" else 1])
 
 
-def test_every_room_has_a_rank() -> None:
+def test_every_package_has_a_rank() -> None:
     assert {package(name(p)) for p in files()} - {"models"} <= set(RANK)
 
 
 def test_imports_go_down() -> None:
     wrong = []
     for path in files():
-        room = package(name(path))
+        own = package(name(path))
         for target in imports(path):
             other = package(target)
-            if other != room and RANK[other] >= RANK[room]:
+            if other != own and RANK[other] >= RANK[own]:
                 wrong.append(f"{name(path)} imports {target}")
     assert not wrong
 
 
-def test_no_cycles_within_rooms() -> None:
+def test_no_cycles_within_packages() -> None:
     graph = {name(p): {t for t in imports(p) if package(t) == package(name(p))} for p in files()}
     while graph:
         leaves = {n for n, targets in graph.items() if not targets & set(graph) - {n}}

@@ -46,7 +46,7 @@ def write_run(folder: Path, name: str, scores: dict[str, float], *overrides: str
 
 
 def test_figures_of_a_run_by_hand(learning: ModuleType, tmp_path: Path) -> None:
-    """10, 5 and 10 steps of 4 pictures, at 8, 4 and 8 pictures per second: 5 + 5 + 5 seconds."""
+    """10, 5 and 10 steps of 4 images, at 8, 4 and 8 images per second: 5 + 5 + 5 seconds."""
     run = write_run(tmp_path / "run", "fcos", {"AP": 0.61239, "AP50": 0.9})
     assert learning.figures("fcos", run) == {
         "detector": "fcos",

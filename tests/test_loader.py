@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fusedet.data.collate import Sample, collate
-from fusedet.data.dataset import Record, Records
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.loader import eval_loader, plan_epoch, train_loader
 from fusedet.data.transforms import Eval, Train
 from fusedet.errors import InputError
@@ -22,7 +22,7 @@ TRANSFORM = Train([32, 48, 64], 96, photometric=True)
 
 def make(folder, sizes, objects=3):
     rng = np.random.default_rng(0)
-    records = []
+    dataset = []
     for i, (height, width) in enumerate(sizes):
         path = folder / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
@@ -30,15 +30,17 @@ def make(folder, sizes, objects=3):
         corners = rng.uniform(0, 20, (n, 2))
         boxes = np.hstack([corners, corners + rng.uniform(5, 10, (n, 2))])
         segments = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
-        records.append(Record(100 + i, path, height, width, boxes, rng.integers(0, 3, n), rng.random(n) < 0.2, np.ones(n), segments))
-    return Records.build(["a", "b", "c"], [1, 2, 3], records, source=folder, form="coco")
+        dataset.append(
+            ImageAnnotations(100 + i, path, height, width, boxes, rng.integers(0, 3, n), rng.random(n) < 0.2, np.ones(n), segments)
+        )
+    return DetectionDataset.build(["a", "b", "c"], [1, 2, 3], dataset, source=folder, form="coco")
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
-    """13 pictures: 8 landscape, 5 portrait."""
+def dataset(tmp_path_factory):
+    """13 images: 8 landscape, 5 portrait."""
     landscape, portrait = [(40, 60), (45, 55), (30, 80), (48, 48)], [(60, 40), (70, 33)]
-    return make(tmp_path_factory.mktemp("pictures"), (landscape + portrait) * 2 + [portrait[0]])
+    return make(tmp_path_factory.mktemp("images"), (landscape + portrait) * 2 + [portrait[0]])
 
 
 def equal(one, other):
@@ -92,7 +94,7 @@ def test_plan_of_an_epoch(count, batch):
     assert len(plan) == -(-count // batch)
     assert {len(step) for step in plan} == {batch}
     seen = Counter(i for step in plan for i in step)
-    assert set(seen) == set(range(count)), "every picture is seen"
+    assert set(seen) == set(range(count)), "every image is seen"
     assert sum(seen.values()) - count < batch, "only the last batch is filled up"
     assert sum(len({bool(portrait[i]) for i in step}) > 1 for step in plan) <= 2, "at most two batches are mixed"
     if count >= batch:
@@ -104,25 +106,25 @@ def test_plan_of_an_epoch(count, batch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(records, workers):
-    alone = train_loader(records, TRANSFORM, batch=4, seed=7, masks=True)
-    helped = train_loader(records, TRANSFORM, batch=4, seed=7, masks=True, workers=workers)
+def test_workers_change_nothing(dataset, workers):
+    alone = train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True)
+    helped = train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True, workers=workers)
     for epoch in (0, 1, 4):  # the workers stay
         equal_lists(alone.epoch(epoch), helped.epoch(epoch))
 
 
-def test_epochs_and_seeds_differ(records):
-    def pictures(seed, epoch):
-        return torch.cat([b.scales for b in train_loader(records, TRANSFORM, batch=4, seed=seed).epoch(epoch)])
+def test_epochs_and_seeds_differ(dataset):
+    def images(seed, epoch):
+        return torch.cat([b.scales for b in train_loader(dataset, TRANSFORM, batch=4, seed=seed).epoch(epoch)])
 
-    assert torch.equal(pictures(0, 0), pictures(0, 0))
-    assert not torch.equal(pictures(0, 0), pictures(0, 1))
-    assert not torch.equal(pictures(0, 0), pictures(1, 0))
+    assert torch.equal(images(0, 0), images(0, 0))
+    assert not torch.equal(images(0, 0), images(0, 1))
+    assert not torch.equal(images(0, 0), images(1, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_start_skips_without_reading(records, workers, monkeypatch):
-    loader = train_loader(records, TRANSFORM, batch=4, workers=workers)
+def test_start_skips_without_reading(dataset, workers, monkeypatch):
+    loader = train_loader(dataset, TRANSFORM, batch=4, workers=workers)
     assert len(loader) == 4
     whole = list(loader.epoch(2))
     if not workers:
@@ -136,24 +138,24 @@ def test_start_skips_without_reading(records, workers, monkeypatch):
     assert list(loader.epoch(2, start=4)) == []
 
 
-def test_an_epoch_can_be_left_and_another_begun(records):
-    loader = train_loader(records, TRANSFORM, batch=2, workers=1)
+def test_an_epoch_can_be_left_and_another_begun(dataset):
+    loader = train_loader(dataset, TRANSFORM, batch=2, workers=1)
     next(loader.epoch(0))
-    equal_lists(loader.epoch(1), train_loader(records, TRANSFORM, batch=2).epoch(1))
+    equal_lists(loader.epoch(1), train_loader(dataset, TRANSFORM, batch=2).epoch(1))
 
 
-def test_torch_generator_is_left_alone(records):
+def test_torch_generator_is_left_alone(dataset):
     state = torch.get_rng_state()
-    for _ in train_loader(records, TRANSFORM, batch=4).epoch(0):
+    for _ in train_loader(dataset, TRANSFORM, batch=4).epoch(0):
         pass
-    for _ in eval_loader(records, Eval(32, 64), batch=4):
+    for _ in eval_loader(dataset, Eval(32, 64), batch=4):
         pass
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_processes_see_the_joint_batch_of_one(records):
-    joint = list(train_loader(records, TRANSFORM, batch=4, seed=1, masks=True).epoch(3))
-    ranks = [list(train_loader(records, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3)) for r in range(2)]
+def test_processes_see_the_joint_batch_of_one(dataset):
+    joint = list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True).epoch(3))
+    ranks = [list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3)) for r in range(2)]
     assert [len(r) for r in ranks] == [len(joint)] * 2
     for whole, *parts in zip(joint, *ranks):
         assert torch.equal(whole.images, torch.cat([p.images for p in parts])), "the padding too is the same"
@@ -163,7 +165,7 @@ def test_processes_see_the_joint_batch_of_one(records):
         assert all(torch.equal(a.boxes, b) for a, b in zip(whole.targets, boxes, strict=True))
 
 
-def test_fewer_pictures_than_the_batch(records, tmp_path):
+def test_fewer_images_than_the_batch(dataset, tmp_path):
     few = make(tmp_path, [(40, 60), (60, 40)])
     loader = train_loader(few, TRANSFORM, batch=8)
     (batch,) = loader.epoch(0)
@@ -173,18 +175,18 @@ def test_fewer_pictures_than_the_batch(records, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_each_picture_once(records, world, workers):
-    loaders = [eval_loader(records, Eval(32, 64), batch=4, workers=workers, rank=r, world=world) for r in range(world)]
+def test_evaluation_sees_each_image_once(dataset, world, workers):
+    loaders = [eval_loader(dataset, Eval(32, 64), batch=4, workers=workers, rank=r, world=world) for r in range(world)]
     batches = [b for loader in loaders for b in loader]
-    assert sorted(i for b in batches for i in b.ids) == sorted(records.image_ids.tolist())
+    assert sorted(i for b in batches for i in b.ids) == sorted(dataset.image_ids.tolist())
     assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
     for b in batches:
         assert b.images.shape[2:] == tuple(-(-int(s) // MULTIPLE) * MULTIPLE for s in b.sizes.amax(0))
         assert len(b.targets) == len(b)
 
 
-def test_evaluation_is_in_order_of_aspect_ratio(records):
-    sizes = torch.cat([b.sizes for b in eval_loader(records, Eval(640, 1000), batch=2)])
+def test_evaluation_is_in_order_of_aspect_ratio(dataset):
+    sizes = torch.cat([b.sizes for b in eval_loader(dataset, Eval(640, 1000), batch=2)])
     ratio = sizes[:, 1] / sizes[:, 0]
     assert (ratio.diff() > -0.01).all()
 
@@ -209,18 +211,18 @@ class Threads:
         return image, (float(torch.get_num_threads()), 1.0), empty
 
 
-def test_spawned_workers_with_one_thread(records):
-    loader = train_loader(records, Threads(), batch=4, workers=1, start_method="spawn")
+def test_spawned_workers_with_one_thread(dataset):
+    loader = train_loader(dataset, Threads(), batch=4, workers=1, start_method="spawn")
     batches = list(loader.epoch(0))
-    assert [b.ids for b in batches] == [b.ids for b in train_loader(records, Threads(), batch=4).epoch(0)]
+    assert [b.ids for b in batches] == [b.ids for b in train_loader(dataset, Threads(), batch=4).epoch(0)]
     assert all((b.scales == 1).all() for b in batches)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_picture_is_told_in_one_sentence(tmp_path, workers):
+def test_unreadable_image_is_told_in_one_sentence(tmp_path, workers):
     bad = make(tmp_path, [(40, 60)] * 4)
     (tmp_path / "2.png").write_bytes(b"gone")
-    expected = f"{tmp_path / '2.png'} is empty or not a picture in a format that Pillow reads"
+    expected = f"{tmp_path / '2.png'} is empty or not an image in a format that Pillow reads"
     assert complaint(train_loader(bad, TRANSFORM, batch=2, workers=workers).epoch(0)) == expected
     assert complaint(eval_loader(bad, Eval(32, 64), batch=2, workers=workers)) == expected
 
@@ -243,24 +245,24 @@ def complaint(batches):
         ({"batch": 4, "workers": -1}, "workers"),
     ],
 )
-def test_wrong_options(records, options, text):
+def test_wrong_options(dataset, options, text):
     for loader in (train_loader, eval_loader):
         with pytest.raises(InputError, match=text):
-            loader(records, TRANSFORM, **options)
+            loader(dataset, TRANSFORM, **options)
 
 
-def test_no_pictures(tmp_path):
-    with pytest.raises(InputError, match="no pictures"):
+def test_no_images(tmp_path):
+    with pytest.raises(InputError, match="no images"):
         train_loader(make(tmp_path, []), TRANSFORM, batch=2)
 
 
-def test_workers_outlive_the_signals_that_end_a_training(records):
+def test_workers_outlive_the_signals_that_end_a_training(dataset):
     """A terminal and a cluster signal the whole process group; the training still finishes its step and saves."""
-    loader = train_loader(records, TRANSFORM, batch=2, workers=1)
+    loader = train_loader(dataset, TRANSFORM, batch=2, workers=1)
     batches = loader.epoch(0)
     first = next(batches)
     for worker in multiprocessing.active_children():
         for one in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker.pid, one)
     ids = [first.ids, *(b.ids for b in batches)]
-    assert ids == [b.ids for b in train_loader(records, TRANSFORM, batch=2).epoch(0)]
+    assert ids == [b.ids for b in train_loader(dataset, TRANSFORM, batch=2).epoch(0)]

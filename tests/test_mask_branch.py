@@ -40,7 +40,7 @@ def two_targets() -> list[Target]:
 
 
 def samples() -> Samples:
-    """Positives and negatives of both pictures, mixed."""
+    """Positives and negatives of both images, mixed."""
     rows = [
         (1, 12.5, 9.0, 80.3, 61.0, 0),
         (0, 1.0, 1.0, 20.0, 20.0, -1),
@@ -54,7 +54,7 @@ def samples() -> Samples:
 
 def everyone(targets: list[Target], found: Samples) -> tuple[Tensor, Tensor, Tensor]:
     positive = found.owners >= 0
-    return found.rois[positive, 1:], found.picture[positive], found.owners[positive]
+    return found.rois[positive, 1:], found.image[positive], found.owners[positive]
 
 
 # -- the network
@@ -119,7 +119,7 @@ def test_impossible_options(options: dict) -> None:
 
 
 def test_crops_by_hand() -> None:
-    """A box on the pixels' grid, at its own size, cuts the mask out; where it leaves the picture, it is clipped."""
+    """A box on the pixels' grid, at its own size, cuts the mask out; where it leaves the image, it is clipped."""
     mask = torch.rand(1, 8, 10) < 0.5
     target = [Target(torch.tensor([[0.0, 0, 10, 8]]), torch.tensor([0]), mask)]
     boxes = torch.tensor([[2.0, 1, 6, 5], [-3, -2, 4, 4], [6, 4, 99, 77]])
@@ -163,9 +163,9 @@ def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]
 
 def test_crops_are_the_definition() -> None:
     targets, found = two_targets(), samples()
-    boxes, picture, owners = everyone(targets, found)
-    crops = crop_masks(targets, boxes, picture, owners, 5)
-    for crop, box, p, o in zip(crops, boxes.double().tolist(), picture.tolist(), owners.tolist()):
+    boxes, image, owners = everyone(targets, found)
+    crops = crop_masks(targets, boxes, image, owners, 5)
+    for crop, box, p, o in zip(crops, boxes.double().tolist(), image.tolist(), owners.tolist()):
         values = torch.tensor(literal_crop(targets[p].masks[o], box, 5))
         clear = (values - 0.5).abs() > 1e-5
         assert torch.equal((values >= 0.5)[clear], crop.bool()[clear])
@@ -174,11 +174,11 @@ def test_crops_are_the_definition() -> None:
 
 def test_crops_a_few_masks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = two_targets()
-    boxes, picture, owners = everyone(targets, samples())
-    whole = crop_masks(targets, boxes, picture, owners, 14)
+    boxes, image, owners = everyone(targets, samples())
+    whole = crop_masks(targets, boxes, image, owners, 14)
     for pixels in (1, 2 * 96 * 160):
         monkeypatch.setattr(module, "_CROPPED", pixels)
-        assert torch.equal(crop_masks(targets, boxes, picture, owners, 14), whole)
+        assert torch.equal(crop_masks(targets, boxes, image, owners, 14), whole)
 
 
 # -- the loss
@@ -188,11 +188,11 @@ def test_loss_is_the_definition() -> None:
     """Mean over positives of the mean cross-entropy in the own class's channel; the other channels learn nothing."""
     branch, features, targets, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
     loss = branch.loss(features, found, targets, SIZES)["loss_mask"]
-    boxes, picture, owners = everyone(targets, found)
+    boxes, image, owners = everyone(targets, found)
     logits = branch(features, found.rois[found.owners >= 0]).double()
-    crops = crop_masks(targets, boxes, picture, owners, 28).double()
+    crops = crop_masks(targets, boxes, image, owners, 28).double()
     total = 0.0
-    for i, (p, o) in enumerate(zip(picture.tolist(), owners.tolist())):
+    for i, (p, o) in enumerate(zip(image.tolist(), owners.tolist())):
         score = logits[i, targets[p].labels[o]].sigmoid()
         total += -(crops[i] * score.log() + (1 - crops[i]) * (1 - score).log()).mean() / len(boxes)
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
@@ -204,7 +204,7 @@ def test_loss_is_the_definition() -> None:
 def test_the_order_of_samples_is_nothing() -> None:
     branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
-    mixed = Samples(found.rois[order], found.owners[order], found.picture[order])
+    mixed = Samples(found.rois[order], found.owners[order], found.image[order])
     ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (found, mixed))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 
@@ -223,11 +223,11 @@ def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None)
     assert all(p.grad is not None and not p.grad.any() for p in branch.parameters())
 
 
-def test_one_picture_has_objects() -> None:
-    """The other picture changes nothing, whether its target names masks or not."""
+def test_one_image_has_objects() -> None:
+    """The other image changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
     found = samples()
-    second = replace(found, owners=torch.where(found.picture == 1, found.owners, -1))
+    second = replace(found, owners=torch.where(found.image == 1, found.owners, -1))
     only = Samples(second.rois[:1] - torch.eye(5)[:1], second.owners[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):
@@ -263,7 +263,7 @@ def test_prediction_is_the_labels_channel() -> None:
 
 
 def test_pasting_by_hand() -> None:
-    """A mask in a box of as many pixels as it has cells lands there as it is; what leaves the picture is cut off."""
+    """A mask in a box of as many pixels as it has cells lands there as it is; what leaves the image is cut off."""
     mask = (torch.rand(4, 6) < 0.5).float()[:, :4]
     boxes = torch.tensor([[3.0, 2, 7, 6], [-2, -1, 2, 3], [8, 5, 12, 9], [5, 5, 5, 9], [3, 3, 9, 3]])
     found = paste(mask.expand(5, 4, 4), boxes, (7, 10))
@@ -299,7 +299,7 @@ def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_perfect_mask_comes_back() -> None:
-    """What `crop_masks` takes out of an object's box, `paste` puts back, but for the cells on the outline."""
+    """What `crop_masks` takes out of an object's box, `paste` puts back, but for the cells on the segmentation."""
     boxes = torch.tensor([[10.0, 12, 90, 70]])
     mask = discs(boxes)
     zero = torch.zeros(1, dtype=torch.int64)

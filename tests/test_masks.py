@@ -1,4 +1,4 @@
-"""Masks from the data through training, scoring and prediction to files, in the pixels of the pictures as they are."""
+"""Masks from the data through training, scoring and prediction to files, in the pixels of the images as they are."""
 
 import csv
 import json
@@ -50,10 +50,10 @@ def test_training_writes_losses_figures_and_results_of_masks(run: Path, scenes: 
     assert len(boxes) == len(masks) > 0
     assert boxes[0].keys() == {"image_id", "category_id", "score", "bbox"}
     assert masks[0].keys() == {"image_id", "category_id", "score", "segmentation"}
-    records = read(scenes, "val")
-    sizes = dict(zip(records.image_ids.tolist(), records.sizes.tolist()))
+    dataset = read(scenes, "val")
+    sizes = dict(zip(dataset.image_ids.tolist(), dataset.sizes.tolist()))
     assert all(result["segmentation"]["size"] == sizes[result["image_id"]] for result in masks)
-    again = mask_figures(records, masks)
+    again = mask_figures(dataset, masks)
     assert again["mask_AP"] == pytest.approx(figures["mask_AP"], nan_ok=True)
 
 
@@ -80,7 +80,7 @@ def test_predictions_hold_masks(run: Path, scenes: Path, tmp_path: Path) -> None
         assert one["area"] == int(mask.sum())
 
 
-def test_masks_are_pasted_in_the_pictures_own_pixels(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_pasted_in_the_images_own_pixels(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the network's size differs: a mask whose left half is set ends at the middle of its box, to the pixel."""
     model = fusedet.load(run, device="cpu")
     half = torch.zeros(1, 2, 28, 28)
@@ -115,17 +115,17 @@ class Knowing(torch.nn.Module):
         )
         return Found(boxes, (torch.arange(boxes.shape[1]) < counts[:, None]).float(), labels, counts, masks)
 
-    def cut(self, targets: tuple, picture: int) -> torch.Tensor:
-        boxes = targets[picture].boxes
-        return crop_masks(targets, boxes, torch.full((len(boxes),), picture), torch.arange(len(boxes)), 28)
+    def cut(self, targets: tuple, image: int) -> torch.Tensor:
+        boxes = targets[image].boxes
+        return crop_masks(targets, boxes, torch.full((len(boxes),), image), torch.arange(len(boxes)), 28)
 
 
 def test_what_is_known_scores_well(scenes: Path) -> None:
     """The data's own masks, through the loader, 28 x 28 cells and pasting, are found again: mask AP50 is 1."""
-    records = read(scenes, "val")
-    batches = list(eval_loader(records, Eval(128, 192), batch=4, masks=True))
-    results = detect(Knowing(batches), batches, records, torch.device("cpu"))
-    figures = mask_figures(records, results)
+    dataset = read(scenes, "val")
+    batches = list(eval_loader(dataset, Eval(128, 192), batch=4, masks=True))
+    results = detect(Knowing(batches), batches, dataset, torch.device("cpu"))
+    figures = mask_figures(dataset, results)
     assert figures["mask_AP50"] == 1
     assert figures["mask_AP"] > 0.8
 

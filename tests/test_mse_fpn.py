@@ -23,7 +23,7 @@ TINY = Levels((2, 3, 4, 5), (4, 8, 16, 32))
 OFF = {"sem": "none", "sim": "none", "gate": "none"}
 
 
-# -- the equations a second way, cell by cell, for one picture
+# -- the equations a second way, cell by cell, for one image
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def pooled(x: Tensor, h: int, w: int) -> Tensor:
 
 
 def bilinear(x: Tensor, h: int, w: int) -> Tensor:
-    """Enlargement where the corners of the pictures, not of the cells, meet (align_corners=False)."""
+    """Enlargement where the corners of the images, not of the cells, meet (align_corners=False)."""
     C, H, W = x.shape
     out = torch.empty(C, h, w, dtype=x.dtype)
     for i, j in product(range(h), range(w)):
@@ -134,7 +134,7 @@ def gated(gate: nn.Module, kind: str, x: Tensor) -> Tensor:
 
 
 def equations(neck: MSEFPN, C: list[Tensor], finest: int, context: tuple[int, ...], kinds: dict) -> list[Tensor]:
-    """All of it for one picture: C2 to C5, each (C_i, H_i, W_i), to the levels of the pyramid."""
+    """All of it for one image: C2 to C5, each (C_i, H_i, W_i), to the levels of the pyramid."""
     number = dict(zip(range(2, 6), C))
     size = [math.ceil(side / 2) for side in C[-1].shape[1:]]
     levels = range(finest, 6)
@@ -200,11 +200,11 @@ def test_the_equations(options: dict, finest: int, coarsest: int, top: str) -> N
     C[-1] = torch.randn(2, 5, 3, 5, dtype=torch.float64)  # ... and here 2 x 3 from an odd 3 x 5
     kept = [c.clone() for c in C]
     found = neck(C)
-    for picture in range(2):
-        wanted = equations(neck, [c[picture] for c in C], finest, options.get("context", (3, 4, 5)), FULL | options)
+    for image in range(2):
+        wanted = equations(neck, [c[image] for c in C], finest, options.get("context", (3, 4, 5)), FULL | options)
         assert len(found) == len(wanted) == coarsest - finest + 1
         for a, b in zip(found, wanted):
-            assert torch.allclose(a[picture], b, atol=1e-10)
+            assert torch.allclose(a[image], b, atol=1e-10)
     assert all(torch.equal(a, b) for a, b in zip(C, kept))
 
 
@@ -387,7 +387,7 @@ def test_every_variant_trains(options: dict) -> None:
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (75, 129), (8, 8)])
 @pytest.mark.parametrize(("channels", "gate"), [(32, "gcg"), (64, "ca")])
 def test_any_size(size: tuple[int, int], channels: int, gate: str) -> None:
-    """One picture, as small as one cell of context: there groups of one value are normalised to nothing, but not refused."""
+    """One image, as small as one cell of context: there groups of one value are normalised to nothing, but not refused."""
     neck = MSEFPN(SMALL, channels=channels, gate=gate)
     outputs = neck(maps(SMALL, size, n=1))
     assert [o.shape[2:] for o in outputs] == [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in neck.levels.strides]

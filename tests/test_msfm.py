@@ -51,7 +51,7 @@ def lively(name: str, **options: Any) -> Backbone:
 
 
 def literal_resize(x: Tensor, height: int, width: int, corners: bool = False) -> Tensor:
-    """Bilinear: the pictures' corners meet and what lies outside takes the border's value, or the centres of the corner cells meet."""
+    """Bilinear: the images' corners meet and what lies outside takes the border's value, or the centres of the corner cells meet."""
     (rows, columns), out = x.shape[2:], x.new_zeros(*x.shape[:2], height, width)
     for i, j in product(range(height), range(width)):
         y, z = max(0.0, (i + 0.5) * rows / height - 0.5), max(0.0, (j + 0.5) * columns / width - 0.5)
@@ -76,13 +76,11 @@ def literal_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def literal_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    pictures = []
-    for picture in x:
-        parts = [
-            (part - part.mean()) / torch.sqrt(((part - part.mean()) ** 2).mean() + norm.eps) for part in picture.chunk(norm.num_groups)
-        ]
-        pictures.append(torch.cat(parts) * norm.weight[:, None, None] + norm.bias[:, None, None])
-    return torch.stack(pictures)
+    images = []
+    for image in x:
+        parts = [(part - part.mean()) / torch.sqrt(((part - part.mean()) ** 2).mean() + norm.eps) for part in image.chunk(norm.num_groups)]
+        images.append(torch.cat(parts) * norm.weight[:, None, None] + norm.bias[:, None, None])
+    return torch.stack(images)
 
 
 def literal(
@@ -154,7 +152,7 @@ def test_sizes_of_branches() -> None:
 
 
 def test_groups_of_one_single_value_become_the_shift() -> None:
-    """A 1x1 map of one picture, where every channel is its own group: what a body gives for a tiny picture."""
+    """A 1x1 map of one image, where every channel is its own group: what a body gives for a tiny image."""
     module = moved(MSFM(64, ratio=2, groups=32))
     found = module(x := torch.randn(1, 64, 1, 1))
     assert found.isfinite().all()

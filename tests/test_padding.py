@@ -1,4 +1,4 @@
-"""Priors beyond a picture's own padding, and its edge where asked: they take no part in assignment and loss, as in MMDetection."""
+"""Priors beyond an image's own padding, and its edge where asked: they take no part in assignment and loss, as in MMDetection."""
 
 import math
 from typing import Any
@@ -42,7 +42,7 @@ def row(boxes: list, valid: list[bool], stride: int = 8) -> tuple[Priors, torch.
 
 @pytest.mark.parametrize("offset", [0.0, 0.5, 0.99])
 def test_cells_that_begin_inside_the_own_padding(offset: float) -> None:
-    """A picture of 20 x 33 is padded to 32 x 64: 2 of 4 rows and 4 of 6 columns of stride 16, one cell of stride 64."""
+    """An image of 20 x 33 is padded to 32 x 64: 2 of 4 rows and 4 of 6 columns of stride 16, one cell of stride 64."""
     levels = Levels((4, 4), (16, 64))
     found = maps(levels, (64, 96))
     # these sides are no binary fractions: a centre computed from them may fall beside its cell
@@ -56,7 +56,7 @@ def test_cells_that_begin_inside_the_own_padding(offset: float) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (1, 1), (129, 75)])
-def test_the_whole_canvas_without_sizes_and_for_a_picture_that_fills_it(size: tuple[int, int]) -> None:
+def test_the_whole_canvas_without_sizes_and_for_a_image_that_fills_it(size: tuple[int, int]) -> None:
     outs = outputs(LEVELS, size, anchors=2)
     assert valid_priors(outs, LEVELS.strides, None).shape == (2, len(outs.priors))
     assert valid_priors(outs, LEVELS.strides, None).all()
@@ -64,7 +64,7 @@ def test_the_whole_canvas_without_sizes_and_for_a_picture_that_fills_it(size: tu
 
 
 def test_border_by_hand() -> None:
-    """Squares of 16 around the cells of a 32 x 32 canvas: inside a picture of 26 x 32 lie those around (8, 8) and (16, 8) alone, since one
+    """Squares of 16 around the cells of a 32 x 32 canvas: inside an image of 26 x 32 lie those around (8, 8) and (16, 8) alone, since one
     that ends at the right or the lower edge is outside (MMDetection 3.x)."""
     levels = Levels((4,), (8,))
     found = maps(levels, (32, 32), n=1)
@@ -74,12 +74,12 @@ def test_border_by_hand() -> None:
         """Which (row, column)."""
         return valid_priors(outs, levels.strides, sizes, border).view(4, 4).nonzero().tolist()
 
-    picture = torch.tensor([[26, 32]])
-    assert cells(0.0, picture) == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    image = torch.tensor([[26, 32]])
+    assert cells(0.0, image) == [[1, 1], [1, 2], [2, 1], [2, 2]]
     assert cells(0.0, torch.tensor([[24, 32]])) == [[1, 1], [1, 2]]
     assert cells(1.0, torch.tensor([[24, 32]])) == [[y, x] for y in (1, 2) for x in (1, 2, 3)]
-    assert cells(8.0, picture) == [[y, x] for y in range(4) for x in range(4)]
-    assert cells(7.0, picture) == [[y, x] for y in (1, 2, 3) for x in (1, 2, 3)]
+    assert cells(8.0, image) == [[y, x] for y in range(4) for x in range(4)]
+    assert cells(7.0, image) == [[y, x] for y in (1, 2, 3) for x in (1, 2, 3)]
     assert cells(0.0, None) == [[1, 1], [1, 2], [2, 1], [2, 2]]
 
 
@@ -151,7 +151,7 @@ def test_nothing_waits_for_the_device(rule: Any) -> None:
 
 
 def made(name: str) -> tuple[Any, Outputs, list[Target]]:
-    """A head, random maps of the batch of SIZES that need gradients, and objects in both pictures."""
+    """A head, random maps of the batch of SIZES that need gradients, and objects in both images."""
     torch.manual_seed(3)
     options = {"rpn": {"num": 10**6, "scale": 4.0}, "vfnet": {"norm": False}, "fcos": {"norm": False}}
     head = HEADS[name](LEVELS, num_classes=3, **options.get(name, {}))
@@ -166,10 +166,10 @@ def made(name: str) -> tuple[Any, Outputs, list[Target]]:
     return head, Outputs({k: [m.requires_grad_() for m in levels] for k, levels in values.items()}, found.priors), targets
 
 
-def of_one(head: Any, pair: Outputs, picture: int) -> Outputs:
-    """The maps of one picture on its own padded canvas."""
-    height, width = (-(-int(s) // 32) * 32 for s in SIZES[picture])
-    places = [(slice(picture, picture + 1), slice(None), slice(math.ceil(height / s)), slice(math.ceil(width / s))) for s in LEVELS.strides]
+def of_one(head: Any, pair: Outputs, image: int) -> Outputs:
+    """The maps of one image on its own padded canvas."""
+    height, width = (-(-int(s) // 32) * 32 for s in SIZES[image])
+    places = [(slice(image, image + 1), slice(None), slice(math.ceil(height / s)), slice(math.ceil(width / s))) for s in LEVELS.strides]
     cut = {k: [m.detach()[p].clone().requires_grad_() for m, p in zip(levels, places)] for k, levels in pair.maps.items()}
     return Outputs(cut, head([torch.zeros(1, 16, *m.shape[2:]) for m in next(iter(cut.values()))]).priors)
 
@@ -180,17 +180,17 @@ def gradient(loss: torch.Tensor, outs: Outputs) -> dict[str, list[torch.Tensor]]
     return {k: [torch.zeros_like(m) if (g := next(found)) is None else g for m in levels] for k, levels in outs.maps.items()}
 
 
-def ratio(outer: dict[str, list[torch.Tensor]], inner: dict[str, list[torch.Tensor]], picture: int) -> float:
-    """The first gradient of a picture in a batch, by the same one alone, where that is largest."""
-    pairs = [(a[picture, :, : b.shape[2], : b.shape[3]], b[0]) for k in inner for a, b in zip(outer[k], inner[k])]
+def ratio(outer: dict[str, list[torch.Tensor]], inner: dict[str, list[torch.Tensor]], image: int) -> float:
+    """The first gradient of an image in a batch, by the same one alone, where that is largest."""
+    pairs = [(a[image, :, : b.shape[2], : b.shape[3]], b[0]) for k in inner for a, b in zip(outer[k], inner[k])]
     a, b = max(pairs, key=lambda pair: float(pair[1].abs().max()))
     return float(a.flatten()[b.abs().argmax()] / b.abs().max() * b.flatten()[b.abs().argmax()].sign())
 
 
 @pytest.mark.parametrize("name", ["retina", "rpn", "reppoints", "vfnet"])
-def test_a_batch_is_its_pictures_each_on_its_own_canvas(name: str) -> None:
-    """Every gradient of a picture is that of the picture alone, times its share in what the batch's loss is divided by; the shares of all
-    pictures are 1, and outside a picture's own canvas there is none. VFNet's scores alone count there, as background."""
+def test_a_batch_is_its_images_each_on_its_own_canvas(name: str) -> None:
+    """Every gradient of an image is that of the image alone, times its share in what the batch's loss is divided by; the shares of all
+    images are 1, and outside an image's own canvas there is none. VFNet's scores alone count there, as background."""
     head, pair, targets = made(name)
     together = head.loss(pair, targets, SIZES)
     shares, parts = dict.fromkeys(together, 0.0), dict.fromkeys(together, 0.0)
@@ -224,7 +224,7 @@ def test_all_points_count_in_fcos() -> None:
 
 
 def test_anchors_over_the_edge_are_not_sampled() -> None:
-    """Without objects every anchor that takes part is a negative: those inside the picture, one by one."""
+    """Without objects every anchor that takes part is a negative: those inside the image, one by one."""
     head = HEADS["rpn"](LEVELS, num=10**6, scale=2.0, allowed_border=3.0)
     found = head(maps(LEVELS, (128, 160)))
     logits = [m.detach().requires_grad_() for m in found.maps["cls"]]
@@ -235,7 +235,7 @@ def test_anchors_over_the_edge_are_not_sampled() -> None:
         inside = [x1 >= -3 and y1 >= -3 and x2 < width + 3 and y2 < height + 3 for x1, y1, x2, y2 in found.priors.boxes.tolist()]
         assert 0 < sum(inside) < len(inside)
         assert sampled[i].tolist() == inside
-    none = HEADS["rpn"](LEVELS, scale=64.0, allowed_border=0.0)  # every anchor is larger than the picture
+    none = HEADS["rpn"](LEVELS, scale=64.0, allowed_border=0.0)  # every anchor is larger than the image
     losses = none.loss(none(maps(LEVELS, (128, 160))), [objects([[4, 4, 60, 60]])] * 2, SIZES)
     assert [float(v.detach()) for v in losses.values()] == [0, 0]
 
@@ -246,7 +246,7 @@ def test_a_border_below_zero_is_refused(border: float) -> None:
         HEADS["rpn"](LEVELS, allowed_border=border)
 
 
-def test_which_configs_keep_to_the_picture() -> None:
+def test_which_configs_keep_to_the_image() -> None:
     """MMDetection's Cascade and Grid R-CNN have allowed_border 0, the others -1, no limit."""
     families = {"cascade": 0, "grid": 0, "faster": None, "mask": None, "dynamic": None, "libra": None}
     found = {family: configs.load(f"{family}_rcnn_r50").model.head.get("allowed_border") for family in families}

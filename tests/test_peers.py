@@ -45,7 +45,7 @@ def stuck():
 
 
 def unreadable():
-    raise InputError("x.jpg is truncated or damaged: use another picture")
+    raise InputError("x.jpg is truncated or damaged: use another image")
 
 
 # by process, what happens to it in its sixth step
@@ -84,7 +84,7 @@ def child(scenario, rank, world, port, out):
     said = os.open(out / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    cli.app = lambda *words, **more: work(scenario, rank, world, out)  # the verb; what becomes of its errors is the command line's
+    cli.app = lambda *words, **more: work(scenario, rank, world, out)  # the command; what becomes of its errors is the command line's
     code = cli.run([])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -151,9 +151,9 @@ def test_the_others_stop_with_its_name(ends, scenario: str, codes: list[int], sp
     assert (saved["epoch"], saved["step"]) == (1, 4)
 
 
-def test_one_process_alone_meets_a_bad_picture(ends) -> None:
+def test_one_process_alone_meets_a_bad_image(ends) -> None:
     """Its error is not lost, and the others do not wait for it."""
     assert ends[1]["unreadable"]["codes"] == [75, 2]
     assert ends[1]["unreadable"]["seconds"] < 60
     text = said(ends, "unreadable", 0)
-    assert f"process 1 on {socket.gethostname()} stopped: x.jpg is truncated or damaged: use another picture; the others stop too" in text
+    assert f"process 1 on {socket.gethostname()} stopped: x.jpg is truncated or damaged: use another image; the others stop too" in text

@@ -45,14 +45,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures in folders, one of them with a name of another one's."""
+    """Ten images in folders, one of them with a name of another one's."""
     names = ["a/1.png", "a/2.png", "a.png", "b/1.png", "b/c/x.PNG", "b/c/y.png", "b/d.png", "z/1 2.png", "z/ü.png", "z.png"]
     for i, name in enumerate(names):
-        file = tmp_path / "pictures" / name
+        file = tmp_path / "images" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 24), (20 * i, 255 - 20 * i, 7 * i)).save(file, format="PNG")
-    (tmp_path / "pictures" / "b" / "notes.txt").write_text("no picture")
-    return tmp_path / "pictures"
+    (tmp_path / "images" / "b" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
 
 
 def predict(model: Path, *words: object, **env: str) -> int:
@@ -90,12 +90,12 @@ def test_a_source_is_no_more_read_than_asked_for(folder: Path, monkeypatch: pyte
     walk = iter(Sources([str(folder)]))
     seen.clear()
     assert [next(walk).name, next(walk).name, next(walk).name] == ["1.png", "2.png", "a.png"]
-    assert seen == ["pictures", "a"], "b and z are walked when they come"
+    assert seen == ["images", "a"], "b and z are walked when they come"
 
 
 @pytest.mark.parametrize("word", ["@nowhere.txt", "nowhere.png", "*.xyz"])
 def test_sources_that_are_none(word: str) -> None:
-    with pytest.raises(InputError, match=r"there is no list nowhere.txt|there is no picture, folder or pattern|holds no picture"):
+    with pytest.raises(InputError, match=r"there is no list nowhere.txt|there is no image, folder or pattern|holds no image"):
         Sources([word])
 
 
@@ -104,7 +104,7 @@ def test_sources_that_are_none(word: str) -> None:
 
 @pytest.fixture
 def whole(model: Path, folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """What one part with all pictures gives."""
+    """What one part with all images gives."""
     assert predict(model, folder, f"out={tmp_path / 'whole'}") == 0
     found = read(tmp_path / "whole" / "predictions.json")
     assert list(found) == ["images", "categories", "annotations"]
@@ -125,11 +125,9 @@ def test_parts_joined_are_the_whole_and_parts_left_alone_too(
     said = json.loads(capsys.readouterr().out)
     index = read(tmp_path / "parts" / "index.json")
     assert (
-        (said["pictures"], said["detections"], said["skipped"])
-        == (10, 50, 0)
-        == tuple(index[k] for k in ("pictures", "detections", "skipped"))
+        (said["images"], said["detections"], said["skipped"]) == (10, 50, 0) == tuple(index[k] for k in ("images", "detections", "skipped"))
     )
-    assert [(part["file"], part["first"], part["pictures"]) for part in index["parts"]] == [
+    assert [(part["file"], part["first"], part["images"]) for part in index["parts"]] == [
         (f"parts/part-0000{i}.json", 3 * i + 1, 3 if i < 3 else 1) for i in range(4)
     ]
     contents = [read(tmp_path / "parts" / part["file"]) for part in index["parts"]]
@@ -166,7 +164,7 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
         assert f"was begun with {key}" in capsys.readouterr().err
     (folder / "a" / "1.png").rename(folder / "a" / "0.png")
     assert predict(model, *words) == 2
-    assert "of other pictures than the sources stand for now" in capsys.readouterr().err
+    assert "of other images than the sources stand for now" in capsys.readouterr().err
     (folder / "a" / "0.png").rename(folder / "a" / "1.png")
     assert not seen, "nothing was predicted meanwhile"
     assert predict(model, *words) == 0
@@ -175,7 +173,7 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
     seen.clear()
     assert predict(model, *words) == 0
     assert not seen
-    assert "10 pictures, 50 detections" in capsys.readouterr().out
+    assert "10 images, 50 detections" in capsys.readouterr().out
     file = out / "predict.json"
     good = read(file)
     for bad in ("", "[", "[]", "1", "{}", '{"asked": []}', '{"asked": {"part": "3"}}', '{"asked": {"part": 0}}', f"{'[' * 100_000}"):
@@ -193,11 +191,11 @@ def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:
     assert "Traceback" not in said
 
 
-def test_a_picture_that_cannot_be_read_ends_it_or_is_counted_and_listed(
+def test_a_image_that_cannot_be_read_ends_it_or_is_counted_and_listed(
     model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], capsys: Capture
 ) -> None:
     bad = list(Sources([str(folder)]))[4]
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     words = [folder, f"out={tmp_path / 'bad'}", "--part", 3]
     assert predict(model, *words) == 2
     said = capsys.readouterr().err
@@ -206,20 +204,20 @@ def test_a_picture_that_cannot_be_read_ends_it_or_is_counted_and_listed(
     assert [image["id"] for image in read(tmp_path / "bad" / "predictions.json")["images"]] == [1, 2, 3, 4]
     assert predict(model, *words, "--resume", "--on-bad-image", "skip", "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["pictures"], said["skipped"]) == (9, 1)
+    assert (said["images"], said["skipped"]) == (9, 1)
     found = read(tmp_path / "bad" / "predictions.json")
     assert found["images"] == [image for image in whole["images"] if image["id"] != 5]
     assert [(one["id"], one["file_name"]) for one in found["skipped"]] == [(5, str(bad))]
     assert str(bad) in found["skipped"][0]["reason"]
 
 
-def test_processes_share_the_pictures_each_once(model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_processes_share_the_images_each_once(model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
     words = ["predict", str(model), str(folder), f"out={tmp_path / 'shared'}", "--no-draw", "device=cpu", "--part", "4", "--workers", "0"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedet.cli"]
     done = subprocess.run([*launch, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path / "shared" / "predictions.json") == whole
-    assert done.stdout.count("10 pictures, 50 detections") >= 1
+    assert done.stdout.count("10 images, 50 detections") >= 1
 
 
 def test_each_process_says_what_it_cannot_read(
@@ -227,14 +225,14 @@ def test_each_process_says_what_it_cannot_read(
 ) -> None:
     """Of a prediction; what stops a training the processes tell each other, and one on each machine says it."""
     bad = list(Sources([str(folder)]))[7]
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, code in (("0", 0), ("1", 2)):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
         assert predict(model, folder, f"out={tmp_path / 'shared'}", "--part", 5) == code
     said = capsys.readouterr().err
-    assert said.startswith(f"error: process 1: {bad} is empty or not a picture")
+    assert said.startswith(f"error: process 1: {bad} is empty or not an image")
     assert said.count("\n") == 1
     assert cli.run(["train"]) == 2
     assert capsys.readouterr().err == ""

@@ -145,7 +145,7 @@ def test_rows_have_the_printed_body_and_recipe(table: Table, ours: Row, theirs: 
     assert bool(made.data.multi_scale) is ("train" in wanted)
     assert made.data.size == ((640, 640) if wanted.get("input") == "640x640" else (800, 1333))
     assert (made.train.optimizer, made.train.momentum, made.train.weight_decay) == ("sgd", 0.9, 1e-4)
-    # 0.02 for two stages and, by their text, for all of MSFM and MSE-FPN, at 16 pictures
+    # 0.02 for two stages and, by their text, for all of MSFM and MSE-FPN, at 16 images
     dense = wanted["detector"] in ("retinanet", "fcos", "vfnet", "reppoints")
     assert made.train.lr == (0.01 if dense and table.name.startswith(("smsl", "msil")) else 0.02)
     assert made.train.base_batch == 16

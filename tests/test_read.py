@@ -1,4 +1,4 @@
-"""Data sets told apart by themselves, in the layouts that users have."""
+"""Datasets told apart by themselves, in the layouts that users have."""
 
 import json
 import re
@@ -8,12 +8,12 @@ import pytest
 
 from fusedet.data.readers.auto import form, read, splits
 from fusedet.errors import InputError
-from tiny import coco_dict, picture, write_coco, write_voc, write_yolo, xml
+from tiny import coco_dict, image, write_coco, write_voc, write_yolo, xml
 
 
-def pictures(folder: Path) -> None:
-    picture(folder / "a.jpg", 20, 10)
-    picture(folder / "b.jpg", 40, 30)
+def images(folder: Path) -> None:
+    image(folder / "a.jpg", 20, 10)
+    image(folder / "b.jpg", 40, 30)
 
 
 def put(file: Path) -> Path:
@@ -35,7 +35,7 @@ def put(file: Path) -> Path:
         ("annotations/image_info_test-dev2017.json", "test2017", "test-dev"),
         ("train.json", "train", "train"),
         ("train.json", "images", "train"),
-        ("mine.json", "pictures", "mine"),
+        ("mine.json", "images", "mine"),
         ("train/_annotations.coco.json", "train", "train"),
         ("valid/_annotations.coco.json", "valid", "valid"),
         ("valid/_annotations.coco.json", "valid", "val"),
@@ -45,13 +45,13 @@ def put(file: Path) -> Path:
 )
 def test_coco_layouts(tmp_path: Path, file: str, folder: str, split: str) -> None:
     put(tmp_path / file)
-    pictures(tmp_path / folder)
+    images(tmp_path / folder)
     assert form(tmp_path) == "coco"
-    records = read(tmp_path, split)
-    assert {records.path(i) for i in range(2)} == {tmp_path / folder / "a.jpg", tmp_path / folder / "b.jpg"}
+    dataset = read(tmp_path, split)
+    assert {dataset.path(i) for i in range(2)} == {tmp_path / folder / "a.jpg", tmp_path / folder / "b.jpg"}
 
 
-def test_each_split_has_its_own_pictures(tmp_path: Path) -> None:
+def test_each_split_has_its_own_images(tmp_path: Path) -> None:
     for split in ("train", "val", "trainval"):
         write_coco(tmp_path, split=split)
     for split in ("train", "val", "trainval"):
@@ -75,7 +75,7 @@ def test_splits_of_every_form(tmp_path: Path) -> None:
 def test_two_years_must_be_told_apart(tmp_path: Path) -> None:
     put(tmp_path / "annotations" / "instances_train2014.json")
     put(tmp_path / "annotations" / "instances_train2017.json")
-    pictures(tmp_path / "images")
+    images(tmp_path / "images")
     assert len(read(tmp_path, "train2014")) == 2
     with pytest.raises(InputError, match="several splits 'train': give one of train2014, train2017"):
         read(tmp_path, "train")
@@ -116,21 +116,21 @@ def test_split_as_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_images_given(tmp_path: Path) -> None:
     file = put(tmp_path / "x" / "train.json")
-    pictures(tmp_path / "y")
+    images(tmp_path / "y")
     assert read(file, "train", images=tmp_path / "y").path(0) == tmp_path / "y" / "b.jpg"
     with pytest.raises(InputError, match="is not a folder"):
         read(file, "train", images=tmp_path / "z")
     with pytest.raises(InputError, match="goes with COCO json only"):
         read(write_voc(tmp_path / "v"), "train", images=tmp_path / "y")
-    with pytest.raises(InputError, match="none of the first pictures"):
+    with pytest.raises(InputError, match="none of the first images"):
         read(file, "train")
-    assert len(read(file, "train", need_pictures=False)) == 2
+    assert len(read(file, "train", need_images=False)) == 2
 
 
 def test_file_names_may_start_at_the_data_folder(tmp_path: Path) -> None:
     data = coco_dict()
-    for image in data["images"]:
-        image["file_name"] = f"../train2017/{image['file_name']}"
+    for entry in data["images"]:
+        entry["file_name"] = f"../train2017/{entry['file_name']}"
     write_coco(tmp_path, data)
     assert read(tmp_path, "train").path(0) == tmp_path / "train2017" / "b.jpg"
     data["images"][0]["file_name"] = "../../b.jpg"
@@ -141,7 +141,7 @@ def test_file_names_may_start_at_the_data_folder(tmp_path: Path) -> None:
 
 def test_exported_yolo(tmp_path: Path) -> None:
     for split in ("train", "valid"):
-        picture(tmp_path / split / "images" / "a.jpg")
+        image(tmp_path / split / "images" / "a.jpg")
         (tmp_path / split / "labels").mkdir()
         (tmp_path / split / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
     (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 1\nnames: ['dog']\n")
@@ -150,7 +150,7 @@ def test_exported_yolo(tmp_path: Path) -> None:
 
 
 def test_exported_voc(tmp_path: Path) -> None:
-    picture(tmp_path / "train" / "a.jpg")
+    image(tmp_path / "train" / "a.jpg")
     (tmp_path / "train" / "a.xml").write_text(xml(("dog", 1, 1, 5, 5, 0)))
     assert form(tmp_path) == "voc"
     assert len(read(tmp_path, "train").labels) == 1
@@ -165,8 +165,8 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
     assert "does not exist" in said(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "is an empty folder" in said(tmp_path / "empty")
-    assert "neither a folder, a COCO .json nor a YOLO .yaml" in said(picture(tmp_path / "some" / "a.jpg"))
-    assert "holds no data set" in said(tmp_path / "some")
+    assert "neither a folder, a COCO .json nor a YOLO .yaml" in said(image(tmp_path / "some" / "a.jpg"))
+    assert "holds no dataset" in said(tmp_path / "some")
     write_voc(tmp_path / "devkit" / "VOC2007")
     assert f"did you mean {tmp_path / 'devkit' / 'VOC2007'}?" in said(tmp_path / "devkit")
     write_yolo(tmp_path / "bare").unlink()

@@ -273,7 +273,7 @@ def test_decode_by_hand() -> None:
 
 @pytest.mark.parametrize("beta", [0.11, 1.0])
 def test_loss_literally(beta: float) -> None:
-    """The losses, cell by cell in double precision, on a picture with objects and one without."""
+    """The losses, cell by cell in double precision, on an image with objects and one without."""
     head = spread(make(beta=beta))
     head.moment_transfer.data = torch.tensor([0.3, -0.2])
     outputs = head(maps())
@@ -294,9 +294,9 @@ def test_loss_literally(beta: float) -> None:
         shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
         return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
-    def pixels(name: str, picture: int, i: int) -> list[float]:
+    def pixels(name: str, image: int, i: int) -> list[float]:
         (x, y), stride = centres(priors.boxes[i]).tolist(), float(priors.strides[i])
-        return [a * stride + b for a, b in zip(box(rows[name][picture, i].tolist()), (x, y, x, y))]
+        return [a * stride + b for a, b in zip(box(rows[name][image, i].tolist()), (x, y, x, y))]
 
     def distance(name: str, i: int, owner: int) -> float:
         total = 0.0
@@ -314,17 +314,17 @@ def test_loss_literally(beta: float) -> None:
     assert {BACKGROUND, IGNORED, 0, 1} == set(owners)
 
     focal, refined, count = 0.0, 0.0, 0
-    for picture in (0, 1):
+    for image in (0, 1):
         for i in range(len(priors)):
-            owner = owners[i] if picture == 0 else BACKGROUND
+            owner = owners[i] if image == 0 else BACKGROUND
             for k in range(3) if owner != IGNORED else ():
-                p = 1 / (1 + math.exp(-float(rows["cls"][picture, i, k])))
+                p = 1 / (1 + math.exp(-float(rows["cls"][image, i, k])))
                 hit = owner >= 0 and k == int(SOME.labels[owner])
                 focal -= 0.25 * (1 - p) ** 2 * math.log(p) if hit else 0.75 * p**2 * math.log(1 - p)
             if owner >= 0:
                 refined, count = refined + distance("pts_refine", i, owner), count + 1
     assert count > 2
-    # the picture without objects counts as one positive
+    # the image without objects counts as one positive
     assert float(losses["loss_cls"].detach()) == pytest.approx(focal / (count + 1), rel=1e-4)
     assert float(losses["loss_refine"].detach()) == pytest.approx(refined / (count + 1), rel=1e-4)
     expected = sum(distance("pts_init", i, owner) for i, owner in init.items()) / (len(init) + 1)
@@ -352,7 +352,7 @@ def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached(m
     assert fakes.survives_no_objects(make(transform_method=method), maps(), ("loss_init", "loss_refine"))
 
 
-def test_a_thousand_objects_and_one_larger_than_the_picture() -> None:
+def test_a_thousand_objects_and_one_larger_than_the_image() -> None:
     assert fakes.survives_a_thousand_objects(make(), maps())
 
 

@@ -133,7 +133,7 @@ def test_another_torch_is_said_and_another_precision_refused(tmp_path: Path, mon
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     with pytest.raises(InputError, match="precision was 32-true and is now bf16-mixed"):
         fit(fabric, FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, resume=True, quiet=True)
-    with pytest.raises(InputError, match="pictures per batch was 4 and is now 2"):
+    with pytest.raises(InputError, match="images per batch was 4 and is now 2"):
         fit(Fabric(accelerator="cpu", devices=1), FakeDetector(), FakeLoader(size=2), RECIPE, out=tmp_path, resume=True, quiet=True)
 
 

@@ -16,7 +16,7 @@ from fusedet.models.ops.regression_losses import balanced_l1, l1, smooth_l1
 from fusedet.models.ops.roi_align_cpu import region_align
 from fusedet.models.ops.samplers import Sampler
 from fusedet.models.roi import BoxStage, DynamicStage, LevelPooling
-from fusedet.models.roi.pooling import with_pictures
+from fusedet.models.roi.pooling import with_images
 from fusedet.models.roi.sampling import Samples, as_proposals, draw, match
 from fusedet.types import Levels, Proposals, Target
 
@@ -91,9 +91,9 @@ def test_pooling_of_half_precision_keeps_places() -> None:
     assert torch.allclose(half.float(), exact, atol=0.05)
 
 
-def test_pictures_are_numbered() -> None:
+def test_images_are_numbered() -> None:
     given = boxes(6).reshape(2, 3, 4)
-    rois = with_pictures(given)
+    rois = with_images(given)
     assert rois[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(rois[:, 1:].reshape(2, 3, 4), given)
 
@@ -171,7 +171,7 @@ def test_matching_adds_objects_and_leaves_padding_out() -> None:
     assert float(matched.overlaps[0, 3]) == pytest.approx(25 / 26)
     assert matched.overlaps[1].tolist() == [-1, -1, -1, 0, -1, -1]
     samples = draw(matched, Sampler(ALL, 1.0))
-    assert samples.picture.tolist() == [0] * 6 + [1]
+    assert samples.image.tolist() == [0] * 6 + [1]
     assert samples.rois[:, 0].tolist() == [0] * 6 + [1]
     assert samples.added.tolist() == [True] * 3 + [False] * 4
     assert torch.equal(samples.rois[:3, 1:], SOME.boxes)
@@ -274,7 +274,7 @@ def test_no_samples_at_all() -> None:
 @pytest.mark.parametrize("agnostic", [True, False])
 def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
     made = stage(class_agnostic=agnostic)
-    rois = with_pictures(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
+    rois = with_images(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
     codes = torch.zeros(2, 4 if agnostic else 12)
     codes[0, -4:] = torch.tensor([1.0, -1.0, 5 * math.log(2), 0])  # stds 0.1, 0.1, 0.2, 0.2: 2 right, 1 up, twice as wide
     logits = torch.tensor([[0.0, 0, 2, 4], [9, 0, 0, 0]])
@@ -292,7 +292,7 @@ def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
 
 def test_without_regression_boxes_stay() -> None:
     made = stage(regress=False)
-    rois = with_pictures(boxes(6).reshape(2, 3, 4))
+    rois = with_images(boxes(6).reshape(2, 3, 4))
     raw = made(maps(), rois)
     assert raw[1] is None
     assert torch.equal(made.decode(raw, rois, torch.tensor([3, 3])).boxes.flatten(0, 1), rois[:, 1:])
@@ -322,7 +322,7 @@ def test_refusals() -> None:
 
 
 def test_memory_follows_the_proposals() -> None:
-    """Two pictures, an update after two losses, by hand: the k-th largest overlaps and the k-th smallest shifts."""
+    """Two images, an update after two losses, by hand: the k-th largest overlaps and the k-th smallest shifts."""
     made = DynamicStage(LEVELS, 3, channels=16, num=ALL, fraction=1.0, interval=2, iou_topk=4, beta_topk=3)
     features, targets = maps(), [SOME, objects([[20, 20, 50, 50]], [1])]
     overlaps, shifts = [], []
@@ -347,7 +347,7 @@ def test_memory_follows_the_proposals() -> None:
         plain = F.smooth_l1_loss(*made.box.regression(raw, samples, targets), reduction="sum") / len(samples.rois)
         assert torch.allclose(losses["loss_box"], plain)
         sum(losses.values()).backward()
-    sixth = [sorted(v for s, v in shifts if s == step)[5] for step in range(2)]  # 3 times 2 pictures; the objects' own are 0
+    sixth = [sorted(v for s, v in shifts if s == step)[5] for step in range(2)]  # 3 times 2 images; the objects' own are 0
     assert float(made.threshold) == pytest.approx(max(0.4, sum(overlaps) / 2), rel=1e-5)
     assert float(made.beta) == pytest.approx(min(1.0, sum(sixth) / 2), rel=1e-4)
     restored = DynamicStage(LEVELS, 3, channels=16, interval=2)

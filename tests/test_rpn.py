@@ -174,7 +174,7 @@ def test_training_proposes_by_its_own_numbers() -> None:
 
 
 @pytest.mark.parametrize("size", [(33, 47), (4, 4)])
-def test_tiny_pictures(size: tuple[int, int]) -> None:
+def test_tiny_images(size: tuple[int, int]) -> None:
     head = RPNHead(LEVELS)
     outputs = head(maps(size))
     found = head.propose(outputs, torch.tensor([size] * 2))

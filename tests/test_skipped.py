@@ -1,4 +1,4 @@
-"""train.on_bad_image=skip: bad pictures are replaced alike by any number of workers and processes and after a resume, and listed."""
+"""train.on_bad_image=skip: bad images are replaced alike by any number of workers and processes and after a resume, and listed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from PIL import Image
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.api import train as verb
+from fusedet.api import train as command
 from fusedet.atomic_io import clean
 from fusedet.data.bad_images import Ledger, Skipped, allowed
-from fusedet.data.dataset import Record, Records
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.loader import TrainLoader, train_loader
 from fusedet.data.transforms import Train
 from fusedet.errors import InputError
@@ -33,25 +33,25 @@ COUNT = len(SIZES)
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> Records:
-    """24 pictures of several shapes, three of which cannot be read."""
+def dataset(tmp_path: Path) -> DetectionDataset:
+    """24 images of several shapes, three of which cannot be read."""
     rng = np.random.default_rng(0)
     rows = []
     for i, (height, width) in enumerate(SIZES):
         path = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         one = np.ones(1)
-        rows.append(Record(100 + i, path, height, width, np.array([[3.0, 4, 20, 25]]), one.astype(int), one > 2, one, [None]))
+        rows.append(ImageAnnotations(100 + i, path, height, width, np.array([[3.0, 4, 20, 25]]), one.astype(int), one > 2, one, [None]))
     (tmp_path / "3.png").unlink()
-    (tmp_path / "8.png").write_bytes(b"no picture")
+    (tmp_path / "8.png").write_bytes(b"no image")
     (tmp_path / "17.png").write_bytes((tmp_path / "17.png").read_bytes()[:-300])
-    return Records.build(["a", "b"], [1, 2], rows, source=tmp_path, form="coco")
+    return DetectionDataset.build(["a", "b"], [1, 2], rows, source=tmp_path, form="coco")
 
 
 @pytest.fixture
-def make(records: Records, tmp_path: Path) -> Callable[..., TrainLoader]:
+def make(dataset: DetectionDataset, tmp_path: Path) -> Callable[..., TrainLoader]:
     def loader(name: str = "out", share: float = 0.2, **more: int) -> TrainLoader:
-        return train_loader(records, TRANSFORM, batch=4, seed=5, ledger=Ledger(tmp_path / name, COUNT, share), **more)
+        return train_loader(dataset, TRANSFORM, batch=4, seed=5, ledger=Ledger(tmp_path / name, COUNT, share), **more)
 
     return loader
 
@@ -65,11 +65,11 @@ def ids(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
     return [batch.ids for batch in batches]
 
 
-def test_bad_pictures_are_replaced_and_listed(make: Callable[..., TrainLoader], tmp_path: Path) -> None:
+def test_bad_images_are_replaced_and_listed(make: Callable[..., TrainLoader], tmp_path: Path) -> None:
     loader = make()
     seen = [one for batch in loader.epoch(0) for one in batch.ids]
     assert len(seen) == COUNT
-    assert set(seen) == {100 + i for i in range(COUNT) if i not in BAD}, "every good picture is seen"
+    assert set(seen) == {100 + i for i in range(COUNT) if i not in BAD}, "every good image is seen"
     rows = loader.ledger.close()
     assert sorted(row.image_id for row in rows) == [100 + i for i in BAD]
     for row in rows:
@@ -79,9 +79,9 @@ def test_bad_pictures_are_replaced_and_listed(make: Callable[..., TrainLoader], 
     assert listed(tmp_path / "out") == [list(Skipped._fields), *([str(v) for v in row] for row in rows)]
 
 
-def test_without_a_ledger_it_is_an_error(records: Records) -> None:
+def test_without_a_ledger_it_is_an_error(dataset: DetectionDataset) -> None:
     with pytest.raises(InputError, match="png"):
-        list(train_loader(records, TRANSFORM, batch=4, seed=5).epoch(0))
+        list(train_loader(dataset, TRANSFORM, batch=4, seed=5).epoch(0))
 
 
 def test_workers_and_epochs(make: Callable[..., TrainLoader], tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_workers_and_epochs(make: Callable[..., TrainLoader], tmp_path: Path) ->
             assert torch.equal(one.images, other.images)
     assert listed(tmp_path / "a") == listed(tmp_path / "b")
     assert len(listed(tmp_path / "a")) == 1 + 2 * len(BAD)
-    assert ids(make("c").epoch(0)) != ids(make("d").epoch(1)), "another epoch, other pictures"
+    assert ids(make("c").epoch(0)) != ids(make("d").epoch(1)), "another epoch, other images"
 
 
 @pytest.mark.parametrize("epoch", range(4))
@@ -101,7 +101,7 @@ def test_two_processes_see_what_one_does(make: Callable[..., TrainLoader], epoch
     halves = [list(make(f"h{rank}", rank=rank, world=2).epoch(epoch)) for rank in range(2)]
     for one, first, second in zip(whole, *halves, strict=True):
         assert one.ids == first.ids + second.ids
-        assert torch.equal(one.images, torch.cat([first.images, second.images])), "padded alike, though only one knows of the bad picture"
+        assert torch.equal(one.images, torch.cat([first.images, second.images])), "padded alike, though only one knows of the bad image"
         assert torch.equal(one.sizes, torch.cat([first.sizes, second.sizes]))
 
 
@@ -121,11 +121,11 @@ def test_going_on_in_an_epoch(make: Callable[..., TrainLoader], tmp_path: Path, 
     assert listed(tmp_path / "killed") == listed(tmp_path / "whole")
 
 
-def test_too_many(make: Callable[..., TrainLoader], records: Records) -> None:
+def test_too_many(make: Callable[..., TrainLoader], dataset: DetectionDataset) -> None:
     loader = make(share=2 / COUNT)
-    with pytest.raises(InputError, match=r"^3 of the 24 training pictures cannot be read, more than train.max_bad_images=0.08") as error:
+    with pytest.raises(InputError, match=r"^3 of the 24 training images cannot be read, more than train.max_bad_images=0.08") as error:
         list(loader.epoch(0))
-    assert any(str(records.path(i)) in str(error.value) for i in BAD)
+    assert any(str(dataset.path(i)) in str(error.value) for i in BAD)
     list(make("enough", share=3 / COUNT).epoch(0))
     with pytest.raises(InputError, match=r"^1 of the 24"):
         list(make("none", share=0).epoch(0))
@@ -136,15 +136,15 @@ def test_what_a_share_allows(count: int, share: float, right: int) -> None:
     assert allowed(count, share) == right
 
 
-def test_nothing_that_can_stand_in(records: Records, tmp_path: Path) -> None:
+def test_nothing_that_can_stand_in(dataset: DetectionDataset, tmp_path: Path) -> None:
     for i in range(COUNT):
-        records.path(i).unlink(missing_ok=True)
-    with pytest.raises(InputError, match=r"does not exist.*and nothing could stand in for it: \d+ other pictures"):
-        list(train_loader(records, TRANSFORM, batch=4, ledger=Ledger(tmp_path / "out", COUNT, 1)).epoch(0))
+        dataset.path(i).unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"does not exist.*and nothing could stand in for it: \d+ other images"):
+        list(train_loader(dataset, TRANSFORM, batch=4, ledger=Ledger(tmp_path / "out", COUNT, 1)).epoch(0))
 
 
 ROWS = [Skipped(1, 2, 3, "3.jpg", "gone"), Skipped(1, 2, 3, "3.jpg", "gone"), Skipped(1, 4, 5, "5.jpg", "of two,\nlines")]
-"""The first picture twice in one batch: there are fewer than it takes."""
+"""The first image twice in one batch: there are fewer than it takes."""
 
 
 @pytest.mark.parametrize("place", ["replace", "unlink"])
@@ -186,7 +186,7 @@ def test_a_damaged_list_is_refused_and_one_cut_short_is_not(tmp_path: Path, row:
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    """A process that meets one bad picture of its own, is killed and goes on, then meets one too many together with the other."""
+    """A process that meets one bad image of its own, is killed and goes on, then meets one too many together with the other."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     out = folder / "out"
 
@@ -224,7 +224,7 @@ def test_the_lists_of_two_processes_come_together(tmp_path: Path) -> None:
     mp.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method="fork")  # they need no imports of their own
     assert len(listed(tmp_path / "out")) == 5
     for rank in range(2):
-        assert (tmp_path / f"said-{rank}").read_text().startswith("4 of the 100 training pictures cannot be read"), "each says so and stops"
+        assert (tmp_path / f"said-{rank}").read_text().startswith("4 of the 100 training images cannot be read"), "each says so and stops"
 
 
 # -- the whole training
@@ -234,11 +234,11 @@ def run(*words: object) -> int:
     return cli.run([str(word) for word in words])
 
 
-def test_a_training_around_a_bad_picture(
+def test_a_training_around_a_bad_image(
     capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "report", lambda *_, **__: {})  # drawing takes longer than all the rest
-    monkeypatch.setattr(verb.draw, "training", lambda *_: None)
+    monkeypatch.setattr(command, "report", lambda *_, **__: {})  # drawing takes longer than all the rest
+    monkeypatch.setattr(command.visualization, "training", lambda *_: None)
     data = tmp_path / "data"
     for path in scenes.rglob("*"):
         if path.is_file():
@@ -253,8 +253,8 @@ def test_a_training_around_a_bad_picture(
     skip = [*words, "train.on_bad_image=skip"]
     assert run(*skip, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
     said = capsys.readouterr().out
-    assert f"1 training picture was replaced 2 times, see {tmp_path / 'whole' / 'skipped.csv'}" in said
-    assert json.loads((tmp_path / "whole" / "run.json").read_text())["replaced"] == {"pictures": 1, "times": 2}
+    assert f"1 training image was replaced 2 times, see {tmp_path / 'whole' / 'skipped.csv'}" in said
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["replaced"] == {"images": 1, "times": 2}
     assert [row[0] for row in listed(tmp_path / "whole")] == ["epoch", "1", "2"]
 
     assert run(*skip, f"out={tmp_path / 'parts'}") == 0
@@ -262,13 +262,13 @@ def test_a_training_around_a_bad_picture(
     assert not differences(tmp_path / "whole", tmp_path / "parts"), "as if nothing had happened"
     assert run("train", tmp_path / "parts", "--resume") == 0, "nothing is left to train"
     assert not differences(tmp_path / "whole", tmp_path / "parts")
-    assert json.loads((tmp_path / "parts" / "run.json").read_text())["replaced"] == {"pictures": 1, "times": 2}
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["replaced"] == {"images": 1, "times": 2}
 
     assert run(*skip, f"out={tmp_path / 'none'}", "train.max_bad_images=0") == 2
-    assert "1 of the 8 training pictures cannot be read, more than train.max_bad_images=0 allows" in capsys.readouterr().err
+    assert "1 of the 8 training images cannot be read, more than train.max_bad_images=0 allows" in capsys.readouterr().err
 
 
-def test_a_bad_validation_picture_is_an_error_always(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+def test_a_bad_validation_image_is_an_error_always(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     for name in ("annotations/instances_train.json", "annotations/instances_val.json"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes((scenes / name).read_bytes())
@@ -280,5 +280,5 @@ def test_a_bad_validation_picture_is_an_error_always(capsys: pytest.CaptureFixtu
     bad.write_bytes(b"")
     words = ["train", "retinanet_tiny", f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", *SMALL, "train.on_bad_image=skip"]
     assert run(*words) == 2
-    assert f"error: {bad} is empty or not a picture" in capsys.readouterr().err
+    assert f"error: {bad} is empty or not an image" in capsys.readouterr().err
     assert not (tmp_path / "out").exists(), "before anything is written"

@@ -41,7 +41,7 @@ def resized(x: Tensor, h: int, w: int) -> Tensor:
 
 
 def equations(smsl: SMSL, P: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Eq. 1-15 for one picture, P^l (C, H_l, W_l), to the levels and A (T, L, C)."""
+    """Eq. 1-15 for one image, P^l (C, H_l, W_l), to the levels and A (T, L, C)."""
     T, L, C = smsl.select.shape
     middle = (L - 1) // 2
     _, H, W = P[middle].shape
@@ -98,11 +98,11 @@ def test_the_equations(size: tuple[int, int], rescaling: bool, glob: bool) -> No
     smsl = shuffled(SMSL(levels, channel_rescaling=rescaling, global_feature=glob, reduction=2).double())
     P = maps(levels, size, n=2, dtype=torch.float64)
     found, A = smsl(P), smsl.weights(P)
-    for picture in range(2):
-        wanted, wanted_A = equations(smsl, [p[picture] for p in P])
-        assert torch.allclose(A[picture], wanted_A, atol=1e-12)
+    for image in range(2):
+        wanted, wanted_A = equations(smsl, [p[image] for p in P])
+        assert torch.allclose(A[image], wanted_A, atol=1e-12)
         for a, b in zip(found, wanted):
-            assert torch.allclose(a[picture], b, atol=1e-10)
+            assert torch.allclose(a[image], b, atol=1e-10)
 
 
 @pytest.mark.parametrize(("count", "middle"), [(2, 0), (3, 1), (4, 1), (5, 2)])

@@ -441,7 +441,7 @@ def test_a_class_of_another_package_is_refused_everywhere(
 
 
 def test_trust(trained: Path, tmp_path: Path, scenes: Path, stranger: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every verb that makes a model of somebody else's config asks for --trust, and takes it."""
+    """Every command that makes a model of somebody else's config asks for --trust, and takes it."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     tree = config.read(run / "config.yaml")
     tree["model"]["neck"] = "strange_parts:Neck"
@@ -452,16 +452,16 @@ def test_trust(trained: Path, tmp_path: Path, scenes: Path, stranger: str, capsy
             checkpoint.save(run / name, state | {"meta": state["meta"] | {"config": json.dumps(tree)}})
         else:
             with_meta(trained, run / name, config=json.dumps(tree))
-    picture = next((scenes / "val").rglob("*.jpg"), None) or next(scenes.rglob("*.jpg"))
-    verbs: list[list[Any]] = [
+    image = next((scenes / "val").rglob("*.jpg"), None) or next(scenes.rglob("*.jpg"))
+    commands: list[list[Any]] = [
         ["val", run],
-        ["predict", run, picture, "--no-draw"],
+        ["predict", run, image, "--no-draw"],
         ["info", run],
-        ["cam", run, picture, "--score", "0"],
+        ["cam", run, image, "--score", "0"],
         ["train", run, f"out={tmp_path / 'again'}", "train.epochs=1"],
         ["train", run, "--resume", "train.epochs=2"],
     ]
-    for words in verbs:
+    for words in commands:
         capsys.readouterr()
         assert cli.run([str(w) for w in words]) == 2, words
         said = capsys.readouterr().err
@@ -469,7 +469,7 @@ def test_trust(trained: Path, tmp_path: Path, scenes: Path, stranger: str, capsy
         assert "strange_parts:Neck" in said
         assert "--trust" in said
     assert not (tmp_path / "again").exists()
-    for words in verbs:
+    for words in commands:
         assert cli.run([*(str(w) for w in words), "--trust"]) == 0, (words, capsys.readouterr().err)
     with pytest.raises(InputError, match="--trust"):
         load(run)

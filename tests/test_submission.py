@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from conftest import SMALL
 from fusedet import cli
 from fusedet.api import coco_submission
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
 from fusedet.types import Detections
@@ -26,7 +26,7 @@ NAMES = dict(zip([1, 2, 3, 16, 17, 90], ["person", "bicycle", "car", "bird", "ca
 
 @pytest.fixture(scope="module")
 def coco(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generated scenes as if they were COCO 2017: its ids, its folders, and test-dev, pictures of test2017 without annotations."""
+    """The generated scenes as if they were COCO 2017: its ids, its folders, and test-dev, images of test2017 without annotations."""
     root = tmp_path_factory.mktemp("coco")
     for old, name in (("train", "train2017"), ("val", "val2017"), ("val", "test2017")):
         shutil.copytree(scenes / old, root / name)
@@ -64,8 +64,8 @@ def content(file: Path) -> Any:
 
 
 def test_test_dev_is_written_and_not_scored(run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = read(coco, "test-dev2017")
-    assert (len(records), len(records.labels), len(records.names)) == (8, 0, 80)
+    dataset = read(coco, "test-dev2017")
+    assert (len(dataset), len(dataset.labels), len(dataset.names)) == (8, 0, 80)
     out = tmp_path / "sent"
     assert cli.run(["val", str(run), "--submission", "--split", "test-dev2017", f"out={out}"]) == 0
     said = capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_test_dev_is_written_and_not_scored(run: Path, coco: Path, tmp_path: Pat
     for row in rows:
         assert list(row) == ["image_id", "category_id", "score", "bbox"]
         assert type(row["image_id"]) is int
-        assert row["image_id"] in records.image_ids
+        assert row["image_id"] in dataset.image_ids
         assert row["category_id"] in IDS
         assert 0 <= row["score"] <= 1
         assert all(value == round(value, 2) and value >= 0 for value in row["bbox"])
@@ -118,7 +118,7 @@ def test_a_split_without_annotations_is_not_scored(run: Path, capsys: pytest.Cap
 
 def test_too_many_detections_are_told_before_any_is_made(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["val", str(run), "--submission", "--split", "test-dev2017", "test.max_det=300"]) == 2
-    assert "test.max_det=300: COCO's rules allow 100 detections of a picture" in capsys.readouterr().err
+    assert "test.max_det=300: COCO's rules allow 100 detections of an image" in capsys.readouterr().err
 
 
 def test_other_data_is_refused(trained: Path, scenes: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,33 +134,33 @@ def test_other_data_is_refused(trained: Path, scenes: Path, coco: Path, tmp_path
 def test_a_part_of_the_servers_split_is_warned_of(
     run: Path, coco: Path, split: str, whole: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = read(coco, split)
-    assert coco_submission.of_server(records, 100) == split
+    dataset = read(coco, split)
+    assert coco_submission.of_server(dataset, 100) == split
     capsys.readouterr()
     assert cli.run(["val", str(run), "--submission", "--split", split, f"out={tmp_path / 'out'}", "--json"]) == 0
     said = capsys.readouterr()
     assert "warning" not in json.loads(said.out)
-    assert said.err == f"warning: {records.source} has 8 pictures, COCO's {split}, which the server scores as a whole, has {whole}\n"
-    monkeypatch.setitem(coco_submission.PICTURES, split, 8)
-    assert coco_submission.incomplete(records, split) is None
+    assert said.err == f"warning: {dataset.source} has 8 images, COCO's {split}, which the server scores as a whole, has {whole}\n"
+    monkeypatch.setitem(coco_submission.IMAGES, split, 8)
+    assert coco_submission.incomplete(dataset, split) is None
 
 
 # -- the format
 
 
 @pytest.fixture
-def records(coco: Path) -> Records:
+def dataset(coco: Path) -> DetectionDataset:
     return read(coco, "test-dev2017")
 
 
-def good(records: Records, **changes: Any) -> dict[str, Any]:
-    result = {"image_id": int(records.image_ids[0]), "category_id": 90, "bbox": [1.234, 2.0, 3.456, 4.0], "score": 0.12345678}
+def good(dataset: DetectionDataset, **changes: Any) -> dict[str, Any]:
+    result = {"image_id": int(dataset.image_ids[0]), "category_id": 90, "bbox": [1.234, 2.0, 3.456, 4.0], "score": 0.12345678}
     return {k: v for k, v in (result | changes).items() if v is not None}
 
 
-def test_numbers_are_rounded(records: Records) -> None:
-    kinds = coco_submission.checked(records, [good(records)])
-    assert kinds == {"bbox": [good(records, bbox=[1.23, 2.0, 3.46, 4.0], score=0.123457)]}
+def test_numbers_are_rounded(dataset: DetectionDataset) -> None:
+    kinds = coco_submission.checked(dataset, [good(dataset)])
+    assert kinds == {"bbox": [good(dataset, bbox=[1.23, 2.0, 3.46, 4.0], score=0.123457)]}
 
 
 @pytest.mark.parametrize(
@@ -179,26 +179,26 @@ def test_numbers_are_rounded(records: Records) -> None:
         ({"segmentation": {"size": [1, 1], "counts": "01"}}, "result 0 lacks 'segmentation'"),
     ],
 )
-def test_wrong_fields_are_told(records: Records, changes: dict[str, Any], told: str) -> None:
+def test_wrong_fields_are_told(dataset: DetectionDataset, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError) as error:
-        coco_submission.checked(records, [good(records), good(records, **changes)])
+        coco_submission.checked(dataset, [good(dataset), good(dataset, **changes)])
     assert told in str(error.value)
 
 
-def test_wrong_numbers_of_results_are_told(records: Records) -> None:
+def test_wrong_numbers_of_results_are_told(dataset: DetectionDataset) -> None:
     with pytest.raises(InputError, match="not one detection"):
-        coco_submission.checked(records, [])
+        coco_submission.checked(dataset, [])
     with pytest.raises(InputError, match=r"image \d+ has 101 detections, COCO's rules allow 100"):
-        coco_submission.checked(records, [good(records)] * 101)
+        coco_submission.checked(dataset, [good(dataset)] * 101)
 
 
-def test_masks_have_a_file_of_their_own(records: Records, tmp_path: Path) -> None:
+def test_masks_have_a_file_of_their_own(dataset: DetectionDataset, tmp_path: Path) -> None:
     """Without boxes, from which COCO's tools would take the objects' areas."""
-    height, width = records.sizes[0].tolist()
+    height, width = dataset.sizes[0].tolist()
     masks = torch.rand(2, height, width) < 0.5
     found = Detections(torch.tensor([[0.0, 0, 9, 9], [1, 2, 3, 4]]), torch.tensor([0.9, 0.1]), torch.tensor([0, 79]), masks)
-    results = found.to_coco(int(records.image_ids[0]), records.category_ids)
-    files = coco_submission.write(coco_submission.checked(records, results), "test-dev2017", "a", tmp_path)
+    results = found.to_coco(int(dataset.image_ids[0]), dataset.category_ids)
+    files = coco_submission.write(coco_submission.checked(dataset, results), "test-dev2017", "a", tmp_path)
     assert [f.parent.name for f in files.values()] == ["bbox", "segm"]
     boxes, segments = (content(f) for f in files.values())
     assert boxes[0].keys() == {"image_id", "category_id", "score", "bbox"}
@@ -211,17 +211,17 @@ def test_masks_have_a_file_of_their_own(records: Records, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("mask", "told"),
     [
-        ({"size": [1, 1], "counts": "01"}, "must be the picture's"),
+        ({"size": [1, 1], "counts": "01"}, "must be the image's"),
         ({"counts": [5, 6]}, "must be a text"),
         ({"counts": None}, "must be a text"),
         ([[0, 0, 5, 0, 5, 5]], "lacks 'segmentation', it must be an RLE"),
     ],
 )
-def test_wrong_masks_are_told(records: Records, mask: Any, told: str) -> None:
-    size = records.sizes[0].tolist()
+def test_wrong_masks_are_told(dataset: DetectionDataset, mask: Any, told: str) -> None:
+    size = dataset.sizes[0].tolist()
     code = {"size": size} | mask if isinstance(mask, dict) else mask
     with pytest.raises(InputError, match=told):
-        coco_submission.checked(records, [good(records, segmentation=code)])
+        coco_submission.checked(dataset, [good(dataset, segmentation=code)])
 
 
 # -- VOC

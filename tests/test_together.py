@@ -45,7 +45,7 @@ def make(head: str, neck: str, plugin: str, interact: str, *more: str) -> OneSta
 
 
 def batch(counts: list[int], size: tuple[int, int]) -> Batch:
-    """Pictures with so many objects each."""
+    """Images with so many objects each."""
     n, (h, w) = len(counts), size
     corners = [torch.rand(g, 2) * torch.tensor([w / 2, h / 2]) for g in counts]
     boxes = [torch.cat([c, c + 8 + torch.rand(len(c), 2) * torch.tensor([w / 2 - 8, h / 2 - 8])], dim=1) for c in corners]
@@ -76,7 +76,7 @@ def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, inte
     assert model.neck.levels.strides == STRIDES
     assert model.neck.levels.channels == (32,) * 5
 
-    # odd and tiny, one picture: as many priors as the promised levels have cells, one map of each kind per level
+    # odd and tiny, one image: as many priors as the promised levels have cells, one map of each kind per level
     tiny = batch([1], (33, 47))
     outputs = model(tiny.images, tiny.sizes)
     cells = [(5, 6), (3, 3), (2, 2), (1, 1), (1, 1)]
@@ -90,7 +90,7 @@ def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, inte
     assert 0 <= candidates.scores.min() <= candidates.scores.max() <= 1
     total(model, tiny).backward()
 
-    # every parameter that is trained gets a finite gradient: with objects, with one picture of two without, with none at all
+    # every parameter that is trained gets a finite gradient: with objects, with one image of two without, with none at all
     for counts in ([2, 0], [0, 0], [0]):
         model.zero_grad(set_to_none=True)
         total(model, batch(counts, (64, 96))).backward()
@@ -114,7 +114,7 @@ def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, inte
 
 
 def check_export(head: str, neck: str, plugin: str, interact: str) -> None:
-    """The same numbers from the exported program for a picture that it was not traced with."""
+    """The same numbers from the exported program for an image that it was not traced with."""
     model = make(head, neck, plugin, interact, "model.pyramid.coarsest=5").eval()
     images, others = batch([0], (64, 96)).images, batch([0], (64, 96)).images
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_two_stages_with_everything(name: str, neck: str, plugin: str) -> None:
 
 
 def test_reppoints_with_all_modules_exports_and_compiles() -> None:
-    """The same numbers from the exported program for a picture that it was not traced with, and from one graph without a break."""
+    """The same numbers from the exported program for an image that it was not traced with, and from one graph without a break."""
     model = assemble("reppoints", "mse_fpn+smsl", "msfm", "msil").eval()
     images, others = batch(EMPTY).images, batch(EMPTY).images
     torch._dynamo.reset()

@@ -7,7 +7,7 @@ from faster_coco_eval.core import mask as coco_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedet.data.dataset import Record
+from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.transforms import MIN_SIDE, Eval, Train, keep_ratio
 from fusedet.errors import InputError
 
@@ -16,7 +16,7 @@ def record(height, width, boxes, ignore=None, segments=None):
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     n = len(boxes)
     ignore = np.zeros(n, bool) if ignore is None else np.array(ignore)
-    return Record(1, Path("x.jpg"), height, width, boxes, np.arange(n), ignore, np.ones(n), segments or [None] * n)
+    return ImageAnnotations(1, Path("x.jpg"), height, width, boxes, np.arange(n), ignore, np.ones(n), segments or [None] * n)
 
 
 def rectangle(x1, y1, x2, y2):
@@ -50,16 +50,16 @@ def test_keep_ratio_bounds(height, width, short, more):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_boxes_and_masks_follow_the_picture(data):
+def test_boxes_and_masks_follow_the_image(data):
     height, width = data.draw(st.integers(40, 120)), data.draw(st.integers(40, 120))
     x1, y1 = data.draw(st.integers(0, width - 17)), data.draw(st.integers(0, height - 17))
     x2, y2 = data.draw(st.integers(x1 + 16, width)), data.draw(st.integers(y1 + 16, height))
     size, flip = data.draw(st.integers(40, 160)), data.draw(st.booleans())
-    picture = torch.zeros(3, height, width, dtype=torch.uint8)
-    picture[:, y1:y2, x1:x2] = 255
+    source = torch.zeros(3, height, width, dtype=torch.uint8)
+    source[:, y1:y2, x1:x2] = 255
 
     annotated = record(height, width, [[x1, y1, x2, y2]], segments=[rectangle(x1, y1, x2, y2)])
-    image, (sx, sy), target = Train([size], 2 * size, flip=float(flip))(picture, annotated, masks=True)
+    image, (sx, sy), target = Train([size], 2 * size, flip=float(flip))(source, annotated, masks=True)
 
     assert tuple(image.shape[1:]) == keep_ratio(height, width, size, 2 * size)
     assert (sx, sy) == (image.shape[2] / width, image.shape[1] / height)
@@ -68,7 +68,7 @@ def test_boxes_and_masks_follow_the_picture(data):
     bright = image[0] > 127
     rows, columns = bright.any(1).nonzero()[:, 0], bright.any(0).nonzero()[:, 0]
     found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-    # half a pixel, and a little where the filter is cut off at the picture's border
+    # half a pixel, and a little where the filter is cut off at the image's border
     assert torch.tensor(found).tolist() == pytest.approx(exact, abs=0.75)
 
     mask = target.masks[0]
@@ -79,10 +79,10 @@ def test_boxes_and_masks_follow_the_picture(data):
 
 
 def test_half_size_is_the_mean_of_four_pixels():
-    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    image, _, _ = Eval(32, 48)(picture, record(64, 96, []))
+    source = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    image, _, _ = Eval(32, 48)(source, record(64, 96, []))
     # antialiasing widens the triangle filter to two input pixels on each side: weights 1 3 3 1
-    inner = picture[:, 1:-1, 1:-1].float().unfold(1, 4, 2).unfold(2, 4, 2)
+    inner = source[:, 1:-1, 1:-1].float().unfold(1, 4, 2).unfold(2, 4, 2)
     weight = torch.tensor([1.0, 3, 3, 1]) / 8
     expected = torch.einsum("chwij,i,j->chw", inner, weight, weight)
     assert (image[:, 1:-1, 1:-1] - expected).abs().max() <= 1
@@ -90,8 +90,8 @@ def test_half_size_is_the_mean_of_four_pixels():
 
 @pytest.mark.parametrize("short", [13, 32, 50])
 def test_without_antialiasing_a_pixel_is_drawn_from_its_four_nearest(short):
-    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    image, _, _ = Eval(short, 2 * short, antialias=False)(picture, record(64, 96, []))
+    source = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    image, _, _ = Eval(short, 2 * short, antialias=False)(source, record(64, 96, []))
 
     def nearest(size, old):
         place = (torch.arange(size) + 0.5) * old / size - 0.5  # pixels are squares: their middles are at halves
@@ -100,29 +100,29 @@ def test_without_antialiasing_a_pixel_is_drawn_from_its_four_nearest(short):
 
     top, bottom, down = nearest(image.shape[1], 64)
     left, right, across = nearest(image.shape[2], 96)
-    rows = picture[:, top] * (1 - down)[:, None] + picture[:, bottom] * down[:, None]
+    rows = source[:, top] * (1 - down)[:, None] + source[:, bottom] * down[:, None]
     expected = rows[:, :, left] * (1 - across) + rows[:, :, right] * across
     assert (image - expected).abs().max() <= 1.001  # rounded along each axis
 
 
-def test_antialiasing_changes_nothing_in_larger_pictures():
-    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    with_, without = (Eval(100, 150, antialias=flag)(picture, record(64, 96, []))[0].int() for flag in (True, False))
+def test_antialiasing_changes_nothing_in_larger_images():
+    source = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    with_, without = (Eval(100, 150, antialias=flag)(source, record(64, 96, []))[0].int() for flag in (True, False))
     assert (with_ - without).abs().max() <= 1
-    mine = Train([32], 48, flip=0, antialias=False)(picture, record(64, 96, []))[0]
-    assert torch.equal(mine, Eval(32, 48, antialias=False)(picture, record(64, 96, []))[0])
-    assert not torch.equal(mine, Eval(32, 48)(picture, record(64, 96, []))[0])
+    mine = Train([32], 48, flip=0, antialias=False)(source, record(64, 96, []))[0]
+    assert torch.equal(mine, Eval(32, 48, antialias=False)(source, record(64, 96, []))[0])
+    assert not torch.equal(mine, Eval(32, 48)(source, record(64, 96, []))[0])
 
 
 def test_same_size_changes_nothing():
-    picture = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    before = picture.clone()
-    image, scale, target = Eval(50, 70)(picture, record(50, 70, [[1.25, 2.5, 30, 40]]))
-    assert torch.equal(image, picture)
+    source = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    before = source.clone()
+    image, scale, target = Eval(50, 70)(source, record(50, 70, [[1.25, 2.5, 30, 40]]))
+    assert torch.equal(image, source)
     assert scale == (1, 1)
     assert target.boxes.tolist() == [[1.25, 2.5, 30, 40]]
-    Train([50], 70, photometric=True, flip=1)(picture, record(50, 70, []))
-    assert torch.equal(picture, before), "the input was written to"
+    Train([50], 70, photometric=True, flip=1)(source, record(50, 70, []))
+    assert torch.equal(source, before), "the input was written to"
 
 
 def test_clipped_left_out_and_ignored():
@@ -153,7 +153,7 @@ def test_record_is_not_written_to():
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_picture_without_objects(masks):
+def test_image_without_objects(masks):
     _, _, target = Train([25], 100)(torch.zeros(3, 50, 100, dtype=torch.uint8), record(50, 100, []), masks)
     assert target.boxes.shape == target.ignore.shape == (0, 4)
     assert target.labels.shape == (0,)
@@ -188,7 +188,7 @@ def test_bad_segments(segment):
         Eval(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
 
 
-def test_picture_of_another_size_than_annotated():
+def test_image_of_another_size_than_annotated():
     with pytest.raises(InputError, match=r"x\.jpg is 80x60 pixels, but its annotation says 60x80"):
         Eval(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), record(80, 60, []))
 
@@ -200,21 +200,21 @@ def test_sizes_are_drawn():
 
 
 def test_network_size_is_the_first_draw():
-    picture = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    source = torch.zeros(3, 100, 200, dtype=torch.uint8)
     for transform in (Train([40, 60], 1000, resize="range", photometric=True), Train([40, 50, 60, 70], 100)):
         for seed in range(10):
             torch.manual_seed(seed)
             size = transform.network_size(100, 200)
             torch.manual_seed(seed)
-            assert tuple(transform(picture, record(100, 200, []))[0].shape[1:]) == size
+            assert tuple(transform(source, record(100, 200, []))[0].shape[1:]) == size
 
 
 def test_flip_and_photometric_are_drawn():
-    picture = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
-    flips = [torch.equal(Train([40], 40)(picture, record(40, 40, []))[0], picture.flip(-1)) for _ in range(200)]
+    source = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    flips = [torch.equal(Train([40], 40)(source, record(40, 40, []))[0], source.flip(-1)) for _ in range(200)]
     assert 60 < sum(flips) < 140
     distorted = Train([40], 40, flip=0, photometric=True)
-    different = [not torch.equal(distorted(picture, record(40, 40, []))[0], picture) for _ in range(30)]
+    different = [not torch.equal(distorted(source, record(40, 40, []))[0], source) for _ in range(30)]
     assert sum(different) > 20
 
 

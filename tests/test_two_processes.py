@@ -92,10 +92,10 @@ def test_two_processes_score_as_one_does(runs: tuple[Path, list[str]]) -> None:
     top = runs[0]
     one, two = (read(top / k / "val.bbox.json") for k in ("scored", "both"))
     seen, seen_by_two = (Counter(row["image_id"] for row in side) for side in (one, two))
-    assert seen == seen_by_two, "every picture once, whoever looked at it"
-    assert len(seen) % 2 == 1, "the processes had not the same number of pictures"
-    for picture in seen:
-        scores = [sorted(row["score"] for row in side if row["image_id"] == picture) for side in (one, two)]
+    assert seen == seen_by_two, "every image once, whoever looked at it"
+    assert len(seen) % 2 == 1, "the processes had not the same number of images"
+    for image in seen:
+        scores = [sorted(row["score"] for row in side if row["image_id"] == image) for side in (one, two)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     a, b = (read(top / k / "metrics.json") for k in ("scored", "both"))
     assert a["stamp"] == b["stamp"]

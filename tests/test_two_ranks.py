@@ -18,7 +18,7 @@ from warm import SERVER
 Learned = dict[str, Any]
 SIZE = (32, 48)
 THOUSAND = [[x, y, x + side, y + side * 1.25] for x, y, side in ((i % 45 + i / 1009, i % 29 + i / 2003, 0.5 + i / 60) for i in range(1000))]
-OBJECTS: dict[str, list[list[list[float]]]] = {  # of two pictures for each process
+OBJECTS: dict[str, list[list[list[float]]]] = {  # of two images for each process
     "both": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [], [[-5, -5, 60, 40]], [[10, 5, 35, 25], [25, 1, 30, 6]]],
     "first": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [[10, 5, 35, 25], [25, 1, 30, 6]], [], []],
     "none": [[], [], [], []],
@@ -26,8 +26,8 @@ OBJECTS: dict[str, list[list[list[float]]]] = {  # of two pictures for each proc
 }
 
 
-def learned(name: str, kind: str, pictures: slice) -> Learned:
-    """The gradients of these pictures' losses by name, and what Dynamic R-CNN notes. Nothing is left to chance."""
+def learned(name: str, kind: str, images: slice) -> Learned:
+    """The gradients of these images' losses by name, and what Dynamic R-CNN notes. Nothing is left to chance."""
     torch.manual_seed(0)
     with float64():
         near = ["model.head.box_norm=stride"] if name == "vfnet" else []  # its weights, overlaps, must be more than one per process
@@ -36,7 +36,7 @@ def learned(name: str, kind: str, pictures: slice) -> Learned:
         dynamic = [stage for stage in detector.modules() if isinstance(stage, DynamicStage)]
         data = batch(*(target(boxes, size=SIZE) for boxes in OBJECTS[kind]), size=SIZE)
         assert data.targets is not None
-        part = Batch(data.images[pictures], data.sizes[pictures], data.ids[pictures], data.scales[pictures], data.targets[pictures])
+        part = Batch(data.images[images], data.sizes[images], data.ids[images], data.scales[images], data.targets[images])
         total(detector, part).backward()
     assert not without_gradient(detector)
     notes = {key: float(getattr(stage, key)[0]) for stage in dynamic for key in ("overlaps", "shifts")}
@@ -79,7 +79,7 @@ def test_two_processes_learn_what_one_does(two: list[dict[tuple[str, str], Learn
     for key in expected.keys() - notes:
         mean = (first[key] + second[key]) / 2
         assert torch.allclose(mean * share, expected[key], rtol=1e-6, atol=1e-9 * largest), key
-    if notes:  # overlaps are means over pictures, shifts of the positives of each process
+    if notes:  # overlaps are means over images, shifts of the positives of each process
         assert first["overlaps"] == second["overlaps"] == pytest.approx(expected["overlaps"])
         assert first["shifts"] == second["shifts"]
         assert (first["shifts"] < 0) is (kind == "none")

@@ -133,7 +133,7 @@ def many() -> Target:
 
 
 @pytest.mark.parametrize("name", [f"{family}_r18" for family in FAMILIES])
-def test_all_kinds_of_pictures_train(name: str) -> None:
+def test_all_kinds_of_images_train(name: str) -> None:
     made = small(name).train()
     huge = objects([[-50, -50, 500, 400]], [0])
     for targets in ((EMPTY,), (SOME,), (EMPTY, EMPTY), (SOME, EMPTY), (many(), huge)):
@@ -151,7 +151,7 @@ def test_all_kinds_of_pictures_train(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_prediction_works_in_both_modes_and_a_batch_is_its_pictures(mode: bool) -> None:
+def test_prediction_works_in_both_modes_and_a_batch_is_its_images(mode: bool) -> None:
     made = small().train(mode)
     if mode:
         for m in made.modules():
@@ -168,11 +168,11 @@ def test_prediction_works_in_both_modes_and_a_batch_is_its_pictures(mode: bool) 
 
 
 def test_chance_is_the_seeds() -> None:
-    made, pictures = small(roi={"stages": [{"type": "box", "num": 16}]}), batch(SOME, SOME)
+    made, images = small(roi={"stages": [{"type": "box", "num": 16}]}), batch(SOME, SOME)
     losses = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        losses.append(made.loss(pictures)["loss_cls"])
+        losses.append(made.loss(images)["loss_cls"])
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])
 
@@ -180,16 +180,16 @@ def test_chance_is_the_seeds() -> None:
 @pytest.mark.parametrize("size", [(33, 47), (75, 129), (32, 32)])
 def test_any_size(size: tuple[int, int]) -> None:
     made = small("cascade_rcnn_r18").eval()
-    pictures = batch(objects([[2, 3, 20, 30]], [1]), size=size)
-    assert all(v.isfinite() for v in made.loss(pictures).values())
-    (found,) = made.predict(pictures)
+    images = batch(objects([[2, 3, 20, 30]], [1]), size=size)
+    assert all(v.isfinite() for v in made.loss(images).values())
+    (found,) = made.predict(images)
     assert (found.boxes[:, 2:] <= torch.tensor([size[1], size[0]]) + 1e-4).all()
 
 
 def test_nothing_is_found_in_the_padding() -> None:
     made = small().eval()
-    pictures = dataclasses.replace(batch(EMPTY), sizes=torch.tensor([[40, 50]]))
-    (found,) = made.predict(pictures)
+    images = dataclasses.replace(batch(EMPTY), sizes=torch.tensor([[40, 50]]))
+    (found,) = made.predict(images)
     assert len(found) > 0
     assert (found.boxes <= torch.tensor([50, 40, 50, 40])).all()
 
@@ -210,10 +210,10 @@ def test_autocast_and_half_precision() -> None:
 @pytest.mark.parametrize("name", ["mask_rcnn_r18", "grid_rcnn_r18"])
 @pytest.mark.parametrize("score", [0.3, 1.0])  # some, and nothing
 def test_places_that_nobody_fills_change_nothing(name: str, score: float) -> None:
-    made, pictures = small(name).eval(), batch(EMPTY, EMPTY)
+    made, images = small(name).eval(), batch(EMPTY, EMPTY)
     made.selection["score"] = score
     with torch.no_grad():
-        whole, cut = (made.detect(pictures.images, pictures.sizes, padded=p) for p in (True, False))
+        whole, cut = (made.detect(images.images, images.sizes, padded=p) for p in (True, False))
     assert cut.boxes.shape[1] == int(whole.counts.max()) < whole.boxes.shape[1]
     assert bool(whole.counts.any()) is (score < 1)
     for i, n in enumerate(whole.counts.tolist()):
@@ -255,7 +255,7 @@ def test_detection_exports(name: str) -> None:
 
 def test_each_stage_learns_from_what_the_one_before_made() -> None:
     """The proposals of a later stage are the refined samples of the one before, without the objects' own boxes."""
-    made, pictures = small("cascade_rcnn_r18"), batch(SOME, objects([[30, 10, 80, 50]], [1]))
+    made, images = small("cascade_rcnn_r18"), batch(SOME, objects([[30, 10, 80, 50]], [1]))
     seen: list[Any] = []
     for stage in made.stages:
         draw = stage.sample
@@ -265,30 +265,30 @@ def test_each_stage_learns_from_what_the_one_before_made() -> None:
             return seen[-1][1]
 
         stage.sample = sample
-    features = made.neck(made.backbone(made.normalise(pictures.images)))
-    losses = made.loss(pictures)
+    features = made.neck(made.backbone(made.normalise(images.images)))
+    losses = made.loss(images)
     assert list(losses)[2:] == [f"s{i}_{k}" for i in range(3) for k in ("loss_cls", "loss_box")]
     assert [made.loss_weights[f"s{i}_loss_cls"] for i in range(3)] == [1.0, 0.5, 0.25]
     for i in (1, 2):
         proposals, _ = seen[i]
         _, samples = seen[i - 1]
         codes = made.stages[i - 1](features, samples.rois)
-        boxes = made.stages[i - 1].refine(codes, samples.rois, pictures.sizes)
-        for picture in (0, 1):
-            mine = (samples.picture == picture) & ~samples.added
-            assert proposals.counts[picture] == mine.sum()
-            assert torch.allclose(proposals.boxes[picture, : mine.sum()], boxes[mine], atol=1e-3)
+        boxes = made.stages[i - 1].refine(codes, samples.rois, images.sizes)
+        for image in (0, 1):
+            mine = (samples.image == image) & ~samples.added
+            assert proposals.counts[image] == mine.sum()
+            assert torch.allclose(proposals.boxes[image, : mine.sum()], boxes[mine], atol=1e-3)
 
 
 def test_scores_of_a_cascade_are_of_the_mean_of_logits() -> None:
-    made, pictures = small("cascade_rcnn_r18").eval(), batch(EMPTY)
+    made, images = small("cascade_rcnn_r18").eval(), batch(EMPTY)
     with torch.no_grad():
-        regions = made(pictures.images, pictures.sizes)
-        rois = torch.cat([torch.zeros(len(regions.rois), 1), made.head.propose(regions.outputs, pictures.sizes).boxes[0]], dim=1)
+        regions = made(images.images, images.sizes)
+        rois = torch.cat([torch.zeros(len(regions.rois), 1), made.head.propose(regions.outputs, images.sizes).boxes[0]], dim=1)
         logits = []
         for stage in made.stages:
             logits.append(stage(regions.features, rois)[0])
-            last, rois = rois, torch.cat([rois[:, :1], stage.refine(stage(regions.features, rois), rois, pictures.sizes)], dim=1)
+            last, rois = rois, torch.cat([rois[:, :1], stage.refine(stage(regions.features, rois), rois, images.sizes)], dim=1)
     assert torch.allclose(regions.raw[0], sum(logits) / 3, atol=1e-4)
     assert torch.allclose(regions.rois, last, atol=1e-3)
 
@@ -304,11 +304,11 @@ def test_masks_come_with_a_branch_per_stage(name: str, stages: int) -> None:
     assert set(losses) == set(made.loss_weights)
     sum(losses.values()).backward()
     assert all(p.grad.any() for p in made.branches.parameters())
-    pictures = batch(EMPTY)
-    found = made.eval().detect(pictures.images, pictures.sizes)
+    images = batch(EMPTY)
+    found = made.eval().detect(images.images, images.sizes)
     assert isinstance(found, Found)
     assert found.masks.shape == (1, 100, 28, 28)
-    (one,) = made.predict(pictures)
+    (one,) = made.predict(images)
     assert one.masks.shape == (len(one), 64, 96)
     assert one.masks.dtype == torch.bool
 

@@ -248,7 +248,7 @@ def test_decode_by_hand() -> None:
 
 
 def test_loss_literally() -> None:
-    """The paper's loss, positive by positive in double precision, on a picture with objects and one without."""
+    """The paper's loss, positive by positive in double precision, on an image with objects and one without."""
     head = make()
     outputs = head(maps())
     losses = head.loss(outputs, [SOME, EMPTY])
@@ -298,7 +298,7 @@ def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached()
     assert fakes.survives_no_objects(make(), maps(), ("loss_box", "loss_refine"))
 
 
-def test_a_thousand_objects_and_one_larger_than_the_picture() -> None:
+def test_a_thousand_objects_and_one_larger_than_the_image() -> None:
     assert fakes.survives_a_thousand_objects(make(), maps())
 
 

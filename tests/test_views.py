@@ -16,7 +16,7 @@ from conftest import SMALL
 from fusedet import cli, config
 from fusedet.api.predict import find, views
 from fusedet.data.collate import collate_views, see
-from fusedet.data.dataset import Record
+from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.loader import eval_loader
 from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Eval
@@ -33,10 +33,10 @@ def made(*overrides: str) -> tuple[Eval, ...]:
     return views(config.parse(config.overridden({}, ["data.size=[800,1333]", *overrides])))
 
 
-def batch(pictures: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
+def batch(images: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
     none = np.zeros(0)
-    records = [Record(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, []) for p in pictures]
-    return collate_views([see(*pair, seen) for pair in zip(pictures, records)], seen[1:])
+    dataset = [ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, []) for p in images]
+    return collate_views([see(*pair, seen) for pair in zip(images, dataset)], seen[1:])
 
 
 # -- the config
@@ -68,16 +68,16 @@ def test_wrong_values_are_told(override: str, told: str) -> None:
     assert told in str(error.value)
 
 
-# -- the pictures
+# -- the images
 
 
-def test_a_batch_holds_every_view_of_its_pictures(scenes: Path) -> None:
-    """Each as a loader of that view alone gives it; a flip turns the picture inside its padding, and its objects."""
-    records = read(scenes, "val")
+def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
+    """Each as a loader of that view alone gives it; a flip turns the image inside its padding, and its objects."""
+    dataset = read(scenes, "val")
     seen = (Eval(32, 48), Eval(64, 96), Eval(64, 96, flip=True))
-    together = list(eval_loader(records, seen[0], batch=3, views=seen[1:], workers=1))
+    together = list(eval_loader(dataset, seen[0], batch=3, views=seen[1:], workers=1))
     for number, view in enumerate(seen):
-        alone = list(eval_loader(records, view, batch=3))
+        alone = list(eval_loader(dataset, view, batch=3))
         assert len(alone) == len(together)
         for ours, wanted in zip(((b, *b.views)[number] for b in together), alone):
             assert torch.equal(ours.images, wanted.images)
@@ -120,24 +120,24 @@ TABLE = [
 def test_views_by_hand() -> None:
     """The best of three finds of one object stays, of each class for itself; a corner comes back on the other side."""
     seen = made("data.size=[40,60]", "test.scales=[40,80]", "test.flip=true")
-    pictures = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
+    images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
     wanted = [(10, 10, 20, 20, 0.95, 0), (10, 10, 20, 20, 0.7, 1), (30, 5, 50, 25, 0.6, 1), (54, 0, 60, 8, 0.3, 0)]
     for most in (100, 3):
-        (found,) = find(Scripted(*TABLE, iou=0.5, max_det=most), pictures, CPU)
+        (found,) = find(Scripted(*TABLE, iou=0.5, max_det=most), images, CPU)
         rows = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None]], dim=1)
         assert torch.allclose(rows, torch.tensor(wanted[:most]))
-    (found,) = find(Scripted(*TABLE, iou=1.0), pictures, CPU)  # nothing overlaps by more than that
+    (found,) = find(Scripted(*TABLE, iou=1.0), images, CPU)  # nothing overlaps by more than that
     assert sorted(found.scores.tolist()) == pytest.approx([0.3, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
 def test_masks_travel_with_their_boxes() -> None:
-    """The mirrored view's find wins, and the half of its mask that is set is the other half of the box in the picture."""
+    """The mirrored view's find wins, and the half of its mask that is set is the other half of the box in the image."""
     seen = made("data.size=[40,60]", "test.flip=true")
-    pictures = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
+    images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
     left = torch.zeros(1, 4, 4)
     left[..., :2] = 1
     rows = [[(10, 10, 30, 20, 0.5, 2)], [(30, 10, 50, 20, 0.9, 2)]]
-    (found,) = find(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), pictures, CPU)
+    (found,) = find(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), images, CPU)
     assert found.boxes.tolist() == [[10, 10, 30, 20]]
     assert found.masks.shape == (1, 40, 60)
     columns = torch.arange(60)
@@ -152,24 +152,24 @@ class Bright:
 
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
         boxes = []
-        for picture in images:
-            y, x = (picture.amax(dim=0) > 127).nonzero().unbind(1)
+        for image in images:
+            y, x = (image.amax(dim=0) > 127).nonzero().unbind(1)
             boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
         n = len(images)
         return Selected(torch.tensor(boxes).float()[:, None], torch.full((n, 1), 0.8), torch.zeros(n, 1).long(), torch.ones(n).long())
 
 
 def test_what_looks_the_same_in_every_view_is_found_once() -> None:
-    """At a width that is no multiple of 32, so that there is padding beside the picture, and on two pictures of different shapes."""
-    pictures = [torch.zeros(3, 50, 77, dtype=torch.uint8), torch.zeros(3, 64, 40, dtype=torch.uint8)]
-    pictures[0][:, 4:30, 8:21] = 255
-    pictures[1][:, 40:64, 0:9] = 255
+    """At a width that is no multiple of 32, so that there is padding beside the image, and on two images of different shapes."""
+    images = [torch.zeros(3, 50, 77, dtype=torch.uint8), torch.zeros(3, 64, 40, dtype=torch.uint8)]
+    images[0][:, 4:30, 8:21] = 255
+    images[1][:, 40:64, 0:9] = 255
     wanted = [[8, 4, 21, 30], [0, 40, 9, 64]]
     for options in (["test.flip=true"], ["test.flip=true", "test.scales=[128,64,32]"]):
-        for found, box in zip(find(Bright(), batch(pictures, made("data.size=[64,128]", *options)), CPU), wanted, strict=True):
+        for found, box in zip(find(Bright(), batch(images, made("data.size=[64,128]", *options)), CPU), wanted, strict=True):
             assert len(found) == 1
             assert torch.allclose(found.boxes, torch.tensor([box]).float(), atol=1.5)  # the resize rounds to whole pixels
-    flat = batch(pictures[:1], (Eval(50, 77), Eval(50, 77, flip=True)))
+    flat = batch(images[:1], (Eval(50, 77), Eval(50, 77, flip=True)))
     assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
 
 
@@ -200,25 +200,25 @@ def test_nothing_is_found_in_any_view() -> None:
     assert [len(column) for column in found] == [0, 0, 0, 0]
 
 
-# -- every detector, and the verbs
+# -- every detector, and the commands
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_every_detector(name: str) -> None:
-    """The best of all views is the best found, no two of a class overlap, and no mask or box leaves its picture."""
+    """The best of all views is the best found, no two of a class overlap, and no mask or box leaves its image."""
     detector = make(name, "test.score=0", "test.max_det=15").eval()
-    pictures = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((50, 70), (90, 60))]
+    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((50, 70), (90, 60))]
     seen = made("data.size=[64,96]", "test.scales=[64,96]", "test.flip=true")
-    every = batch(pictures, seen)
+    every = batch(images, seen)
     found = find(detector, every, CPU)
     alone = [find(detector, replace(view, views=()), CPU) for view in (every, *every.views)]
-    for i, (one, picture) in enumerate(zip(found, pictures, strict=True)):
+    for i, (one, image) in enumerate(zip(found, images, strict=True)):
         assert 0 < len(one) <= 15
         assert one.scores[0] == max(view[i].scores[0] for view in alone)
         assert (one.scores.diff() <= 0).all()
         same = one.labels[:, None] == one.labels
         assert "grid" in name or (box_iou(one.boxes, one.boxes).fill_diagonal_(0)[same] <= detector.selection["iou"] + 1e-4).all()
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         limit = torch.tensor([width, height, width, height])
         assert "grid" in name or ((one.boxes >= 0) & (one.boxes <= limit + 1e-3)).all()
         assert (one.masks is None) == (name != "mask_rcnn")
@@ -237,7 +237,7 @@ def test_one_view_is_no_augmentation(trained: Path, scenes: Path) -> None:
     assert not torch.equal(plain.scores[: len(more)], more.scores[: len(plain)])
 
 
-def test_all_verbs_mean_the_same(scenes: Path, trained: Path, tmp_path: Path) -> None:
+def test_all_commands_mean_the_same(scenes: Path, trained: Path, tmp_path: Path) -> None:
     """What a training scores last, `val` and `predict` find."""
     out = tmp_path / "run"
     overrides = ["test.scales=[48,64]", "test.flip=true", "test.batch=1"]
@@ -245,8 +245,8 @@ def test_all_verbs_mean_the_same(scenes: Path, trained: Path, tmp_path: Path) ->
     assert cli.run(["val", str(out), f"out={tmp_path / 'val'}"]) == 0
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
     assert figures[0]["AP"] == pytest.approx(figures[1]["AP"], abs=1e-6)
-    records = read(scenes, "val")
-    found = fusedet.load(out, device="cpu").predict(records.path(0))
+    dataset = read(scenes, "val")
+    found = fusedet.load(out, device="cpu").predict(dataset.path(0))
     results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())
-    scored = [r["score"] for r in results if r["image_id"] == int(records.image_ids[0])]
+    scored = [r["score"] for r in results if r["image_id"] == int(dataset.image_ids[0])]
     assert found.scores.tolist() == pytest.approx(scored, abs=1e-5)

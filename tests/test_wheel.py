@@ -49,8 +49,8 @@ def test_it_holds_what_the_source_tree_holds(wheel):
     kinds = (".py", ".yaml", ".css", ".typed")
     assert held == {f"fusedet/{p.relative_to(SOURCE).as_posix()}" for p in SOURCE.rglob("*") if p.suffix in kinds}
     assert "fusedet/py.typed" in held
-    for room in ("models", "schedules", "ablations"):
-        assert any(name.startswith(f"fusedet/configs/{room}/") for name in held)
+    for package in ("models", "schedules", "ablations"):
+        assert any(name.startswith(f"fusedet/configs/{package}/") for name in held)
 
 
 def test_it_holds_its_licence(wheel):

@@ -1,4 +1,4 @@
-"""Tiny data sets for tests, written by hand."""
+"""Tiny datasets for tests, written by hand."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ OBJECT = (
 )
 
 
-def picture(path: Path, width: int = 40, height: int = 30, **options: Any) -> Path:
+def image(path: Path, width: int = 40, height: int = 30, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), "white").save(path, **options)
     return path
 
 
 def coco_dict() -> dict[str, Any]:
-    """Two pictures; ids with gaps; a crowd with RLE, polygons, an ignored object."""
+    """Two images; ids with gaps; a crowd with RLE, polygons, an ignored object."""
     return {
         "images": [
             {"id": 7, "file_name": "b.jpg", "width": 40, "height": 30},
@@ -59,8 +59,8 @@ def write_coco(root: Path, data: Any = None, split: str = "train") -> Path:
     file = root / "annotations" / f"instances_{split}2017.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(data if isinstance(data, str) else json.dumps(data))
-    picture(root / f"{split}2017" / "b.jpg", 40, 30)
-    picture(root / f"{split}2017" / "a.jpg", 20, 10)
+    image(root / f"{split}2017" / "b.jpg", 40, 30)
+    image(root / f"{split}2017" / "a.jpg", 20, 10)
     return root
 
 
@@ -70,13 +70,13 @@ def xml(*objects: tuple[str, float, float, float, float, int], name: str = "a", 
 
 
 def write_voc(root: Path, files: dict[str, str] | None = None, lists: dict[str, str] | None = None) -> Path:
-    """Annotations by picture name, and lists by split."""
+    """Annotations by image name, and lists by split."""
     files = files or {
         "a": xml(("dog", 1, 1, 10, 20, 0), ("cat", 5.5, 6.5, 8.5, 9.5, 1)),
         "b": xml(("bird", 3, 4, 3, 4, 0), name="b"),
     }
     for name, text in files.items():
-        picture(root / "JPEGImages" / f"{name}.jpg")
+        image(root / "JPEGImages" / f"{name}.jpg")
         (root / "Annotations").mkdir(exist_ok=True)
         (root / "Annotations" / f"{name}.xml").write_text(text)
     (root / "ImageSets" / "Main").mkdir(parents=True)
@@ -87,8 +87,8 @@ def write_voc(root: Path, files: dict[str, str] | None = None, lists: dict[str, 
 
 def write_yolo(root: Path, labels: str | bytes = "0 0.5 0.5 0.5 0.5\n", yaml: str | None = None) -> Path:
     """images/train/a.jpg (40 x 30) with its label, images/val/b.jpg without; returns the data.yaml."""
-    picture(root / "images" / "train" / "a.jpg")
-    picture(root / "images" / "val" / "b.jpg")
+    image(root / "images" / "train" / "a.jpg")
+    image(root / "images" / "val" / "b.jpg")
     label = root / "labels" / "train" / "a.txt"
     label.parent.mkdir(parents=True, exist_ok=True)
     label.write_bytes(labels if isinstance(labels, bytes) else labels.encode())

@@ -43,8 +43,8 @@ def nearest(name: object, known: Sequence[str], lister: str = "") -> str:
 def plural(count: int, thing: str) -> str:
     """How many of a thing there are.
 
-    >>> plural(1, "box"), plural(2, "box"), plural(1200, "picture")
-    ('1 box', '2 boxes', '1200 pictures')
+    >>> plural(1, "box"), plural(2, "box"), plural(1200, "image")
+    ('1 box', '2 boxes', '1200 images')
     """
     return f"{count} {thing}{'' if count == 1 else 'es' if thing.endswith(('s', 'x')) else 's'}"
 

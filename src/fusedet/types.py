@@ -1,6 +1,6 @@
 """The data that flows through the house: frozen, checked when made.
 
-Boxes are float (x1, y1, x2, y2) in pixels of the network's input, continuous, with the origin at the picture's top left corner.
+Boxes are float (x1, y1, x2, y2) in pixels of the network's input, continuous, with the origin at the image's top left corner.
 Labels are 0..K-1; background is never stored.
 """
 
@@ -17,7 +17,7 @@ Features = list[Tensor]
 """Feature maps, finest first, each (N, C, H, W)."""
 
 MULTIPLE = 32
-"""Pictures are padded to multiples of this, the largest stride of a usual backbone."""
+"""Images are padded to multiples of this, the largest stride of a usual backbone."""
 
 Losses = dict[str, Tensor]
 """Named loss terms, scalars, unweighted."""
@@ -87,7 +87,7 @@ class Candidates(NamedTuple):
 class Proposals(NamedTuple):
     """Regions where a two-stage detector looks again, best first, in pixels of the network's input.
 
-    boxes (N, R, 4), inside the picture; scores (N, R) in 0..1; counts (N,), how many of a picture's are real: the first ones.
+    boxes (N, R, 4), inside the image; scores (N, R) in 0..1; counts (N,), how many of an image's are real: the first ones.
     """
 
     boxes: Tensor
@@ -122,7 +122,7 @@ class _Moves:
 
 @dataclass(frozen=True)
 class Target(_Moves):
-    """The objects of one picture.
+    """The objects of one image.
 
     boxes (G, 4); labels (G,) int64; masks (G, H, W) bool or None; ignore (I, 4), regions that evaluation takes as neither object nor
     background (crowds, difficult objects), or None.
@@ -144,7 +144,7 @@ class Target(_Moves):
 
 @dataclass(frozen=True)
 class Detections(_Moves):
-    """What was found in one picture, best first.
+    """What was found in one image, best first.
 
     boxes (D, 4), scores (D,) in 0..1, labels (D,) int64, masks (D, H, W) bool or None.
     """
@@ -200,12 +200,12 @@ class Detections(_Moves):
 
 @dataclass(frozen=True)
 class Batch(_Moves):
-    """Pictures on their way to the network.
+    """Images on their way to the network.
 
     images uint8 (N, 3, H, W), padded with zeros at the right and the bottom; sizes (N, 2) int64, height and width of
-    the picture inside the padding; ids, the pictures' ids in the data set; scales (N, 2) float32, network pixels per
-    original pixel along x and y; targets, one per picture, or None; flipped, whether the pictures are mirrored left to right
-    (said in testing alone); views, the same pictures seen in other ways, for testing at several sizes or with flips.
+    the image inside the padding; ids, the images' ids in the dataset; scales (N, 2) float32, network pixels per
+    original pixel along x and y; targets, one per image, or None; flipped, whether the images are mirrored left to right
+    (said in testing alone); views, the same images seen in other ways, for testing at several sizes or with flips.
     """
 
     images: Tensor
@@ -220,9 +220,9 @@ class Batch(_Moves):
         n = len(self.images)
         _need(self.images.ndim == 4 and self.images.shape[1] == 3, f"images must be (N, 3, H, W), got {tuple(self.images.shape)}")
         _need(self.images.dtype == torch.uint8, f"images must be uint8, got {self.images.dtype}")
-        _need(self.sizes.shape == (n, 2) and self.scales.shape == (n, 2) and len(self.ids) == n, "one size, scale and id per picture")
-        _need(self.targets is None or len(self.targets) == n, "one target per picture")
-        _need(all(view.ids == self.ids for view in self.views), "views are of the same pictures")
+        _need(self.sizes.shape == (n, 2) and self.scales.shape == (n, 2) and len(self.ids) == n, "one size, scale and id per image")
+        _need(self.targets is None or len(self.targets) == n, "one target per image")
+        _need(all(view.ids == self.ids for view in self.views), "views are of the same images")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -44,12 +44,12 @@ class Case:
         return found
 
     def targets(self) -> list[Target]:
-        """One target per picture."""
+        """One target per image."""
         shapes = range(len(self.sizes))
         return [Target(self.tensors[f"in.gt.{i}.boxes"], self.tensors[f"in.gt.{i}.labels"]) for i in shapes]
 
     def batch(self) -> Batch:
-        """A batch of its sizes and targets, with black pictures."""
+        """A batch of its sizes and targets, with black images."""
         images = torch.zeros(len(self.sizes), 3, *self.spec["batch_shape"], dtype=torch.uint8)
         return Batch(images, self.sizes, tuple(range(len(images))), torch.ones(len(images), 2), tuple(self.targets()))
 

@@ -1,4 +1,4 @@
-"""Weights and a picture that are functions of their names and sizes alone: the same on any machine, with nothing stored."""
+"""Weights and an image that are functions of their names and sizes alone: the same on any machine, with nothing stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 def fill(name: str, shape: tuple[int, ...], stem: float) -> np.ndarray:
     """A weight of MMDetection's: of order one after every layer, residual sums and background bounded, few sure classes.
 
-    stem: of the first convolution, small where pictures are not divided by a standard deviation.
+    stem: of the first convolution, small where images are not divided by a standard deviation.
     """
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
@@ -27,8 +27,8 @@ def fill(name: str, shape: tuple[int, ...], stem: float) -> np.ndarray:
     return np.float32(0.1) * values - np.float32(2.0 if "cls" in layer and "convs" not in name else 0.0)
 
 
-def picture(height: int, width: int) -> np.ndarray:
-    """An RGB picture (height, width, 3) of smooth waves and hard edges."""
+def image(height: int, width: int) -> np.ndarray:
+    """An RGB image (height, width, 3) of smooth waves and hard edges."""
     y, x = np.mgrid[:height, :width]
     waves = [(x * a + y * b) % 251 + ((x // c + y // (c + 3)) % 2) * 60 for a, b, c in ((3, 1, 17), (1, 2, 29), (5, 7, 41))]
     return np.clip(np.stack(waves, axis=2) * 0.8, 0, 255).astype(np.uint8)

@@ -1,7 +1,7 @@
 """Makes checkpoints/*.json: whole MMDetection models and what they see. Needs MMDetection 3.x, and nothing of this project.
 
-Each file holds MMDetection's config of a model, the names and shapes of its weights (their values are `filled.fill`'s), a size of picture
-(`filled.picture`, padded to multiples of 32) and MMDetection's detections. Made by MMDetection 3.3.0 on MMCV's Python code, where RoIAlign,
+Each file holds MMDetection's config of a model, the names and shapes of its weights (their values are `filled.fill`'s), a size of image
+(`filled.image`, padded to multiples of 32) and MMDetection's detections. Made by MMDetection 3.3.0 on MMCV's Python code, where RoIAlign,
 suppression and deformable convolutions, which MMCV compiles, were torchvision's; in the same environment the three checkpoints of the
 reference data agree with what was recorded there to 0.001 pixel.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filled import fill, picture
+from filled import fill, image
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -86,7 +86,7 @@ def make(name: str, configs: Path) -> dict[str, Any]:
     height, width = SIZE
     padded = tuple(-(-side // 32) * 32 for side in SIZE)
     sample = DetDataSample(metainfo={"img_shape": SIZE, "ori_shape": SIZE, "scale_factor": (1.0, 1.0), "batch_input_shape": padded})
-    bgr = np.ascontiguousarray(picture(height, width)[..., ::-1])
+    bgr = np.ascontiguousarray(image(height, width)[..., ::-1])
     with torch.no_grad():
         data = model.data_preprocessor({"inputs": [torch.from_numpy(bgr).permute(2, 0, 1)], "data_samples": [sample]}, False)
         found = model.predict(data["inputs"], data["data_samples"], rescale=False)[0].pred_instances

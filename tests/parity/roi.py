@@ -68,7 +68,7 @@ def others_as_background(head: RPNHead, outputs: Outputs, case: Case) -> Tensor:
     owners = torch.stack([head.assigner.assign(outputs.priors, t) for t in case.targets()])
     drawn = [(owners >= 0).sum(dim=1), (owners == BACKGROUND).sum(dim=1)]
     found = positives(owners, case.targets())
-    logits = flatten_maps(outputs.maps["cls"], 1)[found.picture, found.prior, 0]
+    logits = flatten_maps(outputs.maps["cls"], 1)[found.image, found.prior, 0]
     return logits[found.labels > 0].sum() / sum(n.clamp(min=1).sum() for n in drawn)
 
 
@@ -173,9 +173,9 @@ def stages(
     return errors | {"unmatched": float(wrong)}, {"detections": total}
 
 
-def predicted(case: Case, picture: int) -> list[Tensor]:
+def predicted(case: Case, image: int) -> list[Tensor]:
     """MMDetection's boxes, scores and labels."""
-    return [case.tensors[f"out.pred.{picture}.{k}"] for k in ("bboxes", "scores", "labels")]
+    return [case.tensors[f"out.pred.{image}.{k}"] for k in ("bboxes", "scores", "labels")]
 
 
 def wrong_losses(ours: Losses, theirs: dict[str, Any], names: dict[str, str]) -> float:

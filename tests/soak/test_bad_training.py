@@ -1,4 +1,4 @@
-"""Every bad data set through the whole of `fusedet train`: an epoch, a validation and its files, or exit 2 with one sentence."""
+"""Every bad dataset through the whole of `fusedet train`: an epoch, a validation and its files, or exit 2 with one sentence."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ def test_training(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: Kind
         assert (out / "best.safetensors").is_file()
     if kind.replaced:
         assert cli.run([*words, f"out={tmp_path / 'around'}", "train.on_bad_image=skip", "train.max_bad_images=0.2"]) == 0
-        assert "1 training picture was replaced once" in capsys.readouterr().out
+        assert "1 training image was replaced once" in capsys.readouterr().out

@@ -21,18 +21,18 @@ from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, find, tuned
 from fusedet.config import Config
 from fusedet.data.collate import collate_views, see
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.models import profiling
 from fusedet.models.detectors import bare
 from fusedet.types import Batch
 
-PICTURES = 20
+IMAGES = 20
 SECONDS = 60.0
 
 
 def counted(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, Any]]:
-    """Trainable parameters and multiply-adds of every row, {parameters, trainable, multiply_adds, picture}, as `measure.cost` counts."""
+    """Trainable parameters and multiply-adds of every row, {parameters, trainable, multiply_adds, image}, as `measure.cost` counts."""
     done: dict[str, dict[str, Any]] = {}
     found = {}
     for label, one in configs.items():
@@ -44,27 +44,29 @@ def counted(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, 
     return found
 
 
-def predicting(runs: Mapping[str, Cell], records: Records, device: torch.device, seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
-    """Latency and memory of prediction with each run's weights, tested as the run is: {row: {p50_ms, p95_ms, pictures, peak_MiB, device}}.
+def predicting(
+    runs: Mapping[str, Cell], dataset: DetectionDataset, device: torch.device, seconds: float = SECONDS
+) -> dict[str, dict[str, Any]]:
+    """Latency and memory of prediction with each run's weights, tested as the run is: {row: {p50_ms, p95_ms, images, peak_MiB, device}}.
 
-    Latency is from a picture as the network sees it to its detections, in all views that the config's test section asks for; `PICTURES`
-    pictures of the records one by one, the rows in turn, so that a slow moment of the machine meets all of them; after `seconds` no
-    further picture is begun, but two are always timed. Peak memory is of the tensors alive at once, weights included, the most
-    of two pictures; None on devices that do not count it.
+    Latency is from an image as the network sees it to its detections, in all views that the config's test section asks for; `IMAGES`
+    images of the dataset one by one, the rows in turn, so that a slow moment of the machine meets all of them; after `seconds` no
+    further image is begun, but two are always timed. Peak memory is of the tensors alive at once, weights included, the most
+    of two images; None on devices that do not count it.
     """
-    models = {label: _predictor(cell, records, device) for label, cell in runs.items()}
-    places = np.unique(np.linspace(0, len(records) - 1, PICTURES).round().astype(int)).tolist()
+    models = {label: _predictor(cell, dataset, device) for label, cell in runs.items()}
+    places = np.unique(np.linspace(0, len(dataset) - 1, IMAGES).round().astype(int)).tolist()
     times: dict[str, list[float]] = {label: [] for label in runs}
     peaks: dict[str, float | None] = {}
     for label, model in models.items():
-        found = [_peak(model, _batch(model, records, i)) for i in places[:2]]  # these warm up too
+        found = [_peak(model, _batch(model, dataset, i)) for i in places[:2]]  # these warm up too
         peaks[label] = None if None in found else max(found)  # type: ignore[type-var]
     began = time.perf_counter()
     for done, i in enumerate(places):
         if done >= 2 and time.perf_counter() - began > seconds:
             break
         for label, model in models.items():
-            batch = _batch(model, records, i)
+            batch = _batch(model, dataset, i)
             start = time.perf_counter()
             find(model.detector, batch, device)  # it ends on the CPU, so nothing is left in a queue
             times[label].append(1000 * (time.perf_counter() - start))
@@ -72,7 +74,7 @@ def predicting(runs: Mapping[str, Cell], records: Records, device: torch.device,
         label: {
             "p50_ms": float(np.percentile(values, 50)),
             "p95_ms": float(np.percentile(values, 95)),
-            "pictures": len(values),
+            "images": len(values),
             "peak_MiB": peaks[label],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
         }
@@ -81,7 +83,7 @@ def predicting(runs: Mapping[str, Cell], records: Records, device: torch.device,
 
 
 def training_speed(run: Path) -> float | None:
-    """Training pictures per second of a run, the wait for data included: the median of what its speed.csv has logged; None without."""
+    """Training images per second of a run, the wait for data included: the median of what its speed.csv has logged; None without."""
     try:
         with (run / "speed.csv").open(newline="", encoding="utf-8") as lines:
             speeds = [float(row["images_per_second"]) for row in csv.DictReader(lines)]
@@ -90,16 +92,16 @@ def training_speed(run: Path) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _predictor(cell: Cell, records: Records, device: torch.device) -> Predictor:
+def _predictor(cell: Cell, dataset: DetectionDataset, device: torch.device) -> Predictor:
     """A run's weights, or those that it scores, in the model that the table asks for."""
     file = weights_file(cell.trained or cell.folder)
-    detector = with_weights(cell.config, len(records.names), file).to(device)
-    return Predictor(tuned(detector, cell.config), cell.config, records.names, records.category_ids, file)
+    detector = with_weights(cell.config, len(dataset.names), file).to(device)
+    return Predictor(tuned(detector, cell.config), cell.config, dataset.names, dataset.category_ids, file)
 
 
-def _batch(model: Predictor, records: Records, i: int) -> Batch:
-    """Picture i as the network sees it."""
-    record = records[i]
+def _batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
+    """Image i as the network sees it."""
+    record = dataset[i]
     return collate_views([see(read_image(record.path), record, model.views)], model.views[1:])
 
 

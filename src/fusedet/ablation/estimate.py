@@ -19,7 +19,7 @@ from fusedet.api.validate import detect, finds_masks, val_loader
 from fusedet.data.loader import train_loader
 from fusedet.errors import InputError
 
-LARGEST = 2  # pictures of a timed step on a CPU
+LARGEST = 2  # images of a timed step on a CPU
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -102,7 +102,7 @@ def work(plan: Plan, label: str, multiply_adds: float) -> float:
 
 
 def timed(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
-    """Give the clock the speed of one training step and the prediction of the same pictures, of that row's model from random weights."""
+    """Give the clock the speed of one training step and the prediction of the same images, of that row's model from random weights."""
     options, data = plan.configs[label], plan.data[label]
     device = pick_device(options.device)
     count = max(1, options.train.batch // options.train.accumulate)
@@ -115,13 +115,13 @@ def timed(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
     whole = replace(plan, trainers=plan.owners)
     made.rate = (steps * step + checks * prediction) / work(whole, label, multiply_adds)
     made.basis = (
-        f"one training step of '{label}' on {device} with {count} pictures, {step:.3g} s each, and a prediction, {prediction:.3g} s; "
+        f"one training step of '{label}' on {device} with {count} images, {step:.3g} s each, and a prediction, {prediction:.3g} s; "
         "other rows by their multiply-adds"
     )
 
 
 def _seconds(plan: Plan, label: str, data: Split, device: torch.device, count: int) -> tuple[float, float]:
-    """Seconds per picture of a training step and of a prediction, each after one to warm up."""
+    """Seconds per image of a training step and of a prediction, each after one to warm up."""
     options = plan.configs[label]
     detector: Any = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
     loader = train_loader(data[0], train_transform(options), batch=count, masks=finds_masks(detector))

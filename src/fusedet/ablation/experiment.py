@@ -71,7 +71,7 @@ def ablate(plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False)
 def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
     """What `ablate` would do: a row of figures per row of the table, as `tables.plan_sheet` takes them, and what the estimate rests on.
 
-    Without data nothing is estimated. With data and no finished run, a step of the baseline's model is timed on pictures of the data.
+    Without data nothing is estimated. With data and no finished run, a step of the baseline's model is timed on images of the data.
     """
     if plan.out != Path():
         launcher.check_folder(plan)

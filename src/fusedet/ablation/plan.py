@@ -16,11 +16,11 @@ from fusedet.api.run_dir import data_prints
 from fusedet.api.train import check_monitor, learns_masks, open_data
 from fusedet.api.validate import finds_masks
 from fusedet.config import Config
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import bare
 
-Split = tuple[Records, Records]
+Split = tuple[DetectionDataset, DetectionDataset]
 State = Literal["absent", "begun", "failed", "finished"]
 ELSEWHERE = ("out", "device", "data.path", "data.images", "data.workers", "train.loggers")
 """Keys of a config that do not change what a run learns; the data are compared by their fingerprints."""
@@ -103,8 +103,8 @@ class Plan:
         return len(self.val.names) if self.data else 80
 
     @property
-    def val(self) -> Records:
-        """The pictures that all rows are scored on."""
+    def val(self) -> DetectionDataset:
+        """The images that all rows are scored on."""
         return next(iter(self.data.values()))[1]
 
     @property
@@ -224,7 +224,7 @@ def _data(table: Table, configs: Mapping[str, Config], say: Callable[[str], None
         if val is not found[first][1] and val.fingerprint() != found[first][1].fingerprint():
             raise InputError(
                 f"{table.source}: row '{label}' is scored on {val.source}, but row '{first}' on {found[first][1].source}: "
-                "rows are compared on the same pictures, set data.val alike"
+                "rows are compared on the same images, set data.val alike"
             )
     return found
 

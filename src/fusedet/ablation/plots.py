@@ -154,5 +154,5 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
 
 def _with_ends(row: Found) -> dict[str, Any]:
     """A class's difference as `draw.differences` takes it."""
-    low, high = row["over_pictures"] or (math.nan, math.nan)
+    low, high = row["over_images"] or (math.nan, math.nan)
     return {"name": row["name"], "difference": math.nan if row["value"] is None else row["value"], "low": low, "high": high}

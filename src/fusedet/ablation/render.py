@@ -47,7 +47,7 @@ def difference_sheet(found: Found) -> Sheet:
     if compared := any(references) or any(row["published_difference"] for row in found["rows"]):
         head += ["compared with"] if len(references) > 1 else []
         less = f"{name} less '{next(iter(references))}'" if len(references) == 1 else f"{name} less that"
-        head += ["published difference", less, f"difference, {level} over pictures", f"difference, {level} over seeds"]
+        head += ["published difference", less, f"difference, {level} over images", f"difference, {level} over seeds"]
     rows = []
     for row in found["rows"]:
         one = (row.get("measured") or {}).get(name)
@@ -65,7 +65,7 @@ def difference_sheet(found: Found) -> Sheet:
             cells += (
                 ["", "", ""]
                 if change is None
-                else [signed(change["value"]), *(ends(change[f"over_{what}"], signed=True) for what in ("pictures", "seeds"))]
+                else [signed(change["value"]), *(ends(change[f"over_{what}"], signed=True) for what in ("images", "seeds"))]
             )
         rows.append(cells)
     seeds = "means over the seeds that finished" if found["seeds"] > 1 else "one seed"
@@ -86,7 +86,7 @@ def figure_sheet(found: Found) -> Sheet:
 def cost_sheet(found: Found) -> Sheet:
     """What each row costs, as printed and as counted and measured."""
     head = ["row", "#Param paper (M)", "#Param (M)", "multiply-adds (G)", "time paper (ms)"]
-    head += ["p50 (ms)", "p95 (ms)", "peak memory (MiB)", "training (pictures/s)"]
+    head += ["p50 (ms)", "p95 (ms)", "peak memory (MiB)", "training (images/s)"]
     rows = []
     for row in found["rows"]:
         cost = row.get("cost") or {}
@@ -158,7 +158,7 @@ def comma_separated(found: Found) -> str:
         columns += [f"{name}_mean", f"{name}_seeds_low", f"{name}_seeds_high", f"{name}_per_seed"]
     columns += ["reference", *(f"published_{name}_difference" for name in changes)]
     for name in changes:
-        columns += [f"{name}_difference", *(f"{name}_difference_{what}_{end}" for what in ("pictures", "seeds") for end in ("low", "high"))]
+        columns += [f"{name}_difference", *(f"{name}_difference_{what}_{end}" for what in ("images", "seeds") for end in ("low", "high"))]
     columns += ["trainable", "multiply_adds", "p50_ms", "p95_ms", "peak_MiB", "train_images_per_second", "conclusion"]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -174,7 +174,7 @@ def comma_separated(found: Found) -> str:
         for name in changes:
             if one := (row.get("difference") or {}).get(name):
                 line[f"{name}_difference"] = one["value"]
-                for what in ("pictures", "seeds"):
+                for what in ("images", "seeds"):
                     low, high = one[f"over_{what}"] or (None, None)
                     line |= {f"{name}_difference_{what}_low": low, f"{name}_difference_{what}_high": high}
         cost = row.get("cost") or {}

@@ -35,9 +35,9 @@ def write(found: Found, out: Path) -> dict[str, Path]:
 def page(found: Found, drawn: Mapping[str, Path]) -> str:
     """The whole page: tables, conclusions, plots inside it, and how it was made."""
     first, *others = sheets(found)
-    pictures = {name: inline(file, name, i) for i, (name, file) in enumerate(drawn.items())}
-    classes = {name: svg for name, svg in pictures.items() if name.endswith("by class")}
-    main = {name: svg for name, svg in pictures.items() if name not in classes}
+    images = {name: inline(file, name, i) for i, (name, file) in enumerate(drawn.items())}
+    classes = {name: svg for name, svg in images.items() if name.endswith("by class")}
+    main = {name: svg for name, svg in images.items() if name not in classes}
     parts = [
         f"<h1>{escape(found['title'])}</h1>",
         f'<p class="faint">{escape(found["paper"])}</p>' if found["paper"] else "",
@@ -89,9 +89,9 @@ def _plain(rows: Sequence[tuple[str, str]]) -> str:
     return f'<div class="scroll"><table class="plain"><tbody>\n{body}</tbody></table></div>'
 
 
-def _folded(pictures: Mapping[str, str]) -> str:
-    text = "<p>Intervals are over pictures; grey where they hold 0.</p>"
-    return text + "".join(f"<details><summary>{escape(name)}</summary><figure>{svg}</figure></details>" for name, svg in pictures.items())
+def _folded(images: Mapping[str, str]) -> str:
+    text = "<p>Intervals are over images; grey where they hold 0.</p>"
+    return text + "".join(f"<details><summary>{escape(name)}</summary><figure>{svg}</figure></details>" for name, svg in images.items())
 
 
 def _caption(name: str, found: Found) -> str:
@@ -116,9 +116,7 @@ def _origin(found: Found) -> str:
     rows = [("table", found["table"]), ("classes", ", ".join(found["data"]["classes"]))]
     for split in ("train", "val"):
         about = found["data"][split]
-        rows.append(
-            (split, f"{about['source']}: {about['pictures']} pictures, {about['objects']} objects, fingerprint {about['fingerprint']}")
-        )
+        rows.append((split, f"{about['source']}: {about['images']} images, {about['objects']} objects, fingerprint {about['fingerprint']}"))
     for version in dict.fromkeys(", ".join(f"{name} {v}" for name, v in (run["versions"] or {}).items()) for run in runs):
         rows += [("versions", version)] if version else []
     rows += [("machine", device) for device in dict.fromkeys(run["device"] for run in runs) if device]

@@ -26,7 +26,7 @@ class Row:
     overrides: "key=value" texts over the table's. base: a config's name or file, in place of the table's.
     reference: the label of the row that this one is compared with, in place of the table's; its own label where it is such a row itself.
     published: what the paper prints, in percent, by the names of `PUBLISHED`; "delta_AP": the difference to the reference row.
-    params_M: trainable parameters in 1e6. time_ms: of one picture, on the paper's machine. split: where this was measured, as it says.
+    params_M: trainable parameters in 1e6. time_ms: of one image, on the paper's machine. split: where this was measured, as it says.
     cited: the figures are shown, and nothing is run. note: what whoever compares has to know.
     """
 

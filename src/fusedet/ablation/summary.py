@@ -1,4 +1,4 @@
-"""What the finished runs say: published beside measured, with intervals over seeds and over pictures, cost and a conclusion per row."""
+"""What the finished runs say: published beside measured, with intervals over seeds and over images, cost and a conclusion per row."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fusedet.evaluation.confidence_intervals import LEVEL, Interval, decimals
 
 MEASURED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
 RESAMPLED = (*bootstrap.FIGURES, *(f"mask_{name}" for name in bootstrap.FIGURES))
-"""The figures that have an interval over pictures."""
+"""The figures that have an interval over images."""
 BOXES, MASKS = "val.bbox.json", "val.segm.json"
-UNDRAWN = "Over pictures there is no interval of it: other pictures may give another sign."
+UNDRAWN = "Over images there is no interval of it: other images may give another sign."
 Found = dict[str, Any]
 
 
@@ -36,9 +36,9 @@ def differing(figure: str) -> tuple[str, ...]:
 def summary(plan: Plan, counts: Mapping[str, Found], *, resamples: int = 1000) -> Found:
     """All that is known of a table's runs, as table.json has it; figures and differences in percent, None where nothing was measured.
 
-    counts: `cost.counted` of the rows. figure: what the table is about, and drawn, whether the pictures are resampled for it. Per row:
+    counts: `cost.counted` of the rows. figure: what the table is about, and drawn, whether the images are resampled for it. Per row:
     published, params_M and time_ms as printed, published_difference; runs, one per seed; measured, {figure: {mean, low, high, values}},
-    the t interval over seeds; reference, the row that it is compared with; difference to that, {figure: {value, over_pictures: [low,
+    the t interval over seeds; reference, the row that it is compared with; difference to that, {figure: {value, over_images: [low,
     high], over_seeds: [low, high]}}, by the paired bootstrap of the mean over seeds and by Welch's t; classes, the same of each class;
     cost; conclusion.
     """
@@ -110,27 +110,27 @@ def conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -
     value = change["value"]
     digits = decimals(value, least=2)
     word = "higher" if value > 0 else "lower"
-    pictures, seeds = _ends(change["over_pictures"]), _ends(change["over_seeds"])
-    sure, steady = (ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_pictures"], change["over_seeds"]))
+    images, seeds = _ends(change["over_images"]), _ends(change["over_seeds"])
+    sure, steady = (ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_images"], change["over_seeds"]))
     head = f"{figure} {abs(value):.{digits}f} {word} than '{reference}'"
     if figure not in RESAMPLED:
         if change["over_seeds"] is None:
             return f"Nothing can be concluded: with fewer than two seeds on a side nothing is known of other trainings. {UNDRAWN}"
-        said = f"{head} on these very pictures for other seeds too ({seeds})" if steady else f"Nothing can be concluded: {seeds} holds 0"
+        said = f"{head} on these very images for other seeds too ({seeds})" if steady else f"Nothing can be concluded: {seeds} holds 0"
         return f"{said}. {UNDRAWN}"
-    if change["over_pictures"] is None:
+    if change["over_images"] is None:
         return "The data hold no object that counts: nothing can be said."
     if sure and steady:
-        return f"{head}, for other pictures such as these ({pictures}) and for other seeds ({seeds})."
+        return f"{head}, for other images such as these ({images}) and for other seeds ({seeds})."
     if change["over_seeds"] is None:
-        begin = f"{head} on other pictures such as these ({pictures}) with these weights" if sure else "Nothing can be concluded"
-        reason = "" if sure else f": the interval over pictures ({pictures}) holds 0"
+        begin = f"{head} on other images such as these ({images}) with these weights" if sure else "Nothing can be concluded"
+        reason = "" if sure else f": the interval over images ({images}) holds 0"
         return f"{begin}{reason}. With fewer than two seeds on a side nothing is known of other trainings."
     if sure:
-        return f"{head} on other pictures such as these ({pictures}) with these weights; another training may give another sign ({seeds})."
+        return f"{head} on other images such as these ({images}) with these weights; another training may give another sign ({seeds})."
     if steady:
-        return f"{head} on these very pictures for other seeds too ({seeds}); other pictures may give another sign ({pictures})."
-    return f"Nothing can be concluded: both intervals hold 0, over pictures {pictures}, over seeds {seeds}."
+        return f"{head} on these very images for other seeds too ({seeds}); other images may give another sign ({images})."
+    return f"Nothing can be concluded: both intervals hold 0, over images {images}, over seeds {seeds}."
 
 
 def _ends(ends: Sequence[float] | None) -> str:
@@ -196,14 +196,14 @@ def _training(cells: Sequence[Cell]) -> Found | None:
 
 
 def _resampled(plan: Plan, ready: Mapping[str, Sequence[Cell]], resamples: int) -> dict[str, bootstrap.Resampled]:
-    """The mean over seeds of every measured row on the same resamples of the pictures, by the row that owns the runs."""
+    """The mean over seeds of every measured row on the same resamples of the images, by the row that owns the runs."""
     wanted: dict[str, Sequence[Cell]] = {}
     for label in ready:
         for one in _sides(plan, label, ready) or ():
             wanted[plan.owners[one]] = ready[one]
     if not wanted:
         return {}
-    weights = bootstrap.drawn_pictures(len(plan.val), resamples, 0)
+    weights = bootstrap.drawn_images(len(plan.val), resamples, 0)
     masks = plan.table.figure.startswith("mask_")
 
     def resampled(cells: Sequence[Cell]) -> bootstrap.Resampled:
@@ -221,17 +221,17 @@ def _differences(
     pair = _sides(plan, label, ready)
     if not pair:
         return {"difference": None, "classes": None}
-    over_pictures = bootstrap.difference(samples[plan.owners[pair[0]]], samples[plan.owners[pair[1]]], plan.val.names)
+    over_images = bootstrap.difference(samples[plan.owners[pair[0]]], samples[plan.owners[pair[1]]], plan.val.names)
     sides = [[figures[cell.folder] for cell in ready[one]] for one in pair]
     changes = {}
     for name in differing(plan.table.figure):
         values = [[run[name] for run in side if name in run] for side in sides]
         over_seeds = evaluation.difference_over_seeds(*values, paired=False) if all(values) else Interval(math.nan, math.nan, math.nan)
-        change: Found = {"value": _known(over_seeds.value), "over_pictures": None}
+        change: Found = {"value": _known(over_seeds.value), "over_images": None}
         if name in RESAMPLED:
-            change = _interval(over_pictures[name.removeprefix("mask_")])
+            change = _interval(over_images[name.removeprefix("mask_")])
         changes[name] = change | {"over_seeds": _pair(over_seeds.low, over_seeds.high, 1)}
-    return {"difference": changes, "classes": [{"name": row["name"]} | _interval(row) for row in over_pictures["classes"]]}
+    return {"difference": changes, "classes": [{"name": row["name"]} | _interval(row) for row in over_images["classes"]]}
 
 
 def _sides(plan: Plan, label: str, ready: Mapping[str, Sequence[Cell]]) -> tuple[str, str] | None:
@@ -244,7 +244,7 @@ def _sides(plan: Plan, label: str, ready: Mapping[str, Sequence[Cell]]) -> tuple
 
 def _interval(row: Mapping[str, float]) -> Found:
     value = _known(row["difference"])
-    return {"value": None if value is None else 100 * value, "over_pictures": _pair(row["low"], row["high"], 100)}
+    return {"value": None if value is None else 100 * value, "over_images": _pair(row["low"], row["high"], 100)}
 
 
 def _pair(low: float, high: float, scale: float) -> list[float] | None:
@@ -275,11 +275,11 @@ def _about(plan: Plan) -> Found:
         "data": {
             "train": {
                 "source": shown(train.source),
-                "pictures": len(train),
+                "images": len(train),
                 "objects": len(train.labels),
                 "fingerprint": train.fingerprint(),
             },
-            "val": {"source": shown(val.source), "pictures": len(val), "objects": len(val.labels), "fingerprint": val.fingerprint()},
+            "val": {"source": shown(val.source), "images": len(val), "objects": len(val.labels), "fingerprint": val.fingerprint()},
             "classes": list(val.names),
         },
         "unit": "percent",

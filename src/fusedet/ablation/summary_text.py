@@ -36,20 +36,20 @@ def covered(found: Found) -> list[str]:
     val, level = found["data"]["val"], f"{100 * found['level']:g} %"
     several = sum(bool(row.get("difference")) for row in found["rows"])
     lines = [
-        f"Measured on {val['pictures']} pictures of {val['source']}; published on what the paper says. Other data or another recipe "
+        f"Measured on {val['images']} images of {val['source']}; published on what the paper says. Other data or another recipe "
         "give other levels: compare differences within a column, not the columns.",
-        f"Over seeds ({level}): Student's t of the mean, for differences Welch's. It covers another seed on these very pictures.",
+        f"Over seeds ({level}): Student's t of the mean, for differences Welch's. It covers another seed on these very images.",
     ]
     if found["drawn"]:
         lines.append(
-            f"Over pictures ({level}): percentiles of {found['resamples']} paired resamples of the pictures, of the mean over seeds. It "
-            "covers other pictures drawn in the same way, with these very weights."
+            f"Over images ({level}): percentiles of {found['resamples']} paired resamples of the images, of the mean over seeds. It "
+            "covers other images drawn in the same way, with these very weights."
         )
     else:
-        lines.append(f"Over pictures: none. {found['figure']} is not resampled, so nothing is said of other pictures.")
+        lines.append(f"Over images: none. {found['figure']} is not resampled, so nothing is said of other images.")
     if found["chosen"]:
         lines.append(
-            "The weights of each run are those of its best validation, on the very pictures that are scored here: levels may be a little "
+            "The weights of each run are those of its best validation, on the very images that are scored here: levels may be a little "
             "too high."
         )
     if several > 1:
@@ -86,16 +86,16 @@ def cost_note(found: Found) -> str:
     """What stands behind the figures of cost."""
     measured = [row["cost"] for row in found["rows"] if row.get("cost")]
     speeds = [cost["prediction"] for cost in measured if cost["prediction"]]
-    sizes = dict.fromkeys("x".join(map(str, cost["picture"])) for cost in measured)
-    text = f"#Param are trainable ones; multiply-adds are of one picture of {' or '.join(sizes)}."
+    sizes = dict.fromkeys("x".join(map(str, cost["image"])) for cost in measured)
+    text = f"#Param are trainable ones; multiply-adds are of one image of {' or '.join(sizes)}."
     if speeds:
         text += (
-            f" Latency: one picture at a time on {speeds[0]['device']}, {speeds[0]['pictures']} pictures, the rows in turn. Peak memory: "
+            f" Latency: one image at a time on {speeds[0]['device']}, {speeds[0]['images']} images, the rows in turn. Peak memory: "
             "tensors alive at once in a prediction, weights included."
         )
     if places := dict.fromkeys(cost["training"]["device"] for cost in measured if cost["training"]):
         text += (
-            f" Trained on {'; '.join(places)}. Training pictures per second are of each row's own training, at different moments: what "
+            f" Trained on {'; '.join(places)}. Training images per second are of each row's own training, at different moments: what "
             "else the machine did then is in them."
         )
     return text

@@ -48,20 +48,20 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
 
 
 def score_again(cell: Cell, say: Callable[[str], None] = print) -> None:
-    """Score the weights of the run `cell.trained` as the cell's config tests, into the cell's folder: results, figures and pictures."""
+    """Score the weights of the run `cell.trained` as the cell's config tests, into the cell's folder: results, figures and images."""
     assert cell.trained is not None
     one = cell.config
     device = pick_device(one.device)
-    train_split, records = open_data(one, say)
-    detector = tuned(with_weights(one, len(records.names), weights_file(cell.trained)).to(device), one)
+    train_split, dataset = open_data(one, say)
+    detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
     masks = finds_masks(detector)
-    results = detect(detector, val_loader(one, records), records, device)
-    figures = score(records, results, voc=records.form == "voc", evaluator=EVALUATORS[0], masks=masks)
+    results = detect(detector, val_loader(one, dataset), dataset, device)
+    figures = score(dataset, results, voc=dataset.form == "voc", evaluator=EVALUATORS[0], masks=masks)
     folder = fresh(cell.folder)
     replace(folder / "config.yaml", one.to_yaml().encode())
-    prints = {"train": train_split.fingerprint(), "val": records.fingerprint()}
+    prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
     write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": cell.seed})
-    report(records, results, figures, folder, title=cell.label)
+    report(dataset, results, figures, folder, title=cell.label)
 
 
 def _sessions(folder: Path) -> list[float | None]:

@@ -1,1 +1,1 @@
-"""The verbs: each a function that puts the rooms below together; the command line only parses for them."""
+"""The commands: each a function that puts the packages below together; the command line only parses for them."""

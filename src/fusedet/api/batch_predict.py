@@ -1,4 +1,4 @@
-"""Predictions of any number of pictures: written in parts, each whole or not at all, so that they can be gone on with and shared out."""
+"""Predictions of any number of images: written in parts, each whole or not at all, so that they can be gone on with and shared out."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from fusedet.errors import InputError
 
 Reading = tuple[int, Path, Tensor | InputError]
 PART = 1000
-COUNTS = ("pictures", "detections", "shown", "skipped")
+COUNTS = ("images", "detections", "shown", "skipped")
 _PATIENCE = 60.0  # seconds for the first process to make the folder
 
 
 @dataclass(frozen=True)
 class Options:
-    """How pictures become predictions.
+    """How images become predictions.
 
-    batch: pictures at once; score: the least of what is drawn and counted as shown; drawn: whether copies with boxes are made;
-    part: pictures per part, by default `PART`, or fewer so that each process has some; parts: whether the parts stay as they are, or
-    become one predictions.json; bad: what happens where a picture cannot be read; workers: threads that read ahead;
-    rank, world: this process's number, and how many share the pictures.
+    batch: images at once; score: the least of what is drawn and counted as shown; drawn: whether copies with boxes are made;
+    part: images per part, by default `PART`, or fewer so that each process has some; parts: whether the parts stay as they are, or
+    become one predictions.json; bad: what happens where an image cannot be read; workers: threads that read ahead;
+    rank, world: this process's number, and how many share the images.
     """
 
     batch: int = 1
@@ -60,15 +60,15 @@ def predict(
     *,
     precision: str = "fp32",
     resume: bool = False,
-    advance: Callable[[int], None] = lambda pictures: None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> Info:
     """Predict the sources into the folder `target`: predictions.json in COCO's form, scores included, or with options.parts its parts.
 
-    Pictures are numbered from 1 in the order of the sources. What is in memory is one part's detections. With `resume` finished parts are
-    not predicted again. Of several processes each takes its parts, in turn; who finishes last puts them together. advance: told of pictures
-    that are done. Gives pictures, detections, shown, skipped (of all processes as far as they are done), left (parts of other processes
+    Images are numbered from 1 in the order of the sources. What is in memory is one part's detections. With `resume` finished parts are
+    not predicted again. Of several processes each takes its parts, in turn; who finishes last puts them together. advance: told of images
+    that are done. Gives images, detections, shown, skipped (of all processes as far as they are done), left (parts of other processes
     that are still to come) and files.
-    Raises InputError where target holds anything without `resume`, or predictions that were asked for differently, and for a picture
+    Raises InputError where target holds anything without `resume`, or predictions that were asked for differently, and for an image
     that cannot be read, with what was found before it in predictions.json.
     """
     total = sources.count()
@@ -77,7 +77,7 @@ def predict(
     asked = {
         "weights": _sha(predictor.source),
         "options": {"test": config.tree()["test"], **seen, "precision": precision},
-        "pictures": total,
+        "images": total,
         "batch": options.batch,
         "score": options.score,
         "drawn": options.drawn,
@@ -104,7 +104,7 @@ def _begin(target: Path, asked: Info, options: Options, resume: bool) -> Info:
         if resume and target.is_dir() and any(target.iterdir()):
             raise InputError(f"out={target} holds no predictions to go on with: choose another folder")
         fresh(target)
-        part = options.part or min(PART, -(-asked["pictures"] // options.world))
+        part = options.part or min(PART, -(-asked["images"] // options.world))
         replace(file, json.dumps({"asked": {**asked, "part": part}}, indent=2).encode())
     end = time.monotonic() + _PATIENCE
     while not file.is_file():
@@ -140,15 +140,15 @@ class _Work:
 
     def __init__(self, predictor: Predictor, target: Path, options: Options, size: int, several: bool) -> None:
         self.predictor, self.target, self.options, self.size, self.several = predictor, target, options, size, several
-        self.folder, self.pictures = target / "parts", target / "pictures"
+        self.folder, self.images = target / "parts", target / "images"
         self.folder.mkdir(exist_ok=True)
         self.head = {"categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]}
         if options.world == 1:
             clean(self.folder)
         if options.drawn:
             if not several:  # all of them are drawn again
-                shutil.rmtree(self.pictures, ignore_errors=True)
-            self.pictures.mkdir(exist_ok=True)
+                shutil.rmtree(self.images, ignore_errors=True)
+            self.images.mkdir(exist_ok=True)
 
     def file(self, number: int) -> Path:
         """Part `number`, from 0."""
@@ -159,7 +159,7 @@ class _Work:
         names = hashlib.sha256("\0".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
         if (file := self.file(number)).is_file():
             if info_of(file)["names"] != names:
-                raise InputError(f"{file} is of other pictures than the sources stand for now: choose another out")
+                raise InputError(f"{file} is of other images than the sources stand for now: choose another out")
             return advance(len(paths))
         if number % self.options.world != self.options.rank:
             return advance(len(paths))
@@ -193,30 +193,30 @@ class _Work:
             else:
                 files = {"predictions": str(self.target / "predictions.json")}
                 join([self.file(i) for i in range(count)], self.target / "predictions.json", skipped=figures["skipped"] > 0)
-            done = figures | {"files": files | ({"pictures": str(self.pictures)} if self.options.drawn else {})}
+            done = figures | {"files": files | ({"images": str(self.images)} if self.options.drawn else {})}
             replace(self.target / "predict.json", json.dumps({**known, "done": done}, indent=2).encode())
             if not self.options.parts:
                 shutil.rmtree(self.folder)
             return done
 
     def _found(self, part: _Part, paths: Sequence[Path]) -> Iterator[tuple[int, Prediction]]:
-        """The predictions of a part's pictures by their numbers; those that cannot be read are noted, or raise."""
+        """The predictions of a part's images by their numbers; those that cannot be read are noted, or raise."""
         group: list[tuple[int, Path, Tensor]] = []
-        for number, path, picture in ahead(_read, list(enumerate(paths, start=part.info["first"])), self.options.workers):
-            if isinstance(picture, InputError):
+        for number, path, image in ahead(_read, list(enumerate(paths, start=part.info["first"])), self.options.workers):
+            if isinstance(image, InputError):
                 if self.options.bad == "error":
                     yield from self._together(group)
-                    raise InputError(f"{picture}; with --on-bad-image skip the others are predicted") from picture
-                part.skipped.append({"id": number, "file_name": str(path), "reason": str(picture)})
+                    raise InputError(f"{image}; with --on-bad-image skip the others are predicted") from image
+                part.skipped.append({"id": number, "file_name": str(path), "reason": str(image)})
                 continue
-            group.append((number, path, picture))
+            group.append((number, path, image))
             if len(group) == self.options.batch:
                 yield from self._together(group)
                 group = []
         yield from self._together(group)
 
     def _together(self, group: list[tuple[int, Path, Tensor]]) -> Iterator[tuple[int, Prediction]]:
-        found = self.predictor.together([(picture, path) for _, path, picture in group])
+        found = self.predictor.together([(image, path) for _, path, image in group])
         return zip((number for number, _, _ in group), found)
 
     def _note(self, part: _Part, found: tuple[int, Prediction]) -> None:
@@ -225,13 +225,13 @@ class _Work:
         if self.options.drawn:
             assert one.path is not None
             stem = one.path.stem
-            if self.several or (self.pictures / f"{stem}.jpg").exists():
+            if self.several or (self.images / f"{stem}.jpg").exists():
                 stem = f"{stem}-{number}"
-            one.plot(self.pictures / f"{stem}.jpg", self.options.score)
+            one.plot(self.images / f"{stem}.jpg", self.options.score)
 
 
 class _Part:
-    """What is found in the pictures of a part."""
+    """What is found in the images of a part."""
 
     def __init__(self, info: Info) -> None:
         self.info = info
@@ -241,9 +241,9 @@ class _Part:
         self.shown = 0
 
     def add(self, number: int, found: Prediction, score: float) -> None:
-        """Take up a picture's detections."""
-        assert found.picture is not None
-        height, width = found.picture.shape[1:]
+        """Take up an image's detections."""
+        assert found.image is not None
+        height, width = found.image.shape[1:]
         self.images.append({"id": number, "file_name": str(found.path), "height": height, "width": width})
         areas = (found.boxes[:, 2:] - found.boxes[:, :2]).double().prod(dim=1) if found.masks is None else found.masks.sum(dim=(1, 2))
         for one, area in zip(found.to_coco(number), areas.tolist()):
@@ -252,7 +252,7 @@ class _Part:
 
     def content(self, head: Info) -> Info:
         """A part as it is written: figures first, so that they can be read alone."""
-        counts = {"pictures": len(self.images), "detections": len(self.annotations), "shown": self.shown, "skipped": len(self.skipped)}
+        counts = {"images": len(self.images), "detections": len(self.annotations), "shown": self.shown, "skipped": len(self.skipped)}
         return {"info": self.info | counts, "images": self.images, **head, "annotations": self.annotations, "skipped": self.skipped}
 
 

@@ -31,7 +31,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Made:
-    """figures, by picture, as cam.json has them; the files written, by what they show."""
+    """figures, by image, as cam.json has them; the files written, by what they show."""
 
     figures: dict[str, Any]
     out: Path
@@ -40,17 +40,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Job:
-    """A picture, the class that is asked about, and what each run finds there of it."""
+    """An image, the class that is asked about, and what each run finds there of it."""
 
     path: Path
-    picture: Tensor
+    image: Tensor
     name: str
     found: dict[str, Prediction]
 
 
 def cam(
     run: str,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     overrides: Sequence[str] = (),
     *,
     beside: str | None = None,
@@ -62,13 +62,13 @@ def cam(
     out: str | None = None,
     trust: bool = False,
 ) -> Made:
-    """Draw heat maps, gates and level weights of a run, and of another one `beside` it, on pictures.
+    """Draw heat maps, gates and level weights of a run, and of another one `beside` it, on images.
 
-    name: of the class, by default that of the best detection of `run` in each picture. score: the least of a detection. alone: of the
+    name: of the class, by default that of the best detection of `run` in each image. score: the least of a detection. alone: of the
     class's best place alone. only: some of `cam.PARTS`. Written into `out`, by default cam in the run's folder, cam-2, ...
     trust: as `fusedet.load` has it, for both runs.
 
-    Raises InputError for a class that a run does not know, a picture in which nothing is found where no class is named, and a part that
+    Raises InputError for a class that a run does not know, an image in which nothing is found where no class is named, and a part that
     no run has.
     """
     for part in only:
@@ -80,7 +80,7 @@ def cam(
     for source, predictor in runs.items():
         if name is not None and name not in predictor.names:
             raise unknown(f"class of {source}", name, predictor.names)
-    jobs = [_job(runs, path, name, score) for path in pictures]
+    jobs = [_job(runs, path, name, score) for path in images]
     target: Path | None = None
     figures: dict[str, Any] = {}
     files: dict[str, Path] = {}
@@ -95,13 +95,13 @@ def cam(
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
         figures[str(job.path)] = {"class": job.name, **numbers, "files": {what: str(file) for what, file in drawn.items()}}
         files |= {f"{job.path.name}, {what}": file for what, file in drawn.items()}
-    assert target is not None, "there is no picture"
+    assert target is not None, "there is no image"
     run_dir.write_json(target / "cam.json", figures)
     return Made(figures, target, files | {"figures": target / "cam.json"})
 
 
 def report(figures: Mapping[str, Any]) -> list[str]:
-    """How much of the heat lies in the boxes found, in a line for each picture, kind of map and row."""
+    """How much of the heat lies in the boxes found, in a line for each image, kind of map and row."""
     lines = []
     for path, one in figures.items():
         best = ", ".join(f"{source} {found['score']:.2f}" for source, found in one["runs"].items())
@@ -109,7 +109,7 @@ def report(figures: Mapping[str, Any]) -> list[str]:
         lines += [f"  not in {source}: {', '.join(found['missing'])}" for source, found in one["runs"].items() if found["missing"]]
         if one["area"] is None:
             continue
-        lines.append(f"  heat inside the boxes, which cover {100 * one['area']:.0f} % of the picture:")
+        lines.append(f"  heat inside the boxes, which cover {100 * one['area']:.0f} % of the image:")
         heats = [found["heat"] for found in one["runs"].values()]
         for kind in UNITS:
             for key in _ordered(row for found in heats for row in found.get(kind, {})):
@@ -132,10 +132,10 @@ def _caption(own: Sequence[str | None]) -> str:
 
 def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: float) -> Job:
     """Raises InputError where no class is named and nothing is found, or one that not all runs know."""
-    picture = to_tensor(path)
+    image = to_tensor(path)
     found: dict[str, Prediction] = {}
     for source, predictor in runs.items():
-        one = predictor.predict(picture)
+        one = predictor.predict(image)
         assert isinstance(one, Prediction)
         if name is None:
             if not len(one) or one.scores[0] < score:
@@ -149,14 +149,14 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
         keep = (one.labels == one.names.index(name)) & (one.scores >= score)
         found[source] = replace(one, boxes=one.boxes[keep], scores=one.scores[keep], labels=one.labels[keep], masks=None)
     assert name is not None
-    return Job(path, picture, name, found)
+    return Job(path, image, name, found)
 
 
 def _look(predictor: Predictor, job: Job, alone: bool) -> Seen:
-    """What a run shows of a picture in the first of its views."""
-    batch = replace(predictor.seen([job.picture]), views=())
+    """What a run shows of an image in the first of its views."""
+    batch = replace(predictor.seen([job.image]), views=())
     seen = look(predictor.detector, batch.to(predictor.device), predictor.names.index(job.name), alone)
-    size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), _size(job.picture)
+    size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), _size(job.image)
 
     def scaled(rows: list[Row]) -> list[Row]:
         return [row._replace(maps={s: spread(one, s, size, shown) for s, one in row.maps.items()}) for row in rows]
@@ -167,8 +167,8 @@ def _look(predictor: Predictor, job: Job, alone: bool) -> Seen:
 def _draw(job: Job, seen: Mapping[str, Seen], only: set[str], stem: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """The files, by what they show, and the figures."""
     files: dict[str, Path] = {}
-    boxes = next(iter(job.found.values())).boxes * (LONG / max(job.picture.shape[1:]))  # of the first run, for both
-    area = share_inside(torch.zeros(_size(job.picture)), boxes)[1] if len(boxes) else None
+    boxes = next(iter(job.found.values())).boxes * (LONG / max(job.image.shape[1:]))  # of the first run, for both
+    area = share_inside(torch.zeros(_size(job.image)), boxes)[1] if len(boxes) else None
     numbers: dict[str, Any] = {"area": area, "runs": {}}
     for source, one in seen.items():
         rows = {kind: {row.key: _numbers(row, boxes) for row in rows if row.part in only} for kind, rows in one.heat.items()}
@@ -202,9 +202,9 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
     captions = {key: _caption([row.get(key) for row in own]) for key in _ordered(key for row in own for key in row)}
     strides = sorted({s for rows in runs.values() for row in rows for s in row.maps})
     panels = []
-    height, width = _size(job.picture)
-    plain = canvas(job.picture).resize((width, height), Image.Resampling.LANCZOS)
-    picture, scale = to_tensor(plain), LONG / max(job.picture.shape[1:])
+    height, width = _size(job.image)
+    plain = canvas(job.image).resize((width, height), Image.Resampling.LANCZOS)
+    image, scale = to_tensor(plain), LONG / max(job.image.shape[1:])
     for (source, rows), letter in zip(runs.items(), "AB"):
         if not rows:
             continue
@@ -212,7 +212,7 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
         if is_heat:
             columns = {row.key: {"all levels": _together(row).numpy()} | columns[row.key] for row in rows}
         found = job.found[source]
-        marked = visualization.boxes(picture, found.boxes * scale, found.labels, found.names)
+        marked = visualization.boxes(image, found.boxes * scale, found.labels, found.names)
         panels.append(heat_maps.Panel(f"{letter}: {source}" if len(runs) > 1 else source, marked, columns))
     names = [*(["all levels"] if is_heat else []), *(f"stride {s}" for s in strides)]
     heat_maps.maps(plain, panels, captions, names, path, title, unit, None if is_heat else 1.0)
@@ -234,13 +234,13 @@ def _together(row: Row) -> Tensor:
     return torch.stack(list(row.maps.values())).sum(dim=0)
 
 
-def _size(picture: Tensor) -> tuple[int, int]:
-    """Height and width of a picture's maps."""
-    height, width = picture.shape[1:]
+def _size(image: Tensor) -> tuple[int, int]:
+    """Height and width of an image's maps."""
+    height, width = image.shape[1:]
     return max(1, round(height * LONG / max(height, width))), max(1, round(width * LONG / max(height, width)))
 
 
 def _stem(target: Path, path: Path) -> Path:
-    """A beginning of file names that no other picture has: two may share their names."""
+    """A beginning of file names that no other image has: two may share their names."""
     names = (path.stem if i == 1 else f"{path.stem}-{i}" for i in range(1, 1_000_000))
     return next(target / name for name in names if not list(target.glob(f"{name}-[a-z]*.png")))

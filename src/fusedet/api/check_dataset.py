@@ -7,26 +7,26 @@ from typing import Any
 
 from fusedet.config import Config
 from fusedet.data import validation
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import form, read
 from fusedet.errors import InputError
 
 
 def check_data(
-    config: Config, read_pictures: bool, progress: Callable[[Iterable[Any], int, str], Iterable[Any]]
+    config: Config, read_images: bool, progress: Callable[[Iterable[Any], int, str], Iterable[Any]]
 ) -> tuple[dict[str, validation.Report], list[str]]:
     """A report by split, and what is wrong between the splits.
 
     progress: wraps an iterable, given its length and what it is. A split that cannot be read is an error of its own report, the
-    others are looked at all the same. Raises InputError where config.data.path is no data set at all.
+    others are looked at all the same. Raises InputError where config.data.path is no dataset at all.
     """
     path = config.data.path or ""
     form(path)
     reports: dict[str, validation.Report] = {}
-    splits: dict[str, Records] = {}
+    splits: dict[str, DetectionDataset] = {}
     for split in dict.fromkeys((config.data.train, config.data.val)):
         try:
-            splits[split] = read(path, split, images=config.data.images, need_pictures=False)
+            splits[split] = read(path, split, images=config.data.images, need_images=False)
         except InputError as error:
             reports[split] = validation.Report(errors=[str(error)])
             continue
@@ -34,5 +34,5 @@ def check_data(
         def wrap(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
             return progress(items, total, split)
 
-        reports[split] = validation.examine(splits[split], config.data.size, read=read_pictures, progress=wrap)
+        reports[split] = validation.examine(splits[split], config.data.size, read=read_images, progress=wrap)
     return reports, validation.compare(*splits.values()) if len(splits) == 2 else []

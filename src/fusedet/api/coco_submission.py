@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.mask_iou import check_masks, mask_area
 from fusedet.evaluation.results import found
@@ -21,14 +21,14 @@ from fusedet.evaluation.results import found
 SETS = ("test-dev2017", "test-challenge2017", "val2017")
 """What the server scores; val2017 to try it."""
 
-PICTURES = {"test-dev2017": 20288, "val2017": 5000}
-"""How many pictures COCO's own splits have."""
+IMAGES = {"test-dev2017": 20288, "val2017": 5000}
+"""How many images COCO's own splits have."""
 
 CATEGORIES = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 """The ids of COCO's 80 categories."""
 
 MOST = 100
-"""Detections of a picture, over all classes, that COCO's rules allow."""
+"""Detections of an image, over all classes, that COCO's rules allow."""
 
 DECIMALS = {"bbox": 2, "score": 6}
 """COCO advises a tenth of a pixel; for a box of ten pixels that is one in a hundred, so one digit more is kept."""
@@ -36,40 +36,40 @@ DECIMALS = {"bbox": 2, "score": 6}
 Result = dict[str, Any]
 
 
-def of_server(records: Records, max_det: int) -> str:
+def of_server(dataset: DetectionDataset, max_det: int) -> str:
     """The server's name of a split. Raises InputError for a split that it does not score, one with other categories than COCO's, and
-    for a detector that gives more detections of a picture than COCO's rules allow."""
-    name = re.sub(r"^(instances|image_info)_", "", Path(records.source).stem)
-    if records.form != "coco" or name not in SETS:
-        raise InputError(f"{records.source} is no split that COCO's server scores: give that of {', '.join(SETS)}")
-    if set(records.category_ids) != CATEGORIES:
-        strange = sorted(CATEGORIES ^ set(records.category_ids))
+    for a detector that gives more detections of an image than COCO's rules allow."""
+    name = re.sub(r"^(instances|image_info)_", "", Path(dataset.source).stem)
+    if dataset.form != "coco" or name not in SETS:
+        raise InputError(f"{dataset.source} is no split that COCO's server scores: give that of {', '.join(SETS)}")
+    if set(dataset.category_ids) != CATEGORIES:
+        strange = sorted(CATEGORIES ^ set(dataset.category_ids))
         raise InputError(
-            f"{records.source} has {len(records.names)} categories, but COCO's server wants COCO's 80: the ids differ in {_some(strange)}"
+            f"{dataset.source} has {len(dataset.names)} categories, but COCO's server wants COCO's 80: the ids differ in {_some(strange)}"
         )
     if max_det > MOST:
-        raise InputError(f"test.max_det={max_det}: COCO's rules allow {MOST} detections of a picture")
+        raise InputError(f"test.max_det={max_det}: COCO's rules allow {MOST} detections of an image")
     return name
 
 
-def incomplete(records: Records, name: str) -> str | None:
-    """What to warn of where a split has another number of pictures than COCO's of that name."""
-    if len(records) == (whole := PICTURES.get(name, len(records))):
+def incomplete(dataset: DetectionDataset, name: str) -> str | None:
+    """What to warn of where a split has another number of images than COCO's of that name."""
+    if len(dataset) == (whole := IMAGES.get(name, len(dataset))):
         return None
-    own = plural(len(records), "picture")
-    return f"warning: {records.source} has {own}, COCO's {name}, which the server scores as a whole, has {whole}"
+    own = plural(len(dataset), "image")
+    return f"warning: {dataset.source} has {own}, COCO's {name}, which the server scores as a whole, has {whole}"
 
 
-def checked(records: Records, results: Sequence[Result]) -> dict[str, list[Result]]:
+def checked(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, list[Result]]:
     """The results as the server wants them, by kind: "bbox" where they have boxes, "segm" where they have masks.
 
     Raises InputError for the first field that is missing or wrong, for an image or a category that the split lacks, for more than 100
-    detections of one picture, and for no results at all.
+    detections of one image, and for no results at all.
     """
     if not results:
         raise InputError("there is not one detection, and COCO's server takes no empty list: lower test.score")
     boxed, masked = (any(isinstance(r, dict) and key in r for r in results) for key in ("bbox", "segmentation"))
-    found(records, results, boxes=boxed or not masked)
+    found(dataset, results, boxes=boxed or not masked)
     image, most = Counter(result["image_id"] for result in results).most_common(1)[0]
     if most > MOST:
         raise InputError(f"image {image} has {most} detections, COCO's rules allow {MOST}: set test.max_det={MOST} or less")
@@ -77,7 +77,7 @@ def checked(records: Records, results: Sequence[Result]) -> dict[str, list[Resul
     if boxed:
         kinds["bbox"] = [_row(r) | {"bbox": [round(float(x), DECIMALS["bbox"]) for x in r["bbox"]]} for r in results]
     if masked:
-        check_masks(records, results)
+        check_masks(dataset, results)
         kinds["segm"] = [_row(r) | {"segmentation": _mask(r["segmentation"], i)} for i, r in enumerate(results)]
     return kinds
 

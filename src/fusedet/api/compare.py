@@ -1,4 +1,4 @@
-"""Two runs on the same pictures: what differs, and how far chance in the choice of the pictures could have made it."""
+"""Two runs on the same images: what differs, and how far chance in the choice of the images could have made it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
 from fusedet.api.validate import Result, painter
 from fusedet.config import Config
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
 from fusedet.evaluation.bootstrap import FIGURES
@@ -36,7 +36,7 @@ class Compared:
 def compare(a: str, b: str, options: Config, split: str | None = None, *, resamples: int = 1000, seed: int = 0) -> Compared:
     """Compare the stored results of two runs' folders or results files; A is what B's figures are measured against.
 
-    The data are `options.data`'s, else those of the first run's folder; written are compare.json and pictures into
+    The data are `options.data`'s, else those of the first run's folder; written are compare.json and images into
     `options.out`, else B's folder. Raises InputError where there are no results, or not on the same data.
     """
     runs = [run for run in map(_config_of, (a, b)) if run is not None]
@@ -47,55 +47,55 @@ def compare(a: str, b: str, options: Config, split: str | None = None, *, resamp
     stored = [_stored(source, scored) for source in (a, b)]
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
-    records = read(data.path or "", scored, images=data.images, need_pictures=False)
+    dataset = read(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
     for file, found in zip(stored, results):
-        _same_data(file, records, found)
-    tables = [evaluation.found(records, found) for found in results]
-    figures = dict(evaluation.paired_bootstrap(records, *tables, resamples=resamples, seed=seed))
+        _same_data(file, dataset, found)
+    tables = [evaluation.found(dataset, found) for found in results]
+    figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=seed))
     report = {
         "a": a,
         "b": b,
         "data": str(data.path),
         "split": scored,
-        "stamp": evaluation.stamp(records, results[0]) | {"detections": [len(found) for found in results]},
+        "stamp": evaluation.stamp(dataset, results[0]) | {"detections": [len(found) for found in results]},
         "resamples": resamples,
         "seed": seed,
         "level": LEVEL,
-        "conclusion": SAME if results[0] == results[1] else conclusion(figures["AP"], len(records)),
+        "conclusion": SAME if results[0] == results[1] else conclusion(figures["AP"], len(dataset)),
         "figures": {name: figures[name] for name in FIGURES},
         "classes": figures["classes"],
-        "errors": {side: evaluation.error_kinds(records, table) for side, table in zip("ab", tables)},
+        "errors": {side: evaluation.error_kinds(dataset, table) for side, table in zip("ab", tables)},
     }
     beside = Path(b) if Path(b).is_dir() else Path(b).parent
     out = run_dir.fresh(options.out) if options.out else run_dir.numbered(beside, f"compare-{Path(a).stem}")
     files = {
         "comparison": out / "compare.json",
         "differences by class": out / "classes.png",
-        "pictures that differ most": out / "pictures.png",
+        "images that differ most": out / "images.png",
     }
     run_dir.write_json(files["comparison"], report)
-    title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over pictures"
+    title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over images"
     visualization.differences(figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"])
-    if (sheet := _differing(records, results, tables)) is None:
-        del files["pictures that differ most"]
+    if (sheet := _differing(dataset, results, tables)) is None:
+        del files["images that differ most"]
     else:
-        sheet.save(files["pictures that differ most"])
+        sheet.save(files["images that differ most"])
     return Compared(report, out, files)
 
 
-def conclusion(row: dict[str, float], pictures: int) -> str:
+def conclusion(row: dict[str, float], images: int) -> str:
     """What the difference of AP and its interval allow one to conclude, as a sentence or two."""
     change, low, high = row["difference"], row["low"], row["high"]
     if math.isnan(low):
         return "Nothing can be concluded: the data hold no object that counts."
     digits = decimals(change, low, high, least=3)
-    ends = f"{100 * LEVEL:g} % interval over the {pictures} pictures {low:+.{digits}f} to {high:+.{digits}f}"
+    ends = f"{100 * LEVEL:g} % interval over the {images} images {low:+.{digits}f} to {high:+.{digits}f}"
     if low <= 0 <= high:
         return f"Nothing can be concluded about which is better: the difference of AP is {change:+.{digits}f}, but its {ends} holds 0."
     better, worse = ("B", "A") if change > 0 else ("A", "B")
     return (
-        f"{better} is better than {worse} on pictures such as these: AP {abs(change):.{digits}f} higher, {ends} of B - A. "
+        f"{better} is better than {worse} on images such as these: AP {abs(change):.{digits}f} higher, {ends} of B - A. "
         "This is about these two sets of weights; another seed may give another difference."
     )
 
@@ -121,7 +121,7 @@ def _stored(source: str, split: str) -> Path:
     return file
 
 
-def _same_data(file: Path, records: Records, results: list[Result]) -> None:
+def _same_data(file: Path, dataset: DetectionDataset, results: list[Result]) -> None:
     """Raises InputError where the stamp beside a run's results is of other data."""
     metrics = file.with_name(METRICS)
     if file.name != RESULTS or not metrics.is_file():
@@ -131,23 +131,23 @@ def _same_data(file: Path, records: Records, results: list[Result]) -> None:
         made_on = stored["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val") from error
-    if made_on != (here := evaluation.stamp(records, results)["data"]):
+    if made_on != (here := evaluation.stamp(dataset, results)["data"]):
         raise InputError(
-            f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} pictures) than {records.source} "
-            f"({here}, {len(records)} pictures): two runs are compared on the same pictures and annotations"
+            f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} images) than {dataset.source} "
+            f"({here}, {len(dataset)} images): two runs are compared on the same images and annotations"
         )
 
 
-def _differing(records: Records, results: list[list[Result]], tables: list[Any], n: int = 8) -> Image | None:
-    """The n pictures on which the two differ most, A left and B right; None where there is none."""
-    paint = [painter(records, found) for found in results]
+def _differing(dataset: DetectionDataset, results: list[list[Result]], tables: list[Any], n: int = 8) -> Image | None:
+    """The n images on which the two differ most, A left and B right; None where there is none."""
+    paint = [painter(dataset, found) for found in results]
     drawn, captions = [], []
-    for i, *rows in evaluation.differing_images(records, tables[0], tables[1], n=n):
-        pictures = [one(i) for one in paint]
-        for side, picture, (quality, misses, false) in zip("AB", pictures, rows):
-            if picture is not None:
-                drawn.append(picture)
-                captions.append(f"{side}, {records.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
+    for i, *rows in evaluation.differing_images(dataset, tables[0], tables[1], n=n):
+        images = [one(i) for one in paint]
+        for side, image, (quality, misses, false) in zip("AB", images, rows):
+            if image is not None:
+                drawn.append(image)
+                captions.append(f"{side}, {dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
     return visualization.grid(drawn, captions, columns=4) if drawn else None
 
 

@@ -17,15 +17,15 @@ MODEL = "retinanet_tiny"
 
 
 def demo(overrides: Sequence[str], images: int, seed: int, *, say: Callable[[str], None] = print, quiet: bool = False) -> Trained:
-    """Generate `images` pictures, train on them as the overrides vary the model's config, draw 16 predictions.
+    """Generate `images` images, train on them as the overrides vary the model's config, draw 16 predictions.
 
     All of it goes into out=FOLDER, or demo, demo-2, ...: data/, run/ and predictions.png. Raises InputError as `train` does.
     """
     options = config.load(MODEL, overrides)
     target = run_dir.fresh(options.out) if options.out else run_dir.numbered(".", "demo")
     data = scenes.generate(target / "data", images=images, seed=seed)
-    say(f"{images} generated pictures: {data}")
+    say(f"{images} generated images: {data}")
     trained = train(config.load(MODEL, [*overrides, f"data={data}", f"out={target / 'run'}"]), say=say, quiet=quiet)
-    records, picture = read(data, "val"), target / "predictions.png"
-    predictions(load(trained.out), [records.path(i) for i in range(min(16, len(records)))], picture)
-    return replace(trained, files=trained.files | {"predictions": picture})
+    dataset, image = read(data, "val"), target / "predictions.png"
+    predictions(load(trained.out), [dataset.path(i) for i in range(min(16, len(dataset)))], image)
+    return replace(trained, files=trained.files | {"predictions": image})

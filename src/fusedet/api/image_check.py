@@ -1,4 +1,4 @@
-"""The pictures of a training before it starts, and what it had to replace when it is over."""
+"""The images of a training before it starts, and what it had to replace when it is over."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.bad_images import Ledger, allowed, summary
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.validation import glance
 from fusedet.errors import InputError
 
 
-def check_pictures(config: Config, data: Records, val: Records, say: Callable[[str], None]) -> None:
-    """Look at the headers of all pictures: those that are absent, of another kind or of another size than annotated.
+def check_images(config: Config, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
+    """Look at the headers of all images: those that are absent, of another kind or of another size than annotated.
 
-    With train.on_bad_image=skip, bad training pictures are said and trained around as long as they are few. Raises InputError else.
+    With train.on_bad_image=skip, bad training images are said and trained around as long as they are few. Raises InputError else.
     """
     skip, share = config.train.on_bad_image == "skip", config.train.max_bad_images
-    for records in (data, val):
-        bad = glance(records)
-        passed = allowed(len(data), share) if skip and records is data else 0
+    for dataset in (data, val):
+        bad = glance(dataset)
+        passed = allowed(len(data), share) if skip and dataset is data else 0
         if len(bad) > passed:
             limit = f", more than train.max_bad_images={share:g} allows" if passed else ""
-            count = f"{len(bad)} of the {len(records)} pictures of {records.source} cannot be used{limit}, the first: "
+            count = f"{len(bad)} of the {len(dataset)} images of {dataset.source} cannot be used{limit}, the first: "
             raise InputError((count if len(bad) > 1 else "") + bad[0])
         if bad:
-            say(f"warning: {len(bad)} of the {len(data)} training pictures cannot be used and will be replaced, the first: {bad[0]}")
+            say(f"warning: {len(bad)} of the {len(data)} training images cannot be used and will be replaced, the first: {bad[0]}")
 
 
 def note_replaced(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None:
@@ -36,7 +36,7 @@ def note_replaced(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None
     rows = ledger.close()
     if ledger.rank == 0:
         about = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        about["replaced"] = {"pictures": len({row.image_id for row in rows}), "times": len(rows)}
+        about["replaced"] = {"images": len({row.image_id for row in rows}), "times": len(rows)}
         write_json(out / "run.json", about)
     if rows:
         say(summary(rows, out / "skipped.csv"))

@@ -1,4 +1,4 @@
-"""Picture files by the words that stand for them: found while they are asked for, none of them kept."""
+"""Image files by the words that stand for them: found while they are asked for, none of them kept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Names = tuple[str, ...]
 
 
 class Sources:
-    """The picture files that files, folders (with their subfolders), globs and lists (`@FILE`, a path a line) stand for, in order.
+    """The image files that files, folders (with their subfolders), globs and lists (`@FILE`, a path a line) stand for, in order.
 
     It can be iterated again and again; each time the folders are walked and the lists read anew, and what is held is the names of one
     folder. Each file comes once, but for lists, which are taken as they are. Links to folders are not followed.
-    Raises InputError for a source that is not there or that holds no picture.
+    Raises InputError for a source that is not there or that holds no image.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -27,7 +27,7 @@ class Sources:
         self._sources = [_source(word) for word in self.words]
         for word, source in zip(self.words, self._sources):
             if next(iter(source), None) is None:
-                raise InputError(f"{word} holds no picture")
+                raise InputError(f"{word} holds no image")
 
     def __iter__(self) -> Iterator[Path]:
         for i, source in enumerate(self._sources):
@@ -53,7 +53,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Glob:
-    """The files below a folder whose names from there on match a pattern's parts; of any pattern "**", all pictures."""
+    """The files below a folder whose names from there on match a pattern's parts; of any pattern "**", all images."""
 
     folder: Path
     pattern: Names
@@ -92,10 +92,10 @@ def _source(word: str) -> _File | _Glob | _List:
         return _File(path)
     if word.startswith("@"):
         if not Path(word[1:]).is_file():
-            raise InputError(f"there is no list {word[1:]}: write @FILE, a text file with the path of a picture in each line")
+            raise InputError(f"there is no list {word[1:]}: write @FILE, a text file with the path of an image in each line")
         return _List(Path(word[1:]))
     if not any(c in word for c in "*?["):
-        raise InputError(f"there is no picture, folder or pattern {word}")
+        raise InputError(f"there is no image, folder or pattern {word}")
     magic = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
     return _Glob(Path(*path.parts[:magic]), path.parts[magic:])
 

@@ -1,4 +1,4 @@
-"""Prediction: a checkpoint alone becomes a model that takes pictures of any kind."""
+"""Prediction: a checkpoint alone becomes a model that takes images of any kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.config import Config, overridden, parse
 from fusedet.data.collate import collate_views, see
-from fusedet.data.dataset import Record
+from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import Eval
 from fusedet.errors import InputError
@@ -32,34 +32,34 @@ SETTABLE = ("test", "data.size", "data.antialias")
 
 @dataclass(frozen=True)
 class Prediction(Detections):
-    """Detections in the pixels of the picture as it was given, with the names of the classes, and the picture itself.
+    """Detections in the pixels of the image as it was given, with the names of the classes, and the image itself.
 
-    picture (3, H, W) uint8; names (K,); category_ids (K,), the data set's own; path, where the picture came from a file.
+    image (3, H, W) uint8; names (K,); category_ids (K,), the dataset's own; path, where the image came from a file.
     """
 
-    picture: Tensor | None = None
+    image: Tensor | None = None
     names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()
     path: Path | None = None
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """As `Detections.to_coco`, with the data set's own category ids by default."""
+        """As `Detections.to_coco`, with the dataset's own category ids by default."""
         return super().to_coco(image_id, category_ids or self.category_ids)
 
     def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
-        """The picture with the boxes and masks of `score` and more drawn on it; saved where a path is given."""
-        if self.picture is None:
-            raise ValueError("this prediction holds no picture to draw on")
+        """The image with the boxes and masks of `score` and more drawn on it; saved where a path is given."""
+        if self.image is None:
+            raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        drawn = visualization.boxes(self.picture, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks)
+        drawn = visualization.boxes(self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks)
         if path is not None:
             drawn.save(path)
         return drawn
 
 
 class Predictor:
-    """A trained detector that takes pictures: `fusedet.load` makes it.
+    """A trained detector that takes images: `fusedet.load` makes it.
 
     names and category_ids (K,) are those of the data that it was trained on; config is its run's.
     """
@@ -75,17 +75,17 @@ class Predictor:
         return self.detector.backbone.scale.device
 
     def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
-        """What is in a picture, or, for a list, in each of its pictures, `batch` of them at a time.
+        """What is in an image, or, for a list, in each of its images, `batch` of them at a time.
 
-        A picture is a path, bytes of a file, a PIL image, an RGB numpy array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) of
-        uint8 or of floats in 0..1. Raises InputError for a picture that cannot be read.
+        An image is a path, bytes of a file, a PIL image, an RGB numpy array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) of
+        uint8 or of floats in 0..1. Raises InputError for an image that cannot be read.
         """
         if isinstance(source, (list, tuple)):
             return list(self.stream(source, batch))
         return next(self.stream([source], 1))
 
     def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
-        """The same for any number of pictures, one after the other, in the order in which they come."""
+        """The same for any number of images, one after the other, in the order in which they come."""
         group: list[tuple[Tensor, Path | None]] = []
         for source in sources:
             try:
@@ -98,17 +98,17 @@ class Predictor:
                 group = []
         yield from self.together(group)
 
-    def seen(self, pictures: Sequence[Tensor]) -> Batch:
-        """Pictures (3, H, W) uint8 as the network sees them, in all views."""
-        return collate_views([see(picture, _empty(picture), self.views) for picture in pictures], self.views[1:])
+    def seen(self, images: Sequence[Tensor]) -> Batch:
+        """Images (3, H, W) uint8 as the network sees them, in all views."""
+        return collate_views([see(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
-        """What is in each of some pictures (3, H, W) uint8, given with the paths that they come from, all at once."""
+        """What is in each of some images (3, H, W) uint8, given with the paths that they come from, all at once."""
         if not group:
             return
-        batch = self.seen([picture for picture, _ in group])
-        for found, (picture, path) in zip(find(self.detector, batch, self.device), group):
-            yield Prediction(**vars(found), picture=picture, names=self.names, category_ids=self.category_ids, path=path)
+        batch = self.seen([image for image, _ in group])
+        for found, (image, path) in zip(find(self.detector, batch, self.device), group):
+            yield Prediction(**vars(found), image=image, names=self.names, category_ids=self.category_ids, path=path)
 
 
 def load(
@@ -166,7 +166,7 @@ def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> 
 
 
 def views(config: Config) -> tuple[Eval, ...]:
-    """How the network sees a picture in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
+    """How the network sees an image in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
@@ -176,7 +176,7 @@ def views(config: Config) -> tuple[Eval, ...]:
 
 @torch.no_grad()
 def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
-    """What is in each picture of a batch, best first: in the pixels of the pictures that it was made of, on the CPU.
+    """What is in each image of a batch, best first: in the pixels of the images that it was made of, on the CPU.
 
     As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
     What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
@@ -192,7 +192,7 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     return results
 
 
-def _empty(picture: Tensor) -> Record:
+def _empty(image: Tensor) -> ImageAnnotations:
     none = np.zeros(0)
-    height, width = picture.shape[1:]
-    return Record(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])
+    height, width = image.shape[1:]
+    return ImageAnnotations(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])

@@ -1,4 +1,4 @@
-"""Training: from a config to a run's folder with weights, figures and pictures."""
+"""Training: from a config to a run's folder with weights, figures and images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.distributed import make_fabric, silent, together
-from fusedet.api.image_check import check_pictures, note_replaced
+from fusedet.api.image_check import check_images, note_replaced
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
 from fusedet.api.validate import FIGURES, MASK_FIGURES, check_masks, detect, finds_masks, mask_figures, report, score, some, val_loader
 from fusedet.atomic_io import replace
 from fusedet.config import Config, interval
 from fusedet.data.bad_images import Ledger
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import train_loader
 from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Train as TrainTransform
@@ -102,7 +102,7 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
             say(f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}")
     recipe = make_recipe(config, rate)
     if config.data.check:
-        together(fabric, lambda: check_pictures(config, data, val, say))
+        together(fabric, lambda: check_images(config, data, val, say))
     if not resume:
         together(fabric, lambda: fresh(out))
         say(f"results: {out}")
@@ -146,17 +146,17 @@ def _note(config: Config, fabric: Fabric, out: Path, known: dict[str, Any]) -> N
             write_json(out / "run.json", known)
 
 
-def _check_prints(out: Path, data: Records, val: Records, say: Callable[[str], None]) -> None:
+def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
     """Raises InputError where a run was begun on other data, or what its run.json says is damaged."""
     known = data_prints(out)
     if known is None:
         return say(f"warning: {out / 'run.json'} is gone, so nothing tells whether {out} was begun on these data; it is written anew")
-    for name, records in (("train", data), ("val", val)):
-        if known.get(name) != records.fingerprint():
-            raise InputError(f"out={out} cannot be resumed: its {name} pictures or boxes were not those of {records.source} now")
+    for name, dataset in (("train", data), ("val", val)):
+        if known.get(name) != dataset.fingerprint():
+            raise InputError(f"out={out} cannot be resumed: its {name} images or boxes were not those of {dataset.source} now")
 
 
-def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
+def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> Trained:
     """Score the best weights once more and draw what there is to see."""
     best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
     results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
@@ -169,19 +169,19 @@ def finish(config: Config, fabric: Fabric, out: Path, val: Records) -> Trained:
     return Trained(out, figures, files)
 
 
-def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Records]:
+def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
     """The training and validation splits, checked against each other; says what was wrong with their annotations."""
     assert config.data.path is not None
     data, val = (read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val))
     if different := compare(data, val):
         raise InputError(different[0])
-    for records in (data, val):
-        if not len(records.labels):
-            raise InputError(f"{records.source} has no objects: a detector can neither learn nor be scored on background alone")
-    for split, records in (("train", data), ("val", val)):
-        counts = plural(len(records), "picture"), plural(len(records.labels), "object"), plural(len(records.names), "class")
-        say(f"{split}: {', '.join(counts)} from {records.source}")
-        for text, count in records.problems.items():
+    for dataset in (data, val):
+        if not len(dataset.labels):
+            raise InputError(f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone")
+    for split, dataset in (("train", data), ("val", val)):
+        counts = plural(len(dataset), "image"), plural(len(dataset.labels), "object"), plural(len(dataset.names), "class")
+        say(f"{split}: {', '.join(counts)} from {dataset.source}")
+        for text, count in dataset.problems.items():
             say(f"  {text}: {count}")
     present = torch.bincount(data.labels, minlength=len(data.names))
     if absent := [name for name, n in zip(data.names, present.tolist()) if not n]:
@@ -189,23 +189,23 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[Records, Reco
     return data, val
 
 
-def make_detector(config: Config, records: Records, say: Callable[[str], None], resume: bool) -> nn.Module:
+def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
     """The config's detector for the data's classes, with train.weights loaded where it names some; bare where a run is resumed."""
     if resume:  # its weights are in the checkpoint
-        return from_config(without_weights(config), len(records.names))
-    detector = from_config(config, len(records.names))
+        return from_config(without_weights(config), len(dataset.names))
+    detector = from_config(config, len(dataset.names))
     body = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)
-        known = class_names(meta, file) if "names" in meta else list(records.names)
-        if known != list(records.names):
+        known = class_names(meta, file) if "names" in meta else list(dataset.names)
+        if known != list(dataset.names):
             own = detector.state_dict()
             anew = {key: own[key] for key in class_tensors(config)}
             state = {key: value for key, value in state.items() if key not in anew} | anew
             say(
-                f"{file} knows the {len(known)} classes {some(known)}, the data has the {len(records.names)} classes "
-                f"{some(records.names)}: what depends on classes starts anew ({', '.join(anew)})"
+                f"{file} knows the {len(known)} classes {some(known)}, the data has the {len(dataset.names)} classes "
+                f"{some(dataset.names)}: what depends on classes starts anew ({', '.join(anew)})"
             )
         checkpoint.load_into(detector, state, file)
     elif not body.has_weights and (body.frozen or body.norm_eval):
@@ -228,7 +228,7 @@ def check_monitor(config: Config) -> None:
         raise unknown("value of train.monitor:", config.train.monitor, FIGURES + MASK_FIGURES)
 
 
-def learns_masks(config: Config, detector: nn.Module, data: Records, val: Records) -> bool:
+def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
     """Whether the detector learns masks. Raises InputError where the data have none then, and where train.monitor asks for them else."""
     masks = finds_masks(detector)
     if masks:
@@ -240,7 +240,7 @@ def learns_masks(config: Config, detector: nn.Module, data: Records, val: Record
 
 
 def train_transform(config: Config) -> TrainTransform:
-    """How the network sees the training pictures."""
+    """How the network sees the training images."""
     data = config.data
     sizes = data.multi_scale or data.size[:1]
     return TrainTransform(

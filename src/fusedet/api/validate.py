@@ -15,7 +15,7 @@ from fusedet import evaluation, visualization
 from fusedet.api.predict import find, views
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.data.loader import eval_loader
 from fusedet.errors import InputError, plural
@@ -29,20 +29,20 @@ Result = dict[str, Any]
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
-def val_loader(config: Config, records: Records, rank: int = 0, world: int = 1) -> Any:
-    """Every picture of a split once, as `predict` sees it; shared among processes."""
-    # a batch no larger than the rank's share keeps every process busy; one picture per process is the least
+def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
+    """Every image of a split once, as `predict` sees it; shared among processes."""
+    # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
     first, *others = views(config)
-    return eval_loader(records, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others)
+    return eval_loader(dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others)
 
 
-def detect(detector: nn.Module, loader: Iterable[Batch], records: Records, device: torch.device) -> list[Result]:
+def detect(detector: nn.Module, loader: Iterable[Batch], dataset: DetectionDataset, device: torch.device) -> list[Result]:
     """The detector's finds on a split in COCO's result form: original pixels, ids and categories; of all processes together."""
     results: list[Result] = []
     for batch in loader:
         for one, image_id in zip(find(detector, batch, device), batch.ids):
-            results += one.to_coco(image_id, records.category_ids)
+            results += one.to_coco(image_id, dataset.category_ids)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         shares: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(shares, results)
@@ -55,45 +55,45 @@ def finds_masks(detector: nn.Module) -> bool:
     return any(isinstance(part, MaskBranch) for part in detector.modules())
 
 
-def check_masks(records: Records) -> None:
+def check_masks(dataset: DetectionDataset) -> None:
     """Raises InputError where objects have no mask: a detector that finds masks can neither learn from them nor be scored on them."""
-    if bare := int((records.segments.offsets.diff() == 0).sum()):
+    if bare := int((dataset.segments.offsets.diff() == 0).sum()):
         raise InputError(
-            f"{bare} of the {len(records.labels)} objects of {records.source} have no mask, which a detector of masks learns and is scored "
+            f"{bare} of the {len(dataset.labels)} objects of {dataset.source} have no mask, which a detector of masks learns and is scored "
             "by: use data with masks, such as COCO's, or a detector without them"
         )
 
 
-def mask_figures(records: Records, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]) -> dict[str, Any]:
+def mask_figures(dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]) -> dict[str, Any]:
     """COCO's figures by the overlap of masks, each as mask_NAME."""
-    figures = evaluation.coco(records, results, iou_type="segm", evaluator=evaluator)
+    figures = evaluation.coco(dataset, results, iou_type="segm", evaluator=evaluator)
     return {f"mask_{name}": value for name, value in figures.items()}
 
 
-def score(records: Records, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False) -> dict[str, Any]:
+def score(dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False) -> dict[str, Any]:
     """All figures of a split: COCO's, of masks and VOC's where asked, per class, with the stamp that makes them comparable."""
-    figures = evaluation.coco(records, results, evaluator=evaluator)
+    figures = evaluation.coco(dataset, results, evaluator=evaluator)
     if masks:
-        figures |= mask_figures(records, results, evaluator)
+        figures |= mask_figures(dataset, results, evaluator)
         for row, other in zip(figures["classes"], figures.pop("mask_classes")):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:
-        area, eleven = evaluation.voc(records, results), evaluation.voc(records, results, points=11)
+        area, eleven = evaluation.voc(dataset, results), evaluation.voc(dataset, results, points=11)
         figures |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
         for row, a, b in zip(figures["classes"], area["classes"], eleven["classes"]):
             row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return figures | {"stamp": evaluation.stamp(records, results, evaluator)}
+    return figures | {"stamp": evaluation.stamp(dataset, results, evaluator)}
 
 
-def report(records: Records, results: list[Result], figures: dict[str, Any], out: Path, title: str) -> dict[str, Path]:
-    """Write results, figures and pictures into a folder; gives the files by what they show."""
+def report(dataset: DetectionDataset, results: list[Result], figures: dict[str, Any], out: Path, title: str) -> dict[str, Path]:
+    """Write results, figures and images into a folder; gives the files by what they show."""
     files = {
         "results": out / "val.bbox.json",
         "metrics": out / "metrics.json",
         "precision-recall curves": out / "precision_recall.png",
         "confusion matrix": out / "confusion.png",
         "AP by object size": out / "sizes.png",
-        "worst pictures": out / "worst.png",
+        "worst images": out / "worst.png",
     }
     boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in results]
     files["results"].write_text(json.dumps(boxes))
@@ -101,38 +101,38 @@ def report(records: Records, results: list[Result], figures: dict[str, Any], out
         files["mask results"] = out / "val.segm.json"
         files["mask results"].write_text(json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results]))
     write_json(files["metrics"], figures)
-    visualization.curves(evaluation.precision_recall(records, results), files["precision-recall curves"], title)
-    visualization.confusion(evaluation.confusion(records, results), records.names, files["confusion matrix"])
+    visualization.curves(evaluation.precision_recall(dataset, results), files["precision-recall curves"], title)
+    visualization.confusion(evaluation.confusion(dataset, results), dataset.names, files["confusion matrix"])
     visualization.sizes(figures, files["AP by object size"], title)
-    if (grid := worst(records, results)) is None:
-        del files["worst pictures"]
+    if (grid := worst(dataset, results)) is None:
+        del files["worst images"]
     else:
-        grid.save(files["worst pictures"])
+        grid.save(files["worst images"])
     return files
 
 
-def worst(records: Records, results: list[Result], n: int = 12) -> Image | None:
-    """The n pictures that went worst: truth dashed, finds coloured; None where no picture has a mistake."""
+def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Image | None:
+    """The n images that went worst: truth dashed, finds coloured; None where no image has a mistake."""
     drawn, captions = [], []
-    paint = painter(records, results)
-    for i, quality, misses, false in evaluation.worst_images(records, results, n=n, score=SHOWN):
-        if (picture := paint(i)) is not None:
-            drawn.append(picture)
-            captions.append(f"{records.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
+    paint = painter(dataset, results)
+    for i, quality, misses, false in evaluation.worst_images(dataset, results, n=n, score=SHOWN):
+        if (image := paint(i)) is not None:
+            drawn.append(image)
+            captions.append(f"{dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
     return visualization.grid(drawn, captions) if drawn else None
 
 
-def painter(records: Records, results: list[Result]) -> Callable[[int], Image | None]:
-    """What draws the finds of at least `SHOWN` in picture i of the records against the truth; None where its file is absent."""
+def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
+    """What draws the finds of at least `SHOWN` in image i of the dataset against the truth; None where its file is absent."""
     by_image: dict[int, list[Result]] = {}
     for result in results:
         if result["score"] >= SHOWN:
             by_image.setdefault(result["image_id"], []).append(result)
-    labels = {c: k for k, c in enumerate(records.category_ids)}
+    labels = {c: k for k, c in enumerate(dataset.category_ids)}
 
     def paint(i: int) -> Image | None:
-        record = records[i]
-        if not record.path.is_file():  # results can be scored without the pictures
+        record = dataset[i]
+        if not record.path.is_file():  # results can be scored without the images
             return None
         found = by_image.get(record.image_id, [])
         boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
@@ -140,18 +140,18 @@ def painter(records: Records, results: list[Result]) -> Callable[[int], Image | 
         guess = (boxes, torch.tensor([labels[r["category_id"]] for r in found]), torch.tensor([r["score"] for r in found]))
         counts = ~record.ignore
         truth, ignore = ((torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts))
-        return visualization.compare(read_image(record.path), truth, guess, records.names, score=SHOWN, ignore=ignore)
+        return visualization.compare(read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore)
 
     return paint
 
 
-def check_names(records: Records, names: Iterable[str], source: str) -> None:
+def check_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
     """Raises InputError unless the data's classes are those that the model knows, in their order."""
     names = tuple(names)
-    if names != records.names:
+    if names != dataset.names:
         raise InputError(
-            f"{source} knows the {plural(len(names), 'class')} {some(names)}, but {records.source} has the "
-            f"{plural(len(records.names), 'class')} {some(records.names)}: use data with the same class names"
+            f"{source} knows the {plural(len(names), 'class')} {some(names)}, but {dataset.source} has the "
+            f"{plural(len(dataset.names), 'class')} {some(dataset.names)}: use data with the same class names"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: one typed function per verb; a user's mistake is one line and exit 2."""
+"""The command line: one typed function per command; a user's mistake is one line and exit 2."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ app = typer.Typer(
 
 
 converting = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.add_typer(converting, name="convert", help="Write a data set in another form, or another project's weights as a checkpoint here.")
+app.add_typer(converting, name="convert", help="Write a dataset in another form, or another project's weights as a checkpoint here.")
 
-VERBS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": model.train,
     "val": model.val_,
     "predict": prediction.predict_,
@@ -44,14 +44,14 @@ TOGETHER = ("train", "val")
 """Verbs whose processes tell each other what stops them."""
 CONVERTERS: dict[str, Callable[..., None]] = {"data": data.convert_data_, "weights": data.convert_weights_}
 
-for name, verb in VERBS.items():
-    app.command(name)(verb)
-for name, verb in CONVERTERS.items():
-    converting.command(name)(verb)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+for name, command in CONVERTERS.items():
+    converting.command(name)(command)
 
 
 def main() -> None:
-    """Run a verb. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 75 another process of it is gone, 130 stopped by
+    """Run a command. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 75 another process of it is gone, 130 stopped by
     Ctrl-C, 143 by SIGTERM.
     """
     sys.exit(run())
@@ -79,13 +79,13 @@ def run(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _refuse(text: str, verb: list[str]) -> int:
+def _refuse(text: str, command: list[str]) -> int:
     """Say what is wrong with the input: of processes that work together the first one on each machine does, of others each."""
     try:
         rank, world, local = place()
     except InputError:  # it is what is to be said
         rank, world, local = 0, 1, 0
-    together = bool(verb) and verb[0] in TOGETHER
+    together = bool(command) and command[0] in TOGETHER
     if together and local:
         return 2
     return _complain(f"process {rank}: {text}" if world > 1 and (rank or not together) else text)

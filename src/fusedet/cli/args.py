@@ -1,4 +1,4 @@
-"""What the verbs share: the words of a command line as a config, and what is printed."""
+"""What the commands share: the words of a command line as a config, and what is printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that look at data or convert it, and other projects' weights."""
+"""The commands that look at data or convert it, and other projects' weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fusedet.errors import InputError, plural
 
 def doctor(
     words: Words = None,
-    read_pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Read every picture, not the annotations alone.")] = True,
+    read_images: Annotated[bool, typer.Option("--images/--no-images", help="Read every image, not the annotations alone.")] = True,
     json: Json = False,
 ) -> None:
     """Check data=PATH before a training does: exit 1 where something would stop it."""
     options = any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
-    reports, between = check_data(options, read_pictures, lambda items, total, split: track(json, items, total, split))
+    reports, between = check_data(options, read_images, lambda items, total, split: track(json, items, total, split))
     failed = bool(between) or any(r.errors for r in reports.values())
     if json:
         print_json({split: vars(r) for split, r in reports.items()} | {"between": between, "ok": not failed})
@@ -43,12 +43,12 @@ def doctor(
 def browse(
     words: Words = None,
     split: Annotated[str | None, typer.Option(help="The split, by default data.train.")] = None,
-    images: Annotated[int, typer.Option(help="How many pictures.", min=1)] = 16,
+    images: Annotated[int, typer.Option(help="How many images.", min=1)] = 16,
     epoch: Annotated[int, typer.Option(help="The epoch whose chance (flips, sizes, colours) is shown.", min=0)] = 0,
     centres: Annotated[bool, typer.Option("--centres", help="Draw instead where the centres of all objects lie, class by class.")] = False,
     json: Json = False,
 ) -> None:
-    """Draw data=PATH as the network sees it in training, boxes included, into one picture, out=FILE.png."""
+    """Draw data=PATH as the network sees it in training, boxes included, into one image, out=FILE.png."""
     options = any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet browse data=PATH")
@@ -56,24 +56,24 @@ def browse(
         target = Path(options.out) if options.out else run_dir.free(".", "centres", ".png")
         classes = browsing.centres(options, split or options.data.train, target)
         if json:
-            return print_json({"picture": str(target), "classes": classes})
+            return print_json({"image": str(target), "classes": classes})
         tables.centres(out, classes)
         return out.print(f"centres: {escape(str(target))}")
     target = Path(options.out) if options.out else run_dir.free(".", "browse", ".png")
     shown = browsing.browse(options, split or options.data.train, images, epoch, target)
     if json:
-        return print_json({"picture": str(target), "images": shown})
-    out.print(f"{plural(shown, 'picture')}: {escape(str(target))}")
+        return print_json({"image": str(target), "images": shown})
+    out.print(f"{plural(shown, 'image')}: {escape(str(target))}")
 
 
 def convert_data_(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
     target: Annotated[str, typer.Argument(metavar="DST", show_default=False)],
     to: Annotated[str, typer.Option(help="coco, voc or yolo.")],
-    link: Annotated[bool, typer.Option(help="Hard links to the pictures instead of copies.")] = False,
+    link: Annotated[bool, typer.Option(help="Hard links to the images instead of copies.")] = False,
     json: Json = False,
 ) -> None:
-    """Write the data set SRC to the new folder DST in another form; boxes keep their values."""
+    """Write the dataset SRC to the new folder DST in another form; boxes keep their values."""
     report = convert_data(source, target, to, link=link)
     if json:
         return print_json({"out": target, "splits": report})
@@ -102,4 +102,4 @@ def convert_weights_(
     for note in found.notes:
         out.print(f"note: {escape(note)}")
     out.print(escape(f"weights: {file}"))
-    out.print(escape(f"next: fusedet predict {target} PICTURE_OR_FOLDER..."))
+    out.print(escape(f"next: fusedet predict {target} IMAGE_OR_FOLDER..."))

@@ -1,4 +1,4 @@
-"""The verbs that say how far a figure can be relied on."""
+"""The commands that say how far a figure can be relied on."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def compare_(
     b: Annotated[str, typer.Argument(metavar="RUN_B", show_default=False)],
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     split: Annotated[str | None, typer.Option(help="The split whose stored results are compared, by default data.val.")] = None,
-    resamples: Annotated[int, typer.Option(help="How often the pictures are drawn again.", min=40)] = 1000,
+    resamples: Annotated[int, typer.Option(help="How often the images are drawn again.", min=40)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the resamples.", min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Compare two runs, or results in COCO's form with data=PATH: B less A with its interval over pictures, and why."""
+    """Compare two runs, or results in COCO's form with data=PATH: B less A with its interval over images, and why."""
     name, overrides = separate(words)
     if name is not None:
         raise InputError(f"two runs are compared, {a} and {b}; {name} is one too many: options are written key=value")
@@ -56,7 +56,7 @@ def ablate_(
     slurm: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the jobs, as submitit has it.", show_default=False)
     ] = None,
-    resamples: Annotated[int, typer.Option(help="How often the pictures are drawn again.", min=40)] = 1000,
+    resamples: Annotated[int, typer.Option(help="How often the images are drawn again.", min=40)] = 1000,
     json: Json = False,
 ) -> None:
     """Train every row of TABLE (a shipped name or a YAML file) with several seeds on data=PATH into out=DIR, published beside measured."""
@@ -125,14 +125,14 @@ def cam_(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", show_default=False)],
     sources: Annotated[list[str] | None, typer.Argument(metavar="IMAGE... [KEY=VALUE]...", show_default=False)] = None,
     beside: Annotated[str | None, typer.Option(metavar="RUN_B", help="A second run, drawn beside the first in the same colours.")] = None,
-    class_: Annotated[str | None, typer.Option("--class", help="The class, by default that of each picture's best detection.")] = None,
+    class_: Annotated[str | None, typer.Option("--class", help="The class, by default that of each image's best detection.")] = None,
     score: Annotated[float, typer.Option(help="The least score of a detection.")] = 0.3,
     alone: Annotated[bool, typer.Option("--best", help="Of the class's best place alone, not of all places by their scores.")] = False,
     only: Annotated[list[str] | None, typer.Option(help=f"Only this, can be repeated: {', '.join(cam.PARTS)}.")] = None,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
-    """Draw what the features of a run speak for in pictures, level by level, before and after each module, and its gates and weights."""
+    """Draw what the features of a run speak for in images, level by level, before and after each module, and its gates and weights."""
     words = sources or []
     files = [word for word in words if not is_override(word)]
     overrides = [word for word in words if is_override(word)]
@@ -140,7 +140,7 @@ def cam_(
     options = config.parse(config.overridden({}, own))
     predict.only(overrides, *predict.SETTABLE, "device", "out")
     if not files:
-        raise InputError("which pictures? Write fusedet cam RUN IMAGE..., files, folders or globs")
+        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, folders or globs")
     made = cam.cam(
         run,
         list(Sources(files)),
@@ -155,7 +155,7 @@ def cam_(
         trust=trust,
     )
     if json:
-        return print_json({"out": str(made.out), "pictures": made.figures})
+        return print_json({"out": str(made.out), "images": made.figures})
     for line in cam.report(made.figures):
         out.print(escape(line))
     print_files(made.files)

@@ -1,4 +1,4 @@
-"""The verbs that make, score and use a model."""
+"""The commands that make, score and use a model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(
         return print_json(trained.figures | {"out": str(trained.out)})
     tables.score(out, trained.figures, f"{trained.out}: best weights on {options.data.val}")
     print_files(trained.files)
-    out.print(f"next: fusedet predict {escape(str(trained.out))} PICTURE_OR_FOLDER...")
+    out.print(f"next: fusedet predict {escape(str(trained.out))} IMAGE_OR_FOLDER...")
 
 
 def val_(
@@ -90,35 +90,35 @@ def val_(
         wanted = predict.only(overrides, "data", "test", "device", "out")
         options = config.parse(config.overridden(saved.tree() | {"out": None}, wanted))
     scored = split or options.data.val
-    records = read(options.data.path or "", scored, images=options.data.images, need_pictures=not is_results)
+    dataset = read(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
-    server_split = coco_submission.of_server(records, options.test.max_det) if submit else None
-    if server_split and (warning := coco_submission.incomplete(records, server_split)) and not distributed.place()[0]:
+    server_split = coco_submission.of_server(dataset, options.test.max_det) if submit else None
+    if server_split and (warning := coco_submission.incomplete(dataset, server_split)) and not distributed.place()[0]:
         err.print(escape(warning))
-    annotated = len(records.labels) > 0
+    annotated = len(dataset.labels) > 0
     if not annotated and not submit:
-        raise InputError(f"{records.source} has no objects to score by: use fusedet predict, or for COCO's server --submission")
+        raise InputError(f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission")
     if is_results:
         results = evaluation.load_results(path)
         masks = bool(results) and all("segmentation" in result for result in results)
     else:
-        validate.check_names(records, names, str(file))
+        validate.check_names(dataset, names, str(file))
         if masks := validate.finds_masks(detector):
-            validate.check_masks(records)
+            validate.check_masks(dataset)
         with distributed.shared(options.device) as (rank, world, device):
             ready = predict.tuned(detector.to(device), options)
-            loader = validate.val_loader(options, records, rank, world)
-            results = validate.detect(ready, loader if rank else track(json, loader, len(loader), "pictures"), records, device)
+            loader = validate.val_loader(options, dataset, rank, world)
+            results = validate.detect(ready, loader if rank else track(json, loader, len(loader), "images"), dataset, device)
         if rank:
             return
-    rows = coco_submission.checked(records, results) if submit else {}
+    rows = coco_submission.checked(dataset, results) if submit else {}
     figures: dict[str, Any] = {"detections": len(results)}
     if annotated:
-        figures = validate.score(records, results, voc=voc or records.form == "voc", evaluator=evaluator, masks=masks)
+        figures = validate.score(dataset, results, voc=voc or dataset.form == "voc", evaluator=evaluator, masks=masks)
     parent = path if path.is_dir() else path.parent
     target = run_dir.fresh(options.out) if options.out else run_dir.numbered(parent, f"val-{Path(scored).stem}")
-    files = validate.report(records, results, figures, target, title=f"{path.name} on {scored}") if annotated else {}
+    files = validate.report(dataset, results, figures, target, title=f"{path.name} on {scored}") if annotated else {}
     if server_split:
         files |= coco_submission.write(rows, server_split, path.name if path.is_dir() else path.stem, target)
     if json:
@@ -150,11 +150,11 @@ def info(words: Words = None, classes: Classes = None, trust: Trust = False, jso
 
 def demo(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    images: Annotated[int, typer.Option(help="Pictures to generate.", min=10)] = 800,
-    seed: Annotated[int, typer.Option(help="Of the pictures and the training.", min=0)] = 0,
+    images: Annotated[int, typer.Option(help="Images to generate.", min=10)] = 800,
+    seed: Annotated[int, typer.Option(help="Of the images and the training.", min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Generate a data set, train retinanet_tiny on it, score it and draw what it found: no download, minutes on two cores."""
+    """Generate a dataset, train retinanet_tiny on it, score it and draw what it found: no download, minutes on two cores."""
     trained = run_demo([f"train.seed={seed}", *(words or [])], images, seed, say=speaker(json), quiet=json)
     if json:
         return print_json(trained.figures | {"out": str(trained.out.parent), "files": {k: str(v) for k, v in trained.files.items()}})

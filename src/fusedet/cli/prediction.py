@@ -1,4 +1,4 @@
-"""The verb that predicts, in one process or many, a few pictures or millions."""
+"""The command that predicts, in one process or many, a few images or millions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,20 @@ def predict_(
     model: Annotated[str, typer.Argument(metavar="RUN|CKPT", show_default=False)],
     sources: Annotated[list[str] | None, typer.Argument(metavar="SOURCE... [KEY=VALUE]...", show_default=False)] = None,
     score: Annotated[float, typer.Option(help="Boxes drawn have at least this score; the json holds all.")] = 0.3,
-    batch: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images at once.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    draw: Annotated[bool, typer.Option(help="Draw the boxes on copies of the pictures.")] = True,
+    draw: Annotated[bool, typer.Option(help="Draw the boxes on copies of the images.")] = True,
     resume: Annotated[bool, typer.Option(help="Go on in out=FOLDER where the same command stopped; where it never began, begin.")] = False,
     on_bad_image: Annotated[
-        str, typer.Option(help="error: a picture that cannot be read ends it; skip: it is counted and listed.")
+        str, typer.Option(help="error: an image that cannot be read ends it; skip: it is counted and listed.")
     ] = "error",
-    part: Annotated[
-        int | None, typer.Option(help=f"Pictures written at once, {batch_predict.PART} where there are as many.", min=1)
-    ] = None,
+    part: Annotated[int | None, typer.Option(help=f"Images written at once, {batch_predict.PART} where there are as many.", min=1)] = None,
     parts_: Annotated[bool, typer.Option("--parts", help="Leave the parts, with an index.json, instead of one predictions.json.")] = False,
-    workers: Annotated[int, typer.Option(help="Threads that read pictures ahead.", min=0)] = 2,
+    workers: Annotated[int, typer.Option(help="Threads that read images ahead.", min=0)] = 2,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
-    """Find objects in pictures: files, folders, globs, @FILE with a path a line, or "-" for such a list on standard input."""
+    """Find objects in images: files, folders, globs, @FILE with a path a line, or "-" for such a list on standard input."""
     given = [s for s in sources or [] if not is_override(s)]
     overrides = [s for s in sources or [] if is_override(s)]
     of_model = [o for o in overrides if o.partition("=")[0] not in ("device", "out")]
@@ -45,7 +43,7 @@ def predict_(
     predict.only(overrides, *predict.SETTABLE, "device", "out")
     if not given:
         raise InputError(
-            'which pictures? Write fusedet predict RUN SOURCE..., files, folders, globs, @FILE with a path a line, or "-" for one '
+            'which images? Write fusedet predict RUN SOURCE..., files, folders, globs, @FILE with a path a line, or "-" for one '
             "on standard input"
         )
     if precision not in ("fp32", "bf16"):
@@ -64,7 +62,7 @@ def predict_(
         parent = Path(model) if Path(model).is_dir() else Path(model).parent
         target = Path(options.out) if options.out else run_dir.free(parent, "predict")
         asked = batch_predict.Options(batch, score, draw, part, parts_, cast(Literal["error", "skip"], on_bad_image), workers, rank, world)
-        with tables.progress(err if json else out, found.count(), "pictures", hidden=rank > 0) as advance:
+        with tables.progress(err if json else out, found.count(), "images", hidden=rank > 0) as advance:
             written = batch_predict.predict(predictor, found, target, asked, precision=precision, resume=resume, advance=advance)
     _say(written, score, rank, json)
 
@@ -82,8 +80,8 @@ def _say(written: dict[str, Any], score: float, rank: int, json: bool) -> None:
         return out.print(f"process {rank} has done its parts, {written['left']} of other processes are still to come")
     if json:
         return print_json(written)
-    pictures, detections = (plural(written[f"{thing}s"], thing) for thing in ("picture", "detection"))
-    out.print(f"{pictures}, {detections}, {written['shown']} of them with a score of {score:g} or more")
+    images, detections = (plural(written[f"{thing}s"], thing) for thing in ("image", "detection"))
+    out.print(f"{images}, {detections}, {written['shown']} of them with a score of {score:g} or more")
     if written["skipped"]:
-        out.print(f'{plural(written["skipped"], "picture")} could not be read, listed under "skipped" in what was written')
+        out.print(f'{plural(written["skipped"], "image")} could not be read, listed under "skipped" in what was written')
     print_files({name: Path(path) for name, path in written["files"].items()})

@@ -32,7 +32,7 @@ def score(console: Console, figures: dict[str, Any], title: str) -> None:
         console.print("  ".join(f"{name.replace('_', ' ')} {number(figures[name])}" for name in extra))
     columns = ["AP", "AP50", *(["mask_AP", "mask_AP50"] if "mask_AP" in figures else []), *extra]
     classes = Table()
-    for name in ("class", "pictures", "objects", *columns):
+    for name in ("class", "images", "objects", *columns):
         classes.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")
     for row in figures["classes"]:
         classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns))
@@ -41,7 +41,7 @@ def score(console: Console, figures: dict[str, Any], title: str) -> None:
 
 def comparison(console: Console, found: dict[str, Any]) -> None:
     """Figures of two runs side by side with the difference's interval, then per class, then the errors by kind."""
-    level = f"{100 * found['level']:g} % over pictures"
+    level = f"{100 * found['level']:g} % over images"
     console.print(f"A: {escape(found['a'])}\nB: {escape(found['b'])}")
     for title, rows in (("", [{"name": name} | found["figures"][name] for name in found["figures"]]), ("class", found["classes"])):
         table = Table()
@@ -64,7 +64,7 @@ def comparison(console: Console, found: dict[str, Any]) -> None:
 
 
 def centres(console: Console, classes: list[dict[str, Any]]) -> None:
-    """Per class, what share of its objects lies in each quarter of the picture."""
+    """Per class, what share of its objects lies in each quarter of the image."""
     quarters = [name for name in classes[0] if name not in ("name", "objects")]
     table = Table()
     for name in ("class", "objects", *quarters):
@@ -77,8 +77,8 @@ def centres(console: Console, classes: list[dict[str, Any]]) -> None:
 
 def cost(console: Console, figures: dict[str, Any], title: str) -> None:
     """Parameters and multiply-adds per part."""
-    height, width = figures["picture"]
-    table = Table(title=f"{escape(title)}, one picture of {height} x {width}", title_justify="left")
+    height, width = figures["image"]
+    table = Table(title=f"{escape(title)}, one image of {height} x {width}", title_justify="left")
     for name in ("part", "parameters", "trainable", "multiply-adds (G)"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for name, row in [*figures["parts"].items(), ("all", figures)]:
@@ -103,17 +103,17 @@ def report(console: Console, split: str, found: Report) -> None:
 
 
 def _content(console: Console, split: str, figures: dict[str, Any]) -> None:
-    sizes, empty = figures["sizes"], figures["empty_pictures"]
-    pictures, objects = plural(figures["pictures"], "picture"), plural(figures["objects"], "object")
-    console.print(f"[bold]{escape(split)}[/]: {pictures} ({empty} without objects), {objects}")
+    sizes, empty = figures["sizes"], figures["empty_images"]
+    images, objects = plural(figures["images"], "image"), plural(figures["objects"], "object")
+    console.print(f"[bold]{escape(split)}[/]: {images} ({empty} without objects), {objects}")
     console.print(
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
-        f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_picture']} in one picture"
+        f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_image']} in one image"
     )
     if small := figures.get("smallest"):
         w, h = small["original"]
         console.print(
-            f"  smallest after the resize: {w:.0f}x{h:.0f} becomes {small['network_side']:.1f} pixels, in {escape(small['picture'])}"
+            f"  smallest after the resize: {w:.0f}x{h:.0f} becomes {small['network_side']:.1f} pixels, in {escape(small['image'])}"
         )
     table = Table("class", "objects")
     for name, count in figures["classes"].items():

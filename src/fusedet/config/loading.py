@@ -49,12 +49,12 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     return tree
 
 
-def names(room: str = "models") -> list[str]:
+def names(package: str = "models") -> list[str]:
     """The names of the shipped configs."""
-    return sorted(p.name.removesuffix(".yaml") for p in (_SHIPPED / room).iterdir() if p.name.endswith(".yaml") and p.name[0] != "_")
+    return sorted(p.name.removesuffix(".yaml") for p in (_SHIPPED / package).iterdir() if p.name.endswith(".yaml") and p.name[0] != "_")
 
 
-def find(name: str | Path, room: str = "models", kind: str = "config", folder: Any = None) -> Any:
+def find(name: str | Path, package: str = "models", kind: str = "config", folder: Any = None) -> Any:
     """The YAML file that a name means: itself, or one of that name in `folder`, else a shipped one. Raises InputError where there is none.
 
     kind: what the name is, for the message; a file in `folder` wins, so that a folder of configs moves as a whole.
@@ -67,13 +67,13 @@ def find(name: str | Path, room: str = "models", kind: str = "config", folder: A
         return beside
     if is_file:
         if not _exists(path):
-            what, known = "table" if room == "ablations" else "config", names(room)
-            some = f"a name: known are {nearest(path.stem, known, _LISTER)}" if room == "models" else f"one of {', '.join(known)}"
+            what, known = "table" if package == "ablations" else "config", names(package)
+            some = f"a name: known are {nearest(path.stem, known, _LISTER)}" if package == "models" else f"one of {', '.join(known)}"
             raise InputError(f"there is no {what} file {path}: give a YAML file, or {some}")
         return path
-    shipped = _SHIPPED / room / f"{name}.yaml"
+    shipped = _SHIPPED / package / f"{name}.yaml"
     if not _exists(shipped):
-        raise unknown(kind, name, names(room), lister=_LISTER)
+        raise unknown(kind, name, names(package), lister=_LISTER)
     return shipped
 
 
@@ -149,15 +149,15 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _texts(one, f"{key}.{i}")
 
 
-def _file(path: Any, room: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
+def _file(path: Any, package: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
     own = read(path)
     base = own.pop("base", None)
     if base is None:
         return _merge({}, own, str(path))
-    parent = find(base, room, f"base of {path}:", path.parent)
+    parent = find(base, package, f"base of {path}:", path.parent)
     if str(parent) in (str(path), *children):
         raise InputError(f"{path} is, through {parent}, its own base")
-    return _merge(_file(parent, room, (str(path), *children)), own, str(path))
+    return _merge(_file(parent, package, (str(path), *children)), own, str(path))
 
 
 def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str, Any]:

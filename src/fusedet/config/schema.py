@@ -43,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pictures are and how the network sees them."""
+    """Where the images are and how the network sees them."""
 
     path: str | None = None
     train: str = "train"
@@ -109,7 +109,7 @@ class Train:
         for key in ("lr", "gamma", "clip_norm", "bias_lr"):
             value = getattr(self, key)
             _need(value is None or 0 < value < math.inf, f"train.{key}", value, "above 0 and finite")
-        _need(0 <= self.max_bad_images <= 1, "train.max_bad_images", self.max_bad_images, "a share of the pictures, 0 to 1")
+        _need(0 <= self.max_bad_images <= 1, "train.max_bad_images", self.max_bad_images, "a share of the images, 0 to 1")
         _need(0 <= self.momentum < 1, "train.momentum", self.momentum, "0 or more and below 1")
         _need(0 < self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "above 0 and at most 1")
         if self.checkpoint_every is not None:
@@ -121,7 +121,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Test:
-    """How raw outputs become detections. Each picture is seen at all `scales`, short sides, data.size's where there are none."""
+    """How raw outputs become detections. Each image is seen at all `scales`, short sides, data.size's where there are none."""
 
     score: float = 0.05
     nms: float = 0.5

@@ -1,1 +1,1 @@
-"""Data sets: readers, transforms, loaders, converters and a generator."""
+"""Datasets: readers, transforms, loaders, converters and a generator."""

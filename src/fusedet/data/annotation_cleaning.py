@@ -1,4 +1,4 @@
-"""Bad boxes counted, dropped where nothing else is possible, and the rest made into Records: the end of every reader."""
+"""Bad boxes counted, dropped where nothing else is possible, and the rest made into DetectionDataset: the end of every reader."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 
 NOT_FINITE = "boxes with NaN or infinite coordinates: dropped"
 NEGATIVE = "boxes of negative width or height: dropped"
 NO_AREA = "boxes of no area: not trained on"
-OUTSIDE = "boxes wholly outside their picture: not trained on"
-CLIPPED = "boxes partly outside their picture: clipped in training"
-REPEATED = "boxes that repeat another of the same class in the same picture: kept"
-NO_PICTURE = "annotations of pictures that are not listed: dropped"
+OUTSIDE = "boxes wholly outside their image: not trained on"
+CLIPPED = "boxes partly outside their image: clipped in training"
+REPEATED = "boxes that repeat another of the same class in the same image: kept"
+NO_IMAGE = "annotations of images that are not listed: dropped"
 BAD_AREA = "annotated areas that are negative or not finite: width x height taken"
-BAD_OUTLINE = (
-    "outlines that cannot be drawn (no polygons, no RLE of their picture's size, not finite or far away): dropped, their boxes kept"
+BAD_SEGMENTATION = (
+    "segmentations that cannot be drawn (no polygons, no RLE of their image's size, not finite or far away): dropped, their boxes kept"
 )
 SAME_ID = "annotations whose id an earlier one has: kept"
 AS_TEXT = "boxes with numbers in quotes: read as numbers"
-LISTED_TWICE = "pictures listed more than once: read once"
-NO_LABELS = "pictures without a label file: background"
+LISTED_TWICE = "images listed more than once: read once"
+NO_LABELS = "images without a label file: background"
 
 MARGIN = 0.1  # pixels beyond the border that are rounding, not a fault
 ROUNDING = 1e-6  # pixels of width or height, above or below zero, that are none
@@ -41,13 +41,13 @@ def gather(
     boxes: np.ndarray,
     labels: np.ndarray,
     ignore: np.ndarray,
-    outlines: Sequence[bytes],
+    segmentations: Sequence[bytes],
     source: str | Path,
     form: str,
     area: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
-) -> Records:
-    """Records without the boxes that cannot be used, all faults counted; columns as in `Records.from_arrays`.
+) -> DetectionDataset:
+    """DetectionDataset without the boxes that cannot be used, all faults counted; columns as in `DetectionDataset.from_arrays`.
 
     area (M,) may hold NaN where the file gives none: width x height is taken.
     """
@@ -57,7 +57,7 @@ def gather(
     extent = np.prod(kept[:, 2:] - kept[:, :2], axis=1)
     area = extent if area is None else np.where(np.isnan(area[keep]), extent, area[keep])
     counts = Counter(dict(problems or {})) + met
-    return Records.from_arrays(
+    return DetectionDataset.from_arrays(
         names,
         category_ids,
         image_ids=image_ids,
@@ -68,7 +68,7 @@ def gather(
         labels=labels[keep],
         ignore=ignore[keep],
         area=area,
-        outlines=outlines if keep.all() else [outlines[i] for i in np.flatnonzero(keep).tolist()],
+        segmentations=segmentations if keep.all() else [segmentations[i] for i in np.flatnonzero(keep).tolist()],
         source=source,
         form=form,
         problems={text: int(n) for text, n in counts.items() if n},
@@ -100,7 +100,7 @@ def sift(owners: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.nd
 
 
 def _repeats(owners: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> int:
-    """How many rows equal an earlier one in picture, class and box."""
+    """How many rows equal an earlier one in image, class and box."""
     rows = np.column_stack([owners, labels, boxes])
     rows = rows[np.lexsort(rows.T)]
     return int((rows[1:] == rows[:-1]).all(axis=1).sum())

@@ -1,4 +1,4 @@
-"""Pictures that could not be read in the middle of a training: replaced by others, listed in the run, and no more than a stated share."""
+"""Images that could not be read in the middle of a training: replaced by others, listed in the run, and no more than a stated share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusedet.errors import InputError
 
 
 class Skipped(NamedTuple):
-    """One time that a picture was replaced: in which epoch and batch (from 1), the picture's id and file, and what was wrong."""
+    """One time that an image was replaced: in which epoch and batch (from 1), the image's id and file, and what was wrong."""
 
     epoch: int
     batch: int
@@ -29,12 +29,12 @@ class Skipped(NamedTuple):
 class Ledger:
     """What a training had to replace, in skipped.csv of its folder; the same file for any number of processes and after a resume.
 
-    share: of the `pictures`, how many different ones may be bad, at least one. Each process writes down its own at once; they come
+    share: of the `images`, how many different ones may be bad, at least one. Each process writes down its own at once; they come
     together when an epoch begins and ends, so all processes call `begin`, `end` and `close` alike.
     """
 
-    def __init__(self, folder: Path, pictures: int, share: float, rank: int = 0, world: int = 1) -> None:
-        self.folder, self.pictures, self.share, self.rank, self.world = folder, pictures, share, rank, world
+    def __init__(self, folder: Path, images: int, share: float, rank: int = 0, world: int = 1) -> None:
+        self.folder, self.images, self.share, self.rank, self.world = folder, images, share, rank, world
         self.rows: list[Skipped] = []  # of this process; of all of them before the run began, for the first
         self.bad: set[int] = set()
         self.begun = False
@@ -62,7 +62,7 @@ class Ledger:
         self._share()
 
     def add(self, row: Skipped) -> None:
-        """Write one down. Raises InputError where it is one picture too many."""
+        """Write one down. Raises InputError where it is one image too many."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = not self.file.exists()
         with self.file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
@@ -93,10 +93,10 @@ class Ledger:
         self.bad |= {row.image_id for part in _gathered(self.rows, self.world) for row in part}
 
     def _check(self, last: Skipped | None = None) -> None:
-        if len(self.bad) <= allowed(self.pictures, self.share):
+        if len(self.bad) <= allowed(self.images, self.share):
             return
         raise InputError(
-            f"{len(self.bad)} of the {self.pictures} training pictures cannot be read, more than train.max_bad_images={self.share:g} allows"
+            f"{len(self.bad)} of the {self.images} training images cannot be read, more than train.max_bad_images={self.share:g} allows"
             f"{f', the last: {last.reason}' if last else ''}; fusedet doctor lists them, raise the share if they shall be trained around"
         )
 
@@ -109,20 +109,20 @@ class Ledger:
         replace(self.file, text.getvalue().encode(errors="surrogateescape"))
 
 
-def allowed(pictures: int, share: float) -> int:
-    """How many of the pictures may be bad: the share, rounded up.
+def allowed(images: int, share: float) -> int:
+    """How many of the images may be bad: the share, rounded up.
 
     >>> allowed(8, 0.01), allowed(1000, 0.01), allowed(1000, 0)
     (1, 10, 0)
     """
-    return math.ceil(round(pictures * share, 6))
+    return math.ceil(round(images * share, 6))
 
 
 def summary(rows: Iterable[Skipped], file: Path) -> str:
     """One line for the user."""
     rows = list(rows)
     files = {row.file: row.reason for row in rows}
-    plural = "picture was" if len(files) == 1 else "pictures were"
+    plural = "image was" if len(files) == 1 else "images were"
     times = "once" if len(rows) == 1 else f"{len(rows)} times"
     return f"warning: {len(files)} training {plural} replaced {times}, see {file}; the first: {next(iter(files.values()))}"
 

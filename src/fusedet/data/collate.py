@@ -1,4 +1,4 @@
-"""Pictures and their targets to one batch, padded alike."""
+"""Images and their targets to one batch, padded alike."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedet.data.dataset import Record
+from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.transforms import Eval, Transform
 from fusedet.types import MULTIPLE, Batch, Target
 
 
 class Sample(NamedTuple):
-    """A picture ready for the network: image (3, H, W) uint8, scale (x, y), its id and its target."""
+    """An image ready for the network: image (3, H, W) uint8, scale (x, y), its id and its target."""
 
     image: Tensor
     scale: tuple[float, float]
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 def collate(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batch:
     """One batch, channels-last in memory, padded with zeros to multiples of 32 of the largest height and width.
 
-    canvas (height, width) that the batch has at least, before rounding. Masks are padded like the pictures.
+    canvas (height, width) that the batch has at least, before rounding. Masks are padded like the images.
     """
     sizes = [tuple(s.image.shape[1:]) for s in samples]
     height, width = (-(-max(side) // MULTIPLE) * MULTIPLE for side in zip(canvas, *sizes))
@@ -43,15 +43,15 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batc
     )
 
 
-def see(image: Tensor, record: Record, transforms: Iterable[Transform], masks: bool = False) -> list[Sample]:
-    """A picture (3, H, W) uint8 as each of the transforms gives it."""
+def see(image: Tensor, record: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False) -> list[Sample]:
+    """An image (3, H, W) uint8 as each of the transforms gives it."""
     seen = [transform(image, record, masks) for transform in transforms]
     return [Sample(changed, scale, record.image_id, target) for changed, scale, target in seen]
 
 
-def collate_views(pictures: Sequence[Sequence[Sample]], views: Sequence[Eval] = (), canvas: tuple[int, int] = (1, 1)) -> Batch:
-    """One batch of pictures, each given by its samples: the first ones, and in `Batch.views` those of the further `views`."""
-    first, *others = zip(*pictures, strict=True)
+def collate_views(images: Sequence[Sequence[Sample]], views: Sequence[Eval] = (), canvas: tuple[int, int] = (1, 1)) -> Batch:
+    """One batch of images, each given by its samples: the first ones, and in `Batch.views` those of the further `views`."""
+    first, *others = zip(*images, strict=True)
     seen = (replace(collate(samples), flipped=view.flip) for samples, view in zip(others, views, strict=True))
     return replace(collate(first, canvas), views=tuple(seen))
 

@@ -1,4 +1,4 @@
-"""Annotations of a data set, read once into flat tensors that every worker sees and none copies.
+"""Annotations of a dataset, read once into flat tensors that every worker sees and none copies.
 
 Forked workers share the pages; for spawned ones torch moves tensors to shared memory when it pickles them.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Record:
-    """One picture and its objects, as annotated.
+class ImageAnnotations:
+    """One image and its objects, as annotated.
 
-    boxes (G, 4) float64 xyxy in the picture's pixels after EXIF rotation, continuous with origin 0, not clipped;
+    boxes (G, 4) float64 xyxy in the image's pixels after EXIF rotation, continuous with origin 0, not clipped;
     labels (G,) int64 in 0..K-1; ignore (G,) bool, crowds (COCO) and difficult objects (VOC);
     area (G,) float64, the annotated area where the format has one, else width x height;
     segments, per object polygons [[x, y, ...], ...], a COCO RLE dict, or None.
@@ -40,10 +40,10 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Records:
-    """A split of a data set: `len`, index and iterate to get each picture's `Record`.
+class DetectionDataset:
+    """A split of a dataset: `len`, index and iterate to get each image's `Record`.
 
-    names (K,) and category_ids (K,), the data set's own ids; source, what was read; form, "coco", "voc" or "yolo";
+    names (K,) and category_ids (K,), the dataset's own ids; source, what was read; form, "coco", "voc" or "yolo";
     problems, how often each kind of bad annotation was met, by a sentence that says what was done about it.
     """
 
@@ -53,7 +53,7 @@ class Records:
     form: str
     image_ids: Tensor  # (N,) int64
     sizes: Tensor  # (N, 2) int64, height and width
-    offsets: Tensor  # (N + 1,) int64, where each picture's objects begin
+    offsets: Tensor  # (N + 1,) int64, where each image's objects begin
     boxes: Tensor  # (M, 4) float64
     labels: Tensor  # (M,) int64
     ignore: Tensor  # (M,) bool
@@ -67,14 +67,14 @@ class Records:
         cls,
         names: Iterable[str],
         category_ids: Iterable[int],
-        records: Iterable[Record],
+        dataset: Iterable[ImageAnnotations],
         *,
         source: str | Path,
         form: str,
         problems: Mapping[str, int] | None = None,
-    ) -> Records:
-        """Flatten records."""
-        rows = list(records)
+    ) -> DetectionDataset:
+        """Flatten dataset."""
+        rows = list(dataset)
 
         def column(empty: tuple[int, ...], name: str) -> np.ndarray:
             return np.concatenate([np.zeros(empty), *(np.reshape(getattr(r, name), (-1, *empty[1:])) for r in rows)])
@@ -90,7 +90,7 @@ class Records:
             labels=column((0,), "labels"),
             ignore=column((0,), "ignore"),
             area=column((0,), "area"),
-            outlines=[pack_outline(s) for r in rows for s in r.segments],
+            segmentations=[pack_segmentation(s) for r in rows for s in r.segments],
             source=source,
             form=form,
             problems=problems,
@@ -110,15 +110,15 @@ class Records:
         labels: np.ndarray,
         ignore: np.ndarray,
         area: np.ndarray,
-        outlines: Sequence[bytes],
+        segmentations: Sequence[bytes],
         source: str | Path,
         form: str,
         problems: Mapping[str, int] | None = None,
-    ) -> Records:
+    ) -> DetectionDataset:
         """The same as `build` from flat columns, for large sets.
 
-        Pictures: image_ids (N,), sizes (N, 2) height and width, paths. Objects in any order: owners (M,) index their
-        pictures; boxes (M, 4), labels, ignore, area (M,), outlines as `pack_outline` gives them. A picture's objects
+        Images: image_ids (N,), sizes (N, 2) height and width, paths. Objects in any order: owners (M,) index their
+        images; boxes (M, 4), labels, ignore, area (M,), segmentations as `pack_segmentation` gives them. An image's objects
         keep their order.
         """
         order = np.argsort(owners, kind="stable")
@@ -140,26 +140,26 @@ class Records:
             ignore=tensor(ignore[order], np.bool_),
             area=tensor(area[order], np.float64),
             paths=Packed.of([p.encode("utf-8", "surrogateescape") for p in paths]),
-            segments=Packed.of([outlines[i] for i in order.tolist()]),
+            segments=Packed.of([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
         )
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[ImageAnnotations]:
         return (self[i] for i in range(len(self)))
 
     def path(self, i: int) -> Path:
-        """The file of picture i."""
+        """The file of image i."""
         return Path(self.paths[i].decode("utf-8", "surrogateescape"))
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> ImageAnnotations:
         if not 0 <= i < len(self):
             raise IndexError(i)
         begin, end = self.offsets[i : i + 2].tolist()
         height, width = self.sizes[i].tolist()
-        return Record(
+        return ImageAnnotations(
             image_id=int(self.image_ids[i]),
             path=self.path(i),
             height=height,
@@ -168,11 +168,11 @@ class Records:
             labels=self.labels[begin:end].numpy(),
             ignore=self.ignore[begin:end].numpy(),
             area=self.area[begin:end].numpy(),
-            segments=[unpack_outline(self.segments[j]) for j in range(begin, end)],
+            segments=[unpack_segmentation(self.segments[j]) for j in range(begin, end)],
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any picture's name, size, box, label or class name."""
+        """16 hex digits that change with any image's name, size, box, label or class name."""
         digest = hashlib.sha256(json.dumps([self.names, self.category_ids]).encode())
         for i in range(len(self)):
             digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
@@ -204,21 +204,21 @@ class Packed:
         return self.data[begin:end].numpy().tobytes()
 
 
-def pack_outline(outline: Any) -> bytes:
+def pack_segmentation(segmentation: Any) -> bytes:
     """An object's polygons as raw float64 (lossless, and much quicker than JSON), a RLE as JSON, None as nothing.
 
     Raises TypeError where a polygon holds anything but numbers.
     """
-    if outline is None:
+    if segmentation is None:
         return b""
-    if isinstance(outline, dict):
-        return json.dumps(outline).encode()
-    lengths = array("Q", [len(outline), *map(len, outline)])
-    return b"P" + lengths.tobytes() + b"".join(array("d", polygon).tobytes() for polygon in outline)
+    if isinstance(segmentation, dict):
+        return json.dumps(segmentation).encode()
+    lengths = array("Q", [len(segmentation), *map(len, segmentation)])
+    return b"P" + lengths.tobytes() + b"".join(array("d", polygon).tobytes() for polygon in segmentation)
 
 
-def unpack_outline(data: bytes) -> Any:
-    """What `pack_outline` packed: polygons [[x, y, ...], ...], a RLE dict or None."""
+def unpack_segmentation(data: bytes) -> Any:
+    """What `pack_segmentation` packed: polygons [[x, y, ...], ...], a RLE dict or None."""
     if not data:
         return None
     if data[:1] != b"P":

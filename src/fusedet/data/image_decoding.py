@@ -1,4 +1,4 @@
-"""Pictures from files, memory or arrays to uint8 RGB tensors."""
+"""Images from files, memory or arrays to uint8 RGB tensors."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ _DAMAGE = (
 """What Pillow's decoders raise on damaged files."""
 
 MAX_PIXELS = 178_956_970
-"""Pictures of more pixels are refused from their header, before anything is decoded; the environment's FUSEDET_MAX_PIXELS overrides it."""
+"""Images of more pixels are refused from their header, before anything is decoded; the environment's FUSEDET_MAX_PIXELS overrides it."""
 
 _REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program, the others Pillow knows by name alone
 
 
 def read_image(source: Source) -> Tensor:
-    """A picture's file, or its bytes, as uint8 (3, H, W) in RGB.
+    """An image's file, or its bytes, as uint8 (3, H, W) in RGB.
 
     EXIF orientation is applied; of several frames the first is read; transparent pixels are laid over white; 16-bit
     grey is scaled to 8 bit. The tensor lies channels-last in memory, as decoders write it.
-    Raises InputError, naming the file, for what is missing, empty, truncated, not a picture, larger than `max_pixels()`,
+    Raises InputError, naming the file, for what is missing, empty, truncated, not an image, larger than `max_pixels()`,
     or in pixels without an agreed range (floats, 32-bit integers).
     """
-    with _opened(source) as picture:
-        return _tensor(picture, _name(source))
+    with _opened(source) as image:
+        return _tensor(image, _name(source))
 
 
 def image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
@@ -61,72 +61,72 @@ def image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
 
     any_mode: whether pixels without an agreed range, which `read_image` refuses, have a size too.
     """
-    with _opened(source) as picture:
+    with _opened(source) as image:
         if not any_mode:
-            _refuse_mode(picture, _name(source))
-        return _upright_size(picture)
+            _refuse_mode(image, _name(source))
+        return _upright_size(image)
 
 
-def to_tensor(picture: Any) -> Tensor:
-    """A picture in any of the usual forms as uint8 (3, H, W) in RGB.
+def to_tensor(image: Any) -> Tensor:
+    """An image in any of the usual forms as uint8 (3, H, W) in RGB.
 
     Taken are a path, a file's bytes, a PIL image, a numpy array (H, W, 3) or (H, W) of uint8 in RGB or grey, and a tensor
     (3, H, W) of uint8, or of floats in 0..1. Raises InputError for anything else.
     """
-    if isinstance(picture, (str, os.PathLike, bytes)):
-        return read_image(picture)
-    if isinstance(picture, Image.Image):
+    if isinstance(image, (str, os.PathLike, bytes)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
         with _explained("the PIL image"):
-            return _tensor(picture, "the PIL image")
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)):
-            raise InputError(f"a numpy picture must be uint8 (H, W, 3) or (H, W), got {picture.dtype} {picture.shape}")
-        rgb = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
+            return _tensor(image, "the PIL image")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            raise InputError(f"a numpy image must be uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
+        rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
         return _not_empty(torch.from_numpy(np.array(rgb)).permute(2, 0, 1))
-    if isinstance(picture, Tensor):
-        return _from_tensor(picture.detach().cpu())
-    raise InputError(f"a picture must be a path, a PIL image, a numpy array or a tensor, got {type(picture).__name__}")
+    if isinstance(image, Tensor):
+        return _from_tensor(image.detach().cpu())
+    raise InputError(f"an image must be a path, a PIL image, a numpy array or a tensor, got {type(image).__name__}")
 
 
-def _from_tensor(picture: Tensor) -> Tensor:
-    if picture.ndim != 3 or picture.shape[0] != 3 or not (picture.dtype == torch.uint8 or picture.is_floating_point()):
-        raise InputError(f"a tensor picture must be (3, H, W) of uint8, or of floats in 0..1, got {picture.dtype} {tuple(picture.shape)}")
-    _not_empty(picture)
-    if picture.dtype == torch.uint8:
-        return picture
-    low, high = (float(x) for x in torch.aminmax(picture))
+def _from_tensor(image: Tensor) -> Tensor:
+    if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise InputError(f"a tensor image must be (3, H, W) of uint8, or of floats in 0..1, got {image.dtype} {tuple(image.shape)}")
+    _not_empty(image)
+    if image.dtype == torch.uint8:
+        return image
+    low, high = (float(x) for x in torch.aminmax(image))
     if not (low >= 0 and high <= 1):  # false for NaN too
-        raise InputError(f"a float picture must lie in 0..1, got values from {low:g} to {high:g}")
-    return (picture.float() * 255).round().to(torch.uint8)
+        raise InputError(f"a float image must lie in 0..1, got values from {low:g} to {high:g}")
+    return (image.float() * 255).round().to(torch.uint8)
 
 
-def _not_empty(picture: Tensor) -> Tensor:
-    if picture.numel() == 0:
-        raise InputError(f"the picture has no pixels: its shape is {tuple(picture.shape)}")
-    return picture
+def _not_empty(image: Tensor) -> Tensor:
+    if image.numel() == 0:
+        raise InputError(f"the image has no pixels: its shape is {tuple(image.shape)}")
+    return image
 
 
 def _name(source: Source) -> str:
-    return f"the picture of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    return f"the image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
 
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
-    """The picture with its header read; whatever goes wrong while it is open is told as an InputError."""
+    """The image with its header read; whatever goes wrong while it is open is told as an InputError."""
     name, limit = _name(source), max_pixels()
     if not isinstance(source, bytes):
         _regular(source)
-    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=formats()) as picture:
-        if picture.width * picture.height > limit:
+    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=formats()) as image:
+        if image.width * image.height > limit:
             raise _too_large(name)
-        yield picture
+        yield image
 
 
 def _regular(path: str | os.PathLike[str]) -> None:
     """Raises InputError for a pipe or a device, which could be read for ever."""
     with _explained(os.fspath(path)):
         if endless(path):
-            raise InputError(f"{os.fspath(path)} is a pipe or a device: a picture's file was expected there")
+            raise InputError(f"{os.fspath(path)} is a pipe or a device: an image's file was expected there")
 
 
 def endless(path: str | os.PathLike[str]) -> bool:
@@ -136,7 +136,7 @@ def endless(path: str | os.PathLike[str]) -> bool:
 
 
 def max_pixels() -> int:
-    """The most pixels of a picture. Raises InputError where FUSEDET_MAX_PIXELS is no number."""
+    """The most pixels of an image. Raises InputError where FUSEDET_MAX_PIXELS is no number."""
     given = os.environ.get("FUSEDET_MAX_PIXELS")
     if given is None:
         return MAX_PIXELS
@@ -156,7 +156,7 @@ def _too_large(name: str) -> InputError:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The picture formats that are read: all of Pillow's, but for those that run a program."""
+    """The image formats that are read: all of Pillow's, but for those that run a program."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED)
 
@@ -168,9 +168,9 @@ def _explained(name: str) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{name} does not exist: a picture was expected there") from None
+        raise InputError(f"{name} does not exist: an image was expected there") from None
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is empty or not a picture in a format that Pillow reads") from error
+        raise InputError(f"{name} is empty or not an image in a format that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
     except _DAMAGE as error:
@@ -179,49 +179,49 @@ def _explained(name: str) -> Iterator[None]:
         raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
 
 
-def _turned(picture: Image.Image) -> int:
+def _turned(image: Image.Image) -> int:
     """EXIF's orientation as far as it is still to be applied: Pillow turns TIFF files itself."""
-    if picture.format == "TIFF":
+    if image.format == "TIFF":
         return 1
-    # PNG's own getexif would decode the whole picture to look behind the pixels, where no writer puts it
-    return Image.Image.getexif(picture).get(_ORIENTATION, 1)
+    # PNG's own getexif would decode the whole image to look behind the pixels, where no writer puts it
+    return Image.Image.getexif(image).get(_ORIENTATION, 1)
 
 
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
-    width, height = picture.size
-    return (width, height) if _turned(picture) in (5, 6, 7, 8) else (height, width)
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if _turned(image) in (5, 6, 7, 8) else (height, width)
 
 
-def _tensor(picture: Image.Image, name: str) -> Tensor:
-    if 0 in picture.size:
-        raise InputError(f"{name} has no pixels: it is {picture.width} wide and {picture.height} high")
-    turn = _TURN.get(_turned(picture))
-    rgb = _rgb(picture, name)
+def _tensor(image: Image.Image, name: str) -> Tensor:
+    if 0 in image.size:
+        raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
+    turn = _TURN.get(_turned(image))
+    rgb = _rgb(image, name)
     if turn is not None:
         rgb = rgb.transpose(turn)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
-def _rgb(picture: Image.Image, name: str) -> Image.Image:
-    """The picture in mode RGB."""
-    picture.load()  # `transparency` of a PNG is complete only now
-    mode = picture.mode
-    if mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    _refuse_mode(picture, name)
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """The image in mode RGB."""
+    image.load()  # `transparency` of a PNG is complete only now
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    _refuse_mode(image, name)
     if mode.startswith("I"):
-        eight = (np.asarray(picture).astype(np.uint32) + 128) // 257
+        eight = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
-    if "transparency" in picture.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        over = picture.convert("LA").convert("RGBA") if mode == "La" else picture.convert("RGBA")
+    if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        over = image.convert("LA").convert("RGBA") if mode == "La" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _refuse_mode(picture: Image.Image, name: str) -> None:
+def _refuse_mode(image: Image.Image, name: str) -> None:
     """Raises InputError for pixels without an agreed range; the header alone tells."""
-    mode = picture.mode
-    if mode == "F" or (mode == "I" and picture.format not in ("PNG", "PPM")):  # Pillow before 11.1 holds their 16 bit as "I"
+    mode = image.mode
+    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):  # Pillow before 11.1 holds their 16 bit as "I"
         kind = "32-bit integers" if mode == "I" else "floating-point numbers"
         raise InputError(f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel")
     if mode == "LAB":

@@ -1,4 +1,4 @@
-"""The files of a data set: finding pictures, reading their sizes from the header, staying inside the data folder."""
+"""The files of a dataset: finding images, reading their sizes from the header, staying inside the data folder."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def extensions() -> frozenset[str]:
     return frozenset(e for e, form in known.items() if form in formats()) | {".mpo"}
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file name ends as a picture's does; hidden files are none."""
+def is_image(name: str) -> bool:
+    """Whether a file name ends as an image's does; hidden files are none."""
     return os.path.splitext(name)[1].lower() in extensions() and not os.path.basename(name).startswith(".")
 
 
-def pictures_below(folder: Path) -> list[str]:
-    """All pictures in a folder and its subfolders, sorted by path."""
-    return sorted(path for path in files_below(folder) if is_picture(path))
+def images_below(folder: Path) -> list[str]:
+    """All images in a folder and its subfolders, sorted by path."""
+    return sorted(path for path in files_below(folder) if is_image(path))
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -119,9 +119,9 @@ def within(path: str, *folders: Path) -> bool:
 
 
 def require_some(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
-    """Raises InputError where not one of the first 100 pictures exists; the rest is for the doctor and the loader."""
+    """Raises InputError where not one of the first 100 images exists; the rest is for the doctor and the loader."""
     if paths and not any(map(os.path.exists, paths[:100])):
-        raise InputError(f"none of the first pictures that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there")
+        raise InputError(f"none of the first images that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there")
 
 
 def require_text(names: Iterable[str], source: str | Path) -> None:
@@ -144,12 +144,12 @@ def read_each(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
         return found + list(pool.map(read, files[_TRIED:]))
 
 
-def picture_sizes(paths: Sequence[str]) -> np.ndarray:
-    """(N, 2) int64 heights and widths after EXIF rotation; raises InputError that counts and names unreadable pictures."""
+def image_sizes(paths: Sequence[str]) -> np.ndarray:
+    """(N, 2) int64 heights and widths after EXIF rotation; raises InputError that counts and names unreadable images."""
 
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
-            height, width = image_size(path, any_mode=True)  # what cannot be trained on is told with all other bad pictures
+            height, width = image_size(path, any_mode=True)  # what cannot be trained on is told with all other bad images
             return (height, width) if height and width else InputError(f"{path} has no pixels: it is {width} wide and {height} high")
         except InputError as error:
             return error
@@ -157,7 +157,7 @@ def picture_sizes(paths: Sequence[str]) -> np.ndarray:
     found = read_each(attempt, paths)
     bad = [f for f in found if isinstance(f, InputError)]
     if len(bad) > 1:
-        raise InputError(f"{len(bad)} of {len(paths)} pictures cannot be read, the first: {bad[0]}") from bad[0]
+        raise InputError(f"{len(bad)} of {len(paths)} images cannot be read, the first: {bad[0]}") from bad[0]
     if bad:
         raise bad[0]
     return np.array(found, dtype=np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Records to batches: which pictures make a step, in every epoch and for every process."""
+"""DetectionDataset to batches: which images make a step, in every epoch and for every process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fusedet.data.bad_images import Ledger, Skipped
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.transforms import Eval, Transform
 from fusedet.data.worker_pool import Step, Steps, shuffled
 from fusedet.errors import InputError
@@ -17,14 +17,16 @@ from fusedet.types import Batch
 class TrainLoader:
     """The batches of any epoch, see `train_loader`."""
 
-    def __init__(self, records: Records, batch: int, seed: int, rank: int, world: int, steps: Steps, ledger: Ledger | None) -> None:
-        self.records, self.batch, self.seed, self.rank, self.world, self.steps = records, batch, seed, rank, world, steps
+    def __init__(
+        self, dataset: DetectionDataset, batch: int, seed: int, rank: int, world: int, steps: Steps, ledger: Ledger | None
+    ) -> None:
+        self.dataset, self.batch, self.seed, self.rank, self.world, self.steps = dataset, batch, seed, rank, world, steps
         self.ledger = ledger
-        height, width = records.sizes.numpy().T
+        height, width = dataset.sizes.numpy().T
         self.portrait = height > width
 
     def __len__(self) -> int:
-        return -(-len(self.records) // self.batch)
+        return -(-len(self.dataset) // self.batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The epoch's batches for this rank from step `start` on; the steps before it are not read."""
@@ -35,15 +37,15 @@ class TrainLoader:
         for number, (batch, bad) in enumerate(self.steps.run([Step(epoch, joint[own], joint) for joint in plan]), start):
             for index, reason in bad:
                 assert self.ledger
-                path = str(self.records.path(index))
-                self.ledger.add(Skipped(epoch + 1, number + 1, int(self.records.image_ids[index]), path, reason))
+                path = str(self.dataset.path(index))
+                self.ledger.add(Skipped(epoch + 1, number + 1, int(self.dataset.image_ids[index]), path, reason))
             yield batch
         if self.ledger:
             self.ledger.end()
 
 
 class EvalLoader:
-    """Every picture of this rank once, see `eval_loader`; it can be iterated again."""
+    """Every image of this rank once, see `eval_loader`; it can be iterated again."""
 
     def __init__(self, steps: Steps, plan: list[Step]) -> None:
         self.steps, self.plan = steps, plan
@@ -56,7 +58,7 @@ class EvalLoader:
 
 
 def train_loader(
-    records: Records,
+    dataset: DetectionDataset,
     transform: Transform,
     *,
     batch: int,
@@ -69,23 +71,23 @@ def train_loader(
     start_method: str | None = None,
     ledger: Ledger | None = None,
 ) -> TrainLoader:
-    """Shuffled batches of pictures of like orientation.
+    """Shuffled batches of images of like orientation.
 
-    batch, the pictures of one step over all `world` processes; process `rank` takes its slice and pads it like the joint
+    batch, the images of one step over all `world` processes; process `rank` takes its slice and pads it like the joint
     batch, so that the processes together see what one would. Every epoch has ceil(N / batch) steps, all full, see
-    `plan_epoch`. A picture's chance (size, flip, colours) is a function of seed, epoch and its index alone: `workers`
+    `plan_epoch`. An image's chance (size, flip, colours) is a function of seed, epoch and its index alone: `workers`
     (processes that read ahead; 0 reads here) and restarts change nothing. start_method is multiprocessing's.
-    With a ledger, a picture that cannot be read is replaced, see `Reader.instead`, and written down there when its batch is taken.
-    Raises InputError for an empty data set or sizes that do not divide, and, while iterating, for a picture that cannot
+    With a ledger, an image that cannot be read is replaced, see `Reader.instead`, and written down there when its batch is taken.
+    Raises InputError for an empty dataset or sizes that do not divide, and, while iterating, for an image that cannot
     be read.
     """
-    _check(records, batch, workers, rank, world)
-    steps = Steps(records, transform, seed, masks, workers, pin, start_method, replace=ledger is not None)
-    return TrainLoader(records, batch, seed, rank, world, steps, ledger)
+    _check(dataset, batch, workers, rank, world)
+    steps = Steps(dataset, transform, seed, masks, workers, pin, start_method, replace=ledger is not None)
+    return TrainLoader(dataset, batch, seed, rank, world, steps, ledger)
 
 
 def eval_loader(
-    records: Records,
+    dataset: DetectionDataset,
     transform: Transform,
     *,
     batch: int,
@@ -97,26 +99,26 @@ def eval_loader(
     start_method: str | None = None,
     views: Sequence[Eval] = (),
 ) -> EvalLoader:
-    """Each picture once, in order of aspect ratio so that there is little padding; the last batch may be smaller.
+    """Each image once, in order of aspect ratio so that there is little padding; the last batch may be smaller.
 
-    Batches of batch / world pictures go to the processes in turn. views: in which other ways each picture is seen, in the order of
+    Batches of batch / world images go to the processes in turn. views: in which other ways each image is seen, in the order of
     `Batch.views`; it is read once. Otherwise as `train_loader`.
     """
-    _check(records, batch, workers, rank, world)
-    height, width = records.sizes.numpy().T
+    _check(dataset, batch, workers, rank, world)
+    height, width = dataset.sizes.numpy().T
     order = np.argsort(width / np.maximum(height, 1), kind="stable").tolist()
     each = batch // world
     batches = [tuple(order[i : i + each]) for i in range(0, len(order), each)]
-    steps = Steps(records, transform, 0, masks, workers, pin, start_method, views)
+    steps = Steps(dataset, transform, 0, masks, workers, pin, start_method, views)
     return EvalLoader(steps, [Step(0, own, own) for own in batches[rank::world]])
 
 
 def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
     """The indices of every joint batch of an epoch, a function of its arguments alone: ceil(N / batch) full batches.
 
-    portrait (N,) bool splits the pictures in two groups. In shuffled order each group's pictures form batches as they
+    portrait (N,) bool splits the images in two groups. In shuffled order each group's images form batches as they
     come. What is left of both groups forms mixed batches at the end, and the last of them is filled up from the start of
-    the shuffled order (around and around, if there are fewer pictures than `batch`).
+    the shuffled order (around and around, if there are fewer images than `batch`).
     """
     order = shuffled(len(portrait), seed, epoch)
     waiting: tuple[list[int], list[int]] = ([], [])
@@ -133,11 +135,11 @@ def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[
     return plan + [tuple(rest[i : i + batch]) for i in range(0, len(rest), batch)]
 
 
-def _check(records: Records, batch: int, workers: int, rank: int, world: int) -> None:
-    if not len(records):
-        raise InputError(f"{records.source} has no pictures to load")
+def _check(dataset: DetectionDataset, batch: int, workers: int, rank: int, world: int) -> None:
+    if not len(dataset):
+        raise InputError(f"{dataset.source} has no images to load")
     if batch < 1 or batch % world:
-        raise InputError(f"batch counts the pictures of all processes: {batch} must be a multiple of the {world} processes")
+        raise InputError(f"batch counts the images of all processes: {batch} must be a multiple of the {world} processes")
     if not 0 <= rank < world:
         raise InputError(f"rank must be in 0..{world - 1}, got {rank}")
     if workers < 0:

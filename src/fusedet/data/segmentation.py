@@ -1,4 +1,4 @@
-"""Objects' outlines, checked where they come in: polygons and run-length codes that can be drawn into their picture."""
+"""Objects' segmentations, checked where they come in: polygons and run-length codes that can be drawn into their image."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.data.dataset import pack_outline
+from fusedet.data.dataset import pack_segmentation
 
-BROKEN = b"?"  # marks an outline that cannot be drawn
+BROKEN = b"?"  # marks a segmentation that cannot be drawn
 FAR = 1e6  # pixels: a line to a point beyond would be walked step by step
 
 
-def packed(outline: Any) -> bytes:
-    """What a COCO file gives as `segmentation`, as `pack_outline` packs it; nothing for no outline, BROKEN for one that cannot be drawn."""
-    if isinstance(outline, dict):
-        return pack_outline({"size": outline["size"], "counts": outline["counts"]}) if is_rle(outline) else BROKEN
-    if not isinstance(outline, list):
+def packed(segmentation: Any) -> bytes:
+    """What a COCO file gives as `segmentation`, as `pack_segmentation` packs it; nothing for no segmentation, BROKEN for one that cannot be drawn."""
+    if isinstance(segmentation, dict):
+        return pack_segmentation({"size": segmentation["size"], "counts": segmentation["counts"]}) if is_rle(segmentation) else BROKEN
+    if not isinstance(segmentation, list):
         return BROKEN
     try:
-        good = all(type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 and drawable(polygon) for polygon in outline)
-        return (pack_outline(outline) if outline else b"") if good else BROKEN
+        good = all(type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 and drawable(polygon) for polygon in segmentation)
+        return (pack_segmentation(segmentation) if segmentation else b"") if good else BROKEN
     except (TypeError, OverflowError):
         return BROKEN
 
 
-def is_rle(outline: dict[str, Any]) -> bool:
+def is_rle(segmentation: dict[str, Any]) -> bool:
     """Whether a mapping has the form of a run-length code, plain or in COCO's compressed form; `covered` tells whether it is one."""
-    counts, size = outline.get("counts"), outline.get("size")
+    counts, size = segmentation.get("counts"), segmentation.get("size")
     runs = counts if isinstance(counts, list) else []
     return isinstance(counts, str | list) and isinstance(size, list) and len(size) == 2 and set(map(type, [*runs, *size])) == {int}
 
@@ -40,13 +40,13 @@ def drawable(polygon: Sequence[float]) -> bool:
     return max(polygon) < FAR and min(polygon) > -FAR and math.isfinite(sum(polygon))
 
 
-def fits(outline: bytes, size: tuple[int, int]) -> bool:
-    """Whether a packed outline can be drawn into a picture of size (height, width): a run-length code must cover it exactly."""
-    if outline == BROKEN:
+def fits(segmentation: bytes, size: tuple[int, int]) -> bool:
+    """Whether a packed segmentation can be drawn into an image of size (height, width): a run-length code must cover it exactly."""
+    if segmentation == BROKEN:
         return False
-    if outline[:1] != b"{":
+    if segmentation[:1] != b"{":
         return True
-    rle = json.loads(outline)
+    rle = json.loads(segmentation)
     return tuple(rle["size"]) == size and covered(rle["counts"]) == size[0] * size[1]
 
 

@@ -18,14 +18,14 @@ from fusedet.errors import InputError
 Rng = np.random.Generator
 Array = np.ndarray
 
-VERSION = 5  # to be raised whenever the same parameters draw other pictures
+VERSION = 5  # to be raised whenever the same parameters draw other images
 MARKER = "demo.json"
 SMALLEST = 8.0  # pixels across
-LARGEST = 0.8  # of the picture's shorter side
+LARGEST = 0.8  # of the image's shorter side
 MOST_OBJECTS = 6
 HIDDEN = 0.2  # no object is hidden more than this
 TRIES = 20  # places tried for an object before it is left out
-EMPTY_EVERY = 25  # every 25th picture has no object
+EMPTY_EVERY = 25  # every 25th image has no object
 HUE_SPREAD = 0.06  # each class has its own hue, give or take this share of the circle: at 8 pixels a form alone says little
 SHADOW = 0.15  # how far a shadow reaches, of the object's radius
 
@@ -83,9 +83,9 @@ def generate(
     size: tuple[int, int] = (224, 288),
     splits: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write a data set in COCO's form and return its folder.
+    """Write a dataset in COCO's form and return its folder.
 
-    images, in all; size, the range in pixels that each picture's width and height are drawn from; splits, the share of
+    images, in all; size, the range in pixels that each image's width and height are drawn from; splits, the share of
     each split (default train 0.8, val 0.2). Written are `<split>/*.jpg` and `annotations/instances_<split>.json` with
     the visible part of each object as box and RLE mask. Equal parameters give equal bytes (with the same Pillow); a
     folder that holds just these data is left as it is. Raises InputError for a folder that holds anything else.
@@ -132,23 +132,23 @@ def _generated_with(folder: Path) -> Any:
 
 def _write_split(folder: Path, split: str, numbers: range, seed: int, size: tuple[int, int]) -> None:
     (folder / split).mkdir()
-    pictures: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for number in numbers:
         pixels, found = draw_scene(np.random.default_rng([seed, number]), size, empty=number % EMPTY_EVERY == EMPTY_EVERY // 2)
         height, width = pixels.shape[:2]
         name = f"{number:06d}.jpg"
         Image.fromarray(pixels).save(folder / split / name, quality=92)
-        pictures.append({"id": number + 1, "file_name": name, "height": height, "width": width})
+        images.append({"id": number + 1, "file_name": name, "height": height, "width": width})
         for label, mask in found:
             about = {"id": len(objects) + 1, "image_id": number + 1, "category_id": label + 1, "iscrowd": 0}
-            objects.append(about | _outline(mask))
+            objects.append(about | _segmentation(mask))
     categories = [{"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES)]
-    text = json.dumps({"images": pictures, "annotations": objects, "categories": categories})
+    text = json.dumps({"images": images, "annotations": objects, "categories": categories})
     (folder / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
 
 
-def _outline(mask: Array) -> dict[str, Any]:
+def _segmentation(mask: Array) -> dict[str, Any]:
     """COCO's bbox [x, y, width, height], area and RLE of a mask (H, W) bool."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(xs[0]), int(ys[0])
@@ -161,14 +161,14 @@ def _outline(mask: Array) -> dict[str, Any]:
 
 
 def draw_scene(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple[Array, list[tuple[int, Array]]]:
-    """A picture (H, W, 3) uint8 and its objects: label 0..K-1 and mask of the visible pixels (H, W) bool."""
+    """An image (H, W, 3) uint8 and its objects: label 0..K-1 and mask of the visible pixels (H, W) bool."""
     height, width = (int(side) for side in rng.integers(size[0], size[1] + 1, 2))
     canvas = _background(rng, height, width)
     count = 0 if empty else int(rng.integers(1, MOST_OBJECTS + 1))
     across = np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST * min(height, width)), count))
     labels: list[int] = []
     masks: list[Array] = []
-    whole: list[float] = []  # pixels of each object, were nothing in front of it and the picture without end
+    whole: list[float] = []  # pixels of each object, were nothing in front of it and the image without end
     for radius in np.sort(across)[::-1] / 2:  # small ones in front of large ones
         for _ in range(TRIES):
             label = int(rng.integers(len(SHAPES)))
@@ -186,7 +186,7 @@ def draw_scene(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple
 
 
 class _Patch(NamedTuple):
-    """An object's signed distance in pixels (S, S) on a square around it, and where the square meets the picture."""
+    """An object's signed distance in pixels (S, S) on a square around it, and where the square meets the image."""
 
     distance: Array
     rows: slice

@@ -1,4 +1,4 @@
-"""From a picture and its record to the network's input and target: keep-ratio resize, flip, photometric distortion."""
+"""From an image and its record to the network's input and target: keep-ratio resize, flip, photometric distortion."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from fusedet.data.dataset import Record
+from fusedet.data.dataset import ImageAnnotations
 from fusedet.errors import InputError
 from fusedet.types import Target
 
 MIN_SIDE = 1e-3
-"""Objects less wide or high than this, in network pixels inside the picture, are left out."""
+"""Objects less wide or high than this, in network pixels inside the image, are left out."""
 
 
 class Transform(Protocol):
     """What a loader needs: all randomness comes from torch's global generator, and `network_size` draws first."""
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The picture's (height, width) for the network."""
+        """The image's (height, width) for the network."""
         ...
 
-    def __call__(self, image: Tensor, record: Record, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
-        """The picture, its scale (x, y) and its target, in network pixels."""
+    def __call__(self, image: Tensor, record: ImageAnnotations, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
+        """The image, its scale (x, y) and its target, in network pixels."""
         ...
 
 
 def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) of the largest picture of the same aspect ratio whose sides are at most `short` and `long`.
+    """(height, width) of the largest image of the same aspect ratio whose sides are at most `short` and `long`.
 
     Rounded as MMDetection's Resize(keep_ratio=True) does it.
     """
@@ -47,7 +47,7 @@ def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int
 class Eval:
     """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right.
 
-    antialias: each pixel of a picture made smaller is a mean of all old ones that it covers; without, of the four nearest old ones,
+    antialias: each pixel of an image made smaller is a mean of all old ones that it covers; without, of the four nearest old ones,
     as OpenCV's bilinear resize (MMDetection) and torchvision's detectors have it. Enlarging is the same in both.
     """
 
@@ -60,10 +60,10 @@ class Eval:
         _check_sizes((self.size,), self.max_size)
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The picture's (height, width) for the network."""
+        """The image's (height, width) for the network."""
         return keep_ratio(height, width, self.size, self.max_size)
 
-    def __call__(self, image: Tensor, record: Record, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
+    def __call__(self, image: Tensor, record: ImageAnnotations, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
         """As `Train.__call__`, without chance."""
         return _apply(image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip, antialias=self.antialias)
 
@@ -74,7 +74,7 @@ class Train:
 
     sizes, short sides of which one is drawn (resize="choice"), or the first and last of a range of integers
     (resize="range"); max_size, the most of the long side; flip, the probability of a horizontal flip; antialias as in `Eval`.
-    A square canvas of s x s holds every picture with sizes=[s], max_size=s.
+    A square canvas of s x s holds every image with sizes=[s], max_size=s.
     """
 
     sizes: Sequence[int]
@@ -95,19 +95,19 @@ class Train:
             raise InputError(f"flip must be a probability in 0..1, got {self.flip}")
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The picture's (height, width) for the network, drawn from torch's global generator."""
+        """The image's (height, width) for the network, drawn from torch's global generator."""
         if self.resize == "range":
             short = int(torch.randint(self.sizes[0], self.sizes[1] + 1, ()))
         else:
             short = self.sizes[int(torch.randint(len(self.sizes), ()))]
         return keep_ratio(height, width, short, self.max_size)
 
-    def __call__(self, image: Tensor, record: Record, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
-        """The picture (3, H', W') uint8, its scale (x, y) in network pixels per original pixel, and its target.
+    def __call__(self, image: Tensor, record: ImageAnnotations, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
+        """The image (3, H', W') uint8, its scale (x, y) in network pixels per original pixel, and its target.
 
-        image (3, H, W) uint8. Boxes follow the picture exactly and are clipped to it; objects without area inside it are
+        image (3, H, W) uint8. Boxes follow the image exactly and are clipped to it; objects without area inside it are
         left out; ignored objects go to `Target.ignore`. With masks=True, `Target.masks` (G, H', W') are the objects'
-        segments. Raises InputError if the picture's size is not the record's, or an object has no segment.
+        segments. Raises InputError if the image's size is not the record's, or an object has no segment.
         """
         size = self.network_size(*image.shape[1:])
         flip = bool(torch.rand(()) < self.flip)
@@ -124,7 +124,7 @@ def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
 
 
 def _apply(
-    image: Tensor, record: Record, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
+    image: Tensor, record: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
 ) -> tuple[Tensor, tuple[float, float], Target]:
     height, width = image.shape[1:]
     if (height, width) != (record.height, record.width):
@@ -150,17 +150,17 @@ def _apply(
     return image.as_subclass(Tensor), (size[1] / width, size[0] / height), target
 
 
-def _masks(record: Record, kept: list[int], size: tuple[int, int], flip: bool) -> Tensor:
+def _masks(record: ImageAnnotations, kept: list[int], size: tuple[int, int], flip: bool) -> Tensor:
     """(G, H', W') bool, the segments of the objects that are kept."""
     if not kept:
         return torch.zeros(0, *size, dtype=torch.bool)
     full = torch.from_numpy(np.stack([_mask(record, i) for i in kept]))
-    # as a picture of G channels: torchvision resizes masks with "nearest", which shifts them by up to half a pixel
+    # as an image of G channels: torchvision resizes masks with "nearest", which shifts them by up to half a pixel
     small = F.resize(full, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
     return (F.horizontal_flip(small) if flip else small).bool()
 
 
-def _mask(record: Record, i: int) -> np.ndarray:
+def _mask(record: ImageAnnotations, i: int) -> np.ndarray:
     """(H, W) uint8 of object i."""
     segment: Any = record.segments[i]
     if not segment:

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, and what it holds, before a training finds out."""
+"""What is wrong with a dataset, and what it holds, before a training finds out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import formats, image_size, read_image
 from fusedet.data.image_files import read_each
 from fusedet.data.transforms import keep_ratio
@@ -30,51 +30,55 @@ class Report:
 
 
 def examine(
-    records: Records, size: tuple[int, int], *, read: bool = True, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None
+    dataset: DetectionDataset,
+    size: tuple[int, int],
+    *,
+    read: bool = True,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Report:
-    """Look at one split: annotations always, and each picture (`read`) as the loader will read it.
+    """Look at one split: annotations always, and each image (`read`) as the loader will read it.
 
     size: (short, longest side) of the network's input; figures say what becomes of the smallest object under it.
-    progress: wraps the iterable over the pictures, given their number.
+    progress: wraps the iterable over the images, given their number.
     """
-    corners, labels = records.boxes.numpy(), records.labels.numpy()
+    corners, labels = dataset.boxes.numpy(), dataset.labels.numpy()
     wh = corners[:, 2:] - corners[:, :2]
     area = wh.clip(0).prod(axis=1)
-    owner = np.repeat(np.arange(len(records)), np.diff(records.offsets.numpy()))
-    per_picture = np.bincount(owner, minlength=len(records))
-    per_class = np.bincount(labels, minlength=len(records.names))
+    owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
+    per_image = np.bincount(owner, minlength=len(dataset))
+    per_class = np.bincount(labels, minlength=len(dataset.names))
     figures: dict[str, Any] = {
-        "pictures": len(records),
+        "images": len(dataset),
         "objects": len(labels),
-        "empty_pictures": int((per_picture == 0).sum()),
-        "ignored_objects": int(records.ignore.sum()),
-        "classes": dict(zip(records.names, per_class.tolist())),
+        "empty_images": int((per_image == 0).sum()),
+        "ignored_objects": int(dataset.ignore.sum()),
+        "classes": dict(zip(dataset.names, per_class.tolist())),
         "sizes": {
             "small": int((area < _SMALL).sum()),
             "medium": int(((area >= _SMALL) & (area < _MEDIUM)).sum()),
             "large": int((area >= _MEDIUM).sum()),
         },
-        "most_objects_in_a_picture": int(per_picture.max(initial=0)),
+        "most_objects_in_a_image": int(per_image.max(initial=0)),
     }
-    errors = [] if len(records) else [f"{records.source} has no pictures"]
-    warnings = [f"{text}: {count}" for text, count in records.problems.items()]
+    errors = [] if len(dataset) else [f"{dataset.source} has no images"]
+    warnings = [f"{text}: {count}" for text, count in dataset.problems.items()]
     if missing := [name for name, count in figures["classes"].items() if count == 0]:
         warnings.append(f"no object of {'class' if len(missing) == 1 else 'classes'} {', '.join(missing)}")
     if len(labels) == 0:
-        errors.append(f"{records.source} has no objects: a detector can neither learn nor be scored on background alone")
+        errors.append(f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone")
     elif (real := area > 0).any():
-        figures["smallest"] = _smallest(records, wh, owner, real, size)
+        figures["smallest"] = _smallest(dataset, wh, owner, real, size)
         if figures["smallest"]["network_side"] < 4:
             warnings.append(
                 f"at data.size={list(size)} the smallest object is {figures['smallest']['network_side']:.1f} pixels wide or high for the "
                 "network: a larger data.size keeps it visible"
             )
     if read:
-        errors += _unreadable(records, progress)
+        errors += _unreadable(dataset, progress)
     return Report(errors, warnings, figures)
 
 
-def compare(train: Records, val: Records) -> list[str]:
+def compare(train: DetectionDataset, val: DetectionDataset) -> list[str]:
     """What must not differ between two splits: their class names, in order."""
     if train.names == val.names:
         return []
@@ -82,43 +86,43 @@ def compare(train: Records, val: Records) -> list[str]:
     return [f"the class names of {train.source} and {val.source} differ: {'; '.join(only) or 'their order is not the same'}"]
 
 
-def _difference(train: Records, val: Records) -> list[tuple[str, set[str]]]:
+def _difference(train: DetectionDataset, val: DetectionDataset) -> list[tuple[str, set[str]]]:
     a, b = set(train.names), set(val.names)
     return [("train", a - b), ("val", b - a)]
 
 
-def _smallest(records: Records, wh: np.ndarray, owner: np.ndarray, real: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+def _smallest(dataset: DetectionDataset, wh: np.ndarray, owner: np.ndarray, real: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
     """The object whose shorter side is shortest after the resize."""
-    sizes = records.sizes.numpy()
+    sizes = dataset.sizes.numpy()
     scale = np.array([keep_ratio(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in sizes])
     side = np.where(real, wh.min(axis=1) * scale[owner], np.inf)
     i = int(side.argmin())
     return {
-        "picture": str(records.path(int(owner[i]))),
+        "image": str(dataset.path(int(owner[i]))),
         "original": [float(v) for v in wh[i]],
         "network_side": float(side[i]),
     }
 
 
-def glance(records: Records) -> list[str]:
-    """What is wrong with pictures as far as their headers tell: absent, no picture, too large, of another size than annotated."""
-    return list(filter(None, read_each(partial(_trouble, records, image_size), range(len(records)))))
+def glance(dataset: DetectionDataset) -> list[str]:
+    """What is wrong with images as far as their headers tell: absent, no image, too large, of another size than annotated."""
+    return list(filter(None, read_each(partial(_trouble, dataset, image_size), range(len(dataset)))))
 
 
-def _unreadable(records: Records, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
-    """What is wrong with pictures when they are decoded, which leaves the interpreter to other threads."""
+def _unreadable(dataset: DetectionDataset, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
+    """What is wrong with images when they are decoded, which leaves the interpreter to other threads."""
     formats()  # known once, not in every thread
     with ThreadPoolExecutor() as pool:
-        found = pool.map(partial(_trouble, records, lambda path: tuple(read_image(path).shape[1:])), range(len(records)))
-        return list(filter(None, progress(found, len(records)) if progress else found))
+        found = pool.map(partial(_trouble, dataset, lambda path: tuple(read_image(path).shape[1:])), range(len(dataset)))
+        return list(filter(None, progress(found, len(dataset)) if progress else found))
 
 
-def _trouble(records: Records, size: Callable[[Path], tuple[int, ...]], i: int) -> str | None:
+def _trouble(dataset: DetectionDataset, size: Callable[[Path], tuple[int, ...]], i: int) -> str | None:
     try:
-        true = size(records.path(i))
+        true = size(dataset.path(i))
     except InputError as error:
         return str(error)
-    stated = tuple(records.sizes[i].tolist())
+    stated = tuple(dataset.sizes[i].tolist())
     if 0 in true:
-        return f"{records.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
-    return None if stated == true else f"{records.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"
+        return f"{dataset.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
+    return None if stated == true else f"{dataset.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"

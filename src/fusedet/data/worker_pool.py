@@ -1,4 +1,4 @@
-"""The workers that read pictures ahead: what they are asked for, what chance each picture sees, and what stands in for a bad one."""
+"""The workers that read images ahead: what they are asked for, what chance each image sees, and what stands in for a bad one."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fusedet.data.collate import Sample, collate_views, see
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.data.transforms import Eval, Transform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch
 
-_TRIES = 100  # bad pictures in a row, after which looking for a good one is given up
+_TRIES = 100  # bad images in a row, after which looking for a good one is given up
 
 
 class Step(NamedTuple):
-    """What a worker is asked for: its own pictures, and all of the joint batch that they are padded like."""
+    """What a worker is asked for: its own images, and all of the joint batch that they are padded like."""
 
     epoch: int
     own: tuple[int, ...]
@@ -34,14 +34,14 @@ class Step(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A batch, and the pictures that were replaced in it: their index and what was wrong."""
+    """A batch, and the images that were replaced in it: their index and what was wrong."""
 
     batch: Batch
     bad: list[tuple[int, str]]
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The indices of all pictures in the order of an epoch."""
+    """The indices of all images in the order of an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
@@ -60,7 +60,7 @@ class Reader(Dataset[Any]):
     raised in a worker would lose its sentence in the loader's traceback).
     """
 
-    records: Records
+    dataset: DetectionDataset
     transform: Transform
     seed: int
     masks: bool
@@ -69,26 +69,26 @@ class Reader(Dataset[Any]):
 
     def __getitem__(self, step: Step) -> Loaded | InputError:
         try:
-            pictures, bad = [], []
+            images, bad = [], []
             for index in step.own:
                 try:
-                    pictures.append(self.samples(step.epoch, index))
+                    images.append(self.samples(step.epoch, index))
                 except InputError as error:
                     if not self.replace:
                         raise
                     bad.append((index, str(error)))
-                    pictures.append(self.instead(step, index, str(error)))
-            # other processes know nothing of the replacement: all pad as if the picture were there
+                    images.append(self.instead(step, index, str(error)))
+            # other processes know nothing of the replacement: all pad as if the image were there
             others = set(step.joint) if bad else set(step.joint) - set(step.own)
-            return Loaded(collate_views(pictures, self.views, self.canvas(step.epoch, others)), bad)
+            return Loaded(collate_views(images, self.views, self.canvas(step.epoch, others)), bad)
         except InputError as error:
             return error
 
     def instead(self, step: Step, index: int, reason: str) -> list[Sample]:
-        """What stands in for a picture that cannot be read: the next one in the epoch's order that can be, and that does not make the
+        """What stands in for an image that cannot be read: the next one in the epoch's order that can be, and that does not make the
         joint batch larger. So it depends on seed, epoch, the joint batch and the files alone. Raises InputError where none is found.
         """
-        order = shuffled(len(self.records), self.seed, step.epoch)
+        order = shuffled(len(self.dataset), self.seed, step.epoch)
         at, tried = order.index(index), 0
         limit = [-(-side // MULTIPLE) * MULTIPLE for side in self.canvas(step.epoch, set(step.joint))]
         for other in order[at + 1 :] + order[:at]:
@@ -101,24 +101,24 @@ class Reader(Dataset[Any]):
                 tried += 1
                 if tried == _TRIES:
                     break
-        raise InputError(f"{reason} (and nothing could stand in for it: {tried} other pictures cannot be read either)")
+        raise InputError(f"{reason} (and nothing could stand in for it: {tried} other images cannot be read either)")
 
     def samples(self, epoch: int, index: int) -> list[Sample]:
-        """Picture `index` as it comes in an epoch, and in the further views."""
-        record = self.records[index]
+        """Image `index` as it comes in an epoch, and in the further views."""
+        record = self.dataset[index]
         image = read_image(record.path)
         with _chance(self.seed, epoch, index):
             return see(image, record, (self.transform, *self.views), self.masks)
 
     def canvas(self, epoch: int, indices: Iterable[int]) -> tuple[int, int]:
-        """The largest height and width among pictures that this process need not read, by their annotated sizes."""
+        """The largest height and width among images that this process need not read, by their annotated sizes."""
         sizes = [self.size(epoch, index) for index in indices]
         return max((h for h, _ in sizes), default=1), max((w for _, w in sizes), default=1)
 
     def size(self, epoch: int, index: int) -> tuple[int, int]:
-        """A picture's (height, width) for the network in an epoch."""
+        """An image's (height, width) for the network in an epoch."""
         with _chance(self.seed, epoch, index):
-            return self.transform.network_size(*self.records.sizes[index].tolist())
+            return self.transform.network_size(*self.dataset.sizes[index].tolist())
 
 
 class Steps:
@@ -126,7 +126,7 @@ class Steps:
 
     def __init__(
         self,
-        records: Records,
+        dataset: DetectionDataset,
         transform: Transform,
         seed: int,
         masks: bool,
@@ -138,7 +138,7 @@ class Steps:
     ) -> None:
         self.plan: list[Step] = []  # filled anew for every run
         self.loader = DataLoader(
-            Reader(records, transform, seed, masks, tuple(views), replace),
+            Reader(dataset, transform, seed, masks, tuple(views), replace),
             sampler=self.plan,
             batch_size=None,
             num_workers=workers,
@@ -151,7 +151,7 @@ class Steps:
         )
 
     def run(self, plan: Iterable[Step]) -> Iterator[Loaded]:
-        """The plan's batches in order. Raises InputError for a picture that cannot be read and is not replaced."""
+        """The plan's batches in order. Raises InputError for an image that cannot be read and is not replaced."""
         self.plan[:] = plan
         for loaded in self.loader:
             if isinstance(loaded, InputError):

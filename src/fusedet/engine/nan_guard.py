@@ -62,7 +62,7 @@ class Watch:
         return int(stop), bool(wanted)
 
     def gradient(self, norm: Tensor, ids: tuple[int, ...]) -> None:
-        """Note the gradient norm of the step of these pictures, which the weights take next."""
+        """Note the gradient norm of the step of these images, which the weights take next."""
         self._norm = (norm.detach(), self.step, ids)
         if self.device.type == "cpu" and not math.isfinite(norm):
             raise NonFinite(self._gradient())
@@ -84,7 +84,7 @@ class Watch:
         return f"the gradient norm is {norm.item()} at step {step}, images {_listed(ids)}: {_ADVICE}"
 
 
-_ADVICE = "lower the learning rate, clip the gradients, or look at these pictures' boxes; what was saved before is still whole"
+_ADVICE = "lower the learning rate, clip the gradients, or look at these images' boxes; what was saved before is still whole"
 
 
 def _listed(ids: tuple[int, ...]) -> str:

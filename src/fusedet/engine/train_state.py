@@ -35,9 +35,9 @@ Validate = Callable[[nn.Module, int], Mapping[str, float]]
 
 
 class Loader(Protocol):
-    """Batches of one process, the same ones for the same epoch and start; the same pictures in all processes together, however many.
+    """Batches of one process, the same ones for the same epoch and start; the same images in all processes together, however many.
 
-    batch: pictures of one batch, over all processes. It may have a `seed`, which the order of the pictures follows from.
+    batch: images of one batch, over all processes. It may have a `seed`, which the order of the images follows from.
     """
 
     batch: int
@@ -271,7 +271,7 @@ def _share(run: Run, everyone: list[dict[str, Any]]) -> None:
         chance = "some random numbers differ" if world < len(everyone) else f"process {len(everyone)} and later begin new random numbers"
         run.say(
             f"{run.out} goes on in another number of processes: {len(everyone)} until step {step}, {world} from now on; "
-            f"the batches stay the same {run.loader.batch} pictures in the same order, but {chance}"
+            f"the batches stay the same {run.loader.batch} images in the same order, but {chance}"
         )
     if rank < len(everyone):
         try:
@@ -292,7 +292,7 @@ def _plan(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on as if nothing had happened."""
     return {
         "batches per epoch": len(run.loader),
-        "pictures per batch": run.loader.batch,
+        "images per batch": run.loader.batch,
         "accumulated batches": run.recipe.accumulate,
         "precision": run.fabric.strategy.precision.precision,
         "optimizer": run.recipe.optim.name,

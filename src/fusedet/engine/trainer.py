@@ -73,7 +73,7 @@ def fit(
         except NonFinite:
             raise
         except Exception as error:
-            # a picture that cannot be read, or a validation that fails, costs none of the steps before it; of several processes
+            # an image that cannot be read, or a validation that fails, costs none of the steps before it; of several processes
             # the others may not be here to save with, unless they have said before the validation what there is to save
             if run.parts or (fabric.world_size == 1 and run.state["position"]):
                 save(run)
@@ -253,7 +253,7 @@ def _due(recipe: Recipe, epoch: int) -> bool:
 def _validated(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """The metrics of the present weights."""
     if run.fabric.world_size > 1:
-        shards.equal_buffers(run.evaluated)  # each process has seen other pictures: all judge what the first one keeps
+        shards.equal_buffers(run.evaluated)  # each process has seen other images: all judge what the first one keeps
     around = (run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad(), shards.gathered(run.model))
     with contextlib.ExitStack() as stack:
         for one in (*around, run.interrupts.open()):

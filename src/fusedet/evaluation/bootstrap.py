@@ -1,7 +1,7 @@
-"""Intervals over pictures: COCO's figures of thousands of resamples of the pictures, from one matching.
+"""Intervals over images: COCO's figures of thousands of resamples of the images, from one matching.
 
-Matching is done picture by picture, so a resample that holds picture i w times holds each of its detections and objects w
-times, and nothing is matched anew: a figure is a function of the pictures' weights. Along a class's detections in falling
+Matching is done image by image, so a resample that holds image i w times holds each of its detections and objects w
+times, and nothing is matched anew: a figure is a function of the images' weights. Along a class's detections in falling
 score, the weight of those that count is one cumulative sum for all thresholds of overlap; precision has its peaks and
 recall its steps at the true positives, so only their places are looked at.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.confidence_intervals import LEVEL, percentiles
@@ -32,51 +32,51 @@ BLOCK = 1 << 19  # weights that are looked at together, a bound on memory
 class Resampled:
     """figures (6, B), `FIGURES` of each of B resamples in 0..1, and classes (K, B), AP of each class; NaN without objects.
 
-    pictures, how many each resample holds.
+    images, how many each resample holds.
     """
 
     figures: np.ndarray
     classes: np.ndarray
-    pictures: int
+    images: int
 
 
-def drawn_pictures(pictures: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each picture occurs in each resample, (1 + resamples, pictures) int16; the first one is the data itself.
+def drawn_images(images: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each image occurs in each resample, (1 + resamples, images) int16; the first one is the data itself.
 
-    Each of the others holds as many pictures as the data, drawn with replacement. Raises InputError for no picture or no
+    Each of the others holds as many images as the data, drawn with replacement. Raises InputError for no image or no
     resample.
     """
-    if pictures < 1 or resamples < 1 or seed < 0:
-        raise InputError(f"a bootstrap needs pictures and resamples from 1 and a seed from 0, got {pictures}, {resamples} and {seed}")
+    if images < 1 or resamples < 1 or seed < 0:
+        raise InputError(f"a bootstrap needs images and resamples from 1 and a seed from 0, got {images}, {resamples} and {seed}")
     rng = np.random.default_rng(seed)
-    weights = np.ones((1 + resamples, pictures), dtype=np.int16)
+    weights = np.ones((1 + resamples, images), dtype=np.int16)
     for row in weights[1:]:
-        row[:] = np.bincount(rng.integers(pictures, size=pictures), minlength=pictures)
+        row[:] = np.bincount(rng.integers(images, size=images), minlength=images)
     return weights
 
 
 def resampled(
-    records: Records, results: Sequence[Result] | Found, weights: np.ndarray, iou_type: Literal["bbox", "segm"] = "bbox"
+    dataset: DetectionDataset, results: Sequence[Result] | Found, weights: np.ndarray, iou_type: Literal["bbox", "segm"] = "bbox"
 ) -> Resampled:
-    """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `drawn_pictures` gives them.
+    """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `drawn_images` gives them.
 
-    They equal `evaluate.coco` on data in which each picture is repeated as often as its weight says. Detections of equal
+    They equal `evaluate.coco` on data in which each image is repeated as often as its weight says. Detections of equal
     score stand as `coco` has them on the data itself: by rising image id, then in the order of the results; the copies of
     one detection stand together. A class that has no object in a resample is left out of its means, as COCO does. Masks
     need the results themselves, each with an RLE. Raises InputError as `coco` does.
     """
-    n, classes = len(records), len(records.names)
+    n, classes = len(dataset), len(dataset.names)
     if weights.ndim != 2 or weights.shape[1] != n:
-        raise InputError(f"weights must be (resamples, {n}), one per picture, they are {weights.shape}")
-    table = found(records, results, boxes=iou_type == "bbox")
+        raise InputError(f"weights must be (resamples, {n}), one per image, they are {weights.shape}")
+    table = found(dataset, results, boxes=iou_type == "bbox")
     masks: Sequence[Result] | None = None
     if iou_type == "segm":
         assert not isinstance(results, Found), "a table of finds holds no masks"
-        check_masks(records, results)
+        check_masks(dataset, results)
         masks = results
-    pairs = matched(records, table, masks, rule.THRESHOLDS, rule.AREAS)
+    pairs = matched(dataset, table, masks, rule.THRESHOLDS, rule.AREAS)
     by_place = np.empty_like(weights)
-    by_place[:, places(records)] = weights
+    by_place[:, places(dataset)] = weights
     counts = ~(pairs.objects.crowd | rule.outside(pairs.objects.area, rule.AREAS))
     inside = ~rule.outside(pairs.guesses.area, rule.AREAS)
     rows = np.empty((len(FIGURES), classes, len(weights)))
@@ -95,7 +95,7 @@ def resampled(
 
 def mean_of(runs: Sequence[Resampled]) -> Resampled:
     """The mean over runs, such as one model's seeds, on the same resamples."""
-    return Resampled(np.mean([run.figures for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].pictures)
+    return Resampled(np.mean([run.figures for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images)
 
 
 def difference(a: Resampled, b: Resampled, names: Sequence[str], level: float = LEVEL) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def difference(a: Resampled, b: Resampled, names: Sequence[str], level: float = 
 
     def rows(x: np.ndarray, y: np.ndarray) -> list[dict[str, float]]:
         change = y - x
-        low, high = percentiles(change[:, 1:], a.pictures, level)
+        low, high = percentiles(change[:, 1:], a.images, level)
         columns = {"a": x[:, 0], "b": y[:, 0], "difference": change[:, 0], "low": low, "high": high}
         return [dict(zip(columns, map(float, row))) for row in zip(*columns.values())]
 
@@ -115,7 +115,7 @@ def difference(a: Resampled, b: Resampled, names: Sequence[str], level: float = 
 
 
 def paired_bootstrap(
-    records: Records,
+    dataset: DetectionDataset,
     a: Sequence[Result] | Found,
     b: Sequence[Result] | Found,
     *,
@@ -124,19 +124,19 @@ def paired_bootstrap(
     level: float = LEVEL,
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> Mapping[str, Any]:
-    """How much b's average precisions exceed a's, each with its interval over pictures; form as in `difference`.
+    """How much b's average precisions exceed a's, each with its interval over images; form as in `difference`.
 
-    Both runs are scored on the same resamples of the pictures. The interval covers which pictures were drawn into the
-    data: among data sets of as many pictures drawn in the same way, `level` of the intervals hold the difference of these
-    two sets of weights on all such pictures. It does not cover which seed the runs were trained with: that is
-    `intervals.difference_over_seeds`. A figure of objects that few pictures hold has its interval from the resamples that
+    Both runs are scored on the same resamples of the images. The interval covers which images were drawn into the
+    data: among datasets of as many images drawn in the same way, `level` of the intervals hold the difference of these
+    two sets of weights on all such images. It does not cover which seed the runs were trained with: that is
+    `intervals.difference_over_seeds`. A figure of objects that few images hold has its interval from the resamples that
     hold one. `iou_type` as in `coco`. Raises InputError as that does.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
-    weights = drawn_pictures(len(records), resamples, seed)
+    weights = drawn_images(len(dataset), resamples, seed)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda results: resampled(records, results, weights, iou_type), (a, b))
-    return difference(first, second, records.names, level)
+        first, second = pool.map(lambda results: resampled(dataset, results, weights, iou_type), (a, b))
+    return difference(first, second, dataset.names, level)
 
 
 def _average_precision(
@@ -144,8 +144,8 @@ def _average_precision(
 ) -> np.ndarray:
     """A class's AP (T, B) in one range of area, NaN where a resample has no object.
 
-    seen (D,) the pictures of the detections, best score first; inside (D,) whether their area is in the range; hit, void
-    (T, D); owner (G,) the pictures of the objects that count.
+    seen (D,) the images of the detections, best score first; inside (D,) whether their area is in the range; hit, void
+    (T, D); owner (G,) the images of the objects that count.
     """
     ap = np.zeros((len(hit), len(weights)))
     total = weights[:, owner].sum(axis=1, dtype=np.int32)

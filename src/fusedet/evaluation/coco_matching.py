@@ -1,8 +1,8 @@
-"""COCO's rule of matching and averaging on flat arrays: every picture, class, threshold and area range at once.
+"""COCO's rule of matching and averaging on flat arrays: every image, class, threshold and area range at once.
 
-The same decisions as pycocotools' COCOeval (the tests hold the two equal), without its loop over picture x class pairs.
-Below, D detections are sorted by class, then picture, then falling score; G objects by class, then picture; T thresholds
-of overlap, A ranges of area, K classes, R = 101 recall levels. A group is one class in one picture.
+The same decisions as pycocotools' COCOeval (the tests hold the two equal), without its loop over image x class pairs.
+Below, D detections are sorted by class, then image, then falling score; G objects by class, then image; T thresholds
+of overlap, A ranges of area, K classes, R = 101 recall levels. A group is one class in one image.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _rounds(group: np.ndarray, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.nd
 
 
 def by_class(guesses: Guesses, objects: Objects, images: int, classes: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """Each class's detections over all pictures, best score first and of equal ones the earlier, and where its objects are."""
+    """Each class's detections over all images, best score first and of equal ones the earlier, and where its objects are."""
     edges = np.arange(classes + 1) * images
     object_edges, guess_edges = np.searchsorted(objects.group, edges), np.searchsorted(guesses.group, edges)
     for k in range(classes):

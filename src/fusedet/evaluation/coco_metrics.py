@@ -1,4 +1,4 @@
-"""COCO's figures from records and results, by the project's own evaluator or by one of the two reference packages."""
+"""COCO's figures from dataset and results, by the project's own evaluator or by one of the two reference packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, unknown
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.dataset_matching import matched
@@ -18,7 +18,7 @@ from fusedet.evaluation.third_party import by_package
 
 
 def coco(
-    records: Records,
+    dataset: DetectionDataset,
     results: Sequence[Result],
     *,
     iou_type: Literal["bbox", "segm"] = "bbox",
@@ -27,25 +27,25 @@ def coco(
 ) -> dict[str, Any]:
     """COCO's twelve figures in 0..1: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl.
 
-    A figure is NaN where the records hold no object of that size (pycocotools prints -1 there). Pictures without results
+    A figure is NaN where the dataset hold no object of that size (pycocotools prints -1 there). Images without results
     count as empty. `per_class` adds classes, a list of {name, AP, AP50, images, objects} in label order; images and
     objects count what is not ignored. For "segm" each result carries an RLE, whose area decides its size (its bbox is
     not read). `evaluator` is one of EVALUATORS.
 
-    Raises InputError for results of an unknown picture or category, for bad numbers, for records without masks where
+    Raises InputError for results of an unknown image or category, for bad numbers, for dataset without masks where
     "segm" is asked for, and where the evaluator is not installed. Source: pycocotools' COCOeval.
     """
     if iou_type not in ("bbox", "segm"):
         raise unknown("iou_type", iou_type, ["bbox", "segm"])
     if evaluator not in EVALUATORS:
         raise unknown("evaluator", evaluator, EVALUATORS)
-    table = found(records, results, boxes=iou_type == "bbox")
+    table = found(dataset, results, boxes=iou_type == "bbox")
     if iou_type == "segm":
-        check_masks(records, results)
+        check_masks(dataset, results)
     if evaluator == "fusedet":
-        curves = _evaluate(records, table, results if iou_type == "segm" else None, rule.THRESHOLDS, rule.AREAS)
+        curves = _evaluate(dataset, table, results if iou_type == "segm" else None, rule.THRESHOLDS, rule.AREAS)
     else:
-        curves = by_package(evaluator, records, results, iou_type)
+        curves = by_package(evaluator, dataset, results, iou_type)
     precision, recall = curves.precision, curves.recall
     figures: dict[str, Any] = {
         "AP": mean(precision[..., 0]),
@@ -58,7 +58,7 @@ def coco(
         **{f"AR{size}": mean(recall[..., a]) for a, size in enumerate("sml", 1)},
     }
     if per_class:
-        images, objects = counts(records)
+        images, objects = counts(dataset)
         figures["classes"] = [
             {
                 "name": name,
@@ -67,12 +67,12 @@ def coco(
                 "images": int(images[k]),
                 "objects": int(objects[k]),
             }
-            for k, name in enumerate(records.names)
+            for k, name in enumerate(dataset.names)
         ]
     return figures
 
 
-def precision_recall(records: Records, results: Sequence[Result], iou: float = 0.5) -> dict[str, Any]:
+def precision_recall(dataset: DetectionDataset, results: Sequence[Result], iou: float = 0.5) -> dict[str, Any]:
     """COCO's precision-recall curves at one overlap, over objects of all sizes.
 
     recall (101,), the levels 0, 0.01 .. 1; mean (101,), the mean precision over the classes that have objects; AP, its
@@ -82,7 +82,7 @@ def precision_recall(records: Records, results: Sequence[Result], iou: float = 0
     """
     if not 0 < iou <= 1:
         raise InputError(f"iou must lie in 0..1, it is {iou}")
-    curves = _evaluate(records, found(records, results), None, np.array([iou]), rule.AREAS[:1])
+    curves = _evaluate(dataset, found(dataset, results), None, np.array([iou]), rule.AREAS[:1])
     precision, scores = curves.precision[0, :, :, 0], curves.scores[0, :, :, 0]
     middle = np.array([mean(level) for level in precision])
     return {
@@ -91,12 +91,14 @@ def precision_recall(records: Records, results: Sequence[Result], iou: float = 0
         "AP": mean(middle),
         "classes": [
             {"name": name, "recall": rule.RECALLS, "precision": precision[:, k], "scores": scores[:, k], "AP": mean(precision[:, k])}
-            for k, name in enumerate(records.names)
+            for k, name in enumerate(dataset.names)
         ],
     }
 
 
-def _evaluate(records: Records, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> rule.Curves:
+def _evaluate(
+    dataset: DetectionDataset, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray
+) -> rule.Curves:
     """The project's own evaluator: boxes, or the results' masks where these are given."""
-    pairs = matched(records, table, masks, thresholds, areas)
-    return rule.accumulate(pairs.guesses, pairs.objects, pairs.hit, pairs.void, areas, len(records), len(records.names))
+    pairs = matched(dataset, table, masks, thresholds, areas)
+    return rule.accumulate(pairs.guesses, pairs.objects, pairs.hit, pairs.void, areas, len(dataset), len(dataset.names))

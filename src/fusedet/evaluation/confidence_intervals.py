@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 def over_seeds(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The mean of a figure over runs that differ in their seed, with its t interval; one run has no interval.
 
-    It covers which seed was drawn (initial weights, order of the pictures), on these very pictures. It takes the figure
+    It covers which seed was drawn (initial weights, order of the images), on these very images. It takes the figure
     as normally distributed over seeds. Raises InputError for no value.
     """
     if not values:

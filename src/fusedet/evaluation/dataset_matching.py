@@ -1,4 +1,4 @@
-"""Records and results matched by COCO's rule, once, for all that is computed from it: figures, intervals, kinds of errors."""
+"""DetectionDataset and results matched by COCO's rule, once, for all that is computed from it: figures, intervals, kinds of errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.ground_truth import owners, sizes_first
 from fusedet.evaluation.mask_iou import encoded, mask_area, mask_pairs
@@ -18,8 +18,8 @@ from fusedet.evaluation.results import MAX_DETS, Found, Result
 class Matched:
     """Detections and objects in `coco_rule`'s order and what became of them.
 
-    Groups are class x len(records) + place, a picture's place being its rank by rising id. results (D,) and annotations
-    (G,) say which result and which of the records' objects each one is; hit and void (T, A, D), taken (T, A, G) bool.
+    Groups are class x len(dataset) + place, an image's place being its rank by rising id. results (D,) and annotations
+    (G,) say which result and which of the dataset' objects each one is; hit and void (T, A, D), taken (T, A, G) bool.
     """
 
     guesses: rule.Guesses
@@ -31,19 +31,19 @@ class Matched:
     taken: np.ndarray
 
 
-def places(records: Records) -> np.ndarray:
-    """Each picture's rank by rising id, (N,): COCO goes through the pictures in that order."""
-    place = np.empty(len(records), dtype=np.int64)
-    place[np.argsort(records.image_ids.numpy(), kind="stable")] = np.arange(len(records))
+def places(dataset: DetectionDataset) -> np.ndarray:
+    """Each image's rank by rising id, (N,): COCO goes through the images in that order."""
+    place = np.empty(len(dataset), dtype=np.int64)
+    place[np.argsort(dataset.image_ids.numpy(), kind="stable")] = np.arange(len(dataset))
     return place
 
 
-def matched(records: Records, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> Matched:
+def matched(dataset: DetectionDataset, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> Matched:
     """Match boxes, or the results' masks where these are given, at thresholds (T,) of overlap in ranges (A, 2) of area."""
-    n, owner, place = len(records), owners(records), places(records)
-    group = records.labels.numpy() * n + place[owner]
+    n, owner, place = len(dataset), owners(dataset), places(dataset)
+    group = dataset.labels.numpy() * n + place[owner]
     order = np.argsort(group, kind="stable")
-    objects = rule.Objects(group[order], records.area.numpy()[order], records.ignore.numpy()[order])
+    objects = rule.Objects(group[order], dataset.area.numpy()[order], dataset.ignore.numpy()[order])
 
     group = table.labels * n + place[table.images]
     best = np.lexsort((-table.scores, group))
@@ -52,11 +52,11 @@ def matched(records: Records, table: Found, masks: Sequence[Result] | None, thre
     if masks is None:
         boxes = table.boxes[best]
         area = boxes[:, 2] * boxes[:, 3]
-        pairs = rule.box_pairs(group, boxes, objects, sizes_first(records.boxes.numpy()[order]), thresholds.min())
+        pairs = rule.box_pairs(group, boxes, objects, sizes_first(dataset.boxes.numpy()[order]), thresholds.min())
     else:
         answers = [masks[i]["segmentation"] for i in best]
         area = np.array([mask_area(answer) for answer in answers])
-        segments, sizes = [s for record in records for s in record.segments], records.sizes.tolist()
+        segments, sizes = [s for record in dataset for s in record.segments], dataset.sizes.tolist()
         truth = [encoded(segments[j], *sizes[owner[j]]) for j in order]
         pairs = mask_pairs(group, [encoded(answer, *answer["size"]) for answer in answers], objects, truth)
     guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])

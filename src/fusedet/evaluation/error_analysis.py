@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.dataset_matching import Matched, matched
 from fusedet.evaluation.ground_truth import sizes_first
@@ -20,7 +20,7 @@ FOREGROUND, NOTHING = 0.5, 0.1
 """Overlap from which a detection finds an object, and up to which it lies on the background."""
 
 
-def error_kinds(records: Records, results: Sequence[Result] | Found) -> dict[str, Any]:
+def error_kinds(dataset: DetectionDataset, results: Sequence[Result] | Found) -> dict[str, Any]:
     """Every false detection and missed object has one kind: {AP50, kinds: {kind: {count, dAP}}}.
 
     With the detections matched as in `coco` at IoU 0.5, a false one is, by the first that holds, of kind
@@ -34,22 +34,22 @@ def error_kinds(records: Records, results: Sequence[Result] | Found) -> dict[str
 
     Ignored objects, and detections that lie on one of their class, have no kind. A class that has no object, mended or not,
     is left out of the mean. Raises InputError as `coco` does. Two things differ from the authors' package: as in `coco`
-    100 detections count per picture and class, not per picture, and a class without objects is left out where it says 0.
+    100 detections count per image and class, not per image, and a class without objects is left out where it says 0.
     """
-    table = found(records, results)
-    pairs = matched(records, table, None, np.array([FOREGROUND]), rule.AREAS[:1])
-    n = len(records)
-    labels, pictures = np.divmod(pairs.guesses.group, n)
+    table = found(dataset, results)
+    pairs = matched(dataset, table, None, np.array([FOREGROUND]), rule.AREAS[:1])
+    n = len(dataset)
+    labels, images = np.divmod(pairs.guesses.group, n)
     classes, places = np.divmod(pairs.objects.group, n)
     right, used, crowd = pairs.hit[0, 0] & ~pairs.void[0, 0], pairs.taken[0, 0], pairs.objects.crowd
     false = np.flatnonzero(~pairs.hit[0, 0])
 
-    # each false detection beside all objects of its picture that count, in the records' order
+    # each false detection beside all objects of its image that count, in the dataset' order
     beside = np.lexsort((pairs.annotations, places))
     beside = beside[~crowd[beside]]
     truth = rule.Objects(places[beside], pairs.objects.area[beside], crowd[beside])
-    corners = sizes_first(records.boxes.numpy()[pairs.annotations[beside]])
-    near = rule.box_pairs(pictures[false], table.boxes[pairs.results[false]], truth, corners, NOTHING)
+    corners = sizes_first(dataset.boxes.numpy()[pairs.annotations[beside]])
+    near = rule.box_pairs(images[false], table.boxes[pairs.results[false]], truth, corners, NOTHING)
     det, obj, same = near.det, beside[near.obj], labels[false[near.det]] == classes[beside[near.obj]]
     own, own_iou = _most(det[same], obj[same], near.iou[same], len(false))
     other, other_iou = _most(det[~same], obj[~same], near.iou[~same], len(false))
@@ -67,7 +67,7 @@ def error_kinds(records: Records, results: Sequence[Result] | Found) -> dict[str
     best = np.zeros(len(false), dtype=bool)
     best[order[first[objects >= 0]]] = True
 
-    nothing, names = pairs.void[0, 0], len(records.names)
+    nothing, names = pairs.void[0, 0], len(dataset.names)
     before = _ap50(pairs, labels, right, nothing, np.ones_like(missed), n, names)
     kinds = {}
     for k, name in enumerate(KINDS):

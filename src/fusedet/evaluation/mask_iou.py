@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 from faster_coco_eval import mask as rle
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.results import Result
 
 
-def check_masks(records: Records, results: Sequence[Result]) -> None:
-    """Raise InputError where an object or a result has no mask, or a result's mask is not of its picture's size."""
-    bare = sum(1 for record in records for segment in record.segments if segment is None)
+def check_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
+    """Raise InputError where an object or a result has no mask, or a result's mask is not of its image's size."""
+    bare = sum(1 for record in dataset for segment in record.segments if segment is None)
     if bare:
-        raise InputError(f"{bare} objects of {records.source} have no mask, so that iou_type 'segm' cannot be computed; use 'bbox'")
-    sizes = dict(zip(records.image_ids.tolist(), records.sizes.tolist(), strict=True))
+        raise InputError(f"{bare} objects of {dataset.source} have no mask, so that iou_type 'segm' cannot be computed; use 'bbox'")
+    sizes = dict(zip(dataset.image_ids.tolist(), dataset.sizes.tolist(), strict=True))
     for i, result in enumerate(results):
         mask, size = result.get("segmentation"), sizes[result["image_id"]]
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
             raise InputError(f"results: result {i} lacks 'segmentation', it must be an RLE {{size, counts}} for iou_type 'segm'")
         if list(mask["size"]) != size:
-            raise InputError(f"results: the mask of result {i} has size {list(mask['size'])}, it must be the picture's {size}")
+            raise InputError(f"results: the mask of result {i} has size {list(mask['size'])}, it must be the image's {size}")
 
 
 def encoded(segment: Any, height: int, width: int) -> dict[str, Any]:

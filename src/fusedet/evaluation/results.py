@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import read_bytes
 from fusedet.data.segmentation import covered, is_rle
 from fusedet.errors import InputError, unknown
 
 Result = dict[str, Any]
-"""{image_id, category_id, score, bbox [x, y, width, height] in the original picture's pixels and / or segmentation (RLE)}."""
+"""{image_id, category_id, score, bbox [x, y, width, height] in the original image's pixels and / or segmentation (RLE)}."""
 
 EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
 """Who computes COCO's figures; all agree to rounding, the first is the fastest."""
 
 MAX_DETS = (1, 10, 100)
-"""Detections per picture and class that COCO's figures look at."""
+"""Detections per image and class that COCO's figures look at."""
 
 LARGEST = 1e18
 """Pixels, that no coordinate of a result may reach."""
@@ -34,7 +34,7 @@ LARGEST = 1e18
 
 @dataclass(frozen=True)
 class Found:
-    """Results as arrays: images (D,) positions in the records, labels (D,) 0..K-1, scores (D,), boxes (D, 4) x, y, width, height."""
+    """Results as arrays: images (D,) positions in the dataset, labels (D,) 0..K-1, scores (D,), boxes (D, 4) x, y, width, height."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -45,7 +45,7 @@ class Found:
         return len(self.scores)
 
     def by_image(self, count: int, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Per picture: boxes (n, 4) xyxy and labels (n,) of what scores at least `least`, best first."""
+        """Per image: boxes (n, 4) xyxy and labels (n,) of what scores at least `least`, best first."""
         order = np.lexsort((-self.scores, self.images))
         order = order[self.scores[order] >= least]
         corners = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
@@ -53,19 +53,19 @@ class Found:
             yield corners[part], self.labels[part]
 
 
-def found(records: Records, results: Sequence[Result] | Found, *, boxes: bool = True) -> Found:
+def found(dataset: DetectionDataset, results: Sequence[Result] | Found, *, boxes: bool = True) -> Found:
     """The results as arrays, where they are not already; `boxes=False` reads no boxes and leaves zeros.
 
     Raises InputError where a result lacks a key, holds a number that is not finite, or names an image or a category
-    that the records do not hold.
+    that the dataset do not hold.
     """
     if isinstance(results, Found):
         return results
     check(results, "results", boxes=boxes)
     size = np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4) if boxes else np.zeros((len(results), 4))
     return Found(
-        images=_position(results, "image_id", records.image_ids.numpy(), records.source),
-        labels=_position(results, "category_id", np.array(records.category_ids, dtype=np.int64), records.source),
+        images=_position(results, "image_id", dataset.image_ids.numpy(), dataset.source),
+        labels=_position(results, "category_id", np.array(dataset.category_ids, dtype=np.int64), dataset.source),
         scores=np.array([r["score"] for r in results], dtype=np.float64),
         boxes=size,
     )
@@ -101,24 +101,29 @@ def check(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
 
 
 def stamp(
-    records: Records, results: Sequence[Result], evaluator: str = "fusedet", *, iou_type: str = "bbox", max_dets: Sequence[int] = MAX_DETS
+    dataset: DetectionDataset,
+    results: Sequence[Result],
+    evaluator: str = "fusedet",
+    *,
+    iou_type: str = "bbox",
+    max_dets: Sequence[int] = MAX_DETS,
 ) -> dict[str, Any]:
     """What figures must share to be comparable, to be stored beside every metric.
 
     evaluator, the package that computes it and its version; iou_type; max_dets; images, their number, and image_ids, 16
-    hex digits of the sorted ids; data, the records' fingerprint (annotations included); detections, their number.
+    hex digits of the sorted ids; data, the dataset' fingerprint (annotations included); detections, their number.
     Raises InputError for an evaluator that is not one of EVALUATORS.
     """
     if evaluator not in EVALUATORS:
         raise unknown("evaluator", evaluator, EVALUATORS)
-    ids = np.sort(records.image_ids.numpy())
+    ids = np.sort(dataset.image_ids.numpy())
     return {
         "evaluator": f"{evaluator} {version(evaluator)}",
         "iou_type": iou_type,
         "max_dets": list(max_dets),
-        "images": len(records),
+        "images": len(dataset),
         "image_ids": hashlib.sha256(ids.tobytes()).hexdigest()[:16],
-        "data": records.fingerprint(),
+        "data": dataset.fingerprint(),
         "detections": len(results),
     }
 

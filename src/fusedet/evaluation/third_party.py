@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.ground_truth import coco_ground_truth
@@ -18,7 +18,7 @@ from fusedet.evaluation.mask_iou import mask_area
 from fusedet.evaluation.results import Result
 
 
-def by_package(evaluator: str, records: Records, results: Sequence[Result], iou_type: str) -> rule.Curves:
+def by_package(evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str) -> rule.Curves:
     """The figures' curves by "faster-coco-eval" or "pycocotools", which share their interface.
 
     Raises InputError where the package is not installed.
@@ -38,7 +38,7 @@ def by_package(evaluator: str, records: Records, results: Sequence[Result], iou_
         for i, r in enumerate(results, 1)
     ]
     truth, guess = coco(), coco()
-    truth.dataset = coco_ground_truth(records, masks=iou_type == "segm")
+    truth.dataset = coco_ground_truth(dataset, masks=iou_type == "segm")
     guess.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": answers}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -46,14 +46,14 @@ def by_package(evaluator: str, records: Records, results: Sequence[Result], iou_
         run = judge(truth, guess, iou_type)
         run.evaluate()
         run.accumulate()
-    back = np.argsort(np.argsort(records.category_ids))  # the packages sort the classes by id
+    back = np.argsort(np.argsort(dataset.category_ids))  # the packages sort the classes by id
     precision, scores, recall = (np.where(run.eval[key] < 0, np.nan, run.eval[key]) for key in ("precision", "scores", "recall"))
     precision, scores, recall = precision[..., -1][:, :, back], scores[..., -1][:, :, back], recall[:, back]
     return rule.Curves(precision, scores, recall[..., -1], recall[:, :, 0, 0], recall[:, :, 0, 1])
 
 
 def _load(evaluator: str) -> tuple[Any, Any]:
-    """The package's classes of a data set and of its evaluation."""
+    """The package's classes of a dataset and of its evaluation."""
     try:
         if evaluator == "pycocotools":
             return importlib.import_module("pycocotools.coco").COCO, importlib.import_module("pycocotools.cocoeval").COCOeval

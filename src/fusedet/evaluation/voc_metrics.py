@@ -7,39 +7,39 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.ground_truth import counts, owners, sizes_first
 from fusedet.evaluation.results import Result, found, mean
 
 
-def voc(records: Records, results: Sequence[Result], *, iou: float = 0.5, points: Literal["area", 11] = "area") -> dict[str, Any]:
+def voc(dataset: DetectionDataset, results: Sequence[Result], *, iou: float = 0.5, points: Literal["area", 11] = "area") -> dict[str, Any]:
     """VOC's average precision per class and its mean: {mAP, classes: [{name, AP, images, objects}]}, in 0..1.
 
-    Over the whole data set, best score first, each detection belongs to the object of its class and picture that it
+    Over the whole dataset, best score first, each detection belongs to the object of its class and image that it
     overlaps most; if by at least `iou`, the first one to claim an object is right and the later ones are false. What
     belongs to a difficult object counts neither way. AP is the area under the falling precision (VOC 2010 and later), or
     with `points=11` the mean of the precision at the recalls 0, 0.1 .. 1 (VOC 2007). A class without objects that are
     not difficult has NaN and is left out of mAP.
 
     Overlaps are of continuous boxes, x2 - x1 wide. The devkit counts inclusive pixels (+ 1) on 1-based corners; a box
-    that VOC writes as (xmin, ymin, xmax, ymax) stands in the records as (xmin - 1, ymin - 1, xmax, ymax), so that both
+    that VOC writes as (xmin, ymin, xmax, ymax) stands in the dataset as (xmin - 1, ymin - 1, xmax, ymax), so that both
     give the same figures. Source: VOCdevkit, VOCevaldet.m.
     """
     if points not in ("area", 11):
         raise InputError(f"points must be 'area' or 11, it is {points!r}")
     if not 0 < iou <= 1:
         raise InputError(f"iou must lie in 0..1, it is {iou}")
-    table = found(records, results)
-    n, classes = len(records), len(records.names)
-    group = records.labels.numpy() * n + owners(records)
+    table = found(dataset, results)
+    n, classes = len(dataset), len(dataset.names)
+    group = dataset.labels.numpy() * n + owners(dataset)
     order = np.argsort(group, kind="stable")
-    difficult = records.ignore.numpy()[order]
-    boxes = sizes_first(records.boxes.numpy()[order])
-    objects = rule.Objects(group[order], records.area.numpy()[order], np.zeros(len(order), dtype=bool))
+    difficult = dataset.ignore.numpy()[order]
+    boxes = sizes_first(dataset.boxes.numpy()[order])
+    objects = rule.Objects(group[order], dataset.area.numpy()[order], np.zeros(len(order), dtype=bool))
 
-    best = np.lexsort((-table.scores, table.labels))  # by class, best score first over all pictures
+    best = np.lexsort((-table.scores, table.labels))  # by class, best score first over all images
     pairs = rule.box_pairs(table.labels[best] * n + table.images[best], table.boxes[best], objects, boxes, iou)
     choice = np.full(len(best), -1)  # the object that each detection belongs to
     rising = np.lexsort((-pairs.obj, pairs.iou, pairs.det))  # the last one stays: the most overlap, of equals the first
@@ -51,10 +51,10 @@ def voc(records: Records, results: Sequence[Result], *, iou: float = 0.5, points
     idle = np.zeros(len(best), dtype=bool)
     idle[choice >= 0] = difficult[choice[choice >= 0]]
 
-    images, totals = counts(records)
+    images, totals = counts(dataset)
     edges = np.searchsorted(table.labels[best], np.arange(classes + 1))
     aps, rows = [], []
-    for k, name in enumerate(records.names):
+    for k, name in enumerate(dataset.names):
         own = np.arange(edges[k], edges[k + 1])
         hits = good[own[~idle[own]]]
         ap = average_precision(hits, int(totals[k]), points)

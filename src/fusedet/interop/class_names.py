@@ -19,7 +19,7 @@ COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
 
 
 def classes(meta: Any, count: int, notes: list[str]) -> tuple[list[str], list[int]]:
-    """The names and category ids (K,) of a checkpoint's `meta`: those of its data set, else COCO's for 80 classes, else class_0, ..."""
+    """The names and category ids (K,) of a checkpoint's `meta`: those of its dataset, else COCO's for 80 classes, else class_0, ..."""
     found = _named(meta)
     if found and len(found) != count:
         notes.append(f"the checkpoint names {len(found)} classes and its weights know {count}: the names are not taken")

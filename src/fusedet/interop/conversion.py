@@ -42,7 +42,7 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
     """The checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision in a file.
 
     config: MMDetection's config, a .py file; or the name or YAML file of a config here, to which the checkpoint's own copy of MMDetection's
-    adds style, mean, BGR and how pictures are resized. Where none is given, that copy is taken, else what names and shapes tell.
+    adds style, mean, BGR and how images are resized. Where none is given, that copy is taken, else what names and shapes tell.
     overrides: "key=value" texts of this project's config on top.
     Raises InputError for a file that cannot be read, holds code, is of no detector here, or does not match in every key.
     """

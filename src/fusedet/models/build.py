@@ -15,7 +15,7 @@ _NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
 
 
 def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The class of that name in a room's table, or, as "package.module:Class", from another package."""
+    """The class of that name in a package's table, or, as "package.module:Class", from another package."""
     if name in table:
         return table[name]
     if ":" not in name:

@@ -23,7 +23,7 @@ FORMULAS = {torch.ops.torchvision.deform_conv2d: deformable}
 
 
 def network_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest picture that a network sees: data.size, padded to whole strides."""
+    """Height and width of the largest image that a network sees: data.size, padded to whole strides."""
     short, long = (-(-side // MULTIPLE) * MULTIPLE for side in size)
     return short, long
 
@@ -31,7 +31,7 @@ def network_size(size: tuple[int, int]) -> tuple[int, int]:
 def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     """Parameters, trainable parameters and multiply-adds of a detector and of each of its parts.
 
-    Multiply-adds are those of convolutions and matrix products of one picture of height x width through `forward`, counted without
+    Multiply-adds are those of convolutions and matrix products of one image of height x width through `forward`, counted without
     computing anything (on the meta device); suppression, element-wise work and the branches of a
     two-stage detector, which look at what was found, are not counted. `parts` maps each part's name to the
     same three figures.
@@ -56,4 +56,4 @@ def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
         }
 
     parts = {name: figures(f"{root}.{name}", part) for name, part in detector.named_children()}
-    return figures("Global", detector) | {"picture": [height, width], "parts": parts}
+    return figures("Global", detector) | {"image": [height, width], "parts": parts}

@@ -1,4 +1,4 @@
-"""Pictures of data and detections, and plots of how good they are."""
+"""Images of data and detections, and plots of how good they are."""
 
 from fusedet.visualization.colors import colour
 from fusedet.visualization.evaluation_plots import confusion, curves, differences, sizes

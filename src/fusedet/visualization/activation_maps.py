@@ -1,17 +1,17 @@
-"""Heat maps of a detector's features and what its modules' gates and weights are, level by level, for one picture.
+"""Heat maps of a detector's features and what its modules' gates and weights are, level by level, for one image.
 
 The maps are LayerCAM's: "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", Jiang et al., 2021: every activation
 times the positive part of its own gradient, summed over the channels, the positive part of the sum. MSIL's paper (2023) shows such maps
 in its Figures 4 and 6 and says neither by which method nor of which score, so that what is differentiated is a choice:
 
 - classification: the class's log-odds at every place (an anchor, a point, a region), each place weighted with its own score, which is
-  taken as given. A single detection's score depends on a few cells around one place alone; the whole picture's score shows more.
+  taken as given. A single detection's score depends on a few cells around one place alone; the whole image's score shows more.
 - regression: how far each side of the boxes lies outward, in the box's own width or height, weighted alike; the mean of four maps, one a
   side. So the heat is where the features push sides outward.
 - objectness and proposals, in two stages: the same of what proposes regions, which knows no classes; no gradient comes to it from the
   last stage, whose scores and boxes are followed back to the pyramid.
 
-A cell's value is divided by its area, so that levels of all strides compare: the sum over a picture's pixels is what a level adds in all.
+A cell's value is divided by its area, so that levels of all strides compare: the sum over an image's pixels is what a level adds in all.
 
 Features are read by forward hooks on the parts, chosen by their types; nothing in the parts is changed.
 """
@@ -81,7 +81,7 @@ class LevelWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one detector shows of one picture.
+    """What one detector shows of one image.
 
     score: the class's highest. heat: rows of maps, from 0, for those of KINDS that there are. gates: rows of maps in 0..1.
     level_weights: of each SMSL.
@@ -110,7 +110,7 @@ def layer_cam(feature: Tensor, gradient: Tensor) -> Tensor:
 
 
 def look(detector: Detector, batch: Batch, label: int, alone: bool = False) -> Seen:
-    """What a detector in eval mode shows of a batch of one picture.
+    """What a detector in eval mode shows of a batch of one image.
 
     label: the class, 0..K-1. alone: of the class's best place only, instead of all places, each weighted with its score.
     """
@@ -137,7 +137,7 @@ def look(detector: Detector, batch: Batch, label: int, alone: bool = False) -> S
 
 
 def spread(heat: Tensor, stride: int, size: tuple[int, int], shown: tuple[int, int]) -> Tensor:
-    """A level's map (h, w), cells of `stride` pixels, over the picture of `size` inside its padding, as a map of size `shown`."""
+    """A level's map (h, w), cells of `stride` pixels, over the image of `size` inside its padding, as a map of size `shown`."""
     h, w = heat.shape
     whole = F.interpolate(heat[None, None], size=(h * stride, w * stride), mode="bilinear", align_corners=False)
     return F.interpolate(whole[..., : size[0], : size[1]], size=shown, mode="bilinear", antialias=True, align_corners=False)[0, 0]

@@ -36,31 +36,31 @@ class Pen:
     font: int
 
     @classmethod
-    def of(cls, picture: Image.Image, width: int | None) -> Self:
-        """In proportion to the picture, unless the width is given."""
-        side = (picture.width + picture.height) / 2
+    def of(cls, image: Image.Image, width: int | None) -> Self:
+        """In proportion to the image, unless the width is given."""
+        side = (image.width + image.height) / 2
         return cls(width or max(1, round(side / 260)), max(10, round(side / 40)))
 
 
 def canvas(image: Tensor) -> Image.Image:
-    """A uint8 (3, H, W) tensor as a picture; raises InputError for anything else."""
+    """A uint8 (3, H, W) tensor as an image; raises InputError for anything else."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"an image to draw on must be uint8 (3, H, W), it is {image.dtype} {tuple(image.shape)}")
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def draw(picture: Image.Image, marks: Sequence[Mark], pen: Pen) -> Image.Image:
-    """The picture with its marks, the first ones on top and the first to be tagged."""
-    brush = ImageDraw.Draw(picture, "RGBA")
-    rectangles = [_around(mark, picture, pen) for mark in marks]
+def draw(image: Image.Image, marks: Sequence[Mark], pen: Pen) -> Image.Image:
+    """The image with its marks, the first ones on top and the first to be tagged."""
+    brush = ImageDraw.Draw(image, "RGBA")
+    rectangles = [_around(mark, image, pen) for mark in marks]
     for mark, (box, line) in zip(reversed(marks), reversed(rectangles), strict=True):
-        _outline(brush, box, mark, line)
+        _draw_rectangle(brush, box, mark, line)
     placed: list[Rectangle] = []
     small = [box for box, _ in rectangles if (box[2] - box[0]) * (box[3] - box[1]) < 16 * pen.font**2]
     for mark, (box, _) in zip(marks, rectangles, strict=True):
         if mark.text:
-            _tag(brush, picture, mark, box, pen, placed, small)
-    return picture
+            _tag(brush, image, mark, box, pen, placed, small)
+    return image
 
 
 def short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
@@ -72,18 +72,18 @@ def short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text + "…"
 
 
-def _around(mark: Mark, picture: Image.Image, pen: Pen) -> tuple[Rectangle, int]:
+def _around(mark: Mark, image: Image.Image, pen: Pen) -> tuple[Rectangle, int]:
     """The outer edge and the width of a line that lies outside of a small box and over the edge of a large one."""
     x1, y1, x2, y2 = mark.box
     side = min(x2 - x1, y2 - y1)
     line = max(1, pen.line // 2) if mark.thin or side < 8 * pen.line else pen.line
     out = line if side < 12 * line else line / 2
-    left, top = (min(max(0, round(v - out)), size - 1) for v, size in ((x1, picture.width), (y1, picture.height)))
-    right, bottom = (min(max(0, round(v + out) - 1), size - 1) for v, size in ((x2, picture.width), (y2, picture.height)))
+    left, top = (min(max(0, round(v - out)), size - 1) for v, size in ((x1, image.width), (y1, image.height)))
+    right, bottom = (min(max(0, round(v + out) - 1), size - 1) for v, size in ((x2, image.width), (y2, image.height)))
     return (left, top, max(left, right), max(top, bottom)), line
 
 
-def _outline(brush: ImageDraw.ImageDraw, box: Rectangle, mark: Mark, line: int) -> None:
+def _draw_rectangle(brush: ImageDraw.ImageDraw, box: Rectangle, mark: Mark, line: int) -> None:
     x1, y1, x2, y2 = box
     if mark.dashed:
         dash = max(3, 4 * line)
@@ -101,19 +101,19 @@ def _outline(brush: ImageDraw.ImageDraw, box: Rectangle, mark: Mark, line: int) 
 
 
 def _tag(
-    brush: ImageDraw.ImageDraw, picture: Image.Image, mark: Mark, box: Rectangle, pen: Pen, placed: list[Rectangle], small: list[Rectangle]
+    brush: ImageDraw.ImageDraw, image: Image.Image, mark: Mark, box: Rectangle, pen: Pen, placed: list[Rectangle], small: list[Rectangle]
 ) -> None:
     """Write the tag beside the box where it hides other tags and small boxes the least, or nowhere where tags cover half of it."""
     font = colors.font(mark.text, pen.font)
     pad = max(2, pen.font // 4)
-    text = short(mark.text, font, picture.width - 2 * pad)
+    text = short(mark.text, font, image.width - 2 * pad)
     width, height = round(font.getlength(text)) + 2 * pad, pen.font + pad
     x1, y1, x2, y2 = box
     best: tuple[float, Rectangle] | None = None
     sides = [(x1, y1 - height), (x1, y2 + 1), (x2 - width, y1 - height), (x2 - width, y2 + 1), (x2 + 1, y1), (x1 - width, y1), (x1, y1)]
     for rank, (left, top) in enumerate(sides):
-        x = min(max(0, left), max(0, picture.width - width))
-        y = min(max(0, top), max(0, picture.height - height))
+        x = min(max(0, left), max(0, image.width - width))
+        y = min(max(0, top), max(0, image.height - height))
         here = (x, y, x + width - 1, y + height - 1)
         moved = abs(x - left) + abs(y - top)
         cost = _hidden(here, placed) + 0.3 * _hidden(here, small) + 0.02 * rank + 0.5 * moved / (width + height)

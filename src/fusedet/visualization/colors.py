@@ -19,7 +19,7 @@ _GOLDEN = 0.618033988749895
 
 WHITE, GREY = (255, 255, 255), (170, 170, 170)
 FOUND, FALSE, MISSED, CONFUSED = (86, 180, 233), (213, 94, 0), (240, 228, 66), (204, 121, 167)
-"""What became of an object or a detection, in every picture."""
+"""What became of an object or a detection, in every image."""
 
 
 def colour(k: int) -> Colour:

@@ -58,12 +58,12 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title:
     share[k, k] = np.nan
     side = 0.62 if k <= 8 else 0.42 if k <= 25 else 0.16
     size = 10 if k <= 25 else 6
-    room = 0.009 * size * max(len(name) for name in [*names, "nothing there"])  # inches, for the names
-    figure = new_figure(side * (k + 1) + room + 1.6, side * (k + 1) + (0.7 * room if k <= 25 else room) + 0.9)
+    package = 0.009 * size * max(len(name) for name in [*names, "nothing there"])  # inches, for the names
+    figure = new_figure(side * (k + 1) + package + 1.6, side * (k + 1) + (0.7 * package if k <= 25 else package) + 0.9)
     axes = new_axes(figure, title, "found as", "true class")
     axes.grid(False)
     axes.set_facecolor("#f2f2f2")
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if k <= 25 else {"rotation": 90}
     letters: dict[str, Any] = {"fontfamily": colors.families(list(names)), "fontsize": size}
     axes.set_xticks(range(k + 1), [*names, "missed"], **slant, **letters)
@@ -75,7 +75,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title:
             text = f"{100 * value:.0f} %\n{matrix[r, c]}" if k <= 8 else f"{100 * value:.0f}"
             axes.text(c, r, text, ha="center", va="center", fontsize=9 if k <= 8 else 8, color="white" if value > 0.6 else DARK)
     bar = figure.colorbar(
-        picture, ax=axes, fraction=0.04, pad=0.03, aspect=24, shrink=0.9 if k <= 25 else 0.5, format=lambda value, _: f"{100 * value:.0f} %"
+        image, ax=axes, fraction=0.04, pad=0.03, aspect=24, shrink=0.9 if k <= 25 else 0.5, format=lambda value, _: f"{100 * value:.0f} %"
     )
     bar.outline.set_visible(False)
     bar.set_label("share of the row", color=DARK)

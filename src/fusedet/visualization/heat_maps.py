@@ -1,4 +1,4 @@
-"""Heat maps over a picture, level by level, and the shares that levels take of each other."""
+"""Heat maps over an image, level by level, and the shares that levels take of each other."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fusedet.visualization import colors
 from fusedet.visualization.figure import DARK, clean, new_figure, save, tint
 
 COLOURS = "inferno"  # darker to brighter all the way, also in grey print and for colour-blind readers
-CELL = 1.5  # inches, the longer side of a picture
+CELL = 1.5  # inches, the longer side of an image
 ABSENT = "not in\nthis detector"
 UNTOUCHED = "no map here"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One detector's block: a title above it, the picture that stands before its maps, and of each row the maps (H, W) by column.
+    """One detector's block: a title above it, the image that stands before its maps, and of each row the maps (H, W) by column.
 
     marked: what stands first. A row that is absent the detector lacks; a column that a row lacks had no part in the score.
     """
@@ -36,7 +36,7 @@ class Panel:
 
 
 def maps(
-    picture: Image.Image,
+    image: Image.Image,
     panels: Sequence[Panel],
     captions: Mapping[str, str],
     columns: Sequence[str],
@@ -45,7 +45,7 @@ def maps(
     unit: str,
     top: float | None = None,
 ) -> None:
-    """Rows of maps over the picture, the panels side by side, all in one colour scale from 0 to the highest value, or to `top`.
+    """Rows of maps over the image, the panels side by side, all in one colour scale from 0 to the highest value, or to `top`.
 
     Up to the highest value the colours go by its square root, which keeps what is a tenth of it visible; up to `top` they are even.
     captions: what each row shows, by its key, in the order of the rows. columns: of the maps, in order. unit: of the values.
@@ -53,12 +53,12 @@ def maps(
     peak = max((float(x.max()) for panel in panels for row in panel.rows.values() for x in row.values()), default=0.0)
     scale = PowerNorm(0.5, 0, peak or 1.0) if top is None else Normalize(0, top)
     across = 1 + len(columns)
-    ratio = picture.height / picture.width
+    ratio = image.height / image.width
     wide, high = (CELL, CELL * ratio) if ratio <= 1 else (CELL / ratio, CELL)
     ratios = [width for i in range(len(panels)) for width in ([0.12] if i else []) + [1.0] * across]
     figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
     blank = np.ones((*grey.shape[:2], 3))
     grid = figure.subplots(len(captions), len(ratios), squeeze=False, width_ratios=ratios)
     for axes in grid.flat:
@@ -89,7 +89,7 @@ def maps(
 
 
 def over(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A grey picture (H, W, 1) in 0..1 under a map (H, W) in 0..1: (H, W, 3), the hotter the less of the picture."""
+    """A grey image (H, W, 1) in 0..1 under a map (H, W) in 0..1: (H, W, 3), the hotter the less of the image."""
     colour = colormaps[COLOURS](heat)[..., :3]
     cover = 0.45 + 0.4 * heat.clip(0, 1)[..., None]
     mixed: np.ndarray = (1 - cover) * grey + cover * colour

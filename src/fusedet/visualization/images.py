@@ -1,4 +1,4 @@
-"""Boxes, masks and mistakes drawn into pictures, and pictures in a grid."""
+"""Boxes, masks and mistakes drawn into images, and images in a grid."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def boxes(
     ignore: Tensor | None = None,
     width: int | None = None,
 ) -> Image.Image:
-    """The picture with its objects: a colour per class and a tag with the name and, where given, the score.
+    """The image with its objects: a colour per class and a tag with the name and, where given, the score.
 
     image uint8 (3, H, W); boxes (N, 4) xyxy in its pixels; labels (N,) 0..K-1; names (K,); scores (N,) in 0..1; masks
     (N, H, W) bool; ignore (I, 4), boxes that do not count, drawn grey and dashed; width, the lines' in pixels, else it
-    grows with the picture. Tags stay inside the picture; one that would hide another one is left out, best scores first.
+    grows with the image. Tags stay inside the image; one that would hide another one is left out, best scores first.
     Raises InputError for a label without a name and for shapes that do not fit.
     """
-    picture = canvas(image)
+    drawing = canvas(image)
     _check(boxes, labels, names)
     sides = boxes[:, 2:] - boxes[:, :2]
     order = (sides.prod(dim=1) if scores is None else -scores).argsort(stable=True)  # what comes first lies on top
@@ -41,10 +41,10 @@ def boxes(
     if scores is not None:
         shown = [f"{name} {score:.2f}" for name, score in zip(shown, scores[order].tolist(), strict=True)]
     if masks is not None:
-        picture = _blend(picture, masks[order.to(masks.device)].cpu().numpy(), classes)
+        drawing = _blend(drawing, masks[order.to(masks.device)].cpu().numpy(), classes)
     marks = [Mark(box, colors.colour(k), text) for box, k, text in zip(corners, classes, shown, strict=True)]
     marks += [Mark(box, colors.GREY, dashed=True) for box in ([] if ignore is None else ignore.tolist())]
-    return draw(picture, marks, Pen.of(picture, width))
+    return draw(drawing, marks, Pen.of(drawing, width))
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
     those of at least `score` are drawn; ignore (boxes, labels) of objects that do not count. Matched as in `ops.owners`.
     True boxes of what was found are thin, white and dashed. Raises InputError for a label without a name.
     """
-    picture = canvas(image)
+    drawing = canvas(image)
     best = found[2].argsort(descending=True, stable=True)
     best = best[found[2][best] >= score]
     guesses, labels, scores = (part[best].cpu().numpy() for part in found)
@@ -90,7 +90,7 @@ def compare(
             rest.append(Mark(box, colors.WHITE, dashed=True, thin=True))
         else:
             groups["missed"].append(Mark(box, colors.MISSED, names[k], dashed=True))
-    pen = Pen.of(picture, None)
+    pen = Pen.of(drawing, None)
     marks = [mark for group in groups.values() for mark in group]
     confused = len(groups["confused"])  # a miss and a false detection, as F1 counts it
     legend = [
@@ -100,33 +100,31 @@ def compare(
         (f"wrong class {confused}{' (in both)' if confused else ''}", colors.CONFUSED, False),
         ("truth", colors.WHITE, True),
     ]
-    return _legend(draw(picture, [*marks, *rest], pen), legend, pen)
+    return _legend(draw(drawing, [*marks, *rest], pen), legend, pen)
 
 
-def grid(
-    pictures: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None, cell: int = 320
-) -> Image.Image:
-    """Pictures in rows on white, each made to fit `cell` pixels, with a line of text below; about square by default.
+def grid(images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None, cell: int = 320) -> Image.Image:
+    """Images in rows on white, each made to fit `cell` pixels, with a line of text below; about square by default.
 
-    Raises InputError where there is no picture or the captions are not one per picture.
+    Raises InputError where there is no image or the captions are not one per image.
     """
-    if not pictures:
-        raise InputError("a grid needs at least one picture")
-    if captions is not None and len(captions) != len(pictures):
-        raise InputError(f"a grid of {len(pictures)} pictures needs as many captions, got {len(captions)}")
-    columns = min(len(pictures), columns or math.ceil(math.sqrt(len(pictures))))
+    if not images:
+        raise InputError("a grid needs at least one image")
+    if captions is not None and len(captions) != len(images):
+        raise InputError(f"a grid of {len(images)} images needs as many captions, got {len(captions)}")
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
     gap, size = max(4, cell // 40), max(10, cell // 28)
-    scaled = [_fitted(picture, cell) for picture in pictures]
+    scaled = [_fitted(drawing, cell) for drawing in images]
     rows = [scaled[i : i + columns] for i in range(0, len(scaled), columns)]
     line = 0 if captions is None else round(size * 1.6)
-    heights = [max(picture.height for picture in row) for row in rows]
+    heights = [max(drawing.height for drawing in row) for row in rows]
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, sum(heights) + len(rows) * (line + gap) + gap), colors.WHITE)
     pen = ImageDraw.Draw(sheet)
     top = gap
     for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        for c, picture in enumerate(row):
+        for c, drawing in enumerate(row):
             left = gap + c * (cell + gap)
-            sheet.paste(picture, (left + (cell - picture.width) // 2, top + (height - picture.height) // 2))
+            sheet.paste(drawing, (left + (cell - drawing.width) // 2, top + (height - drawing.height) // 2))
             if captions is not None:
                 caption = captions[r * columns + c]
                 font = colors.font(caption, size)
@@ -135,10 +133,10 @@ def grid(
     return sheet
 
 
-def _fitted(picture: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _fitted(drawing: Image.Image, cell: int) -> Image.Image:
+    scale = cell / max(drawing.size)
+    size = max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale))
+    return drawing.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _check(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
@@ -149,11 +147,11 @@ def _check(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
         raise InputError(f"labels must lie in 0..{len(names) - 1}, one per class name, they reach from {low} to {high}")
 
 
-def _blend(picture: Image.Image, masks: np.ndarray, classes: list[int]) -> Image.Image:
+def _blend(drawing: Image.Image, masks: np.ndarray, classes: list[int]) -> Image.Image:
     """Masks (N, H, W) in their classes' colours, the first on top: a veil inside and a line along the border."""
-    pixels = np.asarray(picture).astype(np.float32)
+    pixels = np.asarray(drawing).astype(np.float32)
     if masks.shape[1:] != pixels.shape[:2]:
-        raise InputError(f"masks must be as large as the picture, {pixels.shape[:2]}, they are {masks.shape[1:]}")
+        raise InputError(f"masks must be as large as the image, {pixels.shape[:2]}, they are {masks.shape[1:]}")
     for mask, k in zip(masks[::-1].astype(bool), classes[::-1], strict=True):
         inner = mask.copy()
         for axis in (0, 1):
@@ -165,22 +163,22 @@ def _blend(picture: Image.Image, masks: np.ndarray, classes: list[int]) -> Image
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _legend(picture: Image.Image, items: list[tuple[str, colors.Colour, bool]], pen: Pen) -> Image.Image:
-    """The picture over a dark strip with a sample of each line and its meaning, in as many rows as it takes."""
+def _legend(drawing: Image.Image, items: list[tuple[str, colors.Colour, bool]], pen: Pen) -> Image.Image:
+    """The image over a dark strip with a sample of each line and its meaning, in as many rows as it takes."""
     font = colors.font("legend", pen.font)
     dash, gap, line = 2 * pen.font, pen.font, round(1.7 * pen.font)
     places, left, row = [], gap // 2, 0
     for text, _, _ in items:
         step = dash + gap // 2 + round(font.getlength(text)) + gap
-        if left + step > picture.width and left > gap // 2:
+        if left + step > drawing.width and left > gap // 2:
             left, row = gap // 2, row + 1
         places.append((left, row))
         left += step
-    sheet = Image.new("RGB", (picture.width, picture.height + (row + 1) * line + gap // 2), (38, 38, 38))
-    sheet.paste(picture)
+    sheet = Image.new("RGB", (drawing.width, drawing.height + (row + 1) * line + gap // 2), (38, 38, 38))
+    sheet.paste(drawing)
     brush = ImageDraw.Draw(sheet)
     for (text, colour, dashed), (x, r) in zip(items, places, strict=True):
-        y = picture.height + gap // 4 + r * line + line // 2
+        y = drawing.height + gap // 4 + r * line + line // 2
         for part in range(3) if dashed else [None]:
             a, b = (x, x + dash) if part is None else (x + part * dash * 3 // 8, x + part * dash * 3 // 8 + dash // 4)
             brush.line((a, y, b, y), colour, max(2, pen.line))

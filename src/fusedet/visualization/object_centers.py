@@ -1,4 +1,4 @@
-"""Where the objects' centres lie in their pictures, class by class, as in Figure 5 of MSIL (Wang et al., 2023)."""
+"""Where the objects' centres lie in their images, class by class, as in Figure 5 of MSIL (Wang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
     """How dense the points (M, 2), x and y in 0..1, lie, (cells, cells) by row and column; 1 everywhere would be uniform, the mean is 1.
 
     A Gaussian kernel of Scott's width, M^(-1/6) times the points' standard deviation along each side, at least half a cell; what it would
-    put outside the picture is spread over the inside. Raises ValueError for no points.
+    put outside the image is spread over the inside. Raises ValueError for no points.
     """
     if not len(points):
         raise ValueError("a density needs at least one point")
@@ -52,7 +52,7 @@ def density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
 def centres(points: Sequence[np.ndarray], names: Sequence[str], path: str | Path, title: str = "Where the objects' centres lie") -> None:
     """A panel per class: its density in one colour scale, the share of each quadrant, and up to 400 of its points.
 
-    points: of each class (M, 2), x and y in shares of the picture's width and height, from the upper left corner; names: of the classes.
+    points: of each class (M, 2), x and y in shares of the image's width and height, from the upper left corner; names: of the classes.
     The ending of `path` gives the form: png, pdf or svg. Raises InputError where there is no object.
     """
     shown = [(name, own) for name, own in zip(names, points, strict=True) if len(own)]

@@ -1,4 +1,4 @@
-"""A data set in any of the three forms, told apart by itself, into Records."""
+"""A dataset in any of the three forms, told apart by itself, into DetectionDataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import canonical, choose
 from fusedet.data.readers.coco import read_coco
 from fusedet.data.readers.voc import read_voc, split_folders, voc_splits
@@ -21,16 +21,16 @@ _EXPORTED = "_annotations.coco.json"
 _HEAD = 1 << 16
 
 
-def read(path: str | Path, split: str, *, images: str | Path | None = None, need_pictures: bool = True) -> Records:
-    """Read a split of a data set.
+def read(path: str | Path, split: str, *, images: str | Path | None = None, need_images: bool = True) -> DetectionDataset:
+    """Read a split of a dataset.
 
     path is a folder, a COCO json or a YOLO yaml. split is "train", "val", "test", ... or a file that is the split: a
-    COCO json, or a list of pictures (.txt). images is the folder of a COCO json's pictures where they are not beside
-    it. need_pictures refuses COCO and VOC annotations without a single one of their first 100 pictures (YOLO's sizes
-    always come from the pictures). Raises InputError: one sentence that says what is wrong, with the splits that exist.
+    COCO json, or a list of images (.txt). images is the folder of a COCO json's images where they are not beside
+    it. need_images refuses COCO and VOC annotations without a single one of their first 100 images (YOLO's sizes
+    always come from the images). Raises InputError: one sentence that says what is wrong, with the splits that exist.
     """
     with readable(path):
-        return _read(Path(path), split, images, need_pictures)
+        return _read(Path(path), split, images, need_images)
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def readable(path: str | Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
 
-def _read(path: Path, split: str, images: str | Path | None, need_pictures: bool) -> Records:
+def _read(path: Path, split: str, images: str | Path | None, need_images: bool) -> DetectionDataset:
     kind = form(path)
     own_file = split.endswith((".json", ".txt"))
     if own_file:
@@ -52,18 +52,18 @@ def _read(path: Path, split: str, images: str | Path | None, need_pictures: bool
     if kind == "yolo":
         return read_yolo(_yaml(path), split)
     if kind == "voc":
-        return read_voc(path, split, need_pictures=need_pictures)
+        return read_voc(path, split, need_images=need_images)
     file = Path(split) if own_file else _coco_file(path, split)
     root = path if path.is_dir() and path.resolve() in file.resolve().parents else _data_folder(file)
     if images is None:
-        return read_coco(file, _image_folders(file, root, split), root=root, need_pictures=need_pictures)
+        return read_coco(file, _image_folders(file, root, split), root=root, need_images=need_images)
     if not os.path.isdir(images):
         raise InputError(f"images={images} is not a folder")
-    return read_coco(file, images, root=root, need_pictures=need_pictures)
+    return read_coco(file, images, root=root, need_images=need_images)
 
 
 def splits(path: str | Path) -> dict[str, str]:
-    """The splits of a data set and where each comes from (a file or a folder). Raises InputError."""
+    """The splits of a dataset and where each comes from (a file or a folder). Raises InputError."""
     path, kind = Path(path), form(path)
     with readable(path):
         if kind == "yolo":
@@ -104,7 +104,7 @@ def _form(path: Path) -> str:
         raise InputError(f"{path} looks like YOLO data, but has no data.yaml with 'names', 'train' and 'val'")
     inner = [str(f) for f in sorted(path.iterdir()) if f.is_dir() and (f / "ImageSets").is_dir()]
     hint = f": did you mean {' or '.join(inner)}?" if inner else ""
-    raise InputError(f"{path} holds no data set in COCO (annotations/*.json), VOC (Annotations/*.xml) or YOLO (data.yaml) form{hint}")
+    raise InputError(f"{path} holds no dataset in COCO (annotations/*.json), VOC (Annotations/*.xml) or YOLO (data.yaml) form{hint}")
 
 
 def _existing(split: str, path: Path) -> str:
@@ -190,7 +190,7 @@ def _data_folder(file: Path) -> Path:
 
 
 def _image_folders(file: Path, root: Path, split: str) -> list[Path]:
-    """Where a COCO json's pictures may be, likeliest first."""
+    """Where a COCO json's images may be, likeliest first."""
     stem = re.sub(r"^(instances|image_info)_", "", file.stem)
     words = dict.fromkeys([stem, split, canonical(split), re.sub(r"\d{4}$", "", stem)])
     bases = [root, root / "images"]

@@ -1,4 +1,4 @@
-"""COCO json files (crowds, ignored objects, polygons, RLE, gaps in the ids) into Records."""
+"""COCO json files (crowds, ignored objects, polygons, RLE, gaps in the ids) into DetectionDataset."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import inside, read_text, require_some, require_text
 from fusedet.data.segmentation import fits, packed
 from fusedet.errors import InputError
 
 
 def read_coco(
-    json_file: str | Path, image_dir: str | Path | Sequence[Path], *, root: str | Path | None = None, need_pictures: bool = True
-) -> Records:
+    json_file: str | Path, image_dir: str | Path | Sequence[Path], *, root: str | Path | None = None, need_images: bool = True
+) -> DetectionDataset:
     """Read one COCO json whose `file_name`s are relative to image_dir; of several folders, the one that has most of them.
 
-    Labels follow the order of the category ids. Without the key `annotations` (test-dev) no picture has objects.
-    `iscrowd` and `ignore` set Record.ignore. File names may use ".." only inside root, by default the image folder.
-    need_pictures refuses a folder where not one of the first 100 pictures is; without, annotations alone are read.
+    Labels follow the order of the category ids. Without the key `annotations` (test-dev) no image has objects.
+    `iscrowd` and `ignore` set ImageAnnotations.ignore. File names may use ".." only inside root, by default the image folder.
+    need_images refuses a folder where not one of the first 100 images is; without, annotations alone are read.
     Raises InputError for anything that is not COCO, naming the entry that is wrong.
     """
     file = Path(json_file)
@@ -36,11 +36,11 @@ def read_coco(
     names, category_ids = _categories(data, file)
     images = _rows(data, "images", file)
     if not images:
-        raise InputError(f"{file} lists no pictures: its 'images' is empty")
+        raise InputError(f"{file} lists no images: its 'images' is empty")
     file_names = _strings(images, "file_name", "image", file)
     folder = max(folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100]))  # the first among equals
     paths = [inside(folder, name, Path(root or folder), source=file) for name in file_names]
-    if need_pictures:
+    if need_images:
         searched = " or ".join(map(str, folders[:3])) + (f" or {len(folders) - 3} more folders" if len(folders) > 3 else "")
         require_some(paths, searched, file)
     image_ids = _integers(images, "id", "image", file)
@@ -59,11 +59,11 @@ def read_coco(
     labels = _labels(rows, category_ids, file)
     ignore = (_integers(rows, "iscrowd", "annotation", file, 0) | _integers(rows, "ignore", "annotation", file, 0)) != 0
     area, bad_areas = _areas(rows, file)
-    outlines = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
+    segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
     del data, images, rows  # a large file's objects take a gigabyte
     shapes = sizes.tolist()
-    drawn = [o if not o or o[:1] == b"P" or fits(o, tuple(shapes[i])) else b"" for o, i in zip(outlines, owners.tolist(), strict=True)]
-    lost = sum(a != b for a, b in zip(outlines, drawn, strict=True))
+    drawn = [o if not o or o[:1] == b"P" or fits(o, tuple(shapes[i])) else b"" for o, i in zip(segmentations, owners.tolist(), strict=True)]
+    lost = sum(a != b for a, b in zip(segmentations, drawn, strict=True))
     return annotation_cleaning.gather(
         names,
         category_ids,
@@ -75,20 +75,20 @@ def read_coco(
         labels=labels,
         ignore=ignore,
         area=area,
-        outlines=drawn,
+        segmentations=drawn,
         source=file,
         form="coco",
         problems=doubtful
         | {
-            annotation_cleaning.NO_PICTURE: int((~listed).sum()),
+            annotation_cleaning.NO_IMAGE: int((~listed).sum()),
             annotation_cleaning.BAD_AREA: bad_areas,
-            annotation_cleaning.BAD_OUTLINE: lost,
+            annotation_cleaning.BAD_SEGMENTATION: lost,
         },
     )
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The json of a COCO file, checked to hold `images` and `categories`; outlines come packed. Raises InputError."""
+    """The json of a COCO file, checked to hold `images` and `categories`; segmentations come packed. Raises InputError."""
     text = read_text(file)
     try:
         with _no_collection():
@@ -106,10 +106,10 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _pack(entry: dict[str, Any]) -> dict[str, Any]:
-    """Shrink an outline as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
-    outline = entry.get("segmentation")
-    if outline is not None:
-        entry["segmentation"] = packed(outline)
+    """Shrink a segmentation as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
+    segmentation = entry.get("segmentation")
+    if segmentation is not None:
+        entry["segmentation"] = packed(segmentation)
     return entry
 
 

@@ -1,4 +1,4 @@
-"""VOC data sets (an xml per picture, lists of pictures in ImageSets/Main or a folder per split) into Records."""
+"""VOC datasets (an xml per image, lists of images in ImageSets/Main or a folder per split) into DetectionDataset."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from xml.etree import ElementTree
 import numpy as np
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.dataset import Records
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import (
     canonical,
     choose,
     files_below,
+    image_sizes,
     inside,
-    is_picture,
-    picture_sizes,
+    is_image,
     read_bytes,
     read_text,
     require_some,
@@ -32,37 +32,37 @@ _CLASS_FILES = ("labels.txt", "classes.txt")
 _NO_CLASS = {"__ignore__", "_background_", "__background__"}  # that labelling tools put into labels.txt
 
 
-def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_pictures: bool = True) -> Records:
-    """Read a VOC split: its name, a list file, or the names of its pictures without extension.
+def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images: bool = True) -> DetectionDataset:
+    """Read a VOC split: its name, a list file, or the names of its images without extension.
 
     Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last. Difficult objects set
-    Record.ignore. Class names come from labels.txt or classes.txt, else sorted from all annotations of all splits, so
+    ImageAnnotations.ignore. Class names come from labels.txt or classes.txt, else sorted from all annotations of all splits, so
     that the splits agree; category ids are 1..K, image ids 1..N in the order of the list.
-    need_pictures refuses a folder where not one of the first 100 pictures is. Raises InputError.
+    need_images refuses a folder where not one of the first 100 images is. Raises InputError.
     """
     root = Path(root)
     folders, listed, source = _listing(root, split)
     names = list(dict.fromkeys(listed))
     if not names:
-        raise InputError(f"{source} lists no pictures")
+        raise InputError(f"{source} lists no images")
     parsed = {stem: parse(file) for stem, file in _all_annotations(root).items()}
     classes = _classes(root, parsed)
     paths: list[str] = []
     rows: list[Annotation] = []
-    pictures: dict[str, dict[str, str]] = {}
+    images: dict[str, dict[str, str]] = {}
     for name in names:
         file = inside(folders.annotations, name + ".xml", root, source=source)
         if os.path.normpath(file) not in parsed:
             raise InputError(f"{source} lists {name}, but its annotation {file} does not exist")
         rows.append(parsed[os.path.normpath(file)])
-        stem = inside(folders.pictures, name, root, source=source)
+        stem = inside(folders.images, name, root, source=source)
         at = os.path.dirname(stem)
-        if at not in pictures:
-            pictures[at] = _by_stem(at)
-        extension = os.path.splitext(rows[-1].file_name)[1] if is_picture(rows[-1].file_name) else ".jpg"
-        paths.append(os.path.join(at, pictures[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
-    if need_pictures:
-        require_some(paths, folders.pictures, source)
+        if at not in images:
+            images[at] = _by_stem(at)
+        extension = os.path.splitext(rows[-1].file_name)[1] if is_image(rows[-1].file_name) else ".jpg"
+        paths.append(os.path.join(at, images[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
+    if need_images:
+        require_some(paths, folders.images, source)
     known = {name: k for k, name in enumerate(classes)}
     for row in rows:
         if strange := next((name for name in row.names if name not in known), None):
@@ -78,7 +78,7 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_pictur
         boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
         labels=labels,
         ignore=np.concatenate([row.difficult for row in rows]),
-        outlines=[b""] * len(labels),
+        segmentations=[b""] * len(labels),
         source=source,
         form="voc",
         problems={annotation_cleaning.LISTED_TWICE: len(listed) - len(names)},
@@ -96,7 +96,7 @@ def voc_splits(root: str | Path) -> dict[str, str]:
 
 
 def split_folders(root: Path) -> list[Path]:
-    """Subfolders train, val, ... that hold xml files beside their pictures."""
+    """Subfolders train, val, ... that hold xml files beside their images."""
     skipped = {"Annotations", "ImageSets", "JPEGImages"}
     folders = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name not in skipped] if root.is_dir() else []
     return [f for f in folders if any(e.name.endswith(".xml") for e in os.scandir(f))]
@@ -176,11 +176,11 @@ def _float(node: ElementTree.Element, tag: str, file: str, default: float | None
 @dataclass(frozen=True)
 class _Folders:
     annotations: Path
-    pictures: Path
+    images: Path
 
 
 def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, list[str], str]:
-    """The folders of a split, the names of its pictures without extension, and where it comes from."""
+    """The folders of a split, the names of its images without extension, and where it comes from."""
     folders = _Folders(root / "Annotations", root / "JPEGImages")
     if not isinstance(split, str | Path):
         return folders, list(split), str(root)
@@ -190,29 +190,29 @@ def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, l
         found = voc_splits(root)
         main = root / "ImageSets" / "Main"
         if not found and not any(main.glob("*.txt")):
-            raise InputError(f"{root} has no lists of pictures: VOC needs {main}/{split}.txt with a picture's name in each line")
+            raise InputError(f"{root} has no lists of images: VOC needs {main}/{split}.txt with an image's name in each line")
         at = main / f"{split}.txt"
         at = at if at.is_file() else Path(choose(found, str(split), root))
     if at.is_dir():
         return _Folders(at, at), sorted(e.name[:-4] for e in os.scandir(at) if e.name.endswith(".xml")), str(at)
-    for folder in (folders.annotations, folders.pictures):
+    for folder in (folders.annotations, folders.images):
         if not folder.is_dir():
-            raise InputError(f"{root} is not a whole VOC data set: the folder {folder.name} is missing")
+            raise InputError(f"{root} is not a whole VOC dataset: the folder {folder.name} is missing")
     lines = [line.strip() for line in read_text(at).splitlines() if line.strip()]
     require_text(lines, at)
     return folders, [_name(line, folders.annotations) for line in lines], str(at)
 
 
 def _name(line: str, annotations: Path) -> str:
-    """A picture's name from a list's line, where a flag 1, 0 or -1 or an extension may follow it."""
+    """An image's name from a list's line, where a flag 1, 0 or -1 or an extension may follow it."""
     if os.path.exists(os.path.join(annotations, line + ".xml")):
         return line
     name = re.sub(r"\s+(-1|0|1)$", "", line)
-    return os.path.splitext(name)[0] if is_picture(name) else name
+    return os.path.splitext(name)[0] if is_image(name) else name
 
 
 def _all_annotations(root: Path) -> dict[str, str]:
-    """All xml files of the data set, normalised path to path."""
+    """All xml files of the dataset, normalised path to path."""
     folder = root / "Annotations"
     found = [file for file in files_below(folder) if file.endswith(".xml")] if folder.is_dir() else []
     for folder in split_folders(root):
@@ -235,15 +235,15 @@ def _classes(root: Path, parsed: dict[str, Annotation]) -> list[str]:
 
 
 def _by_stem(folder: str) -> dict[str, str]:
-    """The pictures of a folder by their names without extension."""
+    """The images of a folder by their names without extension."""
     if not os.path.isdir(folder):
         return {}
-    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_picture(e.name)}
+    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_image(e.name)}
 
 
 def _sizes(rows: list[Annotation], paths: list[str]) -> np.ndarray:
-    """(N, 2) heights and widths; where the xml has none, from the picture."""
+    """(N, 2) heights and widths; where the xml has none, from the image."""
     sizes = np.array([(row.height, row.width) for row in rows], dtype=np.int64).reshape(-1, 2)
     unknown_size = np.flatnonzero((sizes == 0).any(axis=1))
-    sizes[unknown_size] = picture_sizes([paths[i] for i in unknown_size.tolist()])
+    sizes[unknown_size] = image_sizes([paths[i] for i in unknown_size.tolist()])
     return sizes

@@ -1,4 +1,4 @@
-"""YOLO data sets (a data.yaml, and a text file of normalised boxes or outlines per picture) into Records."""
+"""YOLO datasets (a data.yaml, and a text file of normalised boxes or segmentations per image) into DetectionDataset."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import yaml
 
 from fusedet.config.loading import LARGEST, LONGEST, count_values
 from fusedet.data import annotation_cleaning
-from fusedet.data.dataset import Records, pack_outline
-from fusedet.data.image_files import canonical, choose, inside, picture_sizes, pictures_below, read_text, require_text, within
+from fusedet.data.dataset import DetectionDataset, pack_segmentation
+from fusedet.data.image_files import canonical, choose, image_sizes, images_below, inside, read_text, require_text, within
 from fusedet.data.segmentation import drawable
 from fusedet.errors import InputError
 
@@ -24,28 +24,28 @@ _NOT_SPLITS = {"path", "names", "nc", "download", "roboflow", "kpt_shape", "flip
 _NOTHING = {"", "null", "~"}
 
 
-def read_yolo(yaml_file: str | Path, split: str) -> Records:
-    """Read a split that a data.yaml names, or a list of pictures (split ends in .txt).
+def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
+    """Read a split that a data.yaml names, or a list of images (split ends in .txt).
 
-    Label files lie in folders `labels` beside the folders `images`, or beside the pictures.
-    Label lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised to the picture after EXIF rotation.
-    A picture without a label file is background. Category ids are YOLO's own class numbers; image ids count from 1.
+    Label files lie in folders `labels` beside the folders `images`, or beside the images.
+    Label lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised to the image after EXIF rotation.
+    An image without a label file is background. Category ids are YOLO's own class numbers; image ids count from 1.
     Raises InputError with file and line for a line that is malformed or of an unknown class.
     """
     file = Path(yaml_file)
     data = load(file)
     names = _names(data, file)
     root = _root(data, file)
-    listed = _pictures(split if split.endswith(".txt") else choose(_entries(data), split, file), root, file)
+    listed = _images(split if split.endswith(".txt") else choose(_entries(data), split, file), root, file)
     if not listed:
-        raise InputError(f"the split '{split}' of {file} holds no pictures")
+        raise InputError(f"the split '{split}' of {file} holds no images")
     paths = list(dict.fromkeys(listed))
-    sizes = picture_sizes(paths)
+    sizes = image_sizes(paths)
     labels_of = {number: label for label, number in enumerate(names)}
     owners: list[int] = []
     labels: list[int] = []
     boxes: list[tuple[float, ...]] = []
-    outlines: list[bytes] = []
+    segmentations: list[bytes] = []
     bare = lost = 0
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
@@ -61,7 +61,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> Records:
             owners.append(i)
             labels.append(labels_of[number])
             boxes.append(box)
-            outlines.append(pack_outline(polygon and [polygon]))
+            segmentations.append(pack_segmentation(polygon and [polygon]))
             lost += len(values) > 4 and polygon is None
     return annotation_cleaning.gather(
         names.values(),
@@ -73,13 +73,13 @@ def read_yolo(yaml_file: str | Path, split: str) -> Records:
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         labels=np.array(labels, dtype=np.int64),
         ignore=np.zeros(len(owners), dtype=bool),
-        outlines=outlines,
+        segmentations=segmentations,
         source=f"{file} ({split})",
         form="yolo",
         problems={
             annotation_cleaning.LISTED_TWICE: len(listed) - len(paths),
             annotation_cleaning.NO_LABELS: bare,
-            annotation_cleaning.BAD_OUTLINE: lost,
+            annotation_cleaning.BAD_SEGMENTATION: lost,
         },
     )
 
@@ -105,13 +105,13 @@ def yolo_splits(yaml_file: str | Path) -> dict[str, str]:
     return {name: ", ".join(entries) for name, entries in _entries(load(Path(yaml_file))).items()}
 
 
-def label_path(picture: str) -> str:
-    """The label file of a picture: its last folder `images` becomes `labels`, its extension `.txt`.
+def label_path(image: str) -> str:
+    """The label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
 
     >>> label_path("d/images/val/a.jpg")
     'd/labels/val/a.txt'
     """
-    parts = os.path.splitext(picture)[0].split(os.sep)
+    parts = os.path.splitext(image)[0].split(os.sep)
     at = next((i for i in range(len(parts) - 2, -1, -1) if parts[i] == "images"), None)
     if at is not None:
         parts[at] = "labels"
@@ -165,17 +165,17 @@ def _root(data: dict[str, Any], file: Path) -> Path:
     raise InputError(f"{file}: its 'path' {given} does not exist: correct it, or remove it where the data lies beside the yaml")
 
 
-def _pictures(entry: str | list[str], root: Path, file: Path) -> list[str]:
-    """The pictures of a split: folders and text lists of paths, absolute or relative to the data folder."""
+def _images(entry: str | list[str], root: Path, file: Path) -> list[str]:
+    """The images of a split: folders and text lists of paths, absolute or relative to the data folder."""
     found: list[str] = []
     for item in [entry] if isinstance(entry, str) else entry:
         at = _place(item, root, file)
         if os.path.isdir(at):
-            found += pictures_below(at)
+            found += images_below(at)
         elif at.suffix == ".txt" and os.path.isfile(at):
             found += _listed(at, root)
         else:
-            raise InputError(f"{file} names {item}, but {at} is neither a folder of pictures nor a .txt list of them")
+            raise InputError(f"{file} names {item}, but {at} is neither a folder of images nor a .txt list of them")
     return found
 
 
@@ -190,7 +190,7 @@ def _place(item: str, root: Path, file: Path) -> Path:
 
 
 def _listed(list_file: Path, root: Path) -> list[str]:
-    """The pictures of a text list: relative to the list or to the data folder, or absolute and inside one of these."""
+    """The images of a text list: relative to the list or to the data folder, or absolute and inside one of these."""
     names = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
     require_text(names, list_file)
     relative = [name for name in names if not os.path.isabs(name)]
@@ -222,7 +222,7 @@ def _lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
 
 
 def _object(values: list[float], height: int, width: int) -> tuple[tuple[float, ...], list[float] | None]:
-    """The box in pixels, and the outline in pixels where the line is one."""
+    """The box in pixels, and the segmentation in pixels where the line is one."""
     if len(values) == 4:
         cx, cy, w, h = values
         return ((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height), None

@@ -114,14 +114,14 @@ def _top(part: Part, more: int) -> str:
 
 
 def normalisation(config: Mapping[str, Any], notes: list[str]) -> tuple[list[float], list[float], bool] | None:
-    """Mean and std of RGB, and whether the weights take BGR; None where a config says nothing of pictures."""
+    """Mean and std of RGB, and whether the weights take BGR; None where a config says nothing of images."""
     model = config.get("model") or {}
     if model.get("data_preprocessor") or config.get("data_preprocessor"):
         part = Part("model.data_preprocessor", model.get("data_preprocessor") or config["data_preprocessor"], notes)
         bgr = not part.flag("bgr_to_rgb", False)
         part.need("rgb_to_bgr", False)
         if (divisor := part.integer("pad_size_divisor", 1)) != 32:
-            notes.append(f"pictures were padded to multiples of {divisor}, here of 32: values near the right and lower edge may differ")
+            notes.append(f"images were padded to multiples of {divisor}, here of 32: values near the right and lower edge may differ")
     else:
         found = config.get("img_norm_cfg") or _step(config, "Normalize")
         if not found:
@@ -142,7 +142,7 @@ def usual(mean: list[float], std: list[float]) -> bool:
 
 
 def resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
-    """How pictures are resized in MMDetection's test pipeline, as `data` says it: as OpenCV does, not antialiased, unless by Pillow."""
+    """How images are resized in MMDetection's test pipeline, as `data` says it: as OpenCV does, not antialiased, unless by Pillow."""
     for source in (config.get("test_pipeline"), config.get("test_dataloader"), _inside(config.get("data"), "test")):
         step: Any = _step(source, "Resize", "MultiScaleFlipAug", having=("scale", "img_scale"))
         scale = step and (step.get("scale") or step.get("img_scale"))
@@ -151,9 +151,9 @@ def resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
         if isinstance(scale, (list, tuple)) and len(scale) == 2 and all(isinstance(v, int) for v in scale):
             inner = _step(step.get("transforms"), "Resize") or step  # in MultiScaleFlipAug, which has the scale
             if inner.get("keep_ratio", True) is False:
-                notes.append(f"pictures were stretched to {scale[0]} x {scale[1]}, here their ratio is kept")
+                notes.append(f"images were stretched to {scale[0]} x {scale[1]}, here their ratio is kept")
             if (kind := inner.get("interpolation", "bilinear")) != "bilinear":
-                notes.append(f"pictures were resized by '{kind}', here bilinearly")
+                notes.append(f"images were resized by '{kind}', here bilinearly")
             size = {"size": sorted(scale)} if min(scale) >= 32 else {}
             return size | {"antialias": inner.get("backend", "cv2") == "pillow"}
     return {"antialias": False}

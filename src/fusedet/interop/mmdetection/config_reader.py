@@ -7,7 +7,7 @@ from typing import Any
 
 from fusedet.errors import InputError, checked
 
-_LARGEST = 1e30  # what a float32 holds with room for products
+_LARGEST = 1e30  # what a float32 holds with package for products
 # what changes no prediction and has its own place here, or none
 _SILENT = {"type", "pretrained", "init_cfg", "with_cp", "zero_init_residual", "in_channels", "conv_cfg", "act_cfg", "num_classes"}
 

@@ -61,7 +61,7 @@ def translate(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool =
         test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
     pixels = normalisation({**config, "model": values}, notes)
     if pixels is None:
-        notes.append("how pictures are normalised is not said: RGB and ImageNet's mean and deviation are taken")
+        notes.append("how images are normalised is not said: RGB and ImageNet's mean and deviation are taken")
     elif not usual(*pixels[:2]):
         body |= {"mean": pixels[0], "std": pixels[1]}
     settings = {"score": test.number("score_thr", 0.05), "nms": nms(test, 0.5)}
@@ -90,7 +90,7 @@ def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Ar
         notes.append(f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}")
     if pixels is None:
         notes.append(
-            f"the checkpoint does not say how its pictures were: RGB, no antialiasing, and mean and style as {name} has them, are taken; "
+            f"the checkpoint does not say how its images were: RGB, no antialiasing, and mean and style as {name} has them, are taken; "
             "if it was trained caffe-style or with BGR, give MMDetection's config"
         )
     else:

@@ -44,7 +44,7 @@ def guess(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
     if model["backbone"]["depth"] >= 50:
         notes.append("where bottlenecks have their stride cannot be told from the weights: style=pytorch is taken, give --config for caffe")
     notes.append(
-        "no config was given: thresholds, the scales of anchors, how pictures are resized and settings of the training are the usual ones"
+        "no config was given: thresholds, the scales of anchors, how images are resized and settings of the training are the usual ones"
     )
     return {"model": model}, notes
 

@@ -122,7 +122,7 @@ def _refuse_own(meta: Any, path: Path) -> None:
 
 def _own(path: Path) -> InputError:
     return InputError(
-        f"{path} is fusedet's own already, there is nothing to convert: use it as it is, fusedet predict {path} PICTURE_OR_FOLDER..."
+        f"{path} is fusedet's own already, there is nothing to convert: use it as it is, fusedet predict {path} IMAGE_OR_FOLDER..."
     )
 
 

@@ -57,14 +57,14 @@ def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = T
 
 
 def _check_maps(name: str) -> None:
-    """Some of timm's bodies take one size of picture only, or give maps of another layout: asked of a copy without data."""
+    """Some of timm's bodies take one size of image only, or give maps of another layout: asked of a copy without data."""
     with torch.device("meta"):
         probe: Any = timm.create_model(name, features_only=True, pretrained=False).eval()
         try:
             maps = probe(torch.zeros(1, 3, 96, 160))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise InputError(f"timm's '{name}' does not take pictures of any size ({reason}): choose a convolutional body") from error
+            raise InputError(f"timm's '{name}' does not take images of any size ({reason}): choose a convolutional body") from error
     promised = [(c, 96 // s, 160 // s) for c, s in zip(probe.feature_info.channels(), probe.feature_info.reduction())]
     if [tuple(m.shape[1:]) for m in maps] != promised:
         raise InputError(f"timm's '{name}' gives maps of other shapes than its strides promise: choose a convolutional body")

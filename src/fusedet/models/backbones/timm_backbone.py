@@ -32,11 +32,11 @@ class Backbone(nn.Module):
     in the paper's code and in MMDetection's caffe bodies).
     zero_init: without weights, the last norm of every residual block starts at 0, the block as the identity (timm's and MMDetection's
     habit); false, at 1 (torchvision's).
-    mean, std: per channel of RGB in 0..255, what the weights know pictures to be normalised by; timm's for this model by default.
+    mean, std: per channel of RGB in 0..255, what the weights know images to be normalised by; timm's for this model by default.
     Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, modulated without
     deformable stages, a std that is not above 0, and weights that cannot be had.
 
-    `levels` promises channels and strides; pictures in 0..255 times `scale` plus `shift` (3, 1, 1) are what the weights know.
+    `levels` promises channels and strides; images in 0..255 times `scale` plus `shift` (3, 1, 1) are what the weights know.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         self.has_weights = bool(pretrained or weights)
 
     def forward(self, images: Tensor) -> Features:
-        """Normalised pictures (N, 3, H, W) to C2..C5."""
+        """Normalised images (N, 3, H, W) to C2..C5."""
         maps = self.body(images)
         return [maps[i] for i in self.places]
 

@@ -17,7 +17,7 @@ Detector = TypeVar("Detector", bound=nn.Module)
 def for_inference(detector: Detector, precision: Literal["fp32", "bf16"] = "fp32") -> Detector:
     """A copy for prediction: in eval mode, batch norms folded into their convolutions, weights in bfloat16 where asked.
 
-    With bf16, pictures are still normalised, and boxes and scores decoded, in float32.
+    With bf16, images are still normalised, and boxes and scores decoded, in float32.
     """
     detector = copy.deepcopy(detector).eval()
     backbone: Any = detector.backbone

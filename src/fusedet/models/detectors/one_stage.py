@@ -31,11 +31,11 @@ class OneStage(nn.Module):
         return self.head.num_classes
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
-        """Pictures uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
+        """Images uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
         return self.head(self.neck(self.backbone(self.normalise(images, sizes))))
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """uint8 pictures to what the body was trained on, in channels_last; the padding is 0 after it."""
+        """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
         return normalise(images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype)
 
     @property
@@ -63,6 +63,6 @@ class OneStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
-        """What is in each picture of a batch, in pixels of the network's input, best first."""
+        """What is in each image of a batch, in pixels of the network's input, best first."""
         found = self.detect(batch.images, batch.sizes, padded=False)
         return [Detections(b[:n], s[:n], k[:n]) for b, s, k, n in zip(found.boxes, found.scores, found.labels, found.counts.tolist())]

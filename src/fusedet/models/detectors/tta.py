@@ -1,4 +1,4 @@
-"""Testing in several views: what a detector finds in each, moved back into the picture's own pixels, becomes one."""
+"""Testing in several views: what a detector finds in each, moved back into the image's own pixels, becomes one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedet.types import Batch
 
 
 class Seen(NamedTuple):
-    """What was found in one picture, best first: boxes (D, 4) in the picture's own pixels, scores (D,), labels (D,), and masks
+    """What was found in one image, best first: boxes (D, 4) in the image's own pixels, scores (D,), labels (D,), and masks
     (D, m, m), probabilities inside the boxes, or None."""
 
     boxes: Tensor
@@ -23,7 +23,7 @@ class Seen(NamedTuple):
 
 
 def find_in(detector: Any, batch: Batch) -> list[Seen]:
-    """What a detector finds in each picture of a batch by its own selection; what was mirrored is turned back."""
+    """What a detector finds in each image of a batch by its own selection; what was mirrored is turned back."""
     found = detector.detect(batch.images, batch.sizes, padded=False)
     masks = getattr(found, "masks", None)
     seen = []
@@ -38,7 +38,7 @@ def find_in(detector: Any, batch: Batch) -> list[Seen]:
 
 
 def merge(views: Sequence[Seen], iou: float = 0.5, max_det: int = 100) -> Seen:
-    """What all views of a picture show: class-wise suppression above `iou` over all of them, then the `max_det` best.
+    """What all views of an image show: class-wise suppression above `iou` over all of them, then the `max_det` best.
 
     A mask is that of the view in which its box was found; of equal scores the earlier view's comes first. As MMDetection 3.x's
     DetTTAModel, which has no masks.
@@ -47,7 +47,7 @@ def merge(views: Sequence[Seen], iou: float = 0.5, max_det: int = 100) -> Seen:
     masks = [view.masks for view in views if view.masks is not None]
     if not len(boxes):
         return views[0]
-    inside = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach beyond the picture
+    inside = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach beyond the image
     apart = inside + (labels * (inside.amax() + 1))[:, None]  # classes are moved apart by more than any box is wide
     alive = survivors(apart[None], scores[None], iou)[0].nonzero().squeeze(1)
     best = alive[scores[alive].argsort(descending=True, stable=True)[:max_det]]

@@ -12,13 +12,13 @@ from fusedet.models.ops.boxes import Selected, select
 from fusedet.models.ops.image_normalization import normalise
 from fusedet.models.roi.box import Raw
 from fusedet.models.roi.mask import paste
-from fusedet.models.roi.pooling import with_pictures
+from fusedet.models.roi.pooling import with_images
 from fusedet.models.roi.sampling import as_proposals
 from fusedet.types import Batch, Detections, Features, Losses, Outputs, Proposals
 
 
 class Regions(NamedTuple):
-    """What a two-stage detector's forward gives: the pyramid, the raw outputs of its proposals' head, and of N pictures' R regions the
+    """What a two-stage detector's forward gives: the pyramid, the raw outputs of its proposals' head, and of N images' R regions the
     last stage's rois (N * R, 5), how many are real (N,), and raw outputs, the logits being means over stages."""
 
     features: Features
@@ -88,11 +88,11 @@ class TwoStage(nn.Module):
         return f"s{stage}_{name}" if len(self.stages) > 1 else name
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """uint8 pictures to what the body was trained on, in channels_last; the padding is 0 after it."""
+        """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
         return normalise(images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype)
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> Regions:
-        """Pictures uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
+        """Images uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
         features = self.neck(self.backbone(self.normalise(images, sizes)))
         if sizes is None:
             sizes = torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
@@ -103,7 +103,7 @@ class TwoStage(nn.Module):
 
     def look(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, Raw]:
         """All stages on proposals: the last one's rois (N * R, 5), and its raw outputs with the mean of all stages' logits."""
-        rois = with_pictures(proposals.boxes)
+        rois = with_images(proposals.boxes)
         raw = self.stages[0](features, rois)
         logits = raw[0]
         for before, stage in zip(self.stages, self.stages[1:]):
@@ -138,13 +138,13 @@ class TwoStage(nn.Module):
             if i + 1 < len(self.stages):
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
                 others = ~samples.added
-                proposals = as_proposals(boxes[others], samples.picture[others], len(batch))
+                proposals = as_proposals(boxes[others], samples.image[others], len(batch))
         return losses
 
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected | Found:
         """Final detections as tensors, in pixels of the network's input, with masks where a branch has them.
 
-        padded to max_det, the form that exports, or to the most that a picture has, so that branches look at nothing in vain.
+        padded to max_det, the form that exports, or to the most that an image has, so that branches look at nothing in vain.
         """
         regions = self(images, sizes)
         found = self.choose(regions, sizes)
@@ -169,7 +169,7 @@ class TwoStage(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
-        """What is in each picture of a batch, in pixels of the network's input, best first; masks (D, H, W) of the picture's size."""
+        """What is in each image of a batch, in pixels of the network's input, best first; masks (D, H, W) of the image's size."""
         found = self.detect(batch.images, batch.sizes, padded=False)
         results = []
         for i, (n, (height, width)) in enumerate(zip(found.counts.tolist(), batch.sizes.tolist())):

@@ -110,24 +110,24 @@ class FCOSHead(nn.Module):
         """Focal loss and the centerness' binary cross-entropy, summed and divided by the positives of the batch; the boxes' loss,
         weighted by the wanted centerness and divided by its sum, as in the authors' code (eq. 2 has neither).
 
-        sizes is not used: all points of the canvas count, those beyond a picture as background (as in MMDetection 3.x).
+        sizes is not used: all points of the canvas count, those beyond an image as background (as in MMDetection 3.x).
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         distances = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         centralities = flatten_maps(outputs.maps["centerness"], 1).squeeze(2)  # (N, P)
         owners = assign_all(self.assigner.assign, priors, targets)  # (N, P)
-        picture, prior, boxes, classes = positives(owners, targets)
-        rows = picture * len(priors) + prior
+        image, prior, boxes, classes = positives(owners, targets)
+        rows = image * len(priors) + prior
         count = mean_over_ranks((owners >= 0).sum())
         wanted = to_distances(centres(priors.boxes)[prior], boxes)  # (R, 4)
         central = centerness(wanted)
         if self.normalize_boxes:
             wanted = wanted / priors.strides[prior, None]
         origin = wanted.new_zeros(2)  # overlaps do not depend on the place
-        apart = self.box_loss(from_distances(origin, distances[picture, prior]), from_distances(origin, wanted))
+        apart = self.box_loss(from_distances(origin, distances[image, prior]), from_distances(origin, wanted))
         every = torch.ones_like(owners, dtype=torch.bool).flatten()
-        unsure = F.binary_cross_entropy_with_logits(centralities[picture, prior].float(), central, reduction="sum")
+        unsure = F.binary_cross_entropy_with_logits(centralities[image, prior].float(), central, reduction="sum")
         return {
             "loss_cls": sigmoid_focal(logits.flatten(0, 1), every, rows, classes, self.alpha, self.gamma) / count,
             "loss_box": (apart * central).sum() / mean_over_ranks(central.sum(), least=1e-6),

@@ -134,10 +134,10 @@ class RepPointsHead(nn.Module):
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Focal loss of the scores and smooth L1 of the corners of the initial and of the refined boxes, in `base_scale` strides, each
-        summed and divided by its positives of the batch (at least one per picture).
+        summed and divided by its positives of the batch (at least one per image).
 
         Initial points answer for an object by place and size (`NearestPoint`), scores and refined points by the overlap of the initial
-        box (`MaxIoU`). sizes (N, 2): of the pictures inside the canvas, None: all of it. Cells beyond a picture's own padding do not count.
+        box (`MaxIoU`). sizes (N, 2): of the images inside the canvas, None: all of it. Cells beyond an image's own padding do not count.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
@@ -150,7 +150,7 @@ class RepPointsHead(nn.Module):
         first, found = positives(owners_init, targets), positives(owners, targets)
         counts = torch.stack([(o >= 0).sum(dim=1).clamp(min=1).sum() for o in (owners_init, owners)])
         count_init, count = mean_over_ranks(counts)
-        rows, counted = found.picture * len(priors) + found.prior, (owners != IGNORED).flatten()
+        rows, counted = found.image * len(priors) + found.prior, (owners != IGNORED).flatten()
         return {
             "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma) / count,
             "loss_init": self._box_loss(priors, init, first) / count_init,
@@ -161,7 +161,7 @@ class RepPointsHead(nn.Module):
         """The sum over the positives of the smooth L1 between their points' boxes and their objects'."""
         place, stride = centres(priors.boxes[answers.prior]).repeat(1, 2), priors.strides[answers.prior, None]
         wanted = (answers.boxes - place) / stride  # (R, 4)
-        found = self.pseudo_boxes(points[answers.picture, answers.prior])
+        found = self.pseudo_boxes(points[answers.image, answers.prior])
         return F.smooth_l1_loss(found / self.base_scale, wanted / self.base_scale, reduction="sum", beta=self.beta)
 
     def _boxes(self, priors: Priors, points: Tensor) -> Tensor:

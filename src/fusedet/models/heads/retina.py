@@ -82,22 +82,22 @@ class RetinaHead(nn.Module):
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
-        """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per picture).
+        """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per image).
 
-        sizes (N, 2): of the pictures inside the canvas, None: all of it. Anchors beyond a picture's own padding do not count.
+        sizes (N, 2): of the images inside the canvas, None: all of it. Anchors beyond an image's own padding do not count.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         owners = assign_all(self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes))  # (N, P)
-        picture, prior, boxes, classes = positives(owners, targets)
-        rows = picture * len(priors) + prior
+        image, prior, boxes, classes = positives(owners, targets)
+        rows = image * len(priors) + prior
         counted = (owners != IGNORED).flatten()
         count = mean_over_ranks((owners >= 0).sum(dim=1).clamp(min=1).sum())
         wanted = encode(priors.boxes[prior], boxes)
         return {
             "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma) / count,
-            "loss_box": F.l1_loss(codes[picture, prior].float(), wanted, reduction="sum") / count,
+            "loss_box": F.l1_loss(codes[image, prior].float(), wanted, reduction="sum") / count,
         }
 
     def decode(self, outputs: Outputs) -> Candidates:

@@ -32,9 +32,9 @@ class RPNHead(nn.Module):
     ratios: height / width; A = len(ratios). round_anchors: to whole pixels, as torchvision and Detectron have them.
     offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x).
     positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.sample.Sampler`.
-    allowed_border: by how many pixels anchors that are learned from may reach outside their picture (3.1.3: 0), None: by any number.
+    allowed_border: by how many pixels anchors that are learned from may reach outside their image (3.1.3: 0), None: by any number.
     loss: of codes, "l1" or "smooth_l1" from beta on. nms: proposals of one level that overlap a better one by more are left out.
-    proposals: how many of a picture are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
+    proposals: how many of an image are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
     Raises InputError for an interaction, an unknown loss and numbers out of their ranges.
     """
 
@@ -100,8 +100,8 @@ class RPNHead(nn.Module):
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Binary cross-entropy of the sampled anchors and the loss of the positive ones' codes, both divided by the number of samples.
 
-        A picture counts for at least one positive and one negative (MMDetection 3.x). sizes (N, 2): of the pictures inside the canvas,
-        None: all of it. Anchors beyond a picture's own padding or, with `allowed_border`, its edge are never sampled.
+        An image counts for at least one positive and one negative (MMDetection 3.x). sizes (N, 2): of the images inside the canvas,
+        None: all of it. Anchors beyond an image's own padding or, with `allowed_border`, its edge are never sampled.
         """
         priors = outputs.priors
         valid = valid_priors(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
@@ -112,7 +112,7 @@ class RPNHead(nn.Module):
         count = mean_over_ranks(torch.cat(numbers).sum())
         logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2)[drawn].float()
         found = positives(owners.masked_fill(~drawn, IGNORED), targets)
-        codes = flatten_maps(outputs.maps["reg"], 4)[found.picture, found.prior].float()
+        codes = flatten_maps(outputs.maps["reg"], 4)[found.image, found.prior].float()
         return {
             "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[drawn].float(), reduction="sum") / count,
             "loss_rpn_box": self.cost(codes, encode(priors.boxes[found.prior], found.boxes)).sum() / count,
@@ -125,7 +125,7 @@ class RPNHead(nn.Module):
 
     @torch.no_grad()
     def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
-        """The best boxes of each picture of sizes (N, 2): per level the `pre_nms` best by score, clipped, those that have an area, after
+        """The best boxes of each image of sizes (N, 2): per level the `pre_nms` best by score, clipped, those that have an area, after
         suppression within their level; of all levels together the best. to_train: as many as training takes."""
         most, limit = (self.train_pre_nms, self.train_proposals) if to_train else (pre_nms, self.proposals)
         boxes, scores = [], []

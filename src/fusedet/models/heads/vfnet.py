@@ -125,21 +125,21 @@ class VFNetHead(nn.Module):
         """Varifocal loss, divided by the number of positives, and GIoU loss of the initial and of the refined boxes, each positive
         weighted with its overlap and divided by the sum of these weights; all divisors are means over ranks, at least 1.
 
-        sizes (N, 2): of the pictures inside the canvas, None: all of it. Cells beyond a picture's own padding answer for no object, but
+        sizes (N, 2): of the images inside the canvas, None: all of it. Cells beyond an image's own padding answer for no object, but
         are background to the scores (as in MMDetection 3.x).
         """
         priors = outputs.priors
         owners = assign_all(self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes))  # (N, P)
-        picture, prior, wanted, classes = positives(owners, targets)
+        image, prior, wanted, classes = positives(owners, targets)
         points = centres(priors.boxes)[prior]  # (R, 2)
-        found = [from_distances(points, flatten_maps(outputs.maps[name], 4)[picture, prior]) for name in ("reg", "refine")]
+        found = [from_distances(points, flatten_maps(outputs.maps[name], 4)[image, prior]) for name in ("reg", "refine")]
         overlaps = [iou(boxes.detach(), wanted).clamp(min=LEAST_IOU) for boxes in found]
         costs = [(giou_loss(boxes, wanted) * overlap).sum() for boxes, overlap in zip(found, overlaps)]
         sums = torch.stack([points.new_full((), len(points)), *(overlap.sum() for overlap in overlaps)])
         count, weight, refined_weight = mean_over_ranks(sums)
         logits = flatten_maps(outputs.maps["cls"], self.num_classes).flatten(0, 1)  # (N * P, K)
         return {
-            "loss_cls": varifocal(logits, picture * len(priors) + prior, classes, overlaps[1], self.alpha, self.gamma) / count,
+            "loss_cls": varifocal(logits, image * len(priors) + prior, classes, overlaps[1], self.alpha, self.gamma) / count,
             "loss_box": costs[0] / weight,
             "loss_refine": costs[1] / refined_weight,
         }

@@ -94,7 +94,7 @@ class Unsqueeze(nn.Module):
     """x + U(y): U is a 1x1 convolution with bias and a group norm, done as one matrix product.
 
     U's output is linear in y, so that the norm's statistics follow from the mean and the covariance of y's few channels, and the norm
-    becomes one scale and one shift per picture and channel, which go into the product: no map of C channels is normalised or kept.
+    becomes one scale and one shift per image and channel, which go into the product: no map of C channels is normalised or kept.
     With relu, x + relu(U(y)), which is done as it is written.
     """
 

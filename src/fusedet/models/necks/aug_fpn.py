@@ -78,7 +78,7 @@ class AugFPN(nn.Module):
 class Context(nn.Module):
     """Residual feature augmentation: C5 pooled to several sizes, brought back and summed with weights per place: M6.
 
-    A size is the map's own times a ratio, so that context keeps the picture's aspect. The 1x1 convolution comes before the bilinear
+    A size is the map's own times a ratio, so that context keeps the image's aspect. The 1x1 convolution comes before the bilinear
     resize (corners aligned); the weights are sigmoids of two convolutions over all contexts (adaptive spatial fusion) [H].
     """
 

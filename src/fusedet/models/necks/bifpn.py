@@ -26,7 +26,7 @@ class BiFPN(nn.Module):
     authors' code gives P4 and P5 a second one for their second node), pooling pads both sides alike, no biases before norms.
 
     levels, channels, finest, coarsest, top: as in FPN; "on_output" goes on from the last lateral, as there is no output yet.
-    repeats: layers one behind the other, at least 1 (EfficientDet-D0 has 3, D7 8). norm: "bn", or "gn" for batches of few pictures
+    repeats: layers one behind the other, at least 1 (EfficientDet-D0 has 3, D7 8). norm: "bn", or "gn" for batches of few images
     (groups of 8 channels: 32 groups at 256). separable: depthwise 3x3, then 1x1, as in the paper; false for full 3x3 convolutions.
     Raises InputError where the body has no level `finest`, `coarsest` is below its last, repeats is below 1, or "gn" does not fit channels.
     """

@@ -19,7 +19,7 @@ Mode = Literal["on_neck", "standalone"]
 
 
 class SMSL(nn.Module):
-    """Every level plus its own mixture of all levels, whose channel-wise weights are drawn from the picture.
+    """Every level plus its own mixture of all levels, whose channel-wise weights are drawn from the image.
 
     levels: what comes in, L of them. mode: "on_neck" takes the levels of a neck, all of one width, and gives the same (Table 2);
     "standalone" takes a body's maps and makes the levels P`finest` to P`coarsest` by 1x1 convolutions to `channels`, without a

@@ -19,15 +19,15 @@ BACKGROUND, IGNORED = -1, -2
 OBJECTS_AT_ONCE = 64  # bounds the matrix of objects and priors: 64 x 200,000 numbers are 51 MB
 
 Assign = Callable[[Priors, Target, Tensor | None], Tensor]
-"""The method of an assigner: priors of P places, a picture's objects and which priors take part, (P,) bool, None: all, to (P,) int64:
+"""The method of an assigner: priors of P places, an image's objects and which priors take part, (P,) bool, None: all, to (P,) int64:
 the object's index, -1 background, -2 ignored, as all are that do not take part. It is as if these were not there."""
 
 
 def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None, border: float | None = None) -> Tensor:
-    """Which priors take part in the loss of each picture, (N, P) bool: those of the cells inside its own padding (MMDetection 3.x).
+    """Which priors take part in the loss of each image, (N, P) bool: those of the cells inside its own padding (MMDetection 3.x).
 
-    sizes (N, 2): height and width of the pictures inside the canvas of the batch, None: all of it. A picture's own padding makes its
-    sides multiples of 32, a cell lies inside if it begins there. border: by how many pixels a prior's box may reach outside the picture,
+    sizes (N, 2): height and width of the images inside the canvas of the batch, None: all of it. An image's own padding makes its
+    sides multiples of 32, a cell lies inside if it begins there. border: by how many pixels a prior's box may reach outside the image,
     None: by any number; the right and the lower edge count as outside, as there.
     """
     maps, priors = next(iter(outputs.maps.values())), outputs.priors
@@ -48,7 +48,7 @@ def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None,
 
 
 def assign_all(assign: Assign, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None) -> Tensor:
-    """What `assign` says of all pictures, (N, P), of whose priors those of valid (N, P) take part, None: all."""
+    """What `assign` says of all images, (N, P), of whose priors those of valid (N, P) take part, None: all."""
     rows = [None] * len(targets) if valid is None else valid.unbind()
     return torch.stack([assign(priors, target, row) for target, row in zip(targets, rows, strict=True)])
 
@@ -69,24 +69,24 @@ def only(owner: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class Positives(NamedTuple):
-    """The priors of a batch that answer for objects, R of them: their picture and prior, (R,) each, and their objects' boxes (R, 4) and
+    """The priors of a batch that answer for objects, R of them: their image and prior, (R,) each, and their objects' boxes (R, 4) and
     labels (R,)."""
 
-    picture: Tensor
+    image: Tensor
     prior: Tensor
     boxes: Tensor
     labels: Tensor
 
 
 def positives(owners: Tensor, targets: Sequence[Target]) -> Positives:
-    """Of what `assign` gave for each picture, (N, P). The one place in a loss where a GPU is waited for."""
-    picture, prior = (owners >= 0).nonzero(as_tuple=True)
-    return Positives(picture, prior, *objects(targets, picture, owners[picture, prior]))
+    """Of what `assign` gave for each image, (N, P). The one place in a loss where a GPU is waited for."""
+    image, prior = (owners >= 0).nonzero(as_tuple=True)
+    return Positives(image, prior, *objects(targets, image, owners[image, prior]))
 
 
-def objects(targets: Sequence[Target], picture: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (R, 4), of float32 at least, and labels (R,) of the objects with numbers owned (R,) in the pictures picture (R,)."""
-    boxes, labels = (pad_sequence([getattr(t, name) for t in targets], batch_first=True)[picture, owned] for name in ("boxes", "labels"))
+def objects(targets: Sequence[Target], image: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (R, 4), of float32 at least, and labels (R,) of the objects with numbers owned (R,) in the images image (R,)."""
+    boxes, labels = (pad_sequence([getattr(t, name) for t in targets], batch_first=True)[image, owned] for name in ("boxes", "labels"))
     return boxes.to(torch.promote_types(boxes.dtype, torch.float32)), labels
 
 

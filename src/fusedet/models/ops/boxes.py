@@ -89,7 +89,7 @@ def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (N, P, 4) moved inside pictures of sizes (N, 2), height and width."""
+    """Boxes (N, P, 4) moved inside images of sizes (N, 2), height and width."""
     limit = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (N, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limit)
 
@@ -103,7 +103,7 @@ class Selected(NamedTuple):
     counts: Tensor
 
     def trimmed(self) -> Selected:
-        """Without the places that no picture fills; a GPU is waited for."""
+        """Without the places that no image fills; a GPU is waited for."""
         most = int(self.counts.max())
         return Selected(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts)
 
@@ -120,7 +120,7 @@ def select(
 ) -> Selected:
     """The one non-maximum suppression of the project.
 
-    candidates of P priors, sizes (N, 2) of the pictures, level_counts the priors per level.
+    candidates of P priors, sizes (N, 2) of the images, level_counts the priors per level.
     Per level the `pre_nms` best pairs of prior and class stay, then those above `score` whose clipped box has an area,
     then class-wise suppression above `iou` in the order of score times quality, then the `max_det` best (MMDetection 3.x).
     No branch depends on the data, so that torch.export takes it.
@@ -151,7 +151,7 @@ def select(
 
 @torch.no_grad()
 def survivors(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """(N, M) bool: which boxes (N, M, 4) no better one of the same picture overlaps by more than `iou`, in the order of scores (N, M)."""
+    """(N, M) bool: which boxes (N, M, 4) no better one of the same image overlaps by more than `iou`, in the order of scores (N, M)."""
     if boxes.is_meta:  # only shapes are asked for
         return torch.ones_like(scores, dtype=torch.bool)
     nobody = torch.zeros(boxes.shape[1] + 2, dtype=torch.bool, device=boxes.device)

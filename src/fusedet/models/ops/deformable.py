@@ -121,7 +121,7 @@ def sample_rows(x: Tensor, offset: Tensor, kernel: int, stride: int, padding: in
     y = moves[0] + (torch.arange(rows, device=x.device) * stride)[:, None, None] + steps.repeat_interleave(kernel)
     x_ = moves[1] + (torch.arange(columns, device=x.device) * stride)[:, None] + steps.repeat(kernel)
     top, left = y.detach().floor(), x_.detach().floor()
-    first = (torch.arange(n, device=x.device) * height * width)[:, None, None, None]  # of each picture's rows
+    first = (torch.arange(n, device=x.device) * height * width)[:, None, None, None]  # of each image's rows
     places, shares = [], []
     for i, share_y in ((top, top + 1 - y), (top + 1, y - top)):
         for j, share_x in ((left, left + 1 - x_), (left + 1, x_ - left)):

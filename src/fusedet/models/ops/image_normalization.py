@@ -1,4 +1,4 @@
-"""Pictures on their way into the body."""
+"""Images on their way into the body."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def normalise(images: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pictures (N, 3, H, W) times scale plus shift (3, 1, 1), in channels_last; the padding outside sizes (N, 2) is 0 after it."""
+    """uint8 images (N, 3, H, W) times scale plus shift (3, 1, 1), in channels_last; the padding outside sizes (N, 2) is 0 after it."""
     x = torch.addcmul(shift, images.to(scale.dtype, memory_format=torch.channels_last), scale).to(dtype)
     if sizes is None:
         return x

@@ -19,7 +19,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = T
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm that also takes groups of one single value, as a 1x1 map of one picture has them: they become the shift."""
+    """A group norm that also takes groups of one single value, as a 1x1 map of one image has them: they become the shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) to the same shape."""

@@ -27,8 +27,8 @@ def region_align(feature: Tensor, rois: Tensor, size: int, stride: int, samples:
         rows, tall, row_weights = _axis(boxes[:, 1], sides[:, 1], height, size, samples)
         columns, wide, column_weights = _axis(boxes[:, 0], sides[:, 0], width, size, samples)
         # bins (M, size, size): the first of their cells in the table, and how many cells they cover
-        pictures = rois[:, 0].long()[:, None, None] * (height * width)
-        first = (pictures + rows[:, :, None] * width + columns[:, None, :]).flatten()
+        images = rois[:, 0].long()[:, None, None] * (height * width)
+        first = (images + rows[:, :, None] * width + columns[:, None, :]).flatten()
         counts = (tall[:, :, None] * wide[:, None, :]).flatten()
         ends = counts.cumsum(0)
         bins = torch.repeat_interleave(counts)  # (T,), one for each covered cell

@@ -1,4 +1,4 @@
-"""Sampling: which of the assigned priors or proposals a loss looks at. Chance is torch's; all pictures at once."""
+"""Sampling: which of the assigned priors or proposals a loss looks at. Chance is torch's; all images at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BINS = 3  # of overlap, Libra R-CNN, 2019, table 5
 
 @dataclass(frozen=True)
 class Sampler:
-    """At most `num` of each picture, at most int(num * fraction) of them positive (Faster R-CNN, 2015, 3.1.3).
+    """At most `num` of each image, at most int(num * fraction) of them positive (Faster R-CNN, 2015, 3.1.3).
 
-    most_negatives: negatives for every positive, of which one is counted where there is none; None: as many as there is room for.
+    most_negatives: negatives for every positive, of which one is counted where there is none; None: as many as there is package for.
     balanced: positives evenly over the objects, negatives evenly over bins of overlap (Libra R-CNN, 2019, 3.1, as MMDetection 3.x has
-    it: the bins divide the range from 0 to the picture's largest overlap, and what overlaps nothing only fills up).
+    it: the bins divide the range from 0 to the image's largest overlap, and what overlaps nothing only fills up).
     Raises InputError for num below 1 and a fraction outside 0..1.
     """
 
@@ -47,15 +47,15 @@ class Sampler:
             share = (torch.tensor(float(limit), device=owners.device) / _objects(owners, positive).clamp(min=1)).round() + 1
             keys = torch.where(positive, keys + (_places(owners, keys, positive) >= share[:, None]), keys)
         drawn = _first(keys, positive, positive.sum(dim=1), limit)
-        room = self.num - drawn.sum(dim=1)
+        package = self.num - drawn.sum(dim=1)
         if self.most_negatives is not None:
-            room = torch.minimum(room, (drawn.sum(dim=1).clamp(min=1) * self.most_negatives).long())
+            package = torch.minimum(package, (drawn.sum(dim=1).clamp(min=1) * self.most_negatives).long())
         if self.balanced:
             assert overlaps is not None
             bins = _bins(overlaps)
-            behind = _places(bins, keys, negative) >= (room // BINS)[:, None]
+            behind = _places(bins, keys, negative) >= (package // BINS)[:, None]
             keys = torch.where(negative, keys + behind + 2 * (overlaps <= 0), keys)
-        return drawn | _first(keys, negative, room, self.num)
+        return drawn | _first(keys, negative, package, self.num)
 
 
 def _first(keys: Tensor, among: Tensor, wanted: Tensor, limit: int) -> Tensor:
@@ -66,7 +66,7 @@ def _first(keys: Tensor, among: Tensor, wanted: Tensor, limit: int) -> Tensor:
 
 
 def _bins(overlaps: Tensor) -> Tensor:
-    """The bin (N, P) of each overlap, BINS from 0 to the picture's largest."""
+    """The bin (N, P) of each overlap, BINS from 0 to the image's largest."""
     largest = overlaps.amax(dim=1, keepdim=True).clamp(min=1e-6) if overlaps.shape[1] else overlaps
     return (overlaps * BINS / largest).long().clamp(0, BINS - 1)
 

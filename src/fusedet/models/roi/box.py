@@ -94,7 +94,7 @@ class BoxStage(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Features, rois: Tensor) -> Raw:
-        """Levels (N, C, H, W) and rois (M, 5), each the picture's number and a box in pixels, to logits and codes."""
+        """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to logits and codes."""
         x = self.pooling(features, rois)
         for layer in self.convs:
             x = F.relu(layer(x))
@@ -134,7 +134,7 @@ class BoxStage(nn.Module):
         return codes.float(), encode(samples.rois[samples.positive, 1:], boxes) / self.stds
 
     def decode(self, raw: Raw, rois: Tensor, counts: Tensor) -> Candidates:
-        """Rois (N * R, 5), of each picture the first counts (N,) real, to boxes (N, R, 4), or (N, R, K, 4) class by class, and scores
+        """Rois (N * R, 5), of each image the first counts (N,) real, to boxes (N, R, 4), or (N, R, K, 4) class by class, and scores
         (N, R, K), 0 for the others."""
         scores = raw[0].float().softmax(dim=1)[:, :-1].unflatten(0, (len(counts), -1))  # (N, R, K)
         boxes = rois[:, 1:]
@@ -146,7 +146,7 @@ class BoxStage(nn.Module):
         return Candidates(boxes.unflatten(0, (len(counts), -1)), scores * real[..., None])
 
     def refine(self, raw: Raw, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
-        """The better boxes (M, 4) of rois (M, 5), inside pictures of sizes (N, 2), for the next stage; without gradient.
+        """The better boxes (M, 4) of rois (M, 5), inside images of sizes (N, 2), for the next stage; without gradient.
 
         Of class-wise boxes that of classes (M,), where it is not background, else of the likeliest class.
         """

@@ -22,8 +22,8 @@ LEAST = 1e-15  # a median below would make the loss of codes infinite
 class DynamicStage(nn.Module):
     """A box stage whose positive overlap and whose smooth L1's beta follow the proposals as they become better (algorithm 1).
 
-    In every loss it notes the iou_topk-th largest overlap of a picture's candidates, the objects themselves included, the mean over
-    pictures (3.2), and the size of the (beta_topk * pictures)-th smallest wanted shift (3.3); after every `interval` of them the
+    In every loss it notes the iou_topk-th largest overlap of an image's candidates, the objects themselves included, the mean over
+    images (3.2), and the size of the (beta_topk * images)-th smallest wanted shift (3.3); after every `interval` of them the
     positive overlap becomes their mean, at least initial_iou, and beta their median, at most initial_beta. The notes are means over
     ranks, and all of this is in the state dict. Without gradients nothing is noted.
     levels, num_classes, pooling, size, channels, class_agnostic, stds, positive, num, fraction, weight: of `BoxStage`.
@@ -99,16 +99,16 @@ class DynamicStage(nn.Module):
         return losses
 
     def usual_overlap(self, overlaps: Tensor) -> Tensor:
-        """The mean over pictures of the iou_topk-th largest of overlaps (N, P), -1 for padding, of the last where there are fewer."""
+        """The mean over images of the iou_topk-th largest of overlaps (N, P), -1 for padding, of the last where there are fewer."""
         ordered = overlaps.sort(dim=1, descending=True).values
         place = (overlaps >= 0).sum(dim=1).clamp(max=self.iou_topk) - 1
         return mean_over_ranks(ordered.gather(1, place.clamp(min=0)[:, None]).clamp(min=0).mean(), least=0.0)
 
-    def usual_shift(self, wanted: Tensor, pictures: int) -> Tensor:
-        """The (beta_topk * pictures)-th smallest mean shift in x and y of wanted codes (R, 4), or the largest; -1 of none."""
+    def usual_shift(self, wanted: Tensor, images: int) -> Tensor:
+        """The (beta_topk * images)-th smallest mean shift in x and y of wanted codes (R, 4), or the largest; -1 of none."""
         there = len(wanted) > 0
         shifts = wanted[:, :2].abs().mean(dim=1).sort().values
-        shift = shifts[min(self.beta_topk * pictures, len(shifts)) - 1] if there else wanted.new_zeros(())
+        shift = shifts[min(self.beta_topk * images, len(shifts)) - 1] if there else wanted.new_zeros(())
         total, ranks = mean_over_ranks(torch.stack([shift, torch.full_like(shift, there)]), least=0.0)
         return torch.where(ranks > 0, total / ranks, -1)
 

@@ -12,7 +12,7 @@ from fusedet.errors import InputError
 from fusedet.models.ops.boxes import Selected
 from fusedet.models.ops.layers import GroupNorm, conv, kaiming, start_at
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.roi.pooling import LevelPooling, Pooling, with_pictures
+from fusedet.models.roi.pooling import LevelPooling, Pooling, with_images
 from fusedet.models.roi.sampling import Samples
 from fusedet.types import Features, Levels, Losses, Target
 
@@ -96,12 +96,12 @@ class GridBranch(nn.Module):
         """Binary cross-entropy of fused and of unfused heat maps, each the mean over `num` positive samples, jittered, and their
         cells; the number of samples is averaged over ranks.
 
-        sizes (N, 2): of the pictures. Chance is torch's. Zero where no sample is positive.
+        sizes (N, 2): of the images. Chance is torch's. Zero where no sample is positive.
         """
         chosen = torch.randperm(len(samples.positive), device=samples.owners.device)[: self.num]  # (R,)
         rows, objects = samples.positive[chosen], samples.objects(targets)[0][chosen]
         rois = samples.rois[rows].float()
-        boxes = self.jittered(rois[:, 1:], sizes[samples.picture[rows]])
+        boxes = self.jittered(rois[:, 1:], sizes[samples.image[rows]])
         wanted = self.wanted(boxes, objects)
         x = self.convs(self.pooling(features, torch.cat([rois[:, :1], boxes], dim=1)))
         costs = [F.binary_cross_entropy_with_logits(self.maps(y).float(), wanted, reduction="sum") for y in (self.fuse(x), x)]
@@ -109,7 +109,7 @@ class GridBranch(nn.Module):
         return {"loss_grid": sum(costs, wanted.new_zeros(())) / count}
 
     def jittered(self, boxes: Tensor, sizes: Tensor) -> Tensor:
-        """Boxes (R, 4), each with its centre and size changed at random, inside pictures of sizes (R, 2) less one pixel."""
+        """Boxes (R, 4), each with its centre and size changed at random, inside images of sizes (R, 2) less one pixel."""
         change = (2 * torch.rand_like(boxes) - 1) * self.jitter
         wh = boxes[:, 2:] - boxes[:, :2]
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + wh * change[:, :2]
@@ -137,7 +137,7 @@ class GridBranch(nn.Module):
         return ((square <= self.radius**2) & large).to(boxes.dtype)
 
     def decode(self, logits: Tensor, boxes: Tensor) -> Tensor:
-        """Heat maps (M, P, cells, cells) of regions with boxes (M, 4) to better boxes (M, 4), which may reach outside the picture.
+        """Heat maps (M, P, cells, cells) of regions with boxes (M, 4) to better boxes (M, 4), which may reach outside the image.
 
         Each point is where its map is highest; a side is the mean of its points, weighted by their probabilities (eq. 3).
         """
@@ -156,7 +156,7 @@ class GridBranch(nn.Module):
 
     def refine(self, features: Features, found: Selected) -> Selected:
         """Detections with the boxes that their grid points make; scores and order stay."""
-        boxes = self.decode(self(features, with_pictures(found.boxes)), found.boxes.flatten(0, 1).float())
+        boxes = self.decode(self(features, with_images(found.boxes)), found.boxes.flatten(0, 1).float())
         return found._replace(boxes=boxes.unflatten(0, found.labels.shape))
 
 

@@ -15,7 +15,7 @@ from fusedet.models.ops.boxes import Selected
 from fusedet.models.ops.layers import conv, kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.precision import without_autocast
-from fusedet.models.roi.pooling import LevelPooling, Pooling, with_pictures
+from fusedet.models.roi.pooling import LevelPooling, Pooling, with_images
 from fusedet.models.roi.sampling import Samples
 from fusedet.types import Features, Levels, Losses, Target
 
@@ -63,26 +63,26 @@ class MaskBranch(nn.Module):
         """Binary cross-entropy of the positive samples, each in the channel of its own class, the mean over them, their number averaged
         over ranks, and over their cells.
 
-        sizes (N, 2) of the pictures are not needed here. Zero where no sample is positive. Raises InputError for targets without masks.
+        sizes (N, 2) of the images are not needed here. Zero where no sample is positive. Raises InputError for targets without masks.
         """
-        rois, owners, picture = (x[samples.positive] for x in (samples.rois, samples.owners, samples.picture))
+        rois, owners, image = (x[samples.positive] for x in (samples.rois, samples.owners, samples.image))
         logits = self(features, rois)
         _, labels = samples.objects(targets)
         own = logits[torch.arange(len(rois), device=rois.device), labels].float()  # (R, size, size)
-        wanted = crop_masks(targets, rois[:, 1:], picture, owners, self.size)
+        wanted = crop_masks(targets, rois[:, 1:], image, owners, self.size)
         count = mean_over_ranks(own.new_tensor(len(own))) * self.size**2
         return {"loss_mask": F.binary_cross_entropy_with_logits(own, wanted, reduction="sum") / count}
 
     def predict(self, features: Features, found: Selected) -> Tensor:
-        """Masks (N, D, size, size) of detections, probabilities inside their boxes; `paste` puts them into the picture."""
-        logits = self(features, with_pictures(found.boxes))
+        """Masks (N, D, size, size) of detections, probabilities inside their boxes; `paste` puts them into the image."""
+        logits = self(features, with_images(found.boxes))
         own = logits[torch.arange(len(logits), device=logits.device), found.labels.flatten()]
         return own.float().sigmoid().unflatten(0, found.labels.shape)
 
 
 @torch.no_grad()
-def crop_masks(targets: Sequence[Target], boxes: Tensor, picture: Tensor, owners: Tensor, size: int) -> Tensor:
-    """What each box (R, 4) of picture (R,) holds of the mask of its object, number owners (R,): (R, size, size), 0.0 or 1.0.
+def crop_masks(targets: Sequence[Target], boxes: Tensor, image: Tensor, owners: Tensor, size: int) -> Tensor:
+    """What each box (R, 4) of image (R,) holds of the mask of its object, number owners (R,): (R, size, size), 0.0 or 1.0.
 
     RoIAlign of the mask with as many samples as pixels, then 1 from a half on. Masks become floats a bounded number at a time.
     Raises InputError for objects without masks.
@@ -93,10 +93,10 @@ def crop_masks(targets: Sequence[Target], boxes: Tensor, picture: Tensor, owners
     crops = boxes.new_zeros(len(boxes), size, size)
     if not masks:
         return crops
-    every = torch.cat(masks)  # (G, H, W), the objects of all pictures
+    every = torch.cat(masks)  # (G, H, W), the objects of all images
     height, width = every.shape[1:]
     firsts = torch.tensor([0, *accumulate(map(len, targets))], device=boxes.device)
-    numbers = firsts[picture] + owners  # (R,), the rows of `every`
+    numbers = firsts[image] + owners  # (R,), the rows of `every`
     limit = boxes.new_tensor([width, height, width, height])
     rois = torch.cat([numbers[:, None].to(boxes.dtype), torch.minimum(boxes.clamp(min=0), limit)], dim=1).float()
     at_once = max(1, _CROPPED // (height * width))
@@ -109,7 +109,7 @@ def crop_masks(targets: Sequence[Target], boxes: Tensor, picture: Tensor, owners
 
 @torch.no_grad()
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
-    """Masks (D, m, m) of probabilities, stretched over their boxes (D, 4), as bool (D, H, W) in a picture of size (H, W).
+    """Masks (D, m, m) of probabilities, stretched over their boxes (D, 4), as bool (D, H, W) in an image of size (H, W).
 
     True where the probability, bilinear between the centres of a mask's cells and 0 outside the mask, is at least `threshold` at a
     pixel's centre. A box without width or height has no pixel.

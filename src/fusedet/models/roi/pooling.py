@@ -36,7 +36,7 @@ class LevelPooling(nn.Module):
         self.channels = levels.channels[0]
 
     def forward(self, features: Features, rois: Tensor) -> Tensor:
-        """Levels (N, C, H, W) and rois (M, 5), each the picture's number and a box in pixels, to (M, C, size, size)."""
+        """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to (M, C, size, size)."""
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         places = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
@@ -59,8 +59,8 @@ def align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 
         return roi_align(feature.float(), rois.float(), size, 1 / stride, sampling_ratio=samples, aligned=aligned).to(feature.dtype)
 
 
-def with_pictures(boxes: Tensor) -> Tensor:
-    """Boxes (N, R, 4) as rois (N * R, 5): the picture's number before each."""
+def with_images(boxes: Tensor) -> Tensor:
+    """Boxes (N, R, 4) as rois (N * R, 5): the image's number before each."""
     n, r = boxes.shape[:2]
     numbers = torch.arange(n, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(n, r, 1)
     return torch.cat([numbers, boxes], dim=2).flatten(0, 1)

@@ -18,15 +18,15 @@ from fusedet.types import Proposals, Target
 
 @dataclass(frozen=True)
 class Samples:
-    """Regions of a batch to learn from, picture by picture.
+    """Regions of a batch to learn from, image by image.
 
-    rois (S, 5), the picture's number and a box in pixels; owners (S,) int64, the object's index within its picture, -1 background;
-    picture (S,) int64; added (S,) bool, the region is an object's own box.
+    rois (S, 5), the image's number and a box in pixels; owners (S,) int64, the object's index within its image, -1 background;
+    image (S,) int64; added (S,) bool, the region is an object's own box.
     """
 
     rois: Tensor
     owners: Tensor
-    picture: Tensor
+    image: Tensor
     added: Tensor | None = None
 
     @cached_property
@@ -36,7 +36,7 @@ class Samples:
 
     def objects(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         """Boxes (R, 4) and labels (R,) of the positive ones' objects."""
-        return objects(targets, self.picture[self.positive], self.owners[self.positive])
+        return objects(targets, self.image[self.positive], self.owners[self.positive])
 
 
 class Matched(NamedTuple):
@@ -70,14 +70,14 @@ def match(proposals: Proposals, targets: Sequence[Target], positive: float | Ten
 @torch.no_grad()
 def draw(matched: Matched, sampler: Sampler) -> Samples:
     """A random choice of them."""
-    picture, place = sampler.sample(matched.owners, matched.overlaps).nonzero(as_tuple=True)  # (S,); a GPU is waited for
-    boxes = matched.boxes[picture, place]
-    rois = torch.cat([picture[:, None].to(boxes.dtype), boxes], dim=1)
-    return Samples(rois, matched.owners[picture, place], picture, place < matched.objects)
+    image, place = sampler.sample(matched.owners, matched.overlaps).nonzero(as_tuple=True)  # (S,); a GPU is waited for
+    boxes = matched.boxes[image, place]
+    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
+    return Samples(rois, matched.owners[image, place], image, place < matched.objects)
 
 
-def as_proposals(boxes: Tensor, picture: Tensor, pictures: int) -> Proposals:
-    """Boxes (S, 4) of picture (S,), in order, as the proposals of a batch of `pictures`."""
-    counts = torch.bincount(picture, minlength=pictures)
+def as_proposals(boxes: Tensor, image: Tensor, images: int) -> Proposals:
+    """Boxes (S, 4) of image (S,), in order, as the proposals of a batch of `images`."""
+    counts = torch.bincount(image, minlength=images)
     padded = pad_sequence(boxes.split(counts.tolist()), batch_first=True)
     return Proposals(padded, padded.new_zeros(padded.shape[:2]), counts)
