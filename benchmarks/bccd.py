@@ -34,7 +34,9 @@ def main() -> None:
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--epochs", type=int, default=24)
     given = words.parse_args()
-    options = config.load("faster_rcnn_r18_small", [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"])
+    options = config.load(
+        "faster_rcnn_r18_small", [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"]
+    )
     recipe, share = options.train, given.epochs / options.train.epochs
     try:
         data, test = train.open_data(options, lambda text: print(text, file=sys.stderr))

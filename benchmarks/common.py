@@ -36,14 +36,20 @@ def summary(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
     """Median milliseconds of each side and how many times as fast as the reference it is."""
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {
-        name: {"median_ms": round(1000 * m, 2), "times_as_fast": round(medians[reference] / m, 3), "runs": len(times[name])}
+        name: {
+            "median_ms": round(1000 * m, 2),
+            "times_as_fast": round(medians[reference] / m, 3),
+            "runs": len(times[name]),
+        }
         for name, m in medians.items()
     }
 
 
 def peak_memory(script: str, side: str, *arguments: str) -> float:
     """MiB that one side needs at its peak, in a process of its own (`script --only SIDE` prints it last)."""
-    done = subprocess.run([sys.executable, script, "--only", side, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, script, "--only", side, *arguments], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.split()[-1])
 
 

@@ -41,7 +41,9 @@ def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
         own = slice(edges[i], edges[i + 1])
         area = (boxes[own, 2:] - boxes[own, :2]).prod(axis=1) * 0.6
         nothing = [None] * (edges[i + 1] - edges[i])
-        return ImageAnnotations(3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing)
+        return ImageAnnotations(
+            3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing
+        )
 
     names = [f"class {k}" for k in range(CLASSES)]
     return DetectionDataset.build(
@@ -63,13 +65,17 @@ def detections(data: DetectionDataset, count: int, seed: int) -> list[dict]:
             of = rng.integers(0, len(record.boxes), near.sum())
             corners, spread = record.boxes[of], rng.uniform(0.02, 0.25, (len(of), 1))
             sides = corners[:, 2:] - corners[:, :2]
-            boxes[near] = np.concatenate([corners[:, :2], sides], axis=1) + rng.normal(size=(len(of), 4)) * spread * sides[:, [0, 1, 0, 1]]
+            boxes[near] = (
+                np.concatenate([corners[:, :2], sides], axis=1)
+                + rng.normal(size=(len(of), 4)) * spread * sides[:, [0, 1, 0, 1]]
+            )
             boxes[:, 2:] = np.abs(boxes[:, 2:])
             labels[near] = np.where(rng.uniform(size=len(of)) < 0.8, record.labels[of], labels[near])
             scores[near] = rng.beta(2, 2, len(of)) * (1 - spread[:, 0])
         rows = zip(boxes.round(2).tolist(), labels.tolist(), scores.round(4).tolist(), strict=True)
         results += [
-            {"image_id": record.image_id, "category_id": data.category_ids[k], "bbox": box, "score": score} for box, k, score in rows
+            {"image_id": record.image_id, "category_id": data.category_ids[k], "bbox": box, "score": score}
+            for box, k, score in rows
         ]
     return results
 
@@ -110,7 +116,9 @@ def by_package(evaluator: str, truth: dict, results: list[dict]) -> tuple[list[f
         run.summarize()
     precision = run.eval["precision"][..., 0, -1]
     own = (precision[:, :, k] for k in range(precision.shape[2]))
-    return [float(v) for v in run.stats[:12]], [float(p[p > -1].mean()) if (p > -1).any() else float("nan") for p in own]
+    return [float(v) for v in run.stats[:12]], [
+        float(p[p > -1].mean()) if (p > -1).any() else float("nan") for p in own
+    ]
 
 
 def main() -> None:
@@ -132,7 +140,9 @@ def main() -> None:
     command = command[:2] + [word for pair in zip(command[2:], map(str, sizes), strict=True) for word in pair]
     for _ in range(options.repeats):
         for name, done in runs.items():
-            done.append(json.loads(subprocess.run([*command, "--one", name], check=True, capture_output=True, text=True).stdout))
+            done.append(
+                json.loads(subprocess.run([*command, "--one", name], check=True, capture_output=True, text=True).stdout)
+            )
     figures = {
         "images": options.images,
         "detections": options.detections // options.images * options.images,

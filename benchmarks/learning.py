@@ -60,7 +60,12 @@ def finished(name: str, data: Path, out: Path) -> bool:
     wanted, run = recipe(name, data, out), out / name
     if (run / "config.yaml").is_file():
         had = config.load(run / "config.yaml")
-        if (had.model, had.train, had.test, had.data.size) != (wanted.model, wanted.train, wanted.test, wanted.data.size):
+        if (had.model, had.train, had.test, had.data.size) != (
+            wanted.model,
+            wanted.train,
+            wanted.test,
+            wanted.data.size,
+        ):
             raise InputError(f"{run} was trained with another recipe: remove it, or name another --out")
     return (run / "metrics.json").is_file()
 
@@ -95,7 +100,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [f"{row[key]:.3f}" if key in row else "" for key in keys]
-        lines.append(f"| `{row['detector']}_tiny` | {' | '.join(cells)} | {row['seconds'] / 60:.1f} | {row['images_per_second']} |")
+        lines.append(
+            f"| `{row['detector']}_tiny` | {' | '.join(cells)} | {row['seconds'] / 60:.1f} | {row['images_per_second']} |"
+        )
     return "\n".join(lines)
 
 

@@ -53,7 +53,14 @@ def write_images(folder: Path, count: int) -> Path:
         Image.fromarray(pixels[:HEIGHT]).save(folder / f"{i}.jpg", quality=92)
         images.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
         for x, y, w, h in rng.integers(20, 200, (7, 4)).tolist():
-            box = {"id": len(objects) + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "area": w * h, "bbox": [x, y, w, h]}
+            box = {
+                "id": len(objects) + 1,
+                "image_id": i,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": w * h,
+                "bbox": [x, y, w, h],
+            }
             objects.append(box | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
     path = folder / "instances.json"
     path.write_text(json.dumps({"images": images, "annotations": objects, "categories": [{"id": 1, "name": "thing"}]}))
@@ -110,7 +117,9 @@ def torchvision_side(path: Path, batch: int) -> Iterator[object]:
         data = CocoDetection(str(path.parent), str(path), transforms=preset)
     data = wrap_dataset_for_transforms_v2(data, target_keys=["boxes", "labels"])
     inside = GeneralizedRCNNTransform(SHORT, LONG, list(MEAN), list(STD))
-    loader = torch.utils.data.DataLoader(data, batch_size=batch, shuffle=True, collate_fn=lambda samples: tuple(zip(*samples)))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=batch, shuffle=True, collate_fn=lambda samples: tuple(zip(*samples))
+    )
     for images, targets in loader:
         yield inside(list(images), list(targets))
 
@@ -137,7 +146,9 @@ def peak_mib(name: str, path: Path, batch: int) -> float | None:
 
 def _status(key: str) -> int:
     """KiB from /proc/self/status."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ SIDES = {
     "RetinaNet": Side("retinanet_r50"),
     "RetinaNet + SMSL": Side("retinanet_r50", ["model.neck=[fpn,smsl]"], "RetinaNet", (96.8, 99.0)),
     "RetinaNet PANet*": Side("retinanet_r50", [f"model.neck={PAFPN}"]),
-    "RetinaNet PANet* + SMSL": Side("retinanet_r50", [f"model.neck=[{PAFPN},smsl]"], "RetinaNet PANet*", (100.6, 101.6)),
+    "RetinaNet PANet* + SMSL": Side(
+        "retinanet_r50", [f"model.neck=[{PAFPN},smsl]"], "RetinaNet PANet*", (100.6, 101.6)
+    ),
     "RetinaNet + MSFM": Side("retinanet_r50", ["model.plugin=msfm"], "RetinaNet"),
     "RetinaNet, MSE-FPN": Side("retinanet_r50", ["model.neck=mse_fpn"], "RetinaNet"),
     "FCOS": Side("fcos_r50"),
@@ -84,13 +86,19 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
         turns = [a / b for a, b in zip(seconds[name], seconds[side.base])]
         found["added"] = {
             "to": side.base,
-            "time_percent": round(100 * (statistics.median(seconds[name]) / statistics.median(seconds[side.base]) - 1), 2),
+            "time_percent": round(
+                100 * (statistics.median(seconds[name]) / statistics.median(seconds[side.base]) - 1), 2
+            ),
             "time_percent_median_of_turns": round(100 * (statistics.median(turns) - 1), 2),
             "trainable": total["trainable"] - plain["trainable"],
             "multiply_adds_G": round((total["multiply_adds"] - plain["multiply_adds"]) / 1e9, 2),
         }
         if side.paper:
-            found["paper"] = {"gpu": "Tesla P100", "ms": side.paper, "time_percent": round(100 * (side.paper[1] / side.paper[0] - 1), 2)}
+            found["paper"] = {
+                "gpu": "Tesla P100",
+                "ms": side.paper,
+                "time_percent": round(100 * (side.paper[1] / side.paper[0] - 1), 2),
+            }
     return found
 
 
@@ -117,7 +125,9 @@ def main() -> None:
     """Measure; print JSON, or the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES), help="some of the sides, with what they add to")
+    parser.add_argument(
+        "--sides", nargs="*", default=list(SIDES), choices=list(SIDES), help="some of the sides, with what they add to"
+    )
     parser.add_argument("--table", action="store_true", help="Markdown instead of JSON")
     parser.add_argument("--only", choices=list(SIDES), help="the peak memory of one side")
     options = parser.parse_args()
@@ -131,7 +141,9 @@ def main() -> None:
     # by detector, so that a few are in memory at a time
     seconds: dict[str, list[float]] = {}
     for config in dict.fromkeys(SIDES[name].config for name in names):
-        seconds |= interleave({name: predictor(name) for name in names if SIDES[name].config == config}, options.repeats)
+        seconds |= interleave(
+            {name: predictor(name) for name in names if SIDES[name].config == config}, options.repeats
+        )
     found = {name: figures(name, seconds) for name in names}
     if options.table:
         print(table(found))

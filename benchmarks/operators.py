@@ -58,7 +58,10 @@ def deforming() -> Sides:
 def pooling() -> Sides:
     """The means of rows and columns of P3."""
     x = map_of(8)
-    return {"torch": lambda: (x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)), "fusedet": lambda: rows_and_columns(x)}
+    return {
+        "torch": lambda: (x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)),
+        "fusedet": lambda: rows_and_columns(x),
+    }
 
 
 def smsl() -> Sides:

@@ -28,7 +28,9 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
     """torchvision's RetinaNet, told not to resize, and ours, P6 from P5 as there, with the same random weights; the last bias makes as
     many candidates as a trained one has."""
     torch.manual_seed(0)
-    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH).eval()
+    theirs = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH
+    ).eval()
     theirs.detections_per_img = 100
     last = theirs.head.classification_head.cls_logits
     for final in (last, theirs.head.regression_head.bbox_reg):

@@ -148,14 +148,20 @@ def main() -> None:
                 shared.append(row)
     per = {
         "bytes_per_image_and_object": [round(2**20 * one) for one in slopes(rows, ("images", "objects"), "held_MiB")],
-        "peak_bytes_per_image_and_object": [round(2**20 * one) for one in slopes(rows, ("images", "objects"), "peak_MiB")],
-        "microseconds_per_image_and_object": [round(1e6 * one, 2) for one in slopes(rows, ("images", "objects"), "seconds")],
+        "peak_bytes_per_image_and_object": [
+            round(2**20 * one) for one in slopes(rows, ("images", "objects"), "peak_MiB")
+        ],
+        "microseconds_per_image_and_object": [
+            round(1e6 * one, 2) for one in slopes(rows, ("images", "objects"), "seconds")
+        ],
     }
     for processes in PROCESSES:
         few, many = (next(r for r in shared if (r["images"], r["processes"]) == (n, processes)) for n in IMAGES)
         rate = (many["images"] - few["images"]) / max(many["work_seconds"] - few["work_seconds"], 1e-9)
         per[f"images_per_second_{processes}"] = round(rate, 1)
-        per[f"prediction_MiB_per_image_{processes}"] = round((many["peak_MiB"] - few["peak_MiB"]) / (many["images"] - few["images"]), 4)
+        per[f"prediction_MiB_per_image_{processes}"] = round(
+            (many["peak_MiB"] - few["peak_MiB"]) / (many["images"] - few["images"]), 4
+        )
     table(rows, shared)
     report(slopes=per, load_average=os.getloadavg())
 
@@ -163,7 +169,9 @@ def main() -> None:
 def table(rows: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
     print("\n| annotations read | seconds | MiB held | MiB at the peak |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['images']:,} images, {row['objects']:,} objects | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |")
+        print(
+            f"| {row['images']:,} images, {row['objects']:,} objects | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |"
+        )
     print("\n| prediction | processes | seconds | MiB at the peak, each |\n|---|---|---|---|")
     for row in shared:
         print(f"| {row['images']:,} images | {row['processes']} | {row['work_seconds']} | {row['peak_MiB']} |")

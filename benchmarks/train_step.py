@@ -44,11 +44,17 @@ def fusedet(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> C
 def torchvision(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     """torchvision's step; FrozenBatchNorm2d is its own choice."""
     body = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, trainable_layers=3, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(2048, 256)
+        backbone_name="resnet50",
+        weights=None,
+        trainable_layers=3,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(2048, 256),
     )
     model = RetinaNet(body, num_classes=80, min_size=HEIGHT, max_size=WIDTH).train()
     targets = [{"boxes": boxes, "labels": labels} for _ in image]
-    return step(lambda: model([p.float() / 255 for p in image], targets), [p for p in model.parameters() if p.requires_grad])
+    return step(
+        lambda: model([p.float() / 255 for p in image], targets), [p for p in model.parameters() if p.requires_grad]
+    )
 
 
 def main() -> None:
@@ -62,7 +68,10 @@ def main() -> None:
     image = torch.randint(0, 256, (options.batch, 3, HEIGHT, WIDTH), dtype=torch.uint8)
     corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
     boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
-    makers = {"torchvision": lambda: torchvision(image, boxes, labels), "fusedet": lambda: fusedet(image, boxes, labels)}
+    makers = {
+        "torchvision": lambda: torchvision(image, boxes, labels),
+        "fusedet": lambda: fusedet(image, boxes, labels),
+    }
     if options.only:
         run = makers[options.only]()
         run(), run()
@@ -72,7 +81,13 @@ def main() -> None:
     for side in makers:
         figures[side]["peak_MiB"] = round(peak_memory(__file__, side, "--batch", str(options.batch)))
     figures["fusedet"]["peak_ratio"] = round(figures["fusedet"]["peak_MiB"] / figures["torchvision"]["peak_MiB"], 3)
-    report(benchmark="train_step", image=[HEIGHT, WIDTH], batch=options.batch, detector="RetinaNet R50 FPN, 80 classes", **figures)
+    report(
+        benchmark="train_step",
+        image=[HEIGHT, WIDTH],
+        batch=options.batch,
+        detector="RetinaNet R50 FPN, 80 classes",
+        **figures,
+    )
 
 
 if __name__ == "__main__":

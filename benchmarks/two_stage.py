@@ -26,7 +26,9 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     """torchvision's Faster R-CNN, told not to resize, and ours with the same random weights, whose scores and boxes differ from place to
     place like a trained one's."""
     sizes = {"min_size": HEIGHT, "max_size": WIDTH}
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81, trainable_backbone_layers=3, **sizes)
+    theirs = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=81, trainable_backbone_layers=3, **sizes
+    )
     rpn, box = theirs.rpn.head, theirs.roi_heads.box_predictor
     for layer, std in ((rpn.cls_logits, 0.05), (rpn.bbox_pred, 0.01), (box.cls_score, 0.05), (box.bbox_pred, 0.001)):
         torch.nn.init.normal_(layer.weight, std=std)
@@ -48,7 +50,9 @@ def prediction(image: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 def step(loss: Callable[[], dict[str, torch.Tensor]], made: torch.nn.Module) -> Callable[[], None]:
     """One SGD step on the summed losses."""
-    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        [p for p in made.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=1e-4
+    )
 
     def run() -> None:
         optimizer.zero_grad()
@@ -82,7 +86,12 @@ def main() -> None:
     for name, make in {"predict": prediction, "train_step": training}.items():
         if options.only in (None, name):
             figures = summary(interleave(make(image), options.repeats), "torchvision")
-            report(benchmark=f"two_stage {name}", image=[HEIGHT, WIDTH], detector="Faster R-CNN R50 FPN, 80 classes", **figures)
+            report(
+                benchmark=f"two_stage {name}",
+                image=[HEIGHT, WIDTH],
+                detector="Faster R-CNN R50 FPN, 80 classes",
+                **figures,
+            )
 
 
 if __name__ == "__main__":

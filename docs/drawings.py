@@ -123,7 +123,11 @@ def box(ax: Axes, b: Box) -> None:
         number, share, _ = KINDS[b.kind]
         for i in range(b.copies, -1, -1):
             corner = (b.x - b.w / 2 + 4 * i, b.y - b.h / 2 - 4 * i)
-            ax.add_patch(FancyBboxPatch(corner, b.w, b.h, "round,pad=0,rounding_size=4", fc=tint(number, share), ec=INK, lw=0.9, zorder=4))
+            ax.add_patch(
+                FancyBboxPatch(
+                    corner, b.w, b.h, "round,pad=0,rounding_size=4", fc=tint(number, share), ec=INK, lw=0.9, zorder=4
+                )
+            )
     write(ax, b.x, b.y, b.text, size=11 if b.kind == "node" else 8.4)
 
 
@@ -151,7 +155,9 @@ def arrow(ax: Axes, boxes: dict[str, Box], line: Line) -> None:
         ax.annotate("", points[-1], points[-2], arrowprops=style, zorder=3)
     if line.label:
         parts = list(pairwise(points))
-        (ax0, ay0), (ax1, ay1) = max(parts, key=lambda ends: math.dist(*ends)) if line.part is None else parts[line.part]
+        (ax0, ay0), (ax1, ay1) = (
+            max(parts, key=lambda ends: math.dist(*ends)) if line.part is None else parts[line.part]
+        )
         x, y = (ax0 + ax1) / 2 + line.shift[0], (ay0 + ay1) / 2 + line.shift[1]
         where = (x, y - 3, "center", "bottom") if ay0 == ay1 else (x + 4, y, "left", "center")
         write(ax, *where[:2], line.label, 7.4, ha=where[2], va=where[3], color=SOFT, zorder=5)
@@ -164,7 +170,9 @@ def draw(drawing: Drawing) -> Figure:
     ax.set(xlim=(0, WIDTH), ylim=(drawing.height, 0))
     ax.axis("off")
     for g in drawing.groups:
-        ax.add_patch(Rectangle((g.left, g.top), g.right - g.left, g.bottom - g.top, fc="#f6f6f6", ec="#bbbbbb", lw=0.9, zorder=0))
+        ax.add_patch(
+            Rectangle((g.left, g.top), g.right - g.left, g.bottom - g.top, fc="#f6f6f6", ec="#bbbbbb", lw=0.9, zorder=0)
+        )
         write(ax, g.title_x or g.left + 8, g.top + 12, g.title, 8.8, ha="left", fontweight="bold")
     boxes = {b.name: b for b in drawing.boxes}
     for line in drawing.lines:

@@ -37,7 +37,12 @@ if __name__ == "__main__":
     empty = status("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
     dataset = read(path, "train", need_images=False)
-    out = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu, "images": len(dataset), "boxes": len(dataset.labels)}
+    out = {
+        "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu,
+        "images": len(dataset),
+        "boxes": len(dataset.labels),
+    }
     out["peak"] = status("VmHWM")
     out["empty"] = empty
     out["libraries"] = status("RssFile")
@@ -48,7 +53,13 @@ if __name__ == "__main__":
     for method in methods:
         out["alone"] = pss()
         loader = iter(
-            DataLoader(Touch(dataset), batch_size=100, num_workers=workers, multiprocessing_context=method, persistent_workers=True)
+            DataLoader(
+                Touch(dataset),
+                batch_size=100,
+                num_workers=workers,
+                multiprocessing_context=method,
+                persistent_workers=True,
+            )
         )
         for _ in range(-(-len(dataset) // 100)):
             next(loader)

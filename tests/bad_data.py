@@ -64,7 +64,13 @@ def _coco(root: Path, split: str, numbers: range) -> None:
     for i in numbers:
         for k, (x1, y1, x2, y2) in enumerate((BOX, OTHER)):
             segmentation = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-            row = {"id": len(rows) + 1, "image_id": i, "category_id": k + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
+            row = {
+                "id": len(rows) + 1,
+                "image_id": i,
+                "category_id": k + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": 0,
+            }
             rows.append(row | {"area": (x2 - x1) * (y2 - y1), "segmentation": segmentation})
     content = {
         "images": [{"id": i, "file_name": f"p{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in numbers],
@@ -151,7 +157,11 @@ def stored(mode: str, form: str = "PNG", at: str = "train/p0.jpg", **options: An
     def spoil(root: Path) -> None:
         file = root / at
         with Image.open(file) as image:
-            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+            image = (
+                Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+                if mode == "I;16"
+                else image.convert(mode)
+            )
         image.save(file, form, **options)
 
     return spoil
@@ -182,7 +192,12 @@ def png(width: int, height: int, *more: tuple[bytes, bytes]) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *more, (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b""))
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        *more,
+        (b"IDAT", zlib.compress(bytes(99))),
+        (b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
@@ -216,7 +231,9 @@ def many(content: dict[str, Any]) -> None:
     corners = rng.uniform(0, [WIDTH - 2, HEIGHT - 2, 20, 20], (60_000, 4))
     corners[:, 2:] = np.minimum(corners[:, 2:] + 1, [WIDTH, HEIGHT] - corners[:, :2])
     for i, box in enumerate(corners.tolist()):
-        content["annotations"].append({"id": 100 + i, "image_id": 0, "category_id": 1 + i % 2, "bbox": box, "area": box[2] * box[3]})
+        content["annotations"].append(
+            {"id": 100 + i, "image_id": 0, "category_id": 1 + i % 2, "bbox": box, "area": box[2] * box[3]}
+        )
 
 
 def renamed(name: str) -> Callable[[Path], None]:
@@ -287,7 +304,10 @@ def laughing(key: str) -> Callable[[Path], None]:
     """A key of a data.yaml is a list of lists of lists ..., half a million values in a few hundred characters."""
     lists = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcde", "bcdef")]
     rest = {"train": "images/train", "val": "images/val", "names": "[cat, dog]", key: "*f"}
-    return data("data.yaml", "\n".join(["a: &a [x, x, x, x, x, x, x, x, x]", *lists, *(f"{k}: {v}" for k, v in rest.items()), ""]))
+    return data(
+        "data.yaml",
+        "\n".join(["a: &a [x, x, x, x, x, x, x, x, x]", *lists, *(f"{k}: {v}" for k, v in rest.items()), ""]),
+    )
 
 
 LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(

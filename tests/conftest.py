@@ -16,7 +16,17 @@ settings.register_profile("fusedet", deadline=None)
 settings.load_profile("fusedet")
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = ("together", "ablate", "kill", "two_ranks", "cli", "contracts", "flat_memory", "together_two_stage", "edge_cases")
+LONG = (
+    "together",
+    "ablate",
+    "kill",
+    "two_ranks",
+    "cli",
+    "contracts",
+    "flat_memory",
+    "together_two_stage",
+    "edge_cases",
+)
 """Files that are begun first, so that no worker waits for another one's at the end (with --no-loadscope-reorder)."""
 
 

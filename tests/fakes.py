@@ -45,7 +45,9 @@ class FakeDetector(nn.Module):
 class FakeLoader:
     """`length` batches of random images, a function of (epoch, number); `change` may spoil a batch."""
 
-    def __init__(self, length: int = 7, size: int = 4, change: Callable[[int, int, Batch], Batch] = lambda e, i, batch: batch) -> None:
+    def __init__(
+        self, length: int = 7, size: int = 4, change: Callable[[int, int, Batch], Batch] = lambda e, i, batch: batch
+    ) -> None:
         self.length, self.size, self.batch, self.change = length, size, size, change
 
     def __len__(self) -> int:

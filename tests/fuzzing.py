@@ -32,8 +32,34 @@ from tiny import coco_dict, write_coco, write_voc, write_yolo, xml
 
 ATOMS: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 7, 9, 2**31, 2**63, -(2**63) - 1, 10**40, 0.5, -0.5, 1e308, -1e308, 1e-320),
-    *(float("nan"), float("inf"), float("-inf"), "", "0", "-1", "1e3", "nan", "٣", "a.jpg", "../a.jpg", "/etc/passwd", "\0", "\ud800"),
-    *([], {}, [[]], [{}], [1, 2, 3, 4], [1, 2, float("nan"), 4], ["1", "2", "3", "4"], [[1, 1, 5, 1, 5, 5]], [[1e9] * 6], [0, 10**9]),
+    *(
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+        "",
+        "0",
+        "-1",
+        "1e3",
+        "nan",
+        "٣",
+        "a.jpg",
+        "../a.jpg",
+        "/etc/passwd",
+        "\0",
+        "\ud800",
+    ),
+    *(
+        [],
+        {},
+        [[]],
+        [{}],
+        [1, 2, 3, 4],
+        [1, 2, float("nan"), 4],
+        ["1", "2", "3", "4"],
+        [[1, 1, 5, 1, 5, 5]],
+        [[1e9] * 6],
+        [0, 10**9],
+    ),
     *({"counts": [1], "size": [1, 1]}, {"counts": "X6", "size": [10, 20]}, {"counts": "~", "size": [10, 20]}),
 ]
 JUNK = [
@@ -76,7 +102,9 @@ JUNK += [
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ATOMS),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "bbox", "images", "x"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "bbox", "images", "x"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 SEEDS = st.integers(0, 2**40)
@@ -130,7 +158,12 @@ def used(read: Callable[[], DetectionDataset]) -> None:
         assert len(dataset.fingerprint()) == 16
         for record in dataset:
             if record.height * record.width < 1 << 14:
-                see(torch.zeros(3, record.height, record.width, dtype=torch.uint8), record, [Eval(32, 64)], masks=all(record.segments))
+                see(
+                    torch.zeros(3, record.height, record.width, dtype=torch.uint8),
+                    record,
+                    [Eval(32, 64)],
+                    masks=all(record.segments),
+                )
 
 
 def check_coco(seed: int, value: Any, count: int) -> None:
@@ -164,7 +197,18 @@ def check_voc(seed: int, count: int) -> None:
     """A valid VOC folder with some bytes of its annotations and its list changed."""
     rng = random.Random(seed)
     one = xml(("dog", 1, 1, 10, 20, 0), ("cat", 5.5, 6.5, 8.5, 9.5, 1)).encode()
-    words = [b"1", b"nan", b"-1e999", b"", b"<a>", b"</object>", b"<bndbox>", b"<object><name>x</name></object>", b"9" * 400, b"\xd9\xa3"]
+    words = [
+        b"1",
+        b"nan",
+        b"-1e999",
+        b"",
+        b"<a>",
+        b"</object>",
+        b"<bndbox>",
+        b"<object><name>x</name></object>",
+        b"9" * 400,
+        b"\xd9\xa3",
+    ]
     listed = b"a\nb\n"
     for _ in range(count):
         if rng.random() < 0.5 and one:
@@ -186,9 +230,34 @@ def check_voc(seed: int, count: int) -> None:
 def check_yolo(seed: int, count: int) -> None:
     """A valid YOLO folder with its labels, its yaml and its list changed."""
     rng = random.Random(seed)
-    tokens = ["0", "1", "0.5", "-0.5", "1.7", "nan", "inf", "-inf", "1e400", "1e9", "x", "", "0x1", "1_0", "٣", "0,5", "1" * 400]
-    lines = [" ".join(rng.choice(tokens) for _ in range(rng.choice([1, 4, 5, 5, 5, 6, 7, 9]))) for _ in range(rng.randrange(4))]
-    texts = ["\n".join(lines).encode(), b"train: list.txt\nval: images/val\nnc: 2\nnames: [dog, cat]\n", b"./images/train/a.jpg\n"]
+    tokens = [
+        "0",
+        "1",
+        "0.5",
+        "-0.5",
+        "1.7",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e9",
+        "x",
+        "",
+        "0x1",
+        "1_0",
+        "٣",
+        "0,5",
+        "1" * 400,
+    ]
+    lines = [
+        " ".join(rng.choice(tokens) for _ in range(rng.choice([1, 4, 5, 5, 5, 6, 7, 9])))
+        for _ in range(rng.randrange(4))
+    ]
+    texts = [
+        "\n".join(lines).encode(),
+        b"train: list.txt\nval: images/val\nnc: 2\nnames: [dog, cat]\n",
+        b"./images/train/a.jpg\n",
+    ]
     for _ in range(count):
         which = rng.randrange(3)
         texts[which] = damaged(texts[which], rng)
@@ -200,8 +269,20 @@ def check_yolo(seed: int, count: int) -> None:
 
 
 FOUND: list[Any] = [
-    {"image_id": 3, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 0.9, "segmentation": {"size": [10, 20], "counts": [0, 3, 197]}},
-    {"image_id": 7, "category_id": 2, "bbox": [5, 6, 10, 12], "score": 0.5, "segmentation": {"size": [30, 40], "counts": ":n0XT1"}},
+    {
+        "image_id": 3,
+        "category_id": 9,
+        "bbox": [1, 2, 3, 4],
+        "score": 0.9,
+        "segmentation": {"size": [10, 20], "counts": [0, 3, 197]},
+    },
+    {
+        "image_id": 7,
+        "category_id": 2,
+        "bbox": [5, 6, 10, 12],
+        "score": 0.5,
+        "segmentation": {"size": [30, 40], "counts": ":n0XT1"},
+    },
 ]
 
 
@@ -237,7 +318,8 @@ def score_results(text: bytes) -> bool:
 RLES = st.fixed_dictionaries(
     {
         "size": st.lists(st.integers(-1, 12), min_size=2, max_size=2),
-        "counts": st.lists(st.integers(-3, 40), max_size=6) | st.text("0123456789:;<=>?@ABCDEabcdeklmno~ \x7fé", max_size=8),
+        "counts": st.lists(st.integers(-3, 40), max_size=6)
+        | st.text("0123456789:;<=>?@ABCDEabcdeklmno~ \x7fé", max_size=8),
     }
 )
 

@@ -29,7 +29,9 @@ class Training:
     fault: (place, number, signal): at the number-th passage of a place of `PLACES` the process sends itself the signal.
     """
 
-    def __init__(self, words: Sequence[object], log: Path, processes: int = 1, fault: tuple[str, int, int] | None = None) -> None:
+    def __init__(
+        self, words: Sequence[object], log: Path, processes: int = 1, fault: tuple[str, int, int] | None = None
+    ) -> None:
         self.log = log
         log.with_suffix(".doing").unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -81,7 +83,9 @@ def _work(words: list[str], env: dict[str, Any], log: str, fault: tuple[str, int
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of its workers: this process's own would import everything once more
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of its workers: this process's own would import everything once more
     if env.get("RANK", 0) == 0:
         _mark(Path(log).with_suffix(".doing"))
     if fault:
@@ -248,7 +252,9 @@ def _different(a: Any, b: Any, where: str) -> list[str]:
     return [] if a == b or (a != a and b != b) else [where]  # a figure of no object is NaN
 
 
-def killed_at_random(words: Sequence[object], whole: Path, out: Path, kills: int, seed: int, processes: int = 1) -> list[str]:
+def killed_at_random(
+    words: Sequence[object], whole: Path, out: Path, kills: int, seed: int, processes: int = 1
+) -> list[str]:
     """Kill a training and its resumptions that many times, let it end, and compare it with the run in `whole`; gives what it was doing.
 
     One moment of five lies in a process's start, the others between its first step and what a whole training takes from there, more of
@@ -273,7 +279,9 @@ def killed_at_random(words: Sequence[object], whole: Path, out: Path, kills: int
         found = differences(whole, run)
         assert not found, f"seed {seed}, chain {chain}, killed while {doing}: {found[:5]}"
         if done == kills:
-            print(f"seed {seed}, {processes} processes: killed while {', '.join(doing)}; the same in {chain + 1} trainings")
+            print(
+                f"seed {seed}, {processes} processes: killed while {', '.join(doing)}; the same in {chain + 1} trainings"
+            )
             return doing
         chain += 1
 

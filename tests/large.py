@@ -18,9 +18,9 @@ def boxes(images: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     """(images, each, 4) xyxy inside the image, and labels (images, each)."""
     chance = np.random.default_rng(seed)
     corner = chance.uniform(0, 400, (images, each, 2))
-    return np.concatenate([corner, corner + chance.uniform(8, 80, (images, each, 2))], axis=2).round(2), chance.integers(
-        0, len(NAMES), (images, each)
-    )
+    return np.concatenate([corner, corner + chance.uniform(8, 80, (images, each, 2))], axis=2).round(
+        2
+    ), chance.integers(0, len(NAMES), (images, each))
 
 
 def write(root: Path, form: str, images: int, each: int, *, polygons: bool = False) -> Path:
@@ -42,8 +42,12 @@ def write(root: Path, form: str, images: int, each: int, *, polygons: bool = Fal
             ]
             (root / folders[1] / f"{i:06d}.txt").write_text("".join(lines))
         else:
-            objects = "".join(OBJECT.format(name=NAMES[k], x1=a, y1=b, x2=c, y2=d, difficult=0) for k, (a, b, c, d) in zip(own, rows))
-            (root / folders[1] / f"{i:06d}.xml").write_text(XML.format(name=f"{i:06d}", width=WIDTH, height=HEIGHT, objects=objects))
+            objects = "".join(
+                OBJECT.format(name=NAMES[k], x1=a, y1=b, x2=c, y2=d, difficult=0) for k, (a, b, c, d) in zip(own, rows)
+            )
+            (root / folders[1] / f"{i:06d}.xml").write_text(
+                XML.format(name=f"{i:06d}", width=WIDTH, height=HEIGHT, objects=objects)
+            )
     if form == "yolo":
         (root / "data.yaml").write_text(f"train: images/train\nnames: {NAMES}\n")
         return root / "data.yaml"
@@ -57,7 +61,9 @@ def _coco(root: Path, found: np.ndarray, labels: np.ndarray, polygons: bool) -> 
     file.parent.mkdir(parents=True)
     (root / "train2017").mkdir()
     with file.open("w") as out:
-        images = (f'{{"id":{i},"file_name":"{i:012d}.jpg","width":{WIDTH},"height":{HEIGHT}}}' for i in range(len(found)))
+        images = (
+            f'{{"id":{i},"file_name":"{i:012d}.jpg","width":{WIDTH},"height":{HEIGHT}}}' for i in range(len(found))
+        )
         out.write(f'{{"images":[{",".join(images)}],"categories":[')
         out.write(",".join(f'{{"id":{k + 1},"name":"{name}"}}' for k, name in enumerate(NAMES)) + '],"annotations":[')
         number = 0

@@ -93,7 +93,11 @@ def run(program: str | Path, *arguments: Any, timeout: float = 3600) -> Any:
     started = [str(program)] if isinstance(program, Path) else ["-c", program]
     place = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(
-        [sys.executable, *started, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=os.environ | place
+        [sys.executable, *started, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | place,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -8,15 +8,56 @@ from collections.abc import Iterator
 
 NEVER = {
     *("eval", "exec", "compile", "__import__", "builtins"),
-    *("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code", "codeop", "imp", "ctypes"),
-    *("torch.jit.load", "torch.hub", "torch.package", "torch.serialization", "torch.ops.load_library", "torch.classes.load_library"),
-    *("torch._utils", "torch._weights_only_unpickler", "numpy.lib", "numpy.core", "pydoc.locate", "pkgutil.resolve_name"),
+    *(
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "marshal",
+        "shelve",
+        "runpy",
+        "code",
+        "codeop",
+        "imp",
+        "ctypes",
+    ),
+    *(
+        "torch.jit.load",
+        "torch.hub",
+        "torch.package",
+        "torch.serialization",
+        "torch.ops.load_library",
+        "torch.classes.load_library",
+    ),
+    *(
+        "torch._utils",
+        "torch._weights_only_unpickler",
+        "numpy.lib",
+        "numpy.core",
+        "pydoc.locate",
+        "pkgutil.resolve_name",
+    ),
     *("yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"),
-    *("yaml.Loader", "yaml.CLoader", "yaml.FullLoader", "yaml.UnsafeLoader", "yaml.CFullLoader", "yaml.CUnsafeLoader", "yaml.loader"),
+    *(
+        "yaml.Loader",
+        "yaml.CLoader",
+        "yaml.FullLoader",
+        "yaml.UnsafeLoader",
+        "yaml.CFullLoader",
+        "yaml.CUnsafeLoader",
+        "yaml.loader",
+    ),
     *("os.system", "os.popen", "os.startfile", "pty", "importlib.util", "importlib.machinery", "importlib.__import__"),
     *(f"os.{kind}{way}" for kind in ("exec", "spawn") for way in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
 }
-FINE = {"pickle.UnpicklingError", "torch.serialization.MAGIC_NUMBER", "torch.serialization.safe_globals", "importlib.util.find_spec"}
+FINE = {
+    "pickle.UnpicklingError",
+    "torch.serialization.MAGIC_NUMBER",
+    "torch.serialization.safe_globals",
+    "importlib.util.find_spec",
+}
 """An error, a number, a list of names and a look whether a package is there: they run nothing."""
 CAREFUL = {"torch.load", "numpy.load", "yaml.load"}
 """To be called only, and in their safe way."""

@@ -17,7 +17,10 @@ from fusedet.types import Batch, Losses, Target
 ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
 DETECTORS = ONE_STAGE + TWO_STAGE
-BRANCHES = {"mask": {"type": "mask", "convs": 1, "channels": 8}, "grid": {"type": "grid", "convs": 1, "point_channels": 4, "groups": 9}}
+BRANCHES = {
+    "mask": {"type": "mask", "convs": 1, "channels": 8},
+    "grid": {"type": "grid", "convs": 1, "point_channels": 4, "groups": 9},
+}
 EVERYTHING = 100_000  # more than there are anchors or proposals
 CLASSES = 3
 
@@ -37,7 +40,13 @@ def make(name: str, *overrides: str, everything: bool = False, rest: bool = Fals
         model["head"] = {"convs": 1, "norm": True}
     else:
         few = {"proposals": 50, "train_proposals": 100, "train_pre_nms": 200}
-        all_anchors = {"num": EVERYTHING, "fraction": 1.0, "most_negatives": None, "allowed_border": None, "ratios": [1.0]}
+        all_anchors = {
+            "num": EVERYTHING,
+            "fraction": 1.0,
+            "most_negatives": None,
+            "allowed_border": None,
+            "ratios": [1.0],
+        }
         all_proposals = {"nms": 1.0, "train_proposals": EVERYTHING, "train_pre_nms": EVERYTHING}
         model["head"] = all_anchors | all_proposals if everything else few
         stage = {"channels": 32} | ({"num": EVERYTHING, "fraction": 1.0} if everything else {"num": 64})
@@ -71,7 +80,9 @@ def weighted(detector: Any, losses: Losses) -> Tensor:
 
 def without_gradient(detector: nn.Module) -> list[str]:
     """Trained parameters whose gradient is missing or not finite; a missing one would stop DDP."""
-    return [k for k, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    return [
+        k for k, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
 
 
 def livelier(detector: nn.Module) -> None:

@@ -50,13 +50,18 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(scenes: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an ablation with two seeds. Not to be changed."""
     out = tmp_path_factory.mktemp("ablations") / "out"
-    assert cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "60", *SMALL]) == 0
+    assert (
+        cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "60", *SMALL])
+        == 0
+    )
     return out
 
 
 @pytest.fixture
 def plan(scenes: Path, table: Path, tmp_path: Path) -> Plan:
-    return ablation.make(ablation.load(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None)
+    return ablation.make(
+        ablation.load(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None
+    )
 
 
 def load(out: Path) -> dict[str, Any]:
@@ -80,7 +85,12 @@ def test_equal_rows_are_trained_once(done: Path) -> None:
 
 def test_folders_do_not_depend_on_what_is_chosen(plan: Plan, scenes: Path, table: Path, tmp_path: Path) -> None:
     few = ablation.make(
-        ablation.load(table), [f"data={scenes}", *SMALL], rows=["FPN*+BFP"], seeds=1, out=tmp_path / "out", say=lambda t: None
+        ablation.load(table),
+        [f"data={scenes}", *SMALL],
+        rows=["FPN*+BFP"],
+        seeds=1,
+        out=tmp_path / "out",
+        say=lambda t: None,
     )
     assert [[c.folder.parent.name for c in cells] for cells in few.to_run()] == [["fpn_bfp"]]
     assert few.cells("plain")[0] == plan.cells("plain, 1 conv")[0]
@@ -99,17 +109,23 @@ def test_labels_of_rows_may_hold_commas(scenes: Path, table: Path) -> None:
 def test_labels_that_look_alike_have_their_own_folders(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     rows = "".join(
-        f"  - {{label: '{label}', overrides: [model.neck={neck}]}}\n" for label, neck in [("A*", "fpn"), ("A", "pafpn"), ("*", "bifpn")]
+        f"  - {{label: '{label}', overrides: [model.neck={neck}]}}\n"
+        for label, neck in [("A*", "fpn"), ("A", "pafpn"), ("*", "bifpn")]
     )
     file.write_text(f"base: retinanet_tiny\nrows:\n{rows}")
     plan = ablation.make(ablation.load(file), need_data=False, out=tmp_path)
     assert [plan.cells(label)[0].folder.parent.name for label in plan.configs] == ["a", "a-2", "row"]
 
 
-def test_a_finished_table_runs_nothing(done: Path, scenes: Path, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_finished_table_runs_nothing(
+    done: Path, scenes: Path, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "50", *SMALL]) == 0
+    assert (
+        cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "50", *SMALL])
+        == 0
+    )
     assert load(out)["rows"][0]["measured"] == load(done)["rows"][0]["measured"]
     # both calls are in the report, with paths from here
     assert [words[1:3] for words in load(out)["commands"]] == [["ablate", summary_text.shown(str(table))]] * 2
@@ -132,7 +148,9 @@ sys.exit(cli.run(sys.argv[1:]))
 def test_killed_and_started_again_gives_the_same_table(scenes: Path, table: Path, tmp_path: Path) -> None:
     words = ["ablate", str(table), f"data={scenes}", "--seeds", "2", "--resamples", "60", *SMALL, "train.epochs=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    dead = subprocess.run([sys.executable, "-c", KILLED, *words, f"out={tmp_path / 'a'}"], env=env, capture_output=True, timeout=300)
+    dead = subprocess.run(
+        [sys.executable, "-c", KILLED, *words, f"out={tmp_path / 'a'}"], env=env, capture_output=True, timeout=300
+    )
     assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
     assert not (tmp_path / "a" / "table.json").exists()
     assert not (tmp_path / "a" / "fpn_bfp" / "seed0" / "metrics.json").exists()
@@ -178,7 +196,11 @@ def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatc
     monkeypatch.setattr(worker, "train", train)
     found, files = ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
     one = row(found, "FPN*+BFP")
-    assert ([run["state"] for run in one["runs"]], one["measured"], one["difference"]) == (["failed", "failed"], None, None)
+    assert ([run["state"] for run in one["runs"]], one["measured"], one["difference"]) == (
+        ["failed", "failed"],
+        None,
+        None,
+    )
     assert "loss is nan at step 3" in files["page"].read_text()
     assert one["conclusion"] == "Not measured: nothing can be said."
 
@@ -192,7 +214,10 @@ def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
     assert len(said) == len(cells) == len(queue.clock.seconds[cells[0].label]) == 2
     for cell in cells:
         assert cell.state(plan.data["plain"]) == "finished"
-        figures = [json.loads((out / cell.folder.relative_to(plan.out) / "metrics.json").read_text())["AR100"] for out in (plan.out, done)]
+        figures = [
+            json.loads((out / cell.folder.relative_to(plan.out) / "metrics.json").read_text())["AR100"]
+            for out in (plan.out, done)
+        ]
         assert figures[0] == pytest.approx(figures[1], abs=1e-3)
         assert "epoch 1/1" in Path(f"{cell.folder}.log").read_text()
 
@@ -201,7 +226,9 @@ def test_what_a_process_says_last_is_told(plan: Plan) -> None:
     cell = plan.cells("plain")[0]
     broken = replace(cell, config=replace(cell.config, data=replace(cell.config.data, path="/nowhere")))
     queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
-    with pytest.raises(InputError, match=r"row 'plain, 1 conv', seed 0, ended with 2: /nowhere does not exist.*seed0\.log"):
+    with pytest.raises(
+        InputError, match=r"row 'plain, 1 conv', seed 0, ended with 2: /nowhere does not exist.*seed0\.log"
+    ):
         launcher.local(queue, ["cpu", "cpu"], lambda text: None)
 
 
@@ -276,7 +303,9 @@ def test_the_budget_says_what_is_left(plan: Plan, monkeypatch: pytest.MonkeyPatc
     said: list[str] = []
     ablation.ablate(plan, ablation.Launch(budget=0.001, resamples=40), say=said.append, quiet=True)
     left = next(text for text in said if "undone" in text)
-    assert re.search(r"leaves 4 runs undone, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left)
+    assert re.search(
+        r"leaves 4 runs undone, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left
+    )
     assert "timing a training step of 'plain, 1 conv'" in said
     found = load(plan.out)
     assert [one["state"] for one in row(found, "plain")["runs"]] == ["absent"] * 2
@@ -298,7 +327,9 @@ def test_dry_run_without_data(capsys: pytest.CaptureFixture[str]) -> None:
         assert (one["left"], one["seconds"]) == (3, None)
 
 
-def test_dry_run_with_data_estimates(scenes: Path, table: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dry_run_with_data_estimates(
+    scenes: Path, table: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     words = ["ablate", str(table), f"data={scenes}", f"out={tmp_path / 'x'}", "--dry-run", *SMALL]
     assert cli.run([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -310,8 +341,13 @@ def test_dry_run_with_data_estimates(scenes: Path, table: Path, capsys: pytest.C
     assert not (tmp_path / "x").exists()
 
 
-def test_dry_run_after_a_run_rests_on_it(done: Path, scenes: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["ablate", str(table), f"data={scenes}", f"out={done}", "--seeds", "3", "--dry-run", "--json", *SMALL]) == 0
+def test_dry_run_after_a_run_rests_on_it(
+    done: Path, scenes: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.run(["ablate", str(table), f"data={scenes}", f"out={done}", "--seeds", "3", "--dry-run", "--json", *SMALL])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["basis"].startswith("what 4 finished runs took")
     assert [one["left"] for one in found["rows"]] == [1, 0, 1, None]
@@ -321,11 +357,18 @@ def test_dry_run_after_a_run_rests_on_it(done: Path, scenes: Path, table: Path, 
 
 def test_tables_are_whole_where_no_terminal_breaks_them(capsys: pytest.CaptureFixture[str]) -> None:
     """In a terminal of 60 columns words of the head are whole and labels folded, in a file every row is a line."""
-    sheet = render.Sheet("t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]])
+    sheet = render.Sheet(
+        "t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]]
+    )
     render.show(Console(), sheet)
-    assert any(line.count("250.49") == 12 and "of more than twenty-four letters" in line for line in capsys.readouterr().out.splitlines())
+    assert any(
+        line.count("250.49") == 12 and "of more than twenty-four letters" in line
+        for line in capsys.readouterr().out.splitlines()
+    )
     text = io.StringIO()
-    few = render.Sheet("t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]])
+    few = render.Sheet(
+        "t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]]
+    )
     render.show(Console(file=text, force_terminal=True, width=60), few)
     assert "multiply-adds" in text.getvalue()
     assert "…" not in text.getvalue()
@@ -398,7 +441,13 @@ def test_the_page_stands_alone(done: Path) -> None:
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     found = load(done)
-    for part in (found["data"]["val"]["fingerprint"], found["data"]["train"]["fingerprint"], "torch ", "ablate ", "learning"):
+    for part in (
+        found["data"]["val"]["fingerprint"],
+        found["data"]["train"]["fingerprint"],
+        "torch ",
+        "ablate ",
+        "learning",
+    ):
         assert part in text or part.title() in text
 
 
@@ -413,7 +462,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return text
 
 
-def test_mistakes(scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes(
+    scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("something has run"))
     out, data, mine = f"out={tmp_path / 'out'}", f"data={scenes}", str(table)
     assert "which table?" in refused(capsys)
@@ -425,7 +476,9 @@ def test_mistakes(scenes: Path, table: Path, tmp_path: Path, capsys: pytest.Capt
     assert "row 'plain, 1 conv': " in (text := refused(capsys, mine, data, out, "data.val=test"))
     assert "no split 'test'" in text
     assert "does not fit" in refused(capsys, mine, data, out, "train.epoch=1")
-    assert "mine.yaml, row 'plain, 1 conv': unknown value of train.monitor" in refused(capsys, mine, data, out, "train.monitor=APX")
+    assert "mine.yaml, row 'plain, 1 conv': unknown value of train.monitor" in refused(
+        capsys, mine, data, out, "train.monitor=APX"
+    )
     assert "finds no masks" in refused(capsys, mine, data, out, "train.monitor=mask_AP")
     assert "--budget 2x is no time" in refused(capsys, mine, data, out, "--budget", "2x")
     assert "unknown launcher 'pbs'" in refused(capsys, mine, data, out, "--launcher", "pbs")
@@ -433,7 +486,9 @@ def test_mistakes(scenes: Path, table: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "out").exists()
 
 
-def test_slurm_that_is_not_there(scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_slurm_that_is_not_there(
+    scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     words = [str(table), f"data={scenes}", f"out={tmp_path / 'out'}", "--launcher", "slurm"]
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
     assert "pip install 'fusedet[slurm]'" in refused(capsys, *words)
@@ -442,15 +497,24 @@ def test_slurm_that_is_not_there(scenes: Path, table: Path, tmp_path: Path, caps
     assert "this machine has no srun" in refused(capsys, *words)
 
 
-def test_a_row_of_the_middle_that_cannot_be_built(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_of_the_middle_that_cannot_be_built(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "broken.yaml"
-    file.write_text("base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [model.neck.gait=cag, model.neck=mse_fpn]}\n")
+    file.write_text(
+        "base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [model.neck.gait=cag, model.neck=mse_fpn]}\n"
+    )
     text = refused(capsys, str(file), f"data={scenes}", f"out={tmp_path / 'out'}", *SMALL)
     assert "row 'b': unknown option of model.neck 'mse_fpn': 'gait'" in text
 
 
 def test_folders_of_others_are_refused(
-    done: Path, scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    done: Path,
+    scenes: Path,
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("something has run"))
     out = Path(shutil.copytree(done, tmp_path / "out"))
@@ -461,7 +525,9 @@ def test_folders_of_others_are_refused(
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    assert "holds no ablation: nothing is overwritten" in refused(capsys, str(table), f"data={scenes}", f"out={other}", *SMALL)
+    assert "holds no ablation: nothing is overwritten" in refused(
+        capsys, str(table), f"data={scenes}", f"out={other}", *SMALL
+    )
     about = out / "fpn_bfp" / "seed1" / "run.json"
     about.write_text(about.read_text().replace(load(done)["data"]["train"]["fingerprint"], "0" * 16))
     assert "was trained on other data" in refused(capsys, *words)
@@ -483,5 +549,7 @@ def test_one_ablation_at_a_time_in_a_folder(plan: Plan) -> None:
 def test_rows_are_scored_on_the_same_images(scenes: Path, tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text("base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [data.val=train]}\n")
-    with pytest.raises(InputError, match=r"row 'b' is scored on .* but row 'a' on .* rows are compared on the same images"):
+    with pytest.raises(
+        InputError, match=r"row 'b' is scored on .* but row 'a' on .* rows are compared on the same images"
+    ):
         ablation.make(ablation.load(file), [f"data={scenes}", *SMALL], say=lambda text: None)

@@ -28,7 +28,13 @@ def browser() -> str:
 def look(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
     """The page's elements once it stands, the browser's messages of the page, and the addresses it asked for."""
     log = work / "net.json"
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    words = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     words += [
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         "--disable-sync",
@@ -86,10 +92,20 @@ def summary(folder: Path) -> dict[str, Any]:
             run = folder / f"row{i}" / f"seed{seed}"
             run.mkdir(parents=True)
             (run / "metrics.csv").write_text(f"epoch,step,AP\n1,4,\n1,4,0.{i}1\n2,8,0.{i}{seed + 3}\n")
-            about = {"state": "finished", "folder": str(run), "figures": {"AP": 1.0}, "seconds": 61.0, "device": "cpu", "reason": None}
+            about = {
+                "state": "finished",
+                "folder": str(run),
+                "figures": {"AP": 1.0},
+                "seconds": 61.0,
+                "device": "cpu",
+                "reason": None,
+            }
             runs.append(about | {"seed": seed, "versions": {"torch": "2.6"}})
         cost = {"parameters": 10**7, "trainable": 9 * 10**6, "multiply_adds": 10**10 * (1 + i), "image": [64, 96]}
-        cost |= {"prediction": {"p50_ms": 9.0 + i, "p95_ms": 12.0, "images": 8, "peak_MiB": 55.5, "device": "cpu"}, "training": None}
+        cost |= {
+            "prediction": {"p50_ms": 9.0 + i, "p95_ms": 12.0, "images": 8, "peak_MiB": 55.5, "device": "cpu"},
+            "training": None,
+        }
         rows.append(
             {
                 "label": label,
@@ -105,14 +121,34 @@ def summary(folder: Path) -> dict[str, Any]:
             }
             | {"base": "x", "overrides": [], "same_as": None, "runs": runs, "measured": measured, "cost": cost}
             | {"difference": dict.fromkeys(measured, change) if change else None, "conclusion": f"conclusion {i}"}
-            | {"classes": [{"name": name, "value": 1.0, "over_images": [0.5, 1.5]} for name in classes] if change else None}
+            | {
+                "classes": [{"name": name, "value": 1.0, "over_images": [0.5, 1.5]} for name in classes]
+                if change
+                else None
+            }
         )
     rows.append(
-        {"label": "theirs", "cited": True, "published": {"AP": 41.0}, "params_M": None, "time_ms": None, "split": None, "note": "n"}
+        {
+            "label": "theirs",
+            "cited": True,
+            "published": {"AP": 41.0},
+            "params_M": None,
+            "time_ms": None,
+            "split": None,
+            "note": "n",
+        }
         | {"published_difference": {}}
     )
     split = {"source": "data & more", "images": 8, "objects": 24, "fingerprint": "17a5b5b7ccea1f3f"}
-    head = {"table": "mine", "title": "Necks <of> mine", "paper": "A paper", "note": None, "baseline": "FPN", "seeds": 2, "overrides": []}
+    head = {
+        "table": "mine",
+        "title": "Necks <of> mine",
+        "paper": "A paper",
+        "note": None,
+        "baseline": "FPN",
+        "seeds": 2,
+        "overrides": [],
+    }
     head |= {"figure": "AP", "drawn": True, "chosen": False}
     return head | {
         "commands": [["fusedet", "ablate", "mine", "data=a b"]],
@@ -156,10 +192,19 @@ def test_what_a_page_asks_for_and_says_is_seen(browser: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)])
-def test_light_and_dark(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool) -> None:
+def test_light_and_dark(
+    browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool
+) -> None:
     """The page follows the reader's scheme: its corner is paper or night, and text and plots stand out from it."""
     image = tmp_path / "page.png"
-    look(browser, page[0], tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1200,2600", f"--screenshot={image}")
+    look(
+        browser,
+        page[0],
+        tmp_path,
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--window-size=1200,2600",
+        f"--screenshot={image}",
+    )
     grey = Image.open(image).convert("L")
     assert (grey.getpixel((3, 3)) < 60) is dark
     histogram = grey.histogram()
@@ -190,7 +235,13 @@ def test_what_was_not_measured_is_said(page: tuple[Path, dict[str, Any]], tmp_pa
     """No run at all: a page without plots and without one figure that did not run."""
     found = json.loads(json.dumps(page[1]))
     for row in found["rows"][:3]:
-        row |= {"measured": None, "difference": None, "classes": None, "runs": [], "conclusion": "Not measured: nothing can be said."}
+        row |= {
+            "measured": None,
+            "difference": None,
+            "classes": None,
+            "runs": [],
+            "conclusion": "Not measured: nothing can be said.",
+        }
         row["cost"] |= {"prediction": None}
     text = report.write(found, tmp_path / "out")["page"].read_text()
     assert "<svg" not in text

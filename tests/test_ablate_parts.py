@@ -69,10 +69,15 @@ def test_runs_side_by_side_share_the_budget(now: list[float]) -> None:
     assert first
     assert second
     assert [first.label, second.label] == ["FPN", "FPN"]
-    now[0] += 4  # both devices need 6 s more, which leaves 15: a run of 10 s does not fit two times on one of them, nor one of 20 s
+    now[0] += (
+        4  # both devices need 6 s more, which leaves 15: a run of 10 s does not fit two times on one of them, nor one of 20 s
+    )
     assert [cell.label for cell in (tight.take(), tight.take(), tight.take()) if cell] == ["BiFPN", "BiFPN"]
     late = queue(known, 15, now, beside=2)
-    assert [cell.label for cell in (late.take(), late.take(), late.take()) if cell] == ["FPN", "FPN"]  # a third one would end at 20
+    assert [cell.label for cell in (late.take(), late.take(), late.take()) if cell] == [
+        "FPN",
+        "FPN",
+    ]  # a third one would end at 20
 
 
 def test_other_rows_are_expected_by_their_work(now: list[float]) -> None:
@@ -82,7 +87,9 @@ def test_other_rows_are_expected_by_their_work(now: list[float]) -> None:
     assert estimate.Clock({"FPN": 3.0}, {}, rate=2.0).expected("FPN") == 6.0
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("1.5h", 5400), ("1d", 86400)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("1.5h", 5400), ("1d", 86400)]
+)
 def test_times_are_read(text: str, seconds: float) -> None:
     assert estimate.duration(text) == seconds
 
@@ -111,11 +118,23 @@ AP = {"over_images": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
             {},
             r"^AP 1\.00 higher than 'a', for other images such as these \(\+0\.20 to \+1\.80\) and for other seeds \(\+0\.10 to",
         ),
-        ({"value": -1.0, "over_images": [-1.8, -0.2], "over_seeds": [-1.9, -0.1]}, r"^AP 1\.00 lower than 'a', for other images"),
-        ({"over_seeds": [-0.1, 2.1]}, r"with these weights; another training may give another sign \(-0\.10 to \+2\.10\)"),
-        ({"over_images": [-0.1, 2.1]}, r"on these very images for other seeds too .*; other images may give another sign"),
+        (
+            {"value": -1.0, "over_images": [-1.8, -0.2], "over_seeds": [-1.9, -0.1]},
+            r"^AP 1\.00 lower than 'a', for other images",
+        ),
+        (
+            {"over_seeds": [-0.1, 2.1]},
+            r"with these weights; another training may give another sign \(-0\.10 to \+2\.10\)",
+        ),
+        (
+            {"over_images": [-0.1, 2.1]},
+            r"on these very images for other seeds too .*; other images may give another sign",
+        ),
         ({"over_images": [-1, 2], "over_seeds": [-1, 3]}, r"^Nothing can be concluded: both intervals hold 0"),
-        ({"over_seeds": None}, r"with these weights\. With fewer than two seeds on a side nothing is known of other trainings"),
+        (
+            {"over_seeds": None},
+            r"with these weights\. With fewer than two seeds on a side nothing is known of other trainings",
+        ),
         ({"over_seeds": None, "over_images": [-1, 2]}, r"^Nothing can be concluded: the interval over images"),
         ({"value": None, "over_images": None}, "no object that counts"),
     ],
@@ -131,8 +150,12 @@ def test_conclusions_of_a_figure_without_an_interval_over_images() -> None:
         one = {"label": "b", "reference": "a", "measured": {"VOC_AP": {}}, "difference": {"VOC_AP": change}}
         return summary.conclusion(one, "VOC_AP", {"a": "a", "b": "b"})
 
-    assert said([0.1, 1.9]).startswith("VOC_AP 1.00 higher than 'a' on these very images for other seeds too (+0.10 to +1.90). Over images")
-    assert said([-0.0001, 1.9]).startswith("Nothing can be concluded: -0.0001 to +1.9000 holds 0. Over images there is no interval")
+    assert said([0.1, 1.9]).startswith(
+        "VOC_AP 1.00 higher than 'a' on these very images for other seeds too (+0.10 to +1.90). Over images"
+    )
+    assert said([-0.0001, 1.9]).startswith(
+        "Nothing can be concluded: -0.0001 to +1.9000 holds 0. Over images there is no interval"
+    )
     assert "fewer than two seeds" in said(None)
 
 

@@ -26,7 +26,13 @@ from fusedet.evaluation.mask_iou import encoded
 def plan_of(folder: Path, text: str, data: Path, *more: str, seeds: int = 2) -> Plan:
     file = folder / "mine.yaml"
     file.write_text(text)
-    return ablation.make(ablation.load(file), [f"data={data}", "device=cpu", *more], seeds=seeds, out=folder / "out", say=lambda text: None)
+    return ablation.make(
+        ablation.load(file),
+        [f"data={data}", "device=cpu", *more],
+        seeds=seeds,
+        out=folder / "out",
+        say=lambda text: None,
+    )
 
 
 def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str, Any]]:
@@ -41,7 +47,11 @@ def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str,
             mask = encoded(record.segments[k], record.height, record.width)
             text = mask["counts"].decode() if isinstance(mask["counts"], bytes) else mask["counts"]
             found.append(
-                {"image_id": record.image_id, "category_id": dataset.category_ids[label], "bbox": [x, y, right - x, bottom - y]}
+                {
+                    "image_id": record.image_id,
+                    "category_id": dataset.category_ids[label],
+                    "bbox": [x, y, right - x, bottom - y],
+                }
                 | {"score": 0.9 - 0.01 * k, "segmentation": {"size": [record.height, record.width], "counts": text}}
             )
     return found
@@ -55,8 +65,12 @@ def finish(plan: Plan, find: Callable[[Cell], list[dict[str, Any]]], masks: bool
             results = find(cell)
             figures = validate.score(plan.val, results, voc=False, evaluator="fusedet", masks=masks)
             (cell.folder / "config.yaml").write_text(cell.config.to_yaml())
-            (cell.folder / "val.bbox.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results]))
-            (cell.folder / "val.segm.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "bbox"} for r in results]))
+            (cell.folder / "val.bbox.json").write_text(
+                json.dumps([{k: v for k, v in r.items() if k != "segmentation"} for r in results])
+            )
+            (cell.folder / "val.segm.json").write_text(
+                json.dumps([{k: v for k, v in r.items() if k != "bbox"} for r in results])
+            )
             (cell.folder / "metrics.csv").write_text("epoch,step,AP,mask_AP\n1,2,0.1,0.2\n2,4,0.3,0.4\n")
             write_json(cell.folder / "metrics.json", figures)
 
@@ -87,7 +101,9 @@ def test_a_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
     _, more, boxes = found["rows"]
     for row in (more, boxes):  # the difference is that of the masks, and the data itself lies in its interval
         change = row["difference"]["mask_AP"]
-        assert change["value"] == pytest.approx(row["measured"]["mask_AP"]["mean"] - found["rows"][0]["measured"]["mask_AP"]["mean"])
+        assert change["value"] == pytest.approx(
+            row["measured"]["mask_AP"]["mean"] - found["rows"][0]["measured"]["mask_AP"]["mean"]
+        )
         assert change["over_images"][0] <= change["value"] <= change["over_images"][1]
     assert more["conclusion"].startswith("mask_AP ")
     assert boxes["difference"]["mask_AP"] == {"value": 0.0, "over_images": [0.0, 0.0], "over_seeds": [0.0, 0.0]}
@@ -103,7 +119,9 @@ def test_a_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_table_about_masks_needs_a_detector_of_masks(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"mine.yaml, row 'a': the table is about mask_AP, but this row's detector finds no masks"):
+    with pytest.raises(
+        InputError, match=r"mine.yaml, row 'a': the table is about mask_AP, but this row's detector finds no masks"
+    ):
         plan_of(tmp_path, "base: retinanet_tiny\nfigure: mask_AP\nrows: [{label: a}]\n", scenes, *SMALL)
     with pytest.raises(InputError, match=r"unknown figure in .*mine.yaml: figure 'mask': did you mean 'mask_AP'"):
         plan_of(tmp_path, "base: retinanet_tiny\nfigure: mask\nrows: [{label: a}]\n", scenes)
@@ -167,7 +185,9 @@ def test_an_unknown_reference_of_a_row(tmp_path: Path) -> None:
         ablation.load(tmp_path / "mine.yaml")
 
 
-def test_what_was_scored_without_an_object_is_drawn_without_it(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_scored_without_an_object_is_drawn_without_it(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A figure that is NaN in every run: no point, no crash."""
     plan = plan_of(tmp_path, FOUR.replace("figure: VOC_AP\n", ""), scenes, *SMALL)
     finish(plan, lambda cell: truth(plan.val, 0.2, 0.0))
@@ -189,7 +209,9 @@ rows:
 """
 
 
-def test_a_row_that_only_tests_otherwise_is_not_trained(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_only_tests_otherwise_is_not_trained(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(tmp_path, TESTS, scenes, *SMALL, seeds=1)
     real, trained = worker.train, []
     monkeypatch.setattr(worker, "train", lambda config, **rest: (trained.append(config.out), real(config, **rest)))
@@ -198,12 +220,16 @@ def test_a_row_that_only_tests_otherwise_is_not_trained(scenes: Path, tmp_path: 
     assert trained == [str(source)]
     both = found["rows"][1]
     assert (both["weights_of"], both["runs"][0]["state"]) == ("plain", "finished")
-    assert both["cost"]["prediction"]["p50_ms"] > found["rows"][0]["cost"]["prediction"]["p50_ms"]  # four views, not one
+    assert (
+        both["cost"]["prediction"]["p50_ms"] > found["rows"][0]["cost"]["prediction"]["p50_ms"]
+    )  # four views, not one
     assert "both ways: the weights of 'plain', scored as this row's test section says" in summary_text.notes(found)
     # the figures are those of val with the same options
     words = ["val", str(source), "test.flip=true", "test.scales=[64,80]", f"out={tmp_path / 'again'}"]
     assert cli.run(words) == 0
-    own, again = (json.loads((out / "val.bbox.json").read_text()) for out in (source / "test-both_ways", tmp_path / "again"))
+    own, again = (
+        json.loads((out / "val.bbox.json").read_text()) for out in (source / "test-both_ways", tmp_path / "again")
+    )
     assert own == again
     assert own != json.loads((source / "val.bbox.json").read_text())
     # taken up where it stopped, without a training
@@ -285,7 +311,15 @@ def test_time_of_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             worker.run(cell)
     stop = False
     worker.run(cell)
-    assert json.loads((cell.folder / "time.json").read_text()) == {"seconds": 15, "resumed": True, "sessions": [5, 5, 5]}
+    assert json.loads((cell.folder / "time.json").read_text()) == {
+        "seconds": 15,
+        "resumed": True,
+        "sessions": [5, 5, 5],
+    }
     (cell.folder / "time.json").unlink()  # as after a first session that was killed
     worker.run(cell)
-    assert json.loads((cell.folder / "time.json").read_text()) == {"seconds": None, "resumed": True, "sessions": [None, 5]}
+    assert json.loads((cell.folder / "time.json").read_text()) == {
+        "seconds": None,
+        "resumed": True,
+        "sessions": [None, 5],
+    }

@@ -46,7 +46,12 @@ def test_a_file_of_ones_own(mine: Table) -> None:
     assert [row.label for row in mine.rows] == ["plain", "all", "gate", "long", "other", "theirs"]
     assert mine.rows[1].overrides == ()
     theirs = mine.rows[-1]
-    assert (theirs.cited, theirs.published, theirs.split, theirs.note) == (True, {"AP": 41.0, "AP50": 60.5}, "test-dev", "from elsewhere")
+    assert (theirs.cited, theirs.published, theirs.split, theirs.note) == (
+        True,
+        {"AP": 41.0, "AP50": 60.5},
+        "test-dev",
+        "from elsewhere",
+    )
 
 
 def test_layers_lie_over_each_other(mine: Table) -> None:
@@ -55,7 +60,10 @@ def test_layers_lie_over_each_other(mine: Table) -> None:
     assert whole.model.neck == {"type": "mse_fpn", "gate": "none"}
     assert gate.model.neck == {"type": "mse_fpn", "gate": "cag"}
     assert [c.train.epochs for c in (plain, whole, gate)] == [3, 3, 5]
-    assert (long.train.epochs, long.train.milestones) == (24, (16, 22))  # a row's schedule lies above the table's epochs
+    assert (long.train.epochs, long.train.milestones) == (
+        24,
+        (16, 22),
+    )  # a row's schedule lies above the table's epochs
     assert other == config.load("fcos_tiny", [*mine.overrides, "model.interact=msil"])
 
 
@@ -79,7 +87,9 @@ def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
     assert list(found) == ["plain", "all", "gate", "long", "other"]
     assert {c.train.seed for c in found.values()} == {7}
     assert found["gate"] == mine.rows[2].config(mine, "train.seed=7")
-    assert found["gate"].model.backbone == mine.rows[2].config(mine).model.backbone  # what building leaves out is still in it
+    assert (
+        found["gate"].model.backbone == mine.rows[2].config(mine).model.backbone
+    )  # what building leaves out is still in it
 
 
 # -- mistakes, each one sentence
@@ -94,7 +104,10 @@ def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
         ("{label: 3}", "mine.yaml, row 1: label must be str, got 3"),
         ("a", "mine.yaml, row 1 must be a mapping with label and overrides, got 'a'"),
         ("{label: a, override: [x=1]}", "unknown key in .*mine.yaml, row 'a': 'override': did you mean 'overrides'"),
-        ("{label: a, overrides: train.epochs=1}", r"mine.yaml, row 'a': overrides must be a list, such as \[train.epochs=1\]"),
+        (
+            "{label: a, overrides: train.epochs=1}",
+            r"mine.yaml, row 'a': overrides must be a list, such as \[train.epochs=1\]",
+        ),
         ("{label: a, overrides: [{train.epochs: 1}]}", r"mine.yaml, row 'a': overrides.0 must be str"),
         ("{label: a, published: {Ap50: 3}}", "unknown figure in .*row 'a': published 'Ap50': did you mean 'AP50'"),
         ("{label: a, published: {AP: high}}", "row 'a': published.AP must be float, got 'high'"),
@@ -119,7 +132,10 @@ def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
         ("bases: x\nrows: [{label: a}]\n", "unknown key in .*mine.yaml: 'bases': did you mean 'base'"),
         ("source: x\nrows: [{label: a}]\n", "unknown key in .*mine.yaml: 'source'"),
         ("base: [x]\nrows: [{label: a}]\n", "mine.yaml: base must be str"),
-        ("reference: b\nrows: [{label: aa}, {label: bb}]\n", "unknown row in .*mine.yaml: reference 'b': did you mean 'bb'"),
+        (
+            "reference: b\nrows: [{label: aa}, {label: bb}]\n",
+            "unknown row in .*mine.yaml: reference 'b': did you mean 'bb'",
+        ),
     ],
 )
 def test_mistakes_in_files(tmp_path: Path, text: str, said: str) -> None:
@@ -130,18 +146,40 @@ def test_mistakes_in_files(tmp_path: Path, text: str, said: str) -> None:
 def test_unknown_tables(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown ablation table 'neks': did you mean 'necks'"):
         ablation.load("neks")
-    with pytest.raises(InputError, match=r"there is no table file .*other\.yaml: give a YAML file, or one of modules_together"):
+    with pytest.raises(
+        InputError, match=r"there is no table file .*other\.yaml: give a YAML file, or one of modules_together"
+    ):
         ablation.load(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(
     ("row", "head", "said"),
     [
-        ("{label: a, overrides: [train.epoch=1]}", "base: retinanet_tiny\n", r"mine.yaml, row 'a': unknown config key 'train.epoch'"),
-        ("{label: a, overrides: [train.epochs=x]}", "base: retinanet_tiny\n", r"mine.yaml, row 'a': train.epochs must be int"),
-        ("{label: a, base: retinanet_tny}", "", r"mine.yaml, row 'a': unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'"),
-        ("{label: a}", "base: retinanet_tny\n", r"mine.yaml: unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'"),
-        ("{label: a}", "base: retinanet_tiny\noverrides: [train.epoch=1]\n", r"mine.yaml: unknown config key 'train.epoch'"),
+        (
+            "{label: a, overrides: [train.epoch=1]}",
+            "base: retinanet_tiny\n",
+            r"mine.yaml, row 'a': unknown config key 'train.epoch'",
+        ),
+        (
+            "{label: a, overrides: [train.epochs=x]}",
+            "base: retinanet_tiny\n",
+            r"mine.yaml, row 'a': train.epochs must be int",
+        ),
+        (
+            "{label: a, base: retinanet_tny}",
+            "",
+            r"mine.yaml, row 'a': unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'",
+        ),
+        (
+            "{label: a}",
+            "base: retinanet_tny\n",
+            r"mine.yaml: unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'",
+        ),
+        (
+            "{label: a}",
+            "base: retinanet_tiny\noverrides: [train.epoch=1]\n",
+            r"mine.yaml: unknown config key 'train.epoch'",
+        ),
         ("{label: a}", "", r"mine.yaml, row 'a' has no config: write base: MODEL"),
     ],
 )
@@ -154,15 +192,21 @@ def test_overrides_and_bases_that_the_config_refuses(tmp_path: Path, row: str, h
 
 
 def test_what_the_command_line_adds_is_named(mine: Table) -> None:
-    with pytest.raises(InputError, match=r"^train.epoch=1 does not fit .*mine.yaml, row 'plain': unknown config key 'train.epoch'"):
+    with pytest.raises(
+        InputError, match=r"^train.epoch=1 does not fit .*mine.yaml, row 'plain': unknown config key 'train.epoch'"
+    ):
         mine.configs("train.epoch=1")
 
 
 def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> None:
     """The config takes any option of a slot; the part refuses it when it is made."""
-    found = ablation.load(with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0]))
+    found = ablation.load(
+        with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0])
+    )
     assert found.rows[1].config(found).model.neck["gait"] == "cag"
-    with pytest.raises(InputError, match=r"mine.yaml, row 'b': unknown option of model.neck 'mse_fpn': 'gait': did you mean 'gate'"):
+    with pytest.raises(
+        InputError, match=r"mine.yaml, row 'b': unknown option of model.neck 'mse_fpn': 'gait': did you mean 'gate'"
+    ):
         found.configs()
 
 
@@ -179,7 +223,10 @@ def test_shipped_tables_are_read(name: str) -> None:
     found = ablation.load(name)
     assert found.name == found.source == name
     assert found.title not in ("", name)
-    assert all(set(row.published) <= set(spec.PUBLISHED) | {f"delta_{figure}" for figure in spec.PUBLISHED} for row in found.rows)
+    assert all(
+        set(row.published) <= set(spec.PUBLISHED) | {f"delta_{figure}" for figure in spec.PUBLISHED}
+        for row in found.rows
+    )
     # the file speaks as the one of a user does
     assert ablation.load(Path(found.folder) / f"{name}.yaml").rows == found.rows
 
@@ -196,7 +243,10 @@ def test_modules_together_has_every_combination_once() -> None:
     found = ablation.load("modules_together")
     configs = [row.config(found) for row in found.rows]
     plain = configs[0].model
-    switched = [(c.model.plugin != plain.plugin, c.model.neck != plain.neck, c.model.interact != plain.interact) for c in configs]
+    switched = [
+        (c.model.plugin != plain.plugin, c.model.neck != plain.neck, c.model.interact != plain.interact)
+        for c in configs
+    ]
     assert len(switched) == 8
     assert set(switched) == set(product((False, True), repeat=3))
     assert (plain.plugin, plain.interact) == (None, None)

@@ -14,12 +14,16 @@ from fusedet.types import Priors, Target
 def make(boxes: list, objects: list) -> tuple[Priors, Target]:
     priors = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
     target = torch.tensor(objects, dtype=torch.float).reshape(-1, 4)
-    return Priors(priors, torch.ones(len(priors)), (len(priors),)), Target(target, torch.zeros(len(target), dtype=torch.int64))
+    return Priors(priors, torch.ones(len(priors)), (len(priors),)), Target(
+        target, torch.zeros(len(target), dtype=torch.int64)
+    )
 
 
 def test_table() -> None:
     """Overlaps with the object (0, 0, 10, 10): 1, 0.5, 0.45, 0.2, 0."""
-    priors, target = make([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.5], [0, 0, 10, 2], [50, 50, 60, 60]], [[0, 0, 10, 10]])
+    priors, target = make(
+        [[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.5], [0, 0, 10, 2], [50, 50, 60, 60]], [[0, 0, 10, 10]]
+    )
     assert MaxIoU().assign(priors, target).tolist() == [0, 0, IGNORED, BACKGROUND, BACKGROUND]
 
 

@@ -147,7 +147,8 @@ def test_a_file_that_vanishes_between_start_and_use(detector: nn.Module, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("form", "closed"), [("coco", "."), ("coco", "train"), ("coco", "annotations"), ("voc", "Annotations"), ("yolo", "images/train")]
+    ("form", "closed"),
+    [("coco", "."), ("coco", "train"), ("coco", "annotations"), ("voc", "Annotations"), ("yolo", "images/train")],
 )
 def test_a_folder_without_permission(form: str, closed: str) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
@@ -190,4 +191,6 @@ def test_masks_follow_a_polygon_that_leaves_its_image(tmp_path: Path) -> None:
         masks = batch.targets[batch.ids.index(0)].masks
         assert masks is not None
         y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
-        assert (masks[0, :48, :64] == (x > y)).float().mean() > 0.97, "what the triangle (-50,-50) (100,-50) (100,100) covers of it"
+        assert (masks[0, :48, :64] == (x > y)).float().mean() > 0.97, (
+            "what the triangle (-50,-50) (100,-50) (100,100) covers of it"
+        )

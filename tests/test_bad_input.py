@@ -65,7 +65,11 @@ def test_wrong_path_and_empty_folder(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "out"
     has(complaint(capsys, *train("/no/where", out)), "/no/where does not exist", "a folder, a COCO json or a YOLO yaml")
     (tmp_path / "empty").mkdir()
-    for command in (train(tmp_path / "empty", out), ["doctor", f"data={tmp_path / 'empty'}"], ["browse", f"data={tmp_path / 'empty'}"]):
+    for command in (
+        train(tmp_path / "empty", out),
+        ["doctor", f"data={tmp_path / 'empty'}"],
+        ["browse", f"data={tmp_path / 'empty'}"],
+    ):
         has(complaint(capsys, *command), tmp_path / "empty", "is an empty folder")
     has(complaint(capsys, "train", "retinanet_tiny"), "add data=PATH")
     has(complaint(capsys, "convert", "data", "/no/where", out, "--to", "yolo"), "/no/where does not exist")
@@ -79,7 +83,10 @@ def test_wrong_path_and_empty_folder(capsys: Capture, tmp_path: Path) -> None:
         ("[1, 2]", "must be an object with 'images', 'annotations' and 'categories'"),
         ('{"images": [', "line 1"),
         ('{"images": [], "categories": []}', "has no classes"),
-        ('{"images": [{"id": 1, "file_name": "a.jpg", "width": 9}], "categories": [{"id": 1, "name": "a"}]}', "image 1 has no 'height'"),
+        (
+            '{"images": [{"id": 1, "file_name": "a.jpg", "width": 9}], "categories": [{"id": 1, "name": "a"}]}',
+            "image 1 has no 'height'",
+        ),
     ],
 )
 def test_json_that_is_not_coco(capsys: Capture, tmp_path: Path, text: str, right: str) -> None:
@@ -97,7 +104,11 @@ def test_missing_key(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
 
 def test_unknown_category_id(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content["annotations"][0].update(category_id=99))
-    has(complaint(capsys, *train(data, tmp_path / "out")), "annotation 1 has the category id 99", "'categories' does not list")
+    has(
+        complaint(capsys, *train(data, tmp_path / "out")),
+        "annotation 1 has the category id 99",
+        "'categories' does not list",
+    )
     assert cli.run(["doctor", f"data={data}"]) == 1
     said = capsys.readouterr().out
     has(said, "train: cannot be read", "category id 99", "val: 8 images")
@@ -133,7 +144,9 @@ def bomb(content: dict[str, Any], images: Path) -> None:
 
     side = 30_000
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    (images / "000001.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+    (images / "000001.jpg").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +177,9 @@ def test_a_image_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> No
     has(complaint(capsys, *train(data, tmp_path / "out")), "image 1 (000000.jpg) is 0x0 pixels")
 
 
-def test_predict_keeps_what_it_found_before_a_bad_image(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_predict_keeps_what_it_found_before_a_bad_image(
+    capsys: Capture, trained: Path, scenes: Path, tmp_path: Path
+) -> None:
     images = Path(shutil.copytree(scenes / "val", tmp_path / "images"))
     bad = sorted(images.iterdir())[-1]
     bad.write_bytes(b"")
@@ -187,7 +202,11 @@ def faulty(content: dict[str, Any], _: Path) -> None:
 
 def test_bad_boxes_are_counted_and_trained_around(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, faulty)
-    sentences = ("NaN or infinite coordinates: dropped: 1", "negative width or height: dropped: 1", "no area: not trained on: 1")
+    sentences = (
+        "NaN or infinite coordinates: dropped: 1",
+        "negative width or height: dropped: 1",
+        "no area: not trained on: 1",
+    )
     sentences += ("wholly outside their image: not trained on: 1", "partly outside their image: clipped in training: 1")
     assert cli.run(train(data, tmp_path / "out")) == 0
     has(capsys.readouterr().out, *sentences)
@@ -227,7 +246,11 @@ def test_a_split_without_any_object(capsys: Capture, scenes: Path, tmp_path: Pat
 
 def test_scoring_where_nothing_is_annotated(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content.pop("annotations"), "val")
-    has(complaint(capsys, "val", trained, f"data={data}", f"out={tmp_path / 'out'}"), "has no objects to score by", "use fusedet predict")
+    has(
+        complaint(capsys, "val", trained, f"data={data}", f"out={tmp_path / 'out'}"),
+        "has no objects to score by",
+        "use fusedet predict",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -324,15 +347,24 @@ def test_an_output_folder_that_exists(capsys: Capture, trained: Path, scenes: Pa
     assert image.read_text() == "keep me"
 
 
-def test_images_of_the_data_are_numbered(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_the_data_are_numbered(
+    capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for words, said in ((["--images", "1"], "1 image: "), (["--images", "2"], "2 images: "), (["--centres"], ""), (["--centres"], "")):
+    for words, said in (
+        (["--images", "1"], "1 image: "),
+        (["--images", "2"], "2 images: "),
+        (["--centres"], ""),
+        (["--centres"], ""),
+    ):
         assert cli.run(["browse", f"data={scenes}", "data.workers=0", *words]) == 0
         assert said in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centres-2.png", "centres.png"]
 
 
-def test_names_are_checked_before_the_data(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_checked_before_the_data(
+    capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the data were read")
 
@@ -351,7 +383,10 @@ def test_resuming_what_cannot_be_resumed(capsys: Capture, run_copy: Path, tmp_pa
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run's folder")
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
-    has(complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", "train.batch=2"), "batches per epoch was 2 and is now 4")
+    has(
+        complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", "train.batch=2"),
+        "batches per epoch was 2 and is now 4",
+    )
     has(complaint(capsys, "train", run_copy, "--resume", "model.pyramid.channels=8"), "does not fit this model")
     assert {p.name: p.read_bytes() for p in run_copy.iterdir()} == before
 
@@ -364,14 +399,25 @@ def test_a_checkpoint_of_other_classes(capsys: Capture, trained: Path, scenes: P
         content["categories"] = content["categories"][:2]
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 2]
         file.write_text(json.dumps(content))
-    has(complaint(capsys, "val", trained, f"data={data}"), "knows the 6 classes circle, triangle", "has the 2 classes", "same class names")
+    has(
+        complaint(capsys, "val", trained, f"data={data}"),
+        "knows the 6 classes circle, triangle",
+        "has the 2 classes",
+        "same class names",
+    )
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
-def test_a_checkpoint_that_is_cut_short(capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_that_is_cut_short(
+    capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path, name: str
+) -> None:
     file = run_copy / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    for words in (["val", file], ["predict", file, scenes / "val"], train(scenes, tmp_path / "out", f"train.weights={file}")):
+    for words in (
+        ["val", file],
+        ["predict", file, scenes / "val"],
+        train(scenes, tmp_path / "out", f"train.weights={file}"),
+    ):
         has(complaint(capsys, *words), file, "cut short", "copy it again")
     if name == "last.ckpt":
         has(complaint(capsys, "train", run_copy, "--resume", "train.epochs=2"), file, "cut short")
@@ -395,9 +441,17 @@ def test_a_checkpoint_that_holds_code(capsys: Capture, scenes: Path, tmp_path: P
     else:
         file.write_bytes(pickle.dumps(Code(target)))
     right = "holds code" if form == "zip" else "is not a fusedet checkpoint"
-    for words in (["val", file], ["predict", file, scenes / "val"], train(scenes, tmp_path / "out", f"train.weights={file}")):
+    for words in (
+        ["val", file],
+        ["predict", file, scenes / "val"],
+        train(scenes, tmp_path / "out", f"train.weights={file}"),
+    ):
         has(complaint(capsys, *words), file, right)
-    has(complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}")), file, "code in it is never run")
+    has(
+        complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}")),
+        file,
+        "code in it is never run",
+    )
     assert not target.exists()
 
 
@@ -420,7 +474,10 @@ def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_pa
     has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
     for command in ("predict", "cam"):
         said = complaint(capsys, command, trained, scenes / "val", "model.neck=fpn")
-        has(said, "changes nothing for a trained model: what can be set here is test, data.size, data.antialias, device, out")
+        has(
+            said,
+            "changes nothing for a trained model: what can be set here is test, data.size, data.antialias, device, out",
+        )
 
 
 def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
@@ -428,7 +485,10 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
     has(complaint(capsys, "val", results), "add data=PATH")
     has(complaint(capsys, "val", "/no/where.json", f"data={scenes}"), "/no/where.json")
     has(complaint(capsys, "val", results, f"data={scenes}", "--split", "train"), "image_id", "the same data")
-    has(complaint(capsys, "val", scenes / "annotations" / "instances_val.json", f"data={scenes}"), "must hold a list of results")
+    has(
+        complaint(capsys, "val", scenes / "annotations" / "instances_val.json", f"data={scenes}"),
+        "must hold a list of results",
+    )
     has(complaint(capsys, "val", trained, "--split", "tset"), "has no split 'tset'")
     has(complaint(capsys, "val", trained, "--evaluator", "cocoeval"), "unknown evaluator 'cocoeval'")
     has(complaint(capsys, "val", trained, "train.epochs=3"), "changes nothing for a trained model")
@@ -439,7 +499,9 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
 # -- pretrained weights
 
 
-def test_weights_that_cannot_be_fetched(capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_fetched(
+    capsys: Capture, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     said = complaint(capsys, *train(scenes, tmp_path / "out", "model.backbone.pretrained=true"))
@@ -484,7 +546,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(capsys: Capture, run_c
     assert cli.run(["train", str(run_copy), "--resume", "train.epochs=2"]) == 0
 
 
-def test_a_full_disk_elsewhere_is_said(capsys: Capture, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_elsewhere_is_said(
+    capsys: Capture, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 

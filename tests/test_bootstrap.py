@@ -25,18 +25,32 @@ def repeated(images, image_ids, weights):
     Scores are replaced by falling ones in COCO's order on the data itself (score, then image id, then the order of the
     results), and copies get ids beside their original's: so ties stand as `resampled` says.
     """
-    rows = [(-score, image_ids[i], n, i, box, k) for i, (_, own) in enumerate(images) for n, (box, k, score) in enumerate(own)]
-    ranked = {(i, n): 1 - place / 1000 for place, (_, _, n, i, _, _) in enumerate(sorted(rows, key=lambda row: row[:3]))}
+    rows = [
+        (-score, image_ids[i], n, i, box, k)
+        for i, (_, own) in enumerate(images)
+        for n, (box, k, score) in enumerate(own)
+    ]
+    ranked = {
+        (i, n): 1 - place / 1000 for place, (_, _, n, i, _, _) in enumerate(sorted(rows, key=lambda row: row[:3]))
+    }
     copies = [(i, 100 * image_ids[i] + c) for i, weight in enumerate(weights) for c in range(weight)]
-    data = dataset([images[i][0] for i, _ in copies], names=("a", "b", "c"), ids=IDS, image_ids=[new for _, new in copies])
-    results = [result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(images[i][1])]
+    data = dataset(
+        [images[i][0] for i, _ in copies], names=("a", "b", "c"), ids=IDS, image_ids=[new for _, new in copies]
+    )
+    results = [
+        result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(images[i][1])
+    ]
     return evaluation.coco(data, results)
 
 
 @given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
 @settings(max_examples=100, deadline=None)
 def test_equals_images_really_repeated(data, images, image_ids):
-    weights = np.array(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=len(images), max_size=len(images)), min_size=3, max_size=3)))
+    weights = np.array(
+        data.draw(
+            st.lists(st.lists(st.integers(0, 3), min_size=len(images), max_size=len(images)), min_size=3, max_size=3)
+        )
+    )
     weights[weights.sum(axis=1) == 0] = 1
     whole = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
     results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(images) for box, k, score in own]
@@ -44,7 +58,9 @@ def test_equals_images_really_repeated(data, images, image_ids):
     itself = evaluation.coco(whole, results)
     for column, expected in enumerate([itself, *(repeated(images, image_ids, row) for row in weights)]):
         assert found.figures[:, column] == pytest.approx([expected[name] for name in FIGURES], abs=1e-12, nan_ok=True)
-        assert found.classes[:, column] == pytest.approx([row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True)
+        assert found.classes[:, column] == pytest.approx(
+            [row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True
+        )
 
 
 @pytest.mark.parametrize("block", [1, 50, 1 << 19])
@@ -141,7 +157,9 @@ def draw(rng, count):
     runs = []
     for hit, false in ((HIT_A, FALSE_A), (HIT_B, FALSE_B)):
         right, wrong = np.flatnonzero(chance < hit), np.repeat(np.arange(count), rng.poisson(false, count))
-        corners = np.concatenate([boxes[right] - [0, 0, 1, 0] * first[right, None], np.tile([0.0, 100, 30, 30], (len(wrong), 1))])
+        corners = np.concatenate(
+            [boxes[right] - [0, 0, 1, 0] * first[right, None], np.tile([0.0, 100, 30, 30], (len(wrong), 1))]
+        )
         scores = np.concatenate([np.sqrt(rng.random(len(right))), 1 - np.sqrt(rng.random(len(wrong)))])
         runs.append(Found(np.concatenate([owner[right], wrong]), np.zeros(len(scores), int), scores, corners))
     return data, *runs, expected(HIT_B, FALSE_B) - expected(HIT_A, FALSE_A)
@@ -179,7 +197,9 @@ def test_interval_covers_as_often_as_it_says():
     ],
 )
 def test_t_table(freedom, p90, p95, p975, p995):
-    assert [t_quantile(p, freedom) for p in (0.9, 0.95, 0.975, 0.995)] == pytest.approx([p90, p95, p975, p995], abs=5.1e-4)
+    assert [t_quantile(p, freedom) for p in (0.9, 0.95, 0.975, 0.995)] == pytest.approx(
+        [p90, p95, p975, p995], abs=5.1e-4
+    )
     assert t_quantile(0.025, freedom) == -t_quantile(0.975, freedom)
 
 
@@ -197,7 +217,9 @@ def test_t_in_closed_form():
 
 def test_interval_over_seeds_by_hand():
     # mean 3, variance 1, of the mean 1/3; t of 2 degrees 4.3027
-    assert evaluation.over_seeds([2, 3, 4]) == pytest.approx((3, 3 - 4.30265 / math.sqrt(3), 3 + 4.30265 / math.sqrt(3)), abs=1e-4)
+    assert evaluation.over_seeds([2, 3, 4]) == pytest.approx(
+        (3, 3 - 4.30265 / math.sqrt(3), 3 + 4.30265 / math.sqrt(3)), abs=1e-4
+    )
     assert evaluation.over_seeds([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
     assert evaluation.over_seeds([0.3, 0.3]) == (0.3, 0.3, 0.3)
     with pytest.raises(InputError, match="at least one value"):
@@ -226,7 +248,9 @@ def test_interval_over_seeds_covers_as_often_as_it_says(paired):
     a, b = rng.normal(0.3, 0.01, (800, 3)), rng.normal(0.32, 0.02, (800, 3))
     held = sum(
         low <= 0.02 <= high
-        for _, low, high in (evaluation.difference_over_seeds(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+        for _, low, high in (
+            evaluation.difference_over_seeds(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True)
+        )
     )
     assert 0.93 <= held / 800 <= 0.98, "Welch's interval of three seeds a side is a little too wide"
 

@@ -45,12 +45,20 @@ def test_grid_by_hand() -> None:
 @given(st.tuples(corner, corner, side, side), st.tuples(corner, corner, side, side))
 def test_decode_inverts_encode(one: tuple[float, ...], other: tuple[float, ...]) -> None:
     (x, y, w, h), (px, py, pw, ph) = one, other
-    box, prior = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64), torch.tensor([[px, py, px + pw, py + ph]], dtype=torch.float64)
+    box, prior = (
+        torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64),
+        torch.tensor([[px, py, px + pw, py + ph]], dtype=torch.float64),
+    )
     back = decode(prior, encode(prior, box))
     bound = math.exp(MAX_RATIO)
     expected_w, expected_h = min(max(w, pw / bound), pw * bound), min(max(h, ph / bound), ph * bound)
     centre = [x + w / 2, y + h / 2]
-    wanted = [centre[0] - expected_w / 2, centre[1] - expected_h / 2, centre[0] + expected_w / 2, centre[1] + expected_h / 2]
+    wanted = [
+        centre[0] - expected_w / 2,
+        centre[1] - expected_h / 2,
+        centre[0] + expected_w / 2,
+        centre[1] + expected_h / 2,
+    ]
     assert torch.allclose(back, torch.tensor([wanted], dtype=torch.float64), atol=1e-6)
 
 
@@ -69,7 +77,11 @@ def test_clip() -> None:
 
 def candidates(n: int, p: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     corner = torch.rand(n, p, 2) * 100
-    return torch.cat([corner, corner + torch.rand(n, p, 2) * 40], dim=2), torch.rand(n, p, k), torch.tensor([[90, 110]] * n)
+    return (
+        torch.cat([corner, corner + torch.rand(n, p, 2) * 40], dim=2),
+        torch.rand(n, p, k),
+        torch.tensor([[90, 110]] * n),
+    )
 
 
 @pytest.mark.parametrize(("score", "pre", "most"), [(0.05, 1000, 100), (0.5, 40, 7), (0.999, 5, 3)])

@@ -15,7 +15,17 @@ from fusedet.models.modules import MSIL
 from fusedet.models.necks import SMSL
 from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
 from fusedet.types import Batch
-from fusedet.visualization.activation_maps import KINDS, PARTS, Row, Seen, layer_cam, look, recorded, share_inside, spread
+from fusedet.visualization.activation_maps import (
+    KINDS,
+    PARTS,
+    Row,
+    Seen,
+    layer_cam,
+    look,
+    recorded,
+    share_inside,
+    spread,
+)
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
 
 HEIGHT, WIDTH = 90, 120
@@ -93,7 +103,9 @@ def test_a_class_of_its_own(batch: Batch) -> None:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_every_detector(name: str, batch: Batch) -> None:
     """All modules that it can hold: each part is there, maps are finite and 0 or more, and the detector gives what it gave before."""
-    modules = ["model.neck=[mse_fpn,smsl]", "model.plugin=msfm"] + (["model.interact=msil"] if name in ONE_STAGE else [])
+    modules = ["model.neck=[mse_fpn,smsl]", "model.plugin=msfm"] + (
+        ["model.interact=msil"] if name in ONE_STAGE else []
+    )
     detector = make(name, *modules).eval()
     with torch.no_grad():
         before = detector.detect(batch.images, batch.sizes)
@@ -118,7 +130,9 @@ def test_what_is_not_there_is_not_shown(batch: Batch) -> None:
     seen = look(make("fcos").eval(), batch, 0)
     assert seen.missing == ["msfm", "msil", "gate", "smsl"]
     assert [row.key for row in seen.heat["regression"]] == ["body", "pyramid", "branch"]
-    assert list(by_key(seen, "regression")["body"].maps) == [8, 16, 32], "C2, which the pyramid does not take, has no part"
+    assert list(by_key(seen, "regression")["body"].maps) == [8, 16, 32], (
+        "C2, which the pyramid does not take, has no part"
+    )
     assert not seen.gates
     assert not seen.level_weights
 
@@ -207,7 +221,10 @@ def test_spread_puts_cells_where_they_are() -> None:
 
 def test_share_inside_by_hand() -> None:
     heat = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 0.0, 10.0]])
-    assert share_inside(heat, torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 2.0, 2.0]])) == (pytest.approx(7 / 20), 3 / 8)
+    assert share_inside(heat, torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 2.0, 2.0]])) == (
+        pytest.approx(7 / 20),
+        3 / 8,
+    )
     share, area = share_inside(torch.zeros(2, 4), torch.tensor([[0.0, 0.0, 4.0, 2.0]]))
     assert math.isnan(share)
     assert area == 1
@@ -220,7 +237,11 @@ def test_share_inside_by_hand() -> None:
 def runs(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A plain run, and one with three of the four modules."""
     folder = tmp_path_factory.mktemp("cam")
-    modules = ["model.neck=[mse_fpn,smsl]", "model.interact={type: msil, norm: none}", "model.neck.0={type: mse_fpn, sim_groups: 4}"]
+    modules = [
+        "model.neck=[mse_fpn,smsl]",
+        "model.interact={type: msil, norm: none}",
+        "model.neck.0={type: mse_fpn, sim_groups: 4}",
+    ]
     for name, words in (("plain", []), ("all", modules)):
         assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={folder / name}", *SMALL, *words]) == 0
     return folder / "plain", folder / "all"
@@ -240,9 +261,23 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
-def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path) -> None:
+def test_two_runs_side_by_side(
+    capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path
+) -> None:
     a, b = map(str, runs)
-    words = ["cam", a, str(image), "--beside", b, "--class", "circle", "--score", "0.001", f"out={tmp_path / 'out'}", "--json"]
+    words = [
+        "cam",
+        a,
+        str(image),
+        "--beside",
+        b,
+        "--class",
+        "circle",
+        "--score",
+        "0.001",
+        f"out={tmp_path / 'out'}",
+        "--json",
+    ]
     assert cli.run(words) == 0
     found = json.loads(capsys.readouterr().out)
     (one,) = found["images"].values()
@@ -278,8 +313,12 @@ def test_refused(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], im
     out = tmp_path / "out"
     assert "unknown class" in (text := said(capsys, plain, image, "--class", "circl", f"out={out}"))
     assert "did you mean 'circle'" in text
-    assert f"{image}: {plain} finds nothing with a score of 1 or more" in said(capsys, plain, image, "--score", "1", f"out={out}")
-    assert f"--only msil: {plain} has only neck, branches" in said(capsys, plain, image, "--class", "star", "--only", "msil", f"out={out}")
+    assert f"{image}: {plain} finds nothing with a score of 1 or more" in said(
+        capsys, plain, image, "--score", "1", f"out={out}"
+    )
+    assert f"--only msil: {plain} has only neck, branches" in said(
+        capsys, plain, image, "--class", "star", "--only", "msil", f"out={out}"
+    )
     assert "unknown part 'mssl'" in said(capsys, plain, image, "--only", "mssl", f"out={out}")
     assert "which images?" in said(capsys, plain)
     assert "changes nothing for a trained model" in said(capsys, plain, image, "model.neck=bfp")

@@ -50,7 +50,9 @@ def test_classes_without_objects_have_no_panel(tmp_path: Path) -> None:
         centres([points[:0]], ["a"], tmp_path / "none.png")
 
 
-def test_the_command_counts_every_object_that_counts(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+def test_the_command_counts_every_object_that_counts(
+    capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "centres.png"
     assert cli.run(["browse", f"data={scenes}", "--centres", f"out={target}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

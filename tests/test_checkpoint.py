@@ -191,7 +191,8 @@ def test_load_into_names_the_differences():
     assert torch.equal(net.weight, torch.ones(3, 2))
     wrong = {"weight": torch.zeros(4, 2), "scale": torch.zeros(1)}
     with pytest.raises(
-        InputError, match=r"x.ckpt does not fit .*without bias; with unknown scale; .*weight is \(4, 2\) and should be \(3, 2\)"
+        InputError,
+        match=r"x.ckpt does not fit .*without bias; with unknown scale; .*weight is \(4, 2\) and should be \(3, 2\)",
     ):
         checkpoint.load_into(net, wrong, "x.ckpt")
     assert torch.equal(net.weight, torch.ones(3, 2))

@@ -45,7 +45,15 @@ def figures(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
 
 def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
     files = {path.name for path in trained.iterdir()}
-    assert files >= {"config.yaml", "last.ckpt", "best.safetensors", "metrics.csv", "metrics.json", "run.json", "val.bbox.json"}
+    assert files >= {
+        "config.yaml",
+        "last.ckpt",
+        "best.safetensors",
+        "metrics.csv",
+        "metrics.json",
+        "run.json",
+        "val.bbox.json",
+    }
     assert files >= {"precision_recall.png", "confusion.png", "sizes.png", "worst.png", "training.png"}
     about = json.loads((trained / "run.json").read_text())
     assert set(about["data"]) == {"train", "val"}
@@ -56,7 +64,9 @@ def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
     assert {r["image_id"] for r in results} <= set(range(9, 17))
 
 
-def test_the_config_of_a_run_alone_runs_it_again(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+def test_the_config_of_a_run_alone_runs_it_again(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
     spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
     spoken(capsys, "train", trained, f"out={tmp_path / 'third'}")
     first, _ = checkpoint.load_weights(trained / "last.ckpt")
@@ -76,7 +86,9 @@ def test_resume_by_the_runs_folder_or_by_out(capsys: pytest.CaptureFixture[str],
     assert steps[-1] == "6"
 
 
-def test_two_epochs_equal_one_and_a_resumed_one(capsys: pytest.CaptureFixture[str], trained: Path, run_copy: Path, tmp_path: Path) -> None:
+def test_two_epochs_equal_one_and_a_resumed_one(
+    capsys: pytest.CaptureFixture[str], trained: Path, run_copy: Path, tmp_path: Path
+) -> None:
     options = ["train.policy=multistep", "train.milestones=[1]", "train.epochs=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     spoken(capsys, "train", trained, f"out={whole}", *options)
@@ -94,13 +106,23 @@ def test_train_as_json(capsys: pytest.CaptureFixture[str], trained: Path, tmp_pa
 
 def test_starting_from_weights(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    spoken(capsys, "train", trained, f"out={out}", f"train.weights={trained}", "train.lr=1e-12", "model.backbone.norm_eval=true")
+    spoken(
+        capsys,
+        "train",
+        trained,
+        f"out={out}",
+        f"train.weights={trained}",
+        "train.lr=1e-12",
+        "model.backbone.norm_eval=true",
+    )
     before, _ = checkpoint.load_weights(trained / "best.safetensors")
     after, _ = checkpoint.load_weights(out / "last.ckpt")
     torch.testing.assert_close(dict(after), dict(before), atol=1e-6, rtol=0)
 
 
-def test_starting_from_weights_of_other_classes(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+def test_starting_from_weights_of_other_classes(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
     """What speaks of classes starts anew and is named; all else is taken over."""
     data = synthetic.generate(tmp_path / "data", images=10, size=(64, 96))
     for file in data.rglob("instances_*.json"):
@@ -124,7 +146,9 @@ def test_starting_from_weights_of_other_classes(capsys: pytest.CaptureFixture[st
 # -- val
 
 
-def test_val_of_run_checkpoint_and_results_agree(capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_val_of_run_checkpoint_and_results_agree(
+    capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path
+) -> None:
     by_training = json.loads((trained / "metrics.json").read_text())
     results = json.loads((trained / "val.bbox.json").read_text())
     sources = {"run": [trained], "best": [trained / "best.safetensors"], "last": [trained / "last.ckpt"]}
@@ -155,7 +179,9 @@ def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path
 def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     truth = json.loads((scenes / "annotations/instances_val.json").read_text())["annotations"]
     results = tmp_path / "perfect.json"
-    results.write_text(json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth]))
+    results.write_text(
+        json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth])
+    )
     found = figures(capsys, "val", results, f"data={scenes}")
     assert found["AP"] == pytest.approx(1)
     assert not (Path(found["out"]) / "worst.png").exists(), "there is no image with a mistake"
@@ -164,7 +190,9 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
 # -- predict
 
 
-def test_predict_writes_coco_with_original_sizes_and_ids(capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path) -> None:
+def test_predict_writes_coco_with_original_sizes_and_ids(
+    capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path
+) -> None:
     said = figures(capsys, "predict", run_copy, scenes / "val", "--batch", 3, "--score", 0)
     content = json.loads(Path(said["files"]["predictions"]).read_text())
     assert said["images"] == len(content["images"]) == 8
@@ -192,7 +220,9 @@ def test_predict_takes_files_globs_and_a_list(
     one, two = sorted((scenes / "val").iterdir())[:2]
     plain = ["--no-draw", "device=cpu"]
     assert figures(capsys, "predict", trained / "last.ckpt", one, f"out={tmp_path / 'a'}", *plain)["images"] == 1
-    assert figures(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["images"] == 8
+    assert (
+        figures(capsys, "predict", trained, f"{scenes}/val/*.jpg", one, f"out={tmp_path / 'b'}", *plain)["images"] == 8
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{one}\n\n{two}\n"))
     said = figures(capsys, "predict", trained, "-", f"out={tmp_path / 'c'}", "--precision", "bf16", *plain)
     assert said["images"] == 2
@@ -200,7 +230,9 @@ def test_predict_takes_files_globs_and_a_list(
     assert "3 detections" in spoken(capsys, "predict", trained, one, f"out={tmp_path / 'd'}", "test.max_det=3")
 
 
-def test_brackets_in_names_are_no_markup(capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_brackets_in_names_are_no_markup(
+    capsys: pytest.CaptureFixture[str], trained: Path, scenes: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "[red] [/b] :smile:"
     assert str(out) in spoken(capsys, "predict", trained, sorted((scenes / "val").iterdir())[0], f"out={out}")
     assert cli.run(["predict", str(trained), str(out / "[1, 2].jpg")]) == 2
@@ -305,7 +337,11 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
             return self.head(self.body(images.float()))
 
     found = cost(Small(), 32, 64)
-    assert found["parts"]["body"] == {"parameters": 3 * 8 * 9 + 8, "trainable": 3 * 8 * 9 + 8, "multiply_adds": 16 * 32 * 8 * 3 * 9}
+    assert found["parts"]["body"] == {
+        "parameters": 3 * 8 * 9 + 8,
+        "trainable": 3 * 8 * 9 + 8,
+        "multiply_adds": 16 * 32 * 8 * 3 * 9,
+    }
     assert found["parts"]["head"] == {"parameters": 40, "trainable": 0, "multiply_adds": 16 * 32 * 40}
     assert found["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
 
@@ -324,7 +360,9 @@ def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     said = spoken(capsys, "info", "retinanet_tiny", *SMALL, "--classes", 6)
     for name in ("backbone", "neck", "head", "all"):
         assert name in said
-    small, of_run = (figures(capsys, "info", *words, "--classes", 6) for words in (["retinanet_tiny", *SMALL], [trained]))
+    small, of_run = (
+        figures(capsys, "info", *words, "--classes", 6) for words in (["retinanet_tiny", *SMALL], [trained])
+    )
     assert small["parts"] == of_run["parts"], "a run's folder is a model too"
     assert "retinanet_r50" in figures(capsys, "info")["models"]
     assert "2x_ms" in spoken(capsys, "info")
@@ -334,13 +372,29 @@ def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
 
 
 def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    boxes = {1: [[10, 10, 20, 10], [10, 10, 20, 10], [50, 50, 100, 80]], 2: [[0, 0, 200, 150], [5, 5, 0, 9], [300, 9, 5, 5]], 3: []}
-    rows = [{"id": 10 * i + k, "image_id": i, "category_id": 7, "bbox": box} for i, many in boxes.items() for k, box in enumerate(many)]
+    boxes = {
+        1: [[10, 10, 20, 10], [10, 10, 20, 10], [50, 50, 100, 80]],
+        2: [[0, 0, 200, 150], [5, 5, 0, 9], [300, 9, 5, 5]],
+        3: [],
+    }
+    rows = [
+        {"id": 10 * i + k, "image_id": i, "category_id": 7, "bbox": box}
+        for i, many in boxes.items()
+        for k, box in enumerate(many)
+    ]
     images = [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 150} for i in (1, 2, 3, 4, 5)]
-    content = {"images": images, "annotations": rows, "categories": [{"id": 7, "name": "car"}, {"id": 9, "name": "bus"}]}
+    content = {
+        "images": images,
+        "annotations": rows,
+        "categories": [{"id": 7, "name": "car"}, {"id": 9, "name": "bus"}],
+    }
     for name in ("train.json", "val.json"):
         (tmp_path / name).write_text(json.dumps(content))
-    for i, size in ((1, (200, 150)), (2, (200, 150)), (3, (100, 150))):  # the third is not as stated, the fifth is not there
+    for i, size in (
+        (1, (200, 150)),
+        (2, (200, 150)),
+        (3, (100, 150)),
+    ):  # the third is not as stated, the fifth is not there
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     (tmp_path / "4.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
     assert cli.run(["doctor", f"data={tmp_path}", "data.size=[75,200]", "--json"]) == 1
@@ -353,7 +407,11 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert found["sizes"] == {"small": 4, "medium": 1, "large": 1}
     assert found["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
     warnings = " | ".join(report["train"]["warnings"])
-    for sentence in ("no area: not trained on: 1", "wholly outside their image: not trained on: 1", "same image: kept: 1"):
+    for sentence in (
+        "no area: not trained on: 1",
+        "wholly outside their image: not trained on: 1",
+        "same image: kept: 1",
+    ):
         assert sentence in warnings
     assert "no object of class bus" in warnings
     assert "larger data.size keeps it visible" in warnings
@@ -378,7 +436,9 @@ def test_convert(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Pat
     assert {split: row["images"] for split, row in report["splits"].items()} == {"train": 8, "val": 8}
     before, after = read(scenes, "val"), read(tmp_path / "yolo", "val")
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
-    assert "next: fusedet train" in spoken(capsys, "convert", "data", tmp_path / "yolo", tmp_path / "voc", "--to", "voc")
+    assert "next: fusedet train" in spoken(
+        capsys, "convert", "data", tmp_path / "yolo", tmp_path / "voc", "--to", "voc"
+    )
 
 
 def test_config_prints_what_train_would_use(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
@@ -399,5 +459,18 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = spoken(capsys, "--help")
-    for command in ("train", "val", "predict", "info", "doctor", "browse", "compare", "ablate", "cam", "convert", "demo", "config"):
+    for command in (
+        "train",
+        "val",
+        "predict",
+        "info",
+        "doctor",
+        "browse",
+        "compare",
+        "ablate",
+        "cam",
+        "convert",
+        "demo",
+        "config",
+    ):
         assert f"  {command} " in said

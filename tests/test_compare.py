@@ -39,7 +39,9 @@ def guesses(data: Path, split: str, *, found: float, spread: float, seed: int) -
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate(tmp_path_factory.mktemp("compare") / "data", images=60, size=(96, 128), splits={"val": 0.9, "test": 0.1})
+    return generate(
+        tmp_path_factory.mktemp("compare") / "data", images=60, size=(96, 128), splits={"val": 0.9, "test": 0.1}
+    )
 
 
 @pytest.fixture
@@ -74,7 +76,9 @@ def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], t
         own = json.loads((folder / "metrics.json").read_text())
         for name, row in found["figures"].items():
             assert row[side] == pytest.approx(own[name], abs=1e-12)
-        assert [row[side] for row in found["classes"]] == pytest.approx([row["AP"] for row in own["classes"]], abs=1e-12)
+        assert [row[side] for row in found["classes"]] == pytest.approx(
+            [row["AP"] for row in own["classes"]], abs=1e-12
+        )
         assert found["errors"][side]["AP50"] == pytest.approx(own["AP50"], abs=1e-12)
         assert found["stamp"]["data"] == own["stamp"]["data"]
     row = found["figures"]["AP"]
@@ -117,7 +121,11 @@ def test_results_files(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pat
 def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
     found = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
     assert found["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
-    assert all(row["difference"] == row["low"] == row["high"] == 0 for row in found["figures"].values() if row["difference"] is not None)
+    assert all(
+        row["difference"] == row["low"] == row["high"] == 0
+        for row in found["figures"].values()
+        if row["difference"] is not None
+    )
     assert not (Path(found["out"]) / "images.png").exists(), "there is no image on which they differ"
 
 
@@ -196,7 +204,9 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
     for result in results[::4]:
         result["category_id"] = result["category_id"] % 6 + 1
     strips: list[str] = []
-    monkeypatch.setattr(images, "_legend", lambda image, items, pen: strips.append(" ".join(text for text, *_ in items)) or image)
+    monkeypatch.setattr(
+        images, "_legend", lambda image, items, pen: strips.append(" ".join(text for text, *_ in items)) or image
+    )
     paint, rows = painter(dataset, results), evaluation.worst_images(dataset, results, n=99)
     assert len(rows) > 40
     confused = 0

@@ -17,7 +17,8 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_overrides_are_typed_and_nested() -> None:
     c = config.load(
-        "retinanet_r50", ["train.epochs=3", "train.lr=1e-3", "data=/x/y", "data.size=[320,400]", "train.ema=0.999", "out=runs/a"]
+        "retinanet_r50",
+        ["train.epochs=3", "train.lr=1e-3", "data=/x/y", "data.size=[320,400]", "train.ema=0.999", "out=runs/a"],
     )
     assert (c.train.epochs, c.train.lr, c.train.ema, c.out) == (3, 0.001, 0.999, "runs/a")
     assert c.data.path == "/x/y"
@@ -29,7 +30,9 @@ def test_overrides_are_typed_and_nested() -> None:
 def test_backbone_by_name_keeps_its_options() -> None:
     c = config.load("retinanet_r50", ["model.backbone=resnet18"])
     assert c.model.backbone == {"name": "resnet18", "pretrained": True, "frozen_stages": 1, "norm_eval": True}
-    c = config.load("retinanet_r50", ["model.backbone={name: resnet18, pretrained: false}", "data={path: /x, workers: 3}"])
+    c = config.load(
+        "retinanet_r50", ["model.backbone={name: resnet18, pretrained: false}", "data={path: /x, workers: 3}"]
+    )
     assert c.model.backbone == {"name": "resnet18", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
     assert (c.data.path, c.data.workers) == ("/x", 3)
 
@@ -44,14 +47,17 @@ def test_a_slot_whose_type_changes_begins_anew() -> None:
 
 
 def test_list_items_are_addressed() -> None:
-    c = config.load("retinanet_r50", ["model.neck=[fpn,pkg.mod:Extra]", "model.neck.1.width=3", "model.neck[0].type=fpn"])
+    c = config.load(
+        "retinanet_r50", ["model.neck=[fpn,pkg.mod:Extra]", "model.neck.1.width=3", "model.neck[0].type=fpn"]
+    )
     assert c.model.neck == [{"type": "fpn"}, {"type": "pkg.mod:Extra", "width": 3}]
     with pytest.raises(InputError, match="list of 2, address its items by 0 to 1"):
         config.load("retinanet_r50", ["model.neck=[fpn,fpn]", "model.neck.2.width=3"])
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "milestones", "scales"), [("1x", 12, (8, 11), None), ("2x", 24, (16, 22), None), ("2x_ms", 24, (16, 22), (640, 800))]
+    ("name", "epochs", "milestones", "scales"),
+    [("1x", 12, (8, 11), None), ("2x", 24, (16, 22), None), ("2x_ms", 24, (16, 22), (640, 800))],
 )
 def test_schedules(name: str, epochs: int, milestones: tuple, scales: tuple | None) -> None:
     c = config.load("retinanet_r50", [f"train.schedule={name}"])
@@ -94,7 +100,10 @@ def test_python_and_command_line_are_the_same() -> None:
     [
         ("train.epoch=3", "did you mean 'train.epochs'"),
         ("modle.neck=fpn", "unknown config key 'modle': did you mean 'model'?"),
-        ("epochs=3", "unknown config key 'epochs': did you mean 'train.epochs'? Known: data, device, model, out, test, train"),
+        (
+            "epochs=3",
+            "unknown config key 'epochs': did you mean 'train.epochs'? Known: data, device, model, out, test, train",
+        ),
         ("epoch=3", "did you mean 'train.epochs'"),
         ("batch=3", "did you mean 'train.batch' or 'test.batch'"),
         ("train.bach=3", "did you mean 'train.batch'? "),
@@ -142,7 +151,10 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
         ("model.interact={type: smsl}", "write model.neck=smsl"),
         ("model.neck=pack.necks:Mine", "its folder in PYTHONPATH"),
         ("model.plugin={type: msfm, positions: after_conv2}", "positions must be a list, such as [after_conv2]"),
-        ("model.plugin={type: msfm, positions: [after_conv3]}", "have no after_conv3, they have after_conv1, after_conv2"),
+        (
+            "model.plugin={type: msfm, positions: [after_conv3]}",
+            "have no after_conv3, they have after_conv1, after_conv2",
+        ),
         ("model.plugin={type: msfm, positions: [after_conv9]}", "unknown position"),
         ("model.plugin={type: msfm, ratios: [16]}", "ratios=[16] must hold one ratio for each of stages=[2, 3, 4]"),
         ("model.plugin.scale=[1]", "model.plugin must be a name or have a key 'type'"),
@@ -164,7 +176,9 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("override", "said"), [("model.neck=fpm", "did you mean 'fpn'"), ("model.head.conv=4", "did you mean 'convs'")])
+@pytest.mark.parametrize(
+    ("override", "said"), [("model.neck=fpm", "did you mean 'fpn'"), ("model.head.conv=4", "did you mean 'convs'")]
+)
 def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, said: str) -> None:
     asked = ["model.backbone.weights=/no/where"]
     assert all(p.is_meta for p in bare(config.load("retinanet_r18", asked)).parameters())
@@ -180,7 +194,10 @@ def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:
-    for name, said in ((tmp_path / "retinanet_r5.yaml", "there is no config file"), ("retinanet_r5", "did you mean 'retinanet_r50'")):
+    for name, said in (
+        (tmp_path / "retinanet_r5.yaml", "there is no config file"),
+        ("retinanet_r5", "did you mean 'retinanet_r50'"),
+    ):
         with pytest.raises(InputError, match=said) as error:
             config.load(name)
         assert str(error.value).endswith("(fusedet info lists them)")
@@ -211,7 +228,11 @@ def test_a_neck_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.syspath_prepend(tmp_path)
     model = create_model(
-        "retinanet_tiny", "model.neck=[fpn,their_necks:Plain]", "model.neck.1.gain=2", "model.backbone.name=resnet10t", num_classes=1
+        "retinanet_tiny",
+        "model.neck=[fpn,their_necks:Plain]",
+        "model.neck.1.gain=2",
+        "model.backbone.name=resnet10t",
+        num_classes=1,
     )
     assert model.neck.necks[1].gain == 2.0
     assert model.neck.levels == model.neck.necks[0].levels

@@ -16,7 +16,15 @@ from fusedet.models.heads import HEADS
 from fusedet.models.necks import FPN, NECKS
 from fusedet.types import Batch, Levels, Target
 
-BODIES = ["resnet18", "resnet50", "resnext101_32x4d", "convnext_tiny", "mobilenetv3_large_100", "resnet10t", "regnetx_002"]
+BODIES = [
+    "resnet18",
+    "resnet50",
+    "resnext101_32x4d",
+    "convnext_tiny",
+    "mobilenetv3_large_100",
+    "resnet10t",
+    "regnetx_002",
+]
 SIZES = [(64, 96), (33, 47), (75, 129)]
 LEVELS = Levels((8, 16, 24, 32), (4, 8, 16, 32))
 PYRAMIDS = [(3, 7, "on_input"), (3, 7, "on_output"), (2, 6, "max_pool"), (3, 5, "on_input"), (2, 5, "max_pool")]
@@ -38,11 +46,19 @@ def batch(*targets: Target, size: tuple[int, int] = (64, 96)) -> Batch:
 
 def maps(levels: Levels, size: tuple[int, int], n: int = 2) -> list[torch.Tensor]:
     """Random maps as a body would give them for an image of this size."""
-    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
+    return [
+        torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s))
+        for c, s in zip(levels.channels, levels.strides)
+    ]
 
 
 def small(**head: object) -> OneStage:
-    options = ["model.backbone.name=resnet10t", "model.pyramid.channels=16", "model.head.convs=1", "model.head.norm=false"]
+    options = [
+        "model.backbone.name=resnet10t",
+        "model.pyramid.channels=16",
+        "model.head.convs=1",
+        "model.head.norm=false",
+    ]
     return create_model("retinanet_tiny", *options, num_classes=3, model={"head": head})
 
 
@@ -262,7 +278,9 @@ def test_loss_normaliser_by_hand() -> None:
     twice = [m.repeat(2, 1, 1, 1) for m in levels]
     alone, pair = head.loss(head(levels), [SOME]), head.loss(head(twice), [SOME, EMPTY])
     positives = int((head.assigner.assign(head(levels).priors, SOME) >= 0).sum())
-    assert float((pair["loss_box"] / alone["loss_box"]).detach()) == pytest.approx(positives / (positives + 1), rel=1e-5)
+    assert float((pair["loss_box"] / alone["loss_box"]).detach()) == pytest.approx(
+        positives / (positives + 1), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -347,7 +365,9 @@ def test_shipped_configs_of_small_bodies_are_built_and_stepped_once(name: str) -
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "trainable"), [("retinanet_r50", 37_743_348), ("retinanet_r101", 56_735_476), ("retinanet_r18", None)])
+@pytest.mark.parametrize(
+    ("name", "trainable"), [("retinanet_r50", 37_743_348), ("retinanet_r101", 56_735_476), ("retinanet_r18", None)]
+)
 def test_trainable_parameters(name: str, trainable: int | None) -> None:
     model = create_model(name, "model.backbone.pretrained=false")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)

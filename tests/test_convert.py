@@ -50,11 +50,16 @@ def test_every_pair(tmp_path: Path, source: str, to: str) -> None:
         assert_same(before, after, flags=to != "yolo")
         assert said["images"] == len(after)
         assert said["objects"] == len(after.labels)
-        assert all(after.path(i).read_bytes() == by_name(before)[after.path(i).stem].path.read_bytes() for i in range(len(after)))
+        assert all(
+            after.path(i).read_bytes() == by_name(before)[after.path(i).stem].path.read_bytes()
+            for i in range(len(after))
+        )
 
 
 coordinates = st.floats(-50, 700, allow_subnormal=False)
-rows = st.lists(st.tuples(coordinates, coordinates, st.floats(0, 500), st.floats(0, 500), st.integers(0, 2)), max_size=6)
+rows = st.lists(
+    st.tuples(coordinates, coordinates, st.floats(0, 500), st.floats(0, 500), st.integers(0, 2)), max_size=6
+)
 
 
 @settings(max_examples=12, deadline=None)
@@ -62,7 +67,11 @@ rows = st.lists(st.tuples(coordinates, coordinates, st.floats(0, 500), st.floats
 def test_random_boxes_go_round_without_loss(images: list[list[tuple[float, float, float, float, int]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        data: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 3 * i, "name": f"class {i}"} for i in range(3)]}
+        data: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": 3 * i, "name": f"class {i}"} for i in range(3)],
+        }
         for i, boxes in enumerate(images):
             image(root / "a" / "images" / f"{i}.jpg", 640, 427)
             data["images"].append({"id": i, "file_name": f"{i}.jpg", "width": 640, "height": 427})

@@ -81,7 +81,10 @@ WRONG = {"none": None, "text": "x", "list": [], "mapping": {}, "tensor": torch.z
 FINE = {("best", "none"), ("metrics", "mapping"), ("scaler", "mapping"), ("made with", "mapping"), ("meta", "mapping")}
 NUMPY = ("MT19937", [0] * 624, 3, 0, 0.0)
 DAMAGES: dict[str, tuple[str, Callable[[State], None]]] = {
-    f"{key} {name}": (key, put(key, copy.copy(value))) for key in FORM for name, value in WRONG.items() if (key, name) not in FINE
+    f"{key} {name}": (key, put(key, copy.copy(value)))
+    for key in FORM
+    for name, value in WRONG.items()
+    if (key, name) not in FINE
 }
 DAMAGES |= {
     f"{key} {name}": (text, put(key, value))
@@ -121,7 +124,12 @@ DAMAGES |= {
         ("beyond", "optimizer/state/99", {}, "optimizer.state.99"),
         ("by text", "optimizer/state/x", {}, "optimizer.state"),
         ("of another shape", "optimizer/state/0/exp_avg", torch.zeros(1), "optimizer.state.0.exp_avg"),
-        ("of whole numbers", "optimizer/state/0/exp_avg", torch.zeros(8, 3, dtype=torch.int64), "optimizer.state.0.exp_avg"),
+        (
+            "of whole numbers",
+            "optimizer/state/0/exp_avg",
+            torch.zeros(8, 3, dtype=torch.int64),
+            "optimizer.state.0.exp_avg",
+        ),
         ("of another shape", "optimizer/state/0/step", torch.zeros(2), "optimizer.state.0.step"),
         ("other", "scaler/scale", 1.0, "scaler"),
         ("a tensor", "plan/precision", torch.zeros(2), "plan.precision"),
@@ -207,7 +215,9 @@ def test_a_damaged_run_json(run_copy: Path, capsys: pytest.CaptureFixture[str], 
 def poisoned(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A run whose best.safetensors alone names a class of another package, and the file that its import would leave."""
     ran = tmp_path / "ran"
-    (tmp_path / "strange_parts.py").write_text(f"open({str(ran)!r}, 'w')\nfrom fusedet.models.necks import FPN as Neck\n")
+    (tmp_path / "strange_parts.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom fusedet.models.necks import FPN as Neck\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     state, meta = checkpoint.load_weights(run_copy / "best.safetensors")
     tree = config.mapping(meta["config"], "x")
@@ -224,7 +234,9 @@ def test_the_weights_of_a_run_name_no_class(
     (run / "run.json").unlink()
     reported: list[list[State]] = []  # in the place of images
     for module in (command, worker):
-        monkeypatch.setattr(module, "report", lambda dataset, results, figures, out, title: reported.append(results) or {})
+        monkeypatch.setattr(
+            module, "report", lambda dataset, results, figures, out, title: reported.append(results) or {}
+        )
     assert cli.run(["train", str(run), "--resume", "--json"]) == 0
     assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written anew"
     options = [f"data={scenes}", *SMALL, "test.max_det=7"]

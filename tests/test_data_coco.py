@@ -68,7 +68,9 @@ def test_several_polygons(tmp_path: Path) -> None:
     assert load(tmp_path, changed(0, segmentation=segmentation))[1].segments[0] == segmentation
 
 
-@pytest.mark.parametrize("segmentation", [[[1, 2, 3]], [[1, 2, 3, 4]], ["a"], "x", {"counts": 3}, [[1, 2, 3, 4, 5, None]], 5, [[[1, 2]]]])
+@pytest.mark.parametrize(
+    "segmentation", [[[1, 2, 3]], [[1, 2, 3, 4]], ["a"], "x", {"counts": 3}, [[1, 2, 3, 4, 5, None]], 5, [[[1, 2]]]]
+)
 def test_broken_segmentations_are_dropped_and_counted(tmp_path: Path, segmentation: Any) -> None:
     dataset = load(tmp_path, changed(0, segmentation=segmentation))
     assert dataset.problems == {annotation_cleaning.BAD_SEGMENTATION: 1}
@@ -189,7 +191,10 @@ def with_image(**values: Any) -> dict[str, Any]:
         (coco_dict() | {"annotations": None}, "'annotations' must be a list"),
         (coco_dict() | {"annotations": ["a"]}, "entry 0 of 'annotations'"),
         (coco_dict() | {"categories": []}, "has no classes"),
-        (coco_dict() | {"categories": [{"id": 2, "name": "a"}, {"id": 2, "name": "b"}]}, "category id 2 is given more than once"),
+        (
+            coco_dict() | {"categories": [{"id": 2, "name": "a"}, {"id": 2, "name": "b"}]},
+            "category id 2 is given more than once",
+        ),
         (coco_dict() | {"categories": [{"id": 2, "name": 3}]}, "'name' of category 2 must be a text"),
         (coco_dict() | {"categories": [{"id": 2, "name": "\ud800"}]}, "not valid Unicode"),
         (with_image(id=7), "image id 7 is given more than once"),
@@ -315,7 +320,11 @@ def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
     text = json.dumps(coco_dict())
     for _ in range(count):
         at = rng.randrange(len(text))
-        text = text[:at] + rng.choice(["", "}", "]", '"', ",", "9" * 5000, "-", "e9", "é", "null"]) + text[at + rng.randrange(3) :]
+        text = (
+            text[:at]
+            + rng.choice(["", "}", "]", '"', ",", "9" * 5000, "-", "e9", "é", "null"])
+            + text[at + rng.randrange(3) :]
+        )
     _only_input_errors(text)
 
 

@@ -60,7 +60,9 @@ def test_list_lines_may_hold_flags_extensions_and_spaces(tmp_path: Path) -> None
 
 
 def test_class_lists_are_no_splits(tmp_path: Path) -> None:
-    root = write_voc(tmp_path, lists={"train": "a", "val": "b", "dog_train": "a 1", "dog_val": "b -1", "trainval": "a\nb"})
+    root = write_voc(
+        tmp_path, lists={"train": "a", "val": "b", "dog_train": "a 1", "dog_val": "b -1", "trainval": "a\nb"}
+    )
     assert set(voc_splits(root)) == {"train", "val", "trainval"}
     assert len(read_voc(root, "trainval")) == 2
 
@@ -206,7 +208,9 @@ def test_real_data(shared: Path) -> None:
     counts = {split: read_voc(root, split) for split in ("train", "val", "test")}
     assert {split: len(r) for split, r in counts.items()} == {"train": 205, "val": 87, "test": 72}
     assert all(r.names == ("Platelets", "RBC", "WBC") and not r.problems for r in counts.values())
-    assert sum(len(r.labels) for r in counts.values()) == sum(f.read_text().count("<object>") for f in (root / "Annotations").iterdir())
+    assert sum(len(r.labels) for r in counts.values()) == sum(
+        f.read_text().count("<object>") for f in (root / "Annotations").iterdir()
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -215,7 +219,24 @@ def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
     rng = random.Random(seed)
     texts = [xml(("dog", 1, 1, 10, 20, 0), ("cat", 2, 2, 3, 3, 1)).encode(), b"a\n", b"dog\ncat\n"]
     which = rng.choice([0, 0, 0, 1, 2])
-    junk = [b"", b"<", b">", b"&", b"&#0;", b"\xff", b"\0", b"9" * 400, b"-", b"nan", b"1e999", b"/", b"..", b"\n", b"</object>", b"\x85"]
+    junk = [
+        b"",
+        b"<",
+        b">",
+        b"&",
+        b"&#0;",
+        b"\xff",
+        b"\0",
+        b"9" * 400,
+        b"-",
+        b"nan",
+        b"1e999",
+        b"/",
+        b"..",
+        b"\n",
+        b"</object>",
+        b"\x85",
+    ]
     for _ in range(count):
         at = rng.randrange(len(texts[which]) + 1)
         texts[which] = texts[which][:at] + rng.choice(junk) + texts[which][at + rng.randrange(4) :]

@@ -40,7 +40,9 @@ def test_segments_give_box_and_segmentation(tmp_path: Path) -> None:
     assert a.segments[1] is None
 
 
-@pytest.mark.parametrize("text", ["\ufeff0 0.5 0.5 1 1", "\r\n0 .5 .5 1 1  \r\n\r\n", "0.0\t0.5  0.5 1e0 1\n   \n", "0 0.5 0.5 1 1"])
+@pytest.mark.parametrize(
+    "text", ["\ufeff0 0.5 0.5 1 1", "\r\n0 .5 .5 1 1  \r\n\r\n", "0.0\t0.5  0.5 1e0 1\n   \n", "0 0.5 0.5 1 1"]
+)
 def test_blanks_and_byte_order_mark(tmp_path: Path, text: str) -> None:
     assert read_yolo(write_yolo(tmp_path, text), "train")[0].boxes.tolist() == [[0, 0, 40, 30]]
 
@@ -235,7 +237,9 @@ def test_unreadable_images_are_counted_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("busy", "threads"), [(0.2, True), (0.8, False)])
-def test_files_are_read_by_threads_where_the_disk_is_waited_for(monkeypatch: pytest.MonkeyPatch, busy: float, threads: bool) -> None:
+def test_files_are_read_by_threads_where_the_disk_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, busy: float, threads: bool
+) -> None:
     """busy: the share of the time in which this thread works."""
     seen: list[int] = []
 
@@ -243,7 +247,9 @@ def test_files_are_read_by_threads_where_the_disk_is_waited_for(monkeypatch: pyt
         seen.append(threading.get_ident())
         return -i
 
-    monkeypatch.setattr(image_files, "time", SimpleNamespace(perf_counter=lambda: len(seen), thread_time=lambda: busy * len(seen)))
+    monkeypatch.setattr(
+        image_files, "time", SimpleNamespace(perf_counter=lambda: len(seen), thread_time=lambda: busy * len(seen))
+    )
     assert list(image_files.read_each(read, range(150))) == [-i for i in range(150)]
     assert set(seen[:100]) == {threading.get_ident()}
     assert (threading.get_ident() not in seen[100:]) == threads

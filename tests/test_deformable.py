@@ -25,7 +25,9 @@ def side(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     return (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def literal(x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, mask: Tensor) -> Tensor:
+def literal(
+    x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, mask: Tensor
+) -> Tensor:
     """y(p) = sum over k of w_k * m_k * x(p + p_k + dp_k), x bilinear and 0 outside ("Deformable ConvNets v2", equation 1)."""
     (n, c, height, width), (outputs, _, kernel, _), (rows, columns) = x.shape, weight.shape, offset.shape[2:]
 
@@ -38,7 +40,9 @@ def literal(x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: int
         y = i * stride - padding + u * dilation + float(offset[b, 2 * k, i, j])
         z = j * stride - padding + v * dilation + float(offset[b, 2 * k + 1, i, j])
         top, left = math.floor(y), math.floor(z)
-        value = sum((1 - abs(y - p)) * (1 - abs(z - q)) * at(b, p, q) for p, q in product((top, top + 1), (left, left + 1)))
+        value = sum(
+            (1 - abs(y - p)) * (1 - abs(z - q)) * at(b, p, q) for p, q in product((top, top + 1), (left, left + 1))
+        )
         out[b, :, i, j] += mask[b, k, i, j] * (weight[:, :, u, v] @ value)
     return out
 
@@ -65,7 +69,15 @@ def test_by_rows_is_the_papers_equation(stride: int, padding: int, dilation: int
     seed=st.integers(0, 99),
 )
 def test_by_rows_is_torchvisions(
-    n: int, size: tuple[int, int], kernel: int, stride: int, dilation: int, groups: int, reach: float, masked: bool, seed: int
+    n: int,
+    size: tuple[int, int],
+    kernel: int,
+    stride: int,
+    dilation: int,
+    groups: int,
+    reach: float,
+    masked: bool,
+    seed: int,
 ) -> None:
     """Values and all gradients; on whole offsets the slopes of a bilinear map are not defined, so that they are never whole here."""
     torch.manual_seed(seed)
@@ -106,7 +118,9 @@ def test_it_starts_as_the_plain_convolution(groups: int, bias: bool, stride: int
     assert torch.allclose(pack(x), plain, atol=1e-5)
     half = DeformPack(8, 12, 3, **options, modulated=True)
     half.weight, half.bias = pack.weight, pack.bias
-    assert torch.allclose(half(x), F.conv2d(x, pack.weight / 2, pack.bias, stride, dilation, dilation, groups), atol=1e-5)
+    assert torch.allclose(
+        half(x), F.conv2d(x, pack.weight / 2, pack.bias, stride, dilation, dilation, groups), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("modulated", [False, True])
@@ -126,7 +140,9 @@ def test_precision_and_gradients(modulated: bool) -> None:
 def test_export_and_compile() -> None:
     pack, x = DeformPack(8, 12, modulated=True), torch.randn(1, 8, 6, 9)
     nn.init.normal_(pack.offset.weight)
-    assert torch.allclose(torch.export.export(pack, (torch.randn(1, 8, 6, 9),), strict=False).module()(x), pack(x), atol=1e-5)
+    assert torch.allclose(
+        torch.export.export(pack, (torch.randn(1, 8, 6, 9),), strict=False).module()(x), pack(x), atol=1e-5
+    )
     assert torch.allclose(torch.compile(pack, backend="eager", fullgraph=True)(x), pack(x), atol=1e-5)
 
 
@@ -146,7 +162,9 @@ def packs(body: nn.Module) -> list[DeformPack]:
     return [m for m in body.modules() if isinstance(m, DeformPack)]
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet10t", 3), ("resnet26t", 6), ("resnext50_32x4d", 13), ("resnetaa50", 13)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("resnet10t", 3), ("resnet26t", 6), ("resnext50_32x4d", 13), ("resnetaa50", 13)]
+)
 def test_bodies_start_with_the_same_maps(name: str, blocks: int) -> None:
     plain, body = lively(name), lively(name, deformable_stages=(2, 3, 4))
     assert len(packs(body)) == blocks

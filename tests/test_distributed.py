@@ -131,7 +131,16 @@ def alone(out: Path, stop: bool = False, **options) -> None:
     detector.body[1] = nn.Identity()
     out.mkdir(exist_ok=True)
     fabric = Fabric(accelerator="cpu", devices=1)
-    fit(fabric, detector, FakeLoader(change=change), JOINT, out=out, validate=lambda module, epoch: {"AP": epoch}, quiet=True, **options)
+    fit(
+        fabric,
+        detector,
+        FakeLoader(change=change),
+        JOINT,
+        out=out,
+        validate=lambda module, epoch: {"AP": epoch},
+        quiet=True,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +150,20 @@ def two(tmp_path_factory) -> tuple[Path, str]:
     (out / "script.py").write_text(SCRIPT)
     with pytest.raises(Interrupted):
         alone(out / "one_to_two", stop=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(out / "script.py"), str(out)]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(out / "script.py"),
+        str(out),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
@@ -225,16 +246,23 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(two, tmp_path
     )
     assert "goes on in another number of processes: 1 until step 1, 2 from now on" in " ".join(said.split())
     whole = checkpoint.load(tmp_path / "whole" / "last.ckpt")
-    figures = [list(csv.DictReader((run / "metrics.csv").open())) for run in (tmp_path / "whole", out / "two_to_one", out / "one_to_two")]
+    figures = [
+        list(csv.DictReader((run / "metrics.csv").open()))
+        for run in (tmp_path / "whole", out / "two_to_one", out / "one_to_two")
+    ]
     for run, rows in zip((out / "two_to_one", out / "one_to_two"), figures[1:]):
         saved = checkpoint.load(run / "last.ckpt")
         assert saved["step"] == whole["step"]
         for key, value in whole["model"].items():
             assert torch.allclose(saved["model"][key], value, rtol=1e-4, atol=1e-6), (run.name, key)
         for row, expected in zip(rows, figures[0], strict=True):
-            assert {k: float(v or 0) for k, v in row.items()} == pytest.approx({k: float(v or 0) for k, v in expected.items()}, rel=1e-4)
+            assert {k: float(v or 0) for k, v in row.items()} == pytest.approx(
+                {k: float(v or 0) for k, v in expected.items()}, rel=1e-4
+            )
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(scenes):
-    with pytest.raises(InputError, match="batch counts the images of all processes: 4 must be a multiple of the 3 processes"):
+    with pytest.raises(
+        InputError, match="batch counts the images of all processes: 4 must be a multiple of the 3 processes"
+    ):
         train_loader(read(scenes, "train"), Eval(64, 96), batch=4, world=3)

@@ -51,7 +51,9 @@ def counts() -> list[Any]:
         for head, rows in tables(page):
             if match := re.fullmatch(r"`(.+)` with", head[0]):
                 name, *common = shlex.split(match[1])
-                found += [(name, (*common, *shlex.split(row[0].strip("`"))), int(row[1].replace(",", ""))) for row in rows]
+                found += [
+                    (name, (*common, *shlex.split(row[0].strip("`"))), int(row[1].replace(",", ""))) for row in rows
+                ]
     return [pytest.param(*row, id=" ".join([row[0], *row[1]])) for row in dict.fromkeys(found)]
 
 
@@ -113,7 +115,10 @@ def multiply_adds() -> list[Any]:
                 name, *common = shlex.split(head[0].split("`")[1])
                 place, said = head.index("multiply-adds, G"), lambda row: (*common, *shlex.split(row[0].strip("`")))  # noqa: B023
                 assert not first[place]
-                found += [pytest.param(name, said(first), said(row), row[place], id=" ".join([name, *said(row)])) for row in others]
+                found += [
+                    pytest.param(name, said(first), said(row), row[place], id=" ".join([name, *said(row)]))
+                    for row in others
+                ]
     assert len(found) > 25
     return found
 
@@ -129,7 +134,9 @@ def test_printed_multiply_adds(
 ) -> None:
     """What the detector has more on an image of 800 x 1344 than that of the table's first row."""
     # without data only the sizes matter, and torch takes seconds to find those of bilinear maps
-    monkeypatch.setattr("fusedet.models.modules.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size))
+    monkeypatch.setattr(
+        "fusedet.models.modules.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size)
+    )
     assert f"{(_multiply_adds(make, name, *overrides) - _multiply_adds(make, name, *without)) / 1e9:.2f}" == printed
 
 
@@ -144,7 +151,11 @@ def _multiply_adds(make: Callable[..., nn.Module], *config: str) -> int:
 
 def options(make: Callable[..., Any]) -> dict[str, Any]:
     """Names and defaults of a part's options, as YAML has them."""
-    has = vars(make()) if is_dataclass(make) else {k: p.default for k, p in inspect.signature(make).parameters.items() if k not in PARENT}
+    has = (
+        vars(make())
+        if is_dataclass(make)
+        else {k: p.default for k, p in inspect.signature(make).parameters.items() if k not in PARENT}
+    )
     return {k: list(v) if isinstance(v, tuple) else v for k, v in has.items()}
 
 
@@ -191,7 +202,12 @@ def test_drawings() -> None:
                 inside = b.x - b.w / 2 <= text.x0 and text.x1 <= b.x + b.w / 2 and abs(text.height) <= b.h
                 assert inside, f"{name}: the text of {b.name} leaves its box"
         for i, (text, here) in enumerate(found):
-            seen = here.x0 >= 0 and here.x1 <= code["WIDTH"] and min(here.y0, here.y1) >= 0 and max(here.y0, here.y1) <= drawing.height
+            seen = (
+                here.x0 >= 0
+                and here.x1 <= code["WIDTH"]
+                and min(here.y0, here.y1) >= 0
+                and max(here.y0, here.y1) <= drawing.height
+            )
             assert seen, f"{name}: '{text.get_text()}' leaves the image"
             met = [other.get_text() for other, there in found[i + 1 :] if here.overlaps(there)]
             assert not met, f"{name}: '{text.get_text()}' meets {met}"

@@ -53,13 +53,16 @@ def test_a_box_has_its_classs_colour_at_its_edge_and_nothing_inside():
 
 
 def test_a_small_object_stays_visible():
-    source = visualization.boxes(PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9]))
+    source = visualization.boxes(
+        PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9])
+    )
     assert pixels(source, (128, 128, 128))[100:106, 100:106].all()
     assert pixels(source, visualization.colour(0))[98:109, 98:109].any()
 
 
 @pytest.mark.parametrize(
-    "box", [(0, 0, 9, 9), (311, 0, 320, 9), (0, 231, 9, 240), (311, 231, 320, 240), (0, 0, 320, 240), (-50, -50, 400, 300)]
+    "box",
+    [(0, 0, 9, 9), (311, 0, 320, 9), (0, 231, 9, 240), (311, 231, 320, 240), (0, 0, 320, 240), (-50, -50, 400, 300)],
 )
 def test_tags_stay_inside(box):
     def tag(corners):
@@ -72,8 +75,12 @@ def test_tags_stay_inside(box):
 
 
 def test_tags_do_not_hide_each_other():
-    apart = visualization.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [200, 100, 240, 140]]), torch.tensor([0, 1]), NAMES)
-    close = visualization.boxes(PLAIN, torch.tensor([[20.0, 100, 60, 140], [22, 102, 62, 142]]), torch.tensor([0, 1]), NAMES)
+    apart = visualization.boxes(
+        PLAIN, torch.tensor([[20.0, 100, 60, 140], [200, 100, 240, 140]]), torch.tensor([0, 1]), NAMES
+    )
+    close = visualization.boxes(
+        PLAIN, torch.tensor([[20.0, 100, 60, 140], [22, 102, 62, 142]]), torch.tensor([0, 1]), NAMES
+    )
     letters = [int(pixels(source, (0, 0, 0), near=60).sum()) for source in (apart, close)]
     assert letters[1] == pytest.approx(letters[0], rel=0.2)
 
@@ -89,7 +96,9 @@ def test_lines_grow_with_the_image_or_are_given():
     def width(side, **options):
         image = torch.zeros(3, side, side, dtype=torch.uint8)
         box = torch.tensor([[0.2, 0.2, 0.8, 0.8]]) * side
-        column = pixels(visualization.boxes(image, box, torch.tensor([0]), [""], **options), visualization.colour(0))[side // 4 : side // 2]
+        column = pixels(visualization.boxes(image, box, torch.tensor([0]), [""], **options), visualization.colour(0))[
+            side // 4 : side // 2
+        ]
         return int(column[side // 8, : side // 2].sum())
 
     assert width(300) == 1
@@ -121,7 +130,12 @@ def test_masks_tint_and_ignored_boxes_are_grey():
     mask = torch.zeros(1, 240, 320, dtype=torch.bool)
     mask[0, 50:100, 50:100] = True
     source = visualization.boxes(
-        PLAIN, torch.tensor([[50.0, 50, 100, 100]]), torch.tensor([0]), NAMES, masks=mask, ignore=torch.tensor([[200.0, 100, 260, 160]])
+        PLAIN,
+        torch.tensor([[50.0, 50, 100, 100]]),
+        torch.tensor([0]),
+        NAMES,
+        masks=mask,
+        ignore=torch.tensor([[200.0, 100, 260, 160]]),
     )
     tinted = np.array([0.6 * 128 + 0.4 * c for c in visualization.colour(0)])
     assert np.asarray(source)[75, 75] == pytest.approx(tinted, abs=1)
@@ -144,7 +158,9 @@ def test_wrong_input_is_named():
 def test_comparison_tells_found_false_missed_and_confused_apart():
     truth = torch.tensor([[20.0, 60, 60, 100], [100, 60, 140, 100], [180, 60, 220, 100]]), torch.tensor([0, 0, 1])
     found = (
-        torch.tensor([[22.0, 64, 62, 104], [100, 60, 140, 100], [250, 150, 290, 190], [30, 150, 70, 190], [255, 60, 265, 70]]),
+        torch.tensor(
+            [[22.0, 64, 62, 104], [100, 60, 140, 100], [250, 150, 290, 190], [30, 150, 70, 190], [255, 60, 265, 70]]
+        ),
         torch.tensor([0, 1, 1, 0, 2]),
         torch.tensor([0.9, 0.8, 0.7, 0.1, 0.9]),  # the fourth is below the score
     )
@@ -162,12 +178,17 @@ def test_comparison_tells_found_false_missed_and_confused_apart():
     assert not has(colors.FALSE, 250, 60)
     assert not has(colors.FOUND, 30, 150)
     assert has(colors.WHITE, 20, 60)
-    assert all(pixels(source, colour)[240:].any() for colour in (colors.FOUND, colors.CONFUSED, colors.MISSED, colors.FALSE))
+    assert all(
+        pixels(source, colour)[240:].any() for colour in (colors.FOUND, colors.CONFUSED, colors.MISSED, colors.FALSE)
+    )
 
 
 def test_a_grid_holds_every_image():
     colours = [visualization.colour(k) for k in range(5)]
-    images = [Image.new("RGB", size, c) for size, c in zip([(64, 32), (32, 64), (900, 900), (1, 1), (50, 40)], colours, strict=True)]
+    images = [
+        Image.new("RGB", size, c)
+        for size, c in zip([(64, 32), (32, 64), (900, 900), (1, 1), (50, 40)], colours, strict=True)
+    ]
     sheet = visualization.grid(images, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
     assert all(pixels(sheet, c, near=2).sum() >= 4900 for c in colours)
     assert sheet.width == 3 * 104 + 4
@@ -280,7 +301,9 @@ def test_training_of_any_log(tmp_path, name):
     assert drawn(tmp_path / "training.png")
 
 
-@pytest.mark.parametrize(("header", "rows"), [([], []), (["epoch", "loss"], []), (["epoch", "loss"], [["", ""]]), (["epoch"], [[1]])])
+@pytest.mark.parametrize(
+    ("header", "rows"), [([], []), (["epoch", "loss"], []), (["epoch", "loss"], [["", ""]]), (["epoch"], [[1]])]
+)
 def test_training_without_numbers(tmp_path, header, rows):
     with pytest.raises(InputError, match=r"metrics\.csv"):
         visualization.training(write(tmp_path / "metrics.csv", header, rows), tmp_path / "training.png")

@@ -61,7 +61,9 @@ def test_all_kinds_of_batches_train_and_predict(name: str) -> None:
             assert (float(value.detach()) > 0) is there, key
             assert value.requires_grad
         assert all(float(v.detach()) > 0 for k, v in terms.items() if k.endswith("cls"))
-        last = [p for part in (detector.stages, detector.branches) for p in part.parameters()] if name in TWO_STAGE else []
+        last = (
+            [p for part in (detector.stages, detector.branches) for p in part.parameters()] if name in TWO_STAGE else []
+        )
         if there:  # an object reaches the last layers of every stage and branch
             assert all(p.grad is not None and p.grad.any() for p in last)
     found = detector.eval().predict(batch(EMPTY, EMPTY))
@@ -111,7 +113,9 @@ def test_the_gradient_is_the_slope_of_the_loss(name: str, targets: tuple[Target,
         for part, module in ((k, m) for k, m in detector.named_children() if list(m.parameters())):
             moved = list(module.parameters())
             direction = [torch.randn_like(p) for p in moved]
-            gradients = {k: torch.autograd.grad(v, moved, retain_graph=True, materialize_grads=True) for k, v in said.items()}
+            gradients = {
+                k: torch.autograd.grad(v, moved, retain_graph=True, materialize_grads=True) for k, v in said.items()
+            }
             wrong = set(said)
             for step in (1e-8, 1e-9):
                 ends = []
@@ -137,11 +141,16 @@ def test_background_has_its_closed_form(name: str) -> None:
         outputs = detector(batch(*targets).images)
         losses = detector.head.loss(outputs, targets)
         box_maps = [m for k, column in outputs.maps.items() if k != "cls" for m in column]
-        box_slopes = torch.autograd.grad(sum(boxes_alone(losses).values()), box_maps, retain_graph=True, allow_unused=True)
+        box_slopes = torch.autograd.grad(
+            sum(boxes_alone(losses).values()), box_maps, retain_graph=True, allow_unused=True
+        )
         assert not any(g[1].any() for g in box_slopes if g is not None)
         # whose places have a part in the box loss that shares its divisor with the scores
         term, key = POSITIVE[name]
-        owned = [g.unflatten(1, (-1, 4)) if name == "retinanet" else g[:, None] for g in slopes(losses[term], outputs.maps[key])]
+        owned = [
+            g.unflatten(1, (-1, 4)) if name == "retinanet" else g[:, None]
+            for g in slopes(losses[term], outputs.maps[key])
+        ]
         count = sum(int(g.any(dim=2).sum()) for g in owned)
         assert (count > 0) is (len(targets[0]) > 0)
         divisor = count + sum(not len(t) for t in targets) if name in ("retinanet", "reppoints") else max(count, 1)
@@ -214,7 +223,8 @@ def test_a_loss_is_a_sum_over_images_by_a_sum_over_images(name: str) -> None:
 
         joint, divisors = sums(data)
         alone = [
-            sums(Batch(data.images[i : i + 1], data.sizes[i : i + 1], (i,), data.scales[i : i + 1], (t,))) for i, t in enumerate(kinds)
+            sums(Batch(data.images[i : i + 1], data.sizes[i : i + 1], (i,), data.scales[i : i + 1], (t,)))
+            for i, t in enumerate(kinds)
         ]
         for key, value in joint.items():
             assert torch.allclose(value, sum(found[key] for found, _ in alone), rtol=1e-9), key

@@ -21,7 +21,9 @@ def part(share):
 def kinds(images, results, **options):
     found = evaluation.error_kinds(dataset(images, **options), results)
     assert list(found["kinds"]) == list(KINDS)
-    return found["AP50"], {name: (row["count"], row["dAP"]) for name, row in found["kinds"].items() if row["count"] or row["dAP"]}
+    return found["AP50"], {
+        name: (row["count"], row["dAP"]) for name, row in found["kinds"].items() if row["count"] or row["dAP"]
+    }
 
 
 def one(box, category, score=0.9):

@@ -55,8 +55,17 @@ LARGEST = 2**63 - 1
         (["x"], list[int], "key.0 must be int, got 'x'"),
         ("x", float | None, "key must be float, got 'x'"),
         (10**400, float, f"key must lie between {-LARGEST} and {LARGEST}, got an integer of 1329 bits"),
-        pytest.param(-(10**5000), int | None, f"key must lie between {-LARGEST} and {LARGEST}, got an integer of 16610 bits", id="long"),
-        ([8, 2**63], tuple[float, ...] | None, f"key.1 must lie between {-LARGEST} and {LARGEST}, got an integer of 64 bits"),
+        pytest.param(
+            -(10**5000),
+            int | None,
+            f"key must lie between {-LARGEST} and {LARGEST}, got an integer of 16610 bits",
+            id="long",
+        ),
+        (
+            [8, 2**63],
+            tuple[float, ...] | None,
+            f"key.1 must lie between {-LARGEST} and {LARGEST}, got an integer of 64 bits",
+        ),
         ([1], dict, "key must be dict, got [1]"),
         ([1], dict[str, int], "key must be dict[str, int], got [1]"),
         ({"x": "y"}, Mapping[str, int], "key.x must be int, got 'y'"),
@@ -78,7 +87,10 @@ def test_literals_offer_the_nearest() -> None:
 def test_unknown_names() -> None:
     assert str(unknown("neck", "fpm", ["fpn", "bfp"])) == "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
     assert str(unknown("neck", "zzz", [])) == "unknown neck 'zzz': Known: none"
-    assert str(unknown("key", "a", ["b"], meant=["x.a", "y.a"])) == "unknown key 'a': did you mean 'x.a' or 'y.a'? Known: b"
+    assert (
+        str(unknown("key", "a", ["b"], meant=["x.a", "y.a"]))
+        == "unknown key 'a': did you mean 'x.a' or 'y.a'? Known: b"
+    )
     many = [f"name{i}" for i in range(99)]
     assert str(unknown("config", "name7", many[8:], lister="this")).endswith("(this lists them)")
     assert len(str(unknown("config", "name7", many[8:]))) < 120

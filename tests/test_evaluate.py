@@ -60,10 +60,14 @@ GUESSES = st.lists(st.tuples(BOXES, st.integers(0, 2), st.sampled_from([0.1, 0.3
 def test_equals_the_packages(images, image_ids):
     ids = (4, 1, 9)
     data = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=ids, image_ids=image_ids)
-    results = [result(image_ids[i], ids[k], box, score) for i, (_, guesses) in enumerate(images) for box, k, score in guesses]
+    results = [
+        result(image_ids[i], ids[k], box, score) for i, (_, guesses) in enumerate(images) for box, k, score in guesses
+    ]
     own, *others = (evaluation.coco(data, results, evaluator=name) for name in evaluation.EVALUATORS)
     for other in others:
-        assert [own[name] for name in FIGURES] == pytest.approx([other[name] for name in FIGURES], abs=1e-12, nan_ok=True)
+        assert [own[name] for name in FIGURES] == pytest.approx(
+            [other[name] for name in FIGURES], abs=1e-12, nan_ok=True
+        )
         for row, same in zip(own["classes"], other["classes"], strict=True):
             assert row == pytest.approx(same, abs=1e-12, nan_ok=True)
     assert evaluation.precision_recall(data, results)["AP"] == pytest.approx(own["AP50"], abs=1e-12, nan_ok=True)
@@ -77,7 +81,9 @@ def test_more_than_a_hundred_detections_equal_pycocotools():
         return np.concatenate([first, first + rng.integers(5, 100, (n, 2))], axis=1).tolist()
 
     data = dataset([[(box, int(rng.integers(2)), rng.random() < 0.2) for box in some(20)] for _ in range(3)])
-    results = [result(i, (7, 3)[int(rng.integers(2))], box, round(rng.random(), 2)) for i in (1, 2, 3) for box in some(300)]
+    results = [
+        result(i, (7, 3)[int(rng.integers(2))], box, round(rng.random(), 2)) for i in (1, 2, 3) for box in some(300)
+    ]
     own, other = (evaluation.coco(data, results, evaluator=name) for name in ("fusedet", "pycocotools"))
     assert [own[name] for name in FIGURES] == pytest.approx([other[name] for name in FIGURES], abs=1e-12, nan_ok=True)
 
@@ -119,7 +125,9 @@ def test_results_are_not_changed():
 
 
 def test_classes_count_what_is_not_ignored():
-    data = dataset([[((0, 0, 5, 5), 0, False), ((9, 9, 15, 15), 0, False), ((0, 0, 9, 9), 1, True)], [((0, 0, 5, 5), 0, False)]])
+    data = dataset(
+        [[((0, 0, 5, 5), 0, False), ((9, 9, 15, 15), 0, False), ((0, 0, 9, 9), 1, True)], [((0, 0, 5, 5), 0, False)]]
+    )
     rows = evaluation.coco(data, [result(1, 7, (0, 0, 5, 5), 0.5)])["classes"]
     assert [(row["name"], row["images"], row["objects"]) for row in rows] == [("cat", 2, 3), ("dog", 0, 0)]
     assert rows[0]["AP50"] == pytest.approx(34 / 101)  # one of three found: precision 1 at the recalls 0 .. 0.33
@@ -129,13 +137,17 @@ def test_ground_truth_has_cocos_form():
     data = dataset([[((1, 2, 11, 22), 1, True)]])
     truth = evaluation.coco_ground_truth(data)
     assert truth["images"] == [{"id": 1, "file_name": "0.jpg", "height": 200, "width": 200}]
-    assert truth["annotations"] == [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 1}]
+    assert truth["annotations"] == [
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 1}
+    ]
     assert truth["categories"] == [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 
 
 def test_precision_recall_by_hand():
     data = dataset([[((0, 0, 10, 10), 0, False), ((50, 50, 60, 60), 0, False)]])
-    results = [result(1, 7, box, s) for box, s in (((0, 0, 10, 10), 0.9), ((90, 90, 99, 99), 0.8), ((50, 50, 60, 60), 0.7))]
+    results = [
+        result(1, 7, box, s) for box, s in (((0, 0, 10, 10), 0.9), ((90, 90, 99, 99), 0.8), ((50, 50, 60, 60), 0.7))
+    ]
     curve = evaluation.precision_recall(data, results)["classes"][0]
     assert curve["precision"] == pytest.approx([1] * 51 + [2 / 3] * 50)
     assert curve["scores"].tolist() == [0.9] * 51 + [0.7] * 50
@@ -144,7 +156,12 @@ def test_precision_recall_by_hand():
 
 def test_voc_by_hand():
     # Detections in falling score: right, false, right, late claim of a found object, one on a difficult object.
-    data = dataset([[((0, 0, 10, 10), 0, False), ((20, 20, 40, 40), 0, True)], [((0, 0, 10, 10), 0, False), ((50, 0, 60, 10), 0, False)]])
+    data = dataset(
+        [
+            [((0, 0, 10, 10), 0, False), ((20, 20, 40, 40), 0, True)],
+            [((0, 0, 10, 10), 0, False), ((50, 0, 60, 10), 0, False)],
+        ]
+    )
     results = [
         result(1, 7, (0, 0, 10, 10), 0.9),
         result(2, 7, (80, 80, 90, 90), 0.8),
@@ -179,7 +196,9 @@ def devkit(objects, guesses, total, points):
             taken.add((image, at))
     curve = [(Fraction(sum(hits[: i + 1]), total), Fraction(sum(hits[: i + 1]), i + 1)) for i in range(len(hits))]
     if points == 11:
-        return float(sum(max((p for r, p in curve if r >= Fraction(t, 10)), default=0) for t in range(11)) / Fraction(11))
+        return float(
+            sum(max((p for r, p in curve if r >= Fraction(t, 10)), default=0) for t in range(11)) / Fraction(11)
+        )
     recalls = [Fraction(0), *(r for r, _ in curve)]
     return float(sum((b - a) * max(p for _, p in curve[i:]) for i, (a, b) in enumerate(pairwise(recalls))))
 
@@ -197,7 +216,9 @@ def test_voc_equals_the_devkit(points, images):
         guesses = [(i, pixels(b), s) for i, (_, own) in enumerate(images, 1) for b, c, s in own if c == k]
         total = sum(not d for own in objects.values() for _, d in own)
         assert row["objects"] == total
-        assert row["AP"] == pytest.approx(devkit(objects, guesses, total, points) if total else float("nan"), nan_ok=True)
+        assert row["AP"] == pytest.approx(
+            devkit(objects, guesses, total, points) if total else float("nan"), nan_ok=True
+        )
 
 
 def mistakes():
@@ -234,7 +255,9 @@ def test_worst_images_by_hand():
 def test_equal_overlaps_prefer_the_own_class():
     both = ((0, 0, 10, 10), 1, False), ((0, 0, 10, 10), 0, False)
     for objects in (both, both[::-1]):
-        matrix = evaluation.confusion(dataset([objects]), [result(1, 7, (0, 0, 10, 10), 0.9), result(1, 3, (0, 0, 10, 10), 0.8)])
+        matrix = evaluation.confusion(
+            dataset([objects]), [result(1, 7, (0, 0, 10, 10), 0.9), result(1, 3, (0, 0, 10, 10), 0.8)]
+        )
         assert matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
@@ -253,7 +276,13 @@ def test_equal_overlaps_prefer_the_own_class():
 )
 def test_bad_results_are_named(change, text):
     data, good = dataset([[((0, 0, 5, 5), 0, False)]]), result(1, 7, (0, 0, 5, 5), 0.5)
-    for figure in (evaluation.coco, evaluation.voc, evaluation.confusion, evaluation.worst_images, evaluation.precision_recall):
+    for figure in (
+        evaluation.coco,
+        evaluation.voc,
+        evaluation.confusion,
+        evaluation.worst_images,
+        evaluation.precision_recall,
+    ):
         with pytest.raises(InputError, match=text.replace("[", r"\[")):
             figure(data, [good, good | change])
 
@@ -328,7 +357,9 @@ def test_stamp_changes_with_what_is_evaluated():
     assert one["evaluator"].startswith("fusedet ")
     assert (one["images"], one["detections"], one["iou_type"], one["max_dets"]) == (2, 1, "bbox", [1, 10, 100])
     assert one == evaluation.stamp(data, results)
-    other = evaluation.stamp(dataset([[((0, 0, 5, 5), 0, False)], []], image_ids=[1, 3]), results, "pycocotools", iou_type="segm")
+    other = evaluation.stamp(
+        dataset([[((0, 0, 5, 5), 0, False)], []], image_ids=[1, 3]), results, "pycocotools", iou_type="segm"
+    )
     assert other["image_ids"] != one["image_ids"]
     assert other["evaluator"].startswith("pycocotools 2")
 

@@ -25,16 +25,25 @@ TRICKS = {"center_sampling": True, "normalize_boxes": True, "centerness_on_box":
 
 
 def objects(*boxes: list[float], labels: list[int] | None = None) -> Target:
-    return Target(torch.tensor(boxes, dtype=torch.float).reshape(-1, 4), torch.tensor(labels or [0] * len(boxes), dtype=torch.int64))
+    return Target(
+        torch.tensor(boxes, dtype=torch.float).reshape(-1, 4),
+        torch.tensor(labels or [0] * len(boxes), dtype=torch.int64),
+    )
 
 
 def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) -> list[Tensor]:
-    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(levels.channels, levels.strides)]
+    return [
+        torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s))
+        for c, s in zip(levels.channels, levels.strides)
+    ]
 
 
 def points(*levels: tuple[int, list[tuple[float, float]]]) -> Priors:
     """Priors at chosen points: (stride, [(x, y), ...]) of each level."""
-    boxes = [torch.tensor([[x, y, x, y] for x, y in places]).reshape(-1, 4) + point_shapes(stride) for stride, places in levels]
+    boxes = [
+        torch.tensor([[x, y, x, y] for x, y in places]).reshape(-1, 4) + point_shapes(stride)
+        for stride, places in levels
+    ]
     strides = [torch.full((len(places),), float(stride)) for stride, places in levels]
     return Priors(torch.cat(boxes), torch.cat(strides), tuple(len(places) for _, places in levels))
 
@@ -48,15 +57,37 @@ EMPTY = objects()
 
 def test_a_point_must_lie_inside() -> None:
     priors = points((8, [(10, 10), (2, 10), (0, 10), (20, 20), (20.5, 5), (10, 19.5)]))
-    assert PointInBox(()).assign(priors, objects([0, 0, 20, 20])).tolist() == [0, 0, BACKGROUND, BACKGROUND, BACKGROUND, 0]
+    assert PointInBox(()).assign(priors, objects([0, 0, 20, 20])).tolist() == [
+        0,
+        0,
+        BACKGROUND,
+        BACKGROUND,
+        BACKGROUND,
+        0,
+    ]
 
 
 def test_ranges_count_with_both_ends() -> None:
     """The farthest side of the box (0, 0, 100, 40) is at max(x, 100 - x) of its points."""
     places = [(40.0, 20.0), (36.0, 20.0), (35.0, 20.0), (50.0, 20.0)]  # at 60, 64, 65, 50
     priors = points((8, places), (16, places), (32, places))
-    assert PointInBox((64, 128)).assign(priors, objects([0, 0, 100, 40])).tolist() == [0, 0, -1, 0, -1, 0, 0, -1, -1, -1, -1, -1]
-    assert PointInBox((10, 20)).assign(priors, objects([0, 0, 100, 40])).tolist() == [-1] * 8 + [0] * 4  # the last level has no end
+    assert PointInBox((64, 128)).assign(priors, objects([0, 0, 100, 40])).tolist() == [
+        0,
+        0,
+        -1,
+        0,
+        -1,
+        0,
+        0,
+        -1,
+        -1,
+        -1,
+        -1,
+        -1,
+    ]
+    assert (
+        PointInBox((10, 20)).assign(priors, objects([0, 0, 100, 40])).tolist() == [-1] * 8 + [0] * 4
+    )  # the last level has no end
 
 
 def test_the_smallest_object_wins_and_the_first_of_equal_ones() -> None:
@@ -79,7 +110,9 @@ def test_center_sampling() -> None:
     assert PointInBox((), radius=1.5).assign(priors, wide).tolist() == [0, 0, -1, 0, -1]
     assert PointInBox((), radius=1.5).assign(priors, thin).tolist() == [0, -1, -1, -1, -1]
     assert PointInBox((), radius=2.0).assign(priors, wide).tolist() == [0] * 5
-    assert PointInBox((64,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [-1] * 5  # nearer than 64
+    assert (
+        PointInBox((64,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [-1] * 5
+    )  # nearer than 64
     assert PointInBox((40,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [0] * 5
 
 
@@ -200,7 +233,11 @@ def literal(head: FCOSHead, outputs: Outputs, targets: list[Target]) -> dict[str
                     q = 1 / (1 + math.exp(-float(quality[0, row, column])))
                     sure -= want * math.log(q) + (1 - want) * math.log(1 - q)
                     positives, weights = positives + 1, weights + want
-    return {"loss_cls": cls / max(positives, 1), "loss_box": box / max(weights, 1e-6), "loss_centerness": sure / max(positives, 1)}
+    return {
+        "loss_cls": cls / max(positives, 1),
+        "loss_box": box / max(weights, 1e-6),
+        "loss_centerness": sure / max(positives, 1),
+    }
 
 
 @pytest.mark.parametrize("options", [{}, TRICKS])
@@ -221,7 +258,9 @@ def test_losses_against_a_literal_loop(options: dict, targets: list[Target]) -> 
 # -- the head
 
 
-@pytest.mark.parametrize("options", [{}, TRICKS, {"deformable_last": True}, {"norm": False, "bias": False, "channels": 16}])
+@pytest.mark.parametrize(
+    "options", [{}, TRICKS, {"deformable_last": True}, {"norm": False, "bias": False, "channels": 16}]
+)
 @pytest.mark.parametrize("size", [(64, 96), (33, 47)])
 def test_maps_and_gradients(options: dict, size: tuple[int, int]) -> None:
     head = FCOSHead(LEVELS, 3, convs=2, **options)
@@ -342,7 +381,9 @@ def test_bf16_channels_last_and_autocast() -> None:
 
 @pytest.mark.parametrize("options", [{}, TRICKS, {"deformable_last": True}])
 def test_export(options: dict) -> None:
-    wide = Levels((64,) * 5, LEVELS.strides)  # GroupNorm refuses one value per group, which 32 channels have on a map of 1 x 1
+    wide = Levels(
+        (64,) * 5, LEVELS.strides
+    )  # GroupNorm refuses one value per group, which 32 channels have on a map of 1 x 1
 
     class Detect(nn.Module):
         def __init__(self) -> None:
@@ -351,7 +392,9 @@ def test_export(options: dict) -> None:
 
         def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
             outputs = self.head(features)
-            return tuple(select(self.head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.005))
+            return tuple(
+                select(self.head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.005)
+            )
 
     model = Detect()
     exported = torch.export.export(model, (maps(n=1, levels=wide),), strict=False).module()
@@ -374,11 +417,15 @@ def test_parameter_counts() -> None:
 
 def test_default_ranges() -> None:
     assert FCOSHead(LEVELS, 3, convs=0).assigner == PointInBox((64, 128, 256, 512), None)
-    assert FCOSHead(Levels((32,) * 3, (4, 8, 16)), 3, convs=0, center_sampling=True).assigner == PointInBox((32, 64), 1.5)
+    assert FCOSHead(Levels((32,) * 3, (4, 8, 16)), 3, convs=0, center_sampling=True).assigner == PointInBox(
+        (32, 64), 1.5
+    )
 
 
 def test_configs_with_the_later_improvements() -> None:
-    model = create_model("fcos_r50_tricks", "model.backbone.pretrained=false", "model.backbone.name=resnet10t", num_classes=2)
+    model = create_model(
+        "fcos_r50_tricks", "model.backbone.pretrained=false", "model.backbone.name=resnet10t", num_classes=2
+    )
     head = model.head
     assert (head.normalize_boxes, head.centerness_on_box, head.box_loss) == (True, True, giou_loss)
     assert head.assigner.radius == 1.5

@@ -77,7 +77,18 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
         (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
     # what is found is held until its part is written, some kilobytes an image: many small parts
-    words = ["predict", trained, tmp_path / "many", f"out={tmp_path / 'found'}", "--no-draw", "--batch", "4", "--part", "20", "--json"]
+    words = [
+        "predict",
+        trained,
+        tmp_path / "many",
+        f"out={tmp_path / 'found'}",
+        "--no-draw",
+        "--batch",
+        "4",
+        "--part",
+        "20",
+        "--json",
+    ]
     taken = of_command("detect", 2, words)
     found = line(taken[:, 1], taken[:, 2], warm_up=0.4)
     assert taken[-1, 1] == 496
@@ -87,7 +98,8 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
 def test_annotations_are_not_copied_by_workers(tmp_path: Path) -> None:
     """A tenth of the soak test's images: the dataset are held in a few bytes each, and two workers do not double them."""
     large, small = (
-        run(Path(__file__).with_name("annotated.py"), write(tmp_path / str(n), "coco", n, 10), 2, "fork") for n in (10_000, 100)
+        run(Path(__file__).with_name("annotated.py"), write(tmp_path / str(n), "coco", n, 10), 2, "fork")
+        for n in (10_000, 100)
     )
     assert large["boxes"] == 100_000
     assert large["dataset"] < 10 * MIB

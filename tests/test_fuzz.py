@@ -54,7 +54,11 @@ def test_results_that_the_fuzzing_finds_seldom() -> None:
     good = fuzzing.FOUND
     assert fuzzing.score_results(json.dumps(good).encode())
     assert not fuzzing.score_results(b"[" * 200_000)
-    masks = [("segmentation", {"size": size, "counts": counts}) for counts in COUNTS for size in ([10, 20], [-10, -20], [10.0, 20], 5)]
+    masks = [
+        ("segmentation", {"size": size, "counts": counts})
+        for counts in COUNTS
+        for size in ([10, 20], [-10, -20], [10.0, 20], 5)
+    ]
     for key, value in STRANGE + masks:
         assert not fuzzing.score_results(json.dumps([good[0] | {key: value}]).encode()), (key, value)
 
@@ -66,7 +70,10 @@ def test_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
 
 
 @few
-@given(st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=3), st.lists(st.text(max_size=8), max_size=2))
+@given(
+    st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=3),
+    st.lists(st.text(max_size=8), max_size=2),
+)
 def test_overrides(pairs: list[tuple[str, str]], words: list[str]) -> None:
     fuzzing.check_overrides(pairs, words)
 

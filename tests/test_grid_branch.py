@@ -19,7 +19,17 @@ from fusedet.types import Levels, Target
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
 SIZES = torch.tensor([[75, 129], [64, 100]])
 SMALL = {"convs": 2, "point_channels": 4, "groups": 6}
-NEIGHBOURS = {0: [1, 3], 1: [0, 2, 4], 2: [1, 5], 3: [0, 4, 6], 4: [1, 3, 5, 7], 5: [2, 4, 8], 6: [3, 7], 7: [4, 6, 8], 8: [5, 7]}
+NEIGHBOURS = {
+    0: [1, 3],
+    1: [0, 2, 4],
+    2: [1, 5],
+    3: [0, 4, 6],
+    4: [1, 3, 5, 7],
+    5: [2, 4, 8],
+    6: [3, 7],
+    7: [4, 6, 8],
+    8: [5, 7],
+}
 
 
 def pyramid(size: tuple[int, int] = (75, 129), n: int = 2) -> list[Tensor]:
@@ -34,7 +44,13 @@ def targets() -> list[Target]:
 def samples() -> Samples:
     """Positives and negatives of both images, mixed."""
     table = torch.tensor(
-        [(1, 12.5, 9, 80.3, 61, 0), (0, 1, 1, 20, 20, -1), (0, 62, 8.5, 128, 74, 1), (1, 0, 0, 30, 12, -1), (0, 5, 7.7, 37.2, 49, 0)]
+        [
+            (1, 12.5, 9, 80.3, 61, 0),
+            (0, 1, 1, 20, 20, -1),
+            (0, 62, 8.5, 128, 74, 1),
+            (1, 0, 0, 30, 12, -1),
+            (0, 5, 7.7, 37.2, 49, 0),
+        ]
     )
     return Samples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
@@ -75,7 +91,11 @@ def test_transition_is_its_edges() -> None:
         for source in order:
             part = slice(4 * edge, 4 * edge + 4)
             sent = F.conv2d(
-                y[:, 4 * source : 4 * source + 4], layer.depthwise.weight[part], layer.depthwise.bias[part], padding=2, groups=4
+                y[:, 4 * source : 4 * source + 4],
+                layer.depthwise.weight[part],
+                layer.depthwise.bias[part],
+                padding=2,
+                groups=4,
             )
             expected += F.conv2d(sent, layer.pointwise.weight[part], layer.pointwise.bias[part])
             edge += 1
@@ -125,7 +145,12 @@ def test_half_precision() -> None:
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"side": 1}, "side=1"), ({"convs": 0}, "convs=0"), ({"size": 7}, "size=7"), ({"groups": 7}, "groups=7 must divide")],
+    [
+        ({"side": 1}, "side=1"),
+        ({"convs": 0}, "convs=0"),
+        ({"size": 7}, "size=7"),
+        ({"groups": 7}, "groups=7 must divide"),
+    ],
 )
 def test_impossible_options(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
@@ -148,7 +173,10 @@ def literal_targets(boxes: list, objects: list, side: int, cells: int, radius: i
                 px, py = a1 + i / (side - 1) * (a2 - a1), b1 + j / (side - 1) * (b2 - b1)
                 cx = int((px - (x1 - w / 4)) / w * whole)
                 cy = int((py - (y1 - h / 4)) / h * whole)
-                begin = [0 if k == 0 else whole // 2 if k == side - 1 else max(int((k / (side - 1) - 0.25) * whole), 0) for k in (i, j)]
+                begin = [
+                    0 if k == 0 else whole // 2 if k == side - 1 else max(int((k / (side - 1) - 0.25) * whole), 0)
+                    for k in (i, j)
+                ]
                 for y in range(cells):
                     for x in range(cells):
                         inside = (x + begin[0] - cx) ** 2 + (y + begin[1] - cy) ** 2 <= radius**2
@@ -168,7 +196,9 @@ def test_targets_are_the_definition(seed: int, shape: tuple[int, int, int]) -> N
     objects = boxes + torch.randn(4, 4) * 3
     found = branch.wanted(boxes.double(), objects.double())
     assert not found[0].any()
-    assert torch.equal(found.float(), literal_targets(boxes.double().tolist(), objects.double().tolist(), side, 2 * size, radius))
+    assert torch.equal(
+        found.float(), literal_targets(boxes.double().tolist(), objects.double().tolist(), side, 2 * size, radius)
+    )
 
 
 def test_targets_of_a_box_on_its_object() -> None:
@@ -203,7 +233,10 @@ def test_decoding_is_the_definition() -> None:
             for j in range(3):
                 score, place = logits[m, 3 * i + j].sigmoid().flatten().max(dim=0)
                 x, y = int(place) % 28 + 14 * i, int(place) // 28 + 14 * j
-                at = (x1 - (x2 - x1) / 2 + (x + 0.5) / 56 * 2 * (x2 - x1), y1 - (y2 - y1) / 2 + (y + 0.5) / 56 * 2 * (y2 - y1))
+                at = (
+                    x1 - (x2 - x1) / 2 + (x + 0.5) / 56 * 2 * (x2 - x1),
+                    y1 - (y2 - y1) / 2 + (y + 0.5) / 56 * 2 * (y2 - y1),
+                )
                 points.append((i, j, *at, float(score)))
         for side, (axis, line) in enumerate([(0, 0), (1, 0), (0, 2), (1, 2)]):
             on = [p for p in points if p[axis] == line]

@@ -120,7 +120,9 @@ def test_the_1x_line_has_background_first(tmp_path: Path, name: str) -> None:
     assert any("1.x" in note for note in old.notes)
     head, roi = old.config.model.head, old.config.model.roi
     assert (head["offset"], head["round_anchors"]) == (0.5, True)
-    assert all(part["pooling"] == {"type": "level", "samples": 2, "aligned": False} for part in roi["stages"] + roi["branches"])
+    assert all(
+        part["pooling"] == {"type": "level", "samples": 2, "aligned": False} for part in roi["stages"] + roi["branches"]
+    )
     assert "offset" not in today.config.model.head
 
 
@@ -135,7 +137,14 @@ def test_1x_config_and_names(tmp_path: Path) -> None:
     model = {
         "type": "MaskRCNN",
         "pretrained": "torchvision://resnet18",
-        "backbone": {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (0, 1, 2, 3), "frozen_stages": 1, "style": "pytorch"},
+        "backbone": {
+            "type": "ResNet",
+            "depth": 18,
+            "num_stages": 4,
+            "out_indices": (0, 1, 2, 3),
+            "frozen_stages": 1,
+            "style": "pytorch",
+        },
         "neck": {"type": "FPN", "in_channels": [64, 128, 256, 512], "out_channels": 64, "num_outs": 5},
         "rpn_head": {
             "type": "RPNHead",
@@ -162,11 +171,15 @@ def test_1x_config_and_names(tmp_path: Path) -> None:
             "reg_class_agnostic": False,
         },
         "mask_roi_extractor": extractor | {"roi_layer": {"type": "RoIAlign", "out_size": 14, "sample_num": 2}},
-        "mask_head": {"type": "FCNMaskHead", "num_convs": 4, "in_channels": 64, "conv_out_channels": 64, "num_classes": 6},
+        "mask_head": {
+            "type": "FCNMaskHead",
+            "num_convs": 4,
+            "in_channels": 64,
+            "conv_out_channels": 64,
+            "num_classes": 6,
+        },
     }
-    text = (
-        f"model = {model!r}\ntest_cfg = dict(rpn=dict(nms_pre=900, max_num=800, nms_thr=0.6), rcnn=dict(score_thr=0.1, max_per_img=70))\n"
-    )
+    text = f"model = {model!r}\ntest_cfg = dict(rpn=dict(nms_pre=900, max_num=800, nms_thr=0.6), rcnn=dict(score_thr=0.1, max_per_img=70))\n"
     text += "img_norm_cfg = dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
     text += "test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(1000, 600), transforms=[dict(type='Normalize', **img_norm_cfg)])]\n"
     (tmp_path / "old.py").write_text(text)
@@ -193,8 +206,18 @@ def test_anchors_of_the_1x_line() -> None:
             for x in range(width):
                 for ratio in (0.5, 1.0, 2.0):
                     w, h, centre = stride * 8 / ratio**0.5, stride * 8 * ratio**0.5, 0.5 * (stride - 1)
-                    box = [centre - 0.5 * (w - 1), centre - 0.5 * (h - 1), centre + 0.5 * (w - 1), centre + 0.5 * (h - 1)]
-                    wanted.append([round(v) + shift for v, shift in zip(box, (x * stride, y * stride, x * stride + 1, y * stride + 1))])
+                    box = [
+                        centre - 0.5 * (w - 1),
+                        centre - 0.5 * (h - 1),
+                        centre + 0.5 * (w - 1),
+                        centre + 0.5 * (h - 1),
+                    ]
+                    wanted.append(
+                        [
+                            round(v) + shift
+                            for v, shift in zip(box, (x * stride, y * stride, x * stride + 1, y * stride + 1))
+                        ]
+                    )
     assert torch.equal(priors, torch.tensor(wanted, dtype=torch.float32))
 
 
@@ -276,11 +299,19 @@ def resize(**words: Any) -> Any:
         ({}, {"antialias": False}, None),
         (resize(keep_ratio=True), {"size": [800, 1333], "antialias": False}, None),
         (resize(backend="pillow"), {"size": [800, 1333], "antialias": True}, None),
-        (resize(interpolation="area"), {"size": [800, 1333], "antialias": False}, "images were resized by 'area', here bilinearly"),
+        (
+            resize(interpolation="area"),
+            {"size": [800, 1333], "antialias": False},
+            "images were resized by 'area', here bilinearly",
+        ),
         (
             {
                 "test_pipeline": [
-                    {"type": "MultiScaleFlipAug", "img_scale": (1000, 600), "transforms": [{"type": "Resize", "backend": "pillow"}]}
+                    {
+                        "type": "MultiScaleFlipAug",
+                        "img_scale": (1000, 600),
+                        "transforms": [{"type": "Resize", "backend": "pillow"}],
+                    }
                 ]
             },
             {"size": [600, 1000], "antialias": True},
@@ -299,7 +330,9 @@ def test_twins_need_two_partners() -> None:
     """A detection that stands there twice is no partner of two that differ."""
     theirs = {"boxes": [[0, 0, 9, 9], [0, 0, 9, 9.08]], "scores": [0.5, 0.5], "labels": [1, 1]}
     agree(Detections(torch.tensor(theirs["boxes"]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1])), theirs)
-    between = Detections(torch.tensor([[0, 0, 9, 9.04], [0, 0, 9, 9.2]]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1]))
+    between = Detections(
+        torch.tensor([[0, 0, 9, 9.04], [0, 0, 9, 9.2]]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1])
+    )
     with pytest.raises(AssertionError):
         agree(between, theirs)
 
@@ -332,7 +365,9 @@ def test_a_later_config_for_the_1x_line(tmp_path: Path, generator: str) -> None:
     """The config's class decides where boxes end, and the note says the same."""
     spec = case("retinanet_r18_gn")
     model = json.loads(json.dumps(spec["model"]))
-    model["bbox_head"]["anchor_generator"] |= {"type": generator} | ({"center_offset": 0.5} if generator.startswith("L") else {})
+    model["bbox_head"]["anchor_generator"] |= {"type": generator} | (
+        {"center_offset": 0.5} if generator.startswith("L") else {}
+    )
     old = {"state_dict": weights(spec), "meta": {"mmdet_version": "1.2.0"}}
     found = converted(tmp_path, old, model)
     last = any("include their last pixel" in note for note in found.notes)
@@ -364,7 +399,12 @@ def altered(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("retinanet_r18_gn", "bbox_head.stacked_convs", 10**5, r"stacked_convs=100000 must be from 0 to 100"),
         ("retinanet_r18_gn", "test_cfg", 3, r"model\.test_cfg must be a mapping"),
         ("retinanet_r18_gn", "test_cfg.score_thr", 10**400, r"test_cfg\.score_thr=1\d* must be a number"),
-        ("mask_rcnn_r18", "roi_head.bbox_roi_extractor.roi_layer.output_size", [], r"roi_layer\.output_size=\[\] must be one side"),
+        (
+            "mask_rcnn_r18",
+            "roi_head.bbox_roi_extractor.roi_layer.output_size",
+            [],
+            r"roi_layer\.output_size=\[\] must be one side",
+        ),
         ("mask_rcnn_r18", "roi_head.bbox_head.with_reg", 3, r"bbox_head\.with_reg must be bool"),
         ("cascade_mask_rcnn_r18", "roi_head.num_stages", 10**9, r"num_stages=1000000000 must be from 1 to 16"),
         ("grid_rcnn_r18", "roi_head.grid_head.grid_points", -1, r"grid_points=-1 must be from 1"),
@@ -379,7 +419,9 @@ def test_values_of_another_type(name: str, path: str, value: Any, message: str) 
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["config", "no config"])
-@pytest.mark.parametrize("key", ["bbox_head.retina_reg.weight", "bbox_head.retina_cls.weight", "backbone.layer1.0.conv2.weight"])
+@pytest.mark.parametrize(
+    "key", ["bbox_head.retina_reg.weight", "bbox_head.retina_cls.weight", "backbone.layer1.0.conv2.weight"]
+)
 @pytest.mark.parametrize("shape", [(), (0,)])
 def test_weights_without_axes(tmp_path: Path, told: bool, key: str, shape: tuple[int, ...]) -> None:
     spec = case("libra_retinanet_r18")
@@ -390,7 +432,12 @@ def test_weights_without_axes(tmp_path: Path, told: bool, key: str, shape: tuple
 def test_the_whole_of_a_state_may_be_odd(tmp_path: Path) -> None:
     """Any one weight without axes is told of, in the 1.x line as well."""
     state = old_names(weights(case("mask_rcnn_r18")))
-    for key in ("bbox_head.fc_cls.bias", "mask_head.conv_logits.bias", "rpn_head.rpn_cls.weight", "neck.lateral_convs.0.conv.weight"):
+    for key in (
+        "bbox_head.fc_cls.bias",
+        "mask_head.conv_logits.bias",
+        "rpn_head.rpn_cls.weight",
+        "neck.lateral_convs.0.conv.weight",
+    ):
         with pytest.raises(InputError, match=key.rpartition(".")[0].replace(".", r"\.")):
             converted(tmp_path, {"state_dict": state | {key: torch.tensor(1.0)}}, None)
 

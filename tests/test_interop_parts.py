@@ -50,7 +50,9 @@ def test_caffe_style_with_deformable_stages() -> None:
 def test_means_of_the_config() -> None:
     backbone = Backbone("resnet18", pretrained=False, mean=(100.0, 50.0, 25.0), std=(1.0, 2.0, 5.0))
     pixel = torch.tensor([110.0, 52.0, 35.0]).view(3, 1, 1)
-    assert torch.allclose(pixel * backbone.scale + backbone.shift, torch.tensor([10.0, 1.0, 2.0]).view(3, 1, 1), atol=1e-5)
+    assert torch.allclose(
+        pixel * backbone.scale + backbone.shift, torch.tensor([10.0, 1.0, 2.0]).view(3, 1, 1), atol=1e-5
+    )
     assert not {"scale", "shift"} & set(backbone.state_dict())
 
 

@@ -48,7 +48,9 @@ def bookkeeping() -> Any:
             return 0.0
 
     class ConfigDict(dict):
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # as MMEngine's: the items are the constructor's argument
+        def __reduce_ex__(
+            self, protocol: Any
+        ) -> tuple[Any, ...]:  # as MMEngine's: the items are the constructor's argument
             return type(self), (dict(self),), None, None, None, None
 
     class Items(dict):  # as MMCV's: the items are set afterwards
@@ -63,7 +65,12 @@ def bookkeeping() -> Any:
     added += package("addict", "addict", Dict=Items)
     HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
     HistoryBuffer.mean.__module__ = HistoryBuffer.__module__
-    yield {"buffer": HistoryBuffer(), "mapping": ConfigDict(a=1, b=ConfigDict(c=2)), "items": Items(d=3), "unknown": Unknown()}
+    yield {
+        "buffer": HistoryBuffer(),
+        "mapping": ConfigDict(a=1, b=ConfigDict(c=2)),
+        "items": Items(d=3),
+        "unknown": Unknown(),
+    }
     for name in added:
         sys.modules.pop(name, None)
 
@@ -85,7 +92,11 @@ def test_bookkeeping_is_inert(tmp_path: Path, bookkeeping: dict[str, Any], zippe
     assert found["meta"]["extra"] == {"a": 1, "b": {"c": 2}}
     assert found["meta"]["items"] == {"d": 3}
     assert type(found["message_hub"]["log_scalars"]["loss"]) is not type(bookkeeping["buffer"])
-    torch.save({"state_dict": WEIGHTS, "other": bookkeeping["unknown"]}, tmp_path / "other.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": WEIGHTS, "other": bookkeeping["unknown"]},
+        tmp_path / "other.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(InputError, match=r"holds mmengine\.model\.Unknown"):
         read(tmp_path / "other.pth")
 
@@ -111,7 +122,9 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_arguments_of_torchvisions_training(tmp_path: Path) -> None:
     """Its reference script saves what it was called with; that is no reason to refuse the weights."""
-    torch.save({"model": WEIGHTS, "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 3}, tmp_path / "model.pth")
+    torch.save(
+        {"model": WEIGHTS, "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 3}, tmp_path / "model.pth"
+    )
     found = read(tmp_path / "model.pth")
     assert weights(found, "x").keys() == WEIGHTS.keys()
     assert not isinstance(found["args"], argparse.Namespace)
@@ -121,7 +134,9 @@ def test_arguments_of_torchvisions_training(tmp_path: Path) -> None:
 def test_a_pickle_that_torch_did_not_write(tmp_path: Path, protocol: int) -> None:
     """Code in it is named and not run, like that in a file of torch.save."""
     (tmp_path / "model.pth").write_bytes(pickle.dumps({"state_dict": Code(f"touch {tmp_path}/ran")}, protocol=protocol))
-    with pytest.raises(InputError, match=r"is a plain pickle, not a file of torch\.save and holds posix\.system: it is not run"):
+    with pytest.raises(
+        InputError, match=r"is a plain pickle, not a file of torch\.save and holds posix\.system: it is not run"
+    ):
         read(tmp_path / "model.pth")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "model.pth").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
@@ -146,7 +161,9 @@ def test_what_is_fusedets_already(tmp_path: Path, name: str) -> None:
     torch.save({"model": WEIGHTS, "meta": {"config": config, "format": "fusedet"}}, tmp_path / "last.ckpt")
     save_file(WEIGHTS, tmp_path / "best.safetensors", {"config": config, "format": "fusedet"})
     file = tmp_path / name
-    with pytest.raises(InputError, match=f"^{file} is fusedet's own already, there is nothing to convert: .* fusedet predict {file} "):
+    with pytest.raises(
+        InputError, match=f"^{file} is fusedet's own already, there is nothing to convert: .* fusedet predict {file} "
+    ):
         convert(file)
     save_file(WEIGHTS, tmp_path / "other.safetensors", {"format": "pt"})
     assert read(tmp_path / "other.safetensors").keys() == WEIGHTS.keys()
@@ -158,7 +175,9 @@ def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         return complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out")
 
     for zipped in (True, False):
-        spoken = said({"state_dict": WEIGHTS, "hook": Code(f"touch {tmp_path}/ran")}, _use_new_zipfile_serialization=zipped)
+        spoken = said(
+            {"state_dict": WEIGHTS, "hook": Code(f"touch {tmp_path}/ran")}, _use_new_zipfile_serialization=zipped
+        )
         assert "system" in spoken
         whole = (tmp_path / "model.pth").read_bytes()
         (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -174,7 +193,9 @@ def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not (tmp_path / "out").exists()
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
-    assert "nothing is overwritten" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "kept")
+    assert "nothing is overwritten" in complaint(
+        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "kept"
+    )
 
 
 BODY = (
@@ -201,23 +222,35 @@ RETINA = f"model = dict(type='RetinaNet', {BODY}, bbox_head=dict(type='RetinaHea
         (RETINA + "_base_ = 3\n", 2, "_base_"),
     ],
 )
-def test_configs_are_never_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, what: str) -> None:
+def test_configs_are_never_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, what: str
+) -> None:
     torch.save(WEIGHTS, tmp_path / "model.pth")
     (tmp_path / "config.py").write_text(text)
-    said = complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py")
+    said = complaint(
+        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py"
+    )
     assert f"config.py, line {line}" in said
     assert what in said
 
 
 def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(
-        {"state_dict": {**WEIGHTS, "bbox_head.retina_cls.weight": torch.zeros(45, 1), "bbox_head.retina_reg.weight": torch.zeros(36, 1)}},
+        {
+            "state_dict": {
+                **WEIGHTS,
+                "bbox_head.retina_cls.weight": torch.zeros(45, 1),
+                "bbox_head.retina_reg.weight": torch.zeros(36, 1),
+            }
+        },
         tmp_path / "model.pth",
     )
 
     def said(text: str) -> str:
         (tmp_path / "config.py").write_text(text)
-        return complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py")
+        return complaint(
+            capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py"
+        )
 
     spoken = said(RETINA)
     assert "does not match" in spoken
@@ -229,7 +262,10 @@ def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not here"),
         (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not here"),
         (RETINA.replace("'RetinaHead'", "'ATSSHead'"), "unknown bbox_head of MMDetection 'ATSSHead'"),
-        (RETINA.replace("num_classes=5", "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"), "target_stds"),
+        (
+            RETINA.replace("num_classes=5", "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"),
+            "target_stds",
+        ),
         (RETINA.replace("'on_input'", "'on_lateral'"), "on_lateral"),
         ("x = 1", "no `model`"),
         ("model = dict(type='RetinaNet')", "no model.backbone"),
@@ -237,11 +273,15 @@ def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ):
         assert what in said(text), text
     assert "config.py: the config is empty" in said("# nothing yet\n")
-    assert "unknown config" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "retinanet_r5")
+    assert "unknown config" in complaint(
+        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "retinanet_r5"
+    )
     assert "there is no config file" in complaint(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "gone.py"
     )
-    assert "neither FILE.pth nor OUT" in complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "faster.py")
+    assert "neither FILE.pth nor OUT" in complaint(
+        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "faster.py"
+    )
     (tmp_path / "loop.py").write_text("_base_ = './config.py'")
     assert "its own base" in said("_base_ = './loop.py'")
 

@@ -23,7 +23,10 @@ def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     torch.save({"state_dict": state, "meta": {"mmdet_version": "3.3.0"}}, tmp_path / "model.pth")
     (tmp_path / "config.py").write_text(f"model = {spec['model']!r}\n")
     out = tmp_path / "out"
-    assert cli.run(["convert", "weights", str(tmp_path / "model.pth"), str(out), "--config", str(tmp_path / "config.py")]) == 0
+    assert (
+        cli.run(["convert", "weights", str(tmp_path / "model.pth"), str(out), "--config", str(tmp_path / "config.py")])
+        == 0
+    )
     image = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
     width, height = spec["picture_size"]
     size = f"data.size=[{min(width, height)},{max(width, height)}]"

@@ -21,13 +21,18 @@ from fusedet.models.detectors import from_config
 from fusedet.types import Batch, Detections
 from partners import partners
 
-SIZE = (128, 256)  # multiples of the coarsest stride: others torchvision's anchors of P6 and P7 stand apart by less than it
+SIZE = (
+    128,
+    256,
+)  # multiples of the coarsest stride: others torchvision's anchors of P6 and P7 stand apart by less than it
 OPTIONS = {"min_size": SIZE[0], "max_size": SIZE[1]}
 
 
 def dense_body(v2: bool = False) -> nn.Module:
     """ResNet-18 with a pyramid P3 to P7."""
-    return _resnet_fpn_extractor(resnet18(), 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(512 if v2 else 256, 256))
+    return _resnet_fpn_extractor(
+        resnet18(), 5, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(512 if v2 else 256, 256)
+    )
 
 
 def retinanet(v2: bool) -> nn.Module:
@@ -45,7 +50,9 @@ def two_stage(v2: bool, masks: bool) -> nn.Module:
         parts["box_head"] = FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d)
         if masks:
             parts["mask_head"] = MaskRCNNHeads(256, [256] * 4, 1, norm_layer=nn.BatchNorm2d)
-    return (detection.MaskRCNN if masks else detection.FasterRCNN)(body, 6, rpn_post_nms_top_n_test=200, **parts, **OPTIONS)
+    return (detection.MaskRCNN if masks else detection.FasterRCNN)(
+        body, 6, rpn_post_nms_top_n_test=200, **parts, **OPTIONS
+    )
 
 
 MODELS = {
@@ -130,14 +137,18 @@ def test_rows_of_coco(tmp_path: Path) -> None:
     model = filled(detection.FCOS(dense_body(), 91, **OPTIONS))
     found = converted(model, tmp_path)
     assert (len(found.names), found.names[11], found.category_ids[11]) == (80, "stop sign", 13)
-    assert torch.equal(found.weights["head.cls.weight"][11], model.state_dict()["head.classification_head.cls_logits.weight"][13])
+    assert torch.equal(
+        found.weights["head.cls.weight"][11], model.state_dict()["head.classification_head.cls_logits.weight"][13]
+    )
     faster = two_stage(False, False)
     faster.roi_heads.box_predictor = detection.faster_rcnn.FastRCNNPredictor(1024, 91)
     state = filled(faster).state_dict()
     found = converted(faster, tmp_path)
     assert torch.equal(found.weights["stages.0.cls.weight"][11], state["roi_heads.box_predictor.cls_score.weight"][13])
     assert torch.equal(found.weights["stages.0.cls.weight"][80], state["roi_heads.box_predictor.cls_score.weight"][0])
-    assert torch.equal(found.weights["stages.0.reg.bias"][44:48], state["roi_heads.box_predictor.bbox_pred.bias"][52:56])
+    assert torch.equal(
+        found.weights["stages.0.reg.bias"][44:48], state["roi_heads.box_predictor.bbox_pred.bias"][52:56]
+    )
 
 
 def test_first_weights(tmp_path: Path) -> None:

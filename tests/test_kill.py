@@ -12,7 +12,14 @@ from conftest import SMALL
 from killing import INT, KILL, TERM, Training, differences, killed_at_random, undisturbed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-OPTIONS = [*SMALL, "data.workers=1", "train.epochs=3", "train.accumulate=2", "train.ema=0.9", "train.checkpoint_every=1steps"]
+OPTIONS = [
+    *SMALL,
+    "data.workers=1",
+    "train.epochs=3",
+    "train.accumulate=2",
+    "train.ema=0.9",
+    "train.checkpoint_every=1steps",
+]
 FAULTS = [  # each met by the process that goes on from the one before
     ("in the middle of a checkpoint", 1, KILL),  # before there is one
     ("after half a row", 1, KILL),

@@ -28,7 +28,9 @@ def test_every_detector_learns_under_one_recipe(learning: ModuleType, tmp_path: 
     """All small configs are there, and their runs differ in pyramid, neck, head and stages alone."""
     assert {f"{name}_tiny" for name in learning.LEAST} == {name for name in config.names() if name.endswith("_tiny")}
     recipes = [learning.recipe(name, tmp_path, tmp_path) for name in learning.LEAST]
-    assert len({replace(c.train, schedule=None) for c in recipes}) == 1  # the name of a schedule; its values are beside it
+    assert (
+        len({replace(c.train, schedule=None) for c in recipes}) == 1
+    )  # the name of a schedule; its values are beside it
     assert len({c.data for c in recipes}) == 1
     assert all(c.model.backbone == recipes[0].model.backbone for c in recipes)
     assert {c.model.pyramid.channels for c in recipes} == {64}
@@ -60,7 +62,9 @@ def test_figures_of_a_run_by_hand(learning: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("boxes", "masks", "reached"), [(0.0, 0.0, True), (-0.01, 0.0, False), (0.0, -0.01, False)])
-def test_both_values_must_be_reached(learning: ModuleType, tmp_path: Path, boxes: float, masks: float, reached: bool) -> None:
+def test_both_values_must_be_reached(
+    learning: ModuleType, tmp_path: Path, boxes: float, masks: float, reached: bool
+) -> None:
     least = learning.LEAST["mask_rcnn"]
     scores = {"AP": 0.1, "AP50": least["AP50"] + boxes, "mask_AP": 0.1, "mask_AP50": least["mask_AP50"] + masks}
     assert learning.figures("mask_rcnn", write_run(tmp_path / "run", "mask_rcnn", scores))["reached"] is reached
@@ -80,7 +84,9 @@ def test_the_page_says_what_the_script_asks_for(learning: ModuleType) -> None:
     page = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
     for name, least in learning.LEAST.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}_tiny` |"))
-        _, box, least_box, mask, least_mask, *_ = [float(cell) if cell.strip() else None for cell in row.strip("|").split("|")[1:]]
+        _, box, least_box, mask, least_mask, *_ = [
+            float(cell) if cell.strip() else None for cell in row.strip("|").split("|")[1:]
+        ]
         assert (least_box, least_mask) == (least["AP50"], least.get("mask_AP50"))
         assert box is not None
         assert 0.03 < box - least["AP50"] < 0.1

@@ -31,7 +31,9 @@ def make(folder, sizes, objects=3):
         boxes = np.hstack([corners, corners + rng.uniform(5, 10, (n, 2))])
         segments = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
         dataset.append(
-            ImageAnnotations(100 + i, path, height, width, boxes, rng.integers(0, 3, n), rng.random(n) < 0.2, np.ones(n), segments)
+            ImageAnnotations(
+                100 + i, path, height, width, boxes, rng.integers(0, 3, n), rng.random(n) < 0.2, np.ones(n), segments
+            )
         )
     return DetectionDataset.build(["a", "b", "c"], [1, 2, 3], dataset, source=folder, form="coco")
 
@@ -155,7 +157,9 @@ def test_torch_generator_is_left_alone(dataset):
 
 def test_processes_see_the_joint_batch_of_one(dataset):
     joint = list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True).epoch(3))
-    ranks = [list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3)) for r in range(2)]
+    ranks = [
+        list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3)) for r in range(2)
+    ]
     assert [len(r) for r in ranks] == [len(joint)] * 2
     for whole, *parts in zip(joint, *ranks):
         assert torch.equal(whole.images, torch.cat([p.images for p in parts])), "the padding too is the same"
@@ -194,7 +198,9 @@ def test_evaluation_is_in_order_of_aspect_ratio(dataset):
 def test_annotations_are_not_copied_to_workers(tmp_path):
     (tmp_path / "many").mkdir()
     small, large = make(tmp_path, [(40, 60)] * 2), make(tmp_path / "many", [(40, 60)] * 2, objects=20_000)
-    few, many = (len(ForkingPickler.dumps(train_loader(r, TRANSFORM, batch=2).steps.loader.dataset)) for r in (small, large))
+    few, many = (
+        len(ForkingPickler.dumps(train_loader(r, TRANSFORM, batch=2).steps.loader.dataset)) for r in (small, large)
+    )
     assert many < 8_000
     assert many - few < 500
     assert len(pickle.dumps(large.boxes)) > 500_000

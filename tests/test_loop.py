@@ -133,7 +133,9 @@ def test_validation_every_second_epoch_and_at_the_end(tmp_path):
 def test_an_unknown_monitor_is_said_and_the_epoch_is_not_lost(tmp_path):
     with pytest.raises(InputError, match="unknown metric to monitor 'AP5': did you mean 'AP50'"):
         train(tmp_path, replace(RECIPE, monitor="AP5"), validate=lambda module, epoch: {"AP50": 0.5})
-    _, result = train(tmp_path, replace(RECIPE, monitor="AP50"), validate=lambda module, epoch: {"AP50": 0.5}, resume=True)
+    _, result = train(
+        tmp_path, replace(RECIPE, monitor="AP50"), validate=lambda module, epoch: {"AP50": 0.5}, resume=True
+    )
     assert result["step"] == 21
 
 
@@ -188,7 +190,9 @@ def test_accumulated_batches_give_the_mean_gradient_and_a_short_last_step(tmp_pa
 
 
 def test_the_gradient_norm_is_clipped_and_logged(tmp_path):
-    recipe = replace(RECIPE, epochs=1, log_every=1, clip_norm=1e-3, optim=Optim(lr=1.0, momentum=0, weight_decay=0, warmup_steps=0))
+    recipe = replace(
+        RECIPE, epochs=1, log_every=1, clip_norm=1e-3, optim=Optim(lr=1.0, momentum=0, weight_decay=0, warmup_steps=0)
+    )
     torch.manual_seed(1)
     before = [p.detach().clone() for p in FakeDetector().parameters()]
     detector, _ = train(tmp_path, recipe, loader=FakeLoader(1))
@@ -253,7 +257,8 @@ def spoilt(where: tuple[int, int]):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_take_it(tmp_path):
     _, _ = train(tmp_path / "good", replace(RECIPE, epochs=1))
     with pytest.raises(
-        NonFinite, match=r"the loss term 'loss_box' is nan at step 10, images 408, 409, 410, 411: .*what was saved before is still whole"
+        NonFinite,
+        match=r"the loss term 'loss_box' is nan at step 10, images 408, 409, 410, 411: .*what was saved before is still whole",
     ):
         train(tmp_path / "bad", loader=FakeLoader(change=spoilt((1, 2))))
     good, bad = (checkpoint.load(tmp_path / name / "last.ckpt") for name in ("good", "bad"))
@@ -416,7 +421,8 @@ def test_a_held_section_ends_before_the_interruption():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"accumulate": 0}, {"ema_decay": 1.0}, {"clip_norm": 0.0}, {"patience": 0}, {"log_every": 0}]
+    "wrong",
+    [{"epochs": 0}, {"accumulate": 0}, {"ema_decay": 1.0}, {"clip_norm": 0.0}, {"patience": 0}, {"log_every": 0}],
 )
 def test_wrong_options_are_said(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
@@ -434,7 +440,14 @@ def test_remaining_time_counts_validations():
 
 
 def test_plain_lines_without_a_terminal(capsys, tmp_path):
-    fit(Fabric(accelerator="cpu", devices=1), FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, validate=scores(0.5, 0.6, 0.4))
+    fit(
+        Fabric(accelerator="cpu", devices=1),
+        FakeDetector(),
+        FakeLoader(),
+        RECIPE,
+        out=tmp_path,
+        validate=scores(0.5, 0.6, 0.4),
+    )
     said = capsys.readouterr().out
     assert "epoch 1/3, step 7/7: over 0:00:00 left · loss " in said
     assert "epoch 2/3: AP 0.6 (best)\n" in said
@@ -474,10 +487,14 @@ def test_loggers_that_are_absent_or_unknown(tmp_path, monkeypatch):
 
 def test_services_get_every_row_and_their_end(tmp_path, monkeypatch):
     calls: list[tuple] = []
-    run = types.SimpleNamespace(log=lambda row, step: calls.append((row["AP"], step)), finish=lambda exit_code: calls.append(exit_code))
+    run = types.SimpleNamespace(
+        log=lambda row, step: calls.append((row["AP"], step)), finish=lambda exit_code: calls.append(exit_code)
+    )
     wandb = types.SimpleNamespace(init=lambda **options: run)
     mlflow = types.SimpleNamespace(
-        start_run=lambda run_name: run, log_metrics=lambda row, step: calls.append((row["AP"], step)), end_run=calls.append
+        start_run=lambda run_name: run,
+        log_metrics=lambda row, step: calls.append((row["AP"], step)),
+        end_run=calls.append,
     )
     monkeypatch.setattr(logging, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "wandb", wandb)

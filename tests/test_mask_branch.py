@@ -73,7 +73,9 @@ def test_logits_are_torchvisions() -> None:
     """With torchvision's mask head and predictor and the same weights, on the same pooled features."""
     branch = MaskBranch(LEVELS, 3, convs=2, channels=8)
     head, predictor = MaskRCNNHeads(16, (8, 8), 1), MaskRCNNPredictor(8, 8, 3)
-    for ours, theirs in zip([*branch.convs, branch.upsample, branch.logits], [head[0][0], head[1][0], predictor[0], predictor[2]]):
+    for ours, theirs in zip(
+        [*branch.convs, branch.upsample, branch.logits], [head[0][0], head[1][0], predictor[0], predictor[2]]
+    ):
         ours.load_state_dict(theirs.state_dict())
     features, rois = pyramid(), samples().rois
     assert torch.allclose(branch(features, rois), predictor(head(branch.pooling(features, rois))), atol=1e-5)
@@ -155,7 +157,9 @@ def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]
             total = 0.0
             for a in range(rows):
                 for b in range(columns):
-                    total += pixel(y1 + (i + (a + 0.5) / rows) * cell_h - 0.5, x1 + (j + (b + 0.5) / columns) * cell_w - 0.5)
+                    total += pixel(
+                        y1 + (i + (a + 0.5) / rows) * cell_h - 0.5, x1 + (j + (b + 0.5) / columns) * cell_w - 0.5
+                    )
             line.append(total / (rows * columns))
         out.append(line)
     return out
@@ -246,7 +250,9 @@ def test_objects_without_masks_are_refused() -> None:
 
 
 def found_boxes() -> tuple[Selected, Tensor]:
-    boxes = torch.tensor([[[4.0, 6, 40, 50], [60, 10, 120, 70], [0, 0, 0, 0]], [[10, 8, 90, 60], [0, 0, 0, 0], [0, 0, 0, 0]]])
+    boxes = torch.tensor(
+        [[[4.0, 6, 40, 50], [60, 10, 120, 70], [0, 0, 0, 0]], [[10, 8, 90, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
+    )
     labels = torch.tensor([[2, 0, 0], [1, 0, 0]])
     return Selected(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
 

@@ -36,7 +36,9 @@ SMALL_MASKS = [
 @pytest.fixture(scope="module")
 def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "masks"
-    assert cli.run(["train", "mask_rcnn_r18", f"data={scenes}", f"out={out}", "train.monitor=mask_AP", *SMALL_MASKS]) == 0
+    assert (
+        cli.run(["train", "mask_rcnn_r18", f"data={scenes}", f"out={out}", "train.monitor=mask_AP", *SMALL_MASKS]) == 0
+    )
     return out
 
 
@@ -140,7 +142,9 @@ def test_results_in_cocos_form_are_the_masks() -> None:
     assert none.to_coco() == []
 
 
-def test_data_without_masks_is_refused_before_anything_is_written(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_without_masks_is_refused_before_anything_is_written(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = shutil.copytree(scenes, tmp_path / "data")
     for file in data.rglob("*val*.json"):
         content = json.loads(file.read_text())
@@ -154,6 +158,13 @@ def test_data_without_masks_is_refused_before_anything_is_written(scenes: Path, 
     assert len(evaluation.coco(read(data, "val"), [])) > 0
 
 
-def test_masks_cannot_be_monitored_without_masks(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={tmp_path / 'run'}", "train.monitor=mask_AP", *SMALL]) == 2
+def test_masks_cannot_be_monitored_without_masks(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.run(
+            ["train", "retinanet_tiny", f"data={scenes}", f"out={tmp_path / 'run'}", "train.monitor=mask_AP", *SMALL]
+        )
+        == 2
+    )
     assert "train.monitor=mask_AP" in capsys.readouterr().err

@@ -92,7 +92,9 @@ def enhanced(sem: nn.Module, M: Tensor) -> Tensor:
         weights = []
         for m in range(H * W):  # the cell m of each of the N maps
             column = [R[n, m] for n in range(H * W)]
-            weights.append(sigmoid(sum(column) / len(column)) if sem.pool_first else sum(map(sigmoid, column)) / len(column))
+            weights.append(
+                sigmoid(sum(column) / len(column)) if sem.pool_first else sum(map(sigmoid, column)) / len(column)
+            )
         out = torch.stack(weights).view(1, H, W) * cellwise(sem.w_v, M)
     if sem.channel:
         mean = torch.stack([M[c].sum() / (H * W) for c in range(C)])
@@ -124,7 +126,9 @@ def gated(gate: nn.Module, kind: str, x: Tensor) -> Tensor:
         return out
     mean, largest = x.flatten(1).mean(dim=1), x.flatten(1).max(dim=1).values
     if kind == "cam":
-        weight = sigmoid(sum(dense(gate.attention.mlp[2], dense(gate.attention.mlp[0], v).clamp(min=0)) for v in (mean, largest)))
+        weight = sigmoid(
+            sum(dense(gate.attention.mlp[2], dense(gate.attention.mlp[0], v).clamp(min=0)) for v in (mean, largest))
+        )
     elif kind == "cag":
         terms = [dense(gate.fc1, mean), dense(gate.fc2, largest)]
         weight = sigmoid(sum(t.clamp(min=0) for t in terms) if gate.relu else sum(terms))
@@ -216,7 +220,10 @@ def test_the_equations(options: dict, finest: int, coarsest: int, top: str) -> N
 def test_pooling_needs_no_matrix(cells: int, gn1: bool) -> None:
     """The mean over the N maps, made from means and Gram products, is that of the matrix, large common parts or not."""
     for offset in (0, 5):
-        Q, K = (torch.randn(2, 6, cells, dtype=torch.float64) + offset * torch.randn(2, 6, 1, dtype=torch.float64) for _ in range(2))
+        Q, K = (
+            torch.randn(2, 6, cells, dtype=torch.float64) + offset * torch.randn(2, 6, 1, dtype=torch.float64)
+            for _ in range(2)
+        )
         R = torch.stack([relation_matrix(q, k, gn1) for q, k in zip(Q, K)])
         assert torch.allclose(relation(Q, K, gn1), sigmoid(R.mean(dim=1)), atol=1e-12)
         assert torch.allclose(relation(Q, K, gn1, pool_first=False), sigmoid(R).mean(dim=1), atol=1e-12)
@@ -232,7 +239,10 @@ def test_both_readings_of_the_pooling_are_one(gn1: bool, pool_first: bool) -> No
     Q, K = sem.w_q(M).flatten(2), sem.w_k(M).flatten(2)
     R = torch.stack([relation_matrix(q, k, gn1) for q, k in zip(Q, K)])
     over_cells = sigmoid(R.mean(dim=2)) if pool_first else sigmoid(R).mean(dim=2)
-    other = over_cells.view(2, 1, 2, 3) * sem.w_v(M) * sem.fc1(sem.fc2(M.mean(dim=(2, 3), keepdim=True)).relu()).sigmoid() + M
+    other = (
+        over_cells.view(2, 1, 2, 3) * sem.w_v(M) * sem.fc1(sem.fc2(M.mean(dim=(2, 3), keepdim=True)).relu()).sigmoid()
+        + M
+    )
     assert not torch.allclose(sem(M), other)
     sem.w_q, sem.w_k = sem.w_k, sem.w_q
     assert torch.allclose(sem(M), other, atol=1e-12)
@@ -297,7 +307,9 @@ def test_a_gate_sees_rows_and_columns() -> None:
     assert torch.allclose(gate(x), torch.sigmoid(torch.tensor([[2.0, 2.0], [6.0, 6.0]])) * x)
 
 
-@pytest.mark.parametrize(("options", "reaches"), [({}, True), (OFF, False), (OFF | {"sem": "none", "sim": "full"}, True)])
+@pytest.mark.parametrize(
+    ("options", "reaches"), [({}, True), (OFF, False), (OFF | {"sem": "none", "sim": "full"}, True)]
+)
 @torch.no_grad()
 def test_a_far_pixel_changes_the_output_through_the_context(options: dict, reaches: bool) -> None:
     """The finest level's first cell takes notice of the last cell of C3, 40 cells away, only where the context is injected."""
@@ -334,7 +346,9 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters", "cost"), COUNTS, ids=lambda o: ",".join(map(str, o.values())) if isinstance(o, dict) else None
+    ("options", "parameters", "cost"),
+    COUNTS,
+    ids=lambda o: ",".join(map(str, o.values())) if isinstance(o, dict) else None,
 )
 def test_parameters_and_multiply_adds(options: dict, parameters: int, cost: float) -> None:
     """Of ResNet-50's P2 to P6 at 800 x 1344; eq. 6 by Gram products costs 0.017 G more than its matrix would."""
@@ -349,7 +363,11 @@ def test_parts_of_the_count() -> None:
     with torch.device("meta"):
         neck = MSEFPN(BODY)
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in neck.named_children()}
-    assert {k: count[k] for k in ("sem", "sim", "gate")} == {"sem": 16_293_600, "sim": 3 * 1_836_544, "gate": 3 * 131_584}
+    assert {k: count[k] for k in ("sem", "sim", "gate")} == {
+        "sem": 16_293_600,
+        "sim": 3 * 1_836_544,
+        "gate": 3 * 131_584,
+    }
     assert {k: sum(p.numel() for p in m.parameters()) for k, m in neck.sem.named_children()} == {
         "fc2": 803_040,
         "fc1": 806_400,
@@ -359,7 +377,9 @@ def test_parts_of_the_count() -> None:
     }
 
 
-@pytest.mark.parametrize(("kind", "count"), [("gcg", 131_584), ("cag", 131_584), ("ca", 6_680), ("cam", 8_464), ("none", 0)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("gcg", 131_584), ("cag", 131_584), ("ca", 6_680), ("cam", 8_464), ("none", 0)]
+)
 def test_parameters_of_the_gates(kind: str, count: int) -> None:
     assert sum(p.numel() for p in make_gate(kind, 256).parameters()) == count
 
@@ -390,7 +410,9 @@ def test_any_size(size: tuple[int, int], channels: int, gate: str) -> None:
     """One image, as small as one cell of context: there groups of one value are normalised to nothing, but not refused."""
     neck = MSEFPN(SMALL, channels=channels, gate=gate)
     outputs = neck(maps(SMALL, size, n=1))
-    assert [o.shape[2:] for o in outputs] == [(math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in neck.levels.strides]
+    assert [o.shape[2:] for o in outputs] == [
+        (math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in neck.levels.strides
+    ]
     sum(o.square().mean() for o in outputs).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
 

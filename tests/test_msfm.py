@@ -19,7 +19,15 @@ from fusedet.models.ops.layers import fold_batch_norm
 from fusedet.models.profiling import cost
 
 ALL = ("after_conv1", "after_conv2", "after_conv3")
-BODIES = ["resnet10t", "resnetblur18", "resnet26t", "convnext_atto", "mobilenetv2_100", "mobilenetv3_large_100", "efficientnet_es"]
+BODIES = [
+    "resnet10t",
+    "resnetblur18",
+    "resnet26t",
+    "convnext_atto",
+    "mobilenetv2_100",
+    "mobilenetv3_large_100",
+    "efficientnet_es",
+]
 
 
 def modules(root: nn.Module) -> list[MSFM]:
@@ -68,7 +76,9 @@ def literal_resize(x: Tensor, height: int, width: int, corners: bool = False) ->
 
 def literal_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     (n, _, height, width), k = x.shape, conv.weight.shape[-1] // 2
-    out = torch.stack([conv.bias.view(1, -1).expand(n, -1)] * (height * width), dim=-1).view(n, -1, height, width).clone()
+    out = (
+        torch.stack([conv.bias.view(1, -1).expand(n, -1)] * (height * width), dim=-1).view(n, -1, height, width).clone()
+    )
     for i, j, dy, dx in product(range(height), range(width), range(-k, k + 1), range(-k, k + 1)):
         if 0 <= i + dy < height and 0 <= j + dx < width:
             out[:, :, i, j] = out[:, :, i, j] + x[:, :, i + dy, j + dx] @ conv.weight[:, :, dy + k, dx + k].T
@@ -78,7 +88,10 @@ def literal_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def literal_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     images = []
     for image in x:
-        parts = [(part - part.mean()) / torch.sqrt(((part - part.mean()) ** 2).mean() + norm.eps) for part in image.chunk(norm.num_groups)]
+        parts = [
+            (part - part.mean()) / torch.sqrt(((part - part.mean()) ** 2).mean() + norm.eps)
+            for part in image.chunk(norm.num_groups)
+        ]
         images.append(torch.cat(parts) * norm.weight[:, None, None] + norm.bias[:, None, None])
     return torch.stack(images)
 
@@ -100,7 +113,11 @@ def literal(
     if not squeeze_relu:
         a = literal_norm(literal_conv(x, module.squeeze[0]), module.squeeze[1])
     for scale, branch in zip(scales, module.branches, strict=True):
-        r = literal_resize(a, max(1, math.floor(height * scale)), max(1, math.floor(width * scale)), align_corners) if scale != 1 else a
+        r = (
+            literal_resize(a, max(1, math.floor(height * scale)), max(1, math.floor(width * scale)), align_corners)
+            if scale != 1
+            else a
+        )
         for block in branch:
             r = cgn(r, block)
         branches.append(literal_resize(r, height, width, align_corners) if scale != 1 else r)
@@ -195,7 +212,9 @@ def test_choices_have_the_same_parameters() -> None:
 def test_without_zero_init_it_is_not() -> None:
     module, x = MSFM(32, ratio=2, groups=4, zero_init=False), torch.randn(1, 32, 6, 9)
     change = (module(x) - x).detach()
-    assert torch.allclose(change.reshape(4, -1).std(dim=1, correction=0), torch.ones(4), atol=1e-3)  # U ends with its norm
+    assert torch.allclose(
+        change.reshape(4, -1).std(dim=1, correction=0), torch.ones(4), atol=1e-3
+    )  # U ends with its norm
 
 
 @pytest.mark.parametrize("restore_relu", [False, True])
@@ -237,7 +256,9 @@ def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large
     """Table 2's scales, ratios, numbers of convolutions and fusions at all three positions of ResNet-50's widths."""
     convs = sum(conv_num if s > 1 or not large_only else 1 for s in scales)
     for ratios in ((4, 8, 16), (8, 16, 32), (16, 32, 64)):
-        plugin = MSFMPlugin(ratios=ratios, groups=8, scales=scales, conv_num=conv_num, conv_num_large_only=large_only, fusion=fusion)
+        plugin = MSFMPlugin(
+            ratios=ratios, groups=8, scales=scales, conv_num=conv_num, conv_num_large_only=large_only, fusion=fusion
+        )
         for stage, position in product((2, 3, 4), ("after_conv1", "after_conv3")):
             c = 2**stage * (128 if position == "after_conv3" else 32)
             m = c // ratios[stage - 2]
@@ -331,7 +352,8 @@ def test_numbers_of_stages_are_strides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "ratio", "groups", "m"), [(40, 16, 4, 4), (112, 32, 4, 4), (80, 8, 4, 8), (112, 8, 4, 16), (96, 10, 8, 8), (96, 6, 8, 16)]
+    ("channels", "ratio", "groups", "m"),
+    [(40, 16, 4, 4), (112, 32, 4, 4), (80, 8, 4, 8), (112, 8, 4, 16), (96, 10, 8, 8), (96, 6, 8, 16)],
 )
 def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int) -> None:
     """after_branch: the nearest multiple of groups to C / ratio, at least groups."""
@@ -342,16 +364,40 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("resnet10t", {"positions": ["after_conv3"]}, r"\(BasicBlock\) have no after_conv3, they have after_conv1, after_conv2"),
-        ("resnet26t", {"positions": ["after_branch"]}, "have no after_branch, they have after_conv1, after_conv2, after_conv3"),
-        ("convnext_atto", {"positions": ["after_conv2"]}, r"\(ConvNeXtBlock\) have no after_conv2, they have after_branch"),
-        ("resnet10t", {"positions": ["after_conv"]}, "unknown position in positions: 'after_conv': did you mean 'after_conv"),
+        (
+            "resnet10t",
+            {"positions": ["after_conv3"]},
+            r"\(BasicBlock\) have no after_conv3, they have after_conv1, after_conv2",
+        ),
+        (
+            "resnet26t",
+            {"positions": ["after_branch"]},
+            "have no after_branch, they have after_conv1, after_conv2, after_conv3",
+        ),
+        (
+            "convnext_atto",
+            {"positions": ["after_conv2"]},
+            r"\(ConvNeXtBlock\) have no after_conv2, they have after_branch",
+        ),
+        (
+            "resnet10t",
+            {"positions": ["after_conv"]},
+            "unknown position in positions: 'after_conv': did you mean 'after_conv",
+        ),
         ("resnet10t", {"positions": []}, "nothing would be inserted"),
         ("resnet10t", {"positions": ["after_conv2", "after_conv2"]}, "names a position twice"),
         ("resnet10t", {"stages": [], "ratios": []}, "nothing would be inserted"),
-        ("resnet10t", {"stages": [2, 5], "ratios": [16, 16]}, r"model.plugin.stages=\[2, 5\] must be different ones of .* \[1, 2, 3, 4\]"),
+        (
+            "resnet10t",
+            {"stages": [2, 5], "ratios": [16, 16]},
+            r"model.plugin.stages=\[2, 5\] must be different ones of .* \[1, 2, 3, 4\]",
+        ),
         ("resnet10t", {"stages": [3, 4]}, r"ratios=\[16, 32, 64\] must hold one ratio for each of stages=\[3, 4\]"),
-        ("resnet10t", {"ratios": [10, 32, 64]}, "ratio=10 must make 128 channels a whole number, divisible by groups=4: 8 would"),
+        (
+            "resnet10t",
+            {"ratios": [10, 32, 64]},
+            "ratio=10 must make 128 channels a whole number, divisible by groups=4: 8 would",
+        ),
         ("resnet10t", {"ratios": [64, 64, 64]}, "ratio=64 must make 128 channels .* groups=4: 32 would"),
         ("resnet10t", {"groups": {"after_conv2": 3}}, "groups=3"),
         ("resnet10t", {"groups": {"after_conv4": 4}}, "unknown position in groups: 'after_conv4'"),
@@ -374,7 +420,11 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
             r"stage 2 of 'skresnet18' has SelectiveKernelBasic \(sknet\); plug-ins go into BasicBlock, Bottleneck \(res",
         ),
         ("res2net50_26w_4s", {}, r"has Bottle2neck \(res2net\); plug-ins go into"),
-        ("resnetv2_50", {"stages": [3], "ratios": [16]}, r"stage 3 of 'resnetv2_50' has PreActBottleneck \(resnetv2\); plug-ins go into"),
+        (
+            "resnetv2_50",
+            {"stages": [3], "ratios": [16]},
+            r"stage 3 of 'resnetv2_50' has PreActBottleneck \(resnetv2\); plug-ins go into",
+        ),
         ("regnety_002", {}, r"has Bottleneck \(regnet\); plug-ins go into"),
     ],
 )
@@ -388,13 +438,23 @@ def test_mistakes_are_told(name: str, options: dict, said: str) -> None:
 
 def test_options_from_a_config() -> None:
     choices = {"squeeze_relu": False, "restore_relu": True, "align_corners": True, "zero_init": False}
-    spec = {"type": "msfm", "positions": ["after_conv1", "after_conv2"], "groups": {"after_conv1": 2}, "scales": [0.5, 1], "fusion": "cat"}
+    spec = {
+        "type": "msfm",
+        "positions": ["after_conv1", "after_conv2"],
+        "groups": {"after_conv1": 2},
+        "scales": [0.5, 1],
+        "fusion": "cat",
+    }
     plugin = build("model.plugin", spec | choices, PLUGINS, {})
-    assert plugin == MSFMPlugin(("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat", **choices)
+    assert plugin == MSFMPlugin(
+        ("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat", **choices
+    )
     body = Backbone("resnet10t", pretrained=False)
     insert(body, plugin)
     assert [m.squeeze[1].num_groups for m in modules(body)] == [2, 4] * 3
-    assert {(m.align_corners, m.unsqueeze.relu, isinstance(m.squeeze[2], nn.ReLU)) for m in modules(body)} == {(True, True, False)}
+    assert {(m.align_corners, m.unsqueeze.relu, isinstance(m.squeeze[2], nn.ReLU)) for m in modules(body)} == {
+        (True, True, False)
+    }
     assert build("model.plugin", "msfm", PLUGINS, {}) == MSFMPlugin()
 
 
@@ -453,7 +513,11 @@ def test_every_parameter_is_trained(furnished: Backbone) -> None:
     """Where every channel is its own group (after_conv3), the biases before the norms of S and F move nothing."""
     body = copy.deepcopy(furnished).train()
     sum((m * torch.randn_like(m)).sum() for m in body(torch.randn(2, 3, 128, 128))).backward()
-    inside = {name for name, m in body.named_modules() if isinstance(m, MSFM) and m.squeeze[1].num_groups == m.squeeze[0].out_channels}
+    inside = {
+        name
+        for name, m in body.named_modules()
+        if isinstance(m, MSFM) and m.squeeze[1].num_groups == m.squeeze[0].out_channels
+    }
     for name, p in body.named_parameters():
         idle = name.endswith(".0.bias") and any(name.startswith(f"{i}.") for i in inside)
         assert p.grad.isfinite().all()
@@ -486,7 +550,9 @@ def test_export_and_compile(furnished: Backbone) -> None:
 def test_exported_sizes_can_be_free() -> None:
     side = torch.export.Dim("side", min=8, max=64)
     module = moved(MSFM(32, ratio=2)).eval()
-    exported = torch.export.export(module, (torch.randn(1, 32, 11, 12),), dynamic_shapes=({2: side},), strict=False).module()
+    exported = torch.export.export(
+        module, (torch.randn(1, 32, 11, 12),), dynamic_shapes=({2: side},), strict=False
+    ).module()
     for height in (8, 13, 40):
         x = torch.randn(1, 32, height, 12)
         assert torch.allclose(exported(x), module(x), atol=1e-5)

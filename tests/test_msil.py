@@ -122,12 +122,16 @@ def literal_branch(feature: list, u: list, separate: nn.Module, squash: Callable
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": "none"}, {"activation": "none", "gate": "hard_sigmoid"}, {"norm": "none", "activation": "none"}]
+    "options",
+    [{}, {"norm": "none"}, {"activation": "none", "gate": "hard_sigmoid"}, {"norm": "none", "activation": "none"}],
 )
 def test_the_equations_computed_literally(options: dict) -> None:
     module = MSIL(C, **options).double()
     parts = [type(m) for m in module.fuse[1:]]
-    assert parts == [nn.Identity if options.get("norm") else GroupNorm, nn.Identity if options.get("activation") else nn.ReLU]
+    assert parts == [
+        nn.Identity if options.get("norm") else GroupNorm,
+        nn.Identity if options.get("activation") else nn.ReLU,
+    ]
     squash = hard_sigmoid if "gate" in options else sigmoid
     for p in module.parameters():
         nn.init.normal_(p, std=0.3)
@@ -135,8 +139,12 @@ def test_the_equations_computed_literally(options: dict) -> None:
     with torch.no_grad():
         got_cls, got_reg = module(cls, reg)
         f_cls, f_reg = cls[0].tolist(), reg[0].tolist()
-        u = literal_unit(literal_encoder(f_reg, module.align) + literal_encoder(f_cls, module.align), module.fuse)  # (3), (4)
-        assert torch.allclose(got_cls[0], literal_branch(f_cls, u, module.separate_cls, squash), rtol=1e-10, atol=1e-12)  # (5), (6)
+        u = literal_unit(
+            literal_encoder(f_reg, module.align) + literal_encoder(f_cls, module.align), module.fuse
+        )  # (3), (4)
+        assert torch.allclose(
+            got_cls[0], literal_branch(f_cls, u, module.separate_cls, squash), rtol=1e-10, atol=1e-12
+        )  # (5), (6)
         assert torch.allclose(got_reg[0], literal_branch(f_reg, u, module.separate_reg, squash), rtol=1e-10, atol=1e-12)
 
 

@@ -96,7 +96,9 @@ def test_a_batch_of_one_down_to_one_cell(form: str, train: bool) -> None:
     assert all(b.isfinite().all() for b in neck.buffers())
 
 
-@pytest.mark.parametrize(("form", "top"), list(product([k for k in FORMS if "bfp" not in k], ["max_pool", "on_output"])))
+@pytest.mark.parametrize(
+    ("form", "top"), list(product([k for k in FORMS if "bfp" not in k], ["max_pool", "on_output"]))
+)
 def test_other_pyramids(form: str, top: str) -> None:
     neck = FORMS[form](finest=2, coarsest=6, top=top)
     outputs = neck(maps(BODY, (75, 129)))
@@ -117,7 +119,10 @@ def test_bfloat16_and_channels_last(form: str) -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         assert close(neck(inputs))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(neck([m.to(memory_format=torch.channels_last) for m in inputs]), wanted))
+    assert all(
+        torch.allclose(a, b, atol=1e-5)
+        for a, b in zip(neck([m.to(memory_format=torch.channels_last) for m in inputs]), wanted)
+    )
     found = neck.to(torch.bfloat16)([m.to(torch.bfloat16) for m in inputs])
     assert all(f.dtype == torch.bfloat16 for f in found)
     assert close(found)
@@ -366,7 +371,8 @@ def test_augfpn_auxiliary_pyramid(top: str, augment: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "sizes"), [((25, 42), [(2, 4), (5, 8), (7, 12)]), ((3, 10), [(1, 1), (1, 2), (1, 3)]), ((1, 1), [(1, 1)] * 3)]
+    ("size", "sizes"),
+    [((25, 42), [(2, 4), (5, 8), (7, 12)]), ((3, 10), [(1, 1), (1, 2), (1, 3)]), ((1, 1), [(1, 1)] * 3)],
 )
 def test_augfpn_context_keeps_the_aspect(size: tuple[int, int], sizes: list[tuple[int, int]]) -> None:
     assert [pooled_size(size, r) for r in (0.1, 0.2, 0.3)] == sizes
@@ -387,7 +393,11 @@ def test_augfpn_context_is_its_equations() -> None:
     for layer, (h, w) in zip(context.reduce, [(2, 4), (1, 2)]):
         a, b = height // h, width // w
         pooled = torch.stack(
-            [torch.stack([c5[0, :, a * i : a * (i + 1), b * j : b * (j + 1)].mean(dim=(1, 2)) for j in range(w)], 1) for i in range(h)], 1
+            [
+                torch.stack([c5[0, :, a * i : a * (i + 1), b * j : b * (j + 1)].mean(dim=(1, 2)) for j in range(w)], 1)
+                for i in range(h)
+            ],
+            1,
         )
         small = torch.einsum("oc,chw->ohw", layer.weight[:, :, 0, 0], pooled) + layer.bias[:, None, None]
         large = torch.zeros(3, height, width).double()

@@ -139,7 +139,10 @@ def scales(key: str) -> list[tuple[dict[str, float], str]]:
 @pytest.mark.parametrize(
     ("head", "mistakes"),
     [
-        (RetinaHead, [*FOCAL, *OVERLAPS, *RATIOS, *scales("base_scale"), ({"scales_per_octave": 0}, "scales_per_octave=0")]),
+        (
+            RetinaHead,
+            [*FOCAL, *OVERLAPS, *RATIOS, *scales("base_scale"), ({"scales_per_octave": 0}, "scales_per_octave=0")],
+        ),
         (FCOSHead, [*FOCAL, *scales("radius")]),
         (VFNetHead, FOCAL),
         (RepPointsHead, [*FOCAL, *OVERLAPS, *scales("base_scale")]),

@@ -87,7 +87,12 @@ def test_border_by_hand() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), count=st.integers(0, 12), rule=st.sampled_from(RULES), share=st.sampled_from([0.1, 0.5, 0.9]))
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(0, 12),
+    rule=st.sampled_from(RULES),
+    share=st.sampled_from([0.1, 0.5, 0.9]),
+)
 def test_it_is_as_if_invalid_priors_were_not_there(seed: int, count: int, rule: Any, share: float) -> None:
     torch.manual_seed(seed)
     priors, target = outputs(LEVELS, (64, 96)).priors, many(count, 90, 60)
@@ -130,7 +135,11 @@ def test_atss_counts_valid_candidates_alone() -> None:
     priors, valid = row([[0, 0, 16, 16], [8, 0, 24, 16], [32, 0, 48, 16]], [True, True, False])
     assert ATSS().assign(priors, target, valid).tolist() == [BACKGROUND, BACKGROUND, IGNORED]
     assert ATSS().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
-    assert ATSS(topk=1).assign(priors, target, torch.tensor([False, True, True])).tolist() == [IGNORED, BACKGROUND, BACKGROUND]
+    assert ATSS(topk=1).assign(priors, target, torch.tensor([False, True, True])).tolist() == [
+        IGNORED,
+        BACKGROUND,
+        BACKGROUND,
+    ]
     alone = objects([[8, 0, 24, 16]])
     assert ATSS(topk=1).assign(priors, alone, torch.tensor([False, True, True])).tolist() == [IGNORED, 0, BACKGROUND]
     assert ATSS().assign(priors, alone, torch.tensor([False, True, False])).tolist() == [IGNORED, 0, IGNORED]
@@ -163,21 +172,32 @@ def made(name: str) -> tuple[Any, Outputs, list[Target]]:
         objects([[5, 9, 60, 70], [70, 40, 150, 120], [90, 3, 120, 30]], [0, 1, 2]),
         objects([[2, 3, 45, 58], [40, 38, 62, 60], [59, 20, 62, 24]], [1, 2, 0]),
     ]
-    return head, Outputs({k: [m.requires_grad_() for m in levels] for k, levels in values.items()}, found.priors), targets
+    return (
+        head,
+        Outputs({k: [m.requires_grad_() for m in levels] for k, levels in values.items()}, found.priors),
+        targets,
+    )
 
 
 def of_one(head: Any, pair: Outputs, image: int) -> Outputs:
     """The maps of one image on its own padded canvas."""
     height, width = (-(-int(s) // 32) * 32 for s in SIZES[image])
-    places = [(slice(image, image + 1), slice(None), slice(math.ceil(height / s)), slice(math.ceil(width / s))) for s in LEVELS.strides]
-    cut = {k: [m.detach()[p].clone().requires_grad_() for m, p in zip(levels, places)] for k, levels in pair.maps.items()}
+    places = [
+        (slice(image, image + 1), slice(None), slice(math.ceil(height / s)), slice(math.ceil(width / s)))
+        for s in LEVELS.strides
+    ]
+    cut = {
+        k: [m.detach()[p].clone().requires_grad_() for m, p in zip(levels, places)] for k, levels in pair.maps.items()
+    }
     return Outputs(cut, head([torch.zeros(1, 16, *m.shape[2:]) for m in next(iter(cut.values()))]).priors)
 
 
 def gradient(loss: torch.Tensor, outs: Outputs) -> dict[str, list[torch.Tensor]]:
     every = [m for levels in outs.maps.values() for m in levels]
     found = iter(torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True))
-    return {k: [torch.zeros_like(m) if (g := next(found)) is None else g for m in levels] for k, levels in outs.maps.items()}
+    return {
+        k: [torch.zeros_like(m) if (g := next(found)) is None else g for m in levels] for k, levels in outs.maps.items()
+    }
 
 
 def ratio(outer: dict[str, list[torch.Tensor]], inner: dict[str, list[torch.Tensor]], image: int) -> float:
@@ -203,7 +223,11 @@ def test_a_batch_is_its_images_each_on_its_own_canvas(name: str) -> None:
             share = ratio(outer, inner, i)
             for k, levels in inner.items():
                 for g, all_of_it in zip(levels, outer[k]):
-                    expected = all_of_it[i].clone() if (name, term) == ("vfnet", "loss_cls") else torch.zeros_like(all_of_it[i])
+                    expected = (
+                        all_of_it[i].clone()
+                        if (name, term) == ("vfnet", "loss_cls")
+                        else torch.zeros_like(all_of_it[i])
+                    )
                     if k == "cls" and expected.any():
                         assert (expected != 0).all()
                     expected[:, : g.shape[2], : g.shape[3]] = share * g[0]
@@ -232,7 +256,10 @@ def test_anchors_over_the_edge_are_not_sampled() -> None:
     grads = torch.autograd.grad(losses["loss_rpn_cls"], logits)
     sampled = torch.cat([g.permute(0, 2, 3, 1).flatten(1) for g in grads], dim=1) != 0  # (N, P)
     for i, (height, width) in enumerate(SIZES.tolist()):
-        inside = [x1 >= -3 and y1 >= -3 and x2 < width + 3 and y2 < height + 3 for x1, y1, x2, y2 in found.priors.boxes.tolist()]
+        inside = [
+            x1 >= -3 and y1 >= -3 and x2 < width + 3 and y2 < height + 3
+            for x1, y1, x2, y2 in found.priors.boxes.tolist()
+        ]
         assert 0 < sum(inside) < len(inside)
         assert sampled[i].tolist() == inside
     none = HEADS["rpn"](LEVELS, scale=64.0, allowed_border=0.0)  # every anchor is larger than the image
@@ -253,13 +280,22 @@ def test_which_configs_keep_to_the_image() -> None:
     assert found == families
 
 
-@pytest.mark.parametrize(("name", "neck"), [("retinanet_tiny", "fpn"), ("retinanet_tiny", "aug_fpn"), ("faster_rcnn_r18", "fpn")])
+@pytest.mark.parametrize(
+    ("name", "neck"), [("retinanet_tiny", "fpn"), ("retinanet_tiny", "aug_fpn"), ("faster_rcnn_r18", "fpn")]
+)
 def test_detectors_tell_their_heads_the_sizes(name: str, neck: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["model.backbone.name=resnet10t", "model.backbone.pretrained=false", "model.pyramid.channels=32", f"model.neck={neck}"]
+    options = [
+        "model.backbone.name=resnet10t",
+        "model.backbone.pretrained=false",
+        "model.pyramid.channels=32",
+        f"model.neck={neck}",
+    ]
     model = create_model(name, *options, num_classes=3)
     seen = []
     real = model.head.loss
-    monkeypatch.setattr(model.head, "loss", lambda outs, targets, sizes=None: seen.append(sizes) or real(outs, targets, sizes))
+    monkeypatch.setattr(
+        model.head, "loss", lambda outs, targets, sizes=None: seen.append(sizes) or real(outs, targets, sizes)
+    )
     target = objects([[4, 4, 30, 30]])
     pair = batch(target, target)
     pair = Batch(pair.images, torch.tensor([[64, 96], [30, 40]]), pair.ids, pair.scales, pair.targets)

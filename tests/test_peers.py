@@ -117,8 +117,13 @@ for scenario in SCENARIOS:
 def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("peers")
     (out / "script.py").write_text(SCRIPT)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, str(out / "script.py"), str(out)], env=env, capture_output=True, text=True, timeout=400)
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(out / "script.py"), str(out)], env=env, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, json.loads((out / "figures.json").read_text())
 
@@ -135,7 +140,9 @@ def said(ends: tuple[Path, dict[str, Any]], scenario: str, rank: int) -> str:
         ("stuck", [75, -9], 0, [], "process 1"),
     ],
 )
-def test_the_others_stop_with_its_name(ends, scenario: str, codes: list[int], speaker: int, silent: list[int], name: str) -> None:
+def test_the_others_stop_with_its_name(
+    ends, scenario: str, codes: list[int], speaker: int, silent: list[int], name: str
+) -> None:
     """Waiting in a collective operation (the first two) or busy with something else."""
     figures = ends[1][scenario]
     assert figures["codes"] == codes
@@ -156,4 +163,7 @@ def test_one_process_alone_meets_a_bad_image(ends) -> None:
     assert ends[1]["unreadable"]["codes"] == [75, 2]
     assert ends[1]["unreadable"]["seconds"] < 60
     text = said(ends, "unreadable", 0)
-    assert f"process 1 on {socket.gethostname()} stopped: x.jpg is truncated or damaged: use another image; the others stop too" in text
+    assert (
+        f"process 1 on {socket.gethostname()} stopped: x.jpg is truncated or damaged: use another image; the others stop too"
+        in text
+    )

@@ -46,7 +46,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Ten images in folders, one of them with a name of another one's."""
-    names = ["a/1.png", "a/2.png", "a.png", "b/1.png", "b/c/x.PNG", "b/c/y.png", "b/d.png", "z/1 2.png", "z/ü.png", "z.png"]
+    names = [
+        "a/1.png",
+        "a/2.png",
+        "a.png",
+        "b/1.png",
+        "b/c/x.PNG",
+        "b/c/y.png",
+        "b/d.png",
+        "z/1 2.png",
+        "z/ü.png",
+        "z.png",
+    ]
     for i, name in enumerate(names):
         file = tmp_path / "images" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +89,9 @@ def test_sources_come_in_the_order_of_their_paths_each_once(folder: Path, tmp_pa
     found = list(Sources(twice))
     assert sorted(found) == everything
     assert found[0] == folder / "b" / "d.png"
-    (tmp_path / "list.txt").write_text(f"\ufeff{folder}/z.png\r\n\n{folder}/missing.png\n{folder}/b/c\n{folder}/z.png\n", encoding="utf-8")
+    (tmp_path / "list.txt").write_text(
+        f"\ufeff{folder}/z.png\r\n\n{folder}/missing.png\n{folder}/b/c\n{folder}/z.png\n", encoding="utf-8"
+    )
     listed = ["z.png", "missing.png", "b/c/x.PNG", "b/c/y.png", "z.png"]
     assert list(Sources([f"@{tmp_path}/list.txt"])) == [folder / name for name in listed]
 
@@ -86,7 +99,9 @@ def test_sources_come_in_the_order_of_their_paths_each_once(folder: Path, tmp_pa
 def test_a_source_is_no_more_read_than_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     scan = os.scandir
-    monkeypatch.setattr("fusedet.api.image_sources.os.scandir", lambda path: (seen.append(Path(path).name), scan(path))[1])
+    monkeypatch.setattr(
+        "fusedet.api.image_sources.os.scandir", lambda path: (seen.append(Path(path).name), scan(path))[1]
+    )
     walk = iter(Sources([str(folder)]))
     seen.clear()
     assert [next(walk).name, next(walk).name, next(walk).name] == ["1.png", "2.png", "a.png"]
@@ -95,7 +110,9 @@ def test_a_source_is_no_more_read_than_asked_for(folder: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("word", ["@nowhere.txt", "nowhere.png", "*.xyz"])
 def test_sources_that_are_none(word: str) -> None:
-    with pytest.raises(InputError, match=r"there is no list nowhere.txt|there is no image, folder or pattern|holds no image"):
+    with pytest.raises(
+        InputError, match=r"there is no list nowhere.txt|there is no image, folder or pattern|holds no image"
+    ):
         Sources([word])
 
 
@@ -125,7 +142,9 @@ def test_parts_joined_are_the_whole_and_parts_left_alone_too(
     said = json.loads(capsys.readouterr().out)
     index = read(tmp_path / "parts" / "index.json")
     assert (
-        (said["images"], said["detections"], said["skipped"]) == (10, 50, 0) == tuple(index[k] for k in ("images", "detections", "skipped"))
+        (said["images"], said["detections"], said["skipped"])
+        == (10, 50, 0)
+        == tuple(index[k] for k in ("images", "detections", "skipped"))
     )
     assert [(part["file"], part["first"], part["images"]) for part in index["parts"]] == [
         (f"parts/part-0000{i}.json", 3 * i + 1, 3 if i < 3 else 1) for i in range(4)
@@ -156,7 +175,9 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert sorted(file.name for file in (out / "parts").iterdir()) == ["part-00000.json", "part-00001.json"]
     assert not (out / "predictions.json").exists()
-    monkeypatch.setattr(Predictor, "together", lambda self, group: (seen.extend(path for _, path in group), together(self, group))[1])
+    monkeypatch.setattr(
+        Predictor, "together", lambda self, group: (seen.extend(path for _, path in group), together(self, group))[1]
+    )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     for other, key in ((["--part", 4], "part"), (["test.max_det=4"], "options"), (["--batch", 2], "batch")):
@@ -176,7 +197,17 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
     assert "10 images, 50 detections" in capsys.readouterr().out
     file = out / "predict.json"
     good = read(file)
-    for bad in ("", "[", "[]", "1", "{}", '{"asked": []}', '{"asked": {"part": "3"}}', '{"asked": {"part": 0}}', f"{'[' * 100_000}"):
+    for bad in (
+        "",
+        "[",
+        "[]",
+        "1",
+        "{}",
+        '{"asked": []}',
+        '{"asked": {"part": "3"}}',
+        '{"asked": {"part": 0}}',
+        f"{'[' * 100_000}",
+    ):
         file.write_text(bad)
         refused(model, words, f"{file} is damaged", capsys)
     for done in ([], {}, {**good["done"], "shown": "x"}, {**good["done"], "files": None}):
@@ -212,9 +243,31 @@ def test_a_image_that_cannot_be_read_ends_it_or_is_counted_and_listed(
 
 
 def test_processes_share_the_images_each_once(model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
-    words = ["predict", str(model), str(folder), f"out={tmp_path / 'shared'}", "--no-draw", "device=cpu", "--part", "4", "--workers", "0"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fusedet.cli"]
-    done = subprocess.run([*launch, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    words = [
+        "predict",
+        str(model),
+        str(folder),
+        f"out={tmp_path / 'shared'}",
+        "--no-draw",
+        "device=cpu",
+        "--part",
+        "4",
+        "--workers",
+        "0",
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fusedet.cli",
+    ]
+    done = subprocess.run(
+        [*launch, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path / "shared" / "predictions.json") == whole
     assert done.stdout.count("10 images, 50 detections") >= 1
@@ -281,4 +334,6 @@ def test_what_is_read_ahead_comes_in_order_and_is_bounded() -> None:
 
 
 def test_python_takes_the_same(model: Path, folder: Path) -> None:
-    assert [one.path for one in load(model, device="cpu").stream(Sources([str(folder)]), batch=4)] == list(Sources([str(folder)]))
+    assert [one.path for one in load(model, device="cpu").stream(Sources([str(folder)]), batch=4)] == list(
+        Sources([str(folder)])
+    )

@@ -47,7 +47,10 @@ def printed() -> dict[str, list[dict[str, Any]]]:
         kind = "mask_" if table["task"] == "segm" else ""
         for row in table["rows"]:
             # the paper's AP on VOC is VOC's
-            figures = {"VOC_AP" if row["config"].get("dataset") == "voc2012" else f"{kind}{k}": v for k, v in row["metrics"].items()}
+            figures = {
+                "VOC_AP" if row["config"].get("dataset") == "voc2012" else f"{kind}{k}": v
+                for k, v in row["metrics"].items()
+            }
             split = table.get("split") or row["config"]["split"]
             rows = found.setdefault(f"{table['paper'].lower()}_table{table['table']}", [])
             rows.append(row | {"metrics": figures, "split": split})
@@ -152,13 +155,17 @@ def test_rows_have_the_printed_body_and_recipe(table: Table, ours: Row, theirs: 
     assert made.train.batch == (12 if table.name == "smsl_table3" and wanted["backbone"] == "x101" else 16)
 
 
-@pytest.mark.parametrize("name", ["smsl_table2", "smsl_table3", "msfm_table4", "msil_table3", "msil_table5", "mse_fpn_table1"])
+@pytest.mark.parametrize(
+    "name", ["smsl_table2", "smsl_table3", "msfm_table4", "msil_table3", "msil_table5", "mse_fpn_table1"]
+)
 def test_differences_are_within_one_detector(name: str) -> None:
     own = {row.label: row for row in table(name).rows if not row.cited}
     first = next(iter(own))
     for row in own.values():
         # Libra R-CNN is a Faster R-CNN with another neck, sampling and loss: MSE-FPN's text compares the two
-        assert (row.base or "").replace("libra_rcnn", "faster_rcnn") == (own[row.reference or first].base or ""), row.label
+        assert (row.base or "").replace("libra_rcnn", "faster_rcnn") == (own[row.reference or first].base or ""), (
+            row.label
+        )
 
 
 def test_tables_are_about_what_they_print() -> None:
@@ -178,7 +185,9 @@ def test_rows_tested_at_several_sizes_are_trained_like_those_above_them() -> Non
 
 def test_the_final_module_of_msfm_is_the_default_one() -> None:
     """Table 4 has by its name what the text chooses from Table 3."""
-    assert {row.label: trainable(row.config(table("msfm_table3"))) for row in table("msfm_table3").rows}["positions 2,3"] == 43_846_440
+    assert {row.label: trainable(row.config(table("msfm_table3"))) for row in table("msfm_table3").rows}[
+        "positions 2,3"
+    ] == 43_846_440
     assert trainable(config.load("faster_rcnn_r50", ["model.plugin=msfm"])) == 43_846_440
 
 

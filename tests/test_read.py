@@ -82,7 +82,11 @@ def test_two_years_must_be_told_apart(tmp_path: Path) -> None:
 
 
 def test_missing_split_lists_those_that_exist(tmp_path: Path) -> None:
-    for root in (write_coco(tmp_path / "a"), write_voc(tmp_path / "b", lists={"train": "a"}), write_yolo(tmp_path / "c").parent):
+    for root in (
+        write_coco(tmp_path / "a"),
+        write_voc(tmp_path / "b", lists={"train": "a"}),
+        write_yolo(tmp_path / "c").parent,
+    ):
         with pytest.raises(InputError, match="has no split 'test': it has train"):
             read(root, "test")
 
@@ -144,7 +148,9 @@ def test_exported_yolo(tmp_path: Path) -> None:
         image(tmp_path / split / "images" / "a.jpg")
         (tmp_path / split / "labels").mkdir()
         (tmp_path / split / "labels" / "a.txt").write_text("0 0.5 0.5 1 1")
-    (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 1\nnames: ['dog']\n")
+    (tmp_path / "data.yaml").write_text(
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 1\nnames: ['dog']\n"
+    )
     assert len(read(tmp_path, "val").labels) == 1
     assert len(read(tmp_path / "data.yaml", "train").labels) == 1
 
@@ -189,6 +195,11 @@ def test_voc_without_lists(tmp_path: Path) -> None:
 
 def test_real_data(shared: Path) -> None:
     bccd, coco = shared / "data" / "bccd", shared / "data" / "coco_tiny"
-    assert {split: len(read(bccd, split)) for split in splits(bccd)} == {"train": 205, "val": 87, "trainval": 292, "test": 72}
+    assert {split: len(read(bccd, split)) for split in splits(bccd)} == {
+        "train": 205,
+        "val": 87,
+        "trainval": 292,
+        "test": 72,
+    }
     assert {split: len(read(coco, split)) for split in splits(coco)} == {"train": 80, "val": 80}
     assert read(coco, "train").ignore.sum() == 6

@@ -149,7 +149,10 @@ def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
 
 def test_no_objects_and_more_points_asked_for_than_there_are() -> None:
     assert NearestPoint().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
-    assert NearestPoint(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist() == [BACKGROUND] * 16 + [0] * 4
+    assert (
+        NearestPoint(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist()
+        == [BACKGROUND] * 16 + [0] * 4
+    )
 
 
 def slow(rule: NearestPoint, priors: Priors, target: Target) -> list[int]:
@@ -173,11 +176,18 @@ def slow(rule: NearestPoint, priors: Priors, target: Target) -> list[int]:
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 2**31), count=st.integers(1, 15), pos_num=st.sampled_from([1, 3]), scale=st.sampled_from([2.0, 4.0]))
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 15),
+    pos_num=st.sampled_from([1, 3]),
+    scale=st.sampled_from([2.0, 4.0]),
+)
 def test_the_first_assignment_is_its_rule(seed: int, count: int, pos_num: int, scale: float) -> None:
     torch.manual_seed(seed)
     priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
-    assert NearestPoint(scale, pos_num).assign(priors, target).tolist() == slow(NearestPoint(scale, pos_num), priors, target)
+    assert NearestPoint(scale, pos_num).assign(priors, target).tolist() == slow(
+        NearestPoint(scale, pos_num), priors, target
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -205,7 +215,9 @@ def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypa
     assert torch.equal(owners, NearestPoint().assign(priors, target))
 
 
-@pytest.mark.parametrize(("options", "text"), [({"scale": 0.0}, "scale=0"), ({"pos_num": 0}, "pos_num=0 must be 1 or more")])
+@pytest.mark.parametrize(
+    ("options", "text"), [({"scale": 0.0}, "scale=0"), ({"pos_num": 0}, "pos_num=0 must be 1 or more")]
+)
 def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         NearestPoint(**options)
@@ -243,7 +255,9 @@ def test_a_tenth_of_the_gradient_reaches_the_initial_points() -> None:
     for factor in (0.0, 0.1, 1.0):
         head.gradient_mul = factor
         for name in ("cls", "pts_refine"):
-            (found[name, factor],) = torch.autograd.grad(head(features).maps[name][0].square().sum(), head.pts_init.bias)
+            (found[name, factor],) = torch.autograd.grad(
+                head(features).maps[name][0].square().sum(), head.pts_init.bias
+            )
     for name in ("cls", "pts_refine"):
         assert not found[name, 0.0].any()
         assert found[name, 1.0].abs().max() > 1e-6
@@ -265,8 +279,14 @@ def test_decode_by_hand() -> None:
     """The second cell of stride 8 lies at (8, 0)."""
     points = torch.zeros(9, 2, 1, 2)
     points[:, :, 0, 1] = torch.tensor([[-1.0, -2.0]] * 4 + [[3.0, 0.5]] * 5)  # y, x
-    maps = {"cls": [torch.zeros(1, 3, 1, 2)], "pts_init": [torch.ones(1, 18, 1, 2)], "pts_refine": [points.view(1, 18, 1, 2)]}
-    boxes, scores, _ = RepPointsHead(Levels((32,), (8,)), 3, transform_method="minmax").decode(Outputs(maps, grid((1, 2))))
+    maps = {
+        "cls": [torch.zeros(1, 3, 1, 2)],
+        "pts_init": [torch.ones(1, 18, 1, 2)],
+        "pts_refine": [points.view(1, 18, 1, 2)],
+    }
+    boxes, scores, _ = RepPointsHead(Levels((32,), (8,)), 3, transform_method="minmax").decode(
+        Outputs(maps, grid((1, 2)))
+    )
     assert boxes.tolist() == [[[0, 0, 0, 0], [8 - 16, -8, 8 + 4, 24]]]
     assert scores.unique().tolist() == [0.5]
 
@@ -279,7 +299,10 @@ def test_loss_literally(beta: float) -> None:
     outputs = head(maps())
     losses = head.loss(outputs, [SOME, EMPTY])
     priors = outputs.priors
-    rows = {name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double() for name, column in outputs.maps.items()}
+    rows = {
+        name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double()
+        for name, column in outputs.maps.items()
+    }
     rows = {name: values.detach() for name, values in rows.items()}
 
     def box(points: list[float]) -> list[float]:
@@ -333,7 +356,8 @@ def test_loss_literally(beta: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": True, "num_points": 25}, {"transform_method": "minmax"}, {"transform_method": "partial_minmax"}]
+    "options",
+    [{}, {"norm": True, "num_points": 25}, {"transform_method": "minmax"}, {"transform_method": "partial_minmax"}],
 )
 @pytest.mark.parametrize(("size", "n"), [((64, 96), 2), ((33, 47), 2), ((33, 47), 1)])
 def test_every_parameter_has_a_gradient(options: dict, size: tuple[int, int], n: int) -> None:
@@ -421,11 +445,19 @@ def test_parameters() -> None:
     model = create_model("reppoints_r50", "model.backbone.pretrained=false")
     assert sum(p.numel() for p in model.head.parameters()) == 5_340_022
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 36_620_150
-    assert sum(p.numel() for p in make(transform_method="minmax").parameters()) == sum(p.numel() for p in make().parameters()) - 2
+    assert (
+        sum(p.numel() for p in make(transform_method="minmax").parameters())
+        == sum(p.numel() for p in make().parameters()) - 2
+    )
 
 
 def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
-    options = ["model.backbone.pretrained=false", "model.backbone.name=resnet10t", "model.pyramid.channels=32", "model.head.convs=1"]
+    options = [
+        "model.backbone.pretrained=false",
+        "model.backbone.name=resnet10t",
+        "model.pyramid.channels=32",
+        "model.head.convs=1",
+    ]
     model = create_model("reppoints_r18", *options, num_classes=3).eval()
     spread(model.head)
     model.head.cls.bias.data += 4

@@ -34,7 +34,16 @@ def train(out: Path, recipe: Recipe = RECIPE, detector: Any = None, **options: A
     out.mkdir(exist_ok=True)
     validate = lambda module, epoch: {"AP": float(module.score.weight.sum())}  # noqa: E731
     made = detector or FakeDetector(0.5)
-    return fit(Fabric(accelerator="cpu", devices=1), made, FakeLoader(), recipe, out=out, validate=validate, quiet=True, **options)
+    return fit(
+        Fabric(accelerator="cpu", devices=1),
+        made,
+        FakeLoader(),
+        recipe,
+        out=out,
+        validate=validate,
+        quiet=True,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,9 @@ def test_what_is_no_interval_is_said(text: str) -> None:
 
 
 @pytest.mark.parametrize("every", [Interval(steps=3), Interval(seconds=1e-9)])
-def test_checkpoints_within_an_epoch_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: Interval) -> None:
+def test_checkpoints_within_an_epoch_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: Interval
+) -> None:
     train(tmp_path / "a")
     steps, write = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda path, state: (steps.append(state["step"]), write(path, state)))
@@ -134,7 +145,15 @@ def test_another_torch_is_said_and_another_precision_refused(tmp_path: Path, mon
     with pytest.raises(InputError, match="precision was 32-true and is now bf16-mixed"):
         fit(fabric, FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, resume=True, quiet=True)
     with pytest.raises(InputError, match="images per batch was 4 and is now 2"):
-        fit(Fabric(accelerator="cpu", devices=1), FakeDetector(), FakeLoader(size=2), RECIPE, out=tmp_path, resume=True, quiet=True)
+        fit(
+            Fabric(accelerator="cpu", devices=1),
+            FakeDetector(),
+            FakeLoader(size=2),
+            RECIPE,
+            out=tmp_path,
+            resume=True,
+            quiet=True,
+        )
 
 
 def test_rates_momentum_and_decay_are_as_the_options_say(tmp_path: Path) -> None:
@@ -171,7 +190,9 @@ def test_what_a_killed_process_left_is_cleaned_and_no_hindrance(tmp_path: Path) 
         fresh(out)
 
 
-def test_best_weights_that_cannot_be_written_are_written_after_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_weights_that_cannot_be_written_are_written_after_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise InputError("best.safetensors cannot be written: No space left on device")
 
@@ -184,7 +205,9 @@ def test_best_weights_that_cannot_be_written_are_written_after_resuming(tmp_path
     assert not differences(tmp_path / "a", tmp_path / "b")
 
 
-def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     judge = trainer._judge
 
     def failing(one: train_state.Run, metrics: dict[str, float]) -> None:
@@ -213,7 +236,12 @@ def test_deterministic_algorithms_are_asked_for_and_given_back(monkeypatch: pyte
 
     def now() -> tuple[Any, ...]:
         cudnn = torch.backends.cudnn
-        return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE)
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            cudnn.deterministic,
+            cudnn.benchmark,
+            os.environ.get(WORKSPACE),
+        )
 
     before = now()
     with deterministic(False):

@@ -59,10 +59,14 @@ def proposed(*columns: Tensor) -> Proposals:
     aligned=st.booleans(),
     spread=st.sampled_from([0.2, 1.0, 3.0]),
 )
-def test_regions_on_a_cpu_are_torchvisions(seed: int, rois: int, size: int, samples: int, aligned: bool, spread: float) -> None:
+def test_regions_on_a_cpu_are_torchvisions(
+    seed: int, rois: int, size: int, samples: int, aligned: bool, spread: float
+) -> None:
     torch.manual_seed(seed)
     feature = torch.randn(2, 5, 11, 13)
-    ends = ((torch.rand(rois, 2, 2) - 0.3) * 60 * spread).sort(dim=1).values  # some reach outside the map, some lie there
+    ends = (
+        ((torch.rand(rois, 2, 2) - 0.3) * 60 * spread).sort(dim=1).values
+    )  # some reach outside the map, some lie there
     where = torch.cat([torch.randint(0, 2, (rois, 1)).float(), ends.flatten(1)], dim=1)
     ours, theirs = (feature.clone().requires_grad_() for _ in range(2))
     found = region_align(ours, where, size, 4, samples, aligned)
@@ -107,7 +111,11 @@ def test_sampling_by_numbers() -> None:
     owners[1, :3] = 0  # fewer
     owners[2, :90] = -2  # few to choose from
     drawn = Sampler(num=20, fraction=0.5).sample(owners)
-    assert [(int((d & (o >= 0)).sum()), int((d & (o == -1)).sum())) for d, o in zip(drawn, owners)] == [(10, 10), (3, 17), (0, 10)]
+    assert [(int((d & (o >= 0)).sum()), int((d & (o == -1)).sum())) for d, o in zip(drawn, owners)] == [
+        (10, 10),
+        (3, 17),
+        (0, 10),
+    ]
     assert not (drawn & (owners == -2)).any()
     few = Sampler(num=20, fraction=0.5, most_negatives=2).sample(owners)
     assert [int((d & (o == -1)).sum()) for d, o in zip(few, owners)] == [10, 6, 2]
@@ -142,9 +150,9 @@ def test_balanced_positives_are_spread_over_objects() -> None:
 
 def test_balanced_negatives_are_spread_over_bins() -> None:
     """Bins of a third of the largest overlap: 9 of each are asked for; the scarce bin gives its all, the first fills up."""
-    overlaps = torch.cat([torch.full((200,), 0.1), torch.full((100,), 0.4), torch.full((4,), 0.45), torch.zeros(50), torch.tensor([0.9])])[
-        None
-    ]
+    overlaps = torch.cat(
+        [torch.full((200,), 0.1), torch.full((100,), 0.4), torch.full((4,), 0.45), torch.zeros(50), torch.tensor([0.9])]
+    )[None]
     owners = torch.full_like(overlaps, -1, dtype=torch.int64)
     owners[0, -1] = 0
     filler = Counter()
@@ -203,7 +211,9 @@ def test_balanced_l1_has_the_papers_gradient() -> None:
     b = math.exp(3) - 1
     wanted = [0.5 * math.log(b * v + 1) if v < 1 else 1.5 for v in x.tolist()]
     assert torch.allclose(x.grad, torch.tensor(wanted, dtype=torch.float64))
-    near, far = balanced_l1(torch.tensor([1 - 1e-9, 1 + 1e-9], dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    near, far = balanced_l1(
+        torch.tensor([1 - 1e-9, 1 + 1e-9], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    )
     assert float(near) == pytest.approx(float(far), abs=1e-6)
     assert float(balanced_l1(torch.zeros(1), torch.zeros(1))) == 0
 
@@ -219,7 +229,9 @@ def stage(**options: object) -> BoxStage:
     return made
 
 
-def literal_loss(found: BoxStage, logits: Tensor, codes: Tensor, samples: Samples, targets: list[Target], kind: str) -> tuple[float, float]:
+def literal_loss(
+    found: BoxStage, logits: Tensor, codes: Tensor, samples: Samples, targets: list[Target], kind: str
+) -> tuple[float, float]:
     logits, codes = logits.double(), codes.double()
     cls = box = 0.0
     for s in range(len(samples.rois)):
@@ -233,7 +245,12 @@ def literal_loss(found: BoxStage, logits: Tensor, codes: Tensor, samples: Sample
             continue
         (ax1, ay1, ax2, ay2), (gx1, gy1, gx2, gy2) = region.tolist(), targets[i].boxes[overlap.argmax()].tolist()
         w, h = ax2 - ax1, ay2 - ay1
-        wanted = [(gx1 + gx2 - ax1 - ax2) / 2 / w, (gy1 + gy2 - ay1 - ay2) / 2 / h, math.log((gx2 - gx1) / w), math.log((gy2 - gy1) / h)]
+        wanted = [
+            (gx1 + gx2 - ax1 - ax2) / 2 / w,
+            (gy1 + gy2 - ay1 - ay2) / 2 / h,
+            math.log((gx2 - gx1) / w),
+            math.log((gy2 - gy1) / h),
+        ]
         own = codes[s] if found.class_agnostic else codes[s, 4 * label : 4 * label + 4]
         for a, b, std in zip(own.tolist(), wanted, found.stds.tolist()):
             d = abs(a - b / std)
@@ -276,7 +293,9 @@ def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
     made = stage(class_agnostic=agnostic)
     rois = with_images(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
     codes = torch.zeros(2, 4 if agnostic else 12)
-    codes[0, -4:] = torch.tensor([1.0, -1.0, 5 * math.log(2), 0])  # stds 0.1, 0.1, 0.2, 0.2: 2 right, 1 up, twice as wide
+    codes[0, -4:] = torch.tensor(
+        [1.0, -1.0, 5 * math.log(2), 0]
+    )  # stds 0.1, 0.1, 0.2, 0.2: 2 right, 1 up, twice as wide
     logits = torch.tensor([[0.0, 0, 2, 4], [9, 0, 0, 0]])
     found = made.decode((logits, codes), rois, torch.tensor([1]))
     moved = torch.tensor([2.0, 9, 42, 19])
@@ -285,7 +304,9 @@ def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
     assert torch.allclose(found.scores[0, 0], logits[0].softmax(dim=0)[:3])
     assert not found.scores[0, 1].any()  # beyond the counts
     sizes = torch.tensor([[64, 40]])
-    assert torch.allclose(made.refine((logits, codes), rois, sizes)[0], torch.tensor([2.0, 9, 40, 19]))  # of the likeliest class, clipped
+    assert torch.allclose(
+        made.refine((logits, codes), rois, sizes)[0], torch.tensor([2.0, 9, 40, 19])
+    )  # of the likeliest class, clipped
     told = made.refine((logits, codes), rois, sizes, torch.tensor([0, 3]))
     assert torch.allclose(told[0], torch.tensor([2.0, 9, 40, 19]) if agnostic else torch.tensor([10.0, 10, 30, 20]))
 
@@ -302,7 +323,8 @@ def test_without_regression_boxes_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters"), [({}, 14_306_705), ({"class_agnostic": True}, 13_982_805), ({"regress": False}, 13_978_705)]
+    ("options", "parameters"),
+    [({}, 14_306_705), ({"class_agnostic": True}, 13_982_805), ({"regress": False}, 13_978_705)],
 )
 def test_parameters_of_stages(options: dict, parameters: int) -> None:
     with torch.device("meta"):
@@ -327,7 +349,10 @@ def test_memory_follows_the_proposals() -> None:
     features, targets = maps(), [SOME, objects([[20, 20, 50, 50]], [1])]
     overlaps, shifts = [], []
     for step in range(2):
-        given = [SOME.boxes + 2 * torch.rand(3, 4), torch.tensor([[21.0, 22, 50, 53], [20, 20, 48, 50], [0, 0, 9, 9]])[: 3 - step]]
+        given = [
+            SOME.boxes + 2 * torch.rand(3, 4),
+            torch.tensor([[21.0, 22, 50, 53], [20, 20, 48, 50], [0, 0, 9, 9]])[: 3 - step],
+        ]
         here = []
         for boxes_, target in zip(given, targets):
             every = torch.cat([target.boxes, boxes_])
@@ -347,7 +372,9 @@ def test_memory_follows_the_proposals() -> None:
         plain = F.smooth_l1_loss(*made.box.regression(raw, samples, targets), reduction="sum") / len(samples.rois)
         assert torch.allclose(losses["loss_box"], plain)
         sum(losses.values()).backward()
-    sixth = [sorted(v for s, v in shifts if s == step)[5] for step in range(2)]  # 3 times 2 images; the objects' own are 0
+    sixth = [
+        sorted(v for s, v in shifts if s == step)[5] for step in range(2)
+    ]  # 3 times 2 images; the objects' own are 0
     assert float(made.threshold) == pytest.approx(max(0.4, sum(overlaps) / 2), rel=1e-5)
     assert float(made.beta) == pytest.approx(min(1.0, sum(sixth) / 2), rel=1e-4)
     restored = DynamicStage(LEVELS, 3, channels=16, interval=2)
@@ -380,7 +407,9 @@ def test_memory_is_shared_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fusedet.models.roi.dynamic.mean_over_ranks", mean)
     made = DynamicStage(LEVELS, 3, channels=16, iou_topk=2)
-    assert float(made.usual_overlap(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(((0.6 + 0.1) / 2 + 0.2) / 2)
+    assert float(made.usual_overlap(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(
+        ((0.6 + 0.1) / 2 + 0.2) / 2
+    )
     wanted = torch.tensor([[0.5, -0.1, 9, 9], [0.1, 0.1, 9, 9]])
     assert float(made.usual_shift(wanted, 1)) == pytest.approx(0.3)
     assert float(made.usual_shift(wanted[:0], 1)) == -1

@@ -27,7 +27,10 @@ SIZES = torch.tensor([[64, 96], [50, 77]])
 
 
 def maps(size: tuple[int, int] = (64, 96), n: int = 2) -> list[Tensor]:
-    return [torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s)) for c, s in zip(LEVELS.channels, LEVELS.strides)]
+    return [
+        torch.randn(n, c, math.ceil(size[0] / s), math.ceil(size[1] / s))
+        for c, s in zip(LEVELS.channels, LEVELS.strides)
+    ]
 
 
 def varied(**options: object) -> RPNHead:
@@ -60,7 +63,9 @@ def test_rounded_anchors_are_torchvisions() -> None:
 def literal_loss(outputs: Outputs, targets: list[Target], beta: float | None = None) -> tuple[float, float]:
     """Both losses when every anchor is sampled, anchor by anchor in float64."""
     rows = [[m.detach() for m in outputs.maps[k]] for k in ("cls", "reg")]
-    cls, reg = (torch.cat([m.permute(0, 2, 3, 1).reshape(len(m), -1, w) for m in r], 1).double() for r, w in zip(rows, (1, 4)))
+    cls, reg = (
+        torch.cat([m.permute(0, 2, 3, 1).reshape(len(m), -1, w) for m in r], 1).double() for r, w in zip(rows, (1, 4))
+    )
     total_cls = total_box = count = 0.0
     for i, target in enumerate(targets):
         anchors = outputs.priors.boxes.double()
@@ -139,7 +144,10 @@ def literal_proposals(head: RPNHead, outputs: Outputs, sizes: Tensor, pre_nms: i
                 w, h = x2 - x1, y2 - y1
                 x, y = (x1 + x2) / 2 + dx * w, (y1 + y2) / 2 + dy * h
                 w, h = (s * math.exp(min(max(d, -MAX_RATIO), MAX_RATIO)) for s, d in ((w, dw), (h, dh)))
-                box = [min(max(v, 0), m) for v, m in ((x - w / 2, width), (y - h / 2, height), (x + w / 2, width), (y + h / 2, height))]
+                box = [
+                    min(max(v, 0), m)
+                    for v, m in ((x - w / 2, width), (y - h / 2, height), (x + w / 2, width), (y + h / 2, height))
+                ]
                 if box[2] <= box[0] or box[3] <= box[1]:
                     continue
                 if all(float(box_iou(torch.tensor([box]), torch.tensor([other]))) <= head.nms for _, other in alive):

@@ -41,7 +41,11 @@ def dataset(tmp_path: Path) -> DetectionDataset:
         path = tmp_path / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         one = np.ones(1)
-        rows.append(ImageAnnotations(100 + i, path, height, width, np.array([[3.0, 4, 20, 25]]), one.astype(int), one > 2, one, [None]))
+        rows.append(
+            ImageAnnotations(
+                100 + i, path, height, width, np.array([[3.0, 4, 20, 25]]), one.astype(int), one > 2, one, [None]
+            )
+        )
     (tmp_path / "3.png").unlink()
     (tmp_path / "8.png").write_bytes(b"no image")
     (tmp_path / "17.png").write_bytes((tmp_path / "17.png").read_bytes()[:-300])
@@ -101,7 +105,9 @@ def test_two_processes_see_what_one_does(make: Callable[..., TrainLoader], epoch
     halves = [list(make(f"h{rank}", rank=rank, world=2).epoch(epoch)) for rank in range(2)]
     for one, first, second in zip(whole, *halves, strict=True):
         assert one.ids == first.ids + second.ids
-        assert torch.equal(one.images, torch.cat([first.images, second.images])), "padded alike, though only one knows of the bad image"
+        assert torch.equal(one.images, torch.cat([first.images, second.images])), (
+            "padded alike, though only one knows of the bad image"
+        )
         assert torch.equal(one.sizes, torch.cat([first.sizes, second.sizes]))
 
 
@@ -123,7 +129,9 @@ def test_going_on_in_an_epoch(make: Callable[..., TrainLoader], tmp_path: Path, 
 
 def test_too_many(make: Callable[..., TrainLoader], dataset: DetectionDataset) -> None:
     loader = make(share=2 / COUNT)
-    with pytest.raises(InputError, match=r"^3 of the 24 training images cannot be read, more than train.max_bad_images=0.08") as error:
+    with pytest.raises(
+        InputError, match=r"^3 of the 24 training images cannot be read, more than train.max_bad_images=0.08"
+    ) as error:
         list(loader.epoch(0))
     assert any(str(dataset.path(i)) in str(error.value) for i in BAD)
     list(make("enough", share=3 / COUNT).epoch(0))
@@ -131,7 +139,9 @@ def test_too_many(make: Callable[..., TrainLoader], dataset: DetectionDataset) -
         list(make("none", share=0).epoch(0))
 
 
-@pytest.mark.parametrize(("count", "share", "right"), [(8, 0.01, 1), (1000, 0.01, 10), (1001, 0.01, 11), (7, 0, 0), (100, 0.29, 29)])
+@pytest.mark.parametrize(
+    ("count", "share", "right"), [(8, 0.01, 1), (1000, 0.01, 10), (1001, 0.01, 11), (7, 0, 0), (100, 0.29, 29)]
+)
 def test_what_a_share_allows(count: int, share: float, right: int) -> None:
     assert allowed(count, share) == right
 
@@ -143,12 +153,18 @@ def test_nothing_that_can_stand_in(dataset: DetectionDataset, tmp_path: Path) ->
         list(train_loader(dataset, TRANSFORM, batch=4, ledger=Ledger(tmp_path / "out", COUNT, 1)).epoch(0))
 
 
-ROWS = [Skipped(1, 2, 3, "3.jpg", "gone"), Skipped(1, 2, 3, "3.jpg", "gone"), Skipped(1, 4, 5, "5.jpg", "of two,\nlines")]
+ROWS = [
+    Skipped(1, 2, 3, "3.jpg", "gone"),
+    Skipped(1, 2, 3, "3.jpg", "gone"),
+    Skipped(1, 4, 5, "5.jpg", "of two,\nlines"),
+]
 """The first image twice in one batch: there are fewer than it takes."""
 
 
 @pytest.mark.parametrize("place", ["replace", "unlink"])
-def test_a_kill_while_the_lists_come_together_loses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_kill_while_the_lists_come_together_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -170,7 +186,9 @@ def test_a_kill_while_the_lists_come_together_loses_no_row(tmp_path: Path, monke
     assert len(listed(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("row", ["1,x,3,a,b", "1,2,3.5,a,b", "x,2,3,a,b", "1,2,3,a", "1,2,3,a,b,c", "1,2,3," + 200_000 * "a" + ",b"])
+@pytest.mark.parametrize(
+    "row", ["1,x,3,a,b", "1,2,3.5,a,b", "x,2,3,a,b", "1,2,3,a", "1,2,3,a,b,c", "1,2,3," + 200_000 * "a" + ",b"]
+)
 def test_a_damaged_list_is_refused_and_one_cut_short_is_not(tmp_path: Path, row: str) -> None:
     Ledger(tmp_path, 100, 0.03).add(ROWS[0])
     file = tmp_path / "skipped.csv"
@@ -224,7 +242,9 @@ def test_the_lists_of_two_processes_come_together(tmp_path: Path) -> None:
     mp.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method="fork")  # they need no imports of their own
     assert len(listed(tmp_path / "out")) == 5
     for rank in range(2):
-        assert (tmp_path / f"said-{rank}").read_text().startswith("4 of the 100 training images cannot be read"), "each says so and stops"
+        assert (tmp_path / f"said-{rank}").read_text().startswith("4 of the 100 training images cannot be read"), (
+            "each says so and stops"
+        )
 
 
 # -- the whole training
@@ -246,7 +266,15 @@ def test_a_training_around_a_bad_image(
             (data / path.relative_to(scenes)).write_bytes(path.read_bytes())
     bad = data / "train" / "000002.jpg"
     bad.write_bytes(bad.read_bytes()[:-500])
-    words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.policy=multistep", "train.milestones=[]", "train.validate_every=1"]
+    words = [
+        "train",
+        "retinanet_tiny",
+        f"data={data}",
+        *SMALL,
+        "train.policy=multistep",
+        "train.milestones=[]",
+        "train.validate_every=1",
+    ]
 
     assert run(*words, f"out={tmp_path / 'stopped'}") == 2
     assert f"{bad} is truncated or damaged" in capsys.readouterr().err
@@ -265,10 +293,14 @@ def test_a_training_around_a_bad_image(
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["replaced"] == {"images": 1, "times": 2}
 
     assert run(*skip, f"out={tmp_path / 'none'}", "train.max_bad_images=0") == 2
-    assert "1 of the 8 training images cannot be read, more than train.max_bad_images=0 allows" in capsys.readouterr().err
+    assert (
+        "1 of the 8 training images cannot be read, more than train.max_bad_images=0 allows" in capsys.readouterr().err
+    )
 
 
-def test_a_bad_validation_image_is_an_error_always(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
+def test_a_bad_validation_image_is_an_error_always(
+    capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path
+) -> None:
     for name in ("annotations/instances_train.json", "annotations/instances_val.json"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes((scenes / name).read_bytes())
@@ -278,7 +310,14 @@ def test_a_bad_validation_image_is_an_error_always(capsys: pytest.CaptureFixture
             (tmp_path / "data" / split / path.name).write_bytes(path.read_bytes())
     bad = sorted((tmp_path / "data" / "val").iterdir())[0]
     bad.write_bytes(b"")
-    words = ["train", "retinanet_tiny", f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", *SMALL, "train.on_bad_image=skip"]
+    words = [
+        "train",
+        "retinanet_tiny",
+        f"data={tmp_path / 'data'}",
+        f"out={tmp_path / 'out'}",
+        *SMALL,
+        "train.on_bad_image=skip",
+    ]
     assert run(*words) == 2
     assert f"error: {bad} is empty or not an image" in capsys.readouterr().err
     assert not (tmp_path / "out").exists(), "before anything is written"

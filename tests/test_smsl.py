@@ -84,7 +84,9 @@ def non_local(block: nn.Module, x: Tensor) -> Tensor:
     cells = [x[:, i, j] for i, j in product(range(H), range(W))]
     out = torch.empty_like(x)
     for n, (i, j) in enumerate(product(range(H), range(W))):
-        likeness = torch.stack([dense(block.theta, cells[n]) @ dense(block.phi, other) / math.sqrt(C) for other in cells])
+        likeness = torch.stack(
+            [dense(block.theta, cells[n]) @ dense(block.phi, other) / math.sqrt(C) for other in cells]
+        )
         share = torch.exp(likeness) / torch.exp(likeness).sum()
         out[:, i, j] = cells[n] + dense(block.out, sum(a * dense(block.g, other) for a, other in zip(share, cells)))
     return out
@@ -165,7 +167,10 @@ def test_large_levels_are_summed_in_blocks() -> None:
 
 
 def test_combination_is_a_sum_over_levels() -> None:
-    D, weights = [torch.randn(2, 3, 4, 5, dtype=torch.float64) for _ in range(4)], torch.randn(2, 6, 4, 3, dtype=torch.float64)
+    D, weights = (
+        [torch.randn(2, 3, 4, 5, dtype=torch.float64) for _ in range(4)],
+        torch.randn(2, 6, 4, 3, dtype=torch.float64),
+    )
     assert torch.allclose(combine(D, weights), torch.einsum("nlchw,ntlc->ntchw", torch.stack(D, 1), weights))
 
 
@@ -173,7 +178,8 @@ def test_combination_is_a_sum_over_levels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rescaling", "glob", "count"), [(False, False, 252_640), (True, False, 663_680), (False, True, 566_336), (True, True, 977_376)]
+    ("rescaling", "glob", "count"),
+    [(False, False, 252_640), (True, False, 663_680), (False, True, 566_336), (True, True, 977_376)],
 )
 def test_parameters_of_table_1(rescaling: bool, glob: bool, count: int) -> None:
     smsl = SMSL(pyramid(256), channel_rescaling=rescaling, global_feature=glob)
@@ -190,7 +196,9 @@ def test_parts_of_the_count() -> None:
     assert sum(p.numel() for p in SMSL(pyramid(256, 4)).parameters()) == 736_864
 
 
-@pytest.mark.parametrize(("strides", "size", "cost"), [((8, 16, 32, 64, 128), (800, 1344), 0.84), ((4, 8, 16, 32, 64), (640, 640), 1.73)])
+@pytest.mark.parametrize(
+    ("strides", "size", "cost"), [((8, 16, 32, 64, 128), (800, 1344), 0.84), ((4, 8, 16, 32, 64), (640, 640), 1.73)]
+)
 def test_multiply_adds(strides: tuple[int, ...], size: tuple[int, int], cost: float) -> None:
     levels = Levels((256,) * 5, strides)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -232,7 +240,9 @@ def test_it_starts_without_refinement() -> None:
     assert {name for name, p in smsl.named_parameters() if not p.grad.any()} == idle
 
 
-@pytest.mark.parametrize(("finest", "coarsest", "top"), [(3, 7, "on_input"), (3, 7, "on_output"), (2, 6, "max_pool"), (3, 5, "on_input")])
+@pytest.mark.parametrize(
+    ("finest", "coarsest", "top"), [(3, 7, "on_input"), (3, 7, "on_output"), (2, 6, "max_pool"), (3, 5, "on_input")]
+)
 def test_standalone_keeps_the_promise_of_a_pyramid(finest: int, coarsest: int, top: str) -> None:
     smsl = SMSL(SMALL_BODY, "standalone", channels=32, finest=finest, coarsest=coarsest, top=top, zero_init=False)
     outputs = smsl(maps(SMALL_BODY, (64, 96)))

@@ -32,7 +32,9 @@ def test_pooling_is_the_definition(samples: int) -> None:
     pooling, features = SoftPooling(LEVELS, size=3, samples=samples).double(), [f.double() for f in pyramid()]
     found = pooling(features, ROIS.double())
     strides = (4, 8, 16, 32)
-    pooled = [roi_align(f, ROIS.double(), 3, 1 / s, sampling_ratio=samples, aligned=True) for f, s in zip(features, strides)]
+    pooled = [
+        roi_align(f, ROIS.double(), 3, 1 / s, sampling_ratio=samples, aligned=True) for f, s in zip(features, strides)
+    ]
     first, second = pooling.weights[0], pooling.weights[2]
     for m in range(len(ROIS)):
         joined = torch.cat([p[m] for p in pooled])  # (64, 3, 3)

@@ -89,7 +89,9 @@ def test_only_these_modules_import_by_name() -> None:
 # -- archives
 
 
-def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes] = lambda _, data: data, packing: int = 0) -> Path:
+def rewritten(
+    source: Path, target: Path, change: Callable[[str, bytes], bytes] = lambda _, data: data, packing: int = 0
+) -> Path:
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", packing) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, change(entry.filename, old.read(entry)))
@@ -182,7 +184,13 @@ def test_entries_that_lie_over_each_other(tmp_path: Path, good: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [Call(bytearray, 2**40), Call(torch.Tensor, 2**38), Call(torch.FloatTensor, 2**38), Call(torch.UntypedStorage, 2**40)]
+    "call",
+    [
+        Call(bytearray, 2**40),
+        Call(torch.Tensor, 2**38),
+        Call(torch.FloatTensor, 2**38),
+        Call(torch.UntypedStorage, 2**40),
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_makes_memory_from_a_number(tmp_path: Path, call: Call, zipped: bool) -> None:
@@ -205,7 +213,11 @@ def test_tensors_that_claim_more_than_the_file(tmp_path: Path) -> None:
 
 def test_a_storage_that_claims_more_than_its_entry(tmp_path: Path, good: Path) -> None:
     def claim(name: str, data: bytes) -> bytes:
-        return data.replace(b"cpuq\x08K\x06t", b"cpuq\x08J" + struct.pack("<i", 2**30) + b"t") if name.endswith("data.pkl") else data
+        return (
+            data.replace(b"cpuq\x08K\x06t", b"cpuq\x08J" + struct.pack("<i", 2**30) + b"t")
+            if name.endswith("data.pkl")
+            else data
+        )
 
     path = rewritten(good, tmp_path / "storage.ckpt", claim)
     assert path.read_bytes() != rewritten(good, tmp_path / "same.ckpt").read_bytes()
@@ -215,7 +227,9 @@ def test_a_storage_that_claims_more_than_its_entry(tmp_path: Path, good: Path) -
 def test_code_is_named_and_not_run(tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save(
-            {"model": {"w": Call(os.system, f"touch {tmp_path}/ran")}}, tmp_path / "code.ckpt", _use_new_zipfile_serialization=zipped
+            {"model": {"w": Call(os.system, f"touch {tmp_path}/ran")}},
+            tmp_path / "code.ckpt",
+            _use_new_zipfile_serialization=zipped,
         )
         refused(tmp_path / "code.ckpt", "system", "is not a fusedet checkpoint")
     (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path}/ran")))
@@ -237,7 +251,10 @@ def test_every_cut_of_a_file_is_refused(tmp_path: Path, good: Path) -> None:
 def test_any_changed_byte_is_read_or_refused(tmp_path: Path, good: Path) -> None:
     """No other error than an InputError, whichever byte of the pickle or of the archive's directory is changed."""
     data, changed = good.read_bytes(), tmp_path / "changed.ckpt"
-    places = [*range(data.index(b"\x80\x02"), data.index(b"\x80\x02") + 220), *range(data.index(b"PK\1\2"), len(data), 3)]
+    places = [
+        *range(data.index(b"\x80\x02"), data.index(b"\x80\x02") + 220),
+        *range(data.index(b"PK\1\2"), len(data), 3),
+    ]
     outcomes = set()
     for at in places:
         changed.write_bytes(data[:at] + bytes([data[at] ^ 0x15]) + data[at + 1 :])
@@ -286,7 +303,9 @@ def test_a_large_header(tmp_path: Path) -> None:
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
 )
-MERGED = "a: &a {k: 1}\n" + "".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi"))
+MERGED = "a: &a {k: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi")
+)
 
 
 def with_meta(run: Path, target: Path, **changes: Any) -> Path:
@@ -357,7 +376,9 @@ def change(model: dict[str, Any], key: str, value: Any) -> None:
         ("backbone.name", "resnet50", "does not fit this model|that has more"),
     ],
 )
-def test_models_that_are_not_those_of_the_weights(trained: Path, tmp_path: Path, key: str, value: Any, text: str) -> None:
+def test_models_that_are_not_those_of_the_weights(
+    trained: Path, tmp_path: Path, key: str, value: Any, text: str
+) -> None:
     file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value))
     with at_most(64), pytest.raises(InputError, match=text):
         load_model.rebuild(file, trust="hub" in str(value) or "local" in str(value))
@@ -386,7 +407,10 @@ def test_info_counts_what_a_strangers_run_asks_for_and_takes_no_memory(
     assert code == 2
     assert "best.safetensors does not fit the model of its own config: that has more than" in said
     assert said.count("\n") == 1
-    for power, text in ((40, "retinanet_tiny: its model has more numbers than can be counted"), (70, "model.pyramid.channels must lie")):
+    for power, text in (
+        (40, "retinanet_tiny: its model has more numbers than can be counted"),
+        (70, "model.pyramid.channels must lie"),
+    ):
         assert cli.run(["info", "retinanet_tiny", f"model.pyramid.channels={2**power}"]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error: {text}")
@@ -543,7 +567,10 @@ def test_nothing_is_fetched_or_sent(scenes: Path, tmp_path: Path) -> None:
         ["doctor", f"data={scenes}", "--json"],
     ]
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, json.dumps([[str(w) for w in one] for one in words])], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", OFFLINE, json.dumps([[str(w) for w in one] for one in words])],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     codes, before, met = json.loads(done.stdout.splitlines()[-1])

@@ -63,7 +63,9 @@ def content(file: Path) -> Any:
     return json.loads(text)
 
 
-def test_test_dev_is_written_and_not_scored(run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_dev_is_written_and_not_scored(
+    run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = read(coco, "test-dev2017")
     assert (len(dataset), len(dataset.labels), len(dataset.names)) == (8, 0, 80)
     out = tmp_path / "sent"
@@ -121,18 +123,28 @@ def test_too_many_detections_are_told_before_any_is_made(run: Path, capsys: pyte
     assert "test.max_det=300: COCO's rules allow 100 detections of an image" in capsys.readouterr().err
 
 
-def test_other_data_is_refused(trained: Path, scenes: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_data_is_refused(
+    trained: Path, scenes: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["val", str(trained), "--submission"]) == 2
     assert "instances_val.json is no split that COCO's server scores" in capsys.readouterr().err
     file = shutil.copytree(scenes, tmp_path / "few") / "annotations" / "instances_val.json"
     file.rename(file.with_name("instances_val2017.json"))
-    with pytest.raises(InputError, match="has 6 categories, but COCO's server wants COCO's 80: the ids differ in 7, 8, 9, 10, 11, "):
+    with pytest.raises(
+        InputError, match="has 6 categories, but COCO's server wants COCO's 80: the ids differ in 7, 8, 9, 10, 11, "
+    ):
         coco_submission.of_server(read(tmp_path / "few", "val"), 100)
 
 
 @pytest.mark.parametrize(("split", "whole"), [("val2017", 5000), ("test-dev2017", 20288)])
 def test_a_part_of_the_servers_split_is_warned_of(
-    run: Path, coco: Path, split: str, whole: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    coco: Path,
+    split: str,
+    whole: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dataset = read(coco, split)
     assert coco_submission.of_server(dataset, 100) == split
@@ -140,7 +152,10 @@ def test_a_part_of_the_servers_split_is_warned_of(
     assert cli.run(["val", str(run), "--submission", "--split", split, f"out={tmp_path / 'out'}", "--json"]) == 0
     said = capsys.readouterr()
     assert "warning" not in json.loads(said.out)
-    assert said.err == f"warning: {dataset.source} has 8 images, COCO's {split}, which the server scores as a whole, has {whole}\n"
+    assert (
+        said.err
+        == f"warning: {dataset.source} has 8 images, COCO's {split}, which the server scores as a whole, has {whole}\n"
+    )
     monkeypatch.setitem(coco_submission.IMAGES, split, 8)
     assert coco_submission.incomplete(dataset, split) is None
 
@@ -154,7 +169,12 @@ def dataset(coco: Path) -> DetectionDataset:
 
 
 def good(dataset: DetectionDataset, **changes: Any) -> dict[str, Any]:
-    result = {"image_id": int(dataset.image_ids[0]), "category_id": 90, "bbox": [1.234, 2.0, 3.456, 4.0], "score": 0.12345678}
+    result = {
+        "image_id": int(dataset.image_ids[0]),
+        "category_id": 90,
+        "bbox": [1.234, 2.0, 3.456, 4.0],
+        "score": 0.12345678,
+    }
     return {k: v for k, v in (result | changes).items() if v is not None}
 
 
@@ -196,7 +216,9 @@ def test_masks_have_a_file_of_their_own(dataset: DetectionDataset, tmp_path: Pat
     """Without boxes, from which COCO's tools would take the objects' areas."""
     height, width = dataset.sizes[0].tolist()
     masks = torch.rand(2, height, width) < 0.5
-    found = Detections(torch.tensor([[0.0, 0, 9, 9], [1, 2, 3, 4]]), torch.tensor([0.9, 0.1]), torch.tensor([0, 79]), masks)
+    found = Detections(
+        torch.tensor([[0.0, 0, 9, 9], [1, 2, 3, 4]]), torch.tensor([0.9, 0.1]), torch.tensor([0, 79]), masks
+    )
     results = found.to_coco(int(dataset.image_ids[0]), dataset.category_ids)
     files = coco_submission.write(coco_submission.checked(dataset, results), "test-dev2017", "a", tmp_path)
     assert [f.parent.name for f in files.values()] == ["bbox", "segm"]
@@ -227,7 +249,9 @@ def test_wrong_masks_are_told(dataset: DetectionDataset, mask: Any, told: str) -
 # -- VOC
 
 
-def test_voc_is_trained_on_and_scored_both_ways(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_voc_is_trained_on_and_scored_both_ways(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """MSIL's table 5: train of a VOC folder, val of the same; VOC's AP stands beside COCO's, and follows from the results alone."""
     data, out = tmp_path / "VOC2012", tmp_path / "run"
     assert cli.run(["convert", "data", str(scenes), str(data), "--to", "voc"]) == 0

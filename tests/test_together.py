@@ -48,7 +48,9 @@ def batch(counts: list[int], size: tuple[int, int]) -> Batch:
     """Images with so many objects each."""
     n, (h, w) = len(counts), size
     corners = [torch.rand(g, 2) * torch.tensor([w / 2, h / 2]) for g in counts]
-    boxes = [torch.cat([c, c + 8 + torch.rand(len(c), 2) * torch.tensor([w / 2 - 8, h / 2 - 8])], dim=1) for c in corners]
+    boxes = [
+        torch.cat([c, c + 8 + torch.rand(len(c), 2) * torch.tensor([w / 2 - 8, h / 2 - 8])], dim=1) for c in corners
+    ]
     targets = tuple(Target(b, torch.arange(len(b)) % 3) for b in boxes)
     images = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8)
     return Batch(images, torch.tensor([size] * n), tuple(range(n)), torch.ones(n, 2), targets)
@@ -94,7 +96,11 @@ def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, inte
     for counts in ([2, 0], [0, 0], [0]):
         model.zero_grad(set_to_none=True)
         total(model, batch(counts, (64, 96))).backward()
-        lost = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+        lost = [
+            k
+            for k, p in model.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+        ]
         assert not lost
 
     # what autocast makes of it is finite too

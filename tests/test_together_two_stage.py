@@ -67,7 +67,10 @@ def keeps_the_contracts(detector: OneStage | TwoStage, strides: tuple[int, ...])
         boxes = torch.cat([d.boxes for d in found])
         assert boxes.isfinite().all()
         # the box of grid points may reach outside
-        assert any(isinstance(m, GridBranch) for m in detector.modules()) or (boxes <= torch.tensor([47, 33, 47, 33])).all()
+        assert (
+            any(isinstance(m, GridBranch) for m in detector.modules())
+            or (boxes <= torch.tensor([47, 33, 47, 33])).all()
+        )
 
 
 @pytest.mark.parametrize(("neck", "plugin", "interact"), REPPOINTS)
@@ -116,12 +119,16 @@ class Detect(nn.Module):
 
 @pytest.mark.parametrize("name", TWO_STAGE)
 def test_an_interaction_needs_two_branches(name: str) -> None:
-    with pytest.raises(InputError, match=r"^model\.interact=.*msil.*: a two-stage detector has no two branches to exchange, .* null$"):
+    with pytest.raises(
+        InputError, match=r"^model\.interact=.*msil.*: a two-stage detector has no two branches to exchange, .* null$"
+    ):
         make(name, "model.interact=msil")
 
 
 def test_the_rpn_has_one_branch() -> None:
-    with pytest.raises(InputError, match=r"^the RPN has one branch, an interaction needs two: leave model\.interact null$"):
+    with pytest.raises(
+        InputError, match=r"^the RPN has one branch, an interaction needs two: leave model\.interact null$"
+    ):
         RPNHead(Levels((32,) * 5, (4, 8, 16, 32, 64)), interact=MSIL)
 
 

@@ -16,7 +16,9 @@ def record(height, width, boxes, ignore=None, segments=None):
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     n = len(boxes)
     ignore = np.zeros(n, bool) if ignore is None else np.array(ignore)
-    return ImageAnnotations(1, Path("x.jpg"), height, width, boxes, np.arange(n), ignore, np.ones(n), segments or [None] * n)
+    return ImageAnnotations(
+        1, Path("x.jpg"), height, width, boxes, np.arange(n), ignore, np.ones(n), segments or [None] * n
+    )
 
 
 def rectangle(x1, y1, x2, y2):
@@ -165,7 +167,9 @@ def test_all_kinds_of_segments():
     inside[10:30, 20:50] = 1
     rle = coco_mask.encode(np.asfortranarray(inside))
     text = {"size": [60, 80], "counts": rle["counts"].decode()}
-    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], inside.T.ravel(), [2]])))).tolist()  # starts with a run of zeros
+    runs = np.diff(
+        np.flatnonzero(np.diff(np.concatenate([[2], inside.T.ravel(), [2]])))
+    ).tolist()  # starts with a run of zeros
     two = rectangle(20, 10, 35, 30) + rectangle(35, 10, 50, 30)
     segments = [rectangle(20, 10, 50, 30), text, {"size": [60, 80], "counts": runs}, two]
     r = record(60, 80, [[20, 10, 50, 30]] * 4, segments=segments)

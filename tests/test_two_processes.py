@@ -18,7 +18,12 @@ from fusedet.engine import checkpoint
 
 OPTIONS = [
     # batch norms at rest: the statistics of a batch are those of its process
-    *("model.backbone.name=regnetx_002", "model.backbone.norm_eval=true", "model.pyramid.channels=16", "model.head.convs=1"),
+    *(
+        "model.backbone.name=regnetx_002",
+        "model.backbone.norm_eval=true",
+        "model.pyramid.channels=16",
+        "model.head.convs=1",
+    ),
     "model.head.norm=false",
     *("data.size=[64,96]", "data.workers=0", "train.epochs=2", "train.batch=4", "train.optimizer=sgd", "train.lr=0.01"),
     *("train.warmup_steps=0", "train.base_batch=null", "test.score=0.001", "device=cpu"),
@@ -42,7 +47,18 @@ def on_two_machines(commands: list[list[str]], script: Path) -> list[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     started = []
     for rank in ("0", "1"):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", rank, "--nproc-per-node", "1", *meeting]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node-rank",
+            rank,
+            "--nproc-per-node",
+            "1",
+            *meeting,
+        ]
         command = [*launch, str(script), json.dumps(commands)]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=300) for process in started]

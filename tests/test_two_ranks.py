@@ -17,9 +17,17 @@ from warm import SERVER
 
 Learned = dict[str, Any]
 SIZE = (32, 48)
-THOUSAND = [[x, y, x + side, y + side * 1.25] for x, y, side in ((i % 45 + i / 1009, i % 29 + i / 2003, 0.5 + i / 60) for i in range(1000))]
+THOUSAND = [
+    [x, y, x + side, y + side * 1.25]
+    for x, y, side in ((i % 45 + i / 1009, i % 29 + i / 2003, 0.5 + i / 60) for i in range(1000))
+]
 OBJECTS: dict[str, list[list[list[float]]]] = {  # of two images for each process
-    "both": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [], [[-5, -5, 60, 40]], [[10, 5, 35, 25], [25, 1, 30, 6]]],
+    "both": [
+        [[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]],
+        [],
+        [[-5, -5, 60, 40]],
+        [[10, 5, 35, 25], [25, 1, 30, 6]],
+    ],
     "first": [[[2, 2, 15, 15], [5, 10, 30, 22], [20, 4, 45, 30]], [[10, 5, 35, 25], [25, 1, 30, 6]], [], []],
     "none": [[], [], [], []],
     "thousand": [THOUSAND, [[10, 5, 35, 25]], [], []],
@@ -30,13 +38,17 @@ def learned(name: str, kind: str, images: slice) -> Learned:
     """The gradients of these images' losses by name, and what Dynamic R-CNN notes. Nothing is left to chance."""
     torch.manual_seed(0)
     with float64():
-        near = ["model.head.box_norm=stride"] if name == "vfnet" else []  # its weights, overlaps, must be more than one per process
+        near = (
+            ["model.head.box_norm=stride"] if name == "vfnet" else []
+        )  # its weights, overlaps, must be more than one per process
         detector = make(name, *near, everything=True, rest=True).double().train()
         livelier(detector)
         dynamic = [stage for stage in detector.modules() if isinstance(stage, DynamicStage)]
         data = batch(*(target(boxes, size=SIZE) for boxes in OBJECTS[kind]), size=SIZE)
         assert data.targets is not None
-        part = Batch(data.images[images], data.sizes[images], data.ids[images], data.scales[images], data.targets[images])
+        part = Batch(
+            data.images[images], data.sizes[images], data.ids[images], data.scales[images], data.targets[images]
+        )
         total(detector, part).backward()
     assert not without_gradient(detector)
     notes = {key: float(getattr(stage, key)[0]) for stage in dynamic for key in ("overlaps", "shifts")}

@@ -19,13 +19,22 @@ from fusedet.types import Batch, Target
 
 FAMILIES = ("faster_rcnn", "cascade_rcnn", "dynamic_rcnn", "libra_rcnn")
 NAMES = [name for name in configs.names() if name.startswith(FAMILIES)]
-TINY = ["model.backbone.name=resnet10t", "model.backbone.frozen_stages=-1", "model.backbone.norm_eval=false", "model.pyramid.channels=16"]
+TINY = [
+    "model.backbone.name=resnet10t",
+    "model.backbone.frozen_stages=-1",
+    "model.backbone.norm_eval=false",
+    "model.pyramid.channels=16",
+]
 FEW = {"proposals": 100, "train_proposals": 100, "train_pre_nms": 200}
 
 
 def objects(boxes: list, labels: list, masks: bool = False) -> Target:
     corners = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Target(corners, torch.tensor(labels, dtype=torch.int64), torch.ones(len(boxes), 64, 96, dtype=torch.bool) if masks else None)
+    return Target(
+        corners,
+        torch.tensor(labels, dtype=torch.int64),
+        torch.ones(len(boxes), 64, 96, dtype=torch.bool) if masks else None,
+    )
 
 
 EMPTY = objects([], [])
@@ -105,7 +114,10 @@ def test_cost_counts_a_thousand_regions() -> None:
         ({"stage": ["box"], "stages": ["box"]}, "did you mean 'stages'"),
         ({"stages": ["boks"]}, r"unknown model\.roi\.stages\.0 'boks': did you mean 'box'"),
         ({"stages": [{"type": "box", "lose": "l1"}]}, "did you mean 'loss'"),
-        ({"stages": [{"type": "box", "pooling": "softer"}]}, r"model\.roi\.stages\.0\.pooling 'softer': did you mean 'soft'"),
+        (
+            {"stages": [{"type": "box", "pooling": "softer"}]},
+            r"model\.roi\.stages\.0\.pooling 'softer': did you mean 'soft'",
+        ),
         ({"stages": [{"type": "box", "pooling": {"type": "level", "size": 3}}]}, r"pooling\.size is not set here"),
         ({"stages": ["box"], "branches": ["musk"]}, r"unknown model\.roi\.branches\.0 'musk': did you mean 'mask'"),
     ],
@@ -284,11 +296,16 @@ def test_scores_of_a_cascade_are_of_the_mean_of_logits() -> None:
     made, images = small("cascade_rcnn_r18").eval(), batch(EMPTY)
     with torch.no_grad():
         regions = made(images.images, images.sizes)
-        rois = torch.cat([torch.zeros(len(regions.rois), 1), made.head.propose(regions.outputs, images.sizes).boxes[0]], dim=1)
+        rois = torch.cat(
+            [torch.zeros(len(regions.rois), 1), made.head.propose(regions.outputs, images.sizes).boxes[0]], dim=1
+        )
         logits = []
         for stage in made.stages:
             logits.append(stage(regions.features, rois)[0])
-            last, rois = rois, torch.cat([rois[:, :1], stage.refine(stage(regions.features, rois), rois, images.sizes)], dim=1)
+            last, rois = (
+                rois,
+                torch.cat([rois[:, :1], stage.refine(stage(regions.features, rois), rois, images.sizes)], dim=1),
+            )
     assert torch.allclose(regions.raw[0], sum(logits) / 3, atol=1e-4)
     assert torch.allclose(regions.rois, last, atol=1e-3)
 

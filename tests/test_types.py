@@ -25,7 +25,9 @@ def detections() -> Detections:
         lambda: Batch(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),  # not uint8
         lambda: Batch(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),
         lambda: Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),
-        lambda: Batch(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2), targets=()),
+        lambda: Batch(
+            torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2), targets=()
+        ),
     ],
 )
 def test_wrong_data_is_refused_when_made(make) -> None:
@@ -44,7 +46,9 @@ def test_everything_inside_moves() -> None:
     moved = batch.to("meta")
     assert moved.ids == (7,)
     assert {t.device.type for t in (moved.images, moved.sizes, moved.scales)} == {"meta"}
-    assert {t.device.type for t in (moved.targets[0].boxes, moved.targets[0].labels, moved.targets[0].ignore)} == {"meta"}
+    assert {t.device.type for t in (moved.targets[0].boxes, moved.targets[0].labels, moved.targets[0].ignore)} == {
+        "meta"
+    }
     assert moved.targets[0].masks is None
 
 

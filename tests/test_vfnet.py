@@ -193,7 +193,9 @@ def test_star_points_by_hand() -> None:
     """A box that reaches 8 pixels to the left, 16 up, 24 to the right and 4 down is (1, 2, 3, 0.5) cells of stride 8."""
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1)
     offset = make().star(box, 8).view(9, 2)
-    cells = torch.cartesian_prod(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0))  # where a 3x3 convolution looks: (dy, dx)
+    cells = torch.cartesian_prod(
+        torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0)
+    )  # where a 3x3 convolution looks: (dy, dx)
     star = torch.tensor([[y, x] for y in (-2.0, 0.0, 0.5) for x in (-1.0, 0.0, 3.0)])
     assert torch.allclose(cells + offset, star, atol=1e-5)
 
@@ -216,7 +218,9 @@ def test_only_a_tenth_of_the_stars_gradient_reaches_the_box() -> None:
     box = torch.rand(1, 4, 2, 2, requires_grad=True)
     make().star(box, 8).sum().backward()
     # left and upper sides stand in three points each with a minus, right and lower ones likewise without
-    assert torch.allclose(box.grad, 0.1 * 3 / 8 * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1).expand(1, 4, 2, 2))
+    assert torch.allclose(
+        box.grad, 0.1 * 3 / 8 * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1).expand(1, 4, 2, 2)
+    )
 
 
 @pytest.mark.parametrize(("norm", "unit"), [("reg_denom", 8), ("stride", 1)])
@@ -241,7 +245,9 @@ def test_decode_by_hand() -> None:
     levels = Levels((32,), (8,))
     distances = torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 4.0]]).view(1, 4, 1, 2)
     priors = grid((1, 2))
-    outputs = Outputs({"cls": [torch.zeros(1, 3, 1, 2)], "reg": [torch.ones(1, 4, 1, 2)], "refine": [distances]}, priors)
+    outputs = Outputs(
+        {"cls": [torch.zeros(1, 3, 1, 2)], "reg": [torch.ones(1, 4, 1, 2)], "refine": [distances]}, priors
+    )
     boxes, scores, _ = VFNetHead(levels, 3).decode(outputs)
     assert boxes.tolist() == [[[0, 0, 0, 0], [7, -2, 11, 4]]]
     assert scores.unique().tolist() == [0.5]
@@ -253,7 +259,10 @@ def test_loss_literally() -> None:
     outputs = head(maps())
     losses = head.loss(outputs, [SOME, EMPTY])
     owners = head.assigner.assign(outputs.priors, SOME).tolist()
-    rows = {name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double() for name, column in outputs.maps.items()}
+    rows = {
+        name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double()
+        for name, column in outputs.maps.items()
+    }
     p = rows["cls"].sigmoid()
     cls = -(0.75 * p**2 * (1 - p).log()).sum()
     sums, weights = {"reg": 0.0, "refine": 0.0}, {"reg": 0.0, "refine": 0.0}
@@ -264,7 +273,9 @@ def test_loss_literally() -> None:
         for name in ("reg", "refine"):
             left, up, right, down = rows[name][0, i].tolist()
             a = (x - left, y - up, x + right, y + down)
-            shared = max(0, min(a[2], truth[2]) - max(a[0], truth[0])) * max(0, min(a[3], truth[3]) - max(a[1], truth[1]))
+            shared = max(0, min(a[2], truth[2]) - max(a[0], truth[0])) * max(
+                0, min(a[3], truth[3]) - max(a[1], truth[1])
+            )
             union = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (a, truth)) - shared
             hull = (max(a[2], truth[2]) - min(a[0], truth[0])) * (max(a[3], truth[3]) - min(a[1], truth[1]))
             q = max(shared / union, 1e-6)
@@ -358,7 +369,11 @@ def test_deformable_configs(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, "model.backbone.pretrained=false")
     found = {key for key, m in model.named_modules() if isinstance(m, DeformPack)}
-    body = {f"backbone.body.{key}" for key, _ in model.backbone.body.named_modules() if re.fullmatch(r"layer[234]\.\d+\.conv2", key)}
+    body = {
+        f"backbone.body.{key}"
+        for key, _ in model.backbone.body.named_modules()
+        if re.fullmatch(r"layer[234]\.\d+\.conv2", key)
+    }
     assert len(body) == {"18": 6, "50": 13, "101": 30}[name.split("_r")[1].split("_")[0]]
     assert body == {key for key in found if key.startswith("backbone")}
     assert len(found - body) == 2

@@ -35,7 +35,10 @@ def made(*overrides: str) -> tuple[Eval, ...]:
 
 def batch(images: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
     none = np.zeros(0)
-    dataset = [ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, []) for p in images]
+    dataset = [
+        ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])
+        for p in images
+    ]
     return collate_views([see(*pair, seen) for pair in zip(images, dataset)], seen[1:])
 
 
@@ -90,7 +93,9 @@ def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
             assert torch.equal(mirrored.images[i, :, :h, :w], plain.images[i, :, :h, :w].flip(2))
             assert not mirrored.images[i, :, h:].any()
             boxes, turned = plain.targets[i].boxes, mirrored.targets[i].boxes
-            assert torch.allclose(turned, torch.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], 1), atol=1e-4)
+            assert torch.allclose(
+                turned, torch.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], 1), atol=1e-4
+            )
 
 
 # -- the merging
@@ -156,7 +161,12 @@ class Bright:
             y, x = (image.amax(dim=0) > 127).nonzero().unbind(1)
             boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
         n = len(images)
-        return Selected(torch.tensor(boxes).float()[:, None], torch.full((n, 1), 0.8), torch.zeros(n, 1).long(), torch.ones(n).long())
+        return Selected(
+            torch.tensor(boxes).float()[:, None],
+            torch.full((n, 1), 0.8),
+            torch.zeros(n, 1).long(),
+            torch.ones(n).long(),
+        )
 
 
 def test_what_looks_the_same_in_every_view_is_found_once() -> None:
@@ -166,9 +176,13 @@ def test_what_looks_the_same_in_every_view_is_found_once() -> None:
     images[1][:, 40:64, 0:9] = 255
     wanted = [[8, 4, 21, 30], [0, 40, 9, 64]]
     for options in (["test.flip=true"], ["test.flip=true", "test.scales=[128,64,32]"]):
-        for found, box in zip(find(Bright(), batch(images, made("data.size=[64,128]", *options)), CPU), wanted, strict=True):
+        for found, box in zip(
+            find(Bright(), batch(images, made("data.size=[64,128]", *options)), CPU), wanted, strict=True
+        ):
             assert len(found) == 1
-            assert torch.allclose(found.boxes, torch.tensor([box]).float(), atol=1.5)  # the resize rounds to whole pixels
+            assert torch.allclose(
+                found.boxes, torch.tensor([box]).float(), atol=1.5
+            )  # the resize rounds to whole pixels
     flat = batch(images[:1], (Eval(50, 77), Eval(50, 77, flip=True)))
     assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
 
@@ -217,7 +231,10 @@ def test_every_detector(name: str) -> None:
         assert one.scores[0] == max(view[i].scores[0] for view in alone)
         assert (one.scores.diff() <= 0).all()
         same = one.labels[:, None] == one.labels
-        assert "grid" in name or (box_iou(one.boxes, one.boxes).fill_diagonal_(0)[same] <= detector.selection["iou"] + 1e-4).all()
+        assert (
+            "grid" in name
+            or (box_iou(one.boxes, one.boxes).fill_diagonal_(0)[same] <= detector.selection["iou"] + 1e-4).all()
+        )
         height, width = image.shape[1:]
         limit = torch.tensor([width, height, width, height])
         assert "grid" in name or ((one.boxes >= 0) & (one.boxes <= limit + 1e-3)).all()

@@ -28,8 +28,23 @@ def scripts(wheel, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("env")
     venv.create(home, symlinks=os.name != "nt")
     folder = home / ("Scripts" if os.name == "nt" else "bin")
-    called("-m", "pip", "--python", str(folder / "python"), "install", "--no-deps", "--no-index", "--quiet", str(wheel), cwd=home)
-    site = Path(called("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home, python=folder / "python").strip())
+    called(
+        "-m",
+        "pip",
+        "--python",
+        str(folder / "python"),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        str(wheel),
+        cwd=home,
+    )
+    site = Path(
+        called(
+            "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=home, python=folder / "python"
+        ).strip()
+    )
     # folders named in a .pth are searched, but the .pth files in them (an editable install is one) are not read
     packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     (site / "packages.pth").write_text("\n".join(packages))

@@ -64,7 +64,9 @@ def write_coco(root: Path, data: Any = None, split: str = "train") -> Path:
     return root
 
 
-def xml(*objects: tuple[str, float, float, float, float, int], name: str = "a", width: object = 40, height: object = 30) -> str:
+def xml(
+    *objects: tuple[str, float, float, float, float, int], name: str = "a", width: object = 40, height: object = 30
+) -> str:
     rows = [OBJECT.format(name=n, x1=x1, y1=y1, x2=x2, y2=y2, difficult=d) for n, x1, y1, x2, y2, d in objects]
     return XML.format(name=name, width=width, height=height, objects="".join(rows))
 

@@ -22,7 +22,9 @@ def replace(path: Path, data: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}; what was there before is still whole") from error
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}; what was there before is still whole"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,7 +18,9 @@ class InputError(ValueError):
     """
 
 
-def unknown(kind: str, name: object, known: Iterable[str], *, meant: Sequence[str] = (), lister: str = "") -> InputError:
+def unknown(
+    kind: str, name: object, known: Iterable[str], *, meant: Sequence[str] = (), lister: str = ""
+) -> InputError:
     """The error for a name that is not among the known ones; the nearest known name is offered.
 
     meant: what to offer instead. lister: the command that shows all of the known names, where they are too many for a message.
@@ -65,7 +67,9 @@ def checked(value: Any, hint: Any, key: str) -> Any:
     """
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, int) and abs(value) > _LARGEST:
-        raise InputError(f"{key} must lie between {-_LARGEST} and {_LARGEST}, got an integer of {value.bit_length()} bits")
+        raise InputError(
+            f"{key} must lie between {-_LARGEST} and {_LARGEST}, got an integer of {value.bit_length()} bits"
+        )
     if origin in (Union, UnionType):
         errors = []
         for option in sorted(args, key=lambda a: a is not NoneType):
@@ -98,7 +102,11 @@ def checked(value: Any, hint: Any, key: str) -> Any:
         ok = isinstance(value, hint)
     elif origin in (dict, Mapping):
         ok = isinstance(value, Mapping)
-        value = {checked(k, args[0], f"{key}.{k}"): checked(v, args[1], f"{key}.{k}") for k, v in value.items()} if ok else value
+        value = (
+            {checked(k, args[0], f"{key}.{k}"): checked(v, args[1], f"{key}.{k}") for k, v in value.items()}
+            if ok
+            else value
+        )
     elif hint is dict:
         ok = isinstance(value, dict)
     else:
@@ -123,4 +131,8 @@ def _wrong(value: Any, hint: Any, key: str) -> InputError:
 
 
 def _named(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    return (
+        getattr(hint, "__name__", str(hint))
+        if not get_args(hint)
+        else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    )

@@ -48,10 +48,14 @@ def check_tensors(content: Any, path: Path) -> None:
     claimed = 0
     for tensor in tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise InputError(f"{path} holds a tensor that is not a plain one ({tensor.layout}, {tensor.device}): only plain ones are read")
+            raise InputError(
+                f"{path} holds a tensor that is not a plain one ({tensor.layout}, {tensor.device}): only plain ones are read"
+            )
         claimed += tensor.numel() * tensor.element_size()
     if claimed > SHARED * (size := path.stat().st_size):
-        raise InputError(f"{path} claims {claimed / 2**20:.0f} MiB of tensors in a file of {size / 2**20:.1f} MiB: it is not loaded")
+        raise InputError(
+            f"{path} claims {claimed / 2**20:.0f} MiB of tensors in a file of {size / 2**20:.1f} MiB: it is not loaded"
+        )
 
 
 def tensors(content: Any) -> Iterator[Tensor]:
@@ -69,7 +73,9 @@ def tensors(content: Any) -> Iterator[Tensor]:
 def _header(path: Path, start: bytes) -> None:
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if length > HEADER:
-        raise InputError(f"{path} claims a header of {length / 2**20:.0f} MiB, weights need less than {HEADER // 2**20}: it is not read")
+        raise InputError(
+            f"{path} claims a header of {length / 2**20:.0f} MiB, weights need less than {HEADER // 2**20}: it is not read"
+        )
 
 
 def _zip(path: Path) -> None:
@@ -126,7 +132,9 @@ def _refuse_plain(file: IO[bytes], path: Path) -> None:
         elif isinstance(argument, str):
             texts.append(argument)
     held = f" and holds {', '.join(dict.fromkeys(names))}" if names else ""
-    raise InputError(f"{path} is a plain pickle, not a file of torch.save{held}: it is not run; save the weights with torch.save")
+    raise InputError(
+        f"{path} is a plain pickle, not a file of torch.save{held}: it is not run; save the weights with torch.save"
+    )
 
 
 def _refuse_makers(file: IO[bytes], path: Path) -> None:

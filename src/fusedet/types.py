@@ -36,7 +36,10 @@ class Levels:
     strides: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _need(len(self.channels) == len(self.strides) > 0, f"channels {self.channels} and strides {self.strides} must pair up")
+        _need(
+            len(self.channels) == len(self.strides) > 0,
+            f"channels {self.channels} and strides {self.strides} must pair up",
+        )
         _need(list(self.strides) == sorted(set(self.strides)), f"strides must increase, got {self.strides}")
 
     def __len__(self) -> int:
@@ -178,7 +181,9 @@ class Detections(_Moves):
         if self.masks is not None and results:
             from faster_coco_eval.core import mask as coco_mask
 
-            columns = self.masks.to("cpu", torch.uint8).mT.contiguous().numpy().T  # (H, W, D), column by column as RLE runs
+            columns = (
+                self.masks.to("cpu", torch.uint8).mT.contiguous().numpy().T
+            )  # (H, W, D), column by column as RLE runs
             for result, code in zip(results, coco_mask.encode(columns), strict=True):
                 result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
         return results
@@ -218,9 +223,15 @@ class Batch(_Moves):
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        _need(self.images.ndim == 4 and self.images.shape[1] == 3, f"images must be (N, 3, H, W), got {tuple(self.images.shape)}")
+        _need(
+            self.images.ndim == 4 and self.images.shape[1] == 3,
+            f"images must be (N, 3, H, W), got {tuple(self.images.shape)}",
+        )
         _need(self.images.dtype == torch.uint8, f"images must be uint8, got {self.images.dtype}")
-        _need(self.sizes.shape == (n, 2) and self.scales.shape == (n, 2) and len(self.ids) == n, "one size, scale and id per image")
+        _need(
+            self.sizes.shape == (n, 2) and self.scales.shape == (n, 2) and len(self.ids) == n,
+            "one size, scale and id per image",
+        )
         _need(self.targets is None or len(self.targets) == n, "one target per image")
         _need(all(view.ids == self.ids for view in self.views), "views are of the same images")
 

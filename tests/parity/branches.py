@@ -17,7 +17,10 @@ from fusedet.models.roi.pooling import Pooling
 from fusedet.types import Detections, Levels, Proposals
 
 STAGE = [(r"^bbox_head\.", "stages.0."), *LAYERS]
-MASK = [(r"^mask_head\.convs\.(\d+)\.conv\.", r"branches.0.0.convs.\1."), (r"^mask_head\.(?:conv_)?(\w+)\.", r"branches.0.0.\1.")]
+MASK = [
+    (r"^mask_head\.convs\.(\d+)\.conv\.", r"branches.0.0.convs.\1."),
+    (r"^mask_head\.(?:conv_)?(\w+)\.", r"branches.0.0.\1."),
+]
 GRID = [
     (r"^grid_head\.convs\.(\d+)\.conv\.", lambda m: f"branches.0.0.convs.{3 * int(m[1])}."),
     (r"^grid_head\.convs\.(\d+)\.gn\.", lambda m: f"branches.0.0.convs.{3 * int(m[1]) + 1}."),
@@ -34,7 +37,13 @@ def mask(case: Case) -> tuple[Errors, dict[str, int]]:
     head = c["mask_head"]
     levels, pooling, size = extractor(c["mask_roi_extractor"])
     branch = MaskBranch(
-        levels, head["num_classes"], pooling, size, head["num_convs"], head["conv_out_channels"], head["loss_mask"]["loss_weight"]
+        levels,
+        head["num_classes"],
+        pooling,
+        size,
+        head["num_convs"],
+        head["conv_out_channels"],
+        head["loss_mask"]["loss_weight"],
     )
     model = TwoStage(*[given(case)] * 3, [box_stage(c, c["bbox_head"], train)], [[branch]], selection(case))
     renames = [*STAGE, *MASK]
@@ -49,7 +58,9 @@ def mask(case: Case) -> tuple[Errors, dict[str, int]]:
     errors |= gradients(case, parts, model.neck.features, losses, renames)
     wrong, total = 0, 0
     for i, found in enumerate(model.eval().predict(batch)):
-        wrong += unmatched(found, *predicted(case, i)) + unlike(found, *predicted(case, i), case.tensors[f"out.pred.{i}.masks"])
+        wrong += unmatched(found, *predicted(case, i)) + unlike(
+            found, *predicted(case, i), case.tensors[f"out.pred.{i}.masks"]
+        )
         total += len(found)
     return errors | {"unmatched": float(wrong)}, {"detections with masks": total}
 
@@ -69,7 +80,9 @@ def grid(case: Case) -> tuple[Errors, dict[str, int]]:
         head["point_feat_channels"],
         head["norm_cfg"]["num_groups"],
     )
-    model = TwoStage(*[given(case)] * 3, [box_stage(c, c["bbox_head"], train, regress=False)], [[branch]], selection(case))
+    model = TwoStage(
+        *[given(case)] * 3, [box_stage(c, c["bbox_head"], train, regress=False)], [[branch]], selection(case)
+    )
     edges(case, "forder", "first_order", branch.points)
     edges(case, "sorder", "second_order", branch.points)
     nn.ModuleDict({"stages": model.stages, "branches": model.branches}).load_state_dict(case.state([*STAGE, *GRID]))
@@ -117,9 +130,14 @@ def unlike(found: Detections, boxes: Tensor, scores: Tensor, labels: Tensor, mas
         return len(found)
     wrong = 0
     for box, score, label, mask in zip(found.boxes, found.scores, found.labels, found.masks):
-        partners = masks[((boxes - box).abs().amax(dim=1) <= 0.01) & ((scores - score).abs() <= 1e-4) & (labels == label)]
+        partners = masks[
+            ((boxes - box).abs().amax(dim=1) <= 0.01) & ((scores - score).abs() <= 1e-4) & (labels == label)
+        ]
         wrong += not any(int((mask ^ other).sum()) <= 1e-3 * int((mask | other).sum()) for other in partners)
     return wrong
 
 
-BRANCH_ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {"StandardRoIHead with masks": mask, "GridRoIHead": grid}
+BRANCH_ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
+    "StandardRoIHead with masks": mask,
+    "GridRoIHead": grid,
+}

@@ -22,7 +22,9 @@ def fill(name: str, shape: tuple[int, ...], stem: float) -> np.ndarray:
         gain = 0.3 if "offset" in name else 2.0 if layer == "fc_cls" else 0.8 if "cls" in layer else 1.0
         return values * np.float32((stem if name == "backbone.conv1.weight" else gain) / np.sqrt(np.prod(shape[1:])))
     if name.endswith(("weight", "scale")):
-        last = name.endswith(("bn3.weight", "layer1.1.bn2.weight", "layer2.1.bn2.weight", "layer3.1.bn2.weight", "layer4.1.bn2.weight"))
+        last = name.endswith(
+            ("bn3.weight", "layer1.1.bn2.weight", "layer2.1.bn2.weight", "layer3.1.bn2.weight", "layer4.1.bn2.weight")
+        )
         return np.float32(0.3 if last else 1.0) * (1 + np.float32(0.1) * values)
     return np.float32(0.1) * values - np.float32(2.0 if "cls" in layer and "convs" not in name else 0.0)
 
@@ -30,5 +32,7 @@ def fill(name: str, shape: tuple[int, ...], stem: float) -> np.ndarray:
 def image(height: int, width: int) -> np.ndarray:
     """An RGB image (height, width, 3) of smooth waves and hard edges."""
     y, x = np.mgrid[:height, :width]
-    waves = [(x * a + y * b) % 251 + ((x // c + y // (c + 3)) % 2) * 60 for a, b, c in ((3, 1, 17), (1, 2, 29), (5, 7, 41))]
+    waves = [
+        (x * a + y * b) % 251 + ((x // c + y // (c + 3)) % 2) * 60 for a, b, c in ((3, 1, 17), (1, 2, 29), (5, 7, 41))
+    ]
     return np.clip(np.stack(waves, axis=2) * 0.8, 0, 255).astype(np.uint8)

@@ -33,9 +33,17 @@ TWO = {
     "roi_head": {"bbox_roi_extractor": {"out_channels": 64}, "bbox_head": BOX},
 }
 MASK = {
-    "roi_head": {"mask_roi_extractor": {"out_channels": 64}, "mask_head": {"in_channels": 64, "conv_out_channels": 64, "num_classes": 5}}
+    "roi_head": {
+        "mask_roi_extractor": {"out_channels": 64},
+        "mask_head": {"in_channels": 64, "conv_out_channels": 64, "num_classes": 5},
+    }
 }
-GRID = {"roi_head": {"grid_roi_extractor": {"out_channels": 64}, "grid_head": {"in_channels": 64, "point_feat_channels": 16}}}
+GRID = {
+    "roi_head": {
+        "grid_roi_extractor": {"out_channels": 64},
+        "grid_head": {"in_channels": 64, "point_feat_channels": 16},
+    }
+}
 X50 = {"backbone": {"type": "ResNeXt", "depth": 50, "groups": 32, "base_width": 4, "init_cfg": None}}
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "retinanet_r18_gn": ("retinanet/retinanet_r18_fpn_1x_coco.py", [R18, NARROW, {"bbox_head": {"norm_cfg": GN}}]),
@@ -47,7 +55,10 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py",
         [R18, NARROW, {"bbox_head": {"point_feat_channels": 64}}],
     ),
-    "reppoints_r18_minmax": ("reppoints/reppoints-moment_r50_fpn_1x_coco.py", [R18, NARROW, {"bbox_head": {"transform_method": "minmax"}}]),
+    "reppoints_r18_minmax": (
+        "reppoints/reppoints-moment_r50_fpn_1x_coco.py",
+        [R18, NARROW, {"bbox_head": {"transform_method": "minmax"}}],
+    ),
     "faster_rcnn_r18_pafpn": ("pafpn/faster-rcnn_r50_pafpn_1x_coco.py", [R18, TWO]),
     "faster_rcnn_x50_dconv": ("dcn/faster-rcnn_x101-32x4d-dconv-c3-c5_fpn_1x_coco.py", [X50, TWO]),
     "libra_rcnn_r18": ("libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py", [R18, TWO]),
@@ -64,7 +75,9 @@ def narrowed(model: Any, changes: dict[str, Any]) -> None:
         inner = model.get(key)
         if isinstance(inner, list) and isinstance(change, dict):
             for item in inner:
-                taken = {"out_channels": "in_channels"} if item["type"] == "BFP" else {k: k for k in change}  # it takes a pyramid
+                taken = (
+                    {"out_channels": "in_channels"} if item["type"] == "BFP" else {k: k for k in change}
+                )  # it takes a pyramid
                 narrowed(item, {taken[k]: v for k, v in change.items() if k in taken})
         elif isinstance(inner, dict) and isinstance(change, dict):
             narrowed(inner, change)
@@ -85,10 +98,14 @@ def make(name: str, configs: Path) -> dict[str, Any]:
     model.load_state_dict({k: torch.from_numpy(np.asarray(fill(k, tuple(s), stem))) for k, s in keys.items()})
     height, width = SIZE
     padded = tuple(-(-side // 32) * 32 for side in SIZE)
-    sample = DetDataSample(metainfo={"img_shape": SIZE, "ori_shape": SIZE, "scale_factor": (1.0, 1.0), "batch_input_shape": padded})
+    sample = DetDataSample(
+        metainfo={"img_shape": SIZE, "ori_shape": SIZE, "scale_factor": (1.0, 1.0), "batch_input_shape": padded}
+    )
     bgr = np.ascontiguousarray(image(height, width)[..., ::-1])
     with torch.no_grad():
-        data = model.data_preprocessor({"inputs": [torch.from_numpy(bgr).permute(2, 0, 1)], "data_samples": [sample]}, False)
+        data = model.data_preprocessor(
+            {"inputs": [torch.from_numpy(bgr).permute(2, 0, 1)], "data_samples": [sample]}, False
+        )
         found = model.predict(data["inputs"], data["data_samples"], rescale=False)[0].pred_instances
     predictions = {
         "boxes": [[round(v, 3) for v in box] for box in found.bboxes.tolist()],
@@ -98,7 +115,14 @@ def make(name: str, configs: Path) -> dict[str, Any]:
     if "masks" in found:
         codes = coco_mask.encode(np.asfortranarray(found.masks.permute(1, 2, 0).numpy().astype(np.uint8)))
         predictions["masks"] = [code["counts"].decode() for code in codes[::10]]  # of every tenth detection
-    return {"mmdet_config": file, "stem": stem, "size": SIZE, "model": config.to_dict(), "keys": keys, "predictions": predictions}
+    return {
+        "mmdet_config": file,
+        "stem": stem,
+        "size": SIZE,
+        "model": config.to_dict(),
+        "keys": keys,
+        "predictions": predictions,
+    }
 
 
 if __name__ == "__main__":

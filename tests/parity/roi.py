@@ -97,7 +97,9 @@ def dynamic(case: Case) -> tuple[Errors, dict[str, int]]:
     """A stage with a memory: several losses in a row, then what it remembers."""
     c, train = case.config["roi_head"], case.config["train_cfg"]
     d = train["dynamic_rcnn"]
-    options = {"interval": d["update_iter_interval"]} | {k: d[k] for k in ("iou_topk", "beta_topk", "initial_iou", "initial_beta")}
+    options = {"interval": d["update_iter_interval"]} | {
+        k: d[k] for k in ("iou_topk", "beta_topk", "initial_iou", "initial_beta")
+    }
     stage = box_stage(c, c["bbox_head"], train, DynamicStage, **options)
     fresh = {f"0.{k}": v for k, v in stage.state_dict().items() if not k.startswith("box.")}
     case.tensors |= {f"state.{k}": v for k, v in fresh.items()}  # MMDetection does not save its memory
@@ -109,7 +111,9 @@ def dynamic(case: Case) -> tuple[Errors, dict[str, int]]:
     return errors, sizes
 
 
-def box_stage(roi: dict[str, Any], head: dict[str, Any], train: dict[str, Any], make: type[nn.Module] = BoxStage, **more: Any) -> nn.Module:
+def box_stage(
+    roi: dict[str, Any], head: dict[str, Any], train: dict[str, Any], make: type[nn.Module] = BoxStage, **more: Any
+) -> nn.Module:
     """The stage that MMDetection's config of a box head describes."""
     strides = tuple(roi["bbox_roi_extractor"]["featmap_strides"])
     options: dict[str, Any] = {
@@ -148,7 +152,11 @@ class Given(nn.Module):
 
 
 def stages(
-    case: Case, parts: list[nn.Module], renames: list[tuple[str, Any]], steps: list[dict[str, float]], names: dict[str, str]
+    case: Case,
+    parts: list[nn.Module],
+    renames: list[tuple[str, Any]],
+    steps: list[dict[str, float]],
+    names: dict[str, str],
 ) -> tuple[Errors, dict[str, int]]:
     """Losses, gradients of the last step, and detections of stages on given proposals. names: our loss -> MMDetection's."""
     features = [f.requires_grad_() for f in case.levels("in.features")]
@@ -189,7 +197,9 @@ def wrong_losses(ours: Losses, theirs: dict[str, Any], names: dict[str, str]) ->
     return worst
 
 
-def gradients(case: Case, module: nn.Module, features: list[Tensor], losses: Losses, renames: list[tuple[str, Any]]) -> Errors:
+def gradients(
+    case: Case, module: nn.Module, features: list[Tensor], losses: Losses, renames: list[tuple[str, Any]]
+) -> Errors:
     """Of the summed losses, for the features and for the norms of the parameters' gradients."""
     sum(losses.values()).backward()  # type: ignore[union-attr]
     norms = {renamed(k, renames): v for k, v in case.spec["grad_norms"].items()}
@@ -197,7 +207,9 @@ def gradients(case: Case, module: nn.Module, features: list[Tensor], losses: Los
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         worst = max(worst, abs(float(parameter.grad.norm()) - norms[name]) / max(norms[name], 1e-12))
-    found = [f.grad if f.grad is not None else torch.zeros_like(f) for f in features]  # the last level only serves the RPN
+    found = [
+        f.grad if f.grad is not None else torch.zeros_like(f) for f in features
+    ]  # the last level only serves the RPN
     return {"gradients": largest(found, case.levels("out.grad.features")), "norms": worst}
 
 

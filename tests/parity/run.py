@@ -76,7 +76,9 @@ def dense(
     norms = case.spec["grad_norms"]
     for name, parameter in head.named_parameters():
         theirs = next(k for k in norms if renamed(k, renames) == name)
-        errors["norms"] = max(errors["norms"], abs(float(parameter.grad.norm()) - norms[theirs]) / max(norms[theirs], 1e-12))
+        errors["norms"] = max(
+            errors["norms"], abs(float(parameter.grad.norm()) - norms[theirs]) / max(norms[theirs], 1e-12)
+        )
     test = case.config["test_cfg"]
     head.eval()
     with torch.no_grad():
@@ -143,7 +145,9 @@ def bfp(case: Case) -> tuple[Errors, dict[str, int]]:
     c = case.config["neck"]
     levels = Levels((c["in_channels"],) * c["num_levels"], tuple(4 * 2**i for i in range(c["num_levels"])))
     neck = BFP(levels, c["refine_level"], c["refine_type"] or "none")
-    return neck_outputs(case, neck, [(r"^refine\.conv_out\.conv", "refine.out"), (r"^refine\.(g|theta|phi)\.conv", r"refine.\1")])
+    return neck_outputs(
+        case, neck, [(r"^refine\.conv_out\.conv", "refine.out"), (r"^refine\.(g|theta|phi)\.conv", r"refine.\1")]
+    )
 
 
 def neck_outputs(case: Case, neck: nn.Module, renames: list[tuple[str, str]]) -> tuple[Errors, dict[str, int]]:
@@ -182,7 +186,9 @@ def vfnet(case: Case) -> tuple[Errors, dict[str, int]]:
         (r"^vfnet_(cls|reg)\.", r"\1."),
     ]
     losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_refine": "loss_bbox_rf"}
-    return dense(case, head, renames, losses, lambda m: [m["cls"], m["reg"], m["refine"]], lambda m: [m["cls"], m["refine"]])
+    return dense(
+        case, head, renames, losses, lambda m: [m["cls"], m["reg"], m["refine"]], lambda m: [m["cls"], m["refine"]]
+    )
 
 
 def fcos(case: Case) -> tuple[Errors, dict[str, int]]:
@@ -267,7 +273,14 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
     def boxes(m: dict[str, list[Tensor]]) -> list[Tensor]:
         return [head.pseudo_boxes(points.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for points in m["pts_refine"]]
 
-    return dense(case, head, renames, losses, lambda m: [m["cls"], m["pts_init"], m["pts_refine"]], lambda m: [m["cls"], boxes(m)])
+    return dense(
+        case,
+        head,
+        renames,
+        losses,
+        lambda m: [m["cls"], m["pts_init"], m["pts_refine"]],
+        lambda m: [m["cls"], boxes(m)],
+    )
 
 
 def agrees(errors: Errors) -> bool:
@@ -294,7 +307,9 @@ def run(folder: Path) -> dict[str, str]:
     verdicts = {}
     for path in cases:
         case = Case(path)
-        kind = next(iter(case.config.get(k, {}).get("type") for k in ("neck", "head", "roi_head") if k in case.config), None)
+        kind = next(
+            iter(case.config.get(k, {}).get("type") for k in ("neck", "head", "roi_head") if k in case.config), None
+        )
         if "mask_head" in case.config.get("roi_head", {}):
             kind = f"{kind} with masks"
         if kind not in ADAPTERS:

@@ -25,11 +25,15 @@ def test_training(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: Kind
         assert printed.err.startswith("error: ")
         assert printed.err.count("\n") == 1
         assert all(word in printed.err for word in kind.refused), printed.err
-        assert not out.exists() or (out / "last.ckpt").is_file(), "nothing is left that is in the way of the same command"
+        assert not out.exists() or (out / "last.ckpt").is_file(), (
+            "nothing is left that is in the way of the same command"
+        )
     else:
         assert code == 0, printed.err
         assert all(f"{text}: {count}" in printed.out for text, count in kind.problems.items()), printed.out
         assert (out / "best.safetensors").is_file()
     if kind.replaced:
-        assert cli.run([*words, f"out={tmp_path / 'around'}", "train.on_bad_image=skip", "train.max_bad_images=0.2"]) == 0
+        assert (
+            cli.run([*words, f"out={tmp_path / 'around'}", "train.on_bad_image=skip", "train.max_bad_images=0.2"]) == 0
+        )
         assert "1 training image was replaced once" in capsys.readouterr().out

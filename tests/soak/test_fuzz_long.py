@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 import fuzzing
 
 pytestmark = pytest.mark.soak
-COUNTS = {"coco": 5000, "json": 3000, "voc": 5000, "yolo": 5000, "results": 5000, "rle": 20_000, "overrides": 2000, "config": 3000}
+COUNTS = {
+    "coco": 5000,
+    "json": 3000,
+    "voc": 5000,
+    "yolo": 5000,
+    "results": 5000,
+    "rle": 20_000,
+    "overrides": 2000,
+    "config": 3000,
+}
 small = st.integers(1, 5)
 CASES = {
     "coco": (fuzzing.check_coco, (fuzzing.SEEDS, fuzzing.JSON, small)),
@@ -20,7 +29,10 @@ CASES = {
     "rle": (fuzzing.check_rle, (fuzzing.RLES, st.tuples(st.integers(1, 12), st.integers(1, 12)))),
     "overrides": (
         fuzzing.check_overrides,
-        (st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=4), st.lists(st.text(max_size=8), max_size=3)),
+        (
+            st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=4),
+            st.lists(st.text(max_size=8), max_size=3),
+        ),
     ),
     "config": (fuzzing.check_config, (fuzzing.SEEDS, small)),
 }

@@ -12,7 +12,13 @@ from small import ONE_STAGE, TWO_STAGE
 
 pytestmark = pytest.mark.soak
 COMMON = [
-    *("model.backbone.name=lcnet_050", "model.pyramid.channels=16", "data.size=[64,96]", "device=cpu", "train.epochs=4"),
+    *(
+        "model.backbone.name=lcnet_050",
+        "model.pyramid.channels=16",
+        "data.size=[64,96]",
+        "device=cpu",
+        "train.epochs=4",
+    ),
     *("train.batch=4", "train.base_batch=4", "train.warmup_steps=0", "test.score=0.001"),
 ]
 RECIPES = {

@@ -13,7 +13,10 @@ from fusedet.data.synthetic import generate
 from large import write
 from resident import MIB, line, of_command, run
 
-pytestmark = [pytest.mark.soak, pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc"),
+]
 
 PER_STEP, PER_IMAGE = 8192, 512
 """Bytes by which memory may grow at most, at the interval's upper end: a batch of these images is 36 KiB as uint8."""
@@ -41,7 +44,9 @@ def test_training_of_2000_steps(run_folder: tuple[Path, Path], capsys: pytest.Ca
     assert found.high < PER_STEP
 
 
-def test_prediction_of_20000_images(run_folder: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prediction_of_20000_images(
+    run_folder: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = run_folder
     if not (out / "best.safetensors").is_file():
         assert cli.run(["train", "retinanet_tiny", f"data={data}", f"out={out}", *SMALL, "--json"]) == 0
@@ -51,7 +56,18 @@ def test_prediction_of_20000_images(run_folder: tuple[Path, Path], tmp_path: Pat
         one = images[i % len(images)]
         os.link(one, tmp_path / "many" / f"{i:05d}{one.suffix}")
     # what is found is held until its part is written, so memory goes up and down with each part: small parts, many of them in a block
-    words = ["predict", out, tmp_path / "many", f"out={tmp_path / 'found'}", "--no-draw", "--batch", "4", "--part", "100", "--json"]
+    words = [
+        "predict",
+        out,
+        tmp_path / "many",
+        f"out={tmp_path / 'found'}",
+        "--no-draw",
+        "--batch",
+        "4",
+        "--part",
+        "100",
+        "--json",
+    ]
     taken = of_command("detect", 25, words)
     found = line(taken[:, 1], taken[:, 2])
     with capsys.disabled():

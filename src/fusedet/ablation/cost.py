@@ -76,7 +76,9 @@ def predicting(
             "p95_ms": float(np.percentile(values, 95)),
             "images": len(values),
             "peak_MiB": peaks[label],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{device}, {torch.get_num_threads()} threads",
         }
         for label, values in times.items()
     }

@@ -33,7 +33,9 @@ class Launch:
     command: tuple[str, ...] = ()
 
 
-def ablate(plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False) -> tuple[dict[str, Any], dict[str, Path]]:
+def ablate(
+    plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False
+) -> tuple[dict[str, Any], dict[str, Path]]:
     """Train what a plan asks for and has not finished, then sum up; gives the summary and the files written, by what they are.
 
     Raises InputError before anything has run where a folder holds something else, or is in use.
@@ -49,12 +51,16 @@ def ablate(plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"out={plan.out} is in use by another fusedet ablate: wait for it, or choose another folder") from error
+        raise InputError(
+            f"out={plan.out} is in use by another fusedet ablate: wait for it, or choose another folder"
+        ) from error
     with lock:
         launcher.mark(plan, launch.command)
         costs = counted(plan.configs, plan.classes)
         places = launcher.devices(next(iter(plan.configs.values())).device)
-        queue = launcher.Queue(launcher.unfinished(plan, states), estimate.clock(plan, costs), launch.budget, len(places))
+        queue = launcher.Queue(
+            launcher.unfinished(plan, states), estimate.clock(plan, costs), launch.budget, len(places)
+        )
         if launch.budget is not None and queue.left and not queue.clock.seconds:
             _time(plan, queue.left[0].label, costs, queue.clock, say)
         if launch.launcher == "slurm" and queue.left:
@@ -86,7 +92,9 @@ def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
     rows = []
     for row in plan.table.rows:
         cost = costs.get(row.label, {})
-        left = lacking.pop(plan.owners[row.label], 0) if row.label in plan.chosen else None  # of rows that share runs the first has them
+        left = (
+            lacking.pop(plan.owners[row.label], 0) if row.label in plan.chosen else None
+        )  # of rows that share runs the first has them
         expected = clock.expected(plan.owners[row.label]) if clock and left else None
         rows.append(
             {

@@ -56,7 +56,10 @@ class Queue:
         self.rows = [kept for row in self.rows if (kept := [cell for cell in row if not _hopeless(cell)])]
         for whole in (True, False):
             for row in self.rows:
-                ready = next((cell for cell in row if not cell.trained or read_json(cell.trained / "metrics.json") is not None), None)
+                ready = next(
+                    (cell for cell in row if not cell.trained or read_json(cell.trained / "metrics.json") is not None),
+                    None,
+                )
                 asked = row if whole and row[0].label not in self.begun else [ready]
                 if ready is not None and self._fits([cell for cell in asked if cell is not None]):
                     self.begun.add(ready.label)
@@ -150,7 +153,11 @@ def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) ->
 
     def announce(cell: Cell, place: str = "") -> None:
         expected, others = queue.clock.expected(cell.label), queue.remaining
-        rest = "" if expected is None or others is None else f", about {told(expected)}; the others after it about {told(others)}"
+        rest = (
+            ""
+            if expected is None or others is None
+            else f", about {told(expected)}; the others after it about {told(others)}"
+        )
         say(f"run {done + len(running) + 1} of {total}: row '{cell.label}', seed {cell.seed}{place}{rest}")
 
     if len(places) == 1:
@@ -193,7 +200,9 @@ def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
     asked = {"label": cell.label, "config": replace(cell.config, device=place).tree()}
     asked |= {"trained": str(cell.trained)} if cell.trained else {}
     with open(f"{cell.folder}.log", "ab") as log:
-        process = subprocess.Popen([sys.executable, "-m", worker.__name__], stdin=subprocess.PIPE, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", worker.__name__], stdin=subprocess.PIPE, stdout=log, stderr=log
+        )
     assert process.stdin is not None
     with process.stdin as stream:
         stream.write(json.dumps(asked).encode())
@@ -206,7 +215,9 @@ def _check(process: subprocess.Popen[bytes], cell: Cell) -> None:
     if process.returncode:
         log = Path(f"{cell.folder}.log")
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        raise InputError(f"the run of row '{cell.label}', seed {cell.seed}, ended with {process.returncode}: {last[-1]} (see {log})")
+        raise InputError(
+            f"the run of row '{cell.label}', seed {cell.seed}, ended with {process.returncode}: {last[-1]} (see {log})"
+        )
 
 
 def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, cluster: str = "slurm") -> None:
@@ -225,7 +236,9 @@ def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, clus
         pass  # those that score the weights of others come after these
 
 
-def _round(queue: Queue, folder: Path, executor: Any, job_class: Any, noted: Path, known: dict[str, str], say: Say) -> bool:
+def _round(
+    queue: Queue, folder: Path, executor: Any, job_class: Any, noted: Path, known: dict[str, str], say: Say
+) -> bool:
     """Submit what can be begun and wait for it; whether there was anything."""
     jobs = []
     while cell := queue.take():
@@ -241,9 +254,13 @@ def _round(queue: Queue, folder: Path, executor: Any, job_class: Any, noted: Pat
     if not jobs:
         return False
     say(f"waiting for {len(jobs)} jobs; stopped here, they go on, and the same command takes them up")
-    problems = [f"row '{cell.label}', seed {cell.seed}: {error}" for job, cell in jobs if (error := job.exception()) is not None]
+    problems = [
+        f"row '{cell.label}', seed {cell.seed}: {error}" for job, cell in jobs if (error := job.exception()) is not None
+    ]
     if problems:
-        raise InputError(f"{len(problems)} of {len(jobs)} jobs have failed, see {folder}: {' '.join(problems[0].split())}")
+        raise InputError(
+            f"{len(problems)} of {len(jobs)} jobs have failed, see {folder}: {' '.join(problems[0].split())}"
+        )
     return True
 
 
@@ -252,4 +269,6 @@ def check_slurm() -> None:
     if find_spec("submitit") is None:
         raise InputError("--launcher slurm needs submitit, which is not installed: pip install 'fusedet[slurm]'")
     if which("srun") is None:
-        raise InputError("--launcher slurm needs Slurm, and this machine has no srun: use a login node, or --launcher local")
+        raise InputError(
+            "--launcher slurm needs Slurm, and this machine has no srun: use a login node, or --launcher local"
+        )

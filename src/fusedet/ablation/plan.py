@@ -59,7 +59,9 @@ class Cell:
         if not folder.exists() or not any(folder.iterdir()):
             return "absent"
         if not file.is_file():
-            raise InputError(f"{folder} is where the run of row '{self.label}' belongs, but holds other files: choose another out=FOLDER")
+            raise InputError(
+                f"{folder} is where the run of row '{self.label}' belongs, but holds other files: choose another out=FOLDER"
+            )
         there, asked = (_flat(one.tree()) for one in (config.load(file), self.config))
         for key in sorted(there.keys() | asked.keys()):
             if key not in ELSEWHERE and there.get(key) != asked.get(key):
@@ -70,7 +72,9 @@ class Cell:
         prints = [split.fingerprint() for split in data]
         known = data_prints(folder)
         if known is not None and list(known.values()) != prints:
-            raise InputError(f"{folder} was trained on other data than {data[0].source} and {data[1].source}: choose another out=FOLDER")
+            raise InputError(
+                f"{folder} was trained on other data than {data[0].source} and {data[1].source}: choose another out=FOLDER"
+            )
         if (folder / FAILED).is_file():
             return "failed"
         if read_json(folder / "metrics.json") is not None:
@@ -124,7 +128,10 @@ class Plan:
         one, slugs = self.configs[owner], self._slugs()
         found = []
         for seed in range(one.train.seed, one.train.seed + self.seeds):
-            folder, seeded = self.out / slugs[trainer] / f"seed{seed}", replace(one, train=replace(one.train, seed=seed))
+            folder, seeded = (
+                self.out / slugs[trainer] / f"seed{seed}",
+                replace(one, train=replace(one.train, seed=seed)),
+            )
             if owner == trainer:
                 found.append(Cell(owner, replace(seeded, out=str(folder))))
             else:
@@ -194,7 +201,8 @@ def make(
         pick_device(one.device)
     owners = {label: next(first for first, other in configs.items() if other == one) for label, one in configs.items()}
     trainers = {
-        label: next(first for first, other in configs.items() if replace(other, test=one.test) == one) for label, one in configs.items()
+        label: next(first for first, other in configs.items() if replace(other, test=one.test) == one)
+        for label, one in configs.items()
     }
     return Plan(table, tuple(overrides), configs, owners, trainers, chosen, seeds, Path(out), data)
 
@@ -250,4 +258,8 @@ def _flat(tree: Any, key: str = "") -> dict[str, Any]:
     """A nested mapping by dotted keys; lists stay values."""
     if not isinstance(tree, Mapping) or not tree:
         return {key: tree}
-    return {inner: value for name, part in tree.items() for inner, value in _flat(part, f"{key}.{name}" if key else str(name)).items()}
+    return {
+        inner: value
+        for name, part in tree.items()
+        for inner, value in _flat(part, f"{key}.{name}" if key else str(name)).items()
+    }

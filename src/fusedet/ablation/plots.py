@@ -16,7 +16,10 @@ from fusedet.visualization import colors
 from fusedet.visualization.figure import DARK, PALE, clean, new_figure, save, tint
 
 Found = Mapping[str, Any]
-COSTS = {"multiply-adds (G)": ("multiply_adds", None, 1e-9), "latency of prediction, p50 (ms)": ("prediction", "p50_ms", 1.0)}
+COSTS = {
+    "multiply-adds (G)": ("multiply_adds", None, 1e-9),
+    "latency of prediction, p50 (ms)": ("prediction", "p50_ms", 1.0),
+}
 SIZES = {"s": "small, < 32² px", "m": "medium", "l": "large, > 96² px"}
 APART = 10
 """More rows than this are not told apart by colour."""
@@ -24,13 +27,17 @@ APART = 10
 
 def plots(found: Found, folder: Path) -> dict[str, Path]:
     """Write every plot that there is something to show in, as svg; gives the files by what they show."""
-    rows = [row for row in found["rows"] if row.get("measured") and not row["same_as"]]  # rows that share runs lie on each other
+    rows = [
+        row for row in found["rows"] if row.get("measured") and not row["same_as"]
+    ]  # rows that share runs lie on each other
     for old in folder.glob("*.svg"):
         old.unlink()
     if not rows:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
-    baseline = next((row["same_as"] or row["label"] for row in found["rows"] if row["label"] == found["baseline"]), None)
+    baseline = next(
+        (row["same_as"] or row["label"] for row in found["rows"] if row["label"] == found["baseline"]), None
+    )
     figure, files = found["figure"], {}
     ap = "mask_AP" if figure.startswith("mask_") else "AP"
     if known := [row for row in rows if figure in row["measured"]]:
@@ -88,7 +95,14 @@ def by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "
         for i, row in enumerate(rows):
             one = row["measured"].get(name)
             if one is None:
-                axes.annotate("no objects", (0.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#8c8c8c")
+                axes.annotate(
+                    "no objects",
+                    (0.02, i),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    fontsize=8,
+                    color="#8c8c8c",
+                )
                 continue
             colour = DARK if row["label"] == baseline else tint(6)
             if one["low"] is not None:
@@ -111,7 +125,9 @@ def learning(rows: Sequence[Found], baseline: str | None, path: Path, name: str 
     handles = []
     for i, row in enumerate(rows):
         colour = _colour(i, row, rows, baseline)
-        curves = [curve for run in row["runs"] if run["figures"] and (curve := dict(_validations(Path(run["folder"]), name)))]
+        curves = [
+            curve for run in row["runs"] if run["figures"] and (curve := dict(_validations(Path(run["folder"]), name)))
+        ]
         for curve in curves:
             axes.plot(list(curve), list(curve.values()), color=colour, lw=0.6, alpha=0.5)
         if curves:
@@ -155,4 +171,9 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
 def _with_ends(row: Found) -> dict[str, Any]:
     """A class's difference as `draw.differences` takes it."""
     low, high = row["over_images"] or (math.nan, math.nan)
-    return {"name": row["name"], "difference": math.nan if row["value"] is None else row["value"], "low": low, "high": high}
+    return {
+        "name": row["name"],
+        "difference": math.nan if row["value"] is None else row["value"],
+        "low": low,
+        "high": high,
+    }

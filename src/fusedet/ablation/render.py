@@ -43,7 +43,14 @@ def difference_sheet(found: Found) -> Sheet:
     own = [row for row in found["rows"] if not row["cited"]]
     references = {row["reference"] for row in own}
     partial = any(finished(row) < found["seeds"] for row in own)
-    head = ["row", f"{name} published", f"{name} measured", f"{name}, {level} over seeds", f"{name} per seed", *(["seeds"] * partial)]
+    head = [
+        "row",
+        f"{name} published",
+        f"{name} measured",
+        f"{name}, {level} over seeds",
+        f"{name} per seed",
+        *(["seeds"] * partial),
+    ]
     if compared := any(references) or any(row["published_difference"] for row in found["rows"]):
         head += ["compared with"] if len(references) > 1 else []
         less = f"{name} less '{next(iter(references))}'" if len(references) == 1 else f"{name} less that"
@@ -55,7 +62,11 @@ def difference_sheet(found: Found) -> Sheet:
         if row["cited"] or one is None:
             cells += [CITED if row["cited"] else NOTHING, "", ""]
         else:
-            cells += [number(one["mean"], 2), ends((one["low"], one["high"])), " ".join(number(value, 2) for value in one["values"])]
+            cells += [
+                number(one["mean"], 2),
+                ends((one["low"], one["high"])),
+                " ".join(number(value, 2) for value in one["values"]),
+            ]
         if partial:
             cells.append("" if row["cited"] else f"{finished(row)}/{found['seeds']}")
         if compared:
@@ -65,7 +76,10 @@ def difference_sheet(found: Found) -> Sheet:
             cells += (
                 ["", "", ""]
                 if change is None
-                else [signed(change["value"]), *(ends(change[f"over_{what}"], signed=True) for what in ("images", "seeds"))]
+                else [
+                    signed(change["value"]),
+                    *(ends(change[f"over_{what}"], signed=True) for what in ("images", "seeds")),
+                ]
             )
         rows.append(cells)
     seeds = "means over the seeds that finished" if found["seeds"] > 1 else "one seed"
@@ -108,10 +122,20 @@ def cost_sheet(found: Found) -> Sheet:
 
 def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
     """The rows of a dry run: label, published, params_M, time_ms, trainable, multiply_adds, left (runs) and seconds (of them, or None)."""
-    names = [name for name in (*MEASURED, *(f"delta_{name}" for name in MEASURED)) if any(name in row["published"] for row in rows)]
+    names = [
+        name
+        for name in (*MEASURED, *(f"delta_{name}" for name in MEASURED))
+        if any(name in row["published"] for row in rows)
+    ]
     timed = any(row["seconds"] is not None for row in rows)
     printed_time = any(row["time_ms"] is not None for row in rows)
-    head = ["row", *(name.replace("delta_", "Δ") for name in names), "#Param paper (M)", "#Param (M)", "multiply-adds (G)"]
+    head = [
+        "row",
+        *(name.replace("delta_", "Δ") for name in names),
+        "#Param paper (M)",
+        "#Param (M)",
+        "multiply-adds (G)",
+    ]
     head += [*(["time paper (ms)"] * printed_time), "runs to do", *(["estimate"] * timed)]
     lines = []
     for row in rows:
@@ -124,12 +148,20 @@ def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
         cells += ["-" if row["left"] is None else str(row["left"])]
         cells += [("-" if row["seconds"] is None else told(row["seconds"]))] * timed
         lines.append(cells)
-    return Sheet(f"Published figures in percent; counted with {classes} classes; {seeds} seed{'s' * (seeds > 1)} per row", head, lines)
+    return Sheet(
+        f"Published figures in percent; counted with {classes} classes; {seeds} seed{'s' * (seeds > 1)} per row",
+        head,
+        lines,
+    )
 
 
 def shown_figures(found: Found) -> list[str]:
     """AP to APl, the table's own figure with those of its kind, and what else the table's rows print."""
-    also = {name for row in found["rows"] for name in row["published"]} | set(differing("AP")) | set(differing(found["figure"]))
+    also = (
+        {name for row in found["rows"] for name in row["published"]}
+        | set(differing("AP"))
+        | set(differing(found["figure"]))
+    )
     return [name for name in MEASURED if name in also]
 
 
@@ -137,14 +169,27 @@ def markdown(found: Found) -> str:
     """The tables and the conclusions as Markdown."""
     text = [f"# {found['title']}", "", *([found["paper"], ""] if found["paper"] else [])]
     for sheet in sheets(found):
-        text += [f"## {sheet.title}", "", _line(sheet.head), "|" + "---|" * len(sheet.head), *map(_line, sheet.rows), ""]
+        text += [
+            f"## {sheet.title}",
+            "",
+            _line(sheet.head),
+            "|" + "---|" * len(sheet.head),
+            *map(_line, sheet.rows),
+            "",
+        ]
         text += [cost_note(found), ""] if sheet.title == COST else []
     text += [
         "## What can be concluded",
         "",
         *(f"- **{_safe(row['label'])}**: {row['conclusion']}" for row in found["rows"] if not row["cited"]),
     ]
-    text += ["", "## What the figures cover", "", *(f"- {line}" for line in [*covered(found), *map(_safe, notes(found))]), ""]
+    text += [
+        "",
+        "## What the figures cover",
+        "",
+        *(f"- {line}" for line in [*covered(found), *map(_safe, notes(found))]),
+        "",
+    ]
     return "\n".join(text)
 
 
@@ -153,23 +198,42 @@ def comma_separated(found: Found) -> str:
     text = io.StringIO(newline="")
     names = shown_figures(found)
     changes = differing(found["figure"])
-    columns = ["row", "cited", "seeds_finished", *(f"published_{name}" for name in names), "published_params_M", "published_time_ms"]
+    columns = [
+        "row",
+        "cited",
+        "seeds_finished",
+        *(f"published_{name}" for name in names),
+        "published_params_M",
+        "published_time_ms",
+    ]
     for name in names:
         columns += [f"{name}_mean", f"{name}_seeds_low", f"{name}_seeds_high", f"{name}_per_seed"]
     columns += ["reference", *(f"published_{name}_difference" for name in changes)]
     for name in changes:
-        columns += [f"{name}_difference", *(f"{name}_difference_{what}_{end}" for what in ("images", "seeds") for end in ("low", "high"))]
+        columns += [
+            f"{name}_difference",
+            *(f"{name}_difference_{what}_{end}" for what in ("images", "seeds") for end in ("low", "high")),
+        ]
     columns += ["trainable", "multiply_adds", "p50_ms", "p95_ms", "peak_MiB", "train_images_per_second", "conclusion"]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in found["rows"]:
-        line = {"row": row["label"], "cited": row["cited"], "published_params_M": row["params_M"], "published_time_ms": row["time_ms"]}
+        line = {
+            "row": row["label"],
+            "cited": row["cited"],
+            "published_params_M": row["params_M"],
+            "published_time_ms": row["time_ms"],
+        }
         line |= {f"published_{name}": row["published"].get(name) for name in names}
         line |= {"seeds_finished": None if row["cited"] else finished(row), "reference": row.get("reference")}
         line |= {f"published_{name}_difference": row["published_difference"].get(name) for name in changes}
         for name in names:
             if one := (row.get("measured") or {}).get(name):
-                line |= {f"{name}_mean": one["mean"], f"{name}_seeds_low": one["low"], f"{name}_seeds_high": one["high"]}
+                line |= {
+                    f"{name}_mean": one["mean"],
+                    f"{name}_seeds_low": one["low"],
+                    f"{name}_seeds_high": one["high"],
+                }
                 line[f"{name}_per_seed"] = " ".join(map(repr, one["values"]))
         for name in changes:
             if one := (row.get("difference") or {}).get(name):
@@ -179,7 +243,11 @@ def comma_separated(found: Found) -> str:
                     line |= {f"{name}_difference_{what}_low": low, f"{name}_difference_{what}_high": high}
         cost = row.get("cost") or {}
         speed, training = cost.get("prediction") or {}, cost.get("training") or {}
-        line |= {"trainable": cost.get("trainable"), "multiply_adds": cost.get("multiply_adds"), "conclusion": row.get("conclusion")}
+        line |= {
+            "trainable": cost.get("trainable"),
+            "multiply_adds": cost.get("multiply_adds"),
+            "conclusion": row.get("conclusion"),
+        }
         line |= {name: speed.get(name) for name in ("p50_ms", "p95_ms", "peak_MiB")}
         writer.writerow(line | {"train_images_per_second": training.get("images_per_second")})
     return text.getvalue()

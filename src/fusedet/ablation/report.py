@@ -23,7 +23,12 @@ INKS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--grid)", 
 
 def write(found: Found, out: Path) -> dict[str, Path]:
     """Write a summary into an ablation's folder, over an earlier one; gives the files by what they are."""
-    made = {"table": out / "table.md", "spreadsheet": out / "table.csv", "all of it": out / "table.json", "page": out / "report.html"}
+    made = {
+        "table": out / "table.md",
+        "spreadsheet": out / "table.csv",
+        "all of it": out / "table.json",
+        "page": out / "report.html",
+    }
     made["table"].write_text(markdown(found), encoding="utf-8")
     made["spreadsheet"].write_text(comma_separated(found), encoding="utf-8")
     write_json(made["all of it"], found)
@@ -42,22 +47,26 @@ def page(found: Found, drawn: Mapping[str, Path]) -> str:
         f"<h1>{escape(found['title'])}</h1>",
         f'<p class="faint">{escape(found["paper"])}</p>' if found["paper"] else "",
         _section(first.title, _table(first)),
-        _section("What can be concluded", _plain([(row["label"], row["conclusion"]) for row in found["rows"] if not row["cited"]])),
-        _section("What the figures cover", "".join(f"<p>{escape(line)}</p>" for line in [*covered(found), *notes(found)])),
+        _section(
+            "What can be concluded",
+            _plain([(row["label"], row["conclusion"]) for row in found["rows"] if not row["cited"]]),
+        ),
+        _section(
+            "What the figures cover", "".join(f"<p>{escape(line)}</p>" for line in [*covered(found), *notes(found)])
+        ),
         *(_section(name, f"<figure>{svg}</figure>{_caption(name, found)}") for name, svg in main.items()),
         _section("Differences by class", _folded(classes)) if classes else "",
-        *(_section(sheet.title, _table(sheet) + (_faint(cost_note(found)) if sheet.title == COST else "")) for sheet in others),
+        *(
+            _section(sheet.title, _table(sheet) + (_faint(cost_note(found)) if sheet.title == COST else ""))
+            for sheet in others
+        ),
         _section("How it was made", _origin(found)),
     ]
     css = (files("fusedet.ablation") / "report.css").read_text(encoding="utf-8")
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(found["title"])}</title>'
-    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(found["title"])}</title>'
     # an empty icon, or a browser asks for one
     head += f'<link rel="icon" href="data:,"><style>{css}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(part + chr(10) for part in parts if part)}</body></html>\n'
-    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(part + chr(10) for part in parts if part)}</body></html>\n'
 
 
 def inline(file: Path, name: str, number: int) -> str:
@@ -81,7 +90,11 @@ def _table(sheet: Sheet) -> str:
 
 
 def _cell(text: str) -> str:
-    return f'<td class="none">{escape(text)}</td>' if text in (NOTHING, CITED, "none", "-", "- / -") else f"<td>{escape(text)}</td>"
+    return (
+        f'<td class="none">{escape(text)}</td>'
+        if text in (NOTHING, CITED, "none", "-", "- / -")
+        else f"<td>{escape(text)}</td>"
+    )
 
 
 def _plain(rows: Sequence[tuple[str, str]]) -> str:
@@ -91,7 +104,9 @@ def _plain(rows: Sequence[tuple[str, str]]) -> str:
 
 def _folded(images: Mapping[str, str]) -> str:
     text = "<p>Intervals are over images; grey where they hold 0.</p>"
-    return text + "".join(f"<details><summary>{escape(name)}</summary><figure>{svg}</figure></details>" for name, svg in images.items())
+    return text + "".join(
+        f"<details><summary>{escape(name)}</summary><figure>{svg}</figure></details>" for name, svg in images.items()
+    )
 
 
 def _caption(name: str, found: Found) -> str:
@@ -116,12 +131,26 @@ def _origin(found: Found) -> str:
     rows = [("table", found["table"]), ("classes", ", ".join(found["data"]["classes"]))]
     for split in ("train", "val"):
         about = found["data"][split]
-        rows.append((split, f"{about['source']}: {about['images']} images, {about['objects']} objects, fingerprint {about['fingerprint']}"))
-    for version in dict.fromkeys(", ".join(f"{name} {v}" for name, v in (run["versions"] or {}).items()) for run in runs):
+        rows.append(
+            (
+                split,
+                f"{about['source']}: {about['images']} images, {about['objects']} objects, fingerprint {about['fingerprint']}",
+            )
+        )
+    for version in dict.fromkeys(
+        ", ".join(f"{name} {v}" for name, v in (run["versions"] or {}).items()) for run in runs
+    ):
         rows += [("versions", version)] if version else []
     rows += [("machine", device) for device in dict.fromkeys(run["device"] for run in runs) if device]
-    trained = {run["folder"]: run["seconds"] for row in found["rows"] if not row.get("weights_of") for run in row.get("runs", ())}
-    own = [trained[folder] for folder in dict.fromkeys(run["folder"] for run in runs) if trained.get(folder) is not None]
+    trained = {
+        run["folder"]: run["seconds"]
+        for row in found["rows"]
+        if not row.get("weights_of")
+        for run in row.get("runs", ())
+    }
+    own = [
+        trained[folder] for folder in dict.fromkeys(run["folder"] for run in runs) if trained.get(folder) is not None
+    ]
     if own:
         rows.append(("training time", f"{told(sum(own))} for {len(own)} runs, validation included"))
     if lacking := len({run["folder"] for run in runs} & trained.keys()) - len(own):
@@ -130,4 +159,6 @@ def _origin(found: Found) -> str:
     folders = dict.fromkeys(shown(run["folder"], keep=2) for run in runs if run["folder"] in trained)
     again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=FOLDER"]) for folder in folders)
     text = _plain(rows) + f"<p>The table:</p><pre><code>{escape(commands)}</code></pre>"
-    return text + (f"<details><summary>One run again</summary><pre><code>{escape(again)}</code></pre></details>" if again else "")
+    return text + (
+        f"<details><summary>One run again</summary><pre><code>{escape(again)}</code></pre></details>" if again else ""
+    )

@@ -48,10 +48,14 @@ class Row:
         Raises InputError for a row that is only cited, and for what the config refuses, with file and row.
         """
         if self.cited:
-            raise InputError(f"{table.source}, row '{self.label}' is cited from the literature: it has no config to run")
+            raise InputError(
+                f"{table.source}, row '{self.label}' is cited from the literature: it has no config to run"
+            )
         base = self.base or table.base
         if base is None:
-            raise InputError(f"{table.source}, row '{self.label}' has no config: write base: MODEL in the row or above the rows")
+            raise InputError(
+                f"{table.source}, row '{self.label}' has no config: write base: MODEL in the row or above the rows"
+            )
         where = f"{table.source}, row '{self.label}'"
         try:
             tree = config.load(config.find(base, kind="base:", folder=table.folder), table.overrides).tree()
@@ -131,14 +135,18 @@ def load(name: str | Path) -> Table:
     tree = config.read(path, "base and rows")
     specs = tree.pop("rows", None)
     if not isinstance(specs, list) or not specs:
-        raise InputError(f"{source}: rows must be a list of rows, such as [{{label: fpn, overrides: [model.neck=fpn]}}], got {specs!r}")
+        raise InputError(
+            f"{source}: rows must be a list of rows, such as [{{label: fpn, overrides: [model.neck=fpn]}}], got {specs!r}"
+        )
     rows = tuple(_row(spec, i, source) for i, spec in enumerate(specs, start=1))
     keys = {"name": stem, "source": source, "folder": path.parent, "rows": rows}
     table = Table(**keys, **{"title": stem} | _typed(Table, tree, source, hidden=keys))
     labels = [row.label for row in rows]
     for i, label in enumerate(labels):
         if label in labels[:i]:
-            raise InputError(f"{source}: rows {labels.index(label) + 1} and {i + 1} both have the label '{label}': a label names one row")
+            raise InputError(
+                f"{source}: rows {labels.index(label) + 1} and {i + 1} both have the label '{label}': a label names one row"
+            )
     _check_reference(table, labels)
     return table
 
@@ -157,7 +165,9 @@ def _row(spec: Any, number: int, source: str) -> Row:
         if figure.removeprefix(DELTA) not in PUBLISHED:
             raise unknown(f"figure in {where}: published", figure, PUBLISHED)
     if row.cited and (row.overrides or row.base):
-        raise InputError(f"{where}: a cited row is not run, leave out {'overrides' if row.overrides else 'base'}, or cited")
+        raise InputError(
+            f"{where}: a cited row is not run, leave out {'overrides' if row.overrides else 'base'}, or cited"
+        )
     if row.cited and not row.published:
         raise InputError(f"{where}: a cited row needs published figures, such as published: {{AP: 36.4}}")
     return row

@@ -86,7 +86,9 @@ def published_differences(table: Table, row: Row) -> Found:
 
     Of a row that is only cited, against a reference of its own alone; none between different splits.
     """
-    reference = row.reference or (None if row.cited else table.reference or next((one.label for one in table.rows if not one.cited), None))
+    reference = row.reference or (
+        None if row.cited else table.reference or next((one.label for one in table.rows if not one.cited), None)
+    )
     split = row.split or table.split
     alike = (one for one in table.rows if one is not row and (one.split or table.split) == split)
     other: Mapping[str, float] = next((one.published for one in alike if one.label == reference), {})
@@ -98,7 +100,11 @@ def conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -
     """What the intervals of a row's difference of a figure to its reference allow one to say, as a sentence or two."""
     reference = row["reference"]
     if reference is not None and owners[row["label"]] == owners[reference]:
-        same = "The baseline: what other rows are compared with" if row["label"] == reference else f"The same config as '{reference}'"
+        same = (
+            "The baseline: what other rows are compared with"
+            if row["label"] == reference
+            else f"The same config as '{reference}'"
+        )
         return f"{same}." if row["measured"] else f"{same}; not measured."
     if not row["measured"]:
         return "Not measured: nothing can be said."
@@ -111,25 +117,37 @@ def conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -
     digits = decimals(value, least=2)
     word = "higher" if value > 0 else "lower"
     images, seeds = _ends(change["over_images"]), _ends(change["over_seeds"])
-    sure, steady = (ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_images"], change["over_seeds"]))
+    sure, steady = (
+        ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_images"], change["over_seeds"])
+    )
     head = f"{figure} {abs(value):.{digits}f} {word} than '{reference}'"
     if figure not in RESAMPLED:
         if change["over_seeds"] is None:
             return f"Nothing can be concluded: with fewer than two seeds on a side nothing is known of other trainings. {UNDRAWN}"
-        said = f"{head} on these very images for other seeds too ({seeds})" if steady else f"Nothing can be concluded: {seeds} holds 0"
+        said = (
+            f"{head} on these very images for other seeds too ({seeds})"
+            if steady
+            else f"Nothing can be concluded: {seeds} holds 0"
+        )
         return f"{said}. {UNDRAWN}"
     if change["over_images"] is None:
         return "The data hold no object that counts: nothing can be said."
     if sure and steady:
         return f"{head}, for other images such as these ({images}) and for other seeds ({seeds})."
     if change["over_seeds"] is None:
-        begin = f"{head} on other images such as these ({images}) with these weights" if sure else "Nothing can be concluded"
+        begin = (
+            f"{head} on other images such as these ({images}) with these weights"
+            if sure
+            else "Nothing can be concluded"
+        )
         reason = "" if sure else f": the interval over images ({images}) holds 0"
         return f"{begin}{reason}. With fewer than two seeds on a side nothing is known of other trainings."
     if sure:
         return f"{head} on other images such as these ({images}) with these weights; another training may give another sign ({seeds})."
     if steady:
-        return f"{head} on these very images for other seeds too ({seeds}); other images may give another sign ({images})."
+        return (
+            f"{head} on these very images for other seeds too ({seeds}); other images may give another sign ({images})."
+        )
     return f"Nothing can be concluded: both intervals hold 0, over images {images}, over seeds {seeds}."
 
 
@@ -151,7 +169,11 @@ def _figures(cell: Cell, plan: Plan) -> Found:
         stored = evaluation.load_results(cell.folder / BOXES)
         figures["VOC_AP"] = evaluation.voc(plan.val, stored)["mAP"]
         figures["VOC_AP_11_point"] = evaluation.voc(plan.val, stored, points=11)["mAP"]
-    return {name: 100 * value for name, value in figures.items() if name in MEASURED and value is not None and not math.isnan(value)}
+    return {
+        name: 100 * value
+        for name, value in figures.items()
+        if name in MEASURED and value is not None and not math.isnan(value)
+    }
 
 
 def _run(cell: Cell, state: str, figures: Mapping[Path, Found]) -> Found:
@@ -191,7 +213,9 @@ def _training(cells: Sequence[Cell]) -> Found | None:
     speeds = [speed for folder in folders if (speed := training_speed(folder)) is not None]
     if not speeds:
         return None
-    places = dict.fromkeys(str((read_json(folder / "run.json") or {}).get("device") or "a device that is not noted") for folder in folders)
+    places = dict.fromkeys(
+        str((read_json(folder / "run.json") or {}).get("device") or "a device that is not noted") for folder in folders
+    )
     return {"images_per_second": sum(speeds) / len(speeds), "device": "; ".join(places)}
 
 
@@ -208,14 +232,20 @@ def _resampled(plan: Plan, ready: Mapping[str, Sequence[Cell]], resamples: int) 
 
     def resampled(cells: Sequence[Cell]) -> bootstrap.Resampled:
         stored = (evaluation.load_results(cell.folder / (MASKS if masks else BOXES)) for cell in cells)
-        return bootstrap.mean_of([bootstrap.resampled(plan.val, results, weights, "segm" if masks else "bbox") for results in stored])
+        return bootstrap.mean_of(
+            [bootstrap.resampled(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
+        )
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(wanted, pool.map(resampled, wanted.values())))
 
 
 def _differences(
-    plan: Plan, label: str, ready: Mapping[str, Sequence[Cell]], figures: Mapping[Path, Found], samples: Mapping[str, bootstrap.Resampled]
+    plan: Plan,
+    label: str,
+    ready: Mapping[str, Sequence[Cell]],
+    figures: Mapping[Path, Found],
+    samples: Mapping[str, bootstrap.Resampled],
 ) -> Found:
     """The row less its reference, by figure and by class; None for a reference itself and where either was not measured."""
     pair = _sides(plan, label, ready)
@@ -226,12 +256,19 @@ def _differences(
     changes = {}
     for name in differing(plan.table.figure):
         values = [[run[name] for run in side if name in run] for side in sides]
-        over_seeds = evaluation.difference_over_seeds(*values, paired=False) if all(values) else Interval(math.nan, math.nan, math.nan)
+        over_seeds = (
+            evaluation.difference_over_seeds(*values, paired=False)
+            if all(values)
+            else Interval(math.nan, math.nan, math.nan)
+        )
         change: Found = {"value": _known(over_seeds.value), "over_images": None}
         if name in RESAMPLED:
             change = _interval(over_images[name.removeprefix("mask_")])
         changes[name] = change | {"over_seeds": _pair(over_seeds.low, over_seeds.high, 1)}
-    return {"difference": changes, "classes": [{"name": row["name"]} | _interval(row) for row in over_images["classes"]]}
+    return {
+        "difference": changes,
+        "classes": [{"name": row["name"]} | _interval(row) for row in over_images["classes"]],
+    }
 
 
 def _sides(plan: Plan, label: str, ready: Mapping[str, Sequence[Cell]]) -> tuple[str, str] | None:
@@ -271,7 +308,9 @@ def _about(plan: Plan) -> Found:
         "baseline": plan.baseline,
         "seeds": plan.seeds,
         "overrides": [shown(word) for word in plan.overrides],
-        "commands": list(map(list, dict.fromkeys(tuple(map(shown, command)) for command in marker.get("commands", [])))),
+        "commands": list(
+            map(list, dict.fromkeys(tuple(map(shown, command)) for command in marker.get("commands", [])))
+        ),
         "data": {
             "train": {
                 "source": shown(train.source),
@@ -279,7 +318,12 @@ def _about(plan: Plan) -> Found:
                 "objects": len(train.labels),
                 "fingerprint": train.fingerprint(),
             },
-            "val": {"source": shown(val.source), "images": len(val), "objects": len(val.labels), "fingerprint": val.fingerprint()},
+            "val": {
+                "source": shown(val.source),
+                "images": len(val),
+                "objects": len(val.labels),
+                "fingerprint": val.fingerprint(),
+            },
             "classes": list(val.names),
         },
         "unit": "percent",

@@ -63,17 +63,25 @@ def notes(found: Found) -> list[str]:
     """What the table and its rows have to say: notes, shared runs and weights, what failed, and which seeds are lacking."""
     texts = [found["note"]] if found["note"] else []
     texts += [f"{row['label']}: {row['note']}" for row in found["rows"] if row["note"]]
-    texts += [f"{row['label']}: the same config as '{row['same_as']}', whose runs it shares" for row in found["rows"] if row.get("same_as")]
+    texts += [
+        f"{row['label']}: the same config as '{row['same_as']}', whose runs it shares"
+        for row in found["rows"]
+        if row.get("same_as")
+    ]
     texts += [
         f"{row['label']}: the weights of '{row['weights_of']}', scored as this row's test section says"
         for row in found["rows"]
         if row.get("weights_of")
     ]
     for row in found["rows"]:
-        texts += [f"{row['label']}, seed {run['seed']}: {run['reason']}" for run in row.get("runs", ()) if run["reason"]]
+        texts += [
+            f"{row['label']}, seed {run['seed']}: {run['reason']}" for run in row.get("runs", ()) if run["reason"]
+        ]
     done = {row["label"]: finished(row) for row in found["rows"] if not row["cited"]}
     if lacking := [f"{label} {count}" for label, count in done.items() if count < found["seeds"]]:
-        texts.append(f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}{'; all in the other rows' * (len(lacking) < len(done))}.")
+        texts.append(
+            f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}{'; all in the other rows' * (len(lacking) < len(done))}."
+        )
     return list(dict.fromkeys(texts))
 
 

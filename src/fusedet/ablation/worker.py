@@ -80,7 +80,11 @@ def main() -> int:
     """Run what standard input says; exits as the command line does."""
     asked = json.load(sys.stdin)
     try:
-        run(Cell(asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None))
+        run(
+            Cell(
+                asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None
+            )
+        )
     except InputError as error:
         print(str(error), file=sys.stderr)
         return 2

@@ -109,7 +109,9 @@ def _begin(target: Path, asked: Info, options: Options, resume: bool) -> Info:
     end = time.monotonic() + _PATIENCE
     while not file.is_file():
         if time.monotonic() > end:
-            raise InputError(f"{file} has not come: process 0 makes it; all processes need the same out=FOLDER on a common disk")
+            raise InputError(
+                f"{file} has not come: process 0 makes it; all processes need the same out=FOLDER on a common disk"
+            )
         time.sleep(0.1)
     known = _known(file)
     then = known["asked"]
@@ -127,7 +129,9 @@ def _known(file: Path) -> Info:
         known = json.loads(file.read_bytes())
         asked, done = known["asked"], known.get("done")
         whole = isinstance(asked, dict) and type(asked["part"]) is int and asked["part"] > 0
-        whole &= done is None or (all(type(done[key]) is int for key in (*COUNTS, "left")) and isinstance(done["files"], dict))
+        whole &= done is None or (
+            all(type(done[key]) is int for key in (*COUNTS, "left")) and isinstance(done["files"], dict)
+        )
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         whole = False
     if not whole:
@@ -142,7 +146,9 @@ class _Work:
         self.predictor, self.target, self.options, self.size, self.several = predictor, target, options, size, several
         self.folder, self.images = target / "parts", target / "images"
         self.folder.mkdir(exist_ok=True)
-        self.head = {"categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]}
+        self.head = {
+            "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
+        }
         if options.world == 1:
             clean(self.folder)
         if options.drawn:
@@ -172,7 +178,11 @@ class _Work:
             # what was found before is not lost; of several processes the parts stand
             if self.options.world == 1 and not self.options.parts:
                 content = part.content(self.head)
-                join([*map(self.file, range(number)), content], self.target / "predictions.json", skipped=bool(part.skipped))
+                join(
+                    [*map(self.file, range(number)), content],
+                    self.target / "predictions.json",
+                    skipped=bool(part.skipped),
+                )
             raise
         replace(file, text(part.content(self.head)).encode(errors="surrogatepass"))
 
@@ -188,11 +198,18 @@ class _Work:
                 return figures | {"files": {}}
             if self.options.parts:
                 files = {"predictions": str(self.target / "index.json"), "parts": str(self.folder)}
-                index = {**figures, "parts": [{"file": f"parts/{self.file(info['part']).name}", **info} for info in infos]}
+                index = {
+                    **figures,
+                    "parts": [{"file": f"parts/{self.file(info['part']).name}", **info} for info in infos],
+                }
                 replace(self.target / "index.json", json.dumps(index, indent=1).encode())
             else:
                 files = {"predictions": str(self.target / "predictions.json")}
-                join([self.file(i) for i in range(count)], self.target / "predictions.json", skipped=figures["skipped"] > 0)
+                join(
+                    [self.file(i) for i in range(count)],
+                    self.target / "predictions.json",
+                    skipped=figures["skipped"] > 0,
+                )
             done = figures | {"files": files | ({"images": str(self.images)} if self.options.drawn else {})}
             replace(self.target / "predict.json", json.dumps({**known, "done": done}, indent=2).encode())
             if not self.options.parts:
@@ -245,15 +262,30 @@ class _Part:
         assert found.image is not None
         height, width = found.image.shape[1:]
         self.images.append({"id": number, "file_name": str(found.path), "height": height, "width": width})
-        areas = (found.boxes[:, 2:] - found.boxes[:, :2]).double().prod(dim=1) if found.masks is None else found.masks.sum(dim=(1, 2))
+        areas = (
+            (found.boxes[:, 2:] - found.boxes[:, :2]).double().prod(dim=1)
+            if found.masks is None
+            else found.masks.sum(dim=(1, 2))
+        )
         for one, area in zip(found.to_coco(number), areas.tolist()):
             self.annotations.append({"id": len(self.annotations) + 1, **one, "area": area, "iscrowd": 0})
         self.shown += int((found.scores >= score).sum())
 
     def content(self, head: Info) -> Info:
         """A part as it is written: figures first, so that they can be read alone."""
-        counts = {"images": len(self.images), "detections": len(self.annotations), "shown": self.shown, "skipped": len(self.skipped)}
-        return {"info": self.info | counts, "images": self.images, **head, "annotations": self.annotations, "skipped": self.skipped}
+        counts = {
+            "images": len(self.images),
+            "detections": len(self.annotations),
+            "shown": self.shown,
+            "skipped": len(self.skipped),
+        }
+        return {
+            "info": self.info | counts,
+            "images": self.images,
+            **head,
+            "annotations": self.annotations,
+            "skipped": self.skipped,
+        }
 
 
 def ahead(read: Callable[[Any], Reading], items: Iterable[Any], workers: int) -> Iterator[Reading]:

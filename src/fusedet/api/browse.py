@@ -31,7 +31,11 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         height, width = batch.sizes[0].tolist()
         seen = batch.targets[0] if batch.targets else None
         assert seen is not None
-        drawn.append(visualization.boxes(batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore))
+        drawn.append(
+            visualization.boxes(
+                batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore
+            )
+        )
         captions.append(f"id {batch.ids[0]}: {width} x {height}, {plural(len(seen), 'object')}")
         if len(drawn) == count:
             break

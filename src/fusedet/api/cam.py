@@ -76,7 +76,10 @@ def cam(
             raise unknown("part", part, PARTS)
     if out is not None:
         run_dir.check(out)  # before the work, not after it
-    runs = {source: load(source, *overrides, device=device, trust=trust) for source in dict.fromkeys([run, *([beside] if beside else [])])}
+    runs = {
+        source: load(source, *overrides, device=device, trust=trust)
+        for source in dict.fromkeys([run, *([beside] if beside else [])])
+    }
     for source, predictor in runs.items():
         if name is not None and name not in predictor.names:
             raise unknown(f"class of {source}", name, predictor.names)
@@ -88,12 +91,18 @@ def cam(
         seen = {source: _look(predictor, job, alone) for source, predictor in runs.items()}
         has = [part for part in PARTS if any(part in one.parts for one in seen.values())]
         if lacking := [part for part in only if part not in has]:
-            raise InputError(f"--only {lacking[0]}: {' and '.join(runs)} {'has' if len(runs) == 1 else 'have'} only {', '.join(has)}")
+            raise InputError(
+                f"--only {lacking[0]}: {' and '.join(runs)} {'has' if len(runs) == 1 else 'have'} only {', '.join(has)}"
+            )
         if target is None:
             parent = Path(run) if Path(run).is_dir() else Path(run).parent
             target = run_dir.fresh(out) if out else run_dir.numbered(parent, "cam")
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
-        figures[str(job.path)] = {"class": job.name, **numbers, "files": {what: str(file) for what, file in drawn.items()}}
+        figures[str(job.path)] = {
+            "class": job.name,
+            **numbers,
+            "files": {what: str(file) for what, file in drawn.items()},
+        }
         files |= {f"{job.path.name}, {what}": file for what, file in drawn.items()}
     assert target is not None, "there is no image"
     run_dir.write_json(target / "cam.json", figures)
@@ -106,7 +115,11 @@ def report(figures: Mapping[str, Any]) -> list[str]:
     for path, one in figures.items():
         best = ", ".join(f"{source} {found['score']:.2f}" for source, found in one["runs"].items())
         lines.append(f"{path}: {one['class']}, highest score {best}")
-        lines += [f"  not in {source}: {', '.join(found['missing'])}" for source, found in one["runs"].items() if found["missing"]]
+        lines += [
+            f"  not in {source}: {', '.join(found['missing'])}"
+            for source, found in one["runs"].items()
+            if found["missing"]
+        ]
         if one["area"] is None:
             continue
         lines.append(f"  heat inside the boxes, which cover {100 * one['area']:.0f} % of the image:")
@@ -114,8 +127,13 @@ def report(figures: Mapping[str, Any]) -> list[str]:
         for kind in UNITS:
             for key in _ordered(row for found in heats for row in found.get(kind, {})):
                 values = [found.get(kind, {}).get(key) for found in heats]
-                shares = ["-" if value is None or value["inside"] is None else f"{100 * value['inside']:.0f} %" for value in values]
-                lines.append(f"  {kind}, {_caption([value and value['caption'] for value in values])}: {' | '.join(shares)}")
+                shares = [
+                    "-" if value is None or value["inside"] is None else f"{100 * value['inside']:.0f} %"
+                    for value in values
+                ]
+                lines.append(
+                    f"  {kind}, {_caption([value and value['caption'] for value in values])}: {' | '.join(shares)}"
+                )
     return lines
 
 
@@ -145,9 +163,13 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
                 )
             name = one.names[one.labels[0]]
         if name not in one.names:
-            raise InputError(f"{source} does not know the class '{name}', which is found in {path}: name one of both with --class")
+            raise InputError(
+                f"{source} does not know the class '{name}', which is found in {path}: name one of both with --class"
+            )
         keep = (one.labels == one.names.index(name)) & (one.scores >= score)
-        found[source] = replace(one, boxes=one.boxes[keep], scores=one.scores[keep], labels=one.labels[keep], masks=None)
+        found[source] = replace(
+            one, boxes=one.boxes[keep], scores=one.scores[keep], labels=one.labels[keep], masks=None
+        )
     assert name is not None
     return Job(path, image, name, found)
 
@@ -171,15 +193,23 @@ def _draw(job: Job, seen: Mapping[str, Seen], only: set[str], stem: Path) -> tup
     area = share_inside(torch.zeros(_size(job.image)), boxes)[1] if len(boxes) else None
     numbers: dict[str, Any] = {"area": area, "runs": {}}
     for source, one in seen.items():
-        rows = {kind: {row.key: _numbers(row, boxes) for row in rows if row.part in only} for kind, rows in one.heat.items()}
-        gates = {row.key: {"caption": row.caption, "mean": _each(row, Tensor.mean)} for row in one.gates if row.part in only}
-        weights = [{"strides": w.strides, "weights": w.weights.mean(dim=2)} for w in one.level_weights if "smsl" in only]
+        rows = {
+            kind: {row.key: _numbers(row, boxes) for row in rows if row.part in only} for kind, rows in one.heat.items()
+        }
+        gates = {
+            row.key: {"caption": row.caption, "mean": _each(row, Tensor.mean)} for row in one.gates if row.part in only
+        }
+        weights = [
+            {"strides": w.strides, "weights": w.weights.mean(dim=2)} for w in one.level_weights if "smsl" in only
+        ]
         found = {"score": one.score, "heat": rows, "gates": gates, "level_weights": weights, "missing": one.missing}
         numbers["runs"][source] = run_dir.plain(found)
     for kind in UNITS:
         if any(row.part in only for one in seen.values() for row in one.heat.get(kind, [])):
             files[kind] = Path(f"{stem}-{kind}.png")
-            chosen = {source: [row for row in one.heat.get(kind, []) if row.part in only] for source, one in seen.items()}
+            chosen = {
+                source: [row for row in one.heat.get(kind, []) if row.part in only] for source, one in seen.items()
+            }
             _sheet(job, chosen, files[kind], f"{kind}: {job.name} in {job.path.name}", UNITS[kind], True)
     gates_ = {source: [row for row in one.gates if row.part in only] for source, one in seen.items()}
     if any(gates_.values()):
@@ -190,7 +220,10 @@ def _draw(job: Job, seen: Mapping[str, Seen], only: set[str], stem: Path) -> tup
         files["level weights"] = Path(f"{stem}-smsl.png")
         spreads = [w.weights.quantile(torch.tensor([0.1, 0.9]), dim=2).numpy() for _, w in mixtures]
         levels = [[f"stride {s}" for s in w.strides] for _, w in mixtures]
-        panels = [(source, names, w.weights.mean(dim=2).numpy(), ends) for (source, w), names, ends in zip(mixtures, levels, spreads)]
+        panels = [
+            (source, names, w.weights.mean(dim=2).numpy(), ends)
+            for (source, w), names, ends in zip(mixtures, levels, spreads)
+        ]
         title = f"SMSL's weights in {job.path.name}: mean over the channels, and where 80 % of them lie"
         heat_maps.shares(panels, files["level weights"], title)
     return files, numbers

@@ -72,7 +72,9 @@ def checked(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, l
     found(dataset, results, boxes=boxed or not masked)
     image, most = Counter(result["image_id"] for result in results).most_common(1)[0]
     if most > MOST:
-        raise InputError(f"image {image} has {most} detections, COCO's rules allow {MOST}: set test.max_det={MOST} or less")
+        raise InputError(
+            f"image {image} has {most} detections, COCO's rules allow {MOST}: set test.max_det={MOST} or less"
+        )
     kinds = {}
     if boxed:
         kinds["bbox"] = [_row(r) | {"bbox": [round(float(x), DECIMALS["bbox"]) for x in r["bbox"]]} for r in results]

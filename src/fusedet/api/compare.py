@@ -33,7 +33,9 @@ class Compared:
     files: dict[str, Path]
 
 
-def compare(a: str, b: str, options: Config, split: str | None = None, *, resamples: int = 1000, seed: int = 0) -> Compared:
+def compare(
+    a: str, b: str, options: Config, split: str | None = None, *, resamples: int = 1000, seed: int = 0
+) -> Compared:
     """Compare the stored results of two runs' folders or results files; A is what B's figures are measured against.
 
     The data are `options.data`'s, else those of the first run's folder; written are compare.json and images into
@@ -76,7 +78,9 @@ def compare(a: str, b: str, options: Config, split: str | None = None, *, resamp
     }
     run_dir.write_json(files["comparison"], report)
     title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over images"
-    visualization.differences(figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"])
+    visualization.differences(
+        figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"]
+    )
     if (sheet := _differing(dataset, results, tables)) is None:
         del files["images that differ most"]
     else:
@@ -130,7 +134,9 @@ def _same_data(file: Path, dataset: DetectionDataset, results: list[Result]) -> 
         stored = json.loads(metrics.read_text(encoding="utf-8"))["stamp"]
         made_on = stored["data"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val") from error
+        raise InputError(
+            f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
+        ) from error
     if made_on != (here := evaluation.stamp(dataset, results)["data"]):
         raise InputError(
             f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} images) than {dataset.source} "

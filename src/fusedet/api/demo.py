@@ -16,7 +16,9 @@ from fusedet.data.readers.auto import read
 MODEL = "retinanet_tiny"
 
 
-def demo(overrides: Sequence[str], images: int, seed: int, *, say: Callable[[str], None] = print, quiet: bool = False) -> Trained:
+def demo(
+    overrides: Sequence[str], images: int, seed: int, *, say: Callable[[str], None] = print, quiet: bool = False
+) -> Trained:
     """Generate `images` images, train on them as the overrides vary the model's config, draw 16 predictions.
 
     All of it goes into out=FOLDER, or demo, demo-2, ...: data/, run/ and predictions.png. Raises InputError as `train` does.

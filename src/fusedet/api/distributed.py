@@ -23,9 +23,14 @@ def place() -> tuple[int, int, int]:
 
     Raises InputError for values that are no such numbers.
     """
-    texts = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
+    texts = {
+        name: os.environ.get(name, default)
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    }
     if not all(text.isdecimal() for text in texts.values()) or not int(texts["RANK"]) < int(texts["WORLD_SIZE"]):
-        raise InputError(f"{', '.join(f'{k}={v}' for k, v in texts.items())}: these are to be whole numbers with RANK below WORLD_SIZE")
+        raise InputError(
+            f"{', '.join(f'{k}={v}' for k, v in texts.items())}: these are to be whole numbers with RANK below WORLD_SIZE"
+        )
     return int(texts["RANK"]), int(texts["WORLD_SIZE"]), int(texts["LOCAL_RANK"])
 
 
@@ -46,7 +51,9 @@ def make_fabric(config: Config) -> Fabric:
     _, world, _ = place()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
     if world % local:
-        raise InputError(f"{world} processes, {local} of them on this machine: start the same number of processes on each machine")
+        raise InputError(
+            f"{world} processes, {local} of them on this machine: start the same number of processes on each machine"
+        )
     devices: Any = local if world > 1 or device.index is None else [device.index]
     fabric = Fabric(
         accelerator=device.type,
@@ -77,9 +84,13 @@ def strategy(config: Config, world: int) -> Any:
     if train.strategy != "fsdp":
         return "ddp" if world > 1 else "auto"
     if world == 1:
-        raise InputError("train.strategy=fsdp shares the weights out among processes: start several with torchrun, or leave it at auto")
+        raise InputError(
+            "train.strategy=fsdp shares the weights out among processes: start several with torchrun, or leave it at auto"
+        )
     if train.precision == "fp16":
-        raise InputError("train.strategy=fsdp does not go with train.precision=fp16, whose scale must be of all: use bf16 or fp32")
+        raise InputError(
+            "train.strategy=fsdp does not go with train.precision=fp16, whose scale must be of all: use bf16 or fp32"
+        )
     if train.compile:
         raise InputError("train.strategy=fsdp does not go with train.compile=true: leave one of them out")
     return shards.strategy(world)

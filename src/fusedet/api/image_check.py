@@ -28,7 +28,9 @@ def check_images(config: Config, data: DetectionDataset, val: DetectionDataset, 
             count = f"{len(bad)} of the {len(dataset)} images of {dataset.source} cannot be used{limit}, the first: "
             raise InputError((count if len(bad) > 1 else "") + bad[0])
         if bad:
-            say(f"warning: {len(bad)} of the {len(data)} training images cannot be used and will be replaced, the first: {bad[0]}")
+            say(
+                f"warning: {len(bad)} of the {len(data)} training images cannot be used and will be replaced, the first: {bad[0]}"
+            )
 
 
 def note_replaced(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None:

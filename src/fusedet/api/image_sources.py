@@ -92,7 +92,9 @@ def _source(word: str) -> _File | _Glob | _List:
         return _File(path)
     if word.startswith("@"):
         if not Path(word[1:]).is_file():
-            raise InputError(f"there is no list {word[1:]}: write @FILE, a text file with the path of an image in each line")
+            raise InputError(
+                f"there is no list {word[1:]}: write @FILE, a text file with the path of an image in each line"
+            )
         return _List(Path(word[1:]))
     if not any(c in word for c in "*?["):
         raise InputError(f"there is no image, folder or pattern {word}")

@@ -45,7 +45,9 @@ def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str
     config, names = without_weights(parse(tree)), class_names(meta, file)  # the weights come from the checkpoint
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):
-        raise InputError(f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids")
+        raise InputError(
+            f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids"
+        )
     with at_most(len(state), file):
         checkpoint.refuse_misfit(bare(config, len(names)), state, file)
     detector = from_config(config, len(names))
@@ -84,7 +86,9 @@ def at_most(weights: int, file: Path) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > parameters:
-            raise InputError(f"{file} does not fit the model of its own config: that has more than {parameters} weights")
+            raise InputError(
+                f"{file} does not fit the model of its own config: that has more than {parameters} weights"
+            )
 
     handle = register_module_parameter_registration_hook(add)
     try:

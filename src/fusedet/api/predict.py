@@ -52,7 +52,9 @@ class Prediction(Detections):
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        drawn = visualization.boxes(self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks)
+        drawn = visualization.boxes(
+            self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
+        )
         if path is not None:
             drawn.save(path)
         return drawn
@@ -64,7 +66,9 @@ class Predictor:
     names and category_ids (K,) are those of the data that it was trained on; config is its run's.
     """
 
-    def __init__(self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path) -> None:
+    def __init__(
+        self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
+    ) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
         self.views = views(config)
@@ -146,7 +150,9 @@ def only(overrides: Iterable[str], *keys: str) -> list[str]:
 def pick_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one. Raises InputError for a device that this machine lacks."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         raise InputError(f"device={name} is not a device: write auto, cpu, cuda, cuda:1 or mps")
     try:
@@ -170,7 +176,9 @@ def views(config: Config) -> tuple[Eval, ...]:
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
-        Eval(*size, flip=flip, antialias=config.data.antialias) for flip in (False, True)[: 1 + config.test.flip] for size in sizes
+        Eval(*size, flip=flip, antialias=config.data.antialias)
+        for flip in (False, True)[: 1 + config.test.flip]
+        for size in sizes
     )
 
 

@@ -33,7 +33,9 @@ def join(parts: Sequence[Path | Info], target: Path, skipped: bool = False) -> N
         sync(temporary)  # the parts are removed afterwards
         temporary.replace(target)
     except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror or error}; the parts are whole, go on with --resume") from error
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}; the parts are whole, go on with --resume"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -78,7 +78,9 @@ def data_prints(run: Path) -> dict[str, Any] | None:
         about = None
     known = about.get("data") if isinstance(about, dict) else None
     if not isinstance(known, dict):
-        raise InputError(f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check")
+        raise InputError(
+            f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check"
+        )
     return known
 
 
@@ -105,6 +107,8 @@ def about(device: str, world: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if cuda else f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "processes": world,
     }

@@ -16,7 +16,18 @@ from fusedet.api.distributed import make_fabric, silent, together
 from fusedet.api.image_check import check_images, note_replaced
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
-from fusedet.api.validate import FIGURES, MASK_FIGURES, check_masks, detect, finds_masks, mask_figures, report, score, some, val_loader
+from fusedet.api.validate import (
+    FIGURES,
+    MASK_FIGURES,
+    check_masks,
+    detect,
+    finds_masks,
+    mask_figures,
+    report,
+    score,
+    some,
+    val_loader,
+)
 from fusedet.atomic_io import replace
 from fusedet.config import Config, interval
 from fusedet.data.bad_images import Ledger
@@ -69,7 +80,9 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
         return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
 
 
-def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool) -> Trained:
+def _fit(
+    fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool
+) -> Trained:
     """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
     loggers = logging.loggers(config.train.loggers, out)
     data, val = open_data(config, say)
@@ -99,7 +112,9 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
     if config.train.base_batch:
         rate = optim.scaled_lr(rate, config.train.batch, config.train.base_batch)
         if rate != config.train.lr:
-            say(f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}")
+            say(
+                f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}"
+            )
     recipe = make_recipe(config, rate)
     if config.data.check:
         together(fabric, lambda: check_images(config, data, val, say))
@@ -120,10 +135,24 @@ def _fit(fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, s
             figures |= mask_figures(val, results)
         return {name: figures[name] for name in FIGURES + MASK_FIGURES if name in figures}
 
-    meta = {"config": config.to_yaml(), "names": list(data.names), "category_ids": list(data.category_ids), "format": "fusedet"}
+    meta = {
+        "config": config.to_yaml(),
+        "names": list(data.names),
+        "category_ids": list(data.category_ids),
+        "format": "fusedet",
+    }
     try:
-        options: dict[str, Any] = {"validate": validate, "resume": begun, "loggers": loggers, "meta": meta, "quiet": quiet, "say": say}
-        done = trainer.fit(fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out, known), **options)
+        options: dict[str, Any] = {
+            "validate": validate,
+            "resume": begun,
+            "loggers": loggers,
+            "meta": meta,
+            "quiet": quiet,
+            "say": say,
+        }
+        done = trainer.fit(
+            fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out, known), **options
+        )
     except trainer.NonFinite:
         raise  # its metrics.csv shows how it came to that
     except InputError:
@@ -150,10 +179,14 @@ def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say:
     """Raises InputError where a run was begun on other data, or what its run.json says is damaged."""
     known = data_prints(out)
     if known is None:
-        return say(f"warning: {out / 'run.json'} is gone, so nothing tells whether {out} was begun on these data; it is written anew")
+        return say(
+            f"warning: {out / 'run.json'} is gone, so nothing tells whether {out} was begun on these data; it is written anew"
+        )
     for name, dataset in (("train", data), ("val", val)):
         if known.get(name) != dataset.fingerprint():
-            raise InputError(f"out={out} cannot be resumed: its {name} images or boxes were not those of {dataset.source} now")
+            raise InputError(
+                f"out={out} cannot be resumed: its {name} images or boxes were not those of {dataset.source} now"
+            )
 
 
 def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> Trained:
@@ -172,14 +205,22 @@ def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
     """The training and validation splits, checked against each other; says what was wrong with their annotations."""
     assert config.data.path is not None
-    data, val = (read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val))
+    data, val = (
+        read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val)
+    )
     if different := compare(data, val):
         raise InputError(different[0])
     for dataset in (data, val):
         if not len(dataset.labels):
-            raise InputError(f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone")
+            raise InputError(
+                f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone"
+            )
     for split, dataset in (("train", data), ("val", val)):
-        counts = plural(len(dataset), "image"), plural(len(dataset.labels), "object"), plural(len(dataset.names), "class")
+        counts = (
+            plural(len(dataset), "image"),
+            plural(len(dataset.labels), "object"),
+            plural(len(dataset.names), "class"),
+        )
         say(f"{split}: {', '.join(counts)} from {dataset.source}")
         for text, count in dataset.problems.items():
             say(f"  {text}: {count}")
@@ -235,7 +276,9 @@ def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, va
         check_masks(data)
         check_masks(val)
     elif config.train.monitor in MASK_FIGURES:
-        raise InputError(f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}")
+        raise InputError(
+            f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}"
+        )
     return masks
 
 

@@ -37,7 +37,9 @@ def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: 
     return eval_loader(dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others)
 
 
-def detect(detector: nn.Module, loader: Iterable[Batch], dataset: DetectionDataset, device: torch.device) -> list[Result]:
+def detect(
+    detector: nn.Module, loader: Iterable[Batch], dataset: DetectionDataset, device: torch.device
+) -> list[Result]:
     """The detector's finds on a split in COCO's result form: original pixels, ids and categories; of all processes together."""
     results: list[Result] = []
     for batch in loader:
@@ -64,13 +66,17 @@ def check_masks(dataset: DetectionDataset) -> None:
         )
 
 
-def mask_figures(dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]) -> dict[str, Any]:
+def mask_figures(
+    dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
+) -> dict[str, Any]:
     """COCO's figures by the overlap of masks, each as mask_NAME."""
     figures = evaluation.coco(dataset, results, iou_type="segm", evaluator=evaluator)
     return {f"mask_{name}": value for name, value in figures.items()}
 
 
-def score(dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False) -> dict[str, Any]:
+def score(
+    dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
+) -> dict[str, Any]:
     """All figures of a split: COCO's, of masks and VOC's where asked, per class, with the stamp that makes them comparable."""
     figures = evaluation.coco(dataset, results, evaluator=evaluator)
     if masks:
@@ -85,7 +91,9 @@ def score(dataset: DetectionDataset, results: list[Result], *, voc: bool, evalua
     return figures | {"stamp": evaluation.stamp(dataset, results, evaluator)}
 
 
-def report(dataset: DetectionDataset, results: list[Result], figures: dict[str, Any], out: Path, title: str) -> dict[str, Path]:
+def report(
+    dataset: DetectionDataset, results: list[Result], figures: dict[str, Any], out: Path, title: str
+) -> dict[str, Path]:
     """Write results, figures and images into a folder; gives the files by what they show."""
     files = {
         "results": out / "val.bbox.json",
@@ -99,7 +107,9 @@ def report(dataset: DetectionDataset, results: list[Result], figures: dict[str, 
     files["results"].write_text(json.dumps(boxes))
     if "mask_AP" in figures:
         files["mask results"] = out / "val.segm.json"
-        files["mask results"].write_text(json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results]))
+        files["mask results"].write_text(
+            json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results])
+        )
     write_json(files["metrics"], figures)
     visualization.curves(evaluation.precision_recall(dataset, results), files["precision-recall curves"], title)
     visualization.confusion(evaluation.confusion(dataset, results), dataset.names, files["confusion matrix"])
@@ -137,9 +147,15 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
         found = by_image.get(record.image_id, [])
         boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        guess = (boxes, torch.tensor([labels[r["category_id"]] for r in found]), torch.tensor([r["score"] for r in found]))
+        guess = (
+            boxes,
+            torch.tensor([labels[r["category_id"]] for r in found]),
+            torch.tensor([r["score"] for r in found]),
+        )
         counts = ~record.ignore
-        truth, ignore = ((torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts))
+        truth, ignore = (
+            (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
+        )
         return visualization.compare(read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore)
 
     return paint

@@ -25,7 +25,11 @@ app = typer.Typer(
 
 
 converting = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.add_typer(converting, name="convert", help="Write a dataset in another form, or another project's weights as a checkpoint here.")
+app.add_typer(
+    converting,
+    name="convert",
+    help="Write a dataset in another form, or another project's weights as a checkpoint here.",
+)
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": model.train,

@@ -21,7 +21,10 @@ out, err = (Console(stderr=to_err, soft_wrap=True, highlight=False, emoji=False)
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Let a checkpoint's or run's config name classes of other packages: their code runs.")]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Let a checkpoint's or run's config name classes of other packages: their code runs."),
+]
 Classes = Annotated[int | None, typer.Option(help="Number of classes; by default a run's own, else COCO's 80.")]
 
 
@@ -60,7 +63,11 @@ def separate(words: list[str] | None) -> tuple[str | None, list[str]]:
 def is_override(word: str) -> bool:
     """Whether a word is key=value, and no file of that name."""
     key = word.partition("=")[0]
-    return "=" in word and not Path(word).exists() and key.replace(".", "").replace("_", "").replace("[", "").replace("]", "").isalnum()
+    return (
+        "=" in word
+        and not Path(word).exists()
+        and key.replace(".", "").replace("_", "").replace("[", "").replace("]", "").isalnum()
+    )
 
 
 def speaker(json: bool) -> Callable[[str], None]:

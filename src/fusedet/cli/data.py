@@ -20,7 +20,9 @@ from fusedet.errors import InputError, plural
 
 def doctor(
     words: Words = None,
-    read_images: Annotated[bool, typer.Option("--images/--no-images", help="Read every image, not the annotations alone.")] = True,
+    read_images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Read every image, not the annotations alone.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Check data=PATH before a training does: exit 1 where something would stop it."""
@@ -45,7 +47,9 @@ def browse(
     split: Annotated[str | None, typer.Option(help="The split, by default data.train.")] = None,
     images: Annotated[int, typer.Option(help="How many images.", min=1)] = 16,
     epoch: Annotated[int, typer.Option(help="The epoch whose chance (flips, sizes, colours) is shown.", min=0)] = 0,
-    centres: Annotated[bool, typer.Option("--centres", help="Draw instead where the centres of all objects lie, class by class.")] = False,
+    centres: Annotated[
+        bool, typer.Option("--centres", help="Draw instead where the centres of all objects lie, class by class.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Draw data=PATH as the network sees it in training, boxes included, into one image, out=FILE.png."""
@@ -88,14 +92,18 @@ def convert_weights_(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     like: Annotated[
         str | None,
-        typer.Option("--config", metavar="CONFIG.py|NAME", help="MMDetection's config, or a config here; else the file tells."),
+        typer.Option(
+            "--config", metavar="CONFIG.py|NAME", help="MMDetection's config, or a config here; else the file tells."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Convert a checkpoint of MMDetection, or torchvision's detection weights, into the new folder OUT."""
     name, overrides = separate(words)
     if name is not None:
-        raise InputError(f"{name} is neither FILE.pth nor OUT, and options are written key=value: name the config with --config {name}")
+        raise InputError(
+            f"{name} is neither FILE.pth nor OUT, and options are written key=value: name the config with --config {name}"
+        )
     file, found = convert_weights(source, target, like, overrides)
     if json:
         return print_json({"out": target, "weights": str(file), "classes": found.names, "notes": found.notes})

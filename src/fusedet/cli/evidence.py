@@ -23,7 +23,9 @@ def compare_(
     a: Annotated[str, typer.Argument(metavar="RUN_A", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="RUN_B", show_default=False)],
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    split: Annotated[str | None, typer.Option(help="The split whose stored results are compared, by default data.val.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split whose stored results are compared, by default data.val.")
+    ] = None,
     resamples: Annotated[int, typer.Option(help="How often the images are drawn again.", min=40)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the resamples.", min=0)] = 0,
     json: Json = False,
@@ -51,8 +53,12 @@ def ablate_(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show what would run, and, with data=PATH, how long it takes.")
     ] = False,
-    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Begin no run that would not fit, such as 2h.")] = None,
-    launcher: Annotated[str, typer.Option(help="local: here, on all GPUs side by side; slurm: a job per run.")] = "local",
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Begin no run that would not fit, such as 2h.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="local: here, on all GPUs side by side; slurm: a job per run.")
+    ] = "local",
     slurm: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of the jobs, as submitit has it.", show_default=False)
     ] = None,
@@ -77,12 +83,22 @@ def ablate_(
         raise InputError("no output folder: add out=FOLDER")
     more = [word for word in overrides if not word.startswith("out=")]
     say = speaker(json)
-    plan = ablation.make(ablation.load(table), more, seeds=seeds, rows=rows or (), out=folder or "", need_data=not dry_run, say=say)
+    plan = ablation.make(
+        ablation.load(table), more, seeds=seeds, rows=rows or (), out=folder or "", need_data=not dry_run, say=say
+    )
     if dry_run:
         lines, basis = ablation.look(plan, say=say)
         total = [row["seconds"] for row in lines if row["seconds"] is not None]
         if json:
-            return print_json({"table": plan.table.source, "classes": plan.classes, "rows": lines, "seconds": sum(total), "basis": basis})
+            return print_json(
+                {
+                    "table": plan.table.source,
+                    "classes": plan.classes,
+                    "rows": lines,
+                    "seconds": sum(total),
+                    "basis": basis,
+                }
+            )
         out.print(escape(plan.table.title))
         render.show(out, render.plan_sheet(lines, plan.classes, seeds))
         if total:
@@ -90,7 +106,12 @@ def ablate_(
         elif not plan.data:
             out.print("with data=PATH the time is estimated too")
         return None
-    given = {"--seeds": [str(seeds)], "--rows": rows or [], "--budget": [budget] if budget else [], "--slurm": slurm or []}
+    given = {
+        "--seeds": [str(seeds)],
+        "--rows": rows or [],
+        "--budget": [budget] if budget else [],
+        "--slurm": slurm or [],
+    }
     given |= {"--launcher": [launcher] if launcher != "local" else [], "--resamples": [str(resamples)]}
     command = [
         "fusedet",
@@ -117,17 +138,25 @@ def _pair(text: str) -> tuple[str, Any]:
     """A key and its value in YAML."""
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise InputError(f"--slurm {text}: write KEY=VALUE, such as --slurm timeout_min=600 --slurm slurm_partition=gpu")
+        raise InputError(
+            f"--slurm {text}: write KEY=VALUE, such as --slurm timeout_min=600 --slurm slurm_partition=gpu"
+        )
     return key, yaml.safe_load(value)
 
 
 def cam_(
     run: Annotated[str, typer.Argument(metavar="RUN|CKPT", show_default=False)],
     sources: Annotated[list[str] | None, typer.Argument(metavar="IMAGE... [KEY=VALUE]...", show_default=False)] = None,
-    beside: Annotated[str | None, typer.Option(metavar="RUN_B", help="A second run, drawn beside the first in the same colours.")] = None,
-    class_: Annotated[str | None, typer.Option("--class", help="The class, by default that of each image's best detection.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(metavar="RUN_B", help="A second run, drawn beside the first in the same colours.")
+    ] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", help="The class, by default that of each image's best detection.")
+    ] = None,
     score: Annotated[float, typer.Option(help="The least score of a detection.")] = 0.3,
-    alone: Annotated[bool, typer.Option("--best", help="Of the class's best place alone, not of all places by their scores.")] = False,
+    alone: Annotated[
+        bool, typer.Option("--best", help="Of the class's best place alone, not of all places by their scores.")
+    ] = False,
     only: Annotated[list[str] | None, typer.Option(help=f"Only this, can be repeated: {', '.join(cam.PARTS)}.")] = None,
     trust: Trust = False,
     json: Json = False,

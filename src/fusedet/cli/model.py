@@ -43,7 +43,9 @@ from fusedet.models.detectors import bare
 
 def train(
     words: Words = None,
-    resume: Annotated[bool, typer.Option(help="Go on where the run in out=FOLDER (or the run's folder given as MODEL) stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where the run in out=FOLDER (or the run's folder given as MODEL) stopped.")
+    ] = False,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
@@ -70,8 +72,12 @@ def val_(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     split: Annotated[str | None, typer.Option(help="The split to score on, by default data.val.")] = None,
     voc: Annotated[bool, typer.Option(help="VOC's AP too (for VOC data it is always given).")] = False,
-    evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluation.EVALUATORS)}.")] = evaluation.EVALUATORS[0],
-    submit: Annotated[bool, typer.Option("--submission", help="Write the json and zip that COCO's test server takes.")] = False,
+    evaluator: Annotated[str, typer.Option(help=f"One of {', '.join(evaluation.EVALUATORS)}.")] = evaluation.EVALUATORS[
+        0
+    ],
+    submit: Annotated[
+        bool, typer.Option("--submission", help="Write the json and zip that COCO's test server takes.")
+    ] = False,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
@@ -98,7 +104,9 @@ def val_(
         err.print(escape(warning))
     annotated = len(dataset.labels) > 0
     if not annotated and not submit:
-        raise InputError(f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission")
+        raise InputError(
+            f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
+        )
     if is_results:
         results = evaluation.load_results(path)
         masks = bool(results) and all("segmentation" in result for result in results)
@@ -109,7 +117,9 @@ def val_(
         with distributed.shared(options.device) as (rank, world, device):
             ready = predict.tuned(detector.to(device), options)
             loader = validate.val_loader(options, dataset, rank, world)
-            results = validate.detect(ready, loader if rank else track(json, loader, len(loader), "images"), dataset, device)
+            results = validate.detect(
+                ready, loader if rank else track(json, loader, len(loader), "images"), dataset, device
+            )
         if rank:
             return
     rows = coco_submission.checked(dataset, results) if submit else {}
@@ -157,7 +167,9 @@ def demo(
     """Generate a dataset, train retinanet_tiny on it, score it and draw what it found: no download, minutes on two cores."""
     trained = run_demo([f"train.seed={seed}", *(words or [])], images, seed, say=speaker(json), quiet=json)
     if json:
-        return print_json(trained.figures | {"out": str(trained.out.parent), "files": {k: str(v) for k, v in trained.files.items()}})
+        return print_json(
+            trained.figures | {"out": str(trained.out.parent), "files": {k: str(v) for k, v in trained.files.items()}}
+        )
     tables.score(out, trained.figures, "RetinaNet on generated scenes: AP by object size")
     print_files(trained.files)
     out.print(escape(f"next: fusedet predict {trained.out} {trained.out.parent / 'data' / 'val'}"))
@@ -186,12 +198,18 @@ def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> C
             raise InputError(f"{name} does not exist: there is no run to resume")
         asked = config.load(name, overrides)
         if asked.out is None:
-            raise InputError("which run shall be resumed? Give its folder, fusedet train RUN --resume, or add out=FOLDER")
+            raise InputError(
+                "which run shall be resumed? Give its folder, fusedet train RUN --resume, or add out=FOLDER"
+            )
         if not (Path(asked.out) / "config.yaml").is_file():
-            raise InputError(f"out={asked.out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
+            raise InputError(
+                f"out={asked.out} holds no run to resume: give the run's folder, fusedet train RUN --resume"
+            )
         options = config.load(of_run(Path(asked.out)), [f"out={asked.out}", *overrides])
         if options.model != asked.model:
-            raise InputError(f"{name} is not the model that out={asked.out} trains: give the run's folder, fusedet train RUN --resume")
+            raise InputError(
+                f"{name} is not the model that out={asked.out} trains: give the run's folder, fusedet train RUN --resume"
+            )
     else:
         options = config.load(name, overrides)
     if options.out is None:

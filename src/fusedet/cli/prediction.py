@@ -25,12 +25,18 @@ def predict_(
     batch: Annotated[int, typer.Option(help="Images at once.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     draw: Annotated[bool, typer.Option(help="Draw the boxes on copies of the images.")] = True,
-    resume: Annotated[bool, typer.Option(help="Go on in out=FOLDER where the same command stopped; where it never began, begin.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on in out=FOLDER where the same command stopped; where it never began, begin.")
+    ] = False,
     on_bad_image: Annotated[
         str, typer.Option(help="error: an image that cannot be read ends it; skip: it is counted and listed.")
     ] = "error",
-    part: Annotated[int | None, typer.Option(help=f"Images written at once, {batch_predict.PART} where there are as many.", min=1)] = None,
-    parts_: Annotated[bool, typer.Option("--parts", help="Leave the parts, with an index.json, instead of one predictions.json.")] = False,
+    part: Annotated[
+        int | None, typer.Option(help=f"Images written at once, {batch_predict.PART} where there are as many.", min=1)
+    ] = None,
+    parts_: Annotated[
+        bool, typer.Option("--parts", help="Leave the parts, with an index.json, instead of one predictions.json.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Threads that read images ahead.", min=0)] = 2,
     trust: Trust = False,
     json: Json = False,
@@ -54,16 +60,22 @@ def predict_(
     if world > 1 and "-" in given:
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     if options.out is None and (world > 1 or resume):
-        raise InputError(f"{'several processes need' if world > 1 else '--resume needs'} to know the folder: add out=FOLDER")
+        raise InputError(
+            f"{'several processes need' if world > 1 else '--resume needs'} to know the folder: add out=FOLDER"
+        )
     with ExitStack() as stack:
         found = Sources([_spooled(stack) if word == "-" else word for word in given])
         device = str(distributed.own_device(options.device))
         predictor = predict.load(model, *of_model, device=device, precision=cast(Any, precision), trust=trust)
         parent = Path(model) if Path(model).is_dir() else Path(model).parent
         target = Path(options.out) if options.out else run_dir.free(parent, "predict")
-        asked = batch_predict.Options(batch, score, draw, part, parts_, cast(Literal["error", "skip"], on_bad_image), workers, rank, world)
+        asked = batch_predict.Options(
+            batch, score, draw, part, parts_, cast(Literal["error", "skip"], on_bad_image), workers, rank, world
+        )
         with tables.progress(err if json else out, found.count(), "images", hidden=rank > 0) as advance:
-            written = batch_predict.predict(predictor, found, target, asked, precision=precision, resume=resume, advance=advance)
+            written = batch_predict.predict(
+                predictor, found, target, asked, precision=precision, resume=resume, advance=advance
+            )
     _say(written, score, rank, json)
 
 
@@ -83,5 +95,7 @@ def _say(written: dict[str, Any], score: float, rank: int, json: bool) -> None:
     images, detections = (plural(written[f"{thing}s"], thing) for thing in ("image", "detection"))
     out.print(f"{images}, {detections}, {written['shown']} of them with a score of {score:g} or more")
     if written["skipped"]:
-        out.print(f'{plural(written["skipped"], "image")} could not be read, listed under "skipped" in what was written')
+        out.print(
+            f'{plural(written["skipped"], "image")} could not be read, listed under "skipped" in what was written'
+        )
     print_files({name: Path(path) for name, path in written["files"].items()})

@@ -25,7 +25,13 @@ def score(console: Console, figures: dict[str, Any], title: str) -> None:
     for kind in ("", "mask_") if "mask_AP" in figures else ("",):
         name = kind.replace("_", " ")
         table.add_row(f"{name}AP", *(number(figures[kind + k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
-        table.add_row(f"{name}AR", number(figures[f"{kind}AR100"]), "", "", *(number(figures[kind + k]) for k in ("ARs", "ARm", "ARl")))
+        table.add_row(
+            f"{name}AR",
+            number(figures[f"{kind}AR100"]),
+            "",
+            "",
+            *(number(figures[kind + k]) for k in ("ARs", "ARm", "ARl")),
+        )
     console.print(table)
     extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in figures]
     if extra:
@@ -35,7 +41,9 @@ def score(console: Console, figures: dict[str, Any], title: str) -> None:
     for name in ("class", "images", "objects", *columns):
         classes.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")
     for row in figures["classes"]:
-        classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns))
+        classes.add_row(
+            escape(row["name"]), str(row["images"]), str(row["objects"]), *(number(row[k]) for k in columns)
+        )
     console.print(classes)
 
 
@@ -43,7 +51,10 @@ def comparison(console: Console, found: dict[str, Any]) -> None:
     """Figures of two runs side by side with the difference's interval, then per class, then the errors by kind."""
     level = f"{100 * found['level']:g} % over images"
     console.print(f"A: {escape(found['a'])}\nB: {escape(found['b'])}")
-    for title, rows in (("", [{"name": name} | found["figures"][name] for name in found["figures"]]), ("class", found["classes"])):
+    for title, rows in (
+        ("", [{"name": name} | found["figures"][name] for name in found["figures"]]),
+        ("class", found["classes"]),
+    ):
         table = Table()
         for name in (title, "A", "B", "B - A", level):
             table.add_column(name, justify="left" if name == title else "right")
@@ -58,7 +69,9 @@ def comparison(console: Console, found: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name.startswith("errors") else "right")
     one, other = (found["errors"][side]["kinds"] for side in "ab")
     for kind in one:
-        values = [f"{side[kind]['count']:,}" for side in (one, other)] + [number(side[kind]["dAP"]) for side in (one, other)]
+        values = [f"{side[kind]['count']:,}" for side in (one, other)] + [
+            number(side[kind]["dAP"]) for side in (one, other)
+        ]
         table.add_row(kind, *values)
     console.print(table)
 

@@ -23,7 +23,9 @@ LONGEST, LARGEST = 2**20, 100_000
 _RENAMED = {"data": "data.path", "model.backbone": "model.backbone.name"}
 
 
-def load(name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None, *, trust: bool = True) -> Config:
+def load(
+    name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None, *, trust: bool = True
+) -> Config:
     """The config of that name (shipped) or file, with overrides on top.
 
     overrides: "key=value" texts with dotted keys; list items are addressed by number ("model.neck.0.type=fpn");
@@ -51,7 +53,11 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 def names(package: str = "models") -> list[str]:
     """The names of the shipped configs."""
-    return sorted(p.name.removesuffix(".yaml") for p in (_SHIPPED / package).iterdir() if p.name.endswith(".yaml") and p.name[0] != "_")
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in (_SHIPPED / package).iterdir()
+        if p.name.endswith(".yaml") and p.name[0] != "_"
+    )
 
 
 def find(name: str | Path, package: str = "models", kind: str = "config", folder: Any = None) -> Any:
@@ -68,7 +74,11 @@ def find(name: str | Path, package: str = "models", kind: str = "config", folder
     if is_file:
         if not _exists(path):
             what, known = "table" if package == "ablations" else "config", names(package)
-            some = f"a name: known are {nearest(path.stem, known, _LISTER)}" if package == "models" else f"one of {', '.join(known)}"
+            some = (
+                f"a name: known are {nearest(path.stem, known, _LISTER)}"
+                if package == "models"
+                else f"one of {', '.join(known)}"
+            )
             raise InputError(f"there is no {what} file {path}: give a YAML file, or {some}")
         return path
     shipped = _SHIPPED / package / f"{name}.yaml"
@@ -101,14 +111,25 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
     """
     try:
         if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
-            raise InputError(f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values")
-        value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))  # which OmegaConf does not take
+            raise InputError(
+                f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values"
+            )
+        value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(
+            (":str", ":null")
+        )  # which OmegaConf does not take
         own: Any = None if value else OmegaConf.to_container(OmegaConf.create(text))
     except InputError:
         raise
     except RecursionError as error:
         raise InputError(f"{source} is not a config: its values are nested too deeply") from error
-    except (OmegaConfBaseException, YAMLError, ValueError, OverflowError, TypeError, LookupError) as error:  # PyYAML of "!!int" alone
+    except (
+        OmegaConfBaseException,
+        YAMLError,
+        ValueError,
+        OverflowError,
+        TypeError,
+        LookupError,
+    ) as error:  # PyYAML of "!!int" alone
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"{source} must be a mapping with {keys}")
@@ -121,7 +142,9 @@ def count_values(node: Any, known: dict[int, int]) -> int:
         known[id(node)] = LARGEST + 1  # an anchor that holds itself
         inner = getattr(node, "value", None)
         items = inner if isinstance(inner, list) else []
-        known[id(node)] = 1 + sum(count_values(one, known) for item in items for one in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(
+            count_values(one, known) for item in items for one in (item if isinstance(item, tuple) else (item,))
+        )
     return known[id(node)]
 
 
@@ -168,7 +191,9 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str
         file = find(schedule, "schedules", f"schedule (train.schedule in {source})")
         tree = _overlay(tree, _file(file, "schedules"))
         # a resolved config must not depend on a file of the user's: the schedule's values are in it
-        layer["train"] = layer["train"] | {"schedule": None if isinstance(file, Path) and file.parent.parent != _SHIPPED else schedule}
+        layer["train"] = layer["train"] | {
+            "schedule": None if isinstance(file, Path) and file.parent.parent != _SHIPPED else schedule
+        }
     return _overlay(tree, layer)
 
 
@@ -177,7 +202,11 @@ def _overlay(below: Any, above: Any, key: str = "") -> Any:
         above = {_RENAMED[key].rpartition(".")[2]: above}
     if key.removeprefix("model.") in _SLOTS:
         above, below = _spec(above), _spec(below)
-        if isinstance(above, dict) and isinstance(below, dict) and above.get("type", below.get("type")) != below.get("type"):
+        if (
+            isinstance(above, dict)
+            and isinstance(below, dict)
+            and above.get("type", below.get("type")) != below.get("type")
+        ):
             return above
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
@@ -204,7 +233,15 @@ def _parse(text: str) -> tuple[str, Any]:
         return key, None if raw in ("null", "") else raw
     try:
         return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+    except (
+        OmegaConfBaseException,
+        YAMLError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise InputError(f"the value of '{text}' is not YAML") from error
 
 
@@ -221,7 +258,9 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     for depth, part in enumerate(parts):
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise InputError(f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}, address its items by 0 to {len(node) - 1}")
+                raise InputError(
+                    f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}, address its items by 0 to {len(node) - 1}"
+                )
             layer = _nest(parts[depth + 1 :], value)
             item = _spec(node[int(part)])
             node[int(part)] = _overlay(item, _spec(layer), "model.neck")

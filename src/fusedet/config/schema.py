@@ -25,7 +25,12 @@ class Pyramid:
 
     def __post_init__(self) -> None:
         _at_least(1, "model.pyramid", self, "channels")
-        _need(self.finest <= self.coarsest, "model.pyramid.finest", self.finest, f"at most model.pyramid.coarsest={self.coarsest}")
+        _need(
+            self.finest <= self.coarsest,
+            "model.pyramid.finest",
+            self.finest,
+            f"at most model.pyramid.coarsest={self.coarsest}",
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,12 @@ class Data:
         _need(self.size[0] >= 32, "data.size", self.size, "[short, longest] with a short side of at least 32 pixels")
         _need(self.size[0] <= self.size[1], "data.size", self.size, "[short, longest] with short <= longest")
         if self.multi_scale:
-            _need(32 <= self.multi_scale[0] <= self.multi_scale[1], "data.multi_scale", self.multi_scale, "[smallest, largest] short side")
+            _need(
+                32 <= self.multi_scale[0] <= self.multi_scale[1],
+                "data.multi_scale",
+                self.multi_scale,
+                "[smallest, largest] short side",
+            )
         _need(0 <= self.flip <= 1, "data.flip", self.flip, "a probability, 0 to 1")
         _at_least(0, "data", self, "workers")
 
@@ -109,14 +119,23 @@ class Train:
         for key in ("lr", "gamma", "clip_norm", "bias_lr"):
             value = getattr(self, key)
             _need(value is None or 0 < value < math.inf, f"train.{key}", value, "above 0 and finite")
-        _need(0 <= self.max_bad_images <= 1, "train.max_bad_images", self.max_bad_images, "a share of the images, 0 to 1")
+        _need(
+            0 <= self.max_bad_images <= 1, "train.max_bad_images", self.max_bad_images, "a share of the images, 0 to 1"
+        )
         _need(0 <= self.momentum < 1, "train.momentum", self.momentum, "0 or more and below 1")
         _need(0 < self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "above 0 and at most 1")
         if self.checkpoint_every is not None:
             interval(self.checkpoint_every, "train.checkpoint_every")
-        _need(self.batch % self.accumulate == 0, "train.batch", self.batch, f"a multiple of train.accumulate={self.accumulate}")
+        _need(
+            self.batch % self.accumulate == 0,
+            "train.batch",
+            self.batch,
+            f"a multiple of train.accumulate={self.accumulate}",
+        )
         _need(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "a decay between 0 and 1, or null")
-        _need(list(self.milestones) == sorted(self.milestones), "train.milestones", self.milestones, "increasing epochs")
+        _need(
+            list(self.milestones) == sorted(self.milestones), "train.milestones", self.milestones, "increasing epochs"
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,12 @@ class Test:
         _at_least(1, "test", self, "max_det", "pre_nms", "batch")
         if self.scales is not None:
             good = self.scales and min(self.scales) >= 32 and len(set(self.scales)) == len(self.scales)
-            _need(bool(good), "test.scales", self.scales, "different short sides of at least 32 pixels, such as [600, 800, 1000], or null")
+            _need(
+                bool(good),
+                "test.scales",
+                self.scales,
+                "different short sides of at least 32 pixels, such as [600, 800, 1000], or null",
+            )
 
 
 @dataclass(frozen=True)
@@ -167,7 +191,9 @@ def parse(tree: Mapping[str, Any]) -> Config:
 
 def _typed(schema: Any, tree: Any, key: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise InputError(f"{key or 'a config'} must be a mapping with {', '.join(f.name for f in fields(schema))}, got {tree!r}")
+        raise InputError(
+            f"{key or 'a config'} must be a mapping with {', '.join(f.name for f in fields(schema))}, got {tree!r}"
+        )
     hints = get_type_hints(schema)
     values = {}
     for name, value in tree.items():

@@ -18,9 +18,7 @@ CLIPPED = "boxes partly outside their image: clipped in training"
 REPEATED = "boxes that repeat another of the same class in the same image: kept"
 NO_IMAGE = "annotations of images that are not listed: dropped"
 BAD_AREA = "annotated areas that are negative or not finite: width x height taken"
-BAD_SEGMENTATION = (
-    "segmentations that cannot be drawn (no polygons, no RLE of their image's size, not finite or far away): dropped, their boxes kept"
-)
+BAD_SEGMENTATION = "segmentations that cannot be drawn (no polygons, no RLE of their image's size, not finite or far away): dropped, their boxes kept"
 SAME_ID = "annotations whose id an earlier one has: kept"
 AS_TEXT = "boxes with numbers in quotes: read as numbers"
 LISTED_TWICE = "images listed more than once: read once"
@@ -75,7 +73,9 @@ def gather(
     )
 
 
-def sift(owners: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, Counter[str]]:
+def sift(
+    owners: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, Counter[str]]:
     """Which boxes can be used at all, (M,) bool, and how often each fault was met.
 
     boxes (M, 4) xyxy pixels; owners (M,) index sizes (N, 2), heights and widths.

@@ -52,7 +52,9 @@ class Ledger:
         if self.rank == 0:
             parts = sorted(self.folder.glob("skipped*.csv"))
             rows: Counter[Skipped] = Counter()
-            for part in parts:  # not added up: a part may be in the whole list already, and be left of a process that was killed below
+            for part in (
+                parts
+            ):  # not added up: a part may be in the whole list already, and be left of a process that was killed below
                 rows |= Counter(row for row in _read(part) if (row.epoch, row.batch) < (epoch + 1, batch + 1))
             self.rows = sorted(rows.elements())
             self._rewrite(self.rows)
@@ -124,7 +126,9 @@ def summary(rows: Iterable[Skipped], file: Path) -> str:
     files = {row.file: row.reason for row in rows}
     plural = "image was" if len(files) == 1 else "images were"
     times = "once" if len(rows) == 1 else f"{len(rows)} times"
-    return f"warning: {len(files)} training {plural} replaced {times}, see {file}; the first: {next(iter(files.values()))}"
+    return (
+        f"warning: {len(files)} training {plural} replaced {times}, see {file}; the first: {next(iter(files.values()))}"
+    )
 
 
 def _read(file: Path) -> list[Skipped]:

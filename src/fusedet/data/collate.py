@@ -49,7 +49,9 @@ def see(image: Tensor, record: ImageAnnotations, transforms: Iterable[Transform]
     return [Sample(changed, scale, record.image_id, target) for changed, scale, target in seen]
 
 
-def collate_views(images: Sequence[Sequence[Sample]], views: Sequence[Eval] = (), canvas: tuple[int, int] = (1, 1)) -> Batch:
+def collate_views(
+    images: Sequence[Sequence[Sample]], views: Sequence[Eval] = (), canvas: tuple[int, int] = (1, 1)
+) -> Batch:
     """One batch of images, each given by its samples: the first ones, and in `Batch.views` those of the further `views`."""
     first, *others = zip(*images, strict=True)
     seen = (replace(collate(samples), flipped=view.flip) for samples, view in zip(others, views, strict=True))

@@ -20,7 +20,9 @@ _WRITERS: dict[str, Callable[[Path, dict[str, DetectionDataset], dict[str, list[
 }
 
 
-def convert(src: str | Path, dst: str | Path, to: str, *, splits: list[str] | None = None, link: bool = False) -> dict[str, dict[str, int]]:
+def convert(
+    src: str | Path, dst: str | Path, to: str, *, splits: list[str] | None = None, link: bool = False
+) -> dict[str, dict[str, int]]:
     """Write the splits of src (default: all) into the new folder dst in the form "coco", "voc" or "yolo".
 
     Boxes keep their float64 value, to rounding. link makes hard links instead of copies of the images. dst appears
@@ -67,13 +69,19 @@ def _read(src: str | Path, wanted: list[str] | None, to: str) -> dict[str, Detec
     (first, model), *others = data.items()
     for name, dataset in others:
         if dataset.names != model.names or dataset.category_ids != model.category_ids:
-            raise InputError(f"the splits '{first}' and '{name}' of {src} name different classes: {_differ(model, dataset)}")
+            raise InputError(
+                f"the splits '{first}' and '{name}' of {src} name different classes: {_differ(model, dataset)}"
+            )
     for dataset in data.values():
         for i in range(len(dataset)):
             if not dataset.path(i).is_file():
                 raise InputError(f"{dataset.source} lists the image {dataset.path(i)}, which does not exist")
-            if to != "coco" and dataset.path(i).suffix.lower() not in extensions():  # COCO alone writes the whole name into its annotations
-                raise InputError(f"the image {dataset.path(i)} needs an image's extension to be found in {to.upper()} form: rename it")
+            if (
+                to != "coco" and dataset.path(i).suffix.lower() not in extensions()
+            ):  # COCO alone writes the whole name into its annotations
+                raise InputError(
+                    f"the image {dataset.path(i)} needs an image's extension to be found in {to.upper()} form: rename it"
+                )
     return data
 
 
@@ -100,4 +108,6 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError as error:
-        raise InputError(f"{source} cannot be linked to ({error.strerror}): hard links need one file system, copy instead") from error
+        raise InputError(
+            f"{source} cannot be linked to ({error.strerror}): hard links need one file system, copy instead"
+        ) from error

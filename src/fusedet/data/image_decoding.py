@@ -33,7 +33,18 @@ _TURN = {
     8: Image.Transpose.ROTATE_90,
 }
 _DAMAGE = (
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError, AttributeError),
+    *(
+        OSError,
+        EOFError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+    ),
     *(MemoryError, struct.error, zlib.error),
 )
 """What Pillow's decoders raise on damaged files."""
@@ -90,7 +101,9 @@ def to_tensor(image: Any) -> Tensor:
 
 def _from_tensor(image: Tensor) -> Tensor:
     if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
-        raise InputError(f"a tensor image must be (3, H, W) of uint8, or of floats in 0..1, got {image.dtype} {tuple(image.shape)}")
+        raise InputError(
+            f"a tensor image must be (3, H, W) of uint8, or of floats in 0..1, got {image.dtype} {tuple(image.shape)}"
+        )
     _not_empty(image)
     if image.dtype == torch.uint8:
         return image
@@ -116,7 +129,10 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     name, limit = _name(source), max_pixels()
     if not isinstance(source, bytes):
         _regular(source)
-    with _explained(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=formats()) as image:
+    with (
+        _explained(name),
+        Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=formats()) as image,
+    ):
         if image.width * image.height > limit:
             raise _too_large(name)
         yield image
@@ -174,7 +190,9 @@ def _explained(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None and error.strerror:  # the system's, Pillow's own have no number
+        if (
+            isinstance(error, OSError) and error.errno is not None and error.strerror
+        ):  # the system's, Pillow's own have no number
             raise InputError(f"{name} cannot be opened: {error.strerror}") from error
         raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
 
@@ -221,8 +239,12 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 def _refuse_mode(image: Image.Image, name: str) -> None:
     """Raises InputError for pixels without an agreed range; the header alone tells."""
     mode = image.mode
-    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):  # Pillow before 11.1 holds their 16 bit as "I"
+    if mode == "F" or (
+        mode == "I" and image.format not in ("PNG", "PPM")
+    ):  # Pillow before 11.1 holds their 16 bit as "I"
         kind = "32-bit integers" if mode == "I" else "floating-point numbers"
-        raise InputError(f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel")
+        raise InputError(
+            f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel"
+        )
     if mode == "LAB":
         raise InputError(f"{name} holds L*a*b* colours: save it as RGB")

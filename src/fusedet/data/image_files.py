@@ -66,7 +66,9 @@ def files_below(folder: Path) -> Iterator[str]:
     for at, inner, names in os.walk(folder, onerror=_raise, followlinks=True):
         if os.path.islink(at) and at != os.fspath(folder):
             there = Path(os.path.realpath(at))
-            if there in followed or within(top, there) or within(str(there), Path(top)):  # what is walked anyhow, or a circle
+            if (
+                there in followed or within(top, there) or within(str(there), Path(top))
+            ):  # what is walked anyhow, or a circle
                 inner.clear()
                 continue
             followed.add(there)
@@ -121,7 +123,9 @@ def within(path: str, *folders: Path) -> bool:
 def require_some(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
     """Raises InputError where not one of the first 100 images exists; the rest is for the doctor and the loader."""
     if paths and not any(map(os.path.exists, paths[:100])):
-        raise InputError(f"none of the first images that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there")
+        raise InputError(
+            f"none of the first images that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there"
+        )
 
 
 def require_text(names: Iterable[str], source: str | Path) -> None:
@@ -138,7 +142,9 @@ def read_each(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
     formats()  # known once, not in every thread
     wall, busy = time.perf_counter(), time.thread_time()
     found = [read(file) for file in files[:_TRIED]]
-    if time.thread_time() - busy > 0.5 * (time.perf_counter() - wall):  # threads would take the interpreter from each other
+    if time.thread_time() - busy > 0.5 * (
+        time.perf_counter() - wall
+    ):  # threads would take the interpreter from each other
         return found + [read(file) for file in files[_TRIED:]]
     with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
         return found + list(pool.map(read, files[_TRIED:]))
@@ -149,8 +155,14 @@ def image_sizes(paths: Sequence[str]) -> np.ndarray:
 
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
-            height, width = image_size(path, any_mode=True)  # what cannot be trained on is told with all other bad images
-            return (height, width) if height and width else InputError(f"{path} has no pixels: it is {width} wide and {height} high")
+            height, width = image_size(
+                path, any_mode=True
+            )  # what cannot be trained on is told with all other bad images
+            return (
+                (height, width)
+                if height and width
+                else InputError(f"{path} has no pixels: it is {width} wide and {height} high")
+            )
         except InputError as error:
             return error
 

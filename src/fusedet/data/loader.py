@@ -18,9 +18,23 @@ class TrainLoader:
     """The batches of any epoch, see `train_loader`."""
 
     def __init__(
-        self, dataset: DetectionDataset, batch: int, seed: int, rank: int, world: int, steps: Steps, ledger: Ledger | None
+        self,
+        dataset: DetectionDataset,
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        steps: Steps,
+        ledger: Ledger | None,
     ) -> None:
-        self.dataset, self.batch, self.seed, self.rank, self.world, self.steps = dataset, batch, seed, rank, world, steps
+        self.dataset, self.batch, self.seed, self.rank, self.world, self.steps = (
+            dataset,
+            batch,
+            seed,
+            rank,
+            world,
+            steps,
+        )
         self.ledger = ledger
         height, width = dataset.sizes.numpy().T
         self.portrait = height > width
@@ -34,7 +48,9 @@ class TrainLoader:
         plan = plan_epoch(self.portrait, self.batch, self.seed, epoch)[start:]
         if self.ledger:
             self.ledger.begin(epoch, start)
-        for number, (batch, bad) in enumerate(self.steps.run([Step(epoch, joint[own], joint) for joint in plan]), start):
+        for number, (batch, bad) in enumerate(
+            self.steps.run([Step(epoch, joint[own], joint) for joint in plan]), start
+        ):
             for index, reason in bad:
                 assert self.ledger
                 path = str(self.dataset.path(index))
@@ -139,7 +155,9 @@ def _check(dataset: DetectionDataset, batch: int, workers: int, rank: int, world
     if not len(dataset):
         raise InputError(f"{dataset.source} has no images to load")
     if batch < 1 or batch % world:
-        raise InputError(f"batch counts the images of all processes: {batch} must be a multiple of the {world} processes")
+        raise InputError(
+            f"batch counts the images of all processes: {batch} must be a multiple of the {world} processes"
+        )
     if not 0 <= rank < world:
         raise InputError(f"rank must be in 0..{world - 1}, got {rank}")
     if workers < 0:

@@ -18,11 +18,18 @@ FAR = 1e6  # pixels: a line to a point beyond would be walked step by step
 def packed(segmentation: Any) -> bytes:
     """What a COCO file gives as `segmentation`, as `pack_segmentation` packs it; nothing for no segmentation, BROKEN for one that cannot be drawn."""
     if isinstance(segmentation, dict):
-        return pack_segmentation({"size": segmentation["size"], "counts": segmentation["counts"]}) if is_rle(segmentation) else BROKEN
+        return (
+            pack_segmentation({"size": segmentation["size"], "counts": segmentation["counts"]})
+            if is_rle(segmentation)
+            else BROKEN
+        )
     if not isinstance(segmentation, list):
         return BROKEN
     try:
-        good = all(type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 and drawable(polygon) for polygon in segmentation)
+        good = all(
+            type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 and drawable(polygon)
+            for polygon in segmentation
+        )
         return (pack_segmentation(segmentation) if segmentation else b"") if good else BROKEN
     except (TypeError, OverflowError):
         return BROKEN
@@ -32,7 +39,12 @@ def is_rle(segmentation: dict[str, Any]) -> bool:
     """Whether a mapping has the form of a run-length code, plain or in COCO's compressed form; `covered` tells whether it is one."""
     counts, size = segmentation.get("counts"), segmentation.get("size")
     runs = counts if isinstance(counts, list) else []
-    return isinstance(counts, str | list) and isinstance(size, list) and len(size) == 2 and set(map(type, [*runs, *size])) == {int}
+    return (
+        isinstance(counts, str | list)
+        and isinstance(size, list)
+        and len(size) == 2
+        and set(map(type, [*runs, *size])) == {int}
+    )
 
 
 def drawable(polygon: Sequence[float]) -> bool:

@@ -26,7 +26,9 @@ MOST_OBJECTS = 6
 HIDDEN = 0.2  # no object is hidden more than this
 TRIES = 20  # places tried for an object before it is left out
 EMPTY_EVERY = 25  # every 25th image has no object
-HUE_SPREAD = 0.06  # each class has its own hue, give or take this share of the circle: at 8 pixels a form alone says little
+HUE_SPREAD = (
+    0.06  # each class has its own hue, give or take this share of the circle: at 8 pixels a form alone says little
+)
 SHADOW = 0.15  # how far a shadow reaches, of the object's radius
 
 
@@ -135,7 +137,9 @@ def _write_split(folder: Path, split: str, numbers: range, seed: int, size: tupl
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for number in numbers:
-        pixels, found = draw_scene(np.random.default_rng([seed, number]), size, empty=number % EMPTY_EVERY == EMPTY_EVERY // 2)
+        pixels, found = draw_scene(
+            np.random.default_rng([seed, number]), size, empty=number % EMPTY_EVERY == EMPTY_EVERY // 2
+        )
         height, width = pixels.shape[:2]
         name = f"{number:06d}.jpg"
         Image.fromarray(pixels).save(folder / split / name, quality=92)
@@ -202,7 +206,10 @@ def _patch(rng: Rng, label: int, radius: float, height: int, width: int) -> _Pat
     steps = np.arange(2 * half + 1) + 0.5  # pixel centres
     x, y = np.meshgrid((left + steps - cx) / radius, (top + steps - cy) / radius)
     turned = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    rows, columns = slice(max(top, 0), min(top + len(steps), height)), slice(max(left, 0), min(left + len(steps), width))
+    rows, columns = (
+        slice(max(top, 0), min(top + len(steps), height)),
+        slice(max(left, 0), min(left + len(steps), width)),
+    )
     cut = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
     return _Patch(SHAPES[list(SHAPES)[label]](*turned) * radius, rows, columns, cut)
 
@@ -214,7 +221,9 @@ def _paint(rng: Rng, canvas: Array, patch: _Patch, radius: float, hue: float) ->
     shadow = 0.35 * np.clip(1 - distance / (SHADOW * radius + 1), 0, 1) ** 2
     behind *= 1 - shadow[..., None]
 
-    colours = np.array([_colour(rng, (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1, (0.6, 1.0), (0.4, 1.0)) for _ in range(16)])
+    colours = np.array(
+        [_colour(rng, (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1, (0.6, 1.0), (0.4, 1.0)) for _ in range(16)]
+    )
     border = behind[np.abs(distance) < 3][:, None]  # (n, 1, 3)
     contrast = np.quantile(np.abs(border - colours).sum(2), 0.1, axis=0)
     colour = colours[contrast.argmax()]

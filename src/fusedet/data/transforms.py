@@ -29,7 +29,9 @@ class Transform(Protocol):
         """The image's (height, width) for the network."""
         ...
 
-    def __call__(self, image: Tensor, record: ImageAnnotations, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
+    def __call__(
+        self, image: Tensor, record: ImageAnnotations, masks: bool = False
+    ) -> tuple[Tensor, tuple[float, float], Target]:
         """The image, its scale (x, y) and its target, in network pixels."""
         ...
 
@@ -63,9 +65,13 @@ class Eval:
         """The image's (height, width) for the network."""
         return keep_ratio(height, width, self.size, self.max_size)
 
-    def __call__(self, image: Tensor, record: ImageAnnotations, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
+    def __call__(
+        self, image: Tensor, record: ImageAnnotations, masks: bool = False
+    ) -> tuple[Tensor, tuple[float, float], Target]:
         """As `Train.__call__`, without chance."""
-        return _apply(image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip, antialias=self.antialias)
+        return _apply(
+            image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip, antialias=self.antialias
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ class Train:
             short = self.sizes[int(torch.randint(len(self.sizes), ()))]
         return keep_ratio(height, width, short, self.max_size)
 
-    def __call__(self, image: Tensor, record: ImageAnnotations, masks: bool = False) -> tuple[Tensor, tuple[float, float], Target]:
+    def __call__(
+        self, image: Tensor, record: ImageAnnotations, masks: bool = False
+    ) -> tuple[Tensor, tuple[float, float], Target]:
         """The image (3, H', W') uint8, its scale (x, y) in network pixels per original pixel, and its target.
 
         image (3, H, W) uint8. Boxes follow the image exactly and are clipped to it; objects without area inside it are
@@ -170,5 +178,7 @@ def _mask(record: ImageAnnotations, i: int) -> np.ndarray:
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{record.path}: the segment of object {i} is neither polygons nor RLE ({error})") from error
     if mask.shape != (record.height, record.width):
-        raise InputError(f"{record.path}: the segment of object {i} is {mask.shape} instead of {(record.height, record.width)}")
+        raise InputError(
+            f"{record.path}: the segment of object {i} is {mask.shape} instead of {(record.height, record.width)}"
+        )
     return mask

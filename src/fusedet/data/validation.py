@@ -65,7 +65,9 @@ def examine(
     if missing := [name for name, count in figures["classes"].items() if count == 0]:
         warnings.append(f"no object of {'class' if len(missing) == 1 else 'classes'} {', '.join(missing)}")
     if len(labels) == 0:
-        errors.append(f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone")
+        errors.append(
+            f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone"
+        )
     elif (real := area > 0).any():
         figures["smallest"] = _smallest(dataset, wh, owner, real, size)
         if figures["smallest"]["network_side"] < 4:
@@ -83,7 +85,9 @@ def compare(train: DetectionDataset, val: DetectionDataset) -> list[str]:
     if train.names == val.names:
         return []
     only = [f"only {split} knows {', '.join(sorted(names))}" for split, names in _difference(train, val) if names]
-    return [f"the class names of {train.source} and {val.source} differ: {'; '.join(only) or 'their order is not the same'}"]
+    return [
+        f"the class names of {train.source} and {val.source} differ: {'; '.join(only) or 'their order is not the same'}"
+    ]
 
 
 def _difference(train: DetectionDataset, val: DetectionDataset) -> list[tuple[str, set[str]]]:
@@ -91,7 +95,9 @@ def _difference(train: DetectionDataset, val: DetectionDataset) -> list[tuple[st
     return [("train", a - b), ("val", b - a)]
 
 
-def _smallest(dataset: DetectionDataset, wh: np.ndarray, owner: np.ndarray, real: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+def _smallest(
+    dataset: DetectionDataset, wh: np.ndarray, owner: np.ndarray, real: np.ndarray, size: tuple[int, int]
+) -> dict[str, Any]:
     """The object whose shorter side is shortest after the resize."""
     sizes = dataset.sizes.numpy()
     scale = np.array([keep_ratio(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in sizes])
@@ -113,7 +119,9 @@ def _unreadable(dataset: DetectionDataset, progress: Callable[[Iterable[Any], in
     """What is wrong with images when they are decoded, which leaves the interpreter to other threads."""
     formats()  # known once, not in every thread
     with ThreadPoolExecutor() as pool:
-        found = pool.map(partial(_trouble, dataset, lambda path: tuple(read_image(path).shape[1:])), range(len(dataset)))
+        found = pool.map(
+            partial(_trouble, dataset, lambda path: tuple(read_image(path).shape[1:])), range(len(dataset))
+        )
         return list(filter(None, progress(found, len(dataset)) if progress else found))
 
 
@@ -125,4 +133,8 @@ def _trouble(dataset: DetectionDataset, size: Callable[[Path], tuple[int, ...]],
     stated = tuple(dataset.sizes[i].tolist())
     if 0 in true:
         return f"{dataset.path(i)} has no pixels: it is {true[1]} wide and {true[0]} high"
-    return None if stated == true else f"{dataset.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"
+    return (
+        None
+        if stated == true
+        else f"{dataset.path(i)} is {true[1]}x{true[0]} pixels, but its annotation says {stated[1]}x{stated[0]}"
+    )

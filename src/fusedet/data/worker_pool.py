@@ -155,7 +155,9 @@ class Steps:
         self.plan[:] = plan
         for loaded in self.loader:
             if isinstance(loaded, InputError):
-                raise InputError(str(loaded))  # a new one: `loaded` would hold this frame in a cycle, and the workers would outlive it
+                raise InputError(
+                    str(loaded)
+                )  # a new one: `loaded` would hold this frame in a cycle, and the workers would outlive it
             yield loaded
 
 

@@ -42,7 +42,9 @@ def file_names(data: dict[str, DetectionDataset]) -> dict[str, list[str]]:
     return {split: [names[os.path.abspath(r.path(i))] for i in range(len(r))] for split, r in data.items()}
 
 
-def coco(folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+def coco(
+    folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
+) -> dict[str, dict[str, int]]:
     """annotations/instances_SPLIT.json; category ids, image ids and segmentations are kept, ignored objects are crowds."""
     (folder / "annotations").mkdir()
     report = {}
@@ -73,7 +75,9 @@ def coco(folder: Path, data: dict[str, DetectionDataset], image_entries: dict[st
     return report
 
 
-def voc(folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+def voc(
+    folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
+) -> dict[str, dict[str, int]]:
     """Annotations, ImageSets/Main and labels.txt, which keeps the order of the classes; ignored objects are difficult."""
     lists = folder / "ImageSets" / "Main"
     lists.mkdir(parents=True)
@@ -89,14 +93,20 @@ def voc(folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str
         (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
         for record, name, stem in zip(dataset, image_entries[split], stems, strict=True):
             _voc_xml(record, name, names).write(folder / "Annotations" / f"{stem}.xml", encoding="utf-8")
-            notes[DROPPED_SEGMENTATIONS.format(form="VOC")] += sum(segmentation is not None for segmentation in record.segments)
-            notes[DROPPED_CROWDS] += sum(isinstance(s, dict) and bool(i) for s, i in zip(record.segments, record.ignore, strict=True))
+            notes[DROPPED_SEGMENTATIONS.format(form="VOC")] += sum(
+                segmentation is not None for segmentation in record.segments
+            )
+            notes[DROPPED_CROWDS] += sum(
+                isinstance(s, dict) and bool(i) for s, i in zip(record.segments, record.ignore, strict=True)
+            )
         notes[NEW_IDS.format(form="VOC")] = sum(k != i for i, k in enumerate(dataset.category_ids, 1))
         report[split] = _report(dataset, image_entries[split], notes)
     return report
 
 
-def yolo(folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+def yolo(
+    folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
+) -> dict[str, dict[str, int]]:
     """data.yaml, a list per split and labels; a segmentation is written where it is one polygon whose bounds are the box."""
     names = _one_of(data).names
     _require_one_annotation(data, image_entries, "YOLO")
@@ -107,7 +117,9 @@ def yolo(folder: Path, data: dict[str, DetectionDataset], image_entries: dict[st
     report = {}
     for split, dataset in data.items():
         _require_true_sizes(dataset)
-        (folder / f"{split}.txt").write_text("".join(f"./images/{name}\n" for name in image_entries[split]), encoding="utf-8")
+        (folder / f"{split}.txt").write_text(
+            "".join(f"./images/{name}\n" for name in image_entries[split]), encoding="utf-8"
+        )
         notes: Counter[str] = Counter()
         for record, name in zip(dataset, image_entries[split], strict=True):
             lines = [_yolo_line(record, j, notes) for j in range(len(record.boxes))]
@@ -124,7 +136,9 @@ def _free_name(path: Path, taken: set[str]) -> str:
     stem, extension = os.path.splitext(_BREAKS.sub("_", path.name))
     stem = stem.strip().lstrip(".") or "_"
     numbered = (f"{stem}_{n}" for n in count(2))
-    free = next(s for s in chain([stem, f"{_BREAKS.sub('_', path.parent.name)}_{stem}"], numbered) if s.casefold() not in taken)
+    free = next(
+        s for s in chain([stem, f"{_BREAKS.sub('_', path.parent.name)}_{stem}"], numbered) if s.casefold() not in taken
+    )
     return free + extension
 
 
@@ -143,7 +157,9 @@ def _require_plain(names: tuple[str, ...], form: str) -> None:
         if name != name.strip() or not name or not name.isprintable():
             raise InputError(f"the class name {name!r} cannot be written in {form} form: rename it")
         if names.count(name) > 1:
-            raise InputError(f"the class name {name!r} is given to two classes, which {form} cannot tell apart: rename one")
+            raise InputError(
+                f"the class name {name!r} is given to two classes, which {form} cannot tell apart: rename one"
+            )
 
 
 def _require_one_annotation(data: dict[str, DetectionDataset], image_entries: dict[str, list[str]], form: str) -> None:

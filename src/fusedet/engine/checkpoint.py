@@ -19,7 +19,17 @@ from fusedet.atomic_io import replace
 from fusedet.errors import InputError
 
 Weights = dict[str, Tensor]
-DAMAGE = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+)
 """What torch's reader raises on files that somebody has changed."""
 
 
@@ -55,7 +65,9 @@ def load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         code = f" ({found.group(1)})" if found else ""
-        raise InputError(f"{path} holds code{code}, which is never run: only tensors and plain values are read") from error
+        raise InputError(
+            f"{path} holds code{code}, which is never run: only tensors and plain values are read"
+        ) from error
     except DAMAGE as error:
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
@@ -79,7 +91,9 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(f"{path} is cut short or not a safetensors file: copy it again, or use the run's last.ckpt") from error
+        raise InputError(
+            f"{path} is cut short or not a safetensors file: copy it again, or use the run's last.ckpt"
+        ) from error
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path | str) -> None:
@@ -112,7 +126,9 @@ def _tensors(value: Any, path: Path) -> Weights:
     if not isinstance(value, Mapping):
         raise InputError(f"{path} is not a fusedet checkpoint: its weights must be tensors by name")
     if wrong := [key for key, tensor in value.items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]:
-        key = repr(wrong[0][:100]) if isinstance(wrong[0], str) else f"a {type(wrong[0]).__name__}"  # its text may be of any length
+        key = (
+            repr(wrong[0][:100]) if isinstance(wrong[0], str) else f"a {type(wrong[0]).__name__}"
+        )  # its text may be of any length
         raise InputError(f"{path} is not a fusedet checkpoint: under its weights, {key} is no tensor by name")
     return dict(value)
 
@@ -130,7 +146,9 @@ def _first(what: str, items: list[str], limit: int = 3) -> str:
 
 def _existing(path: Path) -> Path:
     if path.is_dir():
-        raise InputError(f"{path} is a folder, not a checkpoint: give a file in it, such as last.ckpt or best.safetensors")
+        raise InputError(
+            f"{path} is a folder, not a checkpoint: give a file in it, such as last.ckpt or best.safetensors"
+        )
     if not path.is_file():
         raise InputError(f"there is no checkpoint at {path}")
     return path

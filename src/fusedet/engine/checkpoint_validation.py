@@ -85,7 +85,9 @@ def check_place(saved: Mapping[str, Any], batches: int, accumulate: int, path: P
 def check_moments(saved: Mapping[str, Any], name: str, optimizer: Any, path: Path) -> None:
     """Raises InputError where the saved optimiser's state is not one of this optimiser, of that name, over these weights."""
     state = saved["optimizer"]
-    own, then = ([len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"]))
+    own, then = (
+        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
     if own != then:
         raise InputError(
             f"{path} cannot be resumed: it trains {_many(then)} tensors of weights, this model has {_many(own)}: use the same options, "
@@ -110,7 +112,10 @@ def moved(saved: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     own = getattr(optimizer, "optimizer", optimizer).state_dict()["param_groups"]
     # copies, because tensors of a file may share their memory
     copies = {i: {key: value.clone() for key, value in one.items()} for i, one in state.items()}
-    return {"state": copies, "param_groups": [mine | {"lr": then["lr"]} for mine, then in zip(own, groups, strict=True)]}
+    return {
+        "state": copies,
+        "param_groups": [mine | {"lr": then["lr"]} for mine, then in zip(own, groups, strict=True)],
+    }
 
 
 def _many(groups: list[int]) -> str:

@@ -147,7 +147,9 @@ class WandB(_Service):
         import wandb
 
         if self._run is None:
-            self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", self.name), name=self.version, dir=str(self.out))
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", self.name), name=self.version, dir=str(self.out)
+            )
         self._run.log(metrics, step=step)
 
     def finalize(self, status: str) -> None:

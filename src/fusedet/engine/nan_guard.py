@@ -34,7 +34,9 @@ class Watch:
         self._event: torch.cuda.Event | None = None
         self._norm: tuple[Tensor, int, tuple[int, ...]] = (torch.zeros((), device=device), 0, ())
 
-    def look(self, names: Sequence[str], values: Tensor, step: int, ids: tuple[int, ...], stop: int = 0, save: bool = False) -> None:
+    def look(
+        self, names: Sequence[str], values: Tensor, step: int, ids: tuple[int, ...], stop: int = 0, save: bool = False
+    ) -> None:
         """Begin to check one batch: values (T,) of the named loss terms.
 
         stop: the signal that asked this process to end, 0 where none did; save: by its clock a checkpoint is due.
@@ -84,7 +86,9 @@ class Watch:
         return f"the gradient norm is {norm.item()} at step {step}, images {_listed(ids)}: {_ADVICE}"
 
 
-_ADVICE = "lower the learning rate, clip the gradients, or look at these images' boxes; what was saved before is still whole"
+_ADVICE = (
+    "lower the learning rate, clip the gradients, or look at these images' boxes; what was saved before is still whole"
+)
 
 
 def _listed(ids: tuple[int, ...]) -> str:

@@ -53,7 +53,9 @@ class Optim:
         if not self.weight_decay >= 0:
             raise InputError(f"the weight decay must be 0 or more, got {self.weight_decay}")
         if not 0 < self.warmup_ratio <= 1 or self.warmup_steps < 0:
-            raise InputError(f"the warm-up needs a ratio in (0, 1] and 0 steps or more, got {self.warmup_ratio} and {self.warmup_steps}")
+            raise InputError(
+                f"the warm-up needs a ratio in (0, 1] and 0 steps or more, got {self.warmup_ratio} and {self.warmup_steps}"
+            )
 
 
 def optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
@@ -76,7 +78,9 @@ def optimizer(model: nn.Module, options: Optim) -> torch.optim.Optimizer:
                 groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise InputError("the model has no trainable parameter: freeze less")
-    listed = [{"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()]
+    listed = [
+        {"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()
+    ]
     if options.name == "sgd":
         return torch.optim.SGD(listed, lr=options.lr, momentum=options.momentum)
     return torch.optim.AdamW(listed, lr=options.lr)

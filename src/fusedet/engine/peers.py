@@ -28,7 +28,10 @@ from fusedet.errors import InputError
 EXIT = 75
 """The exit code where another process is gone: sysexits' "try again", here with --resume."""
 MEETING, VERDICT = 60.0, 10.0  # seconds: to connect; to learn whom an error came from
-GRACE, STOPPED = 15.0, 45.0  # seconds for a process to end by itself: after another's death, after another's own error, which it may share
+GRACE, STOPPED = (
+    15.0,
+    45.0,
+)  # seconds for a process to end by itself: after another's death, after another's own error, which it may share
 _LONGEST = 16384  # bytes of a message
 _OPEN: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -81,7 +84,9 @@ class Peers:
                 self._peers = dict(self._arrivals(server, key))
             if absent := sorted(set(range(1, self.world)) - self._peers.keys()):
                 numbers = ", ".join(map(str, absent))
-                self.say(f"warning: port {port} of {master} cannot be reached by process {numbers}: its end will not be noticed")
+                self.say(
+                    f"warning: port {port} of {master} cannot be reached by process {numbers}: its end will not be noticed"
+                )
         else:
             about = {"key": key, "rank": self.rank, "host": socket.gethostname()}
             try:
@@ -119,13 +124,17 @@ class Peers:
                     said = _message(ready.fileobj)  # type: ignore[arg-type]
                     selector.unregister(ready.fileobj)
                     if said.get("end") != "":
-                        return self._end(said.get("lost") or self._told(ready.data, said.get("end")), STOPPED if said else GRACE)
+                        return self._end(
+                            said.get("lost") or self._told(ready.data, said.get("end")), STOPPED if said else GRACE
+                        )
 
     def _told(self, rank: int, why: str | None) -> str:
         gone = f"process {rank} on {self.hosts.get(rank, 'an unknown host')}"
         reason = f"stopped: {why}" if why else "is gone (killed, out of memory, or its machine is down)"
         there = self.checkpoint.is_file()
-        rest = f"the last checkpoint is {self.checkpoint}: start all again with --resume" if there else "start all again"
+        rest = (
+            f"the last checkpoint is {self.checkpoint}: start all again with --resume" if there else "start all again"
+        )
         return f"{gone} {reason}; the others stop too, {rest}"
 
     def _end(self, reason: str, grace: float) -> None:
@@ -142,7 +151,9 @@ class Peers:
 
     def _speaks(self) -> bool:
         """The first process speaks for all; where it is gone, one or two on each machine."""
-        return not self.rank or ((self.reason or "").startswith("process 0 ") and int(os.environ.get("LOCAL_RANK", 0)) < 2)
+        return not self.rank or (
+            (self.reason or "").startswith("process 0 ") and int(os.environ.get("LOCAL_RANK", 0)) < 2
+        )
 
     def _tell(self, message: dict[str, Any]) -> None:
         for peer in self._peers.values():

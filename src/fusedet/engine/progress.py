@@ -50,7 +50,10 @@ class Pace:
         """A validation runs inside."""
         began = time.perf_counter()
         yield
-        self.validations, self.validation_seconds = self.validations + 1, self.validation_seconds + time.perf_counter() - began
+        self.validations, self.validation_seconds = (
+            self.validations + 1,
+            self.validation_seconds + time.perf_counter() - began,
+        )
 
     def remaining(self, steps: int, validations: int) -> str:
         """The time for so many more steps and validations, as H:MM:SS; "over" where no validation was measured yet.
@@ -75,7 +78,12 @@ class Display:
     def __init__(self, epochs: int, steps_per_epoch: int, quiet: bool = False, console: Console | None = None) -> None:
         self.epochs, self.steps_per_epoch, self.quiet = epochs, steps_per_epoch, quiet
         self.console = console or Console(quiet=quiet)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
         self.bar = Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
         self.task = self.bar.add_task("", total=steps_per_epoch, figures="")
         self._last_line = -LINE_SECONDS

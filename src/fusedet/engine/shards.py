@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def strategy(world: int) -> ModelParallelStrategy:
     """Fabric's strategy for it, over `world` processes."""
-    return ModelParallelStrategy(_share, data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    return ModelParallelStrategy(
+        _share, data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
 
 
 def _share(module: nn.Module, mesh: DeviceMesh) -> nn.Module:

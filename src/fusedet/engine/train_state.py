@@ -154,7 +154,9 @@ def setup(
     detector.to(fabric.device).train()
     average = Average(detector, recipe.ema_decay) if recipe.ema_decay else None
     model = fabric.setup_module(Objective(detector))
-    optimiser = fabric.setup_optimizers(optimizer(detector, recipe.optim))  # of the weights as they are then, shared out or not
+    optimiser = fabric.setup_optimizers(
+        optimizer(detector, recipe.optim)
+    )  # of the weights as they are then, shared out or not
     display = Display(recipe.epochs, math.ceil(len(loader) / recipe.accumulate), quiet=quiet or not first)
     run = Run(
         fabric=fabric,
@@ -251,7 +253,9 @@ def restore(run: Run) -> dict[str, Any]:
     if run.average:
         checkpoint.load_into(run.average.module, saved["ema"], run.last)
         run.average.updates = saved["ema_updates"]
-    run.optimizer.load_state_dict(shards.share_optimizer(checkpoint_validation.moved(saved, run.optimizer), run.optimizer))
+    run.optimizer.load_state_dict(
+        shards.share_optimizer(checkpoint_validation.moved(saved, run.optimizer), run.optimizer)
+    )
     precision.load_state_dict(saved["scaler"])
     run.state = {key: saved[key] for key in run.state}
     for name, now in _surroundings(run).items():
@@ -268,7 +272,11 @@ def _share(run: Run, everyone: list[dict[str, Any]]) -> None:
         run.meter.restore(everyone[rank]["meter"], run.fabric.device)
     else:
         run.meter.restore(Meter.mean([one["meter"] for one in everyone]), run.fabric.device)
-        chance = "some random numbers differ" if world < len(everyone) else f"process {len(everyone)} and later begin new random numbers"
+        chance = (
+            "some random numbers differ"
+            if world < len(everyone)
+            else f"process {len(everyone)} and later begin new random numbers"
+        )
         run.say(
             f"{run.out} goes on in another number of processes: {len(everyone)} until step {step}, {world} from now on; "
             f"the batches stay the same {run.loader.batch} images in the same order, but {chance}"

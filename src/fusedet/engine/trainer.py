@@ -57,7 +57,17 @@ def fit(
     failure in one process, or in a validation, is raised again after last.ckpt is written, once a step of the epoch is done.
     """
     run = setup(
-        fabric, detector, loader, recipe, out=out, validate=validate, resume=resume, loggers=loggers, meta=meta or {}, quiet=quiet, say=say
+        fabric,
+        detector,
+        loader,
+        recipe,
+        out=out,
+        validate=validate,
+        resume=resume,
+        loggers=loggers,
+        meta=meta or {},
+        quiet=quiet,
+        say=say,
     )
     run.after_save = saved
     if resume:
@@ -254,7 +264,13 @@ def _validated(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """The metrics of the present weights."""
     if run.fabric.world_size > 1:
         shards.equal_buffers(run.evaluated)  # each process has seen other images: all judge what the first one keeps
-    around = (run.pace.validation(), rng.preserved(), _evaluating(run.evaluated), torch.no_grad(), shards.gathered(run.model))
+    around = (
+        run.pace.validation(),
+        rng.preserved(),
+        _evaluating(run.evaluated),
+        torch.no_grad(),
+        shards.gathered(run.model),
+    )
     with contextlib.ExitStack() as stack:
         for one in (*around, run.interrupts.open()):
             stack.enter_context(one)
@@ -278,7 +294,11 @@ def _judge(run: Run, metrics: dict[str, float]) -> None:
             checkpoint.save_weights(run.best, weights, run.meta | about)
     _record(run, metrics)
     # last: where a file could not be written, the validation is done again
-    state |= {"best": value if better else state["best"], "stale": 0 if better else state["stale"] + 1, "metrics": metrics}
+    state |= {
+        "best": value if better else state["best"],
+        "stale": 0 if better else state["stale"] + 1,
+        "metrics": metrics,
+    }
     figures = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     run.display.say(f"epoch {state['epoch'] + 1}/{run.recipe.epochs}: {figures}{' (best)' if better else ''}")
 

@@ -47,7 +47,9 @@ def drawn_images(images: int, resamples: int, seed: int) -> np.ndarray:
     resample.
     """
     if images < 1 or resamples < 1 or seed < 0:
-        raise InputError(f"a bootstrap needs images and resamples from 1 and a seed from 0, got {images}, {resamples} and {seed}")
+        raise InputError(
+            f"a bootstrap needs images and resamples from 1 and a seed from 0, got {images}, {resamples} and {seed}"
+        )
     rng = np.random.default_rng(seed)
     weights = np.ones((1 + resamples, images), dtype=np.int16)
     for row in weights[1:]:
@@ -56,7 +58,10 @@ def drawn_images(images: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def resampled(
-    dataset: DetectionDataset, results: Sequence[Result] | Found, weights: np.ndarray, iou_type: Literal["bbox", "segm"] = "bbox"
+    dataset: DetectionDataset,
+    results: Sequence[Result] | Found,
+    weights: np.ndarray,
+    iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> Resampled:
     """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `drawn_images` gives them.
 
@@ -95,7 +100,9 @@ def resampled(
 
 def mean_of(runs: Sequence[Resampled]) -> Resampled:
     """The mean over runs, such as one model's seeds, on the same resamples."""
-    return Resampled(np.mean([run.figures for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images)
+    return Resampled(
+        np.mean([run.figures for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images
+    )
 
 
 def difference(a: Resampled, b: Resampled, names: Sequence[str], level: float = LEVEL) -> dict[str, Any]:
@@ -155,7 +162,9 @@ def _average_precision(
     for part in (slice(i, i + step) for i in range(0, len(weights) if good.any() else 0, step)):
         some = weights[part]
         base = _running(some.take(seen[inside], axis=1))
-        levels = np.searchsorted(rule.RECALLS, np.arange(total[part].max() + 1) / np.maximum(total[part], 1)[:, None], side="right")
+        levels = np.searchsorted(
+            rule.RECALLS, np.arange(total[part].max() + 1) / np.maximum(total[part], 1)[:, None], side="right"
+        )
         levels[:, 0] = 0  # no true positive reaches recall 0
         first = np.arange(len(some))[:, None] * levels.shape[1]
         for t in range(len(hit)):

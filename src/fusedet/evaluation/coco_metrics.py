@@ -90,7 +90,13 @@ def precision_recall(dataset: DetectionDataset, results: Sequence[Result], iou: 
         "mean": middle,
         "AP": mean(middle),
         "classes": [
-            {"name": name, "recall": rule.RECALLS, "precision": precision[:, k], "scores": scores[:, k], "AP": mean(precision[:, k])}
+            {
+                "name": name,
+                "recall": rule.RECALLS,
+                "precision": precision[:, k],
+                "scores": scores[:, k],
+                "AP": mean(precision[:, k]),
+            }
             for k, name in enumerate(dataset.names)
         ],
     }

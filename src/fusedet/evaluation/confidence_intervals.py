@@ -31,7 +31,9 @@ def over_seeds(values: Sequence[float], level: float = LEVEL) -> Interval:
     """
     if not values:
         raise InputError("an interval over seeds needs at least one value")
-    return _interval(fmean(values), variance(values) / len(values) if len(values) > 1 else math.nan, len(values) - 1, level)
+    return _interval(
+        fmean(values), variance(values) / len(values) if len(values) > 1 else math.nan, len(values) - 1, level
+    )
 
 
 def difference_over_seeds(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Interval:
@@ -96,7 +98,10 @@ def t_quantile(p: float, freedom: float) -> float:
         raise InputError(f"a t quantile needs 0 < p < 1 and degrees of freedom above 0, got {p} and {freedom}")
     if p < 0.5:
         return -t_quantile(1 - p, freedom)
-    low, high = 0.0, 1.0  # of x = freedom / (freedom + t²), of which 2 (1 - p) is the regularised incomplete beta function
+    low, high = (
+        0.0,
+        1.0,
+    )  # of x = freedom / (freedom + t²), of which 2 (1 - p) is the regularised incomplete beta function
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (low, middle) if _beta(middle, freedom / 2, 0.5) > 2 * (1 - p) else (middle, high)
     return math.sqrt(freedom * (1 - high) / high)

@@ -14,7 +14,9 @@ from fusedet.models.ops.greedy_match import EXCUSED, FALSE, owners
 Judged = tuple[float, int, int]
 
 
-def confusion(dataset: DetectionDataset, results: Sequence[Result], *, score: float = 0.3, iou: float = 0.5) -> np.ndarray:
+def confusion(
+    dataset: DetectionDataset, results: Sequence[Result], *, score: float = 0.3, iou: float = 0.5
+) -> np.ndarray:
     """How often an object of a class (row) is found as a class (column): (K + 1, K + 1) int64.
 
     The last column counts missed objects, the last row false detections, their corner stays 0. Detections of at least
@@ -44,7 +46,12 @@ def worst_images(
 
 
 def differing_images(
-    dataset: DetectionDataset, a: Sequence[Result] | Found, b: Sequence[Result] | Found, n: int = 16, score: float = 0.3, iou: float = 0.5
+    dataset: DetectionDataset,
+    a: Sequence[Result] | Found,
+    b: Sequence[Result] | Found,
+    n: int = 16,
+    score: float = 0.3,
+    iou: float = 0.5,
 ) -> list[tuple[int, Judged, Judged]]:
     """The n images whose F1 differ most between two runs: (position in the dataset, a's F1, misses and false detections, b's).
 
@@ -74,4 +81,8 @@ def _matched(
     for record, (boxes, labels) in zip(dataset, found(dataset, results).by_image(len(dataset), score), strict=True):
         keep = ~record.ignore
         classes = record.labels[keep]
-        yield classes, labels, owners(boxes, labels, record.boxes[keep], classes, record.boxes[~keep], record.labels[~keep], iou)
+        yield (
+            classes,
+            labels,
+            owners(boxes, labels, record.boxes[keep], classes, record.boxes[~keep], record.labels[~keep], iou),
+        )

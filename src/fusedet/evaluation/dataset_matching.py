@@ -38,7 +38,9 @@ def places(dataset: DetectionDataset) -> np.ndarray:
     return place
 
 
-def matched(dataset: DetectionDataset, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray) -> Matched:
+def matched(
+    dataset: DetectionDataset, table: Found, masks: Sequence[Result] | None, thresholds: np.ndarray, areas: np.ndarray
+) -> Matched:
     """Match boxes, or the results' masks where these are given, at thresholds (T,) of overlap in ranges (A, 2) of area."""
     n, owner, place = len(dataset), owners(dataset), places(dataset)
     group = dataset.labels.numpy() * n + place[owner]

@@ -58,12 +58,16 @@ def error_kinds(dataset: DetectionDataset, results: Sequence[Result] | Found) ->
         [PLACE, CLASS, DUPLICATE, BOTH],
         BACKGROUND,
     )
-    meant = np.select([kind == PLACE, kind == CLASS], [own, other], -1)  # the object that the detection could have found
+    meant = np.select(
+        [kind == PLACE, kind == CLASS], [own, other], -1
+    )  # the object that the detection could have found
     meant[np.append(used, False)[meant]] = -1
     missed = ~used & ~crowd
     missed[meant[meant >= 0]] = False
     order = np.lexsort((pairs.results[false], -pairs.guesses.scores[false]))
-    objects, first = np.unique(meant[order], return_index=True)  # of the detections on one object the best can be mended
+    objects, first = np.unique(
+        meant[order], return_index=True
+    )  # of the detections on one object the best can be mended
     best = np.zeros(len(false), dtype=bool)
     best[order[first[objects >= 0]]] = True
 
@@ -78,7 +82,10 @@ def error_kinds(dataset: DetectionDataset, results: Sequence[Result] | Found) ->
         gone[false[(kind == k) & ~best]] = True
         wanted = ~missed if k == MISSED else np.ones_like(missed)
         after = _ap50(pairs, mended, good, gone, wanted, n, names)
-        kinds[name] = {"count": int(missed.sum() if k == MISSED else (kind == k).sum()), "dAP": max(0.0, after - before)}
+        kinds[name] = {
+            "count": int(missed.sum() if k == MISSED else (kind == k).sum()),
+            "dAP": max(0.0, after - before),
+        }
     return {"AP50": before, "kinds": kinds}
 
 
@@ -90,7 +97,15 @@ def _most(det: np.ndarray, obj: np.ndarray, iou: np.ndarray, count: int) -> tupl
     return most, overlap
 
 
-def _ap50(pairs: Matched, labels: np.ndarray, right: np.ndarray, gone: np.ndarray, wanted: np.ndarray, images: int, classes: int) -> float:
+def _ap50(
+    pairs: Matched,
+    labels: np.ndarray,
+    right: np.ndarray,
+    gone: np.ndarray,
+    wanted: np.ndarray,
+    images: int,
+    classes: int,
+) -> float:
     """Mean AP of detections with these labels, of which some are right and some gone, for the objects that are wanted."""
     group = labels * images + pairs.guesses.group % images
     left = np.flatnonzero(~gone)

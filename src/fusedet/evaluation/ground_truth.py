@@ -33,7 +33,8 @@ def coco_ground_truth(dataset: DetectionDataset, *, masks: bool = True) -> dict[
                 annotation["segmentation"] = segment
     return {
         "images": [
-            {"id": ids[i], "file_name": dataset.path(i).name, "height": h, "width": w} for i, (h, w) in enumerate(dataset.sizes.tolist())
+            {"id": ids[i], "file_name": dataset.path(i).name, "height": h, "width": w}
+            for i, (h, w) in enumerate(dataset.sizes.tolist())
         ],
         "annotations": annotations,
         "categories": [{"id": c, "name": name} for c, name in zip(dataset.category_ids, dataset.names, strict=True)],

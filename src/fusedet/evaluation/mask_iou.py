@@ -18,14 +18,20 @@ def check_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
     """Raise InputError where an object or a result has no mask, or a result's mask is not of its image's size."""
     bare = sum(1 for record in dataset for segment in record.segments if segment is None)
     if bare:
-        raise InputError(f"{bare} objects of {dataset.source} have no mask, so that iou_type 'segm' cannot be computed; use 'bbox'")
+        raise InputError(
+            f"{bare} objects of {dataset.source} have no mask, so that iou_type 'segm' cannot be computed; use 'bbox'"
+        )
     sizes = dict(zip(dataset.image_ids.tolist(), dataset.sizes.tolist(), strict=True))
     for i, result in enumerate(results):
         mask, size = result.get("segmentation"), sizes[result["image_id"]]
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
-            raise InputError(f"results: result {i} lacks 'segmentation', it must be an RLE {{size, counts}} for iou_type 'segm'")
+            raise InputError(
+                f"results: result {i} lacks 'segmentation', it must be an RLE {{size, counts}} for iou_type 'segm'"
+            )
         if list(mask["size"]) != size:
-            raise InputError(f"results: the mask of result {i} has size {list(mask['size'])}, it must be the image's {size}")
+            raise InputError(
+                f"results: the mask of result {i} has size {list(mask['size'])}, it must be the image's {size}"
+            )
 
 
 def encoded(segment: Any, height: int, width: int) -> dict[str, Any]:

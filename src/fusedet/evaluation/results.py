@@ -62,7 +62,11 @@ def found(dataset: DetectionDataset, results: Sequence[Result] | Found, *, boxes
     if isinstance(results, Found):
         return results
     check(results, "results", boxes=boxes)
-    size = np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4) if boxes else np.zeros((len(results), 4))
+    size = (
+        np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4)
+        if boxes
+        else np.zeros((len(results), 4))
+    )
     return Found(
         images=_position(results, "image_id", dataset.image_ids.numpy(), dataset.source),
         labels=_position(results, "category_id", np.array(dataset.category_ids, dtype=np.int64), dataset.source),
@@ -97,7 +101,13 @@ def check(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
     _check(results, where, "category_id", "an integer", _whole)
     _check(results, where, "score", "a finite number", _finite)
     if boxes:
-        _check(results, where, "bbox", f"four finite numbers [x, y, width, height] below {LARGEST:g}, width and height not negative", _box)
+        _check(
+            results,
+            where,
+            "bbox",
+            f"four finite numbers [x, y, width, height] below {LARGEST:g}, width and height not negative",
+            _box,
+        )
 
 
 def stamp(
@@ -143,7 +153,9 @@ def _position(results: Sequence[Result], key: str, known: np.ndarray, source: st
     strange[~strange] = known[order[place[~strange]]] != ids[~strange]
     if strange.any():
         some = ", ".join(map(str, np.unique(ids[strange])[:5].tolist()))
-        raise InputError(f"{int(strange.sum())} results have a {key} that is not in {source}: {some}; they must be made on the same data")
+        raise InputError(
+            f"{int(strange.sum())} results have a {key} that is not in {source}: {some}; they must be made on the same data"
+        )
     return order[place]
 
 
@@ -167,7 +179,9 @@ def _finite(value: Any) -> bool:
 def _box(value: Any) -> bool:
     try:
         x, y, w, h = value
-        return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= w < LARGEST and 0 <= h < LARGEST  # not so for NaN
+        return (
+            -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= w < LARGEST and 0 <= h < LARGEST
+        )  # not so for NaN
     except (TypeError, ValueError):
         return False
 

@@ -39,7 +39,11 @@ def by_package(evaluator: str, dataset: DetectionDataset, results: Sequence[Resu
     ]
     truth, guess = coco(), coco()
     truth.dataset = coco_ground_truth(dataset, masks=iou_type == "segm")
-    guess.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"], "annotations": answers}
+    guess.dataset = {
+        "images": truth.dataset["images"],
+        "categories": truth.dataset["categories"],
+        "annotations": answers,
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         guess.createIndex()
@@ -47,7 +51,9 @@ def by_package(evaluator: str, dataset: DetectionDataset, results: Sequence[Resu
         run.evaluate()
         run.accumulate()
     back = np.argsort(np.argsort(dataset.category_ids))  # the packages sort the classes by id
-    precision, scores, recall = (np.where(run.eval[key] < 0, np.nan, run.eval[key]) for key in ("precision", "scores", "recall"))
+    precision, scores, recall = (
+        np.where(run.eval[key] < 0, np.nan, run.eval[key]) for key in ("precision", "scores", "recall")
+    )
     precision, scores, recall = precision[..., -1][:, :, back], scores[..., -1][:, :, back], recall[:, back]
     return rule.Curves(precision, scores, recall[..., -1], recall[:, :, 0, 0], recall[:, :, 0, 1])
 
@@ -56,7 +62,9 @@ def _load(evaluator: str) -> tuple[Any, Any]:
     """The package's classes of a dataset and of its evaluation."""
     try:
         if evaluator == "pycocotools":
-            return importlib.import_module("pycocotools.coco").COCO, importlib.import_module("pycocotools.cocoeval").COCOeval
+            return importlib.import_module("pycocotools.coco").COCO, importlib.import_module(
+                "pycocotools.cocoeval"
+            ).COCOeval
         package = importlib.import_module("faster_coco_eval")
         return package.COCO, package.COCOeval_faster
     except ImportError as error:

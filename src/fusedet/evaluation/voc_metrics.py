@@ -14,7 +14,9 @@ from fusedet.evaluation.ground_truth import counts, owners, sizes_first
 from fusedet.evaluation.results import Result, found, mean
 
 
-def voc(dataset: DetectionDataset, results: Sequence[Result], *, iou: float = 0.5, points: Literal["area", 11] = "area") -> dict[str, Any]:
+def voc(
+    dataset: DetectionDataset, results: Sequence[Result], *, iou: float = 0.5, points: Literal["area", 11] = "area"
+) -> dict[str, Any]:
     """VOC's average precision per class and its mean: {mAP, classes: [{name, AP, images, objects}]}, in 0..1.
 
     Over the whole dataset, best score first, each detection belongs to the object of its class and image that it
@@ -71,6 +73,8 @@ def average_precision(hits: np.ndarray, total: int, points: Literal["area", 11])
     precision = right / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     if points == 11:
-        place = np.searchsorted(right * 10, np.arange(11) * total)  # the first detection with recall >= n / 10, in whole numbers
+        place = np.searchsorted(
+            right * 10, np.arange(11) * total
+        )  # the first detection with recall >= n / 10, in whole numbers
         return float(precision[place[place < len(hits)]].sum() / 11)
     return float(precision[hits].sum() / total)

@@ -40,7 +40,11 @@ def _named(meta: Any) -> Sequence[str] | None:
     if not isinstance(meta, Mapping):
         return None
     inner = meta.get("dataset_meta")
-    sources = [*(inner.get(k) for k in ("classes", "CLASSES") if isinstance(inner, Mapping)), meta.get("CLASSES"), meta.get("classes")]
+    sources = [
+        *(inner.get(k) for k in ("classes", "CLASSES") if isinstance(inner, Mapping)),
+        meta.get("CLASSES"),
+        meta.get("classes"),
+    ]
     for names in sources:
         names = [names] if isinstance(names, str) else names
         if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):

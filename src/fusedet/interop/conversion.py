@@ -24,7 +24,13 @@ from fusedet.models.detectors import from_config
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
-DYNAMIC = ("threshold", "beta", "overlaps", "shifts", "steps")  # what a stage with a memory knows, and MMDetection does not save
+DYNAMIC = (
+    "threshold",
+    "beta",
+    "overlaps",
+    "shifts",
+    "steps",
+)  # what a stage with a memory knows, and MMDetection does not save
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
         translated = hidden(source or {}, options.model.backbone, str(config))
         backbone = {**options.model.backbone, **translated.tree}
         options = configs.load(
-            str(config), words, {"model": {"backbone": backbone}, "data": {"antialias": resizing(source or {}, [])["antialias"]}}
+            str(config),
+            words,
+            {"model": {"backbone": backbone}, "data": {"antialias": resizing(source or {}, [])["antialias"]}},
         )
     else:
         if source is None:
@@ -105,16 +113,24 @@ def _own_config(meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
 
 def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
     """MMDetection's config of a file, else of the checkpoint's meta, else None; and what to say of it."""
-    text = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str) and "model" in meta[key]), None)
+    text = next(
+        (meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str) and "model" in meta[key]), None
+    )
     if path is None and text is None:
         return None, []
-    read = python_config.read(path) if path is not None else python_config.parse(str(text), "the checkpoint's own config")
+    read = (
+        python_config.read(path) if path is not None else python_config.parse(str(text), "the checkpoint's own config")
+    )
     if not read.tree and not read.missing:
-        raise InputError(f"{path or file}: the config is empty; give the one that the checkpoint was trained with, or leave --config out")
+        raise InputError(
+            f"{path or file}: the config is empty; give the one that the checkpoint was trained with, or leave --config out"
+        )
     if not read.missing:
         return read.tree, []
     model = read.tree.get("model")
-    if not isinstance(model, Mapping) or not all(isinstance(model.get(key), (Mapping, list)) for key in ("backbone", "neck")):
+    if not isinstance(model, Mapping) or not all(
+        isinstance(model.get(key), (Mapping, list)) for key in ("backbone", "neck")
+    ):
         raise InputError(
             f"{path or file}: the _base_ {read.missing[0]} is not there, and without it there is no whole model: copy it beside it, or "
             "give the whole config"
@@ -153,7 +169,9 @@ def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weig
     for key, value in joined(state).items():
         name = renamed(key, table)
         if name in found:
-            raise InputError(f"{file} holds {sources[name]} and {key}, which are one weight here ({name}): leave one of them out")
+            raise InputError(
+                f"{file} holds {sources[name]} and {key}, which are one weight here ({name}): leave one of them out"
+            )
         found[name], sources[name] = value, key
     own = detector.state_dict()
     fresh = tuple(key for key in own if key.startswith("stages.") and key.rpartition(".")[2] in DYNAMIC)

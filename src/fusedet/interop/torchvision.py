@@ -75,7 +75,11 @@ def translate(state: Weights, file: str) -> Translated:
     """Config and weights of a torchvision detector. file: the name of its file, by which the first COCO weights are known."""
     notes: list[str] = []
     found = body({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
-    name = f"resnext{found['depth']}_{found['groups']}x{found['base_width']}d" if "groups" in found else f"resnet{found['depth']}"
+    name = (
+        f"resnext{found['depth']}_{found['groups']}x{found['base_width']}d"
+        if "groups" in found
+        else f"resnet{found['depth']}"
+    )
     backbone: Tree = {"name": f"{name}.tv_in1k", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
     state = _folded(state, notes)
     state = _without_eps(state, file, notes)
@@ -110,14 +114,18 @@ def _classes(state: Weights, dense: bool) -> int:
     """K: rows of a dense head per anchor, or those of the box head without background."""
     if not dense:
         return axis(state, "roi_heads.box_predictor.cls_score.bias") - 1
-    return axis(state, "head.classification_head.cls_logits.bias") // max(axis(state, "head.regression_head.bbox_reg.bias") // 4, 1)
+    return axis(state, "head.classification_head.cls_logits.bias") // max(
+        axis(state, "head.regression_head.bbox_reg.bias") // 4, 1
+    )
 
 
 def _one_stage(state: Weights) -> Parts:
     """RetinaNet or FCOS."""
     fcos = "head.regression_head.bbox_ctrness.weight" in state
     normed = fcos or "head.classification_head.conv.0.1.weight" in state
-    old = not any(re.match(r"head\.classification_head\.conv\.\d+\.0\.", key) for key in state)  # layers in one row: FCOS, first RetinaNet
+    old = not any(
+        re.match(r"head\.classification_head\.conv\.\d+\.0\.", key) for key in state
+    )  # layers in one row: FCOS, first RetinaNet
     step = 3 if normed else 2
 
     def place(m: re.Match[str]) -> str:
@@ -146,7 +154,9 @@ def _one_stage(state: Weights) -> Parts:
         test = {"score": 0.04, "nms": 0.6, "max_det": 100}
     else:
         if axis(state, "head.regression_head.bbox_reg.bias") != 36:
-            raise InputError("a torchvision RetinaNet of other than 9 anchors per cell: their sizes cannot be told from the weights")
+            raise InputError(
+                "a torchvision RetinaNet of other than 9 anchors per cell: their sizes cannot be told from the weights"
+            )
         head = {"type": "retina", "norm": normed, "bias": not normed, "round_anchors": True, "whole_sizes": True}
         test = {"score": 0.05, "nms": 0.5, "max_det": 300}
     anchors = 1 if fcos else 9
@@ -167,7 +177,9 @@ def _two_stage(state: Weights) -> Parts:
     convs = sum(bool(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", key)) for key in state)
     depth = sum(bool(re.fullmatch(r"rpn\.head\.conv\.\d+\.0\.weight", key)) for key in state)
     if axis(state, "rpn.head.cls_logits.bias") != 3:
-        raise InputError("a torchvision RPN of other than 3 anchors per cell: their sizes cannot be told from the weights")
+        raise InputError(
+            "a torchvision RPN of other than 3 anchors per cell: their sizes cannot be told from the weights"
+        )
     pooling = {"type": "level", "samples": 2, "aligned": False}
     stage: Tree = {"type": "box", "pooling": pooling} | ({"convs": convs, "layers": 1} if convs else {})
     masks = any(key.startswith("roi_heads.mask_predictor.") for key in state)
@@ -182,14 +194,22 @@ def _two_stage(state: Weights) -> Parts:
         found = dict(given)
         keep = list(COCO_IDS) if axis(given, "roi_heads.box_predictor.cls_score.bias") == 91 else None
         for kind in ("weight", "bias"):
-            for layer, width in (("box_predictor.cls_score", 1), ("box_predictor.bbox_pred", 4), ("mask_predictor.mask_fcn_logits", 1)):
+            for layer, width in (
+                ("box_predictor.cls_score", 1),
+                ("box_predictor.bbox_pred", 4),
+                ("mask_predictor.mask_fcn_logits", 1),
+            ):
                 key = f"roi_heads.{layer}.{kind}"
                 if key in given:
                     if axis(given, key) != (count := axis(given, "roi_heads.box_predictor.cls_score.bias")) * width:
-                        raise InputError(f"the weights' {key} has {axis(given, key)} rows: {count} classes need {count * width}")
+                        raise InputError(
+                            f"the weights' {key} has {axis(given, key)} rows: {count} classes need {count * width}"
+                        )
                     by_class = given[key].unflatten(0, (-1, width))
                     classes = by_class[keep] if keep else by_class[1:]
-                    found[key] = (torch.cat([classes, by_class[:1]]) if layer.endswith("cls_score") else classes).flatten(0, 1)
+                    found[key] = (
+                        torch.cat([classes, by_class[:1]]) if layer.endswith("cls_score") else classes
+                    ).flatten(0, 1)
         return found
 
     return model, {"score": 0.05, "nms": 0.5, "max_det": 100}, TWO_STAGE, rows
@@ -209,15 +229,21 @@ def _folded(state: Weights, notes: list[str]) -> Weights:
             any(axis(state, one) != axis(state, f"{conv}weight") or state[one].ndim != 1 for one in parts)
             or state[f"{conv}weight"].ndim != 4
         ):
-            raise InputError(f"the weights' {norm}* is no batch norm of {conv}weight: it should have as many values as that has rows")
+            raise InputError(
+                f"the weights' {norm}* is no batch norm of {conv}weight: it should have as many values as that has rows"
+            )
         scale = state[f"{norm}weight"] * (state[key] + EPS).rsqrt()
         found[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
-        found[f"{conv}bias"] = state[f"{norm}bias"] + (state.get(f"{conv}bias", 0) - state[f"{norm}running_mean"]) * scale
+        found[f"{conv}bias"] = (
+            state[f"{norm}bias"] + (state.get(f"{conv}bias", 0) - state[f"{norm}running_mean"]) * scale
+        )
         for one in (*parts, f"{norm}num_batches_tracked"):
             found.pop(one, None)
         folded += 1
     if folded:
-        notes.append(f"{folded} batch norms outside the body are folded into their convolutions: training would go on without them")
+        notes.append(
+            f"{folded} batch norms outside the body are folded into their convolutions: training would go on without them"
+        )
     return found
 
 
@@ -227,5 +253,7 @@ def _without_eps(state: Weights, file: str, notes: list[str]) -> Weights:
     first = any(hash_ in file for hash_ in _WITHOUT_EPS) or "backbone.fpn.inner_blocks.0.weight" in state
     if not (frozen and first):
         return state
-    notes.append("the body's norms are those of torchvision's first weights, without an epsilon: it is taken off the variances")
+    notes.append(
+        "the body's norms are those of torchvision's first weights, without an epsilon: it is taken off the variances"
+    )
     return {k: v - EPS if k.startswith("backbone.body.") and k.endswith("running_var") else v for k, v in state.items()}

@@ -15,5 +15,7 @@ def axis(state: Mapping[str, Tensor], key: str, number: int = 0) -> int:
         raise InputError(f"the weights lack {key}, which tells the size of the detector: give a whole checkpoint")
     shape = tuple(state[key].shape)
     if len(shape) <= number or 0 in shape:
-        raise InputError(f"the weights' {key} has the shape {shape}: it should have {number + 1} axes or more, none of them empty")
+        raise InputError(
+            f"the weights' {key} has the shape {shape}: it should have {number + 1} axes or more, none of them empty"
+        )
     return shape[number]

@@ -65,4 +65,6 @@ def build(
         return make(**passed, **options)
     except InputError as error:
         text = str(error)
-        raise InputError(text if text.startswith(kind) or _NAMES_A_SLOT.match(text) else f"{kind} '{name}': {text}") from error
+        raise InputError(
+            text if text.startswith(kind) or _NAMES_A_SLOT.match(text) else f"{kind} '{name}': {text}"
+        ) from error

@@ -101,7 +101,9 @@ class Seen:
     @property
     def missing(self) -> list[str]:
         """What this detector does not have: some of PARTS, and regression, where boxes are read off maps of points (Grid R-CNN)."""
-        return [part for part in PARTS if part not in self.parts] + [kind for kind in KINDS[:2] if kind not in self.heat]
+        return [part for part in PARTS if part not in self.parts] + [
+            kind for kind in KINDS[:2] if kind not in self.heat
+        ]
 
 
 def layer_cam(feature: Tensor, gradient: Tensor) -> Tensor:
@@ -128,7 +130,11 @@ def look(detector: Detector, batch: Batch, label: int, alone: bool = False) -> S
             candidates = detector.head.decode(outputs.outputs)
             proposed = _Target.of(candidates, batch.sizes, 0, alone, found.box if alone else None)
             targets |= {"objectness": [proposed.odds], "proposals": proposed.sides}
-        heat = {kind: _maps(_places(detector, calls, kind, batch), ts) for kind, ts in targets.items() if ts[0].requires_grad}
+        heat = {
+            kind: _maps(_places(detector, calls, kind, batch), ts)
+            for kind, ts in targets.items()
+            if ts[0].requires_grad
+        }
     with torch.no_grad():
         gates = [*_msil_gates(detector, calls), *_lateral_gates(detector, calls)]
         chosen = [m for m in calls if isinstance(m, SMSL)]
@@ -140,7 +146,9 @@ def spread(heat: Tensor, stride: int, size: tuple[int, int], shown: tuple[int, i
     """A level's map (h, w), cells of `stride` pixels, over the image of `size` inside its padding, as a map of size `shown`."""
     h, w = heat.shape
     whole = F.interpolate(heat[None, None], size=(h * stride, w * stride), mode="bilinear", align_corners=False)
-    return F.interpolate(whole[..., : size[0], : size[1]], size=shown, mode="bilinear", antialias=True, align_corners=False)[0, 0]
+    return F.interpolate(
+        whole[..., : size[0], : size[1]], size=shown, mode="bilinear", antialias=True, align_corners=False
+    )[0, 0]
 
 
 def share_inside(heat: Tensor, boxes: Tensor) -> tuple[float, float]:
@@ -189,7 +197,11 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Call
             hook.remove()
 
 
-_NECKS, _INTERACTIONS, _GATES = tuple(NECKS.values()), tuple(INTERACTIONS.values()), (GCG, CAG, CoordinateAttention, CAM)
+_NECKS, _INTERACTIONS, _GATES = (
+    tuple(NECKS.values()),
+    tuple(INTERACTIONS.values()),
+    (GCG, CAG, CoordinateAttention, CAM),
+)
 
 
 @dataclass(frozen=True)
@@ -242,13 +254,22 @@ def _places(detector: Detector, calls: dict[nn.Module, list[Call]], kind: str, b
         if isinstance(module, MSFM):  # of each stage the last
             steps[2 ** round(math.log2(batch.images.shape[2] / seen[0].inputs[0].shape[2]))] = seen[0]
     if steps:
-        places.append(Row("before msfm", "before MSFM, each stage's last", "msfm", {s: call.inputs[0] for s, call in steps.items()}))
+        places.append(
+            Row(
+                "before msfm",
+                "before MSFM, each stage's last",
+                "msfm",
+                {s: call.inputs[0] for s, call in steps.items()},
+            )
+        )
         places.append(Row("after msfm", "after MSFM", "msfm", {s: call.outputs[0] for s, call in steps.items()}))
     taken = dict(zip(detector.backbone.levels.strides, calls[necks[0]][0].inputs))
     places.append(Row("body", "body", "neck", taken))
     for i, neck in enumerate(necks):
         key = "pyramid" if neck is necks[-1] else f"neck #{i}"
-        places.append(Row(key, f"after {_name(neck, NECKS)}", "neck", dict(zip(neck.levels.strides, calls[neck][0].outputs))))
+        places.append(
+            Row(key, f"after {_name(neck, NECKS)}", "neck", dict(zip(neck.levels.strides, calls[neck][0].outputs)))
+        )
     strides = detector.head.levels.strides
     if kind in KINDS[2:]:
         tower = {s: call.outputs[0] for s, call in zip(strides, calls[detector.head.tower])}
@@ -261,7 +282,9 @@ def _places(detector: Detector, calls: dict[nn.Module, list[Call]], kind: str, b
             before = {s: call.inputs[side] for s, call in zip(strides, calls[towers.interact])}
             places.append(Row("branch before", f"{after} before {name}", "branches", before))
             after = f"{after} after {name}"
-        places.append(Row("branch", after, "branches", {s: call.outputs[side] for s, call in zip(strides, calls[towers])}))
+        places.append(
+            Row("branch", after, "branches", {s: call.outputs[side] for s, call in zip(strides, calls[towers])})
+        )
     return places
 
 
@@ -307,7 +330,13 @@ def _each(value: Any, change: Any) -> Any:
 
 
 def _flat(value: Any) -> Features:
-    return [value] if isinstance(value, Tensor) else [x for part in value for x in _flat(part)] if isinstance(value, (list, tuple)) else []
+    return (
+        [value]
+        if isinstance(value, Tensor)
+        else [x for part in value for x in _flat(part)]
+        if isinstance(value, (list, tuple))
+        else []
+    )
 
 
 def _in_graph(x: Tensor) -> Tensor:

@@ -101,7 +101,13 @@ def _draw_rectangle(brush: ImageDraw.ImageDraw, box: Rectangle, mark: Mark, line
 
 
 def _tag(
-    brush: ImageDraw.ImageDraw, image: Image.Image, mark: Mark, box: Rectangle, pen: Pen, placed: list[Rectangle], small: list[Rectangle]
+    brush: ImageDraw.ImageDraw,
+    image: Image.Image,
+    mark: Mark,
+    box: Rectangle,
+    pen: Pen,
+    placed: list[Rectangle],
+    small: list[Rectangle],
 ) -> None:
     """Write the tag beside the box where it hides other tags and small boxes the least, or nowhere where tags cover half of it."""
     font = colors.font(mark.text, pen.font)
@@ -110,7 +116,15 @@ def _tag(
     width, height = round(font.getlength(text)) + 2 * pad, pen.font + pad
     x1, y1, x2, y2 = box
     best: tuple[float, Rectangle] | None = None
-    sides = [(x1, y1 - height), (x1, y2 + 1), (x2 - width, y1 - height), (x2 - width, y2 + 1), (x2 + 1, y1), (x1 - width, y1), (x1, y1)]
+    sides = [
+        (x1, y1 - height),
+        (x1, y2 + 1),
+        (x2 - width, y1 - height),
+        (x2 - width, y2 + 1),
+        (x2 + 1, y1),
+        (x1 - width, y1),
+        (x1, y1),
+    ]
     for rank, (left, top) in enumerate(sides):
         x = min(max(0, left), max(0, image.width - width))
         y = min(max(0, top), max(0, image.height - height))

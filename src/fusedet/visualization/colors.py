@@ -31,7 +31,9 @@ def colour(k: int) -> Colour:
     if k < len(_BASE):
         return rgb(_BASE[k])
     turn = k - len(_BASE)
-    red, green, blue = colorsys.hls_to_rgb((0.76 + turn * _GOLDEN) % 1, (0.62, 0.42, 0.78)[turn % 3], (0.75, 0.85, 0.7)[turn % 3])
+    red, green, blue = colorsys.hls_to_rgb(
+        (0.76 + turn * _GOLDEN) % 1, (0.62, 0.42, 0.78)[turn % 3], (0.75, 0.85, 0.7)[turn % 3]
+    )
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
@@ -74,7 +76,11 @@ def _font_file(letters: frozenset[str]) -> Path:
     usual = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     if letters <= _letters(usual):
         return usual
-    entries = (entry for entry in font_manager.fontManager.ttflist if entry.style == "normal" and "Last Resort" not in entry.name)
+    entries = (
+        entry
+        for entry in font_manager.fontManager.ttflist
+        if entry.style == "normal" and "Last Resort" not in entry.name
+    )
     others = (Path(entry.fname) for entry in entries)  # Last Resort holds every letter and draws none
     return next((file for file in dict.fromkeys(others) if letters <= _letters(file)), usual)
 

@@ -36,12 +36,22 @@ def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and 
     for row in shown:
         label = f"{row['name']}  {row['AP']:.3f}"
         line = (0, (4, 2)) if rest and order[row["name"]] >= half else "-"
-        axes.plot(row["recall"], _reached(row["precision"]), color=tint(order[row["name"]]), lw=1.6, ls=line, label=label, zorder=2)
+        axes.plot(
+            row["recall"],
+            _reached(row["precision"]),
+            color=tint(order[row["name"]]),
+            lw=1.6,
+            ls=line,
+            label=label,
+            zorder=2,
+        )
     axes.plot(pr["recall"], pr["mean"], color=DARK, lw=2.8, label=f"mean of {len(rows)}  {pr['AP']:.3f}", zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     letters = {"family": colors.families([row["name"] for row in shown]), "size": 9}
     heading = f"AP{100 * iou:g}" + (f": {half} best, {half} worst" if rest else "")
-    axes.legend(title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=letters, alignment="left")
+    axes.legend(
+        title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=letters, alignment="left"
+    )
     save(figure, path)
 
 
@@ -73,9 +83,23 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title:
     for (r, c), value in np.ndenumerate(share if k <= 25 else np.zeros((0, 0))):
         if not math.isnan(value) and value >= 0.005:
             text = f"{100 * value:.0f} %\n{matrix[r, c]}" if k <= 8 else f"{100 * value:.0f}"
-            axes.text(c, r, text, ha="center", va="center", fontsize=9 if k <= 8 else 8, color="white" if value > 0.6 else DARK)
+            axes.text(
+                c,
+                r,
+                text,
+                ha="center",
+                va="center",
+                fontsize=9 if k <= 8 else 8,
+                color="white" if value > 0.6 else DARK,
+            )
     bar = figure.colorbar(
-        image, ax=axes, fraction=0.04, pad=0.03, aspect=24, shrink=0.9 if k <= 25 else 0.5, format=lambda value, _: f"{100 * value:.0f} %"
+        image,
+        ax=axes,
+        fraction=0.04,
+        pad=0.03,
+        aspect=24,
+        shrink=0.9 if k <= 25 else 0.5,
+        format=lambda value, _: f"{100 * value:.0f} %",
     )
     bar.outline.set_visible(False)
     bar.set_label("share of the row", color=DARK)
@@ -106,7 +130,10 @@ def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by obje
 
 
 def differences(
-    rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Difference of AP", mean: Mapping[str, Any] | None = None
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    title: str = "Difference of AP",
+    mean: Mapping[str, Any] | None = None,
 ) -> None:
     """A point and its interval per row {name, difference, low, high}, the largest on top; those whose interval holds 0 are grey.
 
@@ -126,7 +153,13 @@ def differences(
     axes.axvline(0, color=DARK, lw=1.2)
     for place, row in enumerate(shown):
         tells = row["low"] > 0 or row["high"] < 0
-        colour = DARK if mean is not None and place == len(shown) - 1 else tint(6 if row["difference"] > 0 else 4) if tells else UNSURE
+        colour = (
+            DARK
+            if mean is not None and place == len(shown) - 1
+            else tint(6 if row["difference"] > 0 else 4)
+            if tells
+            else UNSURE
+        )
         axes.plot([row["low"], row["high"]], [place, place], color=colour, lw=2.2, solid_capstyle="round", zorder=2)
         axes.plot(row["difference"], place, "o", color=colour, ms=5, zorder=3)
     for line in lines:

@@ -65,7 +65,9 @@ def maps(
         axes.set_axis_off()
     for p, panel in enumerate(panels):
         left = p * (across + 1)
-        grid[0, left].set_title(panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([panel.title]))
+        grid[0, left].set_title(
+            panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([panel.title])
+        )
         for axes, column in zip(grid[0, left + 1 :], columns):
             axes.set_title(column, fontsize=9, color=DARK)
         for r, key in enumerate(captions):
@@ -77,11 +79,30 @@ def maps(
                 else:
                     axes.imshow(blank)
                     text = ABSENT if row is None else UNTOUCHED
-                    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="#767676")
+                    axes.text(
+                        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="#767676"
+                    )
     for r, caption in enumerate(captions.values()):
         axes = grid[r, 0]
-        axes.text(-0.06, 0.5, textwrap.fill(caption, 20), transform=axes.transAxes, ha="right", va="center", fontsize=9, color=DARK)
-    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, location="bottom", shrink=0.4, aspect=40, pad=0.02, ticks=MaxNLocator(4))
+        axes.text(
+            -0.06,
+            0.5,
+            textwrap.fill(caption, 20),
+            transform=axes.transAxes,
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=DARK,
+        )
+    bar = figure.colorbar(
+        ScalarMappable(scale, COLOURS),
+        ax=grid,
+        location="bottom",
+        shrink=0.4,
+        aspect=40,
+        pad=0.02,
+        ticks=MaxNLocator(4),
+    )
     bar.outline.set_visible(False)
     bar.set_label(unit, color=DARK, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
@@ -106,7 +127,9 @@ def shares(panels: Sequence[tuple[str, Sequence[str], np.ndarray, np.ndarray]], 
     figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
     top = max(float(ends.max()) for *_, ends in panels)
-    for axes, (name, levels, mean, ends) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    for axes, (name, levels, mean, ends) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
+    ):
         clean(axes)
         axes.grid(False, axis="x")
         axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([name]))
@@ -117,7 +140,11 @@ def shares(panels: Sequence[tuple[str, Sequence[str], np.ndarray, np.ndarray]], 
             axes.bar(at, mean[:, level], 0.9 * width, color=tint(level), label=levels[level])
             axes.vlines(at, ends[0, :, level], ends[1, :, level], color=DARK, lw=0.8)
         axes.axhline(1 / count, color=DARK, lw=1, ls=(0, (4, 3)))
-        axes.set_xticks(range(len(mean)), [f"to\n{level}" for level in levels] + ["to the\nglobal one"] * (len(mean) - count))
+        axes.set_xticks(
+            range(len(mean)), [f"to\n{level}" for level in levels] + ["to the\nglobal one"] * (len(mean) - count)
+        )
         axes.set(ylim=(0, min(1.0, 1.08 * top)), ylabel="weight")
-        axes.legend(title="taken from", alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+        axes.legend(
+            title="taken from", alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9
+        )
     save(figure, path)

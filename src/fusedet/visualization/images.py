@@ -68,7 +68,9 @@ def compare(
     best = best[found[2][best] >= score]
     guesses, labels, scores = (part[best].cpu().numpy() for part in found)
     objects, classes = (part.cpu().numpy() for part in truth)
-    idle, idle_classes = (np.zeros((0, 4)), np.zeros(0, int)) if ignore is None else (part.cpu().numpy() for part in ignore)
+    idle, idle_classes = (
+        (np.zeros((0, 4)), np.zeros(0, int)) if ignore is None else (part.cpu().numpy() for part in ignore)
+    )
     for part in (truth, found[:2]):
         _check(part[0], part[1], names)
     owner = owners(guesses.astype(float), labels, objects.astype(float), classes, idle.astype(float), idle_classes, iou)
@@ -103,7 +105,9 @@ def compare(
     return _legend(draw(drawing, [*marks, *rest], pen), legend, pen)
 
 
-def grid(images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None, cell: int = 320) -> Image.Image:
+def grid(
+    images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None, cell: int = 320
+) -> Image.Image:
     """Images in rows on white, each made to fit `cell` pixels, with a line of text below; about square by default.
 
     Raises InputError where there is no image or the captions are not one per image.
@@ -118,7 +122,9 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str] | None = None, c
     rows = [scaled[i : i + columns] for i in range(0, len(scaled), columns)]
     line = 0 if captions is None else round(size * 1.6)
     heights = [max(drawing.height for drawing in row) for row in rows]
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, sum(heights) + len(rows) * (line + gap) + gap), colors.WHITE)
+    sheet = Image.new(
+        "RGB", (columns * (cell + gap) + gap, sum(heights) + len(rows) * (line + gap) + gap), colors.WHITE
+    )
     pen = ImageDraw.Draw(sheet)
     top = gap
     for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
@@ -128,7 +134,13 @@ def grid(images: Sequence[Image.Image], captions: Sequence[str] | None = None, c
             if captions is not None:
                 caption = captions[r * columns + c]
                 font = colors.font(caption, size)
-                pen.text((left + cell / 2, top + height + line / 2), short(caption, font, cell), (40, 40, 40), font, anchor="mm")
+                pen.text(
+                    (left + cell / 2, top + height + line / 2),
+                    short(caption, font, cell),
+                    (40, 40, 40),
+                    font,
+                    anchor="mm",
+                )
         top += height + line + gap
     return sheet
 
@@ -141,7 +153,9 @@ def _fitted(drawing: Image.Image, cell: int) -> Image.Image:
 
 def _check(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
     if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-        raise InputError(f"boxes must be (N, 4) with labels (N,), they are {tuple(boxes.shape)} and {tuple(labels.shape)}")
+        raise InputError(
+            f"boxes must be (N, 4) with labels (N,), they are {tuple(boxes.shape)} and {tuple(labels.shape)}"
+        )
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if len(labels) and not 0 <= low <= high < len(names):
         raise InputError(f"labels must lie in 0..{len(names) - 1}, one per class name, they reach from {low} to {high}")

@@ -49,7 +49,9 @@ def density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
     return found
 
 
-def centres(points: Sequence[np.ndarray], names: Sequence[str], path: str | Path, title: str = "Where the objects' centres lie") -> None:
+def centres(
+    points: Sequence[np.ndarray], names: Sequence[str], path: str | Path, title: str = "Where the objects' centres lie"
+) -> None:
     """A panel per class: its density in one colour scale, the share of each quadrant, and up to 400 of its points.
 
     points: of each class (M, 2), x and y in shares of the image's width and height, from the upper left corner; names: of the classes.
@@ -82,7 +84,9 @@ def centres(points: Sequence[np.ndarray], names: Sequence[str], path: str | Path
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
         axes.set_title(f"{name}  {len(own):,}", loc="left", fontsize=9, color=DARK, fontfamily=colors.families([name]))
         axes.spines[:].set_color("#8c8c8c")
-    bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max")
+    bar = figure.colorbar(
+        ScalarMappable(scale, colours), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max"
+    )
     bar.outline.set_visible(False)
     bar.set_ticks([0, 1, 2, 3], labels=["0", "1, uniform", "2", "3"], fontsize=8, color=DARK)
     bar.set_label("density", color=DARK, fontsize=9)

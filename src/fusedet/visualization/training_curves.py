@@ -72,7 +72,9 @@ def _table(file: Path) -> dict[str, np.ndarray]:
     table = {name: np.array([_number(row[name]) for row in rows]) for name in (rows[0] if rows else ()) if name}
     table = {name: column for name, column in table.items() if not np.isnan(column).all()}
     if not table:
-        raise InputError(f"metrics file {file} holds no numbers: it must have a line of names and a line per step or epoch")
+        raise InputError(
+            f"metrics file {file} holds no numbers: it must have a line of names and a line per step or epoch"
+        )
     return table
 
 
@@ -98,7 +100,15 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _mark_best(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     if len(y):
         best = int(y.argmax())
-        axes.annotate(f"{y[best]:.3f}", (x[best], y[best]), (0, 5), textcoords="offset points", ha="center", fontsize=9, color=DARK)
+        axes.annotate(
+            f"{y[best]:.3f}",
+            (x[best], y[best]),
+            (0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=DARK,
+        )
 
 
 def _limit(axes: Axes, shown: list[np.ndarray]) -> None:

@@ -21,7 +21,9 @@ _EXPORTED = "_annotations.coco.json"
 _HEAD = 1 << 16
 
 
-def read(path: str | Path, split: str, *, images: str | Path | None = None, need_images: bool = True) -> DetectionDataset:
+def read(
+    path: str | Path, split: str, *, images: str | Path | None = None, need_images: bool = True
+) -> DetectionDataset:
     """Read a split of a dataset.
 
     path is a folder, a COCO json or a YOLO yaml. split is "train", "val", "test", ... or a file that is the split: a
@@ -91,8 +93,15 @@ def _form(path: Path) -> str:
             return "coco"
         raise InputError(f"{path} is neither a folder, a COCO .json nor a YOLO .yaml")
     if not any(path.iterdir()):
-        raise InputError(f"{path} is an empty folder: data must be a folder in COCO, VOC or YOLO form, a COCO json or a YOLO yaml")
-    voc = (path / "JPEGImages").is_dir() or (path / "ImageSets").is_dir() or _has(path / "Annotations", ".xml") or split_folders(path)
+        raise InputError(
+            f"{path} is an empty folder: data must be a folder in COCO, VOC or YOLO form, a COCO json or a YOLO yaml"
+        )
+    voc = (
+        (path / "JPEGImages").is_dir()
+        or (path / "ImageSets").is_dir()
+        or _has(path / "Annotations", ".xml")
+        or split_folders(path)
+    )
     found = [name for name, there in (("coco", _coco_files(path)), ("voc", voc), ("yolo", _yamls(path))) if there]
     if len(found) > 1:
         raise InputError(
@@ -104,7 +113,9 @@ def _form(path: Path) -> str:
         raise InputError(f"{path} looks like YOLO data, but has no data.yaml with 'names', 'train' and 'val'")
     inner = [str(f) for f in sorted(path.iterdir()) if f.is_dir() and (f / "ImageSets").is_dir()]
     hint = f": did you mean {' or '.join(inner)}?" if inner else ""
-    raise InputError(f"{path} holds no dataset in COCO (annotations/*.json), VOC (Annotations/*.xml) or YOLO (data.yaml) form{hint}")
+    raise InputError(
+        f"{path} holds no dataset in COCO (annotations/*.json), VOC (Annotations/*.xml) or YOLO (data.yaml) form{hint}"
+    )
 
 
 def _existing(split: str, path: Path) -> str:
@@ -162,7 +173,9 @@ def _coco_files(path: Path) -> dict[str, Path]:
     for file in sorted(path.glob(f"*/{_EXPORTED}")):
         found.setdefault(file.parent.name, file)
     short = [canonical(re.sub(r"\d{4}$", "", name)) for name in found]
-    return {s if s and short.count(s) == 1 else name: file for (name, file), s in zip(found.items(), short, strict=True)}
+    return {
+        s if s and short.count(s) == 1 else name: file for (name, file), s in zip(found.items(), short, strict=True)
+    }
 
 
 def _is_split(file: Path) -> bool:
@@ -174,9 +187,13 @@ def _coco_file(path: Path, split: str) -> Path:
     found = _coco_files(path)
     if path.is_file():
         if canonical(split) != "train":
-            raise InputError(f"{path} is one json file and has no split '{split}': give that as a file too, e.g. data.{split}=FILE.json")
+            raise InputError(
+                f"{path} is one json file and has no split '{split}': give that as a file too, e.g. data.{split}=FILE.json"
+            )
         return path
-    whole = [file for file in found.values() if file.stem.removeprefix("instances_").removeprefix("image_info_") == split]
+    whole = [
+        file for file in found.values() if file.stem.removeprefix("instances_").removeprefix("image_info_") == split
+    ]
     if whole:
         return whole[0]
     several = [name for name in found if re.fullmatch(re.escape(canonical(split)) + r"\d{4}", canonical(name))]

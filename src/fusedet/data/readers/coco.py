@@ -21,7 +21,11 @@ from fusedet.errors import InputError
 
 
 def read_coco(
-    json_file: str | Path, image_dir: str | Path | Sequence[Path], *, root: str | Path | None = None, need_images: bool = True
+    json_file: str | Path,
+    image_dir: str | Path | Sequence[Path],
+    *,
+    root: str | Path | None = None,
+    need_images: bool = True,
 ) -> DetectionDataset:
     """Read one COCO json whose `file_name`s are relative to image_dir; of several folders, the one that has most of them.
 
@@ -38,17 +42,23 @@ def read_coco(
     if not images:
         raise InputError(f"{file} lists no images: its 'images' is empty")
     file_names = _strings(images, "file_name", "image", file)
-    folder = max(folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100]))  # the first among equals
+    folder = max(
+        folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100])
+    )  # the first among equals
     paths = [inside(folder, name, Path(root or folder), source=file) for name in file_names]
     if need_images:
-        searched = " or ".join(map(str, folders[:3])) + (f" or {len(folders) - 3} more folders" if len(folders) > 3 else "")
+        searched = " or ".join(map(str, folders[:3])) + (
+            f" or {len(folders) - 3} more folders" if len(folders) > 3 else ""
+        )
         require_some(paths, searched, file)
     image_ids = _integers(images, "id", "image", file)
     sizes = np.column_stack([_integers(images, key, "image", file) for key in ("height", "width")])
     _refuse_doubles(image_ids, "image", file)
     if (sizes <= 0).any():
         i = int((sizes <= 0).any(axis=1).argmax())
-        raise InputError(f"{file}: image {image_ids[i]} ({file_names[i]}) is {sizes[i, 1]}x{sizes[i, 0]} pixels: both must be above 0")
+        raise InputError(
+            f"{file}: image {image_ids[i]} ({file_names[i]}) is {sizes[i, 1]}x{sizes[i, 0]} pixels: both must be above 0"
+        )
 
     rows = _rows(data, "annotations", file) if "annotations" in data else []
     doubtful = {annotation_cleaning.SAME_ID: _same_ids(rows), annotation_cleaning.AS_TEXT: _as_text(rows)}
@@ -62,7 +72,10 @@ def read_coco(
     segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
     del data, images, rows  # a large file's objects take a gigabyte
     shapes = sizes.tolist()
-    drawn = [o if not o or o[:1] == b"P" or fits(o, tuple(shapes[i])) else b"" for o, i in zip(segmentations, owners.tolist(), strict=True)]
+    drawn = [
+        o if not o or o[:1] == b"P" or fits(o, tuple(shapes[i])) else b""
+        for o, i in zip(segmentations, owners.tolist(), strict=True)
+    ]
     lost = sum(a != b for a, b in zip(segmentations, drawn, strict=True))
     return annotation_cleaning.gather(
         names,
@@ -98,7 +111,9 @@ def _load(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid json: {error}") from error
     if not isinstance(data, dict):
-        raise InputError(f"{file} is not COCO: it must be an object with 'images', 'annotations' and 'categories', not {_kind(data)}")
+        raise InputError(
+            f"{file} is not COCO: it must be an object with 'images', 'annotations' and 'categories', not {_kind(data)}"
+        )
     for key in ("images", "categories"):
         if key not in data:
             raise InputError(f"{file} is not COCO: the key '{key}' is missing")

@@ -92,7 +92,9 @@ def voc_splits(root: str | Path) -> dict[str, str]:
     stems = {file.stem for file in lists}
     # VOC's own folders also hold a list per class, like dog_train.txt
     found = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{other}") for other in stems)}
-    return {canonical(name): at for name, at in found.items()} | {canonical(f.name): str(f) for f in split_folders(root)}
+    return {canonical(name): at for name, at in found.items()} | {
+        canonical(f.name): str(f) for f in split_folders(root)
+    }
 
 
 def split_folders(root: Path) -> list[Path]:
@@ -142,7 +144,9 @@ def parse(file: str) -> Annotation:
     names = tuple(_name_of(node, file) for node in nodes)
     boxes = np.array([_box(node, name, file) for node, name in zip(nodes, names)], dtype=np.float64).reshape(-1, 4)
     difficult = np.array([_float(node, "difficult", file, 0.0) != 0 for node in nodes], dtype=bool)
-    return Annotation(file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, names, boxes, difficult)
+    return Annotation(
+        file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, names, boxes, difficult
+    )
 
 
 def _name_of(node: ElementTree.Element, file: str) -> str:
@@ -190,7 +194,9 @@ def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, l
         found = voc_splits(root)
         main = root / "ImageSets" / "Main"
         if not found and not any(main.glob("*.txt")):
-            raise InputError(f"{root} has no lists of images: VOC needs {main}/{split}.txt with an image's name in each line")
+            raise InputError(
+                f"{root} has no lists of images: VOC needs {main}/{split}.txt with an image's name in each line"
+            )
         at = main / f"{split}.txt"
         at = at if at.is_file() else Path(choose(found, str(split), root))
     if at.is_dir():
@@ -230,7 +236,9 @@ def _classes(root: Path, parsed: dict[str, Annotation]) -> list[str]:
             return classes
     classes = sorted({name for row in parsed.values() for name in row.names})
     if not classes:
-        raise InputError(f"not one annotation in {root} has an object, so there are no class names: list them in {root / 'labels.txt'}")
+        raise InputError(
+            f"not one annotation in {root} has an object, so there are no class names: list them in {root / 'labels.txt'}"
+        )
     return classes
 
 

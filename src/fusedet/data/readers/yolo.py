@@ -16,7 +16,16 @@ import yaml
 from fusedet.config.loading import LARGEST, LONGEST, count_values
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset, pack_segmentation
-from fusedet.data.image_files import canonical, choose, image_sizes, images_below, inside, read_text, require_text, within
+from fusedet.data.image_files import (
+    canonical,
+    choose,
+    image_sizes,
+    images_below,
+    inside,
+    read_text,
+    require_text,
+    within,
+)
 from fusedet.data.segmentation import drawable
 from fusedet.errors import InputError
 
@@ -94,7 +103,9 @@ def load(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if large:
-        raise InputError(f"{file} is larger than any YOLO data file: it has more than {LONGEST} characters, or {LARGEST} values")
+        raise InputError(
+            f"{file} is larger than any YOLO data file: it has more than {LONGEST} characters, or {LARGEST} values"
+        )
     if not isinstance(data, dict) or "names" not in data:
         raise InputError(f"{file} is not a YOLO data file: it must hold 'names', 'train' and 'val'")
     return data
@@ -162,7 +173,9 @@ def _root(data: dict[str, Any], file: Path) -> Path:
     for folder in (file.parent / given, Path(given)):
         if os.path.isdir(folder):
             return folder
-    raise InputError(f"{file}: its 'path' {given} does not exist: correct it, or remove it where the data lies beside the yaml")
+    raise InputError(
+        f"{file}: its 'path' {given} does not exist: correct it, or remove it where the data lies beside the yaml"
+    )
 
 
 def _images(entry: str | list[str], root: Path, file: Path) -> list[str]:
@@ -199,8 +212,12 @@ def _listed(list_file: Path, root: Path) -> list[str]:
             f"{list_file} names the file '{away[0]}', which lies outside the data folder {root}: let the yaml's 'path' name a folder that "
             "holds it"
         )
-    base = next((folder for folder in (list_file.parent, root) if relative and os.path.exists(folder / relative[0])), root)
-    return [name if os.path.isabs(name) else os.path.normpath(inside(base, name, root, source=list_file)) for name in names]
+    base = next(
+        (folder for folder in (list_file.parent, root) if relative and os.path.exists(folder / relative[0])), root
+    )
+    return [
+        name if os.path.isabs(name) else os.path.normpath(inside(base, name, root, source=list_file)) for name in names
+    ]
 
 
 def _lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
@@ -217,7 +234,9 @@ def _lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
         if not number.is_integer():
             raise InputError(f"{where}: the class must be a whole number, not {words[0][:20]}")
         if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-            raise InputError(f"{where}: {len(words)} values, but a line is 'class cx cy w h' or 'class x1 y1 x2 y2 x3 y3 ...'")
+            raise InputError(
+                f"{where}: {len(words)} values, but a line is 'class cx cy w h' or 'class x1 y1 x2 y2 x3 y3 ...'"
+            )
         yield int(number), values, where
 
 

@@ -80,12 +80,16 @@ def neck(parts: list[Part]) -> tuple[Any, Tree]:
     first.need("end_level", -1)
     first.need("no_norm_on_lateral", False)
     if first.part("upsample_cfg").get("mode", "nearest") != "nearest":
-        raise InputError(f"MMDetection's {first.where}.upsample_cfg is not here: what can be converted upsamples by nearest neighbours")
+        raise InputError(
+            f"MMDetection's {first.where}.upsample_cfg is not here: what can be converted upsamples by nearest neighbours"
+        )
     normed = norm(first, "norm_cfg", None, None, *(["GN"] if kind == "FPN" else [])) == "GN"
     start, count = first.integer("start_level", 0, 0, 3), first.integer("num_outs", 5, 1, 16)
     pyramid: Tree = {"channels": first.integer("out_channels", 256), "finest": 2 + start, "coarsest": 1 + start + count}
     if count < 4 - start:
-        raise InputError(f"MMDetection's {first.where}.num_outs={count} leaves out a level of the body: there are {4 - start} or more here")
+        raise InputError(
+            f"MMDetection's {first.where}.num_outs={count} leaves out a level of the body: there are {4 - start} or more here"
+        )
     pyramid["top"] = _top(first, count - (4 - start))
     specs.append({"type": kind.lower()} | ({"norm": True} if normed else {}))
     first.rest("relu_before_extra_convs", "extra_convs_on_inputs")
@@ -109,7 +113,9 @@ def _top(part: Part, more: int) -> str:
     if more < 2:  # no second convolution that a ReLU could precede
         relu = extra == "on_output"
     if (extra, relu) not in _TOPS:
-        raise InputError(f"MMDetection's {part.where}.add_extra_convs={extra!r} is not here: on_input and on_output can be converted")
+        raise InputError(
+            f"MMDetection's {part.where}.add_extra_convs={extra!r} is not here: on_input and on_output can be converted"
+        )
     return _TOPS[extra, relu]
 
 
@@ -121,7 +127,9 @@ def normalisation(config: Mapping[str, Any], notes: list[str]) -> tuple[list[flo
         bgr = not part.flag("bgr_to_rgb", False)
         part.need("rgb_to_bgr", False)
         if (divisor := part.integer("pad_size_divisor", 1)) != 32:
-            notes.append(f"images were padded to multiples of {divisor}, here of 32: values near the right and lower edge may differ")
+            notes.append(
+                f"images were padded to multiples of {divisor}, here of 32: values near the right and lower edge may differ"
+            )
     else:
         found = config.get("img_norm_cfg") or _step(config, "Normalize")
         if not found:

@@ -9,7 +9,17 @@ from fusedet.errors import InputError, checked
 
 _LARGEST = 1e30  # what a float32 holds with package for products
 # what changes no prediction and has its own place here, or none
-_SILENT = {"type", "pretrained", "init_cfg", "with_cp", "zero_init_residual", "in_channels", "conv_cfg", "act_cfg", "num_classes"}
+_SILENT = {
+    "type",
+    "pretrained",
+    "init_cfg",
+    "with_cp",
+    "zero_init_residual",
+    "in_channels",
+    "conv_cfg",
+    "act_cfg",
+    "num_classes",
+}
 
 
 class Part:
@@ -79,14 +89,18 @@ class Part:
         value = list(value) if isinstance(value, tuple) else value
         if value not in right:
             shown = " or ".join(repr(r) for r in right)
-            raise InputError(f"MMDetection's {self.where}.{key}={value!r} is not here: what can be converted has {shown}")
+            raise InputError(
+                f"MMDetection's {self.where}.{key}={value!r} is not here: what can be converted has {shown}"
+            )
         return value
 
     def kind(self, *right: str) -> str:
         """The type, without a registry's scope ("mmdet.ResNet"); one of these."""
         value = str(self.get("type", right[0])).rpartition(".")[2]
         if value not in right:
-            raise InputError(f"MMDetection's {self.where}.type={value} is not here: {', '.join(right)} can be converted")
+            raise InputError(
+                f"MMDetection's {self.where}.type={value} is not here: {', '.join(right)} can be converted"
+            )
         return value
 
     def rest(self, *silent: str) -> None:
@@ -111,7 +125,11 @@ def norm(part: Part, key: str, default: str | None, *kinds: str | None) -> str |
     kind = {"SyncBN": "BN", "naiveSyncBN": "BN"}.get(str(kind), kind)
     if kind not in kinds:
         shown = " or ".join(str(k) for k in kinds)
-        raise InputError(f"MMDetection's {part.where}.{key} is {kind}, which is not here: what can be converted has {shown}")
+        raise InputError(
+            f"MMDetection's {part.where}.{key} is {kind}, which is not here: what can be converted has {shown}"
+        )
     if kind == "GN" and found and found.integer("num_groups", 32) != 32:
-        raise InputError(f"MMDetection's {part.where}.{key} has {found.get('num_groups')} groups: what can be converted has 32")
+        raise InputError(
+            f"MMDetection's {part.where}.{key} has {found.get('num_groups')} groups: what can be converted has 32"
+        )
     return kind

@@ -17,7 +17,15 @@ _DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", "SingleStageDetecto
 _TWO_STAGE = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
 DETECTORS = (*_DENSE, *_TWO_STAGE)
 _ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
-_ROI_KEYS_OF_1X = ("bbox_roi_extractor", "bbox_head", "mask_roi_extractor", "mask_head", "grid_roi_extractor", "grid_head", "num_stages")
+_ROI_KEYS_OF_1X = (
+    "bbox_roi_extractor",
+    "bbox_head",
+    "mask_roi_extractor",
+    "mask_head",
+    "grid_roi_extractor",
+    "grid_head",
+    "num_stages",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Ar
     if values.get("backbone"):
         facts["style"] = backbone(Part("model.backbone", values["backbone"], notes)).get("style", "pytorch")
         pixels = normalisation({**config, "model": values}, notes)
-        notes.append(f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}")
+        notes.append(
+            f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}"
+        )
     if pixels is None:
         notes.append(
             f"the checkpoint does not say how its images were: RGB, no antialiasing, and mean and style as {name} has them, are taken; "

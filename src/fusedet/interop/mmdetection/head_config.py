@@ -88,7 +88,16 @@ def vfnet(part: Part, train: Part, pyramid: Tree, keys: Keys) -> Tree:
     found |= {"alpha": loss.number("alpha", 0.75), "gamma": loss.number("gamma", 2.0)}
     found["box_weight"] = part.part("loss_bbox").number("loss_weight", 1.5)
     found["refine_weight"] = part.part("loss_bbox_refine").number("loss_weight", 2.0)
-    part.rest("train_cfg", "test_cfg", "use_vfl", "conv_bias", "center_sampling", "regress_ranges", "loss_cls_fl", "bbox_coder")
+    part.rest(
+        "train_cfg",
+        "test_cfg",
+        "use_vfl",
+        "conv_bias",
+        "center_sampling",
+        "regress_ranges",
+        "loss_cls_fl",
+        "bbox_coder",
+    )
     return found
 
 
@@ -147,7 +156,10 @@ def rpn(part: Part, train: Part, proposal: Part, test: Part, pyramid: Tree) -> T
         found["allowed_border"] = border
     found |= box_loss(part, "l1", "smooth_l1")
     found["nms"], found["proposals"] = nms(test, 0.7), _most(test, 1000)
-    found["train_proposals"], found["train_pre_nms"] = _most(proposal, found["proposals"]), proposal.integer("nms_pre", 2000)
+    found["train_proposals"], found["train_pre_nms"] = (
+        _most(proposal, found["proposals"]),
+        proposal.integer("nms_pre", 2000),
+    )
     part.rest("train_cfg", "test_cfg", "target_means", "target_stds")
     return found
 
@@ -165,7 +177,10 @@ def nms(test: Part, default: float) -> float:
 
 
 def _most(test: Part, default: int) -> int:
-    return next((test.integer(key, default) for key in ("max_per_img", "max_num", "nms_post") if test.get(key) is not None), default)
+    return next(
+        (test.integer(key, default) for key in ("max_per_img", "max_num", "nms_post") if test.get(key) is not None),
+        default,
+    )
 
 
 def anchors(part: Part, pyramid: Tree, form: str) -> Tree:
@@ -188,7 +203,9 @@ def anchors(part: Part, pyramid: Tree, form: str) -> Tree:
     )
     octaves = [base * 2 ** (i / count) for i in range(count)]
     if any(abs(a - b) > 1e-4 * b for a, b in zip(scales, octaves)) or (form == "scale" and count != 1):
-        right = "one scale" if form == "scale" else "the scales of octaves, octave_base_scale * 2^(i / scales_per_octave)"
+        right = (
+            "one scale" if form == "scale" else "the scales of octaves, octave_base_scale * 2^(i / scales_per_octave)"
+        )
         raise InputError(f"MMDetection's {generator.where} has the scales {scales}: what can be converted has {right}")
     found: Tree = {"scale": base} if form == "scale" else {"base_scale": base, "scales_per_octave": count}
     found["ratios"] = ratios
@@ -219,10 +236,16 @@ def box_loss(part: Part, *kinds: str) -> Tree:
     theirs = str(loss.get("type", "L1Loss")).rpartition(".")[2]
     ours = _BOX_LOSSES.get(theirs)
     if ours not in kinds:
-        part.notes.append(f"further training has the loss of codes {kinds[0]} where MMDetection's {part.where} has {theirs}")
+        part.notes.append(
+            f"further training has the loss of codes {kinds[0]} where MMDetection's {part.where} has {theirs}"
+        )
         ours = kinds[0]
     beta = loss.number("beta", 1.0)
-    if ours == "balanced_l1" and (shape := (loss.number("alpha", 0.5), loss.number("gamma", 1.5), beta)) != (0.5, 1.5, 1.0):
+    if ours == "balanced_l1" and (shape := (loss.number("alpha", 0.5), loss.number("gamma", 1.5), beta)) != (
+        0.5,
+        1.5,
+        1.0,
+    ):
         part.notes.append(
             f"further training has the balanced L1 loss with alpha=0.5, gamma=1.5, beta=1.0 where MMDetection's {part.where} has "
             f"alpha={shape[0]}, gamma={shape[1]}, beta={shape[2]}"

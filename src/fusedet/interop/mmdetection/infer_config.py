@@ -39,10 +39,15 @@ def guess(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
         model = {"type": "TwoStageDetector", "rpn_head": _rpn(state), "roi_head": _roi(state, notes)}
         if model["roi_head"]["type"] == "GridRoIHead":
             model["test_cfg"] = {"rcnn": {"score_thr": 0.03, "nms": {"iou_threshold": 0.3}}}
-    model["backbone"], model["neck"] = body(state), _neck(state, "scales" if "bbox_head.scales.0.scale" in state else "")
+    model["backbone"], model["neck"] = (
+        body(state),
+        _neck(state, "scales" if "bbox_head.scales.0.scale" in state else ""),
+    )
     _anchors(model.get("rpn_head") or head, legacy)
     if model["backbone"]["depth"] >= 50:
-        notes.append("where bottlenecks have their stride cannot be told from the weights: style=pytorch is taken, give --config for caffe")
+        notes.append(
+            "where bottlenecks have their stride cannot be told from the weights: style=pytorch is taken, give --config for caffe"
+        )
     notes.append(
         "no config was given: thresholds, the scales of anchors, how images are resized and settings of the training are the usual ones"
     )
@@ -60,17 +65,23 @@ def body(state: Weights) -> Tree:
     deep = "backbone.layer1.0.conv3.weight" in state
     depth = (_DEEP if deep else _DEPTHS).get(blocks)
     if depth is None or "backbone.conv1.weight" not in state:
-        raise InputError(f"the weights' body is no ResNet or ResNeXt that is known here: its four stages have {list(blocks)} blocks")
+        raise InputError(
+            f"the weights' body is no ResNet or ResNeXt that is known here: its four stages have {list(blocks)} blocks"
+        )
     found: Tree = {"type": "ResNet", "depth": depth, "frozen_stages": 1, "norm_eval": True}
     width, inputs = (axis(state, "backbone.layer1.0.conv2.weight", i) for i in (0, 1))
     if deep and width != inputs:
         found |= {"type": "ResNeXt", "groups": width // inputs, "base_width": inputs}
     offsets = [
-        next((k for k in state if re.match(rf"backbone\.layer{i}\.\d+\.conv2(_|\.conv_)offset.*weight", k)), None) for i in (1, 2, 3, 4)
+        next((k for k in state if re.match(rf"backbone\.layer{i}\.\d+\.conv2(_|\.conv_)offset.*weight", k)), None)
+        for i in (1, 2, 3, 4)
     ]
     rows = [axis(state, k) for k in offsets if k is not None]
     if rows:
-        found |= {"dcn": {"type": "DCNv2" if rows[0] == 27 else "DCN"}, "stage_with_dcn": [k is not None for k in offsets]}
+        found |= {
+            "dcn": {"type": "DCNv2" if rows[0] == 27 else "DCN"},
+            "stage_with_dcn": [k is not None for k in offsets],
+        }
     return found
 
 
@@ -81,7 +92,9 @@ def _neck(state: Weights, points: str) -> Any:
     laterals = _count(state, rf"{re.escape(prefix)}lateral_convs\.(\d+)\.")
     outputs = _count(state, rf"{re.escape(prefix)}fpn_convs\.(\d+)\.")
     if not laterals:
-        raise InputError("the weights' neck is none that is known here by its names: FPN, PAFPN and BFP behind them are")
+        raise InputError(
+            "the weights' neck is none that is known here by its names: FPN, PAFPN and BFP behind them are"
+        )
     found: Tree = {
         "type": "PAFPN" if f"{prefix}pafpn_convs.0.conv.weight" in state else "FPN",
         "out_channels": axis(state, f"{prefix}lateral_convs.0.conv.weight"),
@@ -97,7 +110,13 @@ def _neck(state: Weights, points: str) -> Any:
         found |= {"add_extra_convs": "on_input" if on_input else "on_output", "relu_before_extra_convs": bool(points)}
     if not many:
         return found
-    refine = "conv" if "neck.1.refine.conv.weight" in state else "non_local" if any(k.startswith("neck.1.refine.") for k in state) else None
+    refine = (
+        "conv"
+        if "neck.1.refine.conv.weight" in state
+        else "non_local"
+        if any(k.startswith("neck.1.refine.") for k in state)
+        else None
+    )
     level = 1 if laterals == 3 else 2  # Libra's RetinaNet and Faster R-CNN
     return [found, {"type": "BFP", "num_levels": found["num_outs"], "refine_level": level, "refine_type": refine}]
 
@@ -122,7 +141,9 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
     if "bbox_head.reppoints_cls_out.weight" in state:
         method = "moment" if "bbox_head.moment_transfer" in state else "minmax"
         if method == "minmax":
-            notes.append("transform_method=minmax is taken; partial_minmax has the same weights: give --config if it was that")
+            notes.append(
+                "transform_method=minmax is taken; partial_minmax has the same weights: give --config if it was that"
+            )
         points = "bbox_head.reppoints_pts_init_out.weight"
         return found | {
             "type": "RepPointsHead",
@@ -141,14 +162,19 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
 def _rpn(state: Weights) -> Tree:
     anchors = axis(state, "rpn_head.rpn_cls.weight")
     if anchors != 3:
-        raise InputError(f"an RPN with {anchors} anchors per cell: their scales and ratios cannot be told from the weights, give --config")
+        raise InputError(
+            f"an RPN with {anchors} anchors per cell: their scales and ratios cannot be told from the weights, give --config"
+        )
     convs = _count(state, r"rpn_head\.rpn_conv\.(\d+)\.")
     return {"type": "RPNHead", "num_convs": max(convs, 1), "feat_channels": axis(state, "rpn_head.rpn_cls.weight", 1)}
 
 
 def _anchors(head: Tree, legacy: bool) -> None:
     """The usual anchors, in the form of the line."""
-    usual: dict[str, Tree] = {"RPNHead": {"scales": [8]}, "RetinaHead": {"octave_base_scale": 4, "scales_per_octave": 3}}
+    usual: dict[str, Tree] = {
+        "RPNHead": {"scales": [8]},
+        "RetinaHead": {"octave_base_scale": 4, "scales_per_octave": 3},
+    }
     scales = usual.get(head["type"])
     if scales is None:
         return
@@ -166,10 +192,16 @@ def _roi(state: Weights, notes: list[str]) -> Tree:
     if stages:
         stds = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
         if stages != 3:
-            raise InputError(f"a cascade of {stages} stages: how its codes are scaled cannot be told from the weights, give --config")
-        codes = [head | {"bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": std}} for head, std in zip(heads, stds)]
+            raise InputError(
+                f"a cascade of {stages} stages: how its codes are scaled cannot be told from the weights, give --config"
+            )
+        codes = [
+            head | {"bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": std}} for head, std in zip(heads, stds)
+        ]
         found = {"type": "CascadeRoIHead", "bbox_head": codes, "stage_loss_weights": [1, 0.5, 0.25]}
-    if masks := [k for k in state if k.startswith("roi_head.mask_head.") and k.endswith(("upsample.bias", "conv_logits.bias"))]:
+    if masks := [
+        k for k in state if k.startswith("roi_head.mask_head.") and k.endswith(("upsample.bias", "conv_logits.bias"))
+    ]:
         convs = _count(state, r"roi_head\.mask_head\.(?:\d+\.)?convs\.(\d+)\.")
         width = next((axis(state, k) for k in masks if k.endswith("upsample.bias")), 256)
         found["mask_head"] = {"type": "FCNMaskHead", "num_convs": convs, "conv_out_channels": width}

@@ -17,7 +17,9 @@ Weights = dict[str, Tensor]
 
 def modern(state: Weights) -> Weights:
     """A state dict of the 1.x line by the names and rows of 3.x."""
-    two_stage = any(key.startswith("rpn_head.") for key in state) and any(re.match(r"bbox_head\.(\d+\.)?fc_cls\.", key) for key in state)
+    two_stage = any(key.startswith("rpn_head.") for key in state) and any(
+        re.match(r"bbox_head\.(\d+\.)?fc_cls\.", key) for key in state
+    )
     found = {}
     for key, value in state.items():
         name = re.sub(r"^(bbox_head|mask_head|grid_head)\.", r"roi_head.\1.", key) if two_stage else key

@@ -79,7 +79,9 @@ def read(path: str | Path) -> dict[str, Any]:
         raise _own(path)
     if not path.is_file():
         raise InputError(
-            f"there is no file {path}" if not path.is_dir() else f"{path} is a folder: give a checkpoint's file, such as {path}/latest.pth"
+            f"there is no file {path}"
+            if not path.is_dir()
+            else f"{path} is a folder: give a checkpoint's file, such as {path}/latest.pth"
         )
     if path.suffix == ".safetensors":
         return _safetensors(path)
@@ -91,7 +93,17 @@ def read(path: str | Path) -> dict[str, Any]:
         found = re.search(r"GLOBAL (\w[\w.]*\w)", str(error)) or re.search(r"Can only .*|Trying to .*", str(error))
         what = found[found.re.groups] if found else "something else than tensors and plain values"
         raise InputError(f"{path} holds {what}, which no checkpoint of weights needs: it is not run") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError, MemoryError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        MemoryError,
+    ) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(content, Mapping):
         raise InputError(
@@ -133,11 +145,16 @@ def weights(content: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]
     under `ema_state_dict`, or, before 3.x, under names that begin with "ema_". Where there is nothing but `ema_state_dict`, that is it.
     Raises InputError where there are none.
     """
-    holder = next((content[key] for key in ("state_dict", "ema_state_dict", "model") if isinstance(content.get(key), Mapping)), content)
+    holder = next(
+        (content[key] for key in ("state_dict", "ema_state_dict", "model") if isinstance(content.get(key), Mapping)),
+        content,
+    )
     state = {str(key): value.detach() for key, value in holder.items() if isinstance(value, Tensor)}
     if state and all(key.startswith("module.") for key in state if key != "steps"):
         state = {key.removeprefix("module."): value for key, value in state.items() if key != "steps"}
     state = {key: value for key, value in state.items() if not key.startswith(("ema_", "data_preprocessor."))}
     if not state:
-        raise InputError(f"{source} holds no weights: there should be tensors by name, under 'state_dict' or at its top")
+        raise InputError(
+            f"{source} holds no weights: there should be tensors by name, under 'state_dict' or at its top"
+        )
     return state

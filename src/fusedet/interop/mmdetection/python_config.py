@@ -69,9 +69,15 @@ def parse(text: str, name: str, folder: Path | None = None, children: tuple[Path
 
 def merged(below: Any, above: Any) -> Any:
     """`above` laid over `below`: mappings key by key, unless `above` says `_delete_`; a list's items by number; all else replaced."""
-    if isinstance(above, dict) and isinstance(below, list) and above and all(str(k).isdigit() and int(k) < len(below) for k in above):
+    if (
+        isinstance(above, dict)
+        and isinstance(below, list)
+        and above
+        and all(str(k).isdigit() and int(k) < len(below) for k in above)
+    ):
         return [
-            merged(item, above.get(str(i), above.get(i, {}))) if str(i) in above or i in above else item for i, item in enumerate(below)
+            merged(item, above.get(str(i), above.get(i, {}))) if str(i) in above or i in above else item
+            for i, item in enumerate(below)
         ]
     if not isinstance(above, dict):
         return above
@@ -165,7 +171,9 @@ class _Reader:
                 return self.mapping(zip(node.keys, node.values))
             case ast.Call(func=ast.Name(id="dict"), args=args):
                 pairs = dict(self.value(args[0])) if len(args) == 1 else {}
-                return pairs | self.mapping((None if k.arg is None else ast.Constant(k.arg), k.value) for k in node.keywords)
+                return pairs | self.mapping(
+                    (None if k.arg is None else ast.Constant(k.arg), k.value) for k in node.keywords
+                )
             case ast.Call(func=ast.Name(id="list" | "tuple" as kind), args=[one], keywords=[]):
                 return list(self.value(one)) if kind == "list" else tuple(self.value(one))
             case ast.Attribute(value=inner, attr=name):
@@ -173,10 +181,16 @@ class _Reader:
             case ast.Subscript(value=inner, slice=index):
                 return self.guarded(node, lambda: self.value(inner)[self.index(index)])
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not() as op, operand=inner):
-                signs: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+                signs: dict[type, Callable[[Any], Any]] = {
+                    ast.USub: operator.neg,
+                    ast.UAdd: operator.pos,
+                    ast.Not: operator.not_,
+                }
                 return self.guarded(node, lambda: signs[type(op)](self.value(inner)))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return self.guarded(node, lambda: self.combined(node, _BINARY[type(op)], self.value(left), self.value(right)))
+                return self.guarded(
+                    node, lambda: self.combined(node, _BINARY[type(op)], self.value(left), self.value(right))
+                )
             case ast.IfExp(test=test, body=body, orelse=other):
                 return self.value(body) if self.value(test) else self.value(other)
             case ast.JoinedStr(values=parts):

@@ -24,14 +24,20 @@ def roi(part: Part, trains: list[Part], legacy: bool) -> Tree:
     weights = part.numbers("stage_loss_weights", [1.0] * len(heads))
     trains = (trains or [Part("model.train_cfg.rcnn", None, part.notes)]) * (len(heads) if len(trains) < 2 else 1)
     if not len(heads) == len(weights) == len(trains):
-        raise InputError(f"MMDetection's {part.where} has {len(heads)} stages, {len(weights)} loss weights and {len(trains)} train_cfg")
+        raise InputError(
+            f"MMDetection's {part.where} has {len(heads)} stages, {len(weights)} loss weights and {len(trains)} train_cfg"
+        )
     pooled = part.parts("bbox_roi_extractor")[:1]
     stages = [_stage(h, w, t, _pooling(pooled, legacy, 7), kind) for h, w, t in zip(heads, weights, trains)]
     branches = []
     if masks := part.parts("mask_head")[:1]:
         branches.append(_mask(masks[0], _pooling(part.parts("mask_roi_extractor")[:1] or pooled, legacy, 14)))
     if kind == "GridRoIHead":
-        branches.append(_grid(part.part("grid_head"), trains[0], _pooling(part.parts("grid_roi_extractor")[:1] or pooled, legacy, 14)))
+        branches.append(
+            _grid(
+                part.part("grid_head"), trains[0], _pooling(part.parts("grid_roi_extractor")[:1] or pooled, legacy, 14)
+            )
+        )
     part.rest("train_cfg", "test_cfg", "num_stages")
     return {"stages": stages, "branches": branches}
 
@@ -40,7 +46,10 @@ def _stage(head: Part, weight: float, train: Part, pooling: Tree, kind: str) -> 
     theirs = head.kind("Shared2FCBBoxHead", "ConvFCBBoxHead", "SharedFCBBoxHead", "Shared4Conv1FCBBoxHead")
     four = theirs == "Shared4Conv1FCBBoxHead"
     convs, layers = (4, 1) if four else (0, 0 if theirs == "ConvFCBBoxHead" else 2)
-    convs, layers = head.integer("num_shared_convs", convs), head.integer("num_shared_fcs", head.integer("num_fcs", layers))
+    convs, layers = (
+        head.integer("num_shared_convs", convs),
+        head.integer("num_shared_fcs", head.integer("num_fcs", layers)),
+    )
     for key in ("num_cls_convs", "num_cls_fcs", "num_reg_convs", "num_reg_fcs"):
         head.need(key, 0)
     if (convs, layers) not in ((0, 2), (4, 1)):
@@ -54,11 +63,17 @@ def _stage(head: Part, weight: float, train: Part, pooling: Tree, kind: str) -> 
         if str(head.part(key).get("type", "Linear")) != "Linear":
             raise InputError(f"MMDetection's {head.where}.{key} is not here: what can be converted has Linear")
     if head.part("loss_cls").flag("use_sigmoid", False):
-        raise InputError(f"MMDetection's {head.where}.loss_cls.use_sigmoid=True is not here: what can be converted has the softmax")
+        raise InputError(
+            f"MMDetection's {head.where}.loss_cls.use_sigmoid=True is not here: what can be converted has the softmax"
+        )
     sampler = train.part("sampler")
     found: Tree = {"type": "dynamic" if kind == "DynamicRoIHead" else "box"} | pooling
     found |= {"channels": head.integer("fc_out_channels", 1024)} | ({"convs": convs, "layers": layers} if four else {})
-    found |= {"stds": code(head, None), "num": sampler.integer("num", 512), "fraction": sampler.number("pos_fraction", 0.25)}
+    found |= {
+        "stds": code(head, None),
+        "num": sampler.integer("num", 512),
+        "fraction": sampler.number("pos_fraction", 0.25),
+    }
     found["positive"] = train.part("assigner").number("pos_iou_thr", 0.5)
     if head.flag("reg_class_agnostic", False):
         found["class_agnostic"] = True
@@ -74,7 +89,9 @@ def _stage(head: Part, weight: float, train: Part, pooling: Tree, kind: str) -> 
         found |= {} if head.flag("with_reg", True) else {"regress": False}
         found |= box_loss(head, "l1", "smooth_l1", "balanced_l1")
         found |= _sampling(sampler)
-    head.rest("loss_cls", "loss_bbox", "roi_feat_size", "num_shared_fcs", "conv_out_channels", "target_means", "target_stds")
+    head.rest(
+        "loss_cls", "loss_bbox", "roi_feat_size", "num_shared_fcs", "conv_out_channels", "target_means", "target_stds"
+    )
     return found
 
 
@@ -111,7 +128,9 @@ def _pooling(extractors: list[Part], legacy: bool, size: int) -> Tree:
     sides = layer.typed(key, int | list[int], size)
     sides = [sides] if isinstance(sides, int) else sides
     if len(set(sides)) != 1 or not 1 <= (out := sides[0]) <= 1000:
-        raise InputError(f"MMDetection's {layer.where}.{key}={layer.get(key)} must be one side of a square from 1 to 1000")
+        raise InputError(
+            f"MMDetection's {layer.where}.{key}={layer.get(key)} must be one side of a square from 1 to 1000"
+        )
     return ({"size": out} if out != size else {}) | ({"pooling": {"type": "level"} | found} if found else {})
 
 
@@ -126,7 +145,9 @@ def _mask(head: Part, pooling: Tree) -> Tree:
         or upsample.get("scale_factor", 2) != 2
         or head.get("upsample_method", "deconv") != "deconv"
     ):
-        raise InputError(f"MMDetection's {head.where} does not double its maps by a transposed convolution, as what can be converted does")
+        raise InputError(
+            f"MMDetection's {head.where} does not double its maps by a transposed convolution, as what can be converted does"
+        )
     found: Tree = {
         "type": "mask",
         "convs": head.integer("num_convs", 4, 0, LAYERS),
@@ -144,7 +165,12 @@ def _grid(head: Part, train: Part, pooling: Tree) -> Tree:
     groups = head.part("norm_cfg").integer("num_groups", 36)
     head.need("deconv_kernel_size", 4)
     head.need("conv_kernel_size", 3)
-    found: Tree = {"type": "grid", "side": round(points**0.5), "convs": head.integer("num_convs", 8, 0, LAYERS), "groups": groups} | pooling
+    found: Tree = {
+        "type": "grid",
+        "side": round(points**0.5),
+        "convs": head.integer("num_convs", 8, 0, LAYERS),
+        "groups": groups,
+    } | pooling
     found |= {"point_channels": head.integer("point_feat_channels", 64), "radius": train.integer("pos_radius", 1)}
     found |= {"num": train.integer("max_num_grid", 192), "weight": head.part("loss_grid").number("loss_weight", 15)}
     head.rest("roi_feat_size")

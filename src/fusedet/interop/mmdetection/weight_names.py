@@ -66,8 +66,14 @@ def _head(spec: Any) -> list[Rule]:
     # convolution, norm if any, ReLU
     step = 3 if options.get("norm", kind in ("fcos", "vfnet")) else 2
     tower: list[Rule] = [
-        (r"^bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.conv_offset\.", lambda m: f"head.towers.{m[1]}.{step * int(m[2])}.offset."),
-        (r"^bbox_head\.(cls|reg)_convs\.(\d+)\.(?:conv\.)?(weight|bias)$", lambda m: f"head.towers.{m[1]}.{step * int(m[2])}.{m[3]}"),
+        (
+            r"^bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.conv_offset\.",
+            lambda m: f"head.towers.{m[1]}.{step * int(m[2])}.offset.",
+        ),
+        (
+            r"^bbox_head\.(cls|reg)_convs\.(\d+)\.(?:conv\.)?(weight|bias)$",
+            lambda m: f"head.towers.{m[1]}.{step * int(m[2])}.{m[3]}",
+        ),
         (r"^bbox_head\.(cls|reg)_convs\.(\d+)\.gn\.", lambda m: f"head.towers.{m[1]}.{step * int(m[2]) + 1}."),
     ]
     return tower + OUTPUTS.get(str(kind), [])
@@ -75,7 +81,10 @@ def _head(spec: Any) -> list[Rule]:
 
 OUTPUTS: dict[str, list[Rule]] = {
     "retina": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
-    "fcos": [(r"^bbox_head\.(?:conv|fcos)_(cls|reg|centerness)\.", r"head.\1."), (r"^bbox_head\.(scales)$", r"head.\1")],
+    "fcos": [
+        (r"^bbox_head\.(?:conv|fcos)_(cls|reg|centerness)\.", r"head.\1."),
+        (r"^bbox_head\.(scales)$", r"head.\1"),
+    ],
     "vfnet": [
         (r"^bbox_head\.vfnet_reg_conv\.conv\.", "head.reg_conv.0."),
         (r"^bbox_head\.vfnet_reg_conv\.gn\.", "head.reg_conv.1."),
@@ -171,7 +180,11 @@ def as_rgb(state: Weights) -> Weights:
 
 
 def matched(
-    found: Mapping[str, Tensor], sources: Mapping[str, str], wanted: Mapping[str, Tensor], source: Any, fresh: tuple[str, ...] = ()
+    found: Mapping[str, Tensor],
+    sources: Mapping[str, str],
+    wanted: Mapping[str, Tensor],
+    source: Any,
+    fresh: tuple[str, ...] = (),
 ) -> Weights:
     """The weights for a detector whose state dict is `wanted`, every key of either side with its partner.
 
@@ -187,7 +200,9 @@ def matched(
     lost = [sources.get(key, key) for key in found if key not in wanted]
     lacking = [key for key in wanted if key not in result]
     shapes = [
-        f"{sources.get(k, k)} {tuple(v.shape)}, here {tuple(wanted[k].shape)}" for k, v in result.items() if v.shape != wanted[k].shape
+        f"{sources.get(k, k)} {tuple(v.shape)}, here {tuple(wanted[k].shape)}"
+        for k, v in result.items()
+        if v.shape != wanted[k].shape
     ]
     problems = [
         _listed("in the file without a place here", lost),

@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv, EdgeResidual, InvertedResidual, UniversalInvertedResidual
+from timm.models._efficientnet_blocks import (
+    DepthwiseSeparableConv,
+    EdgeResidual,
+    InvertedResidual,
+    UniversalInvertedResidual,
+)
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
@@ -94,7 +99,9 @@ def insert(backbone: Backbone, plugin: Plugin) -> int:
                     raise InputError(f"model.plugin: {error}") from error
                 found.append((block, place, module))
     if not found:
-        raise InputError("model.plugin: positions and stages must not be empty, nothing would be inserted; model.plugin=null does without")
+        raise InputError(
+            "model.plugin: positions and stages must not be empty, nothing would be inserted; model.plugin=null does without"
+        )
     for block, place, module in found:
         like = next(block.parameters())
         _carry(block, place, module.to(like.device, like.dtype).train(block.training))
@@ -134,7 +141,9 @@ def _positions(plugin: Plugin, block: nn.Module, places: dict[str, Place], name:
         return tuple(position for position, place in places.items() if place.usual)
     if lacking := [p for p in plugin.positions if p not in places]:
         kind = type(block).__name__
-        raise InputError(f"model.plugin.positions: the blocks of '{name}' ({kind}) have no {lacking[0]}, they have {', '.join(places)}")
+        raise InputError(
+            f"model.plugin.positions: the blocks of '{name}' ({kind}) have no {lacking[0]}, they have {', '.join(places)}"
+        )
     if len(set(plugin.positions)) < len(plugin.positions):
         raise InputError(f"model.plugin.positions={list(plugin.positions)} names a position twice")
     return plugin.positions

@@ -32,7 +32,9 @@ def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = T
     try:
         with _silent():
             loaded = pretrained or bool(weights)
-            body: Any = timm.create_model(name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options)
+            body: Any = timm.create_model(
+                name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options
+            )
     except TypeError as error:
         if zero_init or "zero_init_last" not in str(error):
             raise
@@ -46,7 +48,11 @@ def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = T
         # of torch's list of differences the first is enough
         lines = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()]
         reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
-        source = f"model.backbone.weights={weights} holds no weights of '{name}'" if weights else f"timm's '{name}' cannot be a backbone"
+        source = (
+            f"model.backbone.weights={weights} holds no weights of '{name}'"
+            if weights
+            else f"timm's '{name}' cannot be a backbone"
+        )
         raise InputError(f"{source}: {reason}") from error
     if weights:
         _check_loaded(body, state, weights)
@@ -64,10 +70,14 @@ def _check_maps(name: str) -> None:
             maps = probe(torch.zeros(1, 3, 96, 160))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise InputError(f"timm's '{name}' does not take images of any size ({reason}): choose a convolutional body") from error
+            raise InputError(
+                f"timm's '{name}' does not take images of any size ({reason}): choose a convolutional body"
+            ) from error
     promised = [(c, 96 // s, 160 // s) for c, s in zip(probe.feature_info.channels(), probe.feature_info.reduction())]
     if [tuple(m.shape[1:]) for m in maps] != promised:
-        raise InputError(f"timm's '{name}' gives maps of other shapes than its strides promise: choose a convolutional body")
+        raise InputError(
+            f"timm's '{name}' gives maps of other shapes than its strides promise: choose a convolutional body"
+        )
 
 
 def _state(weights: str) -> dict[str, Tensor]:
@@ -80,8 +90,19 @@ def _state(weights: str) -> dict[str, Tensor]:
             state = load_state_dict(weights)
         safe_load.check_tensors(state, Path(weights))
     except InputError as error:
-        raise InputError(f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): {error}") from error
-    except (RuntimeError, AttributeError, KeyError, EOFError, ValueError, TypeError, UnpicklingError, SafetensorError) as error:
+        raise InputError(
+            f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): {error}"
+        ) from error
+    except (
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        EOFError,
+        ValueError,
+        TypeError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
         raise InputError(
             f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
             ".pth file of tensors by timm's names"
@@ -110,7 +131,11 @@ def _check_loaded(body: nn.Module, state: dict[str, Tensor], weights: str) -> No
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for tensor in state.values():
         by_shape.setdefault(tensor.shape, []).append(tensor)
-    missing = [k for k, p in body.named_parameters() if not any(torch.equal(t.to(p.dtype), p) for t in by_shape.get(p.shape, []))]
+    missing = [
+        k
+        for k, p in body.named_parameters()
+        if not any(torch.equal(t.to(p.dtype), p) for t in by_shape.get(p.shape, []))
+    ]
     if missing:
         raise InputError(
             f"model.backbone.weights={weights} lacks {len(missing)} of the body's parameters, the first is '{missing[0]}': "

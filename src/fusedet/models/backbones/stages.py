@@ -24,13 +24,17 @@ def split(body: nn.Module, names: list[str], option: str) -> list[list[nn.Module
     order = [name for name, _ in units]
     places = [stage.replace(".", "_") for stage in names]
     if lacking := [place for place in places if place not in order]:
-        raise InputError(f"{option}: this body has no stages that can be told apart ({lacking[0]}), leave the option out")
+        raise InputError(
+            f"{option}: this body has no stages that can be told apart ({lacking[0]}), leave the option out"
+        )
     first = order.index(places[0])
     ends = [0, first, *(order.index(place) + 1 for place in places)]
     return [[module for _, module in units[a:b]] for a, b in pairwise(ends)]
 
 
-def numbered(stages: list[list[nn.Module]], strides: tuple[int, ...], option: str, numbers: tuple[int, ...]) -> dict[int, list[nn.Module]]:
+def numbered(
+    stages: list[list[nn.Module]], strides: tuple[int, ...], option: str, numbers: tuple[int, ...]
+) -> dict[int, list[nn.Module]]:
     """Those stages that are asked for, by ResNet's layer numbers: stage 1 ends at stride 4, stage 2 at 8, 3 at 16, 4 at 32."""
     known = {stride.bit_length() - 2: modules for stride, modules in zip(strides, stages[1:])}
     if not set(numbers) <= set(known) or len(set(numbers)) < len(numbers):
@@ -56,15 +60,21 @@ def deform(stages: dict[int, list[nn.Module]], name: str, modulated: bool) -> No
     Raises InputError for a stage without such blocks.
     """
     for number, modules in stages.items():
-        blocks: list[Any] = [m for module in modules for m in module.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+        blocks: list[Any] = [
+            m for module in modules for m in module.modules() if isinstance(m, (BasicBlock, Bottleneck))
+        ]
         if not blocks:
-            raise InputError(f"deformable_stages: stage {number} of '{name}' has no blocks of a ResNet, leave the option out")
+            raise InputError(
+                f"deformable_stages: stage {number} of '{name}' has no blocks of a ResNet, leave the option out"
+            )
         for block in blocks:
             block.conv2 = _deformable(block.conv2, modulated)
 
 
 def _deformable(conv: nn.Conv2d, modulated: bool) -> DeformPack:
     (kernel, _), (stride, _), (dilation, _) = conv.kernel_size, conv.stride, conv.dilation
-    pack = DeformPack(conv.in_channels, conv.out_channels, kernel, stride, conv.groups, dilation, conv.bias is not None, modulated)
+    pack = DeformPack(
+        conv.in_channels, conv.out_channels, kernel, stride, conv.groups, dilation, conv.bias is not None, modulated
+    )
     pack.load_state_dict(conv.state_dict(), strict=False)  # the offsets keep their zeros
     return pack.to(conv.weight.device, conv.weight.dtype)

@@ -56,13 +56,17 @@ class Backbone(nn.Module):
         super().__init__()
         one_of("style", style, Style)
         if modulated and not deformable_stages:
-            raise InputError("modulated=true is of deformable convolutions: name deformable_stages, such as [2, 3, 4], or leave it out")
+            raise InputError(
+                "modulated=true is of deformable convolutions: name deformable_stages, such as [2, 3, 4], or leave it out"
+            )
         self.name, self.norm_eval = name, norm_eval
         self.body = create(name, pretrained, weights, zero_init)
         info = self.body.feature_info
         self.places = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
         self.modules_of_levels = [info.module_name()[i] for i in self.places]
-        self.levels = Levels(tuple(info.channels()[i] for i in self.places), tuple(info.reduction()[i] for i in self.places))
+        self.levels = Levels(
+            tuple(info.channels()[i] for i in self.places), tuple(info.reduction()[i] for i in self.places)
+        )
         config = timm.get_pretrained_cfg(name) or PretrainedCfg()
         if std is not None and min(std) <= 0:
             raise InputError(f"std={list(std)} must be above 0")
@@ -78,7 +82,9 @@ class Backbone(nn.Module):
         for module in self.frozen:
             module.requires_grad_(False)
         # taken now: the norms of plug-ins, which come later, never rest
-        self.resting = [m for part in ([self.body] if norm_eval else self.frozen) for m in part.modules() if _is_batch_norm(m)]
+        self.resting = [
+            m for part in ([self.body] if norm_eval else self.frozen) for m in part.modules() if _is_batch_norm(m)
+        ]
         self.has_weights = bool(pretrained or weights)
 
     def forward(self, images: Tensor) -> Features:
@@ -103,7 +109,11 @@ class Backbone(nn.Module):
             raise InputError(f"frozen_stages={count} must be -1 (nothing) to {len(self.places)}")
         if count < 0:
             return []
-        return [m for stage in split(self.body, self.modules_of_levels, f"frozen_stages={count}")[: count + 1] for m in stage]
+        return [
+            m
+            for stage in split(self.body, self.modules_of_levels, f"frozen_stages={count}")[: count + 1]
+            for m in stage
+        ]
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

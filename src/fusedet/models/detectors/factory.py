@@ -101,7 +101,9 @@ def _neck(model: configs.Model, levels: Levels) -> Any:
 def _head(model: configs.Model, levels: Levels, num_classes: int) -> Any:
     """The dense head; one that proposes where there is a second stage, and only there."""
     if model.roi and model.interact:
-        raise InputError(f"model.interact={model.interact}: a two-stage detector has no two branches to exchange, leave it null")
+        raise InputError(
+            f"model.interact={model.interact}: a two-stage detector has no two branches to exchange, leave it null"
+        )
 
     def interact(channels: int) -> nn.Module:
         return build("model.interact", model.interact, INTERACTIONS, {"channels": channels})
@@ -111,7 +113,9 @@ def _head(model: configs.Model, levels: Levels, num_classes: int) -> Any:
     if model.roi and not hasattr(head, "propose"):
         raise InputError(f"model.head={model.head} makes no proposals: with model.roi it must be rpn")
     if not model.roi and hasattr(head, "propose"):
-        raise InputError("model.roi=null: model.head=rpn only proposes, and needs model.roi={stages: [box]} or another head")
+        raise InputError(
+            "model.roi=null: model.head=rpn only proposes, and needs model.roi={stages: [box]} or another head"
+        )
     return head
 
 
@@ -128,7 +132,9 @@ def _roi(spec: Any, levels: Levels, num_classes: int) -> tuple[list[nn.Module], 
         raise InputError("model.roi.stages=[]: a two-stage detector needs at least one stage, such as box")
     stages = [_part(f"model.roi.stages.{i}", one, STAGES, levels, num_classes) for i, one in enumerate(spec["stages"])]
     kinds = enumerate(spec.get("branches") or [])
-    return stages, [[_part(f"model.roi.branches.{i}", one, BRANCHES, levels, num_classes) for _ in stages] for i, one in kinds]
+    return stages, [
+        [_part(f"model.roi.branches.{i}", one, BRANCHES, levels, num_classes) for _ in stages] for i, one in kinds
+    ]
 
 
 def _part(slot: str, spec: Any, table: Mapping[str, Any], levels: Levels, num_classes: int) -> nn.Module:

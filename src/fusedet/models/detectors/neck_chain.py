@@ -19,7 +19,9 @@ class Chain(nn.Module):
     def __init__(self, necks: list[Any]) -> None:
         super().__init__()
         if any(getattr(neck, "auxiliary_weight", 0.0) for neck in necks[1:]):
-            raise InputError("model.neck: a neck with auxiliary losses must be the first in the chain, or have auxiliary_weight=0")
+            raise InputError(
+                "model.neck: a neck with auxiliary losses must be the first in the chain, or have auxiliary_weight=0"
+            )
         self.necks: Any = nn.ModuleList(necks)
         self.levels = necks[-1].levels
         self.auxiliary_weight = getattr(necks[0], "auxiliary_weight", 0.0)

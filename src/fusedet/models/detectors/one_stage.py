@@ -36,7 +36,9 @@ class OneStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
-        return normalise(images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype)
+        return normalise(
+            images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
+        )
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -65,4 +67,7 @@ class OneStage(nn.Module):
     def predict(self, batch: Batch) -> list[Detections]:
         """What is in each image of a batch, in pixels of the network's input, best first."""
         found = self.detect(batch.images, batch.sizes, padded=False)
-        return [Detections(b[:n], s[:n], k[:n]) for b, s, k, n in zip(found.boxes, found.scores, found.labels, found.counts.tolist())]
+        return [
+            Detections(b[:n], s[:n], k[:n])
+            for b, s, k, n in zip(found.boxes, found.scores, found.labels, found.counts.tolist())
+        ]

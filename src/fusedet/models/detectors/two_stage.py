@@ -78,9 +78,13 @@ class TwoStage(nn.Module):
         for i, stage in enumerate(self.stages):
             weights |= {self.term(i, name): weight for name, weight in stage.loss_weights.items()}
             branches = [kind[i].loss_weights for kind in self.branches]
-            weights |= {self.term(i, name): weight * stage.weight for terms in branches for name, weight in terms.items()}
+            weights |= {
+                self.term(i, name): weight * stage.weight for terms in branches for name, weight in terms.items()
+            }
             if extra:
-                weights |= {f"auxiliary_{self.term(i, name)}": extra * weight for name, weight in stage.loss_weights.items()}
+                weights |= {
+                    f"auxiliary_{self.term(i, name)}": extra * weight for name, weight in stage.loss_weights.items()
+                }
         return weights
 
     def term(self, stage: int, name: str) -> str:
@@ -89,7 +93,9 @@ class TwoStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
-        return normalise(images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype)
+        return normalise(
+            images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
+        )
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> Regions:
         """Images uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""

@@ -80,11 +80,17 @@ class FCOSHead(nn.Module):
             raise InputError("deformable_last=true needs convs of 1 or more, got 0")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
-        self.normalize_boxes, self.centerness_on_box, self.box_loss = normalize_boxes, centerness_on_box, BOX_LOSSES[box_loss]
+        self.normalize_boxes, self.centerness_on_box, self.box_loss = (
+            normalize_boxes,
+            centerness_on_box,
+            BOX_LOSSES[box_loss],
+        )
         self.offset = offset
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0, "loss_centerness": 1.0}
         self.assigner = PointInBox(limits, radius if center_sampling else None)
-        self.register_buffer("shapes", torch.stack([point_shapes(stride) for stride in levels.strides]), persistent=False)  # (L, 1, 4)
+        self.register_buffer(
+            "shapes", torch.stack([point_shapes(stride) for stride in levels.strides]), persistent=False
+        )  # (L, 1, 4)
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4, 3)
@@ -154,4 +160,6 @@ def centerness(distances: Tensor) -> Tensor:
 def _check(limits: tuple[float, ...], levels: int) -> None:
     ends = (0.0, *limits, math.inf)
     if len(limits) != levels - 1 or any(not low < high for low, high in pairwise(ends)):
-        raise InputError(f"ranges={list(limits)} must be {levels - 1} increasing numbers above 0, one between each two of {levels} levels")
+        raise InputError(
+            f"ranges={list(limits)} must be {levels - 1} increasing numbers above 0, one between each two of {levels} levels"
+        )

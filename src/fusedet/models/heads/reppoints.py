@@ -90,7 +90,9 @@ class RepPointsHead(nn.Module):
         self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta
         self.loss_weights = {"loss_cls": 1.0, "loss_init": init_weight, "loss_refine": refine_weight}
         self.init_assigner, self.refine_assigner = NearestPoint(base_scale), MaxIoU(positive, negative)
-        self.register_buffer("shapes", torch.stack([point_shapes(s, base_scale) for s in levels.strides]), persistent=False)  # (L, 1, 4)
+        self.register_buffer(
+            "shapes", torch.stack([point_shapes(s, base_scale) for s in levels.strides]), persistent=False
+        )  # (L, 1, 4)
         steps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
         grid = torch.cartesian_prod(steps, steps).view(1, 2 * num_points, 1, 1)  # (dy, dx) pairs
         self.register_buffer("base", grid, persistent=False)
@@ -102,7 +104,9 @@ class RepPointsHead(nn.Module):
         self.cls = conv(width, num_classes, 1)
         self.pts_refine_conv = DeformConv(channels, width, kernel)
         self.pts_refine = conv(width, 2 * num_points, 1)
-        self.moment_transfer = nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None  # logs of lambda_x, lambda_y
+        self.moment_transfer = (
+            nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None
+        )  # logs of lambda_x, lambda_y
         normal(self)
         start_at(self.cls.bias, prior)
 
@@ -141,18 +145,23 @@ class RepPointsHead(nn.Module):
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
-        init, refine = (flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine"))  # (N, P, 2n)
+        init, refine = (
+            flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine")
+        )  # (N, P, 2n)
         with torch.no_grad():
             boxes = self._boxes(priors, init)  # (N, P, 4)
         valid = valid_priors(outputs, self.levels.strides, sizes)  # (N, P)
         owners_init = assign_all(self.init_assigner.assign, priors, targets, valid)  # (N, P)
-        owners = torch.stack([self.refine_assigner.match(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)])
+        owners = torch.stack(
+            [self.refine_assigner.match(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
+        )
         first, found = positives(owners_init, targets), positives(owners, targets)
         counts = torch.stack([(o >= 0).sum(dim=1).clamp(min=1).sum() for o in (owners_init, owners)])
         count_init, count = mean_over_ranks(counts)
         rows, counted = found.image * len(priors) + found.prior, (owners != IGNORED).flatten()
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma) / count,
+            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma)
+            / count,
             "loss_init": self._box_loss(priors, init, first) / count_init,
             "loss_refine": self._box_loss(priors, refine, found) / count,
         }
@@ -171,7 +180,9 @@ class RepPointsHead(nn.Module):
     def decode(self, outputs: Outputs) -> Candidates:
         """The refined boxes (N, P, 4) and scores (N, P, K)."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(self._boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points)), scores)
+        return Candidates(
+            self._boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points)), scores
+        )
 
 
 def multiply_gradient(x: Tensor, factor: float) -> Tensor:

@@ -65,7 +65,9 @@ class RetinaHead(nn.Module):
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.assigner = MaxIoU(positive, negative)
-        shapes = torch.stack([anchor_shapes(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides])
+        shapes = torch.stack(
+            [anchor_shapes(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides]
+        )
         self.offset = offset
         self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)  # (L, A, 4)
         anchors = shapes.shape[1]
@@ -89,7 +91,9 @@ class RetinaHead(nn.Module):
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
-        owners = assign_all(self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes))  # (N, P)
+        owners = assign_all(
+            self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes)
+        )  # (N, P)
         image, prior, boxes, classes = positives(owners, targets)
         rows = image * len(priors) + prior
         counted = (owners != IGNORED).flatten()

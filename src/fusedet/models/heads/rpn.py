@@ -114,7 +114,8 @@ class RPNHead(nn.Module):
         found = positives(owners.masked_fill(~drawn, IGNORED), targets)
         codes = flatten_maps(outputs.maps["reg"], 4)[found.image, found.prior].float()
         return {
-            "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[drawn].float(), reduction="sum") / count,
+            "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[drawn].float(), reduction="sum")
+            / count,
             "loss_rpn_box": self.cost(codes, encode(priors.boxes[found.prior], found.boxes)).sum() / count,
         }
 

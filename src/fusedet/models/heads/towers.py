@@ -15,7 +15,9 @@ Interact = Callable[[int], Any] | None
 """What makes the interaction of two branches of so many channels, or None."""
 
 
-def tower(inputs: int, channels: int, convs: int, norm: bool = False, bias: bool = True, deformable_last: bool = False) -> nn.Sequential:
+def tower(
+    inputs: int, channels: int, convs: int, norm: bool = False, bias: bool = True, deformable_last: bool = False
+) -> nn.Sequential:
     """`convs` times 3x3 convolution, GroupNorm(32) where `norm`, ReLU; shared by all levels.
 
     bias: of the convolutions. deformable_last: the last one is deformable and modulated.
@@ -26,12 +28,16 @@ def tower(inputs: int, channels: int, convs: int, norm: bool = False, bias: bool
     if channels < 1:
         raise InputError(f"channels={channels} must be at least 1")
     if norm and channels % 32:
-        raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
+        raise InputError(
+            f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels"
+        )
     layers: list[nn.Module] = []
     for i in range(convs):
         width = inputs if i == 0 else channels
         last = deformable_last and i == convs - 1
-        layers.append(DeformPack(width, channels, bias=bias, modulated=True) if last else conv(width, channels, 3, bias=bias))
+        layers.append(
+            DeformPack(width, channels, bias=bias, modulated=True) if last else conv(width, channels, 3, bias=bias)
+        )
         if norm:
             layers.append(GroupNorm(32, channels))
         layers.append(nn.ReLU(inplace=True))

@@ -76,9 +76,13 @@ class VFNetHead(nn.Module):
         self.gradient_mul, self.unit = gradient_mul, UNITS[box_norm]
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_refine": refine_weight}
         self.assigner = ATSS(topk)
-        self.register_buffer("shapes", torch.stack([point_shapes(s, PRIOR_SCALE) for s in levels.strides]), persistent=False)  # (L, 1, 4)
+        self.register_buffer(
+            "shapes", torch.stack([point_shapes(s, PRIOR_SCALE) for s in levels.strides]), persistent=False
+        )  # (L, 1, 4)
         steps = torch.arange(-1.0, 2.0)
-        self.register_buffer("star_base", torch.cartesian_prod(steps, steps).view(1, 18, 1, 1), persistent=False)  # (dy, dx) pairs
+        self.register_buffer(
+            "star_base", torch.cartesian_prod(steps, steps).view(1, 18, 1, 1), persistent=False
+        )  # (dy, dx) pairs
 
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.reg_conv = tower(channels, channels, 1, norm, bias)
@@ -129,17 +133,22 @@ class VFNetHead(nn.Module):
         are background to the scores (as in MMDetection 3.x).
         """
         priors = outputs.priors
-        owners = assign_all(self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes))  # (N, P)
+        owners = assign_all(
+            self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes)
+        )  # (N, P)
         image, prior, wanted, classes = positives(owners, targets)
         points = centres(priors.boxes)[prior]  # (R, 2)
-        found = [from_distances(points, flatten_maps(outputs.maps[name], 4)[image, prior]) for name in ("reg", "refine")]
+        found = [
+            from_distances(points, flatten_maps(outputs.maps[name], 4)[image, prior]) for name in ("reg", "refine")
+        ]
         overlaps = [iou(boxes.detach(), wanted).clamp(min=LEAST_IOU) for boxes in found]
         costs = [(giou_loss(boxes, wanted) * overlap).sum() for boxes, overlap in zip(found, overlaps)]
         sums = torch.stack([points.new_full((), len(points)), *(overlap.sum() for overlap in overlaps)])
         count, weight, refined_weight = mean_over_ranks(sums)
         logits = flatten_maps(outputs.maps["cls"], self.num_classes).flatten(0, 1)  # (N * P, K)
         return {
-            "loss_cls": varifocal(logits, image * len(priors) + prior, classes, overlaps[1], self.alpha, self.gamma) / count,
+            "loss_cls": varifocal(logits, image * len(priors) + prior, classes, overlaps[1], self.alpha, self.gamma)
+            / count,
             "loss_box": costs[0] / weight,
             "loss_refine": costs[1] / refined_weight,
         }
@@ -147,4 +156,6 @@ class VFNetHead(nn.Module):
     def decode(self, outputs: Outputs) -> Candidates:
         """The refined boxes (N, P, 4) and scores (N, P, K), which tell class and overlap in one."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(from_distances(centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4)), scores)
+        return Candidates(
+            from_distances(centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4)), scores
+        )

@@ -65,7 +65,9 @@ class MSFM(nn.Module):
         m = _whole(channels, ratio, groups) if width is None else width
         _check(channels, scales, groups, conv_num, m)
         if restore_relu and zero_init:
-            raise InputError("restore_relu=true needs zero_init=false: a ReLU at zero passes no gradient, nothing would ever be trained")
+            raise InputError(
+                "restore_relu=true needs zero_init=false: a ReLU at zero passes no gradient, nothing would ever be trained"
+            )
         self.fusion, self.align_corners = fusion, align_corners
         # whole numbers, so that floor(size * scale) is exact: 90 * 0.7 is 62.99... in floating point
         self.scales = [Fraction(s).limit_denominator(1000) for s in scales]
@@ -82,7 +84,10 @@ class MSFM(nn.Module):
         """(N, C, H, W) to the same shape, in channels_last."""
         a = self.squeeze(x)  # (N, m, H, W)
         size = (a.shape[-2], a.shape[-1])
-        maps = [branch(a) if s == 1 else self._at(scaled(size, s), branch, a) for branch, s in zip(self.branches, self.scales)]
+        maps = [
+            branch(a) if s == 1 else self._at(scaled(size, s), branch, a)
+            for branch, s in zip(self.branches, self.scales)
+        ]
         return self.unsqueeze(reduce(torch.add, maps) if self.fusion == "add" else torch.cat(maps, dim=1), x)
 
     def _at(self, size: Size, branch: nn.Module, a: Tensor) -> Tensor:
@@ -128,7 +133,9 @@ class Unsqueeze(nn.Module):
         mean = cells.mean(dim=1, keepdim=True)  # (N, 1, k)
         centred = cells - mean
         covariance = centred.transpose(1, 2) @ centred / cells.shape[1]  # (N, k, k)
-        means = ((mean @ weight.T).squeeze(1) + bias).unflatten(1, (g, -1))  # (N, g, C / g), of each channel of U's output
+        means = ((mean @ weight.T).squeeze(1) + bias).unflatten(
+            1, (g, -1)
+        )  # (N, g, C / g), of each channel of U's output
         variances = (weight @ covariance * weight).sum(dim=2).unflatten(1, (g, -1))
         centre = means.mean(dim=2, keepdim=True)  # (N, g, 1), of each group
         variance = (variances + (means - centre).square()).mean(dim=2, keepdim=True)
@@ -139,7 +146,9 @@ class Unsqueeze(nn.Module):
 
 def cgn(inputs: int, outputs: int, kernel: int, groups: int, relu: bool = True) -> nn.Sequential:
     """The paper's CGN: Conv2D, GroupNormalization, NonLinearity (or none)."""
-    return nn.Sequential(conv(inputs, outputs, kernel), GroupNorm(groups, outputs), nn.ReLU(inplace=True) if relu else nn.Identity())
+    return nn.Sequential(
+        conv(inputs, outputs, kernel), GroupNorm(groups, outputs), nn.ReLU(inplace=True) if relu else nn.Identity()
+    )
 
 
 def scaled(size: Size, scale: Fraction) -> Size:
@@ -205,7 +214,10 @@ def _whole(channels: int, ratio: int, groups: int) -> int:
         right = [r for r in range(1, channels + 1) if channels % (r * max(groups, 1)) == 0]
         said = f"must make {channels} channels a whole number, divisible by groups={groups}"
         near = min(right, key=lambda r: abs(r - ratio), default=None)
-        raise InputError(f"ratio={ratio} {said}" + (f": {near} would" if near else f": no ratio does, {groups} does not divide {channels}"))
+        raise InputError(
+            f"ratio={ratio} {said}"
+            + (f": {near} would" if near else f": no ratio does, {groups} does not divide {channels}")
+        )
     return channels // ratio
 
 

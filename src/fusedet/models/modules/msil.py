@@ -63,7 +63,9 @@ class MSIL(nn.Module):
         if channels < 1:
             raise InputError(f"channels={channels} must be at least 1")
         if norm == "gn" and channels % 32:
-            raise InputError(f"msil with norm=gn needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got {channels}")
+            raise InputError(
+                f"msil with norm=gn needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got {channels}"
+            )
         kernels = {"encoder": encoder_kernel, "conv": conv_kernel, "fuse": fuse_kernel, "decoder": decoder_kernel}
         for name, kernel in kernels.items():
             if kernel < 1 or kernel % 2 == 0:
@@ -72,7 +74,9 @@ class MSIL(nn.Module):
             raise InputError(f"reduction={reduction} must be between 1 and the {channels} channels")
         self.to_cls, self.to_reg, self.gate = to_cls, to_reg, gate
         used = to_cls or to_reg
-        self.align = _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and used else nn.Identity()
+        self.align = (
+            _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and used else nn.Identity()
+        )
         self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, activation) if fuse and used else None
         self.separate_cls = _Separate(channels, decoder_kernel, reduction) if separate and to_cls else nn.Identity()
         self.separate_reg = _Separate(channels, decoder_kernel, reduction) if separate and to_reg else nn.Identity()
@@ -100,7 +104,9 @@ class MSIL(nn.Module):
 class _Align(nn.Module):
     """E of equation 3: (N, C, H, W) to the same shape."""
 
-    def __init__(self, channels: int, encoder_kernel: int, conv_kernel: int, norm: Norm, activation: Activation) -> None:
+    def __init__(
+        self, channels: int, encoder_kernel: int, conv_kernel: int, norm: Norm, activation: Activation
+    ) -> None:
         super().__init__()
         self.enc = _unit(channels, channels, encoder_kernel, norm, activation)
         self.enc2 = _unit(channels, channels, encoder_kernel, norm, activation)

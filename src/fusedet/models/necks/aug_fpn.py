@@ -91,8 +91,12 @@ class Context(nn.Module):
     def forward(self, c5: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, channels, H, W)."""
         size = (c5.shape[-2], c5.shape[-1])
-        pooled = [reduce(F.adaptive_avg_pool2d(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)]
-        contexts = [F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled]  # each (N, channels, H, W)
+        pooled = [
+            reduce(F.adaptive_avg_pool2d(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)
+        ]
+        contexts = [
+            F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled
+        ]  # each (N, channels, H, W)
         weights = self.weigh(torch.cat(contexts, dim=1)).sigmoid()  # (N, ratios, H, W)
         return (weights[:, :, None] * torch.stack(contexts, dim=1)).sum(dim=1)
 

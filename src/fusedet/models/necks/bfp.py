@@ -33,7 +33,9 @@ class BFP(nn.Module):
                 f"bfp needs levels of equal channels, got {levels.channels}: put it behind another neck, as in neck=[fpn, bfp]"
             )
         if not 0 <= refine_level < len(levels):
-            raise InputError(f"refine_level={refine_level} must be the index of one of the {len(levels)} levels, 0 to {len(levels) - 1}")
+            raise InputError(
+                f"refine_level={refine_level} must be the index of one of the {len(levels)} levels, 0 to {len(levels) - 1}"
+            )
         self.levels, self.refine_level = levels, refine_level
         self.refine: nn.Module = nn.Identity()
         if refine == "non_local":

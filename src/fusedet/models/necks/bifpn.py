@@ -48,14 +48,20 @@ class BiFPN(nn.Module):
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be at least 1")
         if norm == "gn" and channels % 8:
-            raise InputError(f"norm=gn needs channels in multiples of 8, got {channels}: set norm=bn, or other channels")
+            raise InputError(
+                f"norm=gn needs channels in multiples of 8, got {channels}: set norm=bn, or other channels"
+            )
         inputs, count = levels.channels[self.start :], len(self.levels)
-        self.lateral = nn.ModuleList(nn.Sequential(conv(c, channels, 1, bias=False), _norm(norm, channels)) for c in inputs)
+        self.lateral = nn.ModuleList(
+            nn.Sequential(conv(c, channels, 1, bias=False), _norm(norm, channels)) for c in inputs
+        )
         self.top = TopLevels(inputs[-1], channels, count - len(inputs), top)
         self.layers = nn.Sequential(*(BiFPNLayer(count, channels, norm, separable) for _ in range(repeats)))
         xavier(self)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d) and m.groups > 1:  # Xavier's start for a channel's own kernel: both fans are 3 * 3
+            if (
+                isinstance(m, nn.Conv2d) and m.groups > 1
+            ):  # Xavier's start for a channel's own kernel: both fans are 3 * 3
                 nn.init.uniform_(m.weight, -math.sqrt(6 / 18), math.sqrt(6 / 18))
 
     def forward(self, features: Features) -> Features:
@@ -73,8 +79,12 @@ class BiFPNLayer(nn.Module):
 
     def __init__(self, count: int, channels: int, norm: Norm = "bn", separable: bool = True) -> None:
         super().__init__()
-        self.down = nn.ModuleList(Node(2, channels, norm, separable) for _ in range(count - 1))  # to levels 0 .. count - 2
-        self.up = nn.ModuleList(Node(3 if i < count - 1 else 2, channels, norm, separable) for i in range(1, count))  # to 1 .. count - 1
+        self.down = nn.ModuleList(
+            Node(2, channels, norm, separable) for _ in range(count - 1)
+        )  # to levels 0 .. count - 2
+        self.up = nn.ModuleList(
+            Node(3 if i < count - 1 else 2, channels, norm, separable) for i in range(1, count)
+        )  # to 1 .. count - 1
 
     def forward(self, p: Features) -> Features:
         """Levels (N, C, H, W), finest first, to levels of the same shapes."""
@@ -97,7 +107,11 @@ class Node(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(inputs))
         depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        convs = [depthwise, conv(channels, channels, 1, bias=False)] if separable else [conv(channels, channels, 3, bias=False)]
+        convs = (
+            [depthwise, conv(channels, channels, 1, bias=False)]
+            if separable
+            else [conv(channels, channels, 3, bias=False)]
+        )
         self.conv = nn.Sequential(*convs, _norm(norm, channels))
 
     def forward(self, maps: Features) -> Tensor:

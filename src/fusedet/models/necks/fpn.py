@@ -31,12 +31,20 @@ class FPN(nn.Module):
     """
 
     def __init__(
-        self, levels: Levels, channels: int = 256, finest: int = 3, coarsest: int = 7, top: Top = "on_input", norm: bool = False
+        self,
+        levels: Levels,
+        channels: int = 256,
+        finest: int = 3,
+        coarsest: int = 7,
+        top: Top = "on_input",
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.start, self.levels = pyramid(levels, channels, finest, coarsest)
         if norm and channels % 32:
-            raise InputError(f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels")
+            raise InputError(
+                f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels"
+            )
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(_layer(c, channels, 1, norm) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(_layer(channels, channels, 3, norm) for _ in inputs)
@@ -71,7 +79,11 @@ class TopLevels(nn.Module):
         one_of("top", top, Top)
         self.count, self.kind = count, top
         sources = [inputs if top.startswith("on_input") else channels] + [channels] * (count - 1)
-        self.convs = nn.ModuleList(_layer(c, channels, 3, norm, 2) for c in sources[:count]) if top != "max_pool" else nn.ModuleList()
+        self.convs = (
+            nn.ModuleList(_layer(c, channels, 3, norm, 2) for c in sources[:count])
+            if top != "max_pool"
+            else nn.ModuleList()
+        )
 
     def forward(self, last_input: Tensor, last_output: Tensor) -> Features:
         """The body's last map and the pyramid's last level to the levels above, finest first."""
@@ -94,12 +106,16 @@ def _layer(inputs: int, channels: int, kernel: int, norm: bool, stride: int = 1)
 def pyramid(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
     """Where P`finest` begins among a body's maps, and the levels P`finest` to P`coarsest`."""
     if levels.strides[-1] > LAST_STRIDE:
-        raise InputError(f"it takes a body's maps, got levels up to stride {levels.strides[-1]}: put it first in the chain")
+        raise InputError(
+            f"it takes a body's maps, got levels up to stride {levels.strides[-1]}: put it first in the chain"
+        )
     if channels < 1:
         raise InputError(f"channels={channels} must be at least 1")
     if 2**finest not in levels.strides:
         raise InputError(f"finest={finest} (stride {2**finest}) must be one of the body's strides {levels.strides}")
     if 2**coarsest < levels.strides[-1]:
-        raise InputError(f"coarsest={coarsest} (stride {2**coarsest}) is below the body's last stride {levels.strides[-1]}")
+        raise InputError(
+            f"coarsest={coarsest} (stride {2**coarsest}) is below the body's last stride {levels.strides[-1]}"
+        )
     strides = tuple(2**i for i in range(finest, coarsest + 1))
     return levels.strides.index(2**finest), Levels((channels,) * len(strides), strides)

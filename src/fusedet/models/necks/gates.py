@@ -71,7 +71,10 @@ class CAG(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
-        mean, largest = self.fc1(x.mean(dim=(2, 3), keepdim=True)), self.fc2(x.amax(dim=(2, 3), keepdim=True))  # (N, C, 1, 1)
+        mean, largest = (
+            self.fc1(x.mean(dim=(2, 3), keepdim=True)),
+            self.fc2(x.amax(dim=(2, 3), keepdim=True)),
+        )  # (N, C, 1, 1)
         return torch.sigmoid(mean.relu() + largest.relu() if self.relu else mean + largest)
 
 
@@ -91,7 +94,9 @@ class CoordinateAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
         rows, columns = rows_and_columns(x)
-        both = F.hardswish(self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2))))  # (N, inner, H + W, 1)
+        both = F.hardswish(
+            self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2)))
+        )  # (N, inner, H + W, 1)
         f_h, f_w = both.split([x.shape[2], x.shape[3]], dim=2)
         return self.conv_h(f_h).sigmoid() * self.conv_w(f_w.transpose(2, 3)).sigmoid()
 

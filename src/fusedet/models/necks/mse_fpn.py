@@ -82,13 +82,21 @@ class MSEFPN(nn.Module):
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
 
         if sim == "none" and sem != "none":
-            raise InputError(f"sem={sem} needs a sim that takes its result: set sem=none, or sim to full, split or conv1x1")
+            raise InputError(
+                f"sem={sem} needs a sim that takes its result: set sem=none, or sim to full, split or conv1x1"
+            )
         if pre_conv and sim not in ("full", "split"):
-            raise InputError(f"pre_conv=true stands before SIM, and sim={sim} has none: set pre_conv=false, or sim to full or split")
+            raise InputError(
+                f"pre_conv=true stands before SIM, and sim={sim} has none: set pre_conv=false, or sim to full or split"
+            )
         if sim in ("full", "split") and (sim_groups < 1 or channels % sim_groups):
-            raise InputError(f"channels={channels} must be a multiple of sim_groups={sim_groups}, the groups of SIM's GroupNorm")
+            raise InputError(
+                f"channels={channels} must be a multiple of sim_groups={sim_groups}, the groups of SIM's GroupNorm"
+            )
         if min(embed, reduction, 1 if gate_reduction is None else gate_reduction) < 1:
-            raise InputError(f"embed={embed}, reduction={reduction}, gate_reduction={gate_reduction} must be at least 1")
+            raise InputError(
+                f"embed={embed}, reduction={reduction}, gate_reduction={gate_reduction} must be at least 1"
+            )
         self.sources = [] if sim == "none" else places(levels, context)
         widths = [levels.channels[i] for i in self.sources]
         total, ends = sum(widths), list(accumulate(widths))
@@ -97,7 +105,9 @@ class MSEFPN(nn.Module):
         taken = {i: part for i, part in (own if sim == "split" else whole).items() if i >= self.start}
         if sim == "split" and not taken:
             raise InputError(f"sim=split needs a level of context={tuple(context)} that is not below finest={finest}")
-        self.parts = {str(i - self.start): part for i, part in taken.items()}  # the channels of M' that a lateral map takes
+        self.parts = {
+            str(i - self.start): part for i, part in taken.items()
+        }  # the channels of M' that a lateral map takes
         inject = partial(SIM, groups=sim_groups, local=pre_conv) if sim in ("full", "split") else Add
         self.sem = make_sem(sem, total, embed, reduction, v_groups, norm == "gn1", pool_first)
         self.sim = nn.ModuleDict({i: inject(part.stop - part.start, channels) for i, part in self.parts.items()})
@@ -135,7 +145,15 @@ class SEM(nn.Module):
     """
 
     def __init__(
-        self, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool, channel: bool, spatial: bool
+        self,
+        channels: int,
+        embed: int,
+        reduction: int,
+        v_groups: int,
+        gn1: bool,
+        pool_first: bool,
+        channel: bool,
+        spatial: bool,
     ) -> None:
         super().__init__()
         self.channel, self.spatial, self.gn1, self.pool_first = channel, spatial, gn1, pool_first
@@ -214,13 +232,17 @@ class Add(nn.Module):
         return x + enlarge(self.conv(context), x)
 
 
-def make_sem(kind: Enhancement, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool) -> nn.Module:
+def make_sem(
+    kind: Enhancement, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool
+) -> nn.Module:
     """What the global context of that many channels passes."""
     if kind == "none":
         return nn.Identity()
     if kind == "conv1x1":
         return conv(channels, channels, 1)
-    return SEM(channels, embed, reduction, v_groups, gn1, pool_first, channel=kind != "spatial", spatial=kind != "channel")
+    return SEM(
+        channels, embed, reduction, v_groups, gn1, pool_first, channel=kind != "spatial", spatial=kind != "channel"
+    )
 
 
 def enlarge(x: Tensor, like: Tensor) -> Tensor:

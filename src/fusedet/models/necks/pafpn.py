@@ -42,7 +42,9 @@ class PAFPN(nn.Module):
         count = len(levels) - start  # levels that the body has
         self.fpn = FPN(levels, channels, finest, finest + count - 1, top)
         self.form = form
-        self.down = nn.ModuleList(conv(channels, channels, 3, stride=2) for _ in range(count - 1 if form == "mmdet" else 0))
+        self.down = nn.ModuleList(
+            conv(channels, channels, 3, stride=2) for _ in range(count - 1 if form == "mmdet" else 0)
+        )
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in range(count - 1 if form == "mmdet" else count))
         self.top = TopLevels(levels.channels[-1], channels, len(self.levels) - count, top)
         xavier(self)

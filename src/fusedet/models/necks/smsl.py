@@ -55,7 +55,9 @@ class SMSL(nn.Module):
         self.levels = self.sources.levels if self.sources else levels
         L, C = len(self.levels), self.levels.channels[0]
         if set(self.levels.channels) != {C}:
-            raise InputError(f"levels {self.levels.channels} must be of one width: put it behind a neck, or set mode=standalone")
+            raise InputError(
+                f"levels {self.levels.channels} must be of one width: put it behind a neck, or set mode=standalone"
+            )
         if L < 2:
             raise InputError(f"it selects among levels and needs at least two, got {L} (strides {self.levels.strides})")
         if reduction < 1 or C // reduction < 2:
@@ -88,7 +90,9 @@ class SMSL(nn.Module):
         """The gathered levels, L times (N, C, H, W), to the channels' scales s (N, 1, L, C) and the weights A (N, T, L, C)."""
         x = torch.stack([d.mean(dim=(2, 3)) for d in D], dim=1)  # (N, L, C)  (1-2)
         s = self.rescale(x) if self.rescale else torch.ones_like(x)  # (N, L, C)
-        g = (s * x).sum(dim=1)  # (N, C)  (4-8): s is a scale per channel, so that the mean of Q is s times the mean of D
+        g = (s * x).sum(
+            dim=1
+        )  # (N, C)  (4-8): s is a scale per channel, so that the mean of Q is s times the mean of D
         return s[:, None], self.select(g)
 
 
@@ -152,7 +156,9 @@ def combine(D: Features, weights: Tensor) -> Tensor:
     w = weights.to(D[0].dtype)[..., None, None]  # (N, T, L, C, 1, 1)
     mixed = D[0][:, None] * w[:, :, 0]
     for i in range(1, len(D)):
-        mixed = torch.addcmul(mixed, D[i][:, None], w[:, :, i])  # faster than one matrix product, which would transpose the maps
+        mixed = torch.addcmul(
+            mixed, D[i][:, None], w[:, :, i]
+        )  # faster than one matrix product, which would transpose the maps
     return mixed
 
 
@@ -161,6 +167,8 @@ def add_resized(p: Tensor, f: Tensor, place: int, level: int) -> Tensor:
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
     if place < level and height % h == 0 and width % w == 0:
         # nearest neighbours repeat f in blocks: added as such, the large map is never written
-        blocks = p.unflatten(2, (h, height // h)).unflatten(4, (w, width // w))  # (N, C, h, blocks of rows, w, of columns)
+        blocks = p.unflatten(2, (h, height // h)).unflatten(
+            4, (w, width // w)
+        )  # (N, C, h, blocks of rows, w, of columns)
         return (blocks + f[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
     return p + scatter(f, p, place, level)

@@ -37,7 +37,9 @@ def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None,
     padded = (sizes + MULTIPLE - 1) // MULTIPLE * MULTIPLE
     levels = []
     for level, stride, count in zip(maps, strides, priors.counts):
-        rows, columns = (torch.arange(n, device=sizes.device) * stride < padded[:, i, None] for i, n in enumerate(level.shape[2:]))
+        rows, columns = (
+            torch.arange(n, device=sizes.device) * stride < padded[:, i, None] for i, n in enumerate(level.shape[2:])
+        )
         cells = (rows[:, :, None] & columns[:, None]).flatten(1)  # (N, H * W)
         levels.append(cells.repeat_interleave(count // cells.shape[1], dim=1))
     valid = torch.cat(levels, dim=1)
@@ -86,7 +88,10 @@ def positives(owners: Tensor, targets: Sequence[Target]) -> Positives:
 
 def objects(targets: Sequence[Target], image: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes (R, 4), of float32 at least, and labels (R,) of the objects with numbers owned (R,) in the images image (R,)."""
-    boxes, labels = (pad_sequence([getattr(t, name) for t in targets], batch_first=True)[image, owned] for name in ("boxes", "labels"))
+    boxes, labels = (
+        pad_sequence([getattr(t, name) for t in targets], batch_first=True)[image, owned]
+        for name in ("boxes", "labels")
+    )
     return boxes.to(torch.promote_types(boxes.dtype, torch.float32)), labels
 
 

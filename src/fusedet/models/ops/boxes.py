@@ -16,7 +16,9 @@ MAX_RATIO = abs(math.log(16 / 1000))
 """The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
 
 
-def anchor_shapes(stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float], whole_sizes: bool = False) -> Tensor:
+def anchor_shapes(
+    stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float], whole_sizes: bool = False
+) -> Tensor:
     """Anchors of one cell around the origin, (A, 4): ratios (height / width) outer, scales inner, not rounded.
 
     whole_sizes: the sizes of which the ratios make width and height are cut to whole pixels (torchvision's RetinaNet).
@@ -82,7 +84,9 @@ def from_distances(points: Tensor, distances: Tensor) -> Tensor:
 
 def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     """The overlap (...) of boxes a (..., 4), each with its partner in b (..., 4); a union counts as at least eps square pixels."""
-    width, height = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(dim=-1)
+    width, height = (
+        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(dim=-1)
+    )
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a.unbind(dim=-1), b.unbind(dim=-1))]
     shared = width * height
     return shared / (areas[0] + areas[1] - shared).clamp(min=eps)
@@ -144,7 +148,9 @@ def select(
         b, s, k = b[real], s[real], k[real]
         keep = _best_apart(b + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
-        place = keep[torch.minimum(torch.arange(max_det, device=keep.device), count)]  # an unused place reads one of the two rows of zeros
+        place = keep[
+            torch.minimum(torch.arange(max_det, device=keep.device), count)
+        ]  # an unused place reads one of the two rows of zeros
         picked.append((*(torch.cat([x, x.new_zeros(2, *x.shape[1:])])[place] for x in (b, s, k)), count))
     return Selected(*(torch.stack(column) for column in zip(*picked)))
 

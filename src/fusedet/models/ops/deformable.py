@@ -20,7 +20,14 @@ class DeformConv(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, dilation: int = 1, bias: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.out_channels, self.kernel, self.stride, self.dilation = outputs, kernel, stride, dilation
@@ -106,14 +113,18 @@ def deform_conv2d_by_rows(
         columns = (
             samples.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2)
         )  # (groups, N * H' * W', K * C / groups)
-        weights = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)  # (groups, K * C / groups, outputs / groups)
+        weights = (
+            weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)
+        )  # (groups, K * C / groups, outputs / groups)
         out = (columns @ weights).transpose(0, 1).flatten(1).unflatten(0, samples.shape[:2])
     if bias is not None:
         out = out + bias
     return out.transpose(1, 2).unflatten(2, offset.shape[2:])
 
 
-def sample_rows(x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int, mask: Tensor | None) -> Tensor:
+def sample_rows(
+    x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int, mask: Tensor | None
+) -> Tensor:
     """x (N, C, H, W) at every point of every cell's kernel, moved by its offset, bilinear, 0 outside: (N, H' * W', kernel^2, C)."""
     (n, channels, height, width), (rows, columns) = x.shape, offset.shape[2:]
     steps = torch.arange(kernel, device=x.device) * dilation - padding
@@ -134,5 +145,7 @@ def sample_rows(x: Tensor, offset: Tensor, kernel: int, stride: int, padding: in
     if mask is not None:
         share = share * mask.permute(0, 2, 3, 1)[..., None]
     table = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    samples = F.embedding_bag(torch.stack(places, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=share.view(-1, 4))
+    samples = F.embedding_bag(
+        torch.stack(places, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=share.view(-1, 4)
+    )
     return samples.view(n, rows * columns, kernel**2, channels)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def normalise(images: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(
+    images: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """uint8 images (N, 3, H, W) times scale plus shift (3, 1, 1), in channels_last; the padding outside sizes (N, 2) is 0 after it."""
     x = torch.addcmul(shift, images.to(scale.dtype, memory_format=torch.channels_last), scale).to(dtype)
     if sizes is None:

@@ -105,5 +105,7 @@ def fold_batch_norm(module: nn.Module, example: Tensor) -> nn.Module:
             setattr(*owners[norm], nn.Sequential(*(getattr(norm, k) for k in ("drop", "act") if hasattr(norm, k))))
     for old, new in zip(before, module(example)):
         if not torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().max())):
-            raise RuntimeError("folding the batch norms changed the outputs: the body uses a convolution's output twice")
+            raise RuntimeError(
+                "folding the batch norms changed the outputs: the body uses a convolution's output twice"
+            )
     return module.to(dtype)

@@ -34,13 +34,17 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     As torchvision.ops.generalized_box_iou_loss, but without its masks, for each of which a GPU is waited for.
     """
     overlap = iou(boxes, targets, eps)
-    union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(min=eps)  # as the shared area is overlap * union
+    union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(
+        min=eps
+    )  # as the shared area is overlap * union
     corners = [torch.minimum(boxes[:, :2], targets[:, :2]), torch.maximum(boxes[:, 2:], targets[:, 2:])]
     hull = box_area(torch.cat(corners, dim=1)).clamp(min=eps)  # the smallest box around both
     return 1 - overlap + (hull - union) / hull
 
 
-def sigmoid_focal(logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def sigmoid_focal(
+    logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
     """Focal loss (RetinaNet, 2017, eq. 5) of logits (R, K), summed over rows and classes.
 
     counted (R,) bool: the others, neither object nor background, have no loss. rows, labels (R+,) int64: the rows that answer for an

@@ -49,7 +49,9 @@ class NearestPoint:
         and which ones they are."""
         middle, sides = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
         size = (sides / self.scale).log2().mean(dim=1)  # (G,)
-        exponents = torch.stack([strides[0] for strides in priors.strides.split(list(priors.counts))]).log2().floor()  # (L,)
+        exponents = (
+            torch.stack([strides[0] for strides in priors.strides.split(list(priors.counts))]).log2().floor()
+        )  # (L,)
         level = ((size[:, None] >= exponents).sum(dim=1) - 1).clamp(min=0)  # (G,)
         distances, places, start = [], [], 0
         for i, points in enumerate(every.split(list(priors.counts))):

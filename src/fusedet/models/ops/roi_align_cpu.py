@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def region_align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True) -> Tensor:
+def region_align(
+    feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True
+) -> Tensor:
     """What `torchvision.ops.roi_align(feature, rois, size, 1 / stride, samples, aligned)` gives, to rounding.
 
     feature (N, C, H, W), rois (M, 5) in pixels, to (M, C, size, size); no gradient goes to the rois.
@@ -43,7 +45,12 @@ def region_align(feature: Tensor, rois: Tensor, size: int, stride: int, samples:
         weights *= column_weights.flatten()[column * column_weights.shape[2] + along]
     table = feature.permute(0, 2, 3, 1).reshape(-1, channels)  # (N * H * W, C), no copy of a channels_last map
     found = F.embedding_bag(
-        cells, table, F.pad(ends, (1, 0)), mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
+        cells,
+        table,
+        F.pad(ends, (1, 0)),
+        mode="sum",
+        per_sample_weights=weights.to(table.dtype),
+        include_last_offset=True,
     )
     return found.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
@@ -57,7 +64,9 @@ def _axis(start: Tensor, length: Tensor, cells: int, size: int, samples: int) ->
     most = int(number.max()) if len(number) else 1
     number = number[:, None, None]
     sample = torch.arange(most)
-    at = (torch.arange(size)[:, None] + (sample + 0.5) / number) * (length / size)[:, None, None] + start[:, None, None]  # (M, size, most)
+    at = (torch.arange(size)[:, None] + (sample + 0.5) / number) * (length / size)[:, None, None] + start[
+        :, None, None
+    ]  # (M, size, most)
     share = ((sample < number) & (at >= -1) & (at <= cells)) / number  # farther outside is 0
     at = at.clamp(0, cells - 1)
     low = at.floor()

@@ -44,7 +44,9 @@ class Sampler:
         limit = int(self.num * self.fraction)
         if self.balanced:
             # only one in excess of its object's share waits for the others: it draws behind them
-            share = (torch.tensor(float(limit), device=owners.device) / _objects(owners, positive).clamp(min=1)).round() + 1
+            share = (
+                torch.tensor(float(limit), device=owners.device) / _objects(owners, positive).clamp(min=1)
+            ).round() + 1
             keys = torch.where(positive, keys + (_places(owners, keys, positive) >= share[:, None]), keys)
         drawn = _first(keys, positive, positive.sum(dim=1), limit)
         package = self.num - drawn.sum(dim=1)

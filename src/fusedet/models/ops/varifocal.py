@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from fusedet.models.ops.losses import negative_focal
 
 
-def varifocal(logits: Tensor, rows: Tensor, labels: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0) -> Tensor:
+def varifocal(
+    logits: Tensor, rows: Tensor, labels: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0
+) -> Tensor:
     """Varifocal loss of logits (R, K), summed over rows and classes.
 
     An entry of target q > 0 costs q * BCE(p, q), every other one alpha * p^gamma * BCE(p, 0).

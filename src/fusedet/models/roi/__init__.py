@@ -11,4 +11,14 @@ STAGES = {"box": BoxStage, "dynamic": DynamicStage}
 BRANCHES = {"mask": MaskBranch, "grid": GridBranch}
 POOLINGS = {"level": LevelPooling, "soft": SoftPooling}
 
-__all__ = ["BRANCHES", "POOLINGS", "STAGES", "BoxStage", "DynamicStage", "GridBranch", "LevelPooling", "MaskBranch", "SoftPooling"]
+__all__ = [
+    "BRANCHES",
+    "POOLINGS",
+    "STAGES",
+    "BoxStage",
+    "DynamicStage",
+    "GridBranch",
+    "LevelPooling",
+    "MaskBranch",
+    "SoftPooling",
+]

@@ -68,10 +68,17 @@ class BoxStage(nn.Module):
         one_of("sampling", sampling, Sampling)
         one_of("loss", loss, CodeLoss)
         if size < 1 or channels < 1 or layers < 1 or convs < 0:
-            raise InputError(f"size={size}, channels={channels}, layers={layers} must be at least 1 and convs={convs} at least 0")
+            raise InputError(
+                f"size={size}, channels={channels}, layers={layers} must be at least 1 and convs={convs} at least 0"
+            )
         if min(stds) <= 0 or not beta > 0:
             raise InputError(f"stds={list(stds)}, beta={beta} must be above 0")
-        self.num_classes, self.class_agnostic, self.positive, self.weight = num_classes, class_agnostic, positive, weight
+        self.num_classes, self.class_agnostic, self.positive, self.weight = (
+            num_classes,
+            class_agnostic,
+            positive,
+            weight,
+        )
         costs: dict[str, Cost] = {"l1": l1, "smooth_l1": partial(smooth_l1, beta=beta), "balanced_l1": balanced_l1}
         self.cost = costs[loss]
         self.loss_weights = {"loss_cls": weight} | ({"loss_box": weight} if regress else {})
@@ -154,7 +161,9 @@ class BoxStage(nn.Module):
         codes = raw[1].detach().float()
         if not self.class_agnostic:
             likeliest = raw[0][:, :-1].argmax(dim=1)
-            codes = _of_class(codes, likeliest if classes is None else torch.where(classes < self.num_classes, classes, likeliest))
+            codes = _of_class(
+                codes, likeliest if classes is None else torch.where(classes < self.num_classes, classes, likeliest)
+            )
         boxes = decode(rois[:, 1:], codes * self.stds)
         return clip(boxes[:, None], sizes[rois[:, 0].long()]).squeeze(1)
 

@@ -57,10 +57,21 @@ class DynamicStage(nn.Module):
         super().__init__()
         if min(iou_topk, beta_topk, interval) < 1:
             raise InputError(f"iou_topk={iou_topk}, beta_topk={beta_topk}, interval={interval} must be at least 1")
-        options = {"size": size, "channels": channels, "class_agnostic": class_agnostic, "stds": stds, "positive": positive}
+        options = {
+            "size": size,
+            "channels": channels,
+            "class_agnostic": class_agnostic,
+            "stds": stds,
+            "positive": positive,
+        }
         self.box = BoxStage(levels, num_classes, pooling, num=num, fraction=fraction, weight=weight, **options)  # type: ignore[arg-type]
         self.num_classes, self.weight, self.loss_weights = num_classes, weight, self.box.loss_weights
-        self.iou_topk, self.beta_topk, self.initial_iou, self.initial_beta = iou_topk, beta_topk, initial_iou, initial_beta
+        self.iou_topk, self.beta_topk, self.initial_iou, self.initial_beta = (
+            iou_topk,
+            beta_topk,
+            initial_iou,
+            initial_beta,
+        )
         self.register_buffer("threshold", torch.tensor(positive))
         self.register_buffer("beta", torch.tensor(initial_beta))
         self.register_buffer("overlaps", torch.zeros(interval))
@@ -121,6 +132,8 @@ class DynamicStage(nn.Module):
         self.steps += 1
         due = self.steps % len(self.shifts) == 0
         median = self.shifts.masked_fill(self.shifts < 0, torch.nan).nanquantile(0.5)
-        beta = torch.where(median >= LEAST, median.clamp(max=self.initial_beta), self.beta)  # a median of nothing changes nothing
+        beta = torch.where(
+            median >= LEAST, median.clamp(max=self.initial_beta), self.beta
+        )  # a median of nothing changes nothing
         self.threshold.copy_(torch.where(due, self.overlaps.mean().clamp(min=self.initial_iou), self.threshold))
         self.beta.copy_(torch.where(due, beta, self.beta))

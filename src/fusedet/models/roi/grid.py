@@ -104,7 +104,9 @@ class GridBranch(nn.Module):
         boxes = self.jittered(rois[:, 1:], sizes[samples.image[rows]])
         wanted = self.wanted(boxes, objects)
         x = self.convs(self.pooling(features, torch.cat([rois[:, :1], boxes], dim=1)))
-        costs = [F.binary_cross_entropy_with_logits(self.maps(y).float(), wanted, reduction="sum") for y in (self.fuse(x), x)]
+        costs = [
+            F.binary_cross_entropy_with_logits(self.maps(y).float(), wanted, reduction="sum") for y in (self.fuse(x), x)
+        ]
         count = mean_over_ranks(wanted.new_tensor(len(wanted))) * self.points * self.cells**2
         return {"loss_grid": sum(costs, wanted.new_zeros(())) / count}
 
@@ -126,10 +128,14 @@ class GridBranch(nn.Module):
         wh = boxes[:, 2:] - boxes[:, :2]
         low, high = boxes[:, :2] - wh / 2, boxes[:, 2:] + wh / 2
         span = high - low  # (R, 2), of the whole map
-        part = 1 - torch.arange(self.side, device=boxes.device) / (self.side - 1)  # 1 at an object's left or upper side, 0 at the other
+        part = 1 - torch.arange(self.side, device=boxes.device) / (
+            self.side - 1
+        )  # 1 at an object's left or upper side, 0 at the other
         lines = part[:, None] * objects[:, None, :2] + (1 - part[:, None]) * objects[:, None, 2:]  # (R, side, 2)
         places = ((lines - low[:, None]) / span[:, None] * 2 * self.cells).trunc()  # in cells of the whole map
-        xs = places[:, :, 0].repeat_interleave(self.side, dim=1) - self.corners[:, 0]  # (R, P), in cells of the point's own map
+        xs = (
+            places[:, :, 0].repeat_interleave(self.side, dim=1) - self.corners[:, 0]
+        )  # (R, P), in cells of the point's own map
         ys = places[:, :, 1].repeat(1, self.side) - self.corners[:, 1]
         cell = torch.arange(self.cells, device=boxes.device)
         square = (cell[:, None] - ys[..., None, None]) ** 2 + (cell - xs[..., None, None]) ** 2  # (R, P, cells, cells)
@@ -142,10 +148,15 @@ class GridBranch(nn.Module):
         Each point is where its map is highest; a side is the mean of its points, weighted by their probabilities (eq. 3).
         """
         score, place = logits.float().flatten(2).sigmoid().max(dim=2)  # (M, P)
-        at = torch.stack([place % self.cells, place // self.cells], dim=2) + self.corners  # (M, P, 2) as x, y in the whole map
+        at = (
+            torch.stack([place % self.cells, place // self.cells], dim=2) + self.corners
+        )  # (M, P, 2) as x, y in the whole map
         wh = (boxes[:, 2:] - boxes[:, :2])[:, None]
         points = (at + 0.5) / self.cells * wh + boxes[:, None, :2] - wh / 2
-        grid, weight = points.unflatten(1, (self.side, self.side)), score.unflatten(1, (self.side, self.side))  # (M, x, y[, 2])
+        grid, weight = (
+            points.unflatten(1, (self.side, self.side)),
+            score.unflatten(1, (self.side, self.side)),
+        )  # (M, x, y[, 2])
         sides = [
             (grid[:, 0, :, 0], weight[:, 0]),
             (grid[:, :, 0, 1], weight[:, :, 0]),

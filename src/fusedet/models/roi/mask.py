@@ -88,7 +88,9 @@ def crop_masks(targets: Sequence[Target], boxes: Tensor, image: Tensor, owners: 
     Raises InputError for objects without masks.
     """
     if bare := sum(len(t) for t in targets if t.masks is None):
-        raise InputError(f"{bare} objects have no mask: a mask branch learns from data with masks alone, take it out of model.roi.branches")
+        raise InputError(
+            f"{bare} objects have no mask: a mask branch learns from data with masks alone, take it out of model.roi.branches"
+        )
     masks = [t.masks for t in targets if t.masks is not None and len(t)]
     crops = boxes.new_zeros(len(boxes), size, size)
     if not masks:

@@ -26,11 +26,19 @@ class LevelPooling(nn.Module):
     """
 
     def __init__(
-        self, levels: Levels, size: int = 7, count: int = 4, finest_side: float = 56.0, samples: int = 0, aligned: bool = True
+        self,
+        levels: Levels,
+        size: int = 7,
+        count: int = 4,
+        finest_side: float = 56.0,
+        samples: int = 0,
+        aligned: bool = True,
     ) -> None:
         super().__init__()
         if size < 1 or count < 1 or samples < 0 or not finest_side > 0:
-            raise InputError(f"size={size}, count={count}, finest_side={finest_side} must be above 0 and samples={samples} at least 0")
+            raise InputError(
+                f"size={size}, count={count}, finest_side={finest_side} must be above 0 and samples={samples} at least 0"
+            )
         self.size, self.strides, self.finest_side = size, levels.strides[:count], finest_side
         self.samples, self.aligned = samples, aligned
         self.channels = levels.channels[0]
@@ -44,7 +52,9 @@ class LevelPooling(nn.Module):
             return pooled
         for i, (feature, stride) in enumerate(zip(features, self.strides)):
             here = (places == i).nonzero().squeeze(1)
-            pooled = pooled.index_copy(0, here, align(feature, rois[here], self.size, stride, self.samples, self.aligned))
+            pooled = pooled.index_copy(
+                0, here, align(feature, rois[here], self.size, stride, self.samples, self.aligned)
+            )
         return pooled
 
 
@@ -54,9 +64,13 @@ def align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 
     samples: along each side of a cell; 0, as many as there are of the level's cells. Computed in float32: half precision moves boxes.
     """
     with without_autocast(feature):
-        if feature.is_cpu and not torch.compiler.is_compiling():  # what is exported has torchvision's operator, which runtimes know
+        if (
+            feature.is_cpu and not torch.compiler.is_compiling()
+        ):  # what is exported has torchvision's operator, which runtimes know
             return region_align(feature.float(), rois.float(), size, stride, samples, aligned).to(feature.dtype)
-        return roi_align(feature.float(), rois.float(), size, 1 / stride, sampling_ratio=samples, aligned=aligned).to(feature.dtype)
+        return roi_align(feature.float(), rois.float(), size, 1 / stride, sampling_ratio=samples, aligned=aligned).to(
+            feature.dtype
+        )
 
 
 def with_images(boxes: Tensor) -> Tensor:

@@ -27,12 +27,16 @@ class SoftPooling(nn.Module):
         self.size, self.samples, self.strides = size, samples, levels.strides[:count]
         self.channels = levels.channels[0]
         self.weights = nn.Sequential(
-            conv(self.channels * len(self.strides), self.channels, 1), nn.ReLU(inplace=True), conv(self.channels, len(self.strides), 3)
+            conv(self.channels * len(self.strides), self.channels, 1),
+            nn.ReLU(inplace=True),
+            conv(self.channels, len(self.strides), 3),
         )
         xavier(self)
 
     def forward(self, features: Features, rois: Tensor) -> Tensor:
         """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to (M, C, size, size)."""
-        pooled = [align(f, rois, self.size, stride, self.samples) for f, stride in zip(features, self.strides)]  # L times (M, C, s, s)
+        pooled = [
+            align(f, rois, self.size, stride, self.samples) for f, stride in zip(features, self.strides)
+        ]  # L times (M, C, s, s)
         weights = self.weights(torch.cat(pooled, dim=1)).sigmoid()  # (M, L, s, s)
         return (torch.stack(pooled, dim=1) * weights[:, :, None]).sum(dim=1)
