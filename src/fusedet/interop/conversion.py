@@ -20,7 +20,7 @@ from fusedet.interop.mmdetection.detector_config import hidden, is_legacy, old_f
 from fusedet.interop.mmdetection.infer_config import guess
 from fusedet.interop.mmdetection.weight_names import as_rgb, joined, matched, renamed, rules
 from fusedet.interop.weight_shapes import axis
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -161,7 +161,7 @@ def class_count(state: Mapping[str, Tensor], options: Config) -> int:
 
 
 def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weights:
-    detector = from_config(options, count)
+    detector = build_detector(options, count)
     levels = sum(stride >= 2**options.model.pyramid.finest for stride in detector.backbone.levels.strides)
     table = rules(options.model, levels)
     found: Weights = {}
@@ -181,5 +181,5 @@ def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weig
 def _of_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> Converted:
     read = torchvision.translate(state, Path(file).name)
     options = configs.parse(configs.overridden(read.tree, overrides))
-    own = from_config(options, len(read.names)).state_dict()
+    own = build_detector(options, len(read.names)).state_dict()
     return Converted(options, matched(read.weights, read.sources, own, file), read.names, read.category_ids, read.notes)
