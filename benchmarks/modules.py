@@ -18,7 +18,7 @@ import torch
 from common import interleave, own_peak, peak_memory, report
 
 from fusedet import create_model
-from fusedet.models.detectors import Detector, prepare_for_inference
+from fusedet.models.detectors import DetectorModule, prepare_for_inference
 from fusedet.models.profiling import cost
 from fusedet.types import Batch
 
@@ -55,7 +55,7 @@ SIDES = {
 }
 
 
-def make(name: str) -> Detector:
+def make(name: str) -> DetectorModule:
     """The detector of a side, with random weights."""
     return create_model(SIDES[name].config, "model.backbone.pretrained=false", *SIDES[name].overrides).eval()
 

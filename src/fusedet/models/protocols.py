@@ -229,6 +229,22 @@ class ProposalHead(Protocol):
         ...
 
 
+class RoIPooling(Protocol):
+    """Pooling of RoIs to features of one size.
+
+    The constructor takes `levels: Levels` and `size: int`, in cells.
+    """
+
+    def __call__(self, features: Features, rois: Tensor) -> Tensor:
+        """Pool the features of every RoI.
+
+        Shape:
+            features: levels (N, C, H_l, W_l), finest first; rois (M, 5): index of the image in the batch, then a box;
+            result (M, C, size, size).
+        """
+        ...
+
+
 class RoISamples(Protocol):
     """RoIs of a batch that a stage is trained on, ordered by image."""
 

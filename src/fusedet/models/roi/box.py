@@ -20,7 +20,7 @@ from fusedet.models.roi.pooling import LevelPooling, PoolingFactory
 from fusedet.models.roi.sampling import RoISamples, match_proposals, sample_rois
 from fusedet.types import Candidates, Features, Levels, Losses, Proposals, Target
 
-RoIOutputs = tuple[Tensor, Tensor | None]
+StageOutputs = tuple[Tensor, Tensor | None]
 """What a stage gives for M regions: logits (M, K + 1), background last, and codes (M, 4), or (M, K * 4) class by class, or None."""
 
 Cost = Callable[[Tensor, Tensor], Tensor]
@@ -100,7 +100,7 @@ class BoxStage(nn.Module):
         for layer in [*shared, self.cls, *([self.reg] if self.reg is not None else [])]:
             nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Features, rois: Tensor) -> RoIOutputs:
+    def forward(self, features: Features, rois: Tensor) -> StageOutputs:
         """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to logits and codes."""
         x = self.pooling(features, rois)
         for layer in self.convs:
@@ -114,7 +114,7 @@ class BoxStage(nn.Module):
         """The regions to learn from; the objects' own boxes are among the candidates."""
         return sample_rois(match_proposals(proposals, targets, self.positive), self.sampler)
 
-    def loss(self, raw: RoIOutputs, samples: RoISamples, targets: Sequence[Target], cost: Cost | None = None) -> Losses:
+    def loss(self, raw: StageOutputs, samples: RoISamples, targets: Sequence[Target], cost: Cost | None = None) -> Losses:
         """Cross-entropy of all samples and the loss of the positive ones' codes, both divided by the number of samples.
 
         cost: takes the place of the constructor's loss of codes.
@@ -131,7 +131,7 @@ class BoxStage(nn.Module):
         _, labels = samples.objects(targets)
         return torch.full_like(samples.owners, self.num_classes).index_copy(0, samples.positive, labels)
 
-    def regression(self, raw: RoIOutputs, samples: RoISamples, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    def regression(self, raw: StageOutputs, samples: RoISamples, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         """The codes (R, 4) of the positive samples, found and wanted."""
         assert raw[1] is not None
         boxes, labels = samples.objects(targets)
@@ -140,7 +140,7 @@ class BoxStage(nn.Module):
             codes = _of_class(codes, labels)
         return codes.float(), encode(samples.rois[samples.positive, 1:], boxes) / self.stds
 
-    def decode(self, raw: RoIOutputs, rois: Tensor, counts: Tensor) -> Candidates:
+    def decode(self, raw: StageOutputs, rois: Tensor, counts: Tensor) -> Candidates:
         """Rois (N * R, 5), of each image the first counts (N,) real, to boxes (N, R, 4), or (N, R, K, 4) class by class, and scores
         (N, R, K), 0 for the others."""
         scores = raw[0].float().softmax(dim=1)[:, :-1].unflatten(0, (len(counts), -1))  # (N, R, K)
@@ -152,7 +152,7 @@ class BoxStage(nn.Module):
         real = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
         return Candidates(boxes.unflatten(0, (len(counts), -1)), scores * real[..., None])
 
-    def refine(self, raw: RoIOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
+    def refine(self, raw: StageOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
         """The better boxes (M, 4) of rois (M, 5), inside images of sizes (N, 2), for the next stage; without gradient.
 
         Of class-wise boxes that of classes (M,), where it is not background, else of the likeliest class.

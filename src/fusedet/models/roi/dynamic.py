@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusedet.errors import InputError
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.regression_losses import smooth_l1
-from fusedet.models.roi.box import BoxStage, RoIOutputs
+from fusedet.models.roi.box import BoxStage, StageOutputs
 from fusedet.models.roi.pooling import PoolingFactory
 from fusedet.models.roi.sampling import RoISamples, match_proposals, sample_rois
 from fusedet.types import Candidates, Features, Levels, Losses, Proposals, Target
@@ -78,15 +78,15 @@ class DynamicStage(nn.Module):
         self.register_buffer("shifts", torch.full((interval,), -1.0))  # -1: no sample was positive
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, features: Features, rois: Tensor) -> RoIOutputs:
+    def forward(self, features: Features, rois: Tensor) -> StageOutputs:
         """As `BoxStage`."""
         return self.box(features, rois)
 
-    def decode(self, raw: RoIOutputs, rois: Tensor, counts: Tensor) -> Candidates:
+    def decode(self, raw: StageOutputs, rois: Tensor, counts: Tensor) -> Candidates:
         """As `BoxStage`."""
         return self.box.decode(raw, rois, counts)
 
-    def refine(self, raw: RoIOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
+    def refine(self, raw: StageOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
         """As `BoxStage`."""
         return self.box.refine(raw, rois, sizes, classes)
 
@@ -101,7 +101,7 @@ class DynamicStage(nn.Module):
             self._note(self.overlaps, self.usual_overlap(matched.overlaps))
         return sample_rois(matched, self.box.sampler)
 
-    def loss(self, raw: RoIOutputs, samples: RoISamples, targets: Sequence[Target]) -> Losses:
+    def loss(self, raw: StageOutputs, samples: RoISamples, targets: Sequence[Target]) -> Losses:
         """The box stage's losses with the present beta; then notes the shifts, and where it is time, both values change."""
         losses = self.box.loss(raw, samples, targets, partial(smooth_l1, beta=self.beta.clone()))
         if torch.is_grad_enabled():
