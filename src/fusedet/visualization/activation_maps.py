@@ -34,7 +34,7 @@ from fusedet.models.heads.towers import TwinTowers
 from fusedet.models.modules import INTERACTIONS, MSFM, MSIL
 from fusedet.models.necks import MSEFPN, NECKS, SMSL
 from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
-from fusedet.models.ops.boxes import clip, iou
+from fusedet.models.ops.boxes import aligned_iou, clip_boxes
 from fusedet.types import Batch, Candidates, Features
 
 KINDS = ("classification", "regression", "objectness", "proposals")
@@ -219,10 +219,10 @@ class _Target:
         scores = candidates.scores[0, :, label]  # (P,)
         scores = scores if candidates.quality is None else scores * candidates.quality[0]
         boxes = candidates.boxes[0, :, label] if candidates.boxes.ndim == 4 else candidates.boxes[0]  # (P, 4)
-        seen = clip(boxes.detach()[None], sizes)[0]
+        seen = clip_boxes(boxes.detach()[None], sizes)[0]
         there = (seen[:, 2] > seen[:, 0]) & (seen[:, 3] > seen[:, 1])
         weight = scores.detach() * there
-        best = (weight if near is None else iou(seen, near.expand_as(seen)) * there).argmax()
+        best = (weight if near is None else aligned_iou(seen, near.expand_as(seen)) * there).argmax()
         chosen = F.one_hot(best, len(weight)).to(weight.dtype) if alone else weight
         sides = boxes.detach()[:, 2:] - boxes.detach()[:, :2]
         outward = torch.cat([-boxes[:, :2], boxes[:, 2:]], dim=1) / sides.clamp(min=1).repeat(1, 2)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedet import config as configs
 from fusedet.errors import InputError, unknown
-from fusedet.models.backbones import Backbone, insert
+from fusedet.models.backbones import TimmBackbone, insert_plugin
 from fusedet.models.build import build
 from fusedet.models.detectors.neck_chain import Chain
 from fusedet.models.detectors.one_stage import OneStage
@@ -22,11 +22,11 @@ from fusedet.models.necks import NECKS
 from fusedet.models.roi import BRANCHES, POOLINGS, STAGES
 from fusedet.types import Levels
 
-BACKBONES = {"timm": Backbone}
+BACKBONES = {"timm": TimmBackbone}
 
 
 def selection(test: configs.Test) -> dict[str, Any]:
-    """The config's thresholds as options of `ops.boxes.select`."""
+    """The config's thresholds as options of `ops.boxes.select_detections`."""
     return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
 
 
@@ -56,7 +56,7 @@ def from_config(config: configs.Config, num_classes: int) -> Detector:
     _check_places(model)
     backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
     if model.plugin:
-        insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
+        insert_plugin(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     neck = _neck(model, backbone.levels)
     if not model.roi:
         return OneStage(backbone, neck, _head(model, neck.levels, num_classes), selection(config.test))

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.ops.boxes import select
-from fusedet.models.ops.image_normalization import normalise
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.image_normalization import normalise_images
 from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
 
 class OneStage(nn.Module):
     """Body, neck and dense head: RetinaNet and all that is built like it.
 
-    selection: options of `ops.boxes.select` (score, iou, pre_nms, max_det), its defaults where there are none.
+    selection: options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det), its defaults where there are none.
     """
 
     def __init__(self, backbone: Any, neck: Any, head: Any, selection: Mapping[str, Any] | None = None) -> None:
@@ -36,7 +36,7 @@ class OneStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
-        return normalise(
+        return normalise_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
@@ -60,7 +60,7 @@ class OneStage(nn.Module):
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
         """Final detections as tensors, in pixels of the network's input: padded to max_det, the form that exports, or to the most."""
         outputs = self(images, sizes)
-        found = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
+        found = select_detections(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
         return found if padded else found.trimmed()
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedet.models.ops.boxes import survivors
+from fusedet.models.ops.boxes import nms_keep_mask
 from fusedet.types import Batch
 
 
@@ -49,6 +49,6 @@ def merge(views: Sequence[Seen], iou: float = 0.5, max_det: int = 100) -> Seen:
         return views[0]
     inside = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach beyond the image
     apart = inside + (labels * (inside.amax() + 1))[:, None]  # classes are moved apart by more than any box is wide
-    alive = survivors(apart[None], scores[None], iou)[0].nonzero().squeeze(1)
+    alive = nms_keep_mask(apart[None], scores[None], iou)[0].nonzero().squeeze(1)
     best = alive[scores[alive].argsort(descending=True, stable=True)[:max_det]]
     return Seen(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.ops.boxes import select
-from fusedet.models.ops.image_normalization import normalise
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.image_normalization import normalise_images
 from fusedet.models.roi.box import Raw
 from fusedet.models.roi.mask import paste
 from fusedet.models.roi.pooling import with_images
@@ -43,7 +43,7 @@ class TwoStage(nn.Module):
 
     One stage is Faster R-CNN; three are Cascade R-CNN, where each bettered the boxes for the next and scores are of the mean of logits.
     branches: of each kind one per stage, which learns from that stage's samples; masks are means over stages, boxes the last one's.
-    selection: options of `ops.boxes.select` (score, iou, max_det), and pre_nms, the proposals of a level that reach suppression.
+    selection: options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level that reach suppression.
     """
 
     stages: Any  # ModuleLists of parts, whose methods are their contract's
@@ -93,7 +93,7 @@ class TwoStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
-        return normalise(
+        return normalise_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
@@ -161,7 +161,7 @@ class TwoStage(nn.Module):
         candidates = self.stages[-1].decode(regions.raw, regions.rois, regions.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
-        return select(candidates, sizes, [count], pre_nms=count * classes, **options)
+        return select_detections(candidates, sizes, [count], pre_nms=count * classes, **options)
 
     def branch(self, features: Features, found: BatchDetections) -> BatchDetections | Found:
         """The same with what all branches add."""
