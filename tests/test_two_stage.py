@@ -13,7 +13,7 @@ from fusedet import config as configs
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.detectors.two_stage import TwoStage
-from fusedet.models.profiling import cost
+from fusedet.models.profiling import count_cost
 from fusedet.models.roi import DynamicStage
 from fusedet.types import Batch, Target
 
@@ -101,7 +101,7 @@ def test_cost_counts_a_thousand_regions() -> None:
     with torch.device("meta"):
         made = make("faster_rcnn_r50")
     layers = 12544 * 1024 + 1024 * 1024 + 1024 * 81 + 1024 * 320
-    found = cost(made, 800, 1344)
+    found = count_cost(made, 800, 1344)
     parts = sum(part["multiply_adds"] for name, part in found["parts"].items() if name in ("backbone", "neck", "head"))
     assert found["multiply_adds"] - parts == 1000 * layers
 

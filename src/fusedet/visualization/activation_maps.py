@@ -37,7 +37,7 @@ from fusedet.models.heads.towers import TwinTowers
 from fusedet.models.modules import INTERACTIONS, MSFM, MSIL
 from fusedet.models.necks import MSEFPN, NECKS, SMSL
 from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
-from fusedet.models.ops.boxes import clip, iou
+from fusedet.models.ops.boxes import aligned_iou, clip_boxes
 from fusedet.types import Batch, Candidates, Features
 
 KINDS = ("classification", "regression", "objectness", "proposals")
@@ -254,10 +254,10 @@ class _Scores:
         scores = candidates.scores[0, :, label]  # (P,)
         scores = scores if candidates.quality is None else scores * candidates.quality[0]
         boxes = candidates.boxes[0, :, label] if candidates.boxes.ndim == 4 else candidates.boxes[0]  # (P, 4)
-        clipped = clip(boxes.detach()[None], sizes)[0]
+        clipped = clip_boxes(boxes.detach()[None], sizes)[0]
         valid = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
         weight = scores.detach() * valid
-        best = (weight if near is None else iou(clipped, near.expand_as(clipped)) * valid).argmax()
+        best = (weight if near is None else aligned_iou(clipped, near.expand_as(clipped)) * valid).argmax()
         chosen = F.one_hot(best, len(weight)).to(weight.dtype) if best_only else weight
         lengths = boxes.detach()[:, 2:] - boxes.detach()[:, :2]
         outward = torch.cat([-boxes[:, :2], boxes[:, 2:]], dim=1) / lengths.clamp(min=1).repeat(1, 2)

@@ -10,7 +10,7 @@ import torch
 
 from fusedet import config as configs
 from fusedet.errors import InputError, unknown
-from fusedet.models.backbones import Backbone, insert
+from fusedet.models.backbones import TimmBackbone, insert_plugin
 from fusedet.models.build import build
 from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
@@ -22,7 +22,7 @@ from fusedet.models.protocols import BranchInteraction, DenseHead, Neck, Proposa
 from fusedet.models.roi import BRANCHES, POOLINGS, STAGES
 from fusedet.types import Levels
 
-BACKBONES = {"timm": Backbone}
+BACKBONES = {"timm": TimmBackbone}
 
 DetectorModule = OneStage | TwoStage
 """A detector that the factory builds: an `nn.Module` with the contract of `models.protocols.Detector`."""
@@ -58,7 +58,7 @@ def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
     _check_slots(model)
     backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
     if model.plugin:
-        insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
+        insert_plugin(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     neck = _build_neck(model, backbone.levels)
     if not model.roi:
         return OneStage(backbone, neck, _build_head(model, neck.levels, num_classes), selection_options(config.test))
@@ -85,7 +85,7 @@ def disable_pretrained(config: configs.Config) -> configs.Config:
 
 
 def selection_options(test: configs.Test) -> dict[str, Any]:
-    """Return the config's test thresholds as options of `ops.boxes.select`."""
+    """Return the config's test thresholds as options of `ops.boxes.select_detections`."""
     return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
-from fusedet.models.ops.boxes import select
-from fusedet.models.ops.image_normalization import normalise
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.image_normalization import normalise_images
 from fusedet.models.protocols import Backbone, DenseHead, Neck
 from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
@@ -22,7 +22,7 @@ class OneStage(nn.Module):
         backbone: Feature extractor.
         neck: Feature pyramid on the backbone's levels.
         head: Dense head on the neck's levels.
-        selection: Options of `ops.boxes.select` (score, iou, pre_nms, max_det); its defaults where missing.
+        selection: Options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det); its defaults where missing.
     """
 
     backbone: Backbone
@@ -60,7 +60,7 @@ class OneStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Normalise uint8 images for the backbone, in channels_last; the padding becomes 0."""
-        return normalise(
+        return normalise_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
@@ -85,7 +85,7 @@ class OneStage(nn.Module):
             padded: Pad to max_det, which exports; otherwise to the largest count in the batch.
         """
         outputs = self(images, sizes)
-        detections = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
+        detections = select_detections(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
         return detections if padded else detections.trimmed()
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedet.models.ops.boxes import survivors
+from fusedet.models.ops.boxes import nms_keep_mask
 from fusedet.models.protocols import Detector
 from fusedet.types import Batch
 
@@ -59,6 +59,6 @@ def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det
         return views[0]
     positive = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach outside the image
     shifted = positive + (labels * (positive.amax() + 1))[:, None]  # so that boxes of two classes never overlap
-    kept = survivors(shifted[None], scores[None], iou)[0].nonzero().squeeze(1)
+    kept = nms_keep_mask(shifted[None], scores[None], iou)[0].nonzero().squeeze(1)
     best = kept[scores[kept].argsort(descending=True, stable=True)[:max_det]]
     return ImageDetections(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
-from fusedet.models.ops.boxes import select
-from fusedet.models.ops.image_normalization import normalise
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.image_normalization import normalise_images
 from fusedet.models.protocols import (
     Backbone,
     BoxRefiner,
@@ -58,7 +58,7 @@ class TwoStage(nn.Module):
         stages: RoI stages in order.
         branches: For each kind of branch one per stage, trained on that stage's samples. At inference, masks are means
             over the stages; boxes are those of the last stage.
-        selection: Options of `ops.boxes.select` (score, iou, max_det), and pre_nms, the proposals of a level that
+        selection: Options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level that
             enter NMS.
     """
 
@@ -110,7 +110,7 @@ class TwoStage(nn.Module):
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Normalise uint8 images for the backbone, in channels_last; the padding becomes 0."""
-        return normalise(
+        return normalise_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
@@ -192,7 +192,7 @@ class TwoStage(nn.Module):
         candidates = self.stages[-1].decode(outputs.raw, outputs.rois, outputs.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
-        return select(candidates, sizes, [count], pre_nms=count * classes, **options)
+        return select_detections(candidates, sizes, [count], pre_nms=count * classes, **options)
 
     def run_branches(self, features: Features, detections: BatchDetections) -> BatchDetections:
         """Refine the boxes of detections and add their masks, as the branches do."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.ops.boxes import clip, decode, encode
-from fusedet.models.ops.layers import conv, kaiming
+from fusedet.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
+from fusedet.models.ops.layers import conv, init_kaiming
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.ops.regression_losses import balanced_l1, l1, smooth_l1
+from fusedet.models.ops.regression_losses import balanced_l1_loss, l1_loss, smooth_l1_loss
 from fusedet.models.ops.samplers import Sampler
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory
 from fusedet.models.roi.sampling import RoISamples, match_proposals, sample_rois
@@ -37,7 +37,7 @@ class BoxStage(nn.Module):
     size: of the pooled features, in cells a side. layers, channels: how many fully connected layers, and how wide; convs: 3x3 convolutions
     before them (4 before one layer in MMDetection's Shared4Conv1FC and torchvision's v2). class_agnostic: one code for all (Cascade).
     regress: with codes; without, boxes stay as they were proposed (Grid R-CNN). stds: of the codes, which are divided by them.
-    positive: the overlap with an object from which a region is positive. num, fraction: of `ops.sample.Sampler`; sampling: "random", or
+    positive: the overlap with an object from which a region is positive. num, fraction: of `ops.samplers.Sampler`; sampling: "random", or
     Libra R-CNN's "balanced". loss: of the codes; beta: of "smooth_l1".
     weight: of the losses of this stage and of its branches in the total (Cascade R-CNN).
     """
@@ -79,7 +79,11 @@ class BoxStage(nn.Module):
             positive,
             weight,
         )
-        costs: dict[str, Cost] = {"l1": l1, "smooth_l1": partial(smooth_l1, beta=beta), "balanced_l1": balanced_l1}
+        costs: dict[str, Cost] = {
+            "l1": l1_loss,
+            "smooth_l1": partial(smooth_l1_loss, beta=beta),
+            "balanced_l1": balanced_l1_loss,
+        }
         self.cost = costs[loss]
         self.loss_weights = {"loss_cls": weight} | ({"loss_box": weight} if regress else {})
         self.sampler = Sampler(num, fraction, balanced=sampling == "balanced")
@@ -89,7 +93,7 @@ class BoxStage(nn.Module):
         self.convs = nn.ModuleList(conv(width, width, 3) for _ in range(convs))
         shared = [nn.Linear(channels if i else width * size * size, channels) for i in range(layers)]
         self.shared = nn.ModuleList(shared)
-        kaiming(self.convs)
+        init_kaiming(self.convs)
         self.cls = nn.Linear(channels, num_classes + 1)
         self.reg = nn.Linear(channels, 4 if class_agnostic else 4 * num_classes) if regress else None
         for layer in shared:
@@ -114,7 +118,9 @@ class BoxStage(nn.Module):
         """The regions to learn from; the objects' own boxes are among the candidates."""
         return sample_rois(match_proposals(proposals, targets, self.positive), self.sampler)
 
-    def loss(self, raw: StageOutputs, samples: RoISamples, targets: Sequence[Target], cost: Cost | None = None) -> Losses:
+    def loss(
+        self, raw: StageOutputs, samples: RoISamples, targets: Sequence[Target], cost: Cost | None = None
+    ) -> Losses:
         """Cross-entropy of all samples and the loss of the positive ones' codes, both divided by the number of samples.
 
         cost: takes the place of the constructor's loss of codes.
@@ -138,7 +144,7 @@ class BoxStage(nn.Module):
         codes = raw[1][samples.positive]
         if not self.class_agnostic:
             codes = _of_class(codes, labels)
-        return codes.float(), encode(samples.rois[samples.positive, 1:], boxes) / self.stds
+        return codes.float(), encode_boxes(samples.rois[samples.positive, 1:], boxes) / self.stds
 
     def decode(self, raw: StageOutputs, rois: Tensor, counts: Tensor) -> Candidates:
         """Rois (N * R, 5), of each image the first counts (N,) real, to boxes (N, R, 4), or (N, R, K, 4) class by class, and scores
@@ -147,7 +153,7 @@ class BoxStage(nn.Module):
         boxes = rois[:, 1:]
         if raw[1] is not None:
             codes = raw[1].float().unflatten(1, (-1, 4)) * self.stds  # (N * R, 1 or K, 4)
-            boxes = decode(boxes[:, None], codes)
+            boxes = decode_boxes(boxes[:, None], codes)
             boxes = boxes.squeeze(1) if self.class_agnostic else boxes
         real = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
         return Candidates(boxes.unflatten(0, (len(counts), -1)), scores * real[..., None])
@@ -164,8 +170,8 @@ class BoxStage(nn.Module):
             codes = _of_class(
                 codes, likeliest if classes is None else torch.where(classes < self.num_classes, classes, likeliest)
             )
-        boxes = decode(rois[:, 1:], codes * self.stds)
-        return clip(boxes[:, None], sizes[rois[:, 0].long()]).squeeze(1)
+        boxes = decode_boxes(rois[:, 1:], codes * self.stds)
+        return clip_boxes(boxes[:, None], sizes[rois[:, 0].long()]).squeeze(1)
 
 
 def _of_class(codes: Tensor, classes: Tensor) -> Tensor:

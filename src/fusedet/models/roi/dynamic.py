@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.ops.regression_losses import smooth_l1
+from fusedet.models.ops.regression_losses import smooth_l1_loss
 from fusedet.models.roi.box import BoxStage, StageOutputs
 from fusedet.models.roi.pooling import PoolingFactory
 from fusedet.models.roi.sampling import RoISamples, match_proposals, sample_rois
@@ -103,7 +103,7 @@ class DynamicStage(nn.Module):
 
     def loss(self, raw: StageOutputs, samples: RoISamples, targets: Sequence[Target]) -> Losses:
         """The box stage's losses with the present beta; then notes the shifts, and where it is time, both values change."""
-        losses = self.box.loss(raw, samples, targets, partial(smooth_l1, beta=self.beta.clone()))
+        losses = self.box.loss(raw, samples, targets, partial(smooth_l1_loss, beta=self.beta.clone()))
         if torch.is_grad_enabled():
             self._note(self.shifts, self.usual_shift(self.box.regression(raw, samples, targets)[1], len(targets)))
             self._advance()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import GroupNorm, conv, kaiming, start_at
+from fusedet.models.ops.layers import GroupNorm, conv, init_kaiming, init_prior_bias
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory, boxes_to_rois
 from fusedet.models.roi.sampling import RoISamples
@@ -71,11 +71,11 @@ class GridBranch(nn.Module):
         starts = [0, *(max(int((i / (side - 1) - 0.25) * 2 * self.cells), 0) for i in range(1, side - 1)), self.cells]
         corners = torch.cartesian_prod(torch.tensor(starts), torch.tensor(starts))  # (P, 2) as x, y
         self.register_buffer("corners", corners, persistent=False)
-        kaiming(self.convs)
+        init_kaiming(self.convs)
         for layer in (self.up, self.heat):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        start_at(self.heat.bias, 0.01)
+        init_prior_bias(self.heat.bias, 0.01)
 
     corners: Tensor
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import conv, kaiming
+from fusedet.models.ops.layers import conv, init_kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.precision import without_autocast
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory, boxes_to_rois
@@ -49,7 +49,7 @@ class MaskBranch(nn.Module):
         self.convs = nn.ModuleList(conv(a, b, 3) for a, b in pairwise(widths))
         self.upsample = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
         self.logits = conv(channels, num_classes, 1)
-        kaiming(self)
+        init_kaiming(self)
 
     def forward(self, features: Features, rois: Tensor) -> Tensor:
         """Levels (N, C, H, W) and rois (M, 5) to logits (M, K, size, size)."""

@@ -10,7 +10,7 @@ from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
 from fusedet.models.ops.precision import without_autocast
-from fusedet.models.ops.roi_align_cpu import region_align
+from fusedet.models.ops.roi_align_cpu import roi_align_cpu
 from fusedet.types import Features, Levels
 
 PoolingFactory = Callable[[int], nn.Module]
@@ -69,7 +69,7 @@ def align_level(
         if (
             feature.is_cpu and not torch.compiler.is_compiling()
         ):  # what is exported has torchvision's operator, which runtimes know
-            return region_align(feature.float(), rois.float(), size, stride, samples, aligned).to(feature.dtype)
+            return roi_align_cpu(feature.float(), rois.float(), size, stride, samples, aligned).to(feature.dtype)
         return roi_align(feature.float(), rois.float(), size, 1 / stride, sampling_ratio=samples, aligned=aligned).to(
             feature.dtype
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, objects
+from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, gather_instances
 from fusedet.models.ops.samplers import Sampler
 from fusedet.types import Proposals, Target
 
@@ -36,7 +36,7 @@ class RoISamples:
 
     def objects(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         """Boxes (R, 4) and labels (R,) of the positive ones' objects."""
-        return objects(targets, self.image[self.positive], self.owners[self.positive])
+        return gather_instances(targets, self.image[self.positive], self.owners[self.positive])
 
 
 class MatchedProposals(NamedTuple):
@@ -52,8 +52,10 @@ class MatchedProposals(NamedTuple):
 @torch.no_grad()
 def match_proposals(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> MatchedProposals:
     """Proposals, with the objects added, that overlap an object by `positive` or more are its own."""
-    assigner = MaxIoU(positive, positive, low_quality=False)
-    found = [assigner.match(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)]
+    assigner = MaxIoUAssigner(positive, positive, low_quality=False)
+    found = [
+        assigner.match_boxes(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)
+    ]
     owners, overlaps = (torch.stack(column) for column in zip(*found))  # (N, R)
     real = torch.arange(owners.shape[1], device=owners.device) < proposals.counts[:, None]
     objects = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)

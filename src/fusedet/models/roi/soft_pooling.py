@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import conv, xavier
+from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.models.roi.pooling import align_level
 from fusedet.types import Features, Levels
 
@@ -31,7 +31,7 @@ class SoftPooling(nn.Module):
             nn.ReLU(inplace=True),
             conv(self.channels, len(self.strides), 3),
         )
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features, rois: Tensor) -> Tensor:
         """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to (M, C, size, size)."""
