@@ -173,15 +173,15 @@ def test_balanced_negatives_are_spread_over_bins() -> None:
 def test_matching_adds_objects_and_leaves_padding_out() -> None:
     given = [torch.tensor([[4.0, 4, 36, 29], [0, 0, 5, 5], [70, 3, 90, 12]]), torch.tensor([[4.0, 4, 36, 29]])]
     matched = match_proposals(proposed(*given), [SOME, EMPTY], 0.5)
-    assert matched.objects == 3
-    assert matched.owners.tolist() == [[0, 1, 2, 0, -1, 2], [-2, -2, -2, -1, -2, -2]]
+    assert matched.num_ground_truth == 3
+    assert matched.instances.tolist() == [[0, 1, 2, 0, -1, 2], [-2, -2, -2, -1, -2, -2]]
     assert torch.allclose(matched.overlaps[0, :3], torch.ones(3))
     assert float(matched.overlaps[0, 3]) == pytest.approx(25 / 26)
     assert matched.overlaps[1].tolist() == [-1, -1, -1, 0, -1, -1]
     samples = sample_rois(matched, Sampler(ALL, 1.0))
     assert samples.image.tolist() == [0] * 6 + [1]
     assert samples.rois[:, 0].tolist() == [0] * 6 + [1]
-    assert samples.added.tolist() == [True] * 3 + [False] * 4
+    assert samples.is_ground_truth.tolist() == [True] * 3 + [False] * 4
     assert torch.equal(samples.rois[:3, 1:], SOME.boxes)
 
 
@@ -407,9 +407,9 @@ def test_memory_is_shared_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fusedet.models.roi.dynamic.mean_over_ranks", mean)
     made = DynamicStage(LEVELS, 3, channels=16, iou_topk=2)
-    assert float(made.usual_overlap(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(
+    assert float(made.topk_iou(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(
         ((0.6 + 0.1) / 2 + 0.2) / 2
     )
     wanted = torch.tensor([[0.5, -0.1, 9, 9], [0.1, 0.1, 9, 9]])
-    assert float(made.usual_shift(wanted, 1)) == pytest.approx(0.3)
-    assert float(made.usual_shift(wanted[:0], 1)) == -1
+    assert float(made.topk_shift(wanted, 1)) == pytest.approx(0.3)
+    assert float(made.topk_shift(wanted[:0], 1)) == -1

@@ -287,7 +287,7 @@ def test_each_stage_learns_from_what_the_one_before_made() -> None:
         codes = made.stages[i - 1](features, samples.rois)
         boxes = made.stages[i - 1].refine(codes, samples.rois, images.sizes)
         for image in (0, 1):
-            mine = (samples.image == image) & ~samples.added
+            mine = (samples.image == image) & ~samples.is_ground_truth
             assert proposals.counts[image] == mine.sum()
             assert torch.allclose(proposals.boxes[image, : mine.sum()], boxes[mine], atol=1e-3)
 

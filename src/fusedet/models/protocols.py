@@ -259,6 +259,11 @@ class RoISamples(Protocol):
         ...
 
     @property
+    def is_ground_truth(self) -> Tensor | None:
+        """(S,) bool: whether the box is that of an instance itself, which the next stage adds again."""
+        ...
+
+    @property
     def positive(self) -> Tensor:
         """(S+,) int64: indices of the positive samples."""
         ...
@@ -354,7 +359,7 @@ class MaskPredictor(Protocol):
         """Compute the unweighted loss terms, as `RoIBranch` does."""
         ...
 
-    def predict(self, features: Features, found: BatchDetections) -> Tensor:
+    def predict(self, features: Features, detections: BatchDetections) -> Tensor:
         """Predict a mask (N, D, size, size) of probabilities inside every detection's box."""
         ...
 
@@ -369,7 +374,7 @@ class BoxRefiner(Protocol):
         """Compute the unweighted loss terms, as `RoIBranch` does."""
         ...
 
-    def refine(self, features: Features, found: BatchDetections) -> BatchDetections:
+    def refine(self, features: Features, detections: BatchDetections) -> BatchDetections:
         """Refine the boxes of detections; scores and order stay."""
         ...
 

@@ -58,8 +58,8 @@ class TwoStage(nn.Module):
         stages: RoI stages in order.
         branches: For each kind of branch one per stage, trained on that stage's samples. At inference, masks are means
             over the stages; boxes are those of the last stage.
-        selection: Options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level that
-            enter NMS.
+        selection: Options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level
+            that enter NMS.
     """
 
     backbone: Backbone
@@ -170,7 +170,7 @@ class TwoStage(nn.Module):
                 losses |= {f"auxiliary_{self.term_name(i, name)}": value for name, value in extra.items()}
             if i + 1 < len(self.stages):
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
-                proposed = ~samples.added  # the next stage adds the ground-truth boxes by itself
+                proposed = ~samples.is_ground_truth  # the next stage adds the ground-truth boxes by itself
                 proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(batch))
         return losses
 
