@@ -129,8 +129,8 @@ class FCOSHead(nn.Module):
         """Compute the focal loss, the box loss and the centerness' binary cross-entropy.
 
         The focal loss and the cross-entropy are divided by the positives of the batch. The box loss is weighted with
-        the target centerness and divided by its sum, as in the authors' code (eq. 2 has neither). `sizes` is unused: points
-        beyond an image's edge count as background, as in MMDetection 3.x.
+        the target centerness and divided by its sum, as in the authors' code (eq. 2 has neither). `sizes` is unused:
+        points beyond an image's edge count as background, as in MMDetection 3.x.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)

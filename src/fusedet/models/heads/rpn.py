@@ -104,8 +104,8 @@ class RPNHead(nn.Module):
             raise InputError("the RPN has one branch, an interaction needs two: leave model.interact null")
         if min(proposals, train_proposals, train_pre_nms) < 1 or convs < 1:
             raise InputError(
-                f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, convs={convs} "
-                "must be at least 1"
+                f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, "
+                f"convs={convs} must be at least 1"
             )
         if allowed_border is not None and not allowed_border >= 0:
             raise InputError(f"allowed_border={allowed_border} must be 0 or more, in pixels, or null: no limit")
