@@ -338,7 +338,7 @@ class MaskPredictor(Protocol):
         """Compute the unweighted loss terms, as `RoIBranch` does."""
         ...
 
-    def predict(self, features: Features, found: BatchDetections) -> Tensor:
+    def predict(self, features: Features, detections: BatchDetections) -> Tensor:
         """Predict a mask (N, D, size, size) of probabilities inside every detection's box."""
         ...
 
@@ -353,7 +353,7 @@ class BoxRefiner(Protocol):
         """Compute the unweighted loss terms, as `RoIBranch` does."""
         ...
 
-    def refine(self, features: Features, found: BatchDetections) -> BatchDetections:
+    def refine(self, features: Features, detections: BatchDetections) -> BatchDetections:
         """Refine the boxes of detections; scores and order stay."""
         ...
 
