@@ -90,14 +90,14 @@ def test_ranges_count_with_both_ends() -> None:
     )  # the last level has no end
 
 
-def test_the_smallest_object_wins_and_the_first_of_equal_ones() -> None:
+def test_smallest_instance_wins_and_the_first_of_equal_ones() -> None:
     priors = points((8, [(10, 10), (30, 30), (45, 45)]))
     target = objects([0, 0, 50, 50], [0, 0, 20, 20], [0, 0, 50, 50], [5, 5, 25, 25])
     assert PointInBoxAssigner(()).assign(priors, target).tolist() == [1, 0, 0]
 
 
-def test_an_object_out_of_range_hides_no_other() -> None:
-    """The smallest box of those that the level may answer for, not the smallest box of all."""
+def test_instance_out_of_range_hides_no_other() -> None:
+    """The smallest box within the level's range counts, not the smallest of all."""
     priors = points((8, [(10, 10)]), (16, [(10, 10)]))
     assert PointInBoxAssigner((30,)).assign(priors, objects([0, 0, 100, 100], [0, 0, 25, 25])).tolist() == [1, 0]
 
@@ -136,7 +136,7 @@ def slow(rule: PointInBoxAssigner, priors: Priors, target: Target) -> list[int]:
 
 
 @given(st.integers(0, 10_000), st.integers(0, 12), st.sampled_from([None, 1.0, 1.5]), st.sampled_from([1, 3, 64]))
-def test_assignment_against_a_slow_loop(seed: int, count: int, radius: float | None, chunk: int) -> None:
+def test_assignment_against_a_loop(seed: int, count: int, radius: float | None, chunk: int) -> None:
     torch.manual_seed(seed)
     levels = Levels((1, 1, 1), (4, 8, 16))
     priors = grid_priors(maps((32, 48), 1, levels), levels, [make_base_points(s) for s in levels.strides], offset=0.5)
@@ -148,7 +148,7 @@ def test_assignment_against_a_slow_loop(seed: int, count: int, radius: float | N
         assert rule.assign(priors, objects(*boxes.tolist())).tolist() == slow(rule, priors, objects(*boxes.tolist()))
 
 
-def test_a_thousand_objects_and_none() -> None:
+def test_thousand_instances_and_none() -> None:
     levels = Levels((1,) * 5, LEVELS.strides)
     priors = grid_priors(
         maps((800, 1216), 1, levels), levels, [make_base_points(s) for s in levels.strides], offset=0.5
@@ -190,7 +190,7 @@ def test_iou_losses_of_empty_boxes_are_finite() -> None:
         assert loss(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
 
 
-def test_normaliser_has_the_least_value_that_is_asked_for() -> None:
+def test_normaliser_has_the_given_minimum() -> None:
     assert float(mean_over_ranks(torch.tensor(0.2))) == 1
     assert float(mean_over_ranks(torch.tensor(0.2), least=1e-6)) == pytest.approx(0.2)
     assert float(mean_over_ranks(torch.tensor(0.0), least=1e-6)) == pytest.approx(1e-6)
@@ -244,7 +244,7 @@ def literal(head: FCOSHead, outputs: Outputs, targets: list[Target]) -> dict[str
 
 @pytest.mark.parametrize("options", [{}, TRICKS])
 @pytest.mark.parametrize("targets", [[SOME, EMPTY], [EMPTY, EMPTY]])
-def test_losses_against_a_literal_loop(options: dict, targets: list[Target]) -> None:
+def test_losses_against_a_loop(options: dict, targets: list[Target]) -> None:
     head = FCOSHead(LEVELS, 3, convs=1, ranges=(16, 32, 64, 128), **options)
     for m in (head.cls, head.reg, head.centerness):
         nn.init.normal_(m.weight, std=0.1)
@@ -279,7 +279,7 @@ def test_maps_and_gradients(options: dict, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, TRICKS])
-def test_without_objects_all_parameters_still_have_gradients(options: dict) -> None:
+def test_empty_images_reach_all_parameters(options: dict) -> None:
     head = FCOSHead(LEVELS, 3, convs=1, **options)
     losses = head.loss(head(maps()), [EMPTY, EMPTY])
     assert float(losses["loss_box"].detach()) == float(losses["loss_centerness"].detach()) == 0
@@ -290,7 +290,7 @@ def test_without_objects_all_parameters_still_have_gradients(options: dict) -> N
 
 @pytest.mark.parametrize("options", [{}, TRICKS])
 def test_decode_is_the_inverse_of_the_targets(options: dict) -> None:
-    """Maps that say what the loss asks for give back the objects' boxes, and no loss of boxes."""
+    """Maps equal to the targets decode to the instances' boxes and have no box loss."""
     head = FCOSHead(LEVELS, 3, convs=0, ranges=(16, 32, 64, 128), **options)
     outputs = head(maps(n=1))
     priors = outputs.priors
@@ -326,7 +326,7 @@ def test_centerness_from_either_tower() -> None:
         assert all((p.grad is None) == on_box for p in head.towers.cls.parameters())
 
 
-def test_an_interaction_stands_between_towers_and_predictions() -> None:
+def test_interaction_lies_between_towers_and_predictions() -> None:
     class Swap(nn.Module):
         def __init__(self, channels: int) -> None:
             super().__init__()
@@ -347,8 +347,8 @@ def test_every_point_starts_with_the_prior_score() -> None:
     assert torch.allclose(head.decode(head(maps())).scores, torch.tensor(0.02))
 
 
-def test_quality_orders_but_does_not_choose() -> None:
-    """A low centerness takes no candidate away: the threshold sees the class score alone (MMDetection 3.x)."""
+def test_centerness_orders_but_does_not_filter() -> None:
+    """A low centerness removes no candidate: the threshold applies to the class score (MMDetection 3.x)."""
     head = FCOSHead(LEVELS, 3, convs=0)
     for m in (head.cls, head.centerness):
         nn.init.zeros_(m.weight)
@@ -426,7 +426,7 @@ def test_default_ranges() -> None:
     )
 
 
-def test_configs_with_the_later_improvements() -> None:
+def test_configs_with_the_improvements_of_2020() -> None:
     model = create_model(
         "fcos_r50_tricks", "model.backbone.pretrained=false", "model.backbone.name=resnet10t", num_classes=2
     )

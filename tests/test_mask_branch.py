@@ -68,7 +68,7 @@ def test_parameters_and_shapes() -> None:
     assert small(pyramid(), samples().rois).shape == (5, 3, 14, 14)
 
 
-def test_logits_are_torchvisions() -> None:
+def test_logits_against_torchvision() -> None:
     """With torchvision's mask head and predictor and the same weights, on the same pooled features."""
     branch = MaskBranch(LEVELS, 3, convs=2, channels=8)
     head, predictor = MaskRCNNHeads(16, (8, 8), 1), MaskRCNNPredictor(8, 8, 3)
@@ -81,7 +81,7 @@ def test_logits_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("size", [(75, 129), (64, 96), (33, 47)])
-def test_every_parameter_learns_at_any_size(size: tuple[int, int]) -> None:
+def test_every_parameter_has_a_gradient_at_any_size(size: tuple[int, int]) -> None:
     branch = MaskBranch(LEVELS, 3, convs=2, channels=8)
     features = [f.requires_grad_() for f in pyramid(size)]
     kept = [f.detach().clone() for f in features]
@@ -90,7 +90,7 @@ def test_every_parameter_learns_at_any_size(size: tuple[int, int]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in branch.parameters())
 
 
-def test_forward_exports_with_other_regions() -> None:
+def test_forward_exports_with_other_rois() -> None:
     branch, features, rois = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples().rois
     exported = torch.export.export(branch, (features, rois)).module()
     other = rois + torch.tensor([0, 0, 0, 30, 40])
@@ -98,7 +98,7 @@ def test_forward_exports_with_other_regions() -> None:
 
 
 def test_half_precision() -> None:
-    """Autocast gives a float32 loss; with bf16 weights, regions are still pooled where they are."""
+    """Autocast gives a float32 loss; bf16 weights do not shift the RoIs."""
     branch, features = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid()
     exact = branch.loss(features, samples(), two_targets(), SIZES)["loss_mask"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -111,7 +111,7 @@ def test_half_precision() -> None:
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"convs": -1}, {"channels": 0}])
-def test_impossible_options(options: dict) -> None:
+def test_bad_options_are_refused(options: dict) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         MaskBranch(LEVELS, 3, **options)
 
@@ -132,7 +132,7 @@ def test_crops_by_hand() -> None:
 
 
 def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]:
-    """RoIAlign with ceil(side / size) samples a cell along each axis, bilinear between the pixels' centres, then a threshold."""
+    """RoIAlign with ceil(side / size) samples per cell and axis, bilinear between pixel centres, then a threshold."""
     height, width = mask.shape
 
     def pixel(y: float, x: float) -> float:
@@ -164,7 +164,7 @@ def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]
     return out
 
 
-def test_crops_are_the_definition() -> None:
+def test_crops_against_the_definition() -> None:
     targets, found = two_targets(), samples()
     boxes, image, owners = everyone(targets, found)
     crops = crop_masks(targets, boxes, image, owners, 5)
@@ -175,7 +175,7 @@ def test_crops_are_the_definition() -> None:
         assert 0 < crop.mean() < 1
 
 
-def test_crops_a_few_masks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = two_targets()
     boxes, image, owners = everyone(targets, samples())
     whole = crop_masks(targets, boxes, image, owners, 14)
@@ -187,7 +187,7 @@ def test_crops_a_few_masks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the loss
 
 
-def test_loss_is_the_definition() -> None:
+def test_loss_against_the_definition() -> None:
     """Mean over positives of the mean cross-entropy in the own class's channel; the other channels learn nothing."""
     branch, features, targets, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
     loss = branch.loss(features, found, targets, SIZES)["loss_mask"]
@@ -204,7 +204,7 @@ def test_loss_is_the_definition() -> None:
     assert branch.logits.bias.grad.ne(0).tolist() == [False, True, False]
 
 
-def test_the_order_of_samples_is_nothing() -> None:
+def test_order_of_samples_does_not_matter() -> None:
     branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
     mixed = RoISamples(found.rois[order], found.instances[order], found.image[order])
@@ -216,7 +216,7 @@ EMPTY = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("masks", [None, torch.zeros(0, 96, 160, dtype=torch.bool)])
-def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None) -> None:
+def test_loss_without_positives_is_zero_and_connected(masks: Tensor | None) -> None:
     branch = MaskBranch(LEVELS, 3, convs=1, channels=8)
     empty = Target(EMPTY.boxes, EMPTY.labels, masks)
     none = replace(samples(), instances=torch.full((5,), -1))
@@ -226,7 +226,7 @@ def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None)
     assert all(p.grad is not None and not p.grad.any() for p in branch.parameters())
 
 
-def test_one_image_has_objects() -> None:
+def test_one_image_without_instances() -> None:
     """The other image changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
     found = samples()
@@ -238,11 +238,11 @@ def test_one_image_has_objects() -> None:
         assert torch.allclose(both["loss_mask"], alone["loss_mask"], rtol=1e-5)
 
 
-def test_objects_without_masks_are_refused() -> None:
+def test_instances_without_masks_are_refused() -> None:
     targets = two_targets()
-    bare = [targets[0], Target(targets[1].boxes, targets[1].labels)]
+    maskless = [targets[0], Target(targets[1].boxes, targets[1].labels)]
     with pytest.raises(InputError, match="1 instances have no mask"):
-        MaskBranch(LEVELS, 3, convs=0, channels=8).loss(pyramid(), samples(), bare, SIZES)
+        MaskBranch(LEVELS, 3, convs=0, channels=8).loss(pyramid(), samples(), maskless, SIZES)
 
 
 # -- prediction
@@ -256,7 +256,7 @@ def found_boxes() -> tuple[BatchDetections, Tensor]:
     return BatchDetections(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
 
 
-def test_prediction_is_the_labels_channel() -> None:
+def test_prediction_takes_the_channel_of_the_label() -> None:
     branch, features = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid()
     found, labels = found_boxes()
     masks = branch.predict(features, found)
@@ -280,7 +280,7 @@ def test_pasting_by_hand() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40))
-def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
+def test_pasting_against_the_definition(seed: int, height: int, width: int) -> None:
     """MMDetection's: torch's grid_sample of the mask at the pixels' centres, zeros around, and a threshold."""
     torch.manual_seed(seed)
     masks, corner = torch.rand(3, 28, 28), torch.rand(3, 2) * 40 - 8
@@ -293,7 +293,7 @@ def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
     assert torch.equal((values >= 0.5)[clear], paste_masks(masks, boxes, (height, width))[clear])
 
 
-def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pasting_in_chunks_and_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, boxes = torch.rand(7, 28, 28), torch.tensor([[1.0, 2, 30, 40]]).expand(7, 4)
     whole = paste_masks(masks, boxes, (50, 40))
     monkeypatch.setattr(module, "_PASTE_PIXELS", 3 * 50 * 40)
@@ -303,8 +303,8 @@ def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
 
 
-def test_a_perfect_mask_comes_back() -> None:
-    """What `crop_masks` takes out of an object's box, `paste_masks` puts back, but for the cells on the segmentation."""
+def test_crop_and_paste_round_trip() -> None:
+    """`paste_masks` restores what `crop_masks` cropped, except for cells on the boundary."""
     boxes = torch.tensor([[10.0, 12, 90, 70]])
     mask = discs(boxes)
     zero = torch.zeros(1, dtype=torch.int64)

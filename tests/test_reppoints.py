@@ -1,4 +1,4 @@
-"""RepPoints' head and its first assignment: by hand, against literal loops, and through everything that a head goes through."""
+"""RepPoints' head and its first assigner: by hand, against plain loops, export and half precision."""
 
 import math
 
@@ -43,7 +43,7 @@ def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Pri
 
 
 def spread(head: RepPointsHead) -> RepPointsHead:
-    """The same head, whose initial points are those of a square grid of 1.2 times the usual size, so that its boxes are no dots."""
+    """Start the head with the points of a square grid of 1.2 times the usual size, so that its boxes have an area."""
     nn.init.normal_(head.pts_init.weight, std=0.05)
     head.pts_init.bias.data = 1.2 * head.base.flatten()
     return head
@@ -53,7 +53,7 @@ def spread(head: RepPointsHead) -> RepPointsHead:
 
 
 def test_moment_transform_by_hand() -> None:
-    """x = 0..8 has the mean 4 and the (unbiased) variance 60 / 8; y is 1 five times and -1 four times: mean 1/9, variance 80/81 * 9/8."""
+    """x = 0..8 has mean 4 and unbiased variance 60 / 8; y, five times 1 and four times -1, mean 1/9 and 80/81 * 9/8."""
     points = torch.tensor([[1 - 2 * (i % 2), i] for i in range(9)], dtype=torch.float).flatten()
     head = make()
     head.moment_transfer.data = torch.tensor([math.log(2), -1.0])
@@ -61,7 +61,7 @@ def test_moment_transform_by_hand() -> None:
     assert head.pseudo_boxes(points).tolist() == pytest.approx([4 - w, 1 / 9 - h, 4 + w, 1 / 9 + h])
 
 
-def test_a_hundredth_of_the_gradient_reaches_the_factors() -> None:
+def test_factors_receive_a_hundredth_of_the_gradient() -> None:
     """The right side is mean + deviation * exp(t): its derivative by t is deviation * exp(t)."""
     points = torch.tensor([[0, i] for i in range(9)], dtype=torch.float).flatten()
     head = make()
@@ -79,7 +79,7 @@ def test_minmax_transforms_by_hand(method: str, box: list[float]) -> None:
 
 
 @pytest.mark.parametrize("method", ["moment", "minmax", "partial_minmax"])
-def test_boxes_move_and_grow_with_their_points(method: str) -> None:
+def test_boxes_are_equivariant_to_shift_and_scale(method: str) -> None:
     """Boxes of maps and of rows are the same, and T(a * points + b) = a * T(points) + b."""
     head = make(transform_method=method)
     points = torch.randn(2, 5, 18)
@@ -89,7 +89,7 @@ def test_boxes_move_and_grow_with_their_points(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["moment", "minmax", "partial_minmax"])
-def test_points_in_one_place_have_a_finite_gradient(method: str) -> None:
+def test_coincident_points_have_a_finite_gradient(method: str) -> None:
     points = torch.ones(1, 18, requires_grad=True)
     head = make(transform_method=method)
     box = head.pseudo_boxes(points)
@@ -101,8 +101,8 @@ def test_points_in_one_place_have_a_finite_gradient(method: str) -> None:
 # -- the first assignment
 
 
-def test_the_level_is_that_of_the_size() -> None:
-    """sqrt(w h) / 4 below 16 is of stride 8, from 16 on of 16, from 32 on of 32; smaller and larger ones go to the ends."""
+def test_level_follows_from_the_size() -> None:
+    """sqrt(w h) / 4 below 16 belongs to stride 8, from 16 on to 16, from 32 on to 32; the ends take all beyond."""
     priors = grid((8, 8), (4, 4), (2, 2))
     for w, h, stride in [
         (63.9, 63.9, 8),
@@ -120,14 +120,14 @@ def test_the_level_is_that_of_the_size() -> None:
         assert (owners == BACKGROUND).sum() == len(priors) - 1
 
 
-def test_levels_with_a_gap_take_the_finer_one() -> None:
+def test_a_gap_between_levels_takes_the_finer_one() -> None:
     priors = grid((8, 8), (2, 2), strides=(8, 32))
     owners = PointAssigner().assign(priors, objects([[0, 0, 70, 70]]))
     assert priors.strides[owners == 0].tolist() == [8]
 
 
-def test_distance_is_measured_in_sides() -> None:
-    """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16): 3/8 and 3.5/80; to (16, 16) it is 5/8. Wide boxes see it likewise."""
+def test_distance_is_relative_to_the_sides() -> None:
+    """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16), 3/8 and 3.5/80 away; (16, 16) is 5/8 away."""
     priors = grid((4, 4))
     tall, wide = [7, -27.5, 15, 52.5], [-27.5, 7, 52.5, 15]
     assert box_centres(priors.boxes)[PointAssigner().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
@@ -137,7 +137,7 @@ def test_distance_is_measured_in_sides() -> None:
     assert box_centres(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
 
 
-def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
+def test_nearest_instance_has_the_point_and_the_first_of_equal_ones() -> None:
     priors = grid((4, 4))
     near, far = [0, 0, 16.2, 16], [0, 0, 18, 16]
     place = 5  # (8, 8)
@@ -147,7 +147,7 @@ def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
     assert int((PointAssigner().assign(priors, objects([far, near, near])) >= 0).sum()) == 1
 
 
-def test_no_objects_and_more_points_asked_for_than_there_are() -> None:
+def test_no_instances_and_more_points_than_exist() -> None:
     assert PointAssigner().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
     assert (
         PointAssigner(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist()
@@ -182,7 +182,7 @@ def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
     pos_num=st.sampled_from([1, 3]),
     scale=st.sampled_from([2.0, 4.0]),
 )
-def test_the_first_assignment_is_its_rule(seed: int, count: int, pos_num: int, scale: float) -> None:
+def test_first_assignment_against_a_loop(seed: int, count: int, pos_num: int, scale: float) -> None:
     torch.manual_seed(seed)
     priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
     assert PointAssigner(scale, pos_num).assign(priors, target).tolist() == slow(
@@ -204,7 +204,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_assignment_of_a_thousand_instances_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     priors = grid((50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 600, 400)
     with Largest() as largest:
@@ -218,7 +218,7 @@ def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypa
 @pytest.mark.parametrize(
     ("options", "text"), [({"scale": 0.0}, "scale=0"), ({"pos_num": 0}, "pos_num=0 must be 1 or more")]
 )
-def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
+def test_bad_options_of_the_first_assigner_are_refused(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         PointAssigner(**options)
 
@@ -226,8 +226,8 @@ def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
 # -- the head
 
 
-def test_features_are_taken_at_the_initial_points() -> None:
-    """On maps that hold their own rows and columns, the kernel's place k of both deformable convolutions reads the place of point k."""
+def test_features_are_sampled_at_the_initial_points() -> None:
+    """On maps of their own coordinates, tap k of both deformable convolutions reads the position of point k."""
     levels = Levels((2,), (8,))
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     points = [(-2, -1.5), (-1, 0), (-0.25, 2), (0, -3), (0.5, 0.5), (1, 1), (2, -2), (3, 3), (-3.5, 0.75)]
@@ -248,7 +248,7 @@ def test_features_are_taken_at_the_initial_points() -> None:
         assert (refine - init).tolist() == pytest.approx([4 + dy, 4 + dx] + [0] * 16, abs=1e-5)
 
 
-def test_a_tenth_of_the_gradient_reaches_the_initial_points() -> None:
+def test_initial_points_receive_a_tenth_of_the_gradient() -> None:
     """By the scores, and by the refined points, which take the initial ones themselves as constants."""
     features, found = maps((64, 64)), {}
     head = spread(make())
@@ -264,7 +264,7 @@ def test_a_tenth_of_the_gradient_reaches_the_initial_points() -> None:
         assert torch.allclose(found[name, 0.1], 0.1 * found[name, 1.0], rtol=1e-3, atol=1e-7)
 
 
-def test_without_weights_all_points_lie_on_their_cell_and_every_class_has_the_prior() -> None:
+def test_initial_points_and_scores() -> None:
     head = make(prior=0.02)
     for p in (*head.pts_init.parameters(), *head.pts_refine.parameters(), head.cls.weight):
         nn.init.zeros_(p)
@@ -292,7 +292,7 @@ def test_decode_by_hand() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.11, 1.0])
-def test_loss_literally(beta: float) -> None:
+def test_loss_against_a_loop(beta: float) -> None:
     """The losses, cell by cell in double precision, on an image with objects and one without."""
     head = spread(make(beta=beta))
     head.moment_transfer.data = torch.tensor([0.3, -0.2])
@@ -372,15 +372,15 @@ def test_every_parameter_has_a_gradient(options: dict, size: tuple[int, int], n:
 
 
 @pytest.mark.parametrize("method", ["moment", "minmax"])
-def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached(method: str) -> None:
+def test_empty_images_have_no_box_loss_and_reach_every_parameter(method: str) -> None:
     assert fakes.survives_no_objects(make(transform_method=method), maps(), ("loss_init", "loss_refine"))
 
 
-def test_a_thousand_objects_and_one_larger_than_the_image() -> None:
+def test_thousand_instances_and_a_huge_one() -> None:
     assert fakes.survives_a_thousand_objects(make(), maps())
 
 
-def test_the_interaction_replaces_both_branches() -> None:
+def test_interaction_replaces_both_branches() -> None:
     assert fakes.swaps_branches(make, maps())
 
 
@@ -425,7 +425,7 @@ def test_exports() -> None:
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_compiles_without_a_break() -> None:
+def test_compiles_without_graph_break() -> None:
     decode, features = Decode(RepPointsHead(FEW, 3, convs=1)), maps(levels=FEW)
     for ours, theirs in zip(decode(features), torch.compile(decode, backend="eager", fullgraph=True)(features)):
         assert torch.allclose(ours, theirs, atol=1e-4)
@@ -440,8 +440,8 @@ def test_channels_last_is_the_same() -> None:
     assert torch.allclose(scores, again.scores, atol=1e-5)
 
 
-def test_parameters() -> None:
-    """The head alone, and the whole detector but its frozen stem and first stage."""
+def test_parameter_counts() -> None:
+    """The head, and the detector without its frozen stem and first stage."""
     model = create_model("reppoints_r50", "model.backbone.pretrained=false")
     assert sum(p.numel() for p in model.head.parameters()) == 5_340_022
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 36_620_150
@@ -451,7 +451,7 @@ def test_parameters() -> None:
     )
 
 
-def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
+def test_prepared_detector_predicts_the_same() -> None:
     options = [
         "model.backbone.pretrained=false",
         "model.backbone.name=resnet10t",
@@ -486,6 +486,6 @@ def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
         ({"channels": 24, "norm": True}, "multiples of 32"),
     ],
 )
-def test_bad_options_are_told(options: dict, text: str) -> None:
+def test_bad_options_are_refused(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         make(**options)
