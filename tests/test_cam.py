@@ -282,8 +282,8 @@ def test_two_runs_side_by_side(
         "--json",
     ]
     assert cli.run(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    (one,) = found["images"].values()
+    result = json.loads(capsys.readouterr().out)
+    (one,) = result["images"].values()
     assert one["class"] == "circle"
     assert set(one["files"]) == {"classification", "regression", "gates", "level weights"}
     for file in one["files"].values():
@@ -299,16 +299,16 @@ def test_two_runs_side_by_side(
     assert 0 < one["area"] <= 1
     inside = [row["inside"] for run in one["runs"].values() for rows in run["heat"].values() for row in rows.values()]
     assert all(x is None or 0 <= x <= 1 for x in inside)
-    assert json.loads((tmp_path / "out" / "cam.json").read_text()) == found["images"]
+    assert json.loads((tmp_path / "out" / "cam.json").read_text()) == result["images"]
 
 
 def test_parts_and_output_directories(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path) -> None:
     """--only selects parts, and each call has its own output directory in the run directory."""
     for folder, part, files in (("cam", "smsl", ["level weights"]), ("cam-2", "msil", ["gates"])):
         assert cli.run(["cam", str(runs[1]), str(image), "--class", "star", "--only", part, "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["out"] == str(runs[1] / folder)
-        assert [list(one["files"]) for one in found["images"].values()] == [files]
+        result = json.loads(capsys.readouterr().out)
+        assert result["out"] == str(runs[1] / folder)
+        assert [list(one["files"]) for one in result["images"].values()] == [files]
 
 
 def test_bad_arguments_are_refused(

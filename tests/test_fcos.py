@@ -120,9 +120,9 @@ def slow(rule: PointInBoxAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule in words, one point and one object at a time."""
     level = [i for i, n in enumerate(priors.counts) for _ in range(n)]
     ends = [0.0, *rule.limits, math.inf]
-    owners = []
+    assigned = []
     for p, (x, y) in enumerate(box_centres(priors.boxes).tolist()):
-        best, owner = math.inf, BACKGROUND
+        best, instance = math.inf, BACKGROUND
         for g, (x1, y1, x2, y2) in enumerate(target.boxes.tolist()):
             sides = (x - x1, y - y1, x2 - x, y2 - y)
             fits = min(sides) > 0 and ends[level[p]] <= max(sides) <= ends[level[p] + 1]
@@ -130,9 +130,9 @@ def slow(rule: PointInBoxAssigner, priors: Priors, target: Target) -> list[int]:
                 reach = rule.radius * float(priors.strides[p])
                 fits = fits and abs(x - (x1 + x2) / 2) < reach and abs(y - (y1 + y2) / 2) < reach
             if fits and (x2 - x1) * (y2 - y1) < best:
-                best, owner = (x2 - x1) * (y2 - y1), g
-        owners.append(owner)
-    return owners
+                best, instance = (x2 - x1) * (y2 - y1), g
+        assigned.append(instance)
+    return assigned
 
 
 @given(st.integers(0, 10_000), st.integers(0, 12), st.sampled_from([None, 1.0, 1.5]), st.sampled_from([1, 3, 64]))
@@ -156,11 +156,11 @@ def test_thousand_instances_and_none() -> None:
     corners = torch.rand(1000, 2) * torch.tensor([1100.0, 700.0])
     target = objects(*torch.cat([corners, corners + 10 + 90 * torch.rand(1000, 2)], dim=1).tolist())
     rule = PointInBoxAssigner((64, 128, 256, 512))
-    owners = rule.assign(priors, target)
-    assert owners.shape == (len(priors),) == (20_267,)
-    chosen = (owners >= 0).nonzero().flatten()
-    assert boxes_to_distances(box_centres(priors.boxes)[chosen], target.boxes[owners[chosen]]).min() > 0
-    assert len(owners[chosen].unique()) > 500
+    assigned = rule.assign(priors, target)
+    assert assigned.shape == (len(priors),) == (20_267,)
+    chosen = (assigned >= 0).nonzero().flatten()
+    assert boxes_to_distances(box_centres(priors.boxes)[chosen], target.boxes[assigned[chosen]]).min() > 0
+    assert len(assigned[chosen].unique()) > 500
     assert (rule.assign(priors, EMPTY) == BACKGROUND).all()
 
 
@@ -207,22 +207,22 @@ def literal(head: FCOSHead, outputs: Outputs, targets: list[Target]) -> dict[str
     cls, box, sure, positives, weights = 0.0, 0.0, 0.0, 0, 0.0
     places = box_centres(outputs.priors.boxes).tolist()
     for n, target in enumerate(targets):
-        owners = slow(head.assigner, outputs.priors, target)
+        assigned = slow(head.assigner, outputs.priors, target)
         p = 0
         for i, stride in enumerate(head.levels.strides):
             scores, reg, quality = (outputs.maps[k][i][n].detach().double() for k in ("cls", "reg", "centerness"))
             for row in range(scores.shape[1]):
                 for column in range(scores.shape[2]):
-                    (x, y), owner = places[p], owners[p]
+                    (x, y), instance = places[p], assigned[p]
                     assert (x, y) == ((column + 0.5) * stride, (row + 0.5) * stride)
                     p += 1
                     for k in range(head.num_classes):
                         s = 1 / (1 + math.exp(-float(scores[k, row, column])))
-                        hit = owner >= 0 and int(target.labels[owner]) == k
+                        hit = instance >= 0 and int(target.labels[instance]) == k
                         cls -= 0.25 * (1 - s) ** 2 * math.log(s) if hit else 0.75 * s**2 * math.log(1 - s)
-                    if owner < 0:
+                    if instance < 0:
                         continue
-                    x1, y1, x2, y2 = target.boxes[owner].tolist()
+                    x1, y1, x2, y2 = target.boxes[instance].tolist()
                     left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y
                     want = math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
                     unit = stride if normalized else 1
@@ -250,11 +250,11 @@ def test_losses_against_a_loop(options: dict, targets: list[Target]) -> None:
         nn.init.normal_(m.weight, std=0.1)
     nn.init.constant_(head.reg.bias, 1.0)
     outputs = head(maps())
-    found = head.loss(outputs, targets)
+    losses = head.loss(outputs, targets)
     expected = literal(head, outputs, targets)
-    assert list(found) == list(expected) == list(head.loss_weights)
+    assert list(losses) == list(expected) == list(head.loss_weights)
     for name, value in expected.items():
-        assert float(found[name].detach()) == pytest.approx(value, rel=1e-4)
+        assert float(losses[name].detach()) == pytest.approx(value, rel=1e-4)
 
 
 # -- the head
@@ -294,15 +294,15 @@ def test_decode_is_the_inverse_of_the_targets(options: dict) -> None:
     head = FCOSHead(LEVELS, 3, convs=0, ranges=(16, 32, 64, 128), **options)
     outputs = head(maps(n=1))
     priors = outputs.priors
-    owners = head.assigner.assign(priors, SOME)
-    wanted = boxes_to_distances(box_centres(priors.boxes), SOME.boxes[owners.clamp(min=0)])
+    assigned = head.assigner.assign(priors, SOME)
+    wanted = boxes_to_distances(box_centres(priors.boxes), SOME.boxes[assigned.clamp(min=0)])
     rows = (wanted / priors.strides[:, None] if head.normalize_boxes else wanted).split(priors.counts)
     filled = [r.reshape(1, *m.shape[2:], 4).permute(0, 3, 1, 2) for r, m in zip(rows, outputs.maps["reg"])]
     outputs = Outputs(outputs.maps | {"reg": filled}, priors)
     boxes, scores, quality = head.decode(outputs)
-    hit = owners >= 0
-    assert len(owners[hit].unique()) == 3
-    assert torch.allclose(boxes[0, hit], SOME.boxes[owners[hit]], atol=1e-3)
+    hit = assigned >= 0
+    assert len(assigned[hit].unique()) == 3
+    assert torch.allclose(boxes[0, hit], SOME.boxes[assigned[hit]], atol=1e-3)
     assert scores.shape == (1, len(priors), 3)
     assert quality is not None
     assert quality.shape == (1, len(priors))
@@ -314,8 +314,8 @@ def test_scales_act_before_the_exponential() -> None:
     nn.init.zeros_(head.reg.weight)
     nn.init.constant_(head.reg.bias, 0.5)
     head.scales.data = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    for i, found in enumerate(head(maps()).maps["reg"]):
-        assert torch.allclose(found, torch.tensor(0.5 * (i + 1)).exp())
+    for i, distances in enumerate(head(maps()).maps["reg"]):
+        assert torch.allclose(distances, torch.tensor(0.5 * (i + 1)).exp())
 
 
 def test_centerness_from_either_tower() -> None:
@@ -356,10 +356,10 @@ def test_centerness_orders_but_does_not_filter() -> None:
     nn.init.constant_(head.centerness.bias, math.log(0.01 / 0.99))
     nn.init.constant_(head.reg.bias, 1.0)
     outputs = head(maps(n=1))
-    found = select_detections(head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.05)
-    count = int(found.counts)
+    detections = select_detections(head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.05)
+    count = int(detections.counts)
     assert count == 100
-    assert torch.allclose(found.scores[0, :count], torch.tensor(0.005))
+    assert torch.allclose(detections.scores[0, :count], torch.tensor(0.005))
 
 
 def test_bf16_channels_last_and_autocast() -> None:

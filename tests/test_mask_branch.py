@@ -51,9 +51,9 @@ def samples() -> RoISamples:
     return RoISamples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
 
-def everyone(targets: list[Target], found: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
-    positive = found.instances >= 0
-    return found.rois[positive, 1:], found.image[positive], found.instances[positive]
+def everyone(targets: list[Target], sampled: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
+    positive = sampled.instances >= 0
+    return sampled.rois[positive, 1:], sampled.image[positive], sampled.instances[positive]
 
 
 # -- the network
@@ -125,10 +125,10 @@ def test_crops_by_hand() -> None:
     target = [Target(torch.tensor([[0.0, 0, 10, 8]]), torch.tensor([0]), mask)]
     boxes = torch.tensor([[2.0, 1, 6, 5], [-3, -2, 4, 4], [6, 4, 99, 77]])
     zero = torch.zeros(3, dtype=torch.int64)
-    found = crop_masks(target, boxes, zero, zero, 4)
-    assert torch.equal(found[0].bool(), mask[0, 1:5, 2:6])
-    assert torch.equal(found[1].bool(), mask[0, :4, :4])
-    assert torch.equal(found[2].bool(), mask[0, 4:, 6:])
+    crops = crop_masks(target, boxes, zero, zero, 4)
+    assert torch.equal(crops[0].bool(), mask[0, 1:5, 2:6])
+    assert torch.equal(crops[1].bool(), mask[0, :4, :4])
+    assert torch.equal(crops[2].bool(), mask[0, 4:, 6:])
 
 
 def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]:
@@ -165,10 +165,10 @@ def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]
 
 
 def test_crops_against_the_definition() -> None:
-    targets, found = two_targets(), samples()
-    boxes, image, owners = everyone(targets, found)
-    crops = crop_masks(targets, boxes, image, owners, 5)
-    for crop, box, p, o in zip(crops, boxes.double().tolist(), image.tolist(), owners.tolist()):
+    targets, sampled = two_targets(), samples()
+    boxes, image, instances = everyone(targets, sampled)
+    crops = crop_masks(targets, boxes, image, instances, 5)
+    for crop, box, p, o in zip(crops, boxes.double().tolist(), image.tolist(), instances.tolist()):
         values = torch.tensor(literal_crop(targets[p].masks[o], box, 5))
         clear = (values - 0.5).abs() > 1e-5
         assert torch.equal((values >= 0.5)[clear], crop.bool()[clear])
@@ -177,11 +177,11 @@ def test_crops_against_the_definition() -> None:
 
 def test_crops_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = two_targets()
-    boxes, image, owners = everyone(targets, samples())
-    whole = crop_masks(targets, boxes, image, owners, 14)
+    boxes, image, instances = everyone(targets, samples())
+    whole = crop_masks(targets, boxes, image, instances, 14)
     for pixels in (1, 2 * 96 * 160):
         monkeypatch.setattr(module, "_CROP_PIXELS", pixels)
-        assert torch.equal(crop_masks(targets, boxes, image, owners, 14), whole)
+        assert torch.equal(crop_masks(targets, boxes, image, instances, 14), whole)
 
 
 # -- the loss
@@ -189,26 +189,26 @@ def test_crops_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loss_against_the_definition() -> None:
     """Mean over positives of the mean cross-entropy in the own class's channel; the other channels learn nothing."""
-    branch, features, targets, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
-    loss = branch.loss(features, found, targets, SIZES)["loss_mask"]
-    boxes, image, owners = everyone(targets, found)
-    logits = branch(features, found.rois[found.instances >= 0]).double()
-    crops = crop_masks(targets, boxes, image, owners, 28).double()
+    branch, features, targets, sampled = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
+    loss = branch.loss(features, sampled, targets, SIZES)["loss_mask"]
+    boxes, image, instances = everyone(targets, sampled)
+    logits = branch(features, sampled.rois[sampled.instances >= 0]).double()
+    crops = crop_masks(targets, boxes, image, instances, 28).double()
     total = 0.0
-    for i, (p, o) in enumerate(zip(image.tolist(), owners.tolist())):
+    for i, (p, o) in enumerate(zip(image.tolist(), instances.tolist())):
         score = logits[i, targets[p].labels[o]].sigmoid()
         total += -(crops[i] * score.log() + (1 - crops[i]) * (1 - score).log()).mean() / len(boxes)
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
     only = [Target(t.boxes, torch.ones_like(t.labels), t.masks) for t in targets]
-    branch.loss(features, found, only, SIZES)["loss_mask"].backward()
+    branch.loss(features, sampled, only, SIZES)["loss_mask"].backward()
     assert branch.logits.bias.grad.ne(0).tolist() == [False, True, False]
 
 
 def test_order_of_samples_does_not_matter() -> None:
-    branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
+    branch, features, sampled = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
-    mixed = RoISamples(found.rois[order], found.instances[order], found.image[order])
-    ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (found, mixed))
+    mixed = RoISamples(sampled.rois[order], sampled.instances[order], sampled.image[order])
+    ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (sampled, mixed))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 
 
@@ -229,8 +229,8 @@ def test_loss_without_positives_is_zero_and_connected(masks: Tensor | None) -> N
 def test_one_image_without_instances() -> None:
     """The other image changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
-    found = samples()
-    second = replace(found, instances=torch.where(found.image == 1, found.instances, -1))
+    sampled = samples()
+    second = replace(sampled, instances=torch.where(sampled.image == 1, sampled.instances, -1))
     only = RoISamples(second.rois[:1] - torch.eye(5)[:1], second.instances[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):
@@ -248,7 +248,7 @@ def test_instances_without_masks_are_refused() -> None:
 # -- prediction
 
 
-def found_boxes() -> tuple[BatchDetections, Tensor]:
+def batch_detections() -> tuple[BatchDetections, Tensor]:
     boxes = torch.tensor(
         [[[4.0, 6, 40, 50], [60, 10, 120, 70], [0, 0, 0, 0]], [[10, 8, 90, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
     )
@@ -258,12 +258,12 @@ def found_boxes() -> tuple[BatchDetections, Tensor]:
 
 def test_prediction_takes_the_channel_of_the_label() -> None:
     branch, features = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid()
-    found, labels = found_boxes()
-    masks = branch.predict(features, found)
+    detections, labels = batch_detections()
+    masks = branch.predict(features, detections)
     assert masks.shape == (2, 3, 28, 28)
     for n in range(2):
         for d in range(3):
-            roi = torch.cat([torch.tensor([float(n)]), found.boxes[n, d]])[None]
+            roi = torch.cat([torch.tensor([float(n)]), detections.boxes[n, d]])[None]
             assert torch.allclose(masks[n, d], branch(features, roi)[0, labels[n, d]].sigmoid(), atol=1e-6)
 
 
@@ -271,12 +271,12 @@ def test_pasting_by_hand() -> None:
     """A mask in a box of as many pixels as it has cells lands there as it is; what leaves the image is cut off."""
     mask = (torch.rand(4, 6) < 0.5).float()[:, :4]
     boxes = torch.tensor([[3.0, 2, 7, 6], [-2, -1, 2, 3], [8, 5, 12, 9], [5, 5, 5, 9], [3, 3, 9, 3]])
-    found = paste_masks(mask.expand(5, 4, 4), boxes, (7, 10))
+    pasted = paste_masks(mask.expand(5, 4, 4), boxes, (7, 10))
     expected = torch.zeros(5, 7, 10, dtype=torch.bool)
     expected[0, 2:6, 3:7] = mask.bool()
     expected[1, :3, :2] = mask[1:, 2:].bool()
     expected[2, 5:, 8:] = mask[:2, :2].bool()
-    assert torch.equal(found, expected)  # a box without width or height has no pixel
+    assert torch.equal(pasted, expected)  # a box without width or height has no pixel
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40))

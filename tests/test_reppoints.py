@@ -114,16 +114,16 @@ def test_level_follows_from_the_size() -> None:
         (4000, 4000, 32),
         (0, 0, 8),
     ]:
-        owners = PointAssigner().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
-        (place,) = (owners == 0).nonzero().flatten().tolist()
+        assigned = PointAssigner().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
+        (place,) = (assigned == 0).nonzero().flatten().tolist()
         assert (int(priors.strides[place]), box_centres(priors.boxes)[place].tolist()) == (stride, [32, 32])
-        assert (owners == BACKGROUND).sum() == len(priors) - 1
+        assert (assigned == BACKGROUND).sum() == len(priors) - 1
 
 
 def test_a_gap_between_levels_takes_the_finer_one() -> None:
     priors = grid((8, 8), (2, 2), strides=(8, 32))
-    owners = PointAssigner().assign(priors, objects([[0, 0, 70, 70]]))
-    assert priors.strides[owners == 0].tolist() == [8]
+    assigned = PointAssigner().assign(priors, objects([[0, 0, 70, 70]]))
+    assert priors.strides[assigned == 0].tolist() == [8]
 
 
 def test_distance_is_relative_to_the_sides() -> None:
@@ -157,7 +157,7 @@ def test_no_instances_and_more_points_than_exist() -> None:
 
 def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule, one object and one point at a time, in double precision."""
-    owners, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
+    assigned, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
     levels = [int(math.log2(s)) for s in priors.strides.tolist()]
     points = box_centres(priors.boxes.double()).tolist()
     for g, (x1, y1, x2, y2) in enumerate(target.boxes.double().tolist()):
@@ -171,8 +171,8 @@ def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
         }
         for p in sorted(away, key=lambda p: away[p])[: rule.pos_num]:
             if away[p] < best[p]:
-                owners[p], best[p] = g, away[p]
-    return owners
+                assigned[p], best[p] = g, away[p]
+    return assigned
 
 
 @settings(max_examples=25)
@@ -208,11 +208,11 @@ def test_first_assignment_of_a_thousand_instances_needs_little_memory(monkeypatc
     priors = grid((50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 600, 400)
     with Largest() as largest:
-        owners = PointAssigner().assign(priors, target)
+        assigned = PointAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
-    assert 500 < int((owners >= 0).sum()) < 1000
+    assert 500 < int((assigned >= 0).sum()) < 1000
     monkeypatch.setattr(point_assigner, "INSTANCES_AT_ONCE", 1000)
-    assert torch.equal(owners, PointAssigner().assign(priors, target))
+    assert torch.equal(assigned, PointAssigner().assign(priors, target))
 
 
 @pytest.mark.parametrize(
@@ -250,18 +250,18 @@ def test_features_are_sampled_at_the_initial_points() -> None:
 
 def test_initial_points_receive_a_tenth_of_the_gradient() -> None:
     """By the scores, and by the refined points, which take the initial ones themselves as constants."""
-    features, found = maps((64, 64)), {}
+    features, gradients = maps((64, 64)), {}
     head = spread(make())
     for factor in (0.0, 0.1, 1.0):
         head.gradient_mul = factor
         for name in ("cls", "pts_refine"):
-            (found[name, factor],) = torch.autograd.grad(
+            (gradients[name, factor],) = torch.autograd.grad(
                 head(features).maps[name][0].square().sum(), head.pts_init.bias
             )
     for name in ("cls", "pts_refine"):
-        assert not found[name, 0.0].any()
-        assert found[name, 1.0].abs().max() > 1e-6
-        assert torch.allclose(found[name, 0.1], 0.1 * found[name, 1.0], rtol=1e-3, atol=1e-7)
+        assert not gradients[name, 0.0].any()
+        assert gradients[name, 1.0].abs().max() > 1e-6
+        assert torch.allclose(gradients[name, 0.1], 0.1 * gradients[name, 1.0], rtol=1e-3, atol=1e-7)
 
 
 def test_initial_points_and_scores() -> None:
@@ -321,36 +321,36 @@ def test_loss_against_a_loop(beta: float) -> None:
         (x, y), stride = box_centres(priors.boxes[i]).tolist(), float(priors.strides[i])
         return [a * stride + b for a, b in zip(box(rows[name][image, i].tolist()), (x, y, x, y))]
 
-    def distance(name: str, i: int, owner: int) -> float:
+    def distance(name: str, i: int, instance: int) -> float:
         total = 0.0
-        for a, b in zip(pixels(name, 0, i), SOME.boxes[owner].tolist()):
+        for a, b in zip(pixels(name, 0, i), SOME.boxes[instance].tolist()):
             d = abs(a - b) / (4 * float(priors.strides[i]))
             total += d**2 / (2 * beta) if d < beta else d - beta / 2
         return total
 
-    init = {i: owner for i, owner in enumerate(slow(PointAssigner(), priors, SOME)) if owner >= 0}
+    init = {i: instance for i, instance in enumerate(slow(PointAssigner(), priors, SOME)) if instance >= 0}
     overlaps = [[overlap(pixels("pts_init", 0, i), b) for b in SOME.boxes.tolist()] for i in range(len(priors))]
-    owners = [BACKGROUND if max(o) < 0.4 else IGNORED if max(o) < 0.5 else o.index(max(o)) for o in overlaps]
+    assigned = [BACKGROUND if max(o) < 0.4 else IGNORED if max(o) < 0.5 else o.index(max(o)) for o in overlaps]
     for g in range(2):
         peak = max(o[g] for o in overlaps)
-        owners = [g if o[g] == peak else owner for o, owner in zip(overlaps, owners)]
-    assert {BACKGROUND, IGNORED, 0, 1} == set(owners)
+        assigned = [g if o[g] == peak else instance for o, instance in zip(overlaps, assigned)]
+    assert {BACKGROUND, IGNORED, 0, 1} == set(assigned)
 
     focal, refined, count = 0.0, 0.0, 0
     for image in (0, 1):
         for i in range(len(priors)):
-            owner = owners[i] if image == 0 else BACKGROUND
-            for k in range(3) if owner != IGNORED else ():
+            instance = assigned[i] if image == 0 else BACKGROUND
+            for k in range(3) if instance != IGNORED else ():
                 p = 1 / (1 + math.exp(-float(rows["cls"][image, i, k])))
-                hit = owner >= 0 and k == int(SOME.labels[owner])
+                hit = instance >= 0 and k == int(SOME.labels[instance])
                 focal -= 0.25 * (1 - p) ** 2 * math.log(p) if hit else 0.75 * p**2 * math.log(1 - p)
-            if owner >= 0:
-                refined, count = refined + distance("pts_refine", i, owner), count + 1
+            if instance >= 0:
+                refined, count = refined + distance("pts_refine", i, instance), count + 1
     assert count > 2
     # the image without objects counts as one positive
     assert float(losses["loss_cls"].detach()) == pytest.approx(focal / (count + 1), rel=1e-4)
     assert float(losses["loss_refine"].detach()) == pytest.approx(refined / (count + 1), rel=1e-4)
-    expected = sum(distance("pts_init", i, owner) for i, owner in init.items()) / (len(init) + 1)
+    expected = sum(distance("pts_init", i, instance) for i, instance in init.items()) / (len(init) + 1)
     assert float(losses["loss_init"].detach()) == pytest.approx(expected, rel=1e-4)
     assert head.loss_weights == {"loss_cls": 1.0, "loss_init": 0.5, "loss_refine": 1.0}
 
@@ -397,11 +397,11 @@ def test_bfloat16() -> None:
     low = spread(make()).to(torch.bfloat16)
     low.load_state_dict(head.state_dict())
     with torch.no_grad():
-        for found in (outputs, low([f.bfloat16() for f in features])):
-            assert all(m.dtype == torch.float32 for name in ("pts_init", "pts_refine") for m in found.maps[name])
-            boxes = head.decode(found)[0]
+        for raw in (outputs, low([f.bfloat16() for f in features])):
+            assert all(m.dtype == torch.float32 for name in ("pts_init", "pts_refine") for m in raw.maps[name])
+            boxes = head.decode(raw)[0]
             assert boxes.dtype == torch.float32
-            assert ((boxes - exact).abs() <= 0.05 * found.priors.strides[:, None]).all()
+            assert ((boxes - exact).abs() <= 0.05 * raw.priors.strides[:, None]).all()
 
 
 class Decode(nn.Module):

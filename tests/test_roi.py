@@ -69,11 +69,11 @@ def test_roi_align_on_cpu_against_torchvision(
     )  # some reach outside the map, some lie there
     where = torch.cat([torch.randint(0, 2, (rois, 1)).float(), ends.flatten(1)], dim=1)
     ours, theirs = (feature.clone().requires_grad_() for _ in range(2))
-    found = roi_align_cpu(ours, where, size, 4, samples, aligned)
+    pooled = roi_align_cpu(ours, where, size, 4, samples, aligned)
     wanted = roi_align(theirs, where, size, 1 / 4, samples, aligned)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(pooled, wanted, atol=1e-5)
     weights = torch.randn_like(wanted)
-    (found * weights).sum().backward()
+    (pooled * weights).sum().backward()
     (wanted * weights).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
 
@@ -187,10 +187,10 @@ def test_matching_adds_ground_truth_and_ignores_padding() -> None:
 
 def test_samples_are_padded_to_proposals() -> None:
     given = boxes(5)
-    found = pad_to_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
-    assert found.counts.tolist() == [2, 0, 3]
-    assert torch.equal(found.boxes[0, :2], given[:2])
-    assert torch.equal(found.boxes[2], given[2:])
+    padded = pad_to_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
+    assert padded.counts.tolist() == [2, 0, 3]
+    assert torch.equal(padded.boxes[0, :2], given[:2])
+    assert torch.equal(padded.boxes[2], given[2:])
     assert pad_to_proposals(given[:0], torch.zeros(0, dtype=torch.int64), 2).boxes.shape == (2, 0, 4)
 
 
@@ -230,7 +230,7 @@ def stage(**options: object) -> BoxStage:
 
 
 def literal_loss(
-    found: BoxStage, logits: Tensor, deltas: Tensor, samples: RoISamples, targets: list[Target], kind: str
+    box_stage: BoxStage, logits: Tensor, deltas: Tensor, samples: RoISamples, targets: list[Target], kind: str
 ) -> tuple[float, float]:
     logits, deltas = logits.double(), deltas.double()
     cls = box = 0.0
@@ -238,8 +238,8 @@ def literal_loss(
         i = int(samples.rois[s, 0])
         roi = samples.rois[s, 1:]
         overlap = box_iou(roi[None], targets[i].boxes)[0] if len(targets[i]) else torch.zeros(1)
-        positive = float(overlap.max()) >= found.positive
-        label = int(targets[i].labels[overlap.argmax()]) if positive else found.num_classes
+        positive = float(overlap.max()) >= box_stage.positive
+        label = int(targets[i].labels[overlap.argmax()]) if positive else box_stage.num_classes
         cls -= float(logits[s].log_softmax(dim=0)[label])
         if not positive:
             continue
@@ -251,8 +251,8 @@ def literal_loss(
             math.log((gx2 - gx1) / w),
             math.log((gy2 - gy1) / h),
         ]
-        own = deltas[s] if found.class_agnostic else deltas[s, 4 * label : 4 * label + 4]
-        for a, b, std in zip(own.tolist(), wanted, found.stds.tolist()):
+        own = deltas[s] if box_stage.class_agnostic else deltas[s, 4 * label : 4 * label + 4]
+        for a, b, std in zip(own.tolist(), wanted, box_stage.stds.tolist()):
             d = abs(a - b / std)
             box += d if kind == "l1" else d * d / 2 if d < 1 else d - 0.5
     return cls / len(samples.rois), box / len(samples.rois)
@@ -303,12 +303,12 @@ def test_decoding_and_refinement_by_hand(agnostic: bool) -> None:
         [1.0, -1.0, 5 * math.log(2), 0]
     )  # stds 0.1, 0.1, 0.2, 0.2: 2 right, 1 up, twice as wide
     logits = torch.tensor([[0.0, 0, 2, 4], [9, 0, 0, 0]])
-    found = made.decode((logits, deltas), rois, torch.tensor([1]))
+    candidates = made.decode((logits, deltas), rois, torch.tensor([1]))
     moved = torch.tensor([2.0, 9, 42, 19])
-    assert found.boxes.shape == ((1, 2, 4) if agnostic else (1, 2, 3, 4))
-    assert torch.allclose(found.boxes[0, 0] if agnostic else found.boxes[0, 0, 2], moved)
-    assert torch.allclose(found.scores[0, 0], logits[0].softmax(dim=0)[:3])
-    assert not found.scores[0, 1].any()  # beyond the counts
+    assert candidates.boxes.shape == ((1, 2, 4) if agnostic else (1, 2, 3, 4))
+    assert torch.allclose(candidates.boxes[0, 0] if agnostic else candidates.boxes[0, 0, 2], moved)
+    assert torch.allclose(candidates.scores[0, 0], logits[0].softmax(dim=0)[:3])
+    assert not candidates.scores[0, 1].any()  # beyond the counts
     sizes = torch.tensor([[64, 40]])
     assert torch.allclose(
         made.refine((logits, deltas), rois, sizes)[0], torch.tensor([2.0, 9, 40, 19])

@@ -107,11 +107,11 @@ def literal_loss(outputs: Outputs, targets: list[Target], beta: float | None = N
 def test_loss_against_a_loop(targets: list[Target], loss: str) -> None:
     head = varied(num=ALL, loss=loss)
     outputs = head(maps((40, 56)))
-    found = head.loss(outputs, targets)
+    losses = head.loss(outputs, targets)
     cls, box = literal_loss(outputs, targets, 1 / 9 if loss == "smooth_l1" else None)
-    assert float(found["loss_rpn_cls"].detach()) == pytest.approx(cls, rel=1e-4)
-    assert float(found["loss_rpn_box"].detach()) == pytest.approx(box, rel=1e-4)
-    sum(found.values()).backward()
+    assert float(losses["loss_rpn_cls"].detach()) == pytest.approx(cls, rel=1e-4)
+    assert float(losses["loss_rpn_box"].detach()) == pytest.approx(box, rel=1e-4)
+    sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
@@ -163,15 +163,15 @@ def test_proposals_against_a_loop() -> None:
     with torch.no_grad():
         outputs = head(maps((40, 56)))
     sizes = torch.tensor([[40, 56], [20, 25]])
-    found = head.propose(outputs, sizes, pre_nms=60)
+    proposals = head.propose(outputs, sizes, pre_nms=60)
     for i, wanted in enumerate(literal_proposals(head, outputs, sizes, 60, 40)):
-        n = int(found.counts[i])
+        n = int(proposals.counts[i])
         assert n == len(wanted)
-        assert torch.allclose(found.scores[i, :n], torch.tensor([score for score, _ in wanted]))
-        assert torch.allclose(found.boxes[i, :n], torch.tensor([box for _, box in wanted]), atol=1e-3)
-        assert not found.boxes[i, n:].any()
-        assert not found.scores[i, n:].any()
-    assert not found.boxes.requires_grad
+        assert torch.allclose(proposals.scores[i, :n], torch.tensor([score for score, _ in wanted]))
+        assert torch.allclose(proposals.boxes[i, :n], torch.tensor([box for _, box in wanted]), atol=1e-3)
+        assert not proposals.boxes[i, n:].any()
+        assert not proposals.scores[i, n:].any()
+    assert not proposals.boxes.requires_grad
 
 
 def test_training_has_its_own_limits() -> None:
@@ -186,10 +186,10 @@ def test_training_has_its_own_limits() -> None:
 def test_tiny_images(size: tuple[int, int]) -> None:
     head = RPNHead(LEVELS)
     outputs = head(maps(size))
-    found = head.propose(outputs, torch.tensor([size] * 2))
-    assert (found.counts > 0).all()
-    assert found.boxes.amin() >= 0
-    assert (found.boxes[..., 2] <= size[1]).all()
+    proposals = head.propose(outputs, torch.tensor([size] * 2))
+    assert (proposals.counts > 0).all()
+    assert proposals.boxes.amin() >= 0
+    assert (proposals.boxes[..., 2] <= size[1]).all()
     assert head.decode(outputs).scores.shape == (2, len(outputs.priors), 1)
 
 

@@ -100,7 +100,7 @@ def slow(rule: ATSSAssigner, priors: Priors, target: Target) -> list[int]:
     """Algorithm 1, one object and one prior at a time, in double precision."""
     boxes, truth = priors.boxes.double(), target.boxes.double()
     overlap = box_iou(truth, boxes).tolist()
-    owners, best = [BACKGROUND] * len(boxes), [-1.0] * len(boxes)
+    assigned, best = [BACKGROUND] * len(boxes), [-1.0] * len(boxes)
     for g, (x1, y1, x2, y2) in enumerate(truth.tolist()):
         candidates: list[int] = []
         start = 0
@@ -115,8 +115,8 @@ def slow(rule: ATSSAssigner, priors: Priors, target: Target) -> list[int]:
             x, y = box_centres(boxes[p]).tolist()
             inside = min(x - x1, y - y1, x2 - x, y2 - y) > 0.01
             if overlap[g][p] >= threshold and inside and overlap[g][p] > best[p]:
-                owners[p], best[p] = g, overlap[g][p]
-    return owners
+                assigned[p], best[p] = g, overlap[g][p]
+    return assigned
 
 
 @settings(max_examples=20)
@@ -145,11 +145,11 @@ def test_atss_of_a_thousand_instances_needs_little_memory(monkeypatch: pytest.Mo
     priors = grid((100, 150), (50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 1200, 800)
     with Largest() as largest:
-        owners = ATSSAssigner().assign(priors, target)
+        assigned = ATSSAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
-    assert 0 < int((owners >= 0).sum()) < len(priors)
+    assert 0 < int((assigned >= 0).sum()) < len(priors)
     monkeypatch.setattr(atss, "INSTANCES_AT_ONCE", 1000)
-    assert torch.equal(owners, ATSSAssigner().assign(priors, target))
+    assert torch.equal(assigned, ATSSAssigner().assign(priors, target))
 
 
 # -- varifocal loss
@@ -168,9 +168,9 @@ def test_varifocal_against_its_equation(alpha: float, gamma: float) -> None:
             p, q = literal[r, k].sigmoid(), targets.get((r, k), 0.0)
             total = total - (q * (q * p.log() + (1 - q) * (1 - p).log()) if q > 0 else alpha * p**gamma * (1 - p).log())
     total.backward()
-    found = varifocal_loss(logits, rows, labels, quality, alpha, gamma)
-    (2 * found).backward()
-    assert float(found.detach()) == pytest.approx(total.item(), rel=1e-5)
+    loss = varifocal_loss(logits, rows, labels, quality, alpha, gamma)
+    (2 * loss).backward()
+    assert float(loss.detach()) == pytest.approx(total.item(), rel=1e-5)
     assert torch.allclose(logits.grad.double(), 2 * literal.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -258,7 +258,7 @@ def test_loss_against_a_loop() -> None:
     head = make()
     outputs = head(maps())
     losses = head.loss(outputs, [SOME, EMPTY])
-    owners = head.assigner.assign(outputs.priors, SOME).tolist()
+    assigned = head.assigner.assign(outputs.priors, SOME).tolist()
     rows = {
         name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double()
         for name, column in outputs.maps.items()
@@ -266,10 +266,10 @@ def test_loss_against_a_loop() -> None:
     p = rows["cls"].sigmoid()
     cls = -(0.75 * p**2 * (1 - p).log()).sum()
     sums, weights = {"reg": 0.0, "refine": 0.0}, {"reg": 0.0, "refine": 0.0}
-    for i, owner in enumerate(owners):
-        if owner < 0:
+    for i, instance in enumerate(assigned):
+        if instance < 0:
             continue
-        (x, y), truth = box_centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[owner].tolist()
+        (x, y), truth = box_centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[instance].tolist()
         for name in ("reg", "refine"):
             left, up, right, down = rows[name][0, i].tolist()
             a = (x - left, y - up, x + right, y + down)
@@ -281,10 +281,10 @@ def test_loss_against_a_loop() -> None:
             q = max(shared / union, 1e-6)
             sums[name] += q * (1 - shared / union + (hull - union) / hull)
             weights[name] += q
-        k = int(SOME.labels[owner])
+        k = int(SOME.labels[instance])
         pk = p[0, i, k]
         cls = cls + 0.75 * pk**2 * (1 - pk).log() - q * (q * pk.log() + (1 - q) * (1 - pk).log())
-    count = sum(owner >= 0 for owner in owners)
+    count = sum(instance >= 0 for instance in assigned)
     assert count > 1
     assert float(losses["loss_cls"].detach()) == pytest.approx(float(cls.detach()) / count, rel=1e-4)
     assert float(losses["loss_box"].detach()) == pytest.approx(sums["reg"] / max(weights["reg"], 1), rel=1e-4)
@@ -330,10 +330,10 @@ def test_bfloat16() -> None:
     low = make(deformable_last=True).to(torch.bfloat16)
     low.load_state_dict(head.state_dict())
     with torch.no_grad():
-        for found in (outputs, low([f.bfloat16() for f in features])):
+        for raw in (outputs, low([f.bfloat16() for f in features])):
             for name in ("reg", "refine"):
-                assert all(m.dtype == torch.float32 for m in found.maps[name])
-                assert all(torch.allclose(a, b, rtol=0.1) for a, b in zip(found.maps[name], exact.maps[name]))
+                assert all(m.dtype == torch.float32 for m in raw.maps[name])
+                assert all(torch.allclose(a, b, rtol=0.1) for a, b in zip(raw.maps[name], exact.maps[name]))
 
 
 def test_exports() -> None:
@@ -368,15 +368,15 @@ def test_deformable_configs(name: str) -> None:
     """Of every block in the last three stages the second convolution, and the last one of each tower."""
     with torch.device("meta"):
         model = create_model(name, "model.backbone.pretrained=false")
-    found = {key for key, m in model.named_modules() if isinstance(m, DeformPack)}
+    layers = {key for key, m in model.named_modules() if isinstance(m, DeformPack)}
     own = {
         f"backbone.body.{key}"
         for key, _ in model.backbone.body.named_modules()
         if re.fullmatch(r"layer[234]\.\d+\.conv2", key)
     }
     assert len(own) == {"18": 6, "50": 13, "101": 30}[name.split("_r")[1].split("_")[0]]
-    assert own == {key for key in found if key.startswith("backbone")}
-    assert len(found - own) == 2
+    assert own == {key for key in layers if key.startswith("backbone")}
+    assert len(layers - own) == 2
     assert all(m.modulated for m in model.modules() if isinstance(m, DeformPack))
 
 
