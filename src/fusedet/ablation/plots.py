@@ -25,7 +25,7 @@ APART = 10
 """More rows than this are not told apart by colour."""
 
 
-def plots(found: Found, folder: Path) -> dict[str, Path]:
+def draw_plots(found: Found, folder: Path) -> dict[str, Path]:
     """Write every plot that there is something to show in, as svg; gives the files by what they show."""
     rows = [
         row for row in found["rows"] if row.get("measured") and not row["same_as"]
@@ -42,11 +42,13 @@ def plots(found: Found, folder: Path) -> dict[str, Path]:
     ap = "mask_AP" if figure.startswith("mask_") else "AP"
     if known := [row for row in rows if figure in row["measured"]]:
         files[f"{figure} against cost"] = folder / "cost.svg"
-        against_cost(known, baseline, files[f"{figure} against cost"], figure)
+        plot_metric_against_cost(known, baseline, files[f"{figure} against cost"], figure)
     files[f"{ap} by object size"] = folder / "sizes.svg"
-    by_size(rows, baseline, files[f"{ap} by object size"], ap)
+    plot_ap_by_size(rows, baseline, files[f"{ap} by object size"], ap)
     files["Learning curves"] = folder / "learning.svg"
-    learning([row for row in rows if not row["weights_of"]], baseline, files["Learning curves"], learnt(figure))
+    plot_learning_curves(
+        [row for row in rows if not row["weights_of"]], baseline, files["Learning curves"], validation_metric(figure)
+    )
     for i, row in enumerate(rows):
         if row["classes"]:
             name = f"{row['label']} less {row['reference']}, {ap} by class"
@@ -55,12 +57,12 @@ def plots(found: Found, folder: Path) -> dict[str, Path]:
     return files
 
 
-def learnt(figure: str) -> str:
+def validation_metric(figure: str) -> str:
     """The figure of the learning curves of a table about a figure: validations have COCO's alone."""
     return "AP" if figure.startswith("VOC_") else figure
 
 
-def against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
+def plot_metric_against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
     """A figure with its interval over seeds against multiply-adds and, where measured, latency; points are numbered as the legend says."""
     panels = [(cost, key) for cost, key in COSTS.items() if all(_cost(row, *key) is not None for row in rows)]
     figure = new_figure(4.3 * len(panels) + 1.6, max(3.4, 0.6 + 0.21 * len(rows)))
@@ -83,7 +85,7 @@ def against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: 
     save_figure(figure, path)
 
 
-def by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "AP") -> None:
+def plot_ap_by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "AP") -> None:
     """APs, APm and APl, or those of masks (`ap` is then mask_AP), of every row with intervals over seeds, one panel each."""
     figure = new_figure(9.2, 1.1 + 0.26 * len(rows))
     panels = figure.subplots(1, len(SIZES), sharey=True)
@@ -115,7 +117,7 @@ def by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "
     save_figure(figure, path)
 
 
-def learning(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
+def plot_learning_curves(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
     """A figure of the validations against the epoch: thin a seed, thick the mean of all seeds at epochs that all of them have."""
     figure = new_figure(8.4, max(3.4, 0.6 + 0.21 * len(rows)))
     axes = figure.add_subplot()
