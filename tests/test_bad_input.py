@@ -552,7 +552,7 @@ def test_a_full_disk_elsewhere_is_said(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
-    monkeypatch.setattr("fusedet.visualization.curves", full)
+    monkeypatch.setattr("fusedet.visualization.plot_precision_recall", full)
     has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
 
 

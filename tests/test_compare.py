@@ -227,7 +227,7 @@ def test_plot_of_differences(tmp_path: Path, count: int) -> None:
     absent = {"name": "absent", "difference": math.nan, "low": math.nan, "high": math.nan}
     heights = []
     for name, given, above in (("a", rows, None), ("b", [*rows, absent], None), ("c", rows, mean)):
-        visualization.differences(given, tmp_path / f"{name}.png", "B less A", above)
+        visualization.plot_differences(given, tmp_path / f"{name}.png", "B less A", above)
         heights.append(Image.open(tmp_path / f"{name}.png").height)
     assert heights[0] == heights[1], "a class without objects has no row"
     assert (heights[2] > heights[0]) == (count > 0)
@@ -237,5 +237,5 @@ def test_plot_of_many_differences_is_no_larger(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 100)
     rows = [{"name": f"class {k}", "difference": v, "low": v - 0.05, "high": v + 0.04} for k, v in enumerate(values)]
     for name, given in (("all", rows), ("some", rows[:40])):
-        visualization.differences(given, tmp_path / f"{name}.png")
+        visualization.plot_differences(given, tmp_path / f"{name}.png")
     assert Image.open(tmp_path / "all.png").height == Image.open(tmp_path / "some.png").height

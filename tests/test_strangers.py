@@ -112,7 +112,7 @@ def readers(path: Path) -> dict[str, Callable[[], Any]]:
     """All that read a file of weights."""
     return {
         "checkpoint": lambda: checkpoint.load_weights(path),
-        "convert": lambda: load_checkpoint.read(path),
+        "convert": lambda: load_checkpoint.read_checkpoint(path),
         "backbone": lambda: create("lcnet_050", False, str(path)),
     }
 

@@ -32,7 +32,7 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         seen = batch.targets[0] if batch.targets else None
         assert seen is not None
         drawn.append(
-            visualization.boxes(
+            visualization.draw_boxes(
                 batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore
             )
         )
@@ -40,7 +40,7 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)
-    visualization.grid(drawn, captions).save(target)
+    visualization.draw_image_grid(drawn, captions).save(target)
     return count
 
 
@@ -73,4 +73,4 @@ def _check(target: Path, endings: tuple[str, ...]) -> None:
 def predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
     """Draw what a detector finds in images into one grid."""
     found = list(predictor.stream(images, batch=4))
-    visualization.grid([one.plot(score=score) for one in found], [path.name for path in images]).save(target)
+    visualization.draw_image_grid([one.plot(score=score) for one in found], [path.name for path in images]).save(target)

@@ -18,7 +18,7 @@ from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
 from fusedet.visualization import heat_maps
 from fusedet.visualization.activation_maps import PARTS, ROWS, Row, Seen, look, share_inside, spread
-from fusedet.visualization.annotators import canvas
+from fusedet.visualization.annotators import to_pil_image
 
 LONG = 320  # pixels of a map's longer side
 UNITS = {
@@ -236,7 +236,7 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
     strides = sorted({s for rows in runs.values() for row in rows for s in row.maps})
     panels = []
     height, width = _size(job.image)
-    plain = canvas(job.image).resize((width, height), Image.Resampling.LANCZOS)
+    plain = to_pil_image(job.image).resize((width, height), Image.Resampling.LANCZOS)
     image, scale = to_tensor(plain), LONG / max(job.image.shape[1:])
     for (source, rows), letter in zip(runs.items(), "AB"):
         if not rows:
@@ -245,7 +245,7 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
         if is_heat:
             columns = {row.key: {"all levels": _together(row).numpy()} | columns[row.key] for row in rows}
         found = job.found[source]
-        marked = visualization.boxes(image, found.boxes * scale, found.labels, found.names)
+        marked = visualization.draw_boxes(image, found.boxes * scale, found.labels, found.names)
         panels.append(heat_maps.Panel(f"{letter}: {source}" if len(runs) > 1 else source, marked, columns))
     names = [*(["all levels"] if is_heat else []), *(f"stride {s}" for s in strides)]
     heat_maps.maps(plain, panels, captions, names, path, title, unit, None if is_heat else 1.0)

@@ -78,7 +78,7 @@ def compare(
     }
     run_dir.write_json(files["comparison"], report)
     title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over images"
-    visualization.differences(
+    visualization.plot_differences(
         figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"]
     )
     if (sheet := _differing(dataset, results, tables)) is None:
@@ -154,7 +154,7 @@ def _differing(dataset: DetectionDataset, results: list[list[Result]], tables: l
             if image is not None:
                 drawn.append(image)
                 captions.append(f"{side}, {dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return visualization.grid(drawn, captions, columns=4) if drawn else None
+    return visualization.draw_image_grid(drawn, captions, columns=4) if drawn else None
 
 
 def _short(source: str) -> str:

@@ -14,11 +14,11 @@ from fusedet.errors import InputError
 
 def convert(
     source: str | Path, target: str | Path, config: str | None = None, overrides: Sequence[str] = ()
-) -> tuple[Path, interop.Converted]:
+) -> tuple[Path, interop.ConvertedCheckpoint]:
     """Convert a checkpoint of MMDetection or torchvision; where its weights are written, and what they are.
 
     target: a new folder, which then holds config.yaml, best.safetensors and run.json; or a file, NAME.safetensors.
-    Raises InputError for a target that is there, and as `interop.convert` does; nothing is then written.
+    Raises InputError for a target that is there, and as `interop.convert_checkpoint` does; nothing is then written.
     """
     target = Path(target)
     alone = target.suffix == ".safetensors"
@@ -26,7 +26,7 @@ def convert(
         raise InputError(f"{target} exists: nothing is overwritten, choose another name")
     if not alone:
         run_dir.check(target)
-    found = interop.convert(source, config, overrides)
+    found = interop.convert_checkpoint(source, config, overrides)
     lists = {"names": json.dumps(found.names), "category_ids": json.dumps(found.category_ids)}
     meta = {"config": found.config.to_yaml(), "format": "fusedet", **lists}
     if alone:

@@ -52,7 +52,7 @@ class Prediction(Detections):
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        drawn = visualization.boxes(
+        drawn = visualization.draw_boxes(
             self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
         )
         if path is not None:

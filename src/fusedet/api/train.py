@@ -198,7 +198,7 @@ def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> 
     figures = score(val, results, voc=val.form == "voc", evaluator=evaluation.EVALUATORS[0], masks=finds_masks(best))
     files = report(val, results, figures, out, title=out.name)
     files["training curves"] = out / "training.png"
-    visualization.training(out / "metrics.csv", files["training curves"])
+    visualization.plot_training(out / "metrics.csv", files["training curves"])
     return Trained(out, figures, files)
 
 

@@ -111,9 +111,13 @@ def report(
             json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results])
         )
     write_json(files["metrics"], figures)
-    visualization.curves(evaluation.precision_recall(dataset, results), files["precision-recall curves"], title)
-    visualization.confusion(evaluation.confusion(dataset, results), dataset.names, files["confusion matrix"])
-    visualization.sizes(figures, files["AP by object size"], title)
+    visualization.plot_precision_recall(
+        evaluation.precision_recall(dataset, results), files["precision-recall curves"], title
+    )
+    visualization.plot_confusion_matrix(
+        evaluation.confusion(dataset, results), dataset.names, files["confusion matrix"]
+    )
+    visualization.plot_ap_by_size(figures, files["AP by object size"], title)
     if (grid := worst(dataset, results)) is None:
         del files["worst images"]
     else:
@@ -129,7 +133,7 @@ def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Imag
         if (image := paint(i)) is not None:
             drawn.append(image)
             captions.append(f"{dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return visualization.grid(drawn, captions) if drawn else None
+    return visualization.draw_image_grid(drawn, captions) if drawn else None
 
 
 def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
@@ -156,7 +160,9 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
         truth, ignore = (
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )
-        return visualization.compare(read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore)
+        return visualization.draw_comparison(
+            read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore
+        )
 
     return paint
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from fusedet import ablation, config
 from fusedet.ablation import render, summary_text
-from fusedet.ablation.estimate import told
+from fusedet.ablation.estimate import format_duration
 from fusedet.api import cam, compare, predict
 from fusedet.api.image_sources import Sources
 from fusedet.cli import tables
@@ -68,13 +68,13 @@ def ablate_(
     """Train every row of TABLE (a shipped name or a YAML file) with several seeds on data=PATH into out=DIR, published beside measured."""
     if table is None:
         raise InputError(
-            f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {', '.join(ablation.names())}, or a file"
+            f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {', '.join(ablation.list_tables())}, or a file"
         )
     if launcher not in ("local", "slurm"):
         raise unknown("launcher", launcher, ("local", "slurm"))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("fusedet ablate starts its own processes: call it without torchrun")
-    seconds = None if budget is None else ablation.duration(budget)
+    seconds = None if budget is None else ablation.parse_duration(budget)
     name, overrides = separate(words)
     if name is not None:
         raise InputError(f"one table at a time, {table} and {name} are two: options are written key=value")
@@ -83,11 +83,11 @@ def ablate_(
         raise InputError("no output folder: add out=FOLDER")
     more = [word for word in overrides if not word.startswith("out=")]
     say = speaker(json)
-    plan = ablation.make(
-        ablation.load(table), more, seeds=seeds, rows=rows or (), out=folder or "", need_data=not dry_run, say=say
+    plan = ablation.make_plan(
+        ablation.load_table(table), more, seeds=seeds, rows=rows or (), out=folder or "", need_data=not dry_run, say=say
     )
     if dry_run:
-        lines, basis = ablation.look(plan, say=say)
+        lines, basis = ablation.preview_plan(plan, say=say)
         total = [row["seconds"] for row in lines if row["seconds"] is not None]
         if json:
             return print_json(
@@ -100,9 +100,9 @@ def ablate_(
                 }
             )
         out.print(escape(plan.table.title))
-        render.show(out, render.plan_sheet(lines, plan.classes, seeds))
+        render.print_sheet(out, render.make_plan_sheet(lines, plan.classes, seeds))
         if total:
-            out.print(escape(f"about {told(sum(total))} on one device, by {basis}"))
+            out.print(escape(f"about {format_duration(sum(total))} on one device, by {basis}"))
         elif not plan.data:
             out.print("with data=PATH the time is estimated too")
         return None
@@ -120,16 +120,20 @@ def ablate_(
         *overrides,
         *(word for key, values in given.items() for value in values for word in (key, value)),
     ]
-    options = ablation.Launch(seconds, launcher, dict(map(_pair, slurm or [])), resamples, tuple(command))
-    found, files = ablation.ablate(plan, options, say=say, quiet=json)
+    options = ablation.LaunchOptions(seconds, launcher, dict(map(_pair, slurm or [])), resamples, tuple(command))
+    found, files = ablation.run_plan(plan, options, say=say, quiet=json)
     if json:
         return print_json(found | {"out": str(plan.out), "files": {name: str(file) for name, file in files.items()}})
-    for sheet in render.sheets(found):
-        render.show(out, sheet)
+    for sheet in render.make_sheets(found):
+        render.print_sheet(out, sheet)
     for row in found["rows"]:
         if not row["cited"]:
             out.print(escape(f"{row['label']}: {row['conclusion']}"))
-    for line in [*summary_text.covered(found), *summary_text.notes(found), summary_text.cost_note(found)]:
+    for line in [
+        *summary_text.describe_coverage(found),
+        *summary_text.collect_notes(found),
+        summary_text.describe_cost(found),
+    ]:
         out.print(escape(line))
     return print_files(files)
 

@@ -18,18 +18,18 @@ Rectangle = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Mark:
+class BoxAnnotation:
     """A box xyxy in a colour, with a tag where there is a text."""
 
     box: Sequence[float]
-    colour: colors.Colour
+    colour: colors.Color
     text: str = ""
     dashed: bool = False
     thin: bool = False
 
 
 @dataclass(frozen=True)
-class Pen:
+class LineStyle:
     """The width of a line and the height of the letters, in pixels."""
 
     line: int
@@ -42,14 +42,14 @@ class Pen:
         return cls(width or max(1, round(side / 260)), max(10, round(side / 40)))
 
 
-def canvas(image: Tensor) -> Image.Image:
+def to_pil_image(image: Tensor) -> Image.Image:
     """A uint8 (3, H, W) tensor as an image; raises InputError for anything else."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"an image to draw on must be uint8 (3, H, W), it is {image.dtype} {tuple(image.shape)}")
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def draw(image: Image.Image, marks: Sequence[Mark], pen: Pen) -> Image.Image:
+def draw_annotations(image: Image.Image, marks: Sequence[BoxAnnotation], pen: LineStyle) -> Image.Image:
     """The image with its marks, the first ones on top and the first to be tagged."""
     brush = ImageDraw.Draw(image, "RGBA")
     rectangles = [_around(mark, image, pen) for mark in marks]
@@ -63,7 +63,7 @@ def draw(image: Image.Image, marks: Sequence[Mark], pen: Pen) -> Image.Image:
     return image
 
 
-def short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def truncate_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -72,7 +72,7 @@ def short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text + "…"
 
 
-def _around(mark: Mark, image: Image.Image, pen: Pen) -> tuple[Rectangle, int]:
+def _around(mark: BoxAnnotation, image: Image.Image, pen: LineStyle) -> tuple[Rectangle, int]:
     """The outer edge and the width of a line that lies outside of a small box and over the edge of a large one."""
     x1, y1, x2, y2 = mark.box
     side = min(x2 - x1, y2 - y1)
@@ -83,7 +83,7 @@ def _around(mark: Mark, image: Image.Image, pen: Pen) -> tuple[Rectangle, int]:
     return (left, top, max(left, right), max(top, bottom)), line
 
 
-def _draw_rectangle(brush: ImageDraw.ImageDraw, box: Rectangle, mark: Mark, line: int) -> None:
+def _draw_rectangle(brush: ImageDraw.ImageDraw, box: Rectangle, mark: BoxAnnotation, line: int) -> None:
     x1, y1, x2, y2 = box
     if mark.dashed:
         dash = max(3, 4 * line)
@@ -103,16 +103,16 @@ def _draw_rectangle(brush: ImageDraw.ImageDraw, box: Rectangle, mark: Mark, line
 def _tag(
     brush: ImageDraw.ImageDraw,
     image: Image.Image,
-    mark: Mark,
+    mark: BoxAnnotation,
     box: Rectangle,
-    pen: Pen,
+    pen: LineStyle,
     placed: list[Rectangle],
     small: list[Rectangle],
 ) -> None:
     """Write the tag beside the box where it hides other tags and small boxes the least, or nowhere where tags cover half of it."""
-    font = colors.font(mark.text, pen.font)
+    font = colors.load_font(mark.text, pen.font)
     pad = max(2, pen.font // 4)
-    text = short(mark.text, font, image.width - 2 * pad)
+    text = truncate_text(mark.text, font, image.width - 2 * pad)
     width, height = round(font.getlength(text)) + 2 * pad, pen.font + pad
     x1, y1, x2, y2 = box
     best: tuple[float, Rectangle] | None = None
@@ -138,7 +138,7 @@ def _tag(
     placed.append(best[1])
     left, top, right, bottom = best[1]
     brush.rectangle((left, top, right, bottom), (*mark.colour, 235))
-    brush.text((left + pad, (top + bottom + 1) / 2), text, colors.ink(mark.colour), font, anchor="lm")
+    brush.text((left + pad, (top + bottom + 1) / 2), text, colors.text_color(mark.colour), font, anchor="lm")
 
 
 def _hidden(tag: Rectangle, placed: list[Rectangle]) -> float:

@@ -11,14 +11,16 @@ import numpy as np
 
 from fusedet.errors import InputError
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, PALE, new_axes, new_figure, save, tint
+from fusedet.visualization.figure import DARK, PALE, new_axes, new_figure, plot_color, save_figure
 
 MOST_CLASSES = 10  # that are told apart by colour in one plot
 MOST_ROWS = 40
 UNSURE = "#9a9a9a"
 
 
-def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall", iou: float = 0.5) -> None:
+def plot_precision_recall(
+    pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall", iou: float = 0.5
+) -> None:
     """Precision against recall per class, the mean in bold, as `evaluate.precision_recall` gives them at the overlap `iou`.
 
     Of more than ten classes the five best (solid) and the five worst (dashed) have colours and names, the others are grey. The ending of
@@ -39,7 +41,7 @@ def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and 
         axes.plot(
             row["recall"],
             _reached(row["precision"]),
-            color=tint(order[row["name"]]),
+            color=plot_color(order[row["name"]]),
             lw=1.6,
             ls=line,
             label=label,
@@ -47,15 +49,15 @@ def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and 
         )
     axes.plot(pr["recall"], pr["mean"], color=DARK, lw=2.8, label=f"mean of {len(rows)}  {pr['AP']:.3f}", zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    letters = {"family": colors.families([row["name"] for row in shown]), "size": 9}
+    letters = {"family": colors.font_families([row["name"] for row in shown]), "size": 9}
     heading = f"AP{100 * iou:g}" + (f": {half} best, {half} worst" if rest else "")
     axes.legend(
         title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=letters, alignment="left"
     )
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title: str = "Confusion") -> None:
+def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path, title: str = "Confusion") -> None:
     """A confusion matrix (K + 1, K + 1) as `evaluate.confusion` gives it, each row in shares of its sum.
 
     Up to 25 classes the cells hold per cents, up to 8 the counts too.
@@ -75,7 +77,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title:
     axes.set_facecolor("#f2f2f2")
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if k <= 25 else {"rotation": 90}
-    letters: dict[str, Any] = {"fontfamily": colors.families(list(names)), "fontsize": size}
+    letters: dict[str, Any] = {"fontfamily": colors.font_families(list(names)), "fontsize": size}
     axes.set_xticks(range(k + 1), [*names, "missed"], **slant, **letters)
     axes.set_yticks(range(k + 1), [*names, "nothing there"], **letters)
     axes.axhline(k - 0.5, color=DARK, lw=0.8)
@@ -103,10 +105,10 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title:
     )
     bar.outline.set_visible(False)
     bar.set_label("share of the row", color=DARK)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by object size") -> None:
+def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by object size") -> None:
     """Bars of APs, APm and APl with AP as a line, from `evaluate.coco`'s figures."""
     figure = new_figure(4.6, 3.2)
     axes = new_axes(figure, title, "", "AP")
@@ -117,7 +119,7 @@ def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by obje
         value = metrics[key]
         height = 0.0 if value is None or math.isnan(value) else value
         heights.append(height)
-        axes.bar(i, height, width=0.62, color=tint(6))
+        axes.bar(i, height, width=0.62, color=plot_color(6))
         text = "no objects" if value is None or math.isnan(value) else f"{value:.3f}"
         axes.annotate(text, (i, height), (0, 4), ha="center", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **beside)
     mean = metrics["AP"]
@@ -126,10 +128,10 @@ def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by obje
     axes.set_xticks(range(3), ["small\n< 32² px", "medium", "large\n> 96² px"])
     top = max(mean, *heights)
     axes.set(xlim=(-0.5, 2.45), ylim=(0, min(1.1, max(0.1, 1.25 * top))))
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def differences(
+def plot_differences(
     rows: Sequence[Mapping[str, Any]],
     path: str | Path,
     title: str = "Difference of AP",
@@ -156,7 +158,7 @@ def differences(
         colour = (
             DARK
             if mean is not None and place == len(shown) - 1
-            else tint(6 if row["difference"] > 0 else 4)
+            else plot_color(6 if row["difference"] > 0 else 4)
             if tells
             else UNSURE
         )
@@ -165,10 +167,10 @@ def differences(
     for line in lines:
         axes.axhline(line, color=PALE, lw=1.2, ls=(0, (4, 3)))
     names = [row["name"] for row in shown]
-    axes.set_yticks(range(len(shown)), names, fontfamily=colors.families(names), fontsize=9)
+    axes.set_yticks(range(len(shown)), names, fontfamily=colors.font_families(names), fontsize=9)
     axes.set_ylim(-0.5, max(1, len(shown)) - 0.5)
     axes.grid(False, axis="y")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _reached(precision: np.ndarray) -> np.ndarray:

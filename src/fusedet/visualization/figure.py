@@ -25,14 +25,14 @@ def new_figure(width: float, height: float) -> Figure:
 def new_axes(figure: Figure, title: str, x: str, y: str) -> Axes:
     """The figure's only axes, with its title and labels."""
     axes = figure.add_subplot()
-    clean(axes)
-    axes.set_title(title, loc="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    style_axes(axes)
+    axes.set_title(title, loc="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     axes.set_xlabel(x, color=DARK)
     axes.set_ylabel(y, color=DARK)
     return axes
 
 
-def clean(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     """Two spines, a faint grid behind, small ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#8c8c8c")
@@ -41,14 +41,14 @@ def clean(axes: Axes) -> None:
     axes.tick_params(color="#8c8c8c", labelcolor=DARK, labelsize=9, length=3)
 
 
-def tint(k: int) -> tuple[float, float, float]:
+def plot_color(k: int) -> tuple[float, float, float]:
     """Class k's colour in matplotlib's 0..1; yellow, too pale on white, is darkened."""
-    red, green, blue = colors.colour(k)
-    dim = 0.8 if (red, green, blue) == colors.MISSED else 1.0
+    red, green, blue = colors.class_color(k)
+    dim = 0.8 if (red, green, blue) == colors.FALSE_NEGATIVE else 1.0
     return dim * red / 255, dim * green / 255, dim * blue / 255
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the figure in the form that the file's ending names. Raises InputError for another form or a place that cannot be written."""
     form = Path(path).suffix[1:].lower()
     if form not in FORMS:

@@ -12,10 +12,10 @@ from torch import Tensor
 from fusedet.errors import InputError
 from fusedet.models.ops.greedy_match import EXCUSED, owners
 from fusedet.visualization import colors
-from fusedet.visualization.annotators import Mark, Pen, canvas, draw, short
+from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image, truncate_text
 
 
-def boxes(
+def draw_boxes(
     image: Tensor,
     boxes: Tensor,
     labels: Tensor,
@@ -32,7 +32,7 @@ def boxes(
     grows with the image. Tags stay inside the image; one that would hide another one is left out, best scores first.
     Raises InputError for a label without a name and for shapes that do not fit.
     """
-    drawing = canvas(image)
+    drawing = to_pil_image(image)
     _check(boxes, labels, names)
     sides = boxes[:, 2:] - boxes[:, :2]
     order = (sides.prod(dim=1) if scores is None else -scores).argsort(stable=True)  # what comes first lies on top
@@ -42,12 +42,14 @@ def boxes(
         shown = [f"{name} {score:.2f}" for name, score in zip(shown, scores[order].tolist(), strict=True)]
     if masks is not None:
         drawing = _blend(drawing, masks[order.to(masks.device)].cpu().numpy(), classes)
-    marks = [Mark(box, colors.colour(k), text) for box, k, text in zip(corners, classes, shown, strict=True)]
-    marks += [Mark(box, colors.GREY, dashed=True) for box in ([] if ignore is None else ignore.tolist())]
-    return draw(drawing, marks, Pen.of(drawing, width))
+    marks = [
+        BoxAnnotation(box, colors.class_color(k), text) for box, k, text in zip(corners, classes, shown, strict=True)
+    ]
+    marks += [BoxAnnotation(box, colors.GREY, dashed=True) for box in ([] if ignore is None else ignore.tolist())]
+    return draw_annotations(drawing, marks, LineStyle.of(drawing, width))
 
 
-def compare(
+def draw_comparison(
     image: Tensor,
     truth: tuple[Tensor, Tensor],
     found: tuple[Tensor, Tensor, Tensor],
@@ -63,7 +65,7 @@ def compare(
     those of at least `score` are drawn; ignore (boxes, labels) of objects that do not count. Matched as in `ops.owners`.
     True boxes of what was found are thin, white and dashed. Raises InputError for a label without a name.
     """
-    drawing = canvas(image)
+    drawing = to_pil_image(image)
     best = found[2].argsort(descending=True, stable=True)
     best = best[found[2][best] >= score]
     guesses, labels, scores = (part[best].cpu().numpy() for part in found)
@@ -75,37 +77,37 @@ def compare(
         _check(part[0], part[1], names)
     owner = owners(guesses.astype(float), labels, objects.astype(float), classes, idle.astype(float), idle_classes, iou)
 
-    groups: dict[str, list[Mark]] = {"missed": [], "false": [], "confused": [], "found": []}
-    rest = [Mark(box, colors.GREY, dashed=True) for box in idle.tolist()]
+    groups: dict[str, list[BoxAnnotation]] = {"missed": [], "false": [], "confused": [], "found": []}
+    rest = [BoxAnnotation(box, colors.GREY, dashed=True) for box in idle.tolist()]
     for box, k, s, g in zip(guesses.tolist(), labels.tolist(), scores.tolist(), owner.tolist(), strict=True):
         text = f"{names[k]} {s:.2f}"
         if g == EXCUSED:
-            rest.append(Mark(box, colors.GREY, text))
+            rest.append(BoxAnnotation(box, colors.GREY, text))
         elif g < 0:
-            groups["false"].append(Mark(box, colors.FALSE, text))
+            groups["false"].append(BoxAnnotation(box, colors.FALSE_POSITIVE, text))
         elif classes[g] == k:
-            groups["found"].append(Mark(box, colors.FOUND, text))
+            groups["found"].append(BoxAnnotation(box, colors.TRUE_POSITIVE, text))
         else:
-            groups["confused"].append(Mark(box, colors.CONFUSED, f"{text}, is {names[classes[g]]}"))
+            groups["confused"].append(BoxAnnotation(box, colors.WRONG_CLASS, f"{text}, is {names[classes[g]]}"))
     for g, (box, k) in enumerate(zip(objects.tolist(), classes.tolist(), strict=True)):
         if g in owner:
-            rest.append(Mark(box, colors.WHITE, dashed=True, thin=True))
+            rest.append(BoxAnnotation(box, colors.WHITE, dashed=True, thin=True))
         else:
-            groups["missed"].append(Mark(box, colors.MISSED, names[k], dashed=True))
-    pen = Pen.of(drawing, None)
+            groups["missed"].append(BoxAnnotation(box, colors.FALSE_NEGATIVE, names[k], dashed=True))
+    pen = LineStyle.of(drawing, None)
     marks = [mark for group in groups.values() for mark in group]
     confused = len(groups["confused"])  # a miss and a false detection, as F1 counts it
     legend = [
-        (f"found {len(groups['found'])}", colors.FOUND, False),
-        (f"missed {len(groups['missed']) + confused}", colors.MISSED, True),
-        (f"false {len(groups['false']) + confused}", colors.FALSE, False),
-        (f"wrong class {confused}{' (in both)' if confused else ''}", colors.CONFUSED, False),
+        (f"found {len(groups['found'])}", colors.TRUE_POSITIVE, False),
+        (f"missed {len(groups['missed']) + confused}", colors.FALSE_NEGATIVE, True),
+        (f"false {len(groups['false']) + confused}", colors.FALSE_POSITIVE, False),
+        (f"wrong class {confused}{' (in both)' if confused else ''}", colors.WRONG_CLASS, False),
         ("truth", colors.WHITE, True),
     ]
-    return _legend(draw(drawing, [*marks, *rest], pen), legend, pen)
+    return _legend(draw_annotations(drawing, [*marks, *rest], pen), legend, pen)
 
 
-def grid(
+def draw_image_grid(
     images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None, cell: int = 320
 ) -> Image.Image:
     """Images in rows on white, each made to fit `cell` pixels, with a line of text below; about square by default.
@@ -133,10 +135,10 @@ def grid(
             sheet.paste(drawing, (left + (cell - drawing.width) // 2, top + (height - drawing.height) // 2))
             if captions is not None:
                 caption = captions[r * columns + c]
-                font = colors.font(caption, size)
+                font = colors.load_font(caption, size)
                 pen.text(
                     (left + cell / 2, top + height + line / 2),
-                    short(caption, font, cell),
+                    truncate_text(caption, font, cell),
                     (40, 40, 40),
                     font,
                     anchor="mm",
@@ -171,15 +173,15 @@ def _blend(drawing: Image.Image, masks: np.ndarray, classes: list[int]) -> Image
         for axis in (0, 1):
             for step in (1, -1):
                 inner &= np.roll(np.pad(mask, 1), step, axis)[1:-1, 1:-1]
-        tint = np.array(colors.colour(k), dtype=np.float32)
+        tint = np.array(colors.class_color(k), dtype=np.float32)
         pixels[inner] = 0.6 * pixels[inner] + 0.4 * tint
         pixels[mask & ~inner] = tint
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _legend(drawing: Image.Image, items: list[tuple[str, colors.Colour, bool]], pen: Pen) -> Image.Image:
+def _legend(drawing: Image.Image, items: list[tuple[str, colors.Color, bool]], pen: LineStyle) -> Image.Image:
     """The image over a dark strip with a sample of each line and its meaning, in as many rows as it takes."""
-    font = colors.font("legend", pen.font)
+    font = colors.load_font("legend", pen.font)
     dash, gap, line = 2 * pen.font, pen.font, round(1.7 * pen.font)
     places, left, row = [], gap // 2, 0
     for text, _, _ in items:

@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
 from fusedet.errors import InputError
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, new_figure, save
+from fusedet.visualization.figure import DARK, new_figure, save_figure
 
 CELLS = 32  # of the density, along each side
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
@@ -63,7 +63,7 @@ def centres(
     columns = min(len(shown), max(3, math.ceil(math.sqrt(len(shown)))))
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(1.75 * columns + 1.2, 1.95 * rows + 0.45)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     scale = TwoSlopeNorm(1.0, 0.0, HIGHEST)
     colours = LinearSegmentedColormap.from_list("centres", ["#0072B2", "#f7f7f7", "#D55E00"])
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -82,7 +82,9 @@ def centres(
             box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0}
             axes.text(*corner, f"{100 * count / len(own):.0f} %", fontsize=8, color=DARK, bbox=box, **put)
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
-        axes.set_title(f"{name}  {len(own):,}", loc="left", fontsize=9, color=DARK, fontfamily=colors.families([name]))
+        axes.set_title(
+            f"{name}  {len(own):,}", loc="left", fontsize=9, color=DARK, fontfamily=colors.font_families([name])
+        )
         axes.spines[:].set_color("#8c8c8c")
     bar = figure.colorbar(
         ScalarMappable(scale, colours), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max"
@@ -90,4 +92,4 @@ def centres(
     bar.outline.set_visible(False)
     bar.set_ticks([0, 1, 2, 3], labels=["0", "1, uniform", "2", "3"], fontsize=8, color=DARK)
     bar.set_label("density", color=DARK, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)

@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fusedet.errors import InputError
-from fusedet.visualization.figure import DARK, clean, new_figure, save, tint
+from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, style_axes
 
 
-def training(metrics_csv: str | Path, path: str | Path, title: str = "Training") -> None:
+def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Training") -> None:
     """Losses, learning rate and the validation's AP of a run's metrics.csv against the step (the epoch where none is given).
 
     Columns: epoch, step, lr, loss, the loss terms, then the validation's figures, which begin with AP, AR or mAP; cells
@@ -31,19 +31,21 @@ def training(metrics_csv: str | Path, path: str | Path, title: str = "Training")
     figure = new_figure(7.2, 0.8 + 2.3 * sum(shares))
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=shares)[:, 0]
     for axes, group in zip(panels, drawn, strict=True):
-        clean(axes)
+        style_axes(axes)
         axes.set_ylabel("AP" if group is scores else "learning rate" if group == ["lr"] else "loss", color=DARK)
         if group is scores:
             chosen = [name for name in ("AP", "AP50", "AP75", "mAP") if name in scores] or scores[:4]
             for i, name in enumerate(chosen):
-                axes.plot(*_known(x, table[name]), "o-", ms=3, lw=1.8, color=DARK if i == 0 else tint(i), label=name)
+                axes.plot(
+                    *_known(x, table[name]), "o-", ms=3, lw=1.8, color=DARK if i == 0 else plot_color(i), label=name
+                )
             _mark_best(axes, *_known(x, table[chosen[0]]))
             axes.set_ylim(bottom=0)
         else:
             shown = [name for name in group if name in table]
             for i, name in enumerate(shown):
                 at, value = _known(x, table[name])
-                color = DARK if name in ("loss", "lr") else tint(i)
+                color = DARK if name in ("loss", "lr") else plot_color(i)
                 if len(value) > 100 and name != "lr":
                     axes.plot(at, value, lw=0.5, color=color, alpha=0.25)
                     at, value = _smooth(at, value)
@@ -54,7 +56,7 @@ def training(metrics_csv: str | Path, path: str | Path, title: str = "Training")
     panels[0].set_title(title, loc="left", fontsize=12, color=DARK)
     panels[-1].set_xlabel(x_name, color=DARK)
     figure.align_ylabels()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def loss_terms(columns: Iterable[str]) -> list[str]:

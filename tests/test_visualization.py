@@ -12,8 +12,7 @@ from PIL import Image
 from fusedet import visualization
 from fusedet.errors import InputError
 from fusedet.visualization import colors, training_curves
-from fusedet.visualization.annotators import Mark, Pen, short
-from fusedet.visualization.annotators import draw as draw_marks
+from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, truncate_text
 
 NAMES = ("cat", "dog", "кошка")
 PLAIN = torch.full((3, 240, 320), 128, dtype=torch.uint8)
@@ -24,10 +23,10 @@ def pixels(source, colour, near=0):
 
 
 def test_colours_are_stable_and_all_different():
-    some = [visualization.colour(k) for k in range(200)]
+    some = [visualization.class_color(k) for k in range(200)]
     assert some[:2] == [(86, 180, 233), (230, 159, 0)]
     assert len(set(some)) == 200
-    assert some == [visualization.colour(k) for k in range(200)]
+    assert some == [visualization.class_color(k) for k in range(200)]
 
 
 @pytest.mark.parametrize("k", range(40))
@@ -36,14 +35,16 @@ def test_text_can_be_read_on_every_colour(k):
         linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
-    low, high = sorted([luminance(visualization.colour(k)), luminance(colors.ink(visualization.colour(k)))])
+    low, high = sorted(
+        [luminance(visualization.class_color(k)), luminance(colors.text_color(visualization.class_color(k)))]
+    )
     assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2, level AA
 
 
 def test_a_box_has_its_classs_colour_at_its_edge_and_nothing_inside():
     image = PLAIN.clone()
-    source = visualization.boxes(image, torch.tensor([[100.0, 80, 220, 200]]), torch.tensor([1]), NAMES)
-    line = pixels(source, visualization.colour(1))
+    source = visualization.draw_boxes(image, torch.tensor([[100.0, 80, 220, 200]]), torch.tensor([1]), NAMES)
+    line = pixels(source, visualization.class_color(1))
     assert source.size == (320, 240)
     assert line[79:81, 100:220].any(axis=0).all()
     assert line[199:201, 100:220].any(axis=0).all()
@@ -53,11 +54,11 @@ def test_a_box_has_its_classs_colour_at_its_edge_and_nothing_inside():
 
 
 def test_a_small_object_stays_visible():
-    source = visualization.boxes(
+    source = visualization.draw_boxes(
         PLAIN, torch.tensor([[100.0, 100, 106, 106]]), torch.tensor([0]), NAMES, scores=torch.tensor([0.9])
     )
     assert pixels(source, (128, 128, 128))[100:106, 100:106].all()
-    assert pixels(source, visualization.colour(0))[98:109, 98:109].any()
+    assert pixels(source, visualization.class_color(0))[98:109, 98:109].any()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_small_object_stays_visible():
 )
 def test_tags_stay_inside(box):
     def tag(corners):
-        source = visualization.boxes(
+        source = visualization.draw_boxes(
             PLAIN, torch.tensor([corners], dtype=torch.float32), torch.tensor([0]), NAMES, scores=torch.tensor([0.5])
         )
         return int(pixels(source, (0, 0, 0), near=60).sum())  # the letters
@@ -75,10 +76,10 @@ def test_tags_stay_inside(box):
 
 
 def test_tags_do_not_hide_each_other():
-    apart = visualization.boxes(
+    apart = visualization.draw_boxes(
         PLAIN, torch.tensor([[20.0, 100, 60, 140], [200, 100, 240, 140]]), torch.tensor([0, 1]), NAMES
     )
-    close = visualization.boxes(
+    close = visualization.draw_boxes(
         PLAIN, torch.tensor([[20.0, 100, 60, 140], [22, 102, 62, 142]]), torch.tensor([0, 1]), NAMES
     )
     letters = [int(pixels(source, (0, 0, 0), near=60).sum()) for source in (apart, close)]
@@ -88,17 +89,17 @@ def test_tags_do_not_hide_each_other():
 def test_the_best_score_lies_on_top():
     two = torch.tensor([[50.0, 50, 150, 150], [50, 50, 150, 150]])
     for scores, best in (((0.9, 0.1), 0), ((0.1, 0.9), 1)):
-        source = visualization.boxes(PLAIN, two, torch.tensor([0, 1]), NAMES, scores=torch.tensor(scores))
-        assert pixels(source, visualization.colour(best))[149:151, 80:150].any(axis=0).all()
+        source = visualization.draw_boxes(PLAIN, two, torch.tensor([0, 1]), NAMES, scores=torch.tensor(scores))
+        assert pixels(source, visualization.class_color(best))[149:151, 80:150].any(axis=0).all()
 
 
 def test_lines_grow_with_the_image_or_are_given():
     def width(side, **options):
         image = torch.zeros(3, side, side, dtype=torch.uint8)
         box = torch.tensor([[0.2, 0.2, 0.8, 0.8]]) * side
-        column = pixels(visualization.boxes(image, box, torch.tensor([0]), [""], **options), visualization.colour(0))[
-            side // 4 : side // 2
-        ]
+        column = pixels(
+            visualization.draw_boxes(image, box, torch.tensor([0]), [""], **options), visualization.class_color(0)
+        )[side // 4 : side // 2]
         return int(column[side // 8, : side // 2].sum())
 
     assert width(300) == 1
@@ -111,25 +112,28 @@ def test_any_name_and_any_size_of_image(names):
     for height, width in ((1, 1), (7, 300), (200, 40)):
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         corners = torch.tensor([[0.0, 0, 1, 1], [0, 0, width, height], [0.2, 0.2, 0.2, 0.2]])
-        assert visualization.boxes(image, corners, torch.arange(3), names, scores=torch.rand(3)).size == (width, height)
+        assert visualization.draw_boxes(image, corners, torch.arange(3), names, scores=torch.rand(3)).size == (
+            width,
+            height,
+        )
 
 
 def test_letters_of_other_scripts_are_found():
-    assert {"DejaVu Sans"} == set(colors.families(["cat", "кошка", "γάτα"]))
-    assert colors.font("кошка", 12).getname()[0] == "DejaVu Sans"
-    assert "Last Resort" not in colors.font("血小板", 12).getname()[0]
+    assert {"DejaVu Sans"} == set(colors.font_families(["cat", "кошка", "γάτα"]))
+    assert colors.load_font("кошка", 12).getname()[0] == "DejaVu Sans"
+    assert "Last Resort" not in colors.load_font("血小板", 12).getname()[0]
 
 
 def test_no_boxes_leave_the_image():
     empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    assert np.array_equal(visualization.boxes(PLAIN, *empty, NAMES), PLAIN.permute(1, 2, 0))
-    assert visualization.compare(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
+    assert np.array_equal(visualization.draw_boxes(PLAIN, *empty, NAMES), PLAIN.permute(1, 2, 0))
+    assert visualization.draw_comparison(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
 
 
 def test_masks_tint_and_ignored_boxes_are_grey():
     mask = torch.zeros(1, 240, 320, dtype=torch.bool)
     mask[0, 50:100, 50:100] = True
-    source = visualization.boxes(
+    source = visualization.draw_boxes(
         PLAIN,
         torch.tensor([[50.0, 50, 100, 100]]),
         torch.tensor([0]),
@@ -137,7 +141,7 @@ def test_masks_tint_and_ignored_boxes_are_grey():
         masks=mask,
         ignore=torch.tensor([[200.0, 100, 260, 160]]),
     )
-    tinted = np.array([0.6 * 128 + 0.4 * c for c in visualization.colour(0)])
+    tinted = np.array([0.6 * 128 + 0.4 * c for c in visualization.class_color(0)])
     assert np.asarray(source)[75, 75] == pytest.approx(tinted, abs=1)
     assert pixels(source, colors.GREY)[98:162, 198:262].any()
     assert not pixels(source, colors.GREY)[:, :190].any()
@@ -146,13 +150,13 @@ def test_masks_tint_and_ignored_boxes_are_grey():
 def test_wrong_input_is_named():
     box, label = torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([3])
     with pytest.raises(InputError, match=r"labels must lie in 0\.\.2"):
-        visualization.boxes(PLAIN, box, label, NAMES)
+        visualization.draw_boxes(PLAIN, box, label, NAMES)
     with pytest.raises(InputError, match="uint8"):
-        visualization.boxes(PLAIN.float(), box, torch.tensor([0]), NAMES)
+        visualization.draw_boxes(PLAIN.float(), box, torch.tensor([0]), NAMES)
     with pytest.raises(InputError, match="masks must be as large"):
-        visualization.boxes(PLAIN, box, torch.tensor([0]), NAMES, masks=torch.zeros(1, 5, 5))
+        visualization.draw_boxes(PLAIN, box, torch.tensor([0]), NAMES, masks=torch.zeros(1, 5, 5))
     with pytest.raises(InputError, match=r"boxes must be \(N, 4\)"):
-        visualization.boxes(PLAIN, box, torch.tensor([0, 1]), NAMES)
+        visualization.draw_boxes(PLAIN, box, torch.tensor([0, 1]), NAMES)
 
 
 def test_comparison_tells_found_false_missed_and_confused_apart():
@@ -165,52 +169,56 @@ def test_comparison_tells_found_false_missed_and_confused_apart():
         torch.tensor([0.9, 0.8, 0.7, 0.1, 0.9]),  # the fourth is below the score
     )
     ignore = torch.tensor([[250.0, 55, 290, 95]]), torch.tensor([2])  # holds the fifth
-    source = visualization.compare(PLAIN, truth, found, NAMES, ignore=ignore)
+    source = visualization.draw_comparison(PLAIN, truth, found, NAMES, ignore=ignore)
 
     def has(colour, x, y):
         return bool(pixels(source, colour)[y - 4 : y + 44, x - 4 : x + 44].any())
 
-    assert has(colors.FOUND, 20, 60)
-    assert has(colors.CONFUSED, 100, 60)
-    assert has(colors.MISSED, 180, 60)
-    assert has(colors.FALSE, 250, 150)
+    assert has(colors.TRUE_POSITIVE, 20, 60)
+    assert has(colors.WRONG_CLASS, 100, 60)
+    assert has(colors.FALSE_NEGATIVE, 180, 60)
+    assert has(colors.FALSE_POSITIVE, 250, 150)
     assert has(colors.GREY, 250, 60)
-    assert not has(colors.FALSE, 250, 60)
-    assert not has(colors.FOUND, 30, 150)
+    assert not has(colors.FALSE_POSITIVE, 250, 60)
+    assert not has(colors.TRUE_POSITIVE, 30, 150)
     assert has(colors.WHITE, 20, 60)
     assert all(
-        pixels(source, colour)[240:].any() for colour in (colors.FOUND, colors.CONFUSED, colors.MISSED, colors.FALSE)
+        pixels(source, colour)[240:].any()
+        for colour in (colors.TRUE_POSITIVE, colors.WRONG_CLASS, colors.FALSE_NEGATIVE, colors.FALSE_POSITIVE)
     )
 
 
 def test_a_grid_holds_every_image():
-    colours = [visualization.colour(k) for k in range(5)]
+    colours = [visualization.class_color(k) for k in range(5)]
     images = [
         Image.new("RGB", size, c)
         for size, c in zip([(64, 32), (32, 64), (900, 900), (1, 1), (50, 40)], colours, strict=True)
     ]
-    sheet = visualization.grid(images, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
+    sheet = visualization.draw_image_grid(images, captions=["a", "b" * 300, "ж", "", "e"], cell=100)
     assert all(pixels(sheet, c, near=2).sum() >= 4900 for c in colours)
     assert sheet.width == 3 * 104 + 4
-    assert visualization.grid(images, columns=2, cell=100).width == 2 * 104 + 4
-    assert visualization.grid(images[:1], columns=9, cell=100).size == (108, 58)
+    assert visualization.draw_image_grid(images, columns=2, cell=100).width == 2 * 104 + 4
+    assert visualization.draw_image_grid(images[:1], columns=9, cell=100).size == (108, 58)
     with pytest.raises(InputError, match="at least one"):
-        visualization.grid([])
+        visualization.draw_image_grid([])
     with pytest.raises(InputError, match="as many captions"):
-        visualization.grid(images, captions=["a"])
+        visualization.draw_image_grid(images, captions=["a"])
 
 
 def test_long_texts_are_cut():
-    font = colors.font("x", 12)
-    assert short("short", font, 100) == "short"
-    assert short("x" * 99, font, 60).endswith("…")
-    assert font.getlength(short("x" * 99, font, 60)) <= 60
+    font = colors.load_font("x", 12)
+    assert truncate_text("short", font, 100) == "short"
+    assert truncate_text("x" * 99, font, 60).endswith("…")
+    assert font.getlength(truncate_text("x" * 99, font, 60)) <= 60
 
 
 def test_marks_outside_of_the_image_do_not_fail():
     source = Image.new("RGB", (40, 30))
-    marks = [Mark((-90, -90, -50, -50), colors.WHITE, "far"), Mark((50, 50, 90, 90), colors.WHITE, "far", dashed=True)]
-    assert draw_marks(source, marks, Pen(2, 10)).size == (40, 30)
+    marks = [
+        BoxAnnotation((-90, -90, -50, -50), colors.WHITE, "far"),
+        BoxAnnotation((50, 50, 90, 90), colors.WHITE, "far", dashed=True),
+    ]
+    assert draw_annotations(source, marks, LineStyle(2, 10)).size == (40, 30)
 
 
 def precision_recall(classes):
@@ -237,7 +245,7 @@ def drawn(path):
 @pytest.mark.parametrize(("iou", "named"), [(0.5, "AP50"), (0.75, "AP75")])
 @pytest.mark.parametrize("classes", [3, 80])
 def test_curves_name_the_overlap(tmp_path, classes, iou, named):
-    visualization.curves(precision_recall(classes), tmp_path / "curves.svg", iou=iou)
+    visualization.plot_precision_recall(precision_recall(classes), tmp_path / "curves.svg", iou=iou)
     told = (tmp_path / "curves.svg").read_text()
     assert f"precision at IoU {iou}" in told
     assert f"{named}: 5 best, 5 worst" in told if classes > 10 else f"<!-- {named} -->" in told
@@ -245,17 +253,19 @@ def test_curves_name_the_overlap(tmp_path, classes, iou, named):
 
 @pytest.mark.parametrize("classes", [1, 10, 80])
 def test_curves_and_confusion(tmp_path, classes):
-    visualization.curves(precision_recall(classes), tmp_path / "curves.png")
+    visualization.plot_precision_recall(precision_recall(classes), tmp_path / "curves.png")
     matrix = np.diag(np.arange(classes + 1))
     matrix[-1, -1] = 0
-    visualization.confusion(matrix, [f"{NAMES[k % 3]} {k}" for k in range(classes)], tmp_path / "confusion.png")
+    visualization.plot_confusion_matrix(
+        matrix, [f"{NAMES[k % 3]} {k}" for k in range(classes)], tmp_path / "confusion.png"
+    )
     assert drawn(tmp_path / "curves.png")
     assert drawn(tmp_path / "confusion.png")
 
 
 def test_confusion_of_another_size_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"must be \(4, 4\)"):
-        visualization.confusion(np.zeros((3, 3)), NAMES, tmp_path / "c.png")
+        visualization.plot_confusion_matrix(np.zeros((3, 3)), NAMES, tmp_path / "c.png")
 
 
 @pytest.mark.parametrize(
@@ -264,16 +274,16 @@ def test_confusion_of_another_size_is_refused(tmp_path):
 @pytest.mark.parametrize("form", ["png", "pdf", "svg"])
 def test_sizes_in_every_form(tmp_path, figures, form):
     file = tmp_path / f"sizes.{form}"
-    visualization.sizes(figures, file)
+    visualization.plot_ap_by_size(figures, file)
     assert file.stat().st_size > 1000
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):
     figures = {"AP": 0.4, "APs": 0.1, "APm": 0.4, "APl": 0.6}
     with pytest.raises(InputError, match="unknown form of the plot"):
-        visualization.sizes(figures, tmp_path / "sizes.gif")
+        visualization.plot_ap_by_size(figures, tmp_path / "sizes.gif")
     with pytest.raises(InputError, match="cannot be written"):
-        visualization.sizes(figures, tmp_path / "absent" / "sizes.png")
+        visualization.plot_ap_by_size(figures, tmp_path / "absent" / "sizes.png")
 
 
 def write(path, header, rows):
@@ -297,7 +307,7 @@ LOGS = {
 
 @pytest.mark.parametrize("name", LOGS)
 def test_training_of_any_log(tmp_path, name):
-    visualization.training(write(tmp_path / "metrics.csv", *LOGS[name]), tmp_path / "training.png")
+    visualization.plot_training(write(tmp_path / "metrics.csv", *LOGS[name]), tmp_path / "training.png")
     assert drawn(tmp_path / "training.png")
 
 
@@ -306,9 +316,9 @@ def test_training_of_any_log(tmp_path, name):
 )
 def test_training_without_numbers(tmp_path, header, rows):
     with pytest.raises(InputError, match=r"metrics\.csv"):
-        visualization.training(write(tmp_path / "metrics.csv", header, rows), tmp_path / "training.png")
+        visualization.plot_training(write(tmp_path / "metrics.csv", header, rows), tmp_path / "training.png")
     with pytest.raises(InputError, match="cannot be read"):
-        visualization.training(tmp_path / "absent.csv", tmp_path / "training.png")
+        visualization.plot_training(tmp_path / "absent.csv", tmp_path / "training.png")
 
 
 def test_plots_leave_matplotlibs_global_state_alone():
