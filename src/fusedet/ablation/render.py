@@ -14,7 +14,7 @@ from rich.table import Table as Terminal
 from fusedet.ablation.estimate import told
 from fusedet.ablation.summary import MEASURED, differing
 from fusedet.ablation.summary_text import cost_note, covered, finished, notes
-from fusedet.evaluation.confidence_intervals import decimals
+from fusedet.evaluation.confidence_intervals import choose_decimals
 
 Found = Mapping[str, Any]
 NOTHING = "not measured"
@@ -273,7 +273,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def signed(value: float | None) -> str:
     """A difference with its sign."""
-    return "-" if value is None else f"{value:+.{decimals(value, least=2)}f}"
+    return "-" if value is None else f"{value:+.{choose_decimals(value, least=2)}f}"
 
 
 def printed(value: float | None) -> str:
@@ -284,7 +284,7 @@ def printed(value: float | None) -> str:
 def ends(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
     """An interval; "none" where it needs more seeds or objects."""
     known = [end for end in pair or () if end is not None]
-    digits = decimals(*known, least=2)
+    digits = choose_decimals(*known, least=2)
     return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
 
 
