@@ -20,7 +20,7 @@ from fusedet.config import Config, Train
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.synthetic import generate
 from fusedet.errors import InputError
-from fusedet.evaluation.mask_iou import encoded
+from fusedet.evaluation.mask_iou import encode_rle
 
 
 def plan_of(folder: Path, text: str, data: Path, *more: str, seeds: int = 2) -> Plan:
@@ -44,7 +44,7 @@ def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str,
                 continue
             x, y, right, bottom = box
             x += 0.4 * (right - x) if (3 * i + k) % 10 < 10 * late else 0
-            mask = encoded(record.segments[k], record.height, record.width)
+            mask = encode_rle(record.segments[k], record.height, record.width)
             text = mask["counts"].decode() if isinstance(mask["counts"], bytes) else mask["counts"]
             found.append(
                 {

@@ -187,12 +187,12 @@ def test_images_that_differ_most(data: Path) -> None:
     without = [r for r in truth if r["image_id"] != dataset[quiet].image_id]
     first = next(i for i, r in enumerate(without) if r["image_id"] == dataset[busy].image_id)
     del without[first]
-    found = evaluation.differing_images(dataset, truth, without)
+    found = evaluation.find_differing_images(dataset, truth, without)
     n = int(objects[busy])
     assert [row[0] for row in found] == [quiet, busy]
     assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
     assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
-    assert evaluation.differing_images(dataset, truth, truth) == []
+    assert evaluation.find_differing_images(dataset, truth, truth) == []
 
 
 def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         images, "_legend", lambda image, items, pen: strips.append(" ".join(text for text, *_ in items)) or image
     )
-    paint, rows = painter(dataset, results), evaluation.worst_images(dataset, results, n=99)
+    paint, rows = painter(dataset, results), evaluation.find_worst_images(dataset, results, n=99)
     assert len(rows) > 40
     confused = 0
     for i, quality, misses, false in rows:
@@ -216,7 +216,7 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
         assert counts == [misses, false]
         assert quality == pytest.approx(2 * found / (2 * found + misses + false))
         confused += wrong
-    pairs = evaluation.confusion(dataset, results)[:-1, :-1]
+    pairs = evaluation.compute_confusion_matrix(dataset, results)[:-1, :-1]
     assert confused == pairs.sum() - np.trace(pairs) > 0
 
 

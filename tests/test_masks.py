@@ -155,7 +155,7 @@ def test_data_without_masks_is_refused_before_anything_is_written(
     assert cli.run(["train", "mask_rcnn_r18", f"data={data}", f"out={out}", *SMALL_MASKS]) == 2
     assert "2 of the" in capsys.readouterr().err
     assert not out.exists()
-    assert len(evaluation.coco(read(data, "val"), [])) > 0
+    assert len(evaluation.evaluate_coco(read(data, "val"), [])) > 0
 
 
 def test_masks_cannot_be_monitored_without_masks(

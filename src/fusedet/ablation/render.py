@@ -14,7 +14,7 @@ from rich.table import Table as Terminal
 from fusedet.ablation.estimate import format_duration
 from fusedet.ablation.summary import MEASURED, compared_metrics
 from fusedet.ablation.summary_text import collect_notes, count_finished, describe_cost, describe_coverage
-from fusedet.evaluation.confidence_intervals import decimals
+from fusedet.evaluation.confidence_intervals import choose_decimals
 
 Found = Mapping[str, Any]
 NOTHING = "not measured"
@@ -279,7 +279,7 @@ def format_number(value: float | None, digits: int = 1) -> str:
 
 def format_difference(value: float | None) -> str:
     """A difference with its sign."""
-    return "-" if value is None else f"{value:+.{decimals(value, least=2)}f}"
+    return "-" if value is None else f"{value:+.{choose_decimals(value, least=2)}f}"
 
 
 def format_published_difference(value: float | None) -> str:
@@ -290,7 +290,7 @@ def format_published_difference(value: float | None) -> str:
 def format_interval(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
     """An interval; "none" where it needs more seeds or objects."""
     known = [end for end in pair or () if end is not None]
-    digits = decimals(*known, least=2)
+    digits = choose_decimals(*known, least=2)
     return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
 
 

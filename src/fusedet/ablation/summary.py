@@ -16,10 +16,10 @@ from fusedet.ablation.summary_text import shorten_path
 from fusedet.api.predict import pick_device
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.evaluation import bootstrap
-from fusedet.evaluation.confidence_intervals import LEVEL, Interval, decimals
+from fusedet.evaluation.confidence_intervals import LEVEL, Interval, choose_decimals
 
 MEASURED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
-RESAMPLED = (*bootstrap.FIGURES, *(f"mask_{name}" for name in bootstrap.FIGURES))
+RESAMPLED = (*bootstrap.METRICS, *(f"mask_{name}" for name in bootstrap.METRICS))
 """The figures that have an interval over images."""
 BOXES, MASKS = "val.bbox.json", "val.segm.json"
 UNDRAWN = "Over images there is no interval of it: other images may give another sign."
@@ -29,7 +29,7 @@ Found = dict[str, Any]
 def compared_metrics(figure: str) -> tuple[str, ...]:
     """The figures whose differences are looked at in a table about a figure: AP to APl, of masks where it is one of masks."""
     kind = "mask_" if figure.startswith("mask_") else ""
-    names = tuple(f"{kind}{name}" for name in bootstrap.FIGURES)
+    names = tuple(f"{kind}{name}" for name in bootstrap.METRICS)
     return names if figure in names else (figure, *names)
 
 
@@ -114,7 +114,7 @@ def draw_conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, st
     if change is None or change["value"] is None:
         return "The data hold no object that counts: nothing can be said."
     value = change["value"]
-    digits = decimals(value, least=2)
+    digits = choose_decimals(value, least=2)
     word = "higher" if value > 0 else "lower"
     images, seeds = _ends(change["over_images"]), _ends(change["over_seeds"])
     sure, steady = (
@@ -154,7 +154,7 @@ def draw_conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, st
 def _ends(ends: Sequence[float] | None) -> str:
     if ends is None:
         return "none"
-    digits = decimals(*ends, least=2)
+    digits = choose_decimals(*ends, least=2)
     return f"{ends[0]:+.{digits}f} to {ends[1]:+.{digits}f}"
 
 
@@ -167,8 +167,8 @@ def _figures(cell: Run, plan: Plan) -> Found:
     figures = read_json(cell.folder / "metrics.json")
     if plan.table.figure.startswith("VOC_") and plan.table.figure not in figures:
         stored = evaluation.load_results(cell.folder / BOXES)
-        figures["VOC_AP"] = evaluation.voc(plan.val, stored)["mAP"]
-        figures["VOC_AP_11_point"] = evaluation.voc(plan.val, stored, points=11)["mAP"]
+        figures["VOC_AP"] = evaluation.evaluate_voc(plan.val, stored)["mAP"]
+        figures["VOC_AP_11_point"] = evaluation.evaluate_voc(plan.val, stored, points=11)["mAP"]
     return {
         name: 100 * value
         for name, value in figures.items()
@@ -202,7 +202,7 @@ def _measured(runs: Sequence[Found]) -> Found | None:
     for name in MEASURED:
         if all(name in run for run in runs):
             values = [run[name] for run in runs]
-            mean, low, high = evaluation.over_seeds(values)
+            mean, low, high = evaluation.compute_seed_interval(values)
             found[name] = {"mean": mean, "low": _known(low), "high": _known(high), "values": values}
     return found
 
@@ -219,7 +219,7 @@ def _training(cells: Sequence[Run]) -> Found | None:
     return {"images_per_second": sum(speeds) / len(speeds), "device": "; ".join(places)}
 
 
-def _resampled(plan: Plan, ready: Mapping[str, Sequence[Run]], resamples: int) -> dict[str, bootstrap.Resampled]:
+def _resampled(plan: Plan, ready: Mapping[str, Sequence[Run]], resamples: int) -> dict[str, bootstrap.ResampledMetrics]:
     """The mean over seeds of every measured row on the same resamples of the images, by the row that owns the runs."""
     wanted: dict[str, Sequence[Run]] = {}
     for label in ready:
@@ -227,13 +227,13 @@ def _resampled(plan: Plan, ready: Mapping[str, Sequence[Run]], resamples: int) -
             wanted[plan.owners[one]] = ready[one]
     if not wanted:
         return {}
-    weights = bootstrap.drawn_images(len(plan.val), resamples, 0)
+    weights = bootstrap.draw_image_weights(len(plan.val), resamples, 0)
     masks = plan.table.figure.startswith("mask_")
 
-    def resampled(cells: Sequence[Run]) -> bootstrap.Resampled:
+    def resampled(cells: Sequence[Run]) -> bootstrap.ResampledMetrics:
         stored = (evaluation.load_results(cell.folder / (MASKS if masks else BOXES)) for cell in cells)
-        return bootstrap.mean_of(
-            [bootstrap.resampled(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
+        return bootstrap.average_runs(
+            [bootstrap.resample_metrics(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -245,19 +245,21 @@ def _differences(
     label: str,
     ready: Mapping[str, Sequence[Run]],
     figures: Mapping[Path, Found],
-    samples: Mapping[str, bootstrap.Resampled],
+    samples: Mapping[str, bootstrap.ResampledMetrics],
 ) -> Found:
     """The row less its reference, by figure and by class; None for a reference itself and where either was not measured."""
     pair = _sides(plan, label, ready)
     if not pair:
         return {"difference": None, "classes": None}
-    over_images = bootstrap.difference(samples[plan.owners[pair[0]]], samples[plan.owners[pair[1]]], plan.val.names)
+    over_images = bootstrap.compute_difference(
+        samples[plan.owners[pair[0]]], samples[plan.owners[pair[1]]], plan.val.names
+    )
     sides = [[figures[cell.folder] for cell in ready[one]] for one in pair]
     changes = {}
     for name in compared_metrics(plan.table.figure):
         values = [[run[name] for run in side if name in run] for side in sides]
         over_seeds = (
-            evaluation.difference_over_seeds(*values, paired=False)
+            evaluation.compute_seed_difference(*values, paired=False)
             if all(values)
             else Interval(math.nan, math.nan, math.nan)
         )

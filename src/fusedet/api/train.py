@@ -130,7 +130,7 @@ def _fit(
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, share, val, fabric.device)
-        figures = evaluation.coco(val, results, per_class=False)
+        figures = evaluation.evaluate_coco(val, results, per_class=False)
         if masks:
             figures |= mask_figures(val, results)
         return {name: figures[name] for name in FIGURES + MASK_FIGURES if name in figures}

@@ -70,7 +70,7 @@ def mask_figures(
     dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
 ) -> dict[str, Any]:
     """COCO's figures by the overlap of masks, each as mask_NAME."""
-    figures = evaluation.coco(dataset, results, iou_type="segm", evaluator=evaluator)
+    figures = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator)
     return {f"mask_{name}": value for name, value in figures.items()}
 
 
@@ -78,17 +78,17 @@ def score(
     dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
 ) -> dict[str, Any]:
     """All figures of a split: COCO's, of masks and VOC's where asked, per class, with the stamp that makes them comparable."""
-    figures = evaluation.coco(dataset, results, evaluator=evaluator)
+    figures = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
     if masks:
         figures |= mask_figures(dataset, results, evaluator)
         for row, other in zip(figures["classes"], figures.pop("mask_classes")):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:
-        area, eleven = evaluation.voc(dataset, results), evaluation.voc(dataset, results, points=11)
+        area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
         figures |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
         for row, a, b in zip(figures["classes"], area["classes"], eleven["classes"]):
             row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return figures | {"stamp": evaluation.stamp(dataset, results, evaluator)}
+    return figures | {"stamp": evaluation.create_stamp(dataset, results, evaluator)}
 
 
 def report(
@@ -112,10 +112,10 @@ def report(
         )
     write_json(files["metrics"], figures)
     visualization.plot_precision_recall(
-        evaluation.precision_recall(dataset, results), files["precision-recall curves"], title
+        evaluation.compute_precision_recall(dataset, results), files["precision-recall curves"], title
     )
     visualization.plot_confusion_matrix(
-        evaluation.confusion(dataset, results), dataset.names, files["confusion matrix"]
+        evaluation.compute_confusion_matrix(dataset, results), dataset.names, files["confusion matrix"]
     )
     visualization.plot_ap_by_size(figures, files["AP by object size"], title)
     if (grid := worst(dataset, results)) is None:
@@ -129,7 +129,7 @@ def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Imag
     """The n images that went worst: truth dashed, finds coloured; None where no image has a mistake."""
     drawn, captions = [], []
     paint = painter(dataset, results)
-    for i, quality, misses, false in evaluation.worst_images(dataset, results, n=n, score=SHOWN):
+    for i, quality, misses, false in evaluation.find_worst_images(dataset, results, n=n, score=SHOWN):
         if (image := paint(i)) is not None:
             drawn.append(image)
             captions.append(f"{dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")

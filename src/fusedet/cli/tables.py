@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fusedet.data.validation import Report
 from fusedet.errors import plural
-from fusedet.evaluation.confidence_intervals import decimals
+from fusedet.evaluation.confidence_intervals import choose_decimals
 
 
 def score(console: Console, figures: dict[str, Any], title: str) -> None:
@@ -59,7 +59,7 @@ def comparison(console: Console, found: dict[str, Any]) -> None:
         for name in (title, "A", "B", "B - A", level):
             table.add_column(name, justify="left" if name == title else "right")
         for row in rows:
-            digits = decimals(row["difference"], row["low"], row["high"], least=3)
+            digits = choose_decimals(row["difference"], row["low"], row["high"], least=3)
             ends = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
             change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
             table.add_row(escape(row["name"]), number(row["a"]), number(row["b"]), change, ends)

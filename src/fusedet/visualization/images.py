@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.greedy_match import EXCUSED, owners
+from fusedet.models.ops.greedy_match import IGNORED, match_greedily
 from fusedet.visualization import colors
 from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image, truncate_text
 
@@ -62,7 +62,7 @@ def draw_comparison(
     """Detections against the truth, with a legend below that counts what was found, false, missed and confused, which is both.
 
     image uint8 (3, H, W); truth (boxes (G, 4), labels (G,)); found (boxes (D, 4), labels (D,), scores (D,)), of which
-    those of at least `score` are drawn; ignore (boxes, labels) of objects that do not count. Matched as in `ops.owners`.
+    those of at least `score` are drawn; ignore (boxes, labels) of objects that do not count. Matched as in `greedy_match.match_greedily`.
     True boxes of what was found are thin, white and dashed. Raises InputError for a label without a name.
     """
     drawing = to_pil_image(image)
@@ -75,13 +75,15 @@ def draw_comparison(
     )
     for part in (truth, found[:2]):
         _check(part[0], part[1], names)
-    owner = owners(guesses.astype(float), labels, objects.astype(float), classes, idle.astype(float), idle_classes, iou)
+    owner = match_greedily(
+        guesses.astype(float), labels, objects.astype(float), classes, idle.astype(float), idle_classes, iou
+    )
 
     groups: dict[str, list[BoxAnnotation]] = {"missed": [], "false": [], "confused": [], "found": []}
     rest = [BoxAnnotation(box, colors.GREY, dashed=True) for box in idle.tolist()]
     for box, k, s, g in zip(guesses.tolist(), labels.tolist(), scores.tolist(), owner.tolist(), strict=True):
         text = f"{names[k]} {s:.2f}"
-        if g == EXCUSED:
+        if g == IGNORED:
             rest.append(BoxAnnotation(box, colors.GREY, text))
         elif g < 0:
             groups["false"].append(BoxAnnotation(box, colors.FALSE_POSITIVE, text))
