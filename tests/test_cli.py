@@ -19,9 +19,8 @@ from fusedet.data import synthetic
 from fusedet.data.readers.auto import read
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.profiling import cost
-from fusedet.types import Detections
+from fusedet.types import BatchDetections, Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
 
@@ -290,11 +289,11 @@ def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_p
 def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Selected:
+    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
         seen.append(tuple(sizes[0].tolist()))
         h, w = sizes[0].tolist()
         boxes = torch.tensor([[[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h], [0, 0, 0, 0]]])
-        return Selected(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
+        return BatchDetections(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):

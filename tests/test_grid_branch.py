@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.roi.grid import GridBranch, Transition
 from fusedet.models.roi.sampling import Samples
-from fusedet.types import Levels, Target
+from fusedet.types import BatchDetections, Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
 SIZES = torch.tensor([[75, 129], [64, 100]])
@@ -248,7 +247,7 @@ def test_refinement_moves_boxes_alone() -> None:
     branch, features = GridBranch(LEVELS, 3, **SMALL), pyramid()
     learns(branch)
     boxes = torch.tensor([[[4.0, 6, 40, 50], [60, 10, 120, 70]], [[10, 8, 90, 60], [0, 0, 0, 0]]])
-    found = Selected(boxes, torch.rand(2, 2), torch.tensor([[2, 0], [1, 0]]), torch.tensor([2, 1]))
+    found = BatchDetections(boxes, torch.rand(2, 2), torch.tensor([[2, 0], [1, 0]]), torch.tensor([2, 1]))
     better = branch.refine(features, found)
     assert better[1:] == found[1:]
     assert not torch.equal(better.boxes, boxes)

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.roi import mask as module
 from fusedet.models.roi.mask import MaskBranch, crop_masks, paste
 from fusedet.models.roi.sampling import Samples
-from fusedet.types import Levels, Target
+from fusedet.types import BatchDetections, Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
 SIZES = torch.tensor([[75, 129], [64, 100]])
@@ -249,12 +248,12 @@ def test_objects_without_masks_are_refused() -> None:
 # -- prediction
 
 
-def found_boxes() -> tuple[Selected, Tensor]:
+def found_boxes() -> tuple[BatchDetections, Tensor]:
     boxes = torch.tensor(
         [[[4.0, 6, 40, 50], [60, 10, 120, 70], [0, 0, 0, 0]], [[10, 8, 90, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
     )
     labels = torch.tensor([[2, 0, 0], [1, 0, 0]])
-    return Selected(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
+    return BatchDetections(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
 
 
 def test_prediction_is_the_labels_channel() -> None:

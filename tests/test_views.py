@@ -22,8 +22,7 @@ from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Eval
 from fusedet.models.detectors.tta import Seen, merge
 from fusedet.models.detectors.two_stage import Found
-from fusedet.models.ops.boxes import Selected
-from fusedet.types import Batch
+from fusedet.types import Batch, BatchDetections
 from small import DETECTORS, make
 
 CPU = torch.device("cpu")
@@ -110,7 +109,7 @@ class Scripted:
 
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Any:
         rows = torch.tensor(next(self.finds)).reshape(1, -1, 6)
-        found = Selected(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
+        found = BatchDetections(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
         return Found(*found, next(self.masks)[None]) if self.has_masks else found
 
 
@@ -155,13 +154,13 @@ class Bright:
 
     selection: ClassVar[dict[str, Any]] = {}
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
         boxes = []
         for image in images:
             y, x = (image.amax(dim=0) > 127).nonzero().unbind(1)
             boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
         n = len(images)
-        return Selected(
+        return BatchDetections(
             torch.tensor(boxes).float()[:, None],
             torch.full((n, 1), 0.8),
             torch.zeros(n, 1).long(),

@@ -98,6 +98,23 @@ class Proposals(NamedTuple):
     counts: Tensor
 
 
+class BatchDetections(NamedTuple):
+    """Final detections of N images as tensors, highest score first, padded to D per image.
+
+    boxes (N, D, 4); scores (N, D) in 0..1; labels (N, D) int64; counts (N,), how many of an image's detections are real: the first ones.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    counts: Tensor
+
+    def trimmed(self) -> BatchDetections:
+        """Drop the padding that no image needs; synchronises with the GPU."""
+        most = int(self.counts.max())
+        return BatchDetections(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts)
+
+
 @dataclass(frozen=True)
 class _Moves:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

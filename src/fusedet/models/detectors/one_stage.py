@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.ops.boxes import Selected, select
+from fusedet.models.ops.boxes import select
 from fusedet.models.ops.image_normalization import normalise
-from fusedet.types import Batch, Detections, Losses, Outputs
+from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
 
 class OneStage(nn.Module):
@@ -57,7 +57,7 @@ class OneStage(nn.Module):
         extra = self.head.loss(self.head(unfused), batch.targets, batch.sizes)
         return losses | {f"auxiliary_{name}": value for name, value in extra.items()}
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
         """Final detections as tensors, in pixels of the network's input: padded to max_det, the form that exports, or to the most."""
         outputs = self(images, sizes)
         found = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)

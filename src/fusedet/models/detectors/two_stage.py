@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.ops.boxes import Selected, select
+from fusedet.models.ops.boxes import select
 from fusedet.models.ops.image_normalization import normalise
 from fusedet.models.roi.box import Raw
 from fusedet.models.roi.mask import paste
 from fusedet.models.roi.pooling import with_images
 from fusedet.models.roi.sampling import as_proposals
-from fusedet.types import Batch, Detections, Features, Losses, Outputs, Proposals
+from fusedet.types import Batch, BatchDetections, Detections, Features, Losses, Outputs, Proposals
 
 
 class Regions(NamedTuple):
@@ -29,7 +29,7 @@ class Regions(NamedTuple):
 
 
 class Found(NamedTuple):
-    """`Selected` with masks (N, D, m, m): probabilities inside the boxes."""
+    """`BatchDetections` with masks (N, D, m, m): probabilities inside the boxes."""
 
     boxes: Tensor
     scores: Tensor
@@ -147,7 +147,7 @@ class TwoStage(nn.Module):
                 proposals = as_proposals(boxes[others], samples.image[others], len(batch))
         return losses
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected | Found:
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections | Found:
         """Final detections as tensors, in pixels of the network's input, with masks where a branch has them.
 
         padded to max_det, the form that exports, or to the most that an image has, so that branches look at nothing in vain.
@@ -156,14 +156,14 @@ class TwoStage(nn.Module):
         found = self.choose(regions, sizes)
         return self.branch(regions.features, found if padded else found.trimmed())
 
-    def choose(self, regions: Regions, sizes: Tensor) -> Selected:
+    def choose(self, regions: Regions, sizes: Tensor) -> BatchDetections:
         """What the last stage found, after suppression."""
         candidates = self.stages[-1].decode(regions.raw, regions.rois, regions.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
         return select(candidates, sizes, [count], pre_nms=count * classes, **options)
 
-    def branch(self, features: Features, found: Selected) -> Selected | Found:
+    def branch(self, features: Features, found: BatchDetections) -> BatchDetections | Found:
         """The same with what all branches add."""
         masks = None
         for kind in self.branches:

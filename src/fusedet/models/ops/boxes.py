@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from fusedet.types import Candidates, Features, Levels, Priors
+from fusedet.types import BatchDetections, Candidates, Features, Levels, Priors
 
 MAX_RATIO = abs(math.log(16 / 1000))
 """The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
@@ -98,20 +97,6 @@ def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-class Selected(NamedTuple):
-    """Final detections of a batch, best first, padded to D: boxes (N, D, 4), scores (N, D), labels (N, D), and how many are real (N,)."""
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    counts: Tensor
-
-    def trimmed(self) -> Selected:
-        """Without the places that no image fills; a GPU is waited for."""
-        most = int(self.counts.max())
-        return Selected(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts)
-
-
 def select(
     candidates: Candidates,
     sizes: Tensor,
@@ -121,7 +106,7 @@ def select(
     iou: float = 0.5,
     pre_nms: int = 1000,
     max_det: int = 100,
-) -> Selected:
+) -> BatchDetections:
     """The one non-maximum suppression of the project.
 
     candidates of P priors, sizes (N, 2) of the images, level_counts the priors per level.
@@ -152,7 +137,7 @@ def select(
             torch.minimum(torch.arange(max_det, device=keep.device), count)
         ]  # an unused place reads one of the two rows of zeros
         picked.append((*(torch.cat([x, x.new_zeros(2, *x.shape[1:])])[place] for x in (b, s, k)), count))
-    return Selected(*(torch.stack(column) for column in zip(*picked)))
+    return BatchDetections(*(torch.stack(column) for column in zip(*picked)))
 
 
 @torch.no_grad()

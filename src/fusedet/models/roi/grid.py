@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.ops.layers import GroupNorm, conv, kaiming, start_at
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.roi.pooling import LevelPooling, Pooling, with_images
 from fusedet.models.roi.sampling import Samples
-from fusedet.types import Features, Levels, Losses, Target
+from fusedet.types import BatchDetections, Features, Levels, Losses, Target
 
 
 class GridBranch(nn.Module):
@@ -165,7 +164,7 @@ class GridBranch(nn.Module):
         ]
         return torch.stack([(place * share).sum(dim=1) / share.sum(dim=1) for place, share in sides], dim=1)
 
-    def refine(self, features: Features, found: Selected) -> Selected:
+    def refine(self, features: Features, found: BatchDetections) -> BatchDetections:
         """Detections with the boxes that their grid points make; scores and order stay."""
         boxes = self.decode(self(features, with_images(found.boxes)), found.boxes.flatten(0, 1).float())
         return found._replace(boxes=boxes.unflatten(0, found.labels.shape))

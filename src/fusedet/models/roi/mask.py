@@ -11,13 +11,12 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.ops.layers import conv, kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.precision import without_autocast
 from fusedet.models.roi.pooling import LevelPooling, Pooling, with_images
 from fusedet.models.roi.sampling import Samples
-from fusedet.types import Features, Levels, Losses, Target
+from fusedet.types import BatchDetections, Features, Levels, Losses, Target
 
 _CROPPED, _PASTED = 2**26, 2**22  # pixels of float masks at once: 256 MiB; 16 MiB, which caches hold
 
@@ -73,7 +72,7 @@ class MaskBranch(nn.Module):
         count = mean_over_ranks(own.new_tensor(len(own))) * self.size**2
         return {"loss_mask": F.binary_cross_entropy_with_logits(own, wanted, reduction="sum") / count}
 
-    def predict(self, features: Features, found: Selected) -> Tensor:
+    def predict(self, features: Features, found: BatchDetections) -> Tensor:
         """Masks (N, D, size, size) of detections, probabilities inside their boxes; `paste` puts them into the image."""
         logits = self(features, with_images(found.boxes))
         own = logits[torch.arange(len(logits), device=logits.device), found.labels.flatten()]
