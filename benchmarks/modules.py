@@ -18,7 +18,7 @@ import torch
 from common import interleave, own_peak, peak_memory, report
 
 from fusedet import create_model
-from fusedet.models.detectors import Detector, for_inference
+from fusedet.models.detectors import Detector, prepare_for_inference
 from fusedet.models.profiling import cost
 from fusedet.types import Batch
 
@@ -66,7 +66,7 @@ def predictor(name: str) -> Callable[[], Any]:
     height, width = SIDES[name].size
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
     batch = Batch(image, torch.tensor([[height, width]]), (0,), torch.ones(1, 2))
-    return functools.partial(for_inference(make(name)).predict, batch)
+    return functools.partial(prepare_for_inference(make(name)).predict, batch)
 
 
 def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import train_loader
 from fusedet.data.readers.auto import read
 from fusedet.errors import InputError
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 REFUSED = [kind for kind in KINDS if kind.refused]
@@ -73,7 +73,7 @@ def complaint(action: Callable[[], object]) -> str:
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
-    return from_config(options(Path("unused")), 2).train()
+    return build_detector(options(Path("unused")), 2).train()
 
 
 def steps(detector: nn.Module, data: DetectionDataset, config: Config, ledger: Ledger | None = None) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from fusedet import config
 from fusedet.errors import InputError
 from fusedet.models.backbones import Backbone
-from fusedet.models.detectors import Chain, OneStage, create_model, for_inference
+from fusedet.models.detectors import NeckChain, OneStage, create_model, prepare_for_inference
 from fusedet.models.heads import HEADS
 from fusedet.models.necks import FPN, NECKS
 from fusedet.types import Batch, Levels, Target
@@ -158,7 +158,7 @@ def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:
     if name not in ON_A_PYRAMID:
         return NECKS[name](LEVELS, **shape)
     fpn = FPN(LEVELS, **shape)
-    return Chain([fpn, NECKS[name](fpn.levels)])
+    return NeckChain([fpn, NECKS[name](fpn.levels)])
 
 
 @pytest.mark.parametrize(("name", "pyramid", "size"), list(product(NECKS, PYRAMIDS, SIZES)))
@@ -290,7 +290,7 @@ def test_inference_copy_finds_the_same(precision: str) -> None:
     for _ in range(3):
         model(batch(EMPTY, EMPTY).images)  # moves the norms' statistics
     model.eval()
-    ready = for_inference(model, precision)
+    ready = prepare_for_inference(model, precision)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ready.modules())
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
     with torch.no_grad():
@@ -303,12 +303,12 @@ def test_inference_copy_finds_the_same(precision: str) -> None:
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_tiny", "mobilenetv3_large_100"])
 def test_folding_batch_norms_of_other_bodies(name: str) -> None:
     model = create_model("retinanet_tiny", f"model.backbone.name={name}", num_classes=2)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in for_inference(model).modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepare_for_inference(model).modules())
 
 
 def test_detection_exports() -> None:
     """torch.export takes all of prediction, suppression included, and gives the same."""
-    model = for_inference(small())
+    model = prepare_for_inference(small())
     model.head.cls.bias.data += 3
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.roi.grid import GridBranch, Transition
-from fusedet.models.roi.sampling import Samples
+from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import BatchDetections, Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
@@ -40,7 +40,7 @@ def targets() -> list[Target]:
     return [first, Target(torch.tensor([[10.0, 8, 90, 60]]), torch.tensor([1]))]
 
 
-def samples() -> Samples:
+def samples() -> RoISamples:
     """Positives and negatives of both images, mixed."""
     table = torch.tensor(
         [
@@ -51,7 +51,7 @@ def samples() -> Samples:
             (0, 5, 7.7, 37.2, 49, 0),
         ]
     )
-    return Samples(table[:, :5], table[:, 5].long(), table[:, 0].long())
+    return RoISamples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
 
 def learns(branch: GridBranch) -> None:
@@ -324,7 +324,7 @@ def test_heat_maps_are_learnt() -> None:
     """A few steps on one region make the box that the branch gives nearer to its object."""
     branch, features = GridBranch(LEVELS, 3, convs=1, point_channels=4, groups=6, jitter=0.0), pyramid(n=1)
     box, truth = torch.tensor([[0, 20.0, 10, 76, 66]]), torch.tensor([[26.0, 16, 74, 62]])
-    one = Samples(box, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    one = RoISamples(box, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     optimizer = torch.optim.Adam(branch.parameters(), lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()

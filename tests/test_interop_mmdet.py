@@ -17,7 +17,7 @@ from fusedet.errors import InputError
 from fusedet.interop import ConvertedCheckpoint, convert_checkpoint
 from fusedet.interop.mmdetection.backbone_config import read_resizing
 from fusedet.interop.mmdetection.detector_config import convert_config
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 from fusedet.models.heads import RPNHead
 from fusedet.types import Batch, Detections, Levels
 from partners import partners
@@ -57,7 +57,7 @@ def converted(
 
 
 def seen(found: ConvertedCheckpoint, size: tuple[int, int]) -> Detections:
-    detector = from_config(found.config, len(found.names)).eval()
+    detector = build_detector(found.config, len(found.names)).eval()
     detector.load_state_dict(found.weights)
     height, width = size
     padded = torch.zeros(1, 3, -(-height // 32) * 32, -(-width // 32) * 32, dtype=torch.uint8)

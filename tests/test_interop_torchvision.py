@@ -17,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from fusedet.errors import InputError
 from fusedet.interop import ConvertedCheckpoint, convert_checkpoint
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 from fusedet.types import Batch, Detections
 from partners import partners
 
@@ -89,7 +89,7 @@ def converted(model: nn.Module, folder: Path, name: str = "model.pth") -> Conver
 
 
 def seen(found: ConvertedCheckpoint, image: Tensor) -> Detections:
-    detector = from_config(found.config, len(found.names)).eval()
+    detector = build_detector(found.config, len(found.names)).eval()
     detector.load_state_dict(found.weights)
     return detector.predict(Batch(image[None], torch.tensor([SIZE]), (0,), torch.ones(1, 2)))[0]
 
@@ -123,7 +123,7 @@ def test_the_same_detections(tmp_path: Path, name: str) -> None:
     assert not [j for j in rest if scores[j] > last + 1e-4]
     assert len(ours) <= found.config.test.max_det
     if masks:
-        detector = from_config(found.config, len(found.names)).eval()
+        detector = build_detector(found.config, len(found.names)).eval()
         detector.load_state_dict(found.weights)
         drawn = detector.detect(image[None], torch.tensor([SIZE]))
         own = masks[0][torch.arange(len(close)), theirs["labels"]].sigmoid()

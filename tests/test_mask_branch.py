@@ -13,8 +13,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from fusedet.errors import InputError
 from fusedet.models.roi import mask as module
-from fusedet.models.roi.mask import MaskBranch, crop_masks, paste
-from fusedet.models.roi.sampling import Samples
+from fusedet.models.roi.mask import MaskBranch, crop_masks, paste_masks
+from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import BatchDetections, Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
@@ -38,7 +38,7 @@ def two_targets() -> list[Target]:
     return [Target(a, torch.tensor([2, 0]), discs(a)), Target(b, torch.tensor([1]), discs(b))]
 
 
-def samples() -> Samples:
+def samples() -> RoISamples:
     """Positives and negatives of both images, mixed."""
     rows = [
         (1, 12.5, 9.0, 80.3, 61.0, 0),
@@ -48,10 +48,10 @@ def samples() -> Samples:
         (0, 5.0, 7.7, 37.2, 49.0, 0),
     ]
     table = torch.tensor(rows)
-    return Samples(table[:, :5], table[:, 5].long(), table[:, 0].long())
+    return RoISamples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
 
-def everyone(targets: list[Target], found: Samples) -> tuple[Tensor, Tensor, Tensor]:
+def everyone(targets: list[Target], found: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
     positive = found.owners >= 0
     return found.rois[positive, 1:], found.image[positive], found.owners[positive]
 
@@ -207,7 +207,7 @@ def test_loss_is_the_definition() -> None:
 def test_the_order_of_samples_is_nothing() -> None:
     branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
-    mixed = Samples(found.rois[order], found.owners[order], found.image[order])
+    mixed = RoISamples(found.rois[order], found.owners[order], found.image[order])
     ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (found, mixed))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 
@@ -231,7 +231,7 @@ def test_one_image_has_objects() -> None:
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
     found = samples()
     second = replace(found, owners=torch.where(found.image == 1, found.owners, -1))
-    only = Samples(second.rois[:1] - torch.eye(5)[:1], second.owners[:1], torch.tensor([0]))
+    only = RoISamples(second.rois[:1] - torch.eye(5)[:1], second.owners[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):
         both = branch.loss(features, second, [first, targets[1]], SIZES)
@@ -271,7 +271,7 @@ def test_pasting_by_hand() -> None:
     """A mask in a box of as many pixels as it has cells lands there as it is; what leaves the image is cut off."""
     mask = (torch.rand(4, 6) < 0.5).float()[:, :4]
     boxes = torch.tensor([[3.0, 2, 7, 6], [-2, -1, 2, 3], [8, 5, 12, 9], [5, 5, 5, 9], [3, 3, 9, 3]])
-    found = paste(mask.expand(5, 4, 4), boxes, (7, 10))
+    found = paste_masks(mask.expand(5, 4, 4), boxes, (7, 10))
     expected = torch.zeros(5, 7, 10, dtype=torch.bool)
     expected[0, 2:6, 3:7] = mask.bool()
     expected[1, :3, :2] = mask[1:, 2:].bool()
@@ -290,24 +290,24 @@ def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
     grid = torch.stack([x[:, None].expand(3, height, width), y[:, :, None].expand(3, height, width)], dim=3)
     values = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
     clear = (values - 0.5).abs() > 1e-4
-    assert torch.equal((values >= 0.5)[clear], paste(masks, boxes, (height, width))[clear])
+    assert torch.equal((values >= 0.5)[clear], paste_masks(masks, boxes, (height, width))[clear])
 
 
 def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, boxes = torch.rand(7, 28, 28), torch.tensor([[1.0, 2, 30, 40]]).expand(7, 4)
-    whole = paste(masks, boxes, (50, 40))
+    whole = paste_masks(masks, boxes, (50, 40))
     monkeypatch.setattr(module, "_PASTED", 3 * 50 * 40)
-    assert torch.equal(paste(masks, boxes, (50, 40)), whole)
-    assert paste(masks[:0], boxes[:0], (50, 40)).shape == (0, 50, 40)
+    assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
+    assert paste_masks(masks[:0], boxes[:0], (50, 40)).shape == (0, 50, 40)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(paste(masks, boxes, (50, 40)), whole)
+        assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
 
 
 def test_a_perfect_mask_comes_back() -> None:
-    """What `crop_masks` takes out of an object's box, `paste` puts back, but for the cells on the segmentation."""
+    """What `crop_masks` takes out of an object's box, `paste_masks` puts back, but for the cells on the segmentation."""
     boxes = torch.tensor([[10.0, 12, 90, 70]])
     mask = discs(boxes)
     zero = torch.zeros(1, dtype=torch.int64)
     crop = crop_masks([Target(boxes, zero, mask)], boxes, zero, zero, 28)
-    back = paste(crop, boxes, (96, 160))
+    back = paste_masks(crop, boxes, (96, 160))
     assert (back & mask).sum() / (back | mask).sum() > 0.95

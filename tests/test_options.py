@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.backbones import Backbone
-from fusedet.models.detectors import Chain, OneStage, create_model
+from fusedet.models.detectors import NeckChain, OneStage, create_model
 from fusedet.models.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
 from fusedet.models.modules import MSFM, MSIL
 from fusedet.models.necks import BFP, FPN, MSEFPN, PAFPN, SMSL, AugFPN, BiFPN
@@ -90,7 +90,7 @@ def test_auxiliary_losses_are_not_left_out() -> None:
     short = "model.pyramid.coarsest=5"
     with pytest.raises(InputError, match="auxiliary losses must be the first in the chain"):
         make("model.neck=[fpn,aug_fpn]", short)
-    assert isinstance(make("model.neck=[fpn,{type: aug_fpn, auxiliary_weight: 0}]", short).neck, Chain)
+    assert isinstance(make("model.neck=[fpn,{type: aug_fpn, auxiliary_weight: 0}]", short).neck, NeckChain)
     assert "auxiliary_loss_cls" in make("model.neck=[aug_fpn,bfp]", "model.neck.1.refine_level=1", short).loss_weights
 
 

@@ -17,7 +17,7 @@ import yaml
 from fusedet import config
 from fusedet.ablation import Row, Table, list_tables, load_table
 from fusedet.config import Config
-from fusedet.models.detectors.factory import from_config
+from fusedet.models.detectors.factory import build_detector
 
 # SMSL trained with MMDetection 1.x, whose mask logits and box codes had a row for the background
 MASK_WITH_BACKGROUND = 44_175_349 - 44_170_992
@@ -88,7 +88,7 @@ def trainable(made: Config) -> int:
     key = repr(made.model)
     if key not in BUILT:
         with torch.device("meta"):
-            model = from_config(made, 80)
+            model = build_detector(made, 80)
         BUILT[key] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return BUILT[key]
 

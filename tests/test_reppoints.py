@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fakes
 from fakes import many, objects
 from fusedet.errors import InputError
-from fusedet.models.detectors import create_model, for_inference
+from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.heads import RepPointsHead
 from fusedet.models.ops import point_assigner
 from fusedet.models.ops.assigners import BACKGROUND, IGNORED
@@ -463,7 +463,7 @@ def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
     model.head.cls.bias.data += 4
     images, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 60]])
     batch = Batch(images, sizes, (0, 1), torch.ones(2, 2))
-    for ours, theirs in zip(model.predict(batch), for_inference(model).predict(batch)):
+    for ours, theirs in zip(model.predict(batch), prepare_for_inference(model).predict(batch)):
         assert len(ours) > 0
         assert torch.allclose(ours.boxes, theirs.boxes, atol=1e-2)
 

@@ -16,8 +16,8 @@ from fusedet.models.ops.regression_losses import balanced_l1, l1, smooth_l1
 from fusedet.models.ops.roi_align_cpu import region_align
 from fusedet.models.ops.samplers import Sampler
 from fusedet.models.roi import BoxStage, DynamicStage, LevelPooling
-from fusedet.models.roi.pooling import with_images
-from fusedet.models.roi.sampling import Samples, as_proposals, draw, match
+from fusedet.models.roi.pooling import boxes_to_rois
+from fusedet.models.roi.sampling import RoISamples, match_proposals, pad_to_proposals, sample_rois
 from fusedet.types import Levels, Proposals, Target
 
 LEVELS = Levels((8,) * 4, (4, 8, 16, 32))
@@ -97,7 +97,7 @@ def test_pooling_of_half_precision_keeps_places() -> None:
 
 def test_images_are_numbered() -> None:
     given = boxes(6).reshape(2, 3, 4)
-    rois = with_images(given)
+    rois = boxes_to_rois(given)
     assert rois[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(rois[:, 1:].reshape(2, 3, 4), given)
 
@@ -172,13 +172,13 @@ def test_balanced_negatives_are_spread_over_bins() -> None:
 
 def test_matching_adds_objects_and_leaves_padding_out() -> None:
     given = [torch.tensor([[4.0, 4, 36, 29], [0, 0, 5, 5], [70, 3, 90, 12]]), torch.tensor([[4.0, 4, 36, 29]])]
-    matched = match(proposed(*given), [SOME, EMPTY], 0.5)
+    matched = match_proposals(proposed(*given), [SOME, EMPTY], 0.5)
     assert matched.objects == 3
     assert matched.owners.tolist() == [[0, 1, 2, 0, -1, 2], [-2, -2, -2, -1, -2, -2]]
     assert torch.allclose(matched.overlaps[0, :3], torch.ones(3))
     assert float(matched.overlaps[0, 3]) == pytest.approx(25 / 26)
     assert matched.overlaps[1].tolist() == [-1, -1, -1, 0, -1, -1]
-    samples = draw(matched, Sampler(ALL, 1.0))
+    samples = sample_rois(matched, Sampler(ALL, 1.0))
     assert samples.image.tolist() == [0] * 6 + [1]
     assert samples.rois[:, 0].tolist() == [0] * 6 + [1]
     assert samples.added.tolist() == [True] * 3 + [False] * 4
@@ -187,11 +187,11 @@ def test_matching_adds_objects_and_leaves_padding_out() -> None:
 
 def test_samples_become_proposals() -> None:
     given = boxes(5)
-    found = as_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
+    found = pad_to_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
     assert found.counts.tolist() == [2, 0, 3]
     assert torch.equal(found.boxes[0, :2], given[:2])
     assert torch.equal(found.boxes[2], given[2:])
-    assert as_proposals(given[:0], torch.zeros(0, dtype=torch.int64), 2).boxes.shape == (2, 0, 4)
+    assert pad_to_proposals(given[:0], torch.zeros(0, dtype=torch.int64), 2).boxes.shape == (2, 0, 4)
 
 
 # -- losses
@@ -230,7 +230,7 @@ def stage(**options: object) -> BoxStage:
 
 
 def literal_loss(
-    found: BoxStage, logits: Tensor, codes: Tensor, samples: Samples, targets: list[Target], kind: str
+    found: BoxStage, logits: Tensor, codes: Tensor, samples: RoISamples, targets: list[Target], kind: str
 ) -> tuple[float, float]:
     logits, codes = logits.double(), codes.double()
     cls = box = 0.0
@@ -280,7 +280,7 @@ def test_stage_loss_is_the_literal_one(agnostic: bool, kind: str, targets: list[
 
 def test_no_samples_at_all() -> None:
     made = stage()
-    nothing = Samples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    nothing = RoISamples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     features = [m.requires_grad_() for m in maps()]
     losses = made.loss(made(features, nothing.rois), nothing, [EMPTY, EMPTY])
     assert all(float(v.detach()) == 0 for v in losses.values())
@@ -291,7 +291,7 @@ def test_no_samples_at_all() -> None:
 @pytest.mark.parametrize("agnostic", [True, False])
 def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
     made = stage(class_agnostic=agnostic)
-    rois = with_images(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
+    rois = boxes_to_rois(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
     codes = torch.zeros(2, 4 if agnostic else 12)
     codes[0, -4:] = torch.tensor(
         [1.0, -1.0, 5 * math.log(2), 0]
@@ -313,7 +313,7 @@ def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
 
 def test_without_regression_boxes_stay() -> None:
     made = stage(regress=False)
-    rois = with_images(boxes(6).reshape(2, 3, 4))
+    rois = boxes_to_rois(boxes(6).reshape(2, 3, 4))
     raw = made(maps(), rois)
     assert raw[1] is None
     assert torch.equal(made.decode(raw, rois, torch.tensor([3, 3])).boxes.flatten(0, 1), rois[:, 1:])

@@ -11,8 +11,8 @@ from torch import nn
 from fakes import batch
 from fusedet import config as configs
 from fusedet.errors import InputError
-from fusedet.models.detectors import create_model, for_inference
-from fusedet.models.detectors.two_stage import Found, TwoStage
+from fusedet.models.detectors import create_model, prepare_for_inference
+from fusedet.models.detectors.two_stage import SelectedWithMasks, TwoStage
 from fusedet.models.profiling import cost
 from fusedet.models.roi import DynamicStage
 from fusedet.types import Batch, Target
@@ -213,7 +213,7 @@ def test_autocast_and_half_precision() -> None:
     assert all(v.dtype == torch.float32 for v in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in made.parameters())
-    half = for_inference(small(), "bf16")
+    half = prepare_for_inference(small(), "bf16")
     (found,) = half.predict(batch(EMPTY))
     assert found.boxes.dtype == torch.float32
     assert found.boxes.isfinite().all()
@@ -243,7 +243,7 @@ def test_a_stage_counts_as_much_as_its_branches() -> None:
 
 @pytest.mark.parametrize("name", ["cascade_rcnn_r18", "mask_rcnn_r18", "grid_rcnn_r18"])
 def test_detection_exports(name: str) -> None:
-    made = for_inference(small(name))
+    made = prepare_for_inference(small(name))
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
 
     class Detect(nn.Module):
@@ -323,7 +323,7 @@ def test_masks_come_with_a_branch_per_stage(name: str, stages: int) -> None:
     assert all(p.grad.any() for p in made.branches.parameters())
     images = batch(EMPTY)
     found = made.eval().detect(images.images, images.sizes)
-    assert isinstance(found, Found)
+    assert isinstance(found, SelectedWithMasks)
     assert found.masks.shape == (1, 100, 28, 28)
     (one,) = made.predict(images)
     assert one.masks.shape == (len(one), 64, 96)

@@ -24,7 +24,7 @@ from fusedet.data.collate import collate_views, see
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.models import profiling
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 from fusedet.types import Batch
 
 IMAGES = 20
@@ -38,7 +38,7 @@ def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[s
     for label, one in configs.items():
         key = repr((one.model, one.data.size))
         if key not in done:
-            figures = profiling.cost(bare(one, classes), *profiling.network_size(one.data.size))
+            figures = profiling.cost(build_meta_detector(one, classes), *profiling.network_size(one.data.size))
             done[key] = {name: value for name, value in figures.items() if name != "parts"}
         found[label] = done[key]
     return found

@@ -14,11 +14,11 @@ from fusedet.ablation.spec import Table
 from fusedet.api.predict import pick_device
 from fusedet.api.run_dir import data_prints
 from fusedet.api.train import check_monitor, learns_masks, open_data
-from fusedet.api.validate import finds_masks
+from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, unknown
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 
 Split = tuple[DetectionDataset, DetectionDataset]
 State = Literal["absent", "begun", "failed", "finished"]
@@ -193,8 +193,8 @@ def make_plan(
         try:
             check_monitor(one)
             if data:
-                learns_masks(one, bare(one, classes), *data[label])
-            if table.figure.startswith("mask_") and not finds_masks(bare(one, classes)):
+                learns_masks(one, build_meta_detector(one, classes), *data[label])
+            if table.figure.startswith("mask_") and not has_mask_branch(build_meta_detector(one, classes)):
                 raise InputError(f"the table is about {table.figure}, but this row's detector finds no masks")
         except InputError as error:
             raise InputError(f"{table.source}, row '{label}': {error}") from error

@@ -12,7 +12,7 @@ from fusedet import config
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.config import Config
 from fusedet.errors import InputError, checked, unknown
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 
 PUBLISHED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
 """The figures of `fusedet val` that a paper can print."""
@@ -110,7 +110,7 @@ class Table:
                 continue
             seen.add(key)
             try:
-                bare(made, num_classes)
+                build_meta_detector(made, num_classes)
             except InputError as error:
                 raise InputError(f"{self.source}, row '{row.label}': {error}") from error
         return found

@@ -15,7 +15,7 @@ from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
-from fusedet.api.validate import detect, finds_masks, report, score, val_loader
+from fusedet.api.validate import detect, has_mask_branch, report, score, val_loader
 from fusedet.atomic_io import replace
 from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
@@ -54,7 +54,7 @@ def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None
     device = pick_device(one.device)
     train_split, dataset = open_data(one, say)
     detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
-    masks = finds_masks(detector)
+    masks = has_mask_branch(detector)
     results = detect(detector, val_loader(one, dataset), dataset, device)
     figures = score(dataset, results, voc=dataset.form == "voc", evaluator=EVALUATORS[0], masks=masks)
     folder = fresh(cell.folder)

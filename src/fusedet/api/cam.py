@@ -17,7 +17,15 @@ from fusedet.api.predict import Prediction, Predictor, load
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
 from fusedet.visualization import heat_maps
-from fusedet.visualization.activation_maps import PARTS, ROWS, Row, Seen, look, share_inside, spread
+from fusedet.visualization.activation_maps import (
+    PARTS,
+    ROWS,
+    ActivationMaps,
+    Row,
+    compute_activation_maps,
+    heat_share_inside,
+    resize_map,
+)
 from fusedet.visualization.annotators import to_pil_image
 
 LONG = 320  # pixels of a map's longer side
@@ -174,23 +182,27 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
     return Job(path, image, name, found)
 
 
-def _look(predictor: Predictor, job: Job, alone: bool) -> Seen:
+def _look(predictor: Predictor, job: Job, alone: bool) -> ActivationMaps:
     """What a run shows of an image in the first of its views."""
     batch = replace(predictor.seen([job.image]), views=())
-    seen = look(predictor.detector, batch.to(predictor.device), predictor.names.index(job.name), alone)
+    seen = compute_activation_maps(
+        predictor.detector, batch.to(predictor.device), predictor.names.index(job.name), alone
+    )
     size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), _size(job.image)
 
     def scaled(rows: list[Row]) -> list[Row]:
-        return [row._replace(maps={s: spread(one, s, size, shown) for s, one in row.maps.items()}) for row in rows]
+        return [row._replace(maps={s: resize_map(one, s, size, shown) for s, one in row.maps.items()}) for row in rows]
 
     return replace(seen, heat={kind: scaled(rows) for kind, rows in seen.heat.items()}, gates=scaled(seen.gates))
 
 
-def _draw(job: Job, seen: Mapping[str, Seen], only: set[str], stem: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+def _draw(
+    job: Job, seen: Mapping[str, ActivationMaps], only: set[str], stem: Path
+) -> tuple[dict[str, Path], dict[str, Any]]:
     """The files, by what they show, and the figures."""
     files: dict[str, Path] = {}
     boxes = next(iter(job.found.values())).boxes * (LONG / max(job.image.shape[1:]))  # of the first run, for both
-    area = share_inside(torch.zeros(_size(job.image)), boxes)[1] if len(boxes) else None
+    area = heat_share_inside(torch.zeros(_size(job.image)), boxes)[1] if len(boxes) else None
     numbers: dict[str, Any] = {"area": area, "runs": {}}
     for source, one in seen.items():
         rows = {
@@ -253,7 +265,7 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
 
 def _numbers(row: Row, boxes: Tensor) -> dict[str, Any]:
     """A row's peak on each level, and the share of its heat that lies in the boxes, of all levels together."""
-    inside = share_inside(_together(row), boxes)[0] if len(boxes) else None
+    inside = heat_share_inside(_together(row), boxes)[0] if len(boxes) else None
     return {"caption": row.caption, "peak": _each(row, Tensor.max), "inside": inside}
 
 

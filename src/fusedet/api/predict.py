@@ -20,9 +20,9 @@ from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import Eval
 from fusedet.errors import InputError
-from fusedet.models.detectors import Detector, for_inference, selection
-from fusedet.models.detectors.tta import find_in, merge
-from fusedet.models.roi.mask import paste
+from fusedet.models.detectors import Detector, prepare_for_inference, selection_options
+from fusedet.models.detectors.tta import detect_view, merge_detections
+from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
@@ -166,8 +166,8 @@ def pick_device(name: str) -> torch.device:
 
 def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> Detector:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
-    ready = for_inference(detector, precision)
-    ready.selection = selection(config.test)
+    ready = prepare_for_inference(detector, precision)
+    ready.selection = selection_options(config.test)
     return ready
 
 
@@ -189,13 +189,15 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
     What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
     """
-    seen = [find_in(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)]
+    seen = [
+        detect_view(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)
+    ]
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
     results = []
     shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
     for found, (height, width) in zip(zip(*seen), sizes):
-        one = merge(found, **shared) if len(found) > 1 else found[0]
-        masks = None if one.masks is None else paste(one.masks, one.boxes, (height, width))
+        one = merge_detections(found, **shared) if len(found) > 1 else found[0]
+        masks = None if one.masks is None else paste_masks(one.masks, one.boxes, (height, width))
         results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
     return results
 

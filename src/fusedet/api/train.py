@@ -21,7 +21,7 @@ from fusedet.api.validate import (
     MASK_FIGURES,
     check_masks,
     detect,
-    finds_masks,
+    has_mask_branch,
     mask_figures,
     report,
     score,
@@ -41,7 +41,7 @@ from fusedet.engine.determinism import deterministic
 from fusedet.engine.peers import Peers
 from fusedet.engine.train_state import TABLES
 from fusedet.errors import InputError, plural, unknown
-from fusedet.models.detectors import bare, from_config, without_weights
+from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
     if resume and not begun and not (out / "config.yaml").is_file():
         raise InputError(f"out={out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
     check_monitor(config)
-    bare(config)  # what cannot be built is told before the data are read
+    build_meta_detector(config)  # what cannot be built is told before the data are read
     fabric = make_fabric(config)
     with Peers(fabric, out / "last.ckpt", say):
         return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
@@ -195,7 +195,9 @@ def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> 
     results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
     if fabric.global_rank:
         return Trained(out, {}, {})
-    figures = score(val, results, voc=val.form == "voc", evaluator=evaluation.EVALUATORS[0], masks=finds_masks(best))
+    figures = score(
+        val, results, voc=val.form == "voc", evaluator=evaluation.EVALUATORS[0], masks=has_mask_branch(best)
+    )
     files = report(val, results, figures, out, title=out.name)
     files["training curves"] = out / "training.png"
     visualization.plot_training(out / "metrics.csv", files["training curves"])
@@ -233,8 +235,8 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
     """The config's detector for the data's classes, with train.weights loaded where it names some; bare where a run is resumed."""
     if resume:  # its weights are in the checkpoint
-        return from_config(without_weights(config), len(dataset.names))
-    detector = from_config(config, len(dataset.names))
+        return build_detector(disable_pretrained(config), len(dataset.names))
+    detector = build_detector(config, len(dataset.names))
     body = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
@@ -259,7 +261,7 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
 
 def class_tensors(config: Config) -> list[str]:
     """The names of the weights whose shapes depend on how many classes there are."""
-    one, two = (bare(config, count).state_dict() for count in (1, 2))
+    one, two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
     return [key for key in one if one[key].shape != two[key].shape]
 
 
@@ -271,7 +273,7 @@ def check_monitor(config: Config) -> None:
 
 def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
     """Whether the detector learns masks. Raises InputError where the data have none then, and where train.monitor asks for them else."""
-    masks = finds_masks(detector)
+    masks = has_mask_branch(detector)
     if masks:
         check_masks(data)
         check_masks(val)

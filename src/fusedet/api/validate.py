@@ -52,7 +52,7 @@ def detect(
     return results
 
 
-def finds_masks(detector: nn.Module) -> bool:
+def has_mask_branch(detector: nn.Module) -> bool:
     """Whether a detector finds masks too, and learns from data with masks alone."""
     return any(isinstance(part, MaskBranch) for part in detector.modules())
 

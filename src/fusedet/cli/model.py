@@ -38,7 +38,7 @@ from fusedet.config import Config
 from fusedet.data.readers.auto import read
 from fusedet.errors import InputError, plural, unknown
 from fusedet.models import profiling
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 
 
 def train(
@@ -112,7 +112,7 @@ def val_(
         masks = bool(results) and all("segmentation" in result for result in results)
     else:
         validate.check_names(dataset, names, str(file))
-        if masks := validate.finds_masks(detector):
+        if masks := validate.has_mask_branch(detector):
             validate.check_masks(dataset)
         with distributed.shared(options.device) as (rank, world, device):
             ready = predict.tuned(detector.to(device), options)
@@ -151,7 +151,7 @@ def info(words: Words = None, classes: Classes = None, trust: Trust = False, jso
     classes = known if classes is None else classes
     with countable(name):
         with weights or nullcontext():
-            detector = bare(options, classes)
+            detector = build_meta_detector(options, classes)
         figures = profiling.cost(detector, *profiling.network_size(options.data.size))
     if json:
         return print_json({"model": name, "classes": classes, **figures})

@@ -31,7 +31,7 @@ from fusedet.interop.mmdetection.weight_names import (
     rename_weight,
 )
 from fusedet.interop.weight_shapes import axis_size
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -176,7 +176,7 @@ def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
 
 
 def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weights:
-    detector = from_config(options, count)
+    detector = build_detector(options, count)
     levels = sum(stride >= 2**options.model.pyramid.finest for stride in detector.backbone.levels.strides)
     table = build_rules(options.model, levels)
     found: Weights = {}
@@ -196,7 +196,7 @@ def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weig
 def _of_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
     read = torchvision.convert_weights(state, Path(file).name)
     options = configs.parse(configs.overridden(read.tree, overrides))
-    own = from_config(options, len(read.names)).state_dict()
+    own = build_detector(options, len(read.names)).state_dict()
     return ConvertedCheckpoint(
         options, match_weights(read.weights, read.sources, own, file), read.names, read.category_ids, read.notes
     )

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.models.detectors import Chain, Detector, OneStage
+from fusedet.models.detectors import Detector, NeckChain, OneStage
 from fusedet.models.heads.towers import TwinTowers
 from fusedet.models.modules import INTERACTIONS, MSFM, MSIL
 from fusedet.models.necks import MSEFPN, NECKS, SMSL
@@ -80,7 +80,7 @@ class LevelWeights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class ActivationMaps:
     """What one detector shows of one image.
 
     score: the class's highest. heat: rows of maps, from 0, for those of KINDS that there are. gates: rows of maps in 0..1.
@@ -111,14 +111,14 @@ def layer_cam(feature: Tensor, gradient: Tensor) -> Tensor:
     return (gradient.relu() * feature).sum(dim=1).relu()
 
 
-def look(detector: Detector, batch: Batch, label: int, alone: bool = False) -> Seen:
+def compute_activation_maps(detector: Detector, batch: Batch, label: int, alone: bool = False) -> ActivationMaps:
     """What a detector in eval mode shows of a batch of one image.
 
     label: the class, 0..K-1. alone: of the class's best place only, instead of all places, each weighted with its score.
     """
     watched = [m for m in detector.modules() if isinstance(m, (TwinTowers, MSFM, *_GATES, *_NECKS, *_INTERACTIONS))]
     watched += [] if isinstance(detector, OneStage) else [detector.head.tower]
-    with torch.enable_grad(), recorded(watched) as calls:
+    with torch.enable_grad(), record_calls(watched) as calls:
         outputs: Any = detector(batch.images, batch.sizes)
         if isinstance(detector, OneStage):
             candidates = detector.head.decode(outputs)
@@ -139,10 +139,10 @@ def look(detector: Detector, batch: Batch, label: int, alone: bool = False) -> S
         gates = [*_msil_gates(detector, calls), *_lateral_gates(detector, calls)]
         chosen = [m for m in calls if isinstance(m, SMSL)]
         weights = [LevelWeights(m.weights(calls[m][0].inputs)[0].cpu(), m.levels.strides) for m in chosen]
-    return Seen(found.score, heat, gates, weights)
+    return ActivationMaps(found.score, heat, gates, weights)
 
 
-def spread(heat: Tensor, stride: int, size: tuple[int, int], shown: tuple[int, int]) -> Tensor:
+def resize_map(heat: Tensor, stride: int, size: tuple[int, int], shown: tuple[int, int]) -> Tensor:
     """A level's map (h, w), cells of `stride` pixels, over the image of `size` inside its padding, as a map of size `shown`."""
     h, w = heat.shape
     whole = F.interpolate(heat[None, None], size=(h * stride, w * stride), mode="bilinear", align_corners=False)
@@ -151,7 +151,7 @@ def spread(heat: Tensor, stride: int, size: tuple[int, int], shown: tuple[int, i
     )[0, 0]
 
 
-def share_inside(heat: Tensor, boxes: Tensor) -> tuple[float, float]:
+def heat_share_inside(heat: Tensor, boxes: Tensor) -> tuple[float, float]:
     """The shares of a map's heat (NaN for none) and of its area that lie in the union of boxes.
 
     heat (H, W); boxes (B, 4) in its pixels. A pixel is inside where its middle is.
@@ -171,7 +171,7 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
+def record_calls(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
     """The calls of the modules while the context lasts, in order; each tensor is in the graph and is not written to later.
 
     A call's inputs are copies that this module alone takes, so that a gradient by them has come by way of this module.
@@ -247,7 +247,7 @@ def _maps(places: list[Row], targets: list[Tensor]) -> list[Row]:
 
 def _places(detector: Detector, calls: dict[nn.Module, list[Call]], kind: str, batch: Batch) -> list[Row]:
     """Where features are looked at, from the body to the head."""
-    necks = list(detector.neck.necks) if isinstance(detector.neck, Chain) else [detector.neck]
+    necks = list(detector.neck.necks) if isinstance(detector.neck, NeckChain) else [detector.neck]
     places: list[Row] = []
     steps: dict[int, Call] = {}
     for module, seen in calls.items():

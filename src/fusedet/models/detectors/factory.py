@@ -13,7 +13,7 @@ from fusedet import config as configs
 from fusedet.errors import InputError, unknown
 from fusedet.models.backbones import Backbone, insert
 from fusedet.models.build import build
-from fusedet.models.detectors.neck_chain import Chain
+from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import HEADS
@@ -25,7 +25,7 @@ from fusedet.types import Levels
 BACKBONES = {"timm": Backbone}
 
 
-def selection(test: configs.Test) -> dict[str, Any]:
+def selection_options(test: configs.Test) -> dict[str, Any]:
     """The config's thresholds as options of `ops.boxes.select`."""
     return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
 
@@ -39,16 +39,16 @@ def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: 
     >>> create_model("retinanet_r50", "model.backbone.pretrained=false", num_classes=3)  # doctest: +SKIP
     >>> create_model("retinanet_r50", model={"backbone": {"pretrained": False}})  # doctest: +SKIP
     """
-    return from_config(configs.load(name, overrides, sections), num_classes)
+    return build_detector(configs.load(name, overrides, sections), num_classes)
 
 
-def without_weights(config: configs.Config) -> configs.Config:
+def disable_pretrained(config: configs.Config) -> configs.Config:
     """The same config, but for the body's weights: none are fetched or asked for, where others will be loaded or only shapes are wanted."""
     backbone = config.model.backbone | {"pretrained": False, "weights": None}
     return replace(config, model=replace(config.model, backbone=backbone))
 
 
-def from_config(config: configs.Config, num_classes: int) -> Detector:
+def build_detector(config: configs.Config, num_classes: int) -> Detector:
     """A detector from a resolved config: of two stages where it has model.roi. Raises InputError for what cannot be built."""
     model = config.model
     if num_classes < 1:
@@ -59,19 +59,19 @@ def from_config(config: configs.Config, num_classes: int) -> Detector:
         insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     neck = _neck(model, backbone.levels)
     if not model.roi:
-        return OneStage(backbone, neck, _head(model, neck.levels, num_classes), selection(config.test))
+        return OneStage(backbone, neck, _head(model, neck.levels, num_classes), selection_options(config.test))
     stages, branches = _roi(model.roi, neck.levels, num_classes)
     head = _head(model, neck.levels, num_classes)
-    return TwoStage(backbone, neck, head, stages, branches, selection(config.test))
+    return TwoStage(backbone, neck, head, stages, branches, selection_options(config.test))
 
 
-def bare(config: configs.Config, num_classes: int = 1) -> Detector:
+def build_meta_detector(config: configs.Config, num_classes: int = 1) -> Detector:
     """The detector of a config without weights and without memory for them (on "meta").
 
     It tells names and shapes, and, as it raises InputError like `from_config`, before any data are read whether it can be built at all.
     """
     with torch.device("meta"):
-        return from_config(without_weights(config), num_classes)
+        return build_detector(disable_pretrained(config), num_classes)
 
 
 def _check_places(model: configs.Model) -> None:
@@ -95,7 +95,7 @@ def _neck(model: configs.Model, levels: Levels) -> Any:
         slot = f"model.neck.{i}" if isinstance(model.neck, list) else "model.neck"
         given = {"levels": necks[-1].levels if necks else levels}
         necks.append(build(slot, spec, NECKS, given, {"model.pyramid": vars(model.pyramid)}))
-    return Chain(necks) if len(necks) > 1 else necks[0]
+    return NeckChain(necks) if len(necks) > 1 else necks[0]
 
 
 def _head(model: configs.Model, levels: Levels, num_classes: int) -> Any:

@@ -14,7 +14,7 @@ from fusedet.models.ops.layers import fold_batch_norm
 Detector = TypeVar("Detector", bound=nn.Module)
 
 
-def for_inference(detector: Detector, precision: Literal["fp32", "bf16"] = "fp32") -> Detector:
+def prepare_for_inference(detector: Detector, precision: Literal["fp32", "bf16"] = "fp32") -> Detector:
     """A copy for prediction: in eval mode, batch norms folded into their convolutions, weights in bfloat16 where asked.
 
     With bf16, images are still normalised, and boxes and scores decoded, in float32.

@@ -10,7 +10,7 @@ from fusedet.errors import InputError
 from fusedet.types import Features
 
 
-class Chain(nn.Module):
+class NeckChain(nn.Module):
     """Necks one after the other; each takes what the one before promises. The first may have an auxiliary pyramid (AugFPN's).
 
     Raises InputError where another one has it: its losses would be left out.

@@ -12,7 +12,7 @@ from fusedet.models.ops.boxes import survivors
 from fusedet.types import Batch
 
 
-class Seen(NamedTuple):
+class ImageDetections(NamedTuple):
     """What was found in one image, best first: boxes (D, 4) in the image's own pixels, scores (D,), labels (D,), and masks
     (D, m, m), probabilities inside the boxes, or None."""
 
@@ -22,7 +22,7 @@ class Seen(NamedTuple):
     masks: Tensor | None
 
 
-def find_in(detector: Any, batch: Batch) -> list[Seen]:
+def detect_view(detector: Any, batch: Batch) -> list[ImageDetections]:
     """What a detector finds in each image of a batch by its own selection; what was mirrored is turned back."""
     found = detector.detect(batch.images, batch.sizes, padded=False)
     masks = getattr(found, "masks", None)
@@ -33,11 +33,11 @@ def find_in(detector: Any, batch: Batch) -> list[Seen]:
             x1, y1, x2, y2 = boxes.unbind(dim=1)
             width = batch.sizes[i, 1]
             boxes, own = torch.stack([width - x2, y1, width - x1, y2], dim=1), None if own is None else own.flip(-1)
-        seen.append(Seen(boxes / batch.scales[i].repeat(2), found.scores[i, :n], found.labels[i, :n], own))
+        seen.append(ImageDetections(boxes / batch.scales[i].repeat(2), found.scores[i, :n], found.labels[i, :n], own))
     return seen
 
 
-def merge(views: Sequence[Seen], iou: float = 0.5, max_det: int = 100) -> Seen:
+def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det: int = 100) -> ImageDetections:
     """What all views of an image show: class-wise suppression above `iou` over all of them, then the `max_det` best.
 
     A mask is that of the view in which its box was found; of equal scores the earlier view's comes first. As MMDetection 3.x's
@@ -51,4 +51,4 @@ def merge(views: Sequence[Seen], iou: float = 0.5, max_det: int = 100) -> Seen:
     apart = inside + (labels * (inside.amax() + 1))[:, None]  # classes are moved apart by more than any box is wide
     alive = survivors(apart[None], scores[None], iou)[0].nonzero().squeeze(1)
     best = alive[scores[alive].argsort(descending=True, stable=True)[:max_det]]
-    return Seen(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)
+    return ImageDetections(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)

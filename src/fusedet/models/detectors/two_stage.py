@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fusedet.models.ops.boxes import select
 from fusedet.models.ops.image_normalization import normalise
-from fusedet.models.roi.box import Raw
-from fusedet.models.roi.mask import paste
-from fusedet.models.roi.pooling import with_images
-from fusedet.models.roi.sampling import as_proposals
+from fusedet.models.roi.box import RoIOutputs
+from fusedet.models.roi.mask import paste_masks
+from fusedet.models.roi.pooling import boxes_to_rois
+from fusedet.models.roi.sampling import pad_to_proposals
 from fusedet.types import Batch, BatchDetections, Detections, Features, Losses, Outputs, Proposals
 
 
-class Regions(NamedTuple):
+class TwoStageOutputs(NamedTuple):
     """What a two-stage detector's forward gives: the pyramid, the raw outputs of its proposals' head, and of N images' R regions the
     last stage's rois (N * R, 5), how many are real (N,), and raw outputs, the logits being means over stages."""
 
@@ -25,10 +25,10 @@ class Regions(NamedTuple):
     outputs: Outputs
     rois: Tensor
     counts: Tensor
-    raw: Raw
+    raw: RoIOutputs
 
 
-class Found(NamedTuple):
+class SelectedWithMasks(NamedTuple):
     """`BatchDetections` with masks (N, D, m, m): probabilities inside the boxes."""
 
     boxes: Tensor
@@ -97,7 +97,7 @@ class TwoStage(nn.Module):
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Regions:
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> TwoStageOutputs:
         """Images uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
         features = self.neck(self.backbone(self.normalise(images, sizes)))
         if sizes is None:
@@ -105,11 +105,11 @@ class TwoStage(nn.Module):
         outputs = self.head(features)
         proposals = self.head.propose(outputs, sizes, self.selection.get("pre_nms", 1000))
         rois, raw = self.look(features, proposals, sizes)
-        return Regions(features, outputs, rois, proposals.counts, raw)
+        return TwoStageOutputs(features, outputs, rois, proposals.counts, raw)
 
-    def look(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, Raw]:
+    def look(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, RoIOutputs]:
         """All stages on proposals: the last one's rois (N * R, 5), and its raw outputs with the mean of all stages' logits."""
-        rois = with_images(proposals.boxes)
+        rois = boxes_to_rois(proposals.boxes)
         raw = self.stages[0](features, rois)
         logits = raw[0]
         for before, stage in zip(self.stages, self.stages[1:]):
@@ -144,10 +144,10 @@ class TwoStage(nn.Module):
             if i + 1 < len(self.stages):
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
                 others = ~samples.added
-                proposals = as_proposals(boxes[others], samples.image[others], len(batch))
+                proposals = pad_to_proposals(boxes[others], samples.image[others], len(batch))
         return losses
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections | Found:
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections | SelectedWithMasks:
         """Final detections as tensors, in pixels of the network's input, with masks where a branch has them.
 
         padded to max_det, the form that exports, or to the most that an image has, so that branches look at nothing in vain.
@@ -156,14 +156,14 @@ class TwoStage(nn.Module):
         found = self.choose(regions, sizes)
         return self.branch(regions.features, found if padded else found.trimmed())
 
-    def choose(self, regions: Regions, sizes: Tensor) -> BatchDetections:
+    def choose(self, regions: TwoStageOutputs, sizes: Tensor) -> BatchDetections:
         """What the last stage found, after suppression."""
         candidates = self.stages[-1].decode(regions.raw, regions.rois, regions.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
         return select(candidates, sizes, [count], pre_nms=count * classes, **options)
 
-    def branch(self, features: Features, found: BatchDetections) -> BatchDetections | Found:
+    def branch(self, features: Features, found: BatchDetections) -> BatchDetections | SelectedWithMasks:
         """The same with what all branches add."""
         masks = None
         for kind in self.branches:
@@ -171,7 +171,7 @@ class TwoStage(nn.Module):
                 found = kind[-1].refine(features, found)
             else:
                 masks = torch.stack([branch.predict(features, found) for branch in kind]).mean(dim=0)
-        return found if masks is None else Found(*found, masks)
+        return found if masks is None else SelectedWithMasks(*found, masks)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
@@ -180,6 +180,10 @@ class TwoStage(nn.Module):
         results = []
         for i, (n, (height, width)) in enumerate(zip(found.counts.tolist(), batch.sizes.tolist())):
             boxes = found.boxes[i, :n]
-            masks = paste(found.masks[i, :n], boxes, (height, width)) if isinstance(found, Found) else None
+            masks = (
+                paste_masks(found.masks[i, :n], boxes, (height, width))
+                if isinstance(found, SelectedWithMasks)
+                else None
+            )
             results.append(Detections(boxes, found.scores[i, :n], found.labels[i, :n], masks))
         return results

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import PointInBox, assign_all, positives
 from fusedet.models.ops.boxes import centres, from_distances, grid_priors, point_shapes, to_distances
 from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
@@ -53,7 +53,7 @@ class FCOSHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 4,
         channels: int | None = None,
         norm: bool = True,

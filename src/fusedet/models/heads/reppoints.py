@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import IGNORED, MaxIoU, Positives, assign_all, positives, valid_priors
 from fusedet.models.ops.boxes import centres, grid_priors, point_shapes
 from fusedet.models.ops.deformable import DeformConv
@@ -49,7 +49,7 @@ class RepPointsHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 3,
         channels: int | None = None,
         point_channels: int | None = None,

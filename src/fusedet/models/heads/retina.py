@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import IGNORED, MaxIoU, assign_all, positives, valid_priors
 from fusedet.models.ops.boxes import anchor_shapes, decode, encode, grid_priors
 from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
@@ -38,7 +38,7 @@ class RetinaHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 4,
         channels: int | None = None,
         norm: bool = False,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, tower
+from fusedet.models.heads.towers import InteractionFactory, tower
 from fusedet.models.ops.assigners import IGNORED, MaxIoU, assign_all, positives, valid_priors
 from fusedet.models.ops.boxes import anchor_shapes, clip, decode, encode, grid_priors, survivors
 from fusedet.models.ops.layers import conv, flatten_maps, normal
@@ -44,7 +44,7 @@ class RPNHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int = 1,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 1,
         channels: int | None = None,
         scale: float = 8.0,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers, tower
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers, tower
 from fusedet.models.ops.assigners import assign_all, positives, valid_priors
 from fusedet.models.ops.atss import ATSS
 from fusedet.models.ops.boxes import centres, from_distances, grid_priors, iou, point_shapes
@@ -49,7 +49,7 @@ class VFNetHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 3,
         channels: int | None = None,
         bias: bool = False,

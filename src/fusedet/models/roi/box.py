@@ -16,11 +16,11 @@ from fusedet.models.ops.layers import conv, kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.regression_losses import balanced_l1, l1, smooth_l1
 from fusedet.models.ops.samplers import Sampler
-from fusedet.models.roi.pooling import LevelPooling, Pooling
-from fusedet.models.roi.sampling import Samples, draw, match
+from fusedet.models.roi.pooling import LevelPooling, PoolingFactory
+from fusedet.models.roi.sampling import RoISamples, match_proposals, sample_rois
 from fusedet.types import Candidates, Features, Levels, Losses, Proposals, Target
 
-Raw = tuple[Tensor, Tensor | None]
+RoIOutputs = tuple[Tensor, Tensor | None]
 """What a stage gives for M regions: logits (M, K + 1), background last, and codes (M, 4), or (M, K * 4) class by class, or None."""
 
 Cost = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ class BoxStage(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        pooling: Pooling | None = None,
+        pooling: PoolingFactory | None = None,
         size: int = 7,
         channels: int = 1024,
         layers: int = 2,
@@ -100,7 +100,7 @@ class BoxStage(nn.Module):
         for layer in [*shared, self.cls, *([self.reg] if self.reg is not None else [])]:
             nn.init.zeros_(layer.bias)
 
-    def forward(self, features: Features, rois: Tensor) -> Raw:
+    def forward(self, features: Features, rois: Tensor) -> RoIOutputs:
         """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to logits and codes."""
         x = self.pooling(features, rois)
         for layer in self.convs:
@@ -110,11 +110,11 @@ class BoxStage(nn.Module):
             x = F.relu(layer(x))
         return self.cls(x), self.reg(x) if self.reg is not None else None
 
-    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> Samples:
+    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> RoISamples:
         """The regions to learn from; the objects' own boxes are among the candidates."""
-        return draw(match(proposals, targets, self.positive), self.sampler)
+        return sample_rois(match_proposals(proposals, targets, self.positive), self.sampler)
 
-    def loss(self, raw: Raw, samples: Samples, targets: Sequence[Target], cost: Cost | None = None) -> Losses:
+    def loss(self, raw: RoIOutputs, samples: RoISamples, targets: Sequence[Target], cost: Cost | None = None) -> Losses:
         """Cross-entropy of all samples and the loss of the positive ones' codes, both divided by the number of samples.
 
         cost: takes the place of the constructor's loss of codes.
@@ -126,12 +126,12 @@ class BoxStage(nn.Module):
             losses["loss_box"] = (cost or self.cost)(*self.regression(raw, samples, targets)).sum() / count
         return losses
 
-    def classes(self, samples: Samples, targets: Sequence[Target]) -> Tensor:
+    def classes(self, samples: RoISamples, targets: Sequence[Target]) -> Tensor:
         """The class (S,) of each sample, K for background."""
         _, labels = samples.objects(targets)
         return torch.full_like(samples.owners, self.num_classes).index_copy(0, samples.positive, labels)
 
-    def regression(self, raw: Raw, samples: Samples, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    def regression(self, raw: RoIOutputs, samples: RoISamples, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
         """The codes (R, 4) of the positive samples, found and wanted."""
         assert raw[1] is not None
         boxes, labels = samples.objects(targets)
@@ -140,7 +140,7 @@ class BoxStage(nn.Module):
             codes = _of_class(codes, labels)
         return codes.float(), encode(samples.rois[samples.positive, 1:], boxes) / self.stds
 
-    def decode(self, raw: Raw, rois: Tensor, counts: Tensor) -> Candidates:
+    def decode(self, raw: RoIOutputs, rois: Tensor, counts: Tensor) -> Candidates:
         """Rois (N * R, 5), of each image the first counts (N,) real, to boxes (N, R, 4), or (N, R, K, 4) class by class, and scores
         (N, R, K), 0 for the others."""
         scores = raw[0].float().softmax(dim=1)[:, :-1].unflatten(0, (len(counts), -1))  # (N, R, K)
@@ -152,7 +152,7 @@ class BoxStage(nn.Module):
         real = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
         return Candidates(boxes.unflatten(0, (len(counts), -1)), scores * real[..., None])
 
-    def refine(self, raw: Raw, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
+    def refine(self, raw: RoIOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
         """The better boxes (M, 4) of rois (M, 5), inside images of sizes (N, 2), for the next stage; without gradient.
 
         Of class-wise boxes that of classes (M,), where it is not background, else of the likeliest class.

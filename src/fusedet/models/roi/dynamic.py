@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fusedet.errors import InputError
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.regression_losses import smooth_l1
-from fusedet.models.roi.box import BoxStage, Raw
-from fusedet.models.roi.pooling import Pooling
-from fusedet.models.roi.sampling import Samples, draw, match
+from fusedet.models.roi.box import BoxStage, RoIOutputs
+from fusedet.models.roi.pooling import PoolingFactory
+from fusedet.models.roi.sampling import RoISamples, match_proposals, sample_rois
 from fusedet.types import Candidates, Features, Levels, Losses, Proposals, Target
 
 LEAST = 1e-15  # a median below would make the loss of codes infinite
@@ -39,7 +39,7 @@ class DynamicStage(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        pooling: Pooling | None = None,
+        pooling: PoolingFactory | None = None,
         size: int = 7,
         channels: int = 1024,
         class_agnostic: bool = False,
@@ -78,30 +78,30 @@ class DynamicStage(nn.Module):
         self.register_buffer("shifts", torch.full((interval,), -1.0))  # -1: no sample was positive
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, features: Features, rois: Tensor) -> Raw:
+    def forward(self, features: Features, rois: Tensor) -> RoIOutputs:
         """As `BoxStage`."""
         return self.box(features, rois)
 
-    def decode(self, raw: Raw, rois: Tensor, counts: Tensor) -> Candidates:
+    def decode(self, raw: RoIOutputs, rois: Tensor, counts: Tensor) -> Candidates:
         """As `BoxStage`."""
         return self.box.decode(raw, rois, counts)
 
-    def refine(self, raw: Raw, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
+    def refine(self, raw: RoIOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
         """As `BoxStage`."""
         return self.box.refine(raw, rois, sizes, classes)
 
-    def classes(self, samples: Samples, targets: Sequence[Target]) -> Tensor:
+    def classes(self, samples: RoISamples, targets: Sequence[Target]) -> Tensor:
         """As `BoxStage`."""
         return self.box.classes(samples, targets)
 
-    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> Samples:
+    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> RoISamples:
         """The regions to learn from, positive from the present threshold on; notes the overlaps."""
-        matched = match(proposals, targets, self.threshold.to(proposals.boxes.dtype))
+        matched = match_proposals(proposals, targets, self.threshold.to(proposals.boxes.dtype))
         if torch.is_grad_enabled():
             self._note(self.overlaps, self.usual_overlap(matched.overlaps))
-        return draw(matched, self.box.sampler)
+        return sample_rois(matched, self.box.sampler)
 
-    def loss(self, raw: Raw, samples: Samples, targets: Sequence[Target]) -> Losses:
+    def loss(self, raw: RoIOutputs, samples: RoISamples, targets: Sequence[Target]) -> Losses:
         """The box stage's losses with the present beta; then notes the shifts, and where it is time, both values change."""
         losses = self.box.loss(raw, samples, targets, partial(smooth_l1, beta=self.beta.clone()))
         if torch.is_grad_enabled():

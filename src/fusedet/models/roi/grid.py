@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from fusedet.errors import InputError
 from fusedet.models.ops.layers import GroupNorm, conv, kaiming, start_at
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.roi.pooling import LevelPooling, Pooling, with_images
-from fusedet.models.roi.sampling import Samples
+from fusedet.models.roi.pooling import LevelPooling, PoolingFactory, boxes_to_rois
+from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import BatchDetections, Features, Levels, Losses, Target
 
 
@@ -33,7 +33,7 @@ class GridBranch(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        pooling: Pooling | None = None,
+        pooling: PoolingFactory | None = None,
         size: int = 14,
         side: int = 3,
         convs: int = 8,
@@ -91,7 +91,7 @@ class GridBranch(nn.Module):
         """Point features (M, P * c, h, w) to the logits of heat maps (M, P, 4 * h, 4 * w)."""
         return self.heat(F.relu(self.norm(self.up(x))))
 
-    def loss(self, features: Features, samples: Samples, targets: Sequence[Target], sizes: Tensor) -> Losses:
+    def loss(self, features: Features, samples: RoISamples, targets: Sequence[Target], sizes: Tensor) -> Losses:
         """Binary cross-entropy of fused and of unfused heat maps, each the mean over `num` positive samples, jittered, and their
         cells; the number of samples is averaged over ranks.
 
@@ -166,7 +166,7 @@ class GridBranch(nn.Module):
 
     def refine(self, features: Features, found: BatchDetections) -> BatchDetections:
         """Detections with the boxes that their grid points make; scores and order stay."""
-        boxes = self.decode(self(features, with_images(found.boxes)), found.boxes.flatten(0, 1).float())
+        boxes = self.decode(self(features, boxes_to_rois(found.boxes)), found.boxes.flatten(0, 1).float())
         return found._replace(boxes=boxes.unflatten(0, found.labels.shape))
 
 

@@ -14,8 +14,8 @@ from fusedet.errors import InputError
 from fusedet.models.ops.layers import conv, kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.precision import without_autocast
-from fusedet.models.roi.pooling import LevelPooling, Pooling, with_images
-from fusedet.models.roi.sampling import Samples
+from fusedet.models.roi.pooling import LevelPooling, PoolingFactory, boxes_to_rois
+from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import BatchDetections, Features, Levels, Losses, Target
 
 _CROPPED, _PASTED = 2**26, 2**22  # pixels of float masks at once: 256 MiB; 16 MiB, which caches hold
@@ -33,7 +33,7 @@ class MaskBranch(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        pooling: Pooling | None = None,
+        pooling: PoolingFactory | None = None,
         size: int = 14,
         convs: int = 4,
         channels: int = 256,
@@ -58,7 +58,7 @@ class MaskBranch(nn.Module):
             x = F.relu(layer(x))
         return self.logits(F.relu(self.upsample(x)))
 
-    def loss(self, features: Features, samples: Samples, targets: Sequence[Target], sizes: Tensor) -> Losses:
+    def loss(self, features: Features, samples: RoISamples, targets: Sequence[Target], sizes: Tensor) -> Losses:
         """Binary cross-entropy of the positive samples, each in the channel of its own class, the mean over them, their number averaged
         over ranks, and over their cells.
 
@@ -73,8 +73,8 @@ class MaskBranch(nn.Module):
         return {"loss_mask": F.binary_cross_entropy_with_logits(own, wanted, reduction="sum") / count}
 
     def predict(self, features: Features, found: BatchDetections) -> Tensor:
-        """Masks (N, D, size, size) of detections, probabilities inside their boxes; `paste` puts them into the image."""
-        logits = self(features, with_images(found.boxes))
+        """Masks (N, D, size, size) of detections, probabilities inside their boxes; `paste_masks` puts them into the image."""
+        logits = self(features, boxes_to_rois(found.boxes))
         own = logits[torch.arange(len(logits), device=logits.device), found.labels.flatten()]
         return own.float().sigmoid().unflatten(0, found.labels.shape)
 
@@ -109,7 +109,7 @@ def crop_masks(targets: Sequence[Target], boxes: Tensor, image: Tensor, owners: 
 
 
 @torch.no_grad()
-def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Masks (D, m, m) of probabilities, stretched over their boxes (D, 4), as bool (D, H, W) in an image of size (H, W).
 
     True where the probability, bilinear between the centres of a mask's cells and 0 outside the mask, is at least `threshold` at a

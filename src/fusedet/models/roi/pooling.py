@@ -13,7 +13,7 @@ from fusedet.models.ops.precision import without_autocast
 from fusedet.models.ops.roi_align_cpu import region_align
 from fusedet.types import Features, Levels
 
-Pooling = Callable[[int], nn.Module]
+PoolingFactory = Callable[[int], nn.Module]
 """What makes the pooling of a size, in cells a side."""
 
 
@@ -53,12 +53,14 @@ class LevelPooling(nn.Module):
         for i, (feature, stride) in enumerate(zip(features, self.strides)):
             here = (places == i).nonzero().squeeze(1)
             pooled = pooled.index_copy(
-                0, here, align(feature, rois[here], self.size, stride, self.samples, self.aligned)
+                0, here, align_level(feature, rois[here], self.size, stride, self.samples, self.aligned)
             )
         return pooled
 
 
-def align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True) -> Tensor:
+def align_level(
+    feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True
+) -> Tensor:
     """RoIAlign of rois (M, 5) in pixels on a level (N, C, H, W): (M, C, size, size) of the level's type.
 
     samples: along each side of a cell; 0, as many as there are of the level's cells. Computed in float32: half precision moves boxes.
@@ -73,7 +75,7 @@ def align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 
         )
 
 
-def with_images(boxes: Tensor) -> Tensor:
+def boxes_to_rois(boxes: Tensor) -> Tensor:
     """Boxes (N, R, 4) as rois (N * R, 5): the image's number before each."""
     n, r = boxes.shape[:2]
     numbers = torch.arange(n, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(n, r, 1)

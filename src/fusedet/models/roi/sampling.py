@@ -17,7 +17,7 @@ from fusedet.types import Proposals, Target
 
 
 @dataclass(frozen=True)
-class Samples:
+class RoISamples:
     """Regions of a batch to learn from, image by image.
 
     rois (S, 5), the image's number and a box in pixels; owners (S,) int64, the object's index within its image, -1 background;
@@ -39,7 +39,7 @@ class Samples:
         return objects(targets, self.image[self.positive], self.owners[self.positive])
 
 
-class Matched(NamedTuple):
+class MatchedProposals(NamedTuple):
     """The objects' own boxes, then the proposals of a batch: boxes (N, P, 4), owners (N, P), -1 background and -2 padding, overlaps
     (N, P) with the nearest object, -1 for padding; objects, how many of P are places of objects."""
 
@@ -50,7 +50,7 @@ class Matched(NamedTuple):
 
 
 @torch.no_grad()
-def match(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> Matched:
+def match_proposals(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> MatchedProposals:
     """Proposals, with the objects added, that overlap an object by `positive` or more are its own."""
     assigner = MaxIoU(positive, positive, low_quality=False)
     found = [assigner.match(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)]
@@ -59,7 +59,7 @@ def match(proposals: Proposals, targets: Sequence[Target], positive: float | Ten
     objects = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)
     numbers = torch.arange(objects.shape[1], device=owners.device)
     present = numbers < torch.tensor([len(t) for t in targets], device=owners.device)[:, None]
-    return Matched(
+    return MatchedProposals(
         torch.cat([objects, proposals.boxes], dim=1),
         torch.cat([torch.where(present, numbers, IGNORED), torch.where(real, owners, IGNORED)], dim=1),
         torch.cat([2.0 * present - 1, torch.where(real, overlaps, -1)], dim=1),
@@ -68,15 +68,15 @@ def match(proposals: Proposals, targets: Sequence[Target], positive: float | Ten
 
 
 @torch.no_grad()
-def draw(matched: Matched, sampler: Sampler) -> Samples:
+def sample_rois(matched: MatchedProposals, sampler: Sampler) -> RoISamples:
     """A random choice of them."""
     image, place = sampler.sample(matched.owners, matched.overlaps).nonzero(as_tuple=True)  # (S,); a GPU is waited for
     boxes = matched.boxes[image, place]
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
-    return Samples(rois, matched.owners[image, place], image, place < matched.objects)
+    return RoISamples(rois, matched.owners[image, place], image, place < matched.objects)
 
 
-def as_proposals(boxes: Tensor, image: Tensor, images: int) -> Proposals:
+def pad_to_proposals(boxes: Tensor, image: Tensor, images: int) -> Proposals:
     """Boxes (S, 4) of image (S,), in order, as the proposals of a batch of `images`."""
     counts = torch.bincount(image, minlength=images)
     padded = pad_sequence(boxes.split(counts.tolist()), batch_first=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.models.ops.layers import conv, xavier
-from fusedet.models.roi.pooling import align
+from fusedet.models.roi.pooling import align_level
 from fusedet.types import Features, Levels
 
 
@@ -36,7 +36,7 @@ class SoftPooling(nn.Module):
     def forward(self, features: Features, rois: Tensor) -> Tensor:
         """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to (M, C, size, size)."""
         pooled = [
-            align(f, rois, self.size, stride, self.samples) for f, stride in zip(features, self.strides)
+            align_level(f, rois, self.size, stride, self.samples) for f, stride in zip(features, self.strides)
         ]  # L times (M, C, s, s)
         weights = self.weights(torch.cat(pooled, dim=1)).sigmoid()  # (M, L, s, s)
         return (torch.stack(pooled, dim=1) * weights[:, :, None]).sum(dim=1)
