@@ -86,7 +86,7 @@ def test_linear_head(batch: Batch) -> None:
 
 def test_best_place_alone(batch: Batch) -> None:
     """A 3x3 predictor of one place sees nine cells of one level."""
-    seen = compute_activation_maps(make("retinanet").eval(), batch, 0, alone=True)
+    seen = compute_activation_maps(make("retinanet").eval(), batch, 0, best_only=True)
     for kind in KINDS[:2]:
         maps = by_key(seen, kind)["branch"].maps.values()
         hot = [int((x > 0).sum()) for x in maps]
@@ -116,7 +116,7 @@ def test_every_detector(name: str, batch: Batch) -> None:
     assert seen.missing == (["msil"] if name in TWO_STAGE else []) + ([] if regresses else ["regression"])
     assert set(seen.heat) == set(KINDS if name in TWO_STAGE else KINDS[:2]) - (set() if regresses else {"regression"})
     for rows in seen.heat.values():
-        assert {"body", "neck #0", "pyramid"} < {row.key for row in rows}
+        assert {"backbone", "neck #0", "pyramid"} < {row.key for row in rows}
         assert any(x.max() > 0 for row in rows for x in row.maps.values())
         assert all(x.isfinite().all() and (x >= 0).all() for row in rows for x in row.maps.values())
     assert all((x > 0).all() and (x < 1).all() for row in seen.gates for x in row.maps.values())
@@ -129,8 +129,8 @@ def test_every_detector(name: str, batch: Batch) -> None:
 def test_what_is_not_there_is_not_shown(batch: Batch) -> None:
     seen = compute_activation_maps(make("fcos").eval(), batch, 0)
     assert seen.missing == ["msfm", "msil", "gate", "smsl"]
-    assert [row.key for row in seen.heat["regression"]] == ["body", "pyramid", "branch"]
-    assert list(by_key(seen, "regression")["body"].maps) == [8, 16, 32], (
+    assert [row.key for row in seen.heat["regression"]] == ["backbone", "pyramid", "branch"]
+    assert list(by_key(seen, "regression")["backbone"].maps) == [8, 16, 32], (
         "C2, which the pyramid does not take, has no part"
     )
     assert not seen.gates
@@ -317,7 +317,7 @@ def test_refused(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], im
     out = tmp_path / "out"
     assert "unknown class" in (text := said(capsys, plain, image, "--class", "circl", f"out={out}"))
     assert "did you mean 'circle'" in text
-    assert f"{image}: {plain} finds nothing with a score of 1 or more" in said(
+    assert f"{image}: {plain} detects nothing with a score of 1 or more" in said(
         capsys, plain, image, "--score", "1", f"out={out}"
     )
     assert f"--only msil: {plain} has only neck, branches" in said(

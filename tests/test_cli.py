@@ -19,7 +19,7 @@ from fusedet.data import synthetic
 from fusedet.data.readers.auto import read
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
-from fusedet.models.profiling import cost
+from fusedet.models.profiling import count_cost
 from fusedet.types import BatchDetections, Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
@@ -335,7 +335,7 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.head(self.body(images.float()))
 
-    found = cost(Small(), 32, 64)
+    found = count_cost(Small(), 32, 64)
     assert found["parts"]["body"] == {
         "parameters": 3 * 8 * 9 + 8,
         "trainable": 3 * 8 * 9 + 8,

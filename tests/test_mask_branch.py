@@ -52,8 +52,8 @@ def samples() -> RoISamples:
 
 
 def everyone(targets: list[Target], found: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
-    positive = found.owners >= 0
-    return found.rois[positive, 1:], found.image[positive], found.owners[positive]
+    positive = found.instances >= 0
+    return found.rois[positive, 1:], found.image[positive], found.instances[positive]
 
 
 # -- the network
@@ -180,7 +180,7 @@ def test_crops_a_few_masks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, image, owners = everyone(targets, samples())
     whole = crop_masks(targets, boxes, image, owners, 14)
     for pixels in (1, 2 * 96 * 160):
-        monkeypatch.setattr(module, "_CROPPED", pixels)
+        monkeypatch.setattr(module, "_CROP_PIXELS", pixels)
         assert torch.equal(crop_masks(targets, boxes, image, owners, 14), whole)
 
 
@@ -192,7 +192,7 @@ def test_loss_is_the_definition() -> None:
     branch, features, targets, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
     loss = branch.loss(features, found, targets, SIZES)["loss_mask"]
     boxes, image, owners = everyone(targets, found)
-    logits = branch(features, found.rois[found.owners >= 0]).double()
+    logits = branch(features, found.rois[found.instances >= 0]).double()
     crops = crop_masks(targets, boxes, image, owners, 28).double()
     total = 0.0
     for i, (p, o) in enumerate(zip(image.tolist(), owners.tolist())):
@@ -207,7 +207,7 @@ def test_loss_is_the_definition() -> None:
 def test_the_order_of_samples_is_nothing() -> None:
     branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
-    mixed = RoISamples(found.rois[order], found.owners[order], found.image[order])
+    mixed = RoISamples(found.rois[order], found.instances[order], found.image[order])
     ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (found, mixed))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 
@@ -219,7 +219,7 @@ EMPTY = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None) -> None:
     branch = MaskBranch(LEVELS, 3, convs=1, channels=8)
     empty = Target(EMPTY.boxes, EMPTY.labels, masks)
-    none = replace(samples(), owners=torch.full((5,), -1))
+    none = replace(samples(), instances=torch.full((5,), -1))
     loss = branch.loss(pyramid(), none, [empty, empty], SIZES)["loss_mask"]
     loss.backward()
     assert float(loss.detach()) == 0
@@ -230,8 +230,8 @@ def test_one_image_has_objects() -> None:
     """The other image changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
     found = samples()
-    second = replace(found, owners=torch.where(found.image == 1, found.owners, -1))
-    only = RoISamples(second.rois[:1] - torch.eye(5)[:1], second.owners[:1], torch.tensor([0]))
+    second = replace(found, instances=torch.where(found.image == 1, found.instances, -1))
+    only = RoISamples(second.rois[:1] - torch.eye(5)[:1], second.instances[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):
         both = branch.loss(features, second, [first, targets[1]], SIZES)
@@ -241,7 +241,7 @@ def test_one_image_has_objects() -> None:
 def test_objects_without_masks_are_refused() -> None:
     targets = two_targets()
     bare = [targets[0], Target(targets[1].boxes, targets[1].labels)]
-    with pytest.raises(InputError, match="1 objects have no mask"):
+    with pytest.raises(InputError, match="1 instances have no mask"):
         MaskBranch(LEVELS, 3, convs=0, channels=8).loss(pyramid(), samples(), bare, SIZES)
 
 
@@ -296,7 +296,7 @@ def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
 def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, boxes = torch.rand(7, 28, 28), torch.tensor([[1.0, 2, 30, 40]]).expand(7, 4)
     whole = paste_masks(masks, boxes, (50, 40))
-    monkeypatch.setattr(module, "_PASTED", 3 * 50 * 40)
+    monkeypatch.setattr(module, "_PASTE_PIXELS", 3 * 50 * 40)
     assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
     assert paste_masks(masks[:0], boxes[:0], (50, 40)).shape == (0, 50, 40)
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.backbones import Backbone
+from fusedet.models.backbones import TimmBackbone
 from fusedet.models.detectors import NeckChain, OneStage, create_model
 from fusedet.models.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
 from fusedet.models.modules import MSFM, MSIL
@@ -52,7 +52,7 @@ def make(*overrides: str) -> OneStage:
         (lambda **o: RPNHead(PYRAMID, **o), "loss", "smooth", "smooth_l1"),
         (lambda **o: BoxStage(PYRAMID, 3, **o), "loss", "smooth", "smooth_l1"),
         (lambda **o: BoxStage(PYRAMID, 3, **o), "sampling", "balance", "balanced"),
-        (lambda **o: Backbone("resnet26", False, **o), "style", "cafe", "caffe"),
+        (lambda **o: TimmBackbone("resnet26", False, **o), "style", "cafe", "caffe"),
         *[
             (lambda neck=neck, **o: neck(BODY, **o), "top", "on_inputs", "on_input")
             for neck in (FPN, PAFPN, BiFPN, AugFPN, MSEFPN, lambda levels, **o: SMSL(levels, "standalone", **o))
@@ -175,14 +175,14 @@ def test_modulated_needs_deformable_stages() -> None:
 @pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.tv_in1k", "regnetx_002"])
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_blocks_start_as_the_identity_or_not(name: str, zero_init: bool) -> None:
-    body = Backbone(name, pretrained=False, zero_init=zero_init)
+    body = TimmBackbone(name, pretrained=False, zero_init=zero_init)
     still = [n for n, m in body.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()]
     assert bool(still) is zero_init
 
 
 def test_bodies_without_that_choice_say_so() -> None:
     with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such choice"):
-        Backbone("convnext_tiny", pretrained=False, zero_init=False)
+        TimmBackbone("convnext_tiny", pretrained=False, zero_init=False)
 
 
 @pytest.mark.parametrize("options", [{"sim": "conv1x1"}, {"sim": "none", "sem": "none"}])

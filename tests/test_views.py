@@ -21,7 +21,6 @@ from fusedet.data.loader import eval_loader
 from fusedet.data.readers.auto import read
 from fusedet.data.transforms import Eval
 from fusedet.models.detectors.tta import ImageDetections, merge_detections
-from fusedet.models.detectors.two_stage import SelectedWithMasks
 from fusedet.types import Batch, BatchDetections
 from small import DETECTORS, make
 
@@ -110,7 +109,7 @@ class Scripted:
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Any:
         rows = torch.tensor(next(self.finds)).reshape(1, -1, 6)
         found = BatchDetections(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
-        return SelectedWithMasks(*found, next(self.masks)[None]) if self.has_masks else found
+        return found._replace(masks=next(self.masks)[None]) if self.has_masks else found
 
 
 TABLE = [

@@ -38,7 +38,7 @@ def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[s
     for label, one in configs.items():
         key = repr((one.model, one.data.size))
         if key not in done:
-            figures = profiling.cost(build_meta_detector(one, classes), *profiling.network_size(one.data.size))
+            figures = profiling.count_cost(build_meta_detector(one, classes), *profiling.network_size(one.data.size))
             done[key] = {name: value for name, value in figures.items() if name != "parts"}
         found[label] = done[key]
     return found

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from fusedet.config import Config, mapping, parse, refuse_outside
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.models.detectors import Detector, build_detector, build_meta_detector, disable_pretrained
+from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
@@ -29,7 +29,7 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
     raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, so nothing was trained there yet")
 
 
-def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str], list[int]]:
+def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, list[str], list[int]]:
     """The detector of a checkpoint, its config, class names and category ids, from that one file.
 
     trust: whether its config may name classes of other packages, whose code then runs.
@@ -55,7 +55,7 @@ def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str
     return detector, config, names, ids
 
 
-def with_weights(config: Config, classes: int, file: Path) -> Detector:
+def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
     """The config's detector with a checkpoint's weights; what the file says of itself is not asked: only the config was checked."""
     detector = build_detector(disable_pretrained(config), classes)
     checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)

@@ -20,7 +20,7 @@ from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import Eval
 from fusedet.errors import InputError
-from fusedet.models.detectors import Detector, prepare_for_inference, selection_options
+from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
 from fusedet.models.detectors.tta import detect_view, merge_detections
 from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
@@ -67,7 +67,7 @@ class Predictor:
     """
 
     def __init__(
-        self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
+        self, detector: DetectorModule, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
     ) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
@@ -164,7 +164,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> Detector:
+def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32") -> DetectorModule:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
     ready = prepare_for_inference(detector, precision)
     ready.selection = selection_options(config.test)

@@ -237,7 +237,7 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
     if resume:  # its weights are in the checkpoint
         return build_detector(disable_pretrained(config), len(dataset.names))
     detector = build_detector(config, len(dataset.names))
-    body = detector.backbone
+    body: Any = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)

@@ -181,7 +181,7 @@ def cam_(
         beside=beside,
         name=class_,
         score=score,
-        alone=alone,
+        best_only=alone,
         only=only or (),
         device=options.device,
         out=options.out,
@@ -189,6 +189,6 @@ def cam_(
     )
     if json:
         return print_json({"out": str(made.out), "images": made.figures})
-    for line in cam.report(made.figures):
+    for line in cam.format_report(made.figures):
         out.print(escape(line))
     print_files(made.files)

@@ -152,7 +152,7 @@ def info(words: Words = None, classes: Classes = None, trust: Trust = False, jso
     with countable(name):
         with weights or nullcontext():
             detector = build_meta_detector(options, classes)
-        figures = profiling.cost(detector, *profiling.network_size(options.data.size))
+        figures = profiling.count_cost(detector, *profiling.network_size(options.data.size))
     if json:
         return print_json({"model": name, "classes": classes, **figures})
     tables.cost(out, figures, f"{name}, {plural(classes, 'class')}")

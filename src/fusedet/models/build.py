@@ -14,7 +14,7 @@ from fusedet.errors import InputError, checked, unknown
 _NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
 
 
-def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def resolve_class(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The class of that name in a package's table, or, as "package.module:Class", from another package."""
     if name in table:
         return table[name]
@@ -48,7 +48,7 @@ def build(
     name = options.pop("type", None)
     if not isinstance(name, str):
         raise InputError(f"{kind} must be a name or have a key 'type', got {spec!r}")
-    make = find(kind, name, table)
+    make = resolve_class(kind, name, table)
     parameters = inspect.signature(make).parameters
     sources = {k: section for section, values in (offered or {}).items() for k in values if k in parameters}
     passed = dict(given) | {k: (offered or {})[section][k] for k, section in sources.items()}

@@ -14,12 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedet.types import MULTIPLE
 
 
-def deformable(input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+def count_deform_conv_flops(
+    input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any
+) -> int:
     """Floating-point operations of a deformable convolution: the plain one's, the sampling is not counted."""
     return 2 * math.prod(weight_shape[1:]) * math.prod(out_shape)
 
 
-FORMULAS = {torch.ops.torchvision.deform_conv2d: deformable}
+FLOP_FORMULAS = {torch.ops.torchvision.deform_conv2d: count_deform_conv_flops}
 
 
 def network_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -28,7 +30,7 @@ def network_size(size: tuple[int, int]) -> tuple[int, int]:
     return short, long
 
 
-def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
+def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     """Parameters, trainable parameters and multiply-adds of a detector and of each of its parts.
 
     Multiply-adds are those of convolutions and matrix products of one image of height x width through `forward`, counted without
@@ -37,7 +39,7 @@ def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     same three figures.
     """
     shadow = copy.deepcopy(detector).to("meta").eval()
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad():
         shadow(torch.zeros(1, 3, height, width, dtype=torch.uint8, device="meta"))
     flops = counter.get_flop_counts()
     root = type(shadow).__name__

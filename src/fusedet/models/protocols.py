@@ -229,6 +229,22 @@ class ProposalHead(Protocol):
         ...
 
 
+class RoIPooling(Protocol):
+    """Pooling of RoIs to features of one size.
+
+    The constructor takes `levels: Levels` and `size: int`, in cells.
+    """
+
+    def __call__(self, features: Features, rois: Tensor) -> Tensor:
+        """Pool the features of every RoI.
+
+        Shape:
+            features: levels (N, C, H_l, W_l), finest first; rois (M, 5): index of the image in the batch, then a box;
+            result (M, C, size, size).
+        """
+        ...
+
+
 class RoISamples(Protocol):
     """RoIs of a batch that a stage is trained on, ordered by image."""
 
@@ -240,6 +256,11 @@ class RoISamples(Protocol):
     @property
     def image(self) -> Tensor:
         """(S,) int64: index of the image in the batch."""
+        ...
+
+    @property
+    def is_ground_truth(self) -> Tensor | None:
+        """(S,) bool: whether the box is that of an instance itself, which the next stage adds again."""
         ...
 
     @property
@@ -338,7 +359,7 @@ class MaskPredictor(Protocol):
         """Compute the unweighted loss terms, as `RoIBranch` does."""
         ...
 
-    def predict(self, features: Features, found: BatchDetections) -> Tensor:
+    def predict(self, features: Features, detections: BatchDetections) -> Tensor:
         """Predict a mask (N, D, size, size) of probabilities inside every detection's box."""
         ...
 
@@ -353,7 +374,7 @@ class BoxRefiner(Protocol):
         """Compute the unweighted loss terms, as `RoIBranch` does."""
         ...
 
-    def refine(self, features: Features, found: BatchDetections) -> BatchDetections:
+    def refine(self, features: Features, detections: BatchDetections) -> BatchDetections:
         """Refine the boxes of detections; scores and order stay."""
         ...
 

@@ -21,7 +21,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from fusedet.errors import InputError
-from fusedet.models.backbones.timm_backbone import Backbone
+from fusedet.models.backbones.timm_backbone import TimmBackbone
 
 
 class Plugin(Protocol):
@@ -54,7 +54,7 @@ def _branch(channels: Callable[[Any], int]) -> dict[str, Place]:
 
 
 # where a stride is anti-aliased, `aa` follows the activation, and the plug-in the smaller map
-PLACES: dict[type[nn.Module], dict[str, Place]] = {
+PLUGIN_POSITIONS: dict[type[nn.Module], dict[str, Place]] = {
     BasicBlock: {
         "after_conv1": Place("aa", lambda b: b.conv1.out_channels, usual=False),
         "after_conv2": Place("drop_path", lambda b: b.conv2.out_channels, ahead=True),
@@ -72,7 +72,7 @@ PLACES: dict[type[nn.Module], dict[str, Place]] = {
 }
 
 
-def insert(backbone: Backbone, plugin: Plugin) -> int:
+def insert_plugin(backbone: TimmBackbone, plugin: Plugin) -> int:
     """Put one module of the plug-in at every position in every block of its stages; the number of modules.
 
     Blocks of a ResNet or ResNeXt take after_conv1, after_conv2 and, where they have a third convolution, after_conv3; the first two stand
@@ -88,7 +88,7 @@ def insert(backbone: Backbone, plugin: Plugin) -> int:
         if not blocks:
             raise InputError(
                 f"model.plugin.stages={list(stages)}: stage {number} of '{backbone.name}' has {_blocks_of(modules)}; plug-ins go into "
-                f"{_named(PLACES)}: leave the stage out or choose another body"
+                f"{_named(PLUGIN_POSITIONS)}: leave the stage out or choose another body"
             )
         for block, places in blocks:
             for position in _positions(plugin, block, places, backbone.name):
@@ -112,7 +112,7 @@ def _places(block: nn.Module) -> dict[str, Place]:
     """The positions that a block has; none where there is no residual sum."""
     if not getattr(block, "has_skip", True):
         return {}
-    return next((places for kind, places in PLACES.items() if isinstance(block, kind)), {})
+    return next((places for kind, places in PLUGIN_POSITIONS.items() if isinstance(block, kind)), {})
 
 
 def _blocks_of(modules: list[nn.Module]) -> str:
@@ -125,7 +125,7 @@ def _blocks_of(modules: list[nn.Module]) -> str:
             rest += module.children()
         elif any(True for _ in module.parameters()):
             kinds[type(module)] = None
-    return _named(kinds) + (" without a residual sum" if kinds.keys() & PLACES.keys() else "")
+    return _named(kinds) + (" without a residual sum" if kinds.keys() & PLUGIN_POSITIONS.keys() else "")
 
 
 def _named(kinds: Iterable[type[nn.Module]]) -> str:

@@ -22,8 +22,8 @@ from fusedet.errors import InputError, unknown
 STRIDES = (4, 8, 16, 32)
 
 
-def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
-    """A timm body with feature maps, with timm's weights or those of a file. zero_init: see `Backbone`."""
+def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
+    """A timm body with feature maps, with timm's weights or those of a file. zero_init: see `TimmBackbone`."""
     if not timm.is_model(name.split(".")[0]):
         raise unknown("timm model", name, timm.list_models())
     state = _state(weights) if weights else {}

@@ -12,7 +12,7 @@ from fusedet.errors import InputError
 from fusedet.models.ops.deformable import DeformPack
 
 
-def split(body: nn.Module, names: list[str], option: str) -> list[list[nn.Module]]:
+def split_stages(body: nn.Module, names: list[str], option: str) -> list[list[nn.Module]]:
     """The body's modules in the order in which they run: the stem, then each stage, which ends with the module that gives its map.
 
     names: of these modules. Raises InputError, naming the option that asks, for a body whose stages cannot be told apart.
@@ -32,7 +32,7 @@ def split(body: nn.Module, names: list[str], option: str) -> list[list[nn.Module
     return [[module for _, module in units[a:b]] for a, b in pairwise(ends)]
 
 
-def numbered(
+def select_stages(
     stages: list[list[nn.Module]], strides: tuple[int, ...], option: str, numbers: tuple[int, ...]
 ) -> dict[int, list[nn.Module]]:
     """Those stages that are asked for, by ResNet's layer numbers: stage 1 ends at stride 4, stage 2 at 8, 3 at 16, 4 at 32."""
@@ -42,7 +42,7 @@ def numbered(
     return {number: known[number] for number in numbers}
 
 
-def stride_first(body: nn.Module, name: str) -> None:
+def stride_in_conv1(body: nn.Module, name: str) -> None:
     """Let every bottleneck of a ResNet halve the map in its first convolution, not in its second one.
 
     Raises InputError for a body without such blocks.
@@ -54,7 +54,7 @@ def stride_first(body: nn.Module, name: str) -> None:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
-def deform(stages: dict[int, list[nn.Module]], name: str, modulated: bool) -> None:
+def make_deformable(stages: dict[int, list[nn.Module]], name: str, modulated: bool) -> None:
     """Make the 3x3 convolution (of a basic block the second one) of every ResNet block in these stages deformable, weights kept.
 
     Raises InputError for a stage without such blocks.

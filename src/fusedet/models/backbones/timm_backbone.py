@@ -10,14 +10,14 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.backbones.pretrained import STRIDES, create
-from fusedet.models.backbones.stages import deform, numbered, split, stride_first
+from fusedet.models.backbones.pretrained import STRIDES, create_timm_model
+from fusedet.models.backbones.stages import make_deformable, select_stages, split_stages, stride_in_conv1
 from fusedet.types import Features, Levels
 
 Style = Literal["pytorch", "caffe"]
 
 
-class Backbone(nn.Module):
+class TimmBackbone(nn.Module):
     """A timm body that gives C2 to C5 (strides 4, 8, 16, 32).
 
     name: timm's name of the model, with or without the tag of its weights ("resnet50.tv_in1k").
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
                 "modulated=true is of deformable convolutions: name deformable_stages, such as [2, 3, 4], or leave it out"
             )
         self.name, self.norm_eval = name, norm_eval
-        self.body = create(name, pretrained, weights, zero_init)
+        self.body = create_timm_model(name, pretrained, weights, zero_init)
         info = self.body.feature_info
         self.places = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
         self.modules_of_levels = [info.module_name()[i] for i in self.places]
@@ -75,9 +75,9 @@ class Backbone(nn.Module):
         self.register_buffer("scale", (1 / spread).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", (-middle / spread).view(3, 1, 1), persistent=False)
         if style == "caffe":
-            stride_first(self.body, name)
+            stride_in_conv1(self.body, name)
         if deformable_stages:
-            deform(self.stages("deformable_stages", deformable_stages), name, modulated)
+            make_deformable(self.stages("deformable_stages", deformable_stages), name, modulated)
         self.frozen = self._first_stages(frozen_stages)
         for module in self.frozen:
             module.requires_grad_(False)
@@ -101,7 +101,9 @@ class Backbone(nn.Module):
 
     def stages(self, option: str, numbers: tuple[int, ...]) -> dict[int, list[nn.Module]]:
         """The modules of these stages, which number like ResNet's layers; InputError, naming the option, for others."""
-        return numbered(split(self.body, self.modules_of_levels, option), self.levels.strides, option, numbers)
+        return select_stages(
+            split_stages(self.body, self.modules_of_levels, option), self.levels.strides, option, numbers
+        )
 
     def _first_stages(self, count: int) -> list[nn.Module]:
         """The modules of the stem and the first `count` stages (none for -1), in the order in which they run."""
@@ -111,7 +113,7 @@ class Backbone(nn.Module):
             return []
         return [
             m
-            for stage in split(self.body, self.modules_of_levels, f"frozen_stages={count}")[: count + 1]
+            for stage in split_stages(self.body, self.modules_of_levels, f"frozen_stages={count}")[: count + 1]
             for m in stage
         ]
 

@@ -1,7 +1,7 @@
 """One-stage and two-stage detectors, and the functions that build them from a config."""
 
 from fusedet.models.detectors.factory import (
-    Detector,
+    DetectorModule,
     build_detector,
     build_meta_detector,
     create_model,
@@ -11,13 +11,12 @@ from fusedet.models.detectors.factory import (
 from fusedet.models.detectors.inference import prepare_for_inference
 from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
-from fusedet.models.detectors.two_stage import SelectedWithMasks, TwoStage, TwoStageOutputs
+from fusedet.models.detectors.two_stage import TwoStage, TwoStageOutputs
 
 __all__ = [
-    "Detector",
+    "DetectorModule",
     "NeckChain",
     "OneStage",
-    "SelectedWithMasks",
     "TwoStage",
     "TwoStageOutputs",
     "build_detector",

@@ -85,7 +85,7 @@ class MSFM(nn.Module):
         a = self.squeeze(x)  # (N, m, H, W)
         size = (a.shape[-2], a.shape[-1])
         maps = [
-            branch(a) if s == 1 else self._at(scaled(size, s), branch, a)
+            branch(a) if s == 1 else self._at(scale_size(size, s), branch, a)
             for branch, s in zip(self.branches, self.scales)
         ]
         return self.unsqueeze(reduce(torch.add, maps) if self.fusion == "add" else torch.cat(maps, dim=1), x)
@@ -151,7 +151,7 @@ def cgn(inputs: int, outputs: int, kernel: int, groups: int, relu: bool = True) 
     )
 
 
-def scaled(size: Size, scale: Fraction) -> Size:
+def scale_size(size: Size, scale: Fraction) -> Size:
     """The size of a branch: max(1, floor(size * scale))."""
     height, width = (max(1, side * scale.numerator // scale.denominator) for side in size)
     return height, width

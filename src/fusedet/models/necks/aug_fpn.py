@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid, top_down
-from fusedet.models.ops.layers import conv, xavier
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
+from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
 
 
@@ -42,14 +42,14 @@ class AugFPN(nn.Module):
             raise InputError(f"ratios={list(ratios)} must be one number or more, each above 0 and at most 1")
         if not auxiliary_weight >= 0:
             raise InputError(f"auxiliary_weight={auxiliary_weight} must be at least 0")
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         self.auxiliary_weight = auxiliary_weight
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
         self.context = Context(inputs[-1], channels, ratios) if augment else None
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
         """C maps, finest first, to P maps of the promised levels."""

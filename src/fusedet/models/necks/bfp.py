@@ -7,8 +7,8 @@ from typing import Literal
 from torch import nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.ops.layers import conv, xavier
-from fusedet.models.ops.pyramid_resize import NonLocal, gather, scatter
+from fusedet.models.ops.layers import conv, init_xavier
+from fusedet.models.ops.pyramid_resize import NonLocal, gather_levels, scatter_level
 from fusedet.types import Features, Levels
 
 Refine = Literal["non_local", "conv", "none"]
@@ -42,10 +42,10 @@ class BFP(nn.Module):
             self.refine = NonLocal(channels, scale=False)
         elif refine == "conv":
             self.refine = nn.Sequential(conv(channels, channels, 3), nn.ReLU())
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
         """Levels (N, C, H, W), finest first, to levels of the same shapes."""
-        gathered = gather(features, self.refine_level)
+        gathered = gather_levels(features, self.refine_level)
         balanced = self.refine(sum(gathered) / len(gathered))  # (N, C, H, W) of the refine level
-        return [f + scatter(balanced, f, i, self.refine_level) for i, f in enumerate(features)]
+        return [f + scatter_level(balanced, f, i, self.refine_level) for i, f in enumerate(features)]

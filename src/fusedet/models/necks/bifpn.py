@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid
-from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
+from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.types import Features, Levels
 
 Norm = Literal["bn", "gn"]
@@ -44,7 +44,7 @@ class BiFPN(nn.Module):
     ) -> None:
         super().__init__()
         one_of("norm", norm, Norm)
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be at least 1")
         if norm == "gn" and channels % 8:
@@ -57,7 +57,7 @@ class BiFPN(nn.Module):
         )
         self.top = TopLevels(inputs[-1], channels, count - len(inputs), top)
         self.layers = nn.Sequential(*(BiFPNLayer(count, channels, norm, separable) for _ in range(repeats)))
-        xavier(self)
+        init_xavier(self)
         for m in self.modules():
             if (
                 isinstance(m, nn.Conv2d) and m.groups > 1
@@ -94,7 +94,7 @@ class BiFPNLayer(nn.Module):
         outputs = middle[:1]
         for i, node in enumerate(self.up, start=1):
             own = [p[i], middle[i]] if i < len(p) - 1 else [p[i]]
-            outputs.append(node([*own, pool(outputs[-1], p[i])]))
+            outputs.append(node([*own, downsample(outputs[-1], p[i])]))
         return outputs
 
 
@@ -135,7 +135,7 @@ class BatchNorm(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
-def pool(x: Tensor, like: Tensor) -> Tensor:
+def downsample(x: Tensor, like: Tensor) -> Tensor:
     """3x3 max pooling with stride 2; halving rounds up, where bodies round down the rest is cut."""
     return F.max_pool2d(x, 3, stride=2, padding=1)[..., : like.shape[-2], : like.shape[-1]]
 

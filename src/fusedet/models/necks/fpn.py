@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.types import Features, Levels
 
 Top = Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"]
@@ -40,7 +40,7 @@ class FPN(nn.Module):
         norm: bool = False,
     ) -> None:
         super().__init__()
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         if norm and channels % 32:
             raise InputError(
                 f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels"
@@ -49,7 +49,7 @@ class FPN(nn.Module):
         self.lateral = nn.ModuleList(_layer(c, channels, 1, norm) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(_layer(channels, channels, 3, norm) for _ in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top, norm)
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
         """C maps, finest first, to P maps of the promised levels."""
@@ -103,7 +103,7 @@ def _layer(inputs: int, channels: int, kernel: int, norm: bool, stride: int = 1)
     return nn.Sequential(layer, GroupNorm(32, channels)) if norm else layer
 
 
-def pyramid(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
+def pyramid_levels(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
     """Where P`finest` begins among a body's maps, and the levels P`finest` to P`coarsest`."""
     if levels.strides[-1] > LAST_STRIDE:
         raise InputError(

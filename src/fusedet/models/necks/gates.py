@@ -28,7 +28,7 @@ def make_gate(kind: Gate, channels: int, reduction: int | None = None, cag_relu:
     return CAM(channels, reduction or 16) if kind == "cam" else nn.Identity()
 
 
-def rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+def pool_rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     """The means of each row (N, C, H, 1) and of each column (N, C, 1, W) of a map; `mean` is slow in channels_last
     (benchmarks/operators.py)."""
     height, width = x.shape[-2:]
@@ -51,7 +51,7 @@ class GCG(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
-        f_h, f_w = rows_and_columns(x)
+        f_h, f_w = pool_rows_and_columns(x)
         return torch.sigmoid(self.fc1(f_h) * self.fc2(f_w))
 
 
@@ -93,7 +93,7 @@ class CoordinateAttention(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
-        rows, columns = rows_and_columns(x)
+        rows, columns = pool_rows_and_columns(x)
         both = F.hardswish(
             self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2)))
         )  # (N, inner, H + W, 1)

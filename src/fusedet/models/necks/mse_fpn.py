@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid, top_down
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
 from fusedet.models.necks.gates import Gate, make_gate
-from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.models.ops.precision import without_autocast
 from fusedet.types import Features, Levels
 
@@ -75,7 +75,7 @@ class MSEFPN(nn.Module):
         named = {"sem": sem, "sim": sim, "gate": gate, "gate_place": gate_place, "norm": norm}
         for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, Norm)):
             one_of(key, value, kind)
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
@@ -97,7 +97,7 @@ class MSEFPN(nn.Module):
             raise InputError(
                 f"embed={embed}, reduction={reduction}, gate_reduction={gate_reduction} must be at least 1"
             )
-        self.sources = [] if sim == "none" else places(levels, context)
+        self.sources = [] if sim == "none" else level_indices(levels, context)
         widths = [levels.channels[i] for i in self.sources]
         total, ends = sum(widths), list(accumulate(widths))
         own = {i: slice(end - width, end) for i, width, end in zip(self.sources, widths, ends)}
@@ -114,7 +114,7 @@ class MSEFPN(nn.Module):
         self.gate_place = gate_place
         gates = len(inputs) - (gate_place == "topdown")  # the finest level passes nothing down
         self.gate = nn.ModuleList(make_gate(gate, channels, gate_reduction, cag_relu) for _ in range(gates))
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
         """C maps, finest first, to P maps of the promised levels."""
@@ -217,7 +217,9 @@ class SIM(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (N, C, H_i, W_i) and M' (N, inputs, H, W) to F_i, of the shape of x."""
-        return self.local(x) * enlarge(self.gate(context).sigmoid(), x) + enlarge(self.semantics(context), x)
+        return self.local(x) * upsample_bilinear(self.gate(context).sigmoid(), x) + upsample_bilinear(
+            self.semantics(context), x
+        )
 
 
 class Add(nn.Module):
@@ -229,7 +231,7 @@ class Add(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (N, C, H_i, W_i) and M' (N, inputs, H, W) to F_i, of the shape of x."""
-        return x + enlarge(self.conv(context), x)
+        return x + upsample_bilinear(self.conv(context), x)
 
 
 def make_sem(
@@ -245,12 +247,12 @@ def make_sem(
     )
 
 
-def enlarge(x: Tensor, like: Tensor) -> Tensor:
+def upsample_bilinear(x: Tensor, like: Tensor) -> Tensor:
     """x by bilinear interpolation in the size of `like`."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def places(levels: Levels, context: tuple[int, ...]) -> list[int]:
+def level_indices(levels: Levels, context: tuple[int, ...]) -> list[int]:
     """Where the levels with these pyramid numbers stand among a body's maps, finest first."""
     missing = [i for i in context if 2**i not in levels.strides]
     if missing or not context or len(set(context)) < len(context):

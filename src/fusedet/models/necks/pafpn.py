@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import one_of
-from fusedet.models.necks.fpn import FPN, Top, TopLevels, pyramid
-from fusedet.models.ops.layers import conv, xavier
+from fusedet.models.necks.fpn import FPN, Top, TopLevels, pyramid_levels
+from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
 
 Form = Literal["mmdet", "smsl"]
@@ -38,7 +38,7 @@ class PAFPN(nn.Module):
     ) -> None:
         super().__init__()
         one_of("form", form, Form)
-        start, self.levels = pyramid(levels, channels, finest, coarsest)
+        start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         count = len(levels) - start  # levels that the body has
         self.fpn = FPN(levels, channels, finest, finest + count - 1, top)
         self.form = form
@@ -47,7 +47,7 @@ class PAFPN(nn.Module):
         )
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in range(count - 1 if form == "mmdet" else count))
         self.top = TopLevels(levels.channels[-1], channels, len(self.levels) - count, top)
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
         """C maps, finest first, to N maps of the promised levels."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid
-from fusedet.models.ops.layers import conv, xavier
-from fusedet.models.ops.pyramid_resize import NonLocal, gather, scatter
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
+from fusedet.models.ops.layers import conv, init_xavier
+from fusedet.models.ops.pyramid_resize import NonLocal, gather_levels, scatter_level
 from fusedet.types import Features, Levels
 
 Mode = Literal["on_neck", "standalone"]
@@ -70,7 +70,7 @@ class SMSL(nn.Module):
     def forward(self, features: Features) -> Features:
         """L levels (N, C, H_l, W_l), or a body's maps, finest first, to L levels of the same sizes."""
         P = self.sources(features) if self.sources else features
-        D = gather(P, self.gather_level)  # L times (N, C, H, W)
+        D = gather_levels(P, self.gather_level)  # L times (N, C, H, W)
         s, A = self.attend(D)
         F_t = combine(D, A * s)  # (N, T, C, H, W)
         if self.non_local:
@@ -84,7 +84,7 @@ class SMSL(nn.Module):
         features as in forward. T is L, and L + 1 with the global feature, which is the last.
         """
         P = self.sources(features) if self.sources else features
-        return self.attend(gather(P, self.gather_level))[1]
+        return self.attend(gather_levels(P, self.gather_level))[1]
 
     def attend(self, D: Features) -> tuple[Tensor, Tensor]:
         """The gathered levels, L times (N, C, H, W), to the channels' scales s (N, 1, L, C) and the weights A (N, T, L, C)."""
@@ -101,11 +101,11 @@ class Sources(nn.Module):
 
     def __init__(self, levels: Levels, channels: int, finest: int, coarsest: int, top: Top) -> None:
         super().__init__()
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
         """C maps, finest first, to the promised levels."""
@@ -171,4 +171,4 @@ def add_resized(p: Tensor, f: Tensor, place: int, level: int) -> Tensor:
             4, (w, width // w)
         )  # (N, C, h, blocks of rows, w, of columns)
         return (blocks + f[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
-    return p + scatter(f, p, place, level)
+    return p + scatter_level(f, p, place, level)

@@ -12,18 +12,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_area, box_iou
 
-from fusedet.models.ops.boxes import centres, to_distances
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances
 from fusedet.types import MULTIPLE, Outputs, Priors, Target
 
 BACKGROUND, IGNORED = -1, -2
-OBJECTS_AT_ONCE = 64  # bounds the matrix of objects and priors: 64 x 200,000 numbers are 51 MB
+INSTANCES_AT_ONCE = 64  # bounds the matrix of objects and priors: 64 x 200,000 numbers are 51 MB
 
 Assign = Callable[[Priors, Target, Tensor | None], Tensor]
 """The method of an assigner: priors of P places, an image's objects and which priors take part, (P,) bool, None: all, to (P,) int64:
 the object's index, -1 background, -2 ignored, as all are that do not take part. It is as if these were not there."""
 
 
-def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None, border: float | None = None) -> Tensor:
+def valid_prior_mask(
+    outputs: Outputs, strides: Sequence[int], sizes: Tensor | None, border: float | None = None
+) -> Tensor:
     """Which priors take part in the loss of each image, (N, P) bool: those of the cells inside its own padding (MMDetection 3.x).
 
     sizes (N, 2): height and width of the images inside the canvas of the batch, None: all of it. An image's own padding makes its
@@ -49,23 +51,23 @@ def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None,
     return valid & (low >= -border).all(dim=1) & (high < sizes.flip(1)[:, None] + border).all(dim=2)
 
 
-def assign_all(assign: Assign, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None) -> Tensor:
+def assign_batch(assign: Assign, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None) -> Tensor:
     """What `assign` says of all images, (N, P), of whose priors those of valid (N, P) take part, None: all."""
     rows = [None] * len(targets) if valid is None else valid.unbind()
     return torch.stack([assign(priors, target, row) for target, row in zip(targets, rows, strict=True)])
 
 
-def cheapest(costs: Tensor, places: Tensor, count: int, valid: Tensor | None) -> Tensor:
+def resolve_claims(costs: Tensor, places: Tensor, count: int, valid: Tensor | None) -> Tensor:
     """Whose each of `count` priors is, (count,), of G objects that claim M priors each, at places (G, M): the object of the lowest cost,
     of equal ones the first. costs (G, M), infinite: no claim. Unclaimed ones are background."""
     lowest = costs.new_full((count,), math.inf).scatter_reduce(0, places.flatten(), costs.flatten(), "amin")
     index = torch.arange(len(costs), device=places.device)[:, None]  # (G, 1)
     winners = torch.where(costs.isfinite() & (costs == lowest[places]), index, len(costs))
     owner = winners.new_full((count,), len(costs)).scatter_reduce(0, places.flatten(), winners.flatten(), "amin")
-    return only(torch.where(owner < len(costs), owner, BACKGROUND), valid)
+    return ignore_invalid(torch.where(owner < len(costs), owner, BACKGROUND), valid)
 
 
-def only(owner: Tensor, valid: Tensor | None) -> Tensor:
+def ignore_invalid(owner: Tensor, valid: Tensor | None) -> Tensor:
     """The same (P,), but ignored where not valid."""
     return owner if valid is None else torch.where(valid, owner, IGNORED)
 
@@ -80,13 +82,13 @@ class Positives(NamedTuple):
     labels: Tensor
 
 
-def positives(owners: Tensor, targets: Sequence[Target]) -> Positives:
+def gather_positives(owners: Tensor, targets: Sequence[Target]) -> Positives:
     """Of what `assign` gave for each image, (N, P). The one place in a loss where a GPU is waited for."""
     image, prior = (owners >= 0).nonzero(as_tuple=True)
-    return Positives(image, prior, *objects(targets, image, owners[image, prior]))
+    return Positives(image, prior, *gather_instances(targets, image, owners[image, prior]))
 
 
-def objects(targets: Sequence[Target], image: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
+def gather_instances(targets: Sequence[Target], image: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes (R, 4), of float32 at least, and labels (R,) of the objects with numbers owned (R,) in the images image (R,)."""
     boxes, labels = (
         pad_sequence([getattr(t, name) for t in targets], batch_first=True)[image, owned]
@@ -96,7 +98,7 @@ def objects(targets: Sequence[Target], image: Tensor, owned: Tensor) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class MaxIoU:
+class MaxIoUAssigner:
     """By overlap (Faster R-CNN, 2015, 3.1.2, as MMDetection 3.x settles ties).
 
     A prior takes the object that it overlaps most, if by `positive` or more; below `negative` it is background; between
@@ -111,18 +113,18 @@ class MaxIoU:
 
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
         """(P,) int64: the object's index, -1 background, -2 ignored."""
-        return self.match(priors.boxes, target, valid)[0]
+        return self.match_boxes(priors.boxes, target, valid)[0]
 
     @torch.no_grad()
-    def match(self, boxes: Tensor, target: Target, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def match_boxes(self, boxes: Tensor, target: Target, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """For boxes (P, 4) the same (P,), and the largest overlap (P,) of each with an object."""
         if valid is not None:
             boxes = boxes.masked_fill(~valid[:, None], 0)  # an empty box overlaps nothing
         best = boxes.new_zeros(len(boxes))
         owner = torch.full((len(boxes),), BACKGROUND, device=best.device)
         claimed = owner.clone()
-        for first in range(0, len(target), OBJECTS_AT_ONCE):
-            overlap = box_iou(target.boxes[first : first + OBJECTS_AT_ONCE].to(best.dtype), boxes)  # (G', P)
+        for first in range(0, len(target), INSTANCES_AT_ONCE):
+            overlap = box_iou(target.boxes[first : first + INSTANCES_AT_ONCE].to(best.dtype), boxes)  # (G', P)
             value, index = overlap.max(dim=0)
             better = value > best  # an earlier object keeps a tie
             best, owner = torch.where(better, value, best), torch.where(better, index + first, owner)
@@ -133,11 +135,11 @@ class MaxIoU:
                 last = (claims * rank).amax(dim=0)
                 claimed = torch.where(last > 0, last - 1 + first, claimed)
         assigned = torch.where(best >= self.positive, owner, torch.where(best < self.negative, BACKGROUND, IGNORED))
-        return only(torch.where(claimed >= 0, claimed, assigned), valid), best
+        return ignore_invalid(torch.where(claimed >= 0, claimed, assigned), valid), best
 
 
 @dataclass(frozen=True)
-class PointInBox:
+class PointInBoxAssigner:
     """By place and size (FCOS, 2019, 3.1 and 3.2, as MMDetection 3.x settles ties).
 
     A point, the centre of a prior, answers for an object whose box it lies inside and whose farthest side is at a distance in its
@@ -154,20 +156,20 @@ class PointInBox:
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
         """(P,) int64: the object's index, -1 background, -2 not valid."""
-        points = centres(priors.boxes)  # (P, 2)
+        points = box_centres(priors.boxes)  # (P, 2)
         ends = [0.0, *self.limits, math.inf]
         low, high = (torch.cat([points.new_full((n,), e) for n, e in zip(priors.counts, ends[i:])]) for i in (0, 1))
         smallest = points.new_full((len(priors),), math.inf)
         owner = torch.full((len(priors),), BACKGROUND, device=points.device)
-        for first in range(0, len(target), OBJECTS_AT_ONCE):
-            boxes = target.boxes[first : first + OBJECTS_AT_ONCE].to(points.dtype)
-            sides = to_distances(points, boxes[:, None])  # (G', P, 4)
+        for first in range(0, len(target), INSTANCES_AT_ONCE):
+            boxes = target.boxes[first : first + INSTANCES_AT_ONCE].to(points.dtype)
+            sides = boxes_to_distances(points, boxes[:, None])  # (G', P, 4)
             farthest = sides.amax(dim=2)
             fits = (sides.amin(dim=2) > 0) & (farthest >= low) & (farthest <= high)
             if self.radius is not None:
-                away = (points - centres(boxes)[:, None]).abs().amax(dim=2)
+                away = (points - box_centres(boxes)[:, None]).abs().amax(dim=2)
                 fits &= away < self.radius * priors.strides
             area, index = torch.where(fits, box_area(boxes)[:, None], math.inf).min(dim=0)
             better = area < smallest  # an earlier object keeps a tie
             smallest, owner = torch.where(better, area, smallest), torch.where(better, index + first, owner)
-        return only(owner, valid)
+        return ignore_invalid(owner, valid)

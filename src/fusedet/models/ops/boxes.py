@@ -15,7 +15,7 @@ MAX_RATIO = abs(math.log(16 / 1000))
 """The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
 
 
-def anchor_shapes(
+def make_base_anchors(
     stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float], whole_sizes: bool = False
 ) -> Tensor:
     """Anchors of one cell around the origin, (A, 4): ratios (height / width) outer, scales inner, not rounded.
@@ -45,43 +45,43 @@ def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor] | T
     return Priors(torch.cat(boxes), strides, tuple(counts))
 
 
-def encode(priors: Tensor, boxes: Tensor) -> Tensor:
+def encode_boxes(priors: Tensor, boxes: Tensor) -> Tensor:
     """Boxes (P, 4) relative to priors (P, 4): centre shift in prior sizes, log of the size ratio (R-CNN, 2014, eq. 1-4 of its C)."""
     wh, target_wh = priors[:, 2:] - priors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - priors[:, :2] - priors[:, 2:]) / 2 / wh
     return torch.cat([shift, (target_wh / wh).log()], dim=1)
 
 
-def decode(priors: Tensor, deltas: Tensor) -> Tensor:
-    """The inverse of `encode`: deltas (..., P, 4) on priors (P, 4), or (..., P, 4), to boxes (..., P, 4); sizes bounded by `MAX_RATIO`."""
+def decode_boxes(priors: Tensor, deltas: Tensor) -> Tensor:
+    """The inverse of `encode_boxes`: deltas (..., P, 4) on priors (P, 4), or (..., P, 4), to boxes (..., P, 4); sizes bounded by `MAX_RATIO`."""
     wh = priors[..., 2:] - priors[..., :2]
     centre = (priors[..., :2] + priors[..., 2:]) / 2 + deltas[..., :2] * wh
     half = wh * deltas[..., 2:].clamp(-MAX_RATIO, MAX_RATIO).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def point_shapes(stride: int, scale: float = 1.0) -> Tensor:
+def make_base_points(stride: int, scale: float = 1.0) -> Tensor:
     """The one prior of a cell of a point head, (1, 4): a square of scale * stride around the point."""
     half = scale * stride / 2
     return torch.tensor([[-half, -half, half, half]])
 
 
-def centres(priors: Tensor) -> Tensor:
+def box_centres(priors: Tensor) -> Tensor:
     """The centres (..., 2) of boxes (..., 4)."""
     return (priors[..., :2] + priors[..., 2:]) / 2
 
 
-def to_distances(points: Tensor, boxes: Tensor) -> Tensor:
+def boxes_to_distances(points: Tensor, boxes: Tensor) -> Tensor:
     """How far the left, upper, right and lower side of boxes (..., 4) are from points (..., 2), negative outside (FCOS, 2019, eq. 1)."""
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
-def from_distances(points: Tensor, distances: Tensor) -> Tensor:
-    """The inverse of `to_distances`: boxes (..., 4) from points (..., 2) and distances (..., 4)."""
+def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
+    """The inverse of `boxes_to_distances`: boxes (..., 4) from points (..., 2) and distances (..., 4)."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
 
 
-def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+def aligned_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     """The overlap (...) of boxes a (..., 4), each with its partner in b (..., 4); a union counts as at least eps square pixels."""
     width, height = (
         (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(dim=-1)
@@ -91,13 +91,13 @@ def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
     return shared / (areas[0] + areas[1] - shared).clamp(min=eps)
 
 
-def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (N, P, 4) moved inside images of sizes (N, 2), height and width."""
     limit = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (N, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def select(
+def select_detections(
     candidates: Candidates,
     sizes: Tensor,
     level_counts: Sequence[int],
@@ -124,7 +124,7 @@ def select(
         places, boxes = rows * scores.shape[2] + labels, boxes.flatten(1, 2)
     else:
         places = rows
-    chosen = clip(boxes.gather(1, places[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
+    chosen = clip_boxes(boxes.gather(1, places[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
     final = confidence if quality is None else confidence * quality.gather(1, rows)
     span = chosen.detach().amax() + 1  # classes are moved apart by more than any box is wide
     picked = []
@@ -141,7 +141,7 @@ def select(
 
 
 @torch.no_grad()
-def survivors(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+def nms_keep_mask(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """(N, M) bool: which boxes (N, M, 4) no better one of the same image overlaps by more than `iou`, in the order of scores (N, M)."""
     if boxes.is_meta:  # only shapes are asked for
         return torch.ones_like(scores, dtype=torch.bool)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def normalise(
+def normalise_images(
     images: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """uint8 images (N, 3, H, W) times scale plus shift (3, 1, 1), in channels_last; the padding outside sizes (N, 2) is 0 after it."""

@@ -26,7 +26,7 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def xavier(module: nn.Module) -> None:
+def init_xavier(module: nn.Module) -> None:
     """Xavier's uniform start for every convolution inside, zero biases (FPN's convention)."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
@@ -35,7 +35,7 @@ def xavier(module: nn.Module) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def normal(module: nn.Module, std: float = 0.01) -> None:
+def init_normal(module: nn.Module, std: float = 0.01) -> None:
     """A normal start of that standard deviation for every convolution inside, zero biases (RetinaNet, 2017, 4.1).
 
     Convolutions that predict offsets keep theirs.
@@ -48,12 +48,12 @@ def normal(module: nn.Module, std: float = 0.01) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def start_at(bias: Tensor | None, prior: float) -> None:
+def init_prior_bias(bias: Tensor | None, prior: float) -> None:
     """The bias of logits that start with the score `prior`, above 0 and below 1 (RetinaNet, 2017, 4.1)."""
     nn.init.constant_(bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
 
 
-def kaiming(module: nn.Module) -> None:
+def init_kaiming(module: nn.Module) -> None:
     """Kaiming's normal start by fan-out for every plain and transposed convolution inside, zero biases (MMDetection's of RoI branches)."""
     for m in module.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_area
 
-from fusedet.models.ops.boxes import iou
+from fusedet.models.ops.boxes import aligned_iou
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
 
 def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     """-log IoU (R,) of boxes and targets (R, 4) in the same row ("UnitBox", Yu et al., 2016); an overlap counts as at least eps."""
-    return -iou(boxes, targets, eps).clamp(min=eps).log()
+    return -aligned_iou(boxes, targets, eps).clamp(min=eps).log()
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
@@ -33,7 +33,7 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
 
     As torchvision.ops.generalized_box_iou_loss, but without its masks, for each of which a GPU is waited for.
     """
-    overlap = iou(boxes, targets, eps)
+    overlap = aligned_iou(boxes, targets, eps)
     union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(
         min=eps
     )  # as the shared area is overlap * union
@@ -42,7 +42,7 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     return 1 - overlap + (hull - union) / hull
 
 
-def sigmoid_focal(
+def sigmoid_focal_loss(
     logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
     """Focal loss (RetinaNet, 2017, eq. 5) of logits (R, K), summed over rows and classes.
@@ -55,10 +55,10 @@ def sigmoid_focal(
     positive = logits[rows, labels].float()  # (R+,)
     p = positive.sigmoid()
     exchange = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
-    return negative_focal(logits, counted, 1 - alpha, gamma) + exchange.sum()
+    return negative_focal_loss(logits, counted, 1 - alpha, gamma) + exchange.sum()
 
 
-def negative_focal(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
+def negative_focal_loss(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
     """The focal loss of logits (R, K) as if all were negatives: the sum of weight * p^gamma * BCE(p, 0) over the counted (R,) bool rows."""
     total: Tensor = _NegativeFocal.apply(logits, counted, weight, gamma)
     return total

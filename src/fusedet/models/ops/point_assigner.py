@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.assigners import OBJECTS_AT_ONCE, cheapest
-from fusedet.models.ops.boxes import centres
+from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, resolve_claims
+from fusedet.models.ops.boxes import box_centres
 from fusedet.types import Priors, Target
 
 _LEAST_SIDE = 1e-6  # pixels that a box's side counts as at least
 
 
 @dataclass(frozen=True)
-class NearestPoint:
+class PointAssigner:
     """By size and place (the paper's first stage, as MMDetection 3.x, where it is PointAssigner, settles what it leaves open).
 
     An object belongs to the level of stride 2^s with s = floor(log2(sqrt(width * height) / scale)), to the first or the last one where
@@ -39,15 +39,15 @@ class NearestPoint:
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
         """(P,) int64: the object's index, -1 background, -2 not valid."""
-        points = centres(priors.boxes)
+        points = box_centres(priors.boxes)
         if valid is not None:
             points = points.masked_fill(~valid[:, None], torch.inf)
-        return cheapest(*self._claims(points, priors, target.boxes.to(points.dtype)), len(priors), valid)
+        return resolve_claims(*self._claims(points, priors, target.boxes.to(points.dtype)), len(priors), valid)
 
     def _claims(self, every: Tensor, priors: Priors, objects: Tensor) -> tuple[Tensor, Tensor]:
         """The distances (G, M) of the nearest points of (P, 2), `pos_num` (or all) of every level, endless but on the object's own level,
         and which ones they are."""
-        middle, sides = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
+        middle, sides = box_centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
         size = (sides / self.scale).log2().mean(dim=1)  # (G,)
         exponents = (
             torch.stack([strides[0] for strides in priors.strides.split(list(priors.counts))]).log2().floor()
@@ -58,7 +58,7 @@ class NearestPoint:
             k = min(self.pos_num, len(points))
             some = [
                 ((points - m[:, None]) / s[:, None]).norm(dim=2).topk(k, dim=1, largest=False)  # (G', k)
-                for m, s in zip(middle.split(OBJECTS_AT_ONCE), sides.split(OBJECTS_AT_ONCE))
+                for m, s in zip(middle.split(INSTANCES_AT_ONCE), sides.split(INSTANCES_AT_ONCE))
             ]
             own = (level == i)[:, None]
             distances.append(torch.where(own, torch.cat([found.values for found in some]), torch.inf))

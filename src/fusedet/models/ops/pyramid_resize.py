@@ -13,7 +13,7 @@ from fusedet.types import Features
 Size = tuple[int, int]
 
 
-def shrink(x: Tensor, size: Size) -> Tensor:
+def max_pool_to(x: Tensor, size: Size) -> Tensor:
     """Adaptive max pooling of (N, C, H, W) to size; a plain window where the sizes divide, which is the same and much faster."""
     (height, width), (h, w) = x.shape[-2:], size
     if height % h == 0 and width % w == 0:
@@ -21,21 +21,24 @@ def shrink(x: Tensor, size: Size) -> Tensor:
     return F.adaptive_max_pool2d(x, size)
 
 
-def grow(x: Tensor, size: Size) -> Tensor:
+def upsample_nearest(x: Tensor, size: Size) -> Tensor:
     """Nearest neighbours of (N, C, H, W) at size."""
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def gather(features: Features, level: int) -> Features:
+def gather_levels(features: Features, level: int) -> Features:
     """Every level in the size of level number `level`: finer ones by max pooling, coarser ones by nearest neighbours."""
     size = (features[level].shape[-2], features[level].shape[-1])
-    return [shrink(f, size) if i < level else f if i == level else grow(f, size) for i, f in enumerate(features)]
+    return [
+        max_pool_to(f, size) if i < level else f if i == level else upsample_nearest(f, size)
+        for i, f in enumerate(features)
+    ]
 
 
-def scatter(x: Tensor, like: Tensor, place: int, level: int) -> Tensor:
+def scatter_level(x: Tensor, like: Tensor, place: int, level: int) -> Tensor:
     """The way back of `gather`: a map of level number `level` in the size of `like`, which is level number `place`."""
     size = (like.shape[-2], like.shape[-1])
-    return grow(x, size) if place < level else x if place == level else shrink(x, size)
+    return upsample_nearest(x, size) if place < level else x if place == level else max_pool_to(x, size)
 
 
 class NonLocal(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def region_align(
+def roi_align_cpu(
     feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True
 ) -> Tensor:
     """What `torchvision.ops.roi_align(feature, rois, size, 1 / stride, samples, aligned)` gives, to rounding.
@@ -21,7 +21,7 @@ def region_align(
     """
     if samples > 1 and len(rois) and float((rois[:, 3:] - rois[:, 1:3]).max()) > size * stride * samples:
         # samples more than a cell apart share no cells: each is a bin of its own
-        return F.avg_pool2d(region_align(feature, rois, size * samples, stride, 1, aligned), samples)
+        return F.avg_pool2d(roi_align_cpu(feature, rois, size * samples, stride, 1, aligned), samples)
     channels, height, width = feature.shape[1:]
     with torch.no_grad():
         boxes = rois[:, 1:] / stride - (0.5 if aligned else 0)
