@@ -211,7 +211,7 @@ def test_parameters(modulated: bool, count: int) -> None:
     ("name", "stages", "said"),
     [
         ("convnext_atto", (2, 3), "stage 2 of 'convnext_atto' has no blocks of a ResNet"),
-        ("resnet10t", (5,), r"deformable_stages=\[5\] must be different ones of this body's stages \[1, 2, 3, 4\]"),
+        ("resnet10t", (5,), r"deformable_stages=\[5\] must be different ones of this backbone's stages \[1, 2, 3, 4\]"),
         ("resnet10t", (2, 2), "must be different"),
     ],
 )

@@ -181,7 +181,7 @@ def test_blocks_start_as_the_identity_or_not(name: str, zero_init: bool) -> None
 
 
 def test_bodies_without_that_choice_say_so() -> None:
-    with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such choice"):
+    with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such option"):
         TimmBackbone("convnext_tiny", pretrained=False, zero_init=False)
 
 

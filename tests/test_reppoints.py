@@ -211,7 +211,7 @@ def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypa
         owners = PointAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
     assert 500 < int((owners >= 0).sum()) < 1000
-    monkeypatch.setattr(point_assigner, "OBJECTS_AT_ONCE", 1000)
+    monkeypatch.setattr(point_assigner, "INSTANCES_AT_ONCE", 1000)
     assert torch.equal(owners, PointAssigner().assign(priors, target))
 
 

@@ -148,7 +148,7 @@ def test_atss_of_a_thousand_objects_needs_little_memory(monkeypatch: pytest.Monk
         owners = ATSSAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
     assert 0 < int((owners >= 0).sum()) < len(priors)
-    monkeypatch.setattr(atss, "OBJECTS_AT_ONCE", 1000)
+    monkeypatch.setattr(atss, "INSTANCES_AT_ONCE", 1000)
     assert torch.equal(owners, ATSSAssigner().assign(priors, target))
 
 

@@ -1,4 +1,4 @@
-"""Bodies from timm, with frozen and deformable stages, and the insertion of plug-ins into their blocks."""
+"""Backbones from timm, with frozen and deformable stages, and the insertion of plug-ins into their blocks."""
 
 from fusedet.models.backbones.plugin_insertion import insert_plugin
 from fusedet.models.backbones.timm_backbone import TimmBackbone
