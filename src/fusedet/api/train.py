@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
-from fusedet.api.distributed import make_fabric, silent, together
+from fusedet.api.distributed import process_group, silent, together
 from fusedet.api.image_check import check_images, note_replaced
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
@@ -75,8 +75,7 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
         raise InputError(f"out={out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
     check_monitor(config)
     build_meta_detector(config)  # what cannot be built is told before the data are read
-    fabric = make_fabric(config)
-    with Peers(fabric, out / "last.ckpt", say):
+    with process_group(config) as fabric, Peers(fabric, out / "last.ckpt", say):
         return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
 
 
