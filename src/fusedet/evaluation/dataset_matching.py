@@ -58,7 +58,7 @@ def matched(
     else:
         answers = [masks[i]["segmentation"] for i in best]
         area = np.array([mask_area(answer) for answer in answers])
-        segments, sizes = [s for record in dataset for s in record.segments], dataset.sizes.tolist()
+        segments, sizes = [s for record in dataset for s in record.segmentations], dataset.sizes.tolist()
         truth = [encoded(segments[j], *sizes[owner[j]]) for j in order]
         pairs = mask_pairs(group, [encoded(answer, *answer["size"]) for answer in answers], objects, truth)
     guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])
