@@ -47,7 +47,11 @@ def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
 
     names = [f"class {k}" for k in range(CLASSES)]
     return DetectionDataset.build(
-        names, (k + k // 10 + 1 for k in range(CLASSES)), map(one, range(images)), source="generated", form="coco"
+        names,
+        (k + k // 10 + 1 for k in range(CLASSES)),
+        map(one, range(images)),
+        source="generated",
+        dataset_format="coco",
     )
 
 

@@ -18,7 +18,7 @@ from fusedet.api import validate
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError
 from fusedet.evaluation.mask_iou import encode_rle
 
@@ -44,7 +44,7 @@ def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str,
                 continue
             x, y, right, bottom = box
             x += 0.4 * (right - x) if (3 * i + k) % 10 < 10 * late else 0
-            mask = encode_rle(record.segments[k], record.height, record.width)
+            mask = encode_rle(record.segmentations[k], record.height, record.width)
             text = mask["counts"].decode() if isinstance(mask["counts"], bytes) else mask["counts"]
             found.append(
                 {
@@ -263,7 +263,7 @@ def test_what_scores_weights_waits_for_them(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_on_a_few_images(tmp_path: Path) -> None:
-    data = generate(tmp_path / "few", images=4, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
+    data = generate_dataset(tmp_path / "few", images=4, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
     plan = plan_of(tmp_path, TESTS, data, *SMALL, "train.epochs=5", seeds=1)
     rows, basis = ablation.preview_plan(plan, say=lambda text: None)
     assert basis.startswith("one training step of 'plain'")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -569,4 +569,4 @@ def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
 def test_generated_data_is_never_overwritten(scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "data")
     with pytest.raises(ValueError, match="name a new or empty folder"):
-        generate(tmp_path / "data", images=10)
+        generate_dataset(tmp_path / "data", images=10)

@@ -151,14 +151,14 @@ def draw(rng, count):
         image_ids=np.arange(1, count + 1),
         sizes=np.full((count, 2), 200),
         paths=["x"] * count,
-        owners=owner,
+        image_indices=owner,
         boxes=boxes,
         labels=0 * owner,
         ignore=owner < 0,
         area=np.full(len(owner), 1600.0),
         segmentations=[b""] * len(owner),
         source="drawn",
-        form="coco",
+        dataset_format="coco",
     )
     chance = rng.random(len(owner)) + rng.choice([-SPREAD, SPREAD], count)[owner]
     runs = []

@@ -15,8 +15,8 @@ from PIL import Image
 from fusedet import cli, evaluation, visualization
 from fusedet.api.compare import conclusion
 from fusedet.api.validate import painter
-from fusedet.data.readers.auto import read
-from fusedet.data.synthetic import generate
+from fusedet.data.readers.auto import read_dataset
+from fusedet.data.synthetic import generate_dataset
 from fusedet.visualization import images
 from test_cli import figures, spoken
 
@@ -25,7 +25,7 @@ def guesses(data: Path, split: str, *, found: float, spread: float, seed: int) -
     """The truth, of which a share is found, with its sides moved by a share of them, and false finds of low score."""
     rng = np.random.default_rng(seed)
     results = []
-    for record in read(data, split):
+    for record in read_dataset(data, split):
         for (x1, y1, x2, y2), label in zip(record.boxes, record.labels, strict=True):
             if rng.random() < found:
                 moved = rng.normal(0, spread, 4) * [x2 - x1, y2 - y1, x2 - x1, y2 - y1]
@@ -39,7 +39,7 @@ def guesses(data: Path, split: str, *, found: float, spread: float, seed: int) -
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return generate(
+    return generate_dataset(
         tmp_path_factory.mktemp("compare") / "data", images=60, size=(96, 128), splits={"val": 0.9, "test": 0.1}
     )
 
@@ -149,11 +149,11 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]
     assert "one too many" in refused(capsys, "compare", a, b, "third")
     assert "changes nothing" in refused(capsys, "compare", a, b, "model.neck=fpn")
     assert "not empty" in refused(capsys, "compare", a, b, f"out={a}")
-    other = generate(tmp_path / "other", images=60, seed=1, size=(96, 128), splits={"val": 0.9, "test": 0.1})
+    other = generate_dataset(tmp_path / "other", images=60, seed=1, size=(96, 128), splits={"val": 0.9, "test": 0.1})
     said = refused(capsys, "compare", a, b, f"data={other}")
     assert "other data" in said
     assert "same images and annotations" in said
-    few = generate(tmp_path / "few", images=10, size=(96, 128), splits={"val": 0.9, "test": 0.1})
+    few = generate_dataset(tmp_path / "few", images=10, size=(96, 128), splits={"val": 0.9, "test": 0.1})
     assert "image_id that is not in" in refused(capsys, "compare", *files, f"data={few}")
     (b / "metrics.json").write_text("{}")
     assert "has no stamp" in refused(capsys, "compare", a, b)
@@ -176,7 +176,7 @@ def test_conclusion() -> None:
 
 
 def test_images_that_differ_most(data: Path) -> None:
-    dataset = read(data, "val")
+    dataset = read_dataset(data, "val")
     objects = np.diff(dataset.offsets.numpy())
     busy, quiet = int(objects.argmax()), int(np.flatnonzero(objects == 1)[0])
     truth = [
@@ -197,7 +197,7 @@ def test_images_that_differ_most(data: Path) -> None:
 
 def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The strip below an image and the caption, of wrong classes and of objects that do not count too."""
-    whole = read(data, "val")
+    whole = read_dataset(data, "val")
     ignore = torch.arange(len(whole.labels)) % 5 == 0
     dataset = replace(whole, ignore=ignore)
     results = guesses(data, "val", found=0.8, spread=0.1, seed=2)

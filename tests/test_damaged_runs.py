@@ -20,7 +20,7 @@ from fusedet import cli, config, load
 from fusedet.ablation import cost, worker
 from fusedet.ablation.plan import Run
 from fusedet.api import train as command
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
 from fusedet.engine.checkpoint_validation import FORM
 from fusedet.engine.optim import Optim
@@ -244,7 +244,7 @@ def test_the_weights_of_a_run_name_no_class(
     worker.score_trained_weights(cell, lambda text: None)
     most = [max(Counter(one["image_id"] for one in found).values()) for found in reported]
     assert most[0] > most[1] == 7
-    cost.measure_prediction({"a row": cell}, read(scenes, "val"), torch.device("cpu"), seconds=0)
+    cost.measure_prediction({"a row": cell}, read_dataset(scenes, "val"), torch.device("cpu"), seconds=0)
     assert not ran.exists()
     with pytest.raises(InputError, match="--trust"):
         load(run)

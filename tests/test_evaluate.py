@@ -29,7 +29,9 @@ def dataset(images, names=("cat", "dog"), ids=(7, 3), image_ids=None, size=(200,
         image_id = image_ids[i] if image_ids else i + 1
         return ImageAnnotations(image_id, Path(f"{i}.jpg"), *size, boxes, labels, ignore, area, [None] * len(objects))
 
-    return DetectionDataset.build(names, ids, (one(i, o) for i, o in enumerate(images)), source="made", form="coco")
+    return DetectionDataset.build(
+        names, ids, (one(i, o) for i, o in enumerate(images)), source="made", dataset_format="coco"
+    )
 
 
 def result(image_id, category_id, box, score):

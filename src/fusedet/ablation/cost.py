@@ -20,7 +20,7 @@ from fusedet.ablation.plan import Run
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, find, tuned
 from fusedet.config import Config
-from fusedet.data.collate import collate_views, see
+from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.models import profiling
@@ -104,7 +104,7 @@ def _predictor(cell: Run, dataset: DetectionDataset, device: torch.device) -> Pr
 def _batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
     """Image i as the network sees it."""
     record = dataset[i]
-    return collate_views([see(read_image(record.path), record, model.views)], model.views[1:])
+    return collate_views([make_samples(read_image(record.path), record, model.views)], model.views[1:])
 
 
 @torch.no_grad()

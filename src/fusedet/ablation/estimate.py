@@ -16,7 +16,7 @@ from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
 from fusedet.api.predict import pick_device, views
 from fusedet.api.train import make_detector, train_transform
 from fusedet.api.validate import detect, has_mask_branch, val_loader
-from fusedet.data.loader import train_loader
+from fusedet.data.loader import build_train_loader
 from fusedet.errors import InputError
 
 LARGEST = 2  # images of a timed step on a CPU
@@ -124,7 +124,7 @@ def _seconds(plan: Plan, label: str, data: Split, device: torch.device, count: i
     """Seconds per image of a training step and of a prediction, each after one to warm up."""
     options = plan.configs[label]
     detector: Any = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
-    loader = train_loader(data[0], train_transform(options), batch=count, masks=has_mask_branch(detector))
+    loader = build_train_loader(data[0], train_transform(options), batch=count, masks=has_mask_branch(detector))
     weights = detector.loss_weights
     batches = (batch for epoch in count_up() for batch in loader.epoch(epoch))
     for _ in range(2):

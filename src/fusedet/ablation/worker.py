@@ -56,7 +56,7 @@ def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None
     detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
     masks = has_mask_branch(detector)
     results = detect(detector, val_loader(one, dataset), dataset, device)
-    figures = score(dataset, results, voc=dataset.form == "voc", evaluator=EVALUATORS[0], masks=masks)
+    figures = score(dataset, results, voc=dataset.dataset_format == "voc", evaluator=EVALUATORS[0], masks=masks)
     folder = fresh(cell.folder)
     replace(folder / "config.yaml", one.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}

@@ -11,8 +11,8 @@ from fusedet import visualization
 from fusedet.api.predict import Predictor
 from fusedet.api.train import train_transform
 from fusedet.config import Config
-from fusedet.data.loader import train_loader
-from fusedet.data.readers.auto import read
+from fusedet.data.loader import build_train_loader
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, plural
 from fusedet.visualization import object_centers as drawing
 
@@ -23,9 +23,9 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
     Raises InputError where target exists, ends in no image format, or the data cannot be read.
     """
     _check(target, (".png", ".jpg", ".webp", ".jpeg"))
-    dataset = read(config.data.path or "", split, images=config.data.images)
+    dataset = read_dataset(config.data.path or "", split, images=config.data.images)
     count = min(images, len(dataset))
-    loader = train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
+    loader = build_train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
     drawn, captions = [], []
     for batch in loader.epoch(epoch):
         height, width = batch.sizes[0].tolist()
@@ -51,15 +51,17 @@ def centres(config: Config, split: str, target: Path) -> list[dict[str, Any]]:
     Raises InputError as `browse` does, and where there is no object.
     """
     _check(target, (".png", ".pdf", ".svg"))
-    dataset = read(config.data.path or "", split, images=config.data.images, need_images=False)
+    dataset = read_dataset(config.data.path or "", split, images=config.data.images, need_images=False)
     counted = ~dataset.ignore
     owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]
     points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[owner].flip(1)).clamp(0, 1).numpy()
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawing.centres(groups, dataset.names, target, f"Where the objects' centres lie: {split} of {config.data.path}")
-    counts = [dict(zip(drawing.QUADRANTS, map(int, drawing.quadrants(own)))) for own in groups]
+    drawing.plot_centers(
+        groups, dataset.names, target, f"Where the objects' centres lie: {split} of {config.data.path}"
+    )
+    counts = [dict(zip(drawing.QUADRANTS, map(int, drawing.count_quadrants(own)))) for own in groups]
     return [{"name": name, "objects": len(own), **parts} for name, own, parts in zip(dataset.names, groups, counts)]
 
 

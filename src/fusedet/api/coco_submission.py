@@ -40,7 +40,7 @@ def of_server(dataset: DetectionDataset, max_det: int) -> str:
     """The server's name of a split. Raises InputError for a split that it does not score, one with other categories than COCO's, and
     for a detector that gives more detections of an image than COCO's rules allow."""
     name = re.sub(r"^(instances|image_info)_", "", Path(dataset.source).stem)
-    if dataset.form != "coco" or name not in SETS:
+    if dataset.dataset_format != "coco" or name not in SETS:
         raise InputError(f"{dataset.source} is no split that COCO's server scores: give that of {', '.join(SETS)}")
     if set(dataset.category_ids) != CATEGORIES:
         strange = sorted(CATEGORIES ^ set(dataset.category_ids))

@@ -15,7 +15,7 @@ from fusedet.api import run_dir
 from fusedet.api.validate import Result, painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
@@ -49,7 +49,7 @@ def compare(
     stored = [_stored(source, scored) for source in (a, b)]
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
-    dataset = read(data.path or "", scored, images=data.images, need_images=False)
+    dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
     for file, found in zip(stored, results):
         _same_data(file, dataset, found)

@@ -11,7 +11,7 @@ from fusedet.api.browse import predictions
 from fusedet.api.predict import load
 from fusedet.api.train import Trained, train
 from fusedet.data import synthetic as scenes
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 
 MODEL = "retinanet_tiny"
 
@@ -25,9 +25,9 @@ def demo(
     """
     options = config.load(MODEL, overrides)
     target = run_dir.fresh(options.out) if options.out else run_dir.numbered(".", "demo")
-    data = scenes.generate(target / "data", images=images, seed=seed)
+    data = scenes.generate_dataset(target / "data", images=images, seed=seed)
     say(f"{images} generated images: {data}")
     trained = train(config.load(MODEL, [*overrides, f"data={data}", f"out={target / 'run'}"]), say=say, quiet=quiet)
-    dataset, image = read(data, "val"), target / "predictions.png"
+    dataset, image = read_dataset(data, "val"), target / "predictions.png"
     predictions(load(trained.out), [dataset.path(i) for i in range(min(16, len(dataset)))], image)
     return replace(trained, files=trained.files | {"predictions": image})

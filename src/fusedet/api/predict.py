@@ -15,10 +15,10 @@ from torch import Tensor
 from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.config import Config, overridden, parse
-from fusedet.data.collate import collate_views, see
+from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
-from fusedet.data.transforms import Eval
+from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
 from fusedet.models.detectors.tta import detect_view, merge_detections
@@ -104,7 +104,7 @@ class Predictor:
 
     def seen(self, images: Sequence[Tensor]) -> Batch:
         """Images (3, H, W) uint8 as the network sees them, in all views."""
-        return collate_views([see(image, _empty(image), self.views) for image in images], self.views[1:])
+        return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
         """What is in each of some images (3, H, W) uint8, given with the paths that they come from, all at once."""
@@ -171,12 +171,12 @@ def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32
     return ready
 
 
-def views(config: Config) -> tuple[Eval, ...]:
+def views(config: Config) -> tuple[EvalTransform, ...]:
     """How the network sees an image in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
-        Eval(*size, flip=flip, antialias=config.data.antialias)
+        EvalTransform(*size, flip=flip, antialias=config.data.antialias)
         for flip in (False, True)[: 1 + config.test.flip]
         for size in sizes
     )

@@ -13,7 +13,7 @@ from torch import nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.distributed import process_group, silent, together
-from fusedet.api.image_check import check_images, note_replaced
+from fusedet.api.image_check import check_images, record_replaced_images
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
 from fusedet.api.validate import (
@@ -30,12 +30,12 @@ from fusedet.api.validate import (
 )
 from fusedet.atomic_io import replace
 from fusedet.config import Config, interval
-from fusedet.data.bad_images import Ledger
+from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.loader import train_loader
-from fusedet.data.readers.auto import read
-from fusedet.data.transforms import Train as TrainTransform
-from fusedet.data.validation import compare
+from fusedet.data.loader import build_train_loader
+from fusedet.data.readers.auto import read_dataset
+from fusedet.data.transforms import TrainTransform
+from fusedet.data.validation import compare_class_names
 from fusedet.engine import checkpoint, logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.peers import Peers
@@ -95,8 +95,8 @@ def _fit(
     batch, rate = config.train.batch // config.train.accumulate, config.train.lr
     ledger = None
     if config.train.on_bad_image == "skip":
-        ledger = Ledger(out, len(data), config.train.max_bad_images, fabric.global_rank, fabric.world_size)
-    loader = train_loader(
+        ledger = BadImageLog(out, len(data), config.train.max_bad_images, fabric.global_rank, fabric.world_size)
+    loader = build_train_loader(
         data,
         train_transform(config),
         batch=batch,
@@ -106,7 +106,7 @@ def _fit(
         world=fabric.world_size,
         masks=masks,
         pin=fabric.device.type == "cuda",
-        ledger=ledger,
+        bad_image_log=ledger,
     )
     if config.train.base_batch:
         rate = optim.scaled_lr(rate, config.train.batch, config.train.base_batch)
@@ -161,7 +161,7 @@ def _fit(
     _note(config, fabric, out, known)
     if ledger:
         ledger.begin(done["epoch"], 0)  # or nothing would be known of the epochs before, where none was left to train
-        note_replaced(ledger, out, say)
+        record_replaced_images(ledger, out, say)
     fabric.barrier()
     return finish(config, fabric, out, val)
 
@@ -195,7 +195,7 @@ def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> 
     if fabric.global_rank:
         return Trained(out, {}, {})
     figures = score(
-        val, results, voc=val.form == "voc", evaluator=evaluation.EVALUATORS[0], masks=has_mask_branch(best)
+        val, results, voc=val.dataset_format == "voc", evaluator=evaluation.EVALUATORS[0], masks=has_mask_branch(best)
     )
     files = report(val, results, figures, out, title=out.name)
     files["training curves"] = out / "training.png"
@@ -207,9 +207,10 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
     """The training and validation splits, checked against each other; says what was wrong with their annotations."""
     assert config.data.path is not None
     data, val = (
-        read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val)
+        read_dataset(config.data.path, split, images=config.data.images)
+        for split in (config.data.train, config.data.val)
     )
-    if different := compare(data, val):
+    if different := compare_class_names(data, val):
         raise InputError(different[0])
     for dataset in (data, val):
         if not len(dataset.labels):

@@ -17,7 +17,7 @@ from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
-from fusedet.data.loader import eval_loader
+from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
 from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
@@ -34,7 +34,9 @@ def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: 
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
     first, *others = views(config)
-    return eval_loader(dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others)
+    return build_eval_loader(
+        dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others
+    )
 
 
 def detect(
@@ -59,7 +61,7 @@ def has_mask_branch(detector: nn.Module) -> bool:
 
 def check_masks(dataset: DetectionDataset) -> None:
     """Raises InputError where objects have no mask: a detector that finds masks can neither learn from them nor be scored on them."""
-    if bare := int((dataset.segments.offsets.diff() == 0).sum()):
+    if bare := int((dataset.segmentations.offsets.diff() == 0).sum()):
         raise InputError(
             f"{bare} of the {len(dataset.labels)} objects of {dataset.source} have no mask, which a detector of masks learns and is scored "
             "by: use data with masks, such as COCO's, or a detector without them"

@@ -10,11 +10,11 @@ from rich.markup import escape
 
 from fusedet.api import browse as browsing
 from fusedet.api import run_dir
-from fusedet.api.check_dataset import check_data
+from fusedet.api.check_dataset import check_dataset
 from fusedet.api.convert_weights import convert as convert_weights
 from fusedet.cli import tables
 from fusedet.cli.args import Json, Words, any_config, out, print_json, separate, track
-from fusedet.data.conversion import convert as convert_data
+from fusedet.data.conversion import convert_dataset as convert_data
 from fusedet.errors import InputError, plural
 
 
@@ -29,7 +29,7 @@ def doctor(
     options = any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
-    reports, between = check_data(options, read_images, lambda items, total, split: track(json, items, total, split))
+    reports, between = check_dataset(options, read_images, lambda items, total, split: track(json, items, total, split))
     failed = bool(between) or any(r.errors for r in reports.values())
     if json:
         print_json({split: vars(r) for split, r in reports.items()} | {"between": between, "ok": not failed})

@@ -35,7 +35,7 @@ from fusedet.cli.args import (
     track,
 )
 from fusedet.config import Config
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, plural, unknown
 from fusedet.models import profiling
 from fusedet.models.detectors import build_meta_detector
@@ -96,7 +96,7 @@ def val_(
         wanted = predict.only(overrides, "data", "test", "device", "out")
         options = config.parse(config.overridden(saved.tree() | {"out": None}, wanted))
     scored = split or options.data.val
-    dataset = read(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
+    dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
     server_split = coco_submission.of_server(dataset, options.test.max_det) if submit else None
@@ -125,7 +125,9 @@ def val_(
     rows = coco_submission.checked(dataset, results) if submit else {}
     figures: dict[str, Any] = {"detections": len(results)}
     if annotated:
-        figures = validate.score(dataset, results, voc=voc or dataset.form == "voc", evaluator=evaluator, masks=masks)
+        figures = validate.score(
+            dataset, results, voc=voc or dataset.dataset_format == "voc", evaluator=evaluator, masks=masks
+        )
     parent = path if path.is_dir() else path.parent
     target = run_dir.fresh(options.out) if options.out else run_dir.numbered(parent, f"val-{Path(scored).stem}")
     files = validate.report(dataset, results, figures, target, title=f"{path.name} on {scored}") if annotated else {}

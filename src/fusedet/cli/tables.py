@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fusedet.data.validation import Report
+from fusedet.data.validation import DatasetReport
 from fusedet.errors import plural
 from fusedet.evaluation.confidence_intervals import choose_decimals
 
@@ -101,7 +101,7 @@ def cost(console: Console, figures: dict[str, Any], title: str) -> None:
         console.print("Multiply-adds of branches (masks, grids) depend on what is found, and are not counted.")
 
 
-def report(console: Console, split: str, found: Report) -> None:
+def report(console: Console, split: str, found: DatasetReport) -> None:
     """What a doctor found in a split."""
     if not found.figures:
         console.print(f"[bold]{escape(split)}[/]: cannot be read")

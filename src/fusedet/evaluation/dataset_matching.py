@@ -62,7 +62,7 @@ def match_detections(
     else:
         answers = [masks[i]["segmentation"] for i in best]
         area = np.array([compute_mask_area(answer) for answer in answers])
-        segments, sizes = [s for record in dataset for s in record.segments], dataset.sizes.tolist()
+        segments, sizes = [s for record in dataset for s in record.segmentations], dataset.sizes.tolist()
         truth = [encode_rle(segments[j], *sizes[owner[j]]) for j in order]
         pairs = find_mask_pairs(group, [encode_rle(answer, *answer["size"]) for answer in answers], objects, truth)
     guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])

@@ -28,7 +28,9 @@ def build_coco_ground_truth(dataset: DetectionDataset, *, masks: bool = True) ->
         for j, (area, ignore) in enumerate(zip(dataset.area.tolist(), dataset.ignore.tolist(), strict=True))
     ]
     if masks:
-        for annotation, segment in zip(annotations, (s for record in dataset for s in record.segments), strict=True):
+        for annotation, segment in zip(
+            annotations, (s for record in dataset for s in record.segmentations), strict=True
+        ):
             if segment is not None:
                 annotation["segmentation"] = segment
     return {

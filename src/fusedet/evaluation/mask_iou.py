@@ -16,7 +16,7 @@ from fusedet.evaluation.results import Result
 
 def validate_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
     """Raise InputError where an object or a result has no mask, or a result's mask is not of its image's size."""
-    bare = sum(1 for record in dataset for segment in record.segments if segment is None)
+    bare = sum(1 for record in dataset for segment in record.segmentations if segment is None)
     if bare:
         raise InputError(
             f"{bare} objects of {dataset.source} have no mask, so that iou_type 'segm' cannot be computed; use 'bbox'"

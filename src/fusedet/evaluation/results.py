@@ -16,7 +16,7 @@ import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import read_bytes
-from fusedet.data.segmentation import covered, is_rle
+from fusedet.data.segmentation import count_rle_pixels, is_rle
 from fusedet.errors import InputError, unknown
 
 Result = dict[str, Any]
@@ -189,4 +189,4 @@ def _box(value: Any) -> bool:
 
 
 def _drawable(mask: dict[str, Any]) -> bool:
-    return is_rle(mask) and covered(mask["counts"]) == math.prod(mask["size"])
+    return is_rle(mask) and count_rle_pixels(mask["counts"]) == math.prod(mask["size"])

@@ -20,14 +20,14 @@ MOST_POINTS = 400  # that are drawn one by one
 HIGHEST = 3.0  # densities above it look alike
 
 
-def quadrants(points: np.ndarray) -> np.ndarray:
+def count_quadrants(points: np.ndarray) -> np.ndarray:
     """How many of the points (M, 2), x and y in 0..1, lie in each of QUADRANTS, (4,); the middle belongs to the right and the lower one."""
     x, y = points.T
     found: np.ndarray = np.bincount((x >= 0.5).astype(int) + 2 * (y >= 0.5), minlength=4)
     return found
 
 
-def density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
+def estimate_density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
     """How dense the points (M, 2), x and y in 0..1, lie, (cells, cells) by row and column; 1 everywhere would be uniform, the mean is 1.
 
     A Gaussian kernel of Scott's width, M^(-1/6) times the points' standard deviation along each side, at least half a cell; what it would
@@ -49,7 +49,7 @@ def density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
     return found
 
 
-def centres(
+def plot_centers(
     points: Sequence[np.ndarray], names: Sequence[str], path: str | Path, title: str = "Where the objects' centres lie"
 ) -> None:
     """A panel per class: its density in one colour scale, the share of each quadrant, and up to 400 of its points.
@@ -70,12 +70,12 @@ def centres(
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
     for axes, (name, own) in zip(grid.flat, shown):
-        axes.imshow(density(own), cmap=colours, norm=scale, extent=(0, 1, 1, 0), interpolation="bilinear")
+        axes.imshow(estimate_density(own), cmap=colours, norm=scale, extent=(0, 1, 1, 0), interpolation="bilinear")
         few = own[np.linspace(0, len(own) - 1, min(len(own), MOST_POINTS)).astype(int)]
         axes.plot(*few.T, ".", color=DARK, ms=1.2, alpha=0.5)
         axes.axhline(0.5, color=DARK, lw=0.7)
         axes.axvline(0.5, color=DARK, lw=0.7)
-        parts = quadrants(own)
+        parts = count_quadrants(own)
         for k, count in enumerate(parts):
             corner = (0.03 + 0.94 * (k % 2), 0.04 + 0.92 * (k // 2))
             put = {"ha": "right" if k % 2 else "left", "va": "bottom" if k // 2 else "top"}
