@@ -82,7 +82,7 @@ def test_necks_of_a_body_stand_first(neck: str) -> None:
     with pytest.raises(InputError) as error:
         make(f"model.neck=[fpn,{neck}]")
     assert "model.neck.1 " in str(error.value)
-    assert "it takes a body's maps, got levels up to stride 128: put it first in the chain" in str(error.value)
+    assert "it takes a backbone's maps, got levels up to stride 128: put it first in the chain" in str(error.value)
 
 
 def test_auxiliary_losses_are_not_left_out() -> None:

@@ -1,4 +1,5 @@
-"""Which object each detection of an image found: the one rule behind the confusion matrix and the images of mistakes."""
+"""Which object each detection of an image found: the one rule behind the confusion matrix and the images of
+mistakes."""
 
 from __future__ import annotations
 
