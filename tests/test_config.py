@@ -227,7 +227,10 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
         ("model.interact={type: msil, channels: 64}", "passes channels by itself"),
         ("model.interact={type: msil, encoder_kernel: 2}", "encoder_kernel=2 must be odd"),
         ("model.neck=smsl", "must be of one width: put it after a neck"),
-        ("model.neck={type: mse_fpn, context: [1]}", "context=(1,) must name some of the backbone's levels [2, 3, 4, 5]"),
+        (
+            "model.neck={type: mse_fpn, context: [1]}",
+            "context=(1,) must name some of the backbone's levels [2, 3, 4, 5]",
+        ),
         ("model.neck={type: mse_fpn, gate: gcd}", "did you mean 'gcg'"),
         ("model.neck={type: fpn, channels: 64}", "set model.pyramid.channels"),
         ("model.pyramid.finest=9", "finest=9"),
