@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
+from rich.console import Group, RenderableType
 from torch import Tensor
 
+from fusedet import config as configs
 from fusedet import visualization
 from fusedet.api import run_dir
-from fusedet.api.predict import Prediction, Predictor, load
+from fusedet.api.image_sources import Sources
+from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
+from fusedet.api.results import Result, lines, list_files
+from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
 from fusedet.visualization import heat_maps
@@ -30,12 +35,25 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class Made:
-    """figures, by image, as cam.json has them; the files written, by what they show."""
+class CamResult(Result):
+    """The written heat maps.
 
-    figures: dict[str, Any]
+    Attributes:
+        images: By image the class, the numbers of each run and the files, as cam.json holds them.
+        out: The directory of the files.
+        files: The files written, by what they show.
+    """
+
+    images: dict[str, Any]
     out: Path
     files: dict[str, Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the directory and the images."""
+        return {"out": str(self.out), "images": self.images}
+
+    def __rich__(self) -> RenderableType:
+        return Group(lines(report(self.images)), list_files(self.files))
 
 
 @dataclass(frozen=True)
@@ -49,54 +67,66 @@ class Job:
 
 
 def cam(
-    run: str,
-    images: Sequence[Path],
-    overrides: Sequence[str] = (),
-    *,
-    beside: str | None = None,
-    name: str | None = None,
+    run: str | Path,
+    sources: str | Path | Iterable[str | Path],
+    *overrides: str,
+    beside: str | Path | None = None,
+    class_name: str | None = None,
     score: float = 0.3,
-    alone: bool = False,
+    best: bool = False,
     only: Collection[str] = (),
-    device: str = "auto",
-    out: str | None = None,
     trust: bool = False,
-) -> Made:
-    """Draw heat maps, gates and level weights of a run, and of another one `beside` it, on images.
+    **settings: Unpack[Settings],
+) -> CamResult:
+    """Draw heat maps, gates and level weights of a run, or of two runs in the same colours, on images.
 
-    name: of the class, by default that of the best detection of `run` in each image. score: the least of a detection. alone: of the
-    class's best place alone. only: some of `cam.PARTS`. Written into `out`, by default cam in the run's folder, cam-2, ...
-    trust: as `fusedet.load` has it, for both runs.
+    >>> fusedet.cam("runs/a", "street.jpg", beside="runs/b")  # doctest: +SKIP
 
-    Raises InputError for a class that a run does not know, an image in which nothing is found where no class is named, and a part that
-    no run has.
+    Args:
+        run: A run directory or a checkpoint.
+        sources: Files, directories, globs, and lists of paths (`@FILE`).
+        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run directory.
+        beside: A second run.
+        class_name: The class, by default that of the best detection of `run` in each image.
+        score: The least score of a detection.
+        best: Whether only the best location of the class is explained, not all locations weighted by score.
+        only: Some of `PARTS`.
+        trust: Whether the checkpoints' configs may name classes of other packages, whose code then runs.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: A run does not know the class, an image has no detection and no class is named, or no run has a part.
     """
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
+    own = [text for text in texts if text.partition("=")[0] in ("device", "out")]
+    options = configs.parse(configs.overridden({}, own))
+    of_model, out = [text for text in texts if text not in own], options.out
+    images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
     for part in only:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
     if out is not None:
         run_dir.check(out)  # before the work, not after it
     runs = {
-        source: load(source, *overrides, device=device, trust=trust)
-        for source in dict.fromkeys([run, *([beside] if beside else [])])
+        source: load(source, *of_model, device=options.device, trust=trust)
+        for source in dict.fromkeys(str(source) for source in (run, beside) if source)
     }
     for source, predictor in runs.items():
-        if name is not None and name not in predictor.names:
-            raise unknown(f"class of {source}", name, predictor.names)
-    jobs = [_job(runs, path, name, score) for path in images]
+        if class_name is not None and class_name not in predictor.names:
+            raise unknown(f"class of {source}", class_name, predictor.names)
+    jobs = [_job(runs, path, class_name, score) for path in images]
     target: Path | None = None
     figures: dict[str, Any] = {}
     files: dict[str, Path] = {}
     for job in jobs:
-        seen = {source: _look(predictor, job, alone) for source, predictor in runs.items()}
+        seen = {source: _look(predictor, job, best) for source, predictor in runs.items()}
         has = [part for part in PARTS if any(part in one.parts for one in seen.values())]
         if lacking := [part for part in only if part not in has]:
             raise InputError(
                 f"--only {lacking[0]}: {' and '.join(runs)} {'has' if len(runs) == 1 else 'have'} only {', '.join(has)}"
             )
         if target is None:
-            parent = Path(run) if Path(run).is_dir() else Path(run).parent
-            target = run_dir.fresh(out) if out else run_dir.numbered(parent, "cam")
+            target = run_dir.fresh(out) if out else run_dir.numbered(run_dir.parent_of(run), "cam")
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
         figures[str(job.path)] = {
             "class": job.name,
@@ -106,7 +136,7 @@ def cam(
         files |= {f"{job.path.name}, {what}": file for what, file in drawn.items()}
     assert target is not None, "there is no image"
     run_dir.write_json(target / "cam.json", figures)
-    return Made(figures, target, files | {"figures": target / "cam.json"})
+    return CamResult(figures, target, files | {"figures": target / "cam.json"})
 
 
 def report(figures: Mapping[str, Any]) -> list[str]:
