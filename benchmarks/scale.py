@@ -21,9 +21,9 @@ from common import own_peak, report
 from PIL import Image
 
 from fusedet import config
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 RECORDS = [(5_000, 50_000), (40_000, 50_000), (40_000, 400_000)]  # images, objects
 IMAGES = [50, 200]
@@ -65,7 +65,7 @@ def write_records(folder: Path, images: int, objects: int) -> None:
 def measure_records(folder: Path) -> dict[str, float]:
     """Seconds to read a dataset, the memory it then takes, and the peak on the way."""
     before, began = rss(), time.perf_counter()
-    dataset = read(str(folder), "train", need_images=False)
+    dataset = read_dataset(str(folder), "train", need_images=False)
     seconds = time.perf_counter() - began
     held = rss() - before
     assert len(dataset)
@@ -84,7 +84,7 @@ def make_model(file: Path) -> None:
     torch.manual_seed(0)
     options = config.load("retinanet_tiny", [*OPTIONS, "test.score=0.001", "test.max_det=20"])
     meta = {"config": options.to_yaml(), "names": json.dumps(["a", "b"]), "category_ids": "[1, 2]"}
-    checkpoint.save_weights(file, from_config(options, 2).state_dict(), meta)
+    checkpoint.save_weights(file, build_detector(options, 2).state_dict(), meta)
 
 
 def measure_prediction(top: Path, images: int, processes: int) -> dict[str, float]:

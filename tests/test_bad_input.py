@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -554,7 +554,7 @@ def test_a_full_disk_elsewhere_is_said(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
-    monkeypatch.setattr("fusedet.visualization.curves", full)
+    monkeypatch.setattr("fusedet.visualization.plot_precision_recall", full)
     has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
 
 
@@ -571,4 +571,4 @@ def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
 def test_generated_data_is_never_overwritten(scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "data")
     with pytest.raises(ValueError, match="name a new or empty folder"):
-        generate(tmp_path / "data", images=10)
+        generate_dataset(tmp_path / "data", images=10)

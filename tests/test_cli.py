@@ -16,12 +16,11 @@ import fusedet
 from conftest import SMALL
 from fusedet import cli, config
 from fusedet.data import synthetic
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
-from fusedet.models.ops.boxes import Selected
-from fusedet.models.profiling import cost
-from fusedet.types import Detections
+from fusedet.models.profiling import count_cost
+from fusedet.types import BatchDetections, Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
 
@@ -124,7 +123,7 @@ def test_starting_from_weights_of_other_classes(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     """What speaks of classes starts anew and is named; all else is taken over."""
-    data = synthetic.generate(tmp_path / "data", images=10, size=(64, 96))
+    data = synthetic.generate_dataset(tmp_path / "data", images=10, size=(64, 96))
     for file in data.rglob("instances_*.json"):
         content = json.loads(file.read_text())
         content["categories"], known = content["categories"][:2], {c["id"] for c in content["categories"][:2]}
@@ -290,11 +289,11 @@ def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_p
 def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Selected:
+    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
         seen.append(tuple(sizes[0].tolist()))
         h, w = sizes[0].tolist()
         boxes = torch.tensor([[[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h], [0, 0, 0, 0]]])
-        return Selected(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
+        return BatchDetections(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):
@@ -336,7 +335,7 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.head(self.body(images.float()))
 
-    found = cost(Small(), 32, 64)
+    found = count_cost(Small(), 32, 64)
     assert found["parts"]["body"] == {
         "parameters": 3 * 8 * 9 + 8,
         "trainable": 3 * 8 * 9 + 8,
@@ -434,7 +433,7 @@ def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path
 def test_convert(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     report = figures(capsys, "convert", "data", scenes, tmp_path / "yolo", "--to", "yolo")
     assert {split: row["images"] for split, row in report["splits"].items()} == {"train": 8, "val": 8}
-    before, after = read(scenes, "val"), read(tmp_path / "yolo", "val")
+    before, after = read_dataset(scenes, "val"), read_dataset(tmp_path / "yolo", "val")
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
     assert "next: fusedet train" in spoken(
         capsys, "convert", "data", tmp_path / "yolo", tmp_path / "voc", "--to", "voc"

@@ -19,7 +19,7 @@ from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Predictor, load
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 OPTIONS = [
     "model.backbone.name=regnetx_002",
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = config.load("retinanet_tiny", [*OPTIONS, "test.max_det=5"])
     file = tmp_path_factory.mktemp("model") / "best.safetensors"
     meta = {"config": options.to_yaml(), "names": '["dog", "cat"]', "category_ids": "[3, 7]"}
-    checkpoint.save_weights(file, from_config(options, 2).state_dict(), meta)
+    checkpoint.save_weights(file, build_detector(options, 2).state_dict(), meta)
     return file
 
 

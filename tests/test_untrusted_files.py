@@ -27,7 +27,7 @@ from fusedet.api import load_model
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection import load_checkpoint
-from fusedet.models.backbones.pretrained import create
+from fusedet.models.backbones.pretrained import create_timm_model
 from fusedet.safe_load import HEADER
 from scanning import runs_strangers
 
@@ -112,8 +112,8 @@ def readers(path: Path) -> dict[str, Callable[[], Any]]:
     """All that read a file of weights."""
     return {
         "checkpoint": lambda: checkpoint.load_weights(path),
-        "convert": lambda: load_checkpoint.read(path),
-        "backbone": lambda: create("lcnet_050", False, str(path)),
+        "convert": lambda: load_checkpoint.read_checkpoint(path),
+        "backbone": lambda: create_timm_model("lcnet_050", False, str(path)),
     }
 
 

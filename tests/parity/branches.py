@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.roi import GridBranch, LevelPooling, MaskBranch
-from fusedet.models.roi.pooling import Pooling
+from fusedet.models.roi.pooling import PoolingFactory
 from fusedet.types import Detections, Levels, Proposals
 
 STAGE = [(r"^bbox_head\.", "stages.0."), *LAYERS]
@@ -101,7 +101,7 @@ def given(case: Case) -> Given:
     return Given([f.requires_grad_() for f in case.levels("in.features")], proposals)
 
 
-def extractor(c: dict[str, Any]) -> tuple[Levels, Pooling, int]:
+def extractor(c: dict[str, Any]) -> tuple[Levels, PoolingFactory, int]:
     """The levels, pooling and size that MMDetection's config of a RoI extractor describes."""
     levels = Levels((c["out_channels"],) * len(c["featmap_strides"]), tuple(c["featmap_strides"]))
     layer = c["roi_layer"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import RPNHead
-from fusedet.models.ops.assigners import BACKGROUND, positives
+from fusedet.models.ops.assigners import BACKGROUND, gather_positives
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.roi import BoxStage, DynamicStage
 from fusedet.types import Detections, Levels, Losses, Outputs, Proposals
@@ -67,7 +67,7 @@ def others_as_background(head: RPNHead, outputs: Outputs, case: Case) -> Tensor:
     """
     owners = torch.stack([head.assigner.assign(outputs.priors, t) for t in case.targets()])
     drawn = [(owners >= 0).sum(dim=1), (owners == BACKGROUND).sum(dim=1)]
-    found = positives(owners, case.targets())
+    found = gather_positives(owners, case.targets())
     logits = flatten_maps(outputs.maps["cls"], 1)[found.image, found.prior, 0]
     return logits[found.labels > 0].sum() / sum(n.clamp(min=1).sum() for n in drawn)
 

@@ -23,8 +23,8 @@ from roi import ROI_ADAPTERS
 
 from fusedet.models.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
 from fusedet.models.necks import BFP, FPN, PAFPN
-from fusedet.models.ops.boxes import select
-from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Detections, Levels
 
 
@@ -87,7 +87,7 @@ def dense(
             errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head_eval.{i}")))
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}
-        chosen = select(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
+        chosen = select_detections(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
     wrong, total = 0, 0
     for i, n in enumerate(chosen.counts.tolist()):
         reference = [case.tensors[f"out.pred.{i}.{k}"] for k in ("bboxes", "scores", "labels")]
@@ -260,7 +260,7 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
         gamma=c["loss_cls"]["gamma"],
     )
     first = train["init"]["assigner"]
-    head.init_assigner = NearestPoint(first["scale"], first["pos_num"])
+    head.init_assigner = PointAssigner(first["scale"], first["pos_num"])
     step = 3 if c.get("norm_cfg") else 2
     renames = [
         (r"^(cls|reg)_convs\.(\d+)\.conv", lambda m: f"towers.{m[1]}.{step * int(m[2])}"),

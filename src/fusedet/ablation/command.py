@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 
 from fusedet import config
 from fusedet.ablation import experiment, plan, render, spec, summary_text
-from fusedet.ablation.estimate import duration, told
+from fusedet.ablation.estimate import format_duration, parse_duration
 from fusedet.api.results import Result, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.errors import InputError, one_of
@@ -42,9 +42,9 @@ class AblationResult(Result):
     def __rich__(self) -> RenderableType:
         rows = (row for row in self.summary["rows"] if not row["cited"])
         text = [f"{row['label']}: {row['conclusion']}" for row in rows]
-        text += [*summary_text.covered(self.summary), *summary_text.notes(self.summary)]
-        text.append(summary_text.cost_note(self.summary))
-        tables = map(render.sheet_table, render.sheets(self.summary))
+        text += [*summary_text.describe_coverage(self.summary), *summary_text.collect_notes(self.summary)]
+        text.append(summary_text.describe_cost(self.summary))
+        tables = map(render.sheet_table, render.make_sheets(self.summary))
         return Group(*tables, lines(text), list_files(self.files))
 
 
@@ -79,9 +79,9 @@ class AblationPreview(Result):
         return fields | {"seconds": self.seconds, "basis": self.basis}
 
     def __rich__(self) -> RenderableType:
-        text = [f"about {told(self.seconds)} on one device, by {self.basis}"] if self.seconds else []
+        text = [f"about {format_duration(self.seconds)} on one device, by {self.basis}"] if self.seconds else []
         text += [] if self.basis or text else ["with data=PATH the time is estimated too"]
-        table = render.sheet_table(render.plan_sheet(self.rows, self.classes, self.seeds))
+        table = render.sheet_table(render.make_plan_sheet(self.rows, self.classes, self.seeds))
         return Group(lines([self.title]), table, lines(text))
 
 
@@ -122,12 +122,12 @@ def ablate(
     """
     one_of("launcher", launcher, Launcher)
     _check_call(table)
-    seconds = None if budget is None else duration(budget)
+    seconds = None if budget is None else parse_duration(budget)
     texts = to_overrides(overrides, settings)
     out, of_rows = _split_out(texts)
     if out is None:
         raise InputError("no output directory: add out=DIR")
-    made = plan.make(spec.load(str(table)), of_rows, seeds=seeds, rows=rows, out=out, say=say)
+    made = plan.make_plan(spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out, say=say)
     options = {
         "--seeds": [seeds],
         "--rows": rows,
@@ -138,8 +138,8 @@ def ablate(
     }
     words = [word for key, values in options.items() for value in values for word in (key, str(value))]
     command = ("fusedet", "ablate", str(table), *texts, *words)
-    launch = experiment.Launch(seconds, launcher, dict(map(_parse_pair, slurm)), resamples, command)
-    summary, files = experiment.ablate(made, launch, say=say, quiet=quiet)
+    launch = experiment.LaunchOptions(seconds, launcher, dict(map(_parse_pair, slurm)), resamples, command)
+    summary, files = experiment.run_plan(made, launch, say=say, quiet=quiet)
     return AblationResult(summary, made.out, files)
 
 
@@ -166,8 +166,10 @@ def preview(
     """
     _check_call(table)
     out, of_rows = _split_out(to_overrides(overrides, settings))
-    made = plan.make(spec.load(str(table)), of_rows, seeds=seeds, rows=rows, out=out or "", need_data=False, say=say)
-    found, basis = experiment.look(made, say=say)
+    made = plan.make_plan(
+        spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out or "", need_data=False, say=say
+    )
+    found, basis = experiment.preview_plan(made, say=say)
     return AblationPreview(made.table.title, made.table.source, made.classes, seeds, found, basis)
 
 
@@ -180,7 +182,7 @@ def _split_out(texts: Sequence[str]) -> tuple[str | None, list[str]]:
 def _check_call(table: str | Path | None) -> None:
     """Raise InputError if no table is given, or for one of several processes."""
     if table is None:
-        names = ", ".join(spec.names())
+        names = ", ".join(spec.list_tables())
         raise InputError(
             f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {names}, or a file"
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusedet import config
-from fusedet.ablation.plan import FAILED, TIMES, Cell, read_json
+from fusedet.ablation.plan import FAILED, TIMES, Run, read_json
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
@@ -21,7 +21,7 @@ from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
 
 
-def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> None:
+def execute_run(cell: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
     """Train and score a run that is not finished, or score its row's weights; how long it took is noted in its folder.
 
     One that diverged is noted too and raises nothing: the other runs of a table do not depend on it.
@@ -36,7 +36,7 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
     began = time.perf_counter()
     try:
         if cell.trained:
-            score_again(cell, say)
+            score_trained_weights(cell, say)
         else:
             train(cell.config, resume=resumed, say=say, quiet=quiet)
     except NonFinite as error:
@@ -46,7 +46,7 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
             _note(folder, [*earlier, time.perf_counter() - began])
 
 
-def score_again(cell: Cell, say: Callable[[str], None] = print) -> None:
+def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None:
     """Score the weights of the run `cell.trained` as the cell's config tests, into the cell's folder: results, figures and images."""
     assert cell.trained is not None
     one = cell.config
@@ -77,10 +77,8 @@ def main() -> int:
     """Run what standard input says; exits as the command line does."""
     asked = json.load(sys.stdin)
     try:
-        run(
-            Cell(
-                asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None
-            )
+        execute_run(
+            Run(asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None)
         )
     except InputError as error:
         print(str(error), file=sys.stderr)

@@ -17,8 +17,8 @@ from fusedet.api.settings import Settings, Source, resolve_config
 from fusedet.api.tables import centers_table
 from fusedet.api.train import train_transform
 from fusedet.config import Config
-from fusedet.data.loader import train_loader
-from fusedet.data.readers.auto import read
+from fusedet.data.loader import build_train_loader
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, plural
 from fusedet.visualization import object_centers
 
@@ -87,22 +87,22 @@ def browse(
 def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
     """Draw predictions of at least `score` on images, into one grid."""
     found = list(predictor.stream(images, batch=4))
-    visualization.grid([one.plot(score=score) for one in found], [path.name for path in images]).save(target)
+    visualization.draw_image_grid([one.plot(score=score) for one in found], [path.name for path in images]).save(target)
 
 
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
     """Draw the first images of an epoch with their boxes; return how many there were."""
     _check_target(target, (".png", ".jpg", ".webp", ".jpeg"))
-    dataset = read(config.data.path or "", split, images=config.data.images)
+    dataset = read_dataset(config.data.path or "", split, images=config.data.images)
     count = min(images, len(dataset))
-    loader = train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
+    loader = build_train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
     drawn, captions = [], []
     for batch in loader.epoch(epoch):
         height, width = batch.sizes[0].tolist()
         seen = batch.targets[0] if batch.targets else None
         assert seen is not None
         drawn.append(
-            visualization.boxes(
+            visualization.draw_boxes(
                 batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore
             )
         )
@@ -110,7 +110,7 @@ def _draw_images(config: Config, split: str, images: int, epoch: int, target: Pa
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)
-    visualization.grid(drawn, captions).save(target)
+    visualization.draw_image_grid(drawn, captions).save(target)
     return count
 
 
@@ -120,7 +120,7 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     The quadrants are those of Figure 5 of MSIL (Wang et al., 2023). Ignored objects are left out.
     """
     _check_target(target, (".png", ".pdf", ".svg"))
-    dataset = read(config.data.path or "", split, images=config.data.images, need_images=False)
+    dataset = read_dataset(config.data.path or "", split, images=config.data.images, need_images=False)
     counted = ~dataset.ignore
     owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]
@@ -128,8 +128,8 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
     title = f"Where the objects' centres lie: {split} of {config.data.path}"
-    object_centers.centres(groups, dataset.names, target, title)
-    counts = [dict(zip(object_centers.QUADRANTS, map(int, object_centers.quadrants(own)))) for own in groups]
+    object_centers.plot_centers(groups, dataset.names, target, title)
+    counts = [dict(zip(object_centers.QUADRANTS, map(int, object_centers.count_quadrants(own)))) for own in groups]
     return [{"name": name, "objects": len(own), **parts} for name, own, parts in zip(dataset.names, groups, counts)]
 
 

@@ -16,7 +16,7 @@ from fusedet.api.settings import Settings, Source, resolve_config
 from fusedet.api.tables import dataset_table
 from fusedet.data import validation
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import form, read
+from fusedet.data.readers.auto import detect_format, read_dataset
 from fusedet.errors import InputError
 
 
@@ -29,7 +29,7 @@ class DatasetCheck(Result):
         mismatches: What does not agree between the splits.
     """
 
-    reports: dict[str, validation.Report]
+    reports: dict[str, validation.DatasetReport]
     mismatches: list[str]
 
     @property
@@ -77,18 +77,18 @@ def check_dataset(
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
     path = options.data.path
-    form(path)
-    reports: dict[str, validation.Report] = {}
+    detect_format(path)
+    reports: dict[str, validation.DatasetReport] = {}
     splits: dict[str, DetectionDataset] = {}
     for split in dict.fromkeys((options.data.train, options.data.val)):
         try:
-            splits[split] = read(path, split, images=options.data.images, need_images=False)
+            splits[split] = read_dataset(path, split, images=options.data.images, need_images=False)
         except InputError as error:
-            reports[split] = validation.Report(errors=[str(error)])
+            reports[split] = validation.DatasetReport(errors=[str(error)])
             continue
 
         def wrap(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
             return track(progress, items, total, split)
 
-        reports[split] = validation.examine(splits[split], options.data.size, read=read_images, progress=wrap)
-    return DatasetCheck(reports, validation.compare(*splits.values()) if len(splits) == 2 else [])
+        reports[split] = validation.validate_split(splits[split], options.data.size, read=read_images, progress=wrap)
+    return DatasetCheck(reports, validation.compare_class_names(*splits.values()) if len(splits) == 2 else [])

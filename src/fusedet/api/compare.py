@@ -20,10 +20,10 @@ from fusedet.api.validate import Result as Detection
 from fusedet.api.validate import painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
-from fusedet.evaluation.bootstrap import FIGURES
-from fusedet.evaluation.confidence_intervals import LEVEL, decimals
+from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
+from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
 
 RESULTS, METRICS = "val.bbox.json", "metrics.json"
 SAME = "Nothing can be concluded: A and B are the same, detection by detection."
@@ -90,25 +90,25 @@ def compare(
     stored = [_stored(source, scored) for source in (a, b)]
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
-    dataset = read(data.path or "", scored, images=data.images, need_images=False)
+    dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
     for file, found in zip(stored, results):
         _same_data(file, dataset, found)
-    tables = [evaluation.found(dataset, found) for found in results]
+    tables = [evaluation.build_detection_table(dataset, found) for found in results]
     figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=bootstrap_seed))
     report = {
         "a": a,
         "b": b,
         "data": str(data.path),
         "split": scored,
-        "stamp": evaluation.stamp(dataset, results[0]) | {"detections": [len(found) for found in results]},
+        "stamp": evaluation.create_stamp(dataset, results[0]) | {"detections": [len(found) for found in results]},
         "resamples": resamples,
         "seed": bootstrap_seed,
         "level": LEVEL,
         "conclusion": SAME if results[0] == results[1] else conclusion(figures["AP"], len(dataset)),
-        "figures": {name: figures[name] for name in FIGURES},
+        "figures": {name: figures[name] for name in BOOTSTRAP_METRICS},
         "classes": figures["classes"],
-        "errors": {side: evaluation.error_kinds(dataset, table) for side, table in zip("ab", tables)},
+        "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
     }
     parent, name = run_dir.parent_of(b), f"compare-{Path(a).stem}"
     out = run_dir.fresh(options.out) if options.out else run_dir.numbered(parent, name)
@@ -119,7 +119,7 @@ def compare(
     }
     run_dir.write_json(files["comparison"], report)
     title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over images"
-    visualization.differences(
+    visualization.plot_differences(
         figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"]
     )
     if (sheet := _differing(dataset, results, tables)) is None:
@@ -134,7 +134,7 @@ def conclusion(row: dict[str, float], images: int) -> str:
     change, low, high = row["difference"], row["low"], row["high"]
     if math.isnan(low):
         return "Nothing can be concluded: the data hold no object that counts."
-    digits = decimals(change, low, high, least=3)
+    digits = choose_decimals(change, low, high, least=3)
     ends = f"{100 * LEVEL:g} % interval over the {images} images {low:+.{digits}f} to {high:+.{digits}f}"
     if low <= 0 <= high:
         return f"Nothing can be concluded about which is better: the difference of AP is {change:+.{digits}f}, but its {ends} holds 0."
@@ -178,7 +178,7 @@ def _same_data(file: Path, dataset: DetectionDataset, results: list[Detection]) 
         raise InputError(
             f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
         ) from error
-    if made_on != (here := evaluation.stamp(dataset, results)["data"]):
+    if made_on != (here := evaluation.create_stamp(dataset, results)["data"]):
         raise InputError(
             f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} images) than {dataset.source} "
             f"({here}, {len(dataset)} images): two runs are compared on the same images and annotations"
@@ -191,13 +191,13 @@ def _differing(
     """Return the n images on which the two differ most, A left and B right; None if they do not differ."""
     paint = [painter(dataset, found) for found in results]
     drawn, captions = [], []
-    for i, *rows in evaluation.differing_images(dataset, tables[0], tables[1], n=n):
+    for i, *rows in evaluation.find_differing_images(dataset, tables[0], tables[1], n=n):
         images = [draw(i) for draw in paint]
         for side, image, (quality, misses, false) in zip("AB", images, rows):
             if image is not None:
                 drawn.append(image)
                 captions.append(f"{side}, {dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return visualization.grid(drawn, captions, columns=4) if drawn else None
+    return visualization.draw_image_grid(drawn, captions, columns=4) if drawn else None
 
 
 def _short(source: str) -> str:

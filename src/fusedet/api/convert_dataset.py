@@ -51,4 +51,4 @@ def convert_dataset(
     Raises:
         InputError: `target` is not empty, an image is missing, or a class name cannot be written.
     """
-    return DatasetConversion(Path(target), conversion.convert(source, target, to, link=link))
+    return DatasetConversion(Path(target), conversion.convert_dataset(source, target, to, link=link))

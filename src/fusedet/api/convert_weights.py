@@ -68,7 +68,9 @@ def convert_weights(
         raise InputError(f"{target} exists: nothing is overwritten, choose another name")
     if not is_file:
         run_dir.check(target)
-    found = interop.convert(source, None if config is None else str(config), to_overrides(overrides, settings))
+    found = interop.convert_checkpoint(
+        source, None if config is None else str(config), to_overrides(overrides, settings)
+    )
     lists = {"names": json.dumps(found.names), "category_ids": json.dumps(found.category_ids)}
     meta = {"config": found.config.to_yaml(), "format": "fusedet", **lists}
     if is_file:

@@ -15,7 +15,7 @@ from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.train import train
 from fusedet.data import synthetic
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 
 MODEL = "retinanet_tiny"
 SHOWN = 16
@@ -45,10 +45,10 @@ def demo(
     texts = to_overrides(overrides, settings)
     options = config.load(MODEL, texts)
     target = run_dir.fresh(options.out) if options.out else run_dir.numbered(".", "demo")
-    data = synthetic.generate(target / "data", images=images, seed=options.train.seed)
+    data = synthetic.generate_dataset(target / "data", images=images, seed=options.train.seed)
     say(f"{images} generated images: {data}")
     trained = train(config.load(MODEL, [*texts, f"data={data}", f"out={target / 'run'}"]), say=say, quiet=quiet)
-    dataset, drawn = read(data, "val"), target / "predictions.png"
+    dataset, drawn = read_dataset(data, "val"), target / "predictions.png"
     draw_predictions(load(trained.out), [dataset.path(i) for i in range(min(SHOWN, len(dataset)))], drawn)
     files = trained.files | {"predictions": drawn}
     return replace(trained, out=Path(target), files=files, title="RetinaNet on synthetic data: AP by object size")

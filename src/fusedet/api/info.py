@@ -15,7 +15,7 @@ from fusedet.api.tables import cost_table
 from fusedet.config import Config
 from fusedet.errors import plural
 from fusedet.models import profiling
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ def info(
     classes = 80 if classes is None else classes
     with countable(name):
         with limit or nullcontext():
-            detector = bare(options, classes)
-        return ModelInfo(name, classes, profiling.cost(detector, *profiling.network_size(options.data.size)))
+            detector = build_meta_detector(options, classes)
+        return ModelInfo(name, classes, profiling.count_cost(detector, *profiling.network_size(options.data.size)))

@@ -16,14 +16,14 @@ from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.settings import Sections, refuse_other_keys, to_overrides
 from fusedet.config import Config, overridden, parse
-from fusedet.data.collate import collate_views, see
+from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
-from fusedet.data.transforms import Eval
+from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
-from fusedet.models.detectors import Detector, for_inference, selection
-from fusedet.models.detectors.tta import find_in, merge
-from fusedet.models.roi.mask import paste
+from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
+from fusedet.models.detectors.tta import detect_view, merge_detections
+from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
@@ -53,7 +53,7 @@ class Prediction(Detections):
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        drawn = visualization.boxes(
+        drawn = visualization.draw_boxes(
             self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
         )
         if path is not None:
@@ -68,7 +68,7 @@ class Predictor:
     """
 
     def __init__(
-        self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
+        self, detector: DetectorModule, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
     ) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
@@ -105,7 +105,7 @@ class Predictor:
 
     def seen(self, images: Sequence[Tensor]) -> Batch:
         """Images (3, H, W) uint8 as the network sees them, in all views."""
-        return collate_views([see(image, _empty(image), self.views) for image in images], self.views[1:])
+        return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
         """What is in each of some images (3, H, W) uint8, given with the paths that they come from, all at once."""
@@ -165,19 +165,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> Detector:
+def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32") -> DetectorModule:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
-    ready = for_inference(detector, precision)
-    ready.selection = selection(config.test)
+    ready = prepare_for_inference(detector, precision)
+    ready.selection = selection_options(config.test)
     return ready
 
 
-def views(config: Config) -> tuple[Eval, ...]:
+def views(config: Config) -> tuple[EvalTransform, ...]:
     """How the network sees an image in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
-        Eval(*size, flip=flip, antialias=config.data.antialias)
+        EvalTransform(*size, flip=flip, antialias=config.data.antialias)
         for flip in (False, True)[: 1 + config.test.flip]
         for size in sizes
     )
@@ -190,13 +190,15 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
     What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
     """
-    seen = [find_in(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)]
+    seen = [
+        detect_view(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)
+    ]
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
     results = []
     shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
     for found, (height, width) in zip(zip(*seen), sizes):
-        one = merge(found, **shared) if len(found) > 1 else found[0]
-        masks = None if one.masks is None else paste(one.masks, one.boxes, (height, width))
+        one = merge_detections(found, **shared) if len(found) > 1 else found[0]
+        masks = None if one.masks is None else paste_masks(one.masks, one.boxes, (height, width))
         results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
     return results
 

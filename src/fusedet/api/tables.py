@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fusedet.data.validation import Report
+from fusedet.data.validation import DatasetReport
 from fusedet.errors import plural
-from fusedet.evaluation.confidence_intervals import decimals
+from fusedet.evaluation.confidence_intervals import choose_decimals
 
 MOST_ERRORS = 20
 """Errors of a split that are listed; the others are counted."""
@@ -48,7 +48,7 @@ def comparison_table(report: Mapping[str, Any]) -> RenderableType:
     for title, rows in rows_by_title.items():
         table = _table(title, "A", "B", "B - A", level)
         for row in rows:
-            digits = decimals(row["difference"], row["low"], row["high"], least=3)
+            digits = choose_decimals(row["difference"], row["low"], row["high"], least=3)
             interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
             change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
             table.add_row(escape(row["name"]), number(row["a"]), number(row["b"]), change, interval)
@@ -82,7 +82,7 @@ def cost_table(cost: Mapping[str, Any], title: str) -> RenderableType:
     return Group(table, *([Text(note)] if cost["parts"].get("branches", {}).get("parameters") else []))
 
 
-def dataset_table(split: str, report: Report) -> RenderableType:
+def dataset_table(split: str, report: DatasetReport) -> RenderableType:
     """Return what a split holds, its warnings and its errors."""
     text = [_content(split, report.figures)] if report.figures else [f"[bold]{escape(split)}[/]: cannot be read"]
     table = [_table("class", "objects")] if report.figures else []

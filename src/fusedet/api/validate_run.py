@@ -16,7 +16,7 @@ from fusedet.api.progress import ShowProgress, no_progress
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.validate import check_names, evaluate_detector, evaluate_results, report
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, unknown
 
 SETTABLE = ("data", "test", "device", "out")
@@ -74,7 +74,7 @@ def validate(
         refuse_other_keys(texts, *SETTABLE)
         options = configs.parse(configs.overridden(saved.tree() | {"out": None}, texts))
     scored = split or options.data.val
-    dataset = read(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
+    dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
     server_split = coco_submission.of_server(dataset, options.test.max_det) if submission else None

@@ -245,7 +245,13 @@ def cam(
     sources, settings = cli.split_words(words)
     if not sources:
         raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
-    options: dict[str, Any] = {"beside": beside, "class_name": class_name, "score": score, "best": best, "trust": trust}
+    options: dict[str, Any] = {
+        "beside": beside,
+        "class_name": class_name,
+        "score": score,
+        "best_only": best,
+        "trust": trust,
+    }
     cli.show(draw(run, sources, *settings, **options, only=only or ()), json)
 
 

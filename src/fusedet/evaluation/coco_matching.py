@@ -96,7 +96,7 @@ def box_iou(det: np.ndarray, obj: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     return np.divide(inner, union, out=np.zeros_like(inner), where=inner > 0)
 
 
-def box_pairs(det_group: np.ndarray, det: np.ndarray, objects: Objects, boxes: np.ndarray, least: float) -> Pairs:
+def find_box_pairs(det_group: np.ndarray, det: np.ndarray, objects: Objects, boxes: np.ndarray, least: float) -> Pairs:
     """Pairs of boxes (x, y, width, height) that overlap by at least `least`."""
     dets, objs, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
     for d, o in same_group(det_group, objects.group):

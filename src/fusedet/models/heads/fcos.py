@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
-from fusedet.models.ops.assigners import PointInBox, assign_all, positives
-from fusedet.models.ops.boxes import centres, from_distances, grid_priors, point_shapes, to_distances
-from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
-from fusedet.models.ops.losses import giou_loss, iou_loss, mean_over_ranks, sigmoid_focal
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.assigners import PointInBoxAssigner, assign_batch, gather_positives
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_base_points
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.losses import giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 BOX_LOSSES = {"iou": iou_loss, "giou": giou_loss}
@@ -53,7 +53,7 @@ class FCOSHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 4,
         channels: int | None = None,
         norm: bool = True,
@@ -87,17 +87,17 @@ class FCOSHead(nn.Module):
         )
         self.offset = offset
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0, "loss_centerness": 1.0}
-        self.assigner = PointInBox(limits, radius if center_sampling else None)
+        self.assigner = PointInBoxAssigner(limits, radius if center_sampling else None)
         self.register_buffer(
-            "shapes", torch.stack([point_shapes(stride) for stride in levels.strides]), persistent=False
+            "shapes", torch.stack([make_base_points(stride) for stride in levels.strides]), persistent=False
         )  # (L, 1, 4)
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4, 3)
         self.centerness = conv(channels, 1, 3)
         self.scales = nn.Parameter(torch.ones(len(levels)))  # s_i of section 3.2
-        normal(self)
-        start_at(self.cls.bias, prior)
+        init_normal(self)
+        init_prior_bias(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, K, H, W) and "centerness" (N, 1, H, W), logits, and "reg" (N, 4, H, W), distances
@@ -122,20 +122,20 @@ class FCOSHead(nn.Module):
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         distances = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         centralities = flatten_maps(outputs.maps["centerness"], 1).squeeze(2)  # (N, P)
-        owners = assign_all(self.assigner.assign, priors, targets)  # (N, P)
-        image, prior, boxes, classes = positives(owners, targets)
+        owners = assign_batch(self.assigner.assign, priors, targets)  # (N, P)
+        image, prior, boxes, classes = gather_positives(owners, targets)
         rows = image * len(priors) + prior
         count = mean_over_ranks((owners >= 0).sum())
-        wanted = to_distances(centres(priors.boxes)[prior], boxes)  # (R, 4)
+        wanted = boxes_to_distances(box_centres(priors.boxes)[prior], boxes)  # (R, 4)
         central = centerness(wanted)
         if self.normalize_boxes:
             wanted = wanted / priors.strides[prior, None]
         origin = wanted.new_zeros(2)  # overlaps do not depend on the place
-        apart = self.box_loss(from_distances(origin, distances[image, prior]), from_distances(origin, wanted))
+        apart = self.box_loss(distances_to_boxes(origin, distances[image, prior]), distances_to_boxes(origin, wanted))
         every = torch.ones_like(owners, dtype=torch.bool).flatten()
         unsure = F.binary_cross_entropy_with_logits(centralities[image, prior].float(), central, reduction="sum")
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), every, rows, classes, self.alpha, self.gamma) / count,
+            "loss_cls": sigmoid_focal_loss(logits.flatten(0, 1), every, rows, classes, self.alpha, self.gamma) / count,
             "loss_box": (apart * central).sum() / mean_over_ranks(central.sum(), least=1e-6),
             "loss_centerness": unsure / count,
         }
@@ -148,7 +148,7 @@ class FCOSHead(nn.Module):
             distances = distances * priors.strides[:, None]
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
         quality = flatten_maps(outputs.maps["centerness"], 1).squeeze(2).float().sigmoid()
-        return Candidates(from_distances(centres(priors.boxes), distances), scores, quality)
+        return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores, quality)
 
 
 def centerness(distances: Tensor) -> Tensor:

@@ -12,13 +12,20 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, Positives, assign_all, positives, valid_priors
-from fusedet.models.ops.boxes import centres, grid_priors, point_shapes
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.assigners import (
+    IGNORED,
+    MaxIoUAssigner,
+    Positives,
+    assign_batch,
+    gather_positives,
+    valid_prior_mask,
+)
+from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv
-from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal
-from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Priors, Target
 
 Transform = Literal["moment", "minmax", "partial_minmax"]
@@ -49,7 +56,7 @@ class RepPointsHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 3,
         channels: int | None = None,
         point_channels: int | None = None,
@@ -89,9 +96,9 @@ class RepPointsHead(nn.Module):
         self.num_points, self.transform_method = num_points, transform_method
         self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta
         self.loss_weights = {"loss_cls": 1.0, "loss_init": init_weight, "loss_refine": refine_weight}
-        self.init_assigner, self.refine_assigner = NearestPoint(base_scale), MaxIoU(positive, negative)
+        self.init_assigner, self.refine_assigner = PointAssigner(base_scale), MaxIoUAssigner(positive, negative)
         self.register_buffer(
-            "shapes", torch.stack([point_shapes(s, base_scale) for s in levels.strides]), persistent=False
+            "shapes", torch.stack([make_base_points(s, base_scale) for s in levels.strides]), persistent=False
         )  # (L, 1, 4)
         steps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
         grid = torch.cartesian_prod(steps, steps).view(1, 2 * num_points, 1, 1)  # (dy, dx) pairs
@@ -107,8 +114,8 @@ class RepPointsHead(nn.Module):
         self.moment_transfer = (
             nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None
         )  # logs of lambda_x, lambda_y
-        normal(self)
-        start_at(self.cls.bias, prior)
+        init_normal(self)
+        init_prior_bias(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, K, H, W), logits, and "pts_init" and "pts_refine" (N, 2 * num_points, H, W), float32: how
@@ -140,8 +147,8 @@ class RepPointsHead(nn.Module):
         """Focal loss of the scores and smooth L1 of the corners of the initial and of the refined boxes, in `base_scale` strides, each
         summed and divided by its positives of the batch (at least one per image).
 
-        Initial points answer for an object by place and size (`NearestPoint`), scores and refined points by the overlap of the initial
-        box (`MaxIoU`). sizes (N, 2): of the images inside the canvas, None: all of it. Cells beyond an image's own padding do not count.
+        Initial points answer for an object by place and size (`PointAssigner`), scores and refined points by the overlap of the initial
+        box (`MaxIoUAssigner`). sizes (N, 2): of the images inside the canvas, None: all of it. Cells beyond an image's own padding do not count.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
@@ -150,17 +157,17 @@ class RepPointsHead(nn.Module):
         )  # (N, P, 2n)
         with torch.no_grad():
             boxes = self._boxes(priors, init)  # (N, P, 4)
-        valid = valid_priors(outputs, self.levels.strides, sizes)  # (N, P)
-        owners_init = assign_all(self.init_assigner.assign, priors, targets, valid)  # (N, P)
+        valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
+        owners_init = assign_batch(self.init_assigner.assign, priors, targets, valid)  # (N, P)
         owners = torch.stack(
-            [self.refine_assigner.match(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
+            [self.refine_assigner.match_boxes(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
         )
-        first, found = positives(owners_init, targets), positives(owners, targets)
+        first, found = gather_positives(owners_init, targets), gather_positives(owners, targets)
         counts = torch.stack([(o >= 0).sum(dim=1).clamp(min=1).sum() for o in (owners_init, owners)])
         count_init, count = mean_over_ranks(counts)
         rows, counted = found.image * len(priors) + found.prior, (owners != IGNORED).flatten()
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma)
+            "loss_cls": sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma)
             / count,
             "loss_init": self._box_loss(priors, init, first) / count_init,
             "loss_refine": self._box_loss(priors, refine, found) / count,
@@ -168,14 +175,14 @@ class RepPointsHead(nn.Module):
 
     def _box_loss(self, priors: Priors, points: Tensor, answers: Positives) -> Tensor:
         """The sum over the positives of the smooth L1 between their points' boxes and their objects'."""
-        place, stride = centres(priors.boxes[answers.prior]).repeat(1, 2), priors.strides[answers.prior, None]
+        place, stride = box_centres(priors.boxes[answers.prior]).repeat(1, 2), priors.strides[answers.prior, None]
         wanted = (answers.boxes - place) / stride  # (R, 4)
         found = self.pseudo_boxes(points[answers.image, answers.prior])
         return F.smooth_l1_loss(found / self.base_scale, wanted / self.base_scale, reduction="sum", beta=self.beta)
 
     def _boxes(self, priors: Priors, points: Tensor) -> Tensor:
         """Boxes (N, P, 4) in pixels of points (N, P, 2 * num_points) in strides."""
-        return centres(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
+        return box_centres(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
 
     def decode(self, outputs: Outputs) -> Candidates:
         """The refined boxes (N, P, 4) and scores (N, P, K)."""

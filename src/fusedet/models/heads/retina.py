@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, assign_all, positives, valid_priors
-from fusedet.models.ops.boxes import anchor_shapes, decode, encode, grid_priors
-from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
+from fusedet.models.ops.boxes import decode_boxes, encode_boxes, grid_priors, make_base_anchors
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 
@@ -38,7 +38,7 @@ class RetinaHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 4,
         channels: int | None = None,
         norm: bool = False,
@@ -64,9 +64,9 @@ class RetinaHead(nn.Module):
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
-        self.assigner = MaxIoU(positive, negative)
+        self.assigner = MaxIoUAssigner(positive, negative)
         shapes = torch.stack(
-            [anchor_shapes(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides]
+            [make_base_anchors(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides]
         )
         self.offset = offset
         self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)  # (L, A, 4)
@@ -74,8 +74,8 @@ class RetinaHead(nn.Module):
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias)
         self.cls = conv(channels, anchors * num_classes, 3)
         self.reg = conv(channels, anchors * 4, 3)
-        normal(self)
-        start_at(self.cls.bias, prior)
+        init_normal(self)
+        init_prior_bias(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, A * K, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
@@ -91,20 +91,21 @@ class RetinaHead(nn.Module):
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
-        owners = assign_all(
-            self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes)
+        owners = assign_batch(
+            self.assigner.assign, priors, targets, valid_prior_mask(outputs, self.levels.strides, sizes)
         )  # (N, P)
-        image, prior, boxes, classes = positives(owners, targets)
+        image, prior, boxes, classes = gather_positives(owners, targets)
         rows = image * len(priors) + prior
         counted = (owners != IGNORED).flatten()
         count = mean_over_ranks((owners >= 0).sum(dim=1).clamp(min=1).sum())
-        wanted = encode(priors.boxes[prior], boxes)
+        wanted = encode_boxes(priors.boxes[prior], boxes)
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma) / count,
+            "loss_cls": sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma)
+            / count,
             "loss_box": F.l1_loss(codes[image, prior].float(), wanted, reduction="sum") / count,
         }
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Boxes (N, P, 4) and scores (N, P, K)."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
+        return Candidates(decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)

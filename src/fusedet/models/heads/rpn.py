@@ -12,12 +12,19 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, tower
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, assign_all, positives, valid_priors
-from fusedet.models.ops.boxes import anchor_shapes, clip, decode, encode, grid_priors, survivors
-from fusedet.models.ops.layers import conv, flatten_maps, normal
+from fusedet.models.heads.towers import InteractionFactory, tower
+from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
+from fusedet.models.ops.boxes import (
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    grid_priors,
+    make_base_anchors,
+    nms_keep_mask,
+)
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.ops.regression_losses import l1, smooth_l1
+from fusedet.models.ops.regression_losses import l1_loss, smooth_l1_loss
 from fusedet.models.ops.samplers import Sampler
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Proposals, Target
 
@@ -31,7 +38,7 @@ class RPNHead(nn.Module):
     convs, channels (those of the pyramid by default): of the shared 3x3 convolutions. scale: an anchor's side in strides.
     ratios: height / width; A = len(ratios). round_anchors: to whole pixels, as torchvision and Detectron have them.
     offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x).
-    positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.sample.Sampler`.
+    positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.samplers.Sampler`.
     allowed_border: by how many pixels anchors that are learned from may reach outside their image (3.1.3: 0), None: by any number.
     loss: of codes, "l1" or "smooth_l1" from beta on. nms: proposals of one level that overlap a better one by more are left out.
     proposals: how many of an image are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
@@ -44,7 +51,7 @@ class RPNHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int = 1,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 1,
         channels: int | None = None,
         scale: float = 8.0,
@@ -80,16 +87,16 @@ class RPNHead(nn.Module):
         self.levels, self.num_classes, self.nms, self.offset = levels, 1, nms, offset
         self.allowed_border = allowed_border
         self.proposals, self.train_proposals, self.train_pre_nms = proposals, train_proposals, train_pre_nms
-        self.cost = l1 if loss == "l1" else partial(smooth_l1, beta=beta)
+        self.cost = l1_loss if loss == "l1" else partial(smooth_l1_loss, beta=beta)
         self.loss_weights = {"loss_rpn_cls": 1.0, "loss_rpn_box": 1.0}
-        self.assigner = MaxIoU(positive, negative, min_positive)
+        self.assigner = MaxIoUAssigner(positive, negative, min_positive)
         self.sampler = Sampler(num, fraction, most_negatives)
-        shapes = torch.stack([anchor_shapes(stride, scale, 1, ratios) for stride in levels.strides])  # (L, A, 4)
+        shapes = torch.stack([make_base_anchors(stride, scale, 1, ratios) for stride in levels.strides])  # (L, A, 4)
         self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)
         self.tower = tower(levels.channels[0], channels, convs)
         self.cls = conv(channels, len(ratios), 1)
         self.reg = conv(channels, 4 * len(ratios), 1)
-        normal(self)
+        init_normal(self)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, A, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
@@ -104,25 +111,25 @@ class RPNHead(nn.Module):
         None: all of it. Anchors beyond an image's own padding or, with `allowed_border`, its edge are never sampled.
         """
         priors = outputs.priors
-        valid = valid_priors(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
-        owners = assign_all(self.assigner.assign, priors, targets, valid)  # (N, P)
+        valid = valid_prior_mask(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
+        owners = assign_batch(self.assigner.assign, priors, targets, valid)  # (N, P)
         drawn = self.sampler.sample(owners)
         positive = drawn & (owners >= 0)
         numbers = [mask.sum(dim=1).clamp(min=1) for mask in (positive, drawn & ~positive)]  # (N,) each
         count = mean_over_ranks(torch.cat(numbers).sum())
         logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2)[drawn].float()
-        found = positives(owners.masked_fill(~drawn, IGNORED), targets)
+        found = gather_positives(owners.masked_fill(~drawn, IGNORED), targets)
         codes = flatten_maps(outputs.maps["reg"], 4)[found.image, found.prior].float()
         return {
             "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[drawn].float(), reduction="sum")
             / count,
-            "loss_rpn_box": self.cost(codes, encode(priors.boxes[found.prior], found.boxes)).sum() / count,
+            "loss_rpn_box": self.cost(codes, encode_boxes(priors.boxes[found.prior], found.boxes)).sum() / count,
         }
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Boxes (N, P, 4) and scores (N, P, 1)."""
         scores = flatten_maps(outputs.maps["cls"], 1).float().sigmoid()
-        return Candidates(decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
+        return Candidates(decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
 
     @torch.no_grad()
     def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
@@ -135,11 +142,11 @@ class RPNHead(nn.Module):
             logits = flatten_maps([cls], 1).squeeze(2)  # (N, P)
             best, places = logits.topk(min(most, len(priors)), dim=1)  # (N, M)
             codes = flatten_maps([reg], 4).gather(1, places[..., None].expand(-1, -1, 4))
-            found = clip(decode(priors[places], codes.float()), sizes)  # (N, M, 4)
+            found = clip_boxes(decode_boxes(priors[places], codes.float()), sizes)  # (N, M, 4)
             real = (found[..., 2] > found[..., 0]) & (found[..., 3] > found[..., 1])
             score = best.float().sigmoid().masked_fill(~real, -1)
             boxes.append(found)
-            scores.append(score.masked_fill(~survivors(found, score, self.nms), -1))
+            scores.append(score.masked_fill(~nms_keep_mask(found, score, self.nms), -1))
         every = torch.cat(scores, dim=1)
         best, places = every.topk(min(limit, every.shape[1]), dim=1)  # (N, R)
         chosen = torch.cat(boxes, dim=1).gather(1, places[..., None].expand(-1, -1, 4))

@@ -11,7 +11,7 @@ from fusedet.errors import InputError
 from fusedet.models.ops.deformable import DeformPack
 from fusedet.models.ops.layers import GroupNorm, conv
 
-Interact = Callable[[int], Any] | None
+InteractionFactory = Callable[[int], Any] | None
 """What makes the interaction of two branches of so many channels, or None."""
 
 
@@ -56,7 +56,7 @@ class TwinTowers(nn.Module):
         channels: int,
         convs: int,
         norm: bool = False,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         bias: bool = True,
         deformable_last: bool = False,
     ) -> None:

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers, tower
-from fusedet.models.ops.assigners import assign_all, positives, valid_priors
-from fusedet.models.ops.atss import ATSS
-from fusedet.models.ops.boxes import centres, from_distances, grid_priors, iou, point_shapes
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers, tower
+from fusedet.models.ops.assigners import assign_batch, gather_positives, valid_prior_mask
+from fusedet.models.ops.atss import ATSSAssigner
+from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv
-from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
-from fusedet.models.ops.varifocal import varifocal
+from fusedet.models.ops.varifocal import varifocal_loss
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 PRIOR_SCALE = 8.0  # the squares that ATSS compares with objects have sides of 8 strides (ATSS, 2020)
@@ -49,7 +49,7 @@ class VFNetHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory = None,
         convs: int = 3,
         channels: int | None = None,
         bias: bool = False,
@@ -75,9 +75,9 @@ class VFNetHead(nn.Module):
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.gradient_mul, self.unit = gradient_mul, UNITS[box_norm]
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_refine": refine_weight}
-        self.assigner = ATSS(topk)
+        self.assigner = ATSSAssigner(topk)
         self.register_buffer(
-            "shapes", torch.stack([point_shapes(s, PRIOR_SCALE) for s in levels.strides]), persistent=False
+            "shapes", torch.stack([make_base_points(s, PRIOR_SCALE) for s in levels.strides]), persistent=False
         )  # (L, 1, 4)
         steps = torch.arange(-1.0, 2.0)
         self.register_buffer(
@@ -93,8 +93,8 @@ class VFNetHead(nn.Module):
         self.scales_refine = nn.Parameter(torch.ones(len(levels)))
         self.cls_star = DeformConv(channels, channels)
         self.cls = conv(channels, num_classes, 3)
-        normal(self)
-        start_at(self.cls.bias, prior)
+        init_normal(self)
+        init_prior_bias(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
         """Levels (N, C, H, W) to maps "cls" (N, K, H, W), logits, and "reg" and "refine" (N, 4, H, W), float32: how many pixels the
@@ -133,21 +133,23 @@ class VFNetHead(nn.Module):
         are background to the scores (as in MMDetection 3.x).
         """
         priors = outputs.priors
-        owners = assign_all(
-            self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes)
+        owners = assign_batch(
+            self.assigner.assign, priors, targets, valid_prior_mask(outputs, self.levels.strides, sizes)
         )  # (N, P)
-        image, prior, wanted, classes = positives(owners, targets)
-        points = centres(priors.boxes)[prior]  # (R, 2)
+        image, prior, wanted, classes = gather_positives(owners, targets)
+        points = box_centres(priors.boxes)[prior]  # (R, 2)
         found = [
-            from_distances(points, flatten_maps(outputs.maps[name], 4)[image, prior]) for name in ("reg", "refine")
+            distances_to_boxes(points, flatten_maps(outputs.maps[name], 4)[image, prior]) for name in ("reg", "refine")
         ]
-        overlaps = [iou(boxes.detach(), wanted).clamp(min=LEAST_IOU) for boxes in found]
+        overlaps = [aligned_iou(boxes.detach(), wanted).clamp(min=LEAST_IOU) for boxes in found]
         costs = [(giou_loss(boxes, wanted) * overlap).sum() for boxes, overlap in zip(found, overlaps)]
         sums = torch.stack([points.new_full((), len(points)), *(overlap.sum() for overlap in overlaps)])
         count, weight, refined_weight = mean_over_ranks(sums)
         logits = flatten_maps(outputs.maps["cls"], self.num_classes).flatten(0, 1)  # (N * P, K)
         return {
-            "loss_cls": varifocal(logits, image * len(priors) + prior, classes, overlaps[1], self.alpha, self.gamma)
+            "loss_cls": varifocal_loss(
+                logits, image * len(priors) + prior, classes, overlaps[1], self.alpha, self.gamma
+            )
             / count,
             "loss_box": costs[0] / weight,
             "loss_refine": costs[1] / refined_weight,
@@ -157,5 +159,5 @@ class VFNetHead(nn.Module):
         """The refined boxes (N, P, 4) and scores (N, P, K), which tell class and overlap in one."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
         return Candidates(
-            from_distances(centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4)), scores
+            distances_to_boxes(box_centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4)), scores
         )
