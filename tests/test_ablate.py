@@ -471,7 +471,7 @@ def test_mistakes(
     out, data, mine = f"out={tmp_path / 'out'}", f"data={scenes}", str(table)
     assert "which table?" in refused(capsys)
     assert "did you mean 'smsl_table2'" in refused(capsys, "smsl_tabl2", data, out)
-    assert "no output folder: add out=" in refused(capsys, mine, data)
+    assert "no output directory: add out=" in refused(capsys, mine, data)
     assert "no data: add data=" in refused(capsys, mine, out)
     assert "did you mean 'plain'" in refused(capsys, mine, data, out, "--rows", "plane")
     assert "row 'theirs' is cited" in refused(capsys, mine, data, out, "--rows", "theirs")
@@ -483,7 +483,8 @@ def test_mistakes(
     )
     assert "finds no masks" in refused(capsys, mine, data, out, "train.monitor=mask_AP")
     assert "--budget 2x is no time" in refused(capsys, mine, data, out, "--budget", "2x")
-    assert "unknown launcher 'pbs'" in refused(capsys, mine, data, out, "--launcher", "pbs")
+    assert cli.run(["ablate", mine, data, out, "--launcher", "pbs"]) == 2
+    assert "'pbs' is not one of 'local', 'slurm'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "one table at a time" in refused(capsys, mine, "necks", data, out)
     assert not (tmp_path / "out").exists()
 

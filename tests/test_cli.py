@@ -192,7 +192,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
 def test_predict_writes_coco_with_original_sizes_and_ids(
     capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path
 ) -> None:
-    said = figures(capsys, "predict", run_copy, scenes / "val", "--batch", 3, "--score", 0)
+    said = figures(capsys, "predict", run_copy, scenes / "val", "test.batch=3", "--score", 0)
     content = json.loads(Path(said["files"]["predictions"]).read_text())
     assert said["images"] == len(content["images"]) == 8
     assert said["detections"] == len(content["annotations"]) == said["shown"]
@@ -362,7 +362,7 @@ def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     small, of_run = (
         figures(capsys, "info", *words, "--classes", 6) for words in (["retinanet_tiny", *SMALL], [trained])
     )
-    assert small["parts"] == of_run["parts"], "a run's folder is a model too"
+    assert small["parts"] == of_run["parts"], "a run directory is a config too"
     assert "retinanet_r50" in figures(capsys, "info")["models"]
     assert "2x_ms" in spoken(capsys, "info")
 

@@ -259,8 +259,8 @@ def format_csv(found: Found) -> str:
     return text.getvalue()
 
 
-def print_sheet(console: Console, sheet: Sheet) -> None:
-    """Print a table."""
+def sheet_table(sheet: Sheet) -> Terminal:
+    """Return a table for the terminal."""
     table = Terminal(title=escape(sheet.title), title_justify="left")
     for i, name in enumerate(sheet.head):
         widest = max(len(row[0]) for row in sheet.rows)
@@ -268,8 +268,13 @@ def print_sheet(console: Console, sheet: Sheet) -> None:
         table.add_column(escape(name), justify="right" if i else "left", overflow="fold", min_width=least)
     for row in sheet.rows:
         table.add_row(*map(escape, row))
+    return table
+
+
+def print_sheet(console: Console, sheet: Sheet) -> None:
+    """Print a table."""
     wide = console if console.is_terminal else Console(file=console.file, width=UNBOUND, highlight=False, emoji=False)
-    wide.print(table)
+    wide.print(sheet_table(sheet))
 
 
 def format_number(value: float | None, digits: int = 1) -> str:

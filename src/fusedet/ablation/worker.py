@@ -15,11 +15,10 @@ from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
-from fusedet.api.validate import detect, has_mask_branch, report, score, val_loader
+from fusedet.api.validate import evaluate_detector, report
 from fusedet.atomic_io import replace
 from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
-from fusedet.evaluation import EVALUATORS
 
 
 def execute_run(cell: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
@@ -54,14 +53,12 @@ def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None
     device = pick_device(one.device)
     train_split, dataset = open_data(one, say)
     detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
-    masks = has_mask_branch(detector)
-    results = detect(detector, val_loader(one, dataset), dataset, device)
-    figures = score(dataset, results, voc=dataset.dataset_format == "voc", evaluator=EVALUATORS[0], masks=masks)
+    evaluated = evaluate_detector(detector, one, dataset, device)
     folder = fresh(cell.folder)
     replace(folder / "config.yaml", one.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
     write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": cell.seed})
-    report(dataset, results, figures, folder, title=cell.label)
+    report(dataset, evaluated.results, evaluated.metrics, folder, title=cell.label)
 
 
 def _sessions(folder: Path) -> list[float | None]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.settings import Sections, refuse_other_keys, to_overrides
 from fusedet.config import Config, overridden, parse
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
@@ -122,29 +123,29 @@ def load(
     precision: Precision = "fp32",
     which: Literal["best", "last"] = "best",
     trust: bool = False,
+    **settings: Unpack[Sections],
 ) -> Predictor:
-    """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
+    """Load a trained detector, ready to predict, from a run directory or a checkpoint.
 
-    path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
-    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but `SETTABLE`) stays.
-    trust: whether the checkpoint's config may name classes of other packages, whose code then runs.
-    Raises InputError for what is not a checkpoint, is cut short, or holds code.
+    >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
+
+    Args:
+        path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+        overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: "fp32" or "bf16".
+        which: Which weights of a run directory.
+        trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The file is not a checkpoint, is cut short, or holds code.
     """
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file, trust)
-    config = parse(overridden(config.tree(), only(overrides, *SETTABLE)))
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
+    config = parse(overridden(config.tree(), texts))
     return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
-
-
-def only(overrides: Iterable[str], *keys: str) -> list[str]:
-    """The overrides; raises InputError for one outside these keys and sections, which would change nothing."""
-    overrides = list(overrides)
-    for text in overrides:
-        key = text.partition("=")[0]
-        known = key.partition(".")[0] in {field.name for field in fields(Config)}
-        if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
-            raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
-    return overrides
 
 
 def pick_device(name: str) -> torch.device:

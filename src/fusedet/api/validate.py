@@ -1,9 +1,10 @@
-"""Scoring: detections of a whole split, in COCO's result form, and everything that is said and drawn about them."""
+"""Evaluation of a detector: its detections of a whole split in COCO's result format, their metrics, and the files that show them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import distributed, nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.predict import find, views
+from fusedet.api.progress import ShowProgress, no_progress, track
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
@@ -26,7 +28,81 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 SHOWN = 0.3  # the least score of what is drawn
 MASK_FIGURES = tuple(f"mask_{name}" for name in FIGURES)
 Result = dict[str, Any]
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections of a split in COCO's result format, and their metrics."""
+
+    results: list[Result]
+    metrics: dict[str, Any]
+
+
+def evaluate_detector(
+    detector: nn.Module,
+    config: Config,
+    dataset: DetectionDataset,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    voc: bool = False,
+    evaluator: str = evaluation.EVALUATORS[0],
+    progress: ShowProgress = no_progress,
+) -> Evaluation:
+    """Run a detector on every image of a split and compute its metrics.
+
+    Args:
+        detector: In eval mode, on `device`.
+        config: Its `data` and `test` say how the images are seen and how many at once.
+        dataset: The split.
+        device: Where the images go.
+        rank: This process's number.
+        world: How many processes share the images.
+        voc: Whether VOC's AP is computed too; for VOC data it always is.
+        evaluator: One of `evaluation.EVALUATORS`.
+        progress: Shows how many batches the first process has done.
+
+    Returns:
+        Results of all processes, and their metrics; without objects in the dataset only the number of detections.
+        Other processes than the first get no metrics.
+
+    Raises:
+        InputError: The detector predicts masks, and objects of the dataset have none.
+    """
+    if (masks := has_mask_branch(detector)) and len(dataset.labels):
+        check_masks(dataset)
+    loader = val_loader(config, dataset, rank, world)
+    batches = loader if rank else track(progress, loader, len(loader), "images")
+    results = detect(detector, batches, dataset, device)
+    if rank:
+        return Evaluation(results, {})
+    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks)
+
+
+def evaluate_results(
+    dataset: DetectionDataset,
+    results: list[Result],
+    *,
+    voc: bool = False,
+    evaluator: str = evaluation.EVALUATORS[0],
+    masks: bool | None = None,
+) -> Evaluation:
+    """Compute the metrics of results; without objects in the dataset only the number of detections.
+
+    Args:
+        dataset: The split.
+        results: In COCO's result format.
+        voc: Whether VOC's AP is computed too; for VOC data it always is.
+        evaluator: One of `evaluation.EVALUATORS`.
+        masks: Whether metrics of masks are computed too; by default where all results have one.
+    """
+    if not len(dataset.labels):
+        return Evaluation(results, {"detections": len(results)})
+    if masks is None:
+        masks = bool(results) and all("segmentation" in result for result in results)
+    voc = voc or dataset.dataset_format == "voc"
+    return Evaluation(results, score(dataset, results, voc=voc, evaluator=evaluator, masks=masks))
 
 
 def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
