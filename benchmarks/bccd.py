@@ -17,7 +17,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from fusedet import config, evaluation
 from fusedet.api import train, validate
-from fusedet.data.loader import train_loader
+from fusedet.data.loader import build_train_loader
 from fusedet.engine.optim import schedule
 from fusedet.errors import InputError
 from fusedet.types import Batch, Detections
@@ -47,7 +47,7 @@ def main() -> None:
     body = BackboneWithFPN(resnet18(weights=None), layers, [64, 128, 256, 512], options.model.pyramid.channels)
     short, long = options.data.size
     model = FasterRCNN(body, len(data.names) + 1, min_size=short, max_size=long).train()
-    loader = train_loader(data, train.train_transform(options), batch=recipe.batch, seed=given.seed, workers=0)
+    loader = build_train_loader(data, train.train_transform(options), batch=recipe.batch, seed=given.seed, workers=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     step = 0
     for epoch in range(given.epochs):
@@ -77,7 +77,7 @@ def main() -> None:
         for one, image_id, scale in zip(found, batch.ids, batch.scales):
             own = Detections(one["boxes"] / scale.repeat(2), one["scores"], one["labels"] - 1)
             results += own.to_coco(image_id, test.category_ids)
-    report(seed=given.seed, epochs=given.epochs, **evaluation.coco(test, results))
+    report(seed=given.seed, epochs=given.epochs, **evaluation.evaluate_coco(test, results))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from fusedet import config
 from fusedet.api.train import train
 from fusedet.config import Config
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError
 
 IMAGES, SEED = 800, 0  # as `fusedet demo`
@@ -127,7 +127,7 @@ def main() -> None:
     names = [name for name in LEAST if name in options.only]
     found: dict[str, dict[str, Any]] = {}
     try:
-        data = generate(options.data or options.out / "data", images=IMAGES, seed=SEED)
+        data = generate_dataset(options.data or options.out / "data", images=IMAGES, seed=SEED)
         for name in runs(names, data, options.out, options.beside):
             found[name] = figures(name, options.out / name)
             print(json.dumps(found[name]), flush=True)

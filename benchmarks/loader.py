@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 
 from fusedet.data import synthetic
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.loader import train_loader
-from fusedet.data.transforms import Train
+from fusedet.data.loader import build_train_loader
+from fusedet.data.transforms import TrainTransform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEIGHT, SHORT, LONG = 640, 480, 800, 1333
@@ -49,7 +49,7 @@ def write_images(folder: Path, count: int) -> Path:
     images, objects = [], []
     for i in range(count):
         rng = np.random.default_rng([7, i])
-        pixels, _ = synthetic.draw_scene(rng, (WIDTH, WIDTH))
+        pixels, _ = synthetic.draw_image(rng, (WIDTH, WIDTH))
         Image.fromarray(pixels[:HEIGHT]).save(folder / f"{i}.jpg", quality=92)
         images.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
         for x, y, w, h in rng.integers(20, 200, (7, 4)).tolist():
@@ -89,16 +89,16 @@ def fusedet_records(path: Path) -> DetectionDataset:
                 [o["segmentation"] for o in own],
             )
         )
-    return DetectionDataset.build(["thing"], [1], dataset, source=path, form="coco")
+    return DetectionDataset.build(["thing"], [1], dataset, source=path, dataset_format="coco")
 
 
 def fusedet_uint8_side(path: Path, batch: int) -> Iterator[object]:
-    yield from train_loader(fusedet_records(path), Train([SHORT], LONG), batch=batch).epoch(0)
+    yield from build_train_loader(fusedet_records(path), TrainTransform([SHORT], LONG), batch=batch).epoch(0)
 
 
 def fusedet_side(path: Path, batch: int) -> Iterator[object]:
     mean, std = (torch.tensor(x)[:, None, None] * 255 for x in (MEAN, STD))
-    for made in train_loader(fusedet_records(path), Train([SHORT], LONG), batch=batch).epoch(0):
+    for made in build_train_loader(fusedet_records(path), TrainTransform([SHORT], LONG), batch=batch).epoch(0):
         yield made.images.float().sub_(mean).div_(std), made.targets
 
 

@@ -21,7 +21,7 @@ from common import own_peak, report
 from PIL import Image
 
 from fusedet import config
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
 from fusedet.models.detectors import build_detector
 
@@ -65,7 +65,7 @@ def write_records(folder: Path, images: int, objects: int) -> None:
 def measure_records(folder: Path) -> dict[str, float]:
     """Seconds to read a dataset, the memory it then takes, and the peak on the way."""
     before, began = rss(), time.perf_counter()
-    dataset = read(str(folder), "train", need_images=False)
+    dataset = read_dataset(str(folder), "train", need_images=False)
     seconds = time.perf_counter() - began
     held = rss() - before
     assert len(dataset)

@@ -16,7 +16,7 @@ import fusedet
 from conftest import SMALL
 from fusedet import cli, config
 from fusedet.data import synthetic
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
 from fusedet.models.profiling import count_cost
@@ -123,7 +123,7 @@ def test_starting_from_weights_of_other_classes(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     """What speaks of classes starts anew and is named; all else is taken over."""
-    data = synthetic.generate(tmp_path / "data", images=10, size=(64, 96))
+    data = synthetic.generate_dataset(tmp_path / "data", images=10, size=(64, 96))
     for file in data.rglob("instances_*.json"):
         content = json.loads(file.read_text())
         content["categories"], known = content["categories"][:2], {c["id"] for c in content["categories"][:2]}
@@ -192,7 +192,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
 def test_predict_writes_coco_with_original_sizes_and_ids(
     capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path
 ) -> None:
-    said = figures(capsys, "predict", run_copy, scenes / "val", "--batch", 3, "--score", 0)
+    said = figures(capsys, "predict", run_copy, scenes / "val", "test.batch=3", "--score", 0)
     content = json.loads(Path(said["files"]["predictions"]).read_text())
     assert said["images"] == len(content["images"]) == 8
     assert said["detections"] == len(content["annotations"]) == said["shown"]
@@ -362,7 +362,7 @@ def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     small, of_run = (
         figures(capsys, "info", *words, "--classes", 6) for words in (["retinanet_tiny", *SMALL], [trained])
     )
-    assert small["parts"] == of_run["parts"], "a run's folder is a model too"
+    assert small["parts"] == of_run["parts"], "a run directory is a config too"
     assert "retinanet_r50" in figures(capsys, "info")["models"]
     assert "2x_ms" in spoken(capsys, "info")
 
@@ -433,7 +433,7 @@ def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path
 def test_convert(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     report = figures(capsys, "convert", "data", scenes, tmp_path / "yolo", "--to", "yolo")
     assert {split: row["images"] for split, row in report["splits"].items()} == {"train": 8, "val": 8}
-    before, after = read(scenes, "val"), read(tmp_path / "yolo", "val")
+    before, after = read_dataset(scenes, "val"), read_dataset(tmp_path / "yolo", "val")
     torch.testing.assert_close(after.boxes, before.boxes, atol=1e-6, rtol=0)
     assert "next: fusedet train" in spoken(
         capsys, "convert", "data", tmp_path / "yolo", tmp_path / "voc", "--to", "voc"

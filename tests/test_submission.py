@@ -16,7 +16,7 @@ from conftest import SMALL
 from fusedet import cli
 from fusedet.api import coco_submission
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
 from fusedet.types import Detections
 
@@ -66,7 +66,7 @@ def content(file: Path) -> Any:
 def test_test_dev_is_written_and_not_scored(
     run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset = read(coco, "test-dev2017")
+    dataset = read_dataset(coco, "test-dev2017")
     assert (len(dataset), len(dataset.labels), len(dataset.names)) == (8, 0, 80)
     out = tmp_path / "sent"
     assert cli.run(["val", str(run), "--submission", "--split", "test-dev2017", f"out={out}"]) == 0
@@ -133,7 +133,7 @@ def test_other_data_is_refused(
     with pytest.raises(
         InputError, match="has 6 categories, but COCO's server wants COCO's 80: the ids differ in 7, 8, 9, 10, 11, "
     ):
-        coco_submission.of_server(read(tmp_path / "few", "val"), 100)
+        coco_submission.of_server(read_dataset(tmp_path / "few", "val"), 100)
 
 
 @pytest.mark.parametrize(("split", "whole"), [("val2017", 5000), ("test-dev2017", 20288)])
@@ -146,7 +146,7 @@ def test_a_part_of_the_servers_split_is_warned_of(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    dataset = read(coco, split)
+    dataset = read_dataset(coco, split)
     assert coco_submission.of_server(dataset, 100) == split
     capsys.readouterr()
     assert cli.run(["val", str(run), "--submission", "--split", split, f"out={tmp_path / 'out'}", "--json"]) == 0
@@ -165,7 +165,7 @@ def test_a_part_of_the_servers_split_is_warned_of(
 
 @pytest.fixture
 def dataset(coco: Path) -> DetectionDataset:
-    return read(coco, "test-dev2017")
+    return read_dataset(coco, "test-dev2017")
 
 
 def good(dataset: DetectionDataset, **changes: Any) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def test_voc_is_trained_on_and_scored_both_ways(
     said = capsys.readouterr().out
     for figure in ("IoU 0.75", "VOC AP ", "VOC AP 11 point "):
         assert figure in said
-    truth = read(data, "val")
+    truth = read_dataset(data, "val")
     perfect = [
         {"image_id": r.image_id, "category_id": truth.category_ids[k], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": 0.9}
         for r in truth

@@ -15,11 +15,11 @@ import fusedet
 from conftest import SMALL
 from fusedet import cli, config
 from fusedet.api.predict import find, views
-from fusedet.data.collate import collate_views, see
+from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
-from fusedet.data.loader import eval_loader
-from fusedet.data.readers.auto import read
-from fusedet.data.transforms import Eval
+from fusedet.data.loader import build_eval_loader
+from fusedet.data.readers.auto import read_dataset
+from fusedet.data.transforms import EvalTransform
 from fusedet.models.detectors.tta import ImageDetections, merge_detections
 from fusedet.types import Batch, BatchDetections
 from small import DETECTORS, make
@@ -27,17 +27,17 @@ from small import DETECTORS, make
 CPU = torch.device("cpu")
 
 
-def made(*overrides: str) -> tuple[Eval, ...]:
+def made(*overrides: str) -> tuple[EvalTransform, ...]:
     return views(config.parse(config.overridden({}, ["data.size=[800,1333]", *overrides])))
 
 
-def batch(images: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
+def batch(images: list[Tensor], seen: tuple[EvalTransform, ...]) -> Batch:
     none = np.zeros(0)
     dataset = [
         ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])
         for p in images
     ]
-    return collate_views([see(*pair, seen) for pair in zip(images, dataset)], seen[1:])
+    return collate_views([make_samples(*pair, seen) for pair in zip(images, dataset)], seen[1:])
 
 
 # -- the config
@@ -45,11 +45,16 @@ def batch(images: list[Tensor], seen: tuple[Eval, ...]) -> Batch:
 
 def test_views_of_a_config() -> None:
     """Long sides keep data.size's proportion; mirrored views come after the others."""
-    assert made() == made("test.scales=[800]") == (Eval(800, 1333),)
-    assert made("data.antialias=false") == (Eval(800, 1333, antialias=False),)
-    assert made("test.flip=true") == (Eval(800, 1333), Eval(800, 1333, flip=True))
+    assert made() == made("test.scales=[800]") == (EvalTransform(800, 1333),)
+    assert made("data.antialias=false") == (EvalTransform(800, 1333, antialias=False),)
+    assert made("test.flip=true") == (EvalTransform(800, 1333), EvalTransform(800, 1333, flip=True))
     both = made("test.scales=[400,1200]", "test.flip=true")
-    assert both == (Eval(400, 666), Eval(1200, 2000), Eval(400, 666, flip=True), Eval(1200, 2000, flip=True))
+    assert both == (
+        EvalTransform(400, 666),
+        EvalTransform(1200, 2000),
+        EvalTransform(400, 666, flip=True),
+        EvalTransform(1200, 2000, flip=True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,11 +79,11 @@ def test_wrong_values_are_told(override: str, told: str) -> None:
 
 def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
     """Each as a loader of that view alone gives it; a flip turns the image inside its padding, and its objects."""
-    dataset = read(scenes, "val")
-    seen = (Eval(32, 48), Eval(64, 96), Eval(64, 96, flip=True))
-    together = list(eval_loader(dataset, seen[0], batch=3, views=seen[1:], workers=1))
+    dataset = read_dataset(scenes, "val")
+    seen = (EvalTransform(32, 48), EvalTransform(64, 96), EvalTransform(64, 96, flip=True))
+    together = list(build_eval_loader(dataset, seen[0], batch=3, views=seen[1:], workers=1))
     for number, view in enumerate(seen):
-        alone = list(eval_loader(dataset, view, batch=3))
+        alone = list(build_eval_loader(dataset, view, batch=3))
         assert len(alone) == len(together)
         for ours, wanted in zip(((b, *b.views)[number] for b in together), alone):
             assert torch.equal(ours.images, wanted.images)
@@ -181,7 +186,7 @@ def test_what_looks_the_same_in_every_view_is_found_once() -> None:
             assert torch.allclose(
                 found.boxes, torch.tensor([box]).float(), atol=1.5
             )  # the resize rounds to whole pixels
-    flat = batch(images[:1], (Eval(50, 77), Eval(50, 77, flip=True)))
+    flat = batch(images[:1], (EvalTransform(50, 77), EvalTransform(50, 77, flip=True)))
     assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
 
 
@@ -260,7 +265,7 @@ def test_all_commands_mean_the_same(scenes: Path, trained: Path, tmp_path: Path)
     assert cli.run(["val", str(out), f"out={tmp_path / 'val'}"]) == 0
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
     assert figures[0]["AP"] == pytest.approx(figures[1]["AP"], abs=1e-6)
-    dataset = read(scenes, "val")
+    dataset = read_dataset(scenes, "val")
     found = fusedet.load(out, device="cpu").predict(dataset.path(0))
     results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())
     scored = [r["score"] for r in results if r["image_id"] == int(dataset.image_ids[0])]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
-from fusedet.data.bad_images import Ledger, allowed, summary
+from fusedet.data.bad_images import BadImageLog, count_allowed_bad_images, format_replacement_summary
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.validation import glance
+from fusedet.data.validation import check_image_headers
 from fusedet.errors import InputError
 
 
@@ -21,8 +21,8 @@ def check_images(config: Config, data: DetectionDataset, val: DetectionDataset, 
     """
     skip, share = config.train.on_bad_image == "skip", config.train.max_bad_images
     for dataset in (data, val):
-        bad = glance(dataset)
-        passed = allowed(len(data), share) if skip and dataset is data else 0
+        bad = check_image_headers(dataset)
+        passed = count_allowed_bad_images(len(data), share) if skip and dataset is data else 0
         if len(bad) > passed:
             limit = f", more than train.max_bad_images={share:g} allows" if passed else ""
             count = f"{len(bad)} of the {len(dataset)} images of {dataset.source} cannot be used{limit}, the first: "
@@ -33,7 +33,7 @@ def check_images(config: Config, data: DetectionDataset, val: DetectionDataset, 
             )
 
 
-def note_replaced(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None:
+def record_replaced_images(ledger: BadImageLog, out: Path, say: Callable[[str], None]) -> None:
     """Say what a training replaced, and add it to its run.json; all processes call it."""
     rows = ledger.close()
     if ledger.rank == 0:
@@ -41,4 +41,4 @@ def note_replaced(ledger: Ledger, out: Path, say: Callable[[str], None]) -> None
         about["replaced"] = {"images": len({row.image_id for row in rows}), "times": len(rows)}
         write_json(out / "run.json", about)
     if rows:
-        say(summary(rows, out / "skipped.csv"))
+        say(format_replacement_summary(rows, out / "skipped.csv"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.settings import Sections, refuse_other_keys, to_overrides
 from fusedet.config import Config, overridden, parse
-from fusedet.data.collate import collate_views, see
+from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
-from fusedet.data.transforms import Eval
+from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
 from fusedet.models.detectors.tta import detect_view, merge_detections
@@ -52,7 +53,7 @@ class Prediction(Detections):
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        drawn = visualization.boxes(
+        drawn = visualization.draw_boxes(
             self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
         )
         if path is not None:
@@ -104,7 +105,7 @@ class Predictor:
 
     def seen(self, images: Sequence[Tensor]) -> Batch:
         """Images (3, H, W) uint8 as the network sees them, in all views."""
-        return collate_views([see(image, _empty(image), self.views) for image in images], self.views[1:])
+        return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
         """What is in each of some images (3, H, W) uint8, given with the paths that they come from, all at once."""
@@ -122,29 +123,29 @@ def load(
     precision: Precision = "fp32",
     which: Literal["best", "last"] = "best",
     trust: bool = False,
+    **settings: Unpack[Sections],
 ) -> Predictor:
-    """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
+    """Load a trained detector, ready to predict, from a run directory or a checkpoint.
 
-    path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
-    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but `SETTABLE`) stays.
-    trust: whether the checkpoint's config may name classes of other packages, whose code then runs.
-    Raises InputError for what is not a checkpoint, is cut short, or holds code.
+    >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
+
+    Args:
+        path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+        overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: "fp32" or "bf16".
+        which: Which weights of a run directory.
+        trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The file is not a checkpoint, is cut short, or holds code.
     """
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file, trust)
-    config = parse(overridden(config.tree(), only(overrides, *SETTABLE)))
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
+    config = parse(overridden(config.tree(), texts))
     return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
-
-
-def only(overrides: Iterable[str], *keys: str) -> list[str]:
-    """The overrides; raises InputError for one outside these keys and sections, which would change nothing."""
-    overrides = list(overrides)
-    for text in overrides:
-        key = text.partition("=")[0]
-        known = key.partition(".")[0] in {field.name for field in fields(Config)}
-        if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
-            raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
-    return overrides
 
 
 def pick_device(name: str) -> torch.device:
@@ -171,12 +172,12 @@ def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32
     return ready
 
 
-def views(config: Config) -> tuple[Eval, ...]:
+def views(config: Config) -> tuple[EvalTransform, ...]:
     """How the network sees an image in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
-        Eval(*size, flip=flip, antialias=config.data.antialias)
+        EvalTransform(*size, flip=flip, antialias=config.data.antialias)
         for flip in (False, True)[: 1 + config.test.flip]
         for size in sizes
     )

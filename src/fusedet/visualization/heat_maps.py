@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, clean, new_figure, save, tint
+from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, style_axes
 
 COLOURS = "inferno"  # monotonic in brightness, also in grey print and for colour-blind readers
 CELL = 1.5  # inches, the longer side of an image
@@ -86,7 +86,7 @@ def draw_maps(
     wide, high = (CELL, CELL * ratio) if ratio <= 1 else (CELL / ratio, CELL)
     ratios = [width for i in range(len(panels)) for width in ([0.12] if i else []) + [1.0] * across]
     figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
     blank = np.ones((*grey.shape[:2], 3))
     grid = figure.subplots(len(captions), len(ratios), squeeze=False, width_ratios=ratios)
@@ -95,7 +95,7 @@ def draw_maps(
     for p, panel in enumerate(panels):
         left = p * (across + 1)
         grid[0, left].set_title(
-            panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([panel.title])
+            panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.font_families([panel.title])
         )
         for axes, column in zip(grid[0, left + 1 :], columns):
             axes.set_title(column, fontsize=9, color=DARK)
@@ -135,7 +135,7 @@ def draw_maps(
     bar.outline.set_visible(False)
     bar.set_label(unit, color=DARK, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def blend(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -153,19 +153,19 @@ def draw_level_weights(panels: Sequence[WeightPanel], path: str | Path, title: s
     """
     widest = max(panel.mean.size for panel in panels)
     figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     top = max(float(panel.ends.max()) for panel in panels)
     for axes, (name, levels, mean, ends) in zip(
         figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
     ):
-        clean(axes)
+        style_axes(axes)
         axes.grid(False, axis="x")
-        axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([name]))
+        axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.font_families([name]))
         count = len(levels)
         width = 0.8 / count
         for level in range(count):
             at = np.arange(len(mean)) + (level - (count - 1) / 2) * width
-            axes.bar(at, mean[:, level], 0.9 * width, color=tint(level), label=levels[level])
+            axes.bar(at, mean[:, level], 0.9 * width, color=plot_color(level), label=levels[level])
             axes.vlines(at, ends[0, :, level], ends[1, :, level], color=DARK, lw=0.8)
         axes.axhline(1 / count, color=DARK, lw=1, ls=(0, (4, 3)))
         axes.set_xticks(
@@ -175,4 +175,4 @@ def draw_level_weights(panels: Sequence[WeightPanel], path: str | Path, title: s
         axes.legend(
             title="taken from", alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9
         )
-    save(figure, path)
+    save_figure(figure, path)
