@@ -221,7 +221,7 @@ def test_loss_is_additive_over_images(name: str) -> None:
     An empty image counts for one in RetinaNet, RepPoints and the RPN, for none in FCOS and VFNet.
     """
     with float64() as patch:
-        detector = make(name, everything=True, rest=True).double().train()
+        detector = make(name, everything=True, norm_eval=True).double().train()
         livelier(detector)
         kinds = [target(t.boxes / 2, t.labels.tolist(), SMALL) for t in (SOME, EMPTY, ONE, HUGE)]
         data = batch(*kinds, size=SMALL)
