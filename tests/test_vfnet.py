@@ -336,6 +336,7 @@ def test_bfloat16() -> None:
                 assert all(torch.allclose(a, b, rtol=0.1) for a, b in zip(raw.maps[name], exact.maps[name]))
 
 
+@pytest.mark.slow
 def test_exports() -> None:
     levels = Levels((32, 32), (16, 32))
     head = VFNetHead(levels, 3, convs=1, deformable_last=True).eval()
