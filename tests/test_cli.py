@@ -1,24 +1,36 @@
 """The commands from one command line and one Python call, on tiny data."""
 
+import errno
 import io
 import json
 import re
+import shlex
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 import fusedet
 from conftest import SMALL
-from fusedet import cli, config
+from fusedet import cli, config, evaluation
+from fusedet.ablation.command import Launcher
+from fusedet.api.convert_dataset import DatasetFormat
+from fusedet.api.predict import Precision
+from fusedet.api.predict_files import OnBadImage
 from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
+from fusedet.engine.signals import Interrupted
+from fusedet.errors import DivergenceError, InputError, StorageError
 from fusedet.models.profiling import count_cost
 from fusedet.types import BatchDetections, Detections
 
@@ -456,20 +468,121 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     spoken(capsys, "predict", *commands[0], "--no-draw")
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    said = spoken(capsys, "--help")
-    for command in (
-        "train",
-        "val",
-        "predict",
-        "info",
-        "doctor",
-        "browse",
-        "compare",
-        "ablate",
-        "cam",
-        "convert",
-        "demo",
-        "config",
-    ):
-        assert f"  {command} " in said
+# -- help and exit codes
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_no_torch(words: list[str]) -> None:
+    """It would take seconds."""
+    code = f"import sys; from fusedet import cli; cli.run({words}); print({{'torch', 'numpy'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def commands() -> dict[str, Any]:
+    """All commands by their words."""
+    root = typer.main.get_command(cli.app)
+    convert = root.commands.pop("convert")
+    return root.commands | {f"convert {name}": command for name, command in convert.commands.items()}
+
+
+def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    overview = spoken(capsys, "-h")
+    assert "Exit codes: 0 success; 1 doctor found errors; 2 wrong input" in " ".join(overview.split())
+    for words, command in commands().items():
+        assert f" {words.split()[0]} " in overview
+        summary, paragraph, *_ = command.help.split("\n\n")
+        assert summary.endswith(".")
+        assert len(summary) < 60, "it is not cut off in a terminal of 80 columns"
+        assert paragraph
+        said = " ".join(spoken(capsys, *words.split(), "-h").split())
+        assert summary in said
+        examples = re.findall(r"\$ fusedet (.+?)(?= \$ fusedet|$)", said)
+        assert len(examples) == 2
+        for example in examples:
+            assert example.startswith(words)
+            command.make_context(words, shlex.split(example.partition(" > ")[0])[len(words.split()) :])
+
+
+def test_train_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    said = spoken(capsys, "train", "-h")
+    for section, values in config.Config().tree().items():
+        for name in values if isinstance(values, dict) else [""]:
+            assert f" {section}.{name}".rstrip(".") in said
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        ("val", "evaluator", evaluation.EVALUATORS),
+        ("predict", "precision", get_args(Precision)),
+        ("predict", "on_bad_image", get_args(OnBadImage)),
+        ("convert_data", "to", get_args(DatasetFormat)),
+        ("ablate", "launcher", get_args(Launcher)),
+    ],
+)
+def test_choices_are_those_of_the_functions(command: str, option: str, choices: tuple[str, ...]) -> None:
+    assert get_args(get_type_hints(getattr(cli.commands, command))[option]) == choices
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("a"), 2),
+        (DivergenceError("a"), 3),
+        (StorageError("a"), 4),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), 4),
+        (OSError(errno.EACCES, "Permission denied", "f"), 2),
+        (KeyboardInterrupt(), 130),
+        (Interrupted("a", signal.SIGTERM), 143),
+    ],
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fusedet.api.settings.resolve_config", fail)
+    assert cli.run(["config"]) == code
+
+
+# -- Python
+
+
+def test_every_public_name_exists() -> None:
+    assert all(getattr(fusedet, name) is not None for name in fusedet.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = fusedet.trian
+
+
+def test_settings_by_keyword_are_those_by_text() -> None:
+    sections = {"model": {"neck": [{"type": "fpn"}, "smsl"]}, "train": {"lr": 1e-5, "milestones": (1, 2)}}
+    by_keyword = fusedet.resolve_config("retinanet_r50", settings={**sections, "data": Path("a b"), "device": "cpu"})
+    texts = ["model.neck=[fpn,smsl]", "train.lr=0.00001", "train.milestones=[1,2]", "data=a b", "device=cpu"]
+    assert by_keyword == fusedet.resolve_config("retinanet_r50", texts)
+    assert fusedet.resolve_config(by_keyword, ["train.epochs=3"]).train.epochs == 3
+    with pytest.raises(InputError, match=r"did you mean 'train.epochs'"):
+        fusedet.resolve_config("retinanet_r50", settings={"train": {"epoch": 3}})
+
+
+def test_validate_in_python_is_val(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    said = figures(capsys, "val", trained, f"out={tmp_path / 'a'}")
+    capsys.readouterr()
+    result = fusedet.validate(trained, out=tmp_path / "b", test={"batch": 2})
+    assert capsys.readouterr() == ("", ""), "functions print nothing"
+    assert result.metrics["AP"] == pytest.approx(said["AP"], abs=1e-6)
+    assert result.files.keys() == said["files"].keys()
+    assert "IoU 0.75" in str(result)
+    with pytest.raises(InputError, match="changes nothing for a trained model"):
+        fusedet.validate(trained, train={"epochs": 3})
+
+
+def test_predict_in_python(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    result = fusedet.predict(trained, scenes / "val", out=tmp_path / "out", draw=False, data={"workers": 0})
+    assert result.counts["images"] == 8
+    assert len(json.loads(result.files["predictions"].read_text())["images"]) == 8
+
+
+def test_check_dataset_in_python(scenes: Path) -> None:
+    result = fusedet.check_dataset(data=scenes)
+    assert result.ok
+    assert "this data can be trained on" in str(result)

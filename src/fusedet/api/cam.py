@@ -110,6 +110,8 @@ def cam(
     options = configs.parse(configs.overridden({}, own))
     of_model, out = [text for text in texts if text not in own], options.out
     images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
+    if not images.words:
+        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:
             raise unknown("part", part, PARTS)

@@ -110,6 +110,8 @@ def predict(
         needed = "several processes need" if world > 1 else "--resume needs"
         raise InputError(f"{needed} a known output directory: add out=DIR")
     words = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
+    if not words:
+        raise InputError("which images? Write fusedet predict RUN SOURCE..., files, directories, globs, @FILE or -")
     if "-" in words and world > 1:
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     with ExitStack() as stack:

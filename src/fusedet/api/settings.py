@@ -86,7 +86,7 @@ def resolve_config(
 
 
 def training_config(
-    source: Source, overrides: Sequence[str], settings: Mapping[str, Any], resume: bool, trust: bool
+    source: Source | None, overrides: Sequence[str], settings: Mapping[str, Any], resume: bool, trust: bool
 ) -> Config:
     """Return the config of a training, always with an output directory.
 
@@ -94,8 +94,13 @@ def training_config(
     runs/NAME, or with `resume` continued where it is.
 
     Raises:
-        InputError: As `resolve_config`; and with `resume` for an output directory that holds no run of this model.
+        InputError: As `resolve_config`; there is no source; with `resume`, the output directory holds no run of this model.
     """
+    if source is None:
+        raise InputError(
+            f"which config? Write fusedet train CONFIG data=PATH, with CONFIG one of the {len(config.names())} that fusedet info "
+            "lists, such as retinanet_r50, a YAML file or a run directory"
+        )
     if isinstance(source, Config):
         return resolve_config(source, overrides, settings)
     texts, path = to_overrides(overrides, settings), Path(source)

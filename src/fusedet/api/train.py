@@ -46,7 +46,7 @@ from fusedet.models.detectors import build_detector, build_meta_detector, disabl
 
 
 def train(
-    config: Source,
+    config: Source | None,
     *overrides: str,
     resume: bool = False,
     trust: bool = False,

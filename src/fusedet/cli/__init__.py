@@ -9,7 +9,7 @@ import sys
 from rich.markup import escape
 
 from fusedet.cli import commands  # noqa: F401  (registers them)
-from fusedet.cli.app import app, err
+from fusedet.cli.common import app, err
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import DivergenceError, InputError, StorageError
 
@@ -42,6 +42,11 @@ def run(arguments: list[str] | None = None) -> int:
     except OSError as error:
         code = EXIT_CODES[StorageError if error.errno in FULL else InputError]
         return _report(f"{error.filename or 'a file'}: {error.strerror or error}", code, command)
+    except Exception as error:
+        peers = sys.modules.get("fusedet.engine.peers")
+        if peers is None or not isinstance(error, peers.Lost):
+            raise
+        return _report(str(error), peers.EXIT, []) if str(error) else int(peers.EXIT)
     return 0
 
 
