@@ -122,7 +122,7 @@ def test_every_detector(name: str, batch: Batch) -> None:
     assert all((x > 0).all() and (x < 1).all() for row in seen.gates for x in row.maps.values())
     with torch.no_grad():
         after = detector.detect(batch.images, batch.sizes)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(before, after))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in detector.modules())
 
 

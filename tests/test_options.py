@@ -125,9 +125,9 @@ FOCAL = [
     ({"alpha": 1.5}, r"alpha=1\.5 must be 0 to 1"),
 ]
 OVERLAPS = [
-    ({"positive": 0.2}, r"negative=0\.\d, positive=0\.2 must be overlaps"),
-    ({"negative": -0.1}, r"negative=-0\.1, .* must be overlaps"),
-    ({"positive": 1.5}, r"positive=1\.5 must be overlaps"),
+    ({"positive": 0.2}, r"negative=0\.\d, positive=0\.2 must be IoU thresholds"),
+    ({"negative": -0.1}, r"negative=-0\.1, .* must be IoU thresholds"),
+    ({"positive": 1.5}, r"positive=1\.5 must be IoU thresholds"),
 ]
 RATIOS = [({"ratios": r}, "must be one or more numbers above 0") for r in ((), (0.0, 1.0), (-1.0,), (math.inf,))]
 

@@ -192,7 +192,7 @@ def test_varifocal_takes_quality_as_a_constant_and_bears_extremes() -> None:
 def test_star_points_by_hand() -> None:
     """A box that reaches 8 pixels to the left, 16 up, 24 to the right and 4 down is (1, 2, 3, 0.5) cells of stride 8."""
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1)
-    offset = make().star(box, 8).view(9, 2)
+    offset = make().star_offsets(box, 8).view(9, 2)
     cells = torch.cartesian_prod(
         torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0)
     )  # where a 3x3 convolution looks: (dy, dx)
@@ -204,7 +204,7 @@ def test_star_convolution_looks_at_the_star() -> None:
     """On maps that hold their own rows and columns, the kernel's place k reads the coordinates of star point k."""
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1).expand(1, 4, 9, 9)
-    offset = make().star(box, 8)
+    offset = make().star_offsets(box, 8)
     points = [(dy, dx) for dy in (-2.0, 0.0, 0.5) for dx in (-1.0, 0.0, 3.0)]
     star = DeformConv(1, 1)
     for k, (dy, dx) in enumerate(points):
@@ -216,7 +216,7 @@ def test_star_convolution_looks_at_the_star() -> None:
 
 def test_only_a_tenth_of_the_stars_gradient_reaches_the_box() -> None:
     box = torch.rand(1, 4, 2, 2, requires_grad=True)
-    make().star(box, 8).sum().backward()
+    make().star_offsets(box, 8).sum().backward()
     # left and upper sides stand in three points each with a minus, right and lower ones likewise without
     assert torch.allclose(
         box.grad, 0.1 * 3 / 8 * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1).expand(1, 4, 2, 2)

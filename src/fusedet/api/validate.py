@@ -234,7 +234,7 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
             torch.tensor([labels[r["category_id"]] for r in found]),
             torch.tensor([r["score"] for r in found]),
         )
-        counts = ~record.ignore
+        counts = ~record.eval_ignore
         truth, ignore = (
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )

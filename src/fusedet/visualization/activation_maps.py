@@ -308,9 +308,10 @@ def _feature_rows(detector: DetectorModule, calls: dict[nn.Module, list[Call]], 
     for towers in (m for m in calls if isinstance(m, TwinTowers)):
         side = KINDS.index(kind)
         caption = f"{kind} branch"
-        if towers.interact is not None:
-            name = _type_name(towers.interact, INTERACTIONS)
-            before = {s: call.inputs[side] for s, call in zip(strides, calls[towers.interact])}
+        interact: Any = towers.interact
+        if interact is not None:
+            name = _type_name(interact, INTERACTIONS)
+            before = {s: call.inputs[side] for s, call in zip(strides, calls[interact])}
             rows.append(Row("branch before", f"{caption} before {name}", "branches", before))
             caption = f"{caption} after {name}"
         branch = {s: call.outputs[side] for s, call in zip(strides, calls[towers])}
