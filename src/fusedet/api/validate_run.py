@@ -9,10 +9,10 @@ from typing import Unpack
 from fusedet import config as configs
 from fusedet import evaluation
 from fusedet.api import coco_submission, run_dir
-from fusedet.api.distributed import place, shared, silent
+from fusedet.api.distributed import place, shared
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
-from fusedet.api.progress import ShowProgress, no_progress
+from fusedet.api.progress import ShowProgress, no_progress, say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.validate import check_names, evaluate_detector, evaluate_results, report
@@ -34,7 +34,7 @@ def validate(
     submission: bool = False,
     trust: bool = False,
     progress: ShowProgress = no_progress,
-    say: Callable[[str], None] = silent,
+    say: Callable[[str], None] = say_nothing,
     **settings: Unpack[Settings],
 ) -> RunResult:
     """Evaluate a run, a checkpoint or stored results on a split, and write metrics, results and plots.
