@@ -93,7 +93,8 @@ def cam(
     Args:
         run: A run directory or a checkpoint.
         sources: Files, directories, globs, and lists of paths (`@FILE`).
-        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run directory.
+        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run
+            directory.
         beside: A second run.
         class_name: The class, by default that of the best detection of `run` in each image.
         score: The least score of a detection.
@@ -103,7 +104,8 @@ def cam(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A run does not know the class, an image has no detection and no class is named, or no run has a part.
+        InputError: A run does not know the class, an image has no detection and no class is given, or no run has a
+            part of `only`.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
     own = [text for text in texts if text.partition("=")[0] in ("device", "out")]

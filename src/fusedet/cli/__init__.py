@@ -1,4 +1,7 @@
-"""The command line: parses text, calls `fusedet.api`, prints the result. Nothing heavy is imported before a command runs."""
+"""The command line: parses text, calls the functions of `fusedet`, prints results.
+
+Heavy modules are imported when a command runs, not for the help.
+"""
 
 from __future__ import annotations
 

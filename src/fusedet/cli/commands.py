@@ -32,10 +32,9 @@ def train(
 ) -> None:
     """Train a detector and evaluate its best weights.
 
-    The dataset is data=PATH, in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default runs/CONFIG.
-    fusedet info lists the configs.
+    The dataset is data=PATH, in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default
+    runs/CONFIG. fusedet info lists the configs.
     """
-
     name, settings = cli.split_config(words)
     result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.say(json), quiet=json)
     if result.metrics:
@@ -57,7 +56,8 @@ def val(
 ) -> None:
     """Evaluate a run, a checkpoint or stored results.
 
-    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default val-SPLIT in the run directory.
+    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default val-SPLIT in the
+    run directory.
     """
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
     options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
@@ -75,7 +75,8 @@ def demo(
 ) -> None:
     """Train a small detector on synthetic images.
 
-    Nothing is downloaded, and two CPU cores need minutes. Data, run and drawn predictions go to out=DIR, by default demo.
+    Nothing is downloaded, and two CPU cores need minutes. Data, run and drawn predictions go to out=DIR, by default
+    demo.
     """
     settings = cli.settings_only(words, "demo takes no config")
     result = fusedet.demo(*settings, images=images, say=cli.say(json), quiet=json)
@@ -101,8 +102,8 @@ def predict(
 ) -> None:
     """Detect objects in image files.
 
-    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are predicted at
-    once, and data.workers threads read images ahead.
+    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are
+    predicted at once, and data.workers threads read images ahead.
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
@@ -156,7 +157,8 @@ def compare(
 ) -> None:
     """Compare two runs with confidence intervals.
 
-    Stored results of both on the same images give B - A with its interval over images, by metric and class, and the errors by kind.
+    Stored results of both on the same images give B - A with its interval over images, by metric and class, and the
+    errors by kind.
     """
     settings = cli.settings_only(words, f"two runs are compared, {a} and {b}")
     result = fusedet.compare(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)
@@ -178,8 +180,8 @@ def ablate(
 ) -> None:
     """Train all rows of an ablation table and compare them.
 
-    Every row is trained with several seeds on data=PATH into out=DIR. The report shows published and measured metrics with
-    intervals. The same command goes on where it stopped.
+    Every row is trained with several seeds on data=PATH into out=DIR. The report shows published and measured
+    metrics with intervals. The same command goes on where it stopped.
     """
     settings = cli.settings_only(words, f"one table at a time, {table}")
     options: dict[str, Any] = {"seeds": seeds, "rows": rows or (), "say": cli.say(json)}
@@ -203,7 +205,8 @@ def cam(
 ) -> None:
     """Draw class activation maps, gates and level weights.
 
-    The maps are drawn level by level, before and after each module, into out=DIR, by default cam in the run directory.
+    The maps are drawn level by level, before and after each module, into out=DIR, by default cam in the run
+    directory.
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"beside": beside, "class_name": class_name, "score": score, "only": only or ()}
@@ -269,8 +272,8 @@ def convert_weights(
 ) -> None:
     """Convert weights of MMDetection or torchvision.
 
-    The checkpoint SOURCE becomes the new directory TARGET, which is used like a run directory. The model is inferred from the
-    checkpoint unless --config names it.
+    The checkpoint SOURCE becomes the new directory TARGET, which is used like a run directory. The model is
+    inferred from the checkpoint unless --config names it.
     """
     settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
     result = fusedet.convert_weights(source, target, *settings, config=config)
