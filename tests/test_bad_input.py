@@ -139,8 +139,8 @@ def text(content: dict[str, Any], images: Path) -> None:
 
 
 def bomb(content: dict[str, Any], images: Path) -> None:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     side = 30_000
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -424,7 +424,7 @@ def test_a_checkpoint_that_is_cut_short(
 
 
 class Code:
-    """What a stranger's pickle may hold: unpickling it would make a file."""
+    """What an untrusted pickle may hold: unpickling it would make a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -512,19 +512,19 @@ def test_weights_that_cannot_be_fetched(
 
 
 def test_local_weights_that_are_none(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
-    def told(file: Path) -> str:
+    def refuse(file: Path) -> str:
         return complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}"))
 
     file = tmp_path / "w.pth"
-    has(told(file), file, "there is no such file")
+    has(refuse(file), file, "there is no such file")
     file.write_text("hello")
-    has(told(file), file, "cannot be read as a state dict")
+    has(refuse(file), file, "cannot be read as a state dict")
     torch.save([1, 2], file)
-    has(told(file), file, "cannot be read as a state dict")
+    has(refuse(file), file, "cannot be read as a state dict")
     torch.save({"a": torch.zeros(3)}, file)
-    has(told(file), file, "lacks", "timm's names")
+    has(refuse(file), file, "lacks", "timm's names")
     torch.save(timm.create_model("lcnet_035").state_dict(), file)
-    has(told(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
+    has(refuse(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
     assert not (tmp_path / "out").exists()
 
 

@@ -54,7 +54,7 @@ def figures(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
 # -- train
 
 
-def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
+def test_files_of_a_run(trained: Path) -> None:
     files = {path.name for path in trained.iterdir()}
     assert files >= {
         "config.yaml",
@@ -75,7 +75,7 @@ def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
     assert {r["image_id"] for r in results} <= set(range(9, 17))
 
 
-def test_the_config_of_a_run_alone_runs_it_again(
+def test_a_run_can_be_repeated_from_its_config(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
@@ -87,7 +87,7 @@ def test_the_config_of_a_run_alone_runs_it_again(
         assert all(torch.equal(weights[key], first[key]) for key in first)
 
 
-def test_resume_by_the_runs_folder_or_by_out(capsys: pytest.CaptureFixture[str], run_copy: Path) -> None:
+def test_resume_by_run_directory_or_out(capsys: pytest.CaptureFixture[str], run_copy: Path) -> None:
     spoken(capsys, "train", run_copy, "--resume", "train.epochs=2")
     assert config.load(run_copy / "config.yaml").train.epochs == 2, "the config is the one that the weights come from"
     spoken(capsys, "train", "retinanet_tiny", *SMALL, f"out={run_copy}", "--resume", "train.epochs=3")
@@ -134,7 +134,7 @@ def test_starting_from_weights(capsys: pytest.CaptureFixture[str], trained: Path
 def test_starting_from_weights_of_other_classes(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
-    """What speaks of classes starts anew and is named; all else is taken over."""
+    """Layers that depend on the classes are initialised and named; all others are loaded."""
     data = synthetic.generate_dataset(tmp_path / "data", images=10, size=(64, 96))
     for file in data.rglob("instances_*.json"):
         content = json.loads(file.read_text())
@@ -165,22 +165,22 @@ def test_val_of_run_checkpoint_and_results_agree(
     sources = {"run": [trained], "best": [trained / "best.safetensors"], "last": [trained / "last.ckpt"]}
     sources["results"] = [trained / "val.bbox.json", f"data={scenes}"]
     for name, words in sources.items():
-        found = figures(capsys, "val", *words, f"out={tmp_path / name}")
-        assert [found[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
+        result = figures(capsys, "val", *words, f"out={tmp_path / name}")
+        assert [result[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
         again = json.loads((tmp_path / name / "val.bbox.json").read_text())
         # training scores with batch norms, val with folded ones: near ties may change places
         assert [r["image_id"] for r in again] == [r["image_id"] for r in results], name
         assert [r["score"] for r in again] == pytest.approx([r["score"] for r in results], abs=1e-5), name
         assert Counter(r["category_id"] for r in again) == Counter(r["category_id"] for r in results), name
-        assert found["stamp"]["data"] == by_training["stamp"]["data"]
+        assert result["stamp"]["data"] == by_training["stamp"]["data"]
 
 
 def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     words = ["val", trained, "--voc", "--split", "train", "--evaluator", "pycocotools", f"out={tmp_path / 'v'}"]
-    found = figures(capsys, *words, "test.max_det=7")
-    assert "VOC_AP" in found
-    assert found["stamp"]["detections"] == 8 * 7
-    assert found["stamp"]["evaluator"].startswith("pycocotools")
+    result = figures(capsys, *words, "test.max_det=7")
+    assert "VOC_AP" in result
+    assert result["stamp"]["detections"] == 8 * 7
+    assert result["stamp"]["evaluator"].startswith("pycocotools")
     said = spoken(capsys, "val", trained, f"out={tmp_path / 'w'}")
     assert "best.safetensors on val of" in said.replace("\n", "")
     assert "IoU 0.75" in said
@@ -193,9 +193,9 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
     results.write_text(
         json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth])
     )
-    found = figures(capsys, "val", results, f"data={scenes}")
-    assert found["AP"] == pytest.approx(1)
-    assert not (Path(found["out"]) / "worst.png").exists(), "there is no image with a mistake"
+    result = figures(capsys, "val", results, f"data={scenes}")
+    assert result["AP"] == pytest.approx(1)
+    assert not (Path(result["out"]) / "worst.png").exists(), "there is no image with a mistake"
 
 
 # -- predict
@@ -265,13 +265,13 @@ def test_predict_takes_every_kind_of_image(model: fusedet.Predictor, scenes: Pat
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     expected = model.predict(path)
     for source in (str(path), path.read_bytes(), image, array, tensor, tensor.float() / 255):
-        found = model.predict(source)
-        torch.testing.assert_close(found.boxes, expected.boxes)
-        assert torch.equal(found.labels, expected.labels)
+        result = model.predict(source)
+        torch.testing.assert_close(result.boxes, expected.boxes)
+        assert torch.equal(result.labels, expected.labels)
     assert expected.path == path
 
 
-def test_one_in_one_out_a_list_in_a_list_out(model: fusedet.Predictor, scenes: Path) -> None:
+def test_predict_returns_one_or_a_list(model: fusedet.Predictor, scenes: Path) -> None:
     paths = sorted((scenes / "val").iterdir())[:3]
     single = [model.predict(path) for path in paths]
     assert all(isinstance(one, Detections) for one in single)
@@ -283,22 +283,22 @@ def test_one_in_one_out_a_list_in_a_list_out(model: fusedet.Predictor, scenes: P
             assert a.path == b.path
 
 
-def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_path: Path) -> None:
+def test_formats_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_path: Path) -> None:
     path = sorted((scenes / "val").iterdir())[0]
-    found = model.predict(path)
-    assert len(found) > 0
-    assert found.to_dict().keys() == {"boxes", "scores", "labels"}
-    first = found.to_coco(5)[0]
-    x1, y1, x2, y2 = found.boxes[0].tolist()
+    result = model.predict(path)
+    assert len(result) > 0
+    assert result.to_dict().keys() == {"boxes", "scores", "labels"}
+    first = result.to_coco(5)[0]
+    x1, y1, x2, y2 = result.boxes[0].tolist()
     assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1])
-    assert (first["image_id"], first["category_id"]) == (5, int(found.labels[0]) + 1)
-    assert found.plot(tmp_path / "drawn.png").size == Image.open(path).size
+    assert (first["image_id"], first["category_id"]) == (5, int(result.labels[0]) + 1)
+    assert result.plot(tmp_path / "drawn.png").size == Image.open(path).size
     assert (tmp_path / "drawn.png").is_file()
     pytest.importorskip("supervision")
-    assert found.to_supervision().xyxy.shape == (len(found), 4)
+    assert result.to_supervision().xyxy.shape == (len(result), 4)
 
 
-def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_are_in_original_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
@@ -309,9 +309,9 @@ def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monk
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):
-        found = model.predict(np.zeros((height, width, 3), np.uint8))
+        result = model.predict(np.zeros((height, width, 3), np.uint8))
         expected = [[0, 0, width, height], [width / 4, height / 2, width / 2, height]]
-        torch.testing.assert_close(found.boxes, torch.tensor(expected), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(result.boxes, torch.tensor(expected), atol=1e-3, rtol=1e-5)
     assert seen[0] == seen[1], "the network sees images of one shape at one size"
 
 
@@ -341,33 +341,35 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
     class Small(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.backbone = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
             self.head = torch.nn.Conv2d(8, 5, 1, bias=False).requires_grad_(False)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.head(self.body(images.float()))
+            return self.head(self.backbone(images.float()))
 
-    found = count_cost(Small(), 32, 64)
-    assert found["parts"]["body"] == {
+    result = count_cost(Small(), 32, 64)
+    assert result["parts"]["backbone"] == {
         "parameters": 3 * 8 * 9 + 8,
         "trainable": 3 * 8 * 9 + 8,
         "multiply_adds": 16 * 32 * 8 * 3 * 9,
     }
-    assert found["parts"]["head"] == {"parameters": 40, "trainable": 0, "multiply_adds": 16 * 32 * 40}
-    assert found["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
+    assert result["parts"]["head"] == {"parameters": 40, "trainable": 0, "multiply_adds": 16 * 32 * 40}
+    assert result["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
 
 
 @pytest.mark.parametrize(("name", "said"), [("mask_rcnn_tiny", True), ("faster_rcnn_tiny", False)])
-def test_info_says_what_it_does_not_count(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
+def test_info_names_what_it_does_not_count(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
     assert cli.run(["info", name]) == 0
-    assert ("branches (masks, grids) depend on what is found" in " ".join(capsys.readouterr().out.split())) == said
+    assert (
+        "branches (masks, grids) depend on the number of detections" in " ".join(capsys.readouterr().out.split())
+    ) == said
 
 
 def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    found = figures(capsys, "info", "retinanet_r50")
-    assert found["trainable"] == 37_743_348
-    assert found["image"] == [800, 1344]
-    assert sum(part["multiply_adds"] for part in found["parts"].values()) == found["multiply_adds"]
+    result = figures(capsys, "info", "retinanet_r50")
+    assert result["trainable"] == 37_743_348
+    assert result["image"] == [800, 1344]
+    assert sum(part["multiply_adds"] for part in result["parts"].values()) == result["multiply_adds"]
     said = spoken(capsys, "info", "retinanet_tiny", *SMALL, "--classes", 6)
     for name in ("backbone", "neck", "head", "all"):
         assert name in said
@@ -412,11 +414,11 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"]
     assert report["train"] == report["val"]
-    found = report["train"]["figures"]
-    assert (found["images"], found["empty_images"], found["classes"]) == (5, 3, {"bus": 0, "car": 6})
+    result = report["train"]["figures"]
+    assert (result["images"], result["empty_images"], result["classes"]) == (5, 3, {"bus": 0, "car": 6})
     # small: 20 x 10 twice, and the two of no area or outside (5 x 5)
-    assert found["sizes"] == {"small": 4, "medium": 1, "large": 1}
-    assert found["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
+    assert result["sizes"] == {"small": 4, "medium": 1, "large": 1}
+    assert result["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
     warnings = " | ".join(report["train"]["warnings"])
     for sentence in (
         "no area: not trained on: 1",

@@ -181,9 +181,10 @@ def _same_data(file: Path, dataset: DetectionDataset, results: list[Detection]) 
             f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
         ) from error
     if made_on != (here := evaluation.create_stamp(dataset, results)["data"]):
+        other = f"(fingerprint {made_on}, {stored.get('images')} images)"
         raise InputError(
-            f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} images) than "
-            f"{dataset.source} ({here}, {len(dataset)} images): two runs are compared on the same images and annotations"
+            f"{file} was made on other data {other} than {dataset.source} ({here}, {len(dataset)} images): "
+            "two runs are compared on the same images and annotations"
         )
 
 

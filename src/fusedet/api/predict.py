@@ -191,7 +191,7 @@ def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32
 
 
 def views(config: Config) -> tuple[EvalTransform, ...]:
-    """Return the TTA views: each of `test.scales`, with the long sides in the proportion of `data.size`, then mirrored."""
+    """Return the TTA views: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(

@@ -84,7 +84,8 @@ def predict(
         run: A run directory or a checkpoint.
         sources: Files, directories, globs, lists of paths (`@FILE`), and "-" for such a list on standard input.
         overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once,
-            `data.workers` threads read images ahead. `out` is the directory, by default predict in the run directory, predict-2, ...
+            `data.workers` threads read images ahead. `out` is the directory, by default predict, predict-2,
+            ... in the run directory.
         score: The least score of the boxes that are drawn; all are written.
         precision: "fp32" or "bf16".
         draw: Whether copies of the images with boxes are written.

@@ -146,8 +146,8 @@ def check_masks(dataset: DetectionDataset) -> None:
     """
     if count := int((dataset.segmentations.offsets.diff() == 0).sum()):
         raise InputError(
-            f"{count} of the {len(dataset.labels)} objects of {dataset.source} have no mask, but the detector predicts masks: "
-            "use data with masks, such as COCO's, or a detector without them"
+            f"{count} of the {len(dataset.labels)} objects of {dataset.source} have no mask, but the detector predicts "
+            "masks: use data with masks, such as COCO's, or a detector without them"
         )
 
 

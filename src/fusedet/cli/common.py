@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fusedet.api.results import Result
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input; 3 the training diverged; 4 a file cannot be written, "
-    "such as on a full disk; 130 Ctrl-C; 143 SIGTERM"
+    "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input; 3 the training diverged; 4 a file cannot be "
+    "written, such as on a full disk; 130 Ctrl-C; 143 SIGTERM"
 )
 COMMON: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
 
