@@ -1,8 +1,8 @@
-"""What each module costs: the same detector with and without it, one image, CPU, fp32, interleaved in one run.
+"""Cost of each module: the same detector with and without it, one image, CPU, fp32, interleaved in one run.
 
-Time is that of a whole prediction, from the uint8 image to the final boxes, as `fusedet.load` prepares it; memory the peak of a
-process of its own; parameters are trainable ones, 80 classes; multiply-adds those of convolutions and matrix products of the forward.
-Beside it what the papers print: SMSL alone prints times, on a Tesla P100.
+Time is that of a whole prediction from the uint8 image to the final boxes, as `fusedet.load` prepares it. Memory is the peak
+of a separate process. Parameters are trainable ones for 80 classes, multiply-adds those of convolutions and matrix products.
+The papers' values are shown too: only SMSL's paper publishes times, on a Tesla P100.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import interleave, own_peak, peak_memory, report
+from common import interleave, measure_peak_memory, print_report, read_peak_memory
 
 from fusedet import create_model
 from fusedet.models.detectors import DetectorModule, prepare_for_inference
@@ -28,7 +28,7 @@ PAFPN = "{type: pafpn, form: smsl}"
 
 @dataclass(frozen=True)
 class Side:
-    """A detector; base: the name of the one without the module; paper: milliseconds without and with, where they are printed."""
+    """A detector; base: name of the detector without the module; paper: published milliseconds without and with it."""
 
     config: str
     overrides: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def make(name: str) -> DetectorModule:
 
 
 def predictor(name: str) -> Callable[[], Any]:
-    """A call that predicts the same image again and again."""
+    """Return a call that predicts the same image every time."""
     torch.manual_seed(0)
     height, width = SIDES[name].size
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
@@ -70,19 +70,19 @@ def predictor(name: str) -> Callable[[], Any]:
 
 
 def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """A side's own figures and, beside the detector without the module, what the module adds."""
+    """Return a side's measurements and the difference to the detector without the module."""
     side = SIDES[name]
     total = count_cost(make(name), *side.size)
     found = {
         "image": side.size,
         "median_ms": round(1000 * statistics.median(seconds[name]), 1),
-        "peak_MiB": round(peak_memory(__file__, name)),
+        "peak_MiB": round(measure_peak_memory(__file__, name)),
         "trainable": total["trainable"],
         "multiply_adds_G": round(total["multiply_adds"] / 1e9, 2),
     }
     if side.base:
         plain = count_cost(make(side.base), *side.size)
-        # each turn has both sides under about the same load
+        # in each turn both sides have about the same load
         turns = [a / b for a, b in zip(seconds[name], seconds[side.base])]
         found["added"] = {
             "to": side.base,
@@ -103,7 +103,7 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:
-    """The sides that add a module, as Markdown."""
+    """Format the sides that add a module as Markdown."""
     lines = [
         "| | time | added | peak memory, without | trainable, added | multiply-adds, added | in the paper, one P100 |",
         "|---|---|---|---|---|---|---|",
@@ -122,7 +122,7 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure; print JSON, or the table."""
+    """Measure and print JSON or the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
@@ -134,7 +134,7 @@ def main() -> None:
     if options.only:
         call = predictor(options.only)
         call(), call()
-        print(own_peak())
+        print(read_peak_memory())
         return
     bases = [SIDES[name].base for name in options.sides]
     names = [name for name in SIDES if name in options.sides or name in bases]
@@ -148,7 +148,7 @@ def main() -> None:
     if options.table:
         print(table(found))
     else:
-        report(benchmark="modules", sides=found)
+        print_report(benchmark="modules", sides=found)
 
 
 if __name__ == "__main__":
