@@ -73,9 +73,9 @@ def main() -> None:
     results = []
     for batch in validate.val_loader(options, test, 0, 1):
         with torch.no_grad():
-            found = model(images(batch))
-        for one, image_id, scale in zip(found, batch.ids, batch.scales):
-            own = Detections(one["boxes"] / scale.repeat(2), one["scores"], one["labels"] - 1)
+            outputs = model(images(batch))
+        for output, image_id, scale in zip(outputs, batch.ids, batch.scales):
+            own = Detections(output["boxes"] / scale.repeat(2), output["scores"], output["labels"] - 1)
             results += own.to_coco(image_id, test.category_ids)
     print_report(seed=given.seed, epochs=given.epochs, **evaluation.evaluate_coco(test, results))
 

@@ -28,7 +28,7 @@ def main() -> None:
     before, wall, cpu = read_peak_memory(), [], []
     for _ in range(options.repeats):
         began = time.perf_counter(), time.process_time()
-        found = paired_bootstrap(data, a, b, resamples=options.resamples)
+        metrics = paired_bootstrap(data, a, b, resamples=options.resamples)
         wall.append(round(time.perf_counter() - began[0], 1))
         cpu.append(round(time.process_time() - began[1], 1))
     own = [coco(data, run, per_class=False)["AP"] for run in (a, b)]
@@ -42,8 +42,8 @@ def main() -> None:
         seconds=wall,
         processor_seconds=cpu,
         grown_mib=round(read_peak_memory() - before),
-        AP=found["AP"],
-        differs_from_coco=max(abs(found["AP"][side] - value) for side, value in zip("ab", own, strict=True)),
+        AP=metrics["AP"],
+        differs_from_coco=max(abs(metrics["AP"][side] - value) for side, value in zip("ab", own, strict=True)),
     )
 
 

@@ -2,7 +2,7 @@
 
 Two runs of known difference are simulated on new images each time, as in tests/test_bootstrap.py. fusedet's interval is
 compared with others from the same resamples. Prints one JSON object.
-Usage: python benchmarks/coverage.py [--images 20 50 100 200] [--data-sets 2000] [--resamples 199]
+Usage: python benchmarks/coverage.py [--images 20 50 100 200] [--datasets 2000] [--resamples 199]
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def resampled_ap(run: DetectionTable, owner: np.ndarray, weights: np.ndarray) ->
     return _average_precision(weights, run.images[order], np.ones(len(order), bool), hit, np.zeros_like(hit), owner)[0]
 
 
-def shares(images: int, sets: int, resamples: int) -> dict[str, float]:
+def measure_coverage(images: int, sets: int, resamples: int) -> dict[str, float]:
     """Compute the fraction of `sets` datasets whose interval contains the true value, for each kind of interval."""
     rng = np.random.default_rng(7)
-    held = dict.fromkeys(("fusedet", "percentile", "basic", "normal"), 0)
+    covered = dict.fromkeys(("fusedet", "percentile", "basic", "normal"), 0)
     for i in range(sets):
         data, a, b, true = draw(rng, images)
         owner = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
@@ -49,18 +49,20 @@ def shares(images: int, sets: int, resamples: int) -> dict[str, float]:
             "normal": (here - spread, here + spread),
         }
         for name, (left, right) in ends.items():
-            held[name] += int(left <= true <= right)
-    return {name: round(count / sets, 4) for name, count in held.items()}
+            covered[name] += int(left <= true <= right)
+    return {name: round(count / sets, 4) for name, count in covered.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="+", default=[20, 50, 100, 200])
-    parser.add_argument("--data-sets", type=int, default=2000)
+    parser.add_argument("--datasets", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=199)
     options = parser.parse_args()
-    found = {n: shares(n, options.data_sets, options.resamples) for n in options.images}
-    print_report(benchmark="coverage", data_sets=options.data_sets, resamples=options.resamples, level=0.95, held=found)
+    coverage = {n: measure_coverage(n, options.datasets, options.resamples) for n in options.images}
+    print_report(
+        benchmark="coverage", datasets=options.datasets, resamples=options.resamples, level=0.95, coverage=coverage
+    )
 
 
 if __name__ == "__main__":

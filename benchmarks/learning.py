@@ -84,11 +84,11 @@ def figures(name: str, run: Path) -> dict[str, Any]:
     for row in csv.DictReader((run / "speed.csv").read_text().splitlines()):
         seen = batch * (int(row["step"]) - before)
         images, seconds, before = images + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
-    found = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
+    results = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
     least = {f"least_{key}": value for key, value in LEAST[name].items()}
     reached = all(scores[key] >= value for key, value in LEAST[name].items())
     pace = {"seconds": round(seconds), "images_per_second": round(images / seconds, 1)}
-    return {"detector": name, **found, **least, "reached": reached, **pace}
+    return {"detector": name, **results, **least, "reached": reached, **pace}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -125,17 +125,17 @@ def main() -> None:
     parser.add_argument("--beside", type=int, default=1, help="detectors that train at a time")
     options = parser.parse_args()
     names = [name for name in LEAST if name in options.only]
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     try:
         data = generate_dataset(options.data or options.out / "data", images=IMAGES, seed=SEED)
         for name in runs(names, data, options.out, options.beside):
-            found[name] = figures(name, options.out / name)
-            print(json.dumps(found[name]), flush=True)
+            results[name] = figures(name, options.out / name)
+            print(json.dumps(results[name]), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(table([found[name] for name in names]))
-    sys.exit(0 if all(row["reached"] for row in found.values()) else 1)
+    print(table([results[name] for name in names]))
+    sys.exit(0 if all(row["reached"] for row in results.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return a side's measurements and the difference to the detector without the module."""
     side = SIDES[name]
     total = count_cost(make(name), *side.size)
-    found = {
+    results = {
         "image": side.size,
         "median_ms": round(1000 * statistics.median(seconds[name]), 1),
         "peak_MiB": round(measure_peak_memory(__file__, name)),
@@ -84,7 +84,7 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
         plain = count_cost(make(side.base), *side.size)
         # in each turn both sides have about the same load
         turns = [a / b for a, b in zip(seconds[name], seconds[side.base])]
-        found["added"] = {
+        results["added"] = {
             "to": side.base,
             "time_percent": round(
                 100 * (statistics.median(seconds[name]) / statistics.median(seconds[side.base]) - 1), 2
@@ -94,12 +94,12 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
             "multiply_adds_G": round((total["multiply_adds"] - plain["multiply_adds"]) / 1e9, 2),
         }
         if side.paper:
-            found["paper"] = {
+            results["paper"] = {
                 "gpu": "Tesla P100",
                 "ms": side.paper,
                 "time_percent": round(100 * (side.paper[1] / side.paper[0] - 1), 2),
             }
-    return found
+    return results
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:
@@ -108,15 +108,15 @@ def table(sides: dict[str, dict[str, Any]]) -> str:
         "| | time | added | peak memory, without | trainable, added | multiply-adds, added | in the paper, one P100 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, found in sides.items():
-        if "added" in found:
-            added, plain = found["added"], sides[found["added"]["to"]]
-            printed = found.get("paper")
+    for name, results in sides.items():
+        if "added" in results:
+            added, plain = results["added"], sides[results["added"]["to"]]
+            printed = results.get("paper")
             paper = f"{printed['ms'][0]} to {printed['ms'][1]} ms, {printed['time_percent']:+} %" if printed else ""
             lines.append(
-                f"| {name} | {plain['median_ms']:.0f} to {found['median_ms']:.0f} ms | {added['time_percent']:+} % | "
-                f"{found['peak_MiB']}, {plain['peak_MiB']} MiB | {found['trainable']:,}, {added['trainable']:+,} | "
-                f"{found['multiply_adds_G']} G, {added['multiply_adds_G']:+} G | {paper} |"
+                f"| {name} | {plain['median_ms']:.0f} to {results['median_ms']:.0f} ms | {added['time_percent']:+} % | "
+                f"{results['peak_MiB']}, {plain['peak_MiB']} MiB | {results['trainable']:,}, {added['trainable']:+,} | "
+                f"{results['multiply_adds_G']} G, {added['multiply_adds_G']:+} G | {paper} |"
             )
     return "\n".join(lines)
 
@@ -144,11 +144,11 @@ def main() -> None:
         seconds |= interleave(
             {name: predictor(name) for name in names if SIDES[name].config == config}, options.repeats
         )
-    found = {name: figures(name, seconds) for name in names}
+    results = {name: figures(name, seconds) for name in names}
     if options.table:
-        print(table(found))
+        print(table(results))
     else:
-        print_report(benchmark="modules", sides=found)
+        print_report(benchmark="modules", sides=results)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ CANDIDATES = 4000
 
 @torch.no_grad()
 def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torchvision's RetinaNet, told not to resize, and ours, P6 from P5 as there, with the same random weights; the last bias makes as
-    many candidates as a trained one has."""
+    """Return torchvision's RetinaNet without resizing and fusedet's, with the same random weights.
+
+    Both have P6 from P5. The last bias gives as many candidates as a trained detector has.
+    """
     torch.manual_seed(0)
     theirs = retinanet_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH

@@ -105,11 +105,11 @@ def measure_prediction(top: Path, images: int, processes: int) -> dict[str, floa
         own = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         command = [sys.executable, __file__, "--predict", *words, "device=cpu"]
         running.append(subprocess.Popen(command, env=env | own, stdout=subprocess.PIPE, text=True))
-    said = [json.loads(one.communicate()[0].strip().splitlines()[-1]) for one in running]
+    outputs = [json.loads(one.communicate()[0].strip().splitlines()[-1]) for one in running]
     return {
         "seconds": round(time.perf_counter() - began, 2),
-        "work_seconds": max(one["seconds"] for one in said),
-        "peak_MiB": said[0]["peak_MiB"],
+        "work_seconds": max(output["seconds"] for output in outputs),
+        "peak_MiB": outputs[0]["peak_MiB"],
     }
 
 
@@ -125,8 +125,8 @@ def predict(words: list[str]) -> None:
 def slopes(rows: list[dict[str, Any]], keys: tuple[str, ...], value: str) -> list[float]:
     """Fit a value by least squares as a constant plus a slope per key; return the slopes."""
     known = np.array([[1, *(row[key] for key in keys)] for row in rows], dtype=float)
-    found, *_ = np.linalg.lstsq(known, np.array([row[value] for row in rows]), rcond=None)
-    return found[1:].tolist()
+    coefficients, *_ = np.linalg.lstsq(known, np.array([row[value] for row in rows]), rcond=None)
+    return coefficients[1:].tolist()
 
 
 def main() -> None:

@@ -23,8 +23,10 @@ HEIGHT, WIDTH = 800, 1216
 
 
 def models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torchvision's Faster R-CNN, told not to resize, and ours with the same random weights, whose scores and boxes differ from place to
-    place like a trained one's."""
+    """Return torchvision's Faster R-CNN without resizing and fusedet's, with the same random weights.
+
+    Scores and boxes differ from place to place like those of a trained detector.
+    """
     sizes = {"min_size": HEIGHT, "max_size": WIDTH}
     theirs = fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=81, trainable_backbone_layers=3, **sizes
