@@ -30,7 +30,8 @@ class BrowseResult(Result):
     Attributes:
         image: Its file.
         images: How many images it shows; None where it shows object centers.
-        classes: Each class's name, number of objects, and how many lie in each quarter of the image; None where it shows images.
+        classes: Each class's name, number of objects, and how many lie in each quarter of the image; None where it
+            shows images.
     """
 
     image: Path
@@ -86,8 +87,8 @@ def browse(
 
 def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
     """Draw predictions of at least `score` on images, into one grid."""
-    found = list(predictor.stream(images, batch=4))
-    visualization.draw_image_grid([one.plot(score=score) for one in found], [path.name for path in images]).save(target)
+    drawn = [prediction.plot(score=score) for prediction in predictor.stream(images, batch=4)]
+    visualization.draw_image_grid(drawn, [path.name for path in images]).save(target)
 
 
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:

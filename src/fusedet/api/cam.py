@@ -104,7 +104,7 @@ def cam(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A run does not know the class, an image has no detection and no class is named, or no run has a
+        InputError: A run does not know the class, an image has no detection and no class is given, or no run has a
             part of `only`.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
@@ -112,6 +112,8 @@ def cam(
     options = configs.parse(configs.overridden({}, own))
     of_model, out = [text for text in texts if text not in own], options.out
     images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
+    if not images.words:
+        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
