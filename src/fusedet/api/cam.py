@@ -134,8 +134,8 @@ def cam(
         seen = {source: _compute(predictor, job, best_only) for source, predictor in runs.items()}
         known = [part for part in PARTS if any(part in maps.parts for maps in seen.values())]
         if missing := [part for part in only if part not in known]:
-            verb = "has" if len(runs) == 1 else "have"
-            raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {verb} only {', '.join(known)}")
+            has = "has" if len(runs) == 1 else "have"
+            raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {has} only {', '.join(known)}")
         if target is None:
             target = run_dir.fresh(out) if out else run_dir.numbered(run_dir.parent_of(run), "cam")
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
