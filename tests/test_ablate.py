@@ -386,22 +386,17 @@ def test_dry_run_estimates_from_finished_runs(
     assert report["rows"][2]["seconds"] == pytest.approx(sum(seconds) / 2)
 
 
-def test_tables_are_folded_in_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
-    """In a terminal of 60 columns words of the head are whole and labels folded; in a file every row is one line."""
-    sheet = render.Sheet(
-        "t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]]
-    )
-    render.print_sheet(Console(), sheet)
-    assert any(
-        line.count("250.49") == 12 and "of more than twenty-four letters" in line
-        for line in capsys.readouterr().out.splitlines()
-    )
+@pytest.mark.parametrize(
+    ("width", "columns", "label"), [(1000, 12, "of more than twenty-four letters"), (60, 1, "a label of more than")]
+)
+def test_table_fits_the_width(width: int, columns: int, label: str) -> None:
+    """Words of the head stay whole; labels are folded in a narrow terminal only."""
+    row = ["a label of more than twenty-four letters", *(["250.49"] * columns)]
     text = io.StringIO()
-    few = render.Sheet(
-        "t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]]
-    )
-    render.print_sheet(Console(file=text, force_terminal=True, width=60), few)
-    assert "multiply-adds" in text.getvalue()
+    sheet = render.Sheet("t", ["row", *(["multiply-adds (G)"] * columns)], [row])
+    Console(file=text, width=width).print(render.sheet_table(sheet))
+    assert any(line.count("250.49") == columns and label in line for line in text.getvalue().splitlines())
+    assert text.getvalue().count("multiply-adds") == columns
     assert "…" not in text.getvalue()
 
 
@@ -500,7 +495,7 @@ def test_wrong_input(
     out, data, mine = f"out={tmp_path / 'out'}", f"data={scenes}", str(table)
     assert "which table?" in read_error(capsys)
     assert "did you mean 'smsl_table2'" in read_error(capsys, "smsl_tabl2", data, out)
-    assert "no output folder: add out=" in read_error(capsys, mine, data)
+    assert "no output directory: add out=" in read_error(capsys, mine, data)
     assert "no data: add data=" in read_error(capsys, mine, out)
     assert "did you mean 'plain'" in read_error(capsys, mine, data, out, "--rows", "plane")
     assert "row 'theirs' is cited" in read_error(capsys, mine, data, out, "--rows", "theirs")
@@ -512,7 +507,8 @@ def test_wrong_input(
     )
     assert "no masks" in read_error(capsys, mine, data, out, "train.monitor=mask_AP")
     assert "--budget 2x is not a duration" in read_error(capsys, mine, data, out, "--budget", "2x")
-    assert "unknown launcher 'pbs'" in read_error(capsys, mine, data, out, "--launcher", "pbs")
+    assert cli.run(["ablate", mine, data, out, "--launcher", "pbs"]) == 2
+    assert "'pbs' is not one of 'local', 'slurm'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "one table at a time" in read_error(capsys, mine, "necks", data, out)
     assert not (tmp_path / "out").exists()
 

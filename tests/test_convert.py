@@ -48,6 +48,8 @@ def test_every_pair(tmp_path: Path, source: str, to: str) -> None:
     for split, said in report.items():
         before, after = read_dataset(src, split), read_dataset(tmp_path / "dst", split)
         assert_same(before, after, flags=to != "yolo")
+        if source == to == "coco":
+            assert before.fingerprint() == after.fingerprint(), "COCO's `ignore` is kept apart from `iscrowd`"
         assert said["images"] == len(after)
         assert said["objects"] == len(after.labels)
         assert all(

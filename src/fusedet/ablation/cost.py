@@ -32,7 +32,7 @@ SECONDS = 60.0
 
 
 def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, Any]]:
-    """Count parameters and multiply-adds of every row as `models.profiling.count_cost` does; equal models are counted once.
+    """Count parameters and multiply-adds of every row with `profiling.count_cost`, equal models once.
 
     Returns:
         By label: parameters, trainable, multiply_adds and image, the size that they are counted for.

@@ -7,7 +7,6 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Terminal
 
@@ -25,7 +24,6 @@ from fusedet.ablation.summary_text import (
 from fusedet.evaluation.confidence_intervals import choose_decimals
 
 NOT_MEASURED = "not measured"
-FILE_WIDTH = 1000  # characters of a line outside of a terminal, so that no row is broken
 LABEL_WIDTH = 24  # characters of a row's label that the terminal does not break
 CITED = "cited"
 COST = "Cost"
@@ -281,8 +279,8 @@ def format_csv(summary: Summary) -> str:
     return text.getvalue()
 
 
-def print_sheet(console: Console, sheet: Sheet) -> None:
-    """Print a table; in a terminal long labels are folded, elsewhere every row is one line."""
+def sheet_table(sheet: Sheet) -> Terminal:
+    """Make a table for the terminal; in a narrow one, long labels are folded and words of the head stay whole."""
     table = Terminal(title=escape(sheet.title), title_justify="left")
     for i, name in enumerate(sheet.head):
         widest = max(len(row[0]) for row in sheet.rows)
@@ -290,10 +288,7 @@ def print_sheet(console: Console, sheet: Sheet) -> None:
         table.add_column(escape(name), justify="right" if i else "left", overflow="fold", min_width=least)
     for row in sheet.rows:
         table.add_row(*map(escape, row))
-    target = (
-        console if console.is_terminal else Console(file=console.file, width=FILE_WIDTH, highlight=False, emoji=False)
-    )
-    target.print(table)
+    return table
 
 
 def format_number(value: float | None, digits: int = 1) -> str:

@@ -15,11 +15,10 @@ from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
-from fusedet.api.validate import detect, has_mask_branch, report, score, val_loader
+from fusedet.api.validate import evaluate_detector, report
 from fusedet.atomic_io import replace
 from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
-from fusedet.evaluation import EVALUATORS
 
 
 def execute_run(run: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
@@ -55,14 +54,12 @@ def score_trained_weights(run: Run, say: Callable[[str], None] = print) -> None:
     train_split, dataset = open_data(options, say)
     weights = weights_file(run.weights_from)
     detector = tuned(with_weights(options, len(dataset.names), weights).to(device), options)
-    masks = has_mask_branch(detector)
-    results = detect(detector, val_loader(options, dataset), dataset, device)
-    metrics = score(dataset, results, voc=dataset.dataset_format == "voc", evaluator=EVALUATORS[0], masks=masks)
+    evaluated = evaluate_detector(detector, options, dataset, device)
     folder = fresh(run.folder)
     replace(folder / "config.yaml", options.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
     write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": run.seed})
-    report(dataset, results, metrics, folder, title=run.label)
+    report(dataset, evaluated.results, evaluated.metrics, folder, title=run.label)
 
 
 def _read_sessions(folder: Path) -> list[float | None]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
+from rich.console import Group, RenderableType
 from torch import Tensor
 
+from fusedet import config as configs
 from fusedet import visualization
 from fusedet.api import run_dir
-from fusedet.api.predict import Prediction, Predictor, load
+from fusedet.api.image_sources import Sources
+from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
+from fusedet.api.results import Result, lines, list_files
+from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
 from fusedet.visualization import heat_maps
@@ -38,18 +43,25 @@ UNITS = {
 
 
 @dataclass(frozen=True)
-class CamResult:
+class CamResult(Result):
     """Numbers and files of a call of `cam`.
 
     Attributes:
-        figures: Numbers by image, the content of cam.json.
-        out: Output directory.
-        files: Files written, by what they show.
+        images: By image the class, the numbers of each run and the files, as cam.json holds them.
+        out: The directory of the files.
+        files: The files written, by what they show.
     """
 
-    figures: dict[str, Any]
+    images: dict[str, Any]
     out: Path
     files: dict[str, Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the directory and the images."""
+        return {"out": str(self.out), "images": self.images}
+
+    def __rich__(self) -> RenderableType:
+        return Group(lines(format_report(self.images)), list_files(self.files))
 
 
 @dataclass(frozen=True)
@@ -63,51 +75,58 @@ class _Job:
 
 
 def cam(
-    run: str,
-    images: Sequence[Path],
-    overrides: Sequence[str] = (),
-    *,
-    beside: str | None = None,
-    name: str | None = None,
+    run: str | Path,
+    sources: str | Path | Iterable[str | Path],
+    *overrides: str,
+    beside: str | Path | None = None,
+    class_name: str | None = None,
     score: float = 0.3,
     best_only: bool = False,
     only: Collection[str] = (),
-    device: str = "auto",
-    out: str | None = None,
     trust: bool = False,
+    **settings: Unpack[Settings],
 ) -> CamResult:
-    """Draw activation maps, gates and level weights of a run, and of a second run beside it.
+    """Draw heat maps, gates and level weights of a run, or of two runs in the same colors, on images.
+
+    >>> fusedet.cam("runs/a", "street.jpg", beside="runs/b")  # doctest: +SKIP
 
     Args:
-        run: Run directory or checkpoint.
-        images: Image files.
-        overrides: Settings as on the command line, `key=value`.
-        beside: Second run, drawn beside the first with one colour scale.
-        name: Class to explain; by default that of the best detection of `run` in each image.
-        score: Minimum score of a detection.
-        best_only: Explain the class's best candidate only, instead of all candidates weighted with their scores.
-        only: Some of `PARTS`; all of them by default.
-        device: Device to run on.
-        out: Output directory; by default cam, cam-2, ... in the run directory.
-        trust: As in `fusedet.load`, for both runs.
+        run: A run directory or a checkpoint.
+        sources: Files, directories, globs, and lists of paths (`@FILE`).
+        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run
+            directory.
+        beside: A second run.
+        class_name: The class, by default that of the best detection of `run` in each image.
+        score: The least score of a detection.
+        best_only: Whether only the best location of the class is explained, not all locations weighted by score.
+        only: Some of `PARTS`.
+        trust: Whether the checkpoints' configs may name classes of other packages, whose code then runs.
+        settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A run does not know the class, no class is given for an image without detections, or no run has a
+        InputError: A run does not know the class, an image has no detection and no class is given, or no run has a
             part of `only`.
     """
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
+    own = [text for text in texts if text.partition("=")[0] in ("device", "out")]
+    options = configs.parse(configs.overridden({}, own))
+    of_model, out = [text for text in texts if text not in own], options.out
+    images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
+    if not images.words:
+        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
     if out is not None:
         run_dir.check(out)  # before the work starts
     runs = {
-        source: load(source, *overrides, device=device, trust=trust)
-        for source in dict.fromkeys([run, *([beside] if beside else [])])
+        source: load(source, *of_model, device=options.device, trust=trust)
+        for source in dict.fromkeys(str(source) for source in (run, beside) if source)
     }
     for source, predictor in runs.items():
-        if name is not None and name not in predictor.names:
-            raise unknown(f"class of {source}", name, predictor.names)
-    jobs = [_job(runs, path, name, score) for path in images]
+        if class_name is not None and class_name not in predictor.names:
+            raise unknown(f"class of {source}", class_name, predictor.names)
+    jobs = [_job(runs, path, class_name, score) for path in images]
     target: Path | None = None
     figures: dict[str, Any] = {}
     files: dict[str, Path] = {}
@@ -115,11 +134,10 @@ def cam(
         seen = {source: _compute(predictor, job, best_only) for source, predictor in runs.items()}
         known = [part for part in PARTS if any(part in maps.parts for maps in seen.values())]
         if missing := [part for part in only if part not in known]:
-            verb = "has" if len(runs) == 1 else "have"
-            raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {verb} only {', '.join(known)}")
+            has = "has" if len(runs) == 1 else "have"
+            raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {has} only {', '.join(known)}")
         if target is None:
-            parent = Path(run) if Path(run).is_dir() else Path(run).parent
-            target = run_dir.fresh(out) if out else run_dir.numbered(parent, "cam")
+            target = run_dir.fresh(out) if out else run_dir.numbered(run_dir.parent_of(run), "cam")
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
         figures[str(job.path)] = {
             "class": job.name,

@@ -1,4 +1,4 @@
-"""The images of a training before it starts, and what it had to replace when it is over."""
+"""Check of the images before a training, and the record of those replaced in it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from fusedet.errors import InputError
 
 
 def check_images(config: Config, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
-    """Look at the headers of all images: those that are absent, of another kind or of another size than annotated.
+    """Check the headers of all images: missing files, other file types, sizes that differ from the annotations.
 
-    With train.on_bad_image=skip, bad training images are said and trained around as long as they are few. Raises InputError else.
+    With `train.on_bad_image=skip`, a limited number of bad training images is reported and replaced in training.
+
+    Raises:
+        InputError: An image cannot be used, or with `skip` more than `train.max_bad_images` cannot.
     """
     skip, share = config.train.on_bad_image == "skip", config.train.max_bad_images
     for dataset in (data, val):
@@ -29,12 +32,13 @@ def check_images(config: Config, data: DetectionDataset, val: DetectionDataset, 
             raise InputError((count if len(bad) > 1 else "") + bad[0])
         if bad:
             say(
-                f"warning: {len(bad)} of the {len(data)} training images cannot be used and will be replaced, the first: {bad[0]}"
+                f"warning: {len(bad)} of the {len(data)} training images cannot be used and will be replaced, the "
+                f"first: {bad[0]}"
             )
 
 
 def record_replaced_images(ledger: BadImageLog, out: Path, say: Callable[[str], None]) -> None:
-    """Say what a training replaced, and add it to its run.json; all processes call it."""
+    """Report the images that a training replaced, and add their number to run.json; all processes call it."""
     rows = ledger.close()
     if ledger.rank == 0:
         about = json.loads((out / "run.json").read_text(encoding="utf-8"))

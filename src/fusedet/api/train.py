@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning_fabric import Fabric
@@ -15,16 +14,18 @@ from fusedet import evaluation, visualization
 from fusedet.api.distributed import process_group, silent, together
 from fusedet.api.image_check import check_images, record_replaced_images
 from fusedet.api.load_model import class_names, weights_file, with_weights
+from fusedet.api.results import RunResult
 from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
+from fusedet.api.settings import Settings, Source, training_config
 from fusedet.api.validate import (
     FIGURES,
     MASK_FIGURES,
     check_masks,
     detect,
+    evaluate_detector,
     has_mask_branch,
     mask_figures,
     report,
-    score,
     some,
     val_loader,
 )
@@ -44,27 +45,44 @@ from fusedet.errors import InputError, plural, unknown
 from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Where a run is, the figures of its best weights, and its files by what they show."""
+def train(
+    config: Source | None,
+    *overrides: str,
+    resume: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+    **settings: Unpack[Settings],
+) -> RunResult:
+    """Train a detector and evaluate its best weights.
 
-    out: Path
-    figures: dict[str, Any]
-    files: dict[str, Path]
+    >>> fusedet.train("retinanet_r50", data="data/coco", train={"epochs": 24}, out="runs/a")  # doctest: +SKIP
 
+    Args:
+        config: A config's name, a YAML file, a run directory or a `Config`.
+        overrides: "key=value" texts. `out` is the directory of the run, by default runs/NAME, runs/NAME-2, ...
+        resume: Whether the run in `out`, or the given run directory, is continued. A run that was killed before its
+            first checkpoint starts from the beginning.
+        trust: Whether a run directory's config may name classes of other packages, whose code then runs.
+        say: Takes lines of progress.
+        quiet: Whether the progress bar is left out.
+        settings: The same settings as `overrides`, by keyword.
 
-def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = print, quiet: bool = False) -> Trained:
-    """Train as the config says, then score the best weights.
+    Returns:
+        Metrics of the best weights and files. In other processes than the first one both are empty.
 
-    config.out is made, or with `resume` continued; a run that was killed before its first checkpoint then begins anew. say: takes the
-    lines for the user. quiet: no progress bar. Raises InputError before anything is written for wrong data, names or options, and what
-    `engine.loop.fit` raises.
+    Raises:
+        InputError: Data, names or settings are wrong; nothing is written then.
+        DivergenceError: A loss, a gradient or a weight is not finite.
+        StorageError: A file cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
-    with deterministic(config.train.deterministic):
-        return _train(config, resume, say, quiet)
+    options = training_config(config, overrides, settings, resume, trust)
+    with deterministic(options.train.deterministic):
+        return _train(options, resume, say, quiet)
 
 
-def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool) -> Trained:
+def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool) -> RunResult:
     if config.data.path is None:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     if config.out is None:
@@ -81,7 +99,7 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
 
 def _fit(
     fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool
-) -> Trained:
+) -> RunResult:
     """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
     loggers = logging.loggers(config.train.loggers, out)
     data, val = open_data(config, say)
@@ -188,19 +206,16 @@ def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say:
             )
 
 
-def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> Trained:
+def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> RunResult:
     """Score the best weights once more and draw what there is to see."""
     best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
-    results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
+    evaluated = evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
     if fabric.global_rank:
-        return Trained(out, {}, {})
-    figures = score(
-        val, results, voc=val.dataset_format == "voc", evaluator=evaluation.EVALUATORS[0], masks=has_mask_branch(best)
-    )
-    files = report(val, results, figures, out, title=out.name)
+        return RunResult(out, {}, {})
+    files = report(val, evaluated.results, evaluated.metrics, out, title=out.name)
     files["training curves"] = out / "training.png"
     visualization.plot_training(out / "metrics.csv", files["training curves"])
-    return Trained(out, figures, files)
+    return RunResult(out, evaluated.metrics, files, f"{out}: best weights on {config.data.val}")
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:

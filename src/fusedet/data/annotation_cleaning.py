@@ -43,6 +43,7 @@ def build_clean_dataset(
     source: str | Path,
     dataset_format: str,
     area: np.ndarray | None = None,
+    eval_ignore: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
 ) -> DetectionDataset:
     """DetectionDataset without the boxes that cannot be used, all faults counted; columns as in `DetectionDataset.from_arrays`.
@@ -65,6 +66,7 @@ def build_clean_dataset(
         boxes=kept,
         labels=labels[keep],
         ignore=ignore[keep],
+        eval_ignore=None if eval_ignore is None else eval_ignore[keep],
         area=area,
         segmentations=segmentations if keep.all() else [segmentations[i] for i in np.flatnonzero(keep).tolist()],
         source=source,

@@ -23,7 +23,9 @@ class ImageAnnotations:
     """One image and its objects, as annotated.
 
     boxes (G, 4) float64 xyxy in the image's pixels after EXIF rotation, continuous with origin 0, not clipped;
-    labels (G,) int64 in 0..K-1; ignore (G,) bool, crowds (COCO) and difficult objects (VOC);
+    labels (G,) int64 in 0..K-1;
+    ignore (G,) bool, neither positive nor negative in training: COCO's `iscrowd` and `ignore`, VOC's difficult objects;
+    eval_ignore (G,) bool, ignored in evaluation, by default those of `ignore`; without COCO's `ignore`, as pycocotools does;
     area (G,) float64, the annotated area where the format has one, else width x height;
     segmentations, per object polygons [[x, y, ...], ...], a COCO RLE dict, or None.
     """
@@ -37,6 +39,11 @@ class ImageAnnotations:
     ignore: np.ndarray
     area: np.ndarray
     segmentations: list[Any]
+    eval_ignore: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.eval_ignore is None:
+            object.__setattr__(self, "eval_ignore", self.ignore)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class DetectionDataset:
     boxes: Tensor  # (M, 4) float64
     labels: Tensor  # (M,) int64
     ignore: Tensor  # (M,) bool
+    eval_ignore: Tensor  # (M,) bool
     area: Tensor  # (M,) float64
     paths: Packed
     segmentations: Packed
@@ -89,6 +97,7 @@ class DetectionDataset:
             boxes=column((0, 4), "boxes"),
             labels=column((0,), "labels"),
             ignore=column((0,), "ignore"),
+            eval_ignore=column((0,), "eval_ignore"),
             area=column((0,), "area"),
             segmentations=[pack_segmentation(s) for r in rows for s in r.segmentations],
             source=source,
@@ -113,6 +122,7 @@ class DetectionDataset:
         segmentations: Sequence[bytes],
         source: str | Path,
         dataset_format: str,
+        eval_ignore: np.ndarray | None = None,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
         """The same as `build` from flat columns, for large sets.
@@ -138,6 +148,7 @@ class DetectionDataset:
             boxes=tensor(boxes[order], np.float64),
             labels=tensor(labels[order], np.int64),
             ignore=tensor(ignore[order], np.bool_),
+            eval_ignore=tensor((ignore if eval_ignore is None else eval_ignore)[order], np.bool_),
             area=tensor(area[order], np.float64),
             paths=Packed.of([p.encode("utf-8", "surrogateescape") for p in paths]),
             segmentations=Packed.of([segmentations[i] for i in order.tolist()]),
@@ -167,6 +178,7 @@ class DetectionDataset:
             boxes=self.boxes[begin:end].numpy(),
             labels=self.labels[begin:end].numpy(),
             ignore=self.ignore[begin:end].numpy(),
+            eval_ignore=self.eval_ignore[begin:end].numpy(),
             area=self.area[begin:end].numpy(),
             segmentations=[unpack_segmentation(self.segmentations[j]) for j in range(begin, end)],
         )
@@ -178,6 +190,8 @@ class DetectionDataset:
             digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
         for column in (self.image_ids, self.sizes, self.offsets, self.boxes, self.labels, self.ignore):
             digest.update(column.numpy().tobytes())
+        if not torch.equal(self.ignore, self.eval_ignore):
+            digest.update(self.eval_ignore.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -45,7 +45,7 @@ def assign_file_names(data: dict[str, DetectionDataset]) -> dict[str, list[str]]
 def write_coco(
     folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
 ) -> dict[str, dict[str, int]]:
-    """annotations/instances_SPLIT.json; category ids, image ids and segmentations are kept, ignored objects are crowds."""
+    """annotations/instances_SPLIT.json; category ids, image ids and segmentations are kept; what evaluation ignores is a crowd."""
     (folder / "annotations").mkdir()
     report = {}
     for split, dataset in data.items():
@@ -58,8 +58,10 @@ def write_coco(
                     "category_id": dataset.category_ids[record.labels[j]],
                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                     "area": float(record.area[j]),
-                    "iscrowd": int(record.ignore[j]),
+                    "iscrowd": int(record.eval_ignore[j]),
                 }
+                if record.ignore[j] and not record.eval_ignore[j]:
+                    annotation["ignore"] = 1
                 segmentation = record.segmentations[j]
                 annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
         sizes = dataset.sizes.tolist()

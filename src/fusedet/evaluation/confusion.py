@@ -83,7 +83,7 @@ def _matched(
     for record, (boxes, labels) in zip(
         dataset, build_detection_table(dataset, results).by_image(len(dataset), score), strict=True
     ):
-        keep = ~record.ignore
+        keep = ~record.eval_ignore
         classes = record.labels[keep]
         yield (
             classes,

@@ -49,7 +49,7 @@ def match_detections(
     n, owner, place = len(dataset), image_indices(dataset), rank_by_image_id(dataset)
     group = dataset.labels.numpy() * n + place[owner]
     order = np.argsort(group, kind="stable")
-    objects = rule.Objects(group[order], dataset.area.numpy()[order], dataset.ignore.numpy()[order])
+    objects = rule.Objects(group[order], dataset.area.numpy()[order], dataset.eval_ignore.numpy()[order])
 
     group = table.labels * n + place[table.images]
     best = np.lexsort((-table.scores, group))
@@ -58,7 +58,9 @@ def match_detections(
     if masks is None:
         boxes = table.boxes[best]
         area = boxes[:, 2] * boxes[:, 3]
-        pairs = rule.find_box_pairs(group, boxes, objects, xyxy_to_xywh(dataset.boxes.numpy()[order]), thresholds.min())
+        pairs = rule.find_box_pairs(
+            group, boxes, objects, xyxy_to_xywh(dataset.boxes.numpy()[order]), min(thresholds.min(), rule.MAX_THRESHOLD)
+        )
     else:
         answers = [masks[i]["segmentation"] for i in best]
         area = np.array([compute_mask_area(answer) for answer in answers])

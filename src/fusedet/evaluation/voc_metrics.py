@@ -37,7 +37,7 @@ def evaluate_voc(
     n, classes = len(dataset), len(dataset.names)
     group = dataset.labels.numpy() * n + image_indices(dataset)
     order = np.argsort(group, kind="stable")
-    difficult = dataset.ignore.numpy()[order]
+    difficult = dataset.eval_ignore.numpy()[order]
     boxes = xyxy_to_xywh(dataset.boxes.numpy()[order])
     objects = rule.Objects(group[order], dataset.area.numpy()[order], np.zeros(len(order), dtype=bool))
 

@@ -30,7 +30,7 @@ def read_coco(
     """Read one COCO json whose `file_name`s are relative to image_dir; of several folders, the one that has most of them.
 
     Labels follow the order of the category ids. Without the key `annotations` (test-dev) no image has objects.
-    `iscrowd` and `ignore` set ImageAnnotations.ignore. File names may use ".." only inside root, by default the image folder.
+    `iscrowd` and `ignore` set ImageAnnotations.ignore; `iscrowd` alone sets eval_ignore, as pycocotools overwrites `ignore`. File names may use ".." only inside root, by default the image folder.
     need_images refuses a folder where not one of the first 100 images is; without, annotations alone are read.
     Raises InputError for anything that is not COCO, naming the entry that is wrong.
     """
@@ -67,7 +67,8 @@ def read_coco(
     image_indices = image_indices[listed]
     boxes = _boxes(rows, file)
     labels = _labels(rows, category_ids, file)
-    ignore = (_integers(rows, "iscrowd", "annotation", file, 0) | _integers(rows, "ignore", "annotation", file, 0)) != 0
+    is_crowd = _integers(rows, "iscrowd", "annotation", file, 0) != 0
+    ignore = is_crowd | (_integers(rows, "ignore", "annotation", file, 0) != 0)
     area, bad_areas = _areas(rows, file)
     segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
     del data, images, rows  # a large file's objects take a gigabyte
@@ -87,6 +88,7 @@ def read_coco(
         boxes=boxes,
         labels=labels,
         ignore=ignore,
+        eval_ignore=is_crowd,
         area=area,
         segmentations=drawn,
         source=file,
