@@ -280,7 +280,7 @@ def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "there is no config file" in read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "gone.py"
     )
-    assert "neither FILE.pth nor OUT" in read_error(
+    assert "faster.py is one too many" in read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "faster.py"
     )
     (tmp_path / "loop.py").write_text("_base_ = './config.py'")
