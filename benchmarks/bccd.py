@@ -18,7 +18,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from fusedet import config, evaluation
 from fusedet.api import train, validate
 from fusedet.data.loader import train_loader
-from fusedet.engine.optim import schedule
+from fusedet.engine.optim import lr_factor
 from fusedet.errors import InputError
 from fusedet.types import Batch, Detections
 
@@ -52,13 +52,7 @@ def main() -> None:
     step = 0
     for epoch in range(given.epochs):
         for batch in loader.epoch(epoch):
-            factor = schedule(
-                step,
-                total_steps=len(loader) * given.epochs,
-                steps_per_epoch=len(loader),
-                warmup_steps=recipe.warmup_steps,
-                milestones=[milestone * share for milestone in recipe.milestones],
-            )
+            factor = lr_factor(step, recipe, total_steps=len(loader) * given.epochs, steps_per_epoch=len(loader))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * factor
             targets = [{"boxes": target.boxes, "labels": target.labels + 1} for target in batch.targets or ()]

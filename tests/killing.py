@@ -125,11 +125,11 @@ def _mark(file: Path) -> None:
         setattr(module, name, outer)
 
     note(trainer, "_train_step", "step")
-    note(trainer, "_validated", "validation")
+    note(trainer, "_validate", "validation")
     note(checkpoint, "save", "checkpoint")
     note(checkpoint, "save_weights", "best")
     note(logging.Table, "add", "row")
-    note(command, "finish", "scoring")
+    note(command, "_report", "scoring")
 
 
 # -- places

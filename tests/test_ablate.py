@@ -23,8 +23,7 @@ from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, summary_text, worker
 from fusedet.ablation.plan import Cell, Plan
 from fusedet.config import Config
-from fusedet.engine.trainer import NonFinite
-from fusedet.errors import InputError
+from fusedet.errors import DivergenceError, InputError
 
 TABLE = """
 title: Two rows <b>
@@ -134,13 +133,13 @@ def test_a_finished_table_runs_nothing(
 KILLED = """
 import os, signal, sys
 from fusedet import cli
-from fusedet.engine import loop
-save = loop.save
+from fusedet.engine import trainer
+save = trainer.save
 def saved(run):
     save(run)
     if run.out.parts[-2:] == ("fpn_bfp", "seed0") and run.state["epoch"] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-loop.save = saved
+trainer.save = saved
 sys.exit(cli.run(sys.argv[1:]))
 """
 
@@ -190,7 +189,7 @@ def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatc
         if "fpn_bfp" in str(config.out):
             Path(config.out).mkdir(parents=True)
             (Path(config.out) / "config.yaml").write_text(config.to_yaml())
-            raise NonFinite("loss is nan at step 3")
+            raise DivergenceError("loss is nan at step 3")
         return real(config, **options)
 
     monkeypatch.setattr(worker, "train", train)

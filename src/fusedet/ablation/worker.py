@@ -17,8 +17,8 @@ from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
 from fusedet.api.validate import detect, finds_masks, report, score, val_loader
 from fusedet.atomic_io import replace
-from fusedet.engine.trainer import Interrupted, NonFinite
-from fusedet.errors import InputError
+from fusedet.engine.signals import Interrupted
+from fusedet.errors import DivergenceError, InputError
 from fusedet.evaluation import EVALUATORS
 
 
@@ -40,7 +40,7 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
             score_again(cell, say)
         else:
             train(cell.config, resume=resumed, say=say, quiet=quiet)
-    except NonFinite as error:
+    except DivergenceError as error:
         write_json(folder / FAILED, {"reason": str(error)})
     finally:
         if (folder / "config.yaml").is_file():
@@ -87,7 +87,7 @@ def main() -> int:
         )
     except InputError as error:
         print(str(error), file=sys.stderr)
-        return 2
+        return error.exit_code
     except Interrupted as stop:
         print(str(stop), file=sys.stderr)
         return stop.code

@@ -11,7 +11,6 @@ from rich.markup import escape
 from fusedet.api.distributed import place
 from fusedet.cli import data, evidence, model, prediction
 from fusedet.cli.args import err
-from fusedet.engine.peers import EXIT, Lost
 from fusedet.engine.trainer import Interrupted
 from fusedet.errors import InputError
 
@@ -55,8 +54,8 @@ for name, command in CONVERTERS.items():
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 75 another process of it is gone, 130 stopped by
-    Ctrl-C, 143 by SIGTERM.
+    """Run a command. Exit codes: 0 success, 1 the doctor found errors, 2 wrong input, 3 divergence, 4 a file cannot be written,
+    130 stopped by Ctrl-C, 143 by SIGTERM.
     """
     sys.exit(run())
 
@@ -68,14 +67,10 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except InputError as error:
-        return _refuse(str(error), sys.argv[1:2] if arguments is None else arguments[:1])
+        return _refuse(error, sys.argv[1:2] if arguments is None else arguments[:1])
     except Interrupted as stop:
         err.print(escape(str(stop)))
         return stop.code
-    except Lost as lost:
-        if str(lost):
-            _complain(str(lost))
-        return EXIT
     except BrokenPipeError:
         return 0
     except OSError as error:  # a full disk, a folder without permission: said, not traced
@@ -83,7 +78,7 @@ def run(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _refuse(text: str, command: list[str]) -> int:
+def _refuse(error: InputError, command: list[str]) -> int:
     """Say what is wrong with the input: of processes that work together the first one on each machine does, of others each."""
     try:
         rank, world, local = place()
@@ -91,10 +86,12 @@ def _refuse(text: str, command: list[str]) -> int:
         rank, world, local = 0, 1, 0
     together = bool(command) and command[0] in TOGETHER
     if together and local:
-        return 2
-    return _complain(f"process {rank}: {text}" if world > 1 and (rank or not together) else text)
+        return error.exit_code
+    return _complain(
+        f"process {rank}: {error}" if world > 1 and (rank or not together) else str(error), error.exit_code
+    )
 
 
-def _complain(text: str) -> int:
+def _complain(text: str, code: int = 2) -> int:
     err.print(f"[red]error:[/] {escape(' '.join(text.splitlines()))}")
-    return 2
+    return code
