@@ -34,10 +34,11 @@ def main() -> None:
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--epochs", type=int, default=24)
     given = words.parse_args()
-    options = config.load(
-        "faster_rcnn_r18_small", [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"]
-    )
-    recipe, share = options.train, given.epochs / options.train.epochs
+    overrides = [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"]
+    recipe = config.load("faster_rcnn_r18_small", overrides).train
+    milestones = [milestone * given.epochs / recipe.epochs for milestone in recipe.milestones]
+    options = config.load("faster_rcnn_r18_small", [*overrides, f"train.milestones={milestones}"])
+    recipe = options.train
     try:
         data, test = train.open_data(options, lambda text: print(text, file=sys.stderr))
     except InputError as error:

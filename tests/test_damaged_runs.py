@@ -63,7 +63,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def put(key: str, value: Any) -> Callable[[State], None]:
-    """What puts another value in the place of one, by its dotted key; "-" takes it away."""
+    """Return a function that replaces a value by its key; "-" removes it."""
 
     def change(state: State) -> None:
         *path, last = key.split("/")
@@ -172,7 +172,7 @@ def test_a_whole_but_wrong_checkpoint_is_refused(stopped: Path, tmp_path: Path, 
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
-def test_what_is_no_damage_goes_on(stopped: Path, tmp_path: Path) -> None:
+def test_harmless_changes_are_resumed(stopped: Path, tmp_path: Path) -> None:
     def older(state: State) -> None:
         del state["plan"]["seed"]  # it was not always noted
         state["made with"] = {}
@@ -240,11 +240,11 @@ def test_the_weights_of_a_run_name_no_class(
             module, "report", lambda dataset, results, figures, out, title: reported.append(results) or {}
         )
     assert cli.run(["train", str(run), "--resume", "--json"]) == 0
-    assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written anew"
+    assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written again"
     options = [f"data={scenes}", *SMALL, "test.max_det=7"]
     cell = Cell("a row", config.load("retinanet_tiny", [*options, f"out={tmp_path / 'scored'}"]), run)
     worker.score_again(cell, lambda text: None)
-    most = [max(Counter(one["image_id"] for one in found).values()) for found in reported]
+    most = [max(Counter(result["image_id"] for result in results).values()) for results in reported]
     assert most[0] > most[1] == 7
     cost.predicting({"a row": cell}, read(scenes, "val"), torch.device("cpu"), seconds=0)
     assert not ran.exists()

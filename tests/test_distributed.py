@@ -38,7 +38,7 @@ from test_distributed import part
 from torch import nn
 
 from fusedet.config import Train
-from fusedet.engine.train_state import Objective
+from fusedet.engine.setup import Objective
 from fusedet.engine.trainer import Interrupted, fit, setup
 from fusedet.errors import DivergenceError
 from fusedet.types import Target
@@ -121,7 +121,7 @@ JOINT = Train(epochs=2, warmup_steps=0, accumulate=2, ema=0.9)
 
 
 def alone(out: Path, stop: bool = False, **options) -> None:
-    """One process, with the batches of which `Shared` gives each process its half."""
+    """Train in one process, on the batches that `Shared` splits among two."""
 
     def change(epoch: int, number: int, batch: Batch) -> Batch:
         if stop and number == 3:
@@ -139,7 +139,7 @@ def alone(out: Path, stop: bool = False, **options) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, str]:
-    """The folder and the output of one launch of two processes; starting them is what takes time."""
+    """The directory and the output of one launch of two processes, because the start takes most of the time."""
     out = tmp_path_factory.mktemp("two")
     (out / "script.py").write_text(SCRIPT)
     with pytest.raises(Interrupted):

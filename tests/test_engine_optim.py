@@ -28,11 +28,11 @@ def grouped(opt: torch.optim.Optimizer) -> dict[int, float]:
 @pytest.mark.parametrize("decay", [True, False])
 def test_every_trainable_parameter_is_in_one_group_and_frozen_ones_in_none(name, decay):
     net = model()
-    found = grouped(build_optimizer(net, Train(optimizer=name, weight_decay=0.5, decay_norm_and_bias=decay), 0.1))
-    assert set(found) == {id(p) for p in net.parameters() if p.requires_grad}
-    assert found[id(net[2].weight)] == 0.5
+    decays = grouped(build_optimizer(net, Train(optimizer=name, weight_decay=0.5, decay_norm_and_bias=decay), 0.1))
+    assert set(decays) == {id(p) for p in net.parameters() if p.requires_grad}
+    assert decays[id(net[2].weight)] == 0.5
     for vector in (net[0].bias, net[1].weight, net[1].bias, net[2].bias):
-        assert found[id(vector)] == (0.5 if decay else 0.0)
+        assert decays[id(vector)] == (0.5 if decay else 0.0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -40,9 +40,9 @@ def test_biases_outside_norms_may_learn_faster_and_without_decay(name):
     """MMDetection's bias_lr_mult=2, bias_decay_mult=0 of FCOS and VFNet."""
     net = model()
     opt = build_optimizer(net, Train(optimizer=name, weight_decay=0.5, decay_bias=False, bias_lr=2.0), 0.1)
-    found = {id(p): (group["weight_decay"], group["factor"]) for group in opt.param_groups for p in group["params"]}
-    assert found[id(net[0].bias)] == found[id(net[2].bias)] == (0.0, 2.0)
-    assert found[id(net[1].weight)] == found[id(net[1].bias)] == found[id(net[2].weight)] == (0.5, 1.0)
+    kinds = {id(p): (group["weight_decay"], group["factor"]) for group in opt.param_groups for p in group["params"]}
+    assert kinds[id(net[0].bias)] == kinds[id(net[2].bias)] == (0.0, 2.0)
+    assert kinds[id(net[1].weight)] == kinds[id(net[1].bias)] == kinds[id(net[2].weight)] == (0.5, 1.0)
 
 
 def test_biases_of_stacked_layers_are_biases_and_those_that_predict_offsets_are_not():
@@ -51,11 +51,11 @@ def test_biases_of_stacked_layers_are_biases_and_those_that_predict_offsets_are_
     net = nn.ModuleList([smsl, DeformPack(4, 4, bias=True)])
     opt = build_optimizer(net, Train(weight_decay=0.5, decay_bias=False, bias_lr=2.0), 0.1)
     kinds = {id(p): (group["weight_decay"], group["factor"]) for group in opt.param_groups for p in group["params"]}
-    found = {name for name, p in net.named_parameters() if kinds[id(p)] == (0.0, 2.0)}
+    biases = {name for name, p in net.named_parameters() if kinds[id(p)] == (0.0, 2.0)}
     layers = {f"0.{name}.bias" for name, m in smsl.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     assert len(layers) == 6
-    assert found == layers | {"0.select.W_bias", "0.select.V_bias", "1.bias"}
-    assert {kinds[id(p)] for name, p in net.named_parameters() if name not in found} == {(0.5, 1.0)}
+    assert biases == layers | {"0.select.W_bias", "0.select.V_bias", "1.bias"}
+    assert {kinds[id(p)] for name, p in net.named_parameters() if name not in biases} == {(0.5, 1.0)}
     off = grouped(build_optimizer(smsl, Train(weight_decay=0.5, decay_norm_and_bias=False), 0.1))
     vectors = {"select.W_bias", "select.V_bias", "select.norm_weight", "select.norm_bias"}
     assert all(off[id(p)] == 0 for name, p in smsl.named_parameters() if name in vectors or name.endswith(".bias"))

@@ -51,7 +51,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 
 
 def scores(*values: float):
-    """A validation that gives these values of AP, one after the other."""
+    """Return a validation that yields these values of AP in turn."""
     left = list(values)
     return lambda module, epoch: {"AP": left.pop(0)}
 

@@ -40,7 +40,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def on_two_machines(commands: list[list[str]], script: Path) -> list[str]:
-    """What is said by two launches of one process each, with different node ranks, as two machines have them; both end well."""
+    """Launch one process each with two node ranks, as on two machines; return the output of both, which exit with 0."""
     script.write_text(COMMANDS)
     with socket.create_server(("127.0.0.1", 0)) as free:
         meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
@@ -106,7 +106,7 @@ def test_two_processes_score_as_one_does(runs: tuple[Path, list[str]]) -> None:
     top = runs[0]
     one, two = (read(top / k / "val.bbox.json") for k in ("scored", "both"))
     seen, seen_by_two = (Counter(row["image_id"] for row in side) for side in (one, two))
-    assert seen == seen_by_two, "every image once, whoever looked at it"
+    assert seen == seen_by_two, "every image once, in whichever process"
     assert len(seen) % 2 == 1, "the processes had not the same number of images"
     for image in seen:
         scores = [sorted(row["score"] for row in side if row["image_id"] == image) for side in (one, two)]

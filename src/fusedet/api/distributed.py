@@ -53,10 +53,10 @@ def own_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(config: Config) -> Iterator[Fabric]:
-    """Launch Fabric on the config's device, in as many processes as torchrun has started, and end their group afterwards.
+    """Launch Fabric on the config's device in torchrun's processes, and end their group afterwards.
 
-    After success the processes end the group at the same time. After an error or an interruption the others may be gone, so no
-    process waits.
+    After success the processes end the group at the same time. After an error or an interruption the others may be
+    gone, so no process waits.
 
     Raises:
         InputError: The machines have different numbers of processes, or the device does not have the precision.
@@ -116,8 +116,8 @@ def _join_process_group(backend: str) -> None:
 def destroy_process_group(seconds: float = 20.0) -> None:
     """End this process's group, if it has joined one.
 
-    Where another process is gone, the backend may wait for it without end. After `seconds` this function gives up, and the process
-    exits with 1 at its end. torchrun allows 30 seconds between SIGTERM and SIGKILL.
+    Where another process is gone, the backend may wait for it without end. After `seconds` this function gives up, and
+    the process exits with 1 at its end. torchrun allows 30 seconds between SIGTERM and SIGKILL.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return

@@ -65,7 +65,8 @@ def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = 
         The metrics of the best weights, and the files; of several processes the first one has them.
 
     Raises:
-        InputError: Wrong data, names or options; nothing has been written then. See `engine.trainer.fit` for the others.
+        InputError: Wrong data, names or options; nothing has been written then. See `engine.trainer.fit` for the
+            others.
     """
     with deterministic(config.train.deterministic):
         out, is_begun = _check_config(config, resume)
@@ -95,11 +96,7 @@ def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
 def _fit(
     fabric: Fabric, config: Config, out: Path, resume: bool, is_begun: bool, say: Callable[[str], None], quiet: bool
 ) -> tuple[DetectionDataset, list[dict[str, Any]], bool]:
-    """Train in each process, and return the validation split with the best weights' results.
-
-    Args:
-        is_begun: With `resume`, whether there is a checkpoint to go on from.
-    """
+    """Train in each process; return the validation split, the best weights' results, and whether they have masks."""
     settings = config.train
     loggers = logging.make_loggers(settings.loggers, out)
     data, val = open_data(config, say)
@@ -198,7 +195,7 @@ def _write_description(
     val: DetectionDataset,
     is_begun: bool,
 ) -> None:
-    """Write config.yaml, because a resumed run may have got other settings (train.epochs=24), and run.json where it is missing."""
+    """Write run.json where it is missing, and config.yaml: a resumed run may have got other settings (train.epochs)."""
     replace(out / "config.yaml", config.to_yaml().encode())
     if not is_begun or not (out / "run.json").is_file():
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
@@ -234,7 +231,7 @@ def _report(dataset: DetectionDataset, results: list[dict[str, Any]], has_masks:
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
-    """Read the training and validation splits, check them against each other, and say what was wrong with their annotations."""
+    """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
     assert config.data.path is not None
     data, val = (
         read(config.data.path, split, images=config.data.images) for split in (config.data.train, config.data.val)
@@ -262,7 +259,7 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 
 
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
-    """Build the config's detector for the data's classes, with the weights of train.weights; without weights for a resumed run."""
+    """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run."""
     if resume:  # its weights are in the checkpoint
         return from_config(without_weights(config), len(dataset.names))
     detector = from_config(config, len(dataset.names))
@@ -290,8 +287,8 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
 
 def class_tensors(config: Config) -> list[str]:
     """Return the names of the weights whose shapes depend on the number of classes."""
-    one, two = (bare(config, count).state_dict() for count in (1, 2))
-    return [key for key in one if one[key].shape != two[key].shape]
+    of_one, of_two = (bare(config, count).state_dict() for count in (1, 2))
+    return [key for key in of_one if of_one[key].shape != of_two[key].shape]
 
 
 def check_monitor(config: Config) -> None:
@@ -312,7 +309,7 @@ def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, va
         check_masks(val)
     elif config.train.monitor in MASK_FIGURES:
         raise InputError(
-            f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}"
+            f"train.monitor={config.train.monitor}: this detector has no masks, monitor one of {', '.join(FIGURES)}"
         )
     return masks
 

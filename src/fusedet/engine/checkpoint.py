@@ -86,7 +86,8 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     """Read the weights to predict with, and their description.
 
     Args:
-        path: A .safetensors file or a training checkpoint; the averaged (EMA) weights of a checkpoint are taken where it has them.
+        path: A .safetensors file or a training checkpoint; the averaged (EMA) weights of a checkpoint are taken where
+            it has them.
 
     Raises:
         InputError: As `load` raises it.

@@ -142,8 +142,8 @@ _OF_WEIGHTS = {
 def damaged(path: Path, key: str) -> InputError:
     """Return the error for a checkpoint that is not as `train_state.save` writes it, with the key that is wrong."""
     return InputError(
-        f"{path} cannot be resumed: what it holds under '{key}' is not what fusedet writes there, so it is damaged or was not written "
-        f"by fusedet; copy it again, or begin a new run with train.weights={path}"
+        f"{path} cannot be resumed: what it holds under '{key}' is not what fusedet writes there, so it is damaged or "
+        f"was not written by fusedet; copy it again, or begin a new run with train.weights={path}"
     )
 
 
@@ -185,8 +185,8 @@ def check_moments(saved: Checkpoint, name: str, optimizer: Any, path: Path) -> N
     then = [len(group["params"]) for group in groups]
     if now != then:
         raise InputError(
-            f"{path} cannot be resumed: it trains {_sizes(then)} tensors of weights, this model has {_sizes(now)}: use the same "
-            "options, such as model.backbone.frozen_stages"
+            f"{path} cannot be resumed: it trains {_sizes(then)} tensors of weights, this model has {_sizes(now)}: "
+            "use the same options, such as model.backbone.frozen_stages"
         )
     factors = [group.get("momentum") for group in groups]
     is_stateless = any(isinstance(factor, (int, float)) and factor == 0 for factor in factors)  # SGD then keeps nothing

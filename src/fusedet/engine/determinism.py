@@ -39,7 +39,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
             raise
         name = str(error).split(REFUSED)[0].split()[-1]
         raise InputError(
-            f"train.deterministic=true: torch has no deterministic {name} on this device, use a model without it, or leave the key out"
+            f"train.deterministic=true: torch has no deterministic {name} on this device, use a model without it, "
+            "or leave the key out"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class EMA:
     """An exponential moving average of a detector's parameters and buffers, as a detector: `module`.
 
-    The decay starts low, (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten. torch's AveragedModel
-    copies its counter to the GPU at every step, and so synchronizes with it; this class does not.
+    The decay starts low, (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten. torch's
+    AveragedModel copies its counter to the GPU at every step, and so synchronizes with it; this class does not.
     """
 
     def __init__(self, detector: nn.Module, decay: float) -> None:

@@ -18,10 +18,10 @@ _ADVICE = (
 class NanGuard:
     """Checks every batch's losses before the weights take them.
 
-    `check_losses` starts copying the result to the host right after the forward pass, and `wait` waits for that copy only.
-    The backward pass is queued in between, so the GPU never idles. A non-finite gradient norm is detected before the update on
-    the CPU. On a GPU, where waiting for it would cost time, it is detected with the next batch, or by `check_weights` before
-    anything is saved. All processes share one result, so that they stop at the same step.
+    `check_losses` starts copying the result to the host right after the forward pass, and `wait` waits for that copy
+    only. The backward pass is queued in between, so the GPU never idles. A non-finite gradient norm is detected before
+    the update on the CPU. On a GPU, where waiting for it would cost time, it is detected with the next batch, or by
+    `check_weights` before anything is saved. All processes share one result, so that they stop at the same step.
     """
 
     def __init__(self, device: torch.device) -> None:

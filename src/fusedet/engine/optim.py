@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, settings: Train, lr: float) -> torch.optim
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                # The end of the name, because stacked layers have several: SMSL's W_bias, V_bias, and norm_bias of a norm.
+                # The end of the name, because stacked layers have several: SMSL's W_bias, V_bias and norm_bias.
                 is_bias = module not in exempt and name.endswith("bias") and not name.endswith("norm_bias")
                 decayed = (settings.decay_norm_and_bias or parameter.ndim > 1) and (settings.decay_bias or not is_bias)
                 kind = (settings.weight_decay if decayed else 0.0, settings.bias_lr if is_bias else 1.0)
@@ -74,7 +74,9 @@ def lr_factor(step: int, settings: Train, *, total_steps: int, steps_per_epoch: 
 
     The warm-up is MMEngine's LinearLR, counted in steps: warmup_ratio + (1 - warmup_ratio) * step / (warmup_steps - 1),
     and 1 from then on. The decay is one of two policies:
-    - "multistep" multiplies by `gamma` from the first step at or after each of `milestones` (in epochs; fractions allowed).
+
+    - "multistep" multiplies by `gamma` from the first step at or after each of `milestones` (in epochs;
+      fractions allowed).
     - "cosine" falls from 1 at the end of the warm-up to 0 at `total_steps`.
 
     Args:

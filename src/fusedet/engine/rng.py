@@ -51,8 +51,8 @@ def seed_from(*numbers: int) -> None:
 def preserved() -> Iterator[None]:
     """Restore the states of the CPU's generators afterwards.
 
-    A data loader draws a seed when it starts. A run that goes on in the middle of an epoch would draw once more than one that
-    was never interrupted, and its dropout would differ.
+    A data loader draws a seed when it starts. A run that goes on in the middle of an epoch would draw once more than
+    one that was never interrupted, and its dropout would differ.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -27,12 +27,12 @@ class Interrupted(Exception):  # noqa: N818
 class Interrupts:
     """Turns Ctrl-C and SIGTERM inside the block into KeyboardInterrupt: at once, or after a `held` section.
 
-    A second Ctrl-C, more than two seconds later, raises at once wherever the training is; a launcher may send the first one twice.
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    A second Ctrl-C, more than two seconds later, raises at once wherever the training is; a launcher may send the first
+    one twice. Outside the main thread, where Python allows no handlers, nothing is changed.
 
     Attributes:
-        agreed: With several processes the end of a held section raises nothing: the processes must stop at the same step.
-        received: The signal's number, 0 until one came.
+        agreed: With several processes the end of a held section raises nothing: they must stop at the same step.
+        received: The signal's number, 0 until a signal came.
         forced: Whether a second Ctrl-C came.
     """
 

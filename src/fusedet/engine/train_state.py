@@ -1,11 +1,10 @@
-"""The state of one training: set up, saved as last.ckpt, and restored from it."""
+"""The state of one training, saved as last.ckpt and restored from it."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,30 +15,28 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import distributed, nn
 
-from fusedet.atomic_io import clean
-from fusedet.config import Interval, Train, interval
+from fusedet.config import Interval, Train
 from fusedet.engine import checkpoint, checkpoint_validation, rng
 from fusedet.engine.checkpoint_validation import Checkpoint, ProcessState
 from fusedet.engine.ema import EMA
 from fusedet.engine.logging import Meter, Table
 from fusedet.engine.nan_guard import NanGuard
-from fusedet.engine.optim import build_optimizer
 from fusedet.engine.progress import Display, Pace
 from fusedet.engine.signals import Interrupts
 from fusedet.errors import InputError
-from fusedet.types import Batch, Losses
+from fusedet.types import Batch
 
 TABLES = ("metrics.csv", "speed.csv")
 SEED = "seed"  # of the plan; older checkpoints do not have it
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
-"""(detector in eval mode, the epoch's number from 1) -> metrics. Every process calls it; the first one's metrics count."""
+"""(detector in eval mode, the epoch's number from 1) -> metrics. Every process calls it; the first one's count."""
 
 
 class Loader(Protocol):
     """Batches of one process, the same for the same epoch and start.
 
-    All processes together see the same images, whatever their number. A loader may have a `seed`, which the order of the images
-    follows from.
+    All processes together see the same images, whatever their number. A loader may have a `seed`, which the order of
+    the images follows from.
 
     Attributes:
         batch: Images of one batch, over all processes.
@@ -56,21 +53,6 @@ class Loader(Protocol):
         ...
 
 
-class Objective(nn.Module):
-    """A detector's losses as a forward pass, because DDP and Fabric's precision reach nothing else.
-
-    The batch comes wrapped in a function, or Fabric would cast its boxes to half precision.
-    """
-
-    def __init__(self, detector: nn.Module) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, batch: Callable[[], Batch]) -> Losses:
-        """Return the unweighted loss terms of one batch."""
-        return self.detector.loss(batch())  # type: ignore[operator]
-
-
 @dataclass
 class Run:
     """The objects of one training, and in `state` the plain values that say how far it is.
@@ -78,11 +60,12 @@ class Run:
     Attributes:
         model: The detector's `Objective`, as Fabric wraps it.
         lr: The learning rate after the warm-up, scaled to the total batch.
-        state: `step` (updates done), `epoch` (epochs finished with their validation), `position` (batches done of the present
-            epoch), `best` (the monitored metric's highest value), `stale` (validations since then), `metrics` (of the last
-            validation).
+        state: `step` (updates done), `epoch` (epochs finished with their validation), `position` (batches done of the
+            present epoch), `best` (the monitored metric's highest value), `stale` (validations since then) and
+            `metrics` (of the last validation).
         tables: The csv files by name, in the first process only.
-        process_states: During a validation, the states of all processes, so that the first one can save without the others.
+        process_states: During a validation, the states of all processes, so that the first one can save without the
+            others.
         saved: When the last checkpoint was written, by `time.monotonic`.
     """
 
@@ -150,98 +133,6 @@ class Run:
         return self.ema.module if self.ema else self.detector
 
 
-def setup(
-    fabric: Fabric,
-    detector: nn.Module,
-    loader: Loader,
-    settings: Train,
-    *,
-    out: Path,
-    lr: float | None = None,
-    validate: Validate | None = None,
-    resume: bool = False,
-    loggers: Sequence[Logger] = (),
-    meta: Mapping[str, Any] | None = None,
-    quiet: bool = False,
-    say: Callable[[str], None] | None = None,
-    log_every: int = 10,
-) -> Run:
-    """Make a run at its start or, with `resume`, where its last.ckpt says. Every process calls it.
-
-    Args:
-        fabric: Launched; its devices and precision are used.
-        detector: A module with `loss(Batch) -> dict of scalar tensors` and `loss_weights`.
-        loader: The training batches.
-        settings: The config's section `train`.
-        out: The run directory, which exists.
-        lr: The learning rate, scaled to the total batch; `settings.lr` by default.
-        validate: Returns the metrics of a validation.
-        resume: Whether to go on from last.ckpt.
-        loggers: Take every row of metrics.
-        meta: What the checkpoints say about the model; values that are not strings become JSON.
-        quiet: Show no progress.
-        say: Takes lines for the user, such as what has changed since the run was stopped.
-        log_every: Steps between two rows of metrics; an epoch's last step is always logged.
-
-    Raises:
-        InputError: The directory already holds a training, or has none to resume, or its last.ckpt is damaged or does not fit.
-            Nothing in the directory is changed then.
-    """
-    if not len(loader):
-        raise InputError("there is nothing to train on: the loader has no batch")
-    is_first = fabric.is_global_zero
-    every = settings.checkpoint_every
-    detector.to(fabric.device).train()
-    ema = EMA(detector, settings.ema) if settings.ema else None
-    display = Display(settings.epochs, math.ceil(len(loader) / settings.accumulate), quiet=quiet or not is_first)
-    lr = settings.lr if lr is None else lr
-    run = Run(
-        fabric=fabric,
-        detector=detector,
-        model=fabric.setup_module(Objective(detector)),
-        optimizer=fabric.setup_optimizers(build_optimizer(detector, settings, lr)),
-        ema=ema,
-        loader=loader,
-        settings=settings,
-        lr=lr,
-        log_every=log_every,
-        validate=validate,
-        out=out,
-        meta={key: value if isinstance(value, str) else json.dumps(value) for key, value in (meta or {}).items()},
-        display=display,
-        guard=NanGuard(fabric.device),
-        interrupts=Interrupts(agreed=fabric.world_size > 1),
-        loggers=list(loggers) if is_first else [],
-        say=(say or display.say) if is_first else lambda text: None,
-        checkpoint_every=None if every is None else interval(every, "train.checkpoint_every"),
-        state={"step": 0, "epoch": 0, "position": 0, "best": None, "stale": 0, "metrics": {}},
-    )
-    if not resume and run.last.exists():
-        raise InputError(f"{out} already holds a training: resume it, or choose another directory")
-    tables = restore(run) if resume else {}
-    if is_first:
-        clean(out)
-        if not resume:
-            run.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        run.tables = {name: Table(out / name, tables.get(name)) for name in TABLES}
-        for table in run.tables.values():
-            if table.lost:
-                run.say(f"{table.path} has lost {table.lost} of its rows: the training goes on, they do not come back")
-    if resume:
-        _say_progress(run)
-    return run
-
-
-def _say_progress(run: Run) -> None:
-    epoch, epochs = run.state["epoch"], run.settings.epochs
-    if run.is_finished:
-        run.say(
-            f"{run.out} has ended with epoch {epoch} of {epochs}: nothing is left to train, a larger train.epochs goes on"
-        )
-    else:
-        run.say(f"{run.out} goes on after step {run.state['step']}, in epoch {epoch + 1} of {epochs}")
-
-
 def gather_process_states(run: Run) -> list[ProcessState]:
     """Return the random states and running losses of every process. All processes call it."""
     own: Any = {"random": rng.capture(), "meter": run.meter.state()}
@@ -255,7 +146,8 @@ def gather_process_states(run: Run) -> list[ProcessState]:
 def save(run: Run) -> None:
     """Write last.ckpt: everything that the rest of the training depends on.
 
-    All processes call it, and the first one writes. During a validation, when `process_states` are known, none waits for another.
+    All processes call it, and the first one writes. During a validation, when `process_states` are known, none waits
+    for another.
 
     Raises:
         DivergenceError: A weight is not finite; the previous file stays.
@@ -295,7 +187,8 @@ def restore(run: Run) -> dict[str, Any]:
         then = saved.plan.get(key, value if key == SEED else None)
         if then != value:
             raise InputError(
-                f"{run.last} cannot be resumed: {key} was {then} and is now {value}; use the same data, batch size and options"
+                f"{run.last} cannot be resumed: {key} was {then} and is now {value}; "
+                "use the same data, batch size and options"
             )
     checkpoint_validation.check_position(saved, len(run.loader), run.settings.accumulate, run.last)
     checkpoint.refuse_misfit(run.detector, saved.model, run.last)  # before the moments: another model is no damage
@@ -333,8 +226,8 @@ def _restore_process(run: Run, saved: Checkpoint) -> None:
             else f"process {len(processes)} and later begin new random numbers"
         )
         run.say(
-            f"{run.out} goes on in another number of processes: {len(processes)} until step {step}, {world} from now on; "
-            f"the batches stay the same {run.loader.batch} images in the same order, but {chance}"
+            f"{run.out} goes on in another number of processes: {len(processes)} until step {step}, "
+            f"{world} from now on; the batches stay the same {run.loader.batch} images in the same order, but {chance}"
         )
     if rank < len(processes):
         try:

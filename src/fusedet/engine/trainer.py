@@ -19,8 +19,9 @@ from torch import Tensor, distributed, nn
 from fusedet.config import Train
 from fusedet.engine import checkpoint, rng
 from fusedet.engine.optim import lr_factor
+from fusedet.engine.setup import setup
 from fusedet.engine.signals import Interrupted
-from fusedet.engine.train_state import TABLES, Loader, Run, Validate, gather_process_states, save, setup
+from fusedet.engine.train_state import TABLES, Loader, Run, Validate, gather_process_states, save
 from fusedet.errors import DivergenceError, unknown
 from fusedet.types import Batch, Losses
 
@@ -30,9 +31,9 @@ __all__ = ["Interrupted", "Loader", "Run", "Validate", "fit", "setup"]
 def fit(run: Run) -> dict[str, Any]:
     """Train the detector of a run that `setup` has made.
 
-    The run directory then holds last.ckpt, metrics.csv, speed.csv and, with a validation, best.safetensors. The detector holds the
-    trained weights, not the averaged ones. The validation runs in full precision, on the averaged weights where there are any.
-    Every process calls this.
+    The run directory then holds last.ckpt, metrics.csv, speed.csv and, with a validation, best.safetensors. The
+    detector holds the trained weights, not the averaged ones. The validation runs in full precision, on the averaged
+    weights where there are any. Every process calls this.
 
     Returns:
         `epoch`, `step`, `best` (the monitored metric's highest value, or None) and `metrics` (of the last validation).
@@ -54,8 +55,8 @@ def fit(run: Run) -> dict[str, Any]:
         except DivergenceError:
             raise
         except Exception as error:
-            # An unreadable image or a failing validation costs none of the steps before it. Other processes may not be here to
-            # save with, unless they have given their states before the validation.
+            # An unreadable image or a failing validation costs none of the steps before it. Other processes may not be
+            # here to save with, unless they have given their states before the validation.
             if run.process_states or (run.fabric.world_size == 1 and run.state["position"]):
                 save(run)
             if run.process_states and run.interrupts.received:
@@ -74,7 +75,10 @@ def fit(run: Run) -> dict[str, Any]:
 def _interrupted(run: Run) -> Interrupted:
     step, command = run.state["step"], f"fusedet train {run.out} --resume"
     if run.interrupts.forced:
-        text = f"stopped at once by a second Ctrl-C after step {step}: {run.last} is what was saved before it; to go on: {command}"
+        text = (
+            f"stopped at once by a second Ctrl-C after step {step}: {run.last} is what was saved before it; "
+            f"to go on: {command}"
+        )
     else:
         text = f"stopped after step {step}, all of it is in {run.last}; to go on: {command}"
     return Interrupted(text, run.interrupts.received or signal.SIGINT)
@@ -217,9 +221,8 @@ def _is_validated(settings: Train, epoch: int) -> bool:
 def _validate(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """Return the metrics of the present weights."""
     if run.fabric.world_size > 1:
-        for (
-            buffer
-        ) in run.eval_module.buffers():  # each process has seen other images; best.safetensors keeps the first one's
+        # The buffers differ, because each process has seen other images; best.safetensors keeps the first process's.
+        for buffer in run.eval_module.buffers():
             distributed.broadcast(buffer, 0)
     with run.pace.validation(), rng.preserved(), _evaluating(run.eval_module), torch.no_grad(), run.interrupts.open():
         metrics = {name: float(value) for name, value in validate(run.eval_module, epoch).items()}
