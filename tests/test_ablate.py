@@ -224,7 +224,7 @@ def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
 
 def test_what_a_process_says_last_is_told(plan: Plan) -> None:
     cell = plan.cells("plain")[0]
-    broken = replace(cell, config=replace(cell.config, data=replace(cell.config.data, path="/nowhere")))
+    broken = replace(cell, config=cell.config.replace(data=cell.config.data.replace(path="/nowhere")))
     queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
     with pytest.raises(
         InputError, match=r"row 'plain, 1 conv', seed 0, ended with 2: /nowhere does not exist.*seed0\.log"

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
-from fusedet.errors import InputError, checked, plural, unknown
+from fusedet.config import validate_value
+from fusedet.errors import InputError, plural, unknown
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ from fusedet.errors import InputError, checked, plural, unknown
     ],
 )
 def test_right_values(value: Any, hint: Any, result: Any) -> None:
-    assert checked(value, hint, "key") == result
-    assert type(checked(value, hint, "key")) is type(result)
+    assert validate_value(value, hint, "key") == result
+    assert type(validate_value(value, hint, "key")) is type(result)
 
 
 LARGEST = 2**63 - 1
@@ -75,13 +76,13 @@ LARGEST = 2**63 - 1
 )
 def test_wrong_values(value: Any, hint: Any, said: str) -> None:
     with pytest.raises(InputError) as error:
-        checked(value, hint, "key")
+        validate_value(value, hint, "key")
     assert str(error.value) == said
 
 
 def test_literals_offer_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'on_input'"):
-        checked("on_inputs", Literal["max_pool", "on_input"], "model.pyramid.top")
+        validate_value("on_inputs", Literal["max_pool", "on_input"], "model.pyramid.top")
 
 
 def test_unknown_names() -> None:

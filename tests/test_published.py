@@ -5,7 +5,6 @@ Trainable parameters, the stem and the first stage frozen, 80 classes.
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ BUILT: dict[str, int] = {}
 
 def trainable(made: Config) -> int:
     """Trainable parameters of a config's model, built without memory and once for all tables."""
-    made = replace(made, model=replace(made.model, backbone=made.model.backbone | {"pretrained": False}))
+    made = made.replace(model=made.model.replace(backbone=made.model.backbone | {"pretrained": False}))
     key = repr(made.model)
     if key not in BUILT:
         with torch.device("meta"):
@@ -178,7 +177,7 @@ def test_rows_tested_at_several_sizes_are_trained_like_those_above_them() -> Non
     rows = {row.label: row.config(table("smsl_table3")) for row in table("smsl_table3").rows if not row.cited}
     for body in ("r101", "x101"):
         one, several = rows[f"RetinaNet (ours), {body}"], rows[f"RetinaNet (ours) multi-scale test, {body}"]
-        assert replace(several, test=one.test) == one
+        assert several.replace(test=one.test) == one
         assert (one.test.scales, several.test.flip) == (None, True)
         assert len(several.test.scales or ()) > 1
 

@@ -132,7 +132,7 @@ def _seconds(plan: Plan, label: str, data: Split, device: torch.device, count: i
         terms = detector.loss(next(batches).to(device))
         torch.stack([weights[name] * value for name, value in terms.items()]).sum().backward()
         step = _since(began, device) / count
-    alike = replace(options, data=replace(options.data, workers=0), test=replace(options.test, batch=count))
+    alike = options.replace(data=options.data.replace(workers=0), test=options.test.replace(batch=count))
     some = next(iter(val_loader(alike, data[1]))).to(device)
     detector.eval()
     for _ in range(2):

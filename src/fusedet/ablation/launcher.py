@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -197,7 +197,7 @@ def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) ->
 def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
     """A process that does a run on a device."""
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    asked = {"label": cell.label, "config": replace(cell.config, device=place).tree()}
+    asked = {"label": cell.label, "config": cell.config.replace(device=place).tree()}
     asked |= {"trained": str(cell.trained)} if cell.trained else {}
     with open(f"{cell.folder}.log", "ab") as log:
         process = subprocess.Popen(

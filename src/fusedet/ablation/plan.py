@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,12 +130,12 @@ class Plan:
         for seed in range(one.train.seed, one.train.seed + self.seeds):
             folder, seeded = (
                 self.out / slugs[trainer] / f"seed{seed}",
-                replace(one, train=replace(one.train, seed=seed)),
+                one.replace(train=one.train.replace(seed=seed)),
             )
             if owner == trainer:
-                found.append(Cell(owner, replace(seeded, out=str(folder))))
+                found.append(Cell(owner, seeded.replace(out=str(folder))))
             else:
-                found.append(Cell(owner, replace(seeded, out=str(folder / f"test-{slugs[owner]}")), folder))
+                found.append(Cell(owner, seeded.replace(out=str(folder / f"test-{slugs[owner]}")), folder))
         return found
 
     def to_run(self) -> list[list[Cell]]:
@@ -201,7 +201,7 @@ def make(
         pick_device(one.device)
     owners = {label: next(first for first, other in configs.items() if other == one) for label, one in configs.items()}
     trainers = {
-        label: next(first for first, other in configs.items() if replace(other, test=one.test) == one)
+        label: next(first for first, other in configs.items() if other.replace(test=one.test) == one)
         for label, one in configs.items()
     }
     return Plan(table, tuple(overrides), configs, owners, trainers, chosen, seeds, Path(out), data)

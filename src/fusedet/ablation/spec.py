@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from fusedet import config
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.config import Config
-from fusedet.errors import InputError, checked, unknown
+from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import bare
 
 PUBLISHED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
@@ -182,7 +182,7 @@ def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Mapping[str
     for one in fields(schema):
         if one.name in hints and one.default is MISSING and one.default_factory is MISSING and one.name not in tree:
             raise InputError(f"{where} has no {one.name}")
-    return {key: checked(value, hints[key], f"{where}: {key}") for key, value in tree.items()}
+    return {key: config.validate_value(value, hints[key], f"{where}: {key}") for key, value in tree.items()}
 
 
 def _check_reference(table: Table, labels: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +141,7 @@ def only(overrides: Iterable[str], *keys: str) -> list[str]:
     overrides = list(overrides)
     for text in overrides:
         key = text.partition("=")[0]
-        known = key.partition(".")[0] in {field.name for field in fields(Config)}
+        known = key.partition(".")[0] in Config.model_fields
         if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
             raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
     return overrides

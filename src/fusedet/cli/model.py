@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -215,5 +214,5 @@ def _run_config(name: str, overrides: list[str], resume: bool, trust: bool) -> C
     if options.out is None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("several processes need one folder: add out=FOLDER")
-        options = replace(options, out=str(run_dir.free("runs", path.stem if not path.is_dir() else path.name)))
+        options = options.replace(out=str(run_dir.free("runs", path.stem if not path.is_dir() else path.name)))
     return options

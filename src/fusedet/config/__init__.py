@@ -3,6 +3,8 @@
 from fusedet.config.interval import Interval, interval
 from fusedet.config.loading import BACKBONES, find, load, mapping, names, overridden, read, refuse_outside
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
+from fusedet.config.settings import Setting, json_schema, settings
+from fusedet.config.validation import validate_value
 
 __all__ = [
     "BACKBONES",
@@ -11,10 +13,12 @@ __all__ = [
     "Interval",
     "Model",
     "Pyramid",
+    "Setting",
     "Test",
     "Train",
     "find",
     "interval",
+    "json_schema",
     "load",
     "mapping",
     "names",
@@ -22,4 +26,6 @@ __all__ = [
     "parse",
     "read",
     "refuse_outside",
+    "settings",
+    "validate_value",
 ]

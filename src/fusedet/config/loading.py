@@ -6,14 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from fusedet.config.schema import Config, parse, plain
+from fusedet.config.schema import Config, parse, paths, plain
 from fusedet.errors import InputError, nearest, unknown
 
 _SHIPPED = files("fusedet") / "configs"
@@ -149,31 +144,31 @@ def read(path: Any, keys: str = "model, data, train, test or base") -> dict[str,
 
 
 def mapping(text: str, source: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
-    """The mapping that a YAML text is; source and keys are for the message. Nothing in it is looked up or built.
+    """Parse the mapping that a YAML text is. Nothing in it is resolved or built.
 
-    Raises InputError for what is not YAML, is no mapping, or grows beyond `LARGEST` values when its aliases are written out.
+    Args:
+        text: The YAML text.
+        source: Where it comes from, for messages.
+        keys: What it should have, for messages.
+
+    Raises:
+        InputError: For what is not YAML, is no mapping, or grows beyond `LARGEST` values when its aliases are written out.
     """
+    import yaml  # slow to import, and `--help` does not need it
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
-            raise InputError(
-                f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values"
-            )
-        value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(
-            (":str", ":null")
-        )  # which OmegaConf does not take
-        own: Any = None if value else OmegaConf.to_container(OmegaConf.create(text))
+            limits = f"{LONGEST} characters or {LARGEST} values"
+            raise InputError(f"{source} is larger than any config: it has more than {limits}")
+        is_value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))
+        own: Any = None if is_value else OmegaConf.to_container(OmegaConf.create(text))  # which refuses single values
     except InputError:
         raise
     except RecursionError as error:
         raise InputError(f"{source} is not a config: its values are nested too deeply") from error
-    except (
-        OmegaConfBaseException,
-        YAMLError,
-        ValueError,
-        OverflowError,
-        TypeError,
-        LookupError,
-    ) as error:  # PyYAML of "!!int" alone
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OverflowError, TypeError, LookupError) as error:
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"{source} must be a mapping with {keys}")
@@ -280,26 +275,31 @@ def _parse(text: str) -> tuple[str, Any]:
     key = key.replace("[", ".").replace("]", "")
     if not raw.startswith("{"):  # a section as a whole keeps its name
         key = _RENAMED.get(key, key)
-    if _leaf(Config, key) in (str, str | None):
+    if _takes_text(key):
         return key, None if raw in ("null", "") else raw
-    try:
-        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
-    except (
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    mistakes = (
         OmegaConfBaseException,
-        YAMLError,
+        yaml.YAMLError,
         ValueError,
         TypeError,
         LookupError,
         ArithmeticError,
         RecursionError,
-    ) as error:
+    )
+    try:
+        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
+    except mistakes as error:
         raise InputError(f"the value of '{text}' is not YAML") from error
 
 
-def _leaf(schema: Any, key: str) -> Any:
-    for part in key.split("."):
-        schema = get_type_hints(schema).get(part) if hasattr(schema, "__dataclass_fields__") else None
-    return schema
+@cache
+def _takes_text(key: str) -> bool:
+    """Return whether a setting is a text, which is taken as it stands: a path 007 is no number."""
+    return any(path == key and field.annotation in (str, str | None) for path, field in paths())
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A spec ("fpn", or {type: fpn, ...}) becomes an object: the only place where strings become classes."""
+"""Build a part from its spec ("fpn", or {type: fpn, ...}): the only place where strings become classes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from fusedet.errors import InputError, checked, unknown
+from fusedet.config.validation import validate_value
+from fusedet.errors import InputError, unknown
 
-# what a message about a slot begins with: the innermost slot is named alone
+# how a message about a slot begins: only the innermost slot is named
 _NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
 
 
 def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The class of that name in a package's table, or, as "package.module:Class", from another package."""
+    """Find the class of a name: in a package's table, or, as "package.module:Class", in another package."""
     if name in table:
         return table[name]
     if ":" not in name:
@@ -37,12 +38,18 @@ def build(
     given: Mapping[str, Any],
     offered: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """Make the part that a spec names.
+    """Make the part that a spec names; its options are validated against the constructor's type hints.
 
-    kind: the slot, for messages ("model.neck"). given: what the parent knows; passed always, refused in the spec.
-    offered: by the section of the config where it stands ("model.pyramid"), what only some parts ask for; passed where the
-    constructor names it, refused in the spec.
-    Raises InputError for an unknown type, an unknown option (the nearest is offered) or a value of the wrong type.
+    Args:
+        kind: The slot, for messages ("model.neck").
+        spec: A name, or a mapping with `type` and options.
+        table: The classes of a package by name.
+        given: What the parent passes in any case; refused in the spec.
+        offered: By the section of the config where it is set ("model.pyramid"), what is passed where the constructor names it;
+            refused in the spec.
+
+    Raises:
+        InputError: For an unknown type, an unknown option (with the nearest one), or a value of the wrong type.
     """
     options = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("type", None)
@@ -60,7 +67,7 @@ def build(
             raise InputError(f"{kind}.{key} is not set here: the model passes {key} by itself")
         if key not in parameters:
             raise unknown(f"option of {kind} '{name}':", key, set(parameters) - set(passed))
-        options[key] = checked(value, hints.get(key, Any), f"{kind}.{key}")
+        options[key] = validate_value(value, hints.get(key, Any), f"{kind}.{key}")
     try:
         return make(**passed, **options)
     except InputError as error:

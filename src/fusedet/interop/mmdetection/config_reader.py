@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusedet.errors import InputError, checked
+from fusedet.config import validate_value
+from fusedet.errors import InputError
 
 _LARGEST = 1e30  # what a float32 holds with package for products
 # what changes no prediction and has its own place here, or none
@@ -41,8 +42,8 @@ class Part:
         return default if value is None else value
 
     def typed(self, key: str, hint: Any, default: Any) -> Any:
-        """The same, of the type that the hint says (`errors.checked`): list[bool], str, ..."""
-        return checked(self.get(key, default), hint, f"MMDetection's {self.where}.{key}")
+        """The same, of the type that the hint says (`config.validate_value`): list[bool], str, ..."""
+        return validate_value(self.get(key, default), hint, f"MMDetection's {self.where}.{key}")
 
     def flag(self, key: str, default: bool) -> bool:
         """The same, True or False."""

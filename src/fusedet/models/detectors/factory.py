@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: 
 def without_weights(config: configs.Config) -> configs.Config:
     """The same config, but for the body's weights: none are fetched or asked for, where others will be loaded or only shapes are wanted."""
     backbone = config.model.backbone | {"pretrained": False, "weights": None}
-    return replace(config, model=replace(config.model, backbone=backbone))
+    return config.replace(model=config.model.replace(backbone=backbone))
 
 
 def from_config(config: configs.Config, num_classes: int) -> Detector:
