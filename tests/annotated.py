@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from resident import pss
 
 path, workers, methods = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
@@ -30,13 +30,13 @@ class Touch(Dataset):
 
     def __getitem__(self, i):
         record = self.dataset[i]
-        return float(record.boxes.sum()) + len(record.segments) + record.labels.sum()
+        return float(record.boxes.sum()) + len(record.segmentations) + record.labels.sum()
 
 
 if __name__ == "__main__":
     empty = status("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
-    dataset = read(path, "train", need_images=False)
+    dataset = read_dataset(path, "train", need_images=False)
     out = {
         "wall_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,
@@ -47,7 +47,7 @@ if __name__ == "__main__":
     out["empty"] = empty
     out["libraries"] = status("RssFile")
     columns = [v for v in vars(dataset).values() if isinstance(v, torch.Tensor)]
-    columns += [v for packed in (dataset.paths, dataset.segments) for v in (packed.data, packed.offsets)]
+    columns += [v for packed in (dataset.paths, dataset.segmentations) for v in (packed.data, packed.offsets)]
     out["dataset"] = sum(v.nbytes for v in columns)
     gc.collect()
     for method in methods:

@@ -344,7 +344,7 @@ KINDS = [
     Kind("category-id-twice", "coco", again("categories", name="x"), refused=("the category id 1 is given more than once",)),
     Kind("annotation-id-twice", "coco", again("annotations", bbox=[1, 1, 9, 9]), {annotation_cleaning.SAME_ID: 1}),
     Kind("annotation-of-no-image", "coco", first("image_id", 4711), {annotation_cleaning.NO_IMAGE: 1}),
-    Kind("ids-negative", "coco", coco(lambda c: [c["images"][0].update(id=-5), c["annotations"][0].update(image_id=-5)] and c["annotations"].pop(1))),  # noqa: E501
+    Kind("ids-negative", "coco", coco(lambda c: [c["images"][0].update(id=-5), c["annotations"][0].update(image_id=-5)] and c["annotations"].pop(1))),
     Kind("ids-as-text", "coco", first("image_id", "0")),
     Kind("id-boolean", "coco", first("image_id", True), refused=("'image_id' of annotation 1 must be an integer, not True",)),
     Kind("id-huge", "coco", first("image_id", 10**30), refused=("'image_id' of annotation 1 is too large",)),
@@ -388,16 +388,16 @@ KINDS = [
     Kind("image-absent", "coco", lambda r: (r / "train/p0.jpg").unlink(), refused=("p0.jpg does not exist",), replaced=1),
     Kind("image-empty", "coco", data("train/p0.jpg", b""), refused=("p0.jpg is empty or not an image",), replaced=1),
     Kind("image-is-text", "coco", data("train/p0.jpg", "hello"), refused=("p0.jpg is empty or not an image",), replaced=1),
-    Kind("image-is-a-program", "coco", data("train/p0.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n"), refused=("p0.jpg is empty or not an image",), replaced=1),  # noqa: E501
-    Kind("image-is-a-folder", "coco", lambda r: [(r / "train/p0.jpg").unlink(), (r / "train/p0.jpg").mkdir()], refused=("p0.jpg cannot be opened",), replaced=1),  # noqa: E501
+    Kind("image-is-a-program", "coco", data("train/p0.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n"), refused=("p0.jpg is empty or not an image",), replaced=1),
+    Kind("image-is-a-folder", "coco", lambda r: [(r / "train/p0.jpg").unlink(), (r / "train/p0.jpg").mkdir()], refused=("p0.jpg cannot be opened",), replaced=1),
     Kind("image-is-a-pipe", "coco", piped("train/p0.jpg"), refused=("p0.jpg is a pipe or a device",), replaced=1),
-    Kind("image-links-nowhere", "coco", lambda r: [(r / "train/p0.jpg").unlink(), os.symlink("gone", r / "train/p0.jpg")], refused=("p0.jpg does not exist",), replaced=1),  # noqa: E501
+    Kind("image-links-nowhere", "coco", lambda r: [(r / "train/p0.jpg").unlink(), os.symlink("gone", r / "train/p0.jpg")], refused=("p0.jpg does not exist",), replaced=1),
     Kind("image-truncated", "coco", cut, refused=("p0.jpg is truncated or damaged",), met=True, replaced=1),
     Kind("image-of-no-pixels", "coco", data("train/p0.jpg", png(0, 0)), refused=("p0.jpg",), replaced=1),
     Kind("bomb-png", "coco", data("train/p0.jpg", png(30_000, 30_000)), refused=("more than 178956970 pixels",), replaced=1),
     Kind("bomb-gif", "coco", data("train/p0.jpg", gif(65_000, 65_000)), refused=("more than 178956970 pixels",), replaced=1),
     Kind("bomb-tiff", "coco", data("train/p0.jpg", tiff(65_000, 65_000)), refused=("more than 178956970 pixels",), replaced=1),
-    Kind("bomb-in-text-chunk", "coco", data("train/p0.jpg", png(WIDTH, HEIGHT, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))))), refused=("p0.jpg is truncated or damaged",), replaced=1),  # noqa: E501
+    Kind("bomb-in-text-chunk", "coco", data("train/p0.jpg", png(WIDTH, HEIGHT, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))))), refused=("p0.jpg is truncated or damaged",), replaced=1),
     Kind("image-of-other-size", "coco", first("width", 65, "images"), refused=("p0.jpg is 64x48 pixels", "says 65x48"), replaced=1),
     Kind("image-1x1", "coco", resized(1, 1)),
     Kind("image-20000x200", "coco", resized(20_000, 200)),
@@ -430,7 +430,7 @@ KINDS = [
     Kind("xml-billion-laughs", "voc", data(XML, LAUGHS), refused=("p0.xml has a DOCTYPE",)),
     Kind("xml-external-entity", "voc", data(XML, FOREIGN), refused=("p0.xml has a DOCTYPE",)),
     Kind("xml-nested", "voc", data(XML, "<annotation>" + "<a>" * 50_000 + "</a>" * 50_000 + "</annotation>")),
-    Kind("xml-no-bndbox", "voc", text(XML, ("bndbox", "box"), ("/bndbox", "/box")), refused=("p0.xml: the <object> 'cat' has no <bndbox>",)),  # noqa: E501
+    Kind("xml-no-bndbox", "voc", text(XML, ("bndbox", "box"), ("/bndbox", "/box")), refused=("p0.xml: the <object> 'cat' has no <bndbox>",)),
     Kind("xml-no-name", "voc", text(XML, ("<name>cat</name>", "")), refused=("p0.xml: an <object> has no <name>",)),
     Kind("xml-no-xmin", "voc", text(XML, ("<xmin>9.0</xmin>", "")), refused=("p0.xml: <xmin> must be a number",)),
     Kind("xml-xmin-words", "voc", text(XML, ("9.0", "left")), refused=("p0.xml: <xmin> must be a number, not 'left'",)),
@@ -449,7 +449,7 @@ KINDS = [
     Kind("txt-values-above-1", "yolo", data(TXT, "0 0.5 0.5 1.7 0.5\n"), {annotation_cleaning.CLIPPED: 1}),
     Kind("txt-pixels-for-shares", "yolo", data(TXT, "0 20 20 10 10\n"), {annotation_cleaning.OUTSIDE: 1}),
     Kind("txt-4-columns", "yolo", data(TXT, "0 0.5 0.5 0.5\n"), refused=("p0.txt, line 1: 4 values",)),
-    Kind("txt-class-beyond", "yolo", data(TXT, "0 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 2: class 7 is not among",)),  # noqa: E501
+    Kind("txt-class-beyond", "yolo", data(TXT, "0 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 2: class 7 is not among",)),
     Kind("txt-words", "yolo", data(TXT, "cat 0.5 0.5 0.5 0.5\n"), refused=("p0.txt, line 1", "not a number")),
     Kind("txt-nan", "yolo", data(TXT, "0 nan 0.5 0.5 0.5\n"), {annotation_cleaning.NOT_FINITE: 1}),
     Kind("txt-segmentation-far", "yolo", data(TXT, "0 0.1 0.1 1e9 0.1 0.5 1e9\n"), {annotation_cleaning.BAD_SEGMENTATION: 1, annotation_cleaning.CLIPPED: 1}),
@@ -464,11 +464,11 @@ KINDS = [
     Kind("yaml-laughs-path", "yolo", laughing("path"), refused=("data.yaml is larger than any YOLO data file",)),
     Kind("yaml-laughs-train", "yolo", laughing("train"), refused=("data.yaml is larger than any YOLO data file",)),
     Kind("yaml-nc-differs", "yolo", text("data.yaml", ("names", "nc: 3\nnames")), refused=("data.yaml: 'nc' is '3'", "lists 2 classes")),
-    Kind("yaml-code", "yolo", text("data.yaml", ("[cat, dog]", "!!python/object/apply:os.system ['touch pwned']")), refused=("p0.txt, line 2: class 1 is not among",)),  # noqa: E501
+    Kind("yaml-code", "yolo", text("data.yaml", ("[cat, dog]", "!!python/object/apply:os.system ['touch pwned']")), refused=("p0.txt, line 2: class 1 is not among",)),
     Kind("yaml-path-upwards", "yolo", text("data.yaml", ("images/train", "../../../etc")), refused=("lies outside the data folder",)),
-    Kind("yolo-list-elsewhere", "yolo", lambda r: [text("data.yaml", ("images/train", "l.txt"))(r), (r / "l.txt").write_text("/etc/x.jpg\n")], refused=("l.txt names the file '/etc/x.jpg'", "outside the data folder")),  # noqa: E501
+    Kind("yolo-list-elsewhere", "yolo", lambda r: [text("data.yaml", ("images/train", "l.txt"))(r), (r / "l.txt").write_text("/etc/x.jpg\n")], refused=("l.txt names the file '/etc/x.jpg'", "outside the data folder")),
     Kind("yolo-data-elsewhere", "yolo", moved),
     Kind("yolo-image-bad", "yolo", data("images/train/p0.jpg", b"no"), refused=("p0.jpg is empty or not an image",)),
-    Kind("yolo-image-float", "yolo", stored("F", "TIFF", "images/train/p0.jpg"), refused=("p0.jpg holds floating-point numbers",), replaced=1),  # noqa: E501
+    Kind("yolo-image-float", "yolo", stored("F", "TIFF", "images/train/p0.jpg"), refused=("p0.jpg holds floating-point numbers",), replaced=1),
     Kind("yolo-links-in-a-circle", "yolo", looped),
 ]  # fmt: skip

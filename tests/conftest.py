@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from fusedet import cli
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 
 # how long an example takes says more about the machine than about the code
 settings.register_profile("fusedet", deadline=None)
@@ -73,7 +73,7 @@ SMALL = [
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated data: 8 images to train on, 8 to validate on, of 64 to 96 pixels. Not to be changed."""
     folder = tmp_path_factory.mktemp("scenes") / "data"
-    return generate(folder, images=16, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
+    return generate_dataset(folder, images=16, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
 
 
 @pytest.fixture(scope="session")

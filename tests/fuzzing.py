@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 
 from fusedet import config as configs
 from fusedet.api.validate import score, worst
-from fusedet.data.collate import see
+from fusedet.data.collate import make_samples
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.coco import read_coco
-from fusedet.data.readers.voc import parse, read_voc
+from fusedet.data.readers.voc import parse_voc_xml, read_voc
 from fusedet.data.readers.yolo import read_yolo
-from fusedet.data.segmentation import covered, packed
-from fusedet.data.segmentation import fits as fits_image
-from fusedet.data.transforms import Eval, _mask
-from fusedet.data.validation import examine
+from fusedet.data.segmentation import count_rle_pixels, fits_image, pack_coco_segmentation
+from fusedet.data.transforms import EvalTransform, decode_mask
+from fusedet.data.validation import validate_split
 from fusedet.errors import InputError
 from fusedet.evaluation import load_results
 from tiny import coco_dict, write_coco, write_voc, write_yolo, xml
@@ -154,15 +153,15 @@ def used(read: Callable[[], DetectionDataset]) -> None:
     """Read, and if that goes well, look at everything as a training does; InputError is what may come out."""
     with suppress(InputError):
         dataset = read()
-        examine(dataset, (64, 64), read=False)
+        validate_split(dataset, (64, 64), read=False)
         assert len(dataset.fingerprint()) == 16
         for record in dataset:
             if record.height * record.width < 1 << 14:
-                see(
+                make_samples(
                     torch.zeros(3, record.height, record.width, dtype=torch.uint8),
                     record,
-                    [Eval(32, 64)],
-                    masks=all(record.segments),
+                    [EvalTransform(32, 64)],
+                    masks=all(record.segmentations),
                 )
 
 
@@ -223,7 +222,7 @@ def check_voc(seed: int, count: int) -> None:
         (root / "Annotations" / "a.xml").write_bytes(one)
         (root / "ImageSets" / "Main" / "train.txt").write_bytes(listed)
         with suppress(InputError):
-            parse(str(root / "Annotations" / "a.xml"))
+            parse_voc_xml(str(root / "Annotations" / "a.xml"))
         used(lambda: read_voc(root, "train"))
 
 
@@ -326,12 +325,12 @@ RLES = st.fixed_dictionaries(
 
 def check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
     """A run-length code that is taken can be drawn, and covers its image."""
-    segmentation = packed(rle)
+    segmentation = pack_coco_segmentation(rle)
     if not fits_image(segmentation, size):
         return
-    assert covered(rle["counts"]) == size[0] * size[1]
-    record: Any = SimpleNamespace(segments=[rle], width=size[1], height=size[0], path="x.jpg")
-    assert _mask(record, 0).shape == size
+    assert count_rle_pixels(rle["counts"]) == size[0] * size[1]
+    record: Any = SimpleNamespace(segmentations=[rle], width=size[1], height=size[0], path="x.jpg")
+    assert decode_mask(record, 0).shape == size
 
 
 KEYS = st.sampled_from(

@@ -66,7 +66,7 @@ ONLY = {"weights_only": "True", "allow_pickle": "False", "shell": "False"}
 LOADERS = {"yaml.SafeLoader", "yaml.BaseLoader"}
 
 
-def runs_strangers(text: str) -> list[str]:
+def runs_untrusted_code(text: str) -> list[str]:
     """Every place in a source that could run what a file holds."""
     tree = ast.parse(text)
     names = dict(_imports(tree))

@@ -18,12 +18,12 @@ from fusedet import config as configs
 from fusedet.api.image_check import check_images
 from fusedet.api.train import open_data, train_transform
 from fusedet.config import Config
-from fusedet.data.bad_images import Ledger
+from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.loader import train_loader
-from fusedet.data.readers.auto import read
+from fusedet.data.loader import build_train_loader
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 REFUSED = [kind for kind in KINDS if kind.refused]
@@ -73,13 +73,13 @@ def complaint(action: Callable[[], object]) -> str:
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
-    return from_config(options(Path("unused")), 2).train()
+    return build_detector(options(Path("unused")), 2).train()
 
 
-def steps(detector: nn.Module, data: DetectionDataset, config: Config, ledger: Ledger | None = None) -> int:
+def steps(detector: nn.Module, data: DetectionDataset, config: Config, ledger: BadImageLog | None = None) -> int:
     """Losses of every batch of an epoch; gives how many there were."""
     count = 0
-    for batch in train_loader(data, train_transform(config), batch=2, ledger=ledger).epoch(0):
+    for batch in build_train_loader(data, train_transform(config), batch=2, bad_image_log=ledger).epoch(0):
         losses = detector.loss(batch)
         assert all(bool(value.isfinite()) for value in losses.values()), losses
         count += 1
@@ -128,7 +128,7 @@ def test_refused(detector: nn.Module, tmp_path: Path, kind: Kind) -> None:
 def test_replaced(detector: nn.Module, tmp_path: Path, kind: Kind) -> None:
     config = options(spoiled(kind, tmp_path), "train.on_bad_image=skip", "train.max_bad_images=0.2")
     data, _ = prepared(config)
-    ledger = Ledger(tmp_path / "out", len(data), 0.2)
+    ledger = BadImageLog(tmp_path / "out", len(data), 0.2)
     assert steps(detector, data, config, ledger) == TRAIN / 2
     assert len(ledger.close()) == kind.replaced
     listed = (tmp_path / "out" / "skipped.csv").read_text(encoding="utf-8", errors="surrogateescape")
@@ -141,7 +141,7 @@ def test_a_file_that_vanishes_between_start_and_use(detector: nn.Module, tmp_pat
     (tmp_path / "data/train/p3.jpg").unlink()
     with pytest.raises(InputError, match=r"p3\.jpg does not exist"):
         steps(detector, data, config)
-    ledger = Ledger(tmp_path / "out", len(data), 0.2)
+    ledger = BadImageLog(tmp_path / "out", len(data), 0.2)
     assert steps(detector, data, config, ledger) == TRAIN / 2
     assert [row.image_id for row in ledger.close()] == [3]
 
@@ -173,13 +173,13 @@ def test_code_in_a_yaml_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     root = spoiled(BY_NAME["yaml-code"], tmp_path)
     with pytest.raises(InputError):
-        read(root, "train")
+        read_dataset(root, "train")
     assert not (tmp_path / "pwned").exists()
 
 
 def test_segmentations_that_were_dropped_are_refused_by_a_detector_of_masks(tmp_path: Path) -> None:
     root = spoiled(BY_NAME["polygon-far"], tmp_path)
-    masks = train_loader(read(root, "train"), train_transform(options(root)), batch=2, masks=True)
+    masks = build_train_loader(read_dataset(root, "train"), train_transform(options(root)), batch=2, masks=True)
     with pytest.raises(InputError, match="has no segment"):
         list(masks.epoch(0))
 
@@ -187,7 +187,9 @@ def test_segmentations_that_were_dropped_are_refused_by_a_detector_of_masks(tmp_
 def test_masks_follow_a_polygon_that_leaves_its_image(tmp_path: Path) -> None:
     root = spoiled(BY_NAME["polygon-leaves-image"], tmp_path)
     config = options(root, "data.size=[48,64]", "data.flip=0")
-    for batch in train_loader(read(root, "train"), train_transform(config), batch=TRAIN, masks=True).epoch(0):
+    for batch in build_train_loader(
+        read_dataset(root, "train"), train_transform(config), batch=TRAIN, masks=True
+    ).epoch(0):
         masks = batch.targets[batch.ids.index(0)].masks
         assert masks is not None
         y, x = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")

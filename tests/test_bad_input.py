@@ -20,18 +20,18 @@ from safetensors.torch import save_file
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
 
 Capture = pytest.CaptureFixture[str]
 
 
-def complaint(capsys: Capture, *words: object) -> str:
-    """The one line that a wrong command line prints on stderr."""
+def complaint(capsys: Capture, *words: object, code: int = 2) -> str:
+    """The one line on stderr with which a command fails."""
     capsys.readouterr()
-    code = cli.run([str(word) for word in words])
+    exit_code = cli.run([str(word) for word in words])
     result, said = capsys.readouterr()
-    assert code == 2, said
+    assert exit_code == code, said
     assert "results:" not in result, "there is nothing where it points"
     assert said.startswith("error: "), said
     assert said.count("\n") == 1, f"one line, got {said}"
@@ -139,8 +139,8 @@ def text(content: dict[str, Any], images: Path) -> None:
 
 
 def bomb(content: dict[str, Any], images: Path) -> None:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     side = 30_000
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -275,7 +275,7 @@ def test_scoring_where_nothing_is_annotated(capsys: Capture, trained: Path, scen
         ("model.backbone.frozen_stages=9", "must be -1 (nothing) to 4"),
         ("model.pyramid.channels=0", "model.pyramid.channels=0 must be 1 or more"),
         ("model.pyramid.finest=9", "model.pyramid.finest=9"),
-        ("epochs", "options are written key=value"),
+        ("epochs", "settings are written key=value"),
         ("train.epochs=[1", "is not YAML"),
         ("train.epochs=x", "train.epochs must be int, got 'x'"),
         ("train.epochs=0", "train.epochs=0 must be 1 or more"),
@@ -313,11 +313,11 @@ def test_unknown_models(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Mon
     for command in ("train", "info", "config"):
         has(complaint(capsys, command, "retinanet_r5"), "unknown config 'retinanet_r5': did you mean 'retinanet_r50'?")
         has(complaint(capsys, command, "mine.yaml"), "there is no config file mine.yaml")
-        has(complaint(capsys, command, "retinanet_r18", "retinanet_r50"), "one model at a time")
+        has(complaint(capsys, command, "retinanet_r18", "retinanet_r50"), "one config at a time")
     for command in ("info", "doctor", "browse"):
-        has(complaint(capsys, command, tmp_path), "is not a run's folder", f"did you mean data={tmp_path}?")
+        has(complaint(capsys, command, tmp_path), "is not a run directory", f"did you mean data={tmp_path}?")
     said = complaint(capsys, "train")
-    has(said, "which model?", "fusedet info lists")
+    has(said, "which config?", "fusedet info lists")
     assert len(said) < 200, "not all of them"
     has(complaint(capsys, "info", "retinanet_tiny", "--classes", 0), "at least one class")
     assert not any(tmp_path.iterdir()), "not even a runs folder"
@@ -375,13 +375,13 @@ def test_names_are_checked_before_the_data(
 
 def test_a_folder_that_cannot_be_made(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    has(complaint(capsys, *train(scenes, tmp_path / "file" / "out")), "out=", "cannot be made")
+    has(complaint(capsys, *train(scenes, tmp_path / "file" / "out")), "out=", "cannot be created")
 
 
 def test_resuming_what_cannot_be_resumed(capsys: Capture, run_copy: Path, tmp_path: Path) -> None:
     has(complaint(capsys, "train", "retinanet_tiny", f"out={tmp_path / 'none'}", "--resume"), "holds no run to resume")
     (tmp_path / "empty").mkdir()
-    has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run's folder")
+    has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run directory")
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
     has(
         complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", "train.batch=2"),
@@ -424,7 +424,7 @@ def test_a_checkpoint_that_is_cut_short(
 
 
 class Code:
-    """What a stranger's pickle may hold: unpickling it would make a file."""
+    """What an untrusted pickle may hold: unpickling it would make a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -471,13 +471,13 @@ def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_pa
     has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no image, folder or pattern /no/where.jpg")
     has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no image")
     has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no image")
-    has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
-    for command in ("predict", "cam"):
+    capsys.readouterr()
+    assert cli.run(["predict", str(trained), str(scenes / "val"), "--precision", "fp16"]) == 2
+    has(" ".join(capsys.readouterr().err.replace("│", " ").split()), "'fp16' is not one of 'fp32', 'bf16'")
+    for command, more in (("predict", "data.workers, "), ("cam", "")):
         said = complaint(capsys, command, trained, scenes / "val", "model.neck=fpn")
-        has(
-            said,
-            "changes nothing for a trained model: what can be set here is test, data.size, data.antialias, device, out",
-        )
+        settable = f"what can be set here is test, data.size, data.antialias, {more}device, out"
+        has(said, f"changes nothing for a trained model: {settable}")
 
 
 def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
@@ -490,7 +490,9 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
         "must hold a list of results",
     )
     has(complaint(capsys, "val", trained, "--split", "tset"), "has no split 'tset'")
-    has(complaint(capsys, "val", trained, "--evaluator", "cocoeval"), "unknown evaluator 'cocoeval'")
+    assert cli.run(["val", str(trained), "--evaluator", "cocoeval"]) == 2
+    has(" ".join(capsys.readouterr().err.replace("│", " ").split()), "'cocoeval' is not one of 'fusedet'")
+    has(complaint(capsys, "val", trained, "stray"), "stray is one too many", "settings are written key=value")
     has(complaint(capsys, "val", trained, "train.epochs=3"), "changes nothing for a trained model")
     (tmp_path / "bad.json").write_text('[{"image_id": 9, "category_id": 1, "bbox": [1, 2, 3, 4]}]')
     has(complaint(capsys, "val", tmp_path / "bad.json", f"data={scenes}"), "result 0 lacks 'score'")
@@ -510,19 +512,19 @@ def test_weights_that_cannot_be_fetched(
 
 
 def test_local_weights_that_are_none(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
-    def told(file: Path) -> str:
+    def refuse(file: Path) -> str:
         return complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}"))
 
     file = tmp_path / "w.pth"
-    has(told(file), file, "there is no such file")
+    has(refuse(file), file, "there is no such file")
     file.write_text("hello")
-    has(told(file), file, "cannot be read as a state dict")
+    has(refuse(file), file, "cannot be read as a state dict")
     torch.save([1, 2], file)
-    has(told(file), file, "cannot be read as a state dict")
+    has(refuse(file), file, "cannot be read as a state dict")
     torch.save({"a": torch.zeros(3)}, file)
-    has(told(file), file, "lacks", "timm's names")
+    has(refuse(file), file, "lacks", "timm's names")
     torch.save(timm.create_model("lcnet_035").state_dict(), file)
-    has(told(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
+    has(refuse(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
     assert not (tmp_path / "out").exists()
 
 
@@ -536,7 +538,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(capsys: Capture, run_c
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # no file can grow beyond it, as on a full disk
     try:
-        said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=2")
+        said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", code=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -552,13 +554,14 @@ def test_a_full_disk_elsewhere_is_said(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
-    monkeypatch.setattr("fusedet.visualization.curves", full)
-    has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
+    monkeypatch.setattr("fusedet.visualization.plot_precision_recall", full)
+    has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}", code=4), "worst.png: No space left on device")
 
 
 def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
     before = checkpoint.load(run_copy / "last.ckpt")
-    said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null")
+    words = ["train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null"]
+    said = complaint(capsys, *words, code=3)
     has(said, "is nan at step 4, images", "lower the learning rate", "what was saved before is still whole")
     assert "loss_cls" in said or "loss_box" in said
     after = checkpoint.load(run_copy / "last.ckpt")
@@ -569,4 +572,4 @@ def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
 def test_generated_data_is_never_overwritten(scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "data")
     with pytest.raises(ValueError, match="name a new or empty folder"):
-        generate(tmp_path / "data", images=10)
+        generate_dataset(tmp_path / "data", images=10)

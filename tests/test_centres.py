@@ -8,22 +8,22 @@ import pytest
 from PIL import Image
 
 from fusedet import cli
-from fusedet.data.readers.auto import read
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
-from fusedet.visualization.object_centers import QUADRANTS, centres, density, quadrants
+from fusedet.visualization.object_centers import QUADRANTS, count_quadrants, estimate_density, plot_centers
 
 
 def test_quadrants_by_hand() -> None:
     points = np.array([[0.1, 0.1], [0.49, 0.49], [0.5, 0.1], [0.2, 0.5], [0.5, 0.5], [1.0, 1.0]])
-    assert quadrants(points).tolist() == [2, 1, 1, 2]
-    assert quadrants(points[:0]).tolist() == [0, 0, 0, 0]
+    assert count_quadrants(points).tolist() == [2, 1, 1, 2]
+    assert count_quadrants(points[:0]).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [1, 7, 5000])
 def test_a_density_has_the_mean_1(count: int) -> None:
     """At the edges too: the points of a beta distribution crowd there."""
     points = np.random.default_rng(0).beta(0.4, 0.7, size=(count, 2))
-    found = density(points)
+    found = estimate_density(points)
     assert found.mean() == pytest.approx(1)
     assert (found >= 0).all()
 
@@ -31,23 +31,23 @@ def test_a_density_has_the_mean_1(count: int) -> None:
 def test_a_density_is_uniform_for_a_grid() -> None:
     steps = (np.arange(64) + 0.5) / 64
     points = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
-    inner = density(points)[10:-10, 10:-10]
+    inner = estimate_density(points)[10:-10, 10:-10]
     np.testing.assert_allclose(inner, 1, atol=0.02)
 
 
 def test_a_density_is_highest_at_the_point() -> None:
     """x counts columns, y rows."""
-    assert np.unravel_index(density(np.array([[0.9, 0.2]]), cells=10).argmax(), (10, 10)) == (2, 9)
+    assert np.unravel_index(estimate_density(np.array([[0.9, 0.2]]), cells=10).argmax(), (10, 10)) == (2, 9)
 
 
 def test_classes_without_objects_have_no_panel(tmp_path: Path) -> None:
     points = np.random.default_rng(0).uniform(size=(20, 2))
-    centres([points, points[:0], points], ["a", "b", "c"], tmp_path / "two.png")
-    centres([points, points], ["a", "c"], tmp_path / "same.png")
+    plot_centers([points, points[:0], points], ["a", "b", "c"], tmp_path / "two.png")
+    plot_centers([points, points], ["a", "c"], tmp_path / "same.png")
     two, same = (np.asarray(Image.open(tmp_path / name)) for name in ("two.png", "same.png"))
     assert np.array_equal(two, same)
     with pytest.raises(InputError, match="no objects"):
-        centres([points[:0]], ["a"], tmp_path / "none.png")
+        plot_centers([points[:0]], ["a"], tmp_path / "none.png")
 
 
 def test_the_command_counts_every_object_that_counts(
@@ -56,7 +56,7 @@ def test_the_command_counts_every_object_that_counts(
     target = tmp_path / "centres.png"
     assert cli.run(["browse", f"data={scenes}", "--centres", f"out={target}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    dataset = read(scenes, "train")
+    dataset = read_dataset(scenes, "train")
     expected = {name: dict.fromkeys(QUADRANTS, 0) for name in dataset.names}
     for record in dataset:
         for (x1, y1, x2, y2), k, ignored in zip(record.boxes, record.labels, record.ignore):

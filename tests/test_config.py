@@ -11,7 +11,7 @@ import pytest
 from fusedet import config
 from fusedet.config.__main__ import DOCS_FILE, SCHEMA_FILE, schema_text, update_tables
 from fusedet.errors import InputError
-from fusedet.models.detectors import bare, create_model, from_config
+from fusedet.models.detectors import build_detector, build_meta_detector, create_model
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -298,8 +298,11 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
         ("model.interact=msli", "did you mean 'msil'"),
         ("model.interact={type: msil, channels: 64}", "passes channels by itself"),
         ("model.interact={type: msil, encoder_kernel: 2}", "encoder_kernel=2 must be odd"),
-        ("model.neck=smsl", "must be of one width: put it behind a neck"),
-        ("model.neck={type: mse_fpn, context: [1]}", "context=(1,) must name some of the body's levels [2, 3, 4, 5]"),
+        ("model.neck=smsl", "must be of one width: put it after a neck"),
+        (
+            "model.neck={type: mse_fpn, context: [1]}",
+            "context=(1,) must name some of the backbone's levels [2, 3, 4, 5]",
+        ),
         ("model.neck={type: mse_fpn, gate: gcd}", "did you mean 'gcg'"),
         ("model.neck={type: fpn, channels: 64}", "set model.pyramid.channels"),
         ("model.pyramid.finest=9", "finest=9"),
@@ -308,7 +311,7 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
 )
 def test_mistakes_in_parts(override: str, said: str) -> None:
     with pytest.raises(InputError) as error:
-        from_config(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)
+        build_detector(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -318,9 +321,9 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
 )
 def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, said: str) -> None:
     asked = ["model.backbone.weights=/no/where"]
-    assert all(p.is_meta for p in bare(config.load("retinanet_r18", asked)).parameters())
+    assert all(p.is_meta for p in build_meta_detector(config.load("retinanet_r18", asked)).parameters())
     with pytest.raises(InputError, match=said):
-        bare(config.load("retinanet_r18", [*asked, override]))
+        build_meta_detector(config.load("retinanet_r18", [*asked, override]))
 
 
 @pytest.mark.parametrize("flip", [False, True])

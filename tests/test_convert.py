@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet.data import annotation_cleaning, writers
-from fusedet.data.conversion import convert
+from fusedet.data.conversion import convert_dataset
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.readers.auto import form, read, splits
+from fusedet.data.readers.auto import detect_format, list_splits, read_dataset
 from fusedet.errors import InputError
 from tiny import coco_dict, image, write_coco, write_voc, write_yolo, xml
 
@@ -42,12 +42,14 @@ def assert_same(a: DetectionDataset, b: DetectionDataset, flags: bool = True) ->
 def test_every_pair(tmp_path: Path, source: str, to: str) -> None:
     makers: dict[str, Any] = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
     src = makers[source](tmp_path / "src")
-    report = convert(src, tmp_path / "dst", to)
-    assert form(tmp_path / "dst") == to
-    assert set(splits(tmp_path / "dst")) == set(splits(src)) == set(report)
+    report = convert_dataset(src, tmp_path / "dst", to)
+    assert detect_format(tmp_path / "dst") == to
+    assert set(list_splits(tmp_path / "dst")) == set(list_splits(src)) == set(report)
     for split, said in report.items():
-        before, after = read(src, split), read(tmp_path / "dst", split)
+        before, after = read_dataset(src, split), read_dataset(tmp_path / "dst", split)
         assert_same(before, after, flags=to != "yolo")
+        if source == to == "coco":
+            assert before.fingerprint() == after.fingerprint(), "COCO's `ignore` is kept apart from `iscrowd`"
         assert said["images"] == len(after)
         assert said["objects"] == len(after.labels)
         assert all(
@@ -78,17 +80,17 @@ def test_random_boxes_go_round_without_loss(images: list[list[tuple[float, float
             data["annotations"] += [{"id": 1, "image_id": i, "category_id": 3 * k, "bbox": box} for *box, k in boxes]
         (root / "a" / "train.json").write_text(json.dumps(data))
         for before, after, to in (("a", "b", "voc"), ("b", "c", "yolo"), ("c", "d", "coco")):
-            convert(root / before, root / after, to, link=True)
-            assert_same(read(root / "a", "train"), read(root / after, "train"))
+            convert_dataset(root / before, root / after, to, link=True)
+            assert_same(read_dataset(root / "a", "train"), read_dataset(root / after, "train"))
 
 
 def test_coco_to_coco_keeps_everything(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src")
-    assert convert(src, tmp_path / "dst", "coco") == {"train": {"images": 2, "objects": 4}}
-    a, b = read(src, "train"), read(tmp_path / "dst", "train")
+    assert convert_dataset(src, tmp_path / "dst", "coco") == {"train": {"images": 2, "objects": 4}}
+    a, b = read_dataset(src, "train"), read_dataset(tmp_path / "dst", "train")
     assert a.fingerprint() == b.fingerprint()  # ids, names, sizes, boxes, labels, flags
     assert a.category_ids == b.category_ids == (2, 9)
-    assert [r.segments for r in a] == [r.segments for r in b]
+    assert [r.segmentations for r in a] == [r.segmentations for r in b]
     assert a.area.tolist() == b.area.tolist()
 
 
@@ -96,21 +98,21 @@ def test_what_is_lost_is_said(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"][0]["segmentation"] = [[1, 2, 4, 2, 4, 6], [1, 2, 3, 2, 3, 3]]
     src = write_coco(tmp_path / "src", data)
-    assert convert(src, tmp_path / "voc", "voc")["train"] == {
+    assert convert_dataset(src, tmp_path / "voc", "voc")["train"] == {
         "images": 2,
         "objects": 4,
         writers.DROPPED_SEGMENTATIONS.format(form="VOC"): 3,
         writers.DROPPED_CROWDS: 1,
         writers.NEW_IDS.format(form="VOC"): 2,
     }
-    assert convert(src, tmp_path / "yolo", "yolo")["train"] == {
+    assert convert_dataset(src, tmp_path / "yolo", "yolo")["train"] == {
         "images": 2,
         "objects": 4,
         writers.DROPPED_SEGMENTATIONS.format(form="YOLO"): 2,
         writers.DROPPED_FLAGS: 2,
         writers.NEW_IDS.format(form="YOLO"): 2,
     }
-    segmentation = by_name(read(tmp_path / "yolo", "train"))["b"].segments[0]
+    segmentation = by_name(read_dataset(tmp_path / "yolo", "train"))["b"].segmentations[0]
     np.testing.assert_allclose(segmentation, [[5, 6, 15, 6, 15, 18]], atol=1e-6)
 
 
@@ -118,14 +120,14 @@ def test_a_polygon_that_is_not_its_box_gives_way_to_the_box(tmp_path: Path) -> N
     data = coco_dict()
     data["annotations"][1]["bbox"][0] += 0.01
     src = write_coco(tmp_path / "src", data)
-    convert(src, tmp_path / "dst", "yolo")
-    assert_same(read(src, "train"), read(tmp_path / "dst", "train"), flags=False)
+    convert_dataset(src, tmp_path / "dst", "yolo")
+    assert_same(read_dataset(src, "train"), read_dataset(tmp_path / "dst", "train"), flags=False)
 
 
 def test_bad_boxes_are_in_the_report(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"][0]["bbox"][2] = -1
-    report = convert(write_coco(tmp_path / "src", data), tmp_path / "dst", "coco")
+    report = convert_dataset(write_coco(tmp_path / "src", data), tmp_path / "dst", "coco")
     assert report["train"] == {"images": 2, "objects": 3, annotation_cleaning.NEGATIVE: 1}
 
 
@@ -138,9 +140,9 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
     for entry in data["images"]:
         image(src / "train2017" / entry["file_name"])
     for to in FORMS:
-        report = convert(src, tmp_path / to, to)
+        report = convert_dataset(src, tmp_path / to, to)
         assert report["train"][writers.RENAMED] == 3
-        after = read(tmp_path / to, "train")
+        after = read_dataset(tmp_path / to, "train")
         assert sorted(round(r.boxes[0, 0]) for r in after) == [0, 1, 2, 3]
         assert sorted(after.path(i).name for i in range(4)) == ["0_A.png", "1_a.jpg", "2_a.jpg", "a.jpg"]
 
@@ -148,9 +150,9 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
 def test_overlapping_splits_share_their_images(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", lists={"train": "a", "val": "b", "trainval": "b\na"})
     for to, folder in writers.FOLDERS.items():
-        convert(src, tmp_path / to, to)
+        convert_dataset(src, tmp_path / to, to)
         assert sorted(f.name for f in (tmp_path / to / folder).iterdir()) == ["a.jpg", "b.jpg"]
-        assert [r.path.name for r in read(tmp_path / to, "trainval")] == ["b.jpg", "a.jpg"]
+        assert [r.path.name for r in read_dataset(tmp_path / to, "trainval")] == ["b.jpg", "a.jpg"]
 
 
 def test_one_image_with_two_annotations_is_refused(tmp_path: Path) -> None:
@@ -158,32 +160,32 @@ def test_one_image_with_two_annotations_is_refused(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"].pop()
     (src / "annotations" / "val.json").write_text(json.dumps(data))
-    convert(src, tmp_path / "coco", "coco")
+    convert_dataset(src, tmp_path / "coco", "coco")
     for to in ("voc", "yolo"):
         with pytest.raises(InputError, match="one annotation per image"):
-            convert(src, tmp_path / to, to)
+            convert_dataset(src, tmp_path / to, to)
         assert not (tmp_path / to).exists()
-        convert(src, tmp_path / to, to, splits=["train"])
+        convert_dataset(src, tmp_path / to, to, splits=["train"])
 
 
 def test_links_share_the_file(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src")
-    convert(src, tmp_path / "link", "yolo", link=True)
-    convert(src, tmp_path / "copy", "yolo")
+    convert_dataset(src, tmp_path / "link", "yolo", link=True)
+    convert_dataset(src, tmp_path / "copy", "yolo")
     assert os.path.samefile(src / "JPEGImages" / "a.jpg", tmp_path / "link" / "images" / "a.jpg")
     assert not os.path.samefile(src / "JPEGImages" / "a.jpg", tmp_path / "copy" / "images" / "a.jpg")
 
 
 def test_chosen_splits(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src")
-    assert set(convert(src, tmp_path / "dst", "coco", splits=["val"])) == {"val"}
+    assert set(convert_dataset(src, tmp_path / "dst", "coco", splits=["val"])) == {"val"}
     with pytest.raises(InputError, match="no split 'test'"):
-        convert(src, tmp_path / "other", "coco", splits=["test"])
+        convert_dataset(src, tmp_path / "other", "coco", splits=["test"])
 
 
 def test_split_names_stay_inside(tmp_path: Path) -> None:
     src = write_yolo(tmp_path / "src", yaml="../out: images/val\ntrain: images/train\nnames: [dog]")
-    assert set(convert(src, tmp_path / "dst", "yolo")) == {"train"}
+    assert set(convert_dataset(src, tmp_path / "dst", "yolo")) == {"train"}
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -192,17 +194,17 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").write_text("kept")
     for dst in (tmp_path / "full", src, tmp_path / "full" / "mine"):
         with pytest.raises(InputError, match="nothing is overwritten"):
-            convert(src, dst, "coco")
+            convert_dataset(src, dst, "coco")
     assert (tmp_path / "full" / "mine").read_text() == "kept"
     (tmp_path / "empty").mkdir()
-    convert(src, tmp_path / "empty", "coco")
-    assert len(read(tmp_path / "empty", "train")) == 1
+    convert_dataset(src, tmp_path / "empty", "coco")
+    assert len(read_dataset(tmp_path / "empty", "train")) == 1
 
 
 def refused(src: Path, to: str, text: str) -> None:
     before = sorted(src.parent.iterdir())
     with pytest.raises(InputError, match=text):
-        convert(src, src.parent / "dst", to)
+        convert_dataset(src, src.parent / "dst", to)
     assert sorted(src.parent.iterdir()) == before  # nothing half written stays
 
 
@@ -237,8 +239,8 @@ def test_names_that_voc_cannot_hold(tmp_path: Path, names: tuple[str, str]) -> N
         category["name"] = name
     src = write_coco(tmp_path / "src", data)
     refused(src, "voc", "the class name")
-    convert(src, tmp_path / "yolo", "yolo")
-    assert read(tmp_path / "yolo", "train").names == read(src, "train").names
+    convert_dataset(src, tmp_path / "yolo", "yolo")
+    assert read_dataset(tmp_path / "yolo", "train").names == read_dataset(src, "train").names
 
 
 @pytest.mark.parametrize("name", ["null", "no", "7", "a: b", "# x", "é ü", "<&>", "'"])
@@ -247,8 +249,8 @@ def test_odd_names_survive(tmp_path: Path, name: str) -> None:
     data["categories"][0]["name"] = name
     src = write_coco(tmp_path / "src", data)
     for to in FORMS:
-        convert(src, tmp_path / to, to)
-        assert read(tmp_path / to, "train").names == ("cat", name)
+        convert_dataset(src, tmp_path / to, to)
+        assert read_dataset(tmp_path / to, "train").names == ("cat", name)
 
 
 def test_odd_file_names_survive(tmp_path: Path) -> None:
@@ -260,9 +262,9 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
     for name in names:
         image(src / "train2017" / name)
     for to in FORMS:
-        report = convert(src, tmp_path / to, to)
+        report = convert_dataset(src, tmp_path / to, to)
         assert report["train"][writers.RENAMED] == 3
-        after = read(tmp_path / to, "train")
+        after = read_dataset(tmp_path / to, "train")
         assert [round(r.boxes[0, 0]) for r in after] == list(range(len(names)))
         assert all(after.path(i).is_file() for i in range(len(after)))
 
@@ -270,14 +272,14 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
 def test_background_images_survive(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", {"a": xml(), "b": xml(("dog", 1, 1, 2, 2, 0), name="b")}, {"train": "a\nb"})
     for to in FORMS:
-        convert(src, tmp_path / to, to)
-        assert [len(r.boxes) for r in read(tmp_path / to, "train")] == [0, 1]
+        convert_dataset(src, tmp_path / to, to)
+        assert [len(r.boxes) for r in read_dataset(tmp_path / to, "train")] == [0, 1]
 
 
 def test_real_data_goes_round(shared: Path, tmp_path: Path) -> None:
     for name in ("bccd", "coco_tiny"):
         src = previous = shared / "data" / name
         for to in ("yolo", "voc", "coco"):
-            convert(previous, tmp_path / f"{name}_{to}", to, splits=["val"])
+            convert_dataset(previous, tmp_path / f"{name}_{to}", to, splits=["val"])
             previous = tmp_path / f"{name}_{to}"
-            assert_same(read(src, "val"), read(previous, "val"), flags=False)
+            assert_same(read_dataset(src, "val"), read_dataset(previous, "val"), flags=False)

@@ -45,10 +45,11 @@ def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
     assert not dataset.problems
 
 
-def test_crowds_and_ignored_are_ignored(tmp_path: Path) -> None:
+def test_crowds_are_ignored_and_ignore_entries_in_training_only(tmp_path: Path) -> None:
     b, a = load(tmp_path)
-    assert a.ignore.tolist() == [False, True]
+    assert a.ignore.tolist() == a.eval_ignore.tolist() == [False, True]
     assert b.ignore.tolist() == [False, True]
+    assert b.eval_ignore.tolist() == [False, False]
 
 
 def test_area_is_the_files_else_of_the_box(tmp_path: Path) -> None:
@@ -59,13 +60,13 @@ def test_area_is_the_files_else_of_the_box(tmp_path: Path) -> None:
 
 def test_segmentations_are_kept(tmp_path: Path) -> None:
     b, a = load(tmp_path, changed(0, segmentation={"size": [10, 20], "counts": "X6"}))
-    assert b.segments == [[[5.0, 6.0, 15.0, 6.0, 15.0, 18.0]], None]
-    assert a.segments == [{"size": [10, 20], "counts": "X6"}, {"size": [10, 20], "counts": [0, 200]}]
+    assert b.segmentations == [[[5.0, 6.0, 15.0, 6.0, 15.0, 18.0]], None]
+    assert a.segmentations == [{"size": [10, 20], "counts": "X6"}, {"size": [10, 20], "counts": [0, 200]}]
 
 
 def test_several_polygons(tmp_path: Path) -> None:
     segmentation = [[0.1, 0, 1, 0, 1, 1], [2, 2, 3, 2, 3, 3, 2, 3.7]]
-    assert load(tmp_path, changed(0, segmentation=segmentation))[1].segments[0] == segmentation
+    assert load(tmp_path, changed(0, segmentation=segmentation))[1].segmentations[0] == segmentation
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_several_polygons(tmp_path: Path) -> None:
 def test_broken_segmentations_are_dropped_and_counted(tmp_path: Path, segmentation: Any) -> None:
     dataset = load(tmp_path, changed(0, segmentation=segmentation))
     assert dataset.problems == {annotation_cleaning.BAD_SEGMENTATION: 1}
-    assert dataset[1].segments[0] is None
+    assert dataset[1].segmentations[0] is None
     assert len(dataset.labels) == 4
 
 
@@ -261,7 +262,7 @@ def test_agrees_with_pycocotools_on_real_data(shared: Path) -> None:
         assert [dataset.category_ids[k] for k in record.labels] == [r["category_id"] for r in rows]
         assert record.ignore.tolist() == [bool(r["iscrowd"]) for r in rows]
         assert record.area.tolist() == [r["area"] for r in rows]
-        assert record.segments == [r["segmentation"] for r in rows]
+        assert record.segmentations == [r["segmentation"] for r in rows]
 
 
 JUNK = [

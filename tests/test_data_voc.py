@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.readers.voc import read_voc, voc_splits
+from fusedet.data.readers.voc import list_voc_splits, read_voc
 from fusedet.errors import InputError
 from tiny import image, write_voc, xml
 
@@ -21,7 +21,7 @@ def test_boxes_count_from_zero_and_difficult_is_ignored(tmp_path: Path) -> None:
     (a,) = dataset
     assert dataset.names == ("bird", "cat", "dog")  # over all splits, sorted
     assert dataset.category_ids == (1, 2, 3)
-    assert dataset.form == "voc"
+    assert dataset.dataset_format == "voc"
     assert a.boxes.tolist() == [[0, 0, 10, 20], [4.5, 5.5, 8.5, 9.5]]
     assert a.labels.tolist() == [2, 1]
     assert a.ignore.tolist() == [False, True]
@@ -63,7 +63,7 @@ def test_class_lists_are_no_splits(tmp_path: Path) -> None:
     root = write_voc(
         tmp_path, lists={"train": "a", "val": "b", "dog_train": "a 1", "dog_val": "b -1", "trainval": "a\nb"}
     )
-    assert set(voc_splits(root)) == {"train", "val", "trainval"}
+    assert set(list_voc_splits(root)) == {"train", "val", "trainval"}
     assert len(read_voc(root, "trainval")) == 2
 
 
@@ -105,7 +105,7 @@ def test_folder_per_split(tmp_path: Path) -> None:
     for split, name in (("train", "dog"), ("valid", "cat")):
         image(tmp_path / split / f"{split}_1.rf.0a.jpg")
         (tmp_path / split / f"{split}_1.rf.0a.xml").write_text(xml((name, 1, 1, 5, 5, 0)))
-    assert set(voc_splits(tmp_path)) == {"train", "val"}
+    assert set(list_voc_splits(tmp_path)) == {"train", "val"}
     dataset = read_voc(tmp_path, "val")
     assert dataset.names == ("cat", "dog")
     assert dataset.path(0) == tmp_path / "valid" / "valid_1.rf.0a.jpg"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fusedet.data import annotation_cleaning, image_files
-from fusedet.data.readers.yolo import label_path, read_yolo, yolo_splits
+from fusedet.data.readers.yolo import get_label_path, list_yolo_splits, read_yolo
 from fusedet.errors import InputError
 from tiny import image, write_yolo
 
@@ -23,7 +23,7 @@ def test_boxes_in_pixels(tmp_path: Path) -> None:
     dataset = read_yolo(write_yolo(tmp_path, "1 0.5 0.5 0.5 0.4\n0 0.25 0.1 0.5 0.2\n"), "train")
     assert dataset.names == ("dog", "cat")
     assert dataset.category_ids == (0, 1)
-    assert dataset.form == "yolo"
+    assert dataset.dataset_format == "yolo"
     (a,) = dataset
     np.testing.assert_allclose(a.boxes, [[10, 9, 30, 21], [0, 0, 20, 6]], atol=1e-12)
     assert a.labels.tolist() == [1, 0]
@@ -36,8 +36,8 @@ def test_segments_give_box_and_segmentation(tmp_path: Path) -> None:
     dataset = read_yolo(write_yolo(tmp_path, "0 0.25 0.5 0.5 0.1 0.75 0.9\n1 0.5 0.5 0.5 0.5\n"), "train")
     (a,) = dataset
     np.testing.assert_allclose(a.boxes[0], [10, 3, 30, 27])
-    np.testing.assert_allclose(a.segments[0], [[10, 15, 20, 3, 30, 27]])
-    assert a.segments[1] is None
+    np.testing.assert_allclose(a.segmentations[0], [[10, 15, 20, 3, 30, 27]])
+    assert a.segmentations[1] is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_label_that_is_not_text(tmp_path: Path) -> None:
     ],
 )
 def test_label_paths(image_path: str, label: str) -> None:
-    assert label_path(image_path) == label
+    assert get_label_path(image_path) == label
 
 
 def test_labels_beside_the_images(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_several_folders_and_repeated_images(tmp_path: Path) -> None:
     dataset = read_yolo(file, "train")
     assert len(dataset) == 2
     assert dataset.problems[annotation_cleaning.LISTED_TWICE] == 2
-    assert set(yolo_splits(file)) == {"train"}
+    assert set(list_yolo_splits(file)) == {"train"}
 
 
 @pytest.mark.parametrize("key", ["val", "valid", "validation"])
@@ -250,7 +250,7 @@ def test_files_are_read_by_threads_where_the_disk_is_waited_for(
     monkeypatch.setattr(
         image_files, "time", SimpleNamespace(perf_counter=lambda: len(seen), thread_time=lambda: busy * len(seen))
     )
-    assert list(image_files.read_each(read, range(150))) == [-i for i in range(150)]
+    assert list(image_files.map_files(read, range(150))) == [-i for i in range(150)]
     assert set(seen[:100]) == {threading.get_ident()}
     assert (threading.get_ident() not in seen[100:]) == threads
 

@@ -13,7 +13,7 @@ COUNT = 60
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return synthetic.generate(tmp_path_factory.mktemp("demo") / "shapes", images=COUNT)
+    return synthetic.generate_dataset(tmp_path_factory.mktemp("demo") / "shapes", images=COUNT)
 
 
 def load(folder, split):
@@ -56,7 +56,7 @@ def test_masks_of_a_image_do_not_overlap(folder):
 def test_masks_lie_on_what_is_drawn():
     """Colours step at the borders of masks, far more than elsewhere."""
     for seed in range(12):
-        pixels, found = synthetic.draw_scene(np.random.default_rng(seed), (224, 288))
+        pixels, found = synthetic.draw_image(np.random.default_rng(seed), (224, 288))
         for _, mask in found:
             across = mask[:, 1:] != mask[:, :-1]
             step = np.abs(np.diff(pixels.astype(float), axis=1)).sum(2)
@@ -90,34 +90,34 @@ def test_shapes_have_their_areas(name):
 
 
 def test_deterministic(tmp_path, folder):
-    again = synthetic.generate(tmp_path / "again", images=COUNT)
+    again = synthetic.generate_dataset(tmp_path / "again", images=COUNT)
     assert contents(again) == contents(folder)
-    other = synthetic.generate(tmp_path / "other", images=5, seed=1)
+    other = synthetic.generate_dataset(tmp_path / "other", images=5, seed=1)
     assert (other / "train/000000.jpg").read_bytes() != (folder / "train/000000.jpg").read_bytes()
 
 
 def test_same_data_are_reused_and_nothing_else(tmp_path):
-    path = synthetic.generate(tmp_path / "a", images=4)
+    path = synthetic.generate_dataset(tmp_path / "a", images=4)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
-    assert synthetic.generate(path, images=4) == path
+    assert synthetic.generate_dataset(path, images=4) == path
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
     with pytest.raises(InputError, match="exists and is not the demo data asked for"):
-        synthetic.generate(path, images=5)
+        synthetic.generate_dataset(path, images=5)
     strange = tmp_path / "b"
     strange.mkdir()
     (strange / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="exists"):
-        synthetic.generate(strange, images=4)
+        synthetic.generate_dataset(strange, images=4)
     assert (strange / "thesis.txt").read_text() == "mine"
     with pytest.raises(InputError, match="exists"):
-        synthetic.generate(strange / "thesis.txt", images=4)
+        synthetic.generate_dataset(strange / "thesis.txt", images=4)
 
 
 def test_empty_folder_and_leftovers_are_taken(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a.part").mkdir()
     (tmp_path / "a.part" / "half").write_text("left by an interrupted run")
-    path = synthetic.generate(tmp_path / "a", images=4, splits={"train": 0.5, "val": 0.25, "test": 0.25})
+    path = synthetic.generate_dataset(tmp_path / "a", images=4, splits={"train": 0.5, "val": 0.25, "test": 0.25})
     assert len(load(path, "test")["images"]) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -127,5 +127,5 @@ def test_empty_folder_and_leftovers_are_taken(tmp_path):
 )
 def test_wrong_options(tmp_path, wrong):
     with pytest.raises(InputError):
-        synthetic.generate(tmp_path / "a", **wrong)
+        synthetic.generate_dataset(tmp_path / "a", **wrong)
     assert not (tmp_path / "a").exists()

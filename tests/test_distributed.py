@@ -13,9 +13,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fakes import FakeDetector, FakeLoader, make_batch
-from fusedet.data.loader import train_loader
-from fusedet.data.readers.auto import read
-from fusedet.data.transforms import Eval
+from fusedet.data.loader import build_train_loader
+from fusedet.data.readers.auto import read_dataset
+from fusedet.data.transforms import EvalTransform
 from fusedet.engine import checkpoint
 from fusedet.engine.optim import Optim
 from fusedet.engine.trainer import Interrupted, Recipe, fit
@@ -114,6 +114,8 @@ fabric.barrier()
 train("stop", resume=True)
 train("stopped in the validation", resume=True)
 train("one_to_two", resume=True, loader=Shared())
+fabric.barrier()
+torch.distributed.destroy_process_group()
 """
 JOINT = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9)
 
@@ -265,4 +267,4 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(scenes):
     with pytest.raises(
         InputError, match="batch counts the images of all processes: 4 must be a multiple of the 3 processes"
     ):
-        train_loader(read(scenes, "train"), Eval(64, 96), batch=4, world=3)
+        build_train_loader(read_dataset(scenes, "train"), EvalTransform(64, 96), batch=4, world=3)

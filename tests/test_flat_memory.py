@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from large import write
 from resident import KIB, MIB, line, of_command, run
 
@@ -67,7 +67,9 @@ PER_STEP, PER_IMAGE = 256 * KIB, 128 * KIB
 
 
 def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path) -> None:
-    data = generate(tmp_path / "data", images=108, seed=0, size=(64, 96), splits={"train": 100 / 108, "val": 8 / 108})
+    data = generate_dataset(
+        tmp_path / "data", images=108, seed=0, size=(64, 96), splits={"train": 100 / 108, "val": 8 / 108}
+    )
     words = ["train", "retinanet_tiny", f"data={data}", f"out={tmp_path / 'run'}", *SMALL]
     taken = of_command("loss", 2, [*words, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
     found = line(taken[:, 0], taken[:, 2], warm_up=0.4)
@@ -83,8 +85,7 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
         tmp_path / "many",
         f"out={tmp_path / 'found'}",
         "--no-draw",
-        "--batch",
-        "4",
+        "test.batch=4",
         "--part",
         "20",
         "--json",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fusedet.data.image_decoding import image_size, read_image, to_tensor
+from fusedet.data.image_decoding import read_image, read_image_size, to_tensor
 from fusedet.errors import InputError
 
 HEIGHT, WIDTH = 24, 40
@@ -50,7 +50,7 @@ def test_file_forms(tmp_path, rgb, form, options, atol):
     path.write_bytes(encoded(Image.fromarray(rgb), form, **options))
     for source in (path, str(path), path.read_bytes()):
         close(read_image(source), rgb, atol)
-        assert image_size(source) == (HEIGHT, WIDTH)
+        assert read_image_size(source) == (HEIGHT, WIDTH)
 
 
 def test_grey_binary_and_palette(rgb):
@@ -144,7 +144,7 @@ def test_exif_orientation(rgb, form, orientation):
         8: np.rot90(rgb, 1),
     }
     expected = torch.from_numpy(rows_cols[orientation].copy())
-    assert image_size(stored) == tuple(image.shape[1:]) == tuple(expected.shape[:2])
+    assert read_image_size(stored) == tuple(image.shape[1:]) == tuple(expected.shape[:2])
     assert (image.permute(1, 2, 0).int() - expected.int()).abs().max() <= (0 if form in ("PNG", "TIFF") else 40)
     assert (image.permute(1, 2, 0).int() - expected.int()).abs().float().mean() < 6
     assert torch.equal(to_tensor(Image.open(io.BytesIO(stored))), image)
@@ -153,7 +153,7 @@ def test_exif_orientation(rgb, form, orientation):
 
 
 def test_missing_file(tmp_path):
-    for read in (read_image, image_size, to_tensor):
+    for read in (read_image, read_image_size, to_tensor):
         with pytest.raises(InputError, match=r"gone\.jpg does not exist"):
             read(tmp_path / "gone.jpg")
 
@@ -162,7 +162,7 @@ def test_missing_file(tmp_path):
 def test_not_a_image(tmp_path, content):
     path = tmp_path / "text.jpg"
     path.write_bytes(content)
-    for read in (read_image, image_size):
+    for read in (read_image, read_image_size):
         with pytest.raises(InputError, match=r"text\.jpg is (empty or not an image|truncated or damaged)"):
             read(path)
 
@@ -207,7 +207,7 @@ def test_no_pixels():
 
 def test_decompression_bomb_is_refused_from_its_header():
     bomb = png(30000, 30000, b"\0" * 1000)
-    for read in (read_image, image_size):
+    for read in (read_image, read_image_size):
         with pytest.raises(InputError, match="more than 178956970 pixels, the limit against decompression bombs"):
             read(bomb)
 

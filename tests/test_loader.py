@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fusedet.data.collate import Sample, collate
+from fusedet.data.collate import Sample, collate_samples
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.loader import eval_loader, plan_epoch, train_loader
-from fusedet.data.transforms import Eval, Train
+from fusedet.data.loader import build_eval_loader, build_train_loader, plan_epoch
+from fusedet.data.transforms import EvalTransform, TrainTransform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Target
 
-TRANSFORM = Train([32, 48, 64], 96, photometric=True)
+TRANSFORM = TrainTransform([32, 48, 64], 96, photometric=True)
 
 
 def make(folder, sizes, objects=3):
@@ -35,7 +35,7 @@ def make(folder, sizes, objects=3):
                 100 + i, path, height, width, boxes, rng.integers(0, 3, n), rng.random(n) < 0.2, np.ones(n), segments
             )
         )
-    return DetectionDataset.build(["a", "b", "c"], [1, 2, 3], dataset, source=folder, form="coco")
+    return DetectionDataset.build(["a", "b", "c"], [1, 2, 3], dataset, source=folder, dataset_format="coco")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_collate_pads_to_a_multiple():
         target = Target(torch.tensor([[0.0, 0, 5, 5]]), torch.tensor([1]), masks)
         return Sample(torch.full((3, height, width), 7, dtype=torch.uint8), (0.5, 0.25), image_id, target)
 
-    batch = collate([sample(40, 64, 5), sample(20, 65, 9)])
+    batch = collate_samples([sample(40, 64, 5), sample(20, 65, 9)])
     assert batch.images.shape == (2, 3, 64, 96)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.sizes.tolist() == [[40, 64], [20, 65]]
@@ -79,12 +79,12 @@ def test_collate_pads_to_a_multiple():
         assert batch.images[i].sum() == 7 * 3 * h * w
         assert batch.targets[i].masks.shape == (1, 64, 96)
         assert batch.targets[i].masks.sum() == h * w
-    assert collate([sample(32, 64, 1)]).images.shape == (1, 3, 32, 64)
-    assert collate([sample(32, 64, 1)], canvas=(33, 10)).images.shape == (1, 3, 64, 64)
+    assert collate_samples([sample(32, 64, 1)]).images.shape == (1, 3, 32, 64)
+    assert collate_samples([sample(32, 64, 1)], canvas=(33, 10)).images.shape == (1, 3, 64, 64)
 
 
 def test_collate_without_targets():
-    batch = collate([Sample(torch.zeros(3, 10, 10, dtype=torch.uint8), (1.0, 1.0), 1)])
+    batch = collate_samples([Sample(torch.zeros(3, 10, 10, dtype=torch.uint8), (1.0, 1.0), 1)])
     assert batch.targets is None
 
 
@@ -109,15 +109,15 @@ def test_plan_of_an_epoch(count, batch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(dataset, workers):
-    alone = train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True)
-    helped = train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True, workers=workers)
+    alone = build_train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True)
+    helped = build_train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True, workers=workers)
     for epoch in (0, 1, 4):  # the workers stay
         equal_lists(alone.epoch(epoch), helped.epoch(epoch))
 
 
 def test_epochs_and_seeds_differ(dataset):
     def images(seed, epoch):
-        return torch.cat([b.scales for b in train_loader(dataset, TRANSFORM, batch=4, seed=seed).epoch(epoch)])
+        return torch.cat([b.scales for b in build_train_loader(dataset, TRANSFORM, batch=4, seed=seed).epoch(epoch)])
 
     assert torch.equal(images(0, 0), images(0, 0))
     assert not torch.equal(images(0, 0), images(0, 1))
@@ -126,7 +126,7 @@ def test_epochs_and_seeds_differ(dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_start_skips_without_reading(dataset, workers, monkeypatch):
-    loader = train_loader(dataset, TRANSFORM, batch=4, workers=workers)
+    loader = build_train_loader(dataset, TRANSFORM, batch=4, workers=workers)
     assert len(loader) == 4
     whole = list(loader.epoch(2))
     if not workers:
@@ -141,24 +141,25 @@ def test_start_skips_without_reading(dataset, workers, monkeypatch):
 
 
 def test_an_epoch_can_be_left_and_another_begun(dataset):
-    loader = train_loader(dataset, TRANSFORM, batch=2, workers=1)
+    loader = build_train_loader(dataset, TRANSFORM, batch=2, workers=1)
     next(loader.epoch(0))
-    equal_lists(loader.epoch(1), train_loader(dataset, TRANSFORM, batch=2).epoch(1))
+    equal_lists(loader.epoch(1), build_train_loader(dataset, TRANSFORM, batch=2).epoch(1))
 
 
 def test_torch_generator_is_left_alone(dataset):
     state = torch.get_rng_state()
-    for _ in train_loader(dataset, TRANSFORM, batch=4).epoch(0):
+    for _ in build_train_loader(dataset, TRANSFORM, batch=4).epoch(0):
         pass
-    for _ in eval_loader(dataset, Eval(32, 64), batch=4):
+    for _ in build_eval_loader(dataset, EvalTransform(32, 64), batch=4):
         pass
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_processes_see_the_joint_batch_of_one(dataset):
-    joint = list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True).epoch(3))
+    joint = list(build_train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True).epoch(3))
     ranks = [
-        list(train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3)) for r in range(2)
+        list(build_train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3))
+        for r in range(2)
     ]
     assert [len(r) for r in ranks] == [len(joint)] * 2
     for whole, *parts in zip(joint, *ranks):
@@ -171,7 +172,7 @@ def test_processes_see_the_joint_batch_of_one(dataset):
 
 def test_fewer_images_than_the_batch(dataset, tmp_path):
     few = make(tmp_path, [(40, 60), (60, 40)])
-    loader = train_loader(few, TRANSFORM, batch=8)
+    loader = build_train_loader(few, TRANSFORM, batch=8)
     (batch,) = loader.epoch(0)
     assert len(loader) == 1
     assert Counter(batch.ids) == {100: 4, 101: 4}
@@ -180,7 +181,10 @@ def test_fewer_images_than_the_batch(dataset, tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_each_image_once(dataset, world, workers):
-    loaders = [eval_loader(dataset, Eval(32, 64), batch=4, workers=workers, rank=r, world=world) for r in range(world)]
+    loaders = [
+        build_eval_loader(dataset, EvalTransform(32, 64), batch=4, workers=workers, rank=r, world=world)
+        for r in range(world)
+    ]
     batches = [b for loader in loaders for b in loader]
     assert sorted(i for b in batches for i in b.ids) == sorted(dataset.image_ids.tolist())
     assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
@@ -190,7 +194,7 @@ def test_evaluation_sees_each_image_once(dataset, world, workers):
 
 
 def test_evaluation_is_in_order_of_aspect_ratio(dataset):
-    sizes = torch.cat([b.sizes for b in eval_loader(dataset, Eval(640, 1000), batch=2)])
+    sizes = torch.cat([b.sizes for b in build_eval_loader(dataset, EvalTransform(640, 1000), batch=2)])
     ratio = sizes[:, 1] / sizes[:, 0]
     assert (ratio.diff() > -0.01).all()
 
@@ -199,7 +203,8 @@ def test_annotations_are_not_copied_to_workers(tmp_path):
     (tmp_path / "many").mkdir()
     small, large = make(tmp_path, [(40, 60)] * 2), make(tmp_path / "many", [(40, 60)] * 2, objects=20_000)
     few, many = (
-        len(ForkingPickler.dumps(train_loader(r, TRANSFORM, batch=2).steps.loader.dataset)) for r in (small, large)
+        len(ForkingPickler.dumps(build_train_loader(r, TRANSFORM, batch=2).steps.loader.dataset))
+        for r in (small, large)
     )
     assert many < 8_000
     assert many - few < 500
@@ -218,9 +223,9 @@ class Threads:
 
 
 def test_spawned_workers_with_one_thread(dataset):
-    loader = train_loader(dataset, Threads(), batch=4, workers=1, start_method="spawn")
+    loader = build_train_loader(dataset, Threads(), batch=4, workers=1, start_method="spawn")
     batches = list(loader.epoch(0))
-    assert [b.ids for b in batches] == [b.ids for b in train_loader(dataset, Threads(), batch=4).epoch(0)]
+    assert [b.ids for b in batches] == [b.ids for b in build_train_loader(dataset, Threads(), batch=4).epoch(0)]
     assert all((b.scales == 1).all() for b in batches)
 
 
@@ -229,8 +234,8 @@ def test_unreadable_image_is_told_in_one_sentence(tmp_path, workers):
     bad = make(tmp_path, [(40, 60)] * 4)
     (tmp_path / "2.png").write_bytes(b"gone")
     expected = f"{tmp_path / '2.png'} is empty or not an image in a format that Pillow reads"
-    assert complaint(train_loader(bad, TRANSFORM, batch=2, workers=workers).epoch(0)) == expected
-    assert complaint(eval_loader(bad, Eval(32, 64), batch=2, workers=workers)) == expected
+    assert complaint(build_train_loader(bad, TRANSFORM, batch=2, workers=workers).epoch(0)) == expected
+    assert complaint(build_eval_loader(bad, EvalTransform(32, 64), batch=2, workers=workers)) == expected
 
 
 def complaint(batches):
@@ -252,23 +257,23 @@ def complaint(batches):
     ],
 )
 def test_wrong_options(dataset, options, text):
-    for loader in (train_loader, eval_loader):
+    for loader in (build_train_loader, build_eval_loader):
         with pytest.raises(InputError, match=text):
             loader(dataset, TRANSFORM, **options)
 
 
 def test_no_images(tmp_path):
     with pytest.raises(InputError, match="no images"):
-        train_loader(make(tmp_path, []), TRANSFORM, batch=2)
+        build_train_loader(make(tmp_path, []), TRANSFORM, batch=2)
 
 
 def test_workers_outlive_the_signals_that_end_a_training(dataset):
     """A terminal and a cluster signal the whole process group; the training still finishes its step and saves."""
-    loader = train_loader(dataset, TRANSFORM, batch=2, workers=1)
+    loader = build_train_loader(dataset, TRANSFORM, batch=2, workers=1)
     batches = loader.epoch(0)
     first = next(batches)
     for worker in multiprocessing.active_children():
         for one in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker.pid, one)
     ids = [first.ids, *(b.ids for b in batches)]
-    assert ids == [b.ids for b in train_loader(dataset, TRANSFORM, batch=2).epoch(0)]
+    assert ids == [b.ids for b in build_train_loader(dataset, TRANSFORM, batch=2).epoch(0)]

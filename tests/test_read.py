@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedet.data.readers.auto import form, read, splits
+from fusedet.data.readers.auto import detect_format, list_splits, read_dataset
 from fusedet.errors import InputError
 from tiny import coco_dict, image, write_coco, write_voc, write_yolo, xml
 
@@ -46,8 +46,8 @@ def put(file: Path) -> Path:
 def test_coco_layouts(tmp_path: Path, file: str, folder: str, split: str) -> None:
     put(tmp_path / file)
     images(tmp_path / folder)
-    assert form(tmp_path) == "coco"
-    dataset = read(tmp_path, split)
+    assert detect_format(tmp_path) == "coco"
+    dataset = read_dataset(tmp_path, split)
     assert {dataset.path(i) for i in range(2)} == {tmp_path / folder / "a.jpg", tmp_path / folder / "b.jpg"}
 
 
@@ -55,7 +55,7 @@ def test_each_split_has_its_own_images(tmp_path: Path) -> None:
     for split in ("train", "val", "trainval"):
         write_coco(tmp_path, split=split)
     for split in ("train", "val", "trainval"):
-        assert read(tmp_path, split).path(0).parent.name == f"{split}2017"
+        assert read_dataset(tmp_path, split).path(0).parent.name == f"{split}2017"
 
 
 def test_splits_of_every_form(tmp_path: Path) -> None:
@@ -63,22 +63,22 @@ def test_splits_of_every_form(tmp_path: Path) -> None:
     put(root / "valid" / "_annotations.coco.json")
     put(root / "annotations" / "person_keypoints_train2017.json")
     (root / "results.json").write_text('[{"image_id": 1}]')
-    assert set(splits(root)) == {"train", "val"}
-    assert splits(root)["train"] == str(root / "annotations" / "instances_train2017.json")
-    assert set(splits(write_voc(tmp_path / "voc"))) == {"train", "val"}
+    assert set(list_splits(root)) == {"train", "val"}
+    assert list_splits(root)["train"] == str(root / "annotations" / "instances_train2017.json")
+    assert set(list_splits(write_voc(tmp_path / "voc"))) == {"train", "val"}
     yaml = write_yolo(tmp_path / "yolo")
-    assert splits(yaml) == splits(yaml.parent) == {"train": "images/train", "val": "images/val"}
-    assert [form(tmp_path / f) for f in ("coco", "voc", "yolo")] == ["coco", "voc", "yolo"]
-    assert form(yaml) == "yolo"
+    assert list_splits(yaml) == list_splits(yaml.parent) == {"train": "images/train", "val": "images/val"}
+    assert [detect_format(tmp_path / f) for f in ("coco", "voc", "yolo")] == ["coco", "voc", "yolo"]
+    assert detect_format(yaml) == "yolo"
 
 
 def test_two_years_must_be_told_apart(tmp_path: Path) -> None:
     put(tmp_path / "annotations" / "instances_train2014.json")
     put(tmp_path / "annotations" / "instances_train2017.json")
     images(tmp_path / "images")
-    assert len(read(tmp_path, "train2014")) == 2
+    assert len(read_dataset(tmp_path, "train2014")) == 2
     with pytest.raises(InputError, match="several splits 'train': give one of train2014, train2017"):
-        read(tmp_path, "train")
+        read_dataset(tmp_path, "train")
 
 
 def test_missing_split_lists_those_that_exist(tmp_path: Path) -> None:
@@ -88,47 +88,49 @@ def test_missing_split_lists_those_that_exist(tmp_path: Path) -> None:
         write_yolo(tmp_path / "c").parent,
     ):
         with pytest.raises(InputError, match="has no split 'test': it has train"):
-            read(root, "test")
+            read_dataset(root, "test")
 
 
 def test_json_as_path_is_train(tmp_path: Path) -> None:
     root = write_coco(tmp_path)
     file = root / "annotations" / "instances_train2017.json"
-    assert splits(file) == {"train": str(file)}
-    assert read(file, "train").path(0) == root / "train2017" / "b.jpg"
+    assert list_splits(file) == {"train": str(file)}
+    assert read_dataset(file, "train").path(0) == root / "train2017" / "b.jpg"
     with pytest.raises(InputError, match=re.escape("no split 'val': give that as a file too, e.g. data.val=FILE.json")):
-        read(file, "val")
+        read_dataset(file, "val")
 
 
 def test_split_as_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_coco(tmp_path / "coco")
     other = put(tmp_path / "coco" / "more" / "x.json")
-    assert len(read(root, str(other))) == 2
-    assert len(read(root, "more/x.json")) == 2
-    assert len(read(root / "annotations" / "instances_train2017.json", str(other), images=root / "train2017")) == 2
+    assert len(read_dataset(root, str(other))) == 2
+    assert len(read_dataset(root, "more/x.json")) == 2
+    assert (
+        len(read_dataset(root / "annotations" / "instances_train2017.json", str(other), images=root / "train2017")) == 2
+    )
     voc, yolo = write_voc(tmp_path / "voc"), write_yolo(tmp_path / "yolo")
     (tmp_path / "mine.txt").write_text("b\n")
-    assert read(voc, str(tmp_path / "mine.txt")).path(0).name == "b.jpg"
+    assert read_dataset(voc, str(tmp_path / "mine.txt")).path(0).name == "b.jpg"
     (yolo.parent / "some.txt").write_text("images/val/b.jpg\n")
-    assert read(yolo, "some.txt").path(0).name == "b.jpg"
+    assert read_dataset(yolo, "some.txt").path(0).name == "b.jpg"
     monkeypatch.chdir(tmp_path)
-    assert read("voc", "mine.txt").path(0).name == "b.jpg"
-    assert read("voc", "ImageSets/Main/train.txt").path(0).name == "a.jpg"
+    assert read_dataset("voc", "mine.txt").path(0).name == "b.jpg"
+    assert read_dataset("voc", "ImageSets/Main/train.txt").path(0).name == "a.jpg"
     with pytest.raises(InputError, match=r"the file none\.json does not exist"):
-        read(root, "none.json")
+        read_dataset(root, "none.json")
 
 
 def test_images_given(tmp_path: Path) -> None:
     file = put(tmp_path / "x" / "train.json")
     images(tmp_path / "y")
-    assert read(file, "train", images=tmp_path / "y").path(0) == tmp_path / "y" / "b.jpg"
+    assert read_dataset(file, "train", images=tmp_path / "y").path(0) == tmp_path / "y" / "b.jpg"
     with pytest.raises(InputError, match="is not a folder"):
-        read(file, "train", images=tmp_path / "z")
+        read_dataset(file, "train", images=tmp_path / "z")
     with pytest.raises(InputError, match="goes with COCO json only"):
-        read(write_voc(tmp_path / "v"), "train", images=tmp_path / "y")
+        read_dataset(write_voc(tmp_path / "v"), "train", images=tmp_path / "y")
     with pytest.raises(InputError, match="none of the first images"):
-        read(file, "train")
-    assert len(read(file, "train", need_images=False)) == 2
+        read_dataset(file, "train")
+    assert len(read_dataset(file, "train", need_images=False)) == 2
 
 
 def test_file_names_may_start_at_the_data_folder(tmp_path: Path) -> None:
@@ -136,11 +138,11 @@ def test_file_names_may_start_at_the_data_folder(tmp_path: Path) -> None:
     for entry in data["images"]:
         entry["file_name"] = f"../train2017/{entry['file_name']}"
     write_coco(tmp_path, data)
-    assert read(tmp_path, "train").path(0) == tmp_path / "train2017" / "b.jpg"
+    assert read_dataset(tmp_path, "train").path(0) == tmp_path / "train2017" / "b.jpg"
     data["images"][0]["file_name"] = "../../b.jpg"
     write_coco(tmp_path, data)
     with pytest.raises(InputError, match="outside the data folder"):
-        read(tmp_path, "train")
+        read_dataset(tmp_path, "train")
 
 
 def test_exported_yolo(tmp_path: Path) -> None:
@@ -151,21 +153,21 @@ def test_exported_yolo(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text(
         "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 1\nnames: ['dog']\n"
     )
-    assert len(read(tmp_path, "val").labels) == 1
-    assert len(read(tmp_path / "data.yaml", "train").labels) == 1
+    assert len(read_dataset(tmp_path, "val").labels) == 1
+    assert len(read_dataset(tmp_path / "data.yaml", "train").labels) == 1
 
 
 def test_exported_voc(tmp_path: Path) -> None:
     image(tmp_path / "train" / "a.jpg")
     (tmp_path / "train" / "a.xml").write_text(xml(("dog", 1, 1, 5, 5, 0)))
-    assert form(tmp_path) == "voc"
-    assert len(read(tmp_path, "train").labels) == 1
+    assert detect_format(tmp_path) == "voc"
+    assert len(read_dataset(tmp_path, "train").labels) == 1
 
 
 def test_what_is_no_data_set(tmp_path: Path) -> None:
     def said(path: Path) -> str:
         with pytest.raises(InputError) as error:
-            read(path, "train")
+            read_dataset(path, "train")
         return str(error.value)
 
     assert "does not exist" in said(tmp_path / "none")
@@ -190,16 +192,16 @@ def test_voc_without_lists(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     __import__("shutil").rmtree(root / "ImageSets")
     with pytest.raises(InputError, match=r"ImageSets/Main/train\.txt"):
-        read(root, "train")
+        read_dataset(root, "train")
 
 
 def test_real_data(shared: Path) -> None:
     bccd, coco = shared / "data" / "bccd", shared / "data" / "coco_tiny"
-    assert {split: len(read(bccd, split)) for split in splits(bccd)} == {
+    assert {split: len(read_dataset(bccd, split)) for split in list_splits(bccd)} == {
         "train": 205,
         "val": 87,
         "trainval": 292,
         "test": 72,
     }
-    assert {split: len(read(coco, split)) for split in splits(coco)} == {"train": 80, "val": 80}
-    assert read(coco, "train").ignore.sum() == 6
+    assert {split: len(read_dataset(coco, split)) for split in list_splits(coco)} == {"train": 80, "val": 80}
+    assert read_dataset(coco, "train").ignore.sum() == 6

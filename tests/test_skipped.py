@@ -18,15 +18,15 @@ from conftest import SMALL
 from fusedet import cli
 from fusedet.api import train as command
 from fusedet.atomic_io import clean
-from fusedet.data.bad_images import Ledger, Skipped, allowed
+from fusedet.data.bad_images import BadImageLog, ReplacedImage, count_allowed_bad_images
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.loader import TrainLoader, train_loader
-from fusedet.data.transforms import Train
+from fusedet.data.loader import TrainLoader, build_train_loader
+from fusedet.data.transforms import TrainTransform
 from fusedet.errors import InputError
 from fusedet.types import Batch
 from killing import differences
 
-TRANSFORM = Train([32, 64, 96], 192, resize="choice", photometric=True)  # batches of many sizes
+TRANSFORM = TrainTransform([32, 64, 96], 192, resize="choice", photometric=True)  # batches of many sizes
 SIZES = [(40, 60), (45, 55), (30, 80), (48, 48), (60, 40), (70, 33)] * 4
 BAD = (3, 8, 17)
 COUNT = len(SIZES)
@@ -49,13 +49,15 @@ def dataset(tmp_path: Path) -> DetectionDataset:
     (tmp_path / "3.png").unlink()
     (tmp_path / "8.png").write_bytes(b"no image")
     (tmp_path / "17.png").write_bytes((tmp_path / "17.png").read_bytes()[:-300])
-    return DetectionDataset.build(["a", "b"], [1, 2], rows, source=tmp_path, form="coco")
+    return DetectionDataset.build(["a", "b"], [1, 2], rows, source=tmp_path, dataset_format="coco")
 
 
 @pytest.fixture
 def make(dataset: DetectionDataset, tmp_path: Path) -> Callable[..., TrainLoader]:
     def loader(name: str = "out", share: float = 0.2, **more: int) -> TrainLoader:
-        return train_loader(dataset, TRANSFORM, batch=4, seed=5, ledger=Ledger(tmp_path / name, COUNT, share), **more)
+        return build_train_loader(
+            dataset, TRANSFORM, batch=4, seed=5, bad_image_log=BadImageLog(tmp_path / name, COUNT, share), **more
+        )
 
     return loader
 
@@ -74,18 +76,18 @@ def test_bad_images_are_replaced_and_listed(make: Callable[..., TrainLoader], tm
     seen = [one for batch in loader.epoch(0) for one in batch.ids]
     assert len(seen) == COUNT
     assert set(seen) == {100 + i for i in range(COUNT) if i not in BAD}, "every good image is seen"
-    rows = loader.ledger.close()
+    rows = loader.bad_image_log.close()
     assert sorted(row.image_id for row in rows) == [100 + i for i in BAD]
     for row in rows:
         assert row.epoch == 1
         assert row.file in row.reason
         assert 100 + int(Path(row.file).stem) == row.image_id
-    assert listed(tmp_path / "out") == [list(Skipped._fields), *([str(v) for v in row] for row in rows)]
+    assert listed(tmp_path / "out") == [list(ReplacedImage._fields), *([str(v) for v in row] for row in rows)]
 
 
 def test_without_a_ledger_it_is_an_error(dataset: DetectionDataset) -> None:
     with pytest.raises(InputError, match="png"):
-        list(train_loader(dataset, TRANSFORM, batch=4, seed=5).epoch(0))
+        list(build_train_loader(dataset, TRANSFORM, batch=4, seed=5).epoch(0))
 
 
 def test_workers_and_epochs(make: Callable[..., TrainLoader], tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_going_on_in_an_epoch(make: Callable[..., TrainLoader], tmp_path: Path, 
     again = make("killed")
     assert ids(again.epoch(0, start=start)) == whole[0][start:]
     assert ids(again.epoch(1)) == whole[1]
-    assert again.ledger.close() == first.ledger.close()
+    assert again.bad_image_log.close() == first.bad_image_log.close()
     assert listed(tmp_path / "killed") == listed(tmp_path / "whole")
 
 
@@ -143,20 +145,24 @@ def test_too_many(make: Callable[..., TrainLoader], dataset: DetectionDataset) -
     ("count", "share", "right"), [(8, 0.01, 1), (1000, 0.01, 10), (1001, 0.01, 11), (7, 0, 0), (100, 0.29, 29)]
 )
 def test_what_a_share_allows(count: int, share: float, right: int) -> None:
-    assert allowed(count, share) == right
+    assert count_allowed_bad_images(count, share) == right
 
 
 def test_nothing_that_can_stand_in(dataset: DetectionDataset, tmp_path: Path) -> None:
     for i in range(COUNT):
         dataset.path(i).unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"does not exist.*and nothing could stand in for it: \d+ other images"):
-        list(train_loader(dataset, TRANSFORM, batch=4, ledger=Ledger(tmp_path / "out", COUNT, 1)).epoch(0))
+        list(
+            build_train_loader(
+                dataset, TRANSFORM, batch=4, bad_image_log=BadImageLog(tmp_path / "out", COUNT, 1)
+            ).epoch(0)
+        )
 
 
 ROWS = [
-    Skipped(1, 2, 3, "3.jpg", "gone"),
-    Skipped(1, 2, 3, "3.jpg", "gone"),
-    Skipped(1, 4, 5, "5.jpg", "of two,\nlines"),
+    ReplacedImage(1, 2, 3, "3.jpg", "gone"),
+    ReplacedImage(1, 2, 3, "3.jpg", "gone"),
+    ReplacedImage(1, 4, 5, "5.jpg", "of two,\nlines"),
 ]
 """The first image twice in one batch: there are fewer than it takes."""
 
@@ -170,15 +176,15 @@ def test_a_kill_while_the_lists_come_together_loses_no_row(
 
     (tmp_path / ".skipped.csv.1.part").write_text("epoch,ba")
     for rank, rows in ((0, ROWS[:2]), (1, ROWS[2:])):
-        ledger = Ledger(tmp_path, 100, 0.03, rank)
+        ledger = BadImageLog(tmp_path, 100, 0.03, rank)
         for row in rows:
             ledger.add(row)
     with monkeypatch.context() as patch:
         patch.setattr(Path, place, killed)
         with pytest.raises(KeyboardInterrupt):
-            Ledger(tmp_path, 100, 0.03).begin(1, 0)
+            BadImageLog(tmp_path, 100, 0.03).begin(1, 0)
     clean(tmp_path)  # as a training does that goes on
-    again = Ledger(tmp_path, 100, 0.03)
+    again = BadImageLog(tmp_path, 100, 0.03)
     again.begin(1, 0)
     assert again.rows == ROWS
     assert again.bad == {3, 5}
@@ -190,15 +196,15 @@ def test_a_kill_while_the_lists_come_together_loses_no_row(
     "row", ["1,x,3,a,b", "1,2,3.5,a,b", "x,2,3,a,b", "1,2,3,a", "1,2,3,a,b,c", "1,2,3," + 200_000 * "a" + ",b"]
 )
 def test_a_damaged_list_is_refused_and_one_cut_short_is_not(tmp_path: Path, row: str) -> None:
-    Ledger(tmp_path, 100, 0.03).add(ROWS[0])
+    BadImageLog(tmp_path, 100, 0.03).add(ROWS[0])
     file = tmp_path / "skipped.csv"
     whole = file.read_text()
     file.write_text(f"{whole}{row}\n{whole}")
     with pytest.raises(InputError, match=r"skipped.csv, line 3 is damaged: a row is epoch, batch") as error:
-        Ledger(tmp_path, 100, 0.03).begin(1, 0)
+        BadImageLog(tmp_path, 100, 0.03).begin(1, 0)
     assert "\n" not in str(error.value)
     file.write_text(whole + row)
-    cut = Ledger(tmp_path, 100, 0.03)
+    cut = BadImageLog(tmp_path, 100, 0.03)
     cut.begin(1, 0)
     assert cut.rows == ROWS[:1]
 
@@ -208,29 +214,29 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     out = folder / "out"
 
-    def ledger() -> Ledger:
-        return Ledger(out, 100, 0.02, rank, 2)
+    def ledger() -> BadImageLog:
+        return BadImageLog(out, 100, 0.02, rank, 2)
 
     killed = ledger()
     killed.begin(0, 0)
-    killed.add(Skipped(1, 2, rank, f"{rank}.jpg", "gone"))
-    killed.add(Skipped(1, 9, 10 * rank + 10, "after.jpg", "the checkpoint"))
+    killed.add(ReplacedImage(1, 2, rank, f"{rank}.jpg", "gone"))
+    killed.add(ReplacedImage(1, 9, 10 * rank + 10, "after.jpg", "the checkpoint"))
     dist.barrier()
     again = ledger()
     again.begin(0, 5)
     assert again.bad == {0, 1}, "known to both"
     assert len(again.rows) == (2 if rank == 0 else 0)
     again.end()
-    again.add(Skipped(1, 7, rank, f"{rank}.jpg", "gone"))
+    again.add(ReplacedImage(1, 7, rank, f"{rank}.jpg", "gone"))
     rows = again.close()
     assert [(row.batch, row.image_id) for row in rows] == [(2, 0), (2, 1), (7, 0), (7, 1)]
     dist.barrier()
     if rank:
         assert sorted(path.name for path in out.iterdir()) == ["skipped.csv"]
-    several = Ledger(folder / "several", 100, 0.02, rank, 2)
+    several = BadImageLog(folder / "several", 100, 0.02, rank, 2)
     several.begin(0, 0)
     for i in range(2):
-        several.add(Skipped(1, i + 1, 10 * rank + i, f"{rank}-{i}.jpg", "gone"))
+        several.add(ReplacedImage(1, i + 1, 10 * rank + i, f"{rank}-{i}.jpg", "gone"))
     try:
         several.end()
     except InputError as error:

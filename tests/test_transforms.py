@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet.data.dataset import ImageAnnotations
-from fusedet.data.transforms import MIN_SIDE, Eval, Train, keep_ratio
+from fusedet.data.transforms import MIN_SIDE, EvalTransform, TrainTransform, keep_ratio_size
 from fusedet.errors import InputError
 
 
@@ -39,12 +39,12 @@ def rectangle(x1, y1, x2, y2):
     ],
 )
 def test_keep_ratio(height, width, short, long, expected):
-    assert keep_ratio(height, width, short, long) == expected
+    assert keep_ratio_size(height, width, short, long) == expected
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 1000), st.integers(0, 1000))
 def test_keep_ratio_bounds(height, width, short, more):
-    h, w = keep_ratio(height, width, short, short + more)
+    h, w = keep_ratio_size(height, width, short, short + more)
     assert 1 <= min(h, w) <= short
     assert max(h, w) <= short + more
     assert min(h, w) == short or max(h, w) == short + more or max(height, width) == 1 or max(h, w) >= short
@@ -61,9 +61,9 @@ def test_boxes_and_masks_follow_the_image(data):
     source[:, y1:y2, x1:x2] = 255
 
     annotated = record(height, width, [[x1, y1, x2, y2]], segments=[rectangle(x1, y1, x2, y2)])
-    image, (sx, sy), target = Train([size], 2 * size, flip=float(flip))(source, annotated, masks=True)
+    image, (sx, sy), target = TrainTransform([size], 2 * size, flip=float(flip))(source, annotated, masks=True)
 
-    assert tuple(image.shape[1:]) == keep_ratio(height, width, size, 2 * size)
+    assert tuple(image.shape[1:]) == keep_ratio_size(height, width, size, 2 * size)
     assert (sx, sy) == (image.shape[2] / width, image.shape[1] / height)
     exact = [(width - x2 if flip else x1) * sx, y1 * sy, (width - x1 if flip else x2) * sx, y2 * sy]
     assert target.boxes[0].tolist() == pytest.approx(exact, abs=1e-4)
@@ -82,7 +82,7 @@ def test_boxes_and_masks_follow_the_image(data):
 
 def test_half_size_is_the_mean_of_four_pixels():
     source = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    image, _, _ = Eval(32, 48)(source, record(64, 96, []))
+    image, _, _ = EvalTransform(32, 48)(source, record(64, 96, []))
     # antialiasing widens the triangle filter to two input pixels on each side: weights 1 3 3 1
     inner = source[:, 1:-1, 1:-1].float().unfold(1, 4, 2).unfold(2, 4, 2)
     weight = torch.tensor([1.0, 3, 3, 1]) / 8
@@ -93,7 +93,7 @@ def test_half_size_is_the_mean_of_four_pixels():
 @pytest.mark.parametrize("short", [13, 32, 50])
 def test_without_antialiasing_a_pixel_is_drawn_from_its_four_nearest(short):
     source = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    image, _, _ = Eval(short, 2 * short, antialias=False)(source, record(64, 96, []))
+    image, _, _ = EvalTransform(short, 2 * short, antialias=False)(source, record(64, 96, []))
 
     def nearest(size, old):
         place = (torch.arange(size) + 0.5) * old / size - 0.5  # pixels are squares: their middles are at halves
@@ -109,21 +109,23 @@ def test_without_antialiasing_a_pixel_is_drawn_from_its_four_nearest(short):
 
 def test_antialiasing_changes_nothing_in_larger_images():
     source = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
-    with_, without = (Eval(100, 150, antialias=flag)(source, record(64, 96, []))[0].int() for flag in (True, False))
+    with_, without = (
+        EvalTransform(100, 150, antialias=flag)(source, record(64, 96, []))[0].int() for flag in (True, False)
+    )
     assert (with_ - without).abs().max() <= 1
-    mine = Train([32], 48, flip=0, antialias=False)(source, record(64, 96, []))[0]
-    assert torch.equal(mine, Eval(32, 48, antialias=False)(source, record(64, 96, []))[0])
-    assert not torch.equal(mine, Eval(32, 48)(source, record(64, 96, []))[0])
+    mine = TrainTransform([32], 48, flip=0, antialias=False)(source, record(64, 96, []))[0]
+    assert torch.equal(mine, EvalTransform(32, 48, antialias=False)(source, record(64, 96, []))[0])
+    assert not torch.equal(mine, EvalTransform(32, 48)(source, record(64, 96, []))[0])
 
 
 def test_same_size_changes_nothing():
     source = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     before = source.clone()
-    image, scale, target = Eval(50, 70)(source, record(50, 70, [[1.25, 2.5, 30, 40]]))
+    image, scale, target = EvalTransform(50, 70)(source, record(50, 70, [[1.25, 2.5, 30, 40]]))
     assert torch.equal(image, source)
     assert scale == (1, 1)
     assert target.boxes.tolist() == [[1.25, 2.5, 30, 40]]
-    Train([50], 70, photometric=True, flip=1)(source, record(50, 70, []))
+    TrainTransform([50], 70, photometric=True, flip=1)(source, record(50, 70, []))
     assert torch.equal(source, before), "the input was written to"
 
 
@@ -138,7 +140,7 @@ def test_clipped_left_out_and_ignored():
         [50, 10, 60, 30],
     ]
     ignore = [False, False, False, False, True, True, False]
-    _, _, target = Eval(50, 100)(torch.zeros(3, 50, 100, dtype=torch.uint8), record(50, 100, boxes, ignore))
+    _, _, target = EvalTransform(50, 100)(torch.zeros(3, 50, 100, dtype=torch.uint8), record(50, 100, boxes, ignore))
     assert MIN_SIDE > 100 - 99.9999
     assert target.boxes.tolist() == [[0, 0, 30, 20], [50, 10, 60, 30]]
     assert target.labels.tolist() == [0, 6]
@@ -150,13 +152,13 @@ def test_clipped_left_out_and_ignored():
 def test_record_is_not_written_to():
     boxes = [[-10, -5, 300, 200]]
     r = record(50, 100, boxes)
-    Train([25], 100, flip=1)(torch.zeros(3, 50, 100, dtype=torch.uint8), r)
+    TrainTransform([25], 100, flip=1)(torch.zeros(3, 50, 100, dtype=torch.uint8), r)
     assert r.boxes.tolist() == boxes
 
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_image_without_objects(masks):
-    _, _, target = Train([25], 100)(torch.zeros(3, 50, 100, dtype=torch.uint8), record(50, 100, []), masks)
+    _, _, target = TrainTransform([25], 100)(torch.zeros(3, 50, 100, dtype=torch.uint8), record(50, 100, []), masks)
     assert target.boxes.shape == target.ignore.shape == (0, 4)
     assert target.labels.shape == (0,)
     assert (target.masks is None) if not masks else target.masks.shape == (0, 25, 50)
@@ -173,7 +175,7 @@ def test_all_kinds_of_segments():
     two = rectangle(20, 10, 35, 30) + rectangle(35, 10, 50, 30)
     segments = [rectangle(20, 10, 50, 30), text, {"size": [60, 80], "counts": runs}, two]
     r = record(60, 80, [[20, 10, 50, 30]] * 4, segments=segments)
-    _, _, target = Eval(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
+    _, _, target = EvalTransform(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
     assert target.masks.dtype == torch.bool
     assert torch.equal(target.masks, torch.from_numpy(inside).bool().expand(4, -1, -1))
 
@@ -181,7 +183,7 @@ def test_all_kinds_of_segments():
 def test_masks_of_kept_objects_only():
     segments = [rectangle(0, 0, 10, 10), None, rectangle(5, 5, 20, 20)]
     r = record(60, 80, [[0, 0, 10, 10], [0, 0, 50, 50], [5, 5, 20, 20]], ignore=[False, True, False], segments=segments)
-    _, _, target = Eval(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
+    _, _, target = EvalTransform(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
     assert target.masks.sum((1, 2)).tolist() == [100, 225]
 
 
@@ -189,23 +191,26 @@ def test_masks_of_kept_objects_only():
 def test_bad_segments(segment):
     r = record(60, 80, [[0, 0, 10, 10]], segments=[segment])
     with pytest.raises(InputError, match=r"x\.jpg.*object 0"):
-        Eval(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
+        EvalTransform(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), r, masks=True)
 
 
 def test_image_of_another_size_than_annotated():
     with pytest.raises(InputError, match=r"x\.jpg is 80x60 pixels, but its annotation says 60x80"):
-        Eval(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), record(80, 60, []))
+        EvalTransform(60, 80)(torch.zeros(3, 60, 80, dtype=torch.uint8), record(80, 60, []))
 
 
 def test_sizes_are_drawn():
-    choice, span = Train([40, 50, 60], 1000), Train([40, 60], 1000, resize="range")
+    choice, span = TrainTransform([40, 50, 60], 1000), TrainTransform([40, 60], 1000, resize="range")
     assert {choice.network_size(100, 200)[0] for _ in range(200)} == {40, 50, 60}
     assert {span.network_size(100, 200)[0] for _ in range(1000)} == set(range(40, 61))
 
 
 def test_network_size_is_the_first_draw():
     source = torch.zeros(3, 100, 200, dtype=torch.uint8)
-    for transform in (Train([40, 60], 1000, resize="range", photometric=True), Train([40, 50, 60, 70], 100)):
+    for transform in (
+        TrainTransform([40, 60], 1000, resize="range", photometric=True),
+        TrainTransform([40, 50, 60, 70], 100),
+    ):
         for seed in range(10):
             torch.manual_seed(seed)
             size = transform.network_size(100, 200)
@@ -215,9 +220,9 @@ def test_network_size_is_the_first_draw():
 
 def test_flip_and_photometric_are_drawn():
     source = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
-    flips = [torch.equal(Train([40], 40)(source, record(40, 40, []))[0], source.flip(-1)) for _ in range(200)]
+    flips = [torch.equal(TrainTransform([40], 40)(source, record(40, 40, []))[0], source.flip(-1)) for _ in range(200)]
     assert 60 < sum(flips) < 140
-    distorted = Train([40], 40, flip=0, photometric=True)
+    distorted = TrainTransform([40], 40, flip=0, photometric=True)
     different = [not torch.equal(distorted(source, record(40, 40, []))[0], source) for _ in range(30)]
     assert sum(different) > 20
 
@@ -225,14 +230,14 @@ def test_flip_and_photometric_are_drawn():
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: Train([], 10),
-        lambda: Train([0], 10),
-        lambda: Train([20], 10),
-        lambda: Train([5, 8, 9], 10, resize="range"),
-        lambda: Train([8, 5], 10, resize="range"),
-        lambda: Train([8], 10, resize="stretch"),
-        lambda: Train([8], 10, flip=2),
-        lambda: Eval(20, 10),
+        lambda: TrainTransform([], 10),
+        lambda: TrainTransform([0], 10),
+        lambda: TrainTransform([20], 10),
+        lambda: TrainTransform([5, 8, 9], 10, resize="range"),
+        lambda: TrainTransform([8, 5], 10, resize="range"),
+        lambda: TrainTransform([8], 10, resize="stretch"),
+        lambda: TrainTransform([8], 10, flip=2),
+        lambda: EvalTransform(20, 10),
     ],
 )
 def test_wrong_options(wrong):

@@ -74,7 +74,7 @@ def read(file: Path) -> Any:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The runs `one`, in one process, `two` and `shared` (FSDP), in two; the run `two` scored in `scored` by one, in `both` by two."""
     top = tmp_path_factory.mktemp("runs")
-    data = synthetic.generate(top / "data", images=27, size=(64, 96), splits={"train": 0.45, "val": 0.55})
+    data = synthetic.generate_dataset(top / "data", images=27, size=(64, 96), splits={"train": 0.45, "val": 0.55})
     words = ["train", "retinanet_tiny", f"data={data}", *OPTIONS]
     assert run([*words, f"out={top / 'one'}"]) == 0
     commands = [

@@ -12,8 +12,22 @@ _LISTED = 50  # more names than this are not listed in a message
 class InputError(ValueError):
     """Wrong input: one sentence that names the file, key or value and what would be right.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
+
+
+class DivergenceError(InputError):
+    """A loss, a gradient or a weight is infinite or not a number; the last checkpoint is from before."""
+
+    exit_code = 3
+
+
+class StorageError(InputError):
+    """A file cannot be written, for example on a full disk; the previous one is still whole."""
+
+    exit_code = 4
 
 
 def unknown(

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import SMALL
 from fusedet import cli
-from fusedet.data.synthetic import generate
+from fusedet.data.synthetic import generate_dataset
 from large import write
 from resident import MIB, line, of_command, run
 
@@ -28,7 +28,9 @@ PROGRAM = Path(__file__).parents[1] / "annotated.py"
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """200 small images, and the run of a training of 2,000 steps on them."""
     root = tmp_path_factory.mktemp("memory")
-    data = generate(root / "data", images=208, seed=0, size=(64, 96), splits={"train": 200 / 208, "val": 8 / 208})
+    data = generate_dataset(
+        root / "data", images=208, seed=0, size=(64, 96), splits={"train": 200 / 208, "val": 8 / 208}
+    )
     return data, root / "run"
 
 
@@ -62,8 +64,7 @@ def test_prediction_of_20000_images(
         tmp_path / "many",
         f"out={tmp_path / 'found'}",
         "--no-draw",
-        "--batch",
-        "4",
+        "test.batch=4",
         "--part",
         "100",
         "--json",

@@ -1,38 +1,109 @@
-"""Images in a grid: the data as the network sees it, and what a detector finds."""
+"""Images in a grid: training images as the network sees them, and predictions: the command `browse`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from rich.console import Group, RenderableType
 
 from fusedet import visualization
+from fusedet.api import run_dir
 from fusedet.api.predict import Predictor
+from fusedet.api.results import Result, lines
+from fusedet.api.settings import Settings, Source, resolve_config
+from fusedet.api.tables import centers_table
 from fusedet.api.train import train_transform
 from fusedet.config import Config
-from fusedet.data.loader import train_loader
-from fusedet.data.readers.auto import read
+from fusedet.data.loader import build_train_loader
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, plural
-from fusedet.visualization import object_centers as drawing
+from fusedet.visualization import object_centers
 
 
-def browse(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
-    """Draw the first `images` images of an epoch with their boxes into target; gives how many there were.
+@dataclass(frozen=True)
+class BrowseResult(Result):
+    """The written image.
 
-    Raises InputError where target exists, ends in no image format, or the data cannot be read.
+    Attributes:
+        image: Its file.
+        images: How many images it shows; None where it shows object centers.
+        classes: Each class's name, number of objects, and how many lie in each quarter of the image; None where it
+            shows images.
     """
-    _check(target, (".png", ".jpg", ".webp", ".jpeg"))
-    dataset = read(config.data.path or "", split, images=config.data.images)
+
+    image: Path
+    images: int | None = None
+    classes: list[dict[str, Any]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
+        shown = {"images": self.images} if self.classes is None else {"classes": self.classes}
+        return {"image": str(self.image), **shown}
+
+    def __rich__(self) -> RenderableType:
+        if self.classes is None:
+            return lines([f"{plural(self.images or 0, 'image')}: {self.image}"])
+        return Group(centers_table(self.classes), lines([f"centres: {self.image}"]))
+
+
+def browse(
+    *overrides: str,
+    config: Source | None = None,
+    split: str | None = None,
+    images: int = 16,
+    epoch: int = 0,
+    centers: bool = False,
+    **settings: Unpack[Settings],
+) -> BrowseResult:
+    """Draw training images with their boxes as the network sees them, or where the centers of all objects lie.
+
+    >>> fusedet.browse(data="data/coco", out="images.png")  # doctest: +SKIP
+
+    Args:
+        overrides: "key=value" texts, such as "data=PATH". `out` is the file, by default browse.png or centres.png.
+        config: A config's name, a YAML file, a run directory or a `Config`, whose `data` section is used.
+        split: The split, by default `data.train`.
+        images: How many images.
+        epoch: The epoch whose data augmentation is shown.
+        centers: Whether the centers of all objects are drawn, class by class, instead of images.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The data cannot be read, or the file exists or is of no image format.
+    """
+    options = resolve_config(config, overrides, settings)
+    if options.data.path is None:
+        raise InputError("no data: write fusedet browse data=PATH")
+    name = "centres" if centers else "browse"
+    target = Path(options.out) if options.out else run_dir.free(".", name, ".png")
+    split = split or options.data.train
+    if centers:
+        return BrowseResult(target, classes=_draw_centers(options, split, target))
+    return BrowseResult(target, images=_draw_images(options, split, images, epoch, target))
+
+
+def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
+    """Draw predictions of at least `score` on images, into one grid."""
+    drawn = [prediction.plot(score=score) for prediction in predictor.stream(images, batch=4)]
+    visualization.draw_image_grid(drawn, [path.name for path in images]).save(target)
+
+
+def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
+    """Draw the first images of an epoch with their boxes; return how many there were."""
+    _check_target(target, (".png", ".jpg", ".webp", ".jpeg"))
+    dataset = read_dataset(config.data.path or "", split, images=config.data.images)
     count = min(images, len(dataset))
-    loader = train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
+    loader = build_train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
     drawn, captions = [], []
     for batch in loader.epoch(epoch):
         height, width = batch.sizes[0].tolist()
         seen = batch.targets[0] if batch.targets else None
         assert seen is not None
         drawn.append(
-            visualization.boxes(
+            visualization.draw_boxes(
                 batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore
             )
         )
@@ -40,37 +111,31 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)
-    visualization.grid(drawn, captions).save(target)
+    visualization.draw_image_grid(drawn, captions).save(target)
     return count
 
 
-def centres(config: Config, split: str, target: Path) -> list[dict[str, Any]]:
-    """Draw where the centres of a split's objects lie into target; gives each class's name, objects and how many lie in each quadrant.
+def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, Any]]:
+    """Draw the centers of a split's objects; return each class's name, objects and how many lie in each quadrant.
 
-    The image's quarters, as in Figure 5 of MSIL (Wang et al., 2023). Objects that do not count are left out.
-    Raises InputError as `browse` does, and where there is no object.
+    The quadrants are those of Figure 5 of MSIL (Wang et al., 2023). Ignored objects are left out.
     """
-    _check(target, (".png", ".pdf", ".svg"))
-    dataset = read(config.data.path or "", split, images=config.data.images, need_images=False)
+    _check_target(target, (".png", ".pdf", ".svg"))
+    dataset = read_dataset(config.data.path or "", split, images=config.data.images, need_images=False)
     counted = ~dataset.ignore
     owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]
     points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[owner].flip(1)).clamp(0, 1).numpy()
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawing.centres(groups, dataset.names, target, f"Where the objects' centres lie: {split} of {config.data.path}")
-    counts = [dict(zip(drawing.QUADRANTS, map(int, drawing.quadrants(own)))) for own in groups]
+    title = f"Where the objects' centres lie: {split} of {config.data.path}"
+    object_centers.plot_centers(groups, dataset.names, target, title)
+    counts = [dict(zip(object_centers.QUADRANTS, map(int, object_centers.count_quadrants(own)))) for own in groups]
     return [{"name": name, "objects": len(own), **parts} for name, own, parts in zip(dataset.names, groups, counts)]
 
 
-def _check(target: Path, endings: tuple[str, ...]) -> None:
+def _check_target(target: Path, endings: tuple[str, ...]) -> None:
     if target.exists():
         raise InputError(f"out={target} exists: nothing is overwritten, choose another file")
     if target.suffix.lower() not in endings:
         raise InputError(f"out={target} must end in {', '.join(endings[:2])} or {endings[2]}")
-
-
-def predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
-    """Draw what a detector finds in images into one grid."""
-    found = list(predictor.stream(images, batch=4))
-    visualization.grid([one.plot(score=score) for one in found], [path.name for path in images]).save(target)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fusedet.data.image_files import extensions
+from fusedet.data.image_files import get_image_extensions
 from fusedet.errors import InputError
 
 Names = tuple[str, ...]
@@ -124,7 +124,7 @@ def _below(folder: Path, names: Names, pattern: Names) -> Iterator[Path]:
 def _fits(names: Names, pattern: Names, begun: bool = False) -> bool:
     """Whether names match a pattern's parts; with `begun`, whether with more names they may."""
     if pattern == _ALL:
-        return begun or os.path.splitext(names[-1])[1].lower() in extensions()
+        return begun or os.path.splitext(names[-1])[1].lower() in get_image_extensions()
     if not names or not pattern:
         return bool(pattern) if begun and not names else not names and not pattern
     if pattern[0] == "**":

@@ -28,28 +28,29 @@ MARGIN = 0.1  # pixels beyond the border that are rounding, not a fault
 ROUNDING = 1e-6  # pixels of width or height, above or below zero, that are none
 
 
-def gather(
+def build_clean_dataset(
     names: Iterable[str],
     category_ids: Iterable[int],
     *,
     image_ids: np.ndarray,
     sizes: np.ndarray,
     paths: Sequence[str],
-    owners: np.ndarray,
+    image_indices: np.ndarray,
     boxes: np.ndarray,
     labels: np.ndarray,
     ignore: np.ndarray,
     segmentations: Sequence[bytes],
     source: str | Path,
-    form: str,
+    dataset_format: str,
     area: np.ndarray | None = None,
+    eval_ignore: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
 ) -> DetectionDataset:
     """DetectionDataset without the boxes that cannot be used, all faults counted; columns as in `DetectionDataset.from_arrays`.
 
     area (M,) may hold NaN where the file gives none: width x height is taken.
     """
-    keep, met = sift(owners, boxes, labels, sizes)
+    keep, met = filter_boxes(image_indices, boxes, labels, sizes)
     kept = boxes[keep]
     kept[:, 2:] = np.maximum(kept[:, 2:], kept[:, :2])
     extent = np.prod(kept[:, 2:] - kept[:, :2], axis=1)
@@ -61,24 +62,25 @@ def gather(
         image_ids=image_ids,
         sizes=sizes,
         paths=paths,
-        owners=owners[keep],
+        image_indices=image_indices[keep],
         boxes=kept,
         labels=labels[keep],
         ignore=ignore[keep],
+        eval_ignore=None if eval_ignore is None else eval_ignore[keep],
         area=area,
         segmentations=segmentations if keep.all() else [segmentations[i] for i in np.flatnonzero(keep).tolist()],
         source=source,
-        form=form,
+        dataset_format=dataset_format,
         problems={text: int(n) for text, n in counts.items() if n},
     )
 
 
-def sift(
-    owners: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray
+def filter_boxes(
+    image_indices: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, Counter[str]]:
     """Which boxes can be used at all, (M,) bool, and how often each fault was met.
 
-    boxes (M, 4) xyxy pixels; owners (M,) index sizes (N, 2), heights and widths.
+    boxes (M, 4) xyxy pixels; image_indices (M,) index sizes (N, 2), heights and widths.
     """
     met: Counter[str] = Counter()
     finite = np.isfinite(boxes).all(axis=1)
@@ -87,7 +89,7 @@ def sift(
         negative = finite & (extent < -ROUNDING).any(axis=1)
         keep = finite & ~negative & np.isfinite(extent.prod(axis=1))
     empty = keep & (extent <= ROUNDING).any(axis=1)
-    limits = sizes[owners][:, ::-1].astype(np.float64) if len(owners) else np.zeros((0, 2))
+    limits = sizes[image_indices][:, ::-1].astype(np.float64) if len(image_indices) else np.zeros((0, 2))
     away = keep & ~empty & ((boxes[:, :2] >= limits) | (boxes[:, 2:] <= 0)).any(axis=1)
     beyond = ((boxes[:, :2] < -MARGIN) | (boxes[:, 2:] > limits + MARGIN)).any(axis=1)
     met[NOT_FINITE] = int((~keep & ~negative).sum())
@@ -95,12 +97,12 @@ def sift(
     met[NO_AREA] = int(empty.sum())
     met[OUTSIDE] = int(away.sum())
     met[CLIPPED] = int((keep & ~empty & ~away & beyond).sum())
-    met[REPEATED] = _repeats(owners[keep], labels[keep], boxes[keep])
+    met[REPEATED] = _repeats(image_indices[keep], labels[keep], boxes[keep])
     return keep, met
 
 
-def _repeats(owners: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> int:
+def _repeats(image_indices: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> int:
     """How many rows equal an earlier one in image, class and box."""
-    rows = np.column_stack([owners, labels, boxes])
+    rows = np.column_stack([image_indices, labels, boxes])
     rows = rows[np.lexsort(rows.T)]
     return int((rows[1:] == rows[:-1]).all(axis=1).sum())

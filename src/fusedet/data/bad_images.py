@@ -16,7 +16,7 @@ from fusedet.atomic_io import replace
 from fusedet.errors import InputError
 
 
-class Skipped(NamedTuple):
+class ReplacedImage(NamedTuple):
     """One time that an image was replaced: in which epoch and batch (from 1), the image's id and file, and what was wrong."""
 
     epoch: int
@@ -26,7 +26,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-class Ledger:
+class BadImageLog:
     """What a training had to replace, in skipped.csv of its folder; the same file for any number of processes and after a resume.
 
     share: of the `images`, how many different ones may be bad, at least one. Each process writes down its own at once; they come
@@ -35,7 +35,7 @@ class Ledger:
 
     def __init__(self, folder: Path, images: int, share: float, rank: int = 0, world: int = 1) -> None:
         self.folder, self.images, self.share, self.rank, self.world = folder, images, share, rank, world
-        self.rows: list[Skipped] = []  # of this process; of all of them before the run began, for the first
+        self.rows: list[ReplacedImage] = []  # of this process; of all of them before the run began, for the first
         self.bad: set[int] = set()
         self.begun = False
 
@@ -51,7 +51,7 @@ class Ledger:
         self.begun = True
         if self.rank == 0:
             parts = sorted(self.folder.glob("skipped*.csv"))
-            rows: Counter[Skipped] = Counter()
+            rows: Counter[ReplacedImage] = Counter()
             for part in (
                 parts
             ):  # not added up: a part may be in the whole list already, and be left of a process that was killed below
@@ -63,14 +63,14 @@ class Ledger:
                     part.unlink()
         self._share()
 
-    def add(self, row: Skipped) -> None:
+    def add(self, row: ReplacedImage) -> None:
         """Write one down. Raises InputError where it is one image too many."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = not self.file.exists()
         with self.file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             writer = csv.writer(stream)
             if new:
-                writer.writerow(Skipped._fields)
+                writer.writerow(ReplacedImage._fields)
             writer.writerow(row)
         self.rows.append(row)
         self.bad.add(row.image_id)
@@ -81,7 +81,7 @@ class Ledger:
         self._share()
         self._check()
 
-    def close(self) -> list[Skipped]:
+    def close(self) -> list[ReplacedImage]:
         """All processes' rows in one file, in the order of the training; gives them."""
         rows = sorted(row for part in _gathered(self.rows, self.world) for row in part)
         if not self.rank:
@@ -94,24 +94,24 @@ class Ledger:
     def _share(self) -> None:
         self.bad |= {row.image_id for part in _gathered(self.rows, self.world) for row in part}
 
-    def _check(self, last: Skipped | None = None) -> None:
-        if len(self.bad) <= allowed(self.images, self.share):
+    def _check(self, last: ReplacedImage | None = None) -> None:
+        if len(self.bad) <= count_allowed_bad_images(self.images, self.share):
             return
         raise InputError(
             f"{len(self.bad)} of the {self.images} training images cannot be read, more than train.max_bad_images={self.share:g} allows"
             f"{f', the last: {last.reason}' if last else ''}; fusedet doctor lists them, raise the share if they shall be trained around"
         )
 
-    def _rewrite(self, rows: list[Skipped]) -> None:
+    def _rewrite(self, rows: list[ReplacedImage]) -> None:
         if not rows:
             self.file.unlink(missing_ok=True)
             return
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([Skipped._fields, *rows])
+        csv.writer(text).writerows([ReplacedImage._fields, *rows])
         replace(self.file, text.getvalue().encode(errors="surrogateescape"))
 
 
-def allowed(images: int, share: float) -> int:
+def count_allowed_bad_images(images: int, share: float) -> int:
     """How many of the images may be bad: the share, rounded up.
 
     >>> allowed(8, 0.01), allowed(1000, 0.01), allowed(1000, 0)
@@ -120,7 +120,7 @@ def allowed(images: int, share: float) -> int:
     return math.ceil(round(images * share, 6))
 
 
-def summary(rows: Iterable[Skipped], file: Path) -> str:
+def format_replacement_summary(rows: Iterable[ReplacedImage], file: Path) -> str:
     """One line for the user."""
     rows = list(rows)
     files = {row.file: row.reason for row in rows}
@@ -131,7 +131,7 @@ def summary(rows: Iterable[Skipped], file: Path) -> str:
     )
 
 
-def _read(file: Path) -> list[Skipped]:
+def _read(file: Path) -> list[ReplacedImage]:
     """The rows of a list; one that was cut short when its process was killed is left out. Raises InputError for a list that is damaged."""
     text = file.read_bytes()
     whole = text[: text.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
@@ -139,9 +139,9 @@ def _read(file: Path) -> list[Skipped]:
     found = []
     try:
         for row in rows:
-            if tuple(row) != Skipped._fields:
+            if tuple(row) != ReplacedImage._fields:
                 epoch, batch, image_id, name, reason = row
-                found.append(Skipped(int(epoch), int(batch), int(image_id), name, reason))
+                found.append(ReplacedImage(int(epoch), int(batch), int(image_id), name, reason))
     except (ValueError, csv.Error) as error:
         raise InputError(
             f"{file}, line {rows.line_num} is damaged: a row is epoch, batch, image_id, file, reason, the first three whole numbers; "
@@ -150,9 +150,9 @@ def _read(file: Path) -> list[Skipped]:
     return found
 
 
-def _gathered(rows: list[Skipped], world: int) -> list[list[Skipped]]:
+def _gathered(rows: list[ReplacedImage], world: int) -> list[list[ReplacedImage]]:
     if world == 1:
         return [rows]
-    everyone: list[list[Skipped]] = [[] for _ in range(world)]
+    everyone: list[list[ReplacedImage]] = [[] for _ in range(world)]
     distributed.all_gather_object(everyone, rows)
     return everyone

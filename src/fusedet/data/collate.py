@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedet.data.dataset import ImageAnnotations
-from fusedet.data.transforms import Eval, Transform
+from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.types import MULTIPLE, Batch, Target
 
 
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
     target: Target | None = None
 
 
-def collate(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batch:
+def collate_samples(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batch:
     """One batch, channels-last in memory, padded with zeros to multiples of 32 of the largest height and width.
 
     canvas (height, width) that the batch has at least, before rounding. Masks are padded like the images.
@@ -43,19 +43,21 @@ def collate(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batc
     )
 
 
-def see(image: Tensor, record: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False) -> list[Sample]:
+def make_samples(
+    image: Tensor, record: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False
+) -> list[Sample]:
     """An image (3, H, W) uint8 as each of the transforms gives it."""
     seen = [transform(image, record, masks) for transform in transforms]
     return [Sample(changed, scale, record.image_id, target) for changed, scale, target in seen]
 
 
 def collate_views(
-    images: Sequence[Sequence[Sample]], views: Sequence[Eval] = (), canvas: tuple[int, int] = (1, 1)
+    images: Sequence[Sequence[Sample]], views: Sequence[EvalTransform] = (), canvas: tuple[int, int] = (1, 1)
 ) -> Batch:
     """One batch of images, each given by its samples: the first ones, and in `Batch.views` those of the further `views`."""
     first, *others = zip(*images, strict=True)
-    seen = (replace(collate(samples), flipped=view.flip) for samples, view in zip(others, views, strict=True))
-    return replace(collate(first, canvas), views=tuple(seen))
+    seen = (replace(collate_samples(samples), flipped=view.flip) for samples, view in zip(others, views, strict=True))
+    return replace(collate_samples(first, canvas), views=tuple(seen))
 
 
 def _joined(targets: Sequence[Target | None], height: int, width: int) -> tuple[Target, ...] | None:

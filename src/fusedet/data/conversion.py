@@ -9,18 +9,18 @@ from pathlib import Path
 
 from fusedet.data import writers
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_files import canonical, choose, extensions
-from fusedet.data.readers.auto import read, splits
+from fusedet.data.image_files import get_image_extensions, normalize_split_name, select_split
+from fusedet.data.readers.auto import list_splits, read_dataset
 from fusedet.errors import InputError, unknown
 
 _WRITERS: dict[str, Callable[[Path, dict[str, DetectionDataset], dict[str, list[str]]], dict[str, dict[str, int]]]] = {
-    "coco": writers.coco,
-    "voc": writers.voc,
-    "yolo": writers.yolo,
+    "coco": writers.write_coco,
+    "voc": writers.write_voc,
+    "yolo": writers.write_yolo,
 }
 
 
-def convert(
+def convert_dataset(
     src: str | Path, dst: str | Path, to: str, *, splits: list[str] | None = None, link: bool = False
 ) -> dict[str, dict[str, int]]:
     """Write the splits of src (default: all) into the new folder dst in the form "coco", "voc" or "yolo".
@@ -36,7 +36,7 @@ def convert(
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder: give a new one, nothing is overwritten")
     data = _read(src, splits, to)
-    images = writers.file_names(data)
+    images = writers.assign_file_names(data)
     half = target.with_name(f".{target.name}.half")
     try:
         half.mkdir(parents=True)
@@ -60,12 +60,12 @@ def convert(
 
 def _read(src: str | Path, wanted: list[str] | None, to: str) -> dict[str, DetectionDataset]:
     """The splits by name, checked to agree in their classes and to have all their images."""
-    known = splits(src)
+    known = list_splits(src)
     if not known:
         raise InputError(f"{src} has no splits to convert")
     for name in wanted or []:
-        choose(known, name, Path(src))
-    data = {name: read(src, name) for name in dict.fromkeys(map(canonical, wanted or known))}
+        select_split(known, name, Path(src))
+    data = {name: read_dataset(src, name) for name in dict.fromkeys(map(normalize_split_name, wanted or known))}
     (first, model), *others = data.items()
     for name, dataset in others:
         if dataset.names != model.names or dataset.category_ids != model.category_ids:
@@ -77,7 +77,7 @@ def _read(src: str | Path, wanted: list[str] | None, to: str) -> dict[str, Detec
             if not dataset.path(i).is_file():
                 raise InputError(f"{dataset.source} lists the image {dataset.path(i)}, which does not exist")
             if (
-                to != "coco" and dataset.path(i).suffix.lower() not in extensions()
+                to != "coco" and dataset.path(i).suffix.lower() not in get_image_extensions()
             ):  # COCO alone writes the whole name into its annotations
                 raise InputError(
                     f"the image {dataset.path(i)} needs an image's extension to be found in {to.upper()} form: rename it"

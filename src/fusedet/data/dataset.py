@@ -23,9 +23,11 @@ class ImageAnnotations:
     """One image and its objects, as annotated.
 
     boxes (G, 4) float64 xyxy in the image's pixels after EXIF rotation, continuous with origin 0, not clipped;
-    labels (G,) int64 in 0..K-1; ignore (G,) bool, crowds (COCO) and difficult objects (VOC);
+    labels (G,) int64 in 0..K-1;
+    ignore (G,) bool, neither positive nor negative in training: COCO's `iscrowd` and `ignore`, VOC's difficult objects;
+    eval_ignore (G,) bool, ignored in evaluation, by default those of `ignore`; without COCO's `ignore`, as pycocotools does;
     area (G,) float64, the annotated area where the format has one, else width x height;
-    segments, per object polygons [[x, y, ...], ...], a COCO RLE dict, or None.
+    segmentations, per object polygons [[x, y, ...], ...], a COCO RLE dict, or None.
     """
 
     image_id: int
@@ -36,30 +38,36 @@ class ImageAnnotations:
     labels: np.ndarray
     ignore: np.ndarray
     area: np.ndarray
-    segments: list[Any]
+    segmentations: list[Any]
+    eval_ignore: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.eval_ignore is None:
+            object.__setattr__(self, "eval_ignore", self.ignore)
 
 
 @dataclass(frozen=True)
 class DetectionDataset:
     """A split of a dataset: `len`, index and iterate to get each image's `Record`.
 
-    names (K,) and category_ids (K,), the dataset's own ids; source, what was read; form, "coco", "voc" or "yolo";
+    names (K,) and category_ids (K,), the dataset's own ids; source, what was read; dataset_format, "coco", "voc" or "yolo";
     problems, how often each kind of bad annotation was met, by a sentence that says what was done about it.
     """
 
     names: tuple[str, ...]
     category_ids: tuple[int, ...]
     source: str
-    form: str
+    dataset_format: str
     image_ids: Tensor  # (N,) int64
     sizes: Tensor  # (N, 2) int64, height and width
     offsets: Tensor  # (N + 1,) int64, where each image's objects begin
     boxes: Tensor  # (M, 4) float64
     labels: Tensor  # (M,) int64
     ignore: Tensor  # (M,) bool
+    eval_ignore: Tensor  # (M,) bool
     area: Tensor  # (M,) float64
     paths: Packed
-    segments: Packed
+    segmentations: Packed
     problems: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +78,7 @@ class DetectionDataset:
         dataset: Iterable[ImageAnnotations],
         *,
         source: str | Path,
-        form: str,
+        dataset_format: str,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
         """Flatten dataset."""
@@ -85,14 +93,15 @@ class DetectionDataset:
             image_ids=np.array([r.image_id for r in rows], dtype=np.int64),
             sizes=np.array([(r.height, r.width) for r in rows], dtype=np.int64),
             paths=[str(r.path) for r in rows],
-            owners=np.repeat(np.arange(len(rows)), np.array([len(r.boxes) for r in rows], dtype=np.int64)),
+            image_indices=np.repeat(np.arange(len(rows)), np.array([len(r.boxes) for r in rows], dtype=np.int64)),
             boxes=column((0, 4), "boxes"),
             labels=column((0,), "labels"),
             ignore=column((0,), "ignore"),
+            eval_ignore=column((0,), "eval_ignore"),
             area=column((0,), "area"),
-            segmentations=[pack_segmentation(s) for r in rows for s in r.segments],
+            segmentations=[pack_segmentation(s) for r in rows for s in r.segmentations],
             source=source,
-            form=form,
+            dataset_format=dataset_format,
             problems=problems,
         )
 
@@ -105,24 +114,25 @@ class DetectionDataset:
         image_ids: np.ndarray,
         sizes: np.ndarray,
         paths: Sequence[str],
-        owners: np.ndarray,
+        image_indices: np.ndarray,
         boxes: np.ndarray,
         labels: np.ndarray,
         ignore: np.ndarray,
         area: np.ndarray,
         segmentations: Sequence[bytes],
         source: str | Path,
-        form: str,
+        dataset_format: str,
+        eval_ignore: np.ndarray | None = None,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
         """The same as `build` from flat columns, for large sets.
 
-        Images: image_ids (N,), sizes (N, 2) height and width, paths. Objects in any order: owners (M,) index their
+        Images: image_ids (N,), sizes (N, 2) height and width, paths. Objects in any order: image_indices (M,) index their
         images; boxes (M, 4), labels, ignore, area (M,), segmentations as `pack_segmentation` gives them. An image's objects
         keep their order.
         """
-        order = np.argsort(owners, kind="stable")
-        counts = np.bincount(owners, minlength=len(paths))
+        order = np.argsort(image_indices, kind="stable")
+        counts = np.bincount(image_indices, minlength=len(paths))
 
         def tensor(values: np.ndarray, dtype: Any) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype))
@@ -131,16 +141,17 @@ class DetectionDataset:
             names=tuple(names),
             category_ids=tuple(int(c) for c in category_ids),
             source=str(source),
-            form=form,
+            dataset_format=dataset_format,
             image_ids=tensor(image_ids, np.int64),
             sizes=tensor(np.reshape(sizes, (-1, 2)), np.int64),
             offsets=tensor(np.concatenate([[0], np.cumsum(counts)]), np.int64),
             boxes=tensor(boxes[order], np.float64),
             labels=tensor(labels[order], np.int64),
             ignore=tensor(ignore[order], np.bool_),
+            eval_ignore=tensor((ignore if eval_ignore is None else eval_ignore)[order], np.bool_),
             area=tensor(area[order], np.float64),
             paths=Packed.of([p.encode("utf-8", "surrogateescape") for p in paths]),
-            segments=Packed.of([segmentations[i] for i in order.tolist()]),
+            segmentations=Packed.of([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
         )
 
@@ -167,8 +178,9 @@ class DetectionDataset:
             boxes=self.boxes[begin:end].numpy(),
             labels=self.labels[begin:end].numpy(),
             ignore=self.ignore[begin:end].numpy(),
+            eval_ignore=self.eval_ignore[begin:end].numpy(),
             area=self.area[begin:end].numpy(),
-            segments=[unpack_segmentation(self.segments[j]) for j in range(begin, end)],
+            segmentations=[unpack_segmentation(self.segmentations[j]) for j in range(begin, end)],
         )
 
     def fingerprint(self) -> str:
@@ -178,6 +190,8 @@ class DetectionDataset:
             digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
         for column in (self.image_ids, self.sizes, self.offsets, self.boxes, self.labels, self.ignore):
             digest.update(column.numpy().tobytes())
+        if not torch.equal(self.ignore, self.eval_ignore):
+            digest.update(self.eval_ignore.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

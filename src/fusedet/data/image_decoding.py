@@ -67,7 +67,7 @@ def read_image(source: Source) -> Tensor:
         return _tensor(image, _name(source))
 
 
-def image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
+def read_image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
     """(height, width) of the tensor that `read_image` would give, from the file's header alone; raises InputError as it does.
 
     any_mode: whether pixels without an agreed range, which `read_image` refuses, have a size too.
@@ -126,12 +126,14 @@ def _name(source: Source) -> str:
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
     """The image with its header read; whatever goes wrong while it is open is told as an InputError."""
-    name, limit = _name(source), max_pixels()
+    name, limit = _name(source), get_max_pixels()
     if not isinstance(source, bytes):
         _regular(source)
     with (
         _explained(name),
-        Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=formats()) as image,
+        Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=get_image_formats()
+        ) as image,
     ):
         if image.width * image.height > limit:
             raise _too_large(name)
@@ -141,17 +143,17 @@ def _opened(source: Source) -> Iterator[Image.Image]:
 def _regular(path: str | os.PathLike[str]) -> None:
     """Raises InputError for a pipe or a device, which could be read for ever."""
     with _explained(os.fspath(path)):
-        if endless(path):
+        if is_pipe_or_device(path):
             raise InputError(f"{os.fspath(path)} is a pipe or a device: an image's file was expected there")
 
 
-def endless(path: str | os.PathLike[str]) -> bool:
+def is_pipe_or_device(path: str | os.PathLike[str]) -> bool:
     """Whether what is there is neither a file nor a folder, so that reading it may never end. Raises OSError where nothing is."""
     mode = os.stat(path).st_mode
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def max_pixels() -> int:
+def get_max_pixels() -> int:
     """The most pixels of an image. Raises InputError where FUSEDET_MAX_PIXELS is no number."""
     given = os.environ.get("FUSEDET_MAX_PIXELS")
     if given is None:
@@ -165,13 +167,13 @@ def max_pixels() -> int:
 
 def _too_large(name: str) -> InputError:
     return InputError(
-        f"{name} has more than {max_pixels()} pixels, the limit against decompression bombs: if it is sound, set the environment variable "
+        f"{name} has more than {get_max_pixels()} pixels, the limit against decompression bombs: if it is sound, set the environment variable "
         "FUSEDET_MAX_PIXELS"
     )
 
 
 @cache
-def formats() -> tuple[str, ...]:
+def get_image_formats() -> tuple[str, ...]:
     """The image formats that are read: all of Pillow's, but for those that run a program."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from fusedet.data.image_decoding import endless, formats, image_size
+from fusedet.data.image_decoding import get_image_formats, is_pipe_or_device, read_image_size
 from fusedet.errors import InputError
 
 S = TypeVar("S")
@@ -23,7 +23,7 @@ _TRIED = 100  # files that tell whether the disk is waited for
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
-def canonical(split: str) -> str:
+def normalize_split_name(split: str) -> str:
     """One name per split: "valid" and "validation" are "val".
 
     >>> canonical("valid")
@@ -32,32 +32,32 @@ def canonical(split: str) -> str:
     return _ALIASES.get(split.lower(), split)
 
 
-def choose(splits: Mapping[str, T], asked: str, source: Path) -> T:
+def select_split(splits: Mapping[str, T], asked: str, source: Path) -> T:
     """The entry of a split by its name or alias; raises InputError that lists the splits that exist."""
     for name, entry in splits.items():
-        if name == asked or canonical(name) == canonical(asked):
+        if name == asked or normalize_split_name(name) == normalize_split_name(asked):
             return entry
     raise InputError(f"{source} has no split '{asked}': it has {', '.join(sorted(splits)) or 'none'}")
 
 
 @cache
-def extensions() -> frozenset[str]:
+def get_image_extensions() -> frozenset[str]:
     """The lower-case file extensions, with dot, of the formats that are read."""
     known = Image.registered_extensions()
-    return frozenset(e for e, form in known.items() if form in formats()) | {".mpo"}
+    return frozenset(e for e, form in known.items() if form in get_image_formats()) | {".mpo"}
 
 
-def is_image(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Whether a file name ends as an image's does; hidden files are none."""
-    return os.path.splitext(name)[1].lower() in extensions() and not os.path.basename(name).startswith(".")
+    return os.path.splitext(name)[1].lower() in get_image_extensions() and not os.path.basename(name).startswith(".")
 
 
-def images_below(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """All images in a folder and its subfolders, sorted by path."""
-    return sorted(path for path in files_below(folder) if is_image(path))
+    return sorted(path for path in list_files(folder) if is_image_name(path))
 
 
-def files_below(folder: Path) -> Iterator[str]:
+def list_files(folder: Path) -> Iterator[str]:
     """All files in a folder and its subfolders, each once, also in subfolders that are links to elsewhere.
 
     Raises OSError for a folder that cannot be read.
@@ -67,7 +67,7 @@ def files_below(folder: Path) -> Iterator[str]:
         if os.path.islink(at) and at != os.fspath(folder):
             there = Path(os.path.realpath(at))
             if (
-                there in followed or within(top, there) or within(str(there), Path(top))
+                there in followed or is_inside(top, there) or is_inside(str(there), Path(top))
             ):  # what is walked anyhow, or a circle
                 inner.clear()
                 continue
@@ -90,14 +90,14 @@ def read_text(path: Path) -> str:
 def read_bytes(path: str | Path) -> bytes:
     """A file of annotations, whole; raises InputError, for a pipe or a device too, which could be read for ever."""
     try:
-        if endless(path):
+        if is_pipe_or_device(path):
             raise InputError(f"{path} is a pipe or a device: a file was expected there")
         return Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def inside(folder: Path, name: str, *roots: Path, source: str | Path) -> str:
+def resolve_inside(folder: Path, name: str, *roots: Path, source: str | Path) -> str:
     """folder/name; raises InputError where that is absolute or leaves the folder (and all other roots) by "..".
 
     Links are followed and not judged: no annotation can make one, whoever laid the data there did.
@@ -109,18 +109,18 @@ def inside(folder: Path, name: str, *roots: Path, source: str | Path) -> str:
     if ".." not in name:
         return path
     path = os.path.normpath(path)
-    if not within(path, folder, *roots):
+    if not is_inside(path, folder, *roots):
         raise InputError(f"{source} names the file '{name}', which lies outside the data folder {folder}")
     return path
 
 
-def within(path: str, *folders: Path) -> bool:
+def is_inside(path: str, *folders: Path) -> bool:
     """Whether a path lies in one of the folders, as it is written: links are not followed."""
     roots = map(os.path.abspath, folders)
     return any(os.path.commonpath([root, os.path.abspath(path)]) == root for root in roots)
 
 
-def require_some(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
+def require_any_image(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
     """Raises InputError where not one of the first 100 images exists; the rest is for the doctor and the loader."""
     if paths and not any(map(os.path.exists, paths[:100])):
         raise InputError(
@@ -128,7 +128,7 @@ def require_some(paths: Sequence[str], folder: str | Path, source: str | Path) -
         )
 
 
-def require_text(names: Iterable[str], source: str | Path) -> None:
+def require_valid_unicode(names: Iterable[str], source: str | Path) -> None:
     """Raises InputError for a name that no file could hold (lone surrogates)."""
     for name in names:
         try:
@@ -137,9 +137,9 @@ def require_text(names: Iterable[str], source: str | Path) -> None:
             raise InputError(f"{source} holds the name {name!r}, which is not valid Unicode") from error
 
 
-def read_each(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
+def map_files(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
     """The same as [read(file) for file in files], for what takes little of each file: in threads where the disk is waited for."""
-    formats()  # known once, not in every thread
+    get_image_formats()  # known once, not in every thread
     wall, busy = time.perf_counter(), time.thread_time()
     found = [read(file) for file in files[:_TRIED]]
     if time.thread_time() - busy > 0.5 * (
@@ -150,12 +150,12 @@ def read_each(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
         return found + list(pool.map(read, files[_TRIED:]))
 
 
-def image_sizes(paths: Sequence[str]) -> np.ndarray:
+def read_image_sizes(paths: Sequence[str]) -> np.ndarray:
     """(N, 2) int64 heights and widths after EXIF rotation; raises InputError that counts and names unreadable images."""
 
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
-            height, width = image_size(
+            height, width = read_image_size(
                 path, any_mode=True
             )  # what cannot be trained on is told with all other bad images
             return (
@@ -166,7 +166,7 @@ def image_sizes(paths: Sequence[str]) -> np.ndarray:
         except InputError as error:
             return error
 
-    found = read_each(attempt, paths)
+    found = map_files(attempt, paths)
     bad = [f for f in found if isinstance(f, InputError)]
     if len(bad) > 1:
         raise InputError(f"{len(bad)} of {len(paths)} images cannot be read, the first: {bad[0]}") from bad[0]

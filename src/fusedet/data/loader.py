@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fusedet.data.bad_images import Ledger, Skipped
+from fusedet.data.bad_images import BadImageLog, ReplacedImage
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.transforms import Eval, Transform
-from fusedet.data.worker_pool import Step, Steps, shuffled
+from fusedet.data.transforms import EvalTransform, Transform
+from fusedet.data.worker_pool import BatchRequest, WorkerPool, shuffle_indices
 from fusedet.errors import InputError
 from fusedet.types import Batch
 
@@ -24,8 +24,8 @@ class TrainLoader:
         seed: int,
         rank: int,
         world: int,
-        steps: Steps,
-        ledger: Ledger | None,
+        steps: WorkerPool,
+        bad_image_log: BadImageLog | None,
     ) -> None:
         self.dataset, self.batch, self.seed, self.rank, self.world, self.steps = (
             dataset,
@@ -35,7 +35,7 @@ class TrainLoader:
             world,
             steps,
         )
-        self.ledger = ledger
+        self.bad_image_log = bad_image_log
         height, width = dataset.sizes.numpy().T
         self.portrait = height > width
 
@@ -46,24 +46,26 @@ class TrainLoader:
         """The epoch's batches for this rank from step `start` on; the steps before it are not read."""
         own = slice(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world)
         plan = plan_epoch(self.portrait, self.batch, self.seed, epoch)[start:]
-        if self.ledger:
-            self.ledger.begin(epoch, start)
+        if self.bad_image_log:
+            self.bad_image_log.begin(epoch, start)
         for number, (batch, bad) in enumerate(
-            self.steps.run([Step(epoch, joint[own], joint) for joint in plan]), start
+            self.steps.run([BatchRequest(epoch, joint[own], joint) for joint in plan]), start
         ):
             for index, reason in bad:
-                assert self.ledger
+                assert self.bad_image_log
                 path = str(self.dataset.path(index))
-                self.ledger.add(Skipped(epoch + 1, number + 1, int(self.dataset.image_ids[index]), path, reason))
+                self.bad_image_log.add(
+                    ReplacedImage(epoch + 1, number + 1, int(self.dataset.image_ids[index]), path, reason)
+                )
             yield batch
-        if self.ledger:
-            self.ledger.end()
+        if self.bad_image_log:
+            self.bad_image_log.end()
 
 
 class EvalLoader:
     """Every image of this rank once, see `eval_loader`; it can be iterated again."""
 
-    def __init__(self, steps: Steps, plan: list[Step]) -> None:
+    def __init__(self, steps: WorkerPool, plan: list[BatchRequest]) -> None:
         self.steps, self.plan = steps, plan
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class EvalLoader:
         return (batch for batch, _ in self.steps.run(self.plan))
 
 
-def train_loader(
+def build_train_loader(
     dataset: DetectionDataset,
     transform: Transform,
     *,
@@ -85,7 +87,7 @@ def train_loader(
     masks: bool = False,
     pin: bool = False,
     start_method: str | None = None,
-    ledger: Ledger | None = None,
+    bad_image_log: BadImageLog | None = None,
 ) -> TrainLoader:
     """Shuffled batches of images of like orientation.
 
@@ -93,16 +95,16 @@ def train_loader(
     batch, so that the processes together see what one would. Every epoch has ceil(N / batch) steps, all full, see
     `plan_epoch`. An image's chance (size, flip, colours) is a function of seed, epoch and its index alone: `workers`
     (processes that read ahead; 0 reads here) and restarts change nothing. start_method is multiprocessing's.
-    With a ledger, an image that cannot be read is replaced, see `Reader.instead`, and written down there when its batch is taken.
+    With a bad_image_log, an image that cannot be read is replaced, see `Reader.instead`, and written down there when its batch is taken.
     Raises InputError for an empty dataset or sizes that do not divide, and, while iterating, for an image that cannot
     be read.
     """
     _check(dataset, batch, workers, rank, world)
-    steps = Steps(dataset, transform, seed, masks, workers, pin, start_method, replace=ledger is not None)
-    return TrainLoader(dataset, batch, seed, rank, world, steps, ledger)
+    steps = WorkerPool(dataset, transform, seed, masks, workers, pin, start_method, replace=bad_image_log is not None)
+    return TrainLoader(dataset, batch, seed, rank, world, steps, bad_image_log)
 
 
-def eval_loader(
+def build_eval_loader(
     dataset: DetectionDataset,
     transform: Transform,
     *,
@@ -113,7 +115,7 @@ def eval_loader(
     masks: bool = False,
     pin: bool = False,
     start_method: str | None = None,
-    views: Sequence[Eval] = (),
+    views: Sequence[EvalTransform] = (),
 ) -> EvalLoader:
     """Each image once, in order of aspect ratio so that there is little padding; the last batch may be smaller.
 
@@ -125,8 +127,8 @@ def eval_loader(
     order = np.argsort(width / np.maximum(height, 1), kind="stable").tolist()
     each = batch // world
     batches = [tuple(order[i : i + each]) for i in range(0, len(order), each)]
-    steps = Steps(dataset, transform, 0, masks, workers, pin, start_method, views)
-    return EvalLoader(steps, [Step(0, own, own) for own in batches[rank::world]])
+    steps = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, views)
+    return EvalLoader(steps, [BatchRequest(0, own, own) for own in batches[rank::world]])
 
 
 def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
@@ -136,7 +138,7 @@ def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[
     come. What is left of both groups forms mixed batches at the end, and the last of them is filled up from the start of
     the shuffled order (around and around, if there are fewer images than `batch`).
     """
-    order = shuffled(len(portrait), seed, epoch)
+    order = shuffle_indices(len(portrait), seed, epoch)
     waiting: tuple[list[int], list[int]] = ([], [])
     plan = []
     for i in order:

@@ -11,28 +11,28 @@ import numpy as np
 
 from fusedet.data.dataset import pack_segmentation
 
-BROKEN = b"?"  # marks a segmentation that cannot be drawn
-FAR = 1e6  # pixels: a line to a point beyond would be walked step by step
+INVALID = b"?"  # marks a segmentation that cannot be drawn
+MAX_COORDINATE = 1e6  # pixels: a line to a point beyond would be walked step by step
 
 
-def packed(segmentation: Any) -> bytes:
+def pack_coco_segmentation(segmentation: Any) -> bytes:
     """What a COCO file gives as `segmentation`, as `pack_segmentation` packs it; nothing for no segmentation, BROKEN for one that cannot be drawn."""
     if isinstance(segmentation, dict):
         return (
             pack_segmentation({"size": segmentation["size"], "counts": segmentation["counts"]})
             if is_rle(segmentation)
-            else BROKEN
+            else INVALID
         )
     if not isinstance(segmentation, list):
-        return BROKEN
+        return INVALID
     try:
         good = all(
-            type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 and drawable(polygon)
+            type(polygon) is list and len(polygon) >= 6 and len(polygon) % 2 == 0 and is_drawable(polygon)
             for polygon in segmentation
         )
-        return (pack_segmentation(segmentation) if segmentation else b"") if good else BROKEN
+        return (pack_segmentation(segmentation) if segmentation else b"") if good else INVALID
     except (TypeError, OverflowError):
-        return BROKEN
+        return INVALID
 
 
 def is_rle(segmentation: dict[str, Any]) -> bool:
@@ -47,22 +47,22 @@ def is_rle(segmentation: dict[str, Any]) -> bool:
     )
 
 
-def drawable(polygon: Sequence[float]) -> bool:
+def is_drawable(polygon: Sequence[float]) -> bool:
     """Whether all numbers are finite and none is far away. Raises TypeError where one is no number."""
-    return max(polygon) < FAR and min(polygon) > -FAR and math.isfinite(sum(polygon))
+    return max(polygon) < MAX_COORDINATE and min(polygon) > -MAX_COORDINATE and math.isfinite(sum(polygon))
 
 
-def fits(segmentation: bytes, size: tuple[int, int]) -> bool:
+def fits_image(segmentation: bytes, size: tuple[int, int]) -> bool:
     """Whether a packed segmentation can be drawn into an image of size (height, width): a run-length code must cover it exactly."""
-    if segmentation == BROKEN:
+    if segmentation == INVALID:
         return False
     if segmentation[:1] != b"{":
         return True
     rle = json.loads(segmentation)
-    return tuple(rle["size"]) == size and covered(rle["counts"]) == size[0] * size[1]
+    return tuple(rle["size"]) == size and count_rle_pixels(rle["counts"]) == size[0] * size[1]
 
 
-def covered(counts: list[int] | str) -> int | None:
+def count_rle_pixels(counts: list[int] | str) -> int | None:
     """How many pixels a run-length code describes, plain or in COCO's compressed form; None where it is no such code."""
     if isinstance(counts, list):
         return sum(counts) if counts and min(counts) >= 0 and max(counts) < 2**31 else None

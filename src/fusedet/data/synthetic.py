@@ -77,7 +77,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def generate(
+def generate_dataset(
     folder: str | Path,
     *,
     images: int = 400,
@@ -137,7 +137,7 @@ def _write_split(folder: Path, split: str, numbers: range, seed: int, size: tupl
     images: list[dict[str, Any]] = []
     objects: list[dict[str, Any]] = []
     for number in numbers:
-        pixels, found = draw_scene(
+        pixels, found = draw_image(
             np.random.default_rng([seed, number]), size, empty=number % EMPTY_EVERY == EMPTY_EVERY // 2
         )
         height, width = pixels.shape[:2]
@@ -164,7 +164,7 @@ def _segmentation(mask: Array) -> dict[str, Any]:
     }
 
 
-def draw_scene(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple[Array, list[tuple[int, Array]]]:
+def draw_image(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple[Array, list[tuple[int, Array]]]:
     """An image (H, W, 3) uint8 and its objects: label 0..K-1 and mask of the visible pixels (H, W) bool."""
     height, width = (int(side) for side in rng.integers(size[0], size[1] + 1, 2))
     canvas = _background(rng, height, width)

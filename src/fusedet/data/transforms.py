@@ -36,7 +36,7 @@ class Transform(Protocol):
         ...
 
 
-def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+def keep_ratio_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
     """(height, width) of the largest image of the same aspect ratio whose sides are at most `short` and `long`.
 
     Rounded as MMDetection's Resize(keep_ratio=True) does it.
@@ -46,7 +46,7 @@ def keep_ratio(height: int, width: int, short: int, long: int) -> tuple[int, int
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalTransform:
     """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right.
 
     antialias: each pixel of an image made smaller is a mean of all old ones that it covers; without, of the four nearest old ones,
@@ -63,7 +63,7 @@ class Eval:
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """The image's (height, width) for the network."""
-        return keep_ratio(height, width, self.size, self.max_size)
+        return keep_ratio_size(height, width, self.size, self.max_size)
 
     def __call__(
         self, image: Tensor, record: ImageAnnotations, masks: bool = False
@@ -75,7 +75,7 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainTransform:
     """Photometric distortion, resize and horizontal flip.
 
     sizes, short sides of which one is drawn (resize="choice"), or the first and last of a range of integers
@@ -106,7 +106,7 @@ class Train:
             short = int(torch.randint(self.sizes[0], self.sizes[1] + 1, ()))
         else:
             short = self.sizes[int(torch.randint(len(self.sizes), ()))]
-        return keep_ratio(height, width, short, self.max_size)
+        return keep_ratio_size(height, width, short, self.max_size)
 
     def __call__(
         self, image: Tensor, record: ImageAnnotations, masks: bool = False
@@ -162,15 +162,15 @@ def _masks(record: ImageAnnotations, kept: list[int], size: tuple[int, int], fli
     """(G, H', W') bool, the segments of the objects that are kept."""
     if not kept:
         return torch.zeros(0, *size, dtype=torch.bool)
-    full = torch.from_numpy(np.stack([_mask(record, i) for i in kept]))
+    full = torch.from_numpy(np.stack([decode_mask(record, i) for i in kept]))
     # as an image of G channels: torchvision resizes masks with "nearest", which shifts them by up to half a pixel
     small = F.resize(full, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
     return (F.horizontal_flip(small) if flip else small).bool()
 
 
-def _mask(record: ImageAnnotations, i: int) -> np.ndarray:
+def decode_mask(record: ImageAnnotations, i: int) -> np.ndarray:
     """(H, W) uint8 of object i."""
-    segment: Any = record.segments[i]
+    segment: Any = record.segmentations[i]
     if not segment:
         raise InputError(f"{record.path}: object {i} has no segment, and masks were asked for")
     try:

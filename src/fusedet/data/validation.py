@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_decoding import formats, image_size, read_image
-from fusedet.data.image_files import read_each
-from fusedet.data.transforms import keep_ratio
+from fusedet.data.image_decoding import get_image_formats, read_image, read_image_size
+from fusedet.data.image_files import map_files
+from fusedet.data.transforms import keep_ratio_size
 from fusedet.errors import InputError
 
 _SMALL, _MEDIUM = 32**2, 96**2
 
 
 @dataclass(frozen=True)
-class Report:
+class DatasetReport:
     """errors stop a training, warnings do not; figures describe the split."""
 
     errors: list[str] = field(default_factory=list)
@@ -29,13 +29,13 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def examine(
+def validate_split(
     dataset: DetectionDataset,
     size: tuple[int, int],
     *,
     read: bool = True,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
-) -> Report:
+) -> DatasetReport:
     """Look at one split: annotations always, and each image (`read`) as the loader will read it.
 
     size: (short, longest side) of the network's input; figures say what becomes of the smallest object under it.
@@ -77,10 +77,10 @@ def examine(
             )
     if read:
         errors += _unreadable(dataset, progress)
-    return Report(errors, warnings, figures)
+    return DatasetReport(errors, warnings, figures)
 
 
-def compare(train: DetectionDataset, val: DetectionDataset) -> list[str]:
+def compare_class_names(train: DetectionDataset, val: DetectionDataset) -> list[str]:
     """What must not differ between two splits: their class names, in order."""
     if train.names == val.names:
         return []
@@ -100,7 +100,7 @@ def _smallest(
 ) -> dict[str, Any]:
     """The object whose shorter side is shortest after the resize."""
     sizes = dataset.sizes.numpy()
-    scale = np.array([keep_ratio(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in sizes])
+    scale = np.array([keep_ratio_size(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in sizes])
     side = np.where(real, wh.min(axis=1) * scale[owner], np.inf)
     i = int(side.argmin())
     return {
@@ -110,14 +110,14 @@ def _smallest(
     }
 
 
-def glance(dataset: DetectionDataset) -> list[str]:
+def check_image_headers(dataset: DetectionDataset) -> list[str]:
     """What is wrong with images as far as their headers tell: absent, no image, too large, of another size than annotated."""
-    return list(filter(None, read_each(partial(_trouble, dataset, image_size), range(len(dataset)))))
+    return list(filter(None, map_files(partial(_trouble, dataset, read_image_size), range(len(dataset)))))
 
 
 def _unreadable(dataset: DetectionDataset, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None) -> list[str]:
     """What is wrong with images when they are decoded, which leaves the interpreter to other threads."""
-    formats()  # known once, not in every thread
+    get_image_formats()  # known once, not in every thread
     with ThreadPoolExecutor() as pool:
         found = pool.map(
             partial(_trouble, dataset, lambda path: tuple(read_image(path).shape[1:])), range(len(dataset))

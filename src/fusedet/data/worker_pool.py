@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fusedet.data.collate import Sample, collate_views, see
+from fusedet.data.collate import Sample, collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
-from fusedet.data.transforms import Eval, Transform
+from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch
 
 _TRIES = 100  # bad images in a row, after which looking for a good one is given up
 
 
-class Step(NamedTuple):
+class BatchRequest(NamedTuple):
     """What a worker is asked for: its own images, and all of the joint batch that they are padded like."""
 
     epoch: int
@@ -33,14 +33,14 @@ class Step(NamedTuple):
     joint: tuple[int, ...]
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch, and the images that were replaced in it: their index and what was wrong."""
 
     batch: Batch
     bad: list[tuple[int, str]]
 
 
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+def shuffle_indices(count: int, seed: int, epoch: int) -> list[int]:
     """The indices of all images in the order of an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
@@ -55,7 +55,7 @@ def _chance(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Reader(Dataset[Any]):
+class BatchReader(Dataset[Any]):
     """`reader[step]` is the step's batch with what had to be replaced in it, or the InputError that kept it from being read (an error
     raised in a worker would lose its sentence in the loader's traceback).
     """
@@ -64,10 +64,10 @@ class Reader(Dataset[Any]):
     transform: Transform
     seed: int
     masks: bool
-    views: tuple[Eval, ...] = ()
+    views: tuple[EvalTransform, ...] = ()
     replace: bool = False
 
-    def __getitem__(self, step: Step) -> Loaded | InputError:
+    def __getitem__(self, step: BatchRequest) -> LoadedBatch | InputError:
         try:
             images, bad = [], []
             for index in step.own:
@@ -80,15 +80,15 @@ class Reader(Dataset[Any]):
                     images.append(self.instead(step, index, str(error)))
             # other processes know nothing of the replacement: all pad as if the image were there
             others = set(step.joint) if bad else set(step.joint) - set(step.own)
-            return Loaded(collate_views(images, self.views, self.canvas(step.epoch, others)), bad)
+            return LoadedBatch(collate_views(images, self.views, self.canvas(step.epoch, others)), bad)
         except InputError as error:
             return error
 
-    def instead(self, step: Step, index: int, reason: str) -> list[Sample]:
+    def instead(self, step: BatchRequest, index: int, reason: str) -> list[Sample]:
         """What stands in for an image that cannot be read: the next one in the epoch's order that can be, and that does not make the
         joint batch larger. So it depends on seed, epoch, the joint batch and the files alone. Raises InputError where none is found.
         """
-        order = shuffled(len(self.dataset), self.seed, step.epoch)
+        order = shuffle_indices(len(self.dataset), self.seed, step.epoch)
         at, tried = order.index(index), 0
         limit = [-(-side // MULTIPLE) * MULTIPLE for side in self.canvas(step.epoch, set(step.joint))]
         for other in order[at + 1 :] + order[:at]:
@@ -108,7 +108,7 @@ class Reader(Dataset[Any]):
         record = self.dataset[index]
         image = read_image(record.path)
         with _chance(self.seed, epoch, index):
-            return see(image, record, (self.transform, *self.views), self.masks)
+            return make_samples(image, record, (self.transform, *self.views), self.masks)
 
     def canvas(self, epoch: int, indices: Iterable[int]) -> tuple[int, int]:
         """The largest height and width among images that this process need not read, by their annotated sizes."""
@@ -121,7 +121,7 @@ class Reader(Dataset[Any]):
             return self.transform.network_size(*self.dataset.sizes[index].tolist())
 
 
-class Steps:
+class WorkerPool:
     """Workers that stay alive between epochs and read whatever plan they are given."""
 
     def __init__(
@@ -133,12 +133,12 @@ class Steps:
         workers: int,
         pin: bool,
         start_method: str | None,
-        views: Sequence[Eval] = (),
+        views: Sequence[EvalTransform] = (),
         replace: bool = False,
     ) -> None:
-        self.plan: list[Step] = []  # filled anew for every run
+        self.plan: list[BatchRequest] = []  # filled anew for every run
         self.loader = DataLoader(
-            Reader(dataset, transform, seed, masks, tuple(views), replace),
+            BatchReader(dataset, transform, seed, masks, tuple(views), replace),
             sampler=self.plan,
             batch_size=None,
             num_workers=workers,
@@ -150,7 +150,7 @@ class Steps:
             worker_init_fn=_outlive_signals,
         )
 
-    def run(self, plan: Iterable[Step]) -> Iterator[Loaded]:
+    def run(self, plan: Iterable[BatchRequest]) -> Iterator[LoadedBatch]:
         """The plan's batches in order. Raises InputError for an image that cannot be read and is not replaced."""
         self.plan[:] = plan
         for loaded in self.loader:

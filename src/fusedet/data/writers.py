@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.image_files import image_sizes
+from fusedet.data.image_files import read_image_sizes
 from fusedet.errors import InputError
 
 DROPPED_SEGMENTATIONS = "segmentations that {form} cannot carry: boxes only"
@@ -29,7 +29,7 @@ SAME = 1e-6  # pixels by which a segmentation's bounds may miss its box to stand
 FOLDERS = {"coco": "images", "voc": "JPEGImages", "yolo": "images"}  # where a form keeps the images of all splits
 
 
-def file_names(data: dict[str, DetectionDataset]) -> dict[str, list[str]]:
+def assign_file_names(data: dict[str, DetectionDataset]) -> dict[str, list[str]]:
     """A file name per image, by split: an image of two splits has one name, and no two images have the same stem."""
     names: dict[str, str] = {}  # by source path
     taken: set[str] = set()
@@ -42,10 +42,10 @@ def file_names(data: dict[str, DetectionDataset]) -> dict[str, list[str]]:
     return {split: [names[os.path.abspath(r.path(i))] for i in range(len(r))] for split, r in data.items()}
 
 
-def coco(
+def write_coco(
     folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
 ) -> dict[str, dict[str, int]]:
-    """annotations/instances_SPLIT.json; category ids, image ids and segmentations are kept, ignored objects are crowds."""
+    """annotations/instances_SPLIT.json; category ids, image ids and segmentations are kept; what evaluation ignores is a crowd."""
     (folder / "annotations").mkdir()
     report = {}
     for split, dataset in data.items():
@@ -58,9 +58,11 @@ def coco(
                     "category_id": dataset.category_ids[record.labels[j]],
                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                     "area": float(record.area[j]),
-                    "iscrowd": int(record.ignore[j]),
+                    "iscrowd": int(record.eval_ignore[j]),
                 }
-                segmentation = record.segments[j]
+                if record.ignore[j] and not record.eval_ignore[j]:
+                    annotation["ignore"] = 1
+                segmentation = record.segmentations[j]
                 annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
         sizes = dataset.sizes.tolist()
         images = [
@@ -75,7 +77,7 @@ def coco(
     return report
 
 
-def voc(
+def write_voc(
     folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
 ) -> dict[str, dict[str, int]]:
     """Annotations, ImageSets/Main and labels.txt, which keeps the order of the classes; ignored objects are difficult."""
@@ -94,17 +96,17 @@ def voc(
         for record, name, stem in zip(dataset, image_entries[split], stems, strict=True):
             _voc_xml(record, name, names).write(folder / "Annotations" / f"{stem}.xml", encoding="utf-8")
             notes[DROPPED_SEGMENTATIONS.format(form="VOC")] += sum(
-                segmentation is not None for segmentation in record.segments
+                segmentation is not None for segmentation in record.segmentations
             )
             notes[DROPPED_CROWDS] += sum(
-                isinstance(s, dict) and bool(i) for s, i in zip(record.segments, record.ignore, strict=True)
+                isinstance(s, dict) and bool(i) for s, i in zip(record.segmentations, record.ignore, strict=True)
             )
         notes[NEW_IDS.format(form="VOC")] = sum(k != i for i, k in enumerate(dataset.category_ids, 1))
         report[split] = _report(dataset, image_entries[split], notes)
     return report
 
 
-def yolo(
+def write_yolo(
     folder: Path, data: dict[str, DetectionDataset], image_entries: dict[str, list[str]]
 ) -> dict[str, dict[str, int]]:
     """data.yaml, a list per split and labels; a segmentation is written where it is one polygon whose bounds are the box."""
@@ -177,7 +179,7 @@ def _require_one_annotation(data: dict[str, DetectionDataset], image_entries: di
 
 def _require_true_sizes(dataset: DetectionDataset) -> None:
     """YOLO's boxes are fractions of the real image: annotations of another size would move."""
-    real = image_sizes([str(dataset.path(i)) for i in range(len(dataset))])
+    real = read_image_sizes([str(dataset.path(i)) for i in range(len(dataset))])
     wrong = (real != dataset.sizes.numpy()).any(axis=1)
     if wrong.any():
         i = int(wrong.argmax())
@@ -208,7 +210,7 @@ def _voc_xml(record: ImageAnnotations, name: str, names: tuple[str, ...]) -> Any
 
 
 def _yolo_line(record: ImageAnnotations, j: int, notes: Counter[str]) -> str:
-    width, height, box, segmentation = record.width, record.height, record.boxes[j].tolist(), record.segments[j]
+    width, height, box, segmentation = record.width, record.height, record.boxes[j].tolist(), record.segmentations[j]
     if isinstance(segmentation, list) and len(segmentation) == 1:
         points = np.reshape(segmentation[0], (-1, 2))
         bounds = np.concatenate([points.min(axis=0), points.max(axis=0)])

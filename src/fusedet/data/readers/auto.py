@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_files import canonical, choose
+from fusedet.data.image_files import normalize_split_name, select_split
 from fusedet.data.readers.coco import read_coco
-from fusedet.data.readers.voc import read_voc, split_folders, voc_splits
-from fusedet.data.readers.yolo import read_yolo, yolo_splits
+from fusedet.data.readers.voc import find_split_folders, list_voc_splits, read_voc
+from fusedet.data.readers.yolo import list_yolo_splits, read_yolo
 from fusedet.errors import InputError
 
 _YAML = (".yaml", ".yml")
@@ -21,7 +21,7 @@ _EXPORTED = "_annotations.coco.json"
 _HEAD = 1 << 16
 
 
-def read(
+def read_dataset(
     path: str | Path, split: str, *, images: str | Path | None = None, need_images: bool = True
 ) -> DetectionDataset:
     """Read a split of a dataset.
@@ -31,12 +31,12 @@ def read(
     it. need_images refuses COCO and VOC annotations without a single one of their first 100 images (YOLO's sizes
     always come from the images). Raises InputError: one sentence that says what is wrong, with the splits that exist.
     """
-    with readable(path):
+    with explain_os_errors(path):
         return _read(Path(path), split, images, need_images)
 
 
 @contextmanager
-def readable(path: str | Path) -> Iterator[None]:
+def explain_os_errors(path: str | Path) -> Iterator[None]:
     """What the system refuses inside (a folder without permission, a name that is too long) is told as an InputError."""
     try:
         yield
@@ -45,7 +45,7 @@ def readable(path: str | Path) -> Iterator[None]:
 
 
 def _read(path: Path, split: str, images: str | Path | None, need_images: bool) -> DetectionDataset:
-    kind = form(path)
+    kind = detect_format(path)
     own_file = split.endswith((".json", ".txt"))
     if own_file:
         split = _existing(split, path)
@@ -64,20 +64,20 @@ def _read(path: Path, split: str, images: str | Path | None, need_images: bool) 
     return read_coco(file, images, root=root, need_images=need_images)
 
 
-def splits(path: str | Path) -> dict[str, str]:
+def list_splits(path: str | Path) -> dict[str, str]:
     """The splits of a dataset and where each comes from (a file or a folder). Raises InputError."""
-    path, kind = Path(path), form(path)
-    with readable(path):
+    path, kind = Path(path), detect_format(path)
+    with explain_os_errors(path):
         if kind == "yolo":
-            return yolo_splits(_yaml(path))
+            return list_yolo_splits(_yaml(path))
         if kind == "voc":
-            return voc_splits(path)
+            return list_voc_splits(path)
         return {name: str(file) for name, file in _coco_files(path).items()}
 
 
-def form(path: str | Path) -> str:
+def detect_format(path: str | Path) -> str:
     """ "coco", "voc" or "yolo"; raises InputError where it is none, or where a folder holds two of them."""
-    with readable(path):
+    with explain_os_errors(path):
         return _form(Path(path))
 
 
@@ -100,7 +100,7 @@ def _form(path: Path) -> str:
         (path / "JPEGImages").is_dir()
         or (path / "ImageSets").is_dir()
         or _has(path / "Annotations", ".xml")
-        or split_folders(path)
+        or find_split_folders(path)
     )
     found = [name for name, there in (("coco", _coco_files(path)), ("voc", voc), ("yolo", _yamls(path))) if there]
     if len(found) > 1:
@@ -172,21 +172,21 @@ def _coco_files(path: Path) -> dict[str, Path]:
                 found.setdefault(file.stem.removeprefix("instances_").removeprefix("image_info_"), file)
     for file in sorted(path.glob(f"*/{_EXPORTED}")):
         found.setdefault(file.parent.name, file)
-    short = [canonical(re.sub(r"\d{4}$", "", name)) for name in found]
+    short = [normalize_split_name(re.sub(r"\d{4}$", "", name)) for name in found]
     return {
         s if s and short.count(s) == 1 else name: file for (name, file), s in zip(found.items(), short, strict=True)
     }
 
 
 def _is_split(file: Path) -> bool:
-    known = canonical(re.sub(r"^instances_|\d{4}$", "", file.stem)) in ("train", "val", "test", "trainval")
+    known = normalize_split_name(re.sub(r"^instances_|\d{4}$", "", file.stem)) in ("train", "val", "test", "trainval")
     return known or _mentions(file, r'"(images|annotations|categories)"\s*:\s*\[')
 
 
 def _coco_file(path: Path, split: str) -> Path:
     found = _coco_files(path)
     if path.is_file():
-        if canonical(split) != "train":
+        if normalize_split_name(split) != "train":
             raise InputError(
                 f"{path} is one json file and has no split '{split}': give that as a file too, e.g. data.{split}=FILE.json"
             )
@@ -196,10 +196,14 @@ def _coco_file(path: Path, split: str) -> Path:
     ]
     if whole:
         return whole[0]
-    several = [name for name in found if re.fullmatch(re.escape(canonical(split)) + r"\d{4}", canonical(name))]
+    several = [
+        name
+        for name in found
+        if re.fullmatch(re.escape(normalize_split_name(split)) + r"\d{4}", normalize_split_name(name))
+    ]
     if split not in found and len(several) > 1:
         raise InputError(f"{path} has several splits '{split}': give one of {', '.join(several)}")
-    return choose(found, split, path)
+    return select_split(found, split, path)
 
 
 def _data_folder(file: Path) -> Path:
@@ -209,9 +213,14 @@ def _data_folder(file: Path) -> Path:
 def _image_folders(file: Path, root: Path, split: str) -> list[Path]:
     """Where a COCO json's images may be, likeliest first."""
     stem = re.sub(r"^(instances|image_info)_", "", file.stem)
-    words = dict.fromkeys([stem, split, canonical(split), re.sub(r"\d{4}$", "", stem)])
+    words = dict.fromkeys([stem, split, normalize_split_name(split), re.sub(r"\d{4}$", "", stem)])
     bases = [root, root / "images"]
     below = [f for base in bases if base.is_dir() for f in sorted(base.iterdir()) if f.is_dir()]
     named = [f for word in words for f in below if f.name == word]
-    alike = [f for word in words for f in below if word and canonical(f.name).startswith(canonical(word))]
+    alike = [
+        f
+        for word in words
+        for f in below
+        if word and normalize_split_name(f.name).startswith(normalize_split_name(word))
+    ]
     return [f for f in dict.fromkeys([*named, *alike, file.parent, *bases[::-1], *below]) if f.is_dir()]

@@ -15,8 +15,8 @@ import numpy as np
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_files import inside, read_text, require_some, require_text
-from fusedet.data.segmentation import fits, packed
+from fusedet.data.image_files import read_text, require_any_image, require_valid_unicode, resolve_inside
+from fusedet.data.segmentation import fits_image, pack_coco_segmentation
 from fusedet.errors import InputError
 
 
@@ -30,7 +30,7 @@ def read_coco(
     """Read one COCO json whose `file_name`s are relative to image_dir; of several folders, the one that has most of them.
 
     Labels follow the order of the category ids. Without the key `annotations` (test-dev) no image has objects.
-    `iscrowd` and `ignore` set ImageAnnotations.ignore. File names may use ".." only inside root, by default the image folder.
+    `iscrowd` and `ignore` set ImageAnnotations.ignore; `iscrowd` alone sets eval_ignore, as pycocotools overwrites `ignore`. File names may use ".." only inside root, by default the image folder.
     need_images refuses a folder where not one of the first 100 images is; without, annotations alone are read.
     Raises InputError for anything that is not COCO, naming the entry that is wrong.
     """
@@ -45,12 +45,12 @@ def read_coco(
     folder = max(
         folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100])
     )  # the first among equals
-    paths = [inside(folder, name, Path(root or folder), source=file) for name in file_names]
+    paths = [resolve_inside(folder, name, Path(root or folder), source=file) for name in file_names]
     if need_images:
         searched = " or ".join(map(str, folders[:3])) + (
             f" or {len(folders) - 3} more folders" if len(folders) > 3 else ""
         )
-        require_some(paths, searched, file)
+        require_any_image(paths, searched, file)
     image_ids = _integers(images, "id", "image", file)
     sizes = np.column_stack([_integers(images, key, "image", file) for key in ("height", "width")])
     _refuse_doubles(image_ids, "image", file)
@@ -62,35 +62,37 @@ def read_coco(
 
     rows = _rows(data, "annotations", file) if "annotations" in data else []
     doubtful = {annotation_cleaning.SAME_ID: _same_ids(rows), annotation_cleaning.AS_TEXT: _as_text(rows)}
-    owners, listed = _positions(image_ids, _integers(rows, "image_id", "annotation", file))
+    image_indices, listed = _positions(image_ids, _integers(rows, "image_id", "annotation", file))
     rows = rows if listed.all() else [rows[i] for i in np.flatnonzero(listed).tolist()]
-    owners = owners[listed]
+    image_indices = image_indices[listed]
     boxes = _boxes(rows, file)
     labels = _labels(rows, category_ids, file)
-    ignore = (_integers(rows, "iscrowd", "annotation", file, 0) | _integers(rows, "ignore", "annotation", file, 0)) != 0
+    is_crowd = _integers(rows, "iscrowd", "annotation", file, 0) != 0
+    ignore = is_crowd | (_integers(rows, "ignore", "annotation", file, 0) != 0)
     area, bad_areas = _areas(rows, file)
     segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
     del data, images, rows  # a large file's objects take a gigabyte
     shapes = sizes.tolist()
     drawn = [
-        o if not o or o[:1] == b"P" or fits(o, tuple(shapes[i])) else b""
-        for o, i in zip(segmentations, owners.tolist(), strict=True)
+        o if not o or o[:1] == b"P" or fits_image(o, tuple(shapes[i])) else b""
+        for o, i in zip(segmentations, image_indices.tolist(), strict=True)
     ]
     lost = sum(a != b for a, b in zip(segmentations, drawn, strict=True))
-    return annotation_cleaning.gather(
+    return annotation_cleaning.build_clean_dataset(
         names,
         category_ids,
         image_ids=image_ids,
         sizes=sizes,
         paths=paths,
-        owners=owners,
+        image_indices=image_indices,
         boxes=boxes,
         labels=labels,
         ignore=ignore,
+        eval_ignore=is_crowd,
         area=area,
         segmentations=drawn,
         source=file,
-        form="coco",
+        dataset_format="coco",
         problems=doubtful
         | {
             annotation_cleaning.NO_IMAGE: int((~listed).sum()),
@@ -124,7 +126,7 @@ def _pack(entry: dict[str, Any]) -> dict[str, Any]:
     """Shrink a segmentation as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
     segmentation = entry.get("segmentation")
     if segmentation is not None:
-        entry["segmentation"] = packed(segmentation)
+        entry["segmentation"] = pack_coco_segmentation(segmentation)
     return entry
 
 
@@ -187,7 +189,7 @@ def _strings(rows: list[dict[str, Any]], key: str, noun: str, file: Path) -> lis
     for row, value in zip(rows, values, strict=True):
         if type(value) is not str or not value:
             raise InputError(f"{file}: '{key}' of {_called(row, rows, noun)} must be a text, not {value!r:.60}")
-    require_text(values, file)
+    require_valid_unicode(values, file)
     return values
 
 

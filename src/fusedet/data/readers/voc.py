@@ -15,16 +15,16 @@ import numpy as np
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import (
-    canonical,
-    choose,
-    files_below,
-    image_sizes,
-    inside,
-    is_image,
+    is_image_name,
+    list_files,
+    normalize_split_name,
     read_bytes,
+    read_image_sizes,
     read_text,
-    require_some,
-    require_text,
+    require_any_image,
+    require_valid_unicode,
+    resolve_inside,
+    select_split,
 )
 from fusedet.errors import InputError, unknown
 
@@ -45,59 +45,59 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
     names = list(dict.fromkeys(listed))
     if not names:
         raise InputError(f"{source} lists no images")
-    parsed = {stem: parse(file) for stem, file in _all_annotations(root).items()}
+    parsed = {stem: parse_voc_xml(file) for stem, file in _all_annotations(root).items()}
     classes = _classes(root, parsed)
     paths: list[str] = []
-    rows: list[Annotation] = []
+    rows: list[VocAnnotation] = []
     images: dict[str, dict[str, str]] = {}
     for name in names:
-        file = inside(folders.annotations, name + ".xml", root, source=source)
+        file = resolve_inside(folders.annotations, name + ".xml", root, source=source)
         if os.path.normpath(file) not in parsed:
             raise InputError(f"{source} lists {name}, but its annotation {file} does not exist")
         rows.append(parsed[os.path.normpath(file)])
-        stem = inside(folders.images, name, root, source=source)
+        stem = resolve_inside(folders.images, name, root, source=source)
         at = os.path.dirname(stem)
         if at not in images:
             images[at] = _by_stem(at)
-        extension = os.path.splitext(rows[-1].file_name)[1] if is_image(rows[-1].file_name) else ".jpg"
+        extension = os.path.splitext(rows[-1].file_name)[1] if is_image_name(rows[-1].file_name) else ".jpg"
         paths.append(os.path.join(at, images[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
     if need_images:
-        require_some(paths, folders.images, source)
+        require_any_image(paths, folders.images, source)
     known = {name: k for k, name in enumerate(classes)}
     for row in rows:
         if strange := next((name for name in row.names if name not in known), None):
             raise InputError(f"{row.file}: {unknown('class', strange, classes)}")
     labels = np.array([known[name] for row in rows for name in row.names], dtype=np.int64)
-    return annotation_cleaning.gather(
+    return annotation_cleaning.build_clean_dataset(
         classes,
         range(1, len(classes) + 1),
         image_ids=np.arange(1, len(paths) + 1),
         sizes=_sizes(rows, paths),
         paths=paths,
-        owners=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
+        image_indices=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
         boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
         labels=labels,
         ignore=np.concatenate([row.difficult for row in rows]),
         segmentations=[b""] * len(labels),
         source=source,
-        form="voc",
+        dataset_format="voc",
         problems={annotation_cleaning.LISTED_TWICE: len(listed) - len(names)},
     )
 
 
-def voc_splits(root: str | Path) -> dict[str, str]:
+def list_voc_splits(root: str | Path) -> dict[str, str]:
     """The splits of a VOC folder, and the list file or folder of each; empty where there is none."""
     root = Path(root)
     lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
     stems = {file.stem for file in lists}
     # VOC's own folders also hold a list per class, like dog_train.txt
     found = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{other}") for other in stems)}
-    return {canonical(name): at for name, at in found.items()} | {
-        canonical(f.name): str(f) for f in split_folders(root)
+    return {normalize_split_name(name): at for name, at in found.items()} | {
+        normalize_split_name(f.name): str(f) for f in find_split_folders(root)
     }
 
 
-def split_folders(root: Path) -> list[Path]:
+def find_split_folders(root: Path) -> list[Path]:
     """Subfolders train, val, ... that hold xml files beside their images."""
     skipped = {"Annotations", "ImageSets", "JPEGImages"}
     folders = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name not in skipped] if root.is_dir() else []
@@ -105,7 +105,7 @@ def split_folders(root: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class Annotation:
+class VocAnnotation:
     """One xml file, its objects by columns; height and width are 0 where it gives none.
 
     names of K objects; boxes (K, 4) x1, y1, x2, y2 as written, 1-based; difficult (K,) bool.
@@ -126,7 +126,7 @@ class _Builder(ElementTree.TreeBuilder):
         raise InputError("has a DOCTYPE, which an annotation must not have")
 
 
-def parse(file: str) -> Annotation:
+def parse_voc_xml(file: str) -> VocAnnotation:
     """Read one xml file. Raises InputError that names it."""
     content = read_bytes(file)
     try:
@@ -144,7 +144,7 @@ def parse(file: str) -> Annotation:
     names = tuple(_name_of(node, file) for node in nodes)
     boxes = np.array([_box(node, name, file) for node, name in zip(nodes, names)], dtype=np.float64).reshape(-1, 4)
     difficult = np.array([_float(node, "difficult", file, 0.0) != 0 for node in nodes], dtype=bool)
-    return Annotation(
+    return VocAnnotation(
         file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, names, boxes, difficult
     )
 
@@ -191,21 +191,21 @@ def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, l
     if str(split).endswith(".txt"):
         at = Path(split)
     else:
-        found = voc_splits(root)
+        found = list_voc_splits(root)
         main = root / "ImageSets" / "Main"
         if not found and not any(main.glob("*.txt")):
             raise InputError(
                 f"{root} has no lists of images: VOC needs {main}/{split}.txt with an image's name in each line"
             )
         at = main / f"{split}.txt"
-        at = at if at.is_file() else Path(choose(found, str(split), root))
+        at = at if at.is_file() else Path(select_split(found, str(split), root))
     if at.is_dir():
         return _Folders(at, at), sorted(e.name[:-4] for e in os.scandir(at) if e.name.endswith(".xml")), str(at)
     for folder in (folders.annotations, folders.images):
         if not folder.is_dir():
             raise InputError(f"{root} is not a whole VOC dataset: the folder {folder.name} is missing")
     lines = [line.strip() for line in read_text(at).splitlines() if line.strip()]
-    require_text(lines, at)
+    require_valid_unicode(lines, at)
     return folders, [_name(line, folders.annotations) for line in lines], str(at)
 
 
@@ -214,19 +214,19 @@ def _name(line: str, annotations: Path) -> str:
     if os.path.exists(os.path.join(annotations, line + ".xml")):
         return line
     name = re.sub(r"\s+(-1|0|1)$", "", line)
-    return os.path.splitext(name)[0] if is_image(name) else name
+    return os.path.splitext(name)[0] if is_image_name(name) else name
 
 
 def _all_annotations(root: Path) -> dict[str, str]:
     """All xml files of the dataset, normalised path to path."""
     folder = root / "Annotations"
-    found = [file for file in files_below(folder) if file.endswith(".xml")] if folder.is_dir() else []
-    for folder in split_folders(root):
+    found = [file for file in list_files(folder) if file.endswith(".xml")] if folder.is_dir() else []
+    for folder in find_split_folders(root):
         found += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
     return {os.path.normpath(file): file for file in sorted(found)}
 
 
-def _classes(root: Path, parsed: dict[str, Annotation]) -> list[str]:
+def _classes(root: Path, parsed: dict[str, VocAnnotation]) -> list[str]:
     for name in _CLASS_FILES:
         if (root / name).is_file():
             lines = [line.strip() for line in read_text(root / name).splitlines()]
@@ -246,12 +246,12 @@ def _by_stem(folder: str) -> dict[str, str]:
     """The images of a folder by their names without extension."""
     if not os.path.isdir(folder):
         return {}
-    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_image(e.name)}
+    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_image_name(e.name)}
 
 
-def _sizes(rows: list[Annotation], paths: list[str]) -> np.ndarray:
+def _sizes(rows: list[VocAnnotation], paths: list[str]) -> np.ndarray:
     """(N, 2) heights and widths; where the xml has none, from the image."""
     sizes = np.array([(row.height, row.width) for row in rows], dtype=np.int64).reshape(-1, 2)
     unknown_size = np.flatnonzero((sizes == 0).any(axis=1))
-    sizes[unknown_size] = image_sizes([paths[i] for i in unknown_size.tolist()])
+    sizes[unknown_size] = read_image_sizes([paths[i] for i in unknown_size.tolist()])
     return sizes

@@ -17,16 +17,16 @@ from fusedet.config.loading import LARGEST, LONGEST, count_values
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset, pack_segmentation
 from fusedet.data.image_files import (
-    canonical,
-    choose,
-    image_sizes,
-    images_below,
-    inside,
+    is_inside,
+    list_images,
+    normalize_split_name,
+    read_image_sizes,
     read_text,
-    require_text,
-    within,
+    require_valid_unicode,
+    resolve_inside,
+    select_split,
 )
-from fusedet.data.segmentation import drawable
+from fusedet.data.segmentation import is_drawable
 from fusedet.errors import InputError
 
 _NOT_SPLITS = {"path", "names", "nc", "download", "roboflow", "kpt_shape", "flip_idx", "channels"}
@@ -42,23 +42,23 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     Raises InputError with file and line for a line that is malformed or of an unknown class.
     """
     file = Path(yaml_file)
-    data = load(file)
+    data = load_data_yaml(file)
     names = _names(data, file)
     root = _root(data, file)
-    listed = _images(split if split.endswith(".txt") else choose(_entries(data), split, file), root, file)
+    listed = _images(split if split.endswith(".txt") else select_split(_entries(data), split, file), root, file)
     if not listed:
         raise InputError(f"the split '{split}' of {file} holds no images")
     paths = list(dict.fromkeys(listed))
-    sizes = image_sizes(paths)
+    sizes = read_image_sizes(paths)
     labels_of = {number: label for label, number in enumerate(names)}
-    owners: list[int] = []
+    image_indices: list[int] = []
     labels: list[int] = []
     boxes: list[tuple[float, ...]] = []
     segmentations: list[bytes] = []
     bare = lost = 0
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
-        label_file = next(filter(os.path.isfile, (label_path(path), beside)), None)
+        label_file = next(filter(os.path.isfile, (get_label_path(path), beside)), None)
         if label_file is None:
             bare += 1
             continue
@@ -67,24 +67,24 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
             if number not in labels_of:
                 raise InputError(f"{where}: class {number} is not among the classes {_span(list(names))} of {file}")
             box, polygon = _object(values, height, width)
-            owners.append(i)
+            image_indices.append(i)
             labels.append(labels_of[number])
             boxes.append(box)
             segmentations.append(pack_segmentation(polygon and [polygon]))
             lost += len(values) > 4 and polygon is None
-    return annotation_cleaning.gather(
+    return annotation_cleaning.build_clean_dataset(
         names.values(),
         names,
         image_ids=np.arange(1, len(paths) + 1),
         sizes=sizes,
         paths=paths,
-        owners=np.array(owners, dtype=np.int64),
+        image_indices=np.array(image_indices, dtype=np.int64),
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         labels=np.array(labels, dtype=np.int64),
-        ignore=np.zeros(len(owners), dtype=bool),
+        ignore=np.zeros(len(image_indices), dtype=bool),
         segmentations=segmentations,
         source=f"{file} ({split})",
-        form="yolo",
+        dataset_format="yolo",
         problems={
             annotation_cleaning.LISTED_TWICE: len(listed) - len(paths),
             annotation_cleaning.NO_LABELS: bare,
@@ -93,7 +93,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     )
 
 
-def load(file: Path) -> dict[str, Any]:
+def load_data_yaml(file: Path) -> dict[str, Any]:
     """A data.yaml with all values as texts (a class called `no` stays "no"). Raises InputError, also for more values than a config has."""
     text = read_text(file)
     try:
@@ -111,12 +111,12 @@ def load(file: Path) -> dict[str, Any]:
     return data
 
 
-def yolo_splits(yaml_file: str | Path) -> dict[str, str]:
+def list_yolo_splits(yaml_file: str | Path) -> dict[str, str]:
     """The splits that a data.yaml names, and where each comes from. Raises InputError."""
-    return {name: ", ".join(entries) for name, entries in _entries(load(Path(yaml_file))).items()}
+    return {name: ", ".join(entries) for name, entries in _entries(load_data_yaml(Path(yaml_file))).items()}
 
 
-def label_path(image: str) -> str:
+def get_label_path(image: str) -> str:
     """The label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
 
     >>> label_path("d/images/val/a.jpg")
@@ -138,7 +138,7 @@ def _entries(data: dict[str, Any]) -> dict[str, list[str]]:
             continue
         texts = [p for p in paths if isinstance(p, str) and p not in _NOTHING]
         if texts and len(texts) == len(paths):
-            found[canonical(key)] = texts
+            found[normalize_split_name(key)] = texts
     return found
 
 
@@ -159,7 +159,7 @@ def _names(data: dict[str, Any], file: Path) -> dict[int, str]:
     count = data.get("nc", str(len(names)))
     if count != str(len(names)):
         raise InputError(f"{file}: 'nc' is {reprlib.repr(count)} but 'names' lists {len(names)} classes")
-    require_text(names.values(), file)
+    require_valid_unicode(names.values(), file)
     return dict(sorted(names.items()))
 
 
@@ -184,7 +184,7 @@ def _images(entry: str | list[str], root: Path, file: Path) -> list[str]:
     for item in [entry] if isinstance(entry, str) else entry:
         at = _place(item, root, file)
         if os.path.isdir(at):
-            found += images_below(at)
+            found += list_images(at)
         elif at.suffix == ".txt" and os.path.isfile(at):
             found += _listed(at, root)
         else:
@@ -199,15 +199,15 @@ def _place(item: str, root: Path, file: Path) -> Path:
     own = root / item.removeprefix("../")
     if item.startswith("../") and os.path.exists(own):
         item = item.removeprefix("../")
-    return Path(inside(root, item, source=file))
+    return Path(resolve_inside(root, item, source=file))
 
 
 def _listed(list_file: Path, root: Path) -> list[str]:
     """The images of a text list: relative to the list or to the data folder, or absolute and inside one of these."""
     names = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
-    require_text(names, list_file)
+    require_valid_unicode(names, list_file)
     relative = [name for name in names if not os.path.isabs(name)]
-    if away := [name for name in names if os.path.isabs(name) and not within(name, root, list_file.parent)]:
+    if away := [name for name in names if os.path.isabs(name) and not is_inside(name, root, list_file.parent)]:
         raise InputError(
             f"{list_file} names the file '{away[0]}', which lies outside the data folder {root}: let the yaml's 'path' name a folder that "
             "holds it"
@@ -216,7 +216,8 @@ def _listed(list_file: Path, root: Path) -> list[str]:
         (folder for folder in (list_file.parent, root) if relative and os.path.exists(folder / relative[0])), root
     )
     return [
-        name if os.path.isabs(name) else os.path.normpath(inside(base, name, root, source=list_file)) for name in names
+        name if os.path.isabs(name) else os.path.normpath(resolve_inside(base, name, root, source=list_file))
+        for name in names
     ]
 
 
@@ -249,7 +250,7 @@ def _object(values: list[float], height: int, width: int) -> tuple[tuple[float, 
     box = (min(xs), min(ys), max(xs), max(ys))
     if not all(map(math.isfinite, xs + ys)):
         return (math.nan,) * 4, [0.0] * 6  # goes with its box
-    if not drawable(xs + ys):
+    if not is_drawable(xs + ys):
         return box, None
     return box, [v for point in zip(xs, ys, strict=True) for v in point]
 
