@@ -129,10 +129,10 @@ def load_table(name: str | Path) -> Table:
     Raises InputError for an unknown table (the nearest is offered), an unknown key, a value of the wrong type, no rows, a row without
     a label, and two rows of one label.
     """
-    path = config.find(name, "ablations", "ablation table")
+    path = config.find_file(name, "ablations", "ablation table")
     stem = Path(path.name).stem
     source = stem if str(name) == stem else str(path)
-    tree = config.read(path, "base and rows")
+    tree = config.read_yaml(path, "base and rows")
     specs = tree.pop("rows", None)
     if not isinstance(specs, list) or not specs:
         raise InputError(
@@ -202,6 +202,6 @@ def _check_reference(table: Table, labels: Sequence[str]) -> None:
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
     """A resolved config with overrides over it, resolved again. Raises InputError with the row."""
     try:
-        return config.parse(config.overridden(tree, overrides)).tree()
+        return config.parse(config.apply_overrides(tree, overrides)).tree()
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -16,7 +16,7 @@ from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
 from fusedet.api.validate import evaluate_detector, report
-from fusedet.atomic_io import replace
+from fusedet.atomic_io import write_atomically
 from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
 
@@ -55,7 +55,7 @@ def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None
     detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
     evaluated = evaluate_detector(detector, one, dataset, device)
     folder = fresh(cell.folder)
-    replace(folder / "config.yaml", one.to_yaml().encode())
+    write_atomically(folder / "config.yaml", one.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
     write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": cell.seed})
     report(dataset, evaluated.results, evaluated.metrics, folder, title=cell.label)

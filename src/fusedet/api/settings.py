@@ -82,7 +82,7 @@ def resolve_config(
     """
     texts = to_overrides(overrides, settings or {})
     if source is None or isinstance(source, Config):
-        return config.parse(config.overridden(source.tree() if source else {}, texts))
+        return config.parse(config.apply_overrides(source.tree() if source else {}, texts))
     if is_run_dir(source):
         return config.load(config_file(source), ["out=null", *texts], trust=trust)
     return config.load(source, texts)

@@ -29,8 +29,8 @@ from fusedet.api.validate import (
     some,
     val_loader,
 )
-from fusedet.atomic_io import replace
-from fusedet.config import Config, interval
+from fusedet.atomic_io import write_atomically
+from fusedet.config import Config, parse_interval
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
@@ -141,7 +141,7 @@ def _fit(
     prints = {"train": data.fingerprint(), "val": val.fingerprint()}
     known = about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed}
     if fabric.is_global_zero and not begun:
-        replace(out / "config.yaml", config.to_yaml().encode())
+        write_atomically(out / "config.yaml", config.to_yaml().encode())
         write_json(out / "run.json", known)
     share = val_loader(config, val, fabric.global_rank, fabric.world_size)
 
@@ -187,7 +187,7 @@ def _fit(
 def _note(config: Config, fabric: Fabric, out: Path, known: dict[str, Any]) -> None:
     """Write the config as it is now, because a resumed run may have got another one (train.epochs=24), and run.json where it is gone."""
     if fabric.is_global_zero:
-        replace(out / "config.yaml", config.to_yaml().encode())
+        write_atomically(out / "config.yaml", config.to_yaml().encode())
         if not (out / "run.json").is_file():
             write_json(out / "run.json", known)
 
@@ -337,7 +337,9 @@ def make_recipe(config: Config, rate: float) -> trainer.Recipe:
         accumulate=t.accumulate,
         ema_decay=t.ema,
         validate_every=t.validate_every,
-        checkpoint_every=None if t.checkpoint_every is None else interval(t.checkpoint_every, "train.checkpoint_every"),
+        checkpoint_every=None
+        if t.checkpoint_every is None
+        else parse_interval(t.checkpoint_every, "train.checkpoint_every"),
         monitor=t.monitor,
         patience=t.patience,
         compile=t.compile,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
-from fusedet.config.interval import interval
+from fusedet.config.interval import parse_interval
 from fusedet.config.validation import deepest, refuse_huge_integers, to_input_error
 from fusedet.errors import InputError, unknown
 
@@ -25,7 +25,7 @@ class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys and wrong values in one sentence."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     key: ClassVar[str] = ""
     """Where the section stands in a config: model, model.pyramid, data, train or test."""
@@ -102,7 +102,7 @@ class Pyramid(Section):
     coarsest: int = 7
     """The coarsest level: P7 has stride 128."""
     top: Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"] = "on_input"
-    """How the levels above the backbone's last are made: by pooling, or by convolutions on C5 or on the neck's output."""
+    """How the levels above the backbone's last are made: by pooling, or by convolutions on C5 or the neck's output."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -126,7 +126,7 @@ class Model(Section):
     """The dense head, or the region proposal network (rpn) of a two-stage detector."""
     roi: Part = None
     """The RoI head of a two-stage detector: {stages: [...], branches: [...]}."""
-    pyramid: Pyramid = Pyramid()
+    pyramid: Pyramid = Field(default_factory=lambda: Pyramid())
     """The feature pyramid that the first neck makes."""
 
 
@@ -238,7 +238,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.checkpoint_every is not None:
-            interval(self.checkpoint_every, "train.checkpoint_every")
+            parse_interval(self.checkpoint_every, "train.checkpoint_every")
         _need(self.batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
         _need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
         return self
@@ -275,13 +275,13 @@ class Test(Section):
 class Config(Section):
     """Everything that a run needs."""
 
-    model: Model = Model()
+    model: Model = Field(default_factory=lambda: Model())
     """The detector's parts."""
-    data: Data = Data()
+    data: Data = Field(default_factory=lambda: Data())
     """The dataset and its preprocessing."""
-    train: Train = Train()
+    train: Train = Field(default_factory=lambda: Train())
     """The training recipe."""
-    test: Test = Test()
+    test: Test = Field(default_factory=lambda: Test())
     """How a head's outputs become detections."""
     device: str = "auto"
     """The device: auto, cpu, cuda, cuda:1, ..."""
@@ -335,7 +335,7 @@ def plain(value: Any) -> Any:
 
 
 def _meant(key: str) -> list[str]:
-    """List the keys that an unknown one may stand for: those of nearly its last name, in its own section if possible."""
+    """List the keys that an unknown one may stand for: those of nearly its last name, best in its own section."""
     section, _, name = key.rpartition(".")
     by_name: dict[str, list[str]] = {}
     for path, _field in paths():

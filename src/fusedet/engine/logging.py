@@ -15,7 +15,7 @@ import torch
 from lightning_fabric.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from fusedet.atomic_io import replace, sync
+from fusedet.atomic_io import flush_to_disk, write_atomically
 from fusedet.errors import InputError, unknown
 
 Row = dict[str, float | int]
@@ -47,7 +47,7 @@ class Table:
 
     def state(self) -> dict[str, Any]:
         """How much there is, for a checkpoint; the disk holds it then."""
-        sync(self.path)
+        flush_to_disk(self.path)
         return {"columns": list(self.columns), "rows": self.rows}
 
     def _read(self) -> list[dict[str, str]]:
@@ -63,7 +63,7 @@ class Table:
             writer = csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        replace(self.path, text.getvalue().encode())
+        write_atomically(self.path, text.getvalue().encode())
 
 
 class Meter:

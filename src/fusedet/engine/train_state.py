@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import nn
 
-from fusedet.atomic_io import clean
+from fusedet.atomic_io import remove_leftovers
 from fusedet.engine import checkpoint, checkpoint_validation, rng, shards
 from fusedet.engine.ema import Average
 from fusedet.engine.logging import Meter, Table
@@ -180,7 +180,7 @@ def setup(
         raise InputError(f"{out} already holds a training: resume it, or choose another folder")
     known = restore(run) if resume else {}
     if first:
-        clean(out)
+        remove_leftovers(out)
         if not resume:
             run.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         run.tables = {name: Table(out / name, known.get(name)) for name in TABLES}

@@ -92,7 +92,7 @@ def convert_checkpoint(
             translated = convert_config(source, state, legacy)
         else:
             translated = convert_config(source, state, uses_1x_keys(source))
-        options = configs.parse(configs.overridden(translated.tree, overrides))
+        options = configs.parse(configs.apply_overrides(translated.tree, overrides))
     notes += translated.notes
     if legacy:
         notes += _of_the_1x_line(options, config or "its own config")
@@ -195,7 +195,7 @@ def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weig
 
 def _of_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
     read = torchvision.convert_weights(state, Path(file).name)
-    options = configs.parse(configs.overridden(read.tree, overrides))
+    options = configs.parse(configs.apply_overrides(read.tree, overrides))
     own = build_detector(options, len(read.names)).state_dict()
     return ConvertedCheckpoint(
         options, match_weights(read.weights, read.sources, own, file), read.names, read.category_ids, read.notes
