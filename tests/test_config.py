@@ -1,4 +1,4 @@
-"""Configs: bases, overrides, schedules, types, and what is said about mistakes."""
+"""Configs: bases, overrides, schedules, backbones by name, declared settings, and messages about mistakes."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def test_backbone_by_name_keeps_its_options() -> None:
     assert (c.data.path, c.data.workers) == ("/x", 3)
 
 
-def test_a_slot_whose_type_changes_begins_anew() -> None:
+def test_a_slot_whose_type_changes_drops_its_options() -> None:
     c = config.load("retinanet_r50", ["model.head.convs=2"])
     assert c.model.head == {"type": "retina", "convs": 2}
     c = config.load("retinanet_r50", ["model.head=pkg.mod:Other"], {"model": {"head": {"convs": 2}}})
@@ -80,10 +80,10 @@ def test_a_schedule_lies_below_the_overrides_beside_it() -> None:
 
 def leaves(tree: dict[str, Any], section: str = "") -> dict[str, Any]:
     """The values of nested mappings by their dotted keys."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
-    return found
+        values |= leaves(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
+    return values
 
 
 @pytest.mark.parametrize("schedule", config.names("schedules"))
@@ -186,7 +186,7 @@ def test_a_name_chooses_the_backbone_only() -> None:
     assert r50.model.backbone | {"name": ""} == x101.model.backbone | {"name": ""}
 
 
-def test_a_file_of_ones_own_wins_over_a_shipped_name(tmp_path: Path) -> None:
+def test_a_local_file_wins_over_a_shipped_name(tmp_path: Path) -> None:
     write(tmp_path, "retinanet_r101", "base: fcos_r18\n")
     child = write(tmp_path, "child", "base: retinanet_r101\n")
     assert config.load(child).model.head["type"] == "fcos"
@@ -213,12 +213,14 @@ def test_several_bases(tmp_path: Path) -> None:
     assert (c.data.size, c.train.bias_lr) == ((64, 64), 2.0)
 
 
-def test_python_and_command_line_are_the_same() -> None:
+def test_mappings_and_overrides_are_equivalent() -> None:
     sections = {"model": {"neck": ["fpn"], "pyramid": {"channels": 32}, "backbone": {"pretrained": False}}}
     words = ["model.neck=[fpn]", "model.pyramid.channels=32", "model.backbone.pretrained=false"]
     assert config.load("retinanet_r18", sections=sections) == config.load("retinanet_r18", words)
-    one, other = create_model("retinanet_r18", *words), create_model("retinanet_r18", **sections)
-    assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+    by_words, by_sections = create_model("retinanet_r18", *words), create_model("retinanet_r18", **sections)
+    assert {k: v.shape for k, v in by_words.state_dict().items()} == {
+        k: v.shape for k, v in by_sections.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("override", "said"), [("model.neck=fpm", "did you mean 'fpn'"), ("model.head.conv=4", "did you mean 'convs'")]
 )
-def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, said: str) -> None:
+def test_mistakes_in_parts_are_reported_without_data_and_weights(override: str, said: str) -> None:
     asked = ["model.backbone.weights=/no/where"]
     assert all(p.is_meta for p in build_meta_detector(config.load("retinanet_r18", asked)).parameters())
     with pytest.raises(InputError, match=said):
@@ -329,8 +331,8 @@ def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, sai
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
     words = ["model.neck=mse_fpn", "model.neck.gate=none", "model.neck.gate=cag"]
-    found = config.load("retinanet_r18", [words[1], words[2], words[0]] if flip else words).model.neck
-    assert found == {"type": "mse_fpn", "gate": "cag"}
+    neck = config.load("retinanet_r18", [words[1], words[2], words[0]] if flip else words).model.neck
+    assert neck == {"type": "mse_fpn", "gate": "cag"}
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Values from outside are checked, and what is said about a wrong one."""
+"""Values are validated by their type hints; messages about wrong values and unknown names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -80,7 +80,7 @@ def test_wrong_values(value: Any, hint: Any, said: str) -> None:
     assert str(error.value) == said
 
 
-def test_literals_offer_the_nearest() -> None:
+def test_literals_suggest_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'on_input'"):
         validate_value("on_inputs", Literal["max_pool", "on_input"], "model.pyramid.top")
 
@@ -98,5 +98,5 @@ def test_unknown_names() -> None:
 
 
 @pytest.mark.parametrize(("thing", "two"), [("image", "2 images"), ("class", "2 classes"), ("box", "2 boxes")])
-def test_numbers_of_things(thing: str, two: str) -> None:
+def test_plural(thing: str, two: str) -> None:
     assert (plural(1, thing), plural(2, thing), plural(0, thing)) == (f"1 {thing}", two, two.replace("2", "0"))
