@@ -1,4 +1,4 @@
-"""Files as a broken tool or a stranger might write them, for every parser: what is checked is that nothing but InputError comes out."""
+"""Malformed files for every parser, which may raise InputError and nothing else."""
 
 from __future__ import annotations
 

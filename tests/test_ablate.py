@@ -245,7 +245,7 @@ def test_two_processes_train_as_one_does(plan: Plan, done: Path) -> None:
 
 def test_last_line_of_a_failed_process_is_reported(plan: Plan) -> None:
     run = plan.runs("plain")[0]
-    broken = replace(run, config=replace(run.config, data=replace(run.config.data, path="/nowhere")))
+    broken = replace(run, config=run.config.replace(data=run.config.data.replace(path="/nowhere")))
     queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
     message = r"row 'plain, 1 conv', seed 0, ended with exit code 2: /nowhere does not exist.*seed0\.log"
     with pytest.raises(InputError, match=message):
@@ -540,7 +540,7 @@ def test_foreign_output_directories_are_refused(done: Path, plan: Plan, tmp_path
             ablation.run_plan(plan, ablation.LaunchOptions())
         return str(refusal.value)
 
-    longer = {label: replace(c, train=replace(c.train, epochs=5)) for label, c in plan.configs.items()}
+    longer = {label: c.replace(train=c.train.replace(epochs=5)) for label, c in plan.configs.items()}
     text = read_refusal(replace(plan, configs=longer))
     assert "seed0 has a run with train.epochs=1, but row 'plain, 1 conv' needs train.epochs=5" in text
     assert "has the ablation of mine, not of necks" in read_refusal(replace(plan, table=ablation.load_table("necks")))

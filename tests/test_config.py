@@ -1,11 +1,15 @@
-"""Configs: bases, overrides, schedules, types, and what is said about mistakes."""
+"""Configs: bases, overrides, schedules, backbones by name, declared settings, and messages about mistakes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fusedet import config
+from fusedet.config.__main__ import DOCS_FILE, SCHEMA_FILE, schema_text, update_tables
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector, build_meta_detector, create_model
 
@@ -38,7 +42,7 @@ def test_backbone_by_name_keeps_its_options() -> None:
     assert (c.data.path, c.data.workers) == ("/x", 3)
 
 
-def test_a_slot_whose_type_changes_begins_anew() -> None:
+def test_a_slot_whose_type_changes_drops_its_options() -> None:
     c = config.load("retinanet_r50", ["model.head.convs=2"])
     assert c.model.head == {"type": "retina", "convs": 2}
     c = config.load("retinanet_r50", ["model.head=pkg.mod:Other"], {"model": {"head": {"convs": 2}}})
@@ -76,10 +80,10 @@ def test_a_schedule_lies_below_the_overrides_beside_it() -> None:
 
 def leaves(tree: dict[str, Any], section: str = "") -> dict[str, Any]:
     """The values of nested mappings by their dotted keys."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
-    return found
+        values |= leaves(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
+    return values
 
 
 @pytest.mark.parametrize("schedule", config.names("schedules"))
@@ -99,6 +103,63 @@ def test_a_schedule_keeps_the_warm_up_of_mmdetection() -> None:
         )
         assert (fcos.warmup_ratio, vfnet.warmup_ratio) == (pytest.approx(1 / 3, abs=1e-4), 0.1)
         assert grid.warmup_steps == 3665
+
+
+# -- the declarations of the settings
+
+
+def test_the_shipped_schema_is_the_declared_one() -> None:
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), "write it again: python -m fusedet.config"
+
+
+def test_shipped_configs_name_the_schema() -> None:
+    for folder in ("models", "schedules"):
+        for file in (SCHEMA_FILE.parent / folder).iterdir():
+            comment, _, schema = file.read_text(encoding="utf-8").splitlines()[0].partition("$schema=")
+            assert comment == "# yaml-language-server: "
+            assert (file.parent / schema).resolve() == SCHEMA_FILE
+
+
+def test_the_documented_settings_are_the_declared_ones() -> None:
+    page = DOCS_FILE.read_text(encoding="utf-8")
+    assert update_tables(page) == page, "write it again: python -m fusedet.config"
+
+
+def test_settings_have_help_types_and_defaults() -> None:
+    settings = {setting.key: setting for setting in config.settings()}
+    values = leaves(config.parse({}).tree())
+    assert set(settings) == {key for key in values if not key.startswith("model.backbone.")} | {"model.backbone"}
+    assert all(setting.help.endswith((".", "...")) and "\n" not in setting.help for setting in settings.values())
+    lr, optimizer, scales = (settings[key] for key in ("train.lr", "train.optimizer", "data.multi_scale"))
+    assert (lr.group, lr.type, lr.default, lr.range, lr.choices) == ("train", "float", "0.01", "above 0", ())
+    assert (optimizer.type, optimizer.choices) == ("sgd | adamw", ("sgd", "adamw"))
+    assert (scales.type, scales.default) == ("[int, int] or null", "null")
+    assert settings["train.clip_norm"].range == "above 0"
+
+
+def test_sections_are_frozen_and_validated() -> None:
+    train = config.Train(epochs=3, milestones=[1, 2])
+    assert (train.epochs, train.milestones, train.replace(lr=1).lr) == (3, (1.0, 2.0), 1.0)
+    assert train.replace(epochs=4) == config.Train(epochs=4, milestones=(1, 2))
+    with pytest.raises(ValueError, match="frozen"):
+        train.epochs = 4  # type: ignore[misc]
+    for make in (lambda: config.Train(epochs=0), lambda: train.replace(epochs=0)):
+        with pytest.raises(InputError, match=r"^train\.epochs=0 must be 1 or more$"):
+            make()
+    with pytest.raises(InputError, match=r"^unknown config key 'train\.epoch': did you mean 'train\.epochs'"):
+        config.Train(epoch=3)
+    with pytest.raises(InputError, match=r"^unknown config key 'train\.3': "):
+        config.parse({"train": {3: 4}})
+
+
+def test_configs_need_no_torch() -> None:
+    code = "import sys; from fusedet import config; config.settings(); config.json_schema(); sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        ).returncode
+        == 0
+    )
 
 
 # -- backbones by name
@@ -125,7 +186,7 @@ def test_a_name_chooses_the_backbone_only() -> None:
     assert r50.model.backbone | {"name": ""} == x101.model.backbone | {"name": ""}
 
 
-def test_a_file_of_ones_own_wins_over_a_shipped_name(tmp_path: Path) -> None:
+def test_a_local_file_wins_over_a_shipped_name(tmp_path: Path) -> None:
     write(tmp_path, "retinanet_r101", "base: fcos_r18\n")
     child = write(tmp_path, "child", "base: retinanet_r101\n")
     assert config.load(child).model.head["type"] == "fcos"
@@ -152,12 +213,14 @@ def test_several_bases(tmp_path: Path) -> None:
     assert (c.data.size, c.train.bias_lr) == ((64, 64), 2.0)
 
 
-def test_python_and_command_line_are_the_same() -> None:
+def test_mappings_and_overrides_are_equivalent() -> None:
     sections = {"model": {"neck": ["fpn"], "pyramid": {"channels": 32}, "backbone": {"pretrained": False}}}
     words = ["model.neck=[fpn]", "model.pyramid.channels=32", "model.backbone.pretrained=false"]
     assert config.load("retinanet_r18", sections=sections) == config.load("retinanet_r18", words)
-    one, other = create_model("retinanet_r18", *words), create_model("retinanet_r18", **sections)
-    assert {k: v.shape for k, v in one.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+    by_words, by_sections = create_model("retinanet_r18", *words), create_model("retinanet_r18", **sections)
+    assert {k: v.shape for k, v in by_words.state_dict().items()} == {
+        k: v.shape for k, v in by_sections.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -176,6 +239,17 @@ def test_python_and_command_line_are_the_same() -> None:
         ("zzz=3", "unknown config key 'zzz': Known: data"),
         ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
         ("train.epochs=0", "train.epochs=0 must be 1 or more"),
+        ("train.epochs=true", "train.epochs must be int, got True"),
+        ("train.lr=inf", "train.lr must be float, got 'inf'"),
+        ("train.lr=.inf", "train.lr=inf must be above 0 and finite"),
+        ("train.momentum=1", "train.momentum=1 must be 0 or more and below 1"),
+        ("train.warmup_ratio=0", "train.warmup_ratio=0 must be above 0 and at most 1"),
+        ("train.batch=5 ", None),
+        ("train.accumulate=3", "train.batch=16 must be a multiple of train.accumulate=3"),
+        ("train.milestones=[8,a]", "train.milestones.1 must be float, got 'a'"),
+        ("data.multi_scale=640", "data.multi_scale must be a list, such as [640, 640], got 640"),
+        ("test.scales=[600,x]", "test.scales.1 must be int, got 'x'"),
+        ("train.checkpoint_every=soon", "train.checkpoint_every=soon must be a time or a number of steps"),
         ("train.epochs", "write key=value"),
         ("train.epochs=[", "not YAML"),
         ("train=3", "train must be a mapping"),
@@ -247,7 +321,7 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("override", "said"), [("model.neck=fpm", "did you mean 'fpn'"), ("model.head.conv=4", "did you mean 'convs'")]
 )
-def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, said: str) -> None:
+def test_mistakes_in_parts_are_reported_without_data_and_weights(override: str, said: str) -> None:
     asked = ["model.backbone.weights=/no/where"]
     assert all(p.is_meta for p in build_meta_detector(config.load("retinanet_r18", asked)).parameters())
     with pytest.raises(InputError, match=said):
@@ -257,8 +331,8 @@ def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, sai
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_option_may_stand_before_its_slot(flip: bool) -> None:
     words = ["model.neck=mse_fpn", "model.neck.gate=none", "model.neck.gate=cag"]
-    found = config.load("retinanet_r18", [words[1], words[2], words[0]] if flip else words).model.neck
-    assert found == {"type": "mse_fpn", "gate": "cag"}
+    neck = config.load("retinanet_r18", [words[1], words[2], words[0]] if flip else words).model.neck
+    assert neck == {"type": "mse_fpn", "gate": "cag"}
 
 
 def test_mistakes_in_files(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def poisoned(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.syspath_prepend(tmp_path)
     state, meta = checkpoint.load_weights(run_copy / "best.safetensors")
-    tree = config.mapping(meta["config"], "x")
+    tree = config.parse_yaml(meta["config"], "x")
     tree["model"]["neck"] = "strange_parts:Neck"
     checkpoint.save_weights(run_copy / "best.safetensors", state, meta | {"config": json.dumps(tree)})
     return run_copy, ran

@@ -1,11 +1,12 @@
-"""Values from outside are checked, and what is said about a wrong one."""
+"""Values are validated by their type hints; messages about wrong values and unknown names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pytest
 
-from fusedet.errors import InputError, checked, plural, unknown
+from fusedet.config import validate_value
+from fusedet.errors import InputError, plural, unknown
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ from fusedet.errors import InputError, checked, plural, unknown
     ],
 )
 def test_right_values(value: Any, hint: Any, result: Any) -> None:
-    assert checked(value, hint, "key") == result
-    assert type(checked(value, hint, "key")) is type(result)
+    assert validate_value(value, hint, "key") == result
+    assert type(validate_value(value, hint, "key")) is type(result)
 
 
 LARGEST = 2**63 - 1
@@ -75,13 +76,13 @@ LARGEST = 2**63 - 1
 )
 def test_wrong_values(value: Any, hint: Any, said: str) -> None:
     with pytest.raises(InputError) as error:
-        checked(value, hint, "key")
+        validate_value(value, hint, "key")
     assert str(error.value) == said
 
 
-def test_literals_offer_the_nearest() -> None:
+def test_literals_suggest_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'on_input'"):
-        checked("on_inputs", Literal["max_pool", "on_input"], "model.pyramid.top")
+        validate_value("on_inputs", Literal["max_pool", "on_input"], "model.pyramid.top")
 
 
 def test_unknown_names() -> None:
@@ -97,5 +98,5 @@ def test_unknown_names() -> None:
 
 
 @pytest.mark.parametrize(("thing", "two"), [("image", "2 images"), ("class", "2 classes"), ("box", "2 boxes")])
-def test_numbers_of_things(thing: str, two: str) -> None:
+def test_plural(thing: str, two: str) -> None:
     assert (plural(1, thing), plural(2, thing), plural(0, thing)) == (f"1 {thing}", two, two.replace("2", "0"))

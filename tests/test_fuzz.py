@@ -1,4 +1,4 @@
-"""Parsers take anything and raise nothing but InputError; tests/soak does the same at length."""
+"""Parsers raise InputError or nothing, whatever they read; the long version is in tests/soak."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ STRANGE = [("score", 10**400), ("image_id", 10**30), ("bbox", [1, 2, 10**40, 4])
 COUNTS = [[10**30], [-5, 205], [5, 5], "~~~~", "X6" * 100, "", None, ["a"]]
 
 
-def test_results_that_the_fuzzing_finds_seldom() -> None:
-    """Nested without end, numbers that no array holds, masks that take for ever to draw."""
+def test_results_that_fuzzing_rarely_makes() -> None:
+    """Deep nesting, numbers that no array holds, masks that are slow to draw."""
     good = fuzzing.FOUND
     assert fuzzing.score_results(json.dumps(good).encode())
     assert not fuzzing.score_results(b"[" * 200_000)

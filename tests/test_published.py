@@ -5,7 +5,6 @@ Trainable parameters, the stem and the first stage frozen, 80 classes.
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def printed() -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():  # tests that ask for `shared` say so
         return {}
     tree = yaml.safe_load(path.read_text())
-    found: dict[str, list[dict[str, Any]]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     for table in tree["tables"]:
         kind = "mask_" if table["task"] == "segm" else ""
         for row in table["rows"]:
@@ -52,12 +51,12 @@ def printed() -> dict[str, list[dict[str, Any]]]:
                 for k, v in row["metrics"].items()
             }
             split = table.get("split") or row["config"]["split"]
-            rows = found.setdefault(f"{table['paper'].lower()}_table{table['table']}", [])
+            rows = tables.setdefault(f"{table['paper'].lower()}_table{table['table']}", [])
             rows.append(row | {"metrics": figures, "split": split})
     for row in tree["prose"]:
         figures = {key: row[key] for key in ("AP", "delta_AP") if key in row}
-        found.setdefault(f"mse_fpn_table{row['table']}", []).append(row | {"metrics": figures})
-    return found
+        tables.setdefault(f"mse_fpn_table{row['table']}", []).append(row | {"metrics": figures})
+    return tables
 
 
 @cache
@@ -72,11 +71,11 @@ def rows() -> Iterator[tuple[Table, Row]]:
 
 def pairs() -> list[Any]:
     """Table, shipped row and published row, in the tables' order."""
-    found = []
+    params = []
     for name, wanted in printed().items():
         kept = [row for row in table(name).rows if row.label not in WITHOUT_FIGURES.get(name, ())]
-        found += [pytest.param(table(name), a, b, id=f"{name}-{a.label}") for a, b in zip(kept, wanted)]
-    return found
+        params += [pytest.param(table(name), a, b, id=f"{name}-{a.label}") for a, b in zip(kept, wanted)]
+    return params
 
 
 BUILT: dict[str, int] = {}
@@ -84,7 +83,7 @@ BUILT: dict[str, int] = {}
 
 def trainable(made: Config) -> int:
     """Trainable parameters of a config's model, built without memory and once for all tables."""
-    made = replace(made, model=replace(made.model, backbone=made.model.backbone | {"pretrained": False}))
+    made = made.replace(model=made.model.replace(backbone=made.model.backbone | {"pretrained": False}))
     key = repr(made.model)
     if key not in BUILT:
         with torch.device("meta"):
@@ -129,7 +128,7 @@ def test_rows_without_figures_print_none(name: str, labels: set[str]) -> None:
 
 @pytest.mark.parametrize(("table", "ours", "theirs"), pairs())
 def test_rows_say_what_the_papers_print(table: Table, ours: Row, theirs: dict[str, Any]) -> None:
-    # a table with a column for the body has it in its labels
+    # a table with a column for the backbone has it in its labels
     assert ours.label in (theirs["label"], f"{theirs['label']}, {theirs['config'].get('backbone')}")
     assert ours.published == theirs["metrics"]
     assert (ours.params_M, ours.time_ms) == (theirs.get("params_M"), theirs.get("time_ms"))
@@ -138,11 +137,11 @@ def test_rows_say_what_the_papers_print(table: Table, ours: Row, theirs: dict[st
 
 
 @pytest.mark.parametrize(("table", "ours", "theirs"), [p for p in pairs() if not p.values[1].cited])
-def test_rows_have_the_printed_body_and_recipe(table: Table, ours: Row, theirs: dict[str, Any]) -> None:
+def test_rows_have_the_printed_backbone_and_recipe(table: Table, ours: Row, theirs: dict[str, Any]) -> None:
     made, wanted = ours.config(table), theirs["config"]
     kind, _, rest = wanted["backbone"].partition("101")
-    body = {"x": "resnext101", "r": "resnet101", "r50": "resnet50"}[kind] + rest.replace("-", "_")
-    assert made.model.backbone["name"].startswith(body)
+    backbone = {"x": "resnext101", "r": "resnet101", "r50": "resnet50"}[kind] + rest.replace("-", "_")
+    assert made.model.backbone["name"].startswith(backbone)
     assert made.train.milestones == {"1x": (8, 11), "2x": (16, 22)}[wanted["schedule"]]
     assert made.train.epochs == {"1x": 12, "2x": 24}[wanted["schedule"]]
     assert bool(made.data.multi_scale) is ("train" in wanted)
@@ -176,9 +175,9 @@ def test_tables_are_about_what_they_print() -> None:
 
 def test_rows_tested_at_several_sizes_are_trained_like_those_above_them() -> None:
     rows = {row.label: row.config(table("smsl_table3")) for row in table("smsl_table3").rows if not row.cited}
-    for body in ("r101", "x101"):
-        one, several = rows[f"RetinaNet (ours), {body}"], rows[f"RetinaNet (ours) multi-scale test, {body}"]
-        assert replace(several, test=one.test) == one
+    for backbone in ("r101", "x101"):
+        one, several = rows[f"RetinaNet (ours), {backbone}"], rows[f"RetinaNet (ours) multi-scale test, {backbone}"]
+        assert several.replace(test=one.test) == one
         assert (one.test.scales, several.test.flip) == (None, True)
         assert len(several.test.scales or ()) > 1
 

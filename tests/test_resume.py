@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from fakes import FakeDetector, FakeLoader
 from fusedet.ablation.launcher import _check_exit
 from fusedet.api.run_dir import fresh
-from fusedet.config import Config, Interval, Train, interval
+from fusedet.config import Config, Interval, Train, parse_interval
 from fusedet.engine import checkpoint, train_state, trainer
 from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
 from fusedet.engine.logging import Meter, Table
@@ -54,7 +54,7 @@ def train(out: Path, recipe: Train = RECIPE, detector: Any = None, **options: An
     ],
 )
 def test_intervals(text: str, expected: Interval) -> None:
-    assert interval(text, "key") == expected
+    assert parse_interval(text, "key") == expected
 
 
 @pytest.mark.parametrize("text", ["30", "min", "0steps", "2.5steps", "-1h", "0s", "30minutes", "1h30min", ""])

@@ -17,7 +17,7 @@ from PIL import Image
 from conftest import SMALL
 from fusedet import cli
 from fusedet.api import train as command
-from fusedet.atomic_io import clean
+from fusedet.atomic_io import remove_leftovers
 from fusedet.data.bad_images import BadImageLog, ReplacedImage, count_allowed_bad_images
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.loader import TrainLoader, build_train_loader
@@ -183,7 +183,7 @@ def test_a_kill_while_the_lists_come_together_loses_no_row(
         patch.setattr(Path, place, killed)
         with pytest.raises(KeyboardInterrupt):
             BadImageLog(tmp_path, 100, 0.03).begin(1, 0)
-    clean(tmp_path)  # as a training does that goes on
+    remove_leftovers(tmp_path)  # as a training does that goes on
     again = BadImageLog(tmp_path, 100, 0.03)
     again.begin(1, 0)
     assert again.rows == ROWS

@@ -1,4 +1,4 @@
-"""The data types check what they are given, move whole, and turn into other forms."""
+"""The data types validate their fields, move to devices and convert to supervised formats."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def detections() -> Detections:
         ),
     ],
 )
-def test_wrong_data_is_refused_when_made(make) -> None:
+def test_wrong_shapes_are_refused(make) -> None:
     with pytest.raises(ValueError):
         make()
 
@@ -40,7 +40,7 @@ def test_frozen() -> None:
         detections().scores = torch.zeros(2)
 
 
-def test_everything_inside_moves() -> None:
+def test_all_tensors_move() -> None:
     target = Target(torch.zeros(1, 4), torch.zeros(1), ignore=torch.zeros(2, 4))
     batch = Batch(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (7,), torch.zeros(1, 2), (target,))
     moved = batch.to("meta")
@@ -52,13 +52,13 @@ def test_everything_inside_moves() -> None:
     assert moved.targets[0].masks is None
 
 
-def test_other_forms() -> None:
-    found = detections()
-    assert set(found.to_dict()) == {"boxes", "scores", "labels"}
-    rows = found.to_coco(5, category_ids=[3, 17])
+def test_conversion_to_other_formats() -> None:
+    converted = detections()
+    assert set(converted.to_dict()) == {"boxes", "scores", "labels"}
+    rows = converted.to_coco(5, category_ids=[3, 17])
     assert rows[0] == {"image_id": 5, "category_id": 17, "bbox": [10, 20, 30, 40], "score": pytest.approx(0.9)}
     assert rows[1]["category_id"] == 3
-    assert found.to_coco(5)[0]["category_id"] == 1
-    other = found.to_supervision()
-    assert other.xyxy.tolist() == found.boxes.tolist()
-    assert other.class_id.tolist() == [1, 0]
+    assert converted.to_coco(5)[0]["category_id"] == 1
+    supervised = converted.to_supervision()
+    assert supervised.xyxy.tolist() == converted.boxes.tolist()
+    assert supervised.class_id.tolist() == [1, 0]

@@ -312,7 +312,7 @@ def with_meta(run: Path, target: Path, **changes: Any) -> Path:
     """The run's best weights with another description; the config as a text, or as a function of its tree."""
     state, meta = checkpoint.load_weights(run / "best.safetensors")
     if callable(changes.get("config")):
-        tree = config.mapping(meta["config"], "x")
+        tree = config.parse_yaml(meta["config"], "x")
         changes["config"](tree["model"])
         changes["config"] = json.dumps(tree)
     target.unlink(missing_ok=True)
@@ -388,7 +388,7 @@ def test_info_counts_what_an_untrusted_run_asks_for_and_takes_no_memory(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
-    tree = config.read(run / "config.yaml")
+    tree = config.read_yaml(run / "config.yaml")
 
     def info(key: str, value: Any) -> tuple[int, Any]:
         changed = json.loads(json.dumps(tree))
@@ -474,7 +474,7 @@ def test_trust(
 ) -> None:
     """Every command that makes a model of somebody else's config asks for --trust, and takes it."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
-    tree = config.read(run / "config.yaml")
+    tree = config.read_yaml(run / "config.yaml")
     tree["model"]["neck"] = "strange_parts:Neck"
     (run / "config.yaml").write_text(json.dumps(tree))
     for name in ("best.safetensors", "last.ckpt"):

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def made(*overrides: str) -> tuple[EvalTransform, ...]:
-    return views(config.parse(config.overridden({}, ["data.size=[800,1333]", *overrides])))
+    return views(config.parse(config.apply_overrides({}, ["data.size=[800,1333]", *overrides])))
 
 
 def batch(images: list[Tensor], seen: tuple[EvalTransform, ...]) -> Batch:

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, whenever the process is killed."""
+"""Atomic file writing: after a kill at any moment a file is the old one or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from fusedet.errors import StorageError
 
 
-def replace(path: Path, data: bytes | memoryview) -> None:
-    """Replace a file with these bytes at once.
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file by one with these bytes.
 
     Raises:
-        StorageError: The file cannot be written (a full disk); the previous one is still whole.
+        StorageError: The file cannot be written, for example on a full disk; the previous one is still whole.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -30,18 +30,18 @@ def replace(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """List the files that a killed process had begun to write with `replace`."""
+def list_leftovers(folder: Path) -> list[Path]:
+    """List the unfinished files that a killed process left."""
     return sorted(folder.glob(".*.part"))
 
 
-def clean(folder: Path) -> None:
-    """Remove the leftovers; no other process may be writing there."""
-    for file in leftovers(folder):
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files that a killed process left; no other process may be writing there."""
+    for file in list_leftovers(folder):
         file.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold what was written, so that a power cut cannot lose it."""
+def flush_to_disk(path: Path) -> None:
+    """Flush a file to the disk, so that a power cut does not undo the writing."""
     with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a file of weights claims about itself, checked before memory is taken for it."""
+"""Checks of untrusted checkpoint files before their tensors are allocated."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from torch.serialization import MAGIC_NUMBER
 from fusedet.errors import InputError
 
 HEADER = 16 * 2**20
-"""Bytes of a safetensors header that are read at most; a detector's has some hundred kilobytes."""
+"""Largest safetensors header that is read, in bytes; a detector's has some hundred kilobytes."""
 SHARED = 10
-"""How many times its own size a file's tensors may have in sum: weights may stand under several names."""
+"""Largest size of all tensors relative to the file's: weights may be stored once under several names."""
 _MAKERS = {"bytearray", "TypedStorage", "UntypedStorage"}
 _DAMAGE = "is cut short or damaged: copy it again"
 
 
-def check(path: Path) -> None:
-    """Look at a file of torch.save or safetensors, that is there, before it is loaded.
+def check_file(path: Path) -> None:
+    """Check an existing file of torch.save or safetensors before it is loaded.
 
-    Raises InputError, with nothing of it loaded, for one that is cut short, for compressed or overlapping entries (torch.save stores them
-    plainly, so that a small file cannot become a large one), for a header that is larger than any detector's, and for a pickle that
-    makes memory from a number.
+    Raises:
+        InputError: The file is cut short; its entries are compressed or overlap (torch.save stores them uncompressed,
+            so that a small file cannot become a large one); its header is larger than any detector's; or its pickle
+            allocates memory from a number.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -41,15 +42,19 @@ def check(path: Path) -> None:
 
 
 def check_tensors(content: Any, path: Path) -> None:
-    """Raises InputError where loaded values hold anything but plain tensors on the CPU, or where these claim more than the file holds.
+    """Check loaded values: all tensors must be strided tensors on the CPU, and no larger than the file allows.
 
-    A tensor of one number, expanded, is a few bytes in a file and any size where it is copied.
+    An expanded tensor takes a few bytes in a file and any size once it is copied.
+
+    Raises:
+        InputError: A tensor is of another kind, or the tensors are too large for the file.
     """
     claimed = 0
-    for tensor in tensors(content):
+    for tensor in iterate_tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise InputError(
-                f"{path} holds a tensor that is not a plain one ({tensor.layout}, {tensor.device}): only plain ones are read"
+                f"{path} holds a tensor that is not a plain one ({tensor.layout}, {tensor.device}): "
+                "only plain ones are read"
             )
         claimed += tensor.numel() * tensor.element_size()
     if claimed > SHARED * (size := path.stat().st_size):
@@ -58,23 +63,24 @@ def check_tensors(content: Any, path: Path) -> None:
         )
 
 
-def tensors(content: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and lists, of any depth."""
+def iterate_tensors(content: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested mappings and lists of any depth."""
     rest, seen = [content], set()
     while rest:
-        one = rest.pop()
-        if isinstance(one, Tensor):
-            yield one
-        elif isinstance(one, (dict, list, tuple, set)) and id(one) not in seen:
-            seen.add(id(one))
-            rest.extend(one.values() if isinstance(one, dict) else one)
+        value = rest.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            rest.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _header(path: Path, start: bytes) -> None:
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if length > HEADER:
         raise InputError(
-            f"{path} claims a header of {length / 2**20:.0f} MiB, weights need less than {HEADER // 2**20}: it is not read"
+            f"{path} claims a header of {length / 2**20:.0f} MiB, weights need less than {HEADER // 2**20}: "
+            "it is not read"
         )
 
 
@@ -82,13 +88,13 @@ def _zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            # two readers of one archive must not see two things
+            # no two readers of the archive may see different contents
             if archive.comment or len({e.filename for e in entries}) < len(entries):
                 raise InputError(f"{path} is not a file of torch.save: its archive has a comment or holds a name twice")
             if packed := [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]:
                 raise InputError(
-                    f"{path} holds compressed data ('{packed[0]}'), which torch.save never writes and which could fill the memory: save "
-                    "it again with torch.save"
+                    f"{path} holds compressed data ('{packed[0]}'), which torch.save never writes and which could fill "
+                    "the memory: save it again with torch.save"
                 )
             if sum(e.file_size for e in entries) > path.stat().st_size:
                 raise InputError(f"{path} claims more data than it has bytes: it is not loaded")
@@ -103,7 +109,7 @@ def _zip(path: Path) -> None:
 
 
 def _old(path: Path, file: IO[bytes]) -> None:
-    """Before torch 1.6: five pickles, then the tensors."""
+    """Check a file from before torch 1.6: five pickles, then the tensors."""
     file.seek(0)
     try:
         _refuse_makers(file, path)
@@ -119,7 +125,7 @@ def _old(path: Path, file: IO[bytes]) -> None:
 
 
 def _refuse_plain(file: IO[bytes], path: Path) -> None:
-    """Raises InputError for a file that is one pickle alone, with the names in it, unless it is the number that torch.save begins with."""
+    """Raise InputError for a file that is a single pickle, naming its classes, unless it starts like torch.save's."""
     file.seek(0)
     names, texts = [], [""]
     for operation, argument, _ in pickletools.genops(file):
@@ -127,7 +133,7 @@ def _refuse_plain(file: IO[bytes], path: Path) -> None:
             raise InputError(f"{path} {_DAMAGE}")
         if operation.name == "GLOBAL":
             names.append(str(argument).replace(" ", "."))
-        elif operation.name == "STACK_GLOBAL":  # of the two texts before it
+        elif operation.name == "STACK_GLOBAL":  # its module and name are the two texts before it
             names.append(".".join(texts[-2:]))
         elif isinstance(argument, str):
             texts.append(argument)
@@ -138,9 +144,9 @@ def _refuse_plain(file: IO[bytes], path: Path) -> None:
 
 
 def _refuse_makers(file: IO[bytes], path: Path) -> None:
-    """Read one pickle, without running it; raises InputError where it names what makes memory from a number."""
+    """Read one pickle without running it; raise InputError if it names what allocates memory from a number."""
     for operation, argument, _ in pickletools.genops(file):
-        if operation.name != "GLOBAL":  # the only way to a name that `weights_only` knows
+        if operation.name != "GLOBAL":  # the only way to a name that `weights_only` accepts
             continue
         module, _, name = str(argument).partition(" ")
         if name in _MAKERS or (module.startswith("torch") and name.endswith("Tensor")):

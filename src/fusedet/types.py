@@ -1,6 +1,7 @@
-"""The data that flows through the house: frozen, checked when made.
+"""The data types that pass between packages: frozen, and validated when they are made.
 
-Boxes are float (x1, y1, x2, y2) in pixels of the network's input, continuous, with the origin at the image's top left corner.
+Boxes are float (x1, y1, x2, y2) in pixels of the network's input, continuous, with the origin at the image's top left
+corner.
 Labels are 0..K-1; background is never stored.
 """
 
@@ -30,7 +31,7 @@ def _need(condition: bool, text: str) -> None:
 
 @dataclass(frozen=True)
 class Levels:
-    """Channels and strides of the maps that a backbone or neck promises, finest first."""
+    """Channels and strides of the feature maps of a backbone or neck, finest first."""
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
@@ -48,9 +49,12 @@ class Levels:
 
 @dataclass(frozen=True)
 class Priors:
-    """Anchors, or points as squares, of all levels, finest level first, row by row, all priors of a cell together.
+    """Anchors, or anchor points as squares, of all levels: finest first, row by row, the priors of a cell together.
 
-    boxes (P, 4); strides (P,), the stride of each prior's level; counts, the priors per level (they sum to P).
+    Attributes:
+        boxes: (P, 4).
+        strides: (P,), the stride of each prior's level.
+        counts: The number of priors per level; they sum to P.
     """
 
     boxes: Tensor
@@ -65,21 +69,23 @@ class Priors:
         return len(self.boxes)
 
 
-torch.export.register_dataclass(Priors)  # a raw forward that gives priors exports
+torch.export.register_dataclass(Priors)  # so that a model whose forward returns priors can be exported
 
 
 class Outputs(NamedTuple):
-    """What a dense head's forward gives: its maps by name, per level, and the priors that they speak of."""
+    """The outputs of a dense head's forward: maps by name and level, and the priors that they belong to."""
 
     maps: dict[str, list[Tensor]]
     priors: Priors
 
 
 class Candidates(NamedTuple):
-    """What a dense head's decode gives, before any selection.
+    """The decoded outputs of a dense head, before any selection.
 
-    boxes (N, P, 4) or, one for each class, (N, P, K, 4), not clipped; scores (N, P, K) in 0..1, by which candidates are chosen;
-    quality (N, P) in 0..1 or None: what the scores of the chosen ones are multiplied with before suppression (FCOS's centre-ness).
+    Attributes:
+        boxes: (N, P, 4) or, with one box per class, (N, P, K, 4), not clipped.
+        scores: (N, P, K) in 0..1; candidates are selected by them.
+        quality: (N, P) in 0..1 or None; the factor of the selected scores before NMS (FCOS's center-ness).
     """
 
     boxes: Tensor
@@ -88,9 +94,12 @@ class Candidates(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Regions where a two-stage detector looks again, best first, in pixels of the network's input.
+    """The proposals of an RPN, highest score first, in pixels of the network's input, padded to R per image.
 
-    boxes (N, R, 4), inside the image; scores (N, R) in 0..1; counts (N,), how many of an image's are real: the first ones.
+    Attributes:
+        boxes: (N, R, 4), inside the image.
+        scores: (N, R) in 0..1.
+        counts: (N,), how many of an image's proposals are real: the first ones.
     """
 
     boxes: Tensor
@@ -122,7 +131,7 @@ class BatchDetections(NamedTuple):
 @dataclass(frozen=True)
 class _Moves:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same data on another device."""
+        """Copy the data to a device."""
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -133,7 +142,7 @@ class _Moves:
         return replace(self, **changed)
 
     def pin_memory(self) -> Self:
-        """The same data in page-locked memory (the loader calls it)."""
+        """Copy the data to page-locked memory; the data loader calls it."""
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -146,10 +155,13 @@ class _Moves:
 
 @dataclass(frozen=True)
 class Target(_Moves):
-    """The objects of one image.
+    """The ground truth of one image.
 
-    boxes (G, 4); labels (G,) int64; masks (G, H, W) bool or None; ignore (I, 4), regions that evaluation takes as neither object nor
-    background (crowds, difficult objects), or None.
+    Attributes:
+        boxes: (G, 4).
+        labels: (G,) int64.
+        masks: (G, H, W) bool or None.
+        ignore: (I, 4) or None; crowds and difficult instances, which evaluation counts as nothing.
     """
 
     boxes: Tensor
@@ -168,9 +180,13 @@ class Target(_Moves):
 
 @dataclass(frozen=True)
 class Detections(_Moves):
-    """What was found in one image, best first.
+    """The detections in one image, highest score first.
 
-    boxes (D, 4), scores (D,) in 0..1, labels (D,) int64, masks (D, H, W) bool or None.
+    Attributes:
+        boxes: (D, 4).
+        scores: (D,) in 0..1.
+        labels: (D,) int64.
+        masks: (D, H, W) bool or None.
     """
 
     boxes: Tensor
@@ -186,31 +202,38 @@ class Detections(_Moves):
         return len(self.boxes)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """boxes, scores, labels (and masks) by torchvision's names; labels stay 0..K-1."""
-        found = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
-        return found if self.masks is None else found | {"masks": self.masks}
+        """Return boxes, scores, labels and any masks by torchvision's names; labels stay 0..K-1."""
+        tensors = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        return tensors if self.masks is None else tensors | {"masks": self.masks}
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO's result form: [x, y, width, height] boxes, masks as RLE; labels become category ids where these are given (K,)."""
+        """Return COCO results: boxes as [x, y, width, height], masks as RLE.
+
+        Args:
+            image_id: The image's id in the dataset.
+            category_ids: The category id of each label; without them the labels are used.
+        """
         corners = self.boxes.detach().cpu().double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
-        found = zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
+        rows = zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
         results: list[dict[str, Any]] = [
             {"image_id": image_id, "category_id": category_ids[k] if category_ids else k, "bbox": box, "score": score}
-            for box, score, k in found
+            for box, score, k in rows
         ]
         if self.masks is not None and results:
             from faster_coco_eval.core import mask as coco_mask
 
-            columns = (
-                self.masks.to("cpu", torch.uint8).mT.contiguous().numpy().T
-            )  # (H, W, D), column by column as RLE runs
-            for result, code in zip(results, coco_mask.encode(columns), strict=True):
-                result["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+            columns = self.masks.to("cpu", torch.uint8).mT.contiguous().numpy().T  # (H, W, D), column by column as RLE
+            for result, rle in zip(results, coco_mask.encode(columns), strict=True):
+                result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
         return results
 
     def to_supervision(self) -> Any:
-        """The same as `supervision.Detections`; raises ImportError with the command to install it."""
+        """Return `supervision.Detections`.
+
+        Raises:
+            ImportError: supervision is not installed; the message has the command that installs it.
+        """
         try:
             import supervision
         except ImportError as error:
@@ -226,12 +249,16 @@ class Detections(_Moves):
 
 @dataclass(frozen=True)
 class Batch(_Moves):
-    """Images on their way to the network.
+    """A batch of preprocessed images.
 
-    images uint8 (N, 3, H, W), padded with zeros at the right and the bottom; sizes (N, 2) int64, height and width of
-    the image inside the padding; ids, the images' ids in the dataset; scales (N, 2) float32, network pixels per
-    original pixel along x and y; targets, one per image, or None; flipped, whether the images are mirrored left to right
-    (said in testing alone); views, the same images seen in other ways, for testing at several sizes or with flips.
+    Attributes:
+        images: (N, 3, H, W) uint8, padded with zeros at the right and the bottom.
+        sizes: (N, 2) int64, height and width of each image inside the padding.
+        ids: The images' ids in the dataset.
+        scales: (N, 2) float32, network pixels per original pixel along x and y.
+        targets: One per image, or None.
+        flipped: Whether the images are flipped horizontally; set in testing only.
+        views: The same images at other sizes or flipped, for test-time augmentation.
     """
 
     images: Tensor

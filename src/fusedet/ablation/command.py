@@ -176,7 +176,7 @@ def preview_ablation(
 def _split_out(texts: Sequence[str]) -> tuple[str | None, list[str]]:
     """Return the output directory and the overrides of the rows."""
     out = [text for text in texts if text.startswith("out=")]
-    return config.parse(config.overridden({}, out)).out, [text for text in texts if text not in out]
+    return config.parse(config.apply_overrides({}, out)).out, [text for text in texts if text not in out]
 
 
 def _check_call(table: str | Path | None) -> None:

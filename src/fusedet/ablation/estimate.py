@@ -144,7 +144,7 @@ def _measure_seconds(plan: Plan, label: str, data: Split, device: torch.device, 
         terms = detector.loss(next(batches).to(device))
         torch.stack([weights[name] * value for name, value in terms.items()]).sum().backward()
         step = _seconds_since(start, device) / count
-    few = replace(options, data=replace(options.data, workers=0), test=replace(options.test, batch=count))
+    few = options.replace(data=options.data.replace(workers=0), test=options.test.replace(batch=count))
     batch = next(iter(val_loader(few, data[1]))).to(device)
     detector.eval()
     for _ in range(2):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -225,7 +225,7 @@ def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = Fals
 def _start_process(run: Run, device: str) -> subprocess.Popen[bytes]:
     """Start a process that executes a run on a device."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    task = {"label": run.label, "config": replace(run.config, device=device).tree()}
+    task = {"label": run.label, "config": run.config.replace(device=device).tree()}
     task |= {"weights_from": str(run.weights_from)} if run.weights_from else {}
     with open(f"{run.folder}.log", "ab") as log:
         process = subprocess.Popen(

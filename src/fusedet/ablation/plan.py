@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,11 +144,11 @@ class Plan:
         runs = []
         for seed in range(options.train.seed, options.train.seed + self.seeds):
             folder = self.out / slugs[trained] / f"seed{seed}"
-            seeded = replace(options, train=replace(options.train, seed=seed))
+            seeded = options.replace(train=options.train.replace(seed=seed))
             if row == trained:
-                runs.append(Run(row, replace(seeded, out=str(folder))))
+                runs.append(Run(row, seeded.replace(out=str(folder))))
             else:
-                runs.append(Run(row, replace(seeded, out=str(folder / f"test-{slugs[row]}")), folder))
+                runs.append(Run(row, seeded.replace(out=str(folder / f"test-{slugs[row]}")), folder))
         return runs
 
     def selected_runs(self) -> list[list[Run]]:
@@ -226,7 +226,7 @@ def make_plan(
         pick_device(options.device)
     runs_of = {label: next(first for first, c in configs.items() if c == own) for label, own in configs.items()}
     weights_of = {
-        label: next(first for first, c in configs.items() if replace(c, test=own.test) == own)
+        label: next(first for first, c in configs.items() if c.replace(test=own.test) == own)
         for label, own in configs.items()
     }
     selected = tuple(labels or resolved)

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from fusedet import config
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.config import Config
-from fusedet.errors import InputError, checked, unknown
+from fusedet.errors import InputError, unknown
 from fusedet.evaluation import bootstrap
 from fusedet.models.detectors import build_meta_detector
 
@@ -169,10 +169,10 @@ def load_table(name: str | Path) -> Table:
         InputError: The table or a key is unknown (the message offers the nearest name), a value has the wrong type,
             there are no rows, or labels are missing or not unique.
     """
-    path = config.find(name, "ablations", "ablation table")
+    path = config.find_file(name, "ablations", "ablation table")
     stem = Path(path.name).stem
     source = stem if str(name) == stem else str(path)
-    tree = config.read(path, "base and rows")
+    tree = config.read_yaml(path, "base and rows")
     specs = tree.pop("rows", None)
     if not isinstance(specs, list) or not specs:
         raise InputError(
@@ -224,7 +224,7 @@ def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Mapping[str
     for one in fields(schema):
         if one.name in hints and one.default is MISSING and one.default_factory is MISSING and one.name not in tree:
             raise InputError(f"{where} has no {one.name}")
-    return {key: checked(value, hints[key], f"{where}: {key}") for key, value in tree.items()}
+    return {key: config.validate_value(value, hints[key], f"{where}: {key}") for key, value in tree.items()}
 
 
 def _check_reference(table: Table, labels: Sequence[str]) -> None:
@@ -245,6 +245,6 @@ def _check_reference(table: Table, labels: Sequence[str]) -> None:
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
     """Apply overrides to a resolved config and resolve it again; errors name the row."""
     try:
-        return config.parse(config.overridden(tree, overrides)).tree()
+        return config.parse(config.apply_overrides(tree, overrides)).tree()
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

@@ -16,7 +16,7 @@ from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
 from fusedet.api.validate import evaluate_detector, report
-from fusedet.atomic_io import replace
+from fusedet.atomic_io import write_atomically
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import DivergenceError, InputError
 
@@ -56,7 +56,7 @@ def score_trained_weights(run: Run, say: Callable[[str], None] = print) -> None:
     detector = tuned(with_weights(options, len(dataset.names), weights).to(device), options)
     evaluated = evaluate_detector(detector, options, dataset, device)
     folder = fresh(run.folder)
-    replace(folder / "config.yaml", options.to_yaml().encode())
+    write_atomically(folder / "config.yaml", options.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
     write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": run.seed})
     report(dataset, evaluated.results, evaluated.metrics, folder, title=run.label)

@@ -21,7 +21,7 @@ from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
 from fusedet.api.prediction_files import Info, info_of, join, text
 from fusedet.api.run_dir import fresh
-from fusedet.atomic_io import clean, replace
+from fusedet.atomic_io import remove_leftovers, write_atomically
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError
 
@@ -105,7 +105,7 @@ def _begin(target: Path, asked: Info, options: Options, resume: bool) -> Info:
             raise InputError(f"out={target} holds no predictions to go on with: choose another folder")
         fresh(target)
         part = options.part or min(PART, -(-asked["images"] // options.world))
-        replace(file, json.dumps({"asked": {**asked, "part": part}}, indent=2).encode())
+        write_atomically(file, json.dumps({"asked": {**asked, "part": part}}, indent=2).encode())
     end = time.monotonic() + _PATIENCE
     while not file.is_file():
         if time.monotonic() > end:
@@ -150,7 +150,7 @@ class _Work:
             "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
         }
         if options.world == 1:
-            clean(self.folder)
+            remove_leftovers(self.folder)
         if options.drawn:
             if not several:  # all of them are drawn again
                 shutil.rmtree(self.images, ignore_errors=True)
@@ -184,7 +184,7 @@ class _Work:
                     skipped=bool(part.skipped),
                 )
             raise
-        replace(file, text(part.content(self.head)).encode(errors="surrogatepass"))
+        write_atomically(file, text(part.content(self.head)).encode(errors="surrogatepass"))
 
     def finish(self, count: int) -> Info:
         """Put the parts together where all of them are there."""
@@ -202,7 +202,7 @@ class _Work:
                     **figures,
                     "parts": [{"file": f"parts/{self.file(info['part']).name}", **info} for info in infos],
                 }
-                replace(self.target / "index.json", json.dumps(index, indent=1).encode())
+                write_atomically(self.target / "index.json", json.dumps(index, indent=1).encode())
             else:
                 files = {"predictions": str(self.target / "predictions.json")}
                 join(
@@ -211,7 +211,7 @@ class _Work:
                     skipped=figures["skipped"] > 0,
                 )
             done = figures | {"files": files | ({"images": str(self.images)} if self.options.drawn else {})}
-            replace(self.target / "predict.json", json.dumps({**known, "done": done}, indent=2).encode())
+            write_atomically(self.target / "predict.json", json.dumps({**known, "done": done}, indent=2).encode())
             if not self.options.parts:
                 shutil.rmtree(self.folder)
             return done

@@ -109,7 +109,7 @@ def cam(
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
     own = [text for text in texts if text.partition("=")[0] in ("device", "out")]
-    options = configs.parse(configs.overridden({}, own))
+    options = configs.parse(configs.apply_overrides({}, own))
     of_model, out = [text for text in texts if text not in own], options.out
     images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
     if not images.words:

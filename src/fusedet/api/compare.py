@@ -80,7 +80,7 @@ def compare(
         InputError: There are no stored results, or they are not of the same data.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a comparison")
-    options = config.parse(config.overridden({}, texts))
+    options = config.parse(config.apply_overrides({}, texts))
     a, b = str(a), str(b)
     runs = [run for run in map(_config_of, (a, b)) if run is not None]
     if options.data.path is None and not runs:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fusedet.config import Config, mapping, parse, refuse_outside
+from fusedet.config import Config, parse, parse_yaml, refuse_foreign_classes
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
@@ -48,9 +48,9 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
     state, meta = checkpoint.load_weights(file)
     if lacking := {"config", "names", "category_ids"} - meta.keys():
         raise InputError(f"{file} is not a fusedet checkpoint: its description lacks {', '.join(sorted(lacking))}")
-    tree = mapping(meta["config"], f"the config in {file}", "model, data, train and test")
+    tree = parse_yaml(meta["config"], f"the config in {file}", "model, data, train and test")
     if not trust:
-        refuse_outside(tree, file)
+        refuse_foreign_classes(tree, file)
     config, names = disable_pretrained(parse(tree)), class_names(meta, file)  # the weights come from the checkpoint
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):

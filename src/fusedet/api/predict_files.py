@@ -105,7 +105,7 @@ def predict(
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
     of_model = [text for text in texts if text.partition("=")[0] not in ("data.workers", "device", "out")]
     own = [text for text in texts if text not in of_model]
-    options = configs.parse(configs.overridden({}, own))
+    options = configs.parse(configs.apply_overrides({}, own))
     rank, world, _ = place()
     if options.out is None and (world > 1 or resume):
         needed = "several processes need" if world > 1 else "--resume needs"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusedet.atomic_io import sync
+from fusedet.atomic_io import flush_to_disk
 from fusedet.errors import InputError, StorageError
 
 Info = dict[str, Any]
@@ -30,7 +30,7 @@ def join(parts: Sequence[Path | Info], target: Path, skipped: bool = False) -> N
                 file.write('], "skipped": [')
                 file.writelines(_listed(_items(parts, "skipped")))
             file.write("]}")
-        sync(temporary)  # the parts are removed afterwards
+        flush_to_disk(temporary)  # the parts are removed afterwards
         temporary.replace(target)
     except OSError as error:
         raise StorageError(

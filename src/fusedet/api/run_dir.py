@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusedet.atomic_io import leftovers, replace
+from fusedet.atomic_io import list_leftovers, write_atomically
 from fusedet.errors import InputError
 
 
@@ -40,7 +40,7 @@ def check(folder: str | Path) -> Path:
         InputError: The directory exists and is not empty.
     """
     path = Path(folder)
-    if path.is_dir() and set(path.iterdir()) - set(leftovers(path)):
+    if path.is_dir() and set(path.iterdir()) - set(list_leftovers(path)):
         raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another directory")
     return path
 
@@ -72,7 +72,7 @@ def withdraw(folder: Path, *names: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON; numbers that JSON lacks (NaN) become null."""
-    replace(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def data_prints(run: Path) -> dict[str, Any] | None:

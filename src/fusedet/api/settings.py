@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -83,7 +82,7 @@ def resolve_config(
     """
     texts = to_overrides(overrides, settings or {})
     if source is None or isinstance(source, Config):
-        return config.parse(config.overridden(source.tree() if source else {}, texts))
+        return config.parse(config.apply_overrides(source.tree() if source else {}, texts))
     if is_run_dir(source):
         return config.load(config_file(source), ["out=null", *texts], trust=trust)
     return config.load(source, texts)
@@ -118,7 +117,7 @@ def training_config(
         return options
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("several processes need one output directory: add out=DIR")
-    return replace(options, out=str(run_dir.free("runs", path.name if path.is_dir() else path.stem)))
+    return options.replace(out=str(run_dir.free("runs", path.name if path.is_dir() else path.stem)))
 
 
 def _resumed_config(name: str, overrides: Sequence[str]) -> Config:
@@ -169,7 +168,7 @@ def refuse_other_keys(overrides: Iterable[str], *keys: str, of: str = "a trained
     overrides = list(overrides)
     for text in overrides:
         key = text.partition("=")[0]
-        known = key.partition(".")[0] in {field.name for field in fields(Config)}
+        known = key.partition(".")[0] in Config.model_fields
         if known and not any(f"{key}.".startswith(f"{allowed}.") for allowed in keys):
             raise InputError(f"{text} changes nothing for {of}: what can be set here is {', '.join(keys)}")
     return overrides

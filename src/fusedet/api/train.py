@@ -30,7 +30,7 @@ from fusedet.api.validate import (
     some,
     val_loader,
 )
-from fusedet.atomic_io import replace
+from fusedet.atomic_io import write_atomically
 from fusedet.config import Config
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
@@ -210,7 +210,7 @@ def _write_description(
     is_begun: bool,
 ) -> None:
     """Write run.json where it is missing, and config.yaml: a resumed run may have got other settings (train.epochs)."""
-    replace(out / "config.yaml", config.to_yaml().encode())
+    write_atomically(out / "config.yaml", config.to_yaml().encode())
     if not is_begun or not (out / "run.json").is_file():
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
         more = {"data": prints, "lr": lr, "seed": config.train.seed}

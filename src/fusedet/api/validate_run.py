@@ -65,14 +65,14 @@ def validate(
     is_results = path.suffix == ".json"
     if is_results:
         refuse_other_keys(texts, *SETTABLE_OF_RESULTS, of="stored results")
-        options = configs.parse(configs.overridden({}, texts))
+        options = configs.parse(configs.apply_overrides({}, texts))
         if options.data.path is None:
             raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
     else:
         file = weights_file(source)
         detector, saved, names, _ = rebuild(file, trust)
         refuse_other_keys(texts, *SETTABLE)
-        options = configs.parse(configs.overridden(saved.tree() | {"out": None}, texts))
+        options = configs.parse(configs.apply_overrides(saved.tree() | {"out": None}, texts))
     scored = split or options.data.val
     dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:

@@ -135,12 +135,19 @@ def info(
     return cli.out.print(*(f"{kind}: {', '.join(known)}" for kind, known in names.items()), sep="\n")
 
 
-@cli.command("config", "config retinanet_r50 model.neck=bifpn > mine.yaml", "config runs/a", USE)
-def config(words: cli.ConfigAndSettings = None) -> None:
+@cli.command("config", "config retinanet_r50 model.neck=bifpn > mine.yaml", "config --schema > schema.json", USE)
+def config(
+    words: cli.ConfigAndSettings = None,
+    schema: Annotated[bool, Option("--schema", help="Print the JSON schema of configs, for editors, instead.")] = False,
+) -> None:
     """Print a config as YAML.
 
     The config is complete, with the given settings applied. A file of it can be used as CONFIG.
     """
+    if schema:
+        from fusedet.config import json_schema
+
+        return cli.print_json(json_schema())
     name, settings = cli.split_config(words)
     sys.stdout.write(fusedet.resolve_config(name, settings).to_yaml())
 

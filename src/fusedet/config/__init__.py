@@ -1,8 +1,19 @@
 """Configs: what they hold (`schema`) and how YAML, bases and overrides become one (`loading`)."""
 
-from fusedet.config.interval import Interval, interval
-from fusedet.config.loading import BACKBONES, find, load, mapping, names, overridden, read, refuse_outside
+from fusedet.config.interval import Interval, parse_interval
+from fusedet.config.loading import (
+    BACKBONES,
+    apply_overrides,
+    find_file,
+    load,
+    names,
+    parse_yaml,
+    read_yaml,
+    refuse_foreign_classes,
+)
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
+from fusedet.config.settings import Setting, json_schema, settings
+from fusedet.config.validation import validate_value
 
 __all__ = [
     "BACKBONES",
@@ -11,15 +22,19 @@ __all__ = [
     "Interval",
     "Model",
     "Pyramid",
+    "Setting",
     "Test",
     "Train",
-    "find",
-    "interval",
+    "apply_overrides",
+    "find_file",
+    "json_schema",
     "load",
-    "mapping",
     "names",
-    "overridden",
     "parse",
-    "read",
-    "refuse_outside",
+    "parse_interval",
+    "parse_yaml",
+    "read_yaml",
+    "refuse_foreign_classes",
+    "settings",
+    "validate_value",
 ]

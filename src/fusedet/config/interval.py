@@ -1,4 +1,4 @@
-"""How often: a time or a number of steps, as text."""
+"""Intervals of time or of steps, as text."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 @dataclass(frozen=True)
 class Interval:
-    """Either so many seconds or so many steps."""
+    """A number of seconds or a number of steps."""
 
     seconds: float | None = None
     steps: int | None = None
 
 
-def interval(text: object, key: str) -> Interval:
-    """What `text` says. Raises InputError that names the key.
+def parse_interval(text: object, key: str) -> Interval:
+    """Parse an interval.
 
-    >>> interval("30min", "train.checkpoint_every")
+    Args:
+        text: A number with a unit: s, min, h or steps.
+        key: The setting's name, for the message.
+
+    Raises:
+        InputError: For any other text.
+
+    >>> parse_interval("30min", "train.checkpoint_every")
     Interval(seconds=1800.0, steps=None)
-    >>> interval("500steps", "train.checkpoint_every")
+    >>> parse_interval("500steps", "train.checkpoint_every")
     Interval(seconds=None, steps=500)
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|steps?)", str(text))
-    number, unit = (float(found[1]), found[2]) if found else (0.0, "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|steps?)", str(text))
+    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
     if unit in SECONDS and number > 0:
         return Interval(seconds=number * SECONDS[unit])
     if unit.startswith("step") and number >= 1 and number.is_integer():

@@ -1,4 +1,4 @@
-"""YAML with one `base:` parent and dotted key=value overrides become one config."""
+"""Loading of configs: YAML with bases, schedules and dotted key=value overrides."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from fusedet.config.schema import Config, parse, plain
+from fusedet.config.schema import Config, parse, paths, plain
 from fusedet.errors import InputError, nearest, unknown
 
 _SHIPPED = files("fusedet") / "configs"
@@ -25,11 +20,11 @@ BACKBONES = {
     "x101_32x4d": "resnext101_32x4d.gluon_in1k",
     "x101_64x4d": "resnext101_64x4d.tv_in1k",
 }
-"""timm's backbones by their short names: `retinanet_r101` is retinanet_BACKBONE.yaml with the backbone of `r101`."""
+"""timm's names of backbones by alias: `retinanet_r101` is retinanet_BACKBONE.yaml with the backbone `r101`."""
 _PLACEHOLDER = "BACKBONE"
 _SLOTS = ("plugin", "neck", "interact", "head", "roi")
 LONGEST, LARGEST = 2**20, 100_000
-"""Characters and, with every alias written out, values that a YAML text may have: the longest shipped config has a few hundred values."""
+"""Limits of a YAML text: characters, and values with every alias written out; a shipped config has some hundred."""
 _RENAMED = {"data": "data.path", "model.backbone": "model.backbone.name"}
 
 
@@ -60,14 +55,14 @@ def load(
     """
     tree = _read_tree(name, "models", kind, folder)
     if not trust:
-        refuse_outside(tree, name)
+        refuse_foreign_classes(tree, name)
     for section, values in (sections or {}).items():
         tree = _merge(tree, {section: plain(values)}, f"{section}=")
-    return parse(overridden(tree, overrides))
+    return parse(apply_overrides(tree, overrides))
 
 
-def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Lay "key=value" texts over a nested mapping: a schedule first, and a slot before its options."""
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply "key=value" texts to a nested mapping: a schedule first, and a slot before its options."""
     pairs = [_parse(text) for text in overrides]
     for key, value in sorted(pairs, key=lambda pair: (pair[0] != "train.schedule", pair[0].count("."))):
         tree = _set(tree, key, value)
@@ -79,7 +74,7 @@ def names(package: str = "models") -> list[str]:
     return sorted(_backbone_variants() if package == "models" else _stems(package))
 
 
-def find(name: str | Path, package: str, kind: str, folder: Any = None) -> Any:
+def find_file(name: str | Path, package: str, kind: str, folder: Any = None) -> Any:
     """Find the YAML file of a name: the file itself, one of that name in `folder`, or a shipped one.
 
     Args:
@@ -132,48 +127,48 @@ def _backbone_variants() -> dict[str, tuple[str, str | None]]:
 
 
 def _exists(file: Any) -> bool:
-    """Whether there is such a file; no name is too long, or too strange, to ask."""
+    """Return whether a file exists, for any name, however long or odd."""
     try:
         return bool(file.is_file())
     except (OSError, ValueError):
         return False
 
 
-def read(path: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
-    """The mapping in a YAML file. Raises InputError for what is not YAML and what is no mapping; keys: what it should have, as told."""
+def read_yaml(path: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
+    """Read the mapping in a YAML file, as `parse_yaml` does."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return mapping(text, path, keys)
+    return parse_yaml(text, path, keys)
 
 
-def mapping(text: str, source: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
-    """The mapping that a YAML text is; source and keys are for the message. Nothing in it is looked up or built.
+def parse_yaml(text: str, source: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
+    """Parse the mapping that a YAML text is. Nothing in it is resolved or built.
 
-    Raises InputError for what is not YAML, is no mapping, or grows beyond `LARGEST` values when its aliases are written out.
+    Args:
+        text: The YAML text.
+        source: Where it comes from, for messages.
+        keys: What it should have, for messages.
+
+    Raises:
+        InputError: For what is not YAML, is no mapping, or has more than `LARGEST` values with its aliases written out.
     """
+    import yaml  # slow to import, and `--help` does not need it
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
-            raise InputError(
-                f"{source} is larger than any config: it has more than {LONGEST} characters or {LARGEST} values"
-            )
-        value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith(
-            (":str", ":null")
-        )  # which OmegaConf does not take
-        own: Any = None if value else OmegaConf.to_container(OmegaConf.create(text))
+            limits = f"{LONGEST} characters or {LARGEST} values"
+            raise InputError(f"{source} is larger than any config: it has more than {limits}")
+        is_value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))
+        own: Any = None if is_value else OmegaConf.to_container(OmegaConf.create(text))  # which refuses single values
     except InputError:
         raise
     except RecursionError as error:
         raise InputError(f"{source} is not a config: its values are nested too deeply") from error
-    except (
-        OmegaConfBaseException,
-        YAMLError,
-        ValueError,
-        OverflowError,
-        TypeError,
-        LookupError,
-    ) as error:  # PyYAML of "!!int" alone
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OverflowError, TypeError, LookupError) as error:
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"{source} must be a mapping with {keys}")
@@ -181,39 +176,38 @@ def mapping(text: str, source: Any, keys: str = "model, data, train, test or bas
 
 
 def count_values(node: Any, known: dict[int, int]) -> int:
-    """How many values a YAML node stands for; an alias is its anchor's node once more, and counted once (`known`)."""
+    """Count the values of a YAML node with its aliases written out; known: the counts by node."""
     if id(node) not in known:
-        known[id(node)] = LARGEST + 1  # an anchor that holds itself
+        known[id(node)] = LARGEST + 1  # in case an anchor contains itself
         inner = getattr(node, "value", None)
         items = inner if isinstance(inner, list) else []
         known[id(node)] = 1 + sum(
-            count_values(one, known) for item in items for one in (item if isinstance(item, tuple) else (item,))
+            count_values(part, known) for item in items for part in (item if isinstance(item, tuple) else (item,))
         )
     return known[id(node)]
 
 
-def refuse_outside(tree: Mapping[str, Any], source: Any) -> None:
-    """Raises InputError where a config of somebody else names a class of another package, which importing would run.
+def refuse_foreign_classes(tree: Mapping[str, Any], source: Any) -> None:
+    """Raise InputError for a config from elsewhere that names a class of another package: importing it runs code.
 
-    `build.find` imports what has a ":" in its name, so every text of `model` that has one is such a name; a body's file of weights is not.
+    A class of another package has a ":" in its name, so every text of `model` with one is refused, but for the path
+    of a backbone's weights.
     """
     for key, text in _texts(tree.get("model"), "model"):
         if ":" in text and key != "model.backbone.weights":
             raise InputError(
-                f"{source}: {key} names {text[:200]!r}, a class that is not fusedet's: making it runs code of that package; if you trust "
-                "whom the file comes from, add --trust (in Python trust=True)"
+                f"{source}: {key} names {text[:200]!r}, a class that is not fusedet's: making it runs code of that "
+                "package; if you trust whom the file comes from, add --trust (in Python trust=True)"
             )
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Iterate over the texts in a config with their keys."""
     if isinstance(value, str):
         yield key, value
-    elif isinstance(value, Mapping):
-        for name, one in value.items():
-            yield from _texts(one, f"{key}.{name}")
-    elif isinstance(value, (list, tuple)):
-        for i, one in enumerate(value):
-            yield from _texts(one, f"{key}.{i}")
+    elif isinstance(value, (Mapping, list, tuple)):
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(item, f"{key}.{name}")
 
 
 def _read_tree(
@@ -223,10 +217,10 @@ def _read_tree(
     stem, backbone = _backbone_variants().get(str(name), (name, None)) if package == "models" else (name, None)
     if backbone and folder is not None and _exists(folder / f"{name}.yaml"):
         stem, backbone = name, None
-    path = find(stem, package, kind, folder)
+    path = find_file(stem, package, kind, folder)
     if str(path) in children:
         raise InputError(f"{children[-1]} is, through {path}, its own base")
-    own = read(path)
+    own = read_yaml(path)
     bases = own.pop("base", None)
     tree: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
@@ -237,7 +231,7 @@ def _read_tree(
 
 
 def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str, Any]:
-    """Lay one mapping over another; schedules first, slots whose type changes begin anew."""
+    """Merge a layer over a config: its schedule first; a slot whose type changes drops its old options."""
     layer = dict(layer)
     schedule = layer.get("train", {}).get("schedule") if isinstance(layer.get("train"), Mapping) else None
     if schedule is not None:
@@ -280,37 +274,43 @@ def _parse(text: str) -> tuple[str, Any]:
     key = key.replace("[", ".").replace("]", "")
     if not raw.startswith("{"):  # a section as a whole keeps its name
         key = _RENAMED.get(key, key)
-    if _leaf(Config, key) in (str, str | None):
+    if _takes_text(key):
         return key, None if raw in ("null", "") else raw
-    try:
-        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
-    except (
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    mistakes = (
         OmegaConfBaseException,
-        YAMLError,
+        yaml.YAMLError,
         ValueError,
         TypeError,
         LookupError,
         ArithmeticError,
         RecursionError,
-    ) as error:
+    )
+    try:
+        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
+    except mistakes as error:
         raise InputError(f"the value of '{text}' is not YAML") from error
 
 
-def _leaf(schema: Any, key: str) -> Any:
-    for part in key.split("."):
-        schema = get_type_hints(schema).get(part) if hasattr(schema, "__dataclass_fields__") else None
-    return schema
+@cache
+def _takes_text(key: str) -> bool:
+    """Return whether a setting is a text, which is taken as it stands: a path 007 is no number."""
+    return any(path == key and field.annotation in (str, str | None) for path, field in paths())
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Lay one dotted key over the tree; a number addresses an item of a list that is there."""
+    """Set one dotted key; a number addresses an item of an existing list."""
     parts = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise InputError(
-                    f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}, address its items by 0 to {len(node) - 1}"
+                    f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}, "
+                    f"address its items by 0 to {len(node) - 1}"
                 )
             layer = _nest(parts[depth + 1 :], value)
             item = _spec(node[int(part)])

@@ -1,240 +1,342 @@
-"""What a config holds: typed, checked when made; each key with its default."""
+"""The settings of a config: each one declared once, with its type, default, range and help."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 
-from fusedet.config.interval import interval
-from fusedet.errors import InputError, checked, unknown
+from fusedet.config.interval import parse_interval
+from fusedet.config.validation import deepest, refuse_huge_integers, to_input_error
+from fusedet.errors import InputError, unknown
+
+Floats = Annotated[tuple[float, ...], Strict(False)]
+Integers = Annotated[tuple[int, ...], Strict(False)]
+Texts = Annotated[tuple[str, ...], Strict(False)]
+Pair = Annotated[tuple[int, int], Strict(False)]
+Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "null"]})]
+"""A slot: a name, {type: NAME, options}, for the neck also a list of these; checked when the part is built."""
 
 
-@dataclass(frozen=True)
-class Pyramid:
-    """The pyramid that the first neck of a chain makes: P`finest` to P`coarsest`, all of `channels` channels."""
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys and wrong values in one sentence."""
 
-    channels: int = 256
+    model_config = ConfigDict(
+        defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    key: ClassVar[str] = ""
+    """Where the section stands in a config: model, model.pyramid, data, train or test."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise self._input_error(error, values) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values, validated like new ones."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys_and_integers(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name in values:
+            if name not in cls.model_fields:
+                key = _join(cls.key, name)
+                raise unknown("config key", key, [_join(cls.key, n) for n in cls.model_fields], meant=_meant(key))
+        refuse_huge_integers(values, cls.key)
+        sections = {name for name, field in cls.model_fields.items() if is_section(field.annotation)}
+        return {name: _text_keys(value) if name in sections else value for name, value in values.items()}
+
+    @classmethod
+    def _input_error(cls, error: ValidationError, values: dict[str, Any]) -> InputError:
+        mistake = deepest(error, values)
+        name, *rest = mistake["loc"] or [""]
+        if name not in cls.model_fields:
+            return to_input_error(mistake, (), values, cls, cls.key)
+        field, key = cls.model_fields[name], _join(cls.key, name)
+        if mistake["type"] == "model_type":
+            names = ", ".join(field.annotation.model_fields)  # type: ignore[union-attr]
+            return InputError(f"{key} must be a mapping with {names}, got {mistake['input']!r}")
+        if not rest and (limits := describe_range(field)) and mistake["type"] in _RANGE_ERRORS:
+            finite = " and finite" if mistake["type"] == "finite_number" else ""
+            return InputError(f"{key}={mistake['input']} must be {limits}{finite}")
+        return to_input_error(mistake, rest, values[name], field.annotation, key)
+
+
+_RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+def is_section(hint: Any) -> bool:
+    """Return whether a field is a section."""
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
+
+
+def _text_keys(values: Any) -> Any:
+    """Make a mapping's keys texts, as arguments have to be; a key 3 is then an unknown key '3'."""
+    return {str(name): value for name, value in values.items()} if isinstance(values, Mapping) else values
+
+
+def _need(condition: bool, section: Section, name: str, right: str) -> None:
+    if not condition:
+        raise InputError(f"{section.key}.{name}={plain(getattr(section, name))} must be {right}")
+
+
+class Pyramid(Section):
+    """The feature pyramid that the first neck of a chain makes."""
+
+    key: ClassVar[str] = "model.pyramid"
+    channels: int = Field(default=256, ge=1)
+    """Channels of every level."""
     finest: int = 3
+    """The finest level: P3 has stride 8."""
     coarsest: int = 7
+    """The coarsest level: P7 has stride 128."""
     top: Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"] = "on_input"
+    """How the levels above the backbone's last are made: by pooling, or by convolutions on C5 or the neck's output."""
 
-    def __post_init__(self) -> None:
-        _at_least(1, "model.pyramid", self, "channels")
-        _need(
-            self.finest <= self.coarsest,
-            "model.pyramid.finest",
-            self.finest,
-            f"at most model.pyramid.coarsest={self.coarsest}",
-        )
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _need(self.finest <= self.coarsest, self, "finest", f"at most model.pyramid.coarsest={self.coarsest}")
+        return self
 
 
-@dataclass(frozen=True)
-class Model:
-    """The detector's parts: each slot is a name or {type, options}; the neck may be a list, a chain."""
+class Model(Section):
+    """The detector's parts. A slot is a name or {type, options}; the neck may be a list, a chain."""
 
-    backbone: dict = field(default_factory=dict)
-    plugin: Any = None
-    neck: Any = "fpn"
-    interact: Any = None
-    head: Any = "retina"
-    roi: Any = None
-    pyramid: Pyramid = field(default_factory=Pyramid)
+    key: ClassVar[str] = "model"
+    backbone: dict = Field(default_factory=dict)
+    """The timm backbone: {name, pretrained, frozen_stages, norm_eval, ...}."""
+    plugin: Part = None
+    """The module in the backbone's blocks: msfm."""
+    neck: Part = "fpn"
+    """The neck, or a list of necks, each on the maps of the one before."""
+    interact: Part = None
+    """The module between the two branches of a dense head: msil."""
+    head: Part = "retina"
+    """The dense head, or the region proposal network (rpn) of a two-stage detector."""
+    roi: Part = None
+    """The RoI head of a two-stage detector: {stages: [...], branches: [...]}."""
+    pyramid: Pyramid = Field(default_factory=lambda: Pyramid())
+    """The feature pyramid that the first neck makes."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """Where the images are and how the network sees them."""
+class Data(Section):
+    """The dataset and its preprocessing."""
 
+    key: ClassVar[str] = "data"
     path: str | None = None
+    """The dataset: a folder or a file in COCO, VOC or YOLO format, auto-detected."""
     train: str = "train"
+    """The split to train on."""
     val: str = "val"
+    """The split to validate on."""
     images: str | None = None
-    size: tuple[int, int] = (800, 1333)
-    multi_scale: tuple[int, int] | None = None
-    flip: float = 0.5
+    """The folder of COCO's images, where it is not found by itself."""
+    size: Pair = (800, 1333)
+    """[short, longest]: images are resized to that short side, or to that long side if it would be exceeded."""
+    multi_scale: Pair | None = None
+    """[smallest, largest] short side: training draws one for every image."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """The probability of a horizontal flip in training."""
     photometric: bool = False
+    """Whether training distorts brightness, contrast, saturation and hue."""
     antialias: bool = True
-    workers: int = 2
+    """Whether downscaling is antialiased; false is OpenCV's, and so MMDetection's, plain bilinear resizing."""
+    workers: int = Field(default=2, ge=0)
+    """Processes that load images, per training process."""
     check: bool = True
+    """Whether every image's header is read before training starts."""
 
-    def __post_init__(self) -> None:
-        _need(self.size[0] >= 32, "data.size", self.size, "[short, longest] with a short side of at least 32 pixels")
-        _need(self.size[0] <= self.size[1], "data.size", self.size, "[short, longest] with short <= longest")
-        if self.multi_scale:
-            _need(
-                32 <= self.multi_scale[0] <= self.multi_scale[1],
-                "data.multi_scale",
-                self.multi_scale,
-                "[smallest, largest] short side",
-            )
-        _need(0 <= self.flip <= 1, "data.flip", self.flip, "a probability, 0 to 1")
-        _at_least(0, "data", self, "workers")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _need(self.size[0] >= 32, self, "size", "[short, longest] with a short side of at least 32 pixels")
+        _need(self.size[0] <= self.size[1], self, "size", "[short, longest] with short <= longest")
+        short, long = self.multi_scale or (32, 32)
+        _need(32 <= short <= long, self, "multi_scale", "[smallest, largest] short side")
+        return self
 
 
-@dataclass(frozen=True)
-class Train:
-    """The recipe. `batch` is the total over all processes and accumulated steps; `lr` belongs to a batch of `base_batch`."""
+class Train(Section):
+    """The training recipe."""
 
+    key: ClassVar[str] = "train"
     schedule: str | None = None
-    epochs: int = 12
-    batch: int = 16
-    accumulate: int = 1
+    """A schedule, which sets epochs, milestones and image sizes: 1x, 2x, 2x_ms, short, tiny."""
+    epochs: int = Field(default=12, ge=1)
+    """Passes over the training split."""
+    batch: int = Field(default=16, ge=1)
+    """Images per step in total: over all processes and accumulated batches."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients make one step; `batch` must be a multiple of it."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01
-    base_batch: int | None = 16
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    """The optimizer."""
+    lr: float = Field(default=0.01, gt=0)
+    """The learning rate at a total batch of `base_batch`."""
+    base_batch: int | None = Field(default=16, ge=1)
+    """The batch that `lr` belongs to: the rate is scaled linearly to `batch`; null takes `lr` as it is."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD's momentum."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """The weight decay."""
     decay_norm_and_bias: bool = True
+    """Whether norms, biases and other vectors have weight decay."""
     decay_bias: bool = True
-    bias_lr: float = 1.0
+    """Whether biases, other than those of norms, have weight decay."""
+    bias_lr: float = Field(default=1.0, gt=0)
+    """The factor of the learning rate of biases, other than those of norms."""
     policy: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[float, ...] = (8, 11)
-    gamma: float = 0.1
-    warmup_steps: int = 500
-    warmup_ratio: float = 0.001
-    clip_norm: float | None = None
-    ema: float | None = None
+    """How the learning rate falls: by `gamma` at each of `milestones`, or as a cosine to zero at the end."""
+    milestones: Floats = (8, 11)
+    """Epochs, fractions allowed, at which `multistep` lowers the learning rate."""
+    gamma: float = Field(default=0.1, gt=0)
+    """The factor of the learning rate at each milestone."""
+    warmup_steps: int = Field(default=500, ge=0)
+    """Steps over which the learning rate rises linearly at the start."""
+    warmup_ratio: float = Field(default=0.001, gt=0, le=1)
+    """The factor of the learning rate at the first step of the warm-up."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """The largest gradient norm; null does not clip."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """The decay of averaged weights, such as 0.999, which are then validated and kept; null trains without them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    validate_every: int = 1
+    """The precision of the forward pass; auto is bf16 on a GPU that computes in it, else fp32; fp16 needs a GPU."""
+    validate_every: int = Field(default=1, ge=1)
+    """Epochs between validations; the last epoch is always validated."""
     checkpoint_every: str | int | None = None
+    """How often last.ckpt is also written within an epoch: 30min, 2h, 90s or 500steps."""
     monitor: str = "AP"
-    patience: int | None = None
+    """The metric that chooses the best weights."""
+    patience: int | None = Field(default=None, ge=1)
+    """Validations without improvement after which training ends; null trains for all epochs."""
     on_bad_image: Literal["error", "skip"] = "error"
-    max_bad_images: float = 0.01
-    seed: int = 0
+    """What happens at an image that cannot be read."""
+    max_bad_images: float = Field(default=0.01, ge=0, le=1)
+    """The share of training images that may be skipped."""
+    seed: int = Field(default=0, ge=0)
+    """The seed of the initial weights, of the order of the images and of their augmentation."""
     deterministic: bool = False
+    """Whether a GPU gives the same numbers twice, as far as torch can; slower."""
     compile: bool = False
-    loggers: tuple[str, ...] = ()
+    """Whether torch.compile compiles the forward pass."""
+    loggers: Texts = ()
+    """Experiment trackers to log to: tensorboard, wandb, mlflow."""
     weights: str | None = None
+    """A run directory or checkpoint to start from; tensors that depend on other classes are initialised."""
 
-    def __post_init__(self) -> None:
-        _at_least(1, "train", self, "epochs", "batch", "accumulate", "validate_every", "base_batch", "patience")
-        _at_least(0, "train", self, "seed", "warmup_steps", "weight_decay")
-        for key in ("lr", "gamma", "clip_norm", "bias_lr"):
-            value = getattr(self, key)
-            _need(value is None or 0 < value < math.inf, f"train.{key}", value, "above 0 and finite")
-        _need(
-            0 <= self.max_bad_images <= 1, "train.max_bad_images", self.max_bad_images, "a share of the images, 0 to 1"
-        )
-        _need(0 <= self.momentum < 1, "train.momentum", self.momentum, "0 or more and below 1")
-        _need(0 < self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "above 0 and at most 1")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if self.checkpoint_every is not None:
-            interval(self.checkpoint_every, "train.checkpoint_every")
-        _need(
-            self.batch % self.accumulate == 0,
-            "train.batch",
-            self.batch,
-            f"a multiple of train.accumulate={self.accumulate}",
-        )
-        _need(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "a decay between 0 and 1, or null")
-        _need(
-            list(self.milestones) == sorted(self.milestones), "train.milestones", self.milestones, "increasing epochs"
-        )
+            parse_interval(self.checkpoint_every, "train.checkpoint_every")
+        _need(self.batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
+        _need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
+        return self
 
 
-@dataclass(frozen=True)
-class Test:
-    """How raw outputs become detections. Each image is seen at all `scales`, short sides, data.size's where there are none."""
+class Test(Section):
+    """How a head's outputs become detections, in validation and prediction."""
 
-    score: float = 0.05
-    nms: float = 0.5
-    max_det: int = 100
-    pre_nms: int = 1000
-    batch: int | None = None
-    scales: tuple[int, ...] | None = None
+    key: ClassVar[str] = "test"
+    score: float = Field(default=0.05, ge=0, le=1)
+    """The lowest score of a detection."""
+    nms: float = Field(default=0.5, ge=0, le=1)
+    """The IoU above which class-wise NMS suppresses the lower score."""
+    max_det: int = Field(default=100, ge=1)
+    """Detections per image."""
+    pre_nms: int = Field(default=1000, ge=1)
+    """Candidates per feature level before NMS; in two-stage detectors, those of the RPN."""
+    batch: int | None = Field(default=None, ge=1)
+    """Images per batch; null is `train.batch`."""
+    scales: Integers | None = None
+    """Short sides for test-time augmentation, such as [600, 800, 1000]; null is that of `data.size`."""
     flip: bool = False
+    """Whether test-time augmentation also sees every image flipped."""
 
-    def __post_init__(self) -> None:
-        for key in ("score", "nms"):
-            _need(0 <= getattr(self, key) <= 1, f"test.{key}", getattr(self, key), "0 to 1")
-        _at_least(1, "test", self, "max_det", "pre_nms", "batch")
-        if self.scales is not None:
-            good = self.scales and min(self.scales) >= 32 and len(set(self.scales)) == len(self.scales)
-            _need(
-                bool(good),
-                "test.scales",
-                self.scales,
-                "different short sides of at least 32 pixels, such as [600, 800, 1000], or null",
-            )
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        scales = (32,) if self.scales is None else self.scales
+        is_valid = bool(scales) and min(scales) >= 32 and len(set(scales)) == len(scales)
+        right = "different short sides of at least 32 pixels, such as [600, 800, 1000], or null"
+        _need(is_valid, self, "scales", right)
+        return self
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run needs. `device` is "auto", "cpu", "cuda", "cuda:1", ..."""
+class Config(Section):
+    """Everything that a run needs."""
 
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    train: Train = field(default_factory=Train)
-    test: Test = field(default_factory=Test)
+    model: Model = Field(default_factory=lambda: Model())
+    """The detector's parts."""
+    data: Data = Field(default_factory=lambda: Data())
+    """The dataset and its preprocessing."""
+    train: Train = Field(default_factory=lambda: Train())
+    """The training recipe."""
+    test: Test = Field(default_factory=lambda: Test())
+    """How a head's outputs become detections."""
     device: str = "auto"
+    """The device: auto, cpu, cuda, cuda:1, ..."""
     out: str | None = None
+    """The run directory; null is the next free one below runs/."""
 
     def to_yaml(self) -> str:
-        """The resolved config: enough, alone, to run the same again."""
+        """Write the resolved config as YAML: enough to run the same again."""
+        from omegaconf import OmegaConf  # slow to import, and `--help` does not need it
+
         return OmegaConf.to_yaml(OmegaConf.create(self.tree()))
 
     def tree(self) -> dict[str, Any]:
-        """The same as nested dicts and lists."""
-        return dict(plain(asdict(self)))
+        """Return the config as nested dicts and lists."""
+        return dict(plain(self.model_dump()))
 
 
-def parse(tree: Mapping[str, Any]) -> Config:
-    """A nested mapping as a checked config. Raises InputError for an unknown key (the nearest is offered) or a wrong value."""
-    return _typed(Config, tree, "")
+def parse(tree: Any) -> Config:
+    """Validate a nested mapping.
 
-
-def _typed(schema: Any, tree: Any, key: str) -> Any:
+    Raises:
+        InputError: For an unknown key, with the nearest known one, and for a wrong value.
+    """
     if not isinstance(tree, Mapping):
-        raise InputError(
-            f"{key or 'a config'} must be a mapping with {', '.join(f.name for f in fields(schema))}, got {tree!r}"
-        )
-    hints = get_type_hints(schema)
-    values = {}
-    for name, value in tree.items():
-        where = f"{key}.{name}" if key else str(name)
-        if name not in hints:
-            raise unknown("config key", where, (f"{key}.{n}" if key else n for n in hints), meant=_meant(where))
-        nested = hasattr(hints[name], "__dataclass_fields__")
-        values[name] = _typed(hints[name], value, where) if nested else checked(value, hints[name], where)
-    return schema(**values)
+        raise InputError(f"a config must be a mapping with {', '.join(Config.model_fields)}, got {tree!r}")
+    return Config(**_text_keys(tree))
 
 
-def _meant(key: str) -> list[str]:
-    """The keys that an unknown one may stand for: in its own section, else in any, those of its last name or, but for a letter, nearly."""
-    section, _, name = key.rpartition(".")
-    by_name: dict[str, list[str]] = {}
-    for path in _paths(Config, ""):
-        by_name.setdefault(path.rpartition(".")[2], []).append(path)
-    found = [path for near in get_close_matches(name, by_name, n=1, cutoff=0.8) for path in by_name[near]]
-    return [path for path in found if path.rpartition(".")[0] == section] or found
+def paths(section: type[Section] = Config) -> Iterator[tuple[str, FieldInfo]]:
+    """List the settings below a section by their keys, each section before its own settings."""
+    for name, field in section.model_fields.items():
+        yield _join(section.key, name), field
+        if is_section(field.annotation):
+            yield from paths(field.annotation)  # type: ignore[arg-type]
 
 
-def _paths(schema: Any, section: str) -> Iterator[str]:
-    for name, hint in get_type_hints(schema).items():
-        yield f"{section}{name}"
-        if hasattr(hint, "__dataclass_fields__"):
-            yield from _paths(hint, f"{section}{name}.")
+def describe_range(field: FieldInfo) -> str:
+    """Describe the range of a number: "1 or more", "0 to 1", "above 0 and at most 1", or "" without one."""
+    limits = {type(limit).__name__.lower(): limit for limit in field.metadata}
+    if "ge" in limits and "le" in limits:
+        return f"{limits['ge'].ge} to {limits['le'].le}"
+    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
+    return " and ".join(text.format(getattr(limits[name], name)) for name, text in words.items() if name in limits)
 
 
 def plain(value: Any) -> Any:
-    """Mappings and sequences as plain dicts and lists (YAML knows no tuples)."""
+    """Convert mappings and sequences to dicts and lists (YAML has no tuples)."""
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _need(condition: bool, key: str, value: Any, right: str) -> None:
-    if not condition:
-        shown = list(value) if isinstance(value, tuple) else value
-        raise InputError(f"{key}={shown} must be {right}")
-
-
-def _at_least(least: int, section: str, values: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(values, key)
-        _need(value is None or value >= least, f"{section}.{key}", value, f"{least} or more")
+def _meant(key: str) -> list[str]:
+    """List the keys that an unknown one may stand for: those of nearly its last name, best in its own section."""
+    section, _, name = key.rpartition(".")
+    by_name: dict[str, list[str]] = {}
+    for path, _field in paths():
+        by_name.setdefault(path.rpartition(".")[2], []).append(path)
+    candidates = [path for near in get_close_matches(name, by_name, n=1, cutoff=0.8) for path in by_name[near]]
+    return [path for path in candidates if path.rpartition(".")[0] == section] or candidates

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import distributed
 
-from fusedet.atomic_io import replace
+from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
 
 
@@ -108,7 +108,7 @@ class BadImageLog:
             return
         text = io.StringIO(newline="")
         csv.writer(text).writerows([ReplacedImage._fields, *rows])
-        replace(self.file, text.getvalue().encode(errors="surrogateescape"))
+        write_atomically(self.file, text.getvalue().encode(errors="surrogateescape"))
 
 
 def count_allowed_bad_images(images: int, share: float) -> int:

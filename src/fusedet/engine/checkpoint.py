@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fusedet import safe_load
-from fusedet.atomic_io import replace
+from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
 
 Weights = dict[str, Tensor]
@@ -45,14 +45,14 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    replace(Path(path), buffer.getbuffer())
+    write_atomically(Path(path), buffer.getbuffer())
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
     """Write weights and their description as safetensors; raises as `save` does."""
     # safetensors refuses views and shared memory, so each tensor is copied.
     tensors = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state_dict.items()}
-    replace(Path(path), safetensors.torch.save(tensors, metadata=dict(meta)))
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(meta)))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def load(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             raise InputError(f"{path} is not a fusedet checkpoint: give a run's last.ckpt or best.safetensors")
-    safe_load.check(path)
+    safe_load.check_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -97,7 +97,7 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
         state = load(path)
         averaged = state.get("ema")
         return _tensors(state["model"] if averaged is None else averaged, path), _texts(state.get("meta", {}), path)
-    safe_load.check(_existing(path))
+    safe_load.check_file(_existing(path))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

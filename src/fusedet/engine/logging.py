@@ -15,7 +15,7 @@ import torch
 from lightning_fabric.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from fusedet.atomic_io import replace, sync
+from fusedet.atomic_io import flush_to_disk, write_atomically
 from fusedet.engine.checkpoint_validation import MeterState, TableState
 from fusedet.errors import InputError, StorageError, unknown
 
@@ -51,7 +51,7 @@ class Table:
 
     def state(self) -> TableState:
         """Return how much there is, for a checkpoint, once the disk holds it."""
-        sync(self.path)
+        flush_to_disk(self.path)
         return {"columns": list(self.columns), "rows": self.rows}
 
     def _read(self) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ class Table:
             writer = csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        replace(self.path, text.getvalue().encode())
+        write_atomically(self.path, text.getvalue().encode())
 
 
 class Meter:

@@ -12,8 +12,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
 from torch import nn
 
-from fusedet.atomic_io import clean
-from fusedet.config import Train, interval
+from fusedet.atomic_io import remove_leftovers
+from fusedet.config import Train, parse_interval
 from fusedet.engine.ema import EMA
 from fusedet.engine.logging import Table
 from fusedet.engine.nan_guard import NanGuard
@@ -104,14 +104,14 @@ def setup(
         interrupts=Interrupts(agreed=fabric.world_size > 1),
         loggers=list(loggers) if is_first else [],
         say=(say or display.say) if is_first else lambda text: None,
-        checkpoint_every=None if every is None else interval(every, "train.checkpoint_every"),
+        checkpoint_every=None if every is None else parse_interval(every, "train.checkpoint_every"),
         state={"step": 0, "epoch": 0, "position": 0, "best": None, "stale": 0, "metrics": {}},
     )
     if not resume and run.last.exists():
         raise InputError(f"{out} already holds a training: resume it, or choose another directory")
     tables = restore(run) if resume else {}
     if is_first:
-        clean(out)
+        remove_leftovers(out)
         if not resume:
             run.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         run.tables = {name: Table(out / name, tables.get(name)) for name in TABLES}

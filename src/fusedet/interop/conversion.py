@@ -105,7 +105,7 @@ def convert_checkpoint(
             translated = convert_config(source, state, legacy)
         else:
             translated = convert_config(source, state, uses_1x_keys(source))
-        options = configs.parse(configs.overridden(translated.tree, overrides))
+        options = configs.parse(configs.apply_overrides(translated.tree, overrides))
     notes += translated.notes
     if legacy:
         notes += _note_1x_differences(options, config or "its own config")
@@ -210,7 +210,7 @@ def _convert_mmdetection_weights(state: Weights, options: Config, count: int, fi
 
 def _convert_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
     converted = torchvision.convert_weights(state, Path(file).name)
-    options = configs.parse(configs.overridden(converted.tree, overrides))
+    options = configs.parse(configs.apply_overrides(converted.tree, overrides))
     wanted = build_detector(options, len(converted.names)).state_dict()
     return ConvertedCheckpoint(
         options,

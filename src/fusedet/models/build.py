@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from fusedet.errors import InputError, checked, unknown
+from fusedet.config.validation import validate_value
+from fusedet.errors import InputError, unknown
 
 # beginnings of messages that name a slot: only the innermost slot is named
 _NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
@@ -42,7 +43,7 @@ def build(
     given: Mapping[str, Any],
     offered: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """Build the part that a spec names.
+    """Build the part that a spec names, with its options validated against the constructor's type hints.
 
     Args:
         kind: The slot, for messages ("model.neck").
@@ -71,7 +72,7 @@ def build(
             raise InputError(f"{kind}.{key} is not set here: the model passes {key} by itself")
         if key not in parameters:
             raise unknown(f"option of {kind} '{name}':", key, set(parameters) - set(passed))
-        options[key] = checked(value, hints.get(key, Any), f"{kind}.{key}")
+        options[key] = validate_value(value, hints.get(key, Any), f"{kind}.{key}")
     try:
         return make(**passed, **options)
     except InputError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fusedet.errors import InputError, checked
+from fusedet.config import validate_value
+from fusedet.errors import InputError
 
 _LARGEST = 1e30  # a float32 holds it and products with it
 # Keys that do not affect predictions, or that are set elsewhere.
@@ -50,8 +51,8 @@ class ConfigReader:
         return default if value is None else value
 
     def get_typed(self, key: str, hint: Any, default: Any) -> Any:
-        """Return a value of a type such as list[bool] (see `errors.checked`)."""
-        return checked(self.get(key, default), hint, f"MMDetection's {self.path}.{key}")
+        """Return a value of a type such as list[bool] (see `config.validate_value`)."""
+        return validate_value(self.get(key, default), hint, f"MMDetection's {self.path}.{key}")
 
     def get_bool(self, key: str, default: bool) -> bool:
         """Return True or False."""

@@ -86,7 +86,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    safe_load.check(path)
+    safe_load.check_file(path)
     try:
         with torch.serialization.safe_globals(STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    safe_load.check(path)
+    safe_load.check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             _refuse_own_checkpoint(file.metadata(), path)

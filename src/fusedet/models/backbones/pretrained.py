@@ -103,7 +103,7 @@ def _read_state_dict(weights: str) -> dict[str, Tensor]:
     if not Path(weights).is_file():
         raise InputError(f"model.backbone.weights={weights}: there is no such file")
     try:
-        safe_load.check(Path(weights))
+        safe_load.check_file(Path(weights))
         with _silent():
             state = load_state_dict(weights)
         safe_load.check_tensors(state, Path(weights))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ def build_meta_detector(config: configs.Config, num_classes: int = 1) -> Detecto
 def disable_pretrained(config: configs.Config) -> configs.Config:
     """Return the config without pretrained backbone weights, for a detector that is loaded from a checkpoint."""
     backbone = config.model.backbone | {"pretrained": False, "weights": None}
-    return replace(config, model=replace(config.model, backbone=backbone))
+    return config.replace(model=config.model.replace(backbone=backbone))
 
 
 def selection_options(test: configs.Test) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""The list of all settings and the JSON schema of a config, for help texts, docs and editors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from fusedet.config.schema import Config, Section, describe_range, is_section, plain
+from fusedet.config.validation import union_members
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a config.
+
+    Attributes:
+        key: Its dotted key, "train.lr".
+        group: The section that it belongs to: model, model.pyramid, data, train, test, or "" for device and out.
+        type: Its type as a user writes it: "int", "[int, int] or null", "sgd | adamw".
+        default: Its default as YAML: "null", "[8, 11]".
+        range: Its range, "0 to 1", or "".
+        choices: Its values where it has a fixed set of these.
+        help: One sentence.
+    """
+
+    key: str
+    group: str
+    type: str
+    default: str
+    range: str
+    choices: tuple[str, ...]
+    help: str
+
+
+def settings() -> list[Setting]:
+    """List all settings, section by section."""
+    return list(_settings(Config))
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file, by which editors complete and check the YAML."""
+    schema = Config.model_json_schema()
+    schema["title"] = "fusedet config"
+    text = {"type": "string"}
+    base = "What this file builds on: a shipped config or a file, or a list of these."
+    short = {
+        "base": {"description": base, "anyOf": [text, {"type": "array", "items": text}]},
+        "data": {"anyOf": [schema["properties"]["data"], text | {"description": "Short for data.path."}]},
+    }
+    backbone = schema["$defs"]["Model"]["properties"]["backbone"]
+    name = text | {"description": "Short for model.backbone.name."}
+    schema["$defs"]["Model"]["properties"]["backbone"] = {"anyOf": [backbone, name]}
+    return schema | {"properties": schema["properties"] | short}
+
+
+def markdown_tables() -> str:
+    """Write the settings as Markdown, a table for each section."""
+    parts = []
+    for group, rows in groupby(settings(), key=lambda setting: setting.group):
+        parts += [
+            f"### `{group}`" if group else "### The run",
+            "",
+            "| setting | type | default | |",
+            "|---|---|---|---|",
+        ]
+        for row in rows:
+            limits = f" ({row.range})" if row.range else ""
+            kind = row.type.replace("|", "\\|")
+            parts.append(f"| `{row.key}` | {kind}{limits} | `{row.default}` | {row.help} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _settings(section: type[Section]) -> Iterator[Setting]:
+    nested = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if is_section(kind):
+            nested.append(kind)
+            continue
+        key = f"{section.key}.{name}" if section.key else name
+        default = json.dumps(plain(field.get_default(call_default_factory=True)))
+        choices = tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
+        help_text = field.description or ""
+        yield Setting(key, section.key, _describe_type(kind), default, describe_range(field), choices, help_text)
+    for kind in nested:
+        yield from _settings(kind)  # type: ignore[arg-type]
+
+
+def _describe_type(hint: Any) -> str:
+    members = [member for member in union_members(hint) if member is not NoneType]
+    words = [_describe_member(member) for member in members]
+    return " or ".join(words + ["null"] * (NoneType in union_members(hint)))
+
+
+def _describe_member(hint: Any) -> str:
+    args: Sequence[Any] = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, args))
+    if get_origin(hint) is tuple:
+        return f"[{', '.join('...' if item is Ellipsis else item.__name__ for item in args)}]"
+    return {Any: "part", dict: "mapping"}.get(hint, getattr(hint, "__name__", str(hint)))
