@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError
+from fusedet.errors import InputError, StorageError
 
 
 def state(value: float = 1.0) -> dict:
@@ -61,8 +61,9 @@ def test_a_full_disk_leaves_the_previous_file_whole(tmp_path, monkeypatch, name)
 
     write(1)
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(InputError, match=rf"{name} cannot be written: No space left"):
+    with pytest.raises(StorageError, match=rf"{name} cannot be written: No space left") as caught:
         write(2)
+    assert caught.value.exit_code == 4
     assert [p.name for p in tmp_path.iterdir()] == [name]
     weights, _ = checkpoint.load_weights(tmp_path / name)
     assert weights.get("w")[0, 0] == 1

@@ -294,8 +294,9 @@ def test_the_loss_term_is_named(tmp_path):
         def loss(self, batch):
             return super().loss(batch) | {"loss_extra": torch.tensor(float("inf"))}
 
-    with pytest.raises(DivergenceError, match="'loss_extra' is inf at step 1"):
+    with pytest.raises(DivergenceError, match="'loss_extra' is inf at step 1") as caught:
         fit(setup(Fabric(accelerator="cpu", devices=1), Named(), FakeLoader(), RECIPE, out=tmp_path, quiet=True))
+    assert caught.value.exit_code == 3
 
 
 def signalled(where: tuple[int, int], number: int = signal.SIGINT):

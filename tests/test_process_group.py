@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def test_two_processes_end_their_group_after_success_and_errors(scenes: Path, tm
     done = run_two_processes(str(tmp_path / "script.py"), json.dumps(commands))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "scored" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_an_image_that_one_process_cannot_read_is_named(scenes: Path, tmp_path: Path) -> None:
+    """Whichever process meets it; the others end too."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    bad = sorted((data / "train").rglob("*.jpg"))[3]
+    bad.write_bytes(bad.read_bytes()[:200])
+    for seed in range(2):  # the image comes to another process
+        words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "data.check=false", f"train.seed={seed}"]
+        done = run_two_processes("-m", "fusedet.cli", *words, f"out={tmp_path / str(seed)}")
+        assert done.returncode != 0
+        assert "error: " in done.stderr
+        assert bad.name in done.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
@@ -11,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
-from fusedet.api.distributed import process_group, run_on_first
+from fusedet.api.distributed import place, process_group, run_on_first
 from fusedet.api.image_check import check_images, record_replaced_images
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.results import RunResult
@@ -177,7 +178,9 @@ def _fit(
         done = trainer.fit(run)
     except DivergenceError:
         raise  # metrics.csv shows how the run came to that
-    except InputError:
+    except InputError as error:
+        if place()[2]:  # the command line lets the first process of a machine speak, which may not have met this image
+            print(f"error: process {fabric.global_rank}: {error}", file=sys.stderr, flush=True)
         if fabric.is_global_zero and not is_begun and not (out / "last.ckpt").exists():
             withdraw(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
         raise
