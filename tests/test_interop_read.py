@@ -292,7 +292,7 @@ def test_config_files(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.py").write_text(
         '"""A base."""\nnorm = dict(type="BN")\nscales = (8,)\n'
-        'model = dict(type="A", body=dict(depth=50, norm=norm), head=[dict(k=1), dict(k=2)], old=dict(x=1, y=2))\n'
+        'model = dict(type="A", backbone=dict(depth=50, norm=norm), head=[dict(k=1), dict(k=2)], old=dict(x=1, y=2))\n'
     )
     (tmp_path / "base" / "data.py").write_text(
         "root = 'data/'\nscale: tuple = (1333, 800)\npipeline = [dict(type='Resize', scale=scale), dict(type='Pad')]\n"
@@ -300,7 +300,7 @@ def test_config_files(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text(
         "_base_ = ['./base/model.py', './base/data.py']\n"
         "third = 1 / 3 + 2 ** 2 - -1\n"
-        "model = dict(body=dict(depth=100 + 1, **dict(style='caffe')), head={1: dict(k=5)}, old=dict(_delete_=True, z=[third] * 2))\n"
+        "model = dict(backbone=dict(depth=100 + 1, **dict(style='caffe')), head={1: dict(k=5)}, old=dict(_delete_=True, z=[third] * 2))\n"
         "shorter = [dict(type='Resize', scale=s) for s in (*_base_.scales, _base_.scale[0])]\n"
         "path = f'{{{{_base_.root}}}}x{third:}'\n"
         "where = {{_base_.root}}\n"
@@ -313,7 +313,7 @@ def test_config_files(tmp_path: Path) -> None:
     third = 1 / 3 + 4 + 1
     assert tree["model"] == {
         "type": "A",
-        "body": {"depth": 101, "norm": {"type": "BN"}, "style": "caffe"},
+        "backbone": {"depth": 101, "norm": {"type": "BN"}, "style": "caffe"},
         "head": [{"k": 1}, {"k": 5}],
         "old": {"z": [third, third]},
     }

@@ -68,8 +68,8 @@ def make_page(summary: Summary, plots: Mapping[str, Path]) -> str:
     head += f"<title>{escape(summary['title'])}</title>"
     # A browser requests an icon unless the page names an empty one.
     head += f'<link rel="icon" href="data:,"><style>{css}</style>'
-    body = "".join(f"{part}\n" for part in parts if part)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
+    content = "".join(f"{part}\n" for part in parts if part)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}</body></html>\n'
 
 
 def inline_svg(file: Path, name: str, number: int) -> str:
@@ -88,8 +88,8 @@ def _make_section(title: str, content: str) -> str:
 
 def _make_table(sheet: Sheet) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in sheet.head)
-    body = "".join(f"<tr>{''.join(map(_make_cell, row))}</tr>\n" for row in sheet.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    rows = "".join(f"<tr>{''.join(map(_make_cell, row))}</tr>\n" for row in sheet.rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
 
 
 def _make_cell(text: str) -> str:
@@ -101,8 +101,8 @@ def _make_cell(text: str) -> str:
 
 
 def _make_plain_table(rows: Sequence[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>\n" for name, text in rows)
-    return f'<div class="scroll"><table class="plain"><tbody>\n{body}</tbody></table></div>'
+    lines = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>\n" for name, text in rows)
+    return f'<div class="scroll"><table class="plain"><tbody>\n{lines}</tbody></table></div>'
 
 
 def _make_folded_plots(images: Mapping[str, str]) -> str:

@@ -128,7 +128,7 @@ def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "
     """Plot APs, APm and APl as bars, and AP as a line.
 
     Args:
-        metrics: Metrics of `evaluation.evaluate_coco`: AP, APs, APm and APl in 0..1; NaN or None where no object has that size.
+        metrics: Result of `evaluation.evaluate_coco`: AP, APs, APm and APl in 0..1; NaN or None without such objects.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
     """
