@@ -1,6 +1,6 @@
 """Configs: what they hold (`schema`) and how YAML, bases and overrides become one (`loading`)."""
 
-from fusedet.config.interval import Interval, interval
+from fusedet.config.interval import Interval, interval, to_seconds
 from fusedet.config.loading import BACKBONES, find, load, mapping, names, overridden, read, refuse_outside
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
 
@@ -22,4 +22,5 @@ __all__ = [
     "parse",
     "read",
     "refuse_outside",
+    "to_seconds",
 ]
