@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed."""
+"""Files that exist whole or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fusedet.errors import StorageError
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
-    """Put a file with these bytes in the place of what was there, at once.
+    """Replace a file with these bytes at once.
 
-    Raises StorageError when it cannot be written (a full disk); the previous file is then still whole.
+    Raises:
+        StorageError: The file cannot be written (a full disk); the previous one is still whole.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -30,7 +31,7 @@ def replace(path: Path, data: bytes | memoryview) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a killed process had begun to write with `replace`."""
+    """List the files that a killed process had begun to write with `replace`."""
     return sorted(folder.glob(".*.part"))
 
 
@@ -41,6 +42,6 @@ def clean(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written, so that a power cut does not take it back."""
+    """Have the disk hold what was written, so that a power cut cannot lose it."""
     with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
         os.fsync(file.fileno())

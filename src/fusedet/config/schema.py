@@ -100,7 +100,6 @@ class Train:
     clip_norm: float | None = None
     ema: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     validate_every: int = 1
     checkpoint_every: str | int | None = None
     monitor: str = "AP"
