@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence on stderr that names what is wrong and what would be right, exit 2, nothing lost."""
+"""Wrong input: one sentence on stderr that names what is wrong and what would be right, its exit code, nothing lost."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def has(said: str, *words: object) -> None:
 
 
 def edited(scenes: Path, tmp_path: Path, edit: Callable[[dict[str, Any], Path], None], split: str = "train") -> Path:
-    """A copy of the data whose json of one split went through `edit`, which also gets the split's image folder."""
+    """Copy the data and edit the json of one split; `edit` also gets the split's image directory."""
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     file = data / "annotations" / f"instances_{split}.json"
     content = json.loads(file.read_text())
@@ -158,7 +158,7 @@ def bomb(content: dict[str, Any], images: Path) -> None:
         (bomb, "the limit against decompression bombs"),
     ],
 )
-def test_a_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
+def test_an_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
     data, out = edited(scenes, tmp_path, edit), tmp_path / "out"
     has(complaint(capsys, *train(data, out)), data / "train" / "000001.jpg", right)
     assert not out.exists() or (out / "last.ckpt").is_file(), (
@@ -172,12 +172,12 @@ def test_a_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Pa
     has(error, data / "train" / "000001.jpg", right)
 
 
-def test_a_image_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+def test_an_image_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content["images"][0].update(width=0, height=0))
     has(complaint(capsys, *train(data, tmp_path / "out")), "image 1 (000000.jpg) is 0x0 pixels")
 
 
-def test_predict_keeps_what_it_found_before_a_bad_image(
+def test_predict_keeps_earlier_predictions_at_a_bad_image(
     capsys: Capture, trained: Path, scenes: Path, tmp_path: Path
 ) -> None:
     images = Path(shutil.copytree(scenes / "val", tmp_path / "images"))
@@ -214,7 +214,7 @@ def test_bad_boxes_are_counted_and_trained_around(capsys: Capture, scenes: Path,
     has(capsys.readouterr().out, *sentences, "boxes that repeat another", "this data can be trained on")
 
 
-def test_a_class_without_objects_is_said(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+def test_a_class_without_objects_is_reported(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     def without_squares(content: dict[str, Any], _: Path) -> None:
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 3]
 
@@ -244,7 +244,7 @@ def test_a_split_without_any_object(capsys: Capture, scenes: Path, tmp_path: Pat
     assert cli.run(["doctor", f"data={data}"]) == 1
 
 
-def test_scoring_where_nothing_is_annotated(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_val_without_annotations(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content.pop("annotations"), "val")
     has(
         complaint(capsys, "val", trained, f"data={data}", f"out={tmp_path / 'out'}"),
@@ -465,7 +465,7 @@ def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: 
     has(complaint(capsys, "predict", run_copy / "config.yaml", scenes / "val"), "is not a fusedet checkpoint")
 
 
-def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
+def test_predict_without_images(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "predict", trained), "which images?")
     has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no image, folder or pattern /no/where.jpg")
@@ -511,7 +511,7 @@ def test_weights_that_cannot_be_fetched(
     assert not (tmp_path / "out").exists()
 
 
-def test_local_weights_that_are_none(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+def test_local_files_that_are_no_weights(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     def refuse(file: Path) -> str:
         return complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}"))
 
@@ -548,9 +548,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(capsys: Capture, run_c
     assert cli.run(["train", str(run_copy), "--resume", "train.epochs=2"]) == 0
 
 
-def test_a_full_disk_elsewhere_is_said(
-    capsys: Capture, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_elsewhere(capsys: Capture, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
@@ -558,7 +556,7 @@ def test_a_full_disk_elsewhere_is_said(
     has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}", code=4), "worst.png: No space left on device")
 
 
-def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
+def test_a_loss_that_is_not_finite(capsys: Capture, run_copy: Path) -> None:
     before = checkpoint.load(run_copy / "last.ckpt")
     words = ["train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null"]
     said = complaint(capsys, *words, code=3)

@@ -1,4 +1,4 @@
-"""Two runs side by side: what the command says, writes and refuses."""
+"""Comparison of two runs: what the command prints, writes and refuses."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(data: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Folders of two runs, as `fusedet val` leaves them, the second one much better."""
+    """Directories of two runs, as `fusedet val` writes them; the second one is much better."""
     folders = tmp_path / "plain", tmp_path / "better"
     for folder, recall, spread in zip(folders, (0.6, 0.95), (0.15, 0.04), strict=True):
         results = guesses(data, "val", recall=recall, spread=spread, seed=1)
@@ -196,7 +196,7 @@ def test_images_that_differ_most(data: Path) -> None:
 
 
 def test_drawn_counts_are_those_of_the_captions(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The strip below an image and the caption, of wrong classes and of objects that do not count too."""
+    """Below an image and in its caption, with confused classes and ignored objects."""
     whole = read_dataset(data, "val")
     ignore = torch.arange(len(whole.labels)) % 5 == 0
     dataset = replace(whole, ignore=ignore)

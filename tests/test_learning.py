@@ -1,4 +1,4 @@
-"""The recipe under which every detector is shown to learn, and what its script says of a run; docs/learning.md has the trainings."""
+"""The schedule of the learning tests, and what their script reports of a run; docs/learning.md has the results."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def learning() -> ModuleType:
 
 
 def test_every_detector_learns_under_one_recipe(learning: ModuleType, tmp_path: Path) -> None:
-    """All small configs are there, and their runs differ in pyramid, neck, head and stages alone."""
+    """All small configs are included; their runs differ in pyramid, neck, head and stages only."""
     assert {f"{name}_tiny" for name in learning.LEAST} == {name for name in config.names() if name.endswith("_tiny")}
     recipes = [learning.recipe(name, tmp_path, tmp_path) for name in learning.LEAST]
     assert (
@@ -46,7 +46,7 @@ def write_run(folder: Path, name: str, scores: dict[str, float], *overrides: str
     return folder
 
 
-def test_figures_of_a_run_by_hand(learning: ModuleType, tmp_path: Path) -> None:
+def test_metrics_of_a_run_by_hand(learning: ModuleType, tmp_path: Path) -> None:
     """10, 5 and 10 steps of 4 images, at 8, 4 and 8 images per second: 5 + 5 + 5 seconds."""
     run = write_run(tmp_path / "run", "fcos", {"AP": 0.61239, "AP50": 0.9})
     assert learning.figures("fcos", run) == {
@@ -69,7 +69,7 @@ def test_both_values_must_be_reached(
     assert learning.figures("mask_rcnn", write_run(tmp_path / "run", "mask_rcnn", scores))["reached"] is reached
 
 
-def test_a_run_is_taken_as_it_is_but_not_of_another_recipe(learning: ModuleType, tmp_path: Path) -> None:
+def test_finished_runs_are_reused_unless_the_recipe_differs(learning: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "vfnet", "vfnet", {}, *learning.COMMON, "data=elsewhere")
     assert learning.finished("vfnet", tmp_path, tmp_path)
     assert not learning.finished("fcos", tmp_path, tmp_path)
@@ -78,8 +78,8 @@ def test_a_run_is_taken_as_it_is_but_not_of_another_recipe(learning: ModuleType,
         learning.finished("fcos", tmp_path, tmp_path)
 
 
-def test_the_page_says_what_the_script_asks_for(learning: ModuleType) -> None:
-    """Each detector has a row of docs/learning.md with the stated least values, below what was measured."""
+def test_documented_minimums_are_those_of_the_script(learning: ModuleType) -> None:
+    """Each detector has a row in docs/learning.md with its minimums, below the measured values."""
     page = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
     for name, least in learning.LEAST.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}_tiny` |"))

@@ -49,6 +49,7 @@ def train(out: Path, recipe: Train = RECIPE, detector: Any = None, **options: An
         ("90s", Interval(seconds=90)),
         ("30min", Interval(seconds=1800)),
         ("1.5h", Interval(seconds=5400)),
+        ("1h30min", Interval(seconds=5400)),
         ("500steps", Interval(steps=500)),
         ("1 step", Interval(steps=1)),
     ],
@@ -57,7 +58,7 @@ def test_intervals(text: str, expected: Interval) -> None:
     assert parse_interval(text, "key") == expected
 
 
-@pytest.mark.parametrize("text", ["30", "min", "0steps", "2.5steps", "-1h", "0s", "30minutes", "1h30min", ""])
+@pytest.mark.parametrize("text", ["30", "min", "0steps", "2.5steps", "-1h", "0s", "30minutes", "1h30", ""])
 def test_what_is_no_interval_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"train.checkpoint_every=.* such as 90s, 30min, 2h or 500steps"):
         Config(train=Train(checkpoint_every=text))

@@ -1,4 +1,4 @@
-"""COCO's test server: a split without annotations, and the json and zip that it takes; and training on VOC, scored both ways."""
+"""COCO's test server: splits without annotations, its json and zip; and VOC data, evaluated in both ways."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ NAMES = dict(zip([1, 2, 3, 16, 17, 90], ["person", "bicycle", "car", "bird", "ca
 
 @pytest.fixture(scope="module")
 def coco(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generated scenes as if they were COCO 2017: its ids, its folders, and test-dev, images of test2017 without annotations."""
+    """The synthetic dataset in the layout of COCO 2017, with test-dev: images of test2017 without annotations."""
     root = tmp_path_factory.mktemp("coco")
     for old, name in (("train", "train2017"), ("val", "val2017"), ("val", "test2017")):
         shutil.copytree(scenes / old, root / name)
@@ -55,7 +55,7 @@ def run(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(file: Path) -> Any:
-    """What the one file in a zip holds, which lies at its top and has its name."""
+    """Return the content of the only file in a zip, at its top and with its name."""
     with zipfile.ZipFile(file) as archive:
         assert archive.namelist() == [f"{file.stem}.json"]
         text = archive.read(f"{file.stem}.json")
@@ -63,7 +63,7 @@ def content(file: Path) -> Any:
     return json.loads(text)
 
 
-def test_test_dev_is_written_and_not_scored(
+def test_test_dev_is_written_and_not_evaluated(
     run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = read_dataset(coco, "test-dev2017")
@@ -96,8 +96,8 @@ def test_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert Path(said["files"]["submission (bbox)"]).is_file()
 
 
-def test_the_server_would_score_what_val_scores(run: Path, coco: Path, tmp_path: Path) -> None:
-    """val2017 is scored too, and the reference evaluator reads the written file to the same figures but for the rounding."""
+def test_submission_has_the_metrics_of_val(run: Path, coco: Path, tmp_path: Path) -> None:
+    """pycocotools computes the same metrics from the written file, apart from rounding."""
     out = tmp_path / "val"
     assert cli.run(["val", str(run), "--submission", f"out={out}"]) == 0
     figures = json.loads((out / "metrics.json").read_text())
@@ -110,7 +110,7 @@ def test_the_server_would_score_what_val_scores(run: Path, coco: Path, tmp_path:
     assert server.stats[8] == pytest.approx(figures["AR100"], abs=1e-2)
 
 
-def test_a_split_without_annotations_is_not_scored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_without_annotations_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["val", str(run), "--split", "test-dev2017"]) == 2
     said = capsys.readouterr().err
     assert "image_info_test-dev2017.json has no objects to score by" in said
@@ -137,7 +137,7 @@ def test_other_data_is_refused(
 
 
 @pytest.mark.parametrize(("split", "whole"), [("val2017", 5000), ("test-dev2017", 20288)])
-def test_a_part_of_the_servers_split_is_warned_of(
+def test_incomplete_splits_are_warned_of(
     run: Path,
     coco: Path,
     split: str,
@@ -212,8 +212,8 @@ def test_wrong_numbers_of_results_are_refused(dataset: DetectionDataset) -> None
         coco_submission.format_results(dataset, [good(dataset)] * 101)
 
 
-def test_masks_have_a_file_of_their_own(dataset: DetectionDataset, tmp_path: Path) -> None:
-    """Without boxes, from which COCO's tools would take the objects' areas."""
+def test_masks_are_a_separate_file(dataset: DetectionDataset, tmp_path: Path) -> None:
+    """It has no boxes, from which COCO's tools would take the areas."""
     height, width = dataset.sizes[0].tolist()
     masks = torch.rand(2, height, width) < 0.5
     detections = Detections(
@@ -251,10 +251,8 @@ def test_wrong_masks_are_refused(dataset: DetectionDataset, mask: Any, message: 
 # -- VOC
 
 
-def test_voc_is_trained_on_and_scored_both_ways(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """MSIL's table 5: train of a VOC folder, val of the same; VOC's AP stands beside COCO's, and follows from the results alone."""
+def test_voc_data_are_evaluated_both_ways(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in table 5 of MSIL: VOC's AP beside COCO's, after a training and from stored results."""
     data, out = tmp_path / "VOC2012", tmp_path / "run"
     assert cli.run(["convert", "data", str(scenes), str(data), "--to", "voc"]) == 0
     assert (data / "ImageSets" / "Main" / "train.txt").is_file()

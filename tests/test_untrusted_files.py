@@ -1,4 +1,4 @@
-"""Files of somebody else: nothing in them runs, nothing of them fills the memory, and nothing is fetched unless asked."""
+"""Untrusted files: no code in them runs, they cannot fill the memory, and nothing is downloaded unless asked for."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ MIB = 2**20
         "model.load_state_dict(x, weights_only=False)",
     ],
 )
-def test_the_scan_finds(text: str) -> None:
+def test_scan_detects_loading_calls(text: str) -> None:
     assert runs_untrusted_code(text)
 
 
-def test_no_source_calls_what_runs_a_file() -> None:
+def test_sources_never_run_code_of_files() -> None:
     assert len(SOURCES) > 100
     assert {path.name: calls for path in SOURCES if (calls := runs_untrusted_code(path.read_text()))} == {}
 
 
-def test_only_these_modules_import_by_name() -> None:
+def test_modules_that_import_by_name() -> None:
     """A name becomes a module in the builder, for the evaluator that is asked for, and lazily for the package's own names."""
     users = {p.name if p.name != "__init__.py" else p.parent.name for p in SOURCES if "import_module" in p.read_text()}
     assert users <= {"build.py", "reference.py", "run.py", "fusedet"}
@@ -109,7 +109,7 @@ class Call:
 
 
 def readers(path: Path) -> dict[str, Callable[[], Any]]:
-    """All that read a file of weights."""
+    """All functions that read a file of weights."""
     return {
         "checkpoint": lambda: checkpoint.load_weights(path),
         "convert": lambda: load_checkpoint.read_checkpoint(path),
@@ -118,13 +118,13 @@ def readers(path: Path) -> dict[str, Callable[[], Any]]:
 
 
 def peak() -> int:
-    """The most KiB that this process has held since it was last asked to forget."""
+    """Peak memory of this process in KiB since the last reset."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @contextmanager
 def at_most(mib: int) -> Iterator[None]:
-    """What is inside never holds that much more memory than there was before, if only for a moment."""
+    """Assert that the block never holds that much more memory than before."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed inside the heap goes back, for a bomb would fit into it unseen
     Path("/proc/self/clear_refs").write_text("5")  # the most ever becomes what is held now
     before = peak()
@@ -132,7 +132,7 @@ def at_most(mib: int) -> Iterator[None]:
     assert peak() - before < mib * 1024
 
 
-def test_the_measure_sees_a_bomb_whatever_was_held_before() -> None:
+def test_peak_memory_is_measured() -> None:
     small = [bytearray(100_000) for _ in range(2_000)]
     small = small[-1:]  # 190 MiB are free in the heap, below one piece that stays
     with at_most(64):
@@ -144,7 +144,7 @@ def test_the_measure_sees_a_bomb_whatever_was_held_before() -> None:
 
 
 def refused(path: Path, *texts: str) -> None:
-    """By every reader, in a sentence that names the file, and before 64 MiB were taken."""
+    """Assert that every reader refuses the file, names it, and allocates less than 64 MiB."""
     for name, read in readers(path).items():
         with at_most(64), pytest.raises(InputError) as caught:
             read()
@@ -171,7 +171,7 @@ def test_a_zip_bomb(tmp_path: Path, good: Path) -> None:
     assert checkpoint.load(rewritten(good, tmp_path / "plain.ckpt"))["model"]["w"].sum() == 6
 
 
-def test_entries_that_lie_over_each_other(tmp_path: Path, good: Path) -> None:
+def test_overlapping_zip_entries(tmp_path: Path, good: Path) -> None:
     path = rewritten(good, tmp_path / "twice.ckpt")
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(next(name for name in archive.namelist() if name.endswith("data/0")), b"x" * 24)
@@ -193,12 +193,12 @@ def test_entries_that_lie_over_each_other(tmp_path: Path, good: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_makes_memory_from_a_number(tmp_path: Path, call: Call, zipped: bool) -> None:
+def test_pickle_that_allocates_memory(tmp_path: Path, call: Call, zipped: bool) -> None:
     torch.save({"model": {"w": call}}, tmp_path / "made.ckpt", _use_new_zipfile_serialization=zipped)
     refused(tmp_path / "made.ckpt", "no checkpoint of weights needs", "is not a fusedet checkpoint")
 
 
-def test_tensors_that_claim_more_than_the_file(tmp_path: Path) -> None:
+def test_tensors_larger_than_the_file(tmp_path: Path) -> None:
     one = torch.ones(1)
     for value in (one.expand(10**6, 10**6), torch.sparse_coo_tensor(size=(10**6, 10**6))):
         torch.save({"model": {"w": value}}, tmp_path / "wide.ckpt")
@@ -211,7 +211,7 @@ def test_tensors_that_claim_more_than_the_file(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "shared.ckpt")["model"].keys() == {"a", "b"}
 
 
-def test_a_storage_that_claims_more_than_its_entry(tmp_path: Path, good: Path) -> None:
+def test_storage_larger_than_its_entry(tmp_path: Path, good: Path) -> None:
     def claim(name: str, data: bytes) -> bytes:
         return (
             data.replace(b"cpuq\x08K\x06t", b"cpuq\x08J" + struct.pack("<i", 2**30) + b"t")
@@ -224,7 +224,7 @@ def test_a_storage_that_claims_more_than_its_entry(tmp_path: Path, good: Path) -
     refused(path, "damaged")
 
 
-def test_code_is_named_and_not_run(tmp_path: Path) -> None:
+def test_code_is_reported_and_not_run(tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save(
             {"model": {"w": Call(os.system, f"touch {tmp_path}/ran")}},
@@ -237,7 +237,7 @@ def test_code_is_named_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path, good: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path, good: Path) -> None:
     checkpoint.save_weights(tmp_path / "good.safetensors", {"w": torch.ones(3, 2)}, {"config": "x"})
     for whole in (good, tmp_path / "good.safetensors"):
         data, begun = whole.read_bytes(), tmp_path / f"begun{whole.suffix}"
@@ -248,7 +248,7 @@ def test_every_cut_of_a_file_is_refused(tmp_path: Path, good: Path) -> None:
                 checkpoint.load_weights(begun)
 
 
-def test_any_changed_byte_is_read_or_refused(tmp_path: Path, good: Path) -> None:
+def test_changed_bytes_are_read_or_refused(tmp_path: Path, good: Path) -> None:
     """No other error than an InputError, whichever byte of the pickle or of the archive's directory is changed."""
     data, changed = good.read_bytes(), tmp_path / "changed.ckpt"
     places = [
@@ -309,7 +309,7 @@ MERGED = "a: &a {k: 1}\n" + "".join(
 
 
 def with_meta(run: Path, target: Path, **changes: Any) -> Path:
-    """The run's best weights with another description; the config as a text, or as a function of its tree."""
+    """Write the run's best weights with other metadata; the config is a text or a function of its tree."""
     state, meta = checkpoint.load_weights(run / "best.safetensors")
     if callable(changes.get("config")):
         tree = config.parse_yaml(meta["config"], "x")
@@ -346,7 +346,7 @@ def with_meta(run: Path, target: Path, **changes: Any) -> Path:
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_descriptions(
+def test_wrong_metadata(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], text: str, suffix: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -376,15 +376,13 @@ def change(model: dict[str, Any], key: str, value: Any) -> None:
         ("backbone.name", "resnet50", "does not fit this model|that has more"),
     ],
 )
-def test_models_that_are_not_those_of_the_weights(
-    trained: Path, tmp_path: Path, key: str, value: Any, text: str
-) -> None:
+def test_models_that_do_not_fit_the_weights(trained: Path, tmp_path: Path, key: str, value: Any, text: str) -> None:
     file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value))
     with at_most(64), pytest.raises(InputError, match=text):
         load_model.rebuild(file, trust="hub" in str(value) or "local" in str(value))
 
 
-def test_info_counts_what_an_untrusted_run_asks_for_and_takes_no_memory(
+def test_info_of_an_untrusted_run_allocates_no_memory(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
@@ -421,7 +419,7 @@ def test_info_counts_what_an_untrusted_run_asks_for_and_takes_no_memory(
 
 
 class Spy(torch.nn.Module):
-    """A neck that leaves everything to FPN."""
+    """A neck that is FPN."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         raise AssertionError("made")
@@ -429,7 +427,7 @@ class Spy(torch.nn.Module):
 
 @pytest.fixture
 def outside_class(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package that can be imported and says when it is."""
+    """A package that can be imported and records its import."""
     from fusedet.models.necks import FPN
 
     module = types.ModuleType("strange_parts")
@@ -472,7 +470,7 @@ def test_a_class_of_another_package_is_refused_everywhere(
 def test_trust(
     trained: Path, tmp_path: Path, scenes: Path, outside_class: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every command that makes a model of somebody else's config asks for --trust, and takes it."""
+    """Every command that builds a model from an untrusted config needs --trust for outside classes."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     tree = config.read_yaml(run / "config.yaml")
     tree["model"]["neck"] = "strange_parts:Neck"
@@ -508,15 +506,15 @@ def test_trust(
     assert cli.run(["config", str(run)]) == 0  # printing makes nothing
 
 
-def test_a_resumed_run_is_of_the_classes_of_its_config_alone(run_copy: Path, outside_class: str) -> None:
-    """Its best weights, which are scored at the end, may say of themselves what they like."""
+def test_a_resumed_run_uses_its_config_only(run_copy: Path, outside_class: str) -> None:
+    """The config stored in its best weights, which are evaluated at the end, is ignored."""
     with_meta(run_copy, run_copy / "best.safetensors", config=lambda model: change(model, "neck", outside_class))
     with pytest.raises(InputError, match=r"strange_parts:Spy.*--trust"):
         load_model.rebuild(run_copy / "best.safetensors")
     assert cli.run(["train", str(run_copy), "--resume", "--json"]) == 0
 
 
-def test_a_config_that_the_user_names_is_his_own(tmp_path: Path, outside_class: str) -> None:
+def test_a_named_config_file_is_trusted(tmp_path: Path, outside_class: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: retinanet_tiny\nmodel: {neck: {type: 'strange_parts:Neck'}}\n")
     assert cli.run(["info", str(file)]) == 0
@@ -561,8 +559,8 @@ print(json.dumps([codes, before, met]))
 """
 
 
-def test_nothing_is_fetched_or_sent(scenes: Path, tmp_path: Path) -> None:
-    """Training, scoring and predicting where every connection is refused and noted; the last one, of the test's own, shows that it is."""
+def test_no_network_access(scenes: Path, tmp_path: Path) -> None:
+    """Train, evaluate and predict while every connection is refused and recorded; the last one is the test's own."""
     from conftest import SMALL
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Testing at several sizes and with flips: what each view finds is moved back, and all views together are suppressed once."""
+"""Test-time augmentation at several sizes and with flips: detections are mapped back and merged by one NMS."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_wrong_values_are_refused(override: str, message: str) -> None:
 
 
 def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
-    """Each as a loader of that view alone gives it; a flip turns the image inside its padding, and its objects."""
+    """Each view equals that of a loader of this view only; a flip mirrors image and objects inside the padding."""
     dataset = read_dataset(scenes, "val")
     seen = (EvalTransform(32, 48), EvalTransform(64, 96), EvalTransform(64, 96, flip=True))
     together = list(build_eval_loader(dataset, seen[0], batch=3, views=seen[1:], workers=1))
@@ -126,7 +126,7 @@ TABLE = [
 
 
 def test_views_by_hand() -> None:
-    """The best of three finds of one object stays, of each class for itself; a corner comes back on the other side."""
+    """The best of three detections of an object stays, per class; mirrored boxes are mapped back."""
     seen = made("data.size=[40,60]", "test.scales=[40,80]", "test.flip=true")
     images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
     wanted = [(10, 10, 20, 20, 0.95, 0), (10, 10, 20, 20, 0.7, 1), (30, 5, 50, 25, 0.6, 1), (54, 0, 60, 8, 0.3, 0)]
@@ -138,8 +138,8 @@ def test_views_by_hand() -> None:
     assert sorted(detections.scores.tolist()) == pytest.approx([0.3, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
-def test_masks_travel_with_their_boxes() -> None:
-    """The mirrored view's find wins, and the half of its mask that is set is the other half of the box in the image."""
+def test_masks_follow_their_boxes() -> None:
+    """The mirrored view's detection wins, and its mask is mirrored back."""
     seen = made("data.size=[40,60]", "test.flip=true")
     images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
     left = torch.zeros(1, 4, 4)
@@ -154,7 +154,7 @@ def test_masks_travel_with_their_boxes() -> None:
 
 
 class Bright:
-    """A detector that finds what is not black, whole: the same in every view."""
+    """A detector of the bright region, which is the same in every view."""
 
     selection: ClassVar[dict[str, Any]] = {}
 
@@ -172,8 +172,8 @@ class Bright:
         )
 
 
-def test_what_looks_the_same_in_every_view_is_found_once() -> None:
-    """At a width that is no multiple of 32, so that there is padding beside the image, and on two images of different shapes."""
+def test_an_object_seen_in_every_view_is_detected_once() -> None:
+    """With padding, because the width is no multiple of 32, and with two images of different shapes."""
     images = [torch.zeros(3, 50, 77, dtype=torch.uint8), torch.zeros(3, 64, 40, dtype=torch.uint8)]
     images[0][:, 4:30, 8:21] = 255
     images[1][:, 40:64, 0:9] = 255
@@ -190,8 +190,8 @@ def test_what_looks_the_same_in_every_view_is_found_once() -> None:
     assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
 
 
-def test_merging_is_the_definition() -> None:
-    """Greedy suppression per class, literally."""
+def test_merging_is_greedy_nms() -> None:
+    """Per class, written out."""
     for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
         parts = []
@@ -211,7 +211,7 @@ def test_merging_is_the_definition() -> None:
         assert torch.equal(detections.labels, labels[kept[:6]])
 
 
-def test_nothing_is_found_in_any_view() -> None:
+def test_no_detection_in_any_view() -> None:
     nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
     detections = merge_detections([nothing, nothing])
     assert [len(column) for column in detections] == [0, 0, 0, 0]
@@ -245,7 +245,7 @@ def test_every_detector(name: str) -> None:
         assert one.masks is None or one.masks.shape == (len(one), height, width)
 
 
-def test_one_view_is_no_augmentation(trained: Path, scenes: Path) -> None:
+def test_one_view_changes_nothing(trained: Path, scenes: Path) -> None:
     path = sorted((scenes / "val").iterdir())[0]
     plain, same, more = (
         fusedet.load(trained, *overrides, device="cpu").predict(path)
@@ -257,8 +257,8 @@ def test_one_view_is_no_augmentation(trained: Path, scenes: Path) -> None:
     assert not torch.equal(plain.scores[: len(more)], more.scores[: len(plain)])
 
 
-def test_all_commands_mean_the_same(scenes: Path, trained: Path, tmp_path: Path) -> None:
-    """What a training scores last, `val` and `predict` find."""
+def test_train_val_and_predict_agree(scenes: Path, trained: Path, tmp_path: Path) -> None:
+    """The evaluation at the end of a training, `val` and `predict` use the same views."""
     out = tmp_path / "run"
     overrides = ["test.scales=[48,64]", "test.flip=true", "test.batch=1"]
     assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, *overrides]) == 0

@@ -1,4 +1,4 @@
-"""The wheel, installed where the source tree is not in sight: it holds the configs and its command works."""
+"""The wheel, installed away from the source tree: it holds the configs, and its command works."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scripts(wheel, tmp_path_factory) -> Path:
-    """The folder of executables of an environment with the wheel, and this one's packages but for its editable fusedet."""
+    """The executables of an environment with the wheel and this environment's packages without its editable fusedet."""
     home = tmp_path_factory.mktemp("env")
     venv.create(home, symlinks=os.name != "nt")
     folder = home / ("Scripts" if os.name == "nt" else "bin")
@@ -52,14 +52,14 @@ def scripts(wheel, tmp_path_factory) -> Path:
 
 
 def called(*command: str, cwd: Path, python: str | Path = sys.executable) -> str:
-    """What a Python, or a script beside it, prints."""
+    """Return the output of a Python, or of a script."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run([str(python), *command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_it_holds_what_the_source_tree_holds(wheel):
+def test_content_is_the_source_tree(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fusedet/")}
     kinds = (".py", ".yaml", ".json", ".css", ".typed")
     assert held == {f"fusedet/{p.relative_to(SOURCE).as_posix()}" for p in SOURCE.rglob("*") if p.suffix in kinds}
@@ -68,13 +68,13 @@ def test_it_holds_what_the_source_tree_holds(wheel):
         assert any(name.startswith(f"fusedet/configs/{package}/") for name in held)
 
 
-def test_it_holds_its_licence(wheel):
+def test_licence(wheel):
     packed = zipfile.ZipFile(wheel)
     (name,) = [name for name in packed.namelist() if name.endswith("/licenses/LICENSE")]
     assert packed.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
-def test_its_command_works_without_the_source_tree(scripts, tmp_path):
+def test_command_without_the_source_tree(scripts, tmp_path):
     code = "import fusedet, json, sys; print(json.dumps([fusedet.__file__, *sys.path]))"
     home, *places = json.loads(called("-c", code, cwd=tmp_path, python=scripts / "python"))
     assert Path(home).is_relative_to(scripts.parent)

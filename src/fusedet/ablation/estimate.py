@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,12 +15,11 @@ from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
 from fusedet.api.predict import pick_device, views
 from fusedet.api.train import make_detector, train_transform
 from fusedet.api.validate import detect, has_mask_branch, val_loader
-from fusedet.config import Config
+from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader
 from fusedet.errors import InputError
 
 MAX_CPU_IMAGES = 2  # batch of a timed step on a CPU
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def parse_duration(text: str) -> float:
@@ -33,10 +31,10 @@ def parse_duration(text: str) -> float:
     >>> parse_duration("1h30m")
     5400.0
     """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
+    seconds = to_seconds(text)
+    if seconds is None:
         raise InputError(f"--budget {text} is not a duration: write it as 2h, 90m, 1h30m or 45s")
-    return float(sum(float(number) * UNITS[unit] for number, unit in parts))
+    return seconds
 
 
 def format_duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Configs: what they hold (`schema`) and how YAML, bases and overrides become one (`loading`)."""
 
-from fusedet.config.interval import Interval, parse_interval
+from fusedet.config.interval import Interval, parse_interval, to_seconds
 from fusedet.config.loading import (
     BACKBONES,
     apply_overrides,
@@ -36,5 +36,6 @@ __all__ = [
     "read_yaml",
     "refuse_foreign_classes",
     "settings",
+    "to_seconds",
     "validate_value",
 ]

@@ -1,4 +1,4 @@
-"""Intervals of time or of steps, as text."""
+"""Times and numbers of steps, as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fusedet.errors import InputError
 
-SECONDS = {"s": 1, "min": 60, "h": 3600}
+SECONDS = {"d": 86400, "h": 3600, "min": 60, "m": 60, "s": 1}
+_PART = r"(\d+(?:\.\d+)?) ?(d|h|min|m|s)"
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,17 @@ class Interval:
 
     seconds: float | None = None
     steps: int | None = None
+
+
+def to_seconds(text: str) -> float | None:
+    """Return the seconds of a time such as 90s, 30min, 2h or 1h30m; None for any other text.
+
+    >>> to_seconds("1h30m")
+    5400.0
+    """
+    if not re.fullmatch(f"({_PART})+", text):
+        return None
+    return float(sum(float(number) * SECONDS[unit] for number, unit in re.findall(_PART, text)))
 
 
 def parse_interval(text: object, key: str) -> Interval:
@@ -33,10 +45,8 @@ def parse_interval(text: object, key: str) -> Interval:
     >>> parse_interval("500steps", "train.checkpoint_every")
     Interval(seconds=None, steps=500)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|steps?)", str(text))
-    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
-    if unit in SECONDS and number > 0:
-        return Interval(seconds=number * SECONDS[unit])
-    if unit.startswith("step") and number >= 1 and number.is_integer():
-        return Interval(steps=int(number))
+    if seconds := to_seconds(str(text)):
+        return Interval(seconds=seconds)
+    if steps := re.fullmatch(r"(0*[1-9]\d*)(?:\.0*)? ?steps?", str(text)):
+        return Interval(steps=int(steps[1]))
     raise InputError(f"{key}={text} must be a time or a number of steps, such as 90s, 30min, 2h or 500steps")
