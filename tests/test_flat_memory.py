@@ -78,7 +78,6 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     (tmp_path / "many").mkdir()
     for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
         (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
-    # what is found is held until its part is written, some kilobytes an image: many small parts
     words = [
         "predict",
         trained,
@@ -86,8 +85,6 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
         f"out={tmp_path / 'found'}",
         "--no-draw",
         "test.batch=4",
-        "--part",
-        "20",
         "--json",
     ]
     taken = of_command("detect", 2, words)

@@ -57,7 +57,6 @@ def test_prediction_of_20000_images(
     for i in range(20_000):
         one = images[i % len(images)]
         os.link(one, tmp_path / "many" / f"{i:05d}{one.suffix}")
-    # what is found is held until its part is written, so memory goes up and down with each part: small parts, many of them in a block
     words = [
         "predict",
         out,
@@ -65,8 +64,6 @@ def test_prediction_of_20000_images(
         f"out={tmp_path / 'found'}",
         "--no-draw",
         "test.batch=4",
-        "--part",
-        "100",
         "--json",
     ]
     taken = of_command("detect", 25, words)
