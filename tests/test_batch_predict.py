@@ -86,9 +86,9 @@ def test_sources_come_in_the_order_of_their_paths_each_once(folder: Path, tmp_pa
         assert expected
         assert list(Sources([f"{folder}/{pattern}"])) == expected, pattern
     twice = [str(folder / "b" / "d.png"), f"{folder}/*/1.png", str(folder), f"{folder}/**/*.png"]
-    found = list(Sources(twice))
-    assert sorted(found) == everything
-    assert found[0] == folder / "b" / "d.png"
+    paths = list(Sources(twice))
+    assert sorted(paths) == everything
+    assert paths[0] == folder / "b" / "d.png"
     (tmp_path / "list.txt").write_text(
         f"\ufeff{folder}/z.png\r\n\n{folder}/missing.png\n{folder}/b/c\n{folder}/z.png\n", encoding="utf-8"
     )

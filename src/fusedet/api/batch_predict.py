@@ -57,7 +57,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Image:
-    """An image to predict; `is_done` where only the rest of its batch is missing."""
+    """An image of a batch; `is_done` if only others of its batch lack a line."""
 
     number: int
     path: Path
@@ -78,8 +78,9 @@ def predict(
 ) -> Info:
     """Predict the sources into the directory `target`, which holds predictions.json in COCO's format at the end.
 
-    Images are numbered from 1 in the order of the sources. Process `rank` takes every `world`-th batch and appends a line
-    per image to its own file; whichever process sees all images done joins the files. One batch is in memory at a time.
+    Images are numbered from 1 in the order of the sources. Process `rank` takes every `world`-th batch and appends a
+    line per image to its own file; whichever process sees all images done joins the files. One batch is in memory at a
+    time.
 
     Args:
         predictor: The model.
@@ -95,8 +96,8 @@ def predict(
         other processes still have to predict (left), and the files.
 
     Raises:
-        InputError: `target` holds other files, the request differs from that of the begun prediction, a line is damaged,
-            or an image cannot be read; the earlier images are then in predictions.json.
+        InputError: `target` holds other files, the request differs from that of the begun prediction, a line is
+            damaged, or an image cannot be read; the earlier images are then in predictions.json.
         StorageError: A file cannot be written.
     """
     config = predictor.config
@@ -214,7 +215,7 @@ def _append(
 def _missing(
     sources: Sources, target: Path, options: Options, total: int, advance: Callable[[int], None]
 ) -> Iterator[_Image]:
-    """Yield the images of this process's batches that lack a line; a batch comes whole, so that it is predicted the same."""
+    """Yield the batches that lack a line, whole: a resumed prediction must form the same batches."""
     records = _read_lines(target)
     record = next(records, None)
     first_of_name: dict[str, int] = {}
