@@ -97,7 +97,6 @@ def measure_prediction(top: Path, images: int, processes: int) -> dict[str, floa
         f"@{listed}",
         f"out={top / f'out-{images}-{processes}'}",
         "--no-draw",
-        "--part=100",
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     began, running = time.perf_counter(), []

@@ -25,16 +25,16 @@ def boxes(images: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 def write(root: Path, form: str, images: int, each: int, *, polygons: bool = False) -> Path:
     """A split "train" in COCO's, YOLO's or VOC's form; the path to give to `read`."""
-    found, labels = boxes(images, each)
+    corners, labels = boxes(images, each)
     if form == "coco":
-        return _coco(root, found, labels, polygons)
+        return _coco(root, corners, labels, polygons)
     folders = {"yolo": ("images/train", "labels/train"), "voc": ("JPEGImages", "Annotations")}[form]
     for folder in folders:
         (root / folder).mkdir(parents=True)
-    for i, (rows, own) in enumerate(zip(found.tolist(), labels.tolist())):
+    for i, (rows, own) in enumerate(zip(corners.tolist(), labels.tolist())):
         if i % LINKS == 0:
-            one = image(root / f"{i}.jpg", WIDTH, HEIGHT)
-        os.link(one, root / folders[0] / f"{i:06d}.jpg")
+            entry = image(root / f"{i}.jpg", WIDTH, HEIGHT)
+        os.link(entry, root / folders[0] / f"{i:06d}.jpg")
         if form == "yolo":
             lines = [
                 f"{k} {(a + c) / 2 / WIDTH:.6f} {(b + d) / 2 / HEIGHT:.6f} {(c - a) / WIDTH:.6f} {(d - b) / HEIGHT:.6f}\n"
@@ -56,18 +56,18 @@ def write(root: Path, form: str, images: int, each: int, *, polygons: bool = Fal
     return root
 
 
-def _coco(root: Path, found: np.ndarray, labels: np.ndarray, polygons: bool) -> Path:
+def _coco(root: Path, corners: np.ndarray, labels: np.ndarray, polygons: bool) -> Path:
     file = root / "annotations" / "instances_train2017.json"
     file.parent.mkdir(parents=True)
     (root / "train2017").mkdir()
     with file.open("w") as out:
         images = (
-            f'{{"id":{i},"file_name":"{i:012d}.jpg","width":{WIDTH},"height":{HEIGHT}}}' for i in range(len(found))
+            f'{{"id":{i},"file_name":"{i:012d}.jpg","width":{WIDTH},"height":{HEIGHT}}}' for i in range(len(corners))
         )
         out.write(f'{{"images":[{",".join(images)}],"categories":[')
         out.write(",".join(f'{{"id":{k + 1},"name":"{name}"}}' for k, name in enumerate(NAMES)) + '],"annotations":[')
         number = 0
-        for i, (rows, own) in enumerate(zip(found.tolist(), labels.tolist())):
+        for i, (rows, own) in enumerate(zip(corners.tolist(), labels.tolist())):
             lines = []
             for k, (a, b, c, d) in zip(own, rows):
                 number += 1

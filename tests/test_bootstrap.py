@@ -1,4 +1,4 @@
-"""Intervals: the bootstrap against images really repeated, its coverage where the true difference is known, and printed t tables."""
+"""Intervals: the bootstrap against repeated images, its coverage of a known difference, and printed t tables."""
 
 import math
 from statistics import NormalDist
@@ -61,11 +61,13 @@ def test_equals_images_really_repeated(data, images, image_ids):
     weights[weights.sum(axis=1) == 0] = 1
     whole = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
     results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(images) for box, k, score in own]
-    found = resample_metrics(whole, results, np.array([np.ones(len(images), int), *weights], dtype=np.int16))
+    resampled = resample_metrics(whole, results, np.array([np.ones(len(images), int), *weights], dtype=np.int16))
     itself = evaluation.evaluate_coco(whole, results)
     for column, expected in enumerate([itself, *(repeated(images, image_ids, row) for row in weights)]):
-        assert found.figures[:, column] == pytest.approx([expected[name] for name in METRICS], abs=1e-12, nan_ok=True)
-        assert found.classes[:, column] == pytest.approx(
+        assert resampled.metrics[:, column] == pytest.approx(
+            [expected[name] for name in METRICS], abs=1e-12, nan_ok=True
+        )
+        assert resampled.classes[:, column] == pytest.approx(
             [row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True
         )
 
@@ -75,23 +77,23 @@ def test_blocks_do_not_matter(monkeypatch, block):
     data, a, b, _ = draw(np.random.default_rng(0), 40)
     whole = evaluation.paired_bootstrap(data, a, b, resamples=30)
     monkeypatch.setattr("fusedet.evaluation.bootstrap.BLOCK", block)
-    found = evaluation.paired_bootstrap(data, a, b, resamples=30)
+    resampled = evaluation.paired_bootstrap(data, a, b, resamples=30)
     for name in METRICS:
-        assert found[name] == pytest.approx(whole[name], abs=1e-12, nan_ok=True)
+        assert resampled[name] == pytest.approx(whole[name], abs=1e-12, nan_ok=True)
 
 
 def test_form_and_seed():
     data, a, b, _ = draw(np.random.default_rng(0), 40)
-    found = evaluation.paired_bootstrap(data, a, b, resamples=50)
-    assert list(found) == [*METRICS, "classes"]
-    for row in (found["AP"], found["classes"][0]):
+    resampled = evaluation.paired_bootstrap(data, a, b, resamples=50)
+    assert list(resampled) == [*METRICS, "classes"]
+    for row in (resampled["AP"], resampled["classes"][0]):
         assert row["difference"] == pytest.approx(row["b"] - row["a"])
         assert row["low"] < row["difference"] < row["high"]
-    assert found["AP"]["a"] == pytest.approx(evaluation.evaluate_coco(data, a)["AP"])
-    assert found["AP"] == evaluation.paired_bootstrap(data, a, b, resamples=50)["AP"]
-    assert found["AP"] != evaluation.paired_bootstrap(data, a, b, resamples=50, seed=1)["AP"]
+    assert resampled["AP"]["a"] == pytest.approx(evaluation.evaluate_coco(data, a)["AP"])
+    assert resampled["AP"] == evaluation.paired_bootstrap(data, a, b, resamples=50)["AP"]
+    assert resampled["AP"] != evaluation.paired_bootstrap(data, a, b, resamples=50, seed=1)["AP"]
     back = evaluation.paired_bootstrap(data, b, a, resamples=50)["AP"]
-    assert (back["low"], back["high"]) == pytest.approx((-found["AP"]["high"], -found["AP"]["low"]))
+    assert (back["low"], back["high"]) == pytest.approx((-resampled["AP"]["high"], -resampled["AP"]["low"]))
     same = evaluation.paired_bootstrap(data, a, a, resamples=50)["AP"]
     assert same["low"] == same["high"] == 0, "the same resample for both"
 
@@ -113,9 +115,9 @@ def test_drawn_images():
 
 def test_mean_over_seeds():
     one, two = (ResampledMetrics(np.full((6, 3), v), np.full((2, 3), v), 9) for v in (0.2, 0.4))
-    found = compute_difference(average_runs([one, two]), two, ["x", "y"])
-    assert found["AP50"] == pytest.approx({"a": 0.3, "b": 0.4, "difference": 0.1, "low": 0.1, "high": 0.1})
-    assert [row["name"] for row in found["classes"]] == ["x", "y"]
+    resampled = compute_difference(average_runs([one, two]), two, ["x", "y"])
+    assert resampled["AP50"] == pytest.approx({"a": 0.3, "b": 0.4, "difference": 0.1, "low": 0.1, "high": 0.1})
+    assert [row["name"] for row in resampled["classes"]] == ["x", "y"]
 
 
 # -- coverage

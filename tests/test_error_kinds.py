@@ -1,4 +1,4 @@
-"""Errors by kind: one hand-made image per kind, what each kind costs by hand, and sums over random ones."""
+"""The error breakdown: a hand-made image and the cost of each type, and sums over random images."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedet import evaluation
-from fusedet.evaluation.error_analysis import KINDS
+from fusedet.evaluation.error_analysis import ERROR_TYPES
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 CAT, DOG = 7, 3  # category ids of labels 0 and 1
@@ -19,114 +19,117 @@ def part(share):
 
 
 def kinds(images, results, **options):
-    found = evaluation.analyze_errors(dataset(images, **options), results)
-    assert list(found["kinds"]) == list(KINDS)
-    return found["AP50"], {
-        name: (row["count"], row["dAP"]) for name, row in found["kinds"].items() if row["count"] or row["dAP"]
+    errors = evaluation.analyze_errors(dataset(images, **options), results)
+    assert list(errors["kinds"]) == list(ERROR_TYPES)
+    return errors["AP50"], {
+        name: (row["count"], row["dAP"]) for name, row in errors["kinds"].items() if row["count"] or row["dAP"]
     }
 
 
-def one(box, category, score=0.9):
+def detection(box, category, score=0.9):
     return result(1, category, box, score)
 
 
 def test_no_error():
-    assert kinds([[(BOX, 0, False)]], [one(BOX, CAT)]) == (pytest.approx(1), {})
+    assert kinds([[(BOX, 0, False)]], [detection(BOX, CAT)]) == (pytest.approx(1), {})
 
 
 def test_missed():
     # without the missed object the other one is all there is; before, recall ends at 1/2: 51 of 101 levels
-    ap, found = kinds([[(BOX, 0, False), (FAR, 0, False)]], [one(BOX, CAT)])
+    ap, errors = kinds([[(BOX, 0, False), (FAR, 0, False)]], [detection(BOX, CAT)])
     assert ap == pytest.approx(51 / 101)
-    assert found == {"missed": (1, pytest.approx(50 / 101))}
+    assert errors == {"missed": (1, pytest.approx(50 / 101))}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.499])
 def test_localisation(share):
-    assert kinds([[(BOX, 0, False)]], [one(part(share), CAT)]) == (0, {"localisation": (1, pytest.approx(1))})
+    assert kinds([[(BOX, 0, False)]], [detection(part(share), CAT)]) == (0, {"localisation": (1, pytest.approx(1))})
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 1])
 def test_classification(share):
     # of two classes only the cat has an object; mended, the detection is a cat
-    assert kinds([[(BOX, 0, False)]], [one(part(share), DOG)]) == (0, {"classification": (1, pytest.approx(1))})
+    assert kinds([[(BOX, 0, False)]], [detection(part(share), DOG)]) == (0, {"classification": (1, pytest.approx(1))})
 
 
 @pytest.mark.parametrize("share", [0.11, 0.499])
 def test_both(share):
     # the object is missed too: nothing that is mended by place or class alone lies on it; without it no class has an object
-    found = evaluation.analyze_errors(dataset([[(BOX, 0, False)]]), [one(part(share), DOG)])
-    assert {name: row["count"] for name, row in found["kinds"].items() if row["count"]} == {"both": 1, "missed": 1}
+    errors = evaluation.analyze_errors(dataset([[(BOX, 0, False)]]), [detection(part(share), DOG)])
+    assert {name: row["count"] for name, row in errors["kinds"].items() if row["count"]} == {"both": 1, "missed": 1}
 
 
 @pytest.mark.parametrize("box", [FAR, (10, 10, 19, 110)])
 def test_background(box):
     # the false one comes first: precision 1/2 becomes 1
-    ap, found = kinds([[(BOX, 0, False)]], [one(BOX, CAT, 0.5), one(box, CAT)])
-    assert (ap, found) == (pytest.approx(0.5), {"background": (1, pytest.approx(0.5))})
-    assert kinds([[]], [one(BOX, CAT)])[1]["background"][0] == 1, "in an image without objects all is background"
+    ap, errors = kinds([[(BOX, 0, False)]], [detection(BOX, CAT, 0.5), detection(box, CAT)])
+    assert (ap, errors) == (pytest.approx(0.5), {"background": (1, pytest.approx(0.5))})
+    assert kinds([[]], [detection(BOX, CAT)])[1]["background"][0] == 1, "in an image without objects all is background"
 
 
 def test_overlap_at_the_edge_of_the_background():
     """0.1 of an object of the own class is a place, of another class background; to the bit, in a box of 10."""
     ten, tenth = (0, 0, 10, 10), (0, 0, 10, 1)
-    assert "localisation" in kinds([[(ten, 0, False)]], [one(tenth, CAT)])[1]
-    assert "background" in kinds([[(ten, 0, False)]], [one(tenth, DOG)])[1]
+    assert "localisation" in kinds([[(ten, 0, False)]], [detection(tenth, CAT)])[1]
+    assert "background" in kinds([[(ten, 0, False)]], [detection(tenth, DOG)])[1]
 
 
 def test_duplicate():
     # right, its duplicate, then the second object: precision at recall 1 is 2/3, without the duplicate 1
-    guesses = [one(BOX, CAT), one(part(0.8), CAT, 0.8), one(FAR, CAT, 0.5)]
-    ap, found = kinds([[(BOX, 0, False), (FAR, 0, False)]], guesses)
+    guesses = [detection(BOX, CAT), detection(part(0.8), CAT, 0.8), detection(FAR, CAT, 0.5)]
+    ap, errors = kinds([[(BOX, 0, False), (FAR, 0, False)]], guesses)
     assert ap == pytest.approx((51 + 50 * 2 / 3) / 101)
-    assert found == {"duplicate": (1, pytest.approx(50 / 3 / 101))}
+    assert errors == {"duplicate": (1, pytest.approx(50 / 3 / 101))}
 
 
 def test_place_goes_before_class():
     """It overlaps a cat by 0.4 and a dog wholly: a cat in the wrong place."""
-    _, found = kinds([[(BOX, 0, False), (part(0.4), 1, False)]], [one(part(0.4), CAT)])
-    assert {name: count for name, (count, _) in found.items()} == {"localisation": 1, "missed": 1}
+    _, errors = kinds([[(BOX, 0, False), (part(0.4), 1, False)]], [detection(part(0.4), CAT)])
+    assert {name: count for name, (count, _) in errors.items()} == {"localisation": 1, "missed": 1}
 
 
 def test_only_the_best_detection_on_an_object_is_mended():
     """Two misplaced ones on one object: the better becomes right, the other goes; AP is 1, not 1 with a false one."""
-    ap, found = kinds([[(BOX, 0, False)]], [one(part(0.4), CAT, 0.5), one(part(0.3), CAT, 0.9)])
-    assert (ap, found) == (0, {"localisation": (2, pytest.approx(1))})
+    ap, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.5), detection(part(0.3), CAT, 0.9)])
+    assert (ap, errors) == (0, {"localisation": (2, pytest.approx(1))})
 
 
 def test_a_mended_detection_keeps_its_score():
     # the misplaced one at 0.3 stays behind the false one at 0.6: right, false, right gives 2/3 from recall 1/2 on
     images = [[(BOX, 0, False), (FAR, 0, False)]]
-    guesses = [one(FAR, CAT, 0.9), one((120, 0, 130, 10), CAT, 0.6), one(part(0.4), CAT, 0.3)]
-    ap, found = kinds(images, guesses)
+    guesses = [detection(FAR, CAT, 0.9), detection((120, 0, 130, 10), CAT, 0.6), detection(part(0.4), CAT, 0.3)]
+    ap, errors = kinds(images, guesses)
     assert ap == pytest.approx(51 / 101)
-    assert found == {"localisation": (1, pytest.approx(50 * 2 / 3 / 101)), "background": (1, 0)}
+    assert errors == {"localisation": (1, pytest.approx(50 * 2 / 3 / 101)), "background": (1, 0)}
 
 
 def test_misplaced_beside_a_found_object_goes_when_mended():
-    """The object is found: the second, misplaced and better scored, cannot become right too."""
-    ap, found = kinds([[(BOX, 0, False)]], [one(part(0.4), CAT, 0.9), one(BOX, CAT, 0.5)])
-    assert (ap, found) == (pytest.approx(0.5), {"localisation": (1, pytest.approx(0.5))})
+    """The object is matched: the misplaced detection of higher score cannot become right too."""
+    ap, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.9), detection(BOX, CAT, 0.5)])
+    assert (ap, errors) == (pytest.approx(0.5), {"localisation": (1, pytest.approx(0.5))})
 
 
 def test_best_of_place_and_class_on_one_object():
     """A misplaced cat (0.9) and a dog (0.8) on one cat: the better one alone can be mended, and the object is not missed."""
-    _, found = kinds([[(BOX, 0, False)]], [one(part(0.4), CAT, 0.9), one(BOX, DOG, 0.8)])
-    assert found == {"localisation": (1, pytest.approx(1)), "classification": (1, 0)}
+    _, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.9), detection(BOX, DOG, 0.8)])
+    assert errors == {"localisation": (1, pytest.approx(1)), "classification": (1, 0)}
 
 
 def test_ignored_objects_have_no_kind():
-    assert kinds([[(BOX, 0, False), (FAR, 0, True)]], [one(BOX, CAT), one(FAR, CAT, 0.95)])[1] == {}
-    assert kinds([[(BOX, 0, False), (FAR, 1, True)]], [one(BOX, CAT), one(FAR, CAT, 0.95)])[1]["background"][0] == 1
+    assert kinds([[(BOX, 0, False), (FAR, 0, True)]], [detection(BOX, CAT), detection(FAR, CAT, 0.95)])[1] == {}
+    assert (
+        kinds([[(BOX, 0, False), (FAR, 1, True)]], [detection(BOX, CAT), detection(FAR, CAT, 0.95)])[1]["background"][0]
+        == 1
+    )
 
 
 def test_nothing_at_all():
-    ap, found = kinds([[], []], [])
+    ap, errors = kinds([[], []], [])
     assert np.isnan(ap)
-    assert found == {}
-    ap, found = kinds([[(BOX, 0, False)]], [])
+    assert errors == {}
+    ap, errors = kinds([[(BOX, 0, False)]], [])
     assert ap == 0
-    assert found["missed"][0] == 1
+    assert errors["missed"][0] == 1
 
 
 @given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=3))
@@ -136,18 +139,18 @@ def test_every_false_detection_and_every_lost_object_has_one_kind(images):
     objects = [[o for o in own if not o[2]] for own, _ in images]
     data = dataset(objects, names=("a", "b", "c"), ids=ids)
     results = [result(i, ids[k], box, score) for i, (_, own) in enumerate(images, 1) for box, k, score in own]
-    found = evaluation.analyze_errors(data, results)
-    assert found["AP50"] == pytest.approx(evaluation.evaluate_coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
-    counts = {name: row["count"] for name, row in found["kinds"].items()}
+    errors = evaluation.analyze_errors(data, results)
+    assert errors["AP50"] == pytest.approx(evaluation.evaluate_coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
+    counts = {name: row["count"] for name, row in errors["kinds"].items()}
     hits = sum(hits_of_a_image(own, guesses) for own, (_, guesses) in zip(objects, images, strict=True))
-    assert hits + sum(counts[name] for name in KINDS[:5]) == len(results)
+    assert hits + sum(counts[name] for name in ERROR_TYPES[:5]) == len(results)
     lost = sum(map(len, objects)) - hits
     assert lost - counts["localisation"] - counts["classification"] <= counts["missed"] <= lost
-    assert all(row["dAP"] >= 0 for row in found["kinds"].values())
+    assert all(row["dAP"] >= 0 for row in errors["kinds"].values())
 
 
 def hits_of_a_image(objects, guesses):
-    """How many objects are found at IoU 0.5, detection by detection, best first."""
+    """Count the objects matched at IoU 0.5, detection by detection, best first."""
     free = list(range(len(objects)))
     count = 0
     for box, k, _ in sorted(guesses, key=lambda guess: -guess[2]):

@@ -1,4 +1,4 @@
-"""Figures of detections: against the reference packages, hand-made tables and the VOC devkit's rule, word by word."""
+"""Metrics against the reference packages, values by hand and the rule of the VOC devkit."""
 
 import importlib
 import json
@@ -134,7 +134,7 @@ def test_classes_count_what_is_not_ignored():
     )
     rows = evaluation.evaluate_coco(data, [result(1, 7, (0, 0, 5, 5), 0.5)])["classes"]
     assert [(row["name"], row["images"], row["objects"]) for row in rows] == [("cat", 2, 3), ("dog", 0, 0)]
-    assert rows[0]["AP50"] == pytest.approx(34 / 101)  # one of three found: precision 1 at the recalls 0 .. 0.33
+    assert rows[0]["AP50"] == pytest.approx(34 / 101)  # one of three matched: precision 1 at the recalls 0 .. 0.33
 
 
 def test_ground_truth_has_cocos_form():
@@ -159,7 +159,7 @@ def test_precision_recall_by_hand():
 
 
 def test_voc_by_hand():
-    # Detections in falling score: right, false, right, late claim of a found object, one on a difficult object.
+    # Detections in falling score: right, false, right, a duplicate, one on a difficult object.
     data = dataset(
         [
             [((0, 0, 10, 10), 0, False), ((20, 20, 40, 40), 0, True)],
@@ -323,9 +323,9 @@ def test_good_result_file(tmp_path):
 
 
 def test_masks_must_be_there_and_fit():
-    bare = dataset([[((0, 0, 5, 5), 0, False)]])
-    with pytest.raises(InputError, match="1 objects of made have no mask"):
-        evaluation.evaluate_coco(bare, [], iou_type="segm")
+    without_masks = dataset([[((0, 0, 5, 5), 0, False)]])
+    with pytest.raises(InputError, match="1 instances of made have no mask"):
+        evaluation.evaluate_coco(without_masks, [], iou_type="segm")
     empty = dataset([[]])
     wrong = {"image_id": 1, "category_id": 7, "score": 0.5}
     with pytest.raises(InputError, match="result 0 lacks 'segmentation'"):

@@ -76,9 +76,8 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     assert taken[-1, 0] == 150
     assert fit.high < PER_STEP, fit
     (tmp_path / "many").mkdir()
-    for i, file in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
-        (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(file)
-    # Detections are held until their part is written, some kilobytes an image: many small parts.
+    for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
+        (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
     words = [
         "predict",
         trained,
@@ -86,8 +85,6 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
         f"out={tmp_path / 'predicted'}",
         "--no-draw",
         "test.batch=4",
-        "--part",
-        "20",
         "--json",
     ]
     taken = of_command("detect", 2, words)

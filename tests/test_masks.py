@@ -122,7 +122,7 @@ class Knowing(torch.nn.Module):
 
 
 def test_what_is_known_scores_well(scenes: Path) -> None:
-    """The data's own masks, through the loader, 28 x 28 cells and pasting, are found again: mask AP50 is 1."""
+    """The data's own masks, through the loader, 28 x 28 cells and pasting, are recovered: mask AP50 is 1."""
     dataset = read_dataset(scenes, "val")
     batches = list(build_eval_loader(dataset, EvalTransform(128, 192), batch=4, masks=True))
     results = detect(Knowing(batches), batches, dataset, torch.device("cpu"))

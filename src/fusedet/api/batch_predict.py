@@ -1,55 +1,69 @@
-"""Predictions of any number of images: written in parts, each whole or not at all, so that they can be gone on with and shared out."""
+"""Predictions of any number of images, appended to one JSON-lines file per process and joined at the end."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
+import heapq
 import json
-import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from filelock import FileLock
 from torch import Tensor
 
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
-from fusedet.api.prediction_files import Info, info_of, join, text
 from fusedet.api.run_dir import fresh
-from fusedet.atomic_io import remove_leftovers, write_atomically
+from fusedet.atomic_io import flush_to_disk, write_atomically
 from fusedet.data.image_decoding import to_tensor
-from fusedet.errors import InputError
+from fusedet.errors import InputError, StorageError
 
-Reading = tuple[int, Path, Tensor | InputError]
-PART = 1000
-COUNTS = ("images", "detections", "shown", "skipped")
-_PATIENCE = 60.0  # seconds for the first process to make the folder
+Info = dict[str, Any]
+T = TypeVar("T")
+COUNTS = ("images", "detections", "shown", "skipped", "left")
+_PATIENCE = 60.0  # seconds for the first process to make the directory
+_PLAIN_NAMES = 1000  # up to so many images, drawn copies are named after their image alone
 
 
 @dataclass(frozen=True)
 class Options:
     """How images become predictions.
 
-    batch: images at once; score: the least of what is drawn and counted as shown; drawn: whether copies with boxes are made;
-    part: images per part, by default `PART`, or fewer so that each process has some; parts: whether the parts stay as they are, or
-    become one predictions.json; bad: what happens where an image cannot be read; workers: threads that read ahead;
-    rank, world: this process's number, and how many share the images.
+    Attributes:
+        batch: Images predicted at once.
+        score: The least score of what is drawn and counted as shown.
+        drawn: Whether copies of the images with boxes are written.
+        jsonl: Whether the JSON-lines files stay instead of one predictions.json.
+        bad: What happens if an image cannot be read.
+        workers: Threads that read images ahead.
+        rank: This process's number.
+        world: Number of processes that share the images.
     """
 
     batch: int = 1
     score: float = 0.3
     drawn: bool = False
-    part: int | None = None
-    parts: bool = False
+    jsonl: bool = False
     bad: Literal["error", "skip"] = "error"
     workers: int = 2
     rank: int = 0
     world: int = 1
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of a batch; `is_done` if only others of its batch lack a line."""
+
+    number: int
+    path: Path
+    name: str
+    is_done: bool
+    ends_batch: bool
 
 
 def predict(
@@ -62,234 +76,57 @@ def predict(
     resume: bool = False,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Info:
-    """Predict the sources into the folder `target`: predictions.json in COCO's form, scores included, or with options.parts its parts.
+    """Predict the sources into the directory `target`, which holds predictions.json in COCO's format at the end.
 
-    Images are numbered from 1 in the order of the sources. What is in memory is one part's detections. With `resume` finished parts are
-    not predicted again. Of several processes each takes its parts, in turn; who finishes last puts them together. advance: told of images
-    that are done. Gives images, detections, shown, skipped (of all processes as far as they are done), left (parts of other processes
-    that are still to come) and files.
-    Raises InputError where target holds anything without `resume`, or predictions that were asked for differently, and for an image
-    that cannot be read, with what was found before it in predictions.json.
+    Images are numbered from 1 in the order of the sources. Process `rank` takes every `world`-th batch and appends a
+    line per image to its own file; whichever process sees all images done joins the files. One batch is in memory at a
+    time.
+
+    Args:
+        predictor: The model.
+        sources: The images.
+        target: A new directory, or with `resume` that of the same prediction.
+        options: How the images are predicted.
+        precision: The predictor's, which a resumed prediction must share.
+        resume: Whether images that have a line are kept; the result equals that of an uninterrupted prediction.
+        advance: Called with the number of further images that are done.
+
+    Returns:
+        Numbers of images, detections, detections of at least `options.score` (shown), skipped images and images that
+        other processes still have to predict (left), and the files.
+
+    Raises:
+        InputError: `target` holds other files, the request differs from that of the begun prediction, a line is
+            damaged, or an image cannot be read; the earlier images are then in predictions.json.
+        StorageError: A file cannot be written.
     """
-    total = sources.count()
     config = predictor.config
     seen = {"size": list(config.data.size), "antialias": config.data.antialias}
-    asked = {
-        "weights": _sha(predictor.source),
+    request: Info = {
+        "weights": _hash_file(predictor.source),
         "options": {"test": config.tree()["test"], **seen, "precision": precision},
-        "images": total,
+        "images": sources.count(),
         "batch": options.batch,
         "score": options.score,
         "drawn": options.drawn,
-        "parts": options.parts,
+        "jsonl": options.jsonl,
+        "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)],
     }
-    known = _begin(target, asked, options, resume)
-    if known.get("done"):
-        advance(total)
-        return dict(known["done"])
-    size = known["asked"]["part"]
-    work = _Work(predictor, target, options, size, several=total > size or options.world > 1)
-    files = iter(sources)
-    for number in itertools.count():
-        if not (paths := list(itertools.islice(files, size))):
-            break
-        work.do(number, paths, advance)
-    return work.finish(number)
-
-
-def _begin(target: Path, asked: Info, options: Options, resume: bool) -> Info:
-    """What the folder is made of, once the first process has made it, or as it was begun; raises InputError where that is another."""
-    file = target / "predict.json"
-    if not options.rank and not (resume and file.is_file()):
-        if resume and target.is_dir() and any(target.iterdir()):
-            raise InputError(f"out={target} holds no predictions to go on with: choose another folder")
-        fresh(target)
-        part = options.part or min(PART, -(-asked["images"] // options.world))
-        write_atomically(file, json.dumps({"asked": {**asked, "part": part}}, indent=2).encode())
-    end = time.monotonic() + _PATIENCE
-    while not file.is_file():
-        if time.monotonic() > end:
-            raise InputError(
-                f"{file} has not come: process 0 makes it; all processes need the same out=FOLDER on a common disk"
-            )
-        time.sleep(0.1)
-    known = _known(file)
-    then = known["asked"]
-    for key, value in {**asked, "part": options.part or then["part"]}.items():
-        if then.get(key) != value:
-            raise InputError(
-                f"{target} was begun with {key} {_short(then.get(key))}, now it is {_short(value)}: ask the same, or choose another out"
-            )
-    return known
-
-
-def _known(file: Path) -> Info:
-    """What predict.json says; raises InputError where it is damaged."""
+    begun = _begin(target, request, options.rank, resume)
+    if begun.get("done"):
+        advance(request["images"])
+        return dict(begun["done"])
     try:
-        known = json.loads(file.read_bytes())
-        asked, done = known["asked"], known.get("done")
-        whole = isinstance(asked, dict) and type(asked["part"]) is int and asked["part"] > 0
-        whole &= done is None or (
-            all(type(done[key]) is int for key in (*COUNTS, "left")) and isinstance(done["files"], dict)
-        )
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise InputError(f"{file} is damaged: choose another out=FOLDER")
-    return dict(known)
+        _append(predictor, sources, target, options, request["images"], advance)
+    except InputError:
+        if options.world == 1 and not options.jsonl:
+            _join(target, request["categories"])
+        raise
+    return _finish(target, options, request)
 
 
-class _Work:
-    """One process's share of a folder's parts."""
-
-    def __init__(self, predictor: Predictor, target: Path, options: Options, size: int, several: bool) -> None:
-        self.predictor, self.target, self.options, self.size, self.several = predictor, target, options, size, several
-        self.folder, self.images = target / "parts", target / "images"
-        self.folder.mkdir(exist_ok=True)
-        self.head = {
-            "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)]
-        }
-        if options.world == 1:
-            remove_leftovers(self.folder)
-        if options.drawn:
-            if not several:  # all of them are drawn again
-                shutil.rmtree(self.images, ignore_errors=True)
-            self.images.mkdir(exist_ok=True)
-
-    def file(self, number: int) -> Path:
-        """Part `number`, from 0."""
-        return self.folder / f"part-{number:05}.json"
-
-    def do(self, number: int, paths: list[Path], advance: Callable[[int], None]) -> None:
-        """Predict a part, unless it is there, or another process's."""
-        names = hashlib.sha256("\0".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
-        if (file := self.file(number)).is_file():
-            if info_of(file)["names"] != names:
-                raise InputError(f"{file} is of other images than the sources stand for now: choose another out")
-            return advance(len(paths))
-        if number % self.options.world != self.options.rank:
-            return advance(len(paths))
-        part = _Part({"part": number, "first": number * self.size + 1, "names": names})
-        try:
-            for found in self._found(part, paths):
-                self._note(part, found)
-                advance(1)
-        except BaseException:
-            # what was found before is not lost; of several processes the parts stand
-            if self.options.world == 1 and not self.options.parts:
-                content = part.content(self.head)
-                join(
-                    [*map(self.file, range(number)), content],
-                    self.target / "predictions.json",
-                    skipped=bool(part.skipped),
-                )
-            raise
-        write_atomically(file, text(part.content(self.head)).encode(errors="surrogatepass"))
-
-    def finish(self, count: int) -> Info:
-        """Put the parts together where all of them are there."""
-        with FileLock(self.target / ".lock"):
-            known = _known(self.target / "predict.json")
-            if known.get("done"):  # another process was the last one
-                return dict(known["done"])
-            infos = [info_of(file) for file in map(self.file, range(count)) if file.is_file()]
-            figures: Info = {key: sum(info[key] for info in infos) for key in COUNTS} | {"left": count - len(infos)}
-            if figures["left"]:
-                return figures | {"files": {}}
-            if self.options.parts:
-                files = {"predictions": str(self.target / "index.json"), "parts": str(self.folder)}
-                index = {
-                    **figures,
-                    "parts": [{"file": f"parts/{self.file(info['part']).name}", **info} for info in infos],
-                }
-                write_atomically(self.target / "index.json", json.dumps(index, indent=1).encode())
-            else:
-                files = {"predictions": str(self.target / "predictions.json")}
-                join(
-                    [self.file(i) for i in range(count)],
-                    self.target / "predictions.json",
-                    skipped=figures["skipped"] > 0,
-                )
-            done = figures | {"files": files | ({"images": str(self.images)} if self.options.drawn else {})}
-            write_atomically(self.target / "predict.json", json.dumps({**known, "done": done}, indent=2).encode())
-            if not self.options.parts:
-                shutil.rmtree(self.folder)
-            return done
-
-    def _found(self, part: _Part, paths: Sequence[Path]) -> Iterator[tuple[int, Prediction]]:
-        """The predictions of a part's images by their numbers; those that cannot be read are noted, or raise."""
-        group: list[tuple[int, Path, Tensor]] = []
-        for number, path, image in ahead(_read, list(enumerate(paths, start=part.info["first"])), self.options.workers):
-            if isinstance(image, InputError):
-                if self.options.bad == "error":
-                    yield from self._together(group)
-                    raise InputError(f"{image}; with --on-bad-image skip the others are predicted") from image
-                part.skipped.append({"id": number, "file_name": str(path), "reason": str(image)})
-                continue
-            group.append((number, path, image))
-            if len(group) == self.options.batch:
-                yield from self._together(group)
-                group = []
-        yield from self._together(group)
-
-    def _together(self, group: list[tuple[int, Path, Tensor]]) -> Iterator[tuple[int, Prediction]]:
-        found = self.predictor.together([(image, path) for _, path, image in group])
-        return zip((number for number, _, _ in group), found)
-
-    def _note(self, part: _Part, found: tuple[int, Prediction]) -> None:
-        number, one = found
-        part.add(number, one, self.options.score)
-        if self.options.drawn:
-            assert one.path is not None
-            stem = one.path.stem
-            if self.several or (self.images / f"{stem}.jpg").exists():
-                stem = f"{stem}-{number}"
-            one.plot(self.images / f"{stem}.jpg", self.options.score)
-
-
-class _Part:
-    """What is found in the images of a part."""
-
-    def __init__(self, info: Info) -> None:
-        self.info = info
-        self.images: list[Info] = []
-        self.annotations: list[Info] = []
-        self.skipped: list[Info] = []
-        self.shown = 0
-
-    def add(self, number: int, found: Prediction, score: float) -> None:
-        """Take up an image's detections."""
-        assert found.image is not None
-        height, width = found.image.shape[1:]
-        self.images.append({"id": number, "file_name": str(found.path), "height": height, "width": width})
-        areas = (
-            (found.boxes[:, 2:] - found.boxes[:, :2]).double().prod(dim=1)
-            if found.masks is None
-            else found.masks.sum(dim=(1, 2))
-        )
-        for one, area in zip(found.to_coco(number), areas.tolist()):
-            self.annotations.append({"id": len(self.annotations) + 1, **one, "area": area, "iscrowd": 0})
-        self.shown += int((found.scores >= score).sum())
-
-    def content(self, head: Info) -> Info:
-        """A part as it is written: figures first, so that they can be read alone."""
-        counts = {
-            "images": len(self.images),
-            "detections": len(self.annotations),
-            "shown": self.shown,
-            "skipped": len(self.skipped),
-        }
-        return {
-            "info": self.info | counts,
-            "images": self.images,
-            **head,
-            "annotations": self.annotations,
-            "skipped": self.skipped,
-        }
-
-
-def ahead(read: Callable[[Any], Reading], items: Iterable[Any], workers: int) -> Iterator[Reading]:
-    """read(item) of each item, in order; `workers` threads are at most two items each ahead of what is asked for."""
+def prefetch(read: Callable[[Any], T], items: Iterable[Any], workers: int) -> Iterator[T]:
+    """Yield read(item) of each item, in order, while `workers` threads are at most two items each ahead."""
     if not workers:
         yield from map(read, items)
         return
@@ -307,19 +144,253 @@ def ahead(read: Callable[[Any], Reading], items: Iterable[Any], workers: int) ->
                 future.cancel()
 
 
-def _read(item: tuple[int, Path]) -> Reading:
-    number, path = item
+def _begin(target: Path, request: Info, rank: int, resume: bool) -> Info:
+    """Make the directory, or return what predict.json says of the begun prediction after comparing the request."""
+    file = target / "predict.json"
+    if not rank and not (resume and file.is_file()):
+        if resume and target.is_dir() and any(target.iterdir()):
+            raise InputError(f"out={target} holds no prediction that can be resumed: choose another directory")
+        fresh(target)
+        write_atomically(file, json.dumps({"request": request}, indent=2).encode())
+    end = time.monotonic() + _PATIENCE
+    while not file.is_file():
+        if time.monotonic() > end:
+            raise InputError(
+                f"{file} is missing: process 0 makes it; all processes need the same out=DIR on a shared disk"
+            )
+        time.sleep(0.1)
+    begun = _read_begun(file)
+    for key, value in request.items():
+        if (earlier := begun["request"].get(key)) != value:
+            raise InputError(
+                f"{target} was begun with {key} {_shorten(earlier)}, now it is {_shorten(value)}: "
+                "give the same settings, or choose another out"
+            )
+    return begun
+
+
+def _read_begun(file: Path) -> Info:
     try:
-        return number, path, to_tensor(path)
+        begun = json.loads(file.read_bytes())
+        done = begun.get("done")
+        is_whole = isinstance(begun["request"], dict) and (
+            done is None or (all(type(done[key]) is int for key in COUNTS) and isinstance(done["files"], dict))
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{file} is damaged: choose another out=DIR")
+    return dict(begun)
+
+
+def _append(
+    predictor: Predictor, sources: Sources, target: Path, options: Options, total: int, advance: Callable[[int], None]
+) -> None:
+    """Append the missing lines of this process's batches to its file."""
+    file = target / f"predictions-{options.rank}-of-{options.world}.jsonl"
+    file.touch()
+    _cut_torn_line(file)
+    if options.drawn:
+        (target / "images").mkdir(exist_ok=True)
+    with file.open("ab") as opened:
+        batch: list[tuple[_Image, Tensor | InputError]] = []
+        for image, pixels in prefetch(_decode, _missing(sources, target, options, total, advance), options.workers):
+            batch.append((image, pixels))
+            if not image.ends_batch:
+                continue
+            readable = [(image, pixels) for image, pixels in batch if not isinstance(pixels, InputError)]
+            predictions = predictor.together([(pixels, image.path) for image, pixels in readable])
+            try:
+                records, error = _to_records(batch, iter(predictions), target, options)
+                opened.write("".join(json.dumps(record) + "\n" for record in records).encode())
+                opened.flush()
+            except OSError as problem:
+                raise StorageError(f"{file} cannot be written: {problem.strerror}; continue with --resume") from problem
+            if error:
+                raise InputError(f"{error}; with --on-bad-image skip the others are predicted") from error
+            advance(len(batch))
+            batch = []
+
+
+def _missing(
+    sources: Sources, target: Path, options: Options, total: int, advance: Callable[[int], None]
+) -> Iterator[_Image]:
+    """Yield the batches that lack a line, whole: a resumed prediction must form the same batches."""
+    records = _read_lines(target)
+    record = next(records, None)
+    first_of_name: dict[str, int] = {}
+    batch: list[_Image] = []
+    for number, path in enumerate(sources, 1):
+        while record is not None and record["id"] < number:
+            record = next(records, None)
+        is_done = record is not None and record["id"] == number
+        if is_done and record is not None and record["file_name"] != str(path):
+            raise InputError(f"{target} holds predictions of other images than the sources now: choose another out")
+        is_plain = total <= _PLAIN_NAMES and first_of_name.setdefault(path.stem, number) == number
+        ends_batch = number % options.batch == 0 or number == total
+        batch.append(_Image(number, path, path.stem if is_plain else f"{path.stem}-{number}", is_done, ends_batch))
+        if ends_batch:
+            is_own = (number - 1) // options.batch % options.world == options.rank
+            if is_own and not all(image.is_done for image in batch):
+                yield from batch
+            else:
+                advance(len(batch))
+            batch = []
+
+
+def _to_records(
+    batch: list[tuple[_Image, Tensor | InputError]], predictions: Iterator[Prediction], target: Path, options: Options
+) -> tuple[list[Info], InputError | None]:
+    """Return the missing records of a batch up to the first image that must not be skipped, and its error."""
+    records: list[Info] = []
+    for image, pixels in batch:
+        record: Info = {"id": image.number, "file_name": str(image.path)}
+        if isinstance(pixels, InputError):
+            if options.bad == "error" and not image.is_done:
+                return records, pixels
+            record["skipped"] = str(pixels)
+        else:
+            prediction = next(predictions)
+            if options.drawn and not image.is_done:
+                prediction.plot(target / "images" / f"{image.name}.jpg", options.score)
+            record |= _describe(prediction, image.number, options.score)
+        if not image.is_done:
+            records.append(record)
+    return records, None
+
+
+def _describe(prediction: Prediction, number: int, score: float) -> Info:
+    boxes, masks = prediction.boxes, prediction.masks
+    areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
+    assert prediction.image is not None
+    height, width = prediction.image.shape[1:]
+    annotations = [
+        {**result, "area": area, "iscrowd": 0} for result, area in zip(prediction.to_coco(number), areas.tolist())
+    ]
+    shown = int((prediction.scores >= score).sum())
+    return {"height": height, "width": width, "shown": shown, "annotations": annotations}
+
+
+def _decode(image: _Image) -> tuple[_Image, Tensor | InputError]:
+    try:
+        return image, to_tensor(image.path)
     except InputError as error:
-        return number, path, error
+        return image, error
 
 
-def _sha(file: Path) -> str:
+def _finish(target: Path, options: Options, request: Info) -> Info:
+    """Join the files if all images are done."""
+    begun = target / "predict.json"
+    files = _list_files(target)
+    counts = dict.fromkeys(COUNTS, 0)
+    try:
+        for record in _read_lines(target):
+            counts["skipped" if "skipped" in record else "images"] += 1
+            counts["detections"] += len(record.get("annotations", ()))
+            counts["shown"] += record.get("shown", 0)
+        counts["left"] = request["images"] - counts["images"] - counts["skipped"]
+        if not counts["left"] and not options.jsonl:
+            _join(target, request["categories"])
+    except FileNotFoundError:
+        pass  # another process has joined and removed the files
+    if done := _read_begun(begun).get("done"):
+        return dict(done)
+    if counts["left"]:
+        return counts | {"files": {}}
+    written = {f.stem: str(f) for f in files} if options.jsonl else {"predictions": str(target / "predictions.json")}
+    done = counts | {"files": written | ({"images": str(target / "images")} if options.drawn else {})}
+    write_atomically(begun, json.dumps({"request": request, "done": done}, indent=2).encode())
+    for file in () if options.jsonl else files:
+        file.unlink(missing_ok=True)
+    return done
+
+
+def _join(target: Path, categories: list[Info]) -> None:
+    """Write predictions.json from the lines of all files, one line in memory at a time."""
+
+    def annotations() -> Iterator[Info]:
+        number = 0
+        for record in _read_lines(target):
+            for annotation in record.get("annotations", ()):
+                number += 1
+                yield {"id": number, **annotation}
+
+    keys = ("id", "file_name", "height", "width")
+    images = ({key: r[key] for key in keys} for r in _read_lines(target) if "skipped" not in r)
+    skipped = (
+        {"id": r["id"], "file_name": r["file_name"], "reason": r["skipped"]}
+        for r in _read_lines(target)
+        if "skipped" in r
+    )
+    joined = target / "predictions.json"
+    temporary = joined.with_name(f".{joined.name}.{time.monotonic_ns()}.part")
+    try:
+        with temporary.open("w") as file:
+            file.write('{"images": [')
+            file.writelines(_list_items(images))
+            file.write(f'], "categories": {json.dumps(categories)}, "annotations": [')
+            file.writelines(_list_items(annotations()))
+            for i, item in enumerate(_list_items(skipped)):
+                file.write(item if i else f'], "skipped": [{item}')
+            file.write("]}")
+        flush_to_disk(temporary)  # the lines are removed afterwards
+        temporary.replace(joined)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise  # see `_finish`
+        raise StorageError(f"{joined} cannot be written: {error.strerror}; continue with --resume") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _list_items(items: Iterable[Info]) -> Iterator[str]:
+    for i, item in enumerate(items):
+        yield (", " if i else "") + json.dumps(item)
+
+
+def _list_files(target: Path) -> list[Path]:
+    return sorted(target.glob("predictions-*-of-*.jsonl"))
+
+
+def _read_lines(target: Path) -> Iterator[Info]:
+    """Yield the records of all files by rising id, each once."""
+    last = 0
+    for record in heapq.merge(*map(_read_file, _list_files(target)), key=itemgetter("id")):
+        if record["id"] > last:
+            yield record
+            last = record["id"]
+
+
+def _read_file(file: Path) -> Iterator[Info]:
+    last = 0
+    with file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            if not line.endswith(b"\n"):
+                return  # torn when its process was killed, or being written
+            try:
+                record = json.loads(line)
+                is_whole = type(record["id"]) is int and record["id"] > last and isinstance(record["file_name"], str)
+                if "skipped" not in record:
+                    sizes = (record["height"], record["width"], record["shown"])
+                    is_whole &= all(type(size) is int for size in sizes) and isinstance(record["annotations"], list)
+            except (ValueError, TypeError, LookupError, RecursionError):
+                is_whole = False
+            if not is_whole:
+                raise InputError(f"{file}, line {number} is damaged: remove the file, and continue with --resume")
+            last = record["id"]
+            yield record
+
+
+def _cut_torn_line(file: Path) -> None:
+    with file.open("rb+") as opened:
+        opened.truncate(sum(len(line) for line in opened if line.endswith(b"\n")))
+
+
+def _hash_file(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _short(value: Any) -> str:
-    shown = text(value)
-    return shown if len(shown) <= 200 else shown[:200] + "..."
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:200] + "..."

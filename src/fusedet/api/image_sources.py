@@ -1,4 +1,4 @@
-"""Image files by the words that stand for them: found while they are asked for, none of them kept."""
+"""Image files from files, directories, globs and lists, listed lazily."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ Names = tuple[str, ...]
 
 
 class Sources:
-    """The image files that files, folders (with their subfolders), globs and lists (`@FILE`, a path a line) stand for, in order.
+    """The image files of files, directories (recursively), globs and lists (`@FILE`, a path per line), in order.
 
-    It can be iterated again and again; each time the folders are walked and the lists read anew, and what is held is the names of one
-    folder. Each file comes once, but for lists, which are taken as they are. Links to folders are not followed.
-    Raises InputError for a source that is not there or that holds no image.
+    It can be iterated many times; each time directories are walked and lists are read. The names of one directory at a
+    time are in memory. Each file comes once, except from lists, which are taken as they are. Links to directories are
+    not followed.
+
+    Raises:
+        InputError: A source does not exist or holds no image.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -36,7 +39,7 @@ class Sources:
                     yield path
 
     def count(self) -> int:
-        """How many they are, found by going through all of them."""
+        """Count the files by walking all sources."""
         return sum(1 for _ in self)
 
 
@@ -53,7 +56,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Glob:
-    """The files below a folder whose names from there on match a pattern's parts; of any pattern "**", all images."""
+    """The files below a directory whose names match the parts of a pattern; for the pattern "**", all images."""
 
     folder: Path
     pattern: Names
@@ -67,7 +70,7 @@ class _Glob:
 
 @dataclass(frozen=True)
 class _List:
-    """A file of paths; a line may name a folder too."""
+    """A file of paths; a line may name a directory."""
 
     file: Path
 
@@ -103,15 +106,15 @@ def _source(word: str) -> _File | _Glob | _List:
 
 
 def _below(folder: Path, names: Names, pattern: Names) -> Iterator[Path]:
-    """The matching files below folder/names, sorted by path; of this folder the names are held, sorted, while those below are walked."""
+    """Yield the matching files below folder/names, sorted by path; of each walked directory hold the names."""
     at = folder.joinpath(*names)
     try:
-        with os.scandir(at) as found:
-            entries = sorted((one.name, one.is_dir(follow_symlinks=False)) for one in found)
+        with os.scandir(at) as scan:
+            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise InputError(f"the folder {at} cannot be read: {error.strerror}") from error
+        raise InputError(f"the directory {at} cannot be read: {error.strerror}") from error
     for name, is_folder in entries:
         inner = (*names, name)
         if is_folder:
@@ -122,7 +125,7 @@ def _below(folder: Path, names: Names, pattern: Names) -> Iterator[Path]:
 
 
 def _fits(names: Names, pattern: Names, begun: bool = False) -> bool:
-    """Whether names match a pattern's parts; with `begun`, whether with more names they may."""
+    """Return whether names match the parts of a pattern; with `begun`, whether further names can complete a match."""
     if pattern == _ALL:
         return begun or os.path.splitext(names[-1])[1].lower() in get_image_extensions()
     if not names or not pattern:

@@ -33,9 +33,9 @@ class PredictionSummary(Result):
     """The written predictions.
 
     Attributes:
-        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and parts of
-            other processes that are still to come (`left`).
-        files: The files written, by what they show; empty while parts are missing.
+        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and images that other
+            processes still have to predict (`left`).
+        files: The files written, by what they show; empty while images are missing.
         score: The least score of the detections that are drawn.
         rank: This process's number.
     """
@@ -51,7 +51,9 @@ class PredictionSummary(Result):
 
     def __rich__(self) -> RenderableType:
         if left := self.counts["left"]:
-            return lines([f"process {self.rank} has done its parts, {left} of other processes are still to come"])
+            return lines(
+                [f"process {self.rank} is done, other processes still have to predict {plural(left, 'image')}"]
+            )
         images, detections = plural(self.counts["images"], "image"), plural(self.counts["detections"], "detection")
         text = [f"{images}, {detections}, {self.counts['shown']} of them with a score of {self.score:g} or more"]
         if skipped := self.counts["skipped"]:
@@ -68,8 +70,7 @@ def predict(
     draw: bool = True,
     resume: bool = False,
     on_bad_image: OnBadImage = "error",
-    part: int | None = None,
-    parts: bool = False,
+    jsonl: bool = False,
     trust: bool = False,
     progress: ShowProgress = no_progress,
     **settings: Unpack[Settings],
@@ -89,10 +90,9 @@ def predict(
         score: The least score of the boxes that are drawn; all are written.
         precision: "fp32" or "bf16".
         draw: Whether copies of the images with boxes are written.
-        resume: Whether the directory may hold earlier parts of the same prediction, which are kept.
+        resume: Whether the directory may hold a part of the same prediction, which is kept.
         on_bad_image: "error": an image that cannot be read ends the prediction; "skip": it is counted and listed.
-        part: Images per part, `batch_predict.PART` by default.
-        parts: Whether the parts stay, with an index, instead of one predictions.json.
+        jsonl: Whether the JSON-lines files, one per process, stay instead of one predictions.json.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
         progress: Shows how many images are done.
         settings: The same settings as `overrides`, by keyword.
@@ -122,7 +122,7 @@ def predict(
         has_workers = any(text.startswith("data.workers=") for text in own)
         workers = options.data.workers if has_workers else predictor.config.data.workers
         batch = predictor.config.test.batch or 1
-        asked = batch_predict.Options(batch, score, draw, part, parts, on_bad_image, workers, rank, world)
+        asked = batch_predict.Options(batch, score, draw, jsonl, on_bad_image, workers, rank, world)
         with (no_progress if rank else progress)(images.count(), "images") as advance:
             written = batch_predict.predict(
                 predictor, images, target, asked, precision=precision, resume=resume, advance=advance

@@ -95,8 +95,7 @@ def predict(
     on_bad_image: Annotated[
         Literal["error", "skip"], Option(help="Stop at an image that cannot be read, or skip and list it.")
     ] = "error",
-    part: Annotated[int | None, Option(help="Images per part, by default 1000.", min=1)] = None,
-    parts: Annotated[bool, Option("--parts", help="Keep the parts instead of one predictions.json.")] = False,
+    jsonl: Annotated[bool, Option("--jsonl", help="Keep a JSON-lines file per process, no predictions.json.")] = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
@@ -107,7 +106,7 @@ def predict(
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
-    options |= {"on_bad_image": on_bad_image, "part": part, "parts": parts}
+    options |= {"on_bad_image": on_bad_image, "jsonl": jsonl}
     result = fusedet.predict(run, sources, *settings, **options, progress=cli.progress(json))
     cli.show(result, json and not result.counts["left"])
 

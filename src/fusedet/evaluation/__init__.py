@@ -1,4 +1,4 @@
-"""How good the detections are: COCO and VOC average precision, its curves, confusion, kinds of errors, intervals of all these."""
+"""Evaluation: COCO and VOC metrics, confusion matrix, error breakdown and confidence intervals."""
 
 from fusedet.evaluation.bootstrap import paired_bootstrap
 from fusedet.evaluation.coco_metrics import compute_precision_recall, evaluate_coco

@@ -1,9 +1,9 @@
-"""Intervals over images: COCO's figures of thousands of resamples of the images, from one matching.
+"""Confidence intervals over images: COCO metrics of thousands of bootstrap resamples, from one matching.
 
-Matching is done image by image, so a resample that holds image i w times holds each of its detections and objects w
-times, and nothing is matched anew: a figure is a function of the images' weights. Along a class's detections in falling
-score, the weight of those that count is one cumulative sum for all thresholds of overlap; precision has its peaks and
-recall its steps at the true positives, so only their places are looked at.
+Detections are matched image by image. A resample that holds image i w times therefore holds each of its detections and
+instances w times, and a metric is a function of the image weights: nothing has to be matched again. Along the
+detections of a class in descending score, one cumulative sum of weights serves all IoU thresholds. Precision has its
+maxima and recall its steps at true positives, so only their positions are evaluated.
 """
 
 from __future__ import annotations
@@ -18,33 +18,38 @@ import torch
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
-from fusedet.evaluation import coco_matching as rule
+from fusedet.evaluation import coco_matching
 from fusedet.evaluation.confidence_intervals import LEVEL, compute_percentile_interval
 from fusedet.evaluation.dataset_matching import match_detections, rank_by_image_id
 from fusedet.evaluation.mask_iou import validate_masks
 from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-BLOCK = 1 << 19  # weights that are looked at together, a bound on memory
+BLOCK = 1 << 19  # weights processed at a time, which bounds memory
 
 
 @dataclass(frozen=True)
 class ResampledMetrics:
-    """figures (6, B), `METRICS` of each of B resamples in 0..1, and classes (K, B), AP of each class; NaN without objects.
+    """AP of B resamples of the images, in 0..1; NaN where a resample has no instance.
 
-    images, how many each resample holds.
+    Attributes:
+        metrics: (6, B), the metrics `METRICS`.
+        classes: (K, B), AP of each class.
+        images: Images in each resample.
     """
 
-    figures: np.ndarray
+    metrics: np.ndarray
     classes: np.ndarray
     images: int
 
 
 def draw_image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each image occurs in each resample, (1 + resamples, images) int16; the first one is the data itself.
+    """Draw how often each image occurs in each resample: (1 + resamples, images) int16.
 
-    Each of the others holds as many images as the data, drawn with replacement. Raises InputError for no image or no
-    resample.
+    The first row is the dataset itself, all ones. Every other row holds as many images, drawn with replacement.
+
+    Raises:
+        InputError: No image, no resample or a negative seed.
     """
     if images < 1 or resamples < 1 or seed < 0:
         raise InputError(
@@ -63,12 +68,20 @@ def resample_metrics(
     weights: np.ndarray,
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> ResampledMetrics:
-    """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `draw_image_weights` gives them.
+    """Compute COCO's average precisions on each resample.
 
-    They equal `evaluate.coco` on data in which each image is repeated as often as its weight says. Detections of equal
-    score stand as `evaluate_coco` has them on the data itself: by rising image id, then in the order of the results; the copies of
-    one detection stand together. A class that has no object in a resample is left out of its means, as COCO does. Masks
-    need the results themselves, each with an RLE. Raises InputError as `evaluate_coco` does.
+    They equal `evaluate_coco` on a dataset in which each image is repeated as often as its weight says. Detections of
+    equal score keep their order in the dataset itself: by ascending image id, then in the order of the results; copies
+    of one detection stand together. A class without instances in a resample is left out of the mean, as in COCO.
+
+    Args:
+        dataset: The ground truth of N images.
+        results: The detections; for "segm" the results themselves, each with an RLE.
+        weights: (B, N), as `draw_image_weights` returns them.
+        iou_type: "bbox" or "segm".
+
+    Raises:
+        InputError: The weights do not fit the dataset, or the results do not, as in `evaluate_coco`.
     """
     n, classes = len(dataset), len(dataset.names)
     if weights.ndim != 2 or weights.shape[1] != n:
@@ -76,22 +89,31 @@ def resample_metrics(
     table = build_detection_table(dataset, results, boxes=iou_type == "bbox")
     masks: Sequence[Result] | None = None
     if iou_type == "segm":
-        assert not isinstance(results, DetectionTable), "a table of finds holds no masks"
+        assert not isinstance(results, DetectionTable), "a detection table holds no masks"
         validate_masks(dataset, results)
         masks = results
-    pairs = match_detections(dataset, table, masks, rule.THRESHOLDS, rule.AREAS)
+    pairs = match_detections(dataset, table, masks, coco_matching.THRESHOLDS, coco_matching.AREAS)
     by_place = np.empty_like(weights)
     by_place[:, rank_by_image_id(dataset)] = weights
-    counts = ~(pairs.objects.crowd | rule.outside(pairs.objects.area, rule.AREAS))
-    inside = ~rule.outside(pairs.guesses.area, rule.AREAS)
+    counts = ~(pairs.ground_truths.crowd | coco_matching.is_outside(pairs.ground_truths.area, coco_matching.AREAS))
+    inside = ~coco_matching.is_outside(pairs.detections.area, coco_matching.AREAS)
     rows = np.empty((len(METRICS), classes, len(weights)))
-    for k, (own, of_class) in enumerate(rule.by_class(pairs.guesses, pairs.objects, n, classes)):
-        seen, owner = pairs.guesses.group[own] - k * n, pairs.objects.group[of_class] - k * n
-        hit, void = pairs.hit[:, :, own], pairs.void[:, :, own]
+    for k, (own, of_class) in enumerate(
+        coco_matching.iterate_classes(pairs.detections, pairs.ground_truths, n, classes)
+    ):
+        detection_images, image_index = pairs.detections.group[own] - k * n, pairs.ground_truths.group[of_class] - k * n
+        matched, ignored = pairs.matched[:, :, own], pairs.ignored[:, :, own]
         ap = np.stack(
             [
-                _average_precision(by_place, seen, inside[a, own], hit[:, a], void[:, a], owner[counts[a, of_class]])
-                for a in range(len(rule.AREAS))
+                _average_precision(
+                    by_place,
+                    detection_images,
+                    inside[a, own],
+                    matched[:, a],
+                    ignored[:, a],
+                    image_index[counts[a, of_class]],
+                )
+                for a in range(len(coco_matching.AREAS))
             ]
         )  # (A, T, B)
         rows[:, k] = ap[0].mean(axis=0), ap[0, 0], ap[0, 5], *ap[1:].mean(axis=1)
@@ -99,18 +121,21 @@ def resample_metrics(
 
 
 def average_runs(runs: Sequence[ResampledMetrics]) -> ResampledMetrics:
-    """The mean over runs, such as one model's seeds, on the same resamples."""
+    """Average runs, such as the seeds of one model, on the same resamples."""
     return ResampledMetrics(
-        np.mean([run.figures for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images
+        np.mean([run.metrics for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images
     )
 
 
 def compute_difference(
     a: ResampledMetrics, b: ResampledMetrics, names: Sequence[str], level: float = LEVEL
 ) -> dict[str, Any]:
-    """b less a on the same resamples: {figure: {a, b, difference, low, high}} and classes, a list of the same with name.
+    """Subtract a from b on the same resamples.
 
-    a, b and difference are of the data itself, resample 0; low and high are `compute_percentile_interval` of the others' differences.
+    Returns:
+        {metric: {a, b, difference, low, high}} and classes, a list of such rows with the name of the class. a, b and
+        difference are those of the dataset itself (resample 0); low and high are the `compute_percentile_interval` of
+        the differences on the other resamples.
     """
 
     def rows(x: np.ndarray, y: np.ndarray) -> list[dict[str, float]]:
@@ -119,8 +144,8 @@ def compute_difference(
         columns = {"a": x[:, 0], "b": y[:, 0], "difference": change[:, 0], "low": low, "high": high}
         return [dict(zip(columns, map(float, row))) for row in zip(*columns.values())]
 
-    figures: dict[str, Any] = dict(zip(METRICS, rows(a.figures, b.figures)))
-    return figures | {"classes": [{"name": name} | row for name, row in zip(names, rows(a.classes, b.classes))]}
+    metrics: dict[str, Any] = dict(zip(METRICS, rows(a.metrics, b.metrics)))
+    return metrics | {"classes": [{"name": name} | row for name, row in zip(names, rows(a.classes, b.classes))]}
 
 
 def paired_bootstrap(
@@ -133,14 +158,30 @@ def paired_bootstrap(
     level: float = LEVEL,
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> Mapping[str, Any]:
-    """How much b's average precisions exceed a's, each with its interval over images; form as in `compute_difference`.
+    """Compare two runs by a paired bootstrap over images: metrics of b minus a, with confidence intervals.
 
-    Both runs are scored on the same resamples of the images. The interval covers which images were drawn into the
-    data: among datasets of as many images drawn in the same way, `level` of the intervals hold the difference of these
-    two sets of weights on all such images. It does not cover which seed the runs were trained with: that is
-    `intervals.difference_over_seeds`. A figure of objects that few images hold has its interval from the resamples that
-    hold one. `iou_type` as in `evaluate_coco`. Raises InputError as that does.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    Both runs are evaluated on the same resamples. The interval covers the choice of the images: of all datasets with as
+    many images drawn in the same way, `level` of the intervals hold the difference of these two sets of weights on the
+    population of images. It does not cover the training seed; `compute_seed_difference` does. A metric of instances
+    that few images hold gets its interval from the resamples that hold one.
+
+    Args:
+        dataset: The ground truth.
+        a: The detections of the reference run.
+        b: The detections of the other run.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+        level: Confidence level.
+        iou_type: "bbox" or "segm", as in `evaluate_coco`.
+
+    Returns:
+        The rows of `compute_difference`.
+
+    Raises:
+        InputError: The results do not fit the dataset, as in `evaluate_coco`.
+
+    References:
+        Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
     weights = draw_image_weights(len(dataset), resamples, seed)
     with ThreadPoolExecutor(2) as pool:
@@ -149,45 +190,53 @@ def paired_bootstrap(
 
 
 def _average_precision(
-    weights: np.ndarray, seen: np.ndarray, inside: np.ndarray, hit: np.ndarray, void: np.ndarray, owner: np.ndarray
+    weights: np.ndarray,
+    detection_images: np.ndarray,
+    inside: np.ndarray,
+    matched: np.ndarray,
+    ignored: np.ndarray,
+    image_index: np.ndarray,
 ) -> np.ndarray:
-    """A class's AP (T, B) in one range of area, NaN where a resample has no object.
+    """Compute the AP (T, B) of a class in one area range, NaN where a resample has no instance.
 
-    seen (D,) the images of the detections, best score first; inside (D,) whether their area is in the range; hit, void
-    (T, D); owner (G,) the images of the objects that count.
+    detection_images (D,), best score first; inside (D,), whether the area lies in the range; matched and ignored (T,
+    D); image_index (G,), the images of the instances that count.
     """
-    ap = np.zeros((len(hit), len(weights)))
-    total = weights[:, owner].sum(axis=1, dtype=np.int32)
-    good, odd = hit & ~void, ~void ^ inside  # a detection counts where it is inside, but for a few
+    ap = np.zeros((len(matched), len(weights)))
+    total = weights[:, image_index].sum(axis=1, dtype=np.int32)
+    is_true_positive = matched & ~ignored
+    deviates = ~ignored ^ inside  # most detections count exactly if they are inside
     upto = np.cumsum(inside)
-    step = max(1, BLOCK // (1 + max(len(seen), int(total.max(initial=0)))))
-    for part in (slice(i, i + step) for i in range(0, len(weights) if good.any() else 0, step)):
-        some = weights[part]
-        base = _running(some.take(seen[inside], axis=1))
+    step = max(1, BLOCK // (1 + max(len(detection_images), int(total.max(initial=0)))))
+    for part in (slice(i, i + step) for i in range(0, len(weights) if is_true_positive.any() else 0, step)):
+        part_weights = weights[part]
+        base = _running(part_weights.take(detection_images[inside], axis=1))
         levels = np.searchsorted(
-            rule.RECALLS, np.arange(total[part].max() + 1) / np.maximum(total[part], 1)[:, None], side="right"
+            coco_matching.RECALLS, np.arange(total[part].max() + 1) / np.maximum(total[part], 1)[:, None], side="right"
         )
         levels[:, 0] = 0  # no true positive reaches recall 0
-        first = np.arange(len(some))[:, None] * levels.shape[1]
-        for t in range(len(hit)):
-            at = np.flatnonzero(good[t])
+        first = np.arange(len(part_weights))[:, None] * levels.shape[1]
+        for t in range(len(matched)):
+            at = np.flatnonzero(is_true_positive[t])
             if not len(at):
                 continue
-            hits = _running(some.take(seen[at], axis=1))[:, 1:]
+            hits = _running(part_weights.take(detection_images[at], axis=1))[:, 1:]
             counted = base.take(upto[at], axis=1)
-            if odd[t].any():
-                where = np.flatnonzero(odd[t])
-                more = _running(some.take(seen[where], axis=1) * np.where(inside[where], -1, 1).astype(np.int16))
+            if deviates[t].any():
+                where = np.flatnonzero(deviates[t])
+                more = _running(
+                    part_weights.take(detection_images[where], axis=1) * np.where(inside[where], -1, 1).astype(np.int16)
+                )
                 counted += more[:, np.searchsorted(where, at, side="right")]
             curve = hits / (counted + np.spacing(1))
             curve = np.maximum.accumulate(curve[:, ::-1], axis=1)[:, ::-1]
             reached = levels.ravel().take(first + hits)  # how many of the 101 recalls
             ap[t, part] = np.einsum("bj,bj->b", curve, np.diff(reached, axis=1, prepend=0))
-    return np.where(total > 0, ap / len(rule.RECALLS), np.nan)
+    return np.where(total > 0, ap / len(coco_matching.RECALLS), np.nan)
 
 
 def _running(weights: np.ndarray) -> np.ndarray:
-    """Sums of the first 0, 1 .. D of weights (B, D): (B, D + 1) int32."""
+    """Return the sums of the first 0, 1 .. D of weights (B, D): (B, D + 1) int32."""
     sums = np.zeros((weights.shape[0], weights.shape[1] + 1), dtype=np.int32)
     # torch's sum is several times as fast as numpy's
     torch.cumsum(torch.from_numpy(weights), 1, dtype=torch.int32, out=torch.from_numpy(sums)[:, 1:])
@@ -195,7 +244,7 @@ def _running(weights: np.ndarray) -> np.ndarray:
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
-    """The mean (F, B) over the classes of (F, K, B) that have a value."""
-    known = ~np.isnan(rows)
-    sums, count = np.where(known, rows, 0).sum(axis=1), known.sum(axis=1)
+    """Return the mean (M, B) over the classes of (M, K, B) that have a value."""
+    is_known = ~np.isnan(rows)
+    sums, count = np.where(is_known, rows, 0).sum(axis=1), is_known.sum(axis=1)
     return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0)

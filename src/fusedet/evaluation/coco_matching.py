@@ -1,8 +1,9 @@
-"""COCO's rule of matching and averaging on flat arrays: every image, class, threshold and area range at once.
+"""COCO's matching and averaging on flat arrays: all images, classes, thresholds and area ranges at once.
 
-The same decisions as pycocotools' COCOeval (the tests hold the two equal), without its loop over image x class pairs.
-Below, D detections are sorted by class, then image, then falling score; G objects by class, then image; T thresholds
-of overlap, A ranges of area, K classes, R = 101 recall levels. A group is one class in one image.
+It makes the same decisions as pycocotools' COCOeval (the tests compare the two) without its loop over images and
+classes.
+Notation: D detections, sorted by class, image and descending score; G ground truths, sorted by class and image; T IoU
+thresholds, A area ranges, K classes, R = 101 recall levels. A group is one class in one image.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 """All, small, medium, large, in square pixels, both ends included."""
 
 MAX_THRESHOLD = 1 - 1e-10
-"""pycocotools never asks for more overlap than this."""
+"""The largest IoU threshold in effect, as in pycocotools."""
 
-BLOCK = 1 << 20  # pairs whose overlap is computed at a time, a bound on memory
+BLOCK = 1 << 20  # pairs whose IoU is computed at a time, which bounds memory
 
 
 @dataclass(frozen=True)
-class Objects:
-    """group (N,) of each object, ascending; area (N,) in pixels; crowd (N,) bool, objects that neither count nor harm."""
+class GroundTruths:
+    """Ground-truth instances.
+
+    Attributes:
+        group: (G,), ascending.
+        area: (G,), in pixels.
+        crowd: (G,) bool, instances that are ignored and can be matched many times.
+    """
 
     group: np.ndarray
     area: np.ndarray
@@ -33,8 +40,15 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Guesses:
-    """group (D,) ascending; rank (D,) in the group, best first from 0; area (D,) in pixels; scores (D,)."""
+class RankedDetections:
+    """Detections.
+
+    Attributes:
+        group: (D,), ascending.
+        rank: (D,), rank in the group, from 0 for the best score.
+        area: (D,), in pixels.
+        scores: (D,).
+    """
 
     group: np.ndarray
     rank: np.ndarray
@@ -43,19 +57,24 @@ class Guesses:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Detections and objects of the same group that overlap: indices det (P,) and obj (P,), and iou (P,)."""
+class OverlapPairs:
+    """Detections and ground truths of the same group that overlap: indices det (P,) and gt (P,), and iou (P,)."""
 
     det: np.ndarray
-    obj: np.ndarray
+    gt: np.ndarray
     iou: np.ndarray
 
 
 @dataclass(frozen=True)
-class Curves:
-    """precision and scores (T, R, K, A), recall (T, K, A) at 100 detections, recall_1 and recall_10 (T, K) over all areas.
+class PrecisionRecallCurves:
+    """Curves and their ends, NaN where a class has no instance of that size.
 
-    NaN where a class has no object of that size.
+    Attributes:
+        precision: (T, R, K, A).
+        scores: (T, R, K, A).
+        recall: (T, K, A), with 100 detections.
+        recall_1: (T, K), with one detection, all areas.
+        recall_10: (T, K), with ten detections, all areas.
     """
 
     precision: np.ndarray
@@ -65,18 +84,18 @@ class Curves:
     recall_10: np.ndarray
 
 
-def rank(group: np.ndarray) -> np.ndarray:
-    """Each item's place in its group, from 0; equal groups must lie together.
+def rank_in_group(group: np.ndarray) -> np.ndarray:
+    """Return the position of each item in its group, from 0; equal groups must be adjacent.
 
-    >>> rank(np.array([4, 4, 7, 9, 9, 9])).tolist()
+    >>> rank_in_group(np.array([4, 4, 7, 9, 9, 9])).tolist()
     [0, 1, 0, 0, 1, 2]
     """
     starts = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])[: len(group)]
     return np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
 
 
-def same_group(det_group: np.ndarray, obj_group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All (det, obj) index pairs of one group, det by det and in blocks; obj_group is ascending."""
+def pair_within_groups(det_group: np.ndarray, obj_group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield all (det, gt) index pairs of equal group in blocks, by detection; the second argument is ascending."""
     first = np.searchsorted(obj_group, det_group, side="left")
     count = np.searchsorted(obj_group, det_group, side="right") - first
     end = np.cumsum(count)
@@ -84,109 +103,128 @@ def same_group(det_group: np.ndarray, obj_group: np.ndarray) -> Iterator[tuple[n
     for part in np.split(np.arange(len(det_group)), cuts):
         n = count[part]
         det = np.repeat(part, n)
-        obj = np.arange(len(det)) - np.repeat(np.cumsum(n) - n, n) + first[det]
-        yield det, obj
+        gt = np.arange(len(det)) - np.repeat(np.cumsum(n) - n, n) + first[det]
+        yield det, gt
 
 
-def box_iou(det: np.ndarray, obj: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Overlap (P,) of boxes (P, 4) as x, y, width, height; for a crowd, the share of the detection that lies in it."""
-    left, top = np.maximum(det[:, 0], obj[:, 0]), np.maximum(det[:, 1], obj[:, 1])
-    width = np.minimum(det[:, 0] + det[:, 2], obj[:, 0] + obj[:, 2]) - left
-    height = np.minimum(det[:, 1] + det[:, 3], obj[:, 1] + obj[:, 3]) - top
+def compute_box_iou(det: np.ndarray, gt: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """Return the IoU (P,) of boxes (P, 4) xywh; for a crowd, the intersection over the area of the detection."""
+    left, top = np.maximum(det[:, 0], gt[:, 0]), np.maximum(det[:, 1], gt[:, 1])
+    width = np.minimum(det[:, 0] + det[:, 2], gt[:, 0] + gt[:, 2]) - left
+    height = np.minimum(det[:, 1] + det[:, 3], gt[:, 1] + gt[:, 3]) - top
     inner = np.where((width > 0) & (height > 0), width * height, 0.0)
     own = det[:, 2] * det[:, 3]
-    union = np.where(crowd, own, own + obj[:, 2] * obj[:, 3] - inner)
+    union = np.where(crowd, own, own + gt[:, 2] * gt[:, 3] - inner)
     return np.divide(inner, union, out=np.zeros_like(inner), where=inner > 0)
 
 
-def find_box_pairs(det_group: np.ndarray, det: np.ndarray, objects: Objects, boxes: np.ndarray, least: float) -> Pairs:
-    """Pairs of boxes (x, y, width, height) that overlap by at least `least`."""
-    dets, objs, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
-    for d, o in same_group(det_group, objects.group):
-        iou = box_iou(det[d], boxes[o], objects.crowd[o])
-        near = iou >= least
+def find_box_pairs(
+    det_group: np.ndarray, det: np.ndarray, ground_truths: GroundTruths, boxes: np.ndarray, min_iou: float
+) -> OverlapPairs:
+    """Return the pairs of boxes (xywh) with an IoU of at least `min_iou`."""
+    dets, gts, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
+    for d, o in pair_within_groups(det_group, ground_truths.group):
+        iou = compute_box_iou(det[d], boxes[o], ground_truths.crowd[o])
+        near = iou >= min_iou
         dets.append(d[near])
-        objs.append(o[near])
+        gts.append(o[near])
         ious.append(iou[near])
-    return Pairs(np.concatenate(dets), np.concatenate(objs), np.concatenate(ious))
+    return OverlapPairs(np.concatenate(dets), np.concatenate(gts), np.concatenate(ious))
 
 
-def match(
-    guesses: Guesses, objects: Objects, pairs: Pairs, thresholds: np.ndarray, areas: np.ndarray
+def match_groups(
+    detections: RankedDetections,
+    ground_truths: GroundTruths,
+    pairs: OverlapPairs,
+    thresholds: np.ndarray,
+    areas: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which detections hit an object, which do not count (T, A, D), and which objects are hit (T, A, G); all bool.
+    """Match detections with ground truths in every group.
 
-    Best score first, a detection takes the free object that it overlaps most; an object that counts goes before one that
-    does not (a crowd, which is never used up, or one outside the area range). What hits no object and lies outside the
-    area range does not count.
+    In descending score, a detection takes the free ground truth of maximal IoU. Counted ground truths go before ignored
+    ones (crowds, which stay free, and those outside the area range). An unmatched detection outside the area range is
+    ignored.
+
+    Returns:
+        matched (T, A, D), ignored (T, A, D) and gt_matched (T, A, G), all bool.
     """
-    T, A, D = len(thresholds), len(areas), len(guesses.scores)
-    hit, void = np.zeros((T, A, D), dtype=bool), np.zeros((T, A, D), dtype=bool)
-    taken = np.zeros((T, A, len(objects.group)), dtype=bool)
-    idle = objects.crowd | outside(objects.area, areas)  # (A, G)
-    least = np.minimum(thresholds, MAX_THRESHOLD)[:, None, None]
-    for det, obj, iou, first in _rounds(guesses.group, pairs):
-        free = (iou >= least) & (objects.crowd[obj] | ~taken[:, :, obj])  # (T, A, p)
-        p = len(obj)
-        worth = np.arange(1, p + 1) + np.where(idle[:, obj], 0, p)  # (A, p): in a detection's run, later is better
-        best = np.maximum.reduceat(np.where(free, worth, 0), first, axis=2)  # (T, A, detections of the round)
-        got = best > 0
-        t, a, d = np.nonzero(got)
-        taken[t, a, obj[(best[t, a, d] - 1) % p]] = True
-        hit[:, :, det[first]] = got
-        void[:, :, det[first]] = got & (best <= p)
-    return hit, void | (~hit & outside(guesses.area, areas)), taken
+    T, A, D = len(thresholds), len(areas), len(detections.scores)
+    matched, ignored = np.zeros((T, A, D), dtype=bool), np.zeros((T, A, D), dtype=bool)
+    gt_matched = np.zeros((T, A, len(ground_truths.group)), dtype=bool)
+    gt_ignored = ground_truths.crowd | is_outside(ground_truths.area, areas)  # (A, G)
+    min_iou = np.minimum(thresholds, MAX_THRESHOLD)[:, None, None]
+    for det, gt, iou, first in _rounds(detections.group, pairs):
+        free = (iou >= min_iou) & (ground_truths.crowd[gt] | ~gt_matched[:, :, gt])  # (T, A, p)
+        p = len(gt)
+        priority = np.arange(1, p + 1) + np.where(
+            gt_ignored[:, gt], 0, p
+        )  # (A, p): in a detection's run, later is better
+        best = np.maximum.reduceat(np.where(free, priority, 0), first, axis=2)  # (T, A, detections of the round)
+        has_match = best > 0
+        t, a, d = np.nonzero(has_match)
+        gt_matched[t, a, gt[(best[t, a, d] - 1) % p]] = True
+        matched[:, :, det[first]] = has_match
+        ignored[:, :, det[first]] = has_match & (best <= p)
+    return matched, ignored | (~matched & is_outside(detections.area, areas)), gt_matched
 
 
-def outside(area: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """Which of N areas lie outside which of A ranges: (A, N)."""
+def is_outside(area: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    """Return which of N areas lie outside which of A ranges: (A, N)."""
     return (area < areas[:, :1]) | (area > areas[:, 1:])
 
 
-def _rounds(group: np.ndarray, pairs: Pairs) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs in rounds, such that a round holds one detection of a group, the n-th best of those that overlap anything.
+def _rounds(group: np.ndarray, pairs: OverlapPairs) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the pairs in rounds: round n holds the n-th best overlapping detection of every group.
 
-    Yields det, obj, iou and where each detection's run begins; in a run the overlap rises, and equal overlaps keep the
-    objects' order, so that the last one is COCO's choice.
+    Each round is (det, gt, iou, first), where first holds the start of each detection's run. Within a run IoU ascends,
+    and pairs of equal IoU keep the order of the ground truths, so that the last one is COCO's choice.
     """
-    order = np.lexsort((pairs.obj, pairs.iou, pairs.det))
+    order = np.lexsort((pairs.gt, pairs.iou, pairs.det))
     det = pairs.det[order]
     if not len(det):
         return
     owners, count = np.unique(det, return_counts=True)
-    turn = np.repeat(rank(group[owners]), count)
+    turn = np.repeat(rank_in_group(group[owners]), count)
     by_turn = np.argsort(turn, kind="stable")
     order, det, turn = order[by_turn], det[by_turn], turn[by_turn]
     for part in np.split(np.arange(len(det)), np.flatnonzero(np.diff(turn)) + 1):
         d = det[part]
-        yield d, pairs.obj[order[part]], pairs.iou[order[part]], np.flatnonzero(np.r_[True, d[1:] != d[:-1]])
+        yield d, pairs.gt[order[part]], pairs.iou[order[part]], np.flatnonzero(np.r_[True, d[1:] != d[:-1]])
 
 
-def by_class(guesses: Guesses, objects: Objects, images: int, classes: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """Each class's detections over all images, best score first and of equal ones the earlier, and where its objects are."""
+def iterate_classes(
+    detections: RankedDetections, ground_truths: GroundTruths, images: int, classes: int
+) -> Iterator[tuple[np.ndarray, slice]]:
+    """Yield each class's detections over all images, stably by descending score, and the slice of its ground truths."""
     edges = np.arange(classes + 1) * images
-    object_edges, guess_edges = np.searchsorted(objects.group, edges), np.searchsorted(guesses.group, edges)
+    object_edges, guess_edges = np.searchsorted(ground_truths.group, edges), np.searchsorted(detections.group, edges)
     for k in range(classes):
         own = np.arange(guess_edges[k], guess_edges[k + 1])
-        yield own[np.argsort(-guesses.scores[own], kind="stable")], slice(object_edges[k], object_edges[k + 1])
+        yield own[np.argsort(-detections.scores[own], kind="stable")], slice(object_edges[k], object_edges[k + 1])
 
 
-def accumulate(
-    guesses: Guesses, objects: Objects, hit: np.ndarray, void: np.ndarray, areas: np.ndarray, images: int, classes: int
-) -> Curves:
-    """Precision at 101 recalls, made to fall, and the final recall, per threshold, class and area range."""
-    T, A, _ = hit.shape
+def accumulate_curves(
+    detections: RankedDetections,
+    ground_truths: GroundTruths,
+    matched: np.ndarray,
+    ignored: np.ndarray,
+    areas: np.ndarray,
+    images: int,
+    classes: int,
+) -> PrecisionRecallCurves:
+    """Compute the interpolated precision at 101 recall levels, and the final recall."""
+    T, A, _ = matched.shape
     precision, scores = np.full((2, T, len(RECALLS), classes, A), np.nan)
-    recall, few = np.full((T, classes, A), np.nan), np.full((2, T, classes), np.nan)
-    counts = ~(objects.crowd | outside(objects.area, areas))  # (A, G)
-    for k, (own, of_class) in enumerate(by_class(guesses, objects, images, classes)):
+    recall, limited_recall = np.full((T, classes, A), np.nan), np.full((2, T, classes), np.nan)
+    counts = ~(ground_truths.crowd | is_outside(ground_truths.area, areas))  # (A, G)
+    for k, (own, of_class) in enumerate(iterate_classes(detections, ground_truths, images, classes)):
         total = counts[:, of_class].sum(axis=1)  # (A,)
-        good = hit[:, :, own] & ~void[:, :, own]
-        false = np.cumsum(~hit[:, :, own] & ~void[:, :, own], axis=2, dtype=np.int32)
+        is_true_positive = matched[:, :, own] & ~ignored[:, :, own]
+        false = np.cumsum(~matched[:, :, own] & ~ignored[:, :, own], axis=2, dtype=np.int32)
         for a in np.flatnonzero(total):
-            recall[:, k, a] = good[:, a].sum(axis=1) / total[a]
+            recall[:, k, a] = is_true_positive[:, a].sum(axis=1) / total[a]
             for t in range(T):
-                at = np.flatnonzero(good[t, a])  # precision has its peaks, recall its steps, at the hits
+                at = np.flatnonzero(is_true_positive[t, a])  # precision has its peaks, recall its steps, at the hits
                 hits = np.arange(1.0, len(at) + 1)
                 curve = hits / (false[t, a, at] + hits + np.spacing(1))
                 curve = np.maximum.accumulate(curve[::-1])[::-1]
@@ -195,8 +233,10 @@ def accumulate(
                 place = place[reached]
                 precision[t, :, k, a] = scores[t, :, k, a] = 0
                 precision[t, reached, k, a] = curve[place]
-                scores[t, reached, k, a] = guesses.scores[own[at[place]]]
+                scores[t, reached, k, a] = detections.scores[own[at[place]]]
         if total[0]:
             for m, most in enumerate((1, 10)):
-                few[m, :, k] = (good[:, 0] & (guesses.rank[own] < most)).sum(axis=1) / total[0]
-    return Curves(precision, scores, recall, *few)
+                limited_recall[m, :, k] = (is_true_positive[:, 0] & (detections.rank[own] < most)).sum(axis=1) / total[
+                    0
+                ]
+    return PrecisionRecallCurves(precision, scores, recall, *limited_recall)

@@ -1,4 +1,4 @@
-"""Intervals of means over seeds (Student's t) and of figures over resamples (percentiles)."""
+"""Confidence intervals: Student's t over seeds, percentiles over resamples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A value and the ends of its interval, NaN where there is none."""
+    """A value and the ends of its interval, NaN if it has no interval."""
 
     value: float
     low: float
@@ -24,10 +24,13 @@ class Interval(NamedTuple):
 
 
 def compute_seed_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """The mean of a figure over runs that differ in their seed, with its t interval; one run has no interval.
+    """Compute the mean of a metric over training seeds with its t interval; a single run has no interval.
 
-    It covers which seed was drawn (initial weights, order of the images), on these very images. It takes the figure
-    as normally distributed over seeds. Raises InputError for no value.
+    It covers the choice of the seed (initial weights, order of the images) on these images, and assumes that the metric
+    is normally distributed over seeds.
+
+    Raises:
+        InputError: No value.
     """
     if not values:
         raise InputError("an interval over seeds needs at least one value")
@@ -37,10 +40,17 @@ def compute_seed_interval(values: Sequence[float], level: float = LEVEL) -> Inte
 
 
 def compute_seed_difference(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Interval:
-    """The mean of b less the mean of a with its t interval; no interval where a side has one run only.
+    """Compute the mean of b minus the mean of a with its t interval; none if a side has a single run.
 
-    `paired`: a[i] and b[i] share a seed, and the interval is that of the mean of their differences; else Welch's, for
-    independent runs of unequal variance. Raises InputError for no value and for pairs of unequal number.
+    Args:
+        a: Values of the reference.
+        b: Values of the other side.
+        paired: Whether a[i] and b[i] share a seed; the interval is then that of their differences. Otherwise it is
+            Welch's, for independent runs of unequal variance.
+        level: Confidence level.
+
+    Raises:
+        InputError: No value, or pairs of unequal number.
     """
     if paired:
         if len(a) != len(b):
@@ -58,13 +68,20 @@ def compute_seed_difference(a: Sequence[float], b: Sequence[float], *, paired: b
 
 
 def compute_percentile_interval(values: np.ndarray, count: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """The ends (low, high) of the bootstrap's interval, from a figure's values (..., B) on resamples of `count` items.
+    """Compute the ends (low, high) of the expanded percentile interval.
 
-    The expanded percentile interval: for many items its ends are the percentiles between which `level` of the values lie;
-    for few ones they lie further out, as Student's t does against the normal distribution and because resamples vary less
-    than new data, by (count - 1) / count. One item has no interval. NaN among the values are left out. The p-th
-    percentile is the p (B + 1)-th smallest value, which a new value exceeds with probability 1 - p. Source: Hesterberg,
-    "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), section 4.
+    For many items the ends are the percentiles that enclose `level` of the values. For few items they lie further out,
+    as Student's t does against the normal distribution, and because resamples vary less than new data, by (count - 1) /
+    count. One item has no interval. NaN values are left out. The p-th percentile is the p (B + 1)-th smallest value,
+    which a new value exceeds with probability 1 - p.
+
+    Args:
+        values: (..., B), a metric on B resamples.
+        count: Items in each resample.
+        level: Confidence level.
+
+    References:
+        Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), section 4.
     """
     ends = np.full((2, *values.shape[:-1]), np.nan)
     known = ~np.isnan(values).all(axis=-1)
@@ -76,7 +93,7 @@ def compute_percentile_interval(values: np.ndarray, count: int, level: float = L
 
 
 def choose_decimals(*values: float, least: int) -> int:
-    """How many decimals it takes that no value but 0 is printed as 0.
+    """Choose how many decimals to print so that no value but 0 is printed as 0.
 
     >>> choose_decimals(-0.0004, 0.041, least=3), choose_decimals(0.0, 1.0, least=2)
     (4, 2)
@@ -89,7 +106,7 @@ def choose_decimals(*values: float, least: int) -> int:
 
 @lru_cache(maxsize=1024)
 def t_quantile(p: float, freedom: float) -> float:
-    """The p quantile, 0 < p < 1, of Student's t with `freedom` > 0 degrees of freedom, which need not be whole.
+    """Return the p quantile, 0 < p < 1, of Student's t with `freedom` > 0 degrees of freedom, not necessarily whole.
 
     >>> round(t_quantile(0.975, 2), 4)
     4.3027
@@ -98,17 +115,15 @@ def t_quantile(p: float, freedom: float) -> float:
         raise InputError(f"a t quantile needs 0 < p < 1 and degrees of freedom above 0, got {p} and {freedom}")
     if p < 0.5:
         return -t_quantile(1 - p, freedom)
-    low, high = (
-        0.0,
-        1.0,
-    )  # of x = freedom / (freedom + t²), of which 2 (1 - p) is the regularised incomplete beta function
+    # bisect x = freedom / (freedom + t²), whose regularised incomplete beta function is 2 (1 - p)
+    low, high = 0.0, 1.0
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (low, middle) if _beta(middle, freedom / 2, 0.5) > 2 * (1 - p) else (middle, high)
     return math.sqrt(freedom * (1 - high) / high)
 
 
 def _interval(value: float, error: float, freedom: float, level: float) -> Interval:
-    """value +- t standard errors, of the squared standard error."""
+    """Return value +- t standard errors, given the squared standard error."""
     if math.isnan(error):
         return Interval(value, math.nan, math.nan)
     reach = t_quantile((1 + level) / 2, freedom) * math.sqrt(error)
@@ -116,7 +131,7 @@ def _interval(value: float, error: float, freedom: float, level: float) -> Inter
 
 
 def _beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
+    """Return the regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):  # where the fraction converges fast

@@ -1,4 +1,4 @@
-"""DetectionDataset and results matched by COCO's rule, once, for all that is computed from it: figures, intervals, kinds of errors."""
+"""Matching of a dataset with results by COCO's rule, for metrics, intervals and error types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.evaluation import coco_matching as rule
+from fusedet.evaluation import coco_matching
 from fusedet.evaluation.ground_truth import image_indices, xyxy_to_xywh
 from fusedet.evaluation.mask_iou import compute_mask_area, encode_rle, find_mask_pairs
 from fusedet.evaluation.results import MAX_DETS, DetectionTable, Result
@@ -16,23 +16,31 @@ from fusedet.evaluation.results import MAX_DETS, DetectionTable, Result
 
 @dataclass(frozen=True)
 class MatchResult:
-    """Detections and objects in `coco_rule`'s order and what became of them.
+    """Detections and ground truths in the order of `coco_matching`, and their matches.
 
-    Groups are class x len(dataset) + place, an image's place being its rank by rising id. results (D,) and annotations
-    (G,) say which result and which of the dataset' objects each one is; hit and void (T, A, D), taken (T, A, G) bool.
+    A group is class x len(dataset) + the rank of the image by ascending id.
+
+    Attributes:
+        detections: The D detections.
+        ground_truths: The G ground truths.
+        results: (D,), the index of each detection in the results.
+        annotations: (G,), the index of each ground truth in the dataset.
+        matched: (T, A, D) bool.
+        ignored: (T, A, D) bool.
+        gt_matched: (T, A, G) bool.
     """
 
-    guesses: rule.Guesses
-    objects: rule.Objects
+    detections: coco_matching.RankedDetections
+    ground_truths: coco_matching.GroundTruths
     results: np.ndarray
     annotations: np.ndarray
-    hit: np.ndarray
-    void: np.ndarray
-    taken: np.ndarray
+    matched: np.ndarray
+    ignored: np.ndarray
+    gt_matched: np.ndarray
 
 
 def rank_by_image_id(dataset: DetectionDataset) -> np.ndarray:
-    """Each image's rank by rising id, (N,): COCO goes through the images in that order."""
+    """Return the rank (N,) of each image by ascending id, the order in which COCO visits images."""
     place = np.empty(len(dataset), dtype=np.int64)
     place[np.argsort(dataset.image_ids.numpy(), kind="stable")] = np.arange(len(dataset))
     return place
@@ -45,27 +53,39 @@ def match_detections(
     thresholds: np.ndarray,
     areas: np.ndarray,
 ) -> MatchResult:
-    """Match boxes, or the results' masks where these are given, at thresholds (T,) of overlap in ranges (A, 2) of area."""
-    n, owner, place = len(dataset), image_indices(dataset), rank_by_image_id(dataset)
-    group = dataset.labels.numpy() * n + place[owner]
+    """Match boxes, or masks if results with masks are given, at IoU thresholds (T,) in area ranges (A, 2)."""
+    n, image_index, place = len(dataset), image_indices(dataset), rank_by_image_id(dataset)
+    group = dataset.labels.numpy() * n + place[image_index]
     order = np.argsort(group, kind="stable")
-    objects = rule.Objects(group[order], dataset.area.numpy()[order], dataset.eval_ignore.numpy()[order])
+    ground_truths = coco_matching.GroundTruths(
+        group[order], dataset.area.numpy()[order], dataset.eval_ignore.numpy()[order]
+    )
 
     group = table.labels * n + place[table.images]
     best = np.lexsort((-table.scores, group))
-    best = best[rule.rank(group[best]) < MAX_DETS[-1]]
+    best = best[coco_matching.rank_in_group(group[best]) < MAX_DETS[-1]]
     group = group[best]
     if masks is None:
         boxes = table.boxes[best]
         area = boxes[:, 2] * boxes[:, 3]
-        pairs = rule.find_box_pairs(
-            group, boxes, objects, xyxy_to_xywh(dataset.boxes.numpy()[order]), min(thresholds.min(), rule.MAX_THRESHOLD)
+        pairs = coco_matching.find_box_pairs(
+            group,
+            boxes,
+            ground_truths,
+            xyxy_to_xywh(dataset.boxes.numpy()[order]),
+            min(thresholds.min(), coco_matching.MAX_THRESHOLD),
         )
     else:
-        answers = [masks[i]["segmentation"] for i in best]
-        area = np.array([compute_mask_area(answer) for answer in answers])
+        rles = [masks[i]["segmentation"] for i in best]
+        area = np.array([compute_mask_area(rle) for rle in rles])
         segments, sizes = [s for record in dataset for s in record.segmentations], dataset.sizes.tolist()
-        truth = [encode_rle(segments[j], *sizes[owner[j]]) for j in order]
-        pairs = find_mask_pairs(group, [encode_rle(answer, *answer["size"]) for answer in answers], objects, truth)
-    guesses = rule.Guesses(group, rule.rank(group), area, table.scores[best])
-    return MatchResult(guesses, objects, best, order, *rule.match(guesses, objects, pairs, thresholds, areas))
+        gt_rles = [encode_rle(segments[j], *sizes[image_index[j]]) for j in order]
+        pairs = find_mask_pairs(group, [encode_rle(rle, *rle["size"]) for rle in rles], ground_truths, gt_rles)
+    detections = coco_matching.RankedDetections(group, coco_matching.rank_in_group(group), area, table.scores[best])
+    return MatchResult(
+        detections,
+        ground_truths,
+        best,
+        order,
+        *coco_matching.match_groups(detections, ground_truths, pairs, thresholds, areas),
+    )

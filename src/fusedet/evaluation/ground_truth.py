@@ -1,4 +1,4 @@
-"""What is true of the dataset, as COCO's evaluators want it."""
+"""The ground truth of a dataset in the form that COCO evaluators read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fusedet.data.dataset import DetectionDataset
 
 
 def build_coco_ground_truth(dataset: DetectionDataset, *, masks: bool = True) -> dict[str, Any]:
-    """The dataset as a COCO dataset: images, annotations (iscrowd = ignored, ids from 1), categories with their original ids.
+    """Build a COCO dictionary: images, annotations with ids from 1, categories with their original ids.
 
-    `masks=False` leaves out the segmentations.
+    `iscrowd` marks what evaluation ignores. `masks=False` leaves out the segmentations.
     """
     ids, labels = dataset.image_ids.tolist(), dataset.labels.tolist()
-    boxes, owner = xyxy_to_xywh(dataset.boxes.numpy()).tolist(), image_indices(dataset).tolist()
+    boxes, image_index = xyxy_to_xywh(dataset.boxes.numpy()).tolist(), image_indices(dataset).tolist()
     annotations: list[dict[str, Any]] = [
         {
             "id": j + 1,
-            "image_id": ids[owner[j]],
+            "image_id": ids[image_index[j]],
             "category_id": dataset.category_ids[labels[j]],
             "bbox": boxes[j],
             "area": area,
@@ -28,11 +28,11 @@ def build_coco_ground_truth(dataset: DetectionDataset, *, masks: bool = True) ->
         for j, (area, ignore) in enumerate(zip(dataset.area.tolist(), dataset.eval_ignore.tolist(), strict=True))
     ]
     if masks:
-        for annotation, segment in zip(
+        for annotation, segmentation in zip(
             annotations, (s for record in dataset for s in record.segmentations), strict=True
         ):
-            if segment is not None:
-                annotation["segmentation"] = segment
+            if segmentation is not None:
+                annotation["segmentation"] = segmentation
     return {
         "images": [
             {"id": ids[i], "file_name": dataset.path(i).name, "height": h, "width": w}
@@ -58,15 +58,15 @@ def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
 
 
 def image_indices(dataset: DetectionDataset) -> np.ndarray:
-    """The image of each object: (M,) positions in the dataset."""
+    """Return the index (M,) of the image of each instance."""
     return np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
 
 
 def count_per_class(dataset: DetectionDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Images that hold a class, and objects of it, both (K,); ignored objects are not counted."""
+    """Count images with a class, and its instances, both (K,), without ignored instances."""
     keep = ~dataset.eval_ignore.numpy()
     labels = dataset.labels.numpy()[keep]
-    owner = image_indices(dataset)[keep]
+    image_index = image_indices(dataset)[keep]
     classes = len(dataset.names)
-    once = np.unique(owner * classes + labels) % max(classes, 1)
+    once = np.unique(image_index * classes + labels) % max(classes, 1)
     return np.bincount(once, minlength=classes), np.bincount(labels, minlength=classes)

@@ -1,4 +1,4 @@
-"""Overlaps of masks in run-length code (RLE), by faster-coco-eval's mask functions."""
+"""IoU of run-length encoded (RLE) masks, by the mask functions of faster-coco-eval."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from faster_coco_eval import mask as rle
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
-from fusedet.evaluation import coco_matching as rule
+from fusedet.evaluation import coco_matching
 from fusedet.evaluation.results import Result
 
 
 def validate_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
-    """Raise InputError where an object or a result has no mask, or a result's mask is not of its image's size."""
-    bare = sum(1 for record in dataset for segment in record.segmentations if segment is None)
-    if bare:
+    """Raise InputError if an instance or a result has no mask, or a mask has another size than its image."""
+    without_mask = sum(1 for record in dataset for segmentation in record.segmentations if segmentation is None)
+    if without_mask:
         raise InputError(
-            f"{bare} objects of {dataset.source} have no mask, so that iou_type 'segm' cannot be computed; use 'bbox'"
+            f"{without_mask} instances of {dataset.source} have no mask, "
+            "so that iou_type 'segm' cannot be computed; use 'bbox'"
         )
     sizes = dict(zip(dataset.image_ids.tolist(), dataset.sizes.tolist(), strict=True))
     for i, result in enumerate(results):
@@ -34,26 +35,28 @@ def validate_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None
             )
 
 
-def encode_rle(segment: Any, height: int, width: int) -> dict[str, Any]:
-    """Polygons, or an RLE whose counts are a list, as a compressed RLE."""
-    if isinstance(segment, list):
-        return rle.merge(rle.frPyObjects(segment, height, width))
-    return rle.frPyObjects(segment, height, width) if isinstance(segment["counts"], list) else segment
+def encode_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Encode polygons, or an RLE whose counts are a list, as a compressed RLE."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
 
 
-def compute_mask_area(segment: dict[str, Any]) -> float:
-    """Pixels of an RLE."""
-    return float(rle.area(encode_rle(segment, *segment["size"])))
+def compute_mask_area(segmentation: dict[str, Any]) -> float:
+    """Return the number of pixels of an RLE."""
+    return float(rle.area(encode_rle(segmentation, *segmentation["size"])))
 
 
-def find_mask_pairs(det_group: np.ndarray, det: list[Any], objects: rule.Objects, masks: list[Any]) -> rule.Pairs:
-    """All pairs of masks of the same group and their overlaps."""
-    dets, objs, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
-    for group in np.intersect1d(det_group, objects.group):
+def find_mask_pairs(
+    det_group: np.ndarray, det: list[Any], ground_truths: coco_matching.GroundTruths, masks: list[Any]
+) -> coco_matching.OverlapPairs:
+    """Return all pairs of masks of the same group with their IoU."""
+    dets, gts, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
+    for group in np.intersect1d(det_group, ground_truths.group):
         d = np.arange(*np.searchsorted(det_group, [group, group + 1]))
-        o = np.arange(*np.searchsorted(objects.group, [group, group + 1]))
-        iou = rle.iou([det[i] for i in d], [masks[j] for j in o], objects.crowd[o].astype(int).tolist())
+        o = np.arange(*np.searchsorted(ground_truths.group, [group, group + 1]))
+        iou = rle.iou([det[i] for i in d], [masks[j] for j in o], ground_truths.crowd[o].astype(int).tolist())
         dets.append(np.repeat(d, len(o)))
-        objs.append(np.tile(o, len(d)))
+        gts.append(np.tile(o, len(d)))
         ious.append(np.asarray(iou).ravel())
-    return rule.Pairs(np.concatenate(dets), np.concatenate(objs), np.concatenate(ious))
+    return coco_matching.OverlapPairs(np.concatenate(dets), np.concatenate(gts), np.concatenate(ious))

@@ -1,4 +1,4 @@
-"""COCO-form results: read, checked once, and turned into flat arrays."""
+"""COCO results: loading, validation and conversion to flat arrays."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ from fusedet.data.segmentation import count_rle_pixels, is_rle
 from fusedet.errors import InputError, unknown
 
 Result = dict[str, Any]
-"""{image_id, category_id, score, bbox [x, y, width, height] in the original image's pixels and / or segmentation (RLE)}."""
+"""{image_id, category_id, score, bbox [x, y, width, height] in original pixels and / or segmentation (RLE)}."""
 
 EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
-"""Who computes COCO's figures; all agree to rounding, the first is the fastest."""
+"""The evaluators of COCO metrics; all agree to rounding, the first is the fastest."""
 
 MAX_DETS = (1, 10, 100)
-"""Detections per image and class that COCO's figures look at."""
+"""Detections per image and class that COCO metrics use."""
 
 LARGEST = 1e18
-"""Pixels, that no coordinate of a result may reach."""
+"""The bound of all coordinates of a result, in pixels."""
 
 
 @dataclass(frozen=True)
 class DetectionTable:
-    """Results as arrays: images (D,) positions in the dataset, labels (D,) 0..K-1, scores (D,), boxes (D, 4) x, y, width, height."""
+    """Detections as arrays.
+
+    Attributes:
+        images: (D,), indices in the dataset.
+        labels: (D,), 0..K-1.
+        scores: (D,).
+        boxes: (D, 4), x, y, width, height.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -45,7 +52,7 @@ class DetectionTable:
         return len(self.scores)
 
     def by_image(self, count: int, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Per image: boxes (n, 4) xyxy and labels (n,) of what scores at least `least`, best first."""
+        """Yield per image the boxes (n, 4) xyxy and labels (n,) of at least score `least`, best first."""
         order = np.lexsort((-self.scores, self.images))
         order = order[self.scores[order] >= least]
         corners = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
@@ -56,10 +63,10 @@ class DetectionTable:
 def build_detection_table(
     dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, *, boxes: bool = True
 ) -> DetectionTable:
-    """The results as arrays, where they are not already; `boxes=False` reads no boxes and leaves zeros.
+    """Convert results to arrays, unless they are arrays already; `boxes=False` leaves zeros for boxes.
 
-    Raises InputError where a result lacks a key, holds a number that is not finite, or names an image or a category
-    that the dataset do not hold.
+    Raises:
+        InputError: A result lacks a key, holds a number that is not finite, or names an unknown image or category.
     """
     if isinstance(results, DetectionTable):
         return results
@@ -78,10 +85,11 @@ def build_detection_table(
 
 
 def load_results(path: str | Path) -> list[Result]:
-    """The results in a json file, checked.
+    """Load and validate the results in a JSON file.
 
-    Raises InputError where the file is absent, is not json, is not a list of results, or where a result lacks a key or
-    holds NaN, an infinite number, a negative size or a mask that cannot be drawn.
+    Raises:
+        InputError: The file is absent, is not JSON or not a list, or a result lacks a key or holds NaN, an infinite
+            number, a negative size or an invalid RLE.
     """
     content = read_bytes(path)
     try:
@@ -120,11 +128,14 @@ def create_stamp(
     iou_type: str = "bbox",
     max_dets: Sequence[int] = MAX_DETS,
 ) -> dict[str, Any]:
-    """What figures must share to be comparable, to be stored beside every metric.
+    """Describe what two evaluations must share to be comparable; stored beside all metrics.
 
-    evaluator, the package that computes it and its version; iou_type; max_dets; images, their number, and image_ids, 16
-    hex digits of the sorted ids; data, the dataset' fingerprint (annotations included); detections, their number.
-    Raises InputError for an evaluator that is not one of EVALUATORS.
+    Returns:
+        evaluator, its package and version; iou_type; max_dets; images, their number; image_ids, 16 hex digits of the
+        sorted ids; data, the fingerprint of the dataset with its annotations; detections, their number.
+
+    Raises:
+        InputError: The evaluator is not one of EVALUATORS.
     """
     if evaluator not in EVALUATORS:
         raise unknown("evaluator", evaluator, EVALUATORS)
@@ -141,22 +152,23 @@ def create_stamp(
 
 
 def nan_mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN for nothing."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def _position(results: Sequence[Result], key: str, known: np.ndarray, source: str) -> np.ndarray:
-    """Where each result's id stands among the known ids."""
+    """Return the index of each result's id among the known ids."""
     ids = np.array([r[key] for r in results], dtype=np.int64)
     order = np.argsort(known, kind="stable")
     place = np.searchsorted(known[order], ids)
-    strange = place == len(known)
-    strange[~strange] = known[order[place[~strange]]] != ids[~strange]
-    if strange.any():
-        some = ", ".join(map(str, np.unique(ids[strange])[:5].tolist()))
+    is_unknown = place == len(known)
+    is_unknown[~is_unknown] = known[order[place[~is_unknown]]] != ids[~is_unknown]
+    if is_unknown.any():
+        some = ", ".join(map(str, np.unique(ids[is_unknown])[:5].tolist()))
         raise InputError(
-            f"{int(strange.sum())} results have a {key} that is not in {source}: {some}; they must be made on the same data"
+            f"{int(is_unknown.sum())} results have a {key} that is not in {source}: {some}; "
+            "they must be made on the same data"
         )
     return order[place]
 

@@ -1,4 +1,4 @@
-"""COCO's figures by the packages that others use: faster-coco-eval and pycocotools."""
+"""COCO metrics by faster-coco-eval or pycocotools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
-from fusedet.evaluation import coco_matching as rule
+from fusedet.evaluation import coco_matching
 from fusedet.evaluation.ground_truth import build_coco_ground_truth
 from fusedet.evaluation.mask_iou import compute_mask_area
 from fusedet.evaluation.results import Result
@@ -20,14 +20,15 @@ from fusedet.evaluation.results import Result
 
 def evaluate_with_package(
     evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str
-) -> rule.Curves:
-    """The figures' curves by "faster-coco-eval" or "pycocotools", which share their interface.
+) -> coco_matching.PrecisionRecallCurves:
+    """Compute the curves with "faster-coco-eval" or "pycocotools", which share their interface.
 
-    Raises InputError where the package is not installed.
+    Raises:
+        InputError: The package is not installed.
     """
-    coco, judge = _load(evaluator)
+    coco, evaluator_class = _load(evaluator)
     kept = "bbox" if iou_type == "bbox" else "segmentation"
-    answers = [
+    detections = [
         {
             "id": i,
             "image_id": r["image_id"],
@@ -39,29 +40,35 @@ def evaluate_with_package(
         }
         for i, r in enumerate(results, 1)
     ]
-    truth, guess = coco(), coco()
-    truth.dataset = build_coco_ground_truth(dataset, masks=iou_type == "segm")
-    guess.dataset = {
-        "images": truth.dataset["images"],
-        "categories": truth.dataset["categories"],
-        "annotations": answers,
+    ground_truth, predictions = coco(), coco()
+    ground_truth.dataset = build_coco_ground_truth(dataset, masks=iou_type == "segm")
+    predictions.dataset = {
+        "images": ground_truth.dataset["images"],
+        "categories": ground_truth.dataset["categories"],
+        "annotations": detections,
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        guess.createIndex()
-        run = judge(truth, guess, iou_type)
+        ground_truth.createIndex()
+        predictions.createIndex()
+        run = evaluator_class(ground_truth, predictions, iou_type)
         run.evaluate()
         run.accumulate()
-    back = np.argsort(np.argsort(dataset.category_ids))  # the packages sort the classes by id
+    class_order = np.argsort(np.argsort(dataset.category_ids))  # the packages sort the classes by id
     precision, scores, recall = (
         np.where(run.eval[key] < 0, np.nan, run.eval[key]) for key in ("precision", "scores", "recall")
     )
-    precision, scores, recall = precision[..., -1][:, :, back], scores[..., -1][:, :, back], recall[:, back]
-    return rule.Curves(precision, scores, recall[..., -1], recall[:, :, 0, 0], recall[:, :, 0, 1])
+    precision, scores, recall = (
+        precision[..., -1][:, :, class_order],
+        scores[..., -1][:, :, class_order],
+        recall[:, class_order],
+    )
+    return coco_matching.PrecisionRecallCurves(
+        precision, scores, recall[..., -1], recall[:, :, 0, 0], recall[:, :, 0, 1]
+    )
 
 
 def _load(evaluator: str) -> tuple[Any, Any]:
-    """The package's classes of a dataset and of its evaluation."""
+    """Return the package's dataset and evaluator classes."""
     try:
         if evaluator == "pycocotools":
             return importlib.import_module("pycocotools.coco").COCO, importlib.import_module(

@@ -1,4 +1,4 @@
-"""Predictions in parts: sources found lazily, parts whole or not at all, gone on with, shared out, and what cannot be read."""
+"""Prediction of many images: lazy sources, JSON lines, resumption, several processes, unreadable images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights as a checkpoint: what is found does not matter, that it is the same does."""
+    """A checkpoint of random weights: only the equality of predictions matters."""
     torch.manual_seed(0)
     options = config.load("retinanet_tiny", [*OPTIONS, "test.max_det=5"])
     file = tmp_path_factory.mktemp("model") / "best.safetensors"
@@ -86,9 +86,9 @@ def test_sources_come_in_the_order_of_their_paths_each_once(folder: Path, tmp_pa
         assert expected
         assert list(Sources([f"{folder}/{pattern}"])) == expected, pattern
     twice = [str(folder / "b" / "d.png"), f"{folder}/*/1.png", str(folder), f"{folder}/**/*.png"]
-    found = list(Sources(twice))
-    assert sorted(found) == everything
-    assert found[0] == folder / "b" / "d.png"
+    paths = list(Sources(twice))
+    assert sorted(paths) == everything
+    assert paths[0] == folder / "b" / "d.png"
     (tmp_path / "list.txt").write_text(
         f"\ufeff{folder}/z.png\r\n\n{folder}/missing.png\n{folder}/b/c\n{folder}/z.png\n", encoding="utf-8"
     )
@@ -116,49 +116,49 @@ def test_sources_that_are_none(word: str) -> None:
         Sources([word])
 
 
-# -- parts
+# -- files
 
 
 @pytest.fixture
 def whole(model: Path, folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """What one part with all images gives."""
+    """The predictions of one uninterrupted process."""
     assert predict(model, folder, f"out={tmp_path / 'whole'}") == 0
-    found = read(tmp_path / "whole" / "predictions.json")
-    assert list(found) == ["images", "categories", "annotations"]
-    assert [image["id"] for image in found["images"]] == list(range(1, 11))
-    assert [one["id"] for one in found["annotations"]] == list(range(1, len(found["annotations"]) + 1))
-    assert len(found["annotations"]) == 50
-    assert not (tmp_path / "whole" / "parts").exists()
-    return found
+    content = read(tmp_path / "whole" / "predictions.json")
+    assert list(content) == ["images", "categories", "annotations"]
+    assert [image["id"] for image in content["images"]] == list(range(1, 11))
+    assert [entry["id"] for entry in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+    assert len(content["annotations"]) == 50
+    assert sorted(file.name for file in (tmp_path / "whole").iterdir()) == ["predict.json", "predictions.json"]
+    return content
 
 
-def test_parts_joined_are_the_whole_and_parts_left_alone_too(
+def lines(directory: Path) -> list[dict[str, Any]]:
+    files = directory.glob("predictions-*.jsonl")
+    return sorted((json.loads(line) for file in files for line in file.open()), key=lambda record: record["id"])
+
+
+def test_json_lines_stay_on_request(
     model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], capsys: Capture
 ) -> None:
-    assert predict(model, folder, f"out={tmp_path / 'joined'}", "--part", 3) == 0
-    assert read(tmp_path / "joined" / "predictions.json") == whole
     capsys.readouterr()
-    assert predict(model, folder, f"out={tmp_path / 'parts'}", "--part", 3, "--parts", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    index = read(tmp_path / "parts" / "index.json")
-    assert (
-        (said["images"], said["detections"], said["skipped"])
-        == (10, 50, 0)
-        == tuple(index[k] for k in ("images", "detections", "skipped"))
-    )
-    assert [(part["file"], part["first"], part["images"]) for part in index["parts"]] == [
-        (f"parts/part-0000{i}.json", 3 * i + 1, 3 if i < 3 else 1) for i in range(4)
-    ]
-    contents = [read(tmp_path / "parts" / part["file"]) for part in index["parts"]]
-    assert [image for content in contents for image in content["images"]] == whole["images"]
-    strip = lambda items: [{k: v for k, v in one.items() if k != "id"} for one in items]  # noqa: E731
-    assert strip(one for content in contents for one in content["annotations"]) == strip(whole["annotations"])
-    assert not (tmp_path / "parts" / "predictions.json").exists()
+    out = tmp_path / "lines"
+    assert predict(model, folder, f"out={out}", "--jsonl", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["images"], summary["detections"], summary["skipped"], summary["left"]) == (10, 50, 0, 0)
+    assert summary["files"] == {"predictions-0-of-1": str(out / "predictions-0-of-1.jsonl")}
+    records = lines(out)
+    assert [{key: record[key] for key in whole["images"][0]} for record in records] == whole["images"]
+    annotations = [entry for record in records for entry in record["annotations"]]
+    assert annotations == [{key: entry[key] for key in entry if key != "id"} for entry in whole["annotations"]]
+    assert not (out / "predictions.json").exists()
 
 
-def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
-    model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_killed_prediction_resumes_to_the_same_result(
+    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, batch: int
 ) -> None:
+    size = f"test.batch={batch}"
+    assert predict(model, folder, f"out={tmp_path / 'uninterrupted'}", size) == 0
     out, seen, together = tmp_path / "stopped", [], Predictor.together
 
     def dies(self: Predictor, group: Any) -> Any:
@@ -167,52 +167,56 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
             os._exit(9)
         return together(self, group)
 
-    words = [folder, f"out={out}", "--part", 3, "--resume"]
-    if not (child := os.fork()):  # a process that is killed in the middle of the third part
+    words = [folder, f"out={out}", size, "--resume"]
+    if not (child := os.fork()):
         monkeypatch.setattr(Predictor, "together", dies)
         predict(model, *words)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert sorted(file.name for file in (out / "parts").iterdir()) == ["part-00000.json", "part-00001.json"]
     assert not (out / "predictions.json").exists()
+    file = out / "predictions-0-of-1.jsonl"
+    done = len(lines(out))
+    assert done == (7 if batch == 1 else 4)
+    content = file.read_bytes()
+    file.write_bytes(content[:-5])  # a torn last line
     monkeypatch.setattr(
         Predictor, "together", lambda self, group: (seen.extend(path for _, path in group), together(self, group))[1]
     )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    for other, key in ((["--part", 4], "part"), (["test.max_det=4"], "options"), (["test.batch=2"], "options")):
-        assert predict(model, *words, *other) == 2
-        assert f"was begun with {key}" in capsys.readouterr().err
+    assert predict(model, *words, "test.max_det=4") == 2
+    assert "was begun with options" in capsys.readouterr().err
     (folder / "a" / "1.png").rename(folder / "a" / "0.png")
     assert predict(model, *words) == 2
-    assert "of other images than the sources stand for now" in capsys.readouterr().err
+    assert "predictions of other images than the sources" in capsys.readouterr().err
     (folder / "a" / "0.png").rename(folder / "a" / "1.png")
     assert not seen, "nothing was predicted meanwhile"
     assert predict(model, *words) == 0
-    assert seen == list(Sources([str(folder)]))[6:]
-    assert read(out / "predictions.json") == whole
+    images = list(Sources([str(folder)]))
+    assert seen == images[6 if batch == 1 else 0 :]
+    assert read(out / "predictions.json") == read(tmp_path / "uninterrupted" / "predictions.json")
     seen.clear()
     assert predict(model, *words) == 0
     assert not seen
     assert "10 images, 50 detections" in capsys.readouterr().out
-    file = out / "predict.json"
-    good = read(file)
-    for bad in (
-        "",
-        "[",
-        "[]",
-        "1",
-        "{}",
-        '{"asked": []}',
-        '{"asked": {"part": "3"}}',
-        '{"asked": {"part": 0}}',
-        f"{'[' * 100_000}",
-    ):
-        file.write_text(bad)
-        refused(model, words, f"{file} is damaged", capsys)
-    for done in ([], {}, {**good["done"], "shown": "x"}, {**good["done"], "files": None}):
-        file.write_text(json.dumps({**good, "done": done}))
-        refused(model, words, f"{file} is damaged", capsys)
+
+
+def test_damaged_files_are_refused(model: Path, folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    words = [folder, f"out={out}", "--jsonl", "--resume"]
+    assert predict(model, *words) == 0
+    begun, file = out / "predict.json", out / "predictions-0-of-1.jsonl"
+    good, content = read(begun), file.read_text().splitlines(keepends=True)
+    for bad in ("", "[", "[]", "1", "{}", '{"request": []}', f"{'[' * 100_000}"):
+        begun.write_text(bad)
+        refused(model, words, f"{begun} is damaged", capsys)
+    for done in ([1], {"images": 1}, {**good["done"], "shown": "x"}, {**good["done"], "files": None}):
+        begun.write_text(json.dumps({**good, "done": done}))
+        refused(model, words, f"{begun} is damaged", capsys)
+    begun.write_text(json.dumps({"request": good["request"]}))
+    for bad in ("\n", "\0\0\n", "[]\n", '{"id": 3}\n', content[0], content[2].replace('"annotations"', '"x"')):
+        file.write_text("".join([*content[:2], bad, *content[3:]]))
+        refused(model, words, f"{file}, line 3 is damaged", capsys)
 
 
 def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:
@@ -222,38 +226,47 @@ def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:
     assert "Traceback" not in said
 
 
-def test_a_image_that_cannot_be_read_ends_it_or_is_counted_and_listed(
+def test_an_unreadable_image_ends_the_prediction_or_is_listed(
     model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], capsys: Capture
 ) -> None:
     bad = list(Sources([str(folder)]))[4]
     bad.write_bytes(b"no image")
-    words = [folder, f"out={tmp_path / 'bad'}", "--part", 3]
+    words = [folder, f"out={tmp_path / 'bad'}"]
     assert predict(model, *words) == 2
     said = capsys.readouterr().err
     assert str(bad) in said
     assert "--on-bad-image skip" in said
     assert [image["id"] for image in read(tmp_path / "bad" / "predictions.json")["images"]] == [1, 2, 3, 4]
     assert predict(model, *words, "--resume", "--on-bad-image", "skip", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["images"], said["skipped"]) == (9, 1)
-    found = read(tmp_path / "bad" / "predictions.json")
-    assert found["images"] == [image for image in whole["images"] if image["id"] != 5]
-    assert [(one["id"], one["file_name"]) for one in found["skipped"]] == [(5, str(bad))]
-    assert str(bad) in found["skipped"][0]["reason"]
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["images"], summary["skipped"]) == (9, 1)
+    content = read(tmp_path / "bad" / "predictions.json")
+    assert content["images"] == [image for image in whole["images"] if image["id"] != 5]
+    assert [(entry["id"], entry["file_name"]) for entry in content["skipped"]] == [(5, str(bad))]
+    assert str(bad) in content["skipped"][0]["reason"]
 
 
-def test_processes_share_the_images_each_once(model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
-    words = [
-        "predict",
-        str(model),
-        str(folder),
-        f"out={tmp_path / 'shared'}",
-        "--no-draw",
-        "device=cpu",
-        "--part",
-        "4",
-        "data.workers=0",
-    ]
+def test_processes_share_the_images_each_once(
+    model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Whichever process is last joins; a part of the processes can be resumed by another number of them."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    words = [folder, f"out={tmp_path / 'shared'}", "--resume"]
+    for rank in ("0", "2"):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        assert predict(model, *words) == 0
+    assert "process 2 is done, other processes still have to predict 3 images" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert [record["id"] for record in lines(tmp_path / "shared")] == [1, 3, 4, 6, 7, 9, 10]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert predict(model, *words) == 0
+    assert read(tmp_path / "shared" / "predictions.json") == whole
+
+
+def test_two_processes_of_torchrun(model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
     launch = [
         sys.executable,
         "-m",
@@ -264,8 +277,13 @@ def test_processes_share_the_images_each_once(model: Path, folder: Path, tmp_pat
         "-m",
         "fusedet.cli",
     ]
+    words = ["predict", str(model), str(folder), f"out={tmp_path / 'shared'}", "--no-draw", "device=cpu"]
     done = subprocess.run(
-        [*launch, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        [*launch, *words, "data.workers=0"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert read(tmp_path / "shared" / "predictions.json") == whole
@@ -282,7 +300,7 @@ def test_each_process_says_what_it_cannot_read(
     for rank, code in (("0", 0), ("1", 2)):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
-        assert predict(model, folder, f"out={tmp_path / 'shared'}", "--part", 5) == code
+        assert predict(model, folder, f"out={tmp_path / 'shared'}") == code
     said = capsys.readouterr().err
     assert said.startswith(f"error: process 1: {bad} is empty or not an image")
     assert said.count("\n") == 1
@@ -296,37 +314,36 @@ def test_each_process_says_what_it_cannot_read(
     assert capsys.readouterr().err.startswith("error: RANK=x")
 
 
-def test_what_is_joined_is_on_the_disk_before_its_parts_are_gone(
+def test_joined_predictions_are_on_the_disk_before_the_lines_are_removed(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut takes back what was not synchronised, but not the removal of the parts."""
-    held: dict[str, int] = {}
-    sync, remove = os.fsync, batch_predict.shutil.rmtree
+    """A power cut takes back what was not synchronised, but not the removal of the lines."""
+    synced, sync, unlink = [], os.fsync, Path.unlink
 
-    def noted(file: int) -> None:
+    def note_sync(file: int) -> None:
         sync(file)
-        held[os.readlink(f"/proc/self/fd/{file}")] = os.fstat(file).st_size
+        synced.append(os.fstat(file).st_ino)
 
-    def removed(path: Path, **options: Any) -> None:
-        whole = path.parent / "predictions.json"
-        assert held[str(whole.with_name(".predictions.json.part"))] == whole.stat().st_size
-        held["removed"] = 1
-        remove(path, **options)
+    def note_removal(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".jsonl":
+            assert (path.parent / "predictions.json").stat().st_ino in synced
+            synced.append(-1)
+        unlink(path, missing_ok)
 
-    monkeypatch.setattr("os.fsync", noted)
-    monkeypatch.setattr(batch_predict.shutil, "rmtree", removed)
+    monkeypatch.setattr("os.fsync", note_sync)
+    monkeypatch.setattr(Path, "unlink", note_removal)
     assert predict(model, folder, f"out={tmp_path / 'out'}") == 0
-    assert held["removed"]
+    assert synced[-1] == -1
 
 
-def test_what_is_read_ahead_comes_in_order_and_is_bounded() -> None:
+def test_prefetched_items_come_in_order_and_are_bounded() -> None:
     asked: list[int] = []
 
     def reading(i: int) -> Any:
         asked.append(i)
         return i, Path(), torch.zeros(0)
 
-    items = batch_predict.ahead(reading, iter(range(1000)), 2)
+    items = batch_predict.prefetch(reading, iter(range(1000)), 2)
     assert [next(items)[0] for _ in range(10)] == list(range(10))
     assert len(asked) <= 15
     assert [i for i, _, _ in items] == list(range(10, 1000))
