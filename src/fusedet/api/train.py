@@ -13,9 +13,8 @@ from torch import nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.distributed import make_fabric, silent, together
-from fusedet.api.image_check import check_images, record_replaced_images
 from fusedet.api.load_model import class_names, weights_file, with_weights
-from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
+from fusedet.api.run_dir import about, data_prints, fresh, record_replaced_images, withdraw, write_json
 from fusedet.api.validate import (
     FIGURES,
     MASK_FIGURES,
@@ -35,7 +34,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import TrainTransform
-from fusedet.data.validation import compare_class_names
+from fusedet.data.validation import compare_class_names, require_usable_images
 from fusedet.engine import checkpoint, logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.peers import Peers
@@ -117,7 +116,8 @@ def _fit(
             )
     recipe = make_recipe(config, rate)
     if config.data.check:
-        together(fabric, lambda: check_images(config, data, val, say))
+        max_bad = config.train.max_bad_images if config.train.on_bad_image == "skip" else 0.0
+        together(fabric, lambda: require_usable_images(data, val, max_bad_share=max_bad, warn=say))
     if not resume:
         together(fabric, lambda: fresh(out))
         say(f"results: {out}")

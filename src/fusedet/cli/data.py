@@ -29,17 +29,24 @@ def doctor(
     options = any_config(words)
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
-    reports, between = check_dataset(options, read_images, lambda items, total, split: track(json, items, total, split))
-    failed = bool(between) or any(r.errors for r in reports.values())
+    check = check_dataset(
+        options,
+        read_images=read_images,
+        progress=lambda items, total, split: track(json, items, total, split),
+    )
     if json:
-        print_json({split: vars(r) for split, r in reports.items()} | {"between": between, "ok": not failed})
+        print_json(
+            {split: vars(r) for split, r in check.splits.items()} | {"between": check.mismatches, "ok": check.passed}
+        )
     else:
-        for split, found in reports.items():
+        for split, found in check.splits.items():
             tables.report(out, split, found)
-        for text in between:
+        for text in check.mismatches:
             out.print(f"[red]error[/] {escape(text)}")
-        out.print("[red]this data would stop a training[/]" if failed else "[green]this data can be trained on[/]")
-    raise typer.Exit(1 if failed else 0)
+        out.print(
+            "[green]this data can be trained on[/]" if check.passed else "[red]this data would stop a training[/]"
+        )
+    raise typer.Exit(0 if check.passed else 1)
 
 
 def browse(

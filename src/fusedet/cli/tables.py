@@ -78,13 +78,13 @@ def comparison(console: Console, found: dict[str, Any]) -> None:
 
 def centres(console: Console, classes: list[dict[str, Any]]) -> None:
     """Per class, what share of its objects lies in each quarter of the image."""
-    quarters = [name for name in classes[0] if name not in ("name", "objects")]
+    quarters = [name for name in classes[0] if name not in ("name", "annotations")]
     table = Table()
-    for name in ("class", "objects", *quarters):
+    for name in ("class", "annotations", *quarters):
         table.add_column(name, justify="left" if name == "class" else "right")
     for row in classes:
-        shares = [f"{100 * row[name] / row['objects']:.1f} %" if row["objects"] else "-" for name in quarters]
-        table.add_row(escape(row["name"]), f"{row['objects']:,}", *shares)
+        shares = [f"{100 * row[name] / row['annotations']:.1f} %" if row["annotations"] else "-" for name in quarters]
+        table.add_row(escape(row["name"]), f"{row['annotations']:,}", *shares)
     console.print(table)
 
 
@@ -103,10 +103,10 @@ def cost(console: Console, figures: dict[str, Any], title: str) -> None:
 
 def report(console: Console, split: str, found: DatasetReport) -> None:
     """What a doctor found in a split."""
-    if not found.figures:
+    if not found.statistics:
         console.print(f"[bold]{escape(split)}[/]: cannot be read")
     else:
-        _content(console, split, found.figures)
+        _content(console, split, found.statistics)
     for text in found.warnings:
         console.print(f"  [yellow]warning[/] {escape(text)}")
     for text in found.errors[:20]:
@@ -117,18 +117,18 @@ def report(console: Console, split: str, found: DatasetReport) -> None:
 
 def _content(console: Console, split: str, figures: dict[str, Any]) -> None:
     sizes, empty = figures["sizes"], figures["empty_images"]
-    images, objects = plural(figures["images"], "image"), plural(figures["objects"], "object")
-    console.print(f"[bold]{escape(split)}[/]: {images} ({empty} without objects), {objects}")
+    images, annotations = plural(figures["images"], "image"), plural(figures["annotations"], "annotation")
+    console.print(f"[bold]{escape(split)}[/]: {images} ({empty} without annotations), {annotations}")
     console.print(
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
-        f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_image']} in one image"
+        f"{figures['ignored_annotations']} ignored; at most {figures['max_annotations_per_image']} in one image"
     )
     if small := figures.get("smallest"):
         w, h = small["original"]
         console.print(
             f"  smallest after the resize: {w:.0f}x{h:.0f} becomes {small['network_side']:.1f} pixels, in {escape(small['image'])}"
         )
-    table = Table("class", "objects")
+    table = Table("class", "annotations")
     for name, count in figures["classes"].items():
         table.add_row(escape(name), str(count))
     console.print(table)
