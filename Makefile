@@ -1,15 +1,16 @@
-# make demo | test | soak | lint | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
+# make demo | test | test-all | soak | lint | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap loader scale
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint bench clean
+.PHONY: help demo test test-all soak lint bench clean
 
 help:
 	@echo "make demo   generate images, train a small detector on them, score it and draw what it finds"
-	@echo "make test   all tests, WORKERS=$(WORKERS) at a time"
+	@echo "make test   the test suite, WORKERS=$(WORKERS) tests at a time"
+	@echo "make test-all  the suite and its long tests: all combinations, killed runs, several processes, long fuzzing"
 	@echo "make soak   the tests that take hours in all: memory over thousands of steps, large annotations, killed processes"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks, JSON each"
@@ -20,7 +21,10 @@ demo: .venv/.ready
 
 # one thread per worker: small tensors gain nothing from more, and workers would fight for the cores
 test: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-all: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak"
 
 # one after the other: they measure memory and time
 soak: .venv/.ready

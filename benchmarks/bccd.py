@@ -77,7 +77,7 @@ def main() -> None:
         for one, image_id, scale in zip(found, batch.ids, batch.scales):
             own = Detections(one["boxes"] / scale.repeat(2), one["scores"], one["labels"] - 1)
             results += own.to_coco(image_id, test.category_ids)
-    report(seed=given.seed, epochs=given.epochs, **evaluation.coco(test, results))
+    report(seed=given.seed, epochs=given.epochs, **evaluation.evaluate_coco(test, results))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torchvision
 
-from fusedet.interop.torchvision import translate
+from fusedet.interop.torchvision import convert_weights
 
 
 def interleave(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -61,7 +61,7 @@ def own_peak() -> float:
 
 def take_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     """Give our detector the weights of torchvision's."""
-    left = ours.load_state_dict(translate(theirs.state_dict(), "torchvision").weights, strict=False)
+    left = ours.load_state_dict(convert_weights(theirs.state_dict(), "torchvision").weights, strict=False)
     # counters of batch norms, which frozen ones do not have
     assert not left.unexpected_keys, left
     assert all(key.endswith("num_batches_tracked") for key in left.missing_keys), left

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from common import report
 
-from fusedet.evaluation.bootstrap import _average_precision, drawn_images
-from fusedet.evaluation.confidence_intervals import percentiles
-from fusedet.evaluation.results import Found
+from fusedet.evaluation.bootstrap import _average_precision, draw_image_weights
+from fusedet.evaluation.confidence_intervals import compute_percentile_interval
+from fusedet.evaluation.results import DetectionTable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from test_bootstrap import draw
@@ -24,7 +24,7 @@ from test_bootstrap import draw
 MANY = 10**9  # items, of which the interval is that of plain percentiles
 
 
-def resampled_ap(run: Found, owner: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def resampled_ap(run: DetectionTable, owner: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AP of a run on each resample, without matching: a find is right where it lies in the upper row, wholly on an object."""
     order = np.argsort(-run.scores, kind="stable")
     hit = (run.boxes[order, 1] == 0)[None]
@@ -38,12 +38,12 @@ def shares(images: int, sets: int, resamples: int) -> dict[str, float]:
     for i in range(sets):
         data, a, b, true = draw(rng, images)
         owner = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
-        weights = drawn_images(images, resamples, i)
+        weights = draw_image_weights(images, resamples, i)
         change = resampled_ap(b, owner, weights) - resampled_ap(a, owner, weights)
         here, spread = change[0], 1.96 * change[1:].std(ddof=1)
-        low, high = percentiles(change[1:], MANY)
+        low, high = compute_percentile_interval(change[1:], MANY)
         ends = {
-            "fusedet": percentiles(change[1:], images),
+            "fusedet": compute_percentile_interval(change[1:], images),
             "percentile": (low, high),
             "basic": (2 * here - high, 2 * here - low),
             "normal": (here - spread, here + spread),

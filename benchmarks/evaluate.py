@@ -88,12 +88,12 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the figures."""
     data = dataset(images, objects, seed)
     results = detections(data, count, seed)
-    evaluation.coco(data, [], evaluator=evaluator)  # imports are not what is measured
-    truth = evaluation.coco_ground_truth(data) if evaluator != "fusedet" else {}
+    evaluation.evaluate_coco(data, [], evaluator=evaluator)  # imports are not what is measured
+    truth = evaluation.build_coco_ground_truth(data) if evaluator != "fusedet" else {}
     before = own_peak()
     began = time.perf_counter()
     if evaluator == "fusedet":
-        figures = evaluation.coco(data, results)
+        figures = evaluation.evaluate_coco(data, results)
         stats, classes = [figures[name] for name in list(figures)[:12]], [row["AP"] for row in figures["classes"]]
     else:
         stats, classes = by_package(evaluator, truth, results)

@@ -18,8 +18,8 @@ import torch
 from common import interleave, own_peak, peak_memory, report
 
 from fusedet import create_model
-from fusedet.models.detectors import Detector, for_inference
-from fusedet.models.profiling import cost
+from fusedet.models.detectors import DetectorModule, prepare_for_inference
+from fusedet.models.profiling import count_cost
 from fusedet.types import Batch
 
 FULL, SQUARE = (800, 1216), (640, 640)
@@ -55,7 +55,7 @@ SIDES = {
 }
 
 
-def make(name: str) -> Detector:
+def make(name: str) -> DetectorModule:
     """The detector of a side, with random weights."""
     return create_model(SIDES[name].config, "model.backbone.pretrained=false", *SIDES[name].overrides).eval()
 
@@ -66,13 +66,13 @@ def predictor(name: str) -> Callable[[], Any]:
     height, width = SIDES[name].size
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
     batch = Batch(image, torch.tensor([[height, width]]), (0,), torch.ones(1, 2))
-    return functools.partial(for_inference(make(name)).predict, batch)
+    return functools.partial(prepare_for_inference(make(name)).predict, batch)
 
 
 def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """A side's own figures and, beside the detector without the module, what the module adds."""
     side = SIDES[name]
-    total = cost(make(name), *side.size)
+    total = count_cost(make(name), *side.size)
     found = {
         "image": side.size,
         "median_ms": round(1000 * statistics.median(seconds[name]), 1),
@@ -81,7 +81,7 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
         "multiply_adds_G": round(total["multiply_adds"] / 1e9, 2),
     }
     if side.base:
-        plain = cost(make(side.base), *side.size)
+        plain = count_cost(make(side.base), *side.size)
         # each turn has both sides under about the same load
         turns = [a / b for a, b in zip(seconds[name], seconds[side.base])]
         found["added"] = {

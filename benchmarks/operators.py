@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d, roi_align
 
 from fusedet.models.necks import SMSL
-from fusedet.models.necks.gates import rows_and_columns
+from fusedet.models.necks.gates import pool_rows_and_columns
 from fusedet.models.ops.deformable import deform_conv2d_by_rows
-from fusedet.models.ops.roi_align_cpu import region_align
+from fusedet.models.ops.roi_align_cpu import roi_align_cpu
 from fusedet.types import Levels
 
 Sides = dict[str, Callable[[], object]]
@@ -34,7 +34,7 @@ def aligning(backward: bool) -> Sides:
         return roi_align(feature, rois, 7, 1 / 4, sampling_ratio=0, aligned=True)
 
     def own() -> Tensor:
-        return region_align(feature, rois, 7, 4)
+        return roi_align_cpu(feature, rois, 7, 4)
 
     sides = {"torchvision": library, "fusedet": own}
     return {name: _backward(call(), feature) for name, call in sides.items()} if backward else {**sides}
@@ -60,7 +60,7 @@ def pooling() -> Sides:
     x = map_of(8)
     return {
         "torch": lambda: (x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)),
-        "fusedet": lambda: rows_and_columns(x),
+        "fusedet": lambda: pool_rows_and_columns(x),
     }
 
 

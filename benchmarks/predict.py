@@ -15,7 +15,7 @@ from common import interleave, own_peak, peak_memory, report, summary, take_weig
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from fusedet import create_model
-from fusedet.models.detectors import for_inference
+from fusedet.models.detectors import prepare_for_inference
 from fusedet.types import Batch
 
 HEIGHT, WIDTH = 800, 1216
@@ -45,7 +45,7 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def fusedet(image: torch.Tensor, precision: str) -> Callable[[], object]:
     """fusedet's detector as `fusedet.load` prepares it."""
-    model = for_inference(trained(image)[1], precision)
+    model = prepare_for_inference(trained(image)[1], precision)
     batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return functools.partial(model.predict, batch)
 

@@ -23,7 +23,7 @@ from PIL import Image
 from fusedet import config
 from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 RECORDS = [(5_000, 50_000), (40_000, 50_000), (40_000, 400_000)]  # images, objects
 IMAGES = [50, 200]
@@ -84,7 +84,7 @@ def make_model(file: Path) -> None:
     torch.manual_seed(0)
     options = config.load("retinanet_tiny", [*OPTIONS, "test.score=0.001", "test.max_det=20"])
     meta = {"config": options.to_yaml(), "names": json.dumps(["a", "b"]), "category_ids": "[1, 2]"}
-    checkpoint.save_weights(file, from_config(options, 2).state_dict(), meta)
+    checkpoint.save_weights(file, build_detector(options, 2).state_dict(), meta)
 
 
 def measure_prediction(top: Path, images: int, processes: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from common import interleave, report, summary, take_weights
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fusedet import create_model
-from fusedet.models.detectors import for_inference
+from fusedet.models.detectors import prepare_for_inference
 from fusedet.types import Batch, Target
 
 HEIGHT, WIDTH = 800, 1216
@@ -40,7 +40,7 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
 def prediction(image: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Both sides' prediction."""
     theirs, ours = (side.eval() for side in models())
-    ready = for_inference(ours)
+    ready = prepare_for_inference(ours)
     batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return {
         "torchvision": torch.inference_mode()(lambda: theirs([image.float() / 255])),

@@ -22,7 +22,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.text import Text
 from PIL import Image
 
-from fusedet.visualization.colors import colour
+from fusedet.visualization.colors import class_color
 
 matplotlib.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans"})
 
@@ -102,7 +102,7 @@ PARTS: dict[str, type] = {"groups": Group, "boxes": Box, "lines": Line}
 
 def tint(number: int | None, share: float) -> tuple[float, float, float]:
     """A project colour mixed with white."""
-    red, green, blue = colour(number) if number is not None else (255, 255, 255)
+    red, green, blue = class_color(number) if number is not None else (255, 255, 255)
     return (1 - share * (1 - red / 255), 1 - share * (1 - green / 255), 1 - share * (1 - blue / 255))
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from conftest import SMALL
 from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, summary_text, worker
-from fusedet.ablation.plan import Cell, Plan
+from fusedet.ablation.plan import Plan, Run
 from fusedet.config import Config
 from fusedet.engine.trainer import NonFinite
 from fusedet.errors import InputError
@@ -59,8 +59,8 @@ def done(scenes: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def plan(scenes: Path, table: Path, tmp_path: Path) -> Plan:
-    return ablation.make(
-        ablation.load(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None
+    return ablation.make_plan(
+        ablation.load_table(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None
     )
 
 
@@ -84,8 +84,8 @@ def test_equal_rows_are_trained_once(done: Path) -> None:
 
 
 def test_folders_do_not_depend_on_what_is_chosen(plan: Plan, scenes: Path, table: Path, tmp_path: Path) -> None:
-    few = ablation.make(
-        ablation.load(table),
+    few = ablation.make_plan(
+        ablation.load_table(table),
         [f"data={scenes}", *SMALL],
         rows=["FPN*+BFP"],
         seeds=1,
@@ -93,13 +93,13 @@ def test_folders_do_not_depend_on_what_is_chosen(plan: Plan, scenes: Path, table
         say=lambda t: None,
     )
     assert [[c.folder.parent.name for c in cells] for cells in few.to_run()] == [["fpn_bfp"]]
-    assert few.cells("plain")[0] == plan.cells("plain, 1 conv")[0]
-    assert [cell.seed for cell in plan.cells("plain")] == [0, 1]
+    assert few.runs("plain")[0] == plan.runs("plain, 1 conv")[0]
+    assert [cell.seed for cell in plan.runs("plain")] == [0, 1]
 
 
 def test_labels_of_rows_may_hold_commas(scenes: Path, table: Path) -> None:
     def chosen(*rows: str) -> tuple[str, ...]:
-        return ablation.make(ablation.load(table), rows=rows, need_data=False).chosen
+        return ablation.make_plan(ablation.load_table(table), rows=rows, need_data=False).chosen
 
     assert chosen("plain, 1 conv,FPN*+BFP") == ("plain, 1 conv", "FPN*+BFP")
     assert chosen("plain,plain, 1 conv") == ("plain", "plain, 1 conv")
@@ -113,8 +113,8 @@ def test_labels_that_look_alike_have_their_own_folders(tmp_path: Path) -> None:
         for label, neck in [("A*", "fpn"), ("A", "pafpn"), ("*", "bifpn")]
     )
     file.write_text(f"base: retinanet_tiny\nrows:\n{rows}")
-    plan = ablation.make(ablation.load(file), need_data=False, out=tmp_path)
-    assert [plan.cells(label)[0].folder.parent.name for label in plan.configs] == ["a", "a-2", "row"]
+    plan = ablation.make_plan(ablation.load_table(file), need_data=False, out=tmp_path)
+    assert [plan.runs(label)[0].folder.parent.name for label in plan.configs] == ["a", "a-2", "row"]
 
 
 def test_a_finished_table_runs_nothing(
@@ -128,19 +128,19 @@ def test_a_finished_table_runs_nothing(
     )
     assert load(out)["rows"][0]["measured"] == load(done)["rows"][0]["measured"]
     # both calls are in the report, with paths from here
-    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", summary_text.shown(str(table))]] * 2
+    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", summary_text.shorten_path(str(table))]] * 2
 
 
 KILLED = """
 import os, signal, sys
 from fusedet import cli
-from fusedet.engine import loop
-save = loop.save
+from fusedet.engine import trainer
+save = trainer.save
 def saved(run):
     save(run)
     if run.out.parts[-2:] == ("fpn_bfp", "seed0") and run.state["epoch"] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-loop.save = saved
+trainer.save = saved
 sys.exit(cli.run(sys.argv[1:]))
 """
 
@@ -166,18 +166,18 @@ def test_killed_and_started_again_gives_the_same_table(scenes: Path, table: Path
         assert [one.get(key) for key in ("measured", "difference", "classes", "conclusion")] == [
             other.get(key) for key in ("measured", "difference", "classes", "conclusion")
         ]
-    shown = [[sheet.rows for sheet in render.sheets(found)[:2]] for found in (a, b)]
+    shown = [[sheet.rows for sheet in render.make_sheets(found)[:2]] for found in (a, b)]
     assert shown[0] == shown[1]
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(plan: Plan) -> None:
-    cell = plan.cells("plain")[0]
+    cell = plan.runs("plain")[0]
     cell.folder.mkdir(parents=True)
     (cell.folder / "config.yaml").write_text(cell.config.to_yaml())
     (cell.folder / "best.safetensors.part").write_text("half")
     data = plan.data["plain"]
     assert cell.state(data) == "absent"
-    worker.run(cell, say=lambda text: None, quiet=True)
+    worker.execute_run(cell, say=lambda text: None, quiet=True)
     assert cell.state(data) == "finished"
     (cell.folder / "metrics.json").write_text('{"AP": 0.')  # cut off when it was written
     assert cell.state(data) == "begun"
@@ -194,7 +194,7 @@ def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatc
         return real(config, **options)
 
     monkeypatch.setattr(worker, "train", train)
-    found, files = ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
+    found, files = ablation.run_plan(plan, ablation.LaunchOptions(resamples=40), say=lambda text: None, quiet=True)
     one = row(found, "FPN*+BFP")
     assert ([run["state"] for run in one["runs"]], one["measured"], one["difference"]) == (
         ["failed", "failed"],
@@ -207,10 +207,12 @@ def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatc
 
 def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
     """Two processes that share the CPU, each with a run of its own; what they find is what one process finds."""
-    cells = plan.cells("plain")
-    queue = launcher.Queue([cells[:]], estimate.clock(plan, cost.counted(plan.configs, plan.classes)), beside=2)
+    cells = plan.runs("plain")
+    queue = launcher.Queue(
+        [cells[:]], estimate.make_clock(plan, cost.count_costs(plan.configs, plan.classes)), beside=2
+    )
     said: list[str] = []
-    launcher.local(queue, ["cpu", "cpu"], said.append)
+    launcher.run_local(queue, ["cpu", "cpu"], said.append)
     assert len(said) == len(cells) == len(queue.clock.seconds[cells[0].label]) == 2
     for cell in cells:
         assert cell.state(plan.data["plain"]) == "finished"
@@ -223,13 +225,13 @@ def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
 
 
 def test_what_a_process_says_last_is_told(plan: Plan) -> None:
-    cell = plan.cells("plain")[0]
+    cell = plan.runs("plain")[0]
     broken = replace(cell, config=replace(cell.config, data=replace(cell.config.data, path="/nowhere")))
     queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
     with pytest.raises(
         InputError, match=r"row 'plain, 1 conv', seed 0, ended with 2: /nowhere does not exist.*seed0\.log"
     ):
-        launcher.local(queue, ["cpu", "cpu"], lambda text: None)
+        launcher.run_local(queue, ["cpu", "cpu"], lambda text: None)
 
 
 class Jobs:
@@ -264,7 +266,7 @@ class Jobs:
             def update_parameters(self, **options: Any) -> None:
                 jobs.options = options
 
-            def submit(self, function: Callable[..., None], cell: Cell, *rest: Any) -> Job:
+            def submit(self, function: Callable[..., None], cell: Run, *rest: Any) -> Job:
                 jobs.submitted.append(cell.folder.parent.name)
                 return Job(Path(), f"job{len(jobs.submitted)}", lambda: function(cell, *rest))
 
@@ -283,15 +285,15 @@ def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launcher, "find_spec", lambda name: True)
     monkeypatch.setattr(launcher, "which", lambda name: name)
     monkeypatch.setattr(worker, "train", stop_at_once)
-    launch = ablation.Launch(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
+    launch = ablation.LaunchOptions(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
     said: list[str] = []
     with pytest.raises(InputError, match="--budget goes with --launcher local"):
-        ablation.ablate(plan, replace(launch, budget=5.0))
-    ablation.ablate(plan, launch, say=said.append)
+        ablation.run_plan(plan, replace(launch, budget=5.0))
+    ablation.run_plan(plan, launch, say=said.append)
     assert jobs.submitted == ["plain_1_conv"] * 2 + ["fpn_bfp"] * 2
     assert (jobs.options, jobs.waited) == ({"name": "fusedet", "timeout_min": 5}, ["job1", "job2", "job3", "job4"])
     # nothing has finished: the same command waits for the same jobs
-    ablation.ablate(plan, launch, say=said.append)
+    ablation.run_plan(plan, launch, say=said.append)
     assert len(jobs.submitted) == 4
     assert jobs.waited == ["job1", "job2", "job3", "job4"] * 2
 
@@ -301,7 +303,7 @@ def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyP
 
 def test_the_budget_says_what_is_left(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    ablation.ablate(plan, ablation.Launch(budget=0.001, resamples=40), say=said.append, quiet=True)
+    ablation.run_plan(plan, ablation.LaunchOptions(budget=0.001, resamples=40), say=said.append, quiet=True)
     left = next(text for text in said if "undone" in text)
     assert re.search(
         r"leaves 4 runs undone, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left
@@ -309,7 +311,7 @@ def test_the_budget_says_what_is_left(plan: Plan, monkeypatch: pytest.MonkeyPatc
     assert "timing a training step of 'plain, 1 conv'" in said
     found = load(plan.out)
     assert [one["state"] for one in row(found, "plain")["runs"]] == ["absent"] * 2
-    assert render.cost_sheet(found).rows[2][5:] == ["not measured"] * 4
+    assert render.make_cost_sheet(found).rows[2][5:] == ["not measured"] * 4
     assert not list(plan.out.rglob("config.yaml"))
 
 
@@ -360,7 +362,7 @@ def test_tables_are_whole_where_no_terminal_breaks_them(capsys: pytest.CaptureFi
     sheet = render.Sheet(
         "t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]]
     )
-    render.show(Console(), sheet)
+    render.print_sheet(Console(), sheet)
     assert any(
         line.count("250.49") == 12 and "of more than twenty-four letters" in line
         for line in capsys.readouterr().out.splitlines()
@@ -369,7 +371,7 @@ def test_tables_are_whole_where_no_terminal_breaks_them(capsys: pytest.CaptureFi
     few = render.Sheet(
         "t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]]
     )
-    render.show(Console(file=text, force_terminal=True, width=60), few)
+    render.print_sheet(Console(file=text, force_terminal=True, width=60), few)
     assert "multiply-adds" in text.getvalue()
     assert "…" not in text.getvalue()
 
@@ -418,7 +420,7 @@ def test_files_say_the_same(done: Path) -> None:
     assert float(lines[2]["AP_mean"]) == row(found, "FPN*+BFP")["measured"]["AP"]["mean"]
     assert (lines[1]["published_AP"], lines[1]["published_params_M"], lines[3]["AP_mean"]) == ("35.5", "37.74", "")
     text = (done / "table.md").read_text()
-    for sheet in render.sheets(found):
+    for sheet in render.make_sheets(found):
         for cells in sheet.rows:
             assert "| " + " | ".join(cell.replace("*", "\\*") for cell in cells) + " |" in text
     for one in found["rows"]:
@@ -426,7 +428,7 @@ def test_files_say_the_same(done: Path) -> None:
 
 
 def test_cited_rows_are_shown_as_cited(done: Path) -> None:
-    first, _, cost_table = render.sheets(load(done))
+    first, _, cost_table = render.make_sheets(load(done))
     assert first.rows[3][:3] == ["theirs", "41.0", "cited"]
     assert "cited" in cost_table.rows[3]
     assert "conclusion" not in load(done)["rows"][3]
@@ -469,7 +471,7 @@ def test_mistakes(
     out, data, mine = f"out={tmp_path / 'out'}", f"data={scenes}", str(table)
     assert "which table?" in refused(capsys)
     assert "did you mean 'smsl_table2'" in refused(capsys, "smsl_tabl2", data, out)
-    assert "no output folder: add out=" in refused(capsys, mine, data)
+    assert "no output directory: add out=" in refused(capsys, mine, data)
     assert "no data: add data=" in refused(capsys, mine, out)
     assert "did you mean 'plain'" in refused(capsys, mine, data, out, "--rows", "plane")
     assert "row 'theirs' is cited" in refused(capsys, mine, data, out, "--rows", "theirs")
@@ -481,7 +483,8 @@ def test_mistakes(
     )
     assert "finds no masks" in refused(capsys, mine, data, out, "train.monitor=mask_AP")
     assert "--budget 2x is no time" in refused(capsys, mine, data, out, "--budget", "2x")
-    assert "unknown launcher 'pbs'" in refused(capsys, mine, data, out, "--launcher", "pbs")
+    assert cli.run(["ablate", mine, data, out, "--launcher", "pbs"]) == 2
+    assert "'pbs' is not one of 'local', 'slurm'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "one table at a time" in refused(capsys, mine, "necks", data, out)
     assert not (tmp_path / "out").exists()
 
@@ -541,7 +544,7 @@ def test_one_ablation_at_a_time_in_a_folder(plan: Plan) -> None:
             assert other.stdout is not None
             assert other.stdout.readline().strip() == b"1"
             with pytest.raises(InputError, match="is in use by another fusedet ablate"):
-                ablation.ablate(plan, ablation.Launch())
+                ablation.run_plan(plan, ablation.LaunchOptions())
         finally:
             other.kill()
 
@@ -552,4 +555,4 @@ def test_rows_are_scored_on_the_same_images(scenes: Path, tmp_path: Path) -> Non
     with pytest.raises(
         InputError, match=r"row 'b' is scored on .* but row 'a' on .* rows are compared on the same images"
     ):
-        ablation.make(ablation.load(file), [f"data={scenes}", *SMALL], say=lambda text: None)
+        ablation.make_plan(ablation.load_table(file), [f"data={scenes}", *SMALL], say=lambda text: None)

@@ -164,7 +164,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def page(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     found = summary(tmp_path / "runs")
     (tmp_path / "out").mkdir()
-    return report.write(found, tmp_path / "out")["page"], found
+    return report.write_report(found, tmp_path / "out")["page"], found
 
 
 def test_the_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], 
     assert said == ""
     assert asked == []
     seen = Cells(dom)
-    for sheet in render.sheets(found):
+    for sheet in render.make_sheets(found):
         assert sheet.title in seen.texts
         for cells in [sheet.head, *sheet.rows]:
             assert any(seen.texts[i : i + len(cells)] == cells for i in range(len(seen.texts))), cells
@@ -243,8 +243,8 @@ def test_what_was_not_measured_is_said(page: tuple[Path, dict[str, Any]], tmp_pa
             "conclusion": "Not measured: nothing can be said.",
         }
         row["cost"] |= {"prediction": None}
-    text = report.write(found, tmp_path / "out")["page"].read_text()
+    text = report.write_report(found, tmp_path / "out")["page"].read_text()
     assert "<svg" not in text
-    assert [cells[2] for cells in render.difference_sheet(found).rows] == ["not measured"] * 3 + ["cited"]
-    assert render.cost_sheet(found).rows[0][5:] == ["not measured"] * 4
+    assert [cells[2] for cells in render.make_difference_sheet(found).rows] == ["not measured"] * 3 + ["cited"]
+    assert render.make_cost_sheet(found).rows[0][5:] == ["not measured"] * 4
     assert not list((tmp_path / "out" / "plots").glob("*.svg"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedet.ablation import cost, estimate, launcher, summary
-from fusedet.ablation.plan import Cell
+from fusedet.ablation.plan import Run
 from fusedet.config import Config, Train
 
 # -- budget
@@ -17,7 +17,7 @@ from fusedet.config import Config, Train
 def queue(seconds: dict[str, list[float]], budget: float | None, now: list[float], **options: Any) -> launcher.Queue:
     """Three rows of two seeds."""
     work = {"FPN": 1.0, "PAFPN": 2.0, "BiFPN": 1.0}
-    rows = [[Cell(label, Config(train=Train(seed=s), out=f"{label}/{s}")) for s in (0, 1)] for label in work]
+    rows = [[Run(label, Config(train=Train(seed=s), out=f"{label}/{s}")) for s in (0, 1)] for label in work]
     made = launcher.Queue(rows, estimate.Clock(work, seconds), budget, **options)
     made.began = now[0]
     return made
@@ -31,13 +31,13 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return clock
 
 
-def taken(asked: launcher.Queue, now: list[float], seconds: Callable[[Cell], float]) -> list[tuple[str, int]]:
+def taken(asked: launcher.Queue, now: list[float], seconds: Callable[[Run], float]) -> list[tuple[str, int]]:
     order = []
     while cell := asked.take():
         order.append((cell.label, cell.seed))
         now[0] += seconds(cell)
         asked.clock.seconds.setdefault(cell.label, []).append(seconds(cell))
-        asked.finished(cell)
+        asked.mark_finished(cell)
     return order
 
 
@@ -91,7 +91,7 @@ def test_other_rows_are_expected_by_their_work(now: list[float]) -> None:
     ("text", "seconds"), [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("45s", 45), ("1.5h", 5400), ("1d", 86400)]
 )
 def test_times_are_read(text: str, seconds: float) -> None:
-    assert estimate.duration(text) == seconds
+    assert estimate.parse_duration(text) == seconds
 
 
 # -- cost and conclusions
@@ -141,14 +141,14 @@ AP = {"over_images": [0.2, 1.8], "over_seeds": [0.1, 1.9], "value": 1.0}
 )
 def test_conclusions(change: dict[str, Any], said: str) -> None:
     one = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": {"AP": AP | change}}
-    assert re.search(said, summary.conclusion(one, "AP", {"a": "a", "b": "b"}))
+    assert re.search(said, summary.draw_conclusion(one, "AP", {"a": "a", "b": "b"}))
 
 
 def test_conclusions_of_a_figure_without_an_interval_over_images() -> None:
     def said(over_seeds: list[float] | None) -> str:
         change = {"value": 1.0, "over_images": None, "over_seeds": over_seeds}
         one = {"label": "b", "reference": "a", "measured": {"VOC_AP": {}}, "difference": {"VOC_AP": change}}
-        return summary.conclusion(one, "VOC_AP", {"a": "a", "b": "b"})
+        return summary.draw_conclusion(one, "VOC_AP", {"a": "a", "b": "b"})
 
     assert said([0.1, 1.9]).startswith(
         "VOC_AP 1.00 higher than 'a' on these very images for other seeds too (+0.10 to +1.90). Over images"
@@ -162,8 +162,8 @@ def test_conclusions_of_a_figure_without_an_interval_over_images() -> None:
 def test_conclusions_without_a_difference() -> None:
     owners = {"a": "a", "b": "b", "c": "a"}
     measured = {"label": "b", "reference": "a", "measured": {"AP": {}}, "difference": None}
-    assert "'a' was not measured" in summary.conclusion(measured, "AP", owners)
-    assert "baseline was not measured" in summary.conclusion(measured | {"reference": None}, "AP", owners)
-    assert summary.conclusion(measured | {"label": "a"}, "AP", owners).startswith("The baseline:")
-    assert summary.conclusion(measured | {"label": "c"}, "AP", owners) == "The same config as 'a'."
-    assert "Not measured" in summary.conclusion(measured | {"measured": None}, "AP", owners)
+    assert "'a' was not measured" in summary.draw_conclusion(measured, "AP", owners)
+    assert "baseline was not measured" in summary.draw_conclusion(measured | {"reference": None}, "AP", owners)
+    assert summary.draw_conclusion(measured | {"label": "a"}, "AP", owners).startswith("The baseline:")
+    assert summary.draw_conclusion(measured | {"label": "c"}, "AP", owners) == "The same config as 'a'."
+    assert "Not measured" in summary.draw_conclusion(measured | {"measured": None}, "AP", owners)

@@ -13,21 +13,21 @@ import pytest
 from conftest import SMALL
 from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, report, summary, summary_text, worker
-from fusedet.ablation.plan import Cell, Plan
+from fusedet.ablation.plan import Plan, Run
 from fusedet.api import validate
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config, Train
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError
-from fusedet.evaluation.mask_iou import encoded
+from fusedet.evaluation.mask_iou import encode_rle
 
 
 def plan_of(folder: Path, text: str, data: Path, *more: str, seeds: int = 2) -> Plan:
     file = folder / "mine.yaml"
     file.write_text(text)
-    return ablation.make(
-        ablation.load(file),
+    return ablation.make_plan(
+        ablation.load_table(file),
         [f"data={data}", "device=cpu", *more],
         seeds=seeds,
         out=folder / "out",
@@ -44,7 +44,7 @@ def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str,
                 continue
             x, y, right, bottom = box
             x += 0.4 * (right - x) if (3 * i + k) % 10 < 10 * late else 0
-            mask = encoded(record.segmentations[k], record.height, record.width)
+            mask = encode_rle(record.segmentations[k], record.height, record.width)
             text = mask["counts"].decode() if isinstance(mask["counts"], bytes) else mask["counts"]
             found.append(
                 {
@@ -57,7 +57,7 @@ def truth(dataset: DetectionDataset, drop: float, late: float) -> list[dict[str,
     return found
 
 
-def finish(plan: Plan, find: Callable[[Cell], list[dict[str, Any]]], masks: bool = False) -> None:
+def finish(plan: Plan, find: Callable[[Run], list[dict[str, Any]]], masks: bool = False) -> None:
     """Every run of the plan as if it had been trained and had found that."""
     for row in plan.to_run():
         for cell in row:
@@ -76,8 +76,8 @@ def finish(plan: Plan, find: Callable[[Cell], list[dict[str, Any]]], masks: bool
 
 
 def summed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(summary, "predicting", lambda *rest: {})
-    return summary.summary(plan, cost.counted(plan.configs, plan.classes), resamples=60)
+    monkeypatch.setattr(summary, "measure_prediction", lambda *rest: {})
+    return summary.summarize(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
 
 
 # -- what a table is about
@@ -108,10 +108,10 @@ def test_a_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.M
     assert more["conclusion"].startswith("mask_AP ")
     assert boxes["difference"]["mask_AP"] == {"value": 0.0, "over_images": [0.0, 0.0], "over_seeds": [0.0, 0.0]}
     assert boxes["measured"]["AP"]["mean"] > found["rows"][0]["measured"]["AP"]["mean"]
-    sheet = render.difference_sheet(found)
+    sheet = render.make_difference_sheet(found)
     assert sheet.head[1:3] == ["mask_AP published", "mask_AP measured"]
     assert sheet.rows[1][sheet.head.index("published difference")] == "+1.8"
-    files = report.write(found, tmp_path / "out")
+    files = report.write_report(found, tmp_path / "out")
     line = list(csv.DictReader(files["spreadsheet"].read_text().splitlines()))[1]
     assert float(line["published_mask_AP_difference"]) == pytest.approx(1.8)
     assert float(line["mask_AP_difference"]) == more["difference"]["mask_AP"]["value"]
@@ -143,7 +143,7 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
     plan = plan_of(tmp_path, FOUR, scenes, *SMALL)
     share = {"A": 0.5, "A+": 0.3, "B": 0.2, "B+": 0.0}
     finish(plan, lambda cell: truth(plan.val, share[cell.label], 0.0))
-    shutil.rmtree(plan.cells("B+")[1].folder)
+    shutil.rmtree(plan.runs("B+")[1].folder)
     found = summed(plan, monkeypatch)
     rows = {row["label"]: row for row in found["rows"]}
     assert [row["reference"] for row in found["rows"]] == ["A", "A", "B", "B"]
@@ -155,7 +155,7 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
         assert "Over images there is no interval of it" in rows[label]["conclusion"]
     assert rows["A"]["difference"] is rows["B"]["difference"] is None
     assert rows["B"]["conclusion"] == "The baseline: what other rows are compared with."
-    sheet = render.difference_sheet(found)
+    sheet = render.make_difference_sheet(found)
     assert sheet.title == "VOC_AP in percent, means over the seeds that finished"
     columns = [sheet.head.index(name) for name in ("seeds", "compared with", "published difference")]
     assert [[row[i] for i in columns] for row in sheet.rows] == [
@@ -164,8 +164,8 @@ def test_figures_of_voc_and_several_references(scenes: Path, tmp_path: Path, mon
         ["2/2", "", "-"],
         ["1/2", "B", "+1.27"],
     ]
-    assert any(line.startswith("Over images: none.") for line in summary_text.covered(found))
-    files = report.write(found, tmp_path / "out")
+    assert any(line.startswith("Over images: none.") for line in summary_text.describe_coverage(found))
+    files = report.write_report(found, tmp_path / "out")
     for name in ("table", "page"):
         text = files[name].read_text()
         for part in ("+1.27", "no target", "Finished seeds, of 2: B+ 1", "Over images: none", "a word"):
@@ -182,7 +182,7 @@ def test_references_run_before_what_is_compared_with_them(scenes: Path, tmp_path
 def test_an_unknown_reference_of_a_row(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: retinanet_tiny\nrows: [{label: aa}, {label: b, reference: a}]\n")
     with pytest.raises(InputError, match=r"unknown row in .*mine.yaml, row 'b': reference 'a': did you mean 'aa'"):
-        ablation.load(tmp_path / "mine.yaml")
+        ablation.load_table(tmp_path / "mine.yaml")
 
 
 def test_what_was_scored_without_an_object_is_drawn_without_it(
@@ -195,8 +195,8 @@ def test_what_was_scored_without_an_object_is_drawn_without_it(
         file.write_text(json.dumps(json.loads(file.read_text()) | {"AP": None}))
     found = summed(plan, monkeypatch)
     assert "AP" not in found["rows"][0]["measured"]
-    assert render.difference_sheet(found).rows[0][2] == "not measured"
-    assert "AP against cost" not in report.write(found, tmp_path / "out")["page"].read_text()
+    assert render.make_difference_sheet(found).rows[0][2] == "not measured"
+    assert "AP against cost" not in report.write_report(found, tmp_path / "out")["page"].read_text()
 
 
 # -- rows that differ in their test section alone
@@ -215,7 +215,7 @@ def test_a_row_that_only_tests_otherwise_is_not_trained(
     plan = plan_of(tmp_path, TESTS, scenes, *SMALL, seeds=1)
     real, trained = worker.train, []
     monkeypatch.setattr(worker, "train", lambda config, **rest: (trained.append(config.out), real(config, **rest)))
-    found, _ = ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
+    found, _ = ablation.run_plan(plan, ablation.LaunchOptions(resamples=40), say=lambda text: None, quiet=True)
     source = plan.out / "plain" / "seed0"
     assert trained == [str(source)]
     both = found["rows"][1]
@@ -223,7 +223,9 @@ def test_a_row_that_only_tests_otherwise_is_not_trained(
     assert (
         both["cost"]["prediction"]["p50_ms"] > found["rows"][0]["cost"]["prediction"]["p50_ms"]
     )  # four views, not one
-    assert "both ways: the weights of 'plain', scored as this row's test section says" in summary_text.notes(found)
+    assert "both ways: the weights of 'plain', scored as this row's test section says" in summary_text.collect_notes(
+        found
+    )
     # the figures are those of val with the same options
     words = ["val", str(source), "test.flip=true", "test.scales=[64,80]", f"out={tmp_path / 'again'}"]
     assert cli.run(words) == 0
@@ -235,15 +237,15 @@ def test_a_row_that_only_tests_otherwise_is_not_trained(
     # taken up where it stopped, without a training
     before = (source / "test-both_ways" / "metrics.json").read_text()
     (source / "test-both_ways" / "metrics.json").unlink()
-    ablation.ablate(plan, ablation.Launch(resamples=40), say=lambda text: None, quiet=True)
+    ablation.run_plan(plan, ablation.LaunchOptions(resamples=40), say=lambda text: None, quiet=True)
     assert len(trained) == 1
     assert (source / "test-both_ways" / "metrics.json").read_text() == before
 
 
 def test_what_scores_weights_waits_for_them(tmp_path: Path) -> None:
     source = tmp_path / "a" / "seed0"
-    train = Cell("a", Config(train=Train(seed=0), out=str(source)))
-    score = Cell("b", Config(train=Train(seed=0), out=str(source / "test-b")), source)
+    train = Run("a", Config(train=Train(seed=0), out=str(source)))
+    score = Run("b", Config(train=Train(seed=0), out=str(source / "test-b")), source)
     queue = launcher.Queue([[train], [score]], estimate.Clock({"a": 1.0, "b": 1.0}, {}), beside=2)
     assert queue.take() == train
     assert queue.take() is None
@@ -263,14 +265,14 @@ def test_what_scores_weights_waits_for_them(tmp_path: Path) -> None:
 def test_a_dry_run_on_a_few_images(tmp_path: Path) -> None:
     data = generate_dataset(tmp_path / "few", images=4, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
     plan = plan_of(tmp_path, TESTS, data, *SMALL, "train.epochs=5", seeds=1)
-    rows, basis = ablation.look(plan, say=lambda text: None)
+    rows, basis = ablation.preview_plan(plan, say=lambda text: None)
     assert basis.startswith("one training step of 'plain'")
     assert all(row["seconds"] > 0 for row in rows[:2])
 
 
 def test_a_folder_knows_its_table_by_what_it_runs(scenes: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, TESTS, scenes, *SMALL)
-    launcher.mark(plan, ["fusedet", "ablate", str(tmp_path / "mine.yaml"), f"data={scenes}"])
+    launcher.write_marker(plan, ["fusedet", "ablate", str(tmp_path / "mine.yaml"), f"data={scenes}"])
     marker = tmp_path / "out" / "ablation.json"
     assert str(tmp_path) not in marker.read_text()
 
@@ -278,7 +280,7 @@ def test_a_folder_knows_its_table_by_what_it_runs(scenes: Path, tmp_path: Path) 
         file = tmp_path / "elsewhere" / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-        launcher.check_folder(replace(plan, table=ablation.load(file)))
+        launcher.check_out_dir(replace(plan, table=ablation.load_table(file)))
 
     taken_up("mine", TESTS)
     taken_up("renamed", TESTS + "note: other words\n")
@@ -293,7 +295,7 @@ def test_a_folder_knows_its_table_by_what_it_runs(scenes: Path, tmp_path: Path) 
 
 
 def test_time_of_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell("a", Config(out=str(tmp_path / "a")))
+    cell = Run("a", Config(out=str(tmp_path / "a")))
 
     def train(config: Config, **rest: Any) -> None:
         cell.folder.mkdir(exist_ok=True)
@@ -308,16 +310,16 @@ def test_time_of_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(worker.time, "perf_counter", lambda: clock[0])
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            worker.run(cell)
+            worker.execute_run(cell)
     stop = False
-    worker.run(cell)
+    worker.execute_run(cell)
     assert json.loads((cell.folder / "time.json").read_text()) == {
         "seconds": 15,
         "resumed": True,
         "sessions": [5, 5, 5],
     }
     (cell.folder / "time.json").unlink()  # as after a first session that was killed
-    worker.run(cell)
+    worker.execute_run(cell)
     assert json.loads((cell.folder / "time.json").read_text()) == {
         "seconds": None,
         "resumed": True,

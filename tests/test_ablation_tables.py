@@ -35,7 +35,7 @@ def with_rows(folder: Path, rows: str, head: str = "base: retinanet_tiny\n") -> 
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Table:
-    return ablation.load(write(tmp_path, MINE))
+    return ablation.load_table(write(tmp_path, MINE))
 
 
 # -- files
@@ -78,7 +78,7 @@ def test_more_lies_over_the_row(mine: Table) -> None:
 def test_a_base_beside_the_table_wins(tmp_path: Path) -> None:
     write(tmp_path, "base: retinanet_tiny\ntrain: {epochs: 2}\n", "retinanet_r50")
     for base in ("retinanet_r50", "retinanet_r50.yaml"):
-        found = ablation.load(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
+        found = ablation.load_table(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
         assert found.rows[0].config(found).train.epochs == 2
 
 
@@ -118,7 +118,7 @@ def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
 )
 def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        ablation.load(with_rows(tmp_path, rows))
+        ablation.load_table(with_rows(tmp_path, rows))
 
 
 @pytest.mark.parametrize(
@@ -140,16 +140,16 @@ def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
 )
 def test_mistakes_in_files(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        ablation.load(write(tmp_path, text))
+        ablation.load_table(write(tmp_path, text))
 
 
 def test_unknown_tables(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown ablation table 'neks': did you mean 'necks'"):
-        ablation.load("neks")
+        ablation.load_table("neks")
     with pytest.raises(
         InputError, match=r"there is no table file .*other\.yaml: give a YAML file, or one of modules_together"
     ):
-        ablation.load(tmp_path / "other.yaml")
+        ablation.load_table(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_unknown_tables(tmp_path: Path) -> None:
     ],
 )
 def test_overrides_and_bases_that_the_config_refuses(tmp_path: Path, row: str, head: str, said: str) -> None:
-    found = ablation.load(with_rows(tmp_path, row, head))
+    found = ablation.load_table(with_rows(tmp_path, row, head))
     with pytest.raises(InputError, match=said):
         found.rows[0].config(found)
     with pytest.raises(InputError, match=said):
@@ -200,7 +200,7 @@ def test_what_the_command_line_adds_is_named(mine: Table) -> None:
 
 def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> None:
     """The config takes any option of a slot; the part refuses it when it is made."""
-    found = ablation.load(
+    found = ablation.load_table(
         with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0])
     )
     assert found.rows[1].config(found).model.neck["gait"] == "cag"
@@ -218,9 +218,9 @@ def test_cited_rows_are_not_run(mine: Table) -> None:
 # -- shipped
 
 
-@pytest.mark.parametrize("name", ablation.names())
+@pytest.mark.parametrize("name", ablation.list_tables())
 def test_shipped_tables_are_read(name: str) -> None:
-    found = ablation.load(name)
+    found = ablation.load_table(name)
     assert found.name == found.source == name
     assert found.title not in ("", name)
     assert all(
@@ -228,11 +228,11 @@ def test_shipped_tables_are_read(name: str) -> None:
         for row in found.rows
     )
     # the file speaks as the one of a user does
-    assert ablation.load(Path(found.folder) / f"{name}.yaml").rows == found.rows
+    assert ablation.load_table(Path(found.folder) / f"{name}.yaml").rows == found.rows
 
 
 def test_necks_has_every_neck_and_one_detector() -> None:
-    found = ablation.load("necks")
+    found = ablation.load_table("necks")
     configs = [row.config(found) for row in found.rows]
     chains = [c.model.neck if isinstance(c.model.neck, list) else [c.model.neck] for c in configs]
     assert {part["type"] for chain in chains for part in chain} == set(NECKS)
@@ -240,7 +240,7 @@ def test_necks_has_every_neck_and_one_detector() -> None:
 
 
 def test_modules_together_has_every_combination_once() -> None:
-    found = ablation.load("modules_together")
+    found = ablation.load_table("modules_together")
     configs = [row.config(found) for row in found.rows]
     plain = configs[0].model
     switched = [

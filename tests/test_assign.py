@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from fusedet.models.ops import assigners
-from fusedet.models.ops.assigners import BACKGROUND, IGNORED, MaxIoU
+from fusedet.models.ops.assigners import BACKGROUND, IGNORED, MaxIoUAssigner
 from fusedet.types import Priors, Target
 
 
@@ -24,30 +24,30 @@ def test_table() -> None:
     priors, target = make(
         [[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.5], [0, 0, 10, 2], [50, 50, 60, 60]], [[0, 0, 10, 10]]
     )
-    assert MaxIoU().assign(priors, target).tolist() == [0, 0, IGNORED, BACKGROUND, BACKGROUND]
+    assert MaxIoUAssigner().assign(priors, target).tolist() == [0, 0, IGNORED, BACKGROUND, BACKGROUND]
 
 
 def test_low_quality() -> None:
     """An object that no prior overlaps by 0.5 takes its best ones, both of a tie; of two objects that claim one prior, the later."""
     priors, target = make([[0, 0, 10, 2], [0, 8, 10, 10], [0, 0, 10, 1]], [[0, 0, 10, 10]])
-    assert MaxIoU().assign(priors, target).tolist() == [0, 0, BACKGROUND]
-    assert MaxIoU(low_quality=False).assign(priors, target).tolist() == [BACKGROUND] * 3
-    assert MaxIoU(min_positive=0.3).assign(priors, target).tolist() == [BACKGROUND] * 3
+    assert MaxIoUAssigner().assign(priors, target).tolist() == [0, 0, BACKGROUND]
+    assert MaxIoUAssigner(low_quality=False).assign(priors, target).tolist() == [BACKGROUND] * 3
+    assert MaxIoUAssigner(min_positive=0.3).assign(priors, target).tolist() == [BACKGROUND] * 3
     priors, target = make([[0, 0, 10, 2]], [[0, 0, 10, 10], [0, 0, 10, 12]])
-    assert MaxIoU().assign(priors, target).tolist() == [1]
+    assert MaxIoUAssigner().assign(priors, target).tolist() == [1]
 
 
 def test_an_object_that_no_prior_touches_takes_none() -> None:
     priors, target = make([[0, 0, 10, 10]], [[500, 500, 510, 510]])
-    assert MaxIoU().assign(priors, target).tolist() == [BACKGROUND]
+    assert MaxIoUAssigner().assign(priors, target).tolist() == [BACKGROUND]
 
 
 def test_no_objects() -> None:
     priors, target = make([[0, 0, 10, 10]], [])
-    assert MaxIoU().assign(priors, target).tolist() == [BACKGROUND]
+    assert MaxIoUAssigner().assign(priors, target).tolist() == [BACKGROUND]
 
 
-def slow(rule: MaxIoU, priors: Priors, target: Target) -> list[int]:
+def slow(rule: MaxIoUAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule in words, one prior and one object at a time."""
     overlap = box_iou(target.boxes, priors.boxes)
     owners = []
@@ -72,5 +72,5 @@ def test_against_a_slow_loop(seed: int, objects: int, count: int, chunk: int) ->
     boxes = torch.cat([corners, corners + torch.randint(1, 6, (objects + count, 2))], dim=1)
     priors, target = make(boxes[objects:].tolist(), boxes[:objects].tolist())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assigners, "OBJECTS_AT_ONCE", chunk)
-        assert MaxIoU().assign(priors, target).tolist() == slow(MaxIoU(), priors, target)
+        patch.setattr(assigners, "INSTANCES_AT_ONCE", chunk)
+        assert MaxIoUAssigner().assign(priors, target).tolist() == slow(MaxIoUAssigner(), priors, target)

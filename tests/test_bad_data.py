@@ -24,7 +24,7 @@ from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.validation import require_usable_images
 from fusedet.errors import InputError
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 REFUSED = [kind for kind in KINDS if kind.refused]
@@ -85,7 +85,7 @@ def error_of(action: Callable[[], object]) -> str:
 
 @pytest.fixture(scope="module")
 def detector() -> nn.Module:
-    return from_config(options(Path("unused")), 2).train()
+    return build_detector(options(Path("unused")), 2).train()
 
 
 def run_epoch(detector: nn.Module, data: DetectionDataset, config: Config, log: BadImageLog | None = None) -> int:

@@ -260,7 +260,7 @@ def test_training_with_a_bad_image(
     capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "report", lambda *_, **__: {})  # drawing takes most of the time
-    monkeypatch.setattr(command.visualization, "training", lambda *_: None)
+    monkeypatch.setattr(command.visualization, "plot_training", lambda *_: None)
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     bad = data / "train" / "000002.jpg"
     bad.write_bytes(bad.read_bytes()[:-500])

@@ -233,7 +233,7 @@ def test_empty_images_are_background(capsys: Capture, scenes: Path, tmp_path: Pa
     assert cli.run(train(data, tmp_path / "out", "train.batch=1", "train.base_batch=1")) == 0
     capsys.readouterr()
     assert cli.run(["doctor", f"data={data}"]) == 0
-    has(capsys.readouterr().out, "8 images (7 without objects)")
+    has(capsys.readouterr().out, "8 images (7 without annotations)")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -275,7 +275,7 @@ def test_scoring_where_nothing_is_annotated(capsys: Capture, trained: Path, scen
         ("model.backbone.frozen_stages=9", "must be -1 (nothing) to 4"),
         ("model.pyramid.channels=0", "model.pyramid.channels=0 must be 1 or more"),
         ("model.pyramid.finest=9", "model.pyramid.finest=9"),
-        ("epochs", "options are written key=value"),
+        ("epochs", "settings are written key=value"),
         ("train.epochs=[1", "is not YAML"),
         ("train.epochs=x", "train.epochs must be int, got 'x'"),
         ("train.epochs=0", "train.epochs=0 must be 1 or more"),
@@ -313,12 +313,12 @@ def test_unknown_models(capsys: Capture, tmp_path: Path, monkeypatch: pytest.Mon
     for command in ("train", "info", "config"):
         has(complaint(capsys, command, "retinanet_r5"), "unknown config 'retinanet_r5': did you mean 'retinanet_r50'?")
         has(complaint(capsys, command, "mine.yaml"), "there is no config file mine.yaml")
-        has(complaint(capsys, command, "retinanet_r18", "retinanet_r50"), "one model at a time")
+        has(complaint(capsys, command, "retinanet_r18", "retinanet_r50"), "one config at a time")
     for command in ("info", "doctor", "browse"):
-        has(complaint(capsys, command, tmp_path), "is not a run's folder", f"did you mean data={tmp_path}?")
+        has(complaint(capsys, command, tmp_path), "is not a run directory", f"did you mean data={tmp_path}?")
     said = complaint(capsys, "train")
-    has(said, "which model?", "fusedet info lists")
-    assert len(said) < 200, "not all 76"
+    has(said, "which config?", "fusedet info lists")
+    assert len(said) < 200, "not all of them"
     has(complaint(capsys, "info", "retinanet_tiny", "--classes", 0), "at least one class")
     assert not any(tmp_path.iterdir()), "not even a runs folder"
 
@@ -375,13 +375,13 @@ def test_names_are_checked_before_the_data(
 
 def test_a_folder_that_cannot_be_made(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    has(complaint(capsys, *train(scenes, tmp_path / "file" / "out")), "out=", "cannot be made")
+    has(complaint(capsys, *train(scenes, tmp_path / "file" / "out")), "out=", "cannot be created")
 
 
 def test_resuming_what_cannot_be_resumed(capsys: Capture, run_copy: Path, tmp_path: Path) -> None:
     has(complaint(capsys, "train", "retinanet_tiny", f"out={tmp_path / 'none'}", "--resume"), "holds no run to resume")
     (tmp_path / "empty").mkdir()
-    has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run's folder")
+    has(complaint(capsys, "train", tmp_path / "empty", "--resume"), "is not a run directory")
     before = {p.name: p.read_bytes() for p in run_copy.iterdir()}
     has(
         complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", "train.batch=2"),
@@ -471,13 +471,13 @@ def test_predict_of_nothing(capsys: Capture, trained: Path, scenes: Path, tmp_pa
     has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no image, folder or pattern /no/where.jpg")
     has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no image")
     has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no image")
-    has(complaint(capsys, "predict", trained, scenes / "val", "--precision", "fp16"), "did you mean 'bf16'?")
-    for command in ("predict", "cam"):
+    capsys.readouterr()
+    assert cli.run(["predict", str(trained), str(scenes / "val"), "--precision", "fp16"]) == 2
+    has(" ".join(capsys.readouterr().err.replace("│", " ").split()), "'fp16' is not one of 'fp32', 'bf16'")
+    for command, more in (("predict", "data.workers, "), ("cam", "")):
         said = complaint(capsys, command, trained, scenes / "val", "model.neck=fpn")
-        has(
-            said,
-            "changes nothing for a trained model: what can be set here is test, data.size, data.antialias, device, out",
-        )
+        settable = f"what can be set here is test, data.size, data.antialias, {more}device, out"
+        has(said, f"changes nothing for a trained model: {settable}")
 
 
 def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
@@ -490,7 +490,9 @@ def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, t
         "must hold a list of results",
     )
     has(complaint(capsys, "val", trained, "--split", "tset"), "has no split 'tset'")
-    has(complaint(capsys, "val", trained, "--evaluator", "cocoeval"), "unknown evaluator 'cocoeval'")
+    assert cli.run(["val", str(trained), "--evaluator", "cocoeval"]) == 2
+    has(" ".join(capsys.readouterr().err.replace("│", " ").split()), "'cocoeval' is not one of 'fusedet'")
+    has(complaint(capsys, "val", trained, "stray"), "stray is one too many", "settings are written key=value")
     has(complaint(capsys, "val", trained, "train.epochs=3"), "changes nothing for a trained model")
     (tmp_path / "bad.json").write_text('[{"image_id": 9, "category_id": 1, "bbox": [1, 2, 3, 4]}]')
     has(complaint(capsys, "val", tmp_path / "bad.json", f"data={scenes}"), "result 0 lacks 'score'")
@@ -552,7 +554,7 @@ def test_a_full_disk_elsewhere_is_said(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
-    monkeypatch.setattr("fusedet.visualization.curves", full)
+    monkeypatch.setattr("fusedet.visualization.plot_precision_recall", full)
     has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
 
 

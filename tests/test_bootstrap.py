@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from fusedet import evaluation
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
-from fusedet.evaluation.bootstrap import FIGURES, Resampled, difference, drawn_images, mean_of, resampled
-from fusedet.evaluation.confidence_intervals import percentiles, t_quantile
-from fusedet.evaluation.results import Found
+from fusedet.evaluation.bootstrap import (
+    METRICS,
+    ResampledMetrics,
+    average_runs,
+    compute_difference,
+    draw_image_weights,
+    resample_metrics,
+)
+from fusedet.evaluation.confidence_intervals import compute_percentile_interval, t_quantile
+from fusedet.evaluation.results import DetectionTable
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 IDS = (4, 1, 9)
@@ -23,7 +30,7 @@ def repeated(images, image_ids, weights):
     """COCO's figures of the data in which image i really occurs weights[i] times: the slow reference.
 
     Scores are replaced by falling ones in COCO's order on the data itself (score, then image id, then the order of the
-    results), and copies get ids beside their original's: so ties stand as `resampled` says.
+    results), and copies get ids beside their original's: so ties stand as `resample_metrics` says.
     """
     rows = [
         (-score, image_ids[i], n, i, box, k)
@@ -40,7 +47,7 @@ def repeated(images, image_ids, weights):
     results = [
         result(new, IDS[k], box, ranked[i, n]) for i, new in copies for n, (box, k, _) in enumerate(images[i][1])
     ]
-    return evaluation.coco(data, results)
+    return evaluation.evaluate_coco(data, results)
 
 
 @given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
@@ -54,10 +61,10 @@ def test_equals_images_really_repeated(data, images, image_ids):
     weights[weights.sum(axis=1) == 0] = 1
     whole = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=IDS, image_ids=image_ids)
     results = [result(image_ids[i], IDS[k], box, score) for i, (_, own) in enumerate(images) for box, k, score in own]
-    found = resampled(whole, results, np.array([np.ones(len(images), int), *weights], dtype=np.int16))
-    itself = evaluation.coco(whole, results)
+    found = resample_metrics(whole, results, np.array([np.ones(len(images), int), *weights], dtype=np.int16))
+    itself = evaluation.evaluate_coco(whole, results)
     for column, expected in enumerate([itself, *(repeated(images, image_ids, row) for row in weights)]):
-        assert found.figures[:, column] == pytest.approx([expected[name] for name in FIGURES], abs=1e-12, nan_ok=True)
+        assert found.figures[:, column] == pytest.approx([expected[name] for name in METRICS], abs=1e-12, nan_ok=True)
         assert found.classes[:, column] == pytest.approx(
             [row["AP"] for row in expected["classes"]], abs=1e-12, nan_ok=True
         )
@@ -69,18 +76,18 @@ def test_blocks_do_not_matter(monkeypatch, block):
     whole = evaluation.paired_bootstrap(data, a, b, resamples=30)
     monkeypatch.setattr("fusedet.evaluation.bootstrap.BLOCK", block)
     found = evaluation.paired_bootstrap(data, a, b, resamples=30)
-    for name in FIGURES:
+    for name in METRICS:
         assert found[name] == pytest.approx(whole[name], abs=1e-12, nan_ok=True)
 
 
 def test_form_and_seed():
     data, a, b, _ = draw(np.random.default_rng(0), 40)
     found = evaluation.paired_bootstrap(data, a, b, resamples=50)
-    assert list(found) == [*FIGURES, "classes"]
+    assert list(found) == [*METRICS, "classes"]
     for row in (found["AP"], found["classes"][0]):
         assert row["difference"] == pytest.approx(row["b"] - row["a"])
         assert row["low"] < row["difference"] < row["high"]
-    assert found["AP"]["a"] == pytest.approx(evaluation.coco(data, a)["AP"])
+    assert found["AP"]["a"] == pytest.approx(evaluation.evaluate_coco(data, a)["AP"])
     assert found["AP"] == evaluation.paired_bootstrap(data, a, b, resamples=50)["AP"]
     assert found["AP"] != evaluation.paired_bootstrap(data, a, b, resamples=50, seed=1)["AP"]
     back = evaluation.paired_bootstrap(data, b, a, resamples=50)["AP"]
@@ -90,7 +97,7 @@ def test_form_and_seed():
 
 
 def test_drawn_images():
-    weights = drawn_images(30, 2000, 3)
+    weights = draw_image_weights(30, 2000, 3)
     assert (weights[0] == 1).all()
     assert (weights.sum(axis=1) == 30).all()
     # each count is binomial (30, 1/30): its mean 1, its variance 29/30
@@ -98,15 +105,15 @@ def test_drawn_images():
     assert weights[1:].var() == pytest.approx(29 / 30, rel=0.05)
     for wrong in ((0, 10, 0), (10, 0, 0), (10, 10, -1)):
         with pytest.raises(InputError, match="a bootstrap needs"):
-            drawn_images(*wrong)
+            draw_image_weights(*wrong)
     data, a, _, _ = draw(np.random.default_rng(0), 5)
     with pytest.raises(InputError, match=r"weights must be \(resamples, 5\)"):
-        resampled(data, a, np.ones((2, 4), np.int16))
+        resample_metrics(data, a, np.ones((2, 4), np.int16))
 
 
 def test_mean_over_seeds():
-    one, two = (Resampled(np.full((6, 3), v), np.full((2, 3), v), 9) for v in (0.2, 0.4))
-    found = difference(mean_of([one, two]), two, ["x", "y"])
+    one, two = (ResampledMetrics(np.full((6, 3), v), np.full((2, 3), v), 9) for v in (0.2, 0.4))
+    found = compute_difference(average_runs([one, two]), two, ["x", "y"])
     assert found["AP50"] == pytest.approx({"a": 0.3, "b": 0.4, "difference": 0.1, "low": 0.1, "high": 0.1})
     assert [row["name"] for row in found["classes"]] == ["x", "y"]
 
@@ -161,14 +168,14 @@ def draw(rng, count):
             [boxes[right] - [0, 0, 1, 0] * first[right, None], np.tile([0.0, 100, 30, 30], (len(wrong), 1))]
         )
         scores = np.concatenate([np.sqrt(rng.random(len(right))), 1 - np.sqrt(rng.random(len(wrong)))])
-        runs.append(Found(np.concatenate([owner[right], wrong]), np.zeros(len(scores), int), scores, corners))
+        runs.append(DetectionTable(np.concatenate([owner[right], wrong]), np.zeros(len(scores), int), scores, corners))
     return data, *runs, expected(HIT_B, FALSE_B) - expected(HIT_A, FALSE_A)
 
 
 def test_expected_precision_is_that_of_much_data():
     data, a, b, _ = draw(np.random.default_rng(1), 6000)
-    assert evaluation.coco(data, a)["AP"] == pytest.approx(expected(HIT_A, FALSE_A), abs=0.015)
-    assert evaluation.coco(data, b)["AP"] == pytest.approx(expected(HIT_B, FALSE_B), abs=0.015)
+    assert evaluation.evaluate_coco(data, a)["AP"] == pytest.approx(expected(HIT_A, FALSE_A), abs=0.015)
+    assert evaluation.evaluate_coco(data, b)["AP"] == pytest.approx(expected(HIT_B, FALSE_B), abs=0.015)
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -217,29 +224,29 @@ def test_t_in_closed_form():
 
 def test_interval_over_seeds_by_hand():
     # mean 3, variance 1, of the mean 1/3; t of 2 degrees 4.3027
-    assert evaluation.over_seeds([2, 3, 4]) == pytest.approx(
+    assert evaluation.compute_seed_interval([2, 3, 4]) == pytest.approx(
         (3, 3 - 4.30265 / math.sqrt(3), 3 + 4.30265 / math.sqrt(3)), abs=1e-4
     )
-    assert evaluation.over_seeds([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
-    assert evaluation.over_seeds([0.3, 0.3]) == (0.3, 0.3, 0.3)
+    assert evaluation.compute_seed_interval([0.3]) == pytest.approx((0.3, math.nan, math.nan), nan_ok=True)
+    assert evaluation.compute_seed_interval([0.3, 0.3]) == (0.3, 0.3, 0.3)
     with pytest.raises(InputError, match="at least one value"):
-        evaluation.over_seeds([])
+        evaluation.compute_seed_interval([])
 
 
 def test_difference_over_seeds_by_hand():
     a, b = [2.0, 3.0, 4.0], [3.0, 5.0, 7.0]
     # paired: differences 1, 2, 3
-    assert evaluation.difference_over_seeds(a, b, paired=True) == evaluation.over_seeds([1, 2, 3])
+    assert evaluation.compute_seed_difference(a, b, paired=True) == evaluation.compute_seed_interval([1, 2, 3])
     # Welch: squared error 1/3 + 4/3, degrees (5/3)² / ((1/3)² / 2 + (4/3)² / 2) = 50/17;
-    value, low, high = evaluation.difference_over_seeds(a, b, paired=False)
+    value, low, high = evaluation.compute_seed_difference(a, b, paired=False)
     assert value == 2
     assert (high - low) / 2 == pytest.approx(t_quantile(0.975, 50 / 17) * math.sqrt(5 / 3))
-    assert math.isnan(evaluation.difference_over_seeds([1.0], b, paired=False).low)
-    assert evaluation.difference_over_seeds([1.0, 1.0], [2.0, 2.0], paired=False) == (1, 1, 1)
+    assert math.isnan(evaluation.compute_seed_difference([1.0], b, paired=False).low)
+    assert evaluation.compute_seed_difference([1.0, 1.0], [2.0, 2.0], paired=False) == (1, 1, 1)
     with pytest.raises(InputError, match="equal number, they are 3 and 2"):
-        evaluation.difference_over_seeds(a, b[:2], paired=True)
+        evaluation.compute_seed_difference(a, b[:2], paired=True)
     with pytest.raises(InputError, match="each side"):
-        evaluation.difference_over_seeds([], b, paired=False)
+        evaluation.compute_seed_difference([], b, paired=False)
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -249,7 +256,7 @@ def test_interval_over_seeds_covers_as_often_as_it_says(paired):
     held = sum(
         low <= 0.02 <= high
         for _, low, high in (
-            evaluation.difference_over_seeds(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True)
+            evaluation.compute_seed_difference(x, y, paired=paired) for x, y in zip(a.tolist(), b.tolist(), strict=True)
         )
     )
     assert 0.93 <= held / 800 <= 0.98, "Welch's interval of three seeds a side is a little too wide"
@@ -258,14 +265,14 @@ def test_interval_over_seeds_covers_as_often_as_it_says(paired):
 def test_percentiles():
     values = np.array([np.arange(39.0)[::-1], np.full(39, np.nan)])
     # of very many items: of 39 values the first and the last, beyond which a further one lies with probability 1 / 40 a side
-    low, high = percentiles(values, 10**9)
+    low, high = compute_percentile_interval(values, 10**9)
     assert (low[0], high[0]) == pytest.approx((0, 38), abs=1e-6)
     assert np.isnan([low[1], high[1]]).all()
-    assert percentiles(np.append(np.arange(39.0), np.nan), 10**9) == pytest.approx((0, 38), abs=1e-6)
+    assert compute_percentile_interval(np.append(np.arange(39.0), np.nan), 10**9) == pytest.approx((0, 38), abs=1e-6)
     # of five: 2.7764 sqrt(5 / 4) = 3.1042 standard deviations, the 0.000954th part a side
     normal = np.array([NormalDist().inv_cdf(p) for p in np.arange(1, 10**5) / 10**5])
-    assert percentiles(normal, 5) == pytest.approx((-3.1042, 3.1042), abs=1e-3)
-    assert np.isnan(percentiles(normal, 1)).all(), "one image has no interval"
+    assert compute_percentile_interval(normal, 5) == pytest.approx((-3.1042, 3.1042), abs=1e-3)
+    assert np.isnan(compute_percentile_interval(normal, 1)).all(), "one image has no interval"
 
 
 @pytest.mark.parametrize("count", [5, 20])
@@ -273,7 +280,7 @@ def test_interval_of_a_mean_of_few(count):
     """Of normally distributed items the interval is Student's, up to the chance of the resamples."""
     rng = np.random.default_rng(0)
     items = rng.normal(size=count)
-    low, high = percentiles((drawn_images(count, 20000, 0)[1:] * items).mean(axis=1), count)
-    value, left, right = evaluation.over_seeds(items.tolist())
+    low, high = compute_percentile_interval((draw_image_weights(count, 20000, 0)[1:] * items).mean(axis=1), count)
+    value, left, right = evaluation.compute_seed_interval(items.tolist())
     assert (high - low) / (right - left) == pytest.approx(1, abs=0.1)
     assert (high + low) / 2 == pytest.approx(value, abs=0.1)

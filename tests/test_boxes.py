@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import batched_nms
 
-from fusedet.models.ops.boxes import MAX_RATIO, anchor_shapes, clip, decode, encode, grid_priors, select, survivors
+from fusedet.models.ops.boxes import (
+    MAX_RATIO,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    grid_priors,
+    make_base_anchors,
+    nms_keep_mask,
+    select_detections,
+)
 from fusedet.types import Candidates, Levels
 
 side = st.floats(1, 500)
@@ -17,7 +26,7 @@ corner = st.floats(-100, 600)
 
 def test_anchors_by_hand() -> None:
     """Stride 8, base 4: areas (32 * 2^(i/3))^2 for every ratio, ratio = height / width, not rounded."""
-    shapes = anchor_shapes(8, 4, 3, (0.5, 1.0, 2.0))
+    shapes = make_base_anchors(8, 4, 3, (0.5, 1.0, 2.0))
     assert shapes.shape == (9, 4)
     assert shapes[3].tolist() == [-16, -16, 16, 16]  # ratio 1, first octave scale
     w, h = (shapes[:, 2:] - shapes[:, :2]).unbind(1)
@@ -49,7 +58,7 @@ def test_decode_inverts_encode(one: tuple[float, ...], other: tuple[float, ...])
         torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64),
         torch.tensor([[px, py, px + pw, py + ph]], dtype=torch.float64),
     )
-    back = decode(prior, encode(prior, box))
+    back = decode_boxes(prior, encode_boxes(prior, box))
     bound = math.exp(MAX_RATIO)
     expected_w, expected_h = min(max(w, pw / bound), pw * bound), min(max(h, ph / bound), ph * bound)
     centre = [x + w / 2, y + h / 2]
@@ -65,14 +74,14 @@ def test_decode_inverts_encode(one: tuple[float, ...], other: tuple[float, ...])
 def test_decode_by_hand() -> None:
     prior = torch.tensor([[10.0, 20, 30, 60]])  # 20 x 40 around (20, 40)
     codes = torch.tensor([[0.5, -0.25, math.log(2), 0.0]])
-    assert torch.allclose(decode(prior, codes), torch.tensor([[10.0, 10, 50, 50]]))
-    grown = decode(prior, torch.tensor([[0.0, 0, 100, 100]]))
+    assert torch.allclose(decode_boxes(prior, codes), torch.tensor([[10.0, 10, 50, 50]]))
+    grown = decode_boxes(prior, torch.tensor([[0.0, 0, 100, 100]]))
     assert torch.allclose(grown[0, 2:] - grown[0, :2], torch.tensor([20.0, 40]) * 62.5)
 
 
 def test_clip() -> None:
     boxes = torch.tensor([[[-5.0, -5, 50, 50]], [[1, 2, 3, 4]]])
-    assert clip(boxes, torch.tensor([[20, 30], [3, 3]])).tolist() == [[[0, 0, 30, 20]], [[1, 2, 3, 3]]]
+    assert clip_boxes(boxes, torch.tensor([[20, 30], [3, 3]])).tolist() == [[[0, 0, 30, 20]], [[1, 2, 3, 3]]]
 
 
 def candidates(n: int, p: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,8 +98,8 @@ def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
     """Level by level and class by class, by torchvision's batched_nms on the pairs that the rule keeps."""
     boxes, scores, sizes = candidates(2, 90, 3)
     counts = (60, 25, 5)
-    found = select(Candidates(boxes, scores), sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most)
-    clipped = clip(boxes, sizes)
+    found = select_detections(Candidates(boxes, scores), sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most)
+    clipped = clip_boxes(boxes, sizes)
     for i in range(2):
         kept = []
         for start, count in zip((0, 60, 85), counts):
@@ -112,14 +121,14 @@ def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
 
 def test_select_of_nothing() -> None:
     boxes, scores, sizes = candidates(1, 10, 2)
-    found = select(Candidates(boxes, scores * 0), sizes, (10,))
+    found = select_detections(Candidates(boxes, scores * 0), sizes, (10,))
     assert found.counts.tolist() == [0]
     assert found.boxes.shape == (1, 100, 4)
 
 
 def test_boxes_without_area_are_not_found() -> None:
     boxes = torch.tensor([[[200.0, 10, 300, 50], [10, 10, 10, 20], [10, 10, 20, 20]]])  # outside, no width, good
-    found = select(Candidates(boxes, torch.full((1, 3, 1), 0.9)), torch.tensor([[100, 100]]), (3,))
+    found = select_detections(Candidates(boxes, torch.full((1, 3, 1), 0.9)), torch.tensor([[100, 100]]), (3,))
     assert found.counts.tolist() == [1]
     assert found.boxes[0, 0].tolist() == [10, 10, 20, 20]
 
@@ -128,7 +137,7 @@ def test_boxes_without_area_are_not_found() -> None:
 def test_an_exported_selection_takes_images_with_one_detection_or_none(best: float) -> None:
     class Select(torch.nn.Module):
         def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(select(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5))
+            return tuple(select_detections(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5))
 
     boxes = torch.rand(1, 20, 4).sort(dim=2).values * 60
     many, few = torch.rand(1, 20, 3), torch.zeros(1, 20, 3)
@@ -142,7 +151,7 @@ def test_an_exported_selection_takes_images_with_one_detection_or_none(best: flo
 def test_a_box_for_each_class() -> None:
     boxes = torch.tensor([[[[0.0, 0, 10, 10], [20, 20, 30, 30]], [[40, 40, 50, 50], [0, 0, 9, 10]]]])
     scores = torch.tensor([[[0.2, 0.9], [0.8, 0.7]]])
-    found = select(Candidates(boxes, scores), torch.tensor([[64, 45]]), [2])
+    found = select_detections(Candidates(boxes, scores), torch.tensor([[64, 45]]), [2])
     assert found.counts.tolist() == [4]
     assert found.labels[0, :4].tolist() == [1, 0, 1, 0]
     assert found.boxes[0, :4].tolist() == [[20, 20, 30, 30], [40, 40, 45, 50], [0, 0, 9, 10], [0, 0, 10, 10]]
@@ -151,6 +160,6 @@ def test_a_box_for_each_class() -> None:
 def test_survivors_by_hand() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 10, 4]]] * 2)
     scores = torch.tensor([[0.5, 0.9, 0.1, 0.8], [0.9, 0.5, 0.1, 0.8]])
-    assert survivors(boxes, scores, 0.5).tolist() == [[False, True, True, True], [True, False, True, True]]
-    assert survivors(boxes[:, :1], scores[:, :1], 0.5).tolist() == [[True], [True]]
-    assert survivors(boxes[:, :0], scores[:, :0], 0.5).shape == (2, 0)
+    assert nms_keep_mask(boxes, scores, 0.5).tolist() == [[False, True, True, True], [True, False, True, True]]
+    assert nms_keep_mask(boxes[:, :1], scores[:, :1], 0.5).tolist() == [[True], [True]]
+    assert nms_keep_mask(boxes[:, :0], scores[:, :0], 0.5).shape == (2, 0)

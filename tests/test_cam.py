@@ -18,13 +18,13 @@ from fusedet.types import Batch
 from fusedet.visualization.activation_maps import (
     KINDS,
     PARTS,
+    ActivationMaps,
     Row,
-    Seen,
+    compute_activation_maps,
+    heat_share_inside,
     layer_cam,
-    look,
-    recorded,
-    share_inside,
-    spread,
+    record_calls,
+    resize_map,
 )
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
 
@@ -41,7 +41,7 @@ def batch() -> Batch:
     return Batch(image, torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
 
 
-def by_key(seen: Seen, kind: str) -> dict[str, Row]:
+def by_key(seen: ActivationMaps, kind: str) -> dict[str, Row]:
     return {row.key: row for row in seen.heat[kind]}
 
 
@@ -73,7 +73,7 @@ def test_linear_head(batch: Batch) -> None:
     detector.head.cls = _Linear(detector.head, weight)
     features: list[Tensor] = []
     detector.head.towers.register_forward_hook(lambda module, args, given: features.append(given[0].detach()))
-    row = by_key(look(detector, batch, 1), "classification")["branch"]
+    row = by_key(compute_activation_maps(detector, batch, 1), "classification")["branch"]
     outputs = detector(batch.images, batch.sizes)
     boxes = detector.head.decode(outputs).boxes[0].detach()
     seen = (boxes[:, 2] > 0) & (boxes[:, 3] > 0) & (boxes[:, 0] < WIDTH) & (boxes[:, 1] < HEIGHT)
@@ -86,7 +86,7 @@ def test_linear_head(batch: Batch) -> None:
 
 def test_best_place_alone(batch: Batch) -> None:
     """A 3x3 predictor of one place sees nine cells of one level."""
-    seen = look(make("retinanet").eval(), batch, 0, alone=True)
+    seen = compute_activation_maps(make("retinanet").eval(), batch, 0, best_only=True)
     for kind in KINDS[:2]:
         maps = by_key(seen, kind)["branch"].maps.values()
         hot = [int((x > 0).sum()) for x in maps]
@@ -96,7 +96,7 @@ def test_best_place_alone(batch: Batch) -> None:
 
 def test_a_class_of_its_own(batch: Batch) -> None:
     detector = make("fcos").eval()
-    heats = [by_key(look(detector, batch, k), "classification")["branch"].maps[8] for k in (0, 1)]
+    heats = [by_key(compute_activation_maps(detector, batch, k), "classification")["branch"].maps[8] for k in (0, 1)]
     assert not torch.allclose(*heats)
 
 
@@ -109,28 +109,28 @@ def test_every_detector(name: str, batch: Batch) -> None:
     detector = make(name, *modules).eval()
     with torch.no_grad():
         before = detector.detect(batch.images, batch.sizes)
-    seen = look(detector, batch, 2)
+    seen = compute_activation_maps(detector, batch, 2)
     has = [part for part in PARTS if part != "msil" or name in ONE_STAGE]
     regresses = name != "grid_rcnn"  # its stage has no boxes, its branch reads them off maps of points
     assert sorted(seen.parts) == sorted(has)
     assert seen.missing == (["msil"] if name in TWO_STAGE else []) + ([] if regresses else ["regression"])
     assert set(seen.heat) == set(KINDS if name in TWO_STAGE else KINDS[:2]) - (set() if regresses else {"regression"})
     for rows in seen.heat.values():
-        assert {"body", "neck #0", "pyramid"} < {row.key for row in rows}
+        assert {"backbone", "neck #0", "pyramid"} < {row.key for row in rows}
         assert any(x.max() > 0 for row in rows for x in row.maps.values())
         assert all(x.isfinite().all() and (x >= 0).all() for row in rows for x in row.maps.values())
     assert all((x > 0).all() and (x < 1).all() for row in seen.gates for x in row.maps.values())
     with torch.no_grad():
         after = detector.detect(batch.images, batch.sizes)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(before, after))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in detector.modules())
 
 
 def test_what_is_not_there_is_not_shown(batch: Batch) -> None:
-    seen = look(make("fcos").eval(), batch, 0)
+    seen = compute_activation_maps(make("fcos").eval(), batch, 0)
     assert seen.missing == ["msfm", "msil", "gate", "smsl"]
-    assert [row.key for row in seen.heat["regression"]] == ["body", "pyramid", "branch"]
-    assert list(by_key(seen, "regression")["body"].maps) == [8, 16, 32], (
+    assert [row.key for row in seen.heat["regression"]] == ["backbone", "pyramid", "branch"]
+    assert list(by_key(seen, "regression")["backbone"].maps) == [8, 16, 32], (
         "C2, which the pyramid does not take, has no part"
     )
     assert not seen.gates
@@ -141,7 +141,9 @@ def test_what_is_not_there_is_not_shown(batch: Batch) -> None:
 
 
 def test_msil_that_gates_neither_branch_changes_nothing(batch: Batch) -> None:
-    seen = look(make("fcos", "model.interact={type: msil, to_cls: false, to_reg: false}").eval(), batch, 0)
+    seen = compute_activation_maps(
+        make("fcos", "model.interact={type: msil, to_cls: false, to_reg: false}").eval(), batch, 0
+    )
     for kind in KINDS[:2]:
         rows = by_key(seen, kind)
         assert rows["branch"].maps.keys() == rows["branch before"].maps.keys()
@@ -154,7 +156,7 @@ def test_smsl_that_adds_nothing_changes_nothing(batch: Batch) -> None:
     detector = make("retinanet", "model.neck=[fpn,smsl]").eval()
     smsl = detector.neck.necks[1]
     smsl.forward = lambda features: [x + 0 for x in features]
-    rows = by_key(look(detector, batch, 0), "classification")
+    rows = by_key(compute_activation_maps(detector, batch, 0), "classification")
     assert all(torch.equal(x, rows["neck #0"].maps[s]) for s, x in rows["pyramid"].maps.items())
 
 
@@ -164,7 +166,7 @@ def test_level_weights_and_gates_are_the_modules(batch: Batch) -> None:
     smsl, msil = (next(m for m in detector.modules() if isinstance(m, kind)) for kind in (SMSL, MSIL))
     for module in (smsl, msil):
         module.register_forward_pre_hook(lambda m, args: taken.setdefault(m, []).append(args))
-    seen = look(detector, batch, 0)
+    seen = compute_activation_maps(detector, batch, 0)
     (weights,) = seen.level_weights
     assert weights.weights.shape == (6, 5, 32)
     torch.testing.assert_close(weights.weights.sum(dim=1), torch.ones(6, 32))
@@ -185,7 +187,9 @@ def test_a_gates_weights_are_what_it_scales_with(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize(("place", "strides"), [("lateral", [8, 16, 32]), ("topdown", [16, 32])])
 def test_gates_stand_at_their_levels(place: str, strides: list[int], batch: Batch) -> None:
-    seen = look(make("retinanet", f"model.neck={{type: mse_fpn, gate_place: {place}}}").eval(), batch, 0)
+    seen = compute_activation_maps(
+        make("retinanet", f"model.neck={{type: mse_fpn, gate_place: {place}}}").eval(), batch, 0
+    )
     (row,) = seen.gates
     assert list(row.maps) == strides
     assert all(x.shape == (96 // s, 128 // s) for s, x in row.maps.items())
@@ -195,7 +199,7 @@ def test_recorded_tensors_are_not_written_to() -> None:
     """What follows in place does not reach what was recorded, and an input's gradient has come by way of the module alone."""
     first, second = nn.Linear(2, 2), nn.ReLU(inplace=True)
     x = torch.tensor([[1.0, -2.0]], requires_grad=True)
-    with recorded([first, second]) as calls:
+    with record_calls([first, second]) as calls:
         y = first(x)
         total = (second(y) + x).sum()
     (one,), (two,) = calls[first], calls[second]
@@ -212,20 +216,20 @@ def test_spread_puts_cells_where_they_are() -> None:
     """4 x 6 cells of stride 8 over 30 x 44 pixels of an image: each cell's middle keeps its value where neighbours are alike."""
     heat = torch.zeros(4, 6)
     heat[:, 3:] = 1.0
-    whole = spread(heat, 8, (30, 44), (30, 44))
+    whole = resize_map(heat, 8, (30, 44), (30, 44))
     assert whole.shape == (30, 44)
     assert (whole[:, :20] == 0).all()
     assert (whole[:, 28:] == 1).all()
-    assert spread(torch.full((2, 2), 0.5), 16, (20, 30), (10, 15)).unique().tolist() == pytest.approx([0.5])
+    assert resize_map(torch.full((2, 2), 0.5), 16, (20, 30), (10, 15)).unique().tolist() == pytest.approx([0.5])
 
 
 def test_share_inside_by_hand() -> None:
     heat = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 0.0, 10.0]])
-    assert share_inside(heat, torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 2.0, 2.0]])) == (
+    assert heat_share_inside(heat, torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 2.0, 2.0]])) == (
         pytest.approx(7 / 20),
         3 / 8,
     )
-    share, area = share_inside(torch.zeros(2, 4), torch.tensor([[0.0, 0.0, 4.0, 2.0]]))
+    share, area = heat_share_inside(torch.zeros(2, 4), torch.tensor([[0.0, 0.0, 4.0, 2.0]]))
     assert math.isnan(share)
     assert area == 1
 
@@ -313,7 +317,7 @@ def test_refused(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], im
     out = tmp_path / "out"
     assert "unknown class" in (text := said(capsys, plain, image, "--class", "circl", f"out={out}"))
     assert "did you mean 'circle'" in text
-    assert f"{image}: {plain} finds nothing with a score of 1 or more" in said(
+    assert f"{image}: {plain} detects nothing with a score of 1 or more" in said(
         capsys, plain, image, "--score", "1", f"out={out}"
     )
     assert f"--only msil: {plain} has only neck, branches" in said(

@@ -64,7 +64,7 @@ def test_the_command_counts_all_annotations_but_ignored_ones(
             height = "upper" if (y1 + y2) / 2 < image.height / 2 else "lower"
             expected[dataset.names[k]][f"{height} {side}"] += not ignored
     assert {row["name"]: {q: row[q] for q in QUADRANTS} for row in result["classes"]} == expected
-    assert all(row["annotations"] == sum(row[q] for q in QUADRANTS) for row in result["classes"])
+    assert all(row["objects"] == sum(row[q] for q in QUADRANTS) for row in result["classes"])
     assert min(Image.open(target).size) > 300
 
 

@@ -19,9 +19,8 @@ from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
-from fusedet.models.ops.boxes import Selected
-from fusedet.models.profiling import cost
-from fusedet.types import Detections
+from fusedet.models.profiling import count_cost
+from fusedet.types import BatchDetections, Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "AR1", "AR10", "AR100")
 
@@ -193,7 +192,7 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
 def test_predict_writes_coco_with_original_sizes_and_ids(
     capsys: pytest.CaptureFixture[str], run_copy: Path, scenes: Path
 ) -> None:
-    said = figures(capsys, "predict", run_copy, scenes / "val", "--batch", 3, "--score", 0)
+    said = figures(capsys, "predict", run_copy, scenes / "val", "test.batch=3", "--score", 0)
     content = json.loads(Path(said["files"]["predictions"]).read_text())
     assert said["images"] == len(content["images"]) == 8
     assert said["detections"] == len(content["annotations"]) == said["shown"]
@@ -290,11 +289,11 @@ def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_p
 def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Selected:
+    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
         seen.append(tuple(sizes[0].tolist()))
         h, w = sizes[0].tolist()
         boxes = torch.tensor([[[0.0, 0.0, w, h], [w / 4, h / 2, w / 2, h], [0, 0, 0, 0]]])
-        return Selected(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
+        return BatchDetections(boxes, torch.tensor([[0.9, 0.8, 0]]), torch.tensor([[0, 1, 0]]), torch.tensor([2]))
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):
@@ -336,7 +335,7 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.head(self.body(images.float()))
 
-    found = cost(Small(), 32, 64)
+    found = count_cost(Small(), 32, 64)
     assert found["parts"]["body"] == {
         "parameters": 3 * 8 * 9 + 8,
         "trainable": 3 * 8 * 9 + 8,
@@ -363,7 +362,7 @@ def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
     small, of_run = (
         figures(capsys, "info", *words, "--classes", 6) for words in (["retinanet_tiny", *SMALL], [trained])
     )
-    assert small["parts"] == of_run["parts"], "a run's folder is a model too"
+    assert small["parts"] == of_run["parts"], "a run directory is a config too"
     assert "retinanet_r50" in figures(capsys, "info")["models"]
     assert "2x_ms" in spoken(capsys, "info")
 

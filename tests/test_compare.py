@@ -71,7 +71,7 @@ def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], t
     assert Path(found["out"]) == b / "compare-plain"
     assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "images.png"}
     stored = json.loads((b / "compare-plain/compare.json").read_text())
-    assert found == stored | {"out": str(b / "compare-plain")}
+    assert {**found, "out": None, "files": None} == stored | {"out": None, "files": None}
     for side, folder in (("a", a), ("b", b)):
         own = json.loads((folder / "metrics.json").read_text())
         for name, row in found["figures"].items():
@@ -87,7 +87,7 @@ def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], t
     assert figures(capsys, "compare", b, a, "--resamples", 200)["conclusion"].startswith("A is better than B")
     again = figures(capsys, "compare", a, b, "--resamples", 200, f"out={tmp_path / 'o'}")
     assert again["figures"] == found["figures"]
-    other = figures(capsys, "compare", a, b, "--resamples", 200, "--seed", 1)["figures"]["AP"]
+    other = figures(capsys, "compare", a, b, "--resamples", 200, "--bootstrap-seed", 1)["figures"]["AP"]
     assert other["difference"] == row["difference"]
     assert (other["low"], other["high"]) != (row["low"], row["high"])
 
@@ -145,7 +145,7 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]
     a, b = runs
     files = [tmp_path / f"{run.name}.json" for run in runs]
     assert "do not say on which data they were made: add data=PATH" in refused(capsys, "compare", *files)
-    assert "neither a run's folder nor a results file" in refused(capsys, "compare", a, tmp_path / "no")
+    assert "neither a run directory nor a results file" in refused(capsys, "compare", a, tmp_path / "no")
     assert "one too many" in refused(capsys, "compare", a, b, "third")
     assert "changes nothing" in refused(capsys, "compare", a, b, "model.neck=fpn")
     assert "not empty" in refused(capsys, "compare", a, b, f"out={a}")
@@ -187,12 +187,12 @@ def test_images_that_differ_most(data: Path) -> None:
     without = [r for r in truth if r["image_id"] != dataset[quiet].image_id]
     first = next(i for i, r in enumerate(without) if r["image_id"] == dataset[busy].image_id)
     del without[first]
-    found = evaluation.differing_images(dataset, truth, without)
+    found = evaluation.find_differing_images(dataset, truth, without)
     n = int(objects[busy])
     assert [row[0] for row in found] == [quiet, busy]
     assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
     assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
-    assert evaluation.differing_images(dataset, truth, truth) == []
+    assert evaluation.find_differing_images(dataset, truth, truth) == []
 
 
 def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         images, "_legend", lambda image, items, pen: strips.append(" ".join(text for text, *_ in items)) or image
     )
-    paint, rows = painter(dataset, results), evaluation.worst_images(dataset, results, n=99)
+    paint, rows = painter(dataset, results), evaluation.find_worst_images(dataset, results, n=99)
     assert len(rows) > 40
     confused = 0
     for i, quality, misses, false in rows:
@@ -216,7 +216,7 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
         assert counts == [misses, false]
         assert quality == pytest.approx(2 * found / (2 * found + misses + false))
         confused += wrong
-    pairs = evaluation.confusion(dataset, results)[:-1, :-1]
+    pairs = evaluation.compute_confusion_matrix(dataset, results)[:-1, :-1]
     assert confused == pairs.sum() - np.trace(pairs) > 0
 
 
@@ -227,7 +227,7 @@ def test_plot_of_differences(tmp_path: Path, count: int) -> None:
     absent = {"name": "absent", "difference": math.nan, "low": math.nan, "high": math.nan}
     heights = []
     for name, given, above in (("a", rows, None), ("b", [*rows, absent], None), ("c", rows, mean)):
-        visualization.differences(given, tmp_path / f"{name}.png", "B less A", above)
+        visualization.plot_differences(given, tmp_path / f"{name}.png", "B less A", above)
         heights.append(Image.open(tmp_path / f"{name}.png").height)
     assert heights[0] == heights[1], "a class without objects has no row"
     assert (heights[2] > heights[0]) == (count > 0)
@@ -237,5 +237,5 @@ def test_plot_of_many_differences_is_no_larger(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 100)
     rows = [{"name": f"class {k}", "difference": v, "low": v - 0.05, "high": v + 0.04} for k, v in enumerate(values)]
     for name, given in (("all", rows), ("some", rows[:40])):
-        visualization.differences(given, tmp_path / f"{name}.png")
+        visualization.plot_differences(given, tmp_path / f"{name}.png")
     assert Image.open(tmp_path / "all.png").height == Image.open(tmp_path / "some.png").height

@@ -1,12 +1,13 @@
 """Configs: bases, overrides, schedules, types, and what is said about mistakes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fusedet import config
 from fusedet.errors import InputError
-from fusedet.models.detectors import bare, create_model, from_config
+from fusedet.models.detectors import build_detector, build_meta_detector, create_model
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -67,11 +68,67 @@ def test_schedules(name: str, epochs: int, milestones: tuple, scales: tuple | No
     assert (t.warmup_steps, t.warmup_ratio, t.gamma) == (500, 0.001, 0.1)
 
 
-def test_a_schedule_lies_below_what_comes_with_it() -> None:
+def test_a_schedule_lies_below_the_overrides_beside_it() -> None:
     c = config.load("retinanet_tiny", ["train.epochs=5", "train.schedule=2x"])
-    assert c.train.epochs == 5  # said beside the schedule
+    assert c.train.epochs == 5
     assert c.train.milestones == (16, 22)  # from the schedule
-    assert c.train.optimizer == "sgd"  # the schedule lies above the model's own file
+
+
+def leaves(tree: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{section}{key}.") if isinstance(value, dict) else {f"{section}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize("schedule", config.names("schedules"))
+def test_a_schedule_sets_epochs_milestones_and_scales_only(schedule: str) -> None:
+    allowed = {"train.schedule", "train.epochs", "train.milestones", "data.size", "data.multi_scale"}
+    for name in config.names():
+        default = leaves(config.load(name).tree())
+        scheduled = leaves(config.load(name, [f"train.schedule={schedule}"]).tree())
+        changed = {key for key in default | scheduled if default.get(key) != scheduled.get(key)}
+        assert changed <= allowed, name
+
+
+def test_a_schedule_keeps_the_warm_up_of_mmdetection() -> None:
+    for schedule in ("1x", "2x", "2x_ms"):
+        fcos, vfnet, grid = (
+            config.load(f"{name}_r50", [f"train.schedule={schedule}"]).train for name in ("fcos", "vfnet", "grid_rcnn")
+        )
+        assert (fcos.warmup_ratio, vfnet.warmup_ratio) == (pytest.approx(1 / 3, abs=1e-4), 0.1)
+        assert grid.warmup_steps == 3665
+
+
+# -- backbones by name
+
+
+DETECTORS = [
+    *("retinanet", "fcos", "vfnet", "reppoints", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"),
+    *("dynamic_rcnn", "grid_rcnn", "libra_rcnn"),
+]
+
+
+def test_names_are_detectors_with_a_backbone() -> None:
+    names = config.names()
+    assert set(names) >= {f"{detector}_{backbone}" for detector in DETECTORS for backbone in config.BACKBONES}
+    assert set(names) >= {f"fcos_{backbone}_{kind}" for backbone in config.BACKBONES for kind in ("tricks", "dcn")}
+    assert set(names) >= {"retinanet_tiny", "retinanet_r18_small", "vfnet_r18_dcn", "faster_rcnn_r50_dcn"}
+    assert not [name for name in names if name.startswith("_") or "BACKBONE" in name]
+
+
+def test_a_name_chooses_the_backbone_only() -> None:
+    r50, x101 = (config.load(f"fcos_{backbone}_dcn") for backbone in ("r50", "x101_32x4d"))
+    assert x101.model.backbone["name"] == "resnext101_32x4d.gluon_in1k"
+    assert config.load("fcos_r50_dcn", ["model.backbone.name=resnext101_32x4d.gluon_in1k"]) == x101
+    assert r50.model.backbone | {"name": ""} == x101.model.backbone | {"name": ""}
+
+
+def test_a_file_of_ones_own_wins_over_a_shipped_name(tmp_path: Path) -> None:
+    write(tmp_path, "retinanet_r101", "base: fcos_r18\n")
+    child = write(tmp_path, "child", "base: retinanet_r101\n")
+    assert config.load(child).model.head["type"] == "fcos"
 
 
 def test_the_resolved_yaml_is_enough(tmp_path: Path) -> None:
@@ -85,6 +142,14 @@ def test_bases(tmp_path: Path) -> None:
     child = write(tmp_path, "child", "base: parent\ntrain: {lr: 0.5}\n")
     c = config.load(child)
     assert (c.train.epochs, c.train.lr, c.model.backbone["name"]) == (5, 0.5, "resnet18.tv_in1k")
+
+
+def test_several_bases(tmp_path: Path) -> None:
+    """Later bases lie over earlier ones, and all of them below the file."""
+    write(tmp_path, "recipe", "train: {schedule: 2x, lr: 0.5, batch: 8}\ndata: {size: [64, 64]}\n")
+    c = config.load(write(tmp_path, "child", "base: [fcos_r18, recipe]\ntrain: {batch: 2}\n"))
+    assert (c.model.head["type"], c.train.epochs, c.train.lr, c.train.batch) == ("fcos", 24, 0.5, 2)
+    assert (c.data.size, c.train.bias_lr) == ((64, 64), 2.0)
 
 
 def test_python_and_command_line_are_the_same() -> None:
@@ -161,8 +226,11 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
         ("model.interact=msli", "did you mean 'msil'"),
         ("model.interact={type: msil, channels: 64}", "passes channels by itself"),
         ("model.interact={type: msil, encoder_kernel: 2}", "encoder_kernel=2 must be odd"),
-        ("model.neck=smsl", "must be of one width: put it behind a neck"),
-        ("model.neck={type: mse_fpn, context: [1]}", "context=(1,) must name some of the body's levels [2, 3, 4, 5]"),
+        ("model.neck=smsl", "must be of one width: put it after a neck"),
+        (
+            "model.neck={type: mse_fpn, context: [1]}",
+            "context=(1,) must name some of the backbone's levels [2, 3, 4, 5]",
+        ),
         ("model.neck={type: mse_fpn, gate: gcd}", "did you mean 'gcg'"),
         ("model.neck={type: fpn, channels: 64}", "set model.pyramid.channels"),
         ("model.pyramid.finest=9", "finest=9"),
@@ -171,7 +239,7 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
 )
 def test_mistakes_in_parts(override: str, said: str) -> None:
     with pytest.raises(InputError) as error:
-        from_config(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)
+        build_detector(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -181,9 +249,9 @@ def test_mistakes_in_parts(override: str, said: str) -> None:
 )
 def test_mistakes_in_parts_are_found_without_data_and_weights(override: str, said: str) -> None:
     asked = ["model.backbone.weights=/no/where"]
-    assert all(p.is_meta for p in bare(config.load("retinanet_r18", asked)).parameters())
+    assert all(p.is_meta for p in build_meta_detector(config.load("retinanet_r18", asked)).parameters())
     with pytest.raises(InputError, match=said):
-        bare(config.load("retinanet_r18", [*asked, override]))
+        build_meta_detector(config.load("retinanet_r18", [*asked, override]))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -201,7 +269,7 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=said) as error:
             config.load(name)
         assert str(error.value).endswith("(fusedet info lists them)")
-        assert str(error.value).count("_") < 20, "the nearest, not all 76"
+        assert str(error.value).count("_") < 20, "the nearest, not all of them"
     with pytest.raises(InputError, match="is not YAML"):
         config.load(write(tmp_path, "broken", "model: [1, 2\n"))
     with pytest.raises(InputError, match="must be a mapping"):
@@ -211,7 +279,7 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
         config.load(write(tmp_path, "loop", "base: other\n"))
     with pytest.raises(InputError, match="unknown base"):
         config.load(write(tmp_path, "orphan", "base: nothing\n"))
-    for text, kind in (("base: 1.5", "float"), ("base: [fpn]", "list"), ("train: {schedule: 2}", "int")):
+    for text, kind in (("base: 1.5", "float"), ("base: [[fpn]]", "list"), ("train: {schedule: 2}", "int")):
         with pytest.raises(InputError, match=f"must be a name or a YAML file, got {kind}$"):
             config.load(write(tmp_path, "number", f"{text}\n"))
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from fusedet import config
 from fusedet.errors import InputError
-from fusedet.models.backbones import Backbone
-from fusedet.models.detectors import Chain, OneStage, create_model, for_inference
+from fusedet.models.backbones import TimmBackbone
+from fusedet.models.detectors import NeckChain, OneStage, create_model, prepare_for_inference
 from fusedet.models.heads import HEADS
 from fusedet.models.necks import FPN, NECKS
 from fusedet.types import Batch, Levels, Target
@@ -68,7 +68,7 @@ def small(**head: object) -> OneStage:
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("size", SIZES[:2])
 def test_backbones_keep_their_promise(name: str, size: tuple[int, int]) -> None:
-    body = Backbone(name, pretrained=False).eval()
+    body = TimmBackbone(name, pretrained=False).eval()
     assert body.levels.strides == (4, 8, 16, 32)
     with torch.no_grad():
         found = body(torch.randn(1, 3, *size))
@@ -81,7 +81,7 @@ def test_backbones_keep_their_promise(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("stages", "frozen"), [(-1, 0), (0, 9_536), (1, 225_344), (2, 1_444_928), (4, 23_508_032)])
 def test_frozen_stages_of_resnet50(stages: int, frozen: int) -> None:
     """The stem has 9,536 parameters, with layer1 225,344 (the papers' counting rule), with all four stages everything."""
-    body = Backbone("resnet50", pretrained=False, frozen_stages=stages)
+    body = TimmBackbone("resnet50", pretrained=False, frozen_stages=stages)
     assert sum(p.numel() for p in body.parameters() if not p.requires_grad) == frozen
     resting = [m for m in body.train().modules() if isinstance(m, nn.BatchNorm2d) and not m.training]
     assert len(resting) == {-1: 0, 0: 1, 1: 11, 2: 24, 4: 53}[stages]
@@ -90,7 +90,7 @@ def test_frozen_stages_of_resnet50(stages: int, frozen: int) -> None:
 @pytest.mark.parametrize("name", BODIES)
 def test_frozen_parts_are_the_first_ones(name: str) -> None:
     """With k stages frozen, the gradient reaches the first map beyond them and no frozen weight."""
-    body = Backbone(name, pretrained=False, frozen_stages=1).train()
+    body = TimmBackbone(name, pretrained=False, frozen_stages=1).train()
     found = body(torch.randn(2, 3, 64, 64))
     assert not found[0].requires_grad
     assert found[1].requires_grad
@@ -98,7 +98,7 @@ def test_frozen_parts_are_the_first_ones(name: str) -> None:
 
 
 def test_norm_eval_rests_statistics_and_trains_scale_and_shift() -> None:
-    body = Backbone("resnet10t", pretrained=False, norm_eval=True).train()
+    body = TimmBackbone("resnet10t", pretrained=False, norm_eval=True).train()
     norms = [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     assert not any(m.training for m in norms)
@@ -129,20 +129,20 @@ def test_local_weights_are_loaded_and_checked(tmp_path) -> None:
 
     source = timm.create_model("resnet10t", pretrained=False)
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    body = Backbone("resnet10t", weights=str(tmp_path / "w.pth"))
+    body = TimmBackbone("resnet10t", weights=str(tmp_path / "w.pth"))
     assert torch.equal(body.body.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth"):
-        Backbone("resnet10t", weights=str(tmp_path / "other.pth"))
+        TimmBackbone("resnet10t", weights=str(tmp_path / "other.pth"))
     with pytest.raises(InputError, match="no such file"):
-        Backbone("resnet10t", weights=str(tmp_path / "absent.pth"))
+        TimmBackbone("resnet10t", weights=str(tmp_path / "absent.pth"))
 
 
 def test_unfit_bodies_are_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'resnet50'"):
-        Backbone("resnet50x", pretrained=False)
+        TimmBackbone("resnet50x", pretrained=False)
     with pytest.raises(InputError, match="vit_tiny"):
-        Backbone("vit_tiny_patch16_224", pretrained=False)
+        TimmBackbone("vit_tiny_patch16_224", pretrained=False)
 
 
 # -- necks
@@ -158,7 +158,7 @@ def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:
     if name not in ON_A_PYRAMID:
         return NECKS[name](LEVELS, **shape)
     fpn = FPN(LEVELS, **shape)
-    return Chain([fpn, NECKS[name](fpn.levels)])
+    return NeckChain([fpn, NECKS[name](fpn.levels)])
 
 
 @pytest.mark.parametrize(("name", "pyramid", "size"), list(product(NECKS, PYRAMIDS, SIZES)))
@@ -290,7 +290,7 @@ def test_inference_copy_finds_the_same(precision: str) -> None:
     for _ in range(3):
         model(batch(EMPTY, EMPTY).images)  # moves the norms' statistics
     model.eval()
-    ready = for_inference(model, precision)
+    ready = prepare_for_inference(model, precision)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in ready.modules())
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
     with torch.no_grad():
@@ -303,12 +303,12 @@ def test_inference_copy_finds_the_same(precision: str) -> None:
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_tiny", "mobilenetv3_large_100"])
 def test_folding_batch_norms_of_other_bodies(name: str) -> None:
     model = create_model("retinanet_tiny", f"model.backbone.name={name}", num_classes=2)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in for_inference(model).modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in prepare_for_inference(model).modules())
 
 
 def test_detection_exports() -> None:
     """torch.export takes all of prediction, suppression included, and gives the same."""
-    model = for_inference(small())
+    model = prepare_for_inference(small())
     model.head.cls.bias.data += 3
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
 
@@ -318,7 +318,7 @@ def test_detection_exports() -> None:
             self.model = model
 
         def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(self.model.detect(images, sizes))
+            return tuple(x for x in self.model.detect(images, sizes) if x is not None)
 
     exported = torch.export.export(Detect(), (images, sizes), strict=False).module()
     other = batch(EMPTY).images

@@ -48,6 +48,8 @@ def test_every_pair(tmp_path: Path, source: str, to: str) -> None:
     for split, counts in report.items():
         before, after = read_dataset(src, split), read_dataset(tmp_path / "dst", split)
         assert_same(before, after, flags=to != "yolo")
+        if source == to == "coco":
+            assert before.fingerprint() == after.fingerprint(), "COCO's `ignore` and `iscrowd` are both kept"
         assert counts["images"] == len(after)
         assert counts["annotations"] == len(after.labels)
         assert all(

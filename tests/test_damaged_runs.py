@@ -18,7 +18,7 @@ from conftest import SMALL
 from fakes import FakeDetector, FakeLoader
 from fusedet import cli, config, load
 from fusedet.ablation import cost, worker
-from fusedet.ablation.plan import Cell
+from fusedet.ablation.plan import Run
 from fusedet.api import train as command
 from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
@@ -240,11 +240,11 @@ def test_the_weights_of_a_run_name_no_class(
     assert cli.run(["train", str(run), "--resume", "--json"]) == 0
     assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written anew"
     options = [f"data={scenes}", *SMALL, "test.max_det=7"]
-    cell = Cell("a row", config.load("retinanet_tiny", [*options, f"out={tmp_path / 'scored'}"]), run)
-    worker.score_again(cell, lambda text: None)
+    cell = Run("a row", config.load("retinanet_tiny", [*options, f"out={tmp_path / 'scored'}"]), run)
+    worker.score_trained_weights(cell, lambda text: None)
     most = [max(Counter(one["image_id"] for one in found).values()) for found in reported]
     assert most[0] > most[1] == 7
-    cost.predicting({"a row": cell}, read_dataset(scenes, "val"), torch.device("cpu"), seconds=0)
+    cost.measure_prediction({"a row": cell}, read_dataset(scenes, "val"), torch.device("cpu"), seconds=0)
     assert not ran.exists()
     with pytest.raises(InputError, match="--trust"):
         load(run)

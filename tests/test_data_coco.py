@@ -45,10 +45,11 @@ def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
     assert not dataset.problems
 
 
-def test_crowds_and_ignored_are_ignored(tmp_path: Path) -> None:
+def test_crowds_are_ignored_and_ignore_entries_in_training_only(tmp_path: Path) -> None:
     b, a = load(tmp_path)
-    assert a.ignore.tolist() == [False, True]
+    assert a.ignore.tolist() == a.eval_ignore.tolist() == [False, True]
     assert b.ignore.tolist() == [False, True]
+    assert b.eval_ignore.tolist() == [False, False]
 
 
 def test_area_is_annotated_or_of_the_box(tmp_path: Path) -> None:

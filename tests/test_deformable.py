@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from fusedet.errors import InputError
-from fusedet.models.backbones import Backbone, insert
+from fusedet.models.backbones import TimmBackbone, insert_plugin
 from fusedet.models.modules import MSFMPlugin
 from fusedet.models.ops.deformable import DeformConv, DeformPack, deform_conv2d_by_rows
 from fusedet.models.ops.layers import fold_batch_norm
-from fusedet.models.profiling import cost
+from fusedet.models.profiling import count_cost
 
 
 def side(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -149,9 +149,9 @@ def test_export_and_compile() -> None:
 # -- stages of bodies
 
 
-def lively(name: str, **options: Any) -> Backbone:
+def lively(name: str, **options: Any) -> TimmBackbone:
     """A body whose branches all say something: timm starts the last norm of every residual branch at zero."""
-    body = Backbone(name, pretrained=False, **options)
+    body = TimmBackbone(name, pretrained=False, **options)
     for m in body.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.constant_(m.weight, 0.7)
@@ -183,14 +183,14 @@ def test_weights_of_a_file_are_kept(tmp_path) -> None:
 
     source = timm.create_model("resnet10t", pretrained=False)
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    body = Backbone("resnet10t", weights=str(tmp_path / "w.pth"), deformable_stages=(4,), modulated=True)
+    body = TimmBackbone("resnet10t", weights=str(tmp_path / "w.pth"), deformable_stages=(4,), modulated=True)
     (pack,) = packs(body)
     assert torch.equal(pack.weight, source.layer4[0].conv2.weight)
     assert not any(p.any() for p in pack.offset.parameters())
 
 
 def test_a_mask_starts_at_one_half() -> None:
-    body = Backbone("resnet10t", pretrained=False, deformable_stages=(3,), modulated=True)
+    body = TimmBackbone("resnet10t", pretrained=False, deformable_stages=(3,), modulated=True)
     (pack,) = packs(body)
     x = torch.randn(1, pack.offset.in_channels, 6, 5)
     assert torch.allclose(pack(x), F.conv2d(x, pack.weight, padding=1) / 2, atol=1e-5)
@@ -201,7 +201,7 @@ def test_parameters(modulated: bool, count: int) -> None:
     """Faster R-CNN R50 prints 41.5 M without, 42.1 M with the deformable stages of v1; modulated they would make it 42.4 M."""
     with torch.device("meta"):
         sizes = [
-            sum(p.numel() for p in Backbone("resnet50", False, frozen_stages=1, **options).parameters())
+            sum(p.numel() for p in TimmBackbone("resnet50", False, frozen_stages=1, **options).parameters())
             for options in ({}, {"deformable_stages": (2, 3, 4), "modulated": modulated})
         ]
     assert sizes[1] - sizes[0] == count
@@ -211,17 +211,17 @@ def test_parameters(modulated: bool, count: int) -> None:
     ("name", "stages", "said"),
     [
         ("convnext_atto", (2, 3), "stage 2 of 'convnext_atto' has no blocks of a ResNet"),
-        ("resnet10t", (5,), r"deformable_stages=\[5\] must be different ones of this body's stages \[1, 2, 3, 4\]"),
+        ("resnet10t", (5,), r"deformable_stages=\[5\] must be different ones of this backbone's stages \[1, 2, 3, 4\]"),
         ("resnet10t", (2, 2), "must be different"),
     ],
 )
 def test_mistakes_are_told(name: str, stages: tuple[int, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Backbone(name, pretrained=False, deformable_stages=stages)
+        TimmBackbone(name, pretrained=False, deformable_stages=stages)
 
 
 def test_frozen_stages_freeze_offsets_too() -> None:
-    body = Backbone("resnet10t", pretrained=False, frozen_stages=2, deformable_stages=(2, 3)).train()
+    body = TimmBackbone("resnet10t", pretrained=False, frozen_stages=2, deformable_stages=(2, 3)).train()
     still, moving = packs(body)
     assert not any(p.requires_grad for p in still.parameters())
     assert all(p.requires_grad for p in moving.parameters())
@@ -231,14 +231,14 @@ def test_frozen_stages_freeze_offsets_too() -> None:
 def test_with_plugins() -> None:
     """Trained, copied, folded, reloaded and exported together."""
     body = lively("resnet26t", deformable_stages=(4,))
-    assert insert(body, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,), zero_init=False)) == 2
+    assert insert_plugin(body, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,), zero_init=False)) == 2
     for pack in packs(body):
         nn.init.normal_(pack.offset.weight, std=0.01)
     sum((m * torch.randn_like(m)).sum() for m in body(torch.randn(1, 3, 128, 128))).backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in body.parameters())
     x = torch.randn(1, 3, 64, 96)
-    other = Backbone("resnet26t", pretrained=False, deformable_stages=(4,)).eval()
-    insert(other, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,)))
+    other = TimmBackbone("resnet26t", pretrained=False, deformable_stages=(4,)).eval()
+    insert_plugin(other, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,)))
     other.load_state_dict(body.state_dict())
     with torch.no_grad():
         folded = fold_batch_norm(body, torch.randn(1, 3, 64, 64))
@@ -261,7 +261,7 @@ def test_multiply_adds() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.layer(images.float().repeat(1, 4, 1, 1)[:, :8])
 
-    plain = cost(Alone(nn.Conv2d(8, 12, 3, 2, 1, groups=2)), 11, 14)["multiply_adds"]
+    plain = count_cost(Alone(nn.Conv2d(8, 12, 3, 2, 1, groups=2)), 11, 14)["multiply_adds"]
     assert plain == 6 * 7 * 12 * 4 * 9
-    found = cost(Alone(DeformPack(8, 12, 3, 2, groups=2)), 11, 14)["multiply_adds"]
+    found = count_cost(Alone(DeformPack(8, 12, 3, 2, groups=2)), 11, 14)["multiply_adds"]
     assert found == plain + 6 * 7 * 18 * 8 * 9

@@ -114,6 +114,8 @@ fabric.barrier()
 train("stop", resume=True)
 train("stopped in the validation", resume=True)
 train("one_to_two", resume=True, loader=Shared())
+fabric.barrier()
+torch.distributed.destroy_process_group()
 """
 JOINT = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9)
 

@@ -16,11 +16,11 @@ import torch
 import yaml
 from torch import nn
 
-from fusedet.models.backbones.pretrained import create
+from fusedet.models.backbones.pretrained import create_timm_model
 from fusedet.models.detectors import create_model
 from fusedet.models.modules import INTERACTIONS, PLUGINS
 from fusedet.models.necks import NECKS
-from fusedet.models.profiling import cost
+from fusedet.models.profiling import count_cost
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted((DOCS / "modules").glob("*.md"))
@@ -64,13 +64,15 @@ def test_snippet_runs(code: str) -> None:
 
 @cache
 def _body(*args: Any) -> nn.Module:
-    return create(*args)
+    return create_timm_model(*args)
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
     """A model without data; bodies are made once, not 60 times."""
-    monkeypatch.setattr("fusedet.models.backbones.timm_backbone.create", lambda *args: copy.deepcopy(_body(*args)))
+    monkeypatch.setattr(
+        "fusedet.models.backbones.timm_backbone.create_timm_model", lambda *args: copy.deepcopy(_body(*args))
+    )
 
     def made(name: str, *overrides: str) -> nn.Module:
         with torch.device("meta"):
@@ -145,7 +147,7 @@ _counted: dict[tuple[str, ...], int] = {}
 
 def _multiply_adds(make: Callable[..., nn.Module], *config: str) -> int:
     if config not in _counted:
-        _counted[config] = cost(make(*config), 800, 1344)["multiply_adds"]
+        _counted[config] = count_cost(make(*config), 800, 1344)["multiply_adds"]
     return _counted[config]
 
 

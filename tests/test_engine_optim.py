@@ -101,9 +101,9 @@ def test_warm_up_follows_the_recursion_of_mmengine():
 
 
 def test_fractions_of_an_epoch_and_no_warm_up():
-    at = lambda step: schedule(
-        step, total_steps=1200, steps_per_epoch=50, warmup_steps=0, milestones=(0.7 * 24, 0.9 * 24)
-    )  # noqa: E731
+    def at(step):
+        return schedule(step, total_steps=1200, steps_per_epoch=50, warmup_steps=0, milestones=(0.7 * 24, 0.9 * 24))
+
     assert [at(s) for s in (0, 839, 840, 1079, 1080)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
 
 

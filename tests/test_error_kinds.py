@@ -19,7 +19,7 @@ def part(share):
 
 
 def kinds(images, results, **options):
-    found = evaluation.error_kinds(dataset(images, **options), results)
+    found = evaluation.analyze_errors(dataset(images, **options), results)
     assert list(found["kinds"]) == list(KINDS)
     return found["AP50"], {
         name: (row["count"], row["dAP"]) for name, row in found["kinds"].items() if row["count"] or row["dAP"]
@@ -55,7 +55,7 @@ def test_classification(share):
 @pytest.mark.parametrize("share", [0.11, 0.499])
 def test_both(share):
     # the object is missed too: nothing that is mended by place or class alone lies on it; without it no class has an object
-    found = evaluation.error_kinds(dataset([[(BOX, 0, False)]]), [one(part(share), DOG)])
+    found = evaluation.analyze_errors(dataset([[(BOX, 0, False)]]), [one(part(share), DOG)])
     assert {name: row["count"] for name, row in found["kinds"].items() if row["count"]} == {"both": 1, "missed": 1}
 
 
@@ -136,8 +136,8 @@ def test_every_false_detection_and_every_lost_object_has_one_kind(images):
     objects = [[o for o in own if not o[2]] for own, _ in images]
     data = dataset(objects, names=("a", "b", "c"), ids=ids)
     results = [result(i, ids[k], box, score) for i, (_, own) in enumerate(images, 1) for box, k, score in own]
-    found = evaluation.error_kinds(data, results)
-    assert found["AP50"] == pytest.approx(evaluation.coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
+    found = evaluation.analyze_errors(data, results)
+    assert found["AP50"] == pytest.approx(evaluation.evaluate_coco(data, results)["AP50"], abs=1e-12, nan_ok=True)
     counts = {name: row["count"] for name, row in found["kinds"].items()}
     hits = sum(hits_of_a_image(own, guesses) for own, (_, guesses) in zip(objects, images, strict=True))
     assert hits + sum(counts[name] for name in KINDS[:5]) == len(results)

@@ -46,7 +46,7 @@ def test_cocos_own_example(shared, iou_type, evaluator):
     data = read_coco(folder / "instances_val2014_100.json", folder, need_images=False)
     results = evaluation.load_results(folder / f"instances_val2014_fake{iou_type}100_results.json")
     expected = json.loads((folder / "expected.json").read_text())
-    figures = evaluation.coco(data, results, iou_type=iou_type, evaluator=evaluator)
+    figures = evaluation.evaluate_coco(data, results, iou_type=iou_type, evaluator=evaluator)
     assert [figures[name] for name in expected["stats_order"]] == pytest.approx(expected[iou_type], abs=1e-6)
 
 
@@ -65,14 +65,16 @@ def test_equals_the_packages(images, image_ids):
     results = [
         result(image_ids[i], ids[k], box, score) for i, (_, guesses) in enumerate(images) for box, k, score in guesses
     ]
-    own, *others = (evaluation.coco(data, results, evaluator=name) for name in evaluation.EVALUATORS)
+    own, *others = (evaluation.evaluate_coco(data, results, evaluator=name) for name in evaluation.EVALUATORS)
     for other in others:
         assert [own[name] for name in FIGURES] == pytest.approx(
             [other[name] for name in FIGURES], abs=1e-12, nan_ok=True
         )
         for row, same in zip(own["classes"], other["classes"], strict=True):
             assert row == pytest.approx(same, abs=1e-12, nan_ok=True)
-    assert evaluation.precision_recall(data, results)["AP"] == pytest.approx(own["AP50"], abs=1e-12, nan_ok=True)
+    assert evaluation.compute_precision_recall(data, results)["AP"] == pytest.approx(
+        own["AP50"], abs=1e-12, nan_ok=True
+    )
 
 
 def test_more_than_a_hundred_detections_equal_pycocotools():
@@ -86,43 +88,43 @@ def test_more_than_a_hundred_detections_equal_pycocotools():
     results = [
         result(i, (7, 3)[int(rng.integers(2))], box, round(rng.random(), 2)) for i in (1, 2, 3) for box in some(300)
     ]
-    own, other = (evaluation.coco(data, results, evaluator=name) for name in ("fusedet", "pycocotools"))
+    own, other = (evaluation.evaluate_coco(data, results, evaluator=name) for name in ("fusedet", "pycocotools"))
     assert [own[name] for name in FIGURES] == pytest.approx([other[name] for name in FIGURES], abs=1e-12, nan_ok=True)
 
 
 def test_pairs_in_blocks_change_nothing(monkeypatch):
     data = dataset([[((0, 0, 40, 40), 0, False), ((5, 5, 50, 50), 0, False)]] * 5)
     results = [result(i, 7, (j, j, 40 + j, 40 + j), 1 / (1 + j)) for i in range(1, 6) for j in range(12)]
-    whole = evaluation.coco(data, results, per_class=False)
+    whole = evaluation.evaluate_coco(data, results, per_class=False)
     monkeypatch.setattr("fusedet.evaluation.coco_matching.BLOCK", 7)
-    assert evaluation.coco(data, results, per_class=False) == pytest.approx(whole, nan_ok=True)
+    assert evaluation.evaluate_coco(data, results, per_class=False) == pytest.approx(whole, nan_ok=True)
 
 
 def test_no_results_give_zeros():
     data = dataset([[((0, 0, 20, 20), 0, False)], []])
     for evaluator in evaluation.EVALUATORS:
-        figures = evaluation.coco(data, [], evaluator=evaluator)
+        figures = evaluation.evaluate_coco(data, [], evaluator=evaluator)
         assert figures["AP"] == figures["AP50"] == figures["AR100"] == figures["APs"] == 0
         assert np.isnan(figures["APl"])
         assert np.isnan(figures["classes"][1]["AP"])
-    assert evaluation.voc(data, [])["mAP"] == 0
-    assert evaluation.confusion(data, []).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
-    assert evaluation.precision_recall(data, [])["AP"] == 0
+    assert evaluation.evaluate_voc(data, [])["mAP"] == 0
+    assert evaluation.compute_confusion_matrix(data, []).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert evaluation.compute_precision_recall(data, [])["AP"] == 0
 
 
 def test_no_objects_give_nan():
     data = dataset([[], [((0, 0, 20, 20), 0, True)]])
     results = [result(1, 7, (0, 0, 5, 5), 0.5)]
-    assert np.isnan(evaluation.coco(data, results)["AP"])
-    assert np.isnan(evaluation.voc(data, results)["mAP"])
-    assert np.isnan(evaluation.precision_recall(data, results)["AP"])
+    assert np.isnan(evaluation.evaluate_coco(data, results)["AP"])
+    assert np.isnan(evaluation.evaluate_voc(data, results)["mAP"])
+    assert np.isnan(evaluation.compute_precision_recall(data, results)["AP"])
 
 
 def test_results_are_not_changed():
     results = [result(1, 7, (0, 0, 5, 5), 0.5)]
     before = json.dumps(results)
     for evaluator in evaluation.EVALUATORS:
-        evaluation.coco(dataset([[((0, 0, 5, 5), 0, False)]]), results, evaluator=evaluator)
+        evaluation.evaluate_coco(dataset([[((0, 0, 5, 5), 0, False)]]), results, evaluator=evaluator)
     assert json.dumps(results) == before
 
 
@@ -130,14 +132,14 @@ def test_classes_count_what_is_not_ignored():
     data = dataset(
         [[((0, 0, 5, 5), 0, False), ((9, 9, 15, 15), 0, False), ((0, 0, 9, 9), 1, True)], [((0, 0, 5, 5), 0, False)]]
     )
-    rows = evaluation.coco(data, [result(1, 7, (0, 0, 5, 5), 0.5)])["classes"]
+    rows = evaluation.evaluate_coco(data, [result(1, 7, (0, 0, 5, 5), 0.5)])["classes"]
     assert [(row["name"], row["images"], row["objects"]) for row in rows] == [("cat", 2, 3), ("dog", 0, 0)]
     assert rows[0]["AP50"] == pytest.approx(34 / 101)  # one of three found: precision 1 at the recalls 0 .. 0.33
 
 
 def test_ground_truth_has_cocos_form():
     data = dataset([[((1, 2, 11, 22), 1, True)]])
-    truth = evaluation.coco_ground_truth(data)
+    truth = evaluation.build_coco_ground_truth(data)
     assert truth["images"] == [{"id": 1, "file_name": "0.jpg", "height": 200, "width": 200}]
     assert truth["annotations"] == [
         {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 20], "area": 200, "iscrowd": 1}
@@ -150,7 +152,7 @@ def test_precision_recall_by_hand():
     results = [
         result(1, 7, box, s) for box, s in (((0, 0, 10, 10), 0.9), ((90, 90, 99, 99), 0.8), ((50, 50, 60, 60), 0.7))
     ]
-    curve = evaluation.precision_recall(data, results)["classes"][0]
+    curve = evaluation.compute_precision_recall(data, results)["classes"][0]
     assert curve["precision"] == pytest.approx([1] * 51 + [2 / 3] * 50)
     assert curve["scores"].tolist() == [0.9] * 51 + [0.7] * 50
     assert curve["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
@@ -172,10 +174,10 @@ def test_voc_by_hand():
         result(1, 7, (20, 20, 40, 40), 0.95),
     ]
     # Recall 1/3 at precision 1, 2/3 at precision 2/3.
-    area = evaluation.voc(data, results)
+    area = evaluation.evaluate_voc(data, results)
     assert area["classes"][0] == {"name": "cat", "AP": pytest.approx(1 / 3 + 2 / 9), "images": 2, "objects": 3}
     assert area["mAP"] == area["classes"][0]["AP"]
-    assert evaluation.voc(data, results, points=11)["mAP"] == pytest.approx((4 * 1 + 3 * 2 / 3) / 11)
+    assert evaluation.evaluate_voc(data, results, points=11)["mAP"] == pytest.approx((4 * 1 + 3 * 2 / 3) / 11)
 
 
 def devkit(objects, guesses, total, points):
@@ -211,7 +213,7 @@ def devkit(objects, guesses, total, points):
 def test_voc_equals_the_devkit(points, images):
     data = dataset([objects for objects, _ in images], names=("a", "b", "c"), ids=(1, 2, 3))
     results = [result(i, k + 1, box, score) for i, (_, guesses) in enumerate(images, 1) for box, k, score in guesses]
-    rows = evaluation.voc(data, results, points=points)["classes"]
+    rows = evaluation.evaluate_voc(data, results, points=points)["classes"]
     pixels = lambda b: (b[0] + 1, b[1] + 1, b[2], b[3])  # noqa: E731
     for k, row in enumerate(rows):
         objects = {i: [(pixels(b), d) for b, c, d in own if c == k] for i, (own, _) in enumerate(images, 1)}
@@ -245,19 +247,19 @@ def mistakes():
 
 
 def test_confusion_by_hand():
-    matrix = evaluation.confusion(*mistakes())
+    matrix = evaluation.compute_confusion_matrix(*mistakes())
     assert matrix.tolist() == [[1, 0, 0], [1, 1, 1], [0, 2, 0]]
 
 
 def test_worst_images_by_hand():
-    assert evaluation.worst_images(*mistakes()) == [(1, 0.0, 1, 0), (0, 2 / 6, 1, 3)]
-    assert evaluation.worst_images(*mistakes(), n=1) == [(1, 0.0, 1, 0)]
+    assert evaluation.find_worst_images(*mistakes()) == [(1, 0.0, 1, 0), (0, 2 / 6, 1, 3)]
+    assert evaluation.find_worst_images(*mistakes(), n=1) == [(1, 0.0, 1, 0)]
 
 
 def test_equal_overlaps_prefer_the_own_class():
     both = ((0, 0, 10, 10), 1, False), ((0, 0, 10, 10), 0, False)
     for objects in (both, both[::-1]):
-        matrix = evaluation.confusion(
+        matrix = evaluation.compute_confusion_matrix(
             dataset([objects]), [result(1, 7, (0, 0, 10, 10), 0.9), result(1, 3, (0, 0, 10, 10), 0.8)]
         )
         assert matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
@@ -279,11 +281,11 @@ def test_equal_overlaps_prefer_the_own_class():
 def test_bad_results_are_named(change, text):
     data, good = dataset([[((0, 0, 5, 5), 0, False)]]), result(1, 7, (0, 0, 5, 5), 0.5)
     for figure in (
-        evaluation.coco,
-        evaluation.voc,
-        evaluation.confusion,
-        evaluation.worst_images,
-        evaluation.precision_recall,
+        evaluation.evaluate_coco,
+        evaluation.evaluate_voc,
+        evaluation.compute_confusion_matrix,
+        evaluation.find_worst_images,
+        evaluation.compute_precision_recall,
     ):
         with pytest.raises(InputError, match=text.replace("[", r"\[")):
             figure(data, [good, good | change])
@@ -323,25 +325,25 @@ def test_good_result_file(tmp_path):
 def test_masks_must_be_there_and_fit():
     bare = dataset([[((0, 0, 5, 5), 0, False)]])
     with pytest.raises(InputError, match="1 objects of made have no mask"):
-        evaluation.coco(bare, [], iou_type="segm")
+        evaluation.evaluate_coco(bare, [], iou_type="segm")
     empty = dataset([[]])
     wrong = {"image_id": 1, "category_id": 7, "score": 0.5}
     with pytest.raises(InputError, match="result 0 lacks 'segmentation'"):
-        evaluation.coco(empty, [wrong], iou_type="segm")
+        evaluation.evaluate_coco(empty, [wrong], iou_type="segm")
     with pytest.raises(InputError, match=r"size \[5, 5\], it must be the image's \[200, 200\]"):
-        evaluation.coco(empty, [wrong | {"segmentation": {"size": [5, 5], "counts": "0"}}], iou_type="segm")
+        evaluation.evaluate_coco(empty, [wrong | {"segmentation": {"size": [5, 5], "counts": "0"}}], iou_type="segm")
 
 
 def test_unknown_names_are_refused():
     data = dataset([[]])
     with pytest.raises(InputError, match="did you mean 'pycocotools'"):
-        evaluation.coco(data, [], evaluator="pycocotool")
+        evaluation.evaluate_coco(data, [], evaluator="pycocotool")
     with pytest.raises(InputError, match="unknown iou_type"):
-        evaluation.coco(data, [], iou_type="box")
+        evaluation.evaluate_coco(data, [], iou_type="box")
     with pytest.raises(InputError, match="points must be"):
-        evaluation.voc(data, [], points=10)
+        evaluation.evaluate_voc(data, [], points=10)
     with pytest.raises(InputError, match="iou must lie"):
-        evaluation.confusion(data, [], iou=0)
+        evaluation.compute_confusion_matrix(data, [], iou=0)
 
 
 def test_missing_package_says_how_to_install(monkeypatch):
@@ -350,16 +352,16 @@ def test_missing_package_says_how_to_install(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(InputError, match="pip install pycocotools"):
-        evaluation.coco(dataset([[]]), [], evaluator="pycocotools")
+        evaluation.evaluate_coco(dataset([[]]), [], evaluator="pycocotools")
 
 
 def test_stamp_changes_with_what_is_evaluated():
     data, results = dataset([[((0, 0, 5, 5), 0, False)], []]), [result(1, 7, (0, 0, 5, 5), 0.5)]
-    one = evaluation.stamp(data, results)
+    one = evaluation.create_stamp(data, results)
     assert one["evaluator"].startswith("fusedet ")
     assert (one["images"], one["detections"], one["iou_type"], one["max_dets"]) == (2, 1, "bbox", [1, 10, 100])
-    assert one == evaluation.stamp(data, results)
-    other = evaluation.stamp(
+    assert one == evaluation.create_stamp(data, results)
+    other = evaluation.create_stamp(
         dataset([[((0, 0, 5, 5), 0, False)], []], image_ids=[1, 3]), results, "pycocotools", iou_type="segm"
     )
     assert other["image_ids"] != one["image_ids"]
@@ -368,4 +370,4 @@ def test_stamp_changes_with_what_is_evaluated():
 
 def test_stamp_refuses_an_unknown_evaluator():
     with pytest.raises(InputError, match="unknown evaluator"):
-        evaluation.stamp(dataset([[]]), [], "coco")
+        evaluation.create_stamp(dataset([[]]), [], "coco")

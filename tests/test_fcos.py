@@ -15,8 +15,8 @@ from fusedet.models.heads import HEADS, FCOSHead
 from fusedet.models.heads.fcos import centerness
 from fusedet.models.necks import FPN
 from fusedet.models.ops import assigners
-from fusedet.models.ops.assigners import BACKGROUND, PointInBox
-from fusedet.models.ops.boxes import centres, grid_priors, point_shapes, select, to_distances
+from fusedet.models.ops.assigners import BACKGROUND, PointInBoxAssigner
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances, grid_priors, make_base_points, select_detections
 from fusedet.models.ops.losses import giou_loss, iou_loss, mean_over_ranks
 from fusedet.types import Levels, Outputs, Priors, Target
 
@@ -41,7 +41,7 @@ def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) 
 def points(*levels: tuple[int, list[tuple[float, float]]]) -> Priors:
     """Priors at chosen points: (stride, [(x, y), ...]) of each level."""
     boxes = [
-        torch.tensor([[x, y, x, y] for x, y in places]).reshape(-1, 4) + point_shapes(stride)
+        torch.tensor([[x, y, x, y] for x, y in places]).reshape(-1, 4) + make_base_points(stride)
         for stride, places in levels
     ]
     strides = [torch.full((len(places),), float(stride)) for stride, places in levels]
@@ -57,7 +57,7 @@ EMPTY = objects()
 
 def test_a_point_must_lie_inside() -> None:
     priors = points((8, [(10, 10), (2, 10), (0, 10), (20, 20), (20.5, 5), (10, 19.5)]))
-    assert PointInBox(()).assign(priors, objects([0, 0, 20, 20])).tolist() == [
+    assert PointInBoxAssigner(()).assign(priors, objects([0, 0, 20, 20])).tolist() == [
         0,
         0,
         BACKGROUND,
@@ -71,7 +71,7 @@ def test_ranges_count_with_both_ends() -> None:
     """The farthest side of the box (0, 0, 100, 40) is at max(x, 100 - x) of its points."""
     places = [(40.0, 20.0), (36.0, 20.0), (35.0, 20.0), (50.0, 20.0)]  # at 60, 64, 65, 50
     priors = points((8, places), (16, places), (32, places))
-    assert PointInBox((64, 128)).assign(priors, objects([0, 0, 100, 40])).tolist() == [
+    assert PointInBoxAssigner((64, 128)).assign(priors, objects([0, 0, 100, 40])).tolist() == [
         0,
         0,
         -1,
@@ -86,20 +86,20 @@ def test_ranges_count_with_both_ends() -> None:
         -1,
     ]
     assert (
-        PointInBox((10, 20)).assign(priors, objects([0, 0, 100, 40])).tolist() == [-1] * 8 + [0] * 4
+        PointInBoxAssigner((10, 20)).assign(priors, objects([0, 0, 100, 40])).tolist() == [-1] * 8 + [0] * 4
     )  # the last level has no end
 
 
 def test_the_smallest_object_wins_and_the_first_of_equal_ones() -> None:
     priors = points((8, [(10, 10), (30, 30), (45, 45)]))
     target = objects([0, 0, 50, 50], [0, 0, 20, 20], [0, 0, 50, 50], [5, 5, 25, 25])
-    assert PointInBox(()).assign(priors, target).tolist() == [1, 0, 0]
+    assert PointInBoxAssigner(()).assign(priors, target).tolist() == [1, 0, 0]
 
 
 def test_an_object_out_of_range_hides_no_other() -> None:
     """The smallest box of those that the level may answer for, not the smallest box of all."""
     priors = points((8, [(10, 10)]), (16, [(10, 10)]))
-    assert PointInBox((30,)).assign(priors, objects([0, 0, 100, 100], [0, 0, 25, 25])).tolist() == [1, 0]
+    assert PointInBoxAssigner((30,)).assign(priors, objects([0, 0, 100, 100], [0, 0, 25, 25])).tolist() == [1, 0]
 
 
 def test_center_sampling() -> None:
@@ -107,21 +107,21 @@ def test_center_sampling() -> None:
     places = [(50.0, 50.0), (61.5, 50.0), (62.0, 50.0), (38.5, 61.5), (50.0, 63.0)]
     wide, thin = objects([0, 0, 100, 100]), objects([45, 0, 55, 100])
     priors = points((8, places))
-    assert PointInBox((), radius=1.5).assign(priors, wide).tolist() == [0, 0, -1, 0, -1]
-    assert PointInBox((), radius=1.5).assign(priors, thin).tolist() == [0, -1, -1, -1, -1]
-    assert PointInBox((), radius=2.0).assign(priors, wide).tolist() == [0] * 5
+    assert PointInBoxAssigner((), radius=1.5).assign(priors, wide).tolist() == [0, 0, -1, 0, -1]
+    assert PointInBoxAssigner((), radius=1.5).assign(priors, thin).tolist() == [0, -1, -1, -1, -1]
+    assert PointInBoxAssigner((), radius=2.0).assign(priors, wide).tolist() == [0] * 5
     assert (
-        PointInBox((64,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [-1] * 5
+        PointInBoxAssigner((64,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [-1] * 5
     )  # nearer than 64
-    assert PointInBox((40,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [0] * 5
+    assert PointInBoxAssigner((40,), radius=1.5).assign(points((8, []), (16, places)), wide).tolist() == [0] * 5
 
 
-def slow(rule: PointInBox, priors: Priors, target: Target) -> list[int]:
+def slow(rule: PointInBoxAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule in words, one point and one object at a time."""
     level = [i for i, n in enumerate(priors.counts) for _ in range(n)]
     ends = [0.0, *rule.limits, math.inf]
     owners = []
-    for p, (x, y) in enumerate(centres(priors.boxes).tolist()):
+    for p, (x, y) in enumerate(box_centres(priors.boxes).tolist()):
         best, owner = math.inf, BACKGROUND
         for g, (x1, y1, x2, y2) in enumerate(target.boxes.tolist()):
             sides = (x - x1, y - y1, x2 - x, y2 - y)
@@ -139,25 +139,27 @@ def slow(rule: PointInBox, priors: Priors, target: Target) -> list[int]:
 def test_assignment_against_a_slow_loop(seed: int, count: int, radius: float | None, chunk: int) -> None:
     torch.manual_seed(seed)
     levels = Levels((1, 1, 1), (4, 8, 16))
-    priors = grid_priors(maps((32, 48), 1, levels), levels, [point_shapes(s) for s in levels.strides], offset=0.5)
+    priors = grid_priors(maps((32, 48), 1, levels), levels, [make_base_points(s) for s in levels.strides], offset=0.5)
     corners = torch.randint(0, 12, (count, 2)) * 2.0  # a coarse grid makes ties
     boxes = torch.cat([corners, corners + 2.0 * torch.randint(1, 12, (count, 2))], dim=1)
-    rule = PointInBox((8, 14), radius)
+    rule = PointInBoxAssigner((8, 14), radius)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assigners, "OBJECTS_AT_ONCE", chunk)
+        patch.setattr(assigners, "INSTANCES_AT_ONCE", chunk)
         assert rule.assign(priors, objects(*boxes.tolist())).tolist() == slow(rule, priors, objects(*boxes.tolist()))
 
 
 def test_a_thousand_objects_and_none() -> None:
     levels = Levels((1,) * 5, LEVELS.strides)
-    priors = grid_priors(maps((800, 1216), 1, levels), levels, [point_shapes(s) for s in levels.strides], offset=0.5)
+    priors = grid_priors(
+        maps((800, 1216), 1, levels), levels, [make_base_points(s) for s in levels.strides], offset=0.5
+    )
     corners = torch.rand(1000, 2) * torch.tensor([1100.0, 700.0])
     target = objects(*torch.cat([corners, corners + 10 + 90 * torch.rand(1000, 2)], dim=1).tolist())
-    rule = PointInBox((64, 128, 256, 512))
+    rule = PointInBoxAssigner((64, 128, 256, 512))
     owners = rule.assign(priors, target)
     assert owners.shape == (len(priors),) == (20_267,)
     chosen = (owners >= 0).nonzero().flatten()
-    assert to_distances(centres(priors.boxes)[chosen], target.boxes[owners[chosen]]).min() > 0
+    assert boxes_to_distances(box_centres(priors.boxes)[chosen], target.boxes[owners[chosen]]).min() > 0
     assert len(owners[chosen].unique()) > 500
     assert (rule.assign(priors, EMPTY) == BACKGROUND).all()
 
@@ -203,7 +205,7 @@ def literal(head: FCOSHead, outputs: Outputs, targets: list[Target]) -> dict[str
     """The losses one point and one class at a time."""
     normalized = head.normalize_boxes
     cls, box, sure, positives, weights = 0.0, 0.0, 0.0, 0, 0.0
-    places = centres(outputs.priors.boxes).tolist()
+    places = box_centres(outputs.priors.boxes).tolist()
     for n, target in enumerate(targets):
         owners = slow(head.assigner, outputs.priors, target)
         p = 0
@@ -293,7 +295,7 @@ def test_decode_is_the_inverse_of_the_targets(options: dict) -> None:
     outputs = head(maps(n=1))
     priors = outputs.priors
     owners = head.assigner.assign(priors, SOME)
-    wanted = to_distances(centres(priors.boxes), SOME.boxes[owners.clamp(min=0)])
+    wanted = boxes_to_distances(box_centres(priors.boxes), SOME.boxes[owners.clamp(min=0)])
     rows = (wanted / priors.strides[:, None] if head.normalize_boxes else wanted).split(priors.counts)
     filled = [r.reshape(1, *m.shape[2:], 4).permute(0, 3, 1, 2) for r, m in zip(rows, outputs.maps["reg"])]
     outputs = Outputs(outputs.maps | {"reg": filled}, priors)
@@ -354,7 +356,7 @@ def test_quality_orders_but_does_not_choose() -> None:
     nn.init.constant_(head.centerness.bias, math.log(0.01 / 0.99))
     nn.init.constant_(head.reg.bias, 1.0)
     outputs = head(maps(n=1))
-    found = select(head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.05)
+    found = select_detections(head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.05)
     count = int(found.counts)
     assert count == 100
     assert torch.allclose(found.scores[0, :count], torch.tensor(0.005))
@@ -393,7 +395,9 @@ def test_export(options: dict) -> None:
         def forward(self, features: list[Tensor]) -> tuple[Tensor, ...]:
             outputs = self.head(features)
             return tuple(
-                select(self.head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.005)
+                select_detections(
+                    self.head.decode(outputs), torch.tensor([[64, 96]]), outputs.priors.counts, score=0.005
+                )
             )
 
     model = Detect()
@@ -416,8 +420,8 @@ def test_parameter_counts() -> None:
 
 
 def test_default_ranges() -> None:
-    assert FCOSHead(LEVELS, 3, convs=0).assigner == PointInBox((64, 128, 256, 512), None)
-    assert FCOSHead(Levels((32,) * 3, (4, 8, 16)), 3, convs=0, center_sampling=True).assigner == PointInBox(
+    assert FCOSHead(LEVELS, 3, convs=0).assigner == PointInBoxAssigner((64, 128, 256, 512), None)
+    assert FCOSHead(Levels((32,) * 3, (4, 8, 16)), 3, convs=0, center_sampling=True).assigner == PointInBoxAssigner(
         (32, 64), 1.5
     )
 

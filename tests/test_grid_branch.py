@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.roi.grid import GridBranch, Transition
-from fusedet.models.roi.sampling import Samples
-from fusedet.types import Levels, Target
+from fusedet.models.roi.sampling import RoISamples
+from fusedet.types import BatchDetections, Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
 SIZES = torch.tensor([[75, 129], [64, 100]])
@@ -41,7 +40,7 @@ def targets() -> list[Target]:
     return [first, Target(torch.tensor([[10.0, 8, 90, 60]]), torch.tensor([1]))]
 
 
-def samples() -> Samples:
+def samples() -> RoISamples:
     """Positives and negatives of both images, mixed."""
     table = torch.tensor(
         [
@@ -52,7 +51,7 @@ def samples() -> Samples:
             (0, 5, 7.7, 37.2, 49, 0),
         ]
     )
-    return Samples(table[:, :5], table[:, 5].long(), table[:, 0].long())
+    return RoISamples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
 
 def learns(branch: GridBranch) -> None:
@@ -194,7 +193,7 @@ def test_targets_are_the_definition(seed: int, shape: tuple[int, int, int]) -> N
     boxes = torch.cat([corner, corner + (1 + torch.rand(4, 2) * 50).round(decimals=2)], dim=1)
     boxes[0, 2:] = boxes[0, :2] + 1  # too small to have points
     objects = boxes + torch.randn(4, 4) * 3
-    found = branch.wanted(boxes.double(), objects.double())
+    found = branch.target_heat_maps(boxes.double(), objects.double())
     assert not found[0].any()
     assert torch.equal(
         found.float(), literal_targets(boxes.double().tolist(), objects.double().tolist(), side, 2 * size, radius)
@@ -204,7 +203,7 @@ def test_targets_are_the_definition(seed: int, shape: tuple[int, int, int]) -> N
 def test_targets_of_a_box_on_its_object() -> None:
     """Every point is in the middle of its map, the middle one of 28 cells, but for the grid's own rounding."""
     box = torch.tensor([[10.0, 20, 66, 48]])
-    maps = GridBranch(LEVELS, 3, radius=0, **SMALL).wanted(box, box)
+    maps = GridBranch(LEVELS, 3, radius=0, **SMALL).target_heat_maps(box, box)
     assert maps.sum(dim=(2, 3)).tolist() == [[1] * 9]
     assert (maps.flatten(2).argmax(dim=2) == 14 * 28 + 14).all()
 
@@ -217,7 +216,7 @@ def test_the_targets_decode_to_the_object() -> None:
     branch = GridBranch(LEVELS, 3, radius=0, **SMALL)
     boxes = torch.tensor([[10.0, 20, 66, 76], [30, 10, 58, 94], [5, 5, 33, 19]])
     objects = boxes + torch.tensor([[3.3, -4, 6, 5], [-2, 8, 3, -9], [0.5, 1, -2, 2]])
-    found = branch.decode(20 * branch.wanted(boxes, objects) - 10, boxes)
+    found = branch.decode(20 * branch.target_heat_maps(boxes, objects) - 10, boxes)
     cell = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2) / 28
     assert ((found - objects).abs() <= cell / 2 + 1e-4).all()
 
@@ -248,7 +247,7 @@ def test_refinement_moves_boxes_alone() -> None:
     branch, features = GridBranch(LEVELS, 3, **SMALL), pyramid()
     learns(branch)
     boxes = torch.tensor([[[4.0, 6, 40, 50], [60, 10, 120, 70]], [[10, 8, 90, 60], [0, 0, 0, 0]]])
-    found = Selected(boxes, torch.rand(2, 2), torch.tensor([[2, 0], [1, 0]]), torch.tensor([2, 1]))
+    found = BatchDetections(boxes, torch.rand(2, 2), torch.tensor([[2, 0], [1, 0]]), torch.tensor([2, 1]))
     better = branch.refine(features, found)
     assert better[1:] == found[1:]
     assert not torch.equal(better.boxes, boxes)
@@ -266,16 +265,16 @@ def test_jitter_is_bounded_and_seeded() -> None:
     boxes = torch.tensor([[40.0, 30, 60, 50]]).repeat(2000, 1)
     sizes = torch.tensor([[200, 300]]).expand(2000, 2)
     torch.manual_seed(3)
-    found = branch.jittered(boxes, sizes)
+    found = branch.jitter_boxes(boxes, sizes)
     torch.manual_seed(3)
-    assert torch.equal(found, branch.jittered(boxes, sizes))
+    assert torch.equal(found, branch.jitter_boxes(boxes, sizes))
     centre, side = (found[:, :2] + found[:, 2:]) / 2, found[:, 2:] - found[:, :2]
     for moved, middle in ((centre, torch.tensor([50.0, 40])), (side, torch.tensor([20.0, 20]))):
         change = (moved - middle) / 20
         assert 0.14 < change.max() <= 0.15 + 1e-5
         assert -0.15 - 1e-5 <= change.min() < -0.14
         assert change.mean().abs() < 0.01
-    held = branch.jittered(torch.tensor([[0.0, 0, 129, 75]]).repeat(50, 1), SIZES[:1].expand(50, 2))
+    held = branch.jitter_boxes(torch.tensor([[0.0, 0, 129, 75]]).repeat(50, 1), SIZES[:1].expand(50, 2))
     assert held.amin() >= 0
     assert (held[:, 2] <= 128).all()
     assert (held[:, 3] <= 74).all()
@@ -286,12 +285,12 @@ def test_loss_is_the_definition() -> None:
     branch, features, found = GridBranch(LEVELS, 3, jitter=0.0, **SMALL), pyramid(), samples()
     learns(branch)
     loss = branch.loss(features, found, targets(), SIZES)["loss_grid"]
-    rois = found.rois[found.owners >= 0]
+    rois = found.rois[found.instances >= 0]
     objects = torch.stack([targets()[1].boxes[0], targets()[0].boxes[1], targets()[0].boxes[0]])
-    wanted = branch.wanted(rois[:, 1:], objects).double()
+    wanted = branch.target_heat_maps(rois[:, 1:], objects).double()
     x = branch.convs(branch.pooling(features, rois))
     expected = 0.0
-    for maps in (branch.maps(branch.fuse(x)), branch.maps(x)):
+    for maps in (branch.heat_maps(branch.fuse(x)), branch.heat_maps(x)):
         score = maps.double().sigmoid()
         expected += float(-(wanted * score.log() + (1 - wanted) * (1 - score).log()).mean().detach())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
@@ -314,7 +313,7 @@ def test_loss_is_reproducible_by_seed_and_takes_num_samples() -> None:
 def test_no_positive_sample_costs_nothing_and_is_connected() -> None:
     branch = GridBranch(LEVELS, 3, **SMALL)
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    none = replace(samples(), owners=torch.full((5,), -1))
+    none = replace(samples(), instances=torch.full((5,), -1))
     loss = branch.loss(pyramid(), none, [empty, empty], SIZES)["loss_grid"]
     loss.backward()
     assert float(loss.detach()) == 0
@@ -325,7 +324,7 @@ def test_heat_maps_are_learnt() -> None:
     """A few steps on one region make the box that the branch gives nearer to its object."""
     branch, features = GridBranch(LEVELS, 3, convs=1, point_channels=4, groups=6, jitter=0.0), pyramid(n=1)
     box, truth = torch.tensor([[0, 20.0, 10, 76, 66]]), torch.tensor([[26.0, 16, 74, 62]])
-    one = Samples(box, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    one = RoISamples(box, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     optimizer = torch.optim.Adam(branch.parameters(), lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()

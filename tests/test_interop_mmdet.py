@@ -14,10 +14,10 @@ from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.interop import Converted, convert
-from fusedet.interop.mmdetection.backbone_config import resizing
-from fusedet.interop.mmdetection.detector_config import translate
-from fusedet.models.detectors import from_config
+from fusedet.interop import ConvertedCheckpoint, convert_checkpoint
+from fusedet.interop.mmdetection.backbone_config import read_resizing
+from fusedet.interop.mmdetection.detector_config import convert_config
+from fusedet.models.detectors import build_detector
 from fusedet.models.heads import RPNHead
 from fusedet.types import Batch, Detections, Levels
 from partners import partners
@@ -45,15 +45,19 @@ def weights(spec: dict[str, Any]) -> dict[str, Tensor]:
     return {k: torch.from_numpy(np.array(FILLED["fill"](k, tuple(s), spec["stem"]))) for k, s in spec["keys"].items()}
 
 
-def converted(tmp_path: Path, content: dict[str, Any], model: dict[str, Any] | None, *overrides: str) -> Converted:
+def converted(
+    tmp_path: Path, content: dict[str, Any], model: dict[str, Any] | None, *overrides: str
+) -> ConvertedCheckpoint:
     torch.save(content, tmp_path / "model.pth")
     if model is not None:
         (tmp_path / "config.py").write_text(f"model = {model!r}")
-    return convert(tmp_path / "model.pth", str(tmp_path / "config.py") if model is not None else None, overrides)
+    return convert_checkpoint(
+        tmp_path / "model.pth", str(tmp_path / "config.py") if model is not None else None, overrides
+    )
 
 
-def seen(found: Converted, size: tuple[int, int]) -> Detections:
-    detector = from_config(found.config, len(found.names)).eval()
+def seen(found: ConvertedCheckpoint, size: tuple[int, int]) -> Detections:
+    detector = build_detector(found.config, len(found.names)).eval()
     detector.load_state_dict(found.weights)
     height, width = size
     padded = torch.zeros(1, 3, -(-height // 32) * 32, -(-width // 32) * 32, dtype=torch.uint8)
@@ -184,7 +188,7 @@ def test_1x_config_and_names(tmp_path: Path) -> None:
     text += "test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(1000, 600), transforms=[dict(type='Normalize', **img_norm_cfg)])]\n"
     (tmp_path / "old.py").write_text(text)
     torch.save({"state_dict": old_names(state), "meta": {"CLASSES": ("v", "w", "x", "y", "z")}}, tmp_path / "old.pth")
-    found = convert(tmp_path / "old.pth", str(tmp_path / "old.py"))
+    found = convert_checkpoint(tmp_path / "old.pth", str(tmp_path / "old.py"))
     assert found.names == ["v", "w", "x", "y", "z"]
     assert (found.config.data.size, found.config.data.antialias) == ((600, 1000), False)
     test, head = found.config.test, found.config.model.head
@@ -280,13 +284,15 @@ def test_a_config_of_this_project(tmp_path: Path) -> None:
     spec = case("retinanet_r18_gn")
     torch.save(weights(spec), tmp_path / "model.pth")
     words = ["model.pyramid.channels=64", "model.head.norm=true", "model.head.bias=false"]
-    found = convert(tmp_path / "model.pth", "retinanet_r18", words)
+    found = convert_checkpoint(tmp_path / "model.pth", "retinanet_r18", words)
     agree(seen(found, spec["size"]), spec["predictions"])
     assert not found.config.data.antialias
-    assert convert(tmp_path / "model.pth", "retinanet_r18", [*words, "data.antialias=true"]).config.data.antialias
+    assert convert_checkpoint(
+        tmp_path / "model.pth", "retinanet_r18", [*words, "data.antialias=true"]
+    ).config.data.antialias
     text = f"model = {spec['model']!r}\ntest_pipeline = {resize(backend='pillow')['test_pipeline']!r}"
     torch.save({"state_dict": weights(spec), "meta": {"cfg": text}}, tmp_path / "model.pth")
-    assert convert(tmp_path / "model.pth", "retinanet_r18", words).config.data.antialias
+    assert convert_checkpoint(tmp_path / "model.pth", "retinanet_r18", words).config.data.antialias
 
 
 def resize(**words: Any) -> Any:
@@ -322,7 +328,7 @@ def resize(**words: Any) -> Any:
 )
 def test_how_images_are_resized(config: Any, data: Any, note: str | None) -> None:
     notes: list[str] = []
-    assert resizing(config, notes) == data
+    assert read_resizing(config, notes) == data
     assert [text.split(", here their")[0] for text in notes] == ([note] if note else [])
 
 
@@ -344,7 +350,10 @@ def test_a_name_takes_style_and_pixels_from_the_checkpoint(tmp_path: Path) -> No
     meta = {"cfg": f"model = {spec['model']!r}", "dataset_meta": {"classes": ("a", "b", "c", "d", "e")}}
     torch.save({"state_dict": state, "meta": meta}, tmp_path / "model.pth")
     words = [f"model.pyramid.channels={spec['model']['neck']['out_channels']}"]
-    own, named = convert(tmp_path / "model.pth"), convert(tmp_path / "model.pth", "retinanet_r50", words)
+    own, named = (
+        convert_checkpoint(tmp_path / "model.pth"),
+        convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", words),
+    )
     assert named.config.model.backbone["style"] == own.config.model.backbone["style"] == "caffe"
     for key in ("mean", "std"):
         assert list(named.config.model.backbone[key]) == list(own.config.model.backbone[key])
@@ -353,9 +362,9 @@ def test_a_name_takes_style_and_pixels_from_the_checkpoint(tmp_path: Path) -> No
     assert any("of the checkpoint's own config" in note for note in named.notes)
     for word in ("model.backbone.style=pytorch", "model.backbone.std=[58.395,57.12,57.375]"):
         with pytest.raises(InputError, match=r"of --config=retinanet_r50 is not what the checkpoint was trained with"):
-            convert(tmp_path / "model.pth", "retinanet_r50", [*words, word])
+            convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", [*words, word])
     torch.save({"state_dict": state}, tmp_path / "model.pth")
-    blind = convert(tmp_path / "model.pth", "retinanet_r50", words)
+    blind = convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", words)
     assert any("RGB" in note and "caffe" in note for note in blind.notes)
     assert "style" not in blind.config.model.backbone
 
@@ -415,7 +424,7 @@ def test_values_of_another_type(name: str, path: str, value: Any, message: str) 
     if path == "roi_head.num_stages":  # counts where one mapping stands for all stages
         model = altered(model, "roi_head.bbox_head", model["roi_head"]["bbox_head"][0])
     with pytest.raises(InputError, match=message):
-        translate({"model": altered(model, path, value)}, {})
+        convert_config({"model": altered(model, path, value)}, {})
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["config", "no config"])
@@ -445,6 +454,6 @@ def test_the_whole_of_a_state_may_be_odd(tmp_path: Path) -> None:
 def test_another_balanced_loss_is_said() -> None:
     spec = case("libra_rcnn_r18")
     loss = {"type": "BalancedL1Loss", "alpha": 0.3, "gamma": 1.5, "beta": 1.0, "loss_weight": 1.0}
-    notes = translate({"model": altered(spec["model"], "roi_head.bbox_head.loss_bbox", loss)}, {}).notes
+    notes = convert_config({"model": altered(spec["model"], "roi_head.bbox_head.loss_bbox", loss)}, {}).notes
     assert any("alpha=0.3" in note for note in notes)
-    assert not any("alpha" in note for note in translate({"model": spec["model"]}, {}).notes)
+    assert not any("alpha" in note for note in convert_config({"model": spec["model"]}, {}).notes)

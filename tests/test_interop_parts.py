@@ -12,7 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from fusedet.errors import InputError
-from fusedet.models.backbones import Backbone
+from fusedet.models.backbones import TimmBackbone
 from fusedet.models.heads import FCOSHead, RetinaHead
 from fusedet.models.necks import FPN
 from fusedet.models.roi import BoxStage
@@ -29,7 +29,7 @@ def caffe_block(block: Bottleneck, x: Tensor, stride: int) -> Tensor:
 
 @torch.no_grad()
 def test_caffe_style_has_the_stride_first() -> None:
-    backbone = Backbone("resnet50", pretrained=False, style="caffe").eval()
+    backbone = TimmBackbone("resnet50", pretrained=False, style="caffe").eval()
     body = backbone.body
     x = torch.rand(1, 3, 64, 96)
     found = backbone(x)
@@ -41,14 +41,14 @@ def test_caffe_style_has_the_stride_first() -> None:
 
 
 def test_caffe_style_with_deformable_stages() -> None:
-    backbone = Backbone("resnet50", pretrained=False, style="caffe", deformable_stages=(3,))
+    backbone = TimmBackbone("resnet50", pretrained=False, style="caffe", deformable_stages=(3,))
     block = backbone.body["layer3"][0]
     assert (block.conv1.stride, block.conv2.stride, block.conv2.offset.stride) == ((2, 2), 1, (1, 1))
     assert [f.shape[-1] for f in backbone(torch.rand(1, 3, 64, 64))] == [16, 8, 4, 2]
 
 
 def test_means_of_the_config() -> None:
-    backbone = Backbone("resnet18", pretrained=False, mean=(100.0, 50.0, 25.0), std=(1.0, 2.0, 5.0))
+    backbone = TimmBackbone("resnet18", pretrained=False, mean=(100.0, 50.0, 25.0), std=(1.0, 2.0, 5.0))
     pixel = torch.tensor([110.0, 52.0, 35.0]).view(3, 1, 1)
     assert torch.allclose(
         pixel * backbone.scale + backbone.shift, torch.tensor([10.0, 1.0, 2.0]).view(3, 1, 1), atol=1e-5
@@ -58,9 +58,9 @@ def test_means_of_the_config() -> None:
 
 def test_bodies_refuse() -> None:
     with pytest.raises(InputError, match=r"style=caffe: 'resnet18' has no bottlenecks"):
-        Backbone("resnet18", pretrained=False, style="caffe")
+        TimmBackbone("resnet18", pretrained=False, style="caffe")
     with pytest.raises(InputError, match=r"std=.* must be above 0"):
-        Backbone("resnet18", pretrained=False, std=(1.0, 0.0, 1.0))
+        TimmBackbone("resnet18", pretrained=False, std=(1.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize(("top", "source", "relu"), [("on_input_relu", 0, True), ("on_output_plain", 1, False)])
@@ -139,10 +139,10 @@ def test_convolutions_before_the_layers() -> None:
 
 def test_padding_of_a_mean_is_nothing() -> None:
     """Whatever the mean, what lies outside an image is 0 after normalisation (MMDetection pads after it)."""
-    backbone = Backbone("resnet18", pretrained=False, mean=(122.77, 115.95, 102.98), std=(1.0, 1.0, 1.0))
-    from fusedet.models.ops.image_normalization import normalise
+    backbone = TimmBackbone("resnet18", pretrained=False, mean=(122.77, 115.95, 102.98), std=(1.0, 1.0, 1.0))
+    from fusedet.models.ops.image_normalization import normalise_images
 
     images = torch.from_numpy(np.full((1, 3, 4, 6), 200, np.uint8))
-    out = normalise(images, backbone.scale, backbone.shift, torch.tensor([[3, 4]]))
+    out = normalise_images(images, backbone.scale, backbone.shift, torch.tensor([[3, 4]]))
     assert torch.allclose(out[0, 0, :3, :4], torch.tensor(77.23), atol=1e-4)
     assert out[0, :, 3:].abs().sum() + out[0, :, :, 4:].abs().sum() == 0

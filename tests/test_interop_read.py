@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from fusedet import cli
 from fusedet.errors import InputError
-from fusedet.interop import convert
+from fusedet.interop import convert_checkpoint
 from fusedet.interop.mmdetection import python_config
-from fusedet.interop.mmdetection.load_checkpoint import read, weights
+from fusedet.interop.mmdetection.load_checkpoint import extract_weights, read_checkpoint
 
 WEIGHTS = {"backbone.conv1.weight": torch.zeros(2)}
 
@@ -86,7 +86,7 @@ def test_bookkeeping_is_inert(tmp_path: Path, bookkeeping: dict[str, Any], zippe
         "message_hub": hub,
     }
     torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-    found = read(tmp_path / "model.pth")
+    found = read_checkpoint(tmp_path / "model.pth")
     assert torch.equal(found["state_dict"]["backbone.conv1.weight"], torch.zeros(2))
     assert found["meta"]["cfg"] == "x = 1"
     assert found["meta"]["extra"] == {"a": 1, "b": {"c": 2}}
@@ -98,7 +98,7 @@ def test_bookkeeping_is_inert(tmp_path: Path, bookkeeping: dict[str, Any], zippe
         _use_new_zipfile_serialization=zipped,
     )
     with pytest.raises(InputError, match=r"holds mmengine\.model\.Unknown"):
-        read(tmp_path / "other.pth")
+        read_checkpoint(tmp_path / "other.pth")
 
 
 class Code:
@@ -125,8 +125,8 @@ def test_arguments_of_torchvisions_training(tmp_path: Path) -> None:
     torch.save(
         {"model": WEIGHTS, "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 3}, tmp_path / "model.pth"
     )
-    found = read(tmp_path / "model.pth")
-    assert weights(found, "x").keys() == WEIGHTS.keys()
+    found = read_checkpoint(tmp_path / "model.pth")
+    assert extract_weights(found, "x").keys() == WEIGHTS.keys()
     assert not isinstance(found["args"], argparse.Namespace)
 
 
@@ -137,11 +137,11 @@ def test_a_pickle_that_torch_did_not_write(tmp_path: Path, protocol: int) -> Non
     with pytest.raises(
         InputError, match=r"is a plain pickle, not a file of torch\.save and holds posix\.system: it is not run"
     ):
-        read(tmp_path / "model.pth")
+        read_checkpoint(tmp_path / "model.pth")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "model.pth").write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
     with pytest.raises(InputError, match=r"is a plain pickle, not a file of torch\.save: it is not run"):
-        read(tmp_path / "model.pth")
+        read_checkpoint(tmp_path / "model.pth")
 
 
 def test_an_old_file_cut_after_its_first_number(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_old_file_cut_after_its_first_number(tmp_path: Path) -> None:
         end = file.tell()
     (tmp_path / "model.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:end])
     with pytest.raises(InputError, match="cut short"):
-        read(tmp_path / "model.pth")
+        read_checkpoint(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors", ""])
@@ -164,9 +164,9 @@ def test_what_is_fusedets_already(tmp_path: Path, name: str) -> None:
     with pytest.raises(
         InputError, match=f"^{file} is fusedet's own already, there is nothing to convert: .* fusedet predict {file} "
     ):
-        convert(file)
+        convert_checkpoint(file)
     save_file(WEIGHTS, tmp_path / "other.safetensors", {"format": "pt"})
-    assert read(tmp_path / "other.safetensors").keys() == WEIGHTS.keys()
+    assert read_checkpoint(tmp_path / "other.safetensors").keys() == WEIGHTS.keys()
 
 
 def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +308,7 @@ def test_config_files(tmp_path: Path) -> None:
         "_base_.pipeline[0].scale = (2, 3)\n"
         "del _base_.scale\n"
     )
-    tree = python_config.read(tmp_path / "config.py").tree
+    tree = python_config.read_config(tmp_path / "config.py").tree
     third = 1 / 3 + 4 + 1
     assert tree["model"] == {
         "type": "A",
@@ -325,15 +325,15 @@ def test_config_files(tmp_path: Path) -> None:
 
 def test_missing_bases_of_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("_base_ = ['../datasets/coco.py', 'mmdet::runtime.py']\n" + RETINA)
-    found = python_config.read(tmp_path / "config.py")
+    found = python_config.read_config(tmp_path / "config.py")
     assert [text.split()[0] for text in found.missing] == ["../datasets/coco.py", "mmdet::runtime.py"]
     assert found.tree["model"]["type"] == "RetinaNet"
 
 
 def test_weights_of_any_holder() -> None:
-    assert weights({"state_dict": WEIGHTS}, "x").keys() == WEIGHTS.keys()
-    assert weights({"model": WEIGHTS}, "x").keys() == WEIGHTS.keys()
-    assert weights(WEIGHTS, "x").keys() == WEIGHTS.keys()
-    assert weights({"state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}}, "x").keys() == WEIGHTS.keys()
+    assert extract_weights({"state_dict": WEIGHTS}, "x").keys() == WEIGHTS.keys()
+    assert extract_weights({"model": WEIGHTS}, "x").keys() == WEIGHTS.keys()
+    assert extract_weights(WEIGHTS, "x").keys() == WEIGHTS.keys()
+    assert extract_weights({"state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}}, "x").keys() == WEIGHTS.keys()
     with pytest.raises(InputError, match="holds no weights"):
-        weights({"meta": {}}, "x")
+        extract_weights({"meta": {}}, "x")

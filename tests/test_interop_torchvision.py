@@ -16,8 +16,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from fusedet.errors import InputError
-from fusedet.interop import Converted, convert
-from fusedet.models.detectors import from_config
+from fusedet.interop import ConvertedCheckpoint, convert_checkpoint
+from fusedet.models.detectors import build_detector
 from fusedet.types import Batch, Detections
 from partners import partners
 
@@ -83,13 +83,13 @@ def filled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def converted(model: nn.Module, folder: Path, name: str = "model.pth") -> Converted:
+def converted(model: nn.Module, folder: Path, name: str = "model.pth") -> ConvertedCheckpoint:
     torch.save(model.state_dict(), folder / name)
-    return convert(folder / name, overrides=["model.head.proposals=200"] if hasattr(model, "rpn") else [])
+    return convert_checkpoint(folder / name, overrides=["model.head.proposals=200"] if hasattr(model, "rpn") else [])
 
 
-def seen(found: Converted, image: Tensor) -> Detections:
-    detector = from_config(found.config, len(found.names)).eval()
+def seen(found: ConvertedCheckpoint, image: Tensor) -> Detections:
+    detector = build_detector(found.config, len(found.names)).eval()
     detector.load_state_dict(found.weights)
     return detector.predict(Batch(image[None], torch.tensor([SIZE]), (0,), torch.ones(1, 2)))[0]
 
@@ -123,7 +123,7 @@ def test_the_same_detections(tmp_path: Path, name: str) -> None:
     assert not [j for j in rest if scores[j] > last + 1e-4]
     assert len(ours) <= found.config.test.max_det
     if masks:
-        detector = from_config(found.config, len(found.names)).eval()
+        detector = build_detector(found.config, len(found.names)).eval()
         detector.load_state_dict(found.weights)
         drawn = detector.detect(image[None], torch.tensor([SIZE]))
         own = masks[0][torch.arange(len(close)), theirs["labels"]].sigmoid()
@@ -164,7 +164,7 @@ def test_first_weights(tmp_path: Path) -> None:
         state[key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")] = value
     today = converted(model, tmp_path).weights
     torch.save(state, tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
-    first = convert(tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
+    first = convert_checkpoint(tmp_path / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
     assert any("epsilon" in note for note in first.notes)
     for key, value in today.items():
         if key.endswith("running_var"):
@@ -179,4 +179,4 @@ def test_what_is_not_here(tmp_path: Path) -> None:
         converted(model, tmp_path)
     torch.save(two_stage(False, False).state_dict(), tmp_path / "model.pth")
     with pytest.raises(InputError, match="leave --config out"):
-        convert(tmp_path / "model.pth", "faster_rcnn_r18")
+        convert_checkpoint(tmp_path / "model.pth", "faster_rcnn_r18")

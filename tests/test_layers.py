@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
 RANKS = [
     {"errors"},
     {"types", "config", "safe_load", "atomic_io"},
+    {"models.protocols"},
     {"models.build", "models.ops", "models.profiling"},
     {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},
     {"models.detectors"},

@@ -13,7 +13,7 @@ from fusedet.models.ops.losses import mean_over_ranks
 def sigmoid_focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """By one label per row: the class, -1 background, -2 not counted."""
     rows = (labels >= 0).nonzero().squeeze(1)
-    return losses.sigmoid_focal(logits, labels != -2, rows, labels[rows], alpha, gamma)
+    return losses.sigmoid_focal_loss(logits, labels != -2, rows, labels[rows], alpha, gamma)
 
 
 def make(rows: int = 50, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

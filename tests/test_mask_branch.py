@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.boxes import Selected
 from fusedet.models.roi import mask as module
-from fusedet.models.roi.mask import MaskBranch, crop_masks, paste
-from fusedet.models.roi.sampling import Samples
-from fusedet.types import Levels, Target
+from fusedet.models.roi.mask import MaskBranch, crop_masks, paste_masks
+from fusedet.models.roi.sampling import RoISamples
+from fusedet.types import BatchDetections, Levels, Target
 
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
 SIZES = torch.tensor([[75, 129], [64, 100]])
@@ -39,7 +38,7 @@ def two_targets() -> list[Target]:
     return [Target(a, torch.tensor([2, 0]), discs(a)), Target(b, torch.tensor([1]), discs(b))]
 
 
-def samples() -> Samples:
+def samples() -> RoISamples:
     """Positives and negatives of both images, mixed."""
     rows = [
         (1, 12.5, 9.0, 80.3, 61.0, 0),
@@ -49,12 +48,12 @@ def samples() -> Samples:
         (0, 5.0, 7.7, 37.2, 49.0, 0),
     ]
     table = torch.tensor(rows)
-    return Samples(table[:, :5], table[:, 5].long(), table[:, 0].long())
+    return RoISamples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
 
-def everyone(targets: list[Target], found: Samples) -> tuple[Tensor, Tensor, Tensor]:
-    positive = found.owners >= 0
-    return found.rois[positive, 1:], found.image[positive], found.owners[positive]
+def everyone(targets: list[Target], found: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
+    positive = found.instances >= 0
+    return found.rois[positive, 1:], found.image[positive], found.instances[positive]
 
 
 # -- the network
@@ -181,7 +180,7 @@ def test_crops_a_few_masks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, image, owners = everyone(targets, samples())
     whole = crop_masks(targets, boxes, image, owners, 14)
     for pixels in (1, 2 * 96 * 160):
-        monkeypatch.setattr(module, "_CROPPED", pixels)
+        monkeypatch.setattr(module, "_CROP_PIXELS", pixels)
         assert torch.equal(crop_masks(targets, boxes, image, owners, 14), whole)
 
 
@@ -193,7 +192,7 @@ def test_loss_is_the_definition() -> None:
     branch, features, targets, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
     loss = branch.loss(features, found, targets, SIZES)["loss_mask"]
     boxes, image, owners = everyone(targets, found)
-    logits = branch(features, found.rois[found.owners >= 0]).double()
+    logits = branch(features, found.rois[found.instances >= 0]).double()
     crops = crop_masks(targets, boxes, image, owners, 28).double()
     total = 0.0
     for i, (p, o) in enumerate(zip(image.tolist(), owners.tolist())):
@@ -208,7 +207,7 @@ def test_loss_is_the_definition() -> None:
 def test_the_order_of_samples_is_nothing() -> None:
     branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
-    mixed = Samples(found.rois[order], found.owners[order], found.image[order])
+    mixed = RoISamples(found.rois[order], found.instances[order], found.image[order])
     ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (found, mixed))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 
@@ -220,7 +219,7 @@ EMPTY = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None) -> None:
     branch = MaskBranch(LEVELS, 3, convs=1, channels=8)
     empty = Target(EMPTY.boxes, EMPTY.labels, masks)
-    none = replace(samples(), owners=torch.full((5,), -1))
+    none = replace(samples(), instances=torch.full((5,), -1))
     loss = branch.loss(pyramid(), none, [empty, empty], SIZES)["loss_mask"]
     loss.backward()
     assert float(loss.detach()) == 0
@@ -231,8 +230,8 @@ def test_one_image_has_objects() -> None:
     """The other image changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
     found = samples()
-    second = replace(found, owners=torch.where(found.image == 1, found.owners, -1))
-    only = Samples(second.rois[:1] - torch.eye(5)[:1], second.owners[:1], torch.tensor([0]))
+    second = replace(found, instances=torch.where(found.image == 1, found.instances, -1))
+    only = RoISamples(second.rois[:1] - torch.eye(5)[:1], second.instances[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):
         both = branch.loss(features, second, [first, targets[1]], SIZES)
@@ -242,19 +241,19 @@ def test_one_image_has_objects() -> None:
 def test_objects_without_masks_are_refused() -> None:
     targets = two_targets()
     bare = [targets[0], Target(targets[1].boxes, targets[1].labels)]
-    with pytest.raises(InputError, match="1 objects have no mask"):
+    with pytest.raises(InputError, match="1 instances have no mask"):
         MaskBranch(LEVELS, 3, convs=0, channels=8).loss(pyramid(), samples(), bare, SIZES)
 
 
 # -- prediction
 
 
-def found_boxes() -> tuple[Selected, Tensor]:
+def found_boxes() -> tuple[BatchDetections, Tensor]:
     boxes = torch.tensor(
         [[[4.0, 6, 40, 50], [60, 10, 120, 70], [0, 0, 0, 0]], [[10, 8, 90, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
     )
     labels = torch.tensor([[2, 0, 0], [1, 0, 0]])
-    return Selected(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
+    return BatchDetections(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
 
 
 def test_prediction_is_the_labels_channel() -> None:
@@ -272,7 +271,7 @@ def test_pasting_by_hand() -> None:
     """A mask in a box of as many pixels as it has cells lands there as it is; what leaves the image is cut off."""
     mask = (torch.rand(4, 6) < 0.5).float()[:, :4]
     boxes = torch.tensor([[3.0, 2, 7, 6], [-2, -1, 2, 3], [8, 5, 12, 9], [5, 5, 5, 9], [3, 3, 9, 3]])
-    found = paste(mask.expand(5, 4, 4), boxes, (7, 10))
+    found = paste_masks(mask.expand(5, 4, 4), boxes, (7, 10))
     expected = torch.zeros(5, 7, 10, dtype=torch.bool)
     expected[0, 2:6, 3:7] = mask.bool()
     expected[1, :3, :2] = mask[1:, 2:].bool()
@@ -291,24 +290,24 @@ def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
     grid = torch.stack([x[:, None].expand(3, height, width), y[:, :, None].expand(3, height, width)], dim=3)
     values = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
     clear = (values - 0.5).abs() > 1e-4
-    assert torch.equal((values >= 0.5)[clear], paste(masks, boxes, (height, width))[clear])
+    assert torch.equal((values >= 0.5)[clear], paste_masks(masks, boxes, (height, width))[clear])
 
 
 def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, boxes = torch.rand(7, 28, 28), torch.tensor([[1.0, 2, 30, 40]]).expand(7, 4)
-    whole = paste(masks, boxes, (50, 40))
-    monkeypatch.setattr(module, "_PASTED", 3 * 50 * 40)
-    assert torch.equal(paste(masks, boxes, (50, 40)), whole)
-    assert paste(masks[:0], boxes[:0], (50, 40)).shape == (0, 50, 40)
+    whole = paste_masks(masks, boxes, (50, 40))
+    monkeypatch.setattr(module, "_PASTE_PIXELS", 3 * 50 * 40)
+    assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
+    assert paste_masks(masks[:0], boxes[:0], (50, 40)).shape == (0, 50, 40)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(paste(masks, boxes, (50, 40)), whole)
+        assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
 
 
 def test_a_perfect_mask_comes_back() -> None:
-    """What `crop_masks` takes out of an object's box, `paste` puts back, but for the cells on the segmentation."""
+    """What `crop_masks` takes out of an object's box, `paste_masks` puts back, but for the cells on the segmentation."""
     boxes = torch.tensor([[10.0, 12, 90, 70]])
     mask = discs(boxes)
     zero = torch.zeros(1, dtype=torch.int64)
     crop = crop_masks([Target(boxes, zero, mask)], boxes, zero, zero, 28)
-    back = paste(crop, boxes, (96, 160))
+    back = paste_masks(crop, boxes, (96, 160))
     assert (back & mask).sum() / (back | mask).sum() > 0.95

@@ -18,9 +18,8 @@ from fusedet.api.validate import detect, mask_figures
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform
-from fusedet.models.detectors.two_stage import Found
 from fusedet.models.roi.mask import crop_masks
-from fusedet.types import Detections
+from fusedet.types import BatchDetections, Detections
 
 SMALL_MASKS = [
     *(option for option in SMALL if not option.startswith("model.head")),
@@ -88,10 +87,10 @@ def test_masks_are_pasted_in_the_images_own_pixels(run: Path, monkeypatch: pytes
     half = torch.zeros(1, 2, 28, 28)
     half[..., :14] = 1
 
-    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Found:
+    def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
         h, w = sizes[0].tolist()
         boxes = torch.tensor([[[0.0, 0, w, h / 2], [0, 0, 0, 0]]])
-        return Found(boxes, torch.tensor([[0.9, 0]]), torch.tensor([[1, 0]]), torch.tensor([1]), half)
+        return BatchDetections(boxes, torch.tensor([[0.9, 0]]), torch.tensor([[1, 0]]), torch.tensor([1]), half)
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96)):
@@ -108,14 +107,14 @@ class Knowing(torch.nn.Module):
         super().__init__()
         self.targets = iter(batch.targets for batch in batches)
 
-    def detect(self, images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> Found:
+    def detect(self, images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
         targets = next(self.targets)
         counts = torch.tensor([len(t) for t in targets])
         boxes, labels, masks = (
             torch.nn.utils.rnn.pad_sequence(column, batch_first=True)
             for column in zip(*((t.boxes, t.labels, self.cut(targets, i)) for i, t in enumerate(targets)))
         )
-        return Found(boxes, (torch.arange(boxes.shape[1]) < counts[:, None]).float(), labels, counts, masks)
+        return BatchDetections(boxes, (torch.arange(boxes.shape[1]) < counts[:, None]).float(), labels, counts, masks)
 
     def cut(self, targets: tuple, image: int) -> torch.Tensor:
         boxes = targets[image].boxes
@@ -155,7 +154,7 @@ def test_data_without_masks_is_refused_before_anything_is_written(
     assert cli.run(["train", "mask_rcnn_r18", f"data={data}", f"out={out}", *SMALL_MASKS]) == 2
     assert "2 of the" in capsys.readouterr().err
     assert not out.exists()
-    assert len(evaluation.coco(read_dataset(data, "val"), [])) > 0
+    assert len(evaluation.evaluate_coco(read_dataset(data, "val"), [])) > 0
 
 
 def test_masks_cannot_be_monitored_without_masks(

@@ -484,7 +484,7 @@ def test_a_config_builds_it() -> None:
         ({"sim": "none"}, "sem=full needs a sim"),
         ({"channels": 48}, "channels=48 must be a multiple of sim_groups=32"),
         ({"sim_groups": 0}, "sim_groups=0"),
-        ({"context": (3, 6)}, r"context=\(3, 6\) must name some of the body's levels \[2, 3, 4, 5\]"),
+        ({"context": (3, 6)}, r"context=\(3, 6\) must name some of the backbone's levels \[2, 3, 4, 5\]"),
         ({"context": ()}, "context="),
         ({"context": (4, 4)}, "each once"),
         ({"context": (2,), "sim": "split"}, "sim=split needs a level"),

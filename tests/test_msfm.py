@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.backbones import Backbone, insert
+from fusedet.models.backbones import TimmBackbone, insert_plugin
 from fusedet.models.build import build
 from fusedet.models.modules import MSFM, PLUGINS, MSFMPlugin
-from fusedet.models.modules.msfm import scaled
+from fusedet.models.modules.msfm import scale_size
 from fusedet.models.ops.layers import fold_batch_norm
-from fusedet.models.profiling import cost
+from fusedet.models.profiling import count_cost
 
 ALL = ("after_conv1", "after_conv2", "after_conv3")
 BODIES = [
@@ -46,9 +46,9 @@ def moved(module: nn.Module) -> Any:
     return module
 
 
-def lively(name: str, **options: Any) -> Backbone:
+def lively(name: str, **options: Any) -> TimmBackbone:
     """A body whose branches all say something: timm starts the last norm of every residual branch at zero."""
-    body = Backbone(name, pretrained=False, **options)
+    body = TimmBackbone(name, pretrained=False, **options)
     for m in body.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.constant_(m.weight, 0.7)
@@ -108,7 +108,10 @@ def literal(
 ) -> Tensor:
     """M(x) = x + U(C[F_1(S(x)), ..., F_n(S(x))]) with F_n(a) = R^-1(CGN(...(CGN(R(a)))))."""
     height, width = x.shape[2:]
-    cgn = lambda x, block: literal_norm(literal_conv(x, block[0]), block[1]).clamp(min=0)  # noqa: E731
+
+    def cgn(x, block):
+        return literal_norm(literal_conv(x, block[0]), block[1]).clamp(min=0)
+
     a, branches = cgn(x, module.squeeze), []
     if not squeeze_relu:
         a = literal_norm(literal_conv(x, module.squeeze[0]), module.squeeze[1])
@@ -158,7 +161,7 @@ def test_it_is_the_papers_equation(options: dict, shape: tuple[int, ...]) -> Non
 
 def test_sizes_of_branches() -> None:
     """floor(size * scale), exactly (90 * 0.7 is 62.99... in floating point), and never nothing."""
-    found = {s: [scaled((side, side), s)[0] for side in (1, 2, 3, 25, 90)] for s in MSFM(64).scales}
+    found = {s: [scale_size((side, side), s)[0] for side in (1, 2, 3, 25, 90)] for s in MSFM(64).scales}
     assert [found[s] for s in sorted(found)] == [
         [1, 1, 1, 12, 45],
         [1, 1, 2, 17, 63],
@@ -268,9 +271,9 @@ def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large
 @pytest.mark.parametrize(("name", "count", "blocks"), [("resnet50", 2_318_728, 13), ("resnet101", 5_254_832, 30)])
 def test_default_counts(name: str, count: int, blocks: int) -> None:
     with torch.device("meta"):
-        body = Backbone(name, pretrained=False, frozen_stages=1)
+        body = TimmBackbone(name, pretrained=False, frozen_stages=1)
         before = sum(p.numel() for p in body.parameters() if p.requires_grad)
-        assert insert(body, MSFMPlugin()) == 2 * blocks
+        assert insert_plugin(body, MSFMPlugin()) == 2 * blocks
     assert sum(p.numel() for p in body.parameters() if p.requires_grad) - before == count
 
 
@@ -287,13 +290,13 @@ def test_multiply_adds() -> None:
 
     c, m, cells = 64, 8, 10 * 12
     convolutions = c * m * cells + 2 * 9 * m * m * (cells + 5 * 6) + c * m * cells
-    assert cost(Alone(), 10, 12)["multiply_adds"] == convolutions + c * cells + m * m * cells + c * m + c * m * m
+    assert count_cost(Alone(), 10, 12)["multiply_adds"] == convolutions + c * cells + m * m * cells + c * m + c * m * m
 
 
 # -- insertion
 
 
-def blocks_of(body: Backbone) -> Iterator[nn.Module]:
+def blocks_of(body: TimmBackbone) -> Iterator[nn.Module]:
     for part in body.stages("stages", (2, 3, 4)).values():
         for stage in part:
             yield from (m for m in stage.modules() if hasattr(m, "drop_path") and getattr(m, "has_skip", True))
@@ -306,7 +309,7 @@ def test_bodies_keep_their_keys_and_their_maps(name: str) -> None:
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         maps = body(x)
-        count = insert(body, MSFMPlugin())
+        count = insert_plugin(body, MSFMPlugin())
         after = body.state_dict()
         assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
         for a, b in zip(maps, body(x)):
@@ -323,10 +326,13 @@ def test_modules_stand_where_the_paper_says(name: str) -> None:
     body = lively(name).eval()
     last = hasattr(body.body.layer2[0], "conv3")
     positions = ALL[: 3 if last else 2]
-    insert(body, MSFMPlugin(positions, ratios=(8, 8, 8), groups=4, zero_init=False))
+    insert_plugin(body, MSFMPlugin(positions, ratios=(8, 8, 8), groups=4, zero_init=False))
     block = body.body.layer2[0]
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    keep = lambda m, inputs, output: seen.update({m: (inputs[0].clone(), output.clone())})  # noqa: E731
+
+    def keep(m, inputs, output):
+        seen[m] = (inputs[0].clone(), output.clone())
+
     for m in block.modules():
         m.register_forward_hook(keep)
     with torch.no_grad():
@@ -344,8 +350,8 @@ def test_modules_stand_where_the_paper_says(name: str) -> None:
 
 def test_numbers_of_stages_are_strides() -> None:
     """Stage 3 of a MobileNet holds what makes the map of stride 16, of two groups of blocks."""
-    body = Backbone("mobilenetv3_large_100", pretrained=False)
-    insert(body, MSFMPlugin(stages=(3,), ratios=(32,)))
+    body = TimmBackbone("mobilenetv3_large_100", pretrained=False)
+    insert_plugin(body, MSFMPlugin(stages=(3,), ratios=(32,)))
     found = {name.split(".")[2] for name, m in body.named_modules() if isinstance(m, MSFM)}
     assert found == {"3", "4"}
     assert {(m.squeeze[0].in_channels, m.squeeze[0].out_channels) for m in modules(body)} == {(80, 4), (112, 4)}
@@ -429,10 +435,10 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
     ],
 )
 def test_mistakes_are_told(name: str, options: dict, said: str) -> None:
-    body = Backbone(name, pretrained=False)
+    body = TimmBackbone(name, pretrained=False)
     keys = set(body.state_dict())
     with pytest.raises(InputError, match=said):
-        insert(body, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))
+        insert_plugin(body, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))
     assert set(body.state_dict()) == keys
 
 
@@ -449,8 +455,8 @@ def test_options_from_a_config() -> None:
     assert plugin == MSFMPlugin(
         ("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat", **choices
     )
-    body = Backbone("resnet10t", pretrained=False)
-    insert(body, plugin)
+    body = TimmBackbone("resnet10t", pretrained=False)
+    insert_plugin(body, plugin)
     assert [m.squeeze[1].num_groups for m in modules(body)] == [2, 4] * 3
     assert {(m.align_corners, m.unsqueeze.relu, isinstance(m.squeeze[2], nn.ReLU)) for m in modules(body)} == {
         (True, True, False)
@@ -473,7 +479,7 @@ class Normed:
 @pytest.mark.parametrize("options", [{"frozen_stages": 2}, {"norm_eval": True}])
 def test_plugins_are_trained_where_the_body_rests(options: dict) -> None:
     body = lively("resnet10t", **options)
-    assert insert(body, Normed()) == 2
+    assert insert_plugin(body, Normed()) == 2
     body.train()
     for stage in (body.body.layer1, body.body.layer2):
         (norm,) = (m for m in stage.modules() if isinstance(m, nn.BatchNorm2d) and m.training)
@@ -487,9 +493,9 @@ def test_plugins_are_trained_where_the_body_rests(options: dict) -> None:
 
 
 def test_two_plugins_in_one_place() -> None:
-    body = Backbone("resnet10t", pretrained=False).eval()
-    insert(body, Normed())
-    insert(body, MSFMPlugin())
+    body = TimmBackbone("resnet10t", pretrained=False).eval()
+    insert_plugin(body, Normed())
+    insert_plugin(body, MSFMPlugin())
     assert len(modules(body)) == 3
     assert body(torch.randn(1, 3, 64, 64))[-1].isfinite().all()
 
@@ -498,18 +504,18 @@ STAGE4 = MSFMPlugin(ALL, stages=(4,), ratios=(64,), zero_init=False)
 
 
 @pytest.fixture(scope="module")
-def furnished() -> Backbone:
+def furnished() -> TimmBackbone:
     """A small bottleneck body with modules that do something, at all positions of stage 4."""
     torch.manual_seed(0)
     body = lively("resnet26t")
-    insert(body, STAGE4)
+    insert_plugin(body, STAGE4)
     body.train()
     for _ in range(2):
         body(torch.randn(2, 3, 64, 64))  # moves the norms' statistics
     return body.eval().to(memory_format=torch.channels_last)
 
 
-def test_every_parameter_is_trained(furnished: Backbone) -> None:
+def test_every_parameter_is_trained(furnished: TimmBackbone) -> None:
     """Where every channel is its own group (after_conv3), the biases before the norms of S and F move nothing."""
     body = copy.deepcopy(furnished).train()
     sum((m * torch.randn_like(m)).sum() for m in body(torch.randn(2, 3, 128, 128))).backward()
@@ -524,10 +530,10 @@ def test_every_parameter_is_trained(furnished: Backbone) -> None:
         assert p.grad.any() or idle, name
 
 
-def test_copies_round_trips_and_folding(furnished: Backbone) -> None:
+def test_copies_round_trips_and_folding(furnished: TimmBackbone) -> None:
     x = torch.randn(1, 3, 64, 96)
-    other = Backbone("resnet26t", pretrained=False)
-    insert(other, STAGE4)
+    other = TimmBackbone("resnet26t", pretrained=False)
+    insert_plugin(other, STAGE4)
     other.load_state_dict(furnished.state_dict())
     with torch.no_grad():
         maps = furnished(x)
@@ -538,7 +544,7 @@ def test_copies_round_trips_and_folding(furnished: Backbone) -> None:
                 assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
-def test_export_and_compile(furnished: Backbone) -> None:
+def test_export_and_compile(furnished: TimmBackbone) -> None:
     block, other = furnished.body.layer4[0], torch.randn(1, 1024, 4, 6)
     exported = torch.export.export(block, (torch.randn(1, 1024, 4, 6),), strict=False).module()
     module, x = moved(MSFM(32, scales=(0.5, 1), ratio=2, conv_num=1)), torch.randn(1, 32, 5, 7)

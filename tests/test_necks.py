@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fusedet.errors import InputError
 from fusedet.models.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
 from fusedet.models.necks.aug_fpn import Context, pooled_size
-from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, pool
+from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, downsample
 from fusedet.types import Features, Levels
 
 BODY = Levels((8, 16, 24, 32), (4, 8, 16, 32))
@@ -290,16 +290,16 @@ def test_bifpn_layer_is_its_figure() -> None:
     m5 = node(p5, doubled(p6, p5))
     m4 = node(p4, doubled(m5, p4))
     o3 = node(p3, doubled(m4, p3))
-    o4 = node(p4, m4, pool(o3, p4))
-    o5 = node(p5, m5, pool(o4, p5))
-    o6 = node(p6, pool(o5, p6))
+    o4 = node(p4, m4, downsample(o3, p4))
+    o5 = node(p5, m5, downsample(o4, p5))
+    o6 = node(p6, downsample(o5, p6))
     assert all(torch.allclose(a, b) for a, b in zip(layer([p3, p4, p5, p6]), [o3, o4, o5, o6], strict=True))
 
 
 def test_bifpn_pooling_by_hand() -> None:
     x = torch.tensor([[0.0, 1, 2, 3, 4], [9, 0, 0, 0, 5], [0, 0, 7, 0, 0]]).reshape(1, 1, 3, 5)
-    assert pool(x, torch.zeros(2, 3)).flatten().tolist() == [9, 3, 5, 9, 7, 5]
-    assert pool(x, torch.zeros(1, 2)).flatten().tolist() == [9, 3]  # a body that rounds down
+    assert downsample(x, torch.zeros(2, 3)).flatten().tolist() == [9, 3, 5, 9, 7, 5]
+    assert downsample(x, torch.zeros(1, 2)).flatten().tolist() == [9, 3]  # a body that rounds down
 
 
 @pytest.mark.parametrize(("repeats", "separable"), [(1, True), (3, True), (2, False)])

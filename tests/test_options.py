@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.backbones import Backbone
-from fusedet.models.detectors import Chain, OneStage, create_model
+from fusedet.models.backbones import TimmBackbone
+from fusedet.models.detectors import NeckChain, OneStage, create_model
 from fusedet.models.heads import HEADS, FCOSHead, RepPointsHead, RetinaHead, RPNHead, VFNetHead
 from fusedet.models.modules import MSFM, MSIL
 from fusedet.models.necks import BFP, FPN, MSEFPN, PAFPN, SMSL, AugFPN, BiFPN
@@ -52,7 +52,7 @@ def make(*overrides: str) -> OneStage:
         (lambda **o: RPNHead(PYRAMID, **o), "loss", "smooth", "smooth_l1"),
         (lambda **o: BoxStage(PYRAMID, 3, **o), "loss", "smooth", "smooth_l1"),
         (lambda **o: BoxStage(PYRAMID, 3, **o), "sampling", "balance", "balanced"),
-        (lambda **o: Backbone("resnet26", False, **o), "style", "cafe", "caffe"),
+        (lambda **o: TimmBackbone("resnet26", False, **o), "style", "cafe", "caffe"),
         *[
             (lambda neck=neck, **o: neck(BODY, **o), "top", "on_inputs", "on_input")
             for neck in (FPN, PAFPN, BiFPN, AugFPN, MSEFPN, lambda levels, **o: SMSL(levels, "standalone", **o))
@@ -82,7 +82,7 @@ def test_necks_of_a_body_stand_first(neck: str) -> None:
     with pytest.raises(InputError) as error:
         make(f"model.neck=[fpn,{neck}]")
     assert "model.neck.1 " in str(error.value)
-    assert "it takes a body's maps, got levels up to stride 128: put it first in the chain" in str(error.value)
+    assert "it takes a backbone's maps, got levels up to stride 128: put it first in the chain" in str(error.value)
 
 
 def test_auxiliary_losses_are_not_left_out() -> None:
@@ -90,7 +90,7 @@ def test_auxiliary_losses_are_not_left_out() -> None:
     short = "model.pyramid.coarsest=5"
     with pytest.raises(InputError, match="auxiliary losses must be the first in the chain"):
         make("model.neck=[fpn,aug_fpn]", short)
-    assert isinstance(make("model.neck=[fpn,{type: aug_fpn, auxiliary_weight: 0}]", short).neck, Chain)
+    assert isinstance(make("model.neck=[fpn,{type: aug_fpn, auxiliary_weight: 0}]", short).neck, NeckChain)
     assert "auxiliary_loss_cls" in make("model.neck=[aug_fpn,bfp]", "model.neck.1.refine_level=1", short).loss_weights
 
 
@@ -125,9 +125,9 @@ FOCAL = [
     ({"alpha": 1.5}, r"alpha=1\.5 must be 0 to 1"),
 ]
 OVERLAPS = [
-    ({"positive": 0.2}, r"negative=0\.\d, positive=0\.2 must be overlaps"),
-    ({"negative": -0.1}, r"negative=-0\.1, .* must be overlaps"),
-    ({"positive": 1.5}, r"positive=1\.5 must be overlaps"),
+    ({"positive": 0.2}, r"negative=0\.\d, positive=0\.2 must be IoU thresholds"),
+    ({"negative": -0.1}, r"negative=-0\.1, .* must be IoU thresholds"),
+    ({"positive": 1.5}, r"positive=1\.5 must be IoU thresholds"),
 ]
 RATIOS = [({"ratios": r}, "must be one or more numbers above 0") for r in ((), (0.0, 1.0), (-1.0,), (math.inf,))]
 
@@ -175,14 +175,14 @@ def test_modulated_needs_deformable_stages() -> None:
 @pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.tv_in1k", "regnetx_002"])
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_blocks_start_as_the_identity_or_not(name: str, zero_init: bool) -> None:
-    body = Backbone(name, pretrained=False, zero_init=zero_init)
+    body = TimmBackbone(name, pretrained=False, zero_init=zero_init)
     still = [n for n, m in body.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()]
     assert bool(still) is zero_init
 
 
 def test_bodies_without_that_choice_say_so() -> None:
-    with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such choice"):
-        Backbone("convnext_tiny", pretrained=False, zero_init=False)
+    with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such option"):
+        TimmBackbone("convnext_tiny", pretrained=False, zero_init=False)
 
 
 @pytest.mark.parametrize("options", [{"sim": "conv1x1"}, {"sim": "none", "sem": "none"}])

@@ -13,21 +13,28 @@ from fusedet import config as configs
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import HEADS
-from fusedet.models.ops.assigners import BACKGROUND, IGNORED, MaxIoU, PointInBox, assign_all, valid_priors
-from fusedet.models.ops.atss import ATSS
-from fusedet.models.ops.boxes import grid_priors, point_shapes
-from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.models.ops.assigners import (
+    BACKGROUND,
+    IGNORED,
+    MaxIoUAssigner,
+    PointInBoxAssigner,
+    assign_batch,
+    valid_prior_mask,
+)
+from fusedet.models.ops.atss import ATSSAssigner
+from fusedet.models.ops.boxes import grid_priors, make_base_points
+from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Batch, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((16, 16, 16), (8, 16, 64))
 SIZES = torch.tensor([[128, 160], [60, 62]])  # the second one's own padding: 64 x 64
-RULES = [MaxIoU(), PointInBox((16, 40)), ATSS(), NearestPoint(pos_num=3)]
+RULES = [MaxIoUAssigner(), PointInBoxAssigner((16, 40)), ATSSAssigner(), PointAssigner(pos_num=3)]
 
 
 def outputs(levels: Levels, size: tuple[int, int], anchors: int = 1) -> Outputs:
     """Empty maps, and squares of four strides on every cell."""
     found = maps(levels, size)
-    shapes = [point_shapes(s, 4.0).repeat(anchors, 1) for s in levels.strides]
+    shapes = [make_base_points(s, 4.0).repeat(anchors, 1) for s in levels.strides]
     return Outputs({"cls": found}, grid_priors(found, levels, shapes))
 
 
@@ -48,7 +55,7 @@ def test_cells_that_begin_inside_the_own_padding(offset: float) -> None:
     # these sides are no binary fractions: a centre computed from them may fall beside its cell
     shapes = [torch.tensor([[-s / 3, -s / 7, s / 3, s / 7]]).repeat(2, 1) for s in levels.strides]
     outs = Outputs({"cls": found}, grid_priors(found, levels, shapes, offset))
-    valid = valid_priors(outs, levels.strides, torch.tensor([[64, 96], [20, 33]]))
+    valid = valid_prior_mask(outs, levels.strides, torch.tensor([[64, 96], [20, 33]]))
     assert valid.shape == (2, 2 * (24 + 2))
     assert valid[0].all()
     cells = torch.tensor([[True] * 4 + [False] * 2] * 2 + [[False] * 6] * 2).flatten()
@@ -58,9 +65,9 @@ def test_cells_that_begin_inside_the_own_padding(offset: float) -> None:
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (1, 1), (129, 75)])
 def test_the_whole_canvas_without_sizes_and_for_a_image_that_fills_it(size: tuple[int, int]) -> None:
     outs = outputs(LEVELS, size, anchors=2)
-    assert valid_priors(outs, LEVELS.strides, None).shape == (2, len(outs.priors))
-    assert valid_priors(outs, LEVELS.strides, None).all()
-    assert valid_priors(outs, LEVELS.strides, torch.tensor([size, size])).all()
+    assert valid_prior_mask(outs, LEVELS.strides, None).shape == (2, len(outs.priors))
+    assert valid_prior_mask(outs, LEVELS.strides, None).all()
+    assert valid_prior_mask(outs, LEVELS.strides, torch.tensor([size, size])).all()
 
 
 def test_border_by_hand() -> None:
@@ -68,11 +75,11 @@ def test_border_by_hand() -> None:
     that ends at the right or the lower edge is outside (MMDetection 3.x)."""
     levels = Levels((4,), (8,))
     found = maps(levels, (32, 32), n=1)
-    outs = Outputs({"cls": found}, grid_priors(found, levels, [point_shapes(8, 2.0)]))
+    outs = Outputs({"cls": found}, grid_priors(found, levels, [make_base_points(8, 2.0)]))
 
     def cells(border: float | None, sizes: torch.Tensor | None) -> list[list[int]]:
         """Which (row, column)."""
-        return valid_priors(outs, levels.strides, sizes, border).view(4, 4).nonzero().tolist()
+        return valid_prior_mask(outs, levels.strides, sizes, border).view(4, 4).nonzero().tolist()
 
     image = torch.tensor([[26, 32]])
     assert cells(0.0, image) == [[1, 1], [1, 2], [2, 1], [2, 2]]
@@ -112,20 +119,20 @@ def test_the_overlap_of_an_invalid_prior_counts_for_nobody() -> None:
     target = objects([[0, 0, 10, 10]])
     for second in ([0, 0, 10, 6], [0, 0, 10, 3]):
         priors, valid = row([[0, 0, 10, 10], second, [0, 0, 10, 2]], [False, True, True])
-        assert MaxIoU().assign(priors, target, valid).tolist() == [IGNORED, 0, BACKGROUND]
-        assert MaxIoU().match(priors.boxes, target, valid)[1][0] == 0
-    assert MaxIoU().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
+        assert MaxIoUAssigner().assign(priors, target, valid).tolist() == [IGNORED, 0, BACKGROUND]
+        assert MaxIoUAssigner().match_boxes(priors.boxes, target, valid)[1][0] == 0
+    assert MaxIoUAssigner().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
     nothing = torch.zeros(3, dtype=torch.bool)
-    assert MaxIoU().assign(priors, target, nothing).tolist() == [IGNORED] * 3
-    assert MaxIoU(positive=0.0, negative=0.0).assign(priors, target, nothing).tolist() == [IGNORED] * 3
+    assert MaxIoUAssigner().assign(priors, target, nothing).tolist() == [IGNORED] * 3
+    assert MaxIoUAssigner(positive=0.0, negative=0.0).assign(priors, target, nothing).tolist() == [IGNORED] * 3
 
 
 def test_the_nearest_valid_point_claims() -> None:
     priors, valid = row([[x - 4, 4, x + 4, 12] for x in (8, 16, 24)], [False, True, True])
     target = objects([[0, 0, 18, 16]])  # centre (9, 8)
-    assert NearestPoint().assign(priors, target, valid).tolist() == [IGNORED, 0, BACKGROUND]
-    assert NearestPoint(pos_num=3).assign(priors, target, valid).tolist() == [IGNORED, 0, 0]
-    assert NearestPoint().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
+    assert PointAssigner().assign(priors, target, valid).tolist() == [IGNORED, 0, BACKGROUND]
+    assert PointAssigner(pos_num=3).assign(priors, target, valid).tolist() == [IGNORED, 0, 0]
+    assert PointAssigner().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
 
 
 def test_atss_counts_valid_candidates_alone() -> None:
@@ -133,26 +140,30 @@ def test_atss_counts_valid_candidates_alone() -> None:
     4/9 + 0.51, which the first reaches. A level has fewer valid priors than topk in both."""
     target = objects([[0, 0, 16, 16]])
     priors, valid = row([[0, 0, 16, 16], [8, 0, 24, 16], [32, 0, 48, 16]], [True, True, False])
-    assert ATSS().assign(priors, target, valid).tolist() == [BACKGROUND, BACKGROUND, IGNORED]
-    assert ATSS().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
-    assert ATSS(topk=1).assign(priors, target, torch.tensor([False, True, True])).tolist() == [
+    assert ATSSAssigner().assign(priors, target, valid).tolist() == [BACKGROUND, BACKGROUND, IGNORED]
+    assert ATSSAssigner().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
+    assert ATSSAssigner(topk=1).assign(priors, target, torch.tensor([False, True, True])).tolist() == [
         IGNORED,
         BACKGROUND,
         BACKGROUND,
     ]
     alone = objects([[8, 0, 24, 16]])
-    assert ATSS(topk=1).assign(priors, alone, torch.tensor([False, True, True])).tolist() == [IGNORED, 0, BACKGROUND]
-    assert ATSS().assign(priors, alone, torch.tensor([False, True, False])).tolist() == [IGNORED, 0, IGNORED]
-    assert ATSS().assign(priors, alone, torch.zeros(3, dtype=torch.bool)).tolist() == [IGNORED] * 3
+    assert ATSSAssigner(topk=1).assign(priors, alone, torch.tensor([False, True, True])).tolist() == [
+        IGNORED,
+        0,
+        BACKGROUND,
+    ]
+    assert ATSSAssigner().assign(priors, alone, torch.tensor([False, True, False])).tolist() == [IGNORED, 0, IGNORED]
+    assert ATSSAssigner().assign(priors, alone, torch.zeros(3, dtype=torch.bool)).tolist() == [IGNORED] * 3
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
 def test_nothing_waits_for_the_device(rule: Any) -> None:
     """Tensors without values refuse every operation whose result's shape, or a branch, depends on values, and meet no other device's."""
     found = [m.to("meta") for m in maps(LEVELS, (64, 96))]
-    outs = Outputs({"cls": found}, grid_priors(found, LEVELS, [point_shapes(s).to("meta") for s in LEVELS.strides]))
-    valid = valid_priors(outs, LEVELS.strides, torch.zeros(2, 2, dtype=torch.int64, device="meta"), border=0.0)
-    owners = assign_all(rule.assign, outs.priors, [many(100, 90, 60).to("meta"), objects([]).to("meta")], valid)
+    outs = Outputs({"cls": found}, grid_priors(found, LEVELS, [make_base_points(s).to("meta") for s in LEVELS.strides]))
+    valid = valid_prior_mask(outs, LEVELS.strides, torch.zeros(2, 2, dtype=torch.int64, device="meta"), border=0.0)
+    owners = assign_batch(rule.assign, outs.priors, [many(100, 90, 60).to("meta"), objects([]).to("meta")], valid)
     assert owners.shape == (2, len(outs.priors))
 
 

@@ -19,7 +19,7 @@ from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Predictor, load
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.models.detectors import from_config
+from fusedet.models.detectors import build_detector
 
 OPTIONS = [
     "model.backbone.name=regnetx_002",
@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = config.load("retinanet_tiny", [*OPTIONS, "test.max_det=5"])
     file = tmp_path_factory.mktemp("model") / "best.safetensors"
     meta = {"config": options.to_yaml(), "names": '["dog", "cat"]', "category_ids": "[3, 7]"}
-    checkpoint.save_weights(file, from_config(options, 2).state_dict(), meta)
+    checkpoint.save_weights(file, build_detector(options, 2).state_dict(), meta)
     return file
 
 
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def predict(model: Path, *words: object, **env: str) -> int:
-    return cli.run(["predict", str(model), *map(str, words), "--no-draw", "device=cpu", "--workers=0"])
+    return cli.run(["predict", str(model), *map(str, words), "--no-draw", "device=cpu", "data.workers=0"])
 
 
 def read(file: Path) -> Any:
@@ -180,7 +180,7 @@ def test_what_is_stopped_goes_on_and_finished_parts_are_not_predicted_again(
     )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    for other, key in ((["--part", 4], "part"), (["test.max_det=4"], "options"), (["--batch", 2], "batch")):
+    for other, key in ((["--part", 4], "part"), (["test.max_det=4"], "options"), (["test.batch=2"], "options")):
         assert predict(model, *words, *other) == 2
         assert f"was begun with {key}" in capsys.readouterr().err
     (folder / "a" / "1.png").rename(folder / "a" / "0.png")
@@ -252,8 +252,7 @@ def test_processes_share_the_images_each_once(model: Path, folder: Path, tmp_pat
         "device=cpu",
         "--part",
         "4",
-        "--workers",
-        "0",
+        "data.workers=0",
     ]
     launch = [
         sys.executable,
@@ -291,7 +290,7 @@ def test_each_process_says_what_it_cannot_read(
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.run(["train"]) == 2
-    assert capsys.readouterr().err.startswith("error: process 1: which model?")
+    assert capsys.readouterr().err.startswith("error: process 1: which config?")
     monkeypatch.setenv("RANK", "x")
     assert predict(model, folder) == 2
     assert capsys.readouterr().err.startswith("error: RANK=x")

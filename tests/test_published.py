@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from fusedet import config
-from fusedet.ablation import Row, Table, load, names
+from fusedet.ablation import Row, Table, list_tables, load_table
 from fusedet.config import Config
-from fusedet.models.detectors.factory import from_config
+from fusedet.models.detectors.factory import build_detector
 
 # SMSL trained with MMDetection 1.x, whose mask logits and box codes had a row for the background
 MASK_WITH_BACKGROUND = 44_175_349 - 44_170_992
@@ -62,12 +62,12 @@ def printed() -> dict[str, list[dict[str, Any]]]:
 
 @cache
 def table(name: str) -> Table:
-    return load(name)
+    return load_table(name)
 
 
 def rows() -> Iterator[tuple[Table, Row]]:
     """Every row of a shipped table that can be run."""
-    return ((table(name), row) for name in names() for row in table(name).rows if not row.cited)
+    return ((table(name), row) for name in list_tables() for row in table(name).rows if not row.cited)
 
 
 def pairs() -> list[Any]:
@@ -88,7 +88,7 @@ def trainable(made: Config) -> int:
     key = repr(made.model)
     if key not in BUILT:
         with torch.device("meta"):
-            model = from_config(made, 80)
+            model = build_detector(made, 80)
         BUILT[key] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return BUILT[key]
 
@@ -114,12 +114,12 @@ def test_every_row_is_built_and_has_the_printed_parameters(table: Table, row: Ro
 
 def test_no_table_and_no_row_is_forgotten(shared: Path) -> None:
     # Table 3 of MSE-FPN has no figure in the text
-    assert set(names()) == {*printed(), "mse_fpn_table3", *OURS}
+    assert set(list_tables()) == {*printed(), "mse_fpn_table3", *OURS}
     assert {name: len(rows) for name, rows in printed().items()} == {
         name: len(table(name).rows) - len(WITHOUT_FIGURES.get(name, ())) for name in printed()
     }
     assert sum(len(rows) for rows in printed().values()) == 133 + 23
-    assert sum(bool(row.params_M) for name in names() for row in table(name).rows) == 67
+    assert sum(bool(row.params_M) for name in list_tables() for row in table(name).rows) == 67
 
 
 @pytest.mark.parametrize(("name", "labels"), WITHOUT_FIGURES.items())
@@ -169,7 +169,7 @@ def test_differences_are_within_one_detector(name: str) -> None:
 
 
 def test_tables_are_about_what_they_print() -> None:
-    for name in names():
+    for name in list_tables():
         printed_figures = {figure.removeprefix("delta_") for row in table(name).rows for figure in row.published}
         assert not printed_figures or table(name).figure in printed_figures, name
 

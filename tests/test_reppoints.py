@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fakes
 from fakes import many, objects
 from fusedet.errors import InputError
-from fusedet.models.detectors import create_model, for_inference
+from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.heads import RepPointsHead
 from fusedet.models.ops import point_assigner
 from fusedet.models.ops.assigners import BACKGROUND, IGNORED
-from fusedet.models.ops.boxes import centres, grid_priors, point_shapes
-from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
+from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Batch, Features, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
@@ -38,7 +38,7 @@ def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) 
 def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Priors:
     """The points of levels of so many cells (rows, columns)."""
     strides = strides or tuple(8 * 2**i for i in range(len(cells)))
-    shapes = [point_shapes(s) for s in strides]
+    shapes = [make_base_points(s) for s in strides]
     return grid_priors([torch.zeros(1, 1, *c) for c in cells], Levels((1,) * len(cells), strides), shapes)
 
 
@@ -114,15 +114,15 @@ def test_the_level_is_that_of_the_size() -> None:
         (4000, 4000, 32),
         (0, 0, 8),
     ]:
-        owners = NearestPoint().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
+        owners = PointAssigner().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
         (place,) = (owners == 0).nonzero().flatten().tolist()
-        assert (int(priors.strides[place]), centres(priors.boxes)[place].tolist()) == (stride, [32, 32])
+        assert (int(priors.strides[place]), box_centres(priors.boxes)[place].tolist()) == (stride, [32, 32])
         assert (owners == BACKGROUND).sum() == len(priors) - 1
 
 
 def test_levels_with_a_gap_take_the_finer_one() -> None:
     priors = grid((8, 8), (2, 2), strides=(8, 32))
-    owners = NearestPoint().assign(priors, objects([[0, 0, 70, 70]]))
+    owners = PointAssigner().assign(priors, objects([[0, 0, 70, 70]]))
     assert priors.strides[owners == 0].tolist() == [8]
 
 
@@ -130,36 +130,36 @@ def test_distance_is_measured_in_sides() -> None:
     """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16): 3/8 and 3.5/80; to (16, 16) it is 5/8. Wide boxes see it likewise."""
     priors = grid((4, 4))
     tall, wide = [7, -27.5, 15, 52.5], [-27.5, 7, 52.5, 15]
-    assert centres(priors.boxes)[NearestPoint().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
-    assert centres(priors.boxes)[NearestPoint().assign(priors, objects([wide])) == 0].tolist() == [[16, 8]]
+    assert box_centres(priors.boxes)[PointAssigner().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
+    assert box_centres(priors.boxes)[PointAssigner().assign(priors, objects([wide])) == 0].tolist() == [[16, 8]]
     # with two points each: along its long side a box looks farther, (8, 8) at 4.5/80 before (16, 16) at 5/8
-    two = NearestPoint(pos_num=2)
-    assert centres(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
+    two = PointAssigner(pos_num=2)
+    assert box_centres(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
 
 
 def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
     priors = grid((4, 4))
     near, far = [0, 0, 16.2, 16], [0, 0, 18, 16]
     place = 5  # (8, 8)
-    assert int(NearestPoint().assign(priors, objects([far, near]))[place]) == 1
-    assert int(NearestPoint().assign(priors, objects([near, far]))[place]) == 0
-    assert int(NearestPoint().assign(priors, objects([far, near, near]))[place]) == 1
-    assert int((NearestPoint().assign(priors, objects([far, near, near])) >= 0).sum()) == 1
+    assert int(PointAssigner().assign(priors, objects([far, near]))[place]) == 1
+    assert int(PointAssigner().assign(priors, objects([near, far]))[place]) == 0
+    assert int(PointAssigner().assign(priors, objects([far, near, near]))[place]) == 1
+    assert int((PointAssigner().assign(priors, objects([far, near, near])) >= 0).sum()) == 1
 
 
 def test_no_objects_and_more_points_asked_for_than_there_are() -> None:
-    assert NearestPoint().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
+    assert PointAssigner().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
     assert (
-        NearestPoint(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist()
+        PointAssigner(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist()
         == [BACKGROUND] * 16 + [0] * 4
     )
 
 
-def slow(rule: NearestPoint, priors: Priors, target: Target) -> list[int]:
+def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule, one object and one point at a time, in double precision."""
     owners, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
     levels = [int(math.log2(s)) for s in priors.strides.tolist()]
-    points = centres(priors.boxes.double()).tolist()
+    points = box_centres(priors.boxes.double()).tolist()
     for g, (x1, y1, x2, y2) in enumerate(target.boxes.double().tolist()):
         level = math.floor(math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / rule.scale))
         level = min(max(level, min(levels)), max(levels))
@@ -185,8 +185,8 @@ def slow(rule: NearestPoint, priors: Priors, target: Target) -> list[int]:
 def test_the_first_assignment_is_its_rule(seed: int, count: int, pos_num: int, scale: float) -> None:
     torch.manual_seed(seed)
     priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
-    assert NearestPoint(scale, pos_num).assign(priors, target).tolist() == slow(
-        NearestPoint(scale, pos_num), priors, target
+    assert PointAssigner(scale, pos_num).assign(priors, target).tolist() == slow(
+        PointAssigner(scale, pos_num), priors, target
     )
 
 
@@ -208,11 +208,11 @@ def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypa
     priors = grid((50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 600, 400)
     with Largest() as largest:
-        owners = NearestPoint().assign(priors, target)
+        owners = PointAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
     assert 500 < int((owners >= 0).sum()) < 1000
-    monkeypatch.setattr(point_assigner, "OBJECTS_AT_ONCE", 1000)
-    assert torch.equal(owners, NearestPoint().assign(priors, target))
+    monkeypatch.setattr(point_assigner, "INSTANCES_AT_ONCE", 1000)
+    assert torch.equal(owners, PointAssigner().assign(priors, target))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypa
 )
 def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
-        NearestPoint(**options)
+        PointAssigner(**options)
 
 
 # -- the head
@@ -270,7 +270,7 @@ def test_without_weights_all_points_lie_on_their_cell_and_every_class_has_the_pr
         nn.init.zeros_(p)
     outputs = head(maps())
     boxes, scores, quality = head.decode(outputs)
-    assert torch.equal(boxes[0], centres(outputs.priors.boxes).repeat(1, 2))
+    assert torch.equal(boxes[0], box_centres(outputs.priors.boxes).repeat(1, 2))
     assert torch.allclose(scores, torch.tensor(0.02))
     assert quality is None
 
@@ -318,7 +318,7 @@ def test_loss_literally(beta: float) -> None:
         return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
     def pixels(name: str, image: int, i: int) -> list[float]:
-        (x, y), stride = centres(priors.boxes[i]).tolist(), float(priors.strides[i])
+        (x, y), stride = box_centres(priors.boxes[i]).tolist(), float(priors.strides[i])
         return [a * stride + b for a, b in zip(box(rows[name][image, i].tolist()), (x, y, x, y))]
 
     def distance(name: str, i: int, owner: int) -> float:
@@ -328,7 +328,7 @@ def test_loss_literally(beta: float) -> None:
             total += d**2 / (2 * beta) if d < beta else d - beta / 2
         return total
 
-    init = {i: owner for i, owner in enumerate(slow(NearestPoint(), priors, SOME)) if owner >= 0}
+    init = {i: owner for i, owner in enumerate(slow(PointAssigner(), priors, SOME)) if owner >= 0}
     overlaps = [[overlap(pixels("pts_init", 0, i), b) for b in SOME.boxes.tolist()] for i in range(len(priors))]
     owners = [BACKGROUND if max(o) < 0.4 else IGNORED if max(o) < 0.5 else o.index(max(o)) for o in overlaps]
     for g in range(2):
@@ -463,7 +463,7 @@ def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
     model.head.cls.bias.data += 4
     images, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 60]])
     batch = Batch(images, sizes, (0, 1), torch.ones(2, 2))
-    for ours, theirs in zip(model.predict(batch), for_inference(model).predict(batch)):
+    for ours, theirs in zip(model.predict(batch), prepare_for_inference(model).predict(batch)):
         assert len(ours) > 0
         assert torch.allclose(ours.boxes, theirs.boxes, atol=1e-2)
 

@@ -14,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 
 from fakes import FakeDetector, FakeLoader
-from fusedet.ablation.launcher import _check
+from fusedet.ablation.launcher import _check_exit
 from fusedet.api.run_dir import fresh
 from fusedet.config import Config, Interval, Train, interval
 from fusedet.engine import checkpoint, train_state, trainer
@@ -227,7 +227,7 @@ def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(
 def test_a_row_that_was_stopped_stops_the_table_with_its_code() -> None:
     for code in (130, 143):
         with pytest.raises(Interrupted, match="give the same command") as stopped:
-            _check(SimpleNamespace(returncode=code), SimpleNamespace())  # type: ignore[arg-type]
+            _check_exit(SimpleNamespace(returncode=code), SimpleNamespace())  # type: ignore[arg-type]
         assert stopped.value.code == code
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, roi_align
 
 from fusedet.errors import InputError
-from fusedet.models.ops.regression_losses import balanced_l1, l1, smooth_l1
-from fusedet.models.ops.roi_align_cpu import region_align
+from fusedet.models.ops.regression_losses import balanced_l1_loss, l1_loss, smooth_l1_loss
+from fusedet.models.ops.roi_align_cpu import roi_align_cpu
 from fusedet.models.ops.samplers import Sampler
 from fusedet.models.roi import BoxStage, DynamicStage, LevelPooling
-from fusedet.models.roi.pooling import with_images
-from fusedet.models.roi.sampling import Samples, as_proposals, draw, match
+from fusedet.models.roi.pooling import boxes_to_rois
+from fusedet.models.roi.sampling import RoISamples, match_proposals, pad_to_proposals, sample_rois
 from fusedet.types import Levels, Proposals, Target
 
 LEVELS = Levels((8,) * 4, (4, 8, 16, 32))
@@ -69,7 +69,7 @@ def test_regions_on_a_cpu_are_torchvisions(
     )  # some reach outside the map, some lie there
     where = torch.cat([torch.randint(0, 2, (rois, 1)).float(), ends.flatten(1)], dim=1)
     ours, theirs = (feature.clone().requires_grad_() for _ in range(2))
-    found = region_align(ours, where, size, 4, samples, aligned)
+    found = roi_align_cpu(ours, where, size, 4, samples, aligned)
     wanted = roi_align(theirs, where, size, 1 / 4, samples, aligned)
     assert torch.allclose(found, wanted, atol=1e-5)
     weights = torch.randn_like(wanted)
@@ -97,7 +97,7 @@ def test_pooling_of_half_precision_keeps_places() -> None:
 
 def test_images_are_numbered() -> None:
     given = boxes(6).reshape(2, 3, 4)
-    rois = with_images(given)
+    rois = boxes_to_rois(given)
     assert rois[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(rois[:, 1:].reshape(2, 3, 4), given)
 
@@ -172,26 +172,26 @@ def test_balanced_negatives_are_spread_over_bins() -> None:
 
 def test_matching_adds_objects_and_leaves_padding_out() -> None:
     given = [torch.tensor([[4.0, 4, 36, 29], [0, 0, 5, 5], [70, 3, 90, 12]]), torch.tensor([[4.0, 4, 36, 29]])]
-    matched = match(proposed(*given), [SOME, EMPTY], 0.5)
-    assert matched.objects == 3
-    assert matched.owners.tolist() == [[0, 1, 2, 0, -1, 2], [-2, -2, -2, -1, -2, -2]]
+    matched = match_proposals(proposed(*given), [SOME, EMPTY], 0.5)
+    assert matched.num_ground_truth == 3
+    assert matched.instances.tolist() == [[0, 1, 2, 0, -1, 2], [-2, -2, -2, -1, -2, -2]]
     assert torch.allclose(matched.overlaps[0, :3], torch.ones(3))
     assert float(matched.overlaps[0, 3]) == pytest.approx(25 / 26)
     assert matched.overlaps[1].tolist() == [-1, -1, -1, 0, -1, -1]
-    samples = draw(matched, Sampler(ALL, 1.0))
+    samples = sample_rois(matched, Sampler(ALL, 1.0))
     assert samples.image.tolist() == [0] * 6 + [1]
     assert samples.rois[:, 0].tolist() == [0] * 6 + [1]
-    assert samples.added.tolist() == [True] * 3 + [False] * 4
+    assert samples.is_ground_truth.tolist() == [True] * 3 + [False] * 4
     assert torch.equal(samples.rois[:3, 1:], SOME.boxes)
 
 
 def test_samples_become_proposals() -> None:
     given = boxes(5)
-    found = as_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
+    found = pad_to_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
     assert found.counts.tolist() == [2, 0, 3]
     assert torch.equal(found.boxes[0, :2], given[:2])
     assert torch.equal(found.boxes[2], given[2:])
-    assert as_proposals(given[:0], torch.zeros(0, dtype=torch.int64), 2).boxes.shape == (2, 0, 4)
+    assert pad_to_proposals(given[:0], torch.zeros(0, dtype=torch.int64), 2).boxes.shape == (2, 0, 4)
 
 
 # -- losses
@@ -199,23 +199,23 @@ def test_samples_become_proposals() -> None:
 
 def test_losses_by_hand() -> None:
     x, zero = torch.tensor([0.0, 0.5, -1.0, 3.0]), torch.zeros(4)
-    assert l1(x, zero).tolist() == [0, 0.5, 1, 3]
-    assert smooth_l1(x, zero).tolist() == [0, 0.125, 0.5, 2.5]
-    assert torch.allclose(smooth_l1(x, zero, torch.tensor(0.25)), torch.tensor([0, 0.375, 0.875, 2.875]))
+    assert l1_loss(x, zero).tolist() == [0, 0.5, 1, 3]
+    assert smooth_l1_loss(x, zero).tolist() == [0, 0.125, 0.5, 2.5]
+    assert torch.allclose(smooth_l1_loss(x, zero, torch.tensor(0.25)), torch.tensor([0, 0.375, 0.875, 2.875]))
 
 
 def test_balanced_l1_has_the_papers_gradient() -> None:
     """Eq. 9: alpha ln(b |x| + 1) inside, gamma outside, where alpha ln(b + 1) = gamma; the loss is continuous and 0 at 0."""
     x = torch.tensor([1e-6, 0.01, 0.3, 0.999, 1.001, 5.0], dtype=torch.float64, requires_grad=True)
-    balanced_l1(x, torch.zeros_like(x)).sum().backward()
+    balanced_l1_loss(x, torch.zeros_like(x)).sum().backward()
     b = math.exp(3) - 1
     wanted = [0.5 * math.log(b * v + 1) if v < 1 else 1.5 for v in x.tolist()]
     assert torch.allclose(x.grad, torch.tensor(wanted, dtype=torch.float64))
-    near, far = balanced_l1(
+    near, far = balanced_l1_loss(
         torch.tensor([1 - 1e-9, 1 + 1e-9], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     )
     assert float(near) == pytest.approx(float(far), abs=1e-6)
-    assert float(balanced_l1(torch.zeros(1), torch.zeros(1))) == 0
+    assert float(balanced_l1_loss(torch.zeros(1), torch.zeros(1))) == 0
 
 
 # -- the box stage
@@ -230,7 +230,7 @@ def stage(**options: object) -> BoxStage:
 
 
 def literal_loss(
-    found: BoxStage, logits: Tensor, codes: Tensor, samples: Samples, targets: list[Target], kind: str
+    found: BoxStage, logits: Tensor, codes: Tensor, samples: RoISamples, targets: list[Target], kind: str
 ) -> tuple[float, float]:
     logits, codes = logits.double(), codes.double()
     cls = box = 0.0
@@ -280,7 +280,7 @@ def test_stage_loss_is_the_literal_one(agnostic: bool, kind: str, targets: list[
 
 def test_no_samples_at_all() -> None:
     made = stage()
-    nothing = Samples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    nothing = RoISamples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     features = [m.requires_grad_() for m in maps()]
     losses = made.loss(made(features, nothing.rois), nothing, [EMPTY, EMPTY])
     assert all(float(v.detach()) == 0 for v in losses.values())
@@ -291,7 +291,7 @@ def test_no_samples_at_all() -> None:
 @pytest.mark.parametrize("agnostic", [True, False])
 def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
     made = stage(class_agnostic=agnostic)
-    rois = with_images(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
+    rois = boxes_to_rois(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
     codes = torch.zeros(2, 4 if agnostic else 12)
     codes[0, -4:] = torch.tensor(
         [1.0, -1.0, 5 * math.log(2), 0]
@@ -313,7 +313,7 @@ def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
 
 def test_without_regression_boxes_stay() -> None:
     made = stage(regress=False)
-    rois = with_images(boxes(6).reshape(2, 3, 4))
+    rois = boxes_to_rois(boxes(6).reshape(2, 3, 4))
     raw = made(maps(), rois)
     assert raw[1] is None
     assert torch.equal(made.decode(raw, rois, torch.tensor([3, 3])).boxes.flatten(0, 1), rois[:, 1:])
@@ -407,9 +407,9 @@ def test_memory_is_shared_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fusedet.models.roi.dynamic.mean_over_ranks", mean)
     made = DynamicStage(LEVELS, 3, channels=16, iou_topk=2)
-    assert float(made.usual_overlap(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(
+    assert float(made.topk_iou(torch.tensor([[0.9, 0.6, 0.3], [0.1, -1, -1]]))) == pytest.approx(
         ((0.6 + 0.1) / 2 + 0.2) / 2
     )
     wanted = torch.tensor([[0.5, -0.1, 9, 9], [0.1, 0.1, 9, 9]])
-    assert float(made.usual_shift(wanted, 1)) == pytest.approx(0.3)
-    assert float(made.usual_shift(wanted[:0], 1)) == -1
+    assert float(made.topk_shift(wanted, 1)) == pytest.approx(0.3)
+    assert float(made.topk_shift(wanted[:0], 1)) == -1

@@ -13,7 +13,7 @@ from fusedet.errors import InputError
 from fusedet.models.build import build
 from fusedet.models.necks import NECKS
 from fusedet.models.necks.smsl import SMSL, add_resized, combine
-from fusedet.models.ops.pyramid_resize import grow
+from fusedet.models.ops.pyramid_resize import upsample_nearest
 from fusedet.types import Levels
 
 BODY = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
@@ -162,7 +162,7 @@ def test_large_levels_are_summed_in_blocks() -> None:
     p, f = torch.randn(2, 3, 12, 10), torch.randn(2, 3, 4, 5)
     for form in (torch.contiguous_format, torch.channels_last):
         found = add_resized(p.contiguous(memory_format=form), f.contiguous(memory_format=form), 0, 2)
-        assert torch.equal(found, p + grow(f, (12, 10)))
+        assert torch.equal(found, p + upsample_nearest(f, (12, 10)))
         assert found.is_contiguous(memory_format=form)
 
 

@@ -111,7 +111,7 @@ class Detect(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.model.detect(images, sizes))
+        return tuple(x for x in self.model.detect(images, sizes) if x is not None)
 
 
 # -- where there are not two branches

@@ -19,10 +19,10 @@ from fusedet.models.detectors import create_model
 from fusedet.models.heads import VFNetHead
 from fusedet.models.ops import atss
 from fusedet.models.ops.assigners import BACKGROUND
-from fusedet.models.ops.atss import ATSS
-from fusedet.models.ops.boxes import centres, grid_priors, iou, point_shapes
+from fusedet.models.ops.atss import ATSSAssigner
+from fusedet.models.ops.boxes import aligned_iou, box_centres, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv, DeformPack
-from fusedet.models.ops.varifocal import varifocal
+from fusedet.models.ops.varifocal import varifocal_loss
 from fusedet.types import Features, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))
@@ -43,7 +43,7 @@ def maps(size: tuple[int, int] = (64, 96), n: int = 2, levels: Levels = LEVELS) 
 def grid(*cells: tuple[int, int], scale: float = 8.0, first: int = 8) -> Priors:
     """Squares of `scale` strides on levels of so many cells (rows, columns), the finest of stride `first`."""
     strides = tuple(first * 2**i for i in range(len(cells)))
-    shapes = [point_shapes(s, scale) for s in strides]
+    shapes = [make_base_points(s, scale) for s in strides]
     return grid_priors([torch.zeros(1, 1, *c) for c in cells], Levels((1,) * len(cells), strides), shapes)
 
 
@@ -53,9 +53,9 @@ def grid(*cells: tuple[int, int], scale: float = 8.0, first: int = 8) -> Priors:
 def test_aligned_overlap() -> None:
     a = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 1, 1], [5, 5, 5, 5.0]])
     b = torch.tensor([[0, 0, 10, 10], [5, 0, 15, 10], [2, 2, 3, 3], [5, 5, 5, 5.0]])
-    assert torch.allclose(iou(a, b), torch.tensor([1, 1 / 3, 0, 0]))
+    assert torch.allclose(aligned_iou(a, b), torch.tensor([1, 1 / 3, 0, 0]))
     a, b = many(7, 50, 50).boxes, many(5, 50, 50).boxes
-    assert torch.allclose(iou(a[:, None], b), box_iou(a, b), atol=1e-6)
+    assert torch.allclose(aligned_iou(a[:, None], b), box_iou(a, b), atol=1e-6)
 
 
 # -- ATSS
@@ -68,35 +68,35 @@ def test_atss_table() -> None:
     mean 0.3605, deviation 0.2317, so that only the one of 13/19 = 0.684 is above 0.592.
     """
     priors = grid((1, 4), (1, 2), scale=2.0)
-    assert ATSS(topk=3).assign(priors, objects([[5, -8, 21, 8]])).tolist() == [-1, -1, 0, -1, -1, -1]
+    assert ATSSAssigner(topk=3).assign(priors, objects([[5, -8, 21, 8]])).tolist() == [-1, -1, 0, -1, -1, -1]
     # with the deviation of a whole population, 0.2073, nothing else would pass either; with none at all, the one of 11/21 would
 
 
 def test_atss_deviation_is_unbiased() -> None:
     """Two candidates: mean + deviation is best + (sqrt(2) - 1) / 2 * difference, above both; the biased one would be the best itself."""
-    assert ATSS().assign(grid((1, 2), scale=2.0), objects([[-8, -8, 7, 8]])).tolist() == [BACKGROUND] * 2
+    assert ATSSAssigner().assign(grid((1, 2), scale=2.0), objects([[-8, -8, 7, 8]])).tolist() == [BACKGROUND] * 2
 
 
 def test_atss_takes_priors_whose_centres_lie_inside() -> None:
     """One candidate has its own overlap as threshold, so that only its centre decides: inside by more than 0.01 pixels."""
     priors = grid((1, 1), scale=2.0)
-    assert ATSS().assign(priors, objects([[0, -8, 16, 8]])).tolist() == [BACKGROUND]
-    assert ATSS().assign(priors, objects([[-0.009, -8, 16, 8]])).tolist() == [BACKGROUND]
-    assert ATSS().assign(priors, objects([[-0.011, -8, 16, 8]])).tolist() == [0]
+    assert ATSSAssigner().assign(priors, objects([[0, -8, 16, 8]])).tolist() == [BACKGROUND]
+    assert ATSSAssigner().assign(priors, objects([[-0.009, -8, 16, 8]])).tolist() == [BACKGROUND]
+    assert ATSSAssigner().assign(priors, objects([[-0.011, -8, 16, 8]])).tolist() == [0]
 
 
 def test_atss_settles_claims_by_overlap_then_by_order() -> None:
     priors = grid((1, 1), scale=2.0)
     small, exact = [-4, -4, 4, 4], [-8, -8, 8, 8]
-    assert ATSS().assign(priors, objects([small, exact, exact])).tolist() == [1]
-    assert ATSS().assign(priors, objects([exact, small])).tolist() == [0]
+    assert ATSSAssigner().assign(priors, objects([small, exact, exact])).tolist() == [1]
+    assert ATSSAssigner().assign(priors, objects([exact, small])).tolist() == [0]
 
 
 def test_atss_without_objects() -> None:
-    assert ATSS().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
+    assert ATSSAssigner().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
 
 
-def slow(rule: ATSS, priors: Priors, target: Target) -> list[int]:
+def slow(rule: ATSSAssigner, priors: Priors, target: Target) -> list[int]:
     """Algorithm 1, one object and one prior at a time, in double precision."""
     boxes, truth = priors.boxes.double(), target.boxes.double()
     overlap = box_iou(truth, boxes).tolist()
@@ -105,14 +105,14 @@ def slow(rule: ATSS, priors: Priors, target: Target) -> list[int]:
         candidates: list[int] = []
         start = 0
         for count in priors.counts:
-            middle = dict(zip(range(start, start + count), centres(boxes[start : start + count]).tolist()))
+            middle = dict(zip(range(start, start + count), box_centres(boxes[start : start + count]).tolist()))
             nearest = sorted(middle, key=lambda p: math.dist(middle[p], ((x1 + x2) / 2, (y1 + y2) / 2)))
             candidates += nearest[: rule.topk]
             start += count
         values = [overlap[g][p] for p in candidates]
         threshold = statistics.mean(values) + statistics.stdev(values)
         for p in candidates:
-            x, y = centres(boxes[p]).tolist()
+            x, y = box_centres(boxes[p]).tolist()
             inside = min(x - x1, y - y1, x2 - x, y2 - y) > 0.01
             if overlap[g][p] >= threshold and inside and overlap[g][p] > best[p]:
                 owners[p], best[p] = g, overlap[g][p]
@@ -124,7 +124,7 @@ def slow(rule: ATSS, priors: Priors, target: Target) -> list[int]:
 def test_atss_is_its_algorithm(seed: int, count: int, topk: int) -> None:
     torch.manual_seed(seed)
     priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
-    assert ATSS(topk).assign(priors, target).tolist() == slow(ATSS(topk), priors, target)
+    assert ATSSAssigner(topk).assign(priors, target).tolist() == slow(ATSSAssigner(topk), priors, target)
 
 
 class Largest(TorchDispatchMode):
@@ -145,11 +145,11 @@ def test_atss_of_a_thousand_objects_needs_little_memory(monkeypatch: pytest.Monk
     priors = grid((100, 150), (50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 1200, 800)
     with Largest() as largest:
-        owners = ATSS().assign(priors, target)
+        owners = ATSSAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
     assert 0 < int((owners >= 0).sum()) < len(priors)
-    monkeypatch.setattr(atss, "OBJECTS_AT_ONCE", 1000)
-    assert torch.equal(owners, ATSS().assign(priors, target))
+    monkeypatch.setattr(atss, "INSTANCES_AT_ONCE", 1000)
+    assert torch.equal(owners, ATSSAssigner().assign(priors, target))
 
 
 # -- varifocal loss
@@ -168,7 +168,7 @@ def test_varifocal_is_its_equation(alpha: float, gamma: float) -> None:
             p, q = literal[r, k].sigmoid(), targets.get((r, k), 0.0)
             total = total - (q * (q * p.log() + (1 - q) * (1 - p).log()) if q > 0 else alpha * p**gamma * (1 - p).log())
     total.backward()
-    found = varifocal(logits, rows, labels, quality, alpha, gamma)
+    found = varifocal_loss(logits, rows, labels, quality, alpha, gamma)
     (2 * found).backward()
     assert float(found.detach()) == pytest.approx(total.item(), rel=1e-5)
     assert torch.allclose(logits.grad.double(), 2 * literal.grad, rtol=1e-4, atol=1e-5)
@@ -177,7 +177,7 @@ def test_varifocal_is_its_equation(alpha: float, gamma: float) -> None:
 def test_varifocal_takes_quality_as_a_constant_and_bears_extremes() -> None:
     logits = torch.tensor([[200.0, -200.0]], dtype=torch.bfloat16, requires_grad=True)
     quality = torch.tensor([0.5], requires_grad=True)
-    loss = varifocal(logits, torch.tensor([0]), torch.tensor([1]), quality)
+    loss = varifocal_loss(logits, torch.tensor([0]), torch.tensor([1]), quality)
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.isfinite()
@@ -192,7 +192,7 @@ def test_varifocal_takes_quality_as_a_constant_and_bears_extremes() -> None:
 def test_star_points_by_hand() -> None:
     """A box that reaches 8 pixels to the left, 16 up, 24 to the right and 4 down is (1, 2, 3, 0.5) cells of stride 8."""
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1)
-    offset = make().star(box, 8).view(9, 2)
+    offset = make().star_offsets(box, 8).view(9, 2)
     cells = torch.cartesian_prod(
         torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0)
     )  # where a 3x3 convolution looks: (dy, dx)
@@ -204,7 +204,7 @@ def test_star_convolution_looks_at_the_star() -> None:
     """On maps that hold their own rows and columns, the kernel's place k reads the coordinates of star point k."""
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1).expand(1, 4, 9, 9)
-    offset = make().star(box, 8)
+    offset = make().star_offsets(box, 8)
     points = [(dy, dx) for dy in (-2.0, 0.0, 0.5) for dx in (-1.0, 0.0, 3.0)]
     star = DeformConv(1, 1)
     for k, (dy, dx) in enumerate(points):
@@ -216,7 +216,7 @@ def test_star_convolution_looks_at_the_star() -> None:
 
 def test_only_a_tenth_of_the_stars_gradient_reaches_the_box() -> None:
     box = torch.rand(1, 4, 2, 2, requires_grad=True)
-    make().star(box, 8).sum().backward()
+    make().star_offsets(box, 8).sum().backward()
     # left and upper sides stand in three points each with a minus, right and lower ones likewise without
     assert torch.allclose(
         box.grad, 0.1 * 3 / 8 * torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(1, 4, 1, 1).expand(1, 4, 2, 2)
@@ -235,7 +235,7 @@ def test_units_of_the_distances(norm: str, unit: int) -> None:
             assert torch.equal(m, torch.full_like(m, unit * stride))
     boxes, scores, quality = head.decode(outputs)
     reach = unit * outputs.priors.strides[:, None] * torch.tensor([-1, -1, 1, 1])
-    assert torch.allclose(boxes, (centres(outputs.priors.boxes).repeat(1, 2) + reach).expand_as(boxes))
+    assert torch.allclose(boxes, (box_centres(outputs.priors.boxes).repeat(1, 2) + reach).expand_as(boxes))
     assert torch.allclose(scores, torch.tensor(0.02))
     assert quality is None
 
@@ -269,7 +269,7 @@ def test_loss_literally() -> None:
     for i, owner in enumerate(owners):
         if owner < 0:
             continue
-        (x, y), truth = centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[owner].tolist()
+        (x, y), truth = box_centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[owner].tolist()
         for name in ("reg", "refine"):
             left, up, right, down = rows[name][0, i].tolist()
             a = (x - left, y - up, x + right, y + down)

@@ -20,10 +20,8 @@ from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform
-from fusedet.models.detectors.tta import Seen, merge
-from fusedet.models.detectors.two_stage import Found
-from fusedet.models.ops.boxes import Selected
-from fusedet.types import Batch
+from fusedet.models.detectors.tta import ImageDetections, merge_detections
+from fusedet.types import Batch, BatchDetections
 from small import DETECTORS, make
 
 CPU = torch.device("cpu")
@@ -115,8 +113,8 @@ class Scripted:
 
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Any:
         rows = torch.tensor(next(self.finds)).reshape(1, -1, 6)
-        found = Selected(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
-        return Found(*found, next(self.masks)[None]) if self.has_masks else found
+        found = BatchDetections(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
+        return found._replace(masks=next(self.masks)[None]) if self.has_masks else found
 
 
 TABLE = [
@@ -160,13 +158,13 @@ class Bright:
 
     selection: ClassVar[dict[str, Any]] = {}
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
         boxes = []
         for image in images:
             y, x = (image.amax(dim=0) > 127).nonzero().unbind(1)
             boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
         n = len(images)
-        return Selected(
+        return BatchDetections(
             torch.tensor(boxes).float()[:, None],
             torch.full((n, 1), 0.8),
             torch.zeros(n, 1).long(),
@@ -201,21 +199,21 @@ def test_merging_is_the_definition() -> None:
             corner = torch.rand(count, 2, generator=draw) * 40
             box = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=draw) * 30], dim=1)
             scores = torch.rand(count, generator=draw).sort(descending=True).values
-            parts.append(Seen(box, scores, torch.randint(0, 2, (count,), generator=draw), None))
+            parts.append(ImageDetections(box, scores, torch.randint(0, 2, (count,), generator=draw), None))
         boxes, scores, labels = (torch.cat(column) for column in list(zip(*parts))[:3])
         kept: list[int] = []
         for i in scores.argsort(descending=True).tolist():
             if all(labels[i] != labels[j] or box_iou(boxes[i][None], boxes[j][None]) <= 0.4 for j in kept):
                 kept.append(i)
-        found = merge(parts, iou=0.4, max_det=6)
+        found = merge_detections(parts, iou=0.4, max_det=6)
         assert len(kept) > 6
         assert torch.equal(found.boxes, boxes[kept[:6]])
         assert torch.equal(found.labels, labels[kept[:6]])
 
 
 def test_nothing_is_found_in_any_view() -> None:
-    nothing = Seen(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
-    found = merge([nothing, nothing])
+    nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
+    found = merge_detections([nothing, nothing])
     assert [len(column) for column in found] == [0, 0, 0, 0]
 
 

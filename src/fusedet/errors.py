@@ -18,6 +18,14 @@ class InputError(ValueError):
     """
 
 
+class DivergenceError(RuntimeError):
+    """The training diverged: a loss, a gradient or a weight is not finite. The command line exits with 3."""
+
+
+class StorageError(RuntimeError):
+    """A file cannot be written, such as on a full disk. The command line exits with 4."""
+
+
 def unknown(
     kind: str, name: object, known: Iterable[str], *, meant: Sequence[str] = (), lister: str = ""
 ) -> InputError:

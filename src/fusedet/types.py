@@ -98,6 +98,27 @@ class Proposals(NamedTuple):
     counts: Tensor
 
 
+class BatchDetections(NamedTuple):
+    """Final detections of N images as tensors, highest score first, padded to D per image.
+
+    Shape:
+        boxes (N, D, 4); scores (N, D) in 0..1; labels (N, D) int64; counts (N,): how many of an image's detections are
+        real, the first ones; masks (N, D, m, m), probabilities inside the boxes, or None.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    counts: Tensor
+    masks: Tensor | None = None
+
+    def trimmed(self) -> BatchDetections:
+        """Drop the padding that no image needs; synchronises with the GPU."""
+        most = int(self.counts.max())
+        masks = None if self.masks is None else self.masks[:, :most]
+        return BatchDetections(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts, masks)
+
+
 @dataclass(frozen=True)
 class _Moves:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

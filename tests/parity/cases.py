@@ -1,4 +1,4 @@
-"""A golden case's numbers, and how two sides are compared."""
+"""Reference numbers of one case, and comparisons of both sides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIMITS = {"features": 1e-4, "raw": 1e-4, "losses": 1e-4, "gradients": 1e-3, "nor
 
 
 class Case:
-    """One case's numbers."""
+    """Reference numbers of one case."""
 
     def __init__(self, path: Path) -> None:
         self.spec = json.loads(path.read_text())
@@ -26,36 +26,30 @@ class Case:
         self.config = self.spec["config"]
 
     def state(self, renames: list[tuple[str, str]]) -> dict[str, Tensor]:
-        """MMDetection's weights by our names."""
-        found = {}
-        for key, tensor in self.tensors.items():
-            if key.startswith("state."):
-                name = key.removeprefix("state.")
-                for old, new in renames:
-                    name = re.sub(old, new, name)
-                found[name] = tensor
-        return found
+        """Return MMDetection's weights by our names."""
+        weights = {key.removeprefix("state."): x for key, x in self.tensors.items() if key.startswith("state.")}
+        return {renamed(name, renames): x for name, x in weights.items()}
 
     def levels(self, prefix: str) -> list[Tensor]:
-        """The tensors PREFIX.0, PREFIX.1, ..."""
-        found = []
-        while (key := f"{prefix}.{len(found)}") in self.tensors:
-            found.append(self.tensors[key])
-        return found
+        """Return the tensors PREFIX.0, PREFIX.1, ..."""
+        levels: list[Tensor] = []
+        while (key := f"{prefix}.{len(levels)}") in self.tensors:
+            levels.append(self.tensors[key])
+        return levels
 
     def targets(self) -> list[Target]:
-        """One target per image."""
+        """Return one target per image."""
         shapes = range(len(self.sizes))
         return [Target(self.tensors[f"in.gt.{i}.boxes"], self.tensors[f"in.gt.{i}.labels"]) for i in shapes]
 
     def batch(self) -> Batch:
-        """A batch of its sizes and targets, with black images."""
+        """Return a batch of black images with the case's sizes and targets."""
         images = torch.zeros(len(self.sizes), 3, *self.spec["batch_shape"], dtype=torch.uint8)
         return Batch(images, self.sizes, tuple(range(len(images))), torch.ones(len(images), 2), tuple(self.targets()))
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest magnitude."""
+    """Return the largest difference over the largest magnitude."""
     if ours.shape != theirs.shape or not ours.isfinite().all():
         return float("inf")
     ours = ours.detach()
@@ -63,12 +57,12 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest `relative` over levels; both sides must have as many."""
+    """Return the largest `relative` over levels; both sides must have as many."""
     return max(relative(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def unmatched(ours: Detections, boxes: Tensor, scores: Tensor, labels: Tensor) -> int:
-    """How many detections of either side have no partner of the other."""
+    """Count the detections of either side without a partner on the other."""
     close = (ours.boxes[:, None] - boxes[None]).abs().amax(dim=2) <= 0.01
     close &= (ours.scores[:, None] - scores[None]).abs() <= 1e-4
     close &= ours.labels[:, None] == labels[None]
@@ -82,6 +76,7 @@ def unmatched(ours: Detections, boxes: Tensor, scores: Tensor, labels: Tensor) -
 
 
 def renamed(name: str, renames: list[tuple[str, str]]) -> str:
+    """Apply patterns to a weight's name."""
     for old, new in renames:
         name = re.sub(old, new, name)
     return name

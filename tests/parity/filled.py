@@ -1,4 +1,4 @@
-"""Weights and an image that are functions of their names and sizes alone: the same on any machine, with nothing stored."""
+"""Deterministic weights and images: functions of their names and sizes, the same on any machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import numpy as np
 
 
 def fill(name: str, shape: tuple[int, ...], stem: float) -> np.ndarray:
-    """A weight of MMDetection's: of order one after every layer, residual sums and background bounded, few sure classes.
+    """Fill a weight of MMDetection's so that activations keep order one and few classes have high scores.
 
-    stem: of the first convolution, small where images are not divided by a standard deviation.
+    Args:
+        name: MMDetection's name of the weight.
+        shape: Its shape.
+        stem: Gain of the first convolution, small where images are not divided by a standard deviation.
     """
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
@@ -30,7 +33,7 @@ def fill(name: str, shape: tuple[int, ...], stem: float) -> np.ndarray:
 
 
 def image(height: int, width: int) -> np.ndarray:
-    """An RGB image (height, width, 3) of smooth waves and hard edges."""
+    """Draw an RGB image (height, width, 3) of smooth waves and hard edges."""
     y, x = np.mgrid[:height, :width]
     waves = [
         (x * a + y * b) % 251 + ((x // c + y // (c + 3)) % 2) * 60 for a, b, c in ((3, 1, 17), (1, 2, 29), (5, 7, 41))

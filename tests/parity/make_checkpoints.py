@@ -1,9 +1,9 @@
-"""Makes checkpoints/*.json: whole MMDetection models and what they see. Needs MMDetection 3.x, and nothing of this project.
+"""Write checkpoints/*.json: complete MMDetection models and their detections. Needs MMDetection 3.x only.
 
-Each file holds MMDetection's config of a model, the names and shapes of its weights (their values are `filled.fill`'s), a size of image
-(`filled.image`, padded to multiples of 32) and MMDetection's detections. Made by MMDetection 3.3.0 on MMCV's Python code, where RoIAlign,
-suppression and deformable convolutions, which MMCV compiles, were torchvision's; in the same environment the three checkpoints of the
-reference data agree with what was recorded there to 0.001 pixel.
+Each file holds MMDetection's config of a model, the names and shapes of its weights (`filled.fill` gives the values), an
+image size (`filled.image`, padded to multiples of 32) and MMDetection's detections. They come from MMDetection 3.3.0 on
+MMCV's Python code, with torchvision's RoIAlign, NMS and deformable convolutions in place of MMCV's compiled ones. In
+that environment the three checkpoints of the reference data agree with their recorded detections to 0.001 pixel.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 
 
-def narrowed(model: Any, changes: dict[str, Any]) -> None:
-    """Lay changes over a config; where it has a list (a chain of necks, stages), over each item, as far as it has the key."""
+def narrow(model: Any, changes: dict[str, Any]) -> None:
+    """Merge changes into a config, and into each item of a list (a chain of necks, stages) that has the key."""
     for key, change in changes.items():
         inner = model.get(key)
         if isinstance(inner, list) and isinstance(change, dict):
@@ -78,20 +78,20 @@ def narrowed(model: Any, changes: dict[str, Any]) -> None:
                 taken = (
                     {"out_channels": "in_channels"} if item["type"] == "BFP" else {k: k for k in change}
                 )  # it takes a pyramid
-                narrowed(item, {taken[k]: v for k, v in change.items() if k in taken})
+                narrow(item, {taken[k]: v for k, v in change.items() if k in taken})
         elif isinstance(inner, dict) and isinstance(change, dict):
-            narrowed(inner, change)
+            narrow(inner, change)
         else:
             model[key] = change
 
 
 def make(name: str, configs: Path) -> dict[str, Any]:
-    """One case."""
+    """Build a model, run it, and return the content of its file."""
     file, changes = CASES[name]
     config = Config.fromfile(str(configs / file)).model
     config.backbone.init_cfg = None
     for change in changes:
-        narrowed(config, change)
+        narrow(config, change)
     model = MODELS.build(ConfigDict(config)).eval()
     stem = 0.017 if config.data_preprocessor.std[0] == 1 else 1.0
     keys = {k: list(v.shape) for k, v in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""MMDetection's two-stage heads by our parts: RPN, standard, cascade and dynamic box heads."""
+"""Parity adapters: MMDetection's RPN and its standard, cascade and dynamic RoI heads as our parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import RPNHead
-from fusedet.models.ops.assigners import BACKGROUND, positives
+from fusedet.models.ops.assigners import BACKGROUND, gather_positives
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.roi import BoxStage, DynamicStage
 from fusedet.types import Detections, Levels, Losses, Outputs, Proposals
@@ -22,7 +22,7 @@ LAYERS = [(r"shared_fcs\.(\d)", r"shared.\1"), (r"fc_cls\.", "cls."), (r"fc_reg\
 
 
 def rpn(case: Case) -> tuple[Errors, dict[str, int]]:
-    """The RPN: maps, losses, gradients and proposals."""
+    """Compare the RPN: maps, losses, gradients and proposals."""
     c, train, test = case.config["head"], case.config["train_cfg"], case.config["test_cfg"]
     anchors, assigner = c["anchor_generator"], train["assigner"]
     head = RPNHead(
@@ -46,55 +46,57 @@ def rpn(case: Case) -> tuple[Errors, dict[str, int]]:
     outputs = head(features)
     raw = [largest(outputs.maps[k], case.levels(f"out.head.{i}")) for i, k in enumerate(("cls", "reg"))]
     losses = head.loss(outputs, case.targets())
-    losses["loss_rpn_cls"] = losses["loss_rpn_cls"] + others_as_background(head, outputs, case)
+    losses["loss_rpn_cls"] = losses["loss_rpn_cls"] + foreign_class_loss(head, outputs, case)
     names = {"loss_rpn_cls": "loss_rpn_cls", "loss_rpn_box": "loss_rpn_bbox"}
     errors = {"raw": max(raw), "losses": wrong_losses(losses, case.spec["losses"], names)}
     errors |= gradients(case, head, features, losses, renames)
-    found = head.propose(outputs, case.sizes, pre_nms=test["nms_pre"])
+    proposals = head.propose(outputs, case.sizes, pre_nms=test["nms_pre"])
     wrong, total = 0, 0
-    for i, n in enumerate(found.counts.tolist()):
-        ours = Detections(found.boxes[i, :n], found.scores[i, :n], torch.zeros(n, dtype=torch.int64))
+    for i, n in enumerate(proposals.counts.tolist()):
+        ours = Detections(proposals.boxes[i, :n], proposals.scores[i, :n], torch.zeros(n, dtype=torch.int64))
         wrong += unmatched(ours, *predicted(case, i))
         total += n
     return errors | {"unmatched": float(wrong)}, {"proposals": total}
 
 
-def others_as_background(head: RPNHead, outputs: Outputs, case: Case) -> Tensor:
-    """What a case with several classes adds to the classification loss.
+def foreign_class_loss(head: RPNHead, outputs: Outputs, case: Case) -> Tensor:
+    """Compute what several classes add to MMDetection's classification loss.
 
-    MMDetection's detector sets all labels to 0 before its RPN sees them; alone, as in these cases, that head scores class 0 only and
+    MMDetection's detector sets all labels to 0 before its RPN sees them. Without a detector, as in these cases, the RPN
     takes positives of other classes for background: BCE(x, 0) - BCE(x, 1) = x more for each.
     """
-    owners = torch.stack([head.assigner.assign(outputs.priors, t) for t in case.targets()])
-    drawn = [(owners >= 0).sum(dim=1), (owners == BACKGROUND).sum(dim=1)]
-    found = positives(owners, case.targets())
-    logits = flatten_maps(outputs.maps["cls"], 1)[found.image, found.prior, 0]
-    return logits[found.labels > 0].sum() / sum(n.clamp(min=1).sum() for n in drawn)
+    assigned = torch.stack([head.assigner.assign(outputs.priors, t) for t in case.targets()])
+    counts = [(assigned >= 0).sum(dim=1), (assigned == BACKGROUND).sum(dim=1)]
+    positives = gather_positives(assigned, case.targets())
+    logits = flatten_maps(outputs.maps["cls"], 1)[positives.image, positives.prior, 0]
+    return logits[positives.labels > 0].sum() / sum(n.clamp(min=1).sum() for n in counts)
 
 
 def standard(case: Case) -> tuple[Errors, dict[str, int]]:
-    """One stage of boxes."""
+    """Compare a box stage."""
     c = case.config["roi_head"]
     stage = box_stage(c, c["bbox_head"], case.config["train_cfg"])
     renames = [(r"^bbox_head\.", "0."), *LAYERS]
-    return stages(case, [stage], renames, [case.spec["losses"]], {"loss_cls": "loss_cls", "loss_box": "loss_bbox"})
+    return compare_stages(
+        case, [stage], renames, [case.spec["losses"]], {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
+    )
 
 
 def cascade(case: Case) -> tuple[Errors, dict[str, int]]:
-    """Several stages, each on the boxes of the one before."""
+    """Compare several stages, each on the boxes of the one before."""
     c = case.config["roi_head"]
-    parts = zip(c["bbox_head"], case.config["train_cfg"], c["stage_loss_weights"], strict=True)
-    found = [box_stage(c, head, train, weight=weight) for head, train, weight in parts]
+    options = zip(c["bbox_head"], case.config["train_cfg"], c["stage_loss_weights"], strict=True)
+    parts = [box_stage(c, head, train, weight=weight) for head, train, weight in options]
     names = {
         f"s{i}_{ours}": f"s{i}.{theirs}"
-        for i in range(len(found))
+        for i in range(len(parts))
         for ours, theirs in (("loss_cls", "loss_cls"), ("loss_box", "loss_bbox"))
     }
-    return stages(case, found, [(r"^bbox_head\.", ""), *LAYERS], [case.spec["losses"]], names)
+    return compare_stages(case, parts, [(r"^bbox_head\.", ""), *LAYERS], [case.spec["losses"]], names)
 
 
 def dynamic(case: Case) -> tuple[Errors, dict[str, int]]:
-    """A stage with a memory: several losses in a row, then what it remembers."""
+    """Compare a dynamic stage: several losses in a row, then its threshold and beta."""
     c, train = case.config["roi_head"], case.config["train_cfg"]
     d = train["dynamic_rcnn"]
     options = {"interval": d["update_iter_interval"]} | {
@@ -102,10 +104,10 @@ def dynamic(case: Case) -> tuple[Errors, dict[str, int]]:
     }
     stage = box_stage(c, c["bbox_head"], train, DynamicStage, **options)
     fresh = {f"0.{k}": v for k, v in stage.state_dict().items() if not k.startswith("box.")}
-    case.tensors |= {f"state.{k}": v for k, v in fresh.items()}  # MMDetection does not save its memory
+    case.tensors |= {f"state.{k}": v for k, v in fresh.items()}  # MMDetection does not save them
     steps = case.spec["losses"]["step"]
     renames = [(r"^bbox_head\.", "0.box."), *LAYERS]
-    errors, sizes = stages(case, [stage], renames, steps, {"loss_cls": "loss_cls", "loss_box": "loss_bbox"})
+    errors, sizes = compare_stages(case, [stage], renames, steps, {"loss_cls": "loss_cls", "loss_box": "loss_bbox"})
     for ours, theirs in ((stage.beta, "beta"), (stage.threshold, "iou")):
         errors["losses"] = max(errors["losses"], relative(ours, torch.tensor(case.spec["losses"][theirs])))
     return errors, sizes
@@ -114,7 +116,7 @@ def dynamic(case: Case) -> tuple[Errors, dict[str, int]]:
 def box_stage(
     roi: dict[str, Any], head: dict[str, Any], train: dict[str, Any], make: type[nn.Module] = BoxStage, **more: Any
 ) -> nn.Module:
-    """The stage that MMDetection's config of a box head describes."""
+    """Build the stage of MMDetection's config of a box head."""
     strides = tuple(roi["bbox_roi_extractor"]["featmap_strides"])
     options: dict[str, Any] = {
         "size": head["roi_feat_size"],
@@ -131,7 +133,7 @@ def box_stage(
 
 
 class Given(nn.Module):
-    """In a neck's, body's and head's place: features and proposals that are given."""
+    """Stand-in for backbone, neck and head: given features and proposals."""
 
     loss_weights: dict[str, float] = {}  # noqa: RUF012
 
@@ -151,14 +153,14 @@ class Given(nn.Module):
         return self.proposals
 
 
-def stages(
+def compare_stages(
     case: Case,
     parts: list[nn.Module],
     renames: list[tuple[str, Any]],
     steps: list[dict[str, float]],
     names: dict[str, str],
 ) -> tuple[Errors, dict[str, int]]:
-    """Losses, gradients of the last step, and detections of stages on given proposals. names: our loss -> MMDetection's."""
+    """Compare losses, gradients of the last step, and detections; names: our loss -> MMDetection's."""
     features = [f.requires_grad_() for f in case.levels("in.features")]
     boxes = [case.tensors[f"in.proposals.{i}.bboxes"] for i in range(len(case.sizes))]
     padded = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
@@ -175,19 +177,19 @@ def stages(
         errors["losses"] = max(errors["losses"], wrong_losses(losses, wanted, names))
     errors |= gradients(case, model.stages, features, losses, renames)
     wrong, total = 0, 0
-    for i, found in enumerate(model.predict(batch)):
-        wrong += unmatched(found, *predicted(case, i))
-        total += len(found)
+    for i, detections in enumerate(model.predict(batch)):
+        wrong += unmatched(detections, *predicted(case, i))
+        total += len(detections)
     return errors | {"unmatched": float(wrong)}, {"detections": total}
 
 
 def predicted(case: Case, image: int) -> list[Tensor]:
-    """MMDetection's boxes, scores and labels."""
+    """Return MMDetection's boxes, scores and labels."""
     return [case.tensors[f"out.pred.{image}.{k}"] for k in ("bboxes", "scores", "labels")]
 
 
 def wrong_losses(ours: Losses, theirs: dict[str, Any], names: dict[str, str]) -> float:
-    """The largest relative difference; every loss of theirs must have a partner."""
+    """Return the largest relative difference; each of their losses must have a partner."""
     assert {k for k in theirs if "loss" in k} == set(names.values())
     worst = 0.0
     for mine, name in names.items():
@@ -200,17 +202,16 @@ def wrong_losses(ours: Losses, theirs: dict[str, Any], names: dict[str, str]) ->
 def gradients(
     case: Case, module: nn.Module, features: list[Tensor], losses: Losses, renames: list[tuple[str, Any]]
 ) -> Errors:
-    """Of the summed losses, for the features and for the norms of the parameters' gradients."""
+    """Compare the gradients of the summed losses: of the features, and the norms of the parameters'."""
     sum(losses.values()).backward()  # type: ignore[union-attr]
     norms = {renamed(k, renames): v for k, v in case.spec["grad_norms"].items()}
     worst = 0.0
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         worst = max(worst, abs(float(parameter.grad.norm()) - norms[name]) / max(norms[name], 1e-12))
-    found = [
-        f.grad if f.grad is not None else torch.zeros_like(f) for f in features
-    ]  # the last level only serves the RPN
-    return {"gradients": largest(found, case.levels("out.grad.features")), "norms": worst}
+    # the last level serves the RPN only
+    ours = [f.grad if f.grad is not None else torch.zeros_like(f) for f in features]
+    return {"gradients": largest(ours, case.levels("out.grad.features")), "norms": worst}
 
 
 ROI_ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {

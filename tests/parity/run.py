@@ -1,8 +1,12 @@
-"""Compare with reference numbers of MMDetection: `python tests/parity/run.py FOLDER` prints a line per case and fails on disagreement.
+"""Compare with reference numbers of MMDetection: `python tests/parity/run.py FOLDER`.
 
-FOLDER holds CASE.json (MMDetection's config, image shapes, losses, gradient norms) and CASE.safetensors (weights, inputs, outputs).
-Agreement: features and raw outputs within 1e-4 of the tensor's largest magnitude, each loss within 1e-4 relative, gradients within 1e-3 of
-their largest magnitude, predictions the same set (label, coordinates within 0.01 pixel, score within 1e-4).
+It prints a line per case and fails on disagreement. FOLDER holds CASE.json (MMDetection's config, image shapes, losses,
+gradient norms) and CASE.safetensors (weights, inputs, outputs). Cases agree with
+
+- features and raw outputs within 1e-4 of the tensor's largest magnitude,
+- each loss within 1e-4 relative,
+- gradients within 1e-3 of their largest magnitude,
+- the same set of predictions: label, coordinates within 0.01 pixel, score within 1e-4.
 """
 
 from __future__ import annotations
@@ -16,20 +20,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))  # its neighbours, however this file is run
+sys.path.insert(0, str(Path(__file__).parent))  # the other adapters, however this file is run
 from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
 from roi import ROI_ADAPTERS
 
 from fusedet.models.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
 from fusedet.models.necks import BFP, FPN, PAFPN
-from fusedet.models.ops.boxes import select
-from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Detections, Levels
 
 
 def fpn(case: Case) -> tuple[Errors, dict[str, int]]:
-    """FPN with its three tops."""
+    """Compare FPN with its three kinds of top levels."""
     c = case.config["neck"]
     inputs = case.levels("in.features")
     strides = tuple(4 * 2**i for i in range(len(inputs)))
@@ -46,7 +50,7 @@ def fpn(case: Case) -> tuple[Errors, dict[str, int]]:
     return {"features": largest(outputs, reference)}, {"levels": len(reference)}
 
 
-def dense(
+def compare_dense(
     case: Case,
     head: nn.Module,
     renames: list[tuple[str, str]],
@@ -54,9 +58,15 @@ def dense(
     maps: Callable[[dict[str, list[Tensor]]], list[list[Tensor]]],
     maps_eval: Callable[[dict[str, list[Tensor]]], list[list[Tensor]]] | None = None,
 ) -> tuple[Errors, dict[str, int]]:
-    """Raw outputs, losses, gradients and predictions of a dense head.
+    """Compare raw outputs, losses, gradients and predictions of a dense head.
 
-    losses: our loss -> MMDetection's. maps, maps_eval: our maps as MMDetection's raw outputs, in its order, in train and in eval mode.
+    Args:
+        case: The case.
+        head: Our head.
+        renames: Patterns from MMDetection's weight names to ours.
+        losses: Our loss -> MMDetection's.
+        maps: Converts our maps to MMDetection's raw outputs, in its order, in train mode.
+        maps_eval: The same in eval mode.
     """
     head.load_state_dict(case.state(renames))
     features = [f.requires_grad_() for f in case.levels("in.features")]
@@ -64,13 +74,13 @@ def dense(
     errors = {"raw": 0.0, "losses": 0.0, "gradients": 0.0, "norms": 0.0}
     for i, ours in enumerate(maps(outputs.maps)):
         errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head.{i}")))
-    found = {k: v * head.loss_weights.get(k, 1.0) for k, v in head.loss(outputs, case.targets()).items()}
+    terms = {k: v * head.loss_weights.get(k, 1.0) for k, v in head.loss(outputs, case.targets()).items()}
     for ours, theirs in losses.items():
         value = case.spec["losses"][theirs]
         value = sum(value) if isinstance(value, list) else value
-        difference = abs(float(found[ours].detach()) - value) / max(abs(value), 1e-12)
+        difference = abs(float(terms[ours].detach()) - value) / max(abs(value), 1e-12)
         errors["losses"] = max(errors["losses"], difference if math.isfinite(difference) else math.inf)
-    sum(found.values()).backward()
+    sum(terms.values()).backward()
     gradients = [f.grad for f in features]
     errors["gradients"] = largest(gradients, case.levels("out.grad.features"))
     norms = case.spec["grad_norms"]
@@ -87,7 +97,7 @@ def dense(
             errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head_eval.{i}")))
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}
-        chosen = select(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
+        chosen = select_detections(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
     wrong, total = 0, 0
     for i, n in enumerate(chosen.counts.tolist()):
         reference = [case.tensors[f"out.pred.{i}.{k}"] for k in ("bboxes", "scores", "labels")]
@@ -97,7 +107,7 @@ def dense(
 
 
 def retina(case: Case) -> tuple[Errors, dict[str, int]]:
-    """RetinaNet's head."""
+    """Compare RetinaNet's head."""
     c, train = case.config["head"], case.config["train_cfg"]["assigner"]
     anchors = c["anchor_generator"]
     levels = Levels((c["in_channels"],) * len(anchors["strides"]), tuple(anchors["strides"]))
@@ -119,11 +129,11 @@ def retina(case: Case) -> tuple[Errors, dict[str, int]]:
         (r"^retina_(cls|reg)\.", r"\1."),
     ]
     losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
-    return dense(case, head, renames, losses, lambda m: [m["cls"], m["reg"]])
+    return compare_dense(case, head, renames, losses, lambda m: [m["cls"], m["reg"]])
 
 
 def pafpn(case: Case) -> tuple[Errors, dict[str, int]]:
-    """PAFPN, MMDetection's form."""
+    """Compare PAFPN in MMDetection's variant."""
     c = case.config["neck"]
     levels = Levels(tuple(c["in_channels"]), tuple(4 * 2**i for i in range(len(c["in_channels"]))))
     finest = 2 + c.get("start_level", 0)
@@ -137,21 +147,21 @@ def pafpn(case: Case) -> tuple[Errors, dict[str, int]]:
         (r"^downsample_convs\.(\d+)\.conv", r"down.\1"),
         (r"^pafpn_convs\.(\d+)\.conv", r"output.\1"),
     ]
-    return neck_outputs(case, neck, renames)
+    return compare_neck(case, neck, renames)
 
 
 def bfp(case: Case) -> tuple[Errors, dict[str, int]]:
-    """Libra R-CNN's balanced pyramid."""
+    """Compare Libra R-CNN's balanced feature pyramid."""
     c = case.config["neck"]
     levels = Levels((c["in_channels"],) * c["num_levels"], tuple(4 * 2**i for i in range(c["num_levels"])))
     neck = BFP(levels, c["refine_level"], c["refine_type"] or "none")
-    return neck_outputs(
+    return compare_neck(
         case, neck, [(r"^refine\.conv_out\.conv", "refine.out"), (r"^refine\.(g|theta|phi)\.conv", r"refine.\1")]
     )
 
 
-def neck_outputs(case: Case, neck: nn.Module, renames: list[tuple[str, str]]) -> tuple[Errors, dict[str, int]]:
-    """What a neck with MMDetection's weights gives, beside MMDetection's."""
+def compare_neck(case: Case, neck: nn.Module, renames: list[tuple[str, str]]) -> tuple[Errors, dict[str, int]]:
+    """Compare the outputs of a neck."""
     neck.load_state_dict(case.state(renames))
     with torch.no_grad():
         outputs = neck(case.levels("in.features"))
@@ -160,10 +170,10 @@ def neck_outputs(case: Case, neck: nn.Module, renames: list[tuple[str, str]]) ->
 
 
 def vfnet(case: Case) -> tuple[Errors, dict[str, int]]:
-    """VFNet's head."""
+    """Compare VFNet's head."""
     c, train = case.config["head"], case.config["train_cfg"]["assigner"]
-    stack(case, "scales")
-    stack(case, "scales_refine")
+    stack_scales(case, "scales")
+    stack_scales(case, "scales_refine")
     head = VFNetHead(
         Levels((c["in_channels"],) * len(c["strides"]), tuple(c["strides"])),
         c["num_classes"],
@@ -186,23 +196,23 @@ def vfnet(case: Case) -> tuple[Errors, dict[str, int]]:
         (r"^vfnet_(cls|reg)\.", r"\1."),
     ]
     losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox", "loss_refine": "loss_bbox_rf"}
-    return dense(
+    return compare_dense(
         case, head, renames, losses, lambda m: [m["cls"], m["reg"], m["refine"]], lambda m: [m["cls"], m["refine"]]
     )
 
 
 def fcos(case: Case) -> tuple[Errors, dict[str, int]]:
-    """FCOS's head, plain and with its later improvements."""
+    """Compare FCOS's head, plain and with the improvements of 2020."""
     c = case.config["head"]
     levels = Levels((c["in_channels"],) * len(c["strides"]), tuple(c["strides"]))
-    stack(case, "scales")
+    stack_scales(case, "scales")
     normalized = c.get("norm_on_bbox", False)
     head = FCOSHead(
         levels,
         c["num_classes"],
         convs=c["stacked_convs"],
         channels=c["feat_channels"],
-        bias=c.get("conv_bias", False),  # MMDetection leaves it out before a norm unless told otherwise
+        bias=c.get("conv_bias", False),  # MMDetection's default before a norm layer
         center_sampling=c.get("center_sampling", False),
         normalize_boxes=normalized,
         centerness_on_box=c.get("centerness_on_reg", False),
@@ -225,19 +235,19 @@ def fcos(case: Case) -> tuple[Errors, dict[str, int]]:
     def evaluated(m: dict[str, list[Tensor]]) -> list[list[Tensor]]:
         return [m["cls"], [r * unit for r, unit in zip(m["reg"], units)], m["centerness"]]
 
-    return dense(case, head, renames, losses, trained, evaluated)
+    return compare_dense(case, head, renames, losses, trained, evaluated)
 
 
-def stack(case: Case, name: str) -> None:
-    """MMDetection's scalars NAME.0.scale, NAME.1.scale, ... as the one vector NAME that they are here; their gradient's norm too."""
-    places = range(sum(bool(re.match(rf"state\.{name}\.\d+\.scale$", key)) for key in case.tensors))
-    case.tensors[f"state.{name}"] = torch.stack([case.tensors.pop(f"state.{name}.{i}.scale") for i in places])
+def stack_scales(case: Case, name: str) -> None:
+    """Stack MMDetection's scalars NAME.0.scale, NAME.1.scale, ... to our vector NAME, and their gradients' norms."""
+    indices = range(sum(bool(re.match(rf"state\.{name}\.\d+\.scale$", key)) for key in case.tensors))
+    case.tensors[f"state.{name}"] = torch.stack([case.tensors.pop(f"state.{name}.{i}.scale") for i in indices])
     norms = case.spec["grad_norms"]
-    norms[name] = math.hypot(*(norms.pop(f"{name}.{i}.scale") for i in places))
+    norms[name] = math.hypot(*(norms.pop(f"{name}.{i}.scale") for i in indices))
 
 
 def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
-    """RepPoints' head."""
+    """Compare RepPoints' head."""
     c, train = case.config["head"], case.config["train_cfg"]
     head = RepPointsHead(
         Levels((c["in_channels"],) * len(c["point_strides"]), tuple(c["point_strides"])),
@@ -260,7 +270,7 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
         gamma=c["loss_cls"]["gamma"],
     )
     first = train["init"]["assigner"]
-    head.init_assigner = NearestPoint(first["scale"], first["pos_num"])
+    head.init_assigner = PointAssigner(first["scale"], first["pos_num"])
     step = 3 if c.get("norm_cfg") else 2
     renames = [
         (r"^(cls|reg)_convs\.(\d+)\.conv", lambda m: f"towers.{m[1]}.{step * int(m[2])}"),
@@ -273,7 +283,7 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
     def boxes(m: dict[str, list[Tensor]]) -> list[Tensor]:
         return [head.pseudo_boxes(points.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for points in m["pts_refine"]]
 
-    return dense(
+    return compare_dense(
         case,
         head,
         renames,
@@ -284,7 +294,7 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
 
 
 def agrees(errors: Errors) -> bool:
-    """Whether every error is within its limit."""
+    """Check that every error is within its limit."""
     return all(value <= LIMITS[kind] for kind, value in errors.items())
 
 
@@ -302,7 +312,7 @@ ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
 
 
 def run(folder: Path) -> dict[str, str]:
-    """Compare every case of a folder; gives "ok", "FAIL" or "absent" by case, and prints a line for each."""
+    """Compare every case of a folder: print a line for each, return "ok", "FAIL" or "absent" by case."""
     cases = sorted(folder.glob("*.json"))
     verdicts = {}
     for path in cases:
@@ -326,7 +336,7 @@ def run(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         sys.exit("usage: run.py FOLDER (with CASE.json and CASE.safetensors)")
-    found = run(Path(sys.argv[1]))
-    if not found:
+    verdicts = run(Path(sys.argv[1]))
+    if not verdicts:
         sys.exit(f"no cases in {sys.argv[1]}")
-    sys.exit(1 if "FAIL" in found.values() else 0)
+    sys.exit(1 if "FAIL" in verdicts.values() else 0)

@@ -1,8 +1,20 @@
-"""Ablations: tables whose rows are configs, run with several seeds, and what their figures allow one to conclude."""
+"""Ablations: tables whose rows are configs, trained with several seeds, and what their results allow one to conclude."""
 
-from fusedet.ablation.estimate import duration
-from fusedet.ablation.experiment import Launch, ablate, look
-from fusedet.ablation.plan import Plan, make
-from fusedet.ablation.spec import Row, Table, load, names
+from fusedet.ablation.estimate import format_duration, parse_duration
+from fusedet.ablation.experiment import LaunchOptions, preview_plan, run_plan
+from fusedet.ablation.plan import Plan, make_plan
+from fusedet.ablation.spec import Row, Table, list_tables, load_table
 
-__all__ = ["Launch", "Plan", "Row", "Table", "ablate", "duration", "load", "look", "make", "names"]
+__all__ = [
+    "LaunchOptions",
+    "Plan",
+    "Row",
+    "Table",
+    "format_duration",
+    "list_tables",
+    "load_table",
+    "make_plan",
+    "parse_duration",
+    "preview_plan",
+    "run_plan",
+]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fusedet.ablation.plan import Cell
+from fusedet.ablation.plan import Run
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, find, tuned
 from fusedet.config import Config
@@ -24,28 +24,28 @@ from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.models import profiling
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 from fusedet.types import Batch
 
 IMAGES = 20
 SECONDS = 60.0
 
 
-def counted(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, Any]]:
+def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, Any]]:
     """Trainable parameters and multiply-adds of every row, {parameters, trainable, multiply_adds, image}, as `measure.cost` counts."""
     done: dict[str, dict[str, Any]] = {}
     found = {}
     for label, one in configs.items():
         key = repr((one.model, one.data.size))
         if key not in done:
-            figures = profiling.cost(bare(one, classes), *profiling.network_size(one.data.size))
+            figures = profiling.count_cost(build_meta_detector(one, classes), *profiling.network_size(one.data.size))
             done[key] = {name: value for name, value in figures.items() if name != "parts"}
         found[label] = done[key]
     return found
 
 
-def predicting(
-    runs: Mapping[str, Cell], dataset: DetectionDataset, device: torch.device, seconds: float = SECONDS
+def measure_prediction(
+    runs: Mapping[str, Run], dataset: DetectionDataset, device: torch.device, seconds: float = SECONDS
 ) -> dict[str, dict[str, Any]]:
     """Latency and memory of prediction with each run's weights, tested as the run is: {row: {p50_ms, p95_ms, images, peak_MiB, device}}.
 
@@ -94,7 +94,7 @@ def training_speed(run: Path) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _predictor(cell: Cell, dataset: DetectionDataset, device: torch.device) -> Predictor:
+def _predictor(cell: Run, dataset: DetectionDataset, device: torch.device) -> Predictor:
     """A run's weights, or those that it scores, in the model that the table asks for."""
     file = weights_file(cell.trained or cell.folder)
     detector = with_weights(cell.config, len(dataset.names), file).to(device)

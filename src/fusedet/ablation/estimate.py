@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from fusedet.ablation.plan import TIMES, Cell, Plan, Split, read_json
+from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
 from fusedet.api.predict import pick_device, views
 from fusedet.api.train import make_detector, train_transform
-from fusedet.api.validate import detect, finds_masks, val_loader
+from fusedet.api.validate import detect, has_mask_branch, val_loader
 from fusedet.data.loader import build_train_loader
 from fusedet.errors import InputError
 
@@ -23,10 +23,10 @@ LARGEST = 2  # images of a timed step on a CPU
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
-def duration(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Seconds of a time such as 2h, 90m, 1h30m or 45s.
 
-    >>> duration("1h30m")
+    >>> parse_duration("1h30m")
     5400.0
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
@@ -35,10 +35,10 @@ def duration(text: str) -> float:
     return float(sum(float(number) * UNITS[unit] for number, unit in parts))
 
 
-def told(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for a reader.
 
-    >>> [told(s) for s in (8, 95, 4000, 200000)]
+    >>> [format_duration(s) for s in (8, 95, 4000, 200000)]
     ['8 s', '2 min', '1 h 7 min', '2 d 7 h']
     """
     if seconds < 90:
@@ -70,25 +70,25 @@ class Clock:
         rate = median(speeds) if speeds else self.rate
         return None if rate is None else rate * self.work[label]
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: Run) -> None:
         """A run has finished: what it took counts, unless it was stopped in between or another machine's."""
         times = read_json(cell.folder / TIMES)
         if times and not times["resumed"] and times["seconds"] is not None:
             self.seconds.setdefault(cell.label, []).append(times["seconds"])
 
 
-def clock(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> Clock:
+def make_clock(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> Clock:
     """The clock of a plan, with what its finished runs took."""
-    made = Clock({label: work(plan, label, costs[label]["multiply_adds"]) for label in plan.configs}, {})
+    made = Clock({label: count_work(plan, label, costs[label]["multiply_adds"]) for label in plan.configs}, {})
     for label in dict.fromkeys(plan.owners.values()):
-        for cell in plan.cells(label):
+        for cell in plan.runs(label):
             made.add(cell)
     if count := sum(map(len, made.seconds.values())):
         made.basis = f"what {count} finished run{'s' * (count > 1)} took; other rows by their multiply-adds"
     return made
 
 
-def work(plan: Plan, label: str, multiply_adds: float) -> float:
+def count_work(plan: Plan, label: str, multiply_adds: float) -> float:
     """Multiply-adds of a row's run: a training step is three forward passes, a validation one per view.
 
     Where the weights of another row are scored, a validation is all there is to do.
@@ -101,7 +101,7 @@ def work(plan: Plan, label: str, multiply_adds: float) -> float:
     return multiply_adds * (3 * one.train.epochs * len(data) + validations * seen * len(val))
 
 
-def timed(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
+def time_training_step(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
     """Give the clock the speed of one training step and the prediction of the same images, of that row's model from random weights."""
     options, data = plan.configs[label], plan.data[label]
     device = pick_device(options.device)
@@ -113,7 +113,7 @@ def timed(plan: Plan, label: str, multiply_adds: float, made: Clock) -> None:
     steps, checks = one.epochs * len(data[0]), (-(-one.epochs // one.validate_every) + 1) * len(data[1])
     # of a row that only scores another one's weights too: the rate is that of a training
     whole = replace(plan, trainers=plan.owners)
-    made.rate = (steps * step + checks * prediction) / work(whole, label, multiply_adds)
+    made.rate = (steps * step + checks * prediction) / count_work(whole, label, multiply_adds)
     made.basis = (
         f"one training step of '{label}' on {device} with {count} images, {step:.3g} s each, and a prediction, {prediction:.3g} s; "
         "other rows by their multiply-adds"
@@ -124,7 +124,7 @@ def _seconds(plan: Plan, label: str, data: Split, device: torch.device, count: i
     """Seconds per image of a training step and of a prediction, each after one to warm up."""
     options = plan.configs[label]
     detector: Any = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
-    loader = build_train_loader(data[0], train_transform(options), batch=count, masks=finds_masks(detector))
+    loader = build_train_loader(data[0], train_transform(options), batch=count, masks=has_mask_branch(detector))
     weights = detector.loss_weights
     batches = (batch for epoch in count_up() for batch in loader.epoch(epoch))
     for _ in range(2):

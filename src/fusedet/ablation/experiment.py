@@ -10,17 +10,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fusedet.ablation import estimate, launcher
-from fusedet.ablation.cost import counted
+from fusedet.ablation.cost import count_costs
 from fusedet.ablation.plan import Plan
-from fusedet.ablation.report import write
-from fusedet.ablation.summary import summary
+from fusedet.ablation.report import write_report
+from fusedet.ablation.summary import summarize
 from fusedet.errors import InputError
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchOptions:
     """How a plan is run. budget: seconds after which no run is begun; those that would not fit are not begun either.
 
     slurm: options of the jobs, as submitit takes them. command: noted in the report.
@@ -33,8 +33,8 @@ class Launch:
     command: tuple[str, ...] = ()
 
 
-def ablate(
-    plan: Plan, launch: Launch, *, say: Say = print, quiet: bool = False
+def run_plan(
+    plan: Plan, launch: LaunchOptions, *, say: Say = print, quiet: bool = False
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Train what a plan asks for and has not finished, then sum up; gives the summary and the files written, by what they are.
 
@@ -44,7 +44,7 @@ def ablate(
         launcher.check_slurm()
         if launch.budget is not None:
             raise InputError("--budget goes with --launcher local: what Slurm runs at a time is not known here")
-    launcher.check_folder(plan)
+    launcher.check_out_dir(plan)
     states = plan.states()
     plan.out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(plan.out / launcher.LOCK)
@@ -55,40 +55,40 @@ def ablate(
             f"out={plan.out} is in use by another fusedet ablate: wait for it, or choose another folder"
         ) from error
     with lock:
-        launcher.mark(plan, launch.command)
-        costs = counted(plan.configs, plan.classes)
-        places = launcher.devices(next(iter(plan.configs.values())).device)
+        launcher.write_marker(plan, launch.command)
+        costs = count_costs(plan.configs, plan.classes)
+        places = launcher.list_devices(next(iter(plan.configs.values())).device)
         queue = launcher.Queue(
-            launcher.unfinished(plan, states), estimate.clock(plan, costs), launch.budget, len(places)
+            launcher.list_unfinished(plan, states), estimate.make_clock(plan, costs), launch.budget, len(places)
         )
         if launch.budget is not None and queue.left and not queue.clock.seconds:
-            _time(plan, queue.left[0].label, costs, queue.clock, say)
+            _time_step(plan, queue.left[0].label, costs, queue.clock, say)
         if launch.launcher == "slurm" and queue.left:
-            launcher.slurm(queue, plan.out / "slurm", launch.slurm, say)
+            launcher.run_slurm(queue, plan.out / "slurm", launch.slurm, say)
         elif queue.left:
-            launcher.local(queue, places, say, quiet)
+            launcher.run_local(queue, places, say, quiet)
         if queue.left:
-            say(_left(queue))
+            say(_describe_left(queue))
         say("summing up")
-        found = summary(plan, costs, resamples=launch.resamples)
-        return found, write(found, plan.out)
+        found = summarize(plan, costs, resamples=launch.resamples)
+        return found, write_report(found, plan.out)
 
 
-def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
+def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
     """What `ablate` would do: a row of figures per row of the table, as `tables.plan_sheet` takes them, and what the estimate rests on.
 
     Without data nothing is estimated. With data and no finished run, a step of the baseline's model is timed on images of the data.
     """
     if plan.out != Path():
-        launcher.check_folder(plan)
-    costs = counted(plan.configs, plan.classes)
+        launcher.check_out_dir(plan)
+    costs = count_costs(plan.configs, plan.classes)
     clock, lacking = None, {plan.owners[label]: plan.seeds for label in plan.chosen}
     if plan.data:
-        clock = estimate.clock(plan, costs)
+        clock = estimate.make_clock(plan, costs)
         states = plan.states()
-        lacking = {row[0].label: len(row) for row in launcher.unfinished(plan, states) if row}
+        lacking = {row[0].label: len(row) for row in launcher.list_unfinished(plan, states) if row}
         if not clock.seconds and lacking:
-            _time(plan, next(iter(lacking)), costs, clock, say)
+            _time_step(plan, next(iter(lacking)), costs, clock, say)
     rows = []
     for row in plan.table.rows:
         cost = costs.get(row.label, {})
@@ -112,15 +112,17 @@ def look(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
     return rows, clock.basis if clock else ""
 
 
-def _time(plan: Plan, label: str, costs: Mapping[str, Mapping[str, float]], clock: estimate.Clock, say: Say) -> None:
+def _time_step(
+    plan: Plan, label: str, costs: Mapping[str, Mapping[str, float]], clock: estimate.Clock, say: Say
+) -> None:
     """Where no run has finished, a step tells how long one takes."""
     say(f"timing a training step of '{label}'")
-    estimate.timed(plan, label, costs[label]["multiply_adds"], clock)
+    estimate.time_training_step(plan, label, costs[label]["multiply_adds"], clock)
 
 
-def _left(queue: launcher.Queue) -> str:
+def _describe_left(queue: launcher.Queue) -> str:
     """What the budget did not allow."""
     names = [f"'{cell.label}' seed {cell.seed}" for cell in queue.left]
     some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    rest = "" if queue.remaining is None else f", about {estimate.told(queue.remaining)}"
+    rest = "" if queue.remaining is None else f", about {estimate.format_duration(queue.remaining)}"
     return f"the budget leaves {len(names)} runs undone{rest}: {some}; give the same command to go on"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fusedet.ablation import worker
-from fusedet.ablation.estimate import Clock, told
-from fusedet.ablation.plan import FAILED, MARKER, Cell, Plan, State, read_json
-from fusedet.ablation.summary_text import shown
+from fusedet.ablation.estimate import Clock, format_duration
+from fusedet.ablation.plan import FAILED, MARKER, Plan, Run, State, read_json
+from fusedet.ablation.summary_text import shorten_path
 from fusedet.api.predict import pick_device
 from fusedet.api.run_dir import write_json
 from fusedet.engine.signals import Interrupted, Interrupts
@@ -43,7 +43,7 @@ class Queue:
     waits for it. running: the runs in progress by their folders, with their rows and when they were taken.
     """
 
-    rows: list[list[Cell]]
+    rows: list[list[Run]]
     clock: Clock
     budget: float | None = None
     beside: int = 1
@@ -51,9 +51,9 @@ class Queue:
     begun: set[str] = field(default_factory=set)
     running: dict[Path, tuple[str, float]] = field(default_factory=dict)
 
-    def take(self) -> Cell | None:
+    def take(self) -> Run | None:
         """The next run; None where there is none, none that fits, or none whose weights are there."""
-        self.rows = [kept for row in self.rows if (kept := [cell for cell in row if not _hopeless(cell)])]
+        self.rows = [kept for row in self.rows if (kept := [cell for cell in row if not _cannot_run(cell)])]
         for whole in (True, False):
             for row in self.rows:
                 ready = next(
@@ -68,13 +68,13 @@ class Queue:
                     return ready
         return None
 
-    def finished(self, cell: Cell) -> None:
+    def mark_finished(self, cell: Run) -> None:
         """A run has ended: its place is free, and what it took is known."""
         self.running.pop(cell.folder, None)
         self.clock.add(cell)
 
     @property
-    def left(self) -> list[Cell]:
+    def left(self) -> list[Run]:
         """What was not taken."""
         return [cell for row in self.rows for cell in row]
 
@@ -84,7 +84,7 @@ class Queue:
         expected = [self.clock.expected(cell.label) for cell in self.left]
         return None if None in expected else sum(e for e in expected if e is not None) / self.beside
 
-    def _fits(self, cells: Sequence[Cell]) -> bool:
+    def _fits(self, cells: Sequence[Run]) -> bool:
         if self.budget is None:
             return True
         now = time.monotonic()
@@ -99,18 +99,18 @@ class Queue:
         return spent < self.budget and spent + end <= self.budget
 
 
-def mark(plan: Plan, command: Sequence[str]) -> None:
+def write_marker(plan: Plan, command: Sequence[str]) -> None:
     """Write which table a folder is of, and the command, into its marker. Raises InputError for a folder of something else."""
-    check_folder(plan)
+    check_out_dir(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
     commands = (read_json(plan.out / MARKER) or {"commands": []})["commands"]
-    if (own := [shown(word) for word in command]) not in commands:
+    if (own := [shorten_path(word) for word in command]) not in commands:
         commands.append(own)
     about = {"table": plan.table.name, "content": plan.table.content, "rows": [row.label for row in plan.table.rows]}
     write_json(plan.out / MARKER, about | {"commands": commands})
 
 
-def check_folder(plan: Plan) -> None:
+def check_out_dir(plan: Plan) -> None:
     """Raises InputError where the folder holds anything but an ablation of this table: nothing is overwritten."""
     if not plan.out.is_dir() or not any(path.name != LOCK for path in plan.out.iterdir()):
         return
@@ -125,17 +125,17 @@ def check_folder(plan: Plan) -> None:
         raise InputError(f"out={plan.out} holds {other}, not of {plan.table.source}: choose another folder")
 
 
-def _hopeless(cell: Cell) -> bool:
+def _cannot_run(cell: Run) -> bool:
     """Whether the training whose weights a run would score has failed."""
     return cell.trained is not None and (cell.trained / FAILED).is_file()
 
 
-def unfinished(plan: Plan, states: Mapping[Path, State]) -> list[list[Cell]]:
+def list_unfinished(plan: Plan, states: Mapping[Path, State]) -> list[list[Run]]:
     """The runs of the chosen rows that have neither finished nor failed."""
     return [[cell for cell in row if states[cell.folder] in ("absent", "begun")] for row in plan.to_run()]
 
 
-def devices(name: str) -> list[str]:
+def list_devices(name: str) -> list[str]:
     """All GPUs of this machine where the config leaves the choice, else the one device."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
@@ -143,28 +143,28 @@ def devices(name: str) -> list[str]:
     return [name]
 
 
-def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) -> None:
+def run_local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) -> None:
     """Run the queue on these devices: one in this process, several with a process per run, whose output goes to a .log beside its folder.
 
     Raises Interrupted after Ctrl-C or SIGTERM, with every run's last.ckpt written; InputError where a run cannot go on.
     """
     total, done = len(queue.left), 0
-    running: dict[int, tuple[subprocess.Popen[bytes], Cell]] = {}
+    running: dict[int, tuple[subprocess.Popen[bytes], Run]] = {}
 
-    def announce(cell: Cell, place: str = "") -> None:
+    def announce(cell: Run, place: str = "") -> None:
         expected, others = queue.clock.expected(cell.label), queue.remaining
         rest = (
             ""
             if expected is None or others is None
-            else f", about {told(expected)}; the others after it about {told(others)}"
+            else f", about {format_duration(expected)}; the others after it about {format_duration(others)}"
         )
         say(f"run {done + len(running) + 1} of {total}: row '{cell.label}', seed {cell.seed}{place}{rest}")
 
     if len(places) == 1:
         while cell := queue.take():
             announce(cell)
-            worker.run(cell, say, quiet)
-            queue.finished(cell)
+            worker.execute_run(cell, say, quiet)
+            queue.mark_finished(cell)
             done += 1
         return
     interrupts = Interrupts()
@@ -182,8 +182,8 @@ def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) ->
                 for i, (process, cell) in list(running.items()):
                     if process.poll() is not None:
                         del running[i]
-                        _check(process, cell)
-                        queue.finished(cell)
+                        _check_exit(process, cell)
+                        queue.mark_finished(cell)
                         done += 1
     except KeyboardInterrupt:
         raise Interrupted(KEPT, interrupts.received) from None
@@ -194,7 +194,7 @@ def local(queue: Queue, places: Sequence[str], say: Say, quiet: bool = False) ->
             process.wait()
 
 
-def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
+def _start(cell: Run, place: str) -> subprocess.Popen[bytes]:
     """A process that does a run on a device."""
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     asked = {"label": cell.label, "config": replace(cell.config, device=place).tree()}
@@ -209,7 +209,7 @@ def _start(cell: Cell, place: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def _check(process: subprocess.Popen[bytes], cell: Cell) -> None:
+def _check_exit(process: subprocess.Popen[bytes], cell: Run) -> None:
     if process.returncode in STOPPED:  # it has got the signal before this process
         raise Interrupted(KEPT, process.returncode - 128)
     if process.returncode:
@@ -220,7 +220,7 @@ def _check(process: subprocess.Popen[bytes], cell: Cell) -> None:
         )
 
 
-def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, cluster: str = "slurm") -> None:
+def run_slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, cluster: str = "slurm") -> None:
     """Submit a job per run through submitit, and wait for them; jobs that an earlier call has submitted are not submitted again.
 
     folder: of submitit's logs; options: as submitit's `update_parameters` takes them, such as timeout_min and slurm_partition. Raises
@@ -232,11 +232,11 @@ def slurm(queue: Queue, folder: Path, options: Mapping[str, Any], say: Say, clus
     job_class = getattr(submitit, f"{cluster.title()}Job")
     noted = folder / "jobs.json"
     known = read_json(noted) or {}
-    while _round(queue, folder, executor, job_class, noted, known, say):
+    while _submit_round(queue, folder, executor, job_class, noted, known, say):
         pass  # those that score the weights of others come after these
 
 
-def _round(
+def _submit_round(
     queue: Queue, folder: Path, executor: Any, job_class: Any, noted: Path, known: dict[str, str], say: Say
 ) -> bool:
     """Submit what can be begun and wait for it; whether there was anything."""
@@ -245,7 +245,7 @@ def _round(
         before = known.get(str(cell.folder))
         job = job_class(folder=folder, job_id=before) if before else None
         if job is None or job.done():
-            job = executor.submit(worker.run, cell, print, True)
+            job = executor.submit(worker.execute_run, cell, print, True)
             known[str(cell.folder)] = job.job_id
             folder.mkdir(parents=True, exist_ok=True)
             write_json(noted, known)

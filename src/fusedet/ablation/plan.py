@@ -14,11 +14,11 @@ from fusedet.ablation.spec import Table
 from fusedet.api.predict import pick_device
 from fusedet.api.run_dir import data_prints
 from fusedet.api.train import check_monitor, learns_masks, open_data
-from fusedet.api.validate import finds_masks
+from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, unknown
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 
 Split = tuple[DetectionDataset, DetectionDataset]
 State = Literal["absent", "begun", "failed", "finished"]
@@ -28,7 +28,7 @@ FAILED, TIMES, MARKER = "failed.json", "time.json", "ablation.json"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """One run: a row with a seed. config: complete, with its seed and `out`, the run's folder.
 
     trained: None for a training; else the folder of the one whose weights are scored anew, as this row's test section says.
@@ -62,7 +62,7 @@ class Cell:
             raise InputError(
                 f"{folder} is where the run of row '{self.label}' belongs, but holds other files: choose another out=FOLDER"
             )
-        there, asked = (_flat(one.tree()) for one in (config.load(file), self.config))
+        there, asked = (_flatten(one.tree()) for one in (config.load(file), self.config))
         for key in sorted(there.keys() | asked.keys()):
             if key not in ELSEWHERE and there.get(key) != asked.get(key):
                 raise InputError(
@@ -122,7 +122,7 @@ class Plan:
         own = next(row.reference for row in self.table.rows if row.label == label)
         return self.baseline if own is None else own if own in self.configs else None
 
-    def cells(self, label: str) -> list[Cell]:
+    def runs(self, label: str) -> list[Run]:
         """The runs of a row, one per seed."""
         owner, trainer = self.owners[label], self.trainers[label]
         one, slugs = self.configs[owner], self._slugs()
@@ -133,12 +133,12 @@ class Plan:
                 replace(one, train=replace(one.train, seed=seed)),
             )
             if owner == trainer:
-                found.append(Cell(owner, replace(seeded, out=str(folder))))
+                found.append(Run(owner, replace(seeded, out=str(folder))))
             else:
-                found.append(Cell(owner, replace(seeded, out=str(folder / f"test-{slugs[owner]}")), folder))
+                found.append(Run(owner, replace(seeded, out=str(folder / f"test-{slugs[owner]}")), folder))
         return found
 
-    def to_run(self) -> list[list[Cell]]:
+    def to_run(self) -> list[list[Run]]:
         """The runs of the chosen rows, row by row, equal ones once; those that others are compared or scored with before these."""
         base = self.owners.get(self.baseline or "")
         wanted: dict[str, None] = {}
@@ -146,11 +146,11 @@ class Plan:
             reference = self.reference(label)
             for one in (reference, label) if reference in self.chosen else (label,):
                 wanted |= {self.trainers[one]: None, self.owners[one]: None}
-        return [self.cells(owner) for owner in wanted]
+        return [self.runs(owner) for owner in wanted]
 
     def states(self) -> dict[Path, State]:
-        """How far every run of the table is, by its folder. Raises InputError as `Cell.state` does."""
-        return {cell.folder: cell.state(self.data[label]) for label in self.configs for cell in self.cells(label)}
+        """How far every run of the table is, by its folder. Raises InputError as `Run.state` does."""
+        return {cell.folder: cell.state(self.data[label]) for label in self.configs for cell in self.runs(label)}
 
     def _slugs(self) -> dict[str, str]:
         """A folder's name per label, different for different labels, the same whichever rows are chosen."""
@@ -162,7 +162,7 @@ class Plan:
         return found
 
 
-def make(
+def make_plan(
     table: Table,
     overrides: Sequence[str] = (),
     *,
@@ -177,14 +177,14 @@ def make(
     overrides: over all rows, such as data=PATH. rows: labels, several joined by commas, of those to run; by default all that have a
     config. need_data=False: a plan to look at. Raises InputError, one sentence, for whatever is wrong with any of the rows.
     """
-    asked = _labels(table, rows)
+    asked = _parse_labels(table, rows)
     resolved = {row.label: row.config(table, *overrides) for row in table.rows if not row.cited}
     if not resolved:
         raise InputError(f"{table.source}: all rows are cited from the literature, there is nothing to run")
     chosen = tuple(asked or resolved)
     data: dict[str, Split] = {}
     if any(one.data.path for one in resolved.values()):
-        data = _data(table, resolved, say)
+        data = _read_splits(table, resolved, say)
     elif need_data:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     classes = len(next(iter(data.values()))[1].names) if data else 80
@@ -193,8 +193,8 @@ def make(
         try:
             check_monitor(one)
             if data:
-                learns_masks(one, bare(one, classes), *data[label])
-            if table.figure.startswith("mask_") and not finds_masks(bare(one, classes)):
+                learns_masks(one, build_meta_detector(one, classes), *data[label])
+            if table.figure.startswith("mask_") and not has_mask_branch(build_meta_detector(one, classes)):
                 raise InputError(f"the table is about {table.figure}, but this row's detector finds no masks")
         except InputError as error:
             raise InputError(f"{table.source}, row '{label}': {error}") from error
@@ -215,7 +215,7 @@ def read_json(file: Path) -> Any:
         return None
 
 
-def _data(table: Table, configs: Mapping[str, Config], say: Callable[[str], None]) -> dict[str, Split]:
+def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str], None]) -> dict[str, Split]:
     """Each row's splits; what several rows have in common is read once."""
     read: dict[tuple[Any, ...], Split] = {}
     found = {}
@@ -237,7 +237,7 @@ def _data(table: Table, configs: Mapping[str, Config], say: Callable[[str], None
     return found
 
 
-def _labels(table: Table, rows: Iterable[str]) -> list[str]:
+def _parse_labels(table: Table, rows: Iterable[str]) -> list[str]:
     """The labels in texts that join them by commas, which labels hold themselves."""
     known = {row.label: row for row in table.rows}
     found: list[str] = []
@@ -254,12 +254,12 @@ def _labels(table: Table, rows: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+def _flatten(tree: Any, key: str = "") -> dict[str, Any]:
     """A nested mapping by dotted keys; lists stay values."""
     if not isinstance(tree, Mapping) or not tree:
         return {key: tree}
     return {
         inner: value
         for name, part in tree.items()
-        for inner, value in _flat(part, f"{key}.{name}" if key else str(name)).items()
+        for inner, value in _flatten(part, f"{key}.{name}" if key else str(name)).items()
     }

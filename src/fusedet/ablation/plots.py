@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fusedet import visualization
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, PALE, clean, new_figure, save, tint
+from fusedet.visualization.figure import DARK, PALE, new_figure, plot_color, save_figure, style_axes
 
 Found = Mapping[str, Any]
 COSTS = {
@@ -25,7 +25,7 @@ APART = 10
 """More rows than this are not told apart by colour."""
 
 
-def plots(found: Found, folder: Path) -> dict[str, Path]:
+def draw_plots(found: Found, folder: Path) -> dict[str, Path]:
     """Write every plot that there is something to show in, as svg; gives the files by what they show."""
     rows = [
         row for row in found["rows"] if row.get("measured") and not row["same_as"]
@@ -42,31 +42,33 @@ def plots(found: Found, folder: Path) -> dict[str, Path]:
     ap = "mask_AP" if figure.startswith("mask_") else "AP"
     if known := [row for row in rows if figure in row["measured"]]:
         files[f"{figure} against cost"] = folder / "cost.svg"
-        against_cost(known, baseline, files[f"{figure} against cost"], figure)
+        plot_metric_against_cost(known, baseline, files[f"{figure} against cost"], figure)
     files[f"{ap} by object size"] = folder / "sizes.svg"
-    by_size(rows, baseline, files[f"{ap} by object size"], ap)
+    plot_ap_by_size(rows, baseline, files[f"{ap} by object size"], ap)
     files["Learning curves"] = folder / "learning.svg"
-    learning([row for row in rows if not row["weights_of"]], baseline, files["Learning curves"], learnt(figure))
+    plot_learning_curves(
+        [row for row in rows if not row["weights_of"]], baseline, files["Learning curves"], validation_metric(figure)
+    )
     for i, row in enumerate(rows):
         if row["classes"]:
             name = f"{row['label']} less {row['reference']}, {ap} by class"
             files[name] = folder / f"classes-{i}.svg"
-            visualization.differences([_with_ends(one) for one in row["classes"]], files[name], name)
+            visualization.plot_differences([_with_ends(one) for one in row["classes"]], files[name], name)
     return files
 
 
-def learnt(figure: str) -> str:
+def validation_metric(figure: str) -> str:
     """The figure of the learning curves of a table about a figure: validations have COCO's alone."""
     return "AP" if figure.startswith("VOC_") else figure
 
 
-def against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
+def plot_metric_against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
     """A figure with its interval over seeds against multiply-adds and, where measured, latency; points are numbered as the legend says."""
     panels = [(cost, key) for cost, key in COSTS.items() if all(_cost(row, *key) is not None for row in rows)]
     figure = new_figure(4.3 * len(panels) + 1.6, max(3.4, 0.6 + 0.21 * len(rows)))
     handles: list[Any] = []
     for axes, (cost, key) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
-        clean(axes)
+        style_axes(axes)
         axes.set_xlabel(cost, color=DARK)
         handles = []
         for i, row in enumerate(rows):
@@ -80,16 +82,16 @@ def against_cost(rows: Sequence[Found], baseline: str | None, path: Path, name: 
         axes.ticklabel_format(useOffset=False)
     figure.axes[0].set_ylabel(name, color=DARK)
     _legend(figure, handles)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "AP") -> None:
+def plot_ap_by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "AP") -> None:
     """APs, APm and APl, or those of masks (`ap` is then mask_AP), of every row with intervals over seeds, one panel each."""
     figure = new_figure(9.2, 1.1 + 0.26 * len(rows))
     panels = figure.subplots(1, len(SIZES), sharey=True)
     for axes, (size, title) in zip(panels, SIZES.items()):
         name = ap + size
-        clean(axes)
+        style_axes(axes)
         axes.grid(False, axis="y")
         axes.set_title(f"{name}: {title}", loc="left", fontsize=10, color=DARK)
         for i, row in enumerate(rows):
@@ -104,22 +106,22 @@ def by_size(rows: Sequence[Found], baseline: str | None, path: Path, ap: str = "
                     color="#8c8c8c",
                 )
                 continue
-            colour = DARK if row["label"] == baseline else tint(6)
+            colour = DARK if row["label"] == baseline else plot_color(6)
             if one["low"] is not None:
                 axes.plot([one["low"], one["high"]], [i, i], color=colour, lw=2, solid_capstyle="round")
             axes.plot(one["values"], [i] * len(one["values"]), "|", color=colour, ms=7, alpha=0.7)
             axes.plot(one["mean"], i, "o", color=colour, ms=5)
     labels = [row["label"] for row in rows]
-    panels[0].set_yticks(range(len(rows)), labels, fontfamily=colors.families(labels), fontsize=9)
+    panels[0].set_yticks(range(len(rows)), labels, fontfamily=colors.font_families(labels), fontsize=9)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def learning(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
+def plot_learning_curves(rows: Sequence[Found], baseline: str | None, path: Path, name: str = "AP") -> None:
     """A figure of the validations against the epoch: thin a seed, thick the mean of all seeds at epochs that all of them have."""
     figure = new_figure(8.4, max(3.4, 0.6 + 0.21 * len(rows)))
     axes = figure.add_subplot()
-    clean(axes)
+    style_axes(axes)
     axes.set_xlabel("epoch", color=DARK)
     axes.set_ylabel(name, color=DARK)
     handles = []
@@ -138,7 +140,7 @@ def learning(rows: Sequence[Found], baseline: str | None, path: Path, name: str 
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, handles)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _validations(run: Path, name: str) -> Iterator[tuple[int, float]]:
@@ -159,12 +161,12 @@ def _colour(i: int, row: Found, rows: Sequence[Found], baseline: str | None) -> 
     """The baseline is dark; others have their own colours as long as these can be told apart."""
     if row["label"] == baseline:
         return DARK
-    return tint(i) if len(rows) <= APART else tint(6) if i < APART else PALE
+    return plot_color(i) if len(rows) <= APART else plot_color(6) if i < APART else PALE
 
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
     labels = [handle.get_label() for handle in handles]
-    letters = {"family": colors.families(labels), "size": 9}
+    letters = {"family": colors.font_families(labels), "size": 9}
     figure.legend(handles, labels, loc="outside right center", frameon=False, prop=letters, labelcolor=DARK)
 
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Terminal
 
-from fusedet.ablation.estimate import told
-from fusedet.ablation.summary import MEASURED, differing
-from fusedet.ablation.summary_text import cost_note, covered, finished, notes
-from fusedet.evaluation.confidence_intervals import decimals
+from fusedet.ablation.estimate import format_duration
+from fusedet.ablation.summary import MEASURED, compared_metrics
+from fusedet.ablation.summary_text import collect_notes, count_finished, describe_cost, describe_coverage
+from fusedet.evaluation.confidence_intervals import choose_decimals
 
 Found = Mapping[str, Any]
 NOTHING = "not measured"
@@ -32,17 +32,17 @@ class Sheet(NamedTuple):
     rows: list[list[str]]
 
 
-def sheets(found: Found) -> list[Sheet]:
+def make_sheets(found: Found) -> list[Sheet]:
     """The tables of a summary: its figure with its differences, all figures, cost."""
-    return [difference_sheet(found), figure_sheet(found), cost_sheet(found)]
+    return [make_difference_sheet(found), make_metric_sheet(found), make_cost_sheet(found)]
 
 
-def difference_sheet(found: Found) -> Sheet:
+def make_difference_sheet(found: Found) -> Sheet:
     """The table's figure as published and as measured, with both intervals of the difference to each row's reference."""
     level, name = f"{100 * found['level']:g} %", found["figure"]
     own = [row for row in found["rows"] if not row["cited"]]
     references = {row["reference"] for row in own}
-    partial = any(finished(row) < found["seeds"] for row in own)
+    partial = any(count_finished(row) < found["seeds"] for row in own)
     head = [
         "row",
         f"{name} published",
@@ -58,27 +58,27 @@ def difference_sheet(found: Found) -> Sheet:
     rows = []
     for row in found["rows"]:
         one = (row.get("measured") or {}).get(name)
-        cells = [row["label"], number(row["published"].get(name))]
+        cells = [row["label"], format_number(row["published"].get(name))]
         if row["cited"] or one is None:
             cells += [CITED if row["cited"] else NOTHING, "", ""]
         else:
             cells += [
-                number(one["mean"], 2),
-                ends((one["low"], one["high"])),
-                " ".join(number(value, 2) for value in one["values"]),
+                format_number(one["mean"], 2),
+                format_interval((one["low"], one["high"])),
+                " ".join(format_number(value, 2) for value in one["values"]),
             ]
         if partial:
-            cells.append("" if row["cited"] else f"{finished(row)}/{found['seeds']}")
+            cells.append("" if row["cited"] else f"{count_finished(row)}/{found['seeds']}")
         if compared:
             change, reference = (row.get("difference") or {}).get(name), row.get("reference")
             cells += [("" if reference in (None, row["label"]) else reference)] * (len(references) > 1)
-            cells.append(printed(row["published_difference"].get(name)))
+            cells.append(format_published_difference(row["published_difference"].get(name)))
             cells += (
                 ["", "", ""]
                 if change is None
                 else [
-                    signed(change["value"]),
-                    *(ends(change[f"over_{what}"], signed=True) for what in ("images", "seeds")),
+                    format_difference(change["value"]),
+                    *(format_interval(change[f"over_{what}"], signed=True) for what in ("images", "seeds")),
                 ]
             )
         rows.append(cells)
@@ -86,18 +86,20 @@ def difference_sheet(found: Found) -> Sheet:
     return Sheet(f"{name} in percent, {seeds}", head, rows)
 
 
-def figure_sheet(found: Found) -> Sheet:
+def make_metric_sheet(found: Found) -> Sheet:
     """Every figure that is printed or shown, published / measured."""
-    names = shown_figures(found)
+    names = list_shown_metrics(found)
     rows = []
     for row in found["rows"]:
         measured = row.get("measured") or {}
         pairs = [(row["published"].get(name), (measured.get(name) or {}).get("mean")) for name in names]
-        rows.append([row["label"], *(f"{number(a)} / {number(b, 2)}" for a, b in pairs), row["split"] or "-"])
+        rows.append(
+            [row["label"], *(f"{format_number(a)} / {format_number(b, 2)}" for a, b in pairs), row["split"] or "-"]
+        )
     return Sheet("All figures in percent, published / measured", ["row", *names, "published on"], rows)
 
 
-def cost_sheet(found: Found) -> Sheet:
+def make_cost_sheet(found: Found) -> Sheet:
     """What each row costs, as printed and as counted and measured."""
     head = ["row", "#Param paper (M)", "#Param (M)", "multiply-adds (G)", "time paper (ms)"]
     head += ["p50 (ms)", "p95 (ms)", "peak memory (MiB)", "training (images/s)"]
@@ -111,16 +113,16 @@ def cost_sheet(found: Found) -> Sheet:
         rows.append(
             [
                 row["label"],
-                number(row["params_M"], 2),
+                format_number(row["params_M"], 2),
                 *counts,
-                number(row["time_ms"]),
+                format_number(row["time_ms"]),
                 *(none if v is None else f"{v:,.1f}" for v in values),
             ]
         )
     return Sheet(COST, head, rows)
 
 
-def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
+def make_plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
     """The rows of a dry run: label, published, params_M, time_ms, trainable, multiply_adds, left (runs) and seconds (of them, or None)."""
     names = [
         name
@@ -139,14 +141,18 @@ def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
     head += [*(["time paper (ms)"] * printed_time), "runs to do", *(["estimate"] * timed)]
     lines = []
     for row in rows:
-        cells = [row["label"], *(number(row["published"].get(name)) for name in names), number(row["params_M"], 2)]
+        cells = [
+            row["label"],
+            *(format_number(row["published"].get(name)) for name in names),
+            format_number(row["params_M"], 2),
+        ]
         if row["trainable"] is None:
             cells += [CITED, CITED]
         else:
             cells += [f"{row['trainable'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e9:.2f}"]
-        cells += [number(row["time_ms"])] * printed_time
+        cells += [format_number(row["time_ms"])] * printed_time
         cells += ["-" if row["left"] is None else str(row["left"])]
-        cells += [("-" if row["seconds"] is None else told(row["seconds"]))] * timed
+        cells += [("-" if row["seconds"] is None else format_duration(row["seconds"]))] * timed
         lines.append(cells)
     return Sheet(
         f"Published figures in percent; counted with {classes} classes; {seeds} seed{'s' * (seeds > 1)} per row",
@@ -155,20 +161,20 @@ def plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
     )
 
 
-def shown_figures(found: Found) -> list[str]:
+def list_shown_metrics(found: Found) -> list[str]:
     """AP to APl, the table's own figure with those of its kind, and what else the table's rows print."""
     also = (
         {name for row in found["rows"] for name in row["published"]}
-        | set(differing("AP"))
-        | set(differing(found["figure"]))
+        | set(compared_metrics("AP"))
+        | set(compared_metrics(found["figure"]))
     )
     return [name for name in MEASURED if name in also]
 
 
-def markdown(found: Found) -> str:
+def format_markdown(found: Found) -> str:
     """The tables and the conclusions as Markdown."""
     text = [f"# {found['title']}", "", *([found["paper"], ""] if found["paper"] else [])]
-    for sheet in sheets(found):
+    for sheet in make_sheets(found):
         text += [
             f"## {sheet.title}",
             "",
@@ -177,7 +183,7 @@ def markdown(found: Found) -> str:
             *map(_line, sheet.rows),
             "",
         ]
-        text += [cost_note(found), ""] if sheet.title == COST else []
+        text += [describe_cost(found), ""] if sheet.title == COST else []
     text += [
         "## What can be concluded",
         "",
@@ -187,17 +193,17 @@ def markdown(found: Found) -> str:
         "",
         "## What the figures cover",
         "",
-        *(f"- {line}" for line in [*covered(found), *map(_safe, notes(found))]),
+        *(f"- {line}" for line in [*describe_coverage(found), *map(_safe, collect_notes(found))]),
         "",
     ]
     return "\n".join(text)
 
 
-def comma_separated(found: Found) -> str:
+def format_csv(found: Found) -> str:
     """One line per row with every figure in a column of its own; empty where nothing was printed or measured."""
     text = io.StringIO(newline="")
-    names = shown_figures(found)
-    changes = differing(found["figure"])
+    names = list_shown_metrics(found)
+    changes = compared_metrics(found["figure"])
     columns = [
         "row",
         "cited",
@@ -225,7 +231,7 @@ def comma_separated(found: Found) -> str:
             "published_time_ms": row["time_ms"],
         }
         line |= {f"published_{name}": row["published"].get(name) for name in names}
-        line |= {"seeds_finished": None if row["cited"] else finished(row), "reference": row.get("reference")}
+        line |= {"seeds_finished": None if row["cited"] else count_finished(row), "reference": row.get("reference")}
         line |= {f"published_{name}_difference": row["published_difference"].get(name) for name in changes}
         for name in names:
             if one := (row.get("measured") or {}).get(name):
@@ -253,8 +259,8 @@ def comma_separated(found: Found) -> str:
     return text.getvalue()
 
 
-def show(console: Console, sheet: Sheet) -> None:
-    """Print a table."""
+def sheet_table(sheet: Sheet) -> Terminal:
+    """Return a table for the terminal."""
     table = Terminal(title=escape(sheet.title), title_justify="left")
     for i, name in enumerate(sheet.head):
         widest = max(len(row[0]) for row in sheet.rows)
@@ -262,29 +268,34 @@ def show(console: Console, sheet: Sheet) -> None:
         table.add_column(escape(name), justify="right" if i else "left", overflow="fold", min_width=least)
     for row in sheet.rows:
         table.add_row(*map(escape, row))
+    return table
+
+
+def print_sheet(console: Console, sheet: Sheet) -> None:
+    """Print a table."""
     wide = console if console.is_terminal else Console(file=console.file, width=UNBOUND, highlight=False, emoji=False)
-    wide.print(table)
+    wide.print(sheet_table(sheet))
 
 
-def number(value: float | None, digits: int = 1) -> str:
+def format_number(value: float | None, digits: int = 1) -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def signed(value: float | None) -> str:
+def format_difference(value: float | None) -> str:
     """A difference with its sign."""
-    return "-" if value is None else f"{value:+.{decimals(value, least=2)}f}"
+    return "-" if value is None else f"{value:+.{choose_decimals(value, least=2)}f}"
 
 
-def printed(value: float | None) -> str:
+def format_published_difference(value: float | None) -> str:
     """A published difference with its sign and the decimals that it has, at least one."""
     return "-" if value is None else f"{value:+.1f}" if abs(value - round(value, 1)) < 1e-6 else f"{value:+.2f}"
 
 
-def ends(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
+def format_interval(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
     """An interval; "none" where it needs more seeds or objects."""
     known = [end for end in pair or () if end is not None]
-    digits = decimals(*known, least=2)
+    digits = choose_decimals(*known, least=2)
     return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
 
 

@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fusedet.ablation.estimate import told
-from fusedet.ablation.plots import learnt, plots
-from fusedet.ablation.render import CITED, COST, NOTHING, Sheet, comma_separated, markdown, sheets
-from fusedet.ablation.summary_text import cost_note, covered, notes, shown
+from fusedet.ablation.estimate import format_duration
+from fusedet.ablation.plots import draw_plots, validation_metric
+from fusedet.ablation.render import CITED, COST, NOTHING, Sheet, format_csv, format_markdown, make_sheets
+from fusedet.ablation.summary_text import collect_notes, describe_cost, describe_coverage, shorten_path
 from fusedet.api.run_dir import write_json
 
 Found = Mapping[str, Any]
@@ -21,7 +21,7 @@ INKS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--grid)", 
 """Colours of a plot that follow the page's, light or dark."""
 
 
-def write(found: Found, out: Path) -> dict[str, Path]:
+def write_report(found: Found, out: Path) -> dict[str, Path]:
     """Write a summary into an ablation's folder, over an earlier one; gives the files by what they are."""
     made = {
         "table": out / "table.md",
@@ -29,18 +29,18 @@ def write(found: Found, out: Path) -> dict[str, Path]:
         "all of it": out / "table.json",
         "page": out / "report.html",
     }
-    made["table"].write_text(markdown(found), encoding="utf-8")
-    made["spreadsheet"].write_text(comma_separated(found), encoding="utf-8")
+    made["table"].write_text(format_markdown(found), encoding="utf-8")
+    made["spreadsheet"].write_text(format_csv(found), encoding="utf-8")
     write_json(made["all of it"], found)
-    drawn = plots(found, out / "plots")
-    made["page"].write_text(page(found, drawn), encoding="utf-8")
+    drawn = draw_plots(found, out / "plots")
+    made["page"].write_text(make_page(found, drawn), encoding="utf-8")
     return made
 
 
-def page(found: Found, drawn: Mapping[str, Path]) -> str:
+def make_page(found: Found, drawn: Mapping[str, Path]) -> str:
     """The whole page: tables, conclusions, plots inside it, and how it was made."""
-    first, *others = sheets(found)
-    images = {name: inline(file, name, i) for i, (name, file) in enumerate(drawn.items())}
+    first, *others = make_sheets(found)
+    images = {name: inline_svg(file, name, i) for i, (name, file) in enumerate(drawn.items())}
     classes = {name: svg for name, svg in images.items() if name.endswith("by class")}
     main = {name: svg for name, svg in images.items() if name not in classes}
     parts = [
@@ -52,12 +52,13 @@ def page(found: Found, drawn: Mapping[str, Path]) -> str:
             _plain([(row["label"], row["conclusion"]) for row in found["rows"] if not row["cited"]]),
         ),
         _section(
-            "What the figures cover", "".join(f"<p>{escape(line)}</p>" for line in [*covered(found), *notes(found)])
+            "What the figures cover",
+            "".join(f"<p>{escape(line)}</p>" for line in [*describe_coverage(found), *collect_notes(found)]),
         ),
         *(_section(name, f"<figure>{svg}</figure>{_caption(name, found)}") for name, svg in main.items()),
         _section("Differences by class", _folded(classes)) if classes else "",
         *(
-            _section(sheet.title, _table(sheet) + (_faint(cost_note(found)) if sheet.title == COST else ""))
+            _section(sheet.title, _table(sheet) + (_faint(describe_cost(found)) if sheet.title == COST else ""))
             for sheet in others
         ),
         _section("How it was made", _origin(found)),
@@ -69,7 +70,7 @@ def page(found: Found, drawn: Mapping[str, Path]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(part + chr(10) for part in parts if part)}</body></html>\n'
 
 
-def inline(file: Path, name: str, number: int) -> str:
+def inline_svg(file: Path, name: str, number: int) -> str:
     """An svg file as part of a page: its colours follow the page's, its ids are its own."""
     text = file.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -112,7 +113,7 @@ def _folded(images: Mapping[str, str]) -> str:
 def _caption(name: str, found: Found) -> str:
     if name == "Learning curves":
         return _faint(
-            f"{learnt(found['figure'])} of each validation: thin a seed, thick the mean. The tables have each run's best weights."
+            f"{validation_metric(found['figure'])} of each validation: thin a seed, thick the mean. The tables have each run's best weights."
         )
     return _faint(
         "Points are means over seeds, strokes the seeds, lines the t intervals; the baseline is dark."
@@ -152,11 +153,11 @@ def _origin(found: Found) -> str:
         trained[folder] for folder in dict.fromkeys(run["folder"] for run in runs) if trained.get(folder) is not None
     ]
     if own:
-        rows.append(("training time", f"{told(sum(own))} for {len(own)} runs, validation included"))
+        rows.append(("training time", f"{format_duration(sum(own))} for {len(own)} runs, validation included"))
     if lacking := len({run["folder"] for run in runs} & trained.keys()) - len(own):
         rows.append(("training time not known", f"{lacking} runs, which were killed in between or left no note of it"))
     commands = "\n".join(shlex.join(command) for command in found["commands"])
-    folders = dict.fromkeys(shown(run["folder"], keep=2) for run in runs if run["folder"] in trained)
+    folders = dict.fromkeys(shorten_path(run["folder"], keep=2) for run in runs if run["folder"] in trained)
     again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=FOLDER"]) for folder in folders)
     text = _plain(rows) + f"<p>The table:</p><pre><code>{escape(commands)}</code></pre>"
     return text + (

@@ -12,7 +12,7 @@ from fusedet import config
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.config import Config
 from fusedet.errors import InputError, checked, unknown
-from fusedet.models.detectors import bare
+from fusedet.models.detectors import build_meta_detector
 
 PUBLISHED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
 """The figures of `fusedet val` that a paper can print."""
@@ -58,11 +58,11 @@ class Row:
             )
         where = f"{table.source}, row '{self.label}'"
         try:
-            tree = config.load(config.find(base, kind="base:", folder=table.folder), table.overrides).tree()
+            tree = config.load(base, table.overrides, kind="base:", folder=table.folder).tree()
         except InputError as error:
             raise InputError(f"{where if self.base else table.source}: {error}") from error
-        tree = _laid(tree, self.overrides, where)
-        return config.parse(_laid(tree, more, f"{' '.join(more)} does not fit {where}"))
+        tree = _apply_overrides(tree, self.overrides, where)
+        return config.parse(_apply_overrides(tree, more, f"{' '.join(more)} does not fit {where}"))
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,18 @@ class Table:
                 continue
             seen.add(key)
             try:
-                bare(made, num_classes)
+                build_meta_detector(made, num_classes)
             except InputError as error:
                 raise InputError(f"{self.source}, row '{row.label}': {error}") from error
         return found
 
 
-def names() -> list[str]:
+def list_tables() -> list[str]:
     """The names of the shipped tables."""
     return config.names("ablations")
 
 
-def load(name: str | Path) -> Table:
+def load_table(name: str | Path) -> Table:
     """The table of that name (shipped) or YAML file.
 
     A file has `rows`, each with a `label` and a list of `overrides`, mostly a `base`, a config's name or file; all keys of Row and,
@@ -138,7 +138,7 @@ def load(name: str | Path) -> Table:
         raise InputError(
             f"{source}: rows must be a list of rows, such as [{{label: fpn, overrides: [model.neck=fpn]}}], got {specs!r}"
         )
-    rows = tuple(_row(spec, i, source) for i, spec in enumerate(specs, start=1))
+    rows = tuple(_read_row(spec, i, source) for i, spec in enumerate(specs, start=1))
     keys = {"name": stem, "source": source, "folder": path.parent, "rows": rows}
     table = Table(**keys, **{"title": stem} | _typed(Table, tree, source, hidden=keys))
     labels = [row.label for row in rows]
@@ -151,7 +151,7 @@ def load(name: str | Path) -> Table:
     return table
 
 
-def _row(spec: Any, number: int, source: str) -> Row:
+def _read_row(spec: Any, number: int, source: str) -> Row:
     """A row from its mapping; number: from 1, names the row that has no label."""
     where = f"{source}, row {number}"
     if not isinstance(spec, Mapping):
@@ -199,7 +199,7 @@ def _check_reference(table: Table, labels: Sequence[str]) -> None:
             )
 
 
-def _laid(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
     """A resolved config with overrides over it, resolved again. Raises InputError with the row."""
     try:
         return config.parse(config.overridden(tree, overrides)).tree()

@@ -9,46 +9,46 @@ from pathlib import Path
 from typing import Any
 
 from fusedet import evaluation
-from fusedet.ablation.cost import predicting, training_speed
-from fusedet.ablation.plan import FAILED, MARKER, TIMES, Cell, Plan, read_json
+from fusedet.ablation.cost import measure_prediction, training_speed
+from fusedet.ablation.plan import FAILED, MARKER, TIMES, Plan, Run, read_json
 from fusedet.ablation.spec import DELTA, Row, Table
-from fusedet.ablation.summary_text import shown
+from fusedet.ablation.summary_text import shorten_path
 from fusedet.api.predict import pick_device
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.evaluation import bootstrap
-from fusedet.evaluation.confidence_intervals import LEVEL, Interval, decimals
+from fusedet.evaluation.confidence_intervals import LEVEL, Interval, choose_decimals
 
 MEASURED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
-RESAMPLED = (*bootstrap.FIGURES, *(f"mask_{name}" for name in bootstrap.FIGURES))
+RESAMPLED = (*bootstrap.METRICS, *(f"mask_{name}" for name in bootstrap.METRICS))
 """The figures that have an interval over images."""
 BOXES, MASKS = "val.bbox.json", "val.segm.json"
 UNDRAWN = "Over images there is no interval of it: other images may give another sign."
 Found = dict[str, Any]
 
 
-def differing(figure: str) -> tuple[str, ...]:
+def compared_metrics(figure: str) -> tuple[str, ...]:
     """The figures whose differences are looked at in a table about a figure: AP to APl, of masks where it is one of masks."""
     kind = "mask_" if figure.startswith("mask_") else ""
-    names = tuple(f"{kind}{name}" for name in bootstrap.FIGURES)
+    names = tuple(f"{kind}{name}" for name in bootstrap.METRICS)
     return names if figure in names else (figure, *names)
 
 
-def summary(plan: Plan, counts: Mapping[str, Found], *, resamples: int = 1000) -> Found:
+def summarize(plan: Plan, counts: Mapping[str, Found], *, resamples: int = 1000) -> Found:
     """All that is known of a table's runs, as table.json has it; figures and differences in percent, None where nothing was measured.
 
-    counts: `cost.counted` of the rows. figure: what the table is about, and drawn, whether the images are resampled for it. Per row:
+    counts: `cost.count_costs` of the rows. figure: what the table is about, and drawn, whether the images are resampled for it. Per row:
     published, params_M and time_ms as printed, published_difference; runs, one per seed; measured, {figure: {mean, low, high, values}},
     the t interval over seeds; reference, the row that it is compared with; difference to that, {figure: {value, over_images: [low,
     high], over_seeds: [low, high]}}, by the paired bootstrap of the mean over seeds and by Welch's t; classes, the same of each class;
     cost; conclusion.
     """
-    cells = {label: plan.cells(label) for label in plan.configs}
+    cells = {label: plan.runs(label) for label in plan.configs}
     states = plan.states()
     ready = {label: [cell for cell in several if states[cell.folder] == "finished"] for label, several in cells.items()}
     figures = {cell.folder: _figures(cell, plan) for several in ready.values() for cell in several}
     device = pick_device(next(iter(plan.configs.values())).device)
     first = {plan.owners[label]: several[0] for label, several in ready.items() if several}
-    speeds = predicting(first, plan.val, device) if first else {}
+    speeds = measure_prediction(first, plan.val, device) if first else {}
     samples = _resampled(plan, ready, resamples)
     rows = []
     for row in plan.table.rows:
@@ -76,7 +76,7 @@ def summary(plan: Plan, counts: Mapping[str, Found], *, resamples: int = 1000) -
                 "cost": {**counts[row.label]} | {"prediction": speeds.get(owner), "training": _training(mine)},
             }
             found |= _differences(plan, row.label, ready, figures, samples)
-            found["conclusion"] = conclusion(found, plan.table.figure, plan.owners)
+            found["conclusion"] = draw_conclusion(found, plan.table.figure, plan.owners)
         rows.append(found)
     return _about(plan) | {"resamples": resamples, "level": LEVEL, "rows": rows}
 
@@ -96,7 +96,7 @@ def published_differences(table: Table, row: Row) -> Found:
     return known | {name.removeprefix(DELTA): value for name, value in row.published.items() if name.startswith(DELTA)}
 
 
-def conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -> str:
+def draw_conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -> str:
     """What the intervals of a row's difference of a figure to its reference allow one to say, as a sentence or two."""
     reference = row["reference"]
     if reference is not None and owners[row["label"]] == owners[reference]:
@@ -114,7 +114,7 @@ def conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -
     if change is None or change["value"] is None:
         return "The data hold no object that counts: nothing can be said."
     value = change["value"]
-    digits = decimals(value, least=2)
+    digits = choose_decimals(value, least=2)
     word = "higher" if value > 0 else "lower"
     images, seeds = _ends(change["over_images"]), _ends(change["over_seeds"])
     sure, steady = (
@@ -154,7 +154,7 @@ def conclusion(row: Mapping[str, Any], figure: str, owners: Mapping[str, str]) -
 def _ends(ends: Sequence[float] | None) -> str:
     if ends is None:
         return "none"
-    digits = decimals(*ends, least=2)
+    digits = choose_decimals(*ends, least=2)
     return f"{ends[0]:+.{digits}f} to {ends[1]:+.{digits}f}"
 
 
@@ -162,13 +162,13 @@ def _named(reference: str | None) -> str:
     return "The baseline" if reference is None else f"'{reference}'"
 
 
-def _figures(cell: Cell, plan: Plan) -> Found:
+def _figures(cell: Run, plan: Plan) -> Found:
     """The figures of a finished run, in percent; VOC's are computed of the stored results where the table is about them."""
     figures = read_json(cell.folder / "metrics.json")
     if plan.table.figure.startswith("VOC_") and plan.table.figure not in figures:
         stored = evaluation.load_results(cell.folder / BOXES)
-        figures["VOC_AP"] = evaluation.voc(plan.val, stored)["mAP"]
-        figures["VOC_AP_11_point"] = evaluation.voc(plan.val, stored, points=11)["mAP"]
+        figures["VOC_AP"] = evaluation.evaluate_voc(plan.val, stored)["mAP"]
+        figures["VOC_AP_11_point"] = evaluation.evaluate_voc(plan.val, stored, points=11)["mAP"]
     return {
         name: 100 * value
         for name, value in figures.items()
@@ -176,7 +176,7 @@ def _figures(cell: Cell, plan: Plan) -> Found:
     }
 
 
-def _run(cell: Cell, state: str, figures: Mapping[Path, Found]) -> Found:
+def _run(cell: Run, state: str, figures: Mapping[Path, Found]) -> Found:
     about = read_json(cell.folder / "run.json") or {}
     failed = read_json((cell.trained or cell.folder) / FAILED) or {}
     times = read_json(cell.folder / TIMES) or {}
@@ -202,12 +202,12 @@ def _measured(runs: Sequence[Found]) -> Found | None:
     for name in MEASURED:
         if all(name in run for run in runs):
             values = [run[name] for run in runs]
-            mean, low, high = evaluation.over_seeds(values)
+            mean, low, high = evaluation.compute_seed_interval(values)
             found[name] = {"mean": mean, "low": _known(low), "high": _known(high), "values": values}
     return found
 
 
-def _training(cells: Sequence[Cell]) -> Found | None:
+def _training(cells: Sequence[Run]) -> Found | None:
     """The mean speed of the runs' training, and where it was measured."""
     folders = [cell.trained or cell.folder for cell in cells]
     speeds = [speed for folder in folders if (speed := training_speed(folder)) is not None]
@@ -219,21 +219,21 @@ def _training(cells: Sequence[Cell]) -> Found | None:
     return {"images_per_second": sum(speeds) / len(speeds), "device": "; ".join(places)}
 
 
-def _resampled(plan: Plan, ready: Mapping[str, Sequence[Cell]], resamples: int) -> dict[str, bootstrap.Resampled]:
+def _resampled(plan: Plan, ready: Mapping[str, Sequence[Run]], resamples: int) -> dict[str, bootstrap.ResampledMetrics]:
     """The mean over seeds of every measured row on the same resamples of the images, by the row that owns the runs."""
-    wanted: dict[str, Sequence[Cell]] = {}
+    wanted: dict[str, Sequence[Run]] = {}
     for label in ready:
         for one in _sides(plan, label, ready) or ():
             wanted[plan.owners[one]] = ready[one]
     if not wanted:
         return {}
-    weights = bootstrap.drawn_images(len(plan.val), resamples, 0)
+    weights = bootstrap.draw_image_weights(len(plan.val), resamples, 0)
     masks = plan.table.figure.startswith("mask_")
 
-    def resampled(cells: Sequence[Cell]) -> bootstrap.Resampled:
+    def resampled(cells: Sequence[Run]) -> bootstrap.ResampledMetrics:
         stored = (evaluation.load_results(cell.folder / (MASKS if masks else BOXES)) for cell in cells)
-        return bootstrap.mean_of(
-            [bootstrap.resampled(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
+        return bootstrap.average_runs(
+            [bootstrap.resample_metrics(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
         )
 
     with ThreadPoolExecutor(2) as pool:
@@ -243,21 +243,23 @@ def _resampled(plan: Plan, ready: Mapping[str, Sequence[Cell]], resamples: int) 
 def _differences(
     plan: Plan,
     label: str,
-    ready: Mapping[str, Sequence[Cell]],
+    ready: Mapping[str, Sequence[Run]],
     figures: Mapping[Path, Found],
-    samples: Mapping[str, bootstrap.Resampled],
+    samples: Mapping[str, bootstrap.ResampledMetrics],
 ) -> Found:
     """The row less its reference, by figure and by class; None for a reference itself and where either was not measured."""
     pair = _sides(plan, label, ready)
     if not pair:
         return {"difference": None, "classes": None}
-    over_images = bootstrap.difference(samples[plan.owners[pair[0]]], samples[plan.owners[pair[1]]], plan.val.names)
+    over_images = bootstrap.compute_difference(
+        samples[plan.owners[pair[0]]], samples[plan.owners[pair[1]]], plan.val.names
+    )
     sides = [[figures[cell.folder] for cell in ready[one]] for one in pair]
     changes = {}
-    for name in differing(plan.table.figure):
+    for name in compared_metrics(plan.table.figure):
         values = [[run[name] for run in side if name in run] for side in sides]
         over_seeds = (
-            evaluation.difference_over_seeds(*values, paired=False)
+            evaluation.compute_seed_difference(*values, paired=False)
             if all(values)
             else Interval(math.nan, math.nan, math.nan)
         )
@@ -271,7 +273,7 @@ def _differences(
     }
 
 
-def _sides(plan: Plan, label: str, ready: Mapping[str, Sequence[Cell]]) -> tuple[str, str] | None:
+def _sides(plan: Plan, label: str, ready: Mapping[str, Sequence[Run]]) -> tuple[str, str] | None:
     """A row's reference and the row, where both are measured and not the same; else None."""
     base = plan.reference(label)
     if base is None or not ready[base] or not ready[label] or plan.owners[label] == plan.owners[base]:
@@ -307,19 +309,19 @@ def _about(plan: Plan) -> Found:
         "chosen": any(one.train.validate_every < one.train.epochs for one in plan.configs.values()),
         "baseline": plan.baseline,
         "seeds": plan.seeds,
-        "overrides": [shown(word) for word in plan.overrides],
+        "overrides": [shorten_path(word) for word in plan.overrides],
         "commands": list(
-            map(list, dict.fromkeys(tuple(map(shown, command)) for command in marker.get("commands", [])))
+            map(list, dict.fromkeys(tuple(map(shorten_path, command)) for command in marker.get("commands", [])))
         ),
         "data": {
             "train": {
-                "source": shown(train.source),
+                "source": shorten_path(train.source),
                 "images": len(train),
                 "objects": len(train.labels),
                 "fingerprint": train.fingerprint(),
             },
             "val": {
-                "source": shown(val.source),
+                "source": shorten_path(val.source),
                 "images": len(val),
                 "objects": len(val.labels),
                 "fingerprint": val.fingerprint(),

@@ -10,12 +10,12 @@ from typing import Any
 Found = Mapping[str, Any]
 
 
-def shown(word: str, keep: int = 1) -> str:
+def shorten_path(word: str, keep: int = 1) -> str:
     """A word of a command or a path, an absolute path in it told from where the command was given.
 
     Of one that shares no folder with that place, the last `keep` names: more would be the machine's own.
 
-    >>> shown("train.epochs=2"), shown(os.path.abspath("runs/a")), shown("data=" + os.path.abspath("b"))
+    >>> shorten_path("train.epochs=2"), shorten_path(os.path.abspath("runs/a")), shorten_path("data=" + os.path.abspath("b"))
     ('train.epochs=2', 'runs/a', 'data=b')
     """
     key, sign, path = word.partition("=")
@@ -31,7 +31,7 @@ def shown(word: str, keep: int = 1) -> str:
     return f"{key}={short}" if sign else short
 
 
-def covered(found: Found) -> list[str]:
+def describe_coverage(found: Found) -> list[str]:
     """What each interval and figure stands for, as sentences."""
     val, level = found["data"]["val"], f"{100 * found['level']:g} %"
     several = sum(bool(row.get("difference")) for row in found["rows"])
@@ -59,7 +59,7 @@ def covered(found: Found) -> list[str]:
     return lines
 
 
-def notes(found: Found) -> list[str]:
+def collect_notes(found: Found) -> list[str]:
     """What the table and its rows have to say: notes, shared runs and weights, what failed, and which seeds are lacking."""
     texts = [found["note"]] if found["note"] else []
     texts += [f"{row['label']}: {row['note']}" for row in found["rows"] if row["note"]]
@@ -77,7 +77,7 @@ def notes(found: Found) -> list[str]:
         texts += [
             f"{row['label']}, seed {run['seed']}: {run['reason']}" for run in row.get("runs", ()) if run["reason"]
         ]
-    done = {row["label"]: finished(row) for row in found["rows"] if not row["cited"]}
+    done = {row["label"]: count_finished(row) for row in found["rows"] if not row["cited"]}
     if lacking := [f"{label} {count}" for label, count in done.items() if count < found["seeds"]]:
         texts.append(
             f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}{'; all in the other rows' * (len(lacking) < len(done))}."
@@ -85,12 +85,12 @@ def notes(found: Found) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def finished(row: Found) -> int:
+def count_finished(row: Found) -> int:
     """How many seeds of a row have finished."""
     return sum(run["state"] == "finished" for run in row.get("runs", ()))
 
 
-def cost_note(found: Found) -> str:
+def describe_cost(found: Found) -> str:
     """What stands behind the figures of cost."""
     measured = [row["cost"] for row in found["rows"] if row.get("cost")]
     speeds = [cost["prediction"] for cost in measured if cost["prediction"]]

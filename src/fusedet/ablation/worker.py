@@ -10,19 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fusedet import config
-from fusedet.ablation.plan import FAILED, TIMES, Cell, read_json
+from fusedet.ablation.plan import FAILED, TIMES, Run, read_json
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
-from fusedet.api.validate import detect, finds_masks, report, score, val_loader
+from fusedet.api.validate import evaluate_detector, report
 from fusedet.atomic_io import replace
 from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
-from fusedet.evaluation import EVALUATORS
 
 
-def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> None:
+def execute_run(cell: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
     """Train and score a run that is not finished, or score its row's weights; how long it took is noted in its folder.
 
     One that diverged is noted too and raises nothing: the other runs of a table do not depend on it.
@@ -37,7 +36,7 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
     began = time.perf_counter()
     try:
         if cell.trained:
-            score_again(cell, say)
+            score_trained_weights(cell, say)
         else:
             train(cell.config, resume=resumed, say=say, quiet=quiet)
     except NonFinite as error:
@@ -47,21 +46,19 @@ def run(cell: Cell, say: Callable[[str], None] = print, quiet: bool = False) -> 
             _note(folder, [*earlier, time.perf_counter() - began])
 
 
-def score_again(cell: Cell, say: Callable[[str], None] = print) -> None:
+def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None:
     """Score the weights of the run `cell.trained` as the cell's config tests, into the cell's folder: results, figures and images."""
     assert cell.trained is not None
     one = cell.config
     device = pick_device(one.device)
     train_split, dataset = open_data(one, say)
     detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
-    masks = finds_masks(detector)
-    results = detect(detector, val_loader(one, dataset), dataset, device)
-    figures = score(dataset, results, voc=dataset.dataset_format == "voc", evaluator=EVALUATORS[0], masks=masks)
+    evaluated = evaluate_detector(detector, one, dataset, device)
     folder = fresh(cell.folder)
     replace(folder / "config.yaml", one.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
     write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": cell.seed})
-    report(dataset, results, figures, folder, title=cell.label)
+    report(dataset, evaluated.results, evaluated.metrics, folder, title=cell.label)
 
 
 def _sessions(folder: Path) -> list[float | None]:
@@ -80,10 +77,8 @@ def main() -> int:
     """Run what standard input says; exits as the command line does."""
     asked = json.load(sys.stdin)
     try:
-        run(
-            Cell(
-                asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None
-            )
+        execute_run(
+            Run(asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None)
         )
     except InputError as error:
         print(str(error), file=sys.stderr)

@@ -1,1 +1,5 @@
-"""The commands: each a function that puts the packages below together; the command line only parses for them."""
+"""The application layer: one module and one typed function per command, public as `fusedet.train`, `fusedet.validate`, ...
+
+Functions return dataclasses (`fusedet.api.results`) and print nothing but the progress of a training. How settings are given is described
+in `fusedet.api.settings`.
+"""

@@ -1,38 +1,100 @@
-"""Images of a dataset: augmented training samples, the distribution of box centres, and predictions in a grid."""
+"""Images in a grid: training images as the network sees them, and predictions: the command `browse`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from rich.console import Group, RenderableType
 
 from fusedet import visualization
+from fusedet.api import run_dir
 from fusedet.api.predict import Predictor
+from fusedet.api.results import Result, lines
+from fusedet.api.settings import Settings, Source, resolve_config
+from fusedet.api.tables import centers_table
 from fusedet.api.train import train_transform
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, plural
-from fusedet.visualization.object_centers import QUADRANTS, count_quadrants, plot_centers
+from fusedet.visualization import object_centers
 
 
-def browse(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
-    """Draw the first training samples of an epoch with their boxes, as the network sees them.
+@dataclass(frozen=True)
+class BrowseResult(Result):
+    """The written image.
+
+    Attributes:
+        image: Its file.
+        images: How many images it shows; None where it shows object centers.
+        classes: Each class's name, number of objects, and how many lie in each quadrant of the image; None where it
+            shows images.
+    """
+
+    image: Path
+    images: int | None = None
+    classes: list[dict[str, Any]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
+        shown = {"images": self.images} if self.classes is None else {"classes": self.classes}
+        return {"image": str(self.image), **shown}
+
+    def __rich__(self) -> RenderableType:
+        if self.classes is None:
+            return lines([f"{plural(self.images or 0, 'image')}: {self.image}"])
+        return Group(centers_table(self.classes), lines([f"centres: {self.image}"]))
+
+
+def browse(
+    *overrides: str,
+    config: Source | None = None,
+    split: str | None = None,
+    images: int = 16,
+    epoch: int = 0,
+    centers: bool = False,
+    **settings: Unpack[Settings],
+) -> BrowseResult:
+    """Draw training images with their boxes as the network sees them, or where the centers of all objects lie.
+
+    >>> fusedet.browse(data="data/coco", out="images.png")  # doctest: +SKIP
 
     Args:
-        config: The configuration.
-        split: The split.
-        images: Maximum number of images.
-        epoch: The epoch, from 0, which sets the data augmentation.
-        target: The image file to write.
-
-    Returns:
-        The number of images drawn.
+        overrides: "key=value" texts, such as "data=PATH". `out` is the file, by default browse.png or centres.png.
+        config: A config's name, a YAML file, a run directory or a `Config`, whose `data` section is used.
+        split: The split, by default `data.train`.
+        images: How many images.
+        epoch: The epoch whose data augmentation is shown.
+        centers: Whether the centers of all objects are drawn, class by class, instead of images.
+        settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: target exists or is not an image file, or the dataset cannot be read.
+        InputError: The data cannot be read, or the file exists or is of no image format.
     """
+    options = resolve_config(config, overrides, settings)
+    if options.data.path is None:
+        raise InputError("no data: write fusedet browse data=PATH")
+    name = "centres" if centers else "browse"
+    target = Path(options.out) if options.out else run_dir.free(".", name, ".png")
+    split = split or options.data.train
+    if centers:
+        return BrowseResult(target, classes=_draw_centers(options, split, target))
+    return BrowseResult(target, images=_draw_images(options, split, images, epoch, target))
+
+
+def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
+    """Draw predictions of at least `score` on images, into one grid."""
+    results = list(predictor.stream(images, batch=4))
+    visualization.draw_image_grid(
+        [result.plot(score=score) for result in results], [path.name for path in images]
+    ).save(target)
+
+
+def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
+    """Draw the first images of an epoch with their boxes; return how many there were."""
     _check_target(target, (".png", ".jpg", ".webp", ".jpeg"))
     dataset = read_dataset(config.data.path or "", split, images=config.data.images)
     count = min(images, len(dataset))
@@ -43,7 +105,7 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         annotations = batch.targets[0] if batch.targets else None
         assert annotations is not None
         drawn.append(
-            visualization.boxes(
+            visualization.draw_boxes(
                 batch.images[0, :, :height, :width],
                 annotations.boxes,
                 annotations.labels,
@@ -55,25 +117,14 @@ def browse(config: Config, split: str, images: int, epoch: int, target: Path) ->
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)
-    visualization.grid(drawn, captions).save(target)
+    visualization.draw_image_grid(drawn, captions).save(target)
     return count
 
 
-def centres(config: Config, split: str, target: Path) -> list[dict[str, Any]]:
-    """Plot the distribution of a split's box centres, as in Figure 5 of MSIL (Wang et al., 2023).
+def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, Any]]:
+    """Draw the centers of a split's objects; return each class's name, objects and how many lie in each quadrant.
 
-    Ignored annotations are left out.
-
-    Args:
-        config: The configuration.
-        split: The split.
-        target: The file to write: .png, .pdf or .svg.
-
-    Returns:
-        Per class its "name", its number of "annotations", and the number of centres in each quadrant.
-
-    Raises:
-        InputError: As for `browse`, and where there are no annotations.
+    The quadrants are those of Figure 5 of MSIL (Wang et al., 2023). Ignored objects are left out.
     """
     _check_target(target, (".png", ".pdf", ".svg"))
     dataset = read_dataset(config.data.path or "", split, images=config.data.images, need_images=False)
@@ -83,12 +134,10 @@ def centres(config: Config, split: str, target: Path) -> list[dict[str, Any]]:
     points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[image_index].flip(1)).clamp(0, 1).numpy()
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    plot_centers(groups, dataset.names, target, f"Distribution of box centres: {split} of {config.data.path}")
-    counts = [dict(zip(QUADRANTS, map(int, count_quadrants(own)))) for own in groups]
-    return [
-        {"name": name, "annotations": len(own), **quadrants}
-        for name, own, quadrants in zip(dataset.names, groups, counts)
-    ]
+    title = f"Distribution of box centres: {split} of {config.data.path}"
+    object_centers.plot_centers(groups, dataset.names, target, title)
+    counts = [dict(zip(object_centers.QUADRANTS, map(int, object_centers.count_quadrants(own)))) for own in groups]
+    return [{"name": name, "objects": len(own), **parts} for name, own, parts in zip(dataset.names, groups, counts)]
 
 
 def _check_target(target: Path, extensions: tuple[str, ...]) -> None:
@@ -96,9 +145,3 @@ def _check_target(target: Path, extensions: tuple[str, ...]) -> None:
         raise InputError(f"out={target} exists: nothing is overwritten, choose another file")
     if target.suffix.lower() not in extensions:
         raise InputError(f"out={target} must end in {', '.join(extensions[:2])} or {extensions[2]}")
-
-
-def predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
-    """Draw the predictions for several images into one grid."""
-    results = list(predictor.stream(images, batch=4))
-    visualization.grid([result.plot(score=score) for result in results], [path.name for path in images]).save(target)

@@ -1,68 +1,96 @@
-"""Checking a dataset before a training: both splits, and what must agree between them."""
+"""Check of a dataset before a training: the command `doctor`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
-from fusedet.config import Config
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from fusedet.api.progress import ShowProgress, no_progress, track
+from fusedet.api.results import Result
+from fusedet.api.settings import Settings, Source, resolve_config
+from fusedet.api.tables import dataset_table
+from fusedet.data import validation
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import detect_format, read_dataset
-from fusedet.data.validation import DatasetReport, compare_class_names, validate_split
 from fusedet.errors import InputError
 
 
 @dataclass(frozen=True)
-class DatasetCheck:
-    """The result of `check_dataset`.
+class DatasetCheck(Result):
+    """What was checked.
 
     Attributes:
-        splits: The report of each split, by its name.
-        mismatches: What differs between the splits, but must not.
+        reports: Contents, errors and warnings by split.
+        mismatches: What does not agree between the splits.
     """
 
-    splits: dict[str, DatasetReport]
+    reports: dict[str, validation.DatasetReport]
     mismatches: list[str]
 
     @property
-    def passed(self) -> bool:
-        """Whether a training can use the dataset."""
-        return not self.mismatches and not any(report.errors for report in self.splits.values())
+    def ok(self) -> bool:
+        """Whether nothing would stop a training."""
+        return not self.mismatches and not any(report.errors for report in self.reports.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the reports by split, `between` with the mismatches, and `ok`."""
+        reports = {split: vars(report) for split, report in self.reports.items()}
+        return reports | {"between": self.mismatches, "ok": self.ok}
+
+    def __rich__(self) -> RenderableType:
+        tables = [dataset_table(split, report) for split, report in self.reports.items()]
+        text = [f"[red]error[/] {escape(mismatch)}" for mismatch in self.mismatches]
+        text.append("[green]this data can be trained on[/]" if self.ok else "[red]this data would stop a training[/]")
+        return Group(*tables, *map(Text.from_markup, text))
 
 
 def check_dataset(
-    config: Config,
-    *,
+    *overrides: str,
+    config: Source | None = None,
     read_images: bool = True,
-    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
+    progress: ShowProgress = no_progress,
+    **settings: Unpack[Settings],
 ) -> DatasetCheck:
-    """Check the training and validation splits of `config.data`.
+    """Check the splits that a training would use, and that they agree.
 
-    A split that cannot be read is an error in its own report; the other split is checked all the same.
+    >>> fusedet.check_dataset(data="data/coco").ok  # doctest: +SKIP
 
     Args:
-        config: The configuration; only its `data` section is used.
-        read_images: Whether to decode every image.
-        progress: Wraps the iterable over a split's images, given their number and the split's name.
+        overrides: "key=value" texts, such as "data=PATH".
+        config: A config's name, a YAML file, a run directory or a `Config`, whose `data` section is used.
+        read_images: Whether every image is decoded, not only the annotations read.
+        progress: Shows how many images of a split are done.
+        settings: The same settings as `overrides`, by keyword.
+
+    Returns:
+        A report by split. A split that cannot be read has an error; the others are checked all the same.
 
     Raises:
-        InputError: `config.data.path` is no dataset in a known format.
+        InputError: `data` is not given or is no dataset.
     """
-    path = config.data.path or ""
+    options = resolve_config(config, overrides, settings)
+    if options.data.path is None:
+        raise InputError("no data: write fusedet doctor data=PATH")
+    path = options.data.path
     detect_format(path)
-    reports: dict[str, DatasetReport] = {}
-    datasets: list[DetectionDataset] = []
-    for split in dict.fromkeys((config.data.train, config.data.val)):
+    reports: dict[str, validation.DatasetReport] = {}
+    splits: dict[str, DetectionDataset] = {}
+    for split in dict.fromkeys((options.data.train, options.data.val)):
         try:
-            dataset = read_dataset(path, split, images=config.data.images, need_images=False)
+            splits[split] = read_dataset(path, split, images=options.data.images, need_images=False)
         except InputError as error:
-            reports[split] = DatasetReport(errors=[str(error)])
+            reports[split] = validation.DatasetReport(errors=[str(error)])
             continue
-        datasets.append(dataset)
 
         def wrap(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
-            return progress(items, total, split) if progress else items
+            return track(progress, items, total, split)
 
-        reports[split] = validate_split(dataset, config.data.size, read_images=read_images, progress=wrap)
-    return DatasetCheck(reports, compare_class_names(*datasets) if len(datasets) == 2 else [])
+        reports[split] = validation.validate_split(
+            splits[split], options.data.size, read_images=read_images, progress=wrap
+        )
+    return DatasetCheck(reports, validation.compare_class_names(*splits.values()) if len(splits) == 2 else [])

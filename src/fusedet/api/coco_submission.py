@@ -15,8 +15,8 @@ from typing import Any
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, plural
-from fusedet.evaluation.mask_iou import check_masks, mask_area
-from fusedet.evaluation.results import found
+from fusedet.evaluation.mask_iou import compute_mask_area, validate_masks
+from fusedet.evaluation.results import build_detection_table
 
 SETS = ("test-dev2017", "test-challenge2017", "val2017")
 """What the server scores; val2017 to try it."""
@@ -69,7 +69,7 @@ def checked(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, l
     if not results:
         raise InputError("there is not one detection, and COCO's server takes no empty list: lower test.score")
     boxed, masked = (any(isinstance(r, dict) and key in r for r in results) for key in ("bbox", "segmentation"))
-    found(dataset, results, boxes=boxed or not masked)
+    build_detection_table(dataset, results, boxes=boxed or not masked)
     image, most = Counter(result["image_id"] for result in results).most_common(1)[0]
     if most > MOST:
         raise InputError(
@@ -79,7 +79,7 @@ def checked(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, l
     if boxed:
         kinds["bbox"] = [_row(r) | {"bbox": [round(float(x), DECIMALS["bbox"]) for x in r["bbox"]]} for r in results]
     if masked:
-        check_masks(dataset, results)
+        validate_masks(dataset, results)
         kinds["segm"] = [_row(r) | {"segmentation": _mask(r["segmentation"], i)} for i, r in enumerate(results)]
     return kinds
 
@@ -111,7 +111,7 @@ def _mask(code: dict[str, Any], i: int) -> dict[str, Any]:
     if not isinstance(code["counts"], str):
         raise InputError(f"results: 'counts' of the mask of result {i} must be a text, compressed run-length code")
     try:
-        mask_area(code)
+        compute_mask_area(code)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"results: the mask of result {i} is no run-length code ({error})") from error
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"]}

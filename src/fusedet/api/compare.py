@@ -1,4 +1,4 @@
-"""Two runs on the same images: what differs, and how far chance in the choice of the images could have made it."""
+"""Comparison of two runs on the same images, with confidence intervals from a paired bootstrap: the command `compare`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,82 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL.Image import Image
+from rich.console import Group, RenderableType
 
 from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
-from fusedet.api.validate import Result, painter
+from fusedet.api.results import Result, lines, list_files, names_of
+from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.tables import comparison_table
+from fusedet.api.validate import Result as Detection
+from fusedet.api.validate import painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
-from fusedet.evaluation.bootstrap import FIGURES
-from fusedet.evaluation.confidence_intervals import LEVEL, decimals
+from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
+from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
 
 RESULTS, METRICS = "val.bbox.json", "metrics.json"
 SAME = "Nothing can be concluded: A and B are the same, detection by detection."
+SETTABLE = ("data", "out")
+"""What can be set for a comparison."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What was found, as compare.json has it, and the files written, by what they show."""
+class Comparison(Result):
+    """Two runs side by side.
 
-    figures: dict[str, Any]
+    Attributes:
+        report: Metrics, intervals, classes, errors by kind and `conclusion`, as compare.json holds them.
+        out: The directory of the files.
+        files: The files written, by what they show.
+    """
+
+    report: dict[str, Any]
     out: Path
     files: dict[str, Path]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report, the directory and the files."""
+        return self.report | {"out": str(self.out), "files": names_of(self.files)}
+
+    def __rich__(self) -> RenderableType:
+        return Group(comparison_table(self.report), lines([self.report["conclusion"]]), list_files(self.files))
+
 
 def compare(
-    a: str, b: str, options: Config, split: str | None = None, *, resamples: int = 1000, seed: int = 0
-) -> Compared:
-    """Compare the stored results of two runs' folders or results files; A is what B's figures are measured against.
+    a: str | Path,
+    b: str | Path,
+    *overrides: str,
+    split: str | None = None,
+    resamples: int = 1000,
+    bootstrap_seed: int = 0,
+    **settings: Unpack[Settings],
+) -> Comparison:
+    """Compare the stored results of two runs: metrics, B - A with intervals over images, and errors by kind.
 
-    The data are `options.data`'s, else those of the first run's folder; written are compare.json and images into
-    `options.out`, else B's folder. Raises InputError where there are no results, or not on the same data.
+    >>> fusedet.compare("runs/a", "runs/b").report["conclusion"]  # doctest: +SKIP
+
+    Args:
+        a: A run directory, or a file of results in COCO's format; the baseline.
+        b: The same; what is compared with the baseline.
+        overrides: "key=value" texts for `data` and `out`. The data are those of the first run by default; `out` is
+            compare-A in B's directory by default.
+        split: The split whose results are compared, by default `data.val`.
+        resamples: How often the bootstrap draws the images.
+        bootstrap_seed: Seed of these draws.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: There are no stored results, or they are not of the same data.
     """
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a comparison")
+    options = config.parse(config.overridden({}, texts))
+    a, b = str(a), str(b)
     runs = [run for run in map(_config_of, (a, b)) if run is not None]
     if options.data.path is None and not runs:
         raise InputError(f"{a} and {b} do not say on which data they were made: add data=PATH")
@@ -53,24 +94,24 @@ def compare(
     results = [evaluation.load_results(file) for file in stored]
     for file, found in zip(stored, results):
         _same_data(file, dataset, found)
-    tables = [evaluation.found(dataset, found) for found in results]
-    figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=seed))
+    tables = [evaluation.build_detection_table(dataset, found) for found in results]
+    figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=bootstrap_seed))
     report = {
         "a": a,
         "b": b,
         "data": str(data.path),
         "split": scored,
-        "stamp": evaluation.stamp(dataset, results[0]) | {"detections": [len(found) for found in results]},
+        "stamp": evaluation.create_stamp(dataset, results[0]) | {"detections": [len(found) for found in results]},
         "resamples": resamples,
-        "seed": seed,
+        "seed": bootstrap_seed,
         "level": LEVEL,
         "conclusion": SAME if results[0] == results[1] else conclusion(figures["AP"], len(dataset)),
-        "figures": {name: figures[name] for name in FIGURES},
+        "figures": {name: figures[name] for name in BOOTSTRAP_METRICS},
         "classes": figures["classes"],
-        "errors": {side: evaluation.error_kinds(dataset, table) for side, table in zip("ab", tables)},
+        "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
     }
-    beside = Path(b) if Path(b).is_dir() else Path(b).parent
-    out = run_dir.fresh(options.out) if options.out else run_dir.numbered(beside, f"compare-{Path(a).stem}")
+    parent, name = run_dir.parent_of(b), f"compare-{Path(a).stem}"
+    out = run_dir.fresh(options.out) if options.out else run_dir.numbered(parent, name)
     files = {
         "comparison": out / "compare.json",
         "differences by class": out / "classes.png",
@@ -78,22 +119,22 @@ def compare(
     }
     run_dir.write_json(files["comparison"], report)
     title = f"{_short(b)} less {_short(a)}: AP by class, {100 * LEVEL:g} % over images"
-    visualization.differences(
+    visualization.plot_differences(
         figures["classes"], files["differences by class"], title, {"name": "all classes"} | figures["AP"]
     )
     if (sheet := _differing(dataset, results, tables)) is None:
         del files["images that differ most"]
     else:
         sheet.save(files["images that differ most"])
-    return Compared(report, out, files)
+    return Comparison(report, out, files)
 
 
 def conclusion(row: dict[str, float], images: int) -> str:
-    """What the difference of AP and its interval allow one to conclude, as a sentence or two."""
+    """Return what the difference of AP and its interval allow one to conclude, as a sentence or two."""
     change, low, high = row["difference"], row["low"], row["high"]
     if math.isnan(low):
         return "Nothing can be concluded: the data hold no object that counts."
-    digits = decimals(change, low, high, least=3)
+    digits = choose_decimals(change, low, high, least=3)
     ends = f"{100 * LEVEL:g} % interval over the {images} images {low:+.{digits}f} to {high:+.{digits}f}"
     if low <= 0 <= high:
         return f"Nothing can be concluded about which is better: the difference of AP is {change:+.{digits}f}, but its {ends} holds 0."
@@ -105,17 +146,17 @@ def conclusion(row: dict[str, float], images: int) -> str:
 
 
 def _config_of(source: str) -> Config | None:
-    """The config of a run's folder; None for anything else."""
+    """Return the config of a run directory; None for anything else."""
     file = Path(source) / "config.yaml"
     return config.load(file) if file.is_file() else None
 
 
 def _stored(source: str, split: str) -> Path:
-    """The file of a run's stored results on a split."""
+    """Return the file of a run's stored results on a split."""
     path = Path(source)
     if not path.is_dir():
         if path.suffix != ".json":
-            raise InputError(f"{source} is neither a run's folder nor a results file (.json)")
+            raise InputError(f"{source} is neither a run directory nor a results file (.json)")
         return path
     run = _config_of(source)
     file = path / RESULTS if run is None or run.data.val == split else path / f"val-{Path(split).stem}" / RESULTS
@@ -125,8 +166,8 @@ def _stored(source: str, split: str) -> Path:
     return file
 
 
-def _same_data(file: Path, dataset: DetectionDataset, results: list[Result]) -> None:
-    """Raises InputError where the stamp beside a run's results is of other data."""
+def _same_data(file: Path, dataset: DetectionDataset, results: list[Detection]) -> None:
+    """Raise InputError if the stamp beside a run's results is of other data."""
     metrics = file.with_name(METRICS)
     if file.name != RESULTS or not metrics.is_file():
         return  # results of another program: their ids are checked where they are read
@@ -137,24 +178,26 @@ def _same_data(file: Path, dataset: DetectionDataset, results: list[Result]) -> 
         raise InputError(
             f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
         ) from error
-    if made_on != (here := evaluation.stamp(dataset, results)["data"]):
+    if made_on != (here := evaluation.create_stamp(dataset, results)["data"]):
         raise InputError(
             f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} images) than {dataset.source} "
             f"({here}, {len(dataset)} images): two runs are compared on the same images and annotations"
         )
 
 
-def _differing(dataset: DetectionDataset, results: list[list[Result]], tables: list[Any], n: int = 8) -> Image | None:
-    """The n images on which the two differ most, A left and B right; None where there is none."""
+def _differing(
+    dataset: DetectionDataset, results: list[list[Detection]], tables: list[Any], n: int = 8
+) -> Image | None:
+    """Return the n images on which the two differ most, A left and B right; None if they do not differ."""
     paint = [painter(dataset, found) for found in results]
     drawn, captions = [], []
-    for i, *rows in evaluation.differing_images(dataset, tables[0], tables[1], n=n):
-        images = [one(i) for one in paint]
+    for i, *rows in evaluation.find_differing_images(dataset, tables[0], tables[1], n=n):
+        images = [draw(i) for draw in paint]
         for side, image, (quality, misses, false) in zip("AB", images, rows):
             if image is not None:
                 drawn.append(image)
                 captions.append(f"{side}, {dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return visualization.grid(drawn, captions, columns=4) if drawn else None
+    return visualization.draw_image_grid(drawn, captions, columns=4) if drawn else None
 
 
 def _short(source: str) -> str:

@@ -1,40 +1,86 @@
-"""Converted weights: another project's checkpoint becomes a folder like a run's."""
+"""Conversion of another project's weights into a run directory: the command `convert weights`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
+
+from rich.console import RenderableType
 
 from fusedet import interop
 from fusedet.api import run_dir
+from fusedet.api.results import Result, lines
+from fusedet.api.settings import Settings, to_overrides
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 
 
-def convert(
-    source: str | Path, target: str | Path, config: str | None = None, overrides: Sequence[str] = ()
-) -> tuple[Path, interop.Converted]:
-    """Convert a checkpoint of MMDetection or torchvision; where its weights are written, and what they are.
+@dataclass(frozen=True)
+class WeightConversion(Result):
+    """The written weights.
 
-    target: a new folder, which then holds config.yaml, best.safetensors and run.json; or a file, NAME.safetensors.
-    Raises InputError for a target that is there, and as `interop.convert` does; nothing is then written.
+    Attributes:
+        out: The directory or file that was asked for.
+        weights: The file of the weights.
+        classes: Names of the classes.
+        notes: What differs from the other project.
+    """
+
+    out: Path
+    weights: Path
+    classes: list[str]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields."""
+        return {"out": str(self.out), "weights": str(self.weights), "classes": self.classes, "notes": self.notes}
+
+    def __rich__(self) -> RenderableType:
+        return lines([*(f"note: {note}" for note in self.notes), f"weights: {self.weights}"])
+
+
+def convert_weights(
+    source: str | Path,
+    target: str | Path,
+    *overrides: str,
+    config: str | Path | None = None,
+    **settings: Unpack[Settings],
+) -> WeightConversion:
+    """Convert a checkpoint of MMDetection or torchvision.
+
+    >>> fusedet.convert_weights("retinanet_r50_fpn_1x_coco.pth", "runs/retinanet")  # doctest: +SKIP
+
+    Args:
+        source: The checkpoint.
+        target: A new directory for config.yaml, best.safetensors and run.json, or a file NAME.safetensors.
+        overrides: "key=value" texts for the resulting config.
+        config: MMDetection's config or a config of fusedet; by default inferred from the checkpoint.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: `target` exists, or the checkpoint cannot be converted; nothing is written then.
     """
     target = Path(target)
-    alone = target.suffix == ".safetensors"
-    if alone and target.exists():
+    is_file = target.suffix == ".safetensors"
+    if is_file and target.exists():
         raise InputError(f"{target} exists: nothing is overwritten, choose another name")
-    if not alone:
+    if not is_file:
         run_dir.check(target)
-    found = interop.convert(source, config, overrides)
+    found = interop.convert_checkpoint(
+        source, None if config is None else str(config), to_overrides(overrides, settings)
+    )
     lists = {"names": json.dumps(found.names), "category_ids": json.dumps(found.category_ids)}
     meta = {"config": found.config.to_yaml(), "format": "fusedet", **lists}
-    if alone:
+    if is_file:
         target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_weights(target, found.weights, meta)
-        return target, found
-    file = run_dir.fresh(target) / "best.safetensors"
+        file = target
+    else:
+        file = run_dir.fresh(target) / "best.safetensors"
     checkpoint.save_weights(file, found.weights, meta)
-    (target / "config.yaml").write_text(found.config.to_yaml(), encoding="utf-8")
-    run_dir.write_json(target / "run.json", {"converted from": str(source), "config": config, "notes": found.notes})
-    return file, found
+    if not is_file:
+        (target / "config.yaml").write_text(found.config.to_yaml(), encoding="utf-8")
+        about = {"converted from": str(source), "config": None if config is None else str(config), "notes": found.notes}
+        run_dir.write_json(target / "run.json", about)
+    return WeightConversion(target, file, list(found.names), list(found.notes))

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import distributed
 
 from fusedet.api.predict import pick_device
 from fusedet.config import Config, Train
 from fusedet.engine import shards, trainer
 from fusedet.engine.peers import Peers
 from fusedet.errors import InputError
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits in a collective operation for the others."""
+_GROUPS = itertools.count()
 
 
 def place() -> tuple[int, int, int]:
@@ -62,8 +72,57 @@ def make_fabric(config: Config) -> Fabric:
         strategy=strategy(config, world),
         precision=trainer.precision(config.train.precision, device),  # type: ignore[arg-type]
     )
+    if world > 1:
+        _join_process_group("nccl" if device.type == "cuda" else "gloo")
     fabric.launch()
     return fabric
+
+
+def _join_process_group(backend: str) -> None:
+    """Join the group that Fabric then finds.
+
+    The launcher's store outlives a group. Each group of a process therefore has keys of its own, else a second one
+    (`fusedet.train`, then `fusedet.validate`) would connect to the addresses of the first.
+    """
+    store, rank, world = next(distributed.rendezvous("env://"))
+    own = distributed.PrefixStore(f"fusedet/{next(_GROUPS)}", store)
+    distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+@contextmanager
+def process_group(config: Config) -> Iterator[Fabric]:
+    """Launch Fabric as `make_fabric` does, and end its process group however the block ends.
+
+    After success the processes end it at the same time. After an error or an interruption the others may be gone, so none waits.
+    """
+    fabric = make_fabric(config)
+    try:
+        yield fabric
+        fabric.barrier()
+    finally:
+        destroy_process_group()
+
+
+def destroy_process_group(seconds: float = 20.0) -> None:
+    """End this process's group, if it has joined one.
+
+    Where another process is gone, the backend may wait for it without end. After `seconds` this function gives up, and the process
+    then exits with 1 as soon as Python has ended. torchrun allows 30 seconds between SIGTERM and SIGKILL.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    thread = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        atexit.register(_exit_at_once)
+
+
+def _exit_at_once() -> None:
+    """Leave without the destructors of the group's threads, which would abort the process or wait again."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @contextmanager
@@ -73,8 +132,7 @@ def shared(device: str) -> Iterator[tuple[int, int, torch.device]]:
     if world == 1:
         yield rank, world, pick_device(device)
         return
-    fabric = make_fabric(Config(device=device, train=Train(precision="fp32")))
-    with Peers(fabric, Path()):
+    with process_group(Config(device=device, train=Train(precision="fp32"))) as fabric, Peers(fabric, Path()):
         yield rank, world, fabric.device
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from fusedet.config import Config, mapping, parse, refuse_outside
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.models.detectors import Detector, bare, from_config, without_weights
+from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
@@ -29,7 +29,7 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
     raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, so nothing was trained there yet")
 
 
-def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str], list[int]]:
+def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, list[str], list[int]]:
     """The detector of a checkpoint, its config, class names and category ids, from that one file.
 
     trust: whether its config may name classes of other packages, whose code then runs.
@@ -42,22 +42,22 @@ def rebuild(file: Path, trust: bool = False) -> tuple[Detector, Config, list[str
     tree = mapping(meta["config"], f"the config in {file}", "model, data, train and test")
     if not trust:
         refuse_outside(tree, file)
-    config, names = without_weights(parse(tree)), class_names(meta, file)  # the weights come from the checkpoint
+    config, names = disable_pretrained(parse(tree)), class_names(meta, file)  # the weights come from the checkpoint
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):
         raise InputError(
             f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids"
         )
     with at_most(len(state), file):
-        checkpoint.refuse_misfit(bare(config, len(names)), state, file)
-    detector = from_config(config, len(names))
+        checkpoint.refuse_misfit(build_meta_detector(config, len(names)), state, file)
+    detector = build_detector(config, len(names))
     checkpoint.load_into(detector, state, file)
     return detector, config, names, ids
 
 
-def with_weights(config: Config, classes: int, file: Path) -> Detector:
+def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
     """The config's detector with a checkpoint's weights; what the file says of itself is not asked: only the config was checked."""
-    detector = from_config(without_weights(config), classes)
+    detector = build_detector(disable_pretrained(config), classes)
     checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)
     return detector
 

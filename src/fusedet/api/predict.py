@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -14,15 +14,16 @@ from torch import Tensor
 
 from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.settings import Sections, refuse_other_keys, to_overrides
 from fusedet.config import Config, overridden, parse
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
-from fusedet.models.detectors import Detector, for_inference, selection
-from fusedet.models.detectors.tta import find_in, merge
-from fusedet.models.roi.mask import paste
+from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
+from fusedet.models.detectors.tta import detect_view, merge_detections
+from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
@@ -52,7 +53,7 @@ class Prediction(Detections):
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        drawn = visualization.boxes(
+        drawn = visualization.draw_boxes(
             self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
         )
         if path is not None:
@@ -67,7 +68,7 @@ class Predictor:
     """
 
     def __init__(
-        self, detector: Detector, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
+        self, detector: DetectorModule, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
     ) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
@@ -122,29 +123,29 @@ def load(
     precision: Precision = "fp32",
     which: Literal["best", "last"] = "best",
     trust: bool = False,
+    **settings: Unpack[Sections],
 ) -> Predictor:
-    """A trained detector, ready to predict, from a run's folder or a checkpoint alone.
+    """Load a trained detector, ready to predict, from a run directory or a checkpoint.
 
-    path: a run's folder (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
-    overrides: of the run's config, such as "test.score=0.3"; what follows from the weights (all but `SETTABLE`) stays.
-    trust: whether the checkpoint's config may name classes of other packages, whose code then runs.
-    Raises InputError for what is not a checkpoint, is cut short, or holds code.
+    >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
+
+    Args:
+        path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+        overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: "fp32" or "bf16".
+        which: Which weights of a run directory.
+        trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The file is not a checkpoint, is cut short, or holds code.
     """
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file, trust)
-    config = parse(overridden(config.tree(), only(overrides, *SETTABLE)))
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
+    config = parse(overridden(config.tree(), texts))
     return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
-
-
-def only(overrides: Iterable[str], *keys: str) -> list[str]:
-    """The overrides; raises InputError for one outside these keys and sections, which would change nothing."""
-    overrides = list(overrides)
-    for text in overrides:
-        key = text.partition("=")[0]
-        known = key.partition(".")[0] in {field.name for field in fields(Config)}
-        if known and not any(f"{key}.".startswith(f"{one}.") for one in keys):
-            raise InputError(f"{text} changes nothing for a trained model: what can be set here is {', '.join(keys)}")
-    return overrides
 
 
 def pick_device(name: str) -> torch.device:
@@ -164,10 +165,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(detector: Detector, config: Config, precision: Precision = "fp32") -> Detector:
+def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32") -> DetectorModule:
     """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
-    ready = for_inference(detector, precision)
-    ready.selection = selection(config.test)
+    ready = prepare_for_inference(detector, precision)
+    ready.selection = selection_options(config.test)
     return ready
 
 
@@ -189,13 +190,15 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
     What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
     """
-    seen = [find_in(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)]
+    seen = [
+        detect_view(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)
+    ]
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
     results = []
     shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
     for found, (height, width) in zip(zip(*seen), sizes):
-        one = merge(found, **shared) if len(found) > 1 else found[0]
-        masks = None if one.masks is None else paste(one.masks, one.boxes, (height, width))
+        one = merge_detections(found, **shared) if len(found) > 1 else found[0]
+        masks = None if one.masks is None else paste_masks(one.masks, one.boxes, (height, width))
         results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
     return results
 

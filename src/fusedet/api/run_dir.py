@@ -1,4 +1,4 @@
-"""A run's folder: made once, never overwritten, and what is written into it beside the engine's files."""
+"""Output directories: created once, never overwritten; and the files that describe a run."""
 
 from __future__ import annotations
 
@@ -22,39 +22,50 @@ from fusedet.errors import InputError
 
 
 def fresh(folder: str | Path) -> Path:
-    """Make an empty folder. Raises InputError where it exists and holds anything, or cannot be made."""
+    """Create an empty directory.
+
+    Raises:
+        InputError: It exists and is not empty, or cannot be created.
+    """
     path = check(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"out={path} cannot be made: {error.strerror}") from error
+        raise InputError(f"out={path} cannot be created: {error.strerror}") from error
     return path
 
 
 def check(folder: str | Path) -> Path:
-    """The path, if nothing would be overwritten there. Raises InputError as `fresh` does.
+    """Return the path, if nothing would be overwritten there. Temporary files of a killed process count as nothing.
 
-    What a process had begun to write when it was killed counts as nothing.
+    Raises:
+        InputError: The directory exists and is not empty.
     """
     path = Path(folder)
     if path.is_dir() and set(path.iterdir()) - set(leftovers(path)):
-        raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another folder")
+        raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another directory")
     return path
 
 
 def numbered(parent: str | Path, name: str) -> Path:
-    """Make the folder that `free` names."""
+    """Create the directory that `free` names."""
     return fresh(free(parent, name))
 
 
 def free(parent: str | Path, name: str, ending: str = "") -> Path:
-    """parent/name, parent/name-2, ..., a file's with its ending: the first that is not there."""
+    """Return the first of parent/name, parent/name-2, ... that does not exist; a file's name gets its ending."""
     paths = (Path(parent) / f"{name}{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
     return next(path for path in paths if not path.exists())
 
 
+def parent_of(source: str | Path) -> Path:
+    """Return where results of a source go by default: into a run directory, beside a file."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent
+
+
 def withdraw(folder: Path, *names: str) -> None:
-    """Take back what a run wrote before it failed, so that the same command can be given again; anything else stays."""
+    """Remove what a run wrote before it failed, so that the same command can be given again; other files stay."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty
@@ -62,14 +73,15 @@ def withdraw(folder: Path, *names: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As indented JSON; numbers that JSON lacks (NaN) become null."""
+    """Write indented JSON; numbers that JSON lacks (NaN) become null."""
     replace(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def data_prints(run: Path) -> dict[str, Any] | None:
-    """The fingerprints of a run's data, by what they were used for, as its run.json has them; None where that file is not there.
+    """Return the fingerprints of a run's data by split, from its run.json; None if that file does not exist.
 
-    Raises InputError where it is damaged.
+    Raises:
+        InputError: The file is damaged.
     """
     file = run / "run.json"
     if not file.is_file():
@@ -87,7 +99,7 @@ def data_prints(run: Path) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """Tensors, tuples and NaN as what JSON has."""
+    """Return a value without tensors, tuples and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -100,7 +112,7 @@ def plain(value: Any) -> Any:
 
 
 def about(device: str, world: int) -> dict[str, Any]:
-    """Versions and hardware, for run.json."""
+    """Return versions and hardware, for run.json."""
     packages = ("fusedet", "torch", "torchvision", "timm", "lightning-fabric", "faster-coco-eval", "numpy")
     cuda = torch.cuda.is_available() and device.startswith("cuda")
     return {

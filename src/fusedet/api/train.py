@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
-from fusedet.api.distributed import make_fabric, silent, together
+from fusedet.api.distributed import process_group, silent, together
 from fusedet.api.load_model import class_names, weights_file, with_weights
+from fusedet.api.results import RunResult
 from fusedet.api.run_dir import about, data_prints, fresh, record_replaced_images, withdraw, write_json
+from fusedet.api.settings import Settings, Source, training_config
 from fusedet.api.validate import (
     FIGURES,
     MASK_FIGURES,
     check_masks,
     detect,
-    finds_masks,
+    evaluate_detector,
+    has_mask_branch,
     mask_figures,
     report,
-    score,
     some,
     val_loader,
 )
@@ -40,30 +41,47 @@ from fusedet.engine.determinism import deterministic
 from fusedet.engine.peers import Peers
 from fusedet.engine.train_state import TABLES
 from fusedet.errors import InputError, plural, unknown
-from fusedet.models.detectors import bare, from_config, without_weights
+from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Where a run is, the figures of its best weights, and its files by what they show."""
+def train(
+    config: Source,
+    *overrides: str,
+    resume: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+    **settings: Unpack[Settings],
+) -> RunResult:
+    """Train a detector and evaluate its best weights.
 
-    out: Path
-    figures: dict[str, Any]
-    files: dict[str, Path]
+    >>> fusedet.train("retinanet_r50", data="data/coco", train={"epochs": 24}, out="runs/a")  # doctest: +SKIP
 
+    Args:
+        config: A config's name, a YAML file, a run directory or a `Config`.
+        overrides: "key=value" texts. `out` is the directory of the run, by default runs/NAME, runs/NAME-2, ...
+        resume: Whether the run in `out`, or the given run directory, is continued. A run that was killed before its first
+            checkpoint starts from the beginning.
+        trust: Whether a run directory's config may name classes of other packages, whose code then runs.
+        say: Takes lines of progress.
+        quiet: Whether the progress bar is left out.
+        settings: The same settings as `overrides`, by keyword.
 
-def train(config: Config, *, resume: bool = False, say: Callable[[str], None] = print, quiet: bool = False) -> Trained:
-    """Train as the config says, then score the best weights.
+    Returns:
+        Metrics of the best weights and files. In other processes than the first one both are empty.
 
-    config.out is made, or with `resume` continued; a run that was killed before its first checkpoint then begins anew. say: takes the
-    lines for the user. quiet: no progress bar. Raises InputError before anything is written for wrong data, names or options, and what
-    `engine.loop.fit` raises.
+    Raises:
+        InputError: Data, names or settings are wrong; nothing is written then.
+        DivergenceError: A loss, a gradient or a weight is not finite.
+        StorageError: A file cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
-    with deterministic(config.train.deterministic):
-        return _train(config, resume, say, quiet)
+    options = training_config(config, overrides, settings, resume, trust)
+    with deterministic(options.train.deterministic):
+        return _train(options, resume, say, quiet)
 
 
-def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool) -> Trained:
+def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool) -> RunResult:
     if config.data.path is None:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     if config.out is None:
@@ -73,15 +91,14 @@ def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool
     if resume and not begun and not (out / "config.yaml").is_file():
         raise InputError(f"out={out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
     check_monitor(config)
-    bare(config)  # what cannot be built is told before the data are read
-    fabric = make_fabric(config)
-    with Peers(fabric, out / "last.ckpt", say):
+    build_meta_detector(config)  # what cannot be built is told before the data are read
+    with process_group(config) as fabric, Peers(fabric, out / "last.ckpt", say):
         return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
 
 
 def _fit(
     fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool
-) -> Trained:
+) -> RunResult:
     """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
     loggers = logging.loggers(config.train.loggers, out)
     data, val = open_data(config, say)
@@ -130,7 +147,7 @@ def _fit(
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, share, val, fabric.device)
-        figures = evaluation.coco(val, results, per_class=False)
+        figures = evaluation.evaluate_coco(val, results, per_class=False)
         if masks:
             figures |= mask_figures(val, results)
         return {name: figures[name] for name in FIGURES + MASK_FIGURES if name in figures}
@@ -189,19 +206,16 @@ def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say:
             )
 
 
-def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> Trained:
+def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> RunResult:
     """Score the best weights once more and draw what there is to see."""
     best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
-    results = detect(best, val_loader(config, val, fabric.global_rank, fabric.world_size), val, fabric.device)
+    evaluated = evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
     if fabric.global_rank:
-        return Trained(out, {}, {})
-    figures = score(
-        val, results, voc=val.dataset_format == "voc", evaluator=evaluation.EVALUATORS[0], masks=finds_masks(best)
-    )
-    files = report(val, results, figures, out, title=out.name)
+        return RunResult(out, {}, {})
+    files = report(val, evaluated.results, evaluated.metrics, out, title=out.name)
     files["training curves"] = out / "training.png"
-    visualization.training(out / "metrics.csv", files["training curves"])
-    return Trained(out, figures, files)
+    visualization.plot_training(out / "metrics.csv", files["training curves"])
+    return RunResult(out, evaluated.metrics, files, f"{out}: best weights on {config.data.val}")
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
@@ -236,9 +250,9 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
     """The config's detector for the data's classes, with train.weights loaded where it names some; bare where a run is resumed."""
     if resume:  # its weights are in the checkpoint
-        return from_config(without_weights(config), len(dataset.names))
-    detector = from_config(config, len(dataset.names))
-    body = detector.backbone
+        return build_detector(disable_pretrained(config), len(dataset.names))
+    detector = build_detector(config, len(dataset.names))
+    body: Any = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)
@@ -262,7 +276,7 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
 
 def class_tensors(config: Config) -> list[str]:
     """The names of the weights whose shapes depend on how many classes there are."""
-    one, two = (bare(config, count).state_dict() for count in (1, 2))
+    one, two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
     return [key for key in one if one[key].shape != two[key].shape]
 
 
@@ -274,7 +288,7 @@ def check_monitor(config: Config) -> None:
 
 def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
     """Whether the detector learns masks. Raises InputError where the data have none then, and where train.monitor asks for them else."""
-    masks = finds_masks(detector)
+    masks = has_mask_branch(detector)
     if masks:
         check_masks(data)
         check_masks(val)

@@ -1,9 +1,10 @@
-"""Scoring: detections of a whole split, in COCO's result form, and everything that is said and drawn about them."""
+"""Evaluation of a detector: its detections of a whole split in COCO's result format, their metrics, and the files that show them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import distributed, nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.predict import find, views
+from fusedet.api.progress import ShowProgress, no_progress, track
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
@@ -26,7 +28,81 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 SHOWN = 0.3  # the least score of what is drawn
 MASK_FIGURES = tuple(f"mask_{name}" for name in FIGURES)
 Result = dict[str, Any]
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Detections of a split in COCO's result format, and their metrics."""
+
+    results: list[Result]
+    metrics: dict[str, Any]
+
+
+def evaluate_detector(
+    detector: nn.Module,
+    config: Config,
+    dataset: DetectionDataset,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    voc: bool = False,
+    evaluator: str = evaluation.EVALUATORS[0],
+    progress: ShowProgress = no_progress,
+) -> Evaluation:
+    """Run a detector on every image of a split and compute its metrics.
+
+    Args:
+        detector: In eval mode, on `device`.
+        config: Its `data` and `test` say how the images are seen and how many at once.
+        dataset: The split.
+        device: Where the images go.
+        rank: This process's number.
+        world: How many processes share the images.
+        voc: Whether VOC's AP is computed too; for VOC data it always is.
+        evaluator: One of `evaluation.EVALUATORS`.
+        progress: Shows how many batches the first process has done.
+
+    Returns:
+        Results of all processes, and their metrics; without objects in the dataset only the number of detections.
+        Other processes than the first get no metrics.
+
+    Raises:
+        InputError: The detector predicts masks, and objects of the dataset have none.
+    """
+    if (masks := has_mask_branch(detector)) and len(dataset.labels):
+        check_masks(dataset)
+    loader = val_loader(config, dataset, rank, world)
+    batches = loader if rank else track(progress, loader, len(loader), "images")
+    results = detect(detector, batches, dataset, device)
+    if rank:
+        return Evaluation(results, {})
+    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks)
+
+
+def evaluate_results(
+    dataset: DetectionDataset,
+    results: list[Result],
+    *,
+    voc: bool = False,
+    evaluator: str = evaluation.EVALUATORS[0],
+    masks: bool | None = None,
+) -> Evaluation:
+    """Compute the metrics of results; without objects in the dataset only the number of detections.
+
+    Args:
+        dataset: The split.
+        results: In COCO's result format.
+        voc: Whether VOC's AP is computed too; for VOC data it always is.
+        evaluator: One of `evaluation.EVALUATORS`.
+        masks: Whether metrics of masks are computed too; by default where all results have one.
+    """
+    if not len(dataset.labels):
+        return Evaluation(results, {"detections": len(results)})
+    if masks is None:
+        masks = bool(results) and all("segmentation" in result for result in results)
+    voc = voc or dataset.dataset_format == "voc"
+    return Evaluation(results, score(dataset, results, voc=voc, evaluator=evaluator, masks=masks))
 
 
 def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
@@ -54,7 +130,7 @@ def detect(
     return results
 
 
-def finds_masks(detector: nn.Module) -> bool:
+def has_mask_branch(detector: nn.Module) -> bool:
     """Whether a detector finds masks too, and learns from data with masks alone."""
     return any(isinstance(part, MaskBranch) for part in detector.modules())
 
@@ -72,7 +148,7 @@ def mask_figures(
     dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
 ) -> dict[str, Any]:
     """COCO's figures by the overlap of masks, each as mask_NAME."""
-    figures = evaluation.coco(dataset, results, iou_type="segm", evaluator=evaluator)
+    figures = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator)
     return {f"mask_{name}": value for name, value in figures.items()}
 
 
@@ -80,17 +156,17 @@ def score(
     dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
 ) -> dict[str, Any]:
     """All figures of a split: COCO's, of masks and VOC's where asked, per class, with the stamp that makes them comparable."""
-    figures = evaluation.coco(dataset, results, evaluator=evaluator)
+    figures = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
     if masks:
         figures |= mask_figures(dataset, results, evaluator)
         for row, other in zip(figures["classes"], figures.pop("mask_classes")):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:
-        area, eleven = evaluation.voc(dataset, results), evaluation.voc(dataset, results, points=11)
+        area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
         figures |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
         for row, a, b in zip(figures["classes"], area["classes"], eleven["classes"]):
             row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return figures | {"stamp": evaluation.stamp(dataset, results, evaluator)}
+    return figures | {"stamp": evaluation.create_stamp(dataset, results, evaluator)}
 
 
 def report(
@@ -113,9 +189,13 @@ def report(
             json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results])
         )
     write_json(files["metrics"], figures)
-    visualization.curves(evaluation.precision_recall(dataset, results), files["precision-recall curves"], title)
-    visualization.confusion(evaluation.confusion(dataset, results), dataset.names, files["confusion matrix"])
-    visualization.sizes(figures, files["AP by object size"], title)
+    visualization.plot_precision_recall(
+        evaluation.compute_precision_recall(dataset, results), files["precision-recall curves"], title
+    )
+    visualization.plot_confusion_matrix(
+        evaluation.compute_confusion_matrix(dataset, results), dataset.names, files["confusion matrix"]
+    )
+    visualization.plot_ap_by_size(figures, files["AP by object size"], title)
     if (grid := worst(dataset, results)) is None:
         del files["worst images"]
     else:
@@ -127,11 +207,11 @@ def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Imag
     """The n images that went worst: truth dashed, finds coloured; None where no image has a mistake."""
     drawn, captions = [], []
     paint = painter(dataset, results)
-    for i, quality, misses, false in evaluation.worst_images(dataset, results, n=n, score=SHOWN):
+    for i, quality, misses, false in evaluation.find_worst_images(dataset, results, n=n, score=SHOWN):
         if (image := paint(i)) is not None:
             drawn.append(image)
             captions.append(f"{dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return visualization.grid(drawn, captions) if drawn else None
+    return visualization.draw_image_grid(drawn, captions) if drawn else None
 
 
 def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
@@ -154,11 +234,13 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
             torch.tensor([labels[r["category_id"]] for r in found]),
             torch.tensor([r["score"] for r in found]),
         )
-        counts = ~record.ignore
+        counts = ~record.eval_ignore
         truth, ignore = (
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )
-        return visualization.compare(read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore)
+        return visualization.draw_comparison(
+            read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore
+        )
 
     return paint
 

@@ -1,100 +1,55 @@
-"""The command line: one typed function per command; a user's mistake is one line and exit 2."""
+"""The command line: parses text, calls `fusedet.api`, prints the result. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
-from collections.abc import Callable
 
-import typer
 from rich.markup import escape
 
-from fusedet.api.distributed import place
-from fusedet.cli import data, evidence, model, prediction
-from fusedet.cli.args import err
-from fusedet.engine.peers import EXIT, Lost
-from fusedet.engine.trainer import Interrupted
-from fusedet.errors import InputError
+from fusedet.cli import commands  # noqa: F401  (registers them)
+from fusedet.cli.app import app, err
+from fusedet.engine.signals import Interrupted
+from fusedet.errors import DivergenceError, InputError, StorageError
 
-app = typer.Typer(
-    help="Object detection with feature pyramids. Options are key=value: fusedet train retinanet_r50 data=PATH train.epochs=24 out=runs/a",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-
-converting = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-app.add_typer(
-    converting,
-    name="convert",
-    help="Write a dataset in another form, or another project's weights as a checkpoint here.",
-)
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "train": model.train,
-    "val": model.val_,
-    "predict": prediction.predict_,
-    "compare": evidence.compare_,
-    "cam": evidence.cam_,
-    "ablate": evidence.ablate_,
-    "info": model.info,
-    "doctor": data.doctor,
-    "browse": data.browse,
-    "demo": model.demo,
-    "config": model.config_,
-}
-TOGETHER = ("train", "val")
-"""Verbs whose processes tell each other what stops them."""
-CONVERTERS: dict[str, Callable[..., None]] = {"data": data.convert_data_, "weights": data.convert_weights_}
-
-for name, command in COMMANDS.items():
-    app.command(name)(command)
-for name, command in CONVERTERS.items():
-    converting.command(name)(command)
+EXIT_CODES: dict[type[Exception], int] = {InputError: 2, DivergenceError: 3, StorageError: 4}
+"""The exit code of each error; all codes are listed in the help of `fusedet`."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+JOINT_COMMANDS = ("train", "val")
+"""Commands whose processes fail together, so that one per machine reports it."""
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 well, 1 the doctor found errors, 2 wrong input, 75 another process of it is gone, 130 stopped by
-    Ctrl-C, 143 by SIGTERM.
-    """
+    """Run the command of `sys.argv` and exit with its code."""
     sys.exit(run())
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """The exit code of a command line."""
+    """Run a command line and return its exit code."""
+    command = (sys.argv[1:] if arguments is None else arguments)[:1]
     try:
         app(arguments, prog_name="fusedet")
     except SystemExit as end:
         return int(end.code or 0)
-    except InputError as error:
-        return _refuse(str(error), sys.argv[1:2] if arguments is None else arguments[:1])
+    except tuple(EXIT_CODES) as error:
+        return _report(str(error), next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), command)
     except Interrupted as stop:
         err.print(escape(str(stop)))
         return stop.code
-    except Lost as lost:
-        if str(lost):
-            _complain(str(lost))
-        return EXIT
     except BrokenPipeError:
         return 0
-    except OSError as error:  # a full disk, a folder without permission: said, not traced
-        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except OSError as error:
+        code = EXIT_CODES[StorageError if error.errno in FULL else InputError]
+        return _report(f"{error.filename or 'a file'}: {error.strerror or error}", code, command)
     return 0
 
 
-def _refuse(text: str, command: list[str]) -> int:
-    """Say what is wrong with the input: of processes that work together the first one on each machine does, of others each."""
-    try:
-        rank, world, local = place()
-    except InputError:  # it is what is to be said
-        rank, world, local = 0, 1, 0
-    together = bool(command) and command[0] in TOGETHER
-    if together and local:
-        return 2
-    return _complain(f"process {rank}: {text}" if world > 1 and (rank or not together) else text)
-
-
-def _complain(text: str) -> int:
-    err.print(f"[red]error:[/] {escape(' '.join(text.splitlines()))}")
-    return 2
+def _report(text: str, code: int, command: list[str]) -> int:
+    """Print an error in one line and return the exit code; of several processes name the one that fails."""
+    rank, world, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    is_joint = bool(command) and command[0] in JOINT_COMMANDS
+    if not (is_joint and local not in ("", "0")):
+        is_named = world not in ("", "1") and rank.isdecimal() and not (is_joint and rank == "0")
+        err.print(f"[red]error:[/] {f'process {rank}: ' * is_named}{escape(' '.join(text.splitlines()))}")
+    return code

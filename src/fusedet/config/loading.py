@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +18,15 @@ from fusedet.errors import InputError, nearest, unknown
 
 _SHIPPED = files("fusedet") / "configs"
 _LISTER = "fusedet info"
+BACKBONES = {
+    "r18": "resnet18.tv_in1k",
+    "r50": "resnet50.tv_in1k",
+    "r101": "resnet101.tv_in1k",
+    "x101_32x4d": "resnext101_32x4d.gluon_in1k",
+    "x101_64x4d": "resnext101_64x4d.tv_in1k",
+}
+"""timm's backbones by their short names: `retinanet_r101` is retinanet_BACKBONE.yaml with the backbone of `r101`."""
+_PLACEHOLDER = "BACKBONE"
 _SLOTS = ("plugin", "neck", "interact", "head", "roi")
 LONGEST, LARGEST = 2**20, 100_000
 """Characters and, with every alias written out, values that a YAML text may have: the longest shipped config has a few hundred values."""
@@ -24,18 +34,31 @@ _RENAMED = {"data": "data.path", "model.backbone": "model.backbone.name"}
 
 
 def load(
-    name: str | Path, overrides: Sequence[str] = (), sections: Mapping[str, Any] | None = None, *, trust: bool = True
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    sections: Mapping[str, Any] | None = None,
+    *,
+    trust: bool = True,
+    kind: str = "config",
+    folder: Any = None,
 ) -> Config:
-    """The config of that name (shipped) or file, with overrides on top.
+    """Resolve a shipped config or a YAML file, with overrides on top.
 
-    overrides: "key=value" texts with dotted keys; list items are addressed by number ("model.neck.0.type=fpn");
-    `data=PATH` and `model.backbone=NAME` are short for data.path and model.backbone.name.
-    sections: the same as nested mappings, {"model": {"neck": ["fpn", "smsl"]}}.
     A schedule (train.schedule=2x) is merged where it is named: above what came before, below what comes after.
-    trust: whether the file may name classes of other packages; what overrides and sections name is the caller's own in any case.
-    Raises InputError for an unknown config, key or schedule, and for a value of the wrong type.
+
+    Args:
+        name: A shipped name (`names`) or a YAML file.
+        overrides: "key=value" texts with dotted keys. A number addresses an item of a list ("model.neck.0.type=fpn").
+            `data=PATH` and `model.backbone=NAME` are short for data.path and model.backbone.name.
+        sections: The same as nested mappings, {"model": {"neck": ["fpn", "smsl"]}}.
+        trust: Whether the file may name classes of other packages. Overrides and sections may in any case.
+        kind: What the name is, for messages.
+        folder: Where a file of that name wins over a shipped config.
+
+    Raises:
+        InputError: For an unknown config, key or schedule, and for a value of the wrong type.
     """
-    tree: dict[str, Any] = _file(find(name))
+    tree = _read_tree(name, "models", kind, folder)
     if not trust:
         refuse_outside(tree, name)
     for section, values in (sections or {}).items():
@@ -44,7 +67,7 @@ def load(
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A nested mapping with "key=value" texts laid over it, as `load` does; the schedule first, a slot before its options."""
+    """Lay "key=value" texts over a nested mapping: a schedule first, and a slot before its options."""
     pairs = [_parse(text) for text in overrides]
     for key, value in sorted(pairs, key=lambda pair: (pair[0] != "train.schedule", pair[0].count("."))):
         tree = _set(tree, key, value)
@@ -52,25 +75,28 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 
 def names(package: str = "models") -> list[str]:
-    """The names of the shipped configs."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in (_SHIPPED / package).iterdir()
-        if p.name.endswith(".yaml") and p.name[0] != "_"
-    )
+    """List the names of the shipped configs."""
+    return sorted(_backbone_variants() if package == "models" else _stems(package))
 
 
-def find(name: str | Path, package: str = "models", kind: str = "config", folder: Any = None) -> Any:
-    """The YAML file that a name means: itself, or one of that name in `folder`, else a shipped one. Raises InputError where there is none.
+def find(name: str | Path, package: str, kind: str, folder: Any = None) -> Any:
+    """Find the YAML file of a name: the file itself, one of that name in `folder`, or a shipped one.
 
-    kind: what the name is, for the message; a file in `folder` wins, so that a folder of configs moves as a whole.
+    Args:
+        name: A shipped name or a YAML file.
+        package: The folder of shipped files: models, schedules or ablations.
+        kind: What the name is, for messages.
+        folder: Where a file of that name wins over a shipped one, so that a folder of configs moves as a whole.
+
+    Raises:
+        InputError: For a name without a file.
     """
     if not isinstance(name, (str, Path)):
         raise InputError(f"the {kind.removesuffix(':')} must be a name or a YAML file, got {type(name).__name__}")
     path = Path(name)
     is_file = path.suffix in (".yaml", ".yml")
-    if folder is not None and _exists(beside := folder / (str(name) if is_file else f"{name}.yaml")):
-        return beside
+    if folder is not None and _exists(local := folder / (str(name) if is_file else f"{name}.yaml")):
+        return local
     if is_file:
         if not _exists(path):
             what, known = "table" if package == "ablations" else "config", names(package)
@@ -85,6 +111,24 @@ def find(name: str | Path, package: str = "models", kind: str = "config", folder
     if not _exists(shipped):
         raise unknown(kind, name, names(package), lister=_LISTER)
     return shipped
+
+
+def _stems(package: str) -> list[str]:
+    """List the shipped YAML files of a package, without those that only others build on ("_tiny")."""
+    files = (path.name for path in (_SHIPPED / package).iterdir())
+    return [name.removesuffix(".yaml") for name in files if name.endswith(".yaml") and name[0] != "_"]
+
+
+@cache
+def _backbone_variants() -> dict[str, tuple[str, str | None]]:
+    """Map each shipped model's name to its file and, where the name chooses the backbone, to timm's name of that."""
+    variants: dict[str, tuple[str, str | None]] = {}
+    for stem in _stems("models"):
+        if _PLACEHOLDER in stem:
+            variants |= {stem.replace(_PLACEHOLDER, alias): (stem, timm) for alias, timm in BACKBONES.items()}
+        else:
+            variants[stem] = stem, None
+    return variants
 
 
 def _exists(file: Any) -> bool:
@@ -172,15 +216,24 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _texts(one, f"{key}.{i}")
 
 
-def _file(path: Any, package: str = "models", children: tuple[str, ...] = ()) -> dict[str, Any]:
+def _read_tree(
+    name: str | Path, package: str, kind: str, folder: Any = None, children: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Read a shipped name or a file with its bases; children: the files that build on it."""
+    stem, backbone = _backbone_variants().get(str(name), (name, None)) if package == "models" else (name, None)
+    if backbone and folder is not None and _exists(folder / f"{name}.yaml"):
+        stem, backbone = name, None
+    path = find(stem, package, kind, folder)
+    if str(path) in children:
+        raise InputError(f"{children[-1]} is, through {path}, its own base")
     own = read(path)
-    base = own.pop("base", None)
-    if base is None:
-        return _merge({}, own, str(path))
-    parent = find(base, package, f"base of {path}:", path.parent)
-    if str(parent) in (str(path), *children):
-        raise InputError(f"{path} is, through {parent}, its own base")
-    return _merge(_file(parent, package, (str(path), *children)), own, str(path))
+    bases = own.pop("base", None)
+    tree: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
+        parent = _read_tree(base, package, f"base of {path}:", path.parent, (*children, str(path)))
+        tree = _overlay(tree, parent)
+    tree = _merge(tree, own, str(path))
+    return _overlay(tree, {"model": {"backbone": {"name": backbone}}}) if backbone else tree
 
 
 def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str, Any]:
@@ -188,12 +241,10 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str
     layer = dict(layer)
     schedule = layer.get("train", {}).get("schedule") if isinstance(layer.get("train"), Mapping) else None
     if schedule is not None:
-        file = find(schedule, "schedules", f"schedule (train.schedule in {source})")
-        tree = _overlay(tree, _file(file, "schedules"))
+        kind = f"schedule (train.schedule in {source})"
+        tree = _overlay(tree, _read_tree(schedule, "schedules", kind))
         # a resolved config must not depend on a file of the user's: the schedule's values are in it
-        layer["train"] = layer["train"] | {
-            "schedule": None if isinstance(file, Path) and file.parent.parent != _SHIPPED else schedule
-        }
+        layer["train"] = layer["train"] | {"schedule": schedule if schedule in names("schedules") else None}
     return _overlay(tree, layer)
 
 

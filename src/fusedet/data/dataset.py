@@ -29,7 +29,10 @@ class ImageAnnotations:
         width: Width in pixels, after EXIF rotation.
         boxes: (G, 4) float64 xyxy in pixels, continuous with origin 0, not clipped to the image.
         labels: (G,) int64 in 0..K-1.
-        ignore: (G,) bool, true for crowds (COCO) and difficult annotations (VOC).
+        ignore: (G,) bool, neither positive nor negative in training: `iscrowd` and `ignore` of COCO, difficult
+            annotations of VOC.
+        eval_ignore: (G,) bool, ignored in evaluation, by default those of `ignore`. Annotations with COCO's `ignore`
+            count in evaluation, as in pycocotools.
         area: (G,) float64, the annotated area where the dataset format has one, else width x height.
         segmentations: Per annotation polygons [[x, y, ...], ...], a COCO RLE dict, or None.
     """
@@ -43,6 +46,11 @@ class ImageAnnotations:
     ignore: np.ndarray
     area: np.ndarray
     segmentations: list[Any]
+    eval_ignore: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.eval_ignore is None:
+            object.__setattr__(self, "eval_ignore", self.ignore)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class DetectionDataset:
     boxes: Tensor  # (M, 4) float64
     labels: Tensor  # (M,) int64
     ignore: Tensor  # (M,) bool
+    eval_ignore: Tensor  # (M,) bool
     area: Tensor  # (M,) float64
     paths: PackedBytes
     segmentations: PackedBytes
@@ -99,6 +108,7 @@ class DetectionDataset:
             boxes=column((0, 4), "boxes"),
             labels=column((0,), "labels"),
             ignore=column((0,), "ignore"),
+            eval_ignore=column((0,), "eval_ignore"),
             area=column((0,), "area"),
             segmentations=[pack_segmentation(s) for r in rows for s in r.segmentations],
             source=source,
@@ -123,6 +133,7 @@ class DetectionDataset:
         segmentations: Sequence[bytes],
         source: str | Path,
         dataset_format: str,
+        eval_ignore: np.ndarray | None = None,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
         """Build a dataset from flat columns of N images and M annotations.
@@ -138,11 +149,12 @@ class DetectionDataset:
             image_indices: (M,) index of each annotation's image, in 0..N-1.
             boxes: (M, 4) xyxy in pixels.
             labels: (M,) in 0..K-1.
-            ignore: (M,) bool.
+            ignore: (M,) bool, ignored in training.
             area: (M,) in square pixels.
             segmentations: M segmentations as `pack_segmentation` returns them.
             source: The file or folder that was read.
             dataset_format: "coco", "voc" or "yolo".
+            eval_ignore: (M,) bool, ignored in evaluation; by default `ignore`.
             problems: Number of malformed annotations by kind.
         """
         order = np.argsort(image_indices, kind="stable")
@@ -162,6 +174,7 @@ class DetectionDataset:
             boxes=tensor(boxes[order], np.float64),
             labels=tensor(labels[order], np.int64),
             ignore=tensor(ignore[order], np.bool_),
+            eval_ignore=tensor((ignore if eval_ignore is None else eval_ignore)[order], np.bool_),
             area=tensor(area[order], np.float64),
             paths=PackedBytes.pack([p.encode("utf-8", "surrogateescape") for p in paths]),
             segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),
@@ -191,6 +204,7 @@ class DetectionDataset:
             boxes=self.boxes[begin:end].numpy(),
             labels=self.labels[begin:end].numpy(),
             ignore=self.ignore[begin:end].numpy(),
+            eval_ignore=self.eval_ignore[begin:end].numpy(),
             area=self.area[begin:end].numpy(),
             segmentations=[unpack_segmentation(self.segmentations[j]) for j in range(begin, end)],
         )
@@ -202,6 +216,8 @@ class DetectionDataset:
             digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
         for column in (self.image_ids, self.sizes, self.offsets, self.boxes, self.labels, self.ignore):
             digest.update(column.numpy().tobytes())
+        if not torch.equal(self.ignore, self.eval_ignore):
+            digest.update(self.eval_ignore.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

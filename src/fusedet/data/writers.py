@@ -50,7 +50,7 @@ def write_coco(
 ) -> dict[str, dict[str, int]]:
     """Write annotations/instances_SPLIT.json.
 
-    Category ids, image ids and segmentations are kept; ignored annotations become crowds.
+    Category ids, image ids and segmentations are kept; annotations that evaluation ignores become crowds.
 
     Returns:
         Per split the counts of `convert_dataset`.
@@ -67,8 +67,10 @@ def write_coco(
                     "category_id": dataset.category_ids[image.labels[j]],
                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                     "area": float(image.area[j]),
-                    "iscrowd": int(image.ignore[j]),
+                    "iscrowd": int(image.eval_ignore[j]),
                 }
+                if image.ignore[j] and not image.eval_ignore[j]:
+                    annotation["ignore"] = 1
                 segmentation = image.segmentations[j]
                 annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
         sizes = dataset.sizes.tolist()

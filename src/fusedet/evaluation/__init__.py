@@ -1,28 +1,28 @@
 """How good the detections are: COCO and VOC average precision, its curves, confusion, kinds of errors, intervals of all these."""
 
 from fusedet.evaluation.bootstrap import paired_bootstrap
-from fusedet.evaluation.coco_metrics import coco, precision_recall
-from fusedet.evaluation.confidence_intervals import difference_over_seeds, over_seeds
-from fusedet.evaluation.confusion import confusion, differing_images, worst_images
-from fusedet.evaluation.error_analysis import error_kinds
-from fusedet.evaluation.ground_truth import coco_ground_truth
-from fusedet.evaluation.results import EVALUATORS, found, load_results, stamp
-from fusedet.evaluation.voc_metrics import voc
+from fusedet.evaluation.coco_metrics import compute_precision_recall, evaluate_coco
+from fusedet.evaluation.confidence_intervals import compute_seed_difference, compute_seed_interval
+from fusedet.evaluation.confusion import compute_confusion_matrix, find_differing_images, find_worst_images
+from fusedet.evaluation.error_analysis import analyze_errors
+from fusedet.evaluation.ground_truth import build_coco_ground_truth
+from fusedet.evaluation.results import EVALUATORS, build_detection_table, create_stamp, load_results
+from fusedet.evaluation.voc_metrics import evaluate_voc
 
 __all__ = [
     "EVALUATORS",
-    "coco",
-    "coco_ground_truth",
-    "confusion",
-    "difference_over_seeds",
-    "differing_images",
-    "error_kinds",
-    "found",
+    "analyze_errors",
+    "build_coco_ground_truth",
+    "build_detection_table",
+    "compute_confusion_matrix",
+    "compute_precision_recall",
+    "compute_seed_difference",
+    "compute_seed_interval",
+    "create_stamp",
+    "evaluate_coco",
+    "evaluate_voc",
+    "find_differing_images",
+    "find_worst_images",
     "load_results",
-    "over_seeds",
     "paired_bootstrap",
-    "precision_recall",
-    "stamp",
-    "voc",
-    "worst_images",
 ]

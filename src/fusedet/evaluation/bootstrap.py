@@ -19,18 +19,18 @@ import torch
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
-from fusedet.evaluation.confidence_intervals import LEVEL, percentiles
-from fusedet.evaluation.dataset_matching import matched, places
-from fusedet.evaluation.mask_iou import check_masks
-from fusedet.evaluation.results import Found, Result, found
+from fusedet.evaluation.confidence_intervals import LEVEL, compute_percentile_interval
+from fusedet.evaluation.dataset_matching import match_detections, rank_by_image_id
+from fusedet.evaluation.mask_iou import validate_masks
+from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 BLOCK = 1 << 19  # weights that are looked at together, a bound on memory
 
 
 @dataclass(frozen=True)
-class Resampled:
-    """figures (6, B), `FIGURES` of each of B resamples in 0..1, and classes (K, B), AP of each class; NaN without objects.
+class ResampledMetrics:
+    """figures (6, B), `METRICS` of each of B resamples in 0..1, and classes (K, B), AP of each class; NaN without objects.
 
     images, how many each resample holds.
     """
@@ -40,7 +40,7 @@ class Resampled:
     images: int
 
 
-def drawn_images(images: int, resamples: int, seed: int) -> np.ndarray:
+def draw_image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image occurs in each resample, (1 + resamples, images) int16; the first one is the data itself.
 
     Each of the others holds as many images as the data, drawn with replacement. Raises InputError for no image or no
@@ -57,34 +57,34 @@ def drawn_images(images: int, resamples: int, seed: int) -> np.ndarray:
     return weights
 
 
-def resampled(
+def resample_metrics(
     dataset: DetectionDataset,
-    results: Sequence[Result] | Found,
+    results: Sequence[Result] | DetectionTable,
     weights: np.ndarray,
     iou_type: Literal["bbox", "segm"] = "bbox",
-) -> Resampled:
-    """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `drawn_images` gives them.
+) -> ResampledMetrics:
+    """COCO's average precisions of boxes, or with "segm" of masks, on each resample; weights (B, N) as `draw_image_weights` gives them.
 
     They equal `evaluate.coco` on data in which each image is repeated as often as its weight says. Detections of equal
-    score stand as `coco` has them on the data itself: by rising image id, then in the order of the results; the copies of
+    score stand as `evaluate_coco` has them on the data itself: by rising image id, then in the order of the results; the copies of
     one detection stand together. A class that has no object in a resample is left out of its means, as COCO does. Masks
-    need the results themselves, each with an RLE. Raises InputError as `coco` does.
+    need the results themselves, each with an RLE. Raises InputError as `evaluate_coco` does.
     """
     n, classes = len(dataset), len(dataset.names)
     if weights.ndim != 2 or weights.shape[1] != n:
         raise InputError(f"weights must be (resamples, {n}), one per image, they are {weights.shape}")
-    table = found(dataset, results, boxes=iou_type == "bbox")
+    table = build_detection_table(dataset, results, boxes=iou_type == "bbox")
     masks: Sequence[Result] | None = None
     if iou_type == "segm":
-        assert not isinstance(results, Found), "a table of finds holds no masks"
-        check_masks(dataset, results)
+        assert not isinstance(results, DetectionTable), "a table of finds holds no masks"
+        validate_masks(dataset, results)
         masks = results
-    pairs = matched(dataset, table, masks, rule.THRESHOLDS, rule.AREAS)
+    pairs = match_detections(dataset, table, masks, rule.THRESHOLDS, rule.AREAS)
     by_place = np.empty_like(weights)
-    by_place[:, places(dataset)] = weights
+    by_place[:, rank_by_image_id(dataset)] = weights
     counts = ~(pairs.objects.crowd | rule.outside(pairs.objects.area, rule.AREAS))
     inside = ~rule.outside(pairs.guesses.area, rule.AREAS)
-    rows = np.empty((len(FIGURES), classes, len(weights)))
+    rows = np.empty((len(METRICS), classes, len(weights)))
     for k, (own, of_class) in enumerate(rule.by_class(pairs.guesses, pairs.objects, n, classes)):
         seen, owner = pairs.guesses.group[own] - k * n, pairs.objects.group[of_class] - k * n
         hit, void = pairs.hit[:, :, own], pairs.void[:, :, own]
@@ -95,55 +95,57 @@ def resampled(
             ]
         )  # (A, T, B)
         rows[:, k] = ap[0].mean(axis=0), ap[0, 0], ap[0, 5], *ap[1:].mean(axis=1)
-    return Resampled(_mean(rows), rows[0], n)
+    return ResampledMetrics(_mean(rows), rows[0], n)
 
 
-def mean_of(runs: Sequence[Resampled]) -> Resampled:
+def average_runs(runs: Sequence[ResampledMetrics]) -> ResampledMetrics:
     """The mean over runs, such as one model's seeds, on the same resamples."""
-    return Resampled(
+    return ResampledMetrics(
         np.mean([run.figures for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images
     )
 
 
-def difference(a: Resampled, b: Resampled, names: Sequence[str], level: float = LEVEL) -> dict[str, Any]:
+def compute_difference(
+    a: ResampledMetrics, b: ResampledMetrics, names: Sequence[str], level: float = LEVEL
+) -> dict[str, Any]:
     """b less a on the same resamples: {figure: {a, b, difference, low, high}} and classes, a list of the same with name.
 
-    a, b and difference are of the data itself, resample 0; low and high are `percentiles` of the others' differences.
+    a, b and difference are of the data itself, resample 0; low and high are `compute_percentile_interval` of the others' differences.
     """
 
     def rows(x: np.ndarray, y: np.ndarray) -> list[dict[str, float]]:
         change = y - x
-        low, high = percentiles(change[:, 1:], a.images, level)
+        low, high = compute_percentile_interval(change[:, 1:], a.images, level)
         columns = {"a": x[:, 0], "b": y[:, 0], "difference": change[:, 0], "low": low, "high": high}
         return [dict(zip(columns, map(float, row))) for row in zip(*columns.values())]
 
-    figures: dict[str, Any] = dict(zip(FIGURES, rows(a.figures, b.figures)))
+    figures: dict[str, Any] = dict(zip(METRICS, rows(a.figures, b.figures)))
     return figures | {"classes": [{"name": name} | row for name, row in zip(names, rows(a.classes, b.classes))]}
 
 
 def paired_bootstrap(
     dataset: DetectionDataset,
-    a: Sequence[Result] | Found,
-    b: Sequence[Result] | Found,
+    a: Sequence[Result] | DetectionTable,
+    b: Sequence[Result] | DetectionTable,
     *,
     resamples: int = 1000,
     seed: int = 0,
     level: float = LEVEL,
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> Mapping[str, Any]:
-    """How much b's average precisions exceed a's, each with its interval over images; form as in `difference`.
+    """How much b's average precisions exceed a's, each with its interval over images; form as in `compute_difference`.
 
     Both runs are scored on the same resamples of the images. The interval covers which images were drawn into the
     data: among datasets of as many images drawn in the same way, `level` of the intervals hold the difference of these
     two sets of weights on all such images. It does not cover which seed the runs were trained with: that is
     `intervals.difference_over_seeds`. A figure of objects that few images hold has its interval from the resamples that
-    hold one. `iou_type` as in `coco`. Raises InputError as that does.
+    hold one. `iou_type` as in `evaluate_coco`. Raises InputError as that does.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
     """
-    weights = drawn_images(len(dataset), resamples, seed)
+    weights = draw_image_weights(len(dataset), resamples, seed)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda results: resampled(dataset, results, weights, iou_type), (a, b))
-    return difference(first, second, dataset.names, level)
+        first, second = pool.map(lambda results: resample_metrics(dataset, results, weights, iou_type), (a, b))
+    return compute_difference(first, second, dataset.names, level)
 
 
 def _average_precision(

@@ -17,6 +17,9 @@ RECALLS = np.linspace(0.0, 1.0, 101)
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 """All, small, medium, large, in square pixels, both ends included."""
 
+MAX_THRESHOLD = 1 - 1e-10
+"""pycocotools never asks for more overlap than this."""
+
 BLOCK = 1 << 20  # pairs whose overlap is computed at a time, a bound on memory
 
 
@@ -96,7 +99,7 @@ def box_iou(det: np.ndarray, obj: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     return np.divide(inner, union, out=np.zeros_like(inner), where=inner > 0)
 
 
-def box_pairs(det_group: np.ndarray, det: np.ndarray, objects: Objects, boxes: np.ndarray, least: float) -> Pairs:
+def find_box_pairs(det_group: np.ndarray, det: np.ndarray, objects: Objects, boxes: np.ndarray, least: float) -> Pairs:
     """Pairs of boxes (x, y, width, height) that overlap by at least `least`."""
     dets, objs, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
     for d, o in same_group(det_group, objects.group):
@@ -121,7 +124,7 @@ def match(
     hit, void = np.zeros((T, A, D), dtype=bool), np.zeros((T, A, D), dtype=bool)
     taken = np.zeros((T, A, len(objects.group)), dtype=bool)
     idle = objects.crowd | outside(objects.area, areas)  # (A, G)
-    least = np.minimum(thresholds, 1 - 1e-10)[:, None, None]
+    least = np.minimum(thresholds, MAX_THRESHOLD)[:, None, None]
     for det, obj, iou, first in _rounds(guesses.group, pairs):
         free = (iou >= least) & (objects.crowd[obj] | ~taken[:, :, obj])  # (T, A, p)
         p = len(obj)

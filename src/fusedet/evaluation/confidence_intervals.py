@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def over_seeds(values: Sequence[float], level: float = LEVEL) -> Interval:
+def compute_seed_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The mean of a figure over runs that differ in their seed, with its t interval; one run has no interval.
 
     It covers which seed was drawn (initial weights, order of the images), on these very images. It takes the figure
@@ -36,7 +36,7 @@ def over_seeds(values: Sequence[float], level: float = LEVEL) -> Interval:
     )
 
 
-def difference_over_seeds(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Interval:
+def compute_seed_difference(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Interval:
     """The mean of b less the mean of a with its t interval; no interval where a side has one run only.
 
     `paired`: a[i] and b[i] share a seed, and the interval is that of the mean of their differences; else Welch's, for
@@ -45,7 +45,7 @@ def difference_over_seeds(a: Sequence[float], b: Sequence[float], *, paired: boo
     if paired:
         if len(a) != len(b):
             raise InputError(f"paired values must be of equal number, they are {len(a)} and {len(b)}")
-        return over_seeds([y - x for x, y in zip(a, b)], level)
+        return compute_seed_interval([y - x for x, y in zip(a, b)], level)
     if not a or not b:
         raise InputError("an interval over seeds needs at least one value on each side")
     value = fmean(b) - fmean(a)
@@ -57,7 +57,7 @@ def difference_over_seeds(a: Sequence[float], b: Sequence[float], *, paired: boo
     return _interval(value, error, freedom, level)
 
 
-def percentiles(values: np.ndarray, count: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+def compute_percentile_interval(values: np.ndarray, count: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """The ends (low, high) of the bootstrap's interval, from a figure's values (..., B) on resamples of `count` items.
 
     The expanded percentile interval: for many items its ends are the percentiles between which `level` of the values lie;
@@ -75,10 +75,10 @@ def percentiles(values: np.ndarray, count: int, level: float = LEVEL) -> tuple[n
     return ends[0], ends[1]
 
 
-def decimals(*values: float, least: int) -> int:
+def choose_decimals(*values: float, least: int) -> int:
     """How many decimals it takes that no value but 0 is printed as 0.
 
-    >>> decimals(-0.0004, 0.041, least=3), decimals(0.0, 1.0, least=2)
+    >>> choose_decimals(-0.0004, 0.041, least=3), choose_decimals(0.0, 1.0, least=2)
     (4, 2)
     """
     digits = least

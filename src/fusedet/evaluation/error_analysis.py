@@ -10,9 +10,9 @@ import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.evaluation import coco_matching as rule
-from fusedet.evaluation.dataset_matching import Matched, matched
-from fusedet.evaluation.ground_truth import sizes_first
-from fusedet.evaluation.results import Found, Result, found, mean
+from fusedet.evaluation.dataset_matching import MatchResult, match_detections
+from fusedet.evaluation.ground_truth import xyxy_to_xywh
+from fusedet.evaluation.results import DetectionTable, Result, build_detection_table, nan_mean
 
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
 CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
@@ -20,7 +20,7 @@ FOREGROUND, NOTHING = 0.5, 0.1
 """Overlap from which a detection finds an object, and up to which it lies on the background."""
 
 
-def error_kinds(dataset: DetectionDataset, results: Sequence[Result] | Found) -> dict[str, Any]:
+def analyze_errors(dataset: DetectionDataset, results: Sequence[Result] | DetectionTable) -> dict[str, Any]:
     """Every false detection and missed object has one kind: {AP50, kinds: {kind: {count, dAP}}}.
 
     With the detections matched as in `coco` at IoU 0.5, a false one is, by the first that holds, of kind
@@ -36,8 +36,8 @@ def error_kinds(dataset: DetectionDataset, results: Sequence[Result] | Found) ->
     is left out of the mean. Raises InputError as `coco` does. Two things differ from the authors' package: as in `coco`
     100 detections count per image and class, not per image, and a class without objects is left out where it says 0.
     """
-    table = found(dataset, results)
-    pairs = matched(dataset, table, None, np.array([FOREGROUND]), rule.AREAS[:1])
+    table = build_detection_table(dataset, results)
+    pairs = match_detections(dataset, table, None, np.array([FOREGROUND]), rule.AREAS[:1])
     n = len(dataset)
     labels, images = np.divmod(pairs.guesses.group, n)
     classes, places = np.divmod(pairs.objects.group, n)
@@ -48,8 +48,8 @@ def error_kinds(dataset: DetectionDataset, results: Sequence[Result] | Found) ->
     beside = np.lexsort((pairs.annotations, places))
     beside = beside[~crowd[beside]]
     truth = rule.Objects(places[beside], pairs.objects.area[beside], crowd[beside])
-    corners = sizes_first(dataset.boxes.numpy()[pairs.annotations[beside]])
-    near = rule.box_pairs(images[false], table.boxes[pairs.results[false]], truth, corners, NOTHING)
+    corners = xyxy_to_xywh(dataset.boxes.numpy()[pairs.annotations[beside]])
+    near = rule.find_box_pairs(images[false], table.boxes[pairs.results[false]], truth, corners, NOTHING)
     det, obj, same = near.det, beside[near.obj], labels[false[near.det]] == classes[beside[near.obj]]
     own, own_iou = _most(det[same], obj[same], near.iou[same], len(false))
     other, other_iou = _most(det[~same], obj[~same], near.iou[~same], len(false))
@@ -98,7 +98,7 @@ def _most(det: np.ndarray, obj: np.ndarray, iou: np.ndarray, count: int) -> tupl
 
 
 def _ap50(
-    pairs: Matched,
+    pairs: MatchResult,
     labels: np.ndarray,
     right: np.ndarray,
     gone: np.ndarray,
@@ -113,4 +113,6 @@ def _ap50(
     guesses = rule.Guesses(group[left], rule.rank(group[left]), pairs.guesses.area[left], pairs.guesses.scores[left])
     objects = rule.Objects(pairs.objects.group[wanted], pairs.objects.area[wanted], pairs.objects.crowd[wanted])
     hit = right[None, None, left]
-    return mean(rule.accumulate(guesses, objects, hit, np.zeros_like(hit), rule.AREAS[:1], images, classes).precision)
+    return nan_mean(
+        rule.accumulate(guesses, objects, hit, np.zeros_like(hit), rule.AREAS[:1], images, classes).precision
+    )

@@ -14,7 +14,7 @@ from fusedet.evaluation import coco_matching as rule
 from fusedet.evaluation.results import Result
 
 
-def check_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
+def validate_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
     """Raise InputError where an object or a result has no mask, or a result's mask is not of its image's size."""
     bare = sum(1 for record in dataset for segment in record.segmentations if segment is None)
     if bare:
@@ -34,19 +34,19 @@ def check_masks(dataset: DetectionDataset, results: Sequence[Result]) -> None:
             )
 
 
-def encoded(segment: Any, height: int, width: int) -> dict[str, Any]:
+def encode_rle(segment: Any, height: int, width: int) -> dict[str, Any]:
     """Polygons, or an RLE whose counts are a list, as a compressed RLE."""
     if isinstance(segment, list):
         return rle.merge(rle.frPyObjects(segment, height, width))
     return rle.frPyObjects(segment, height, width) if isinstance(segment["counts"], list) else segment
 
 
-def mask_area(segment: dict[str, Any]) -> float:
+def compute_mask_area(segment: dict[str, Any]) -> float:
     """Pixels of an RLE."""
-    return float(rle.area(encoded(segment, *segment["size"])))
+    return float(rle.area(encode_rle(segment, *segment["size"])))
 
 
-def mask_pairs(det_group: np.ndarray, det: list[Any], objects: rule.Objects, masks: list[Any]) -> rule.Pairs:
+def find_mask_pairs(det_group: np.ndarray, det: list[Any], objects: rule.Objects, masks: list[Any]) -> rule.Pairs:
     """All pairs of masks of the same group and their overlaps."""
     dets, objs, ious = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0)]
     for group in np.intersect1d(det_group, objects.group):

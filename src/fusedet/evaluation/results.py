@@ -33,7 +33,7 @@ LARGEST = 1e18
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectionTable:
     """Results as arrays: images (D,) positions in the dataset, labels (D,) 0..K-1, scores (D,), boxes (D, 4) x, y, width, height."""
 
     images: np.ndarray
@@ -53,21 +53,23 @@ class Found:
             yield corners[part], self.labels[part]
 
 
-def found(dataset: DetectionDataset, results: Sequence[Result] | Found, *, boxes: bool = True) -> Found:
+def build_detection_table(
+    dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, *, boxes: bool = True
+) -> DetectionTable:
     """The results as arrays, where they are not already; `boxes=False` reads no boxes and leaves zeros.
 
     Raises InputError where a result lacks a key, holds a number that is not finite, or names an image or a category
     that the dataset do not hold.
     """
-    if isinstance(results, Found):
+    if isinstance(results, DetectionTable):
         return results
-    check(results, "results", boxes=boxes)
+    validate_results(results, "results", boxes=boxes)
     size = (
         np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4)
         if boxes
         else np.zeros((len(results), 4))
     )
-    return Found(
+    return DetectionTable(
         images=_position(results, "image_id", dataset.image_ids.numpy(), dataset.source),
         labels=_position(results, "category_id", np.array(dataset.category_ids, dtype=np.int64), dataset.source),
         scores=np.array([r["score"] for r in results], dtype=np.float64),
@@ -88,20 +90,20 @@ def load_results(path: str | Path) -> list[Result]:
         raise InputError(f"results file {path} is not json: {error}") from error
     if not isinstance(results, list):
         raise InputError(f"results file {path} must hold a list of results, it holds a {type(results).__name__}")
-    check(results, str(path), boxes=any(not isinstance(r, dict) or "segmentation" not in r for r in results))
+    validate_results(results, str(path), boxes=any(not isinstance(r, dict) or "segmentation" not in r for r in results))
     for i, result in enumerate(results):
         if isinstance(mask := result.get("segmentation"), dict) and not _drawable(mask):
             raise InputError(f"{path}: the mask of result {i} is no run-length code of its own size")
     return results
 
 
-def check(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
+def validate_results(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
     """Raise InputError for the first result that lacks a key or holds a bad number; `where` names the results."""
-    _check(results, where, "image_id", "an integer", _whole)
-    _check(results, where, "category_id", "an integer", _whole)
-    _check(results, where, "score", "a finite number", _finite)
+    _validate_key(results, where, "image_id", "an integer", _whole)
+    _validate_key(results, where, "category_id", "an integer", _whole)
+    _validate_key(results, where, "score", "a finite number", _finite)
     if boxes:
-        _check(
+        _validate_key(
             results,
             where,
             "bbox",
@@ -110,7 +112,7 @@ def check(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:
         )
 
 
-def stamp(
+def create_stamp(
     dataset: DetectionDataset,
     results: Sequence[Result],
     evaluator: str = "fusedet",
@@ -138,7 +140,7 @@ def stamp(
     }
 
 
-def mean(values: np.ndarray) -> float:
+def nan_mean(values: np.ndarray) -> float:
     """The mean of what is not NaN; NaN for nothing."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
@@ -159,7 +161,7 @@ def _position(results: Sequence[Result], key: str, known: np.ndarray, source: st
     return order[place]
 
 
-def _check(results: Sequence[Result], where: str, key: str, wanted: str, good: Callable[[Any], bool]) -> None:
+def _validate_key(results: Sequence[Result], where: str, key: str, wanted: str, good: Callable[[Any], bool]) -> None:
     for i, result in enumerate(results):
         if not isinstance(result, dict) or key not in result:
             raise InputError(f"{where}: result {i} lacks '{key}', it must be {wanted}")

@@ -13,12 +13,14 @@ import numpy as np
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
-from fusedet.evaluation.ground_truth import coco_ground_truth
-from fusedet.evaluation.mask_iou import mask_area
+from fusedet.evaluation.ground_truth import build_coco_ground_truth
+from fusedet.evaluation.mask_iou import compute_mask_area
 from fusedet.evaluation.results import Result
 
 
-def by_package(evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str) -> rule.Curves:
+def evaluate_with_package(
+    evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str
+) -> rule.Curves:
     """The figures' curves by "faster-coco-eval" or "pycocotools", which share their interface.
 
     Raises InputError where the package is not installed.
@@ -32,13 +34,13 @@ def by_package(evaluator: str, dataset: DetectionDataset, results: Sequence[Resu
             "category_id": r["category_id"],
             "score": r["score"],
             "iscrowd": 0,
-            "area": r["bbox"][2] * r["bbox"][3] if iou_type == "bbox" else mask_area(r["segmentation"]),
+            "area": r["bbox"][2] * r["bbox"][3] if iou_type == "bbox" else compute_mask_area(r["segmentation"]),
             kept: r[kept],
         }
         for i, r in enumerate(results, 1)
     ]
     truth, guess = coco(), coco()
-    truth.dataset = coco_ground_truth(dataset, masks=iou_type == "segm")
+    truth.dataset = build_coco_ground_truth(dataset, masks=iou_type == "segm")
     guess.dataset = {
         "images": truth.dataset["images"],
         "categories": truth.dataset["categories"],

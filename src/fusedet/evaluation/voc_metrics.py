@@ -10,11 +10,11 @@ import numpy as np
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching as rule
-from fusedet.evaluation.ground_truth import counts, owners, sizes_first
-from fusedet.evaluation.results import Result, found, mean
+from fusedet.evaluation.ground_truth import count_per_class, image_indices, xyxy_to_xywh
+from fusedet.evaluation.results import Result, build_detection_table, nan_mean
 
 
-def voc(
+def evaluate_voc(
     dataset: DetectionDataset, results: Sequence[Result], *, iou: float = 0.5, points: Literal["area", 11] = "area"
 ) -> dict[str, Any]:
     """VOC's average precision per class and its mean: {mAP, classes: [{name, AP, images, objects}]}, in 0..1.
@@ -33,16 +33,16 @@ def voc(
         raise InputError(f"points must be 'area' or 11, it is {points!r}")
     if not 0 < iou <= 1:
         raise InputError(f"iou must lie in 0..1, it is {iou}")
-    table = found(dataset, results)
+    table = build_detection_table(dataset, results)
     n, classes = len(dataset), len(dataset.names)
-    group = dataset.labels.numpy() * n + owners(dataset)
+    group = dataset.labels.numpy() * n + image_indices(dataset)
     order = np.argsort(group, kind="stable")
-    difficult = dataset.ignore.numpy()[order]
-    boxes = sizes_first(dataset.boxes.numpy()[order])
+    difficult = dataset.eval_ignore.numpy()[order]
+    boxes = xyxy_to_xywh(dataset.boxes.numpy()[order])
     objects = rule.Objects(group[order], dataset.area.numpy()[order], np.zeros(len(order), dtype=bool))
 
     best = np.lexsort((-table.scores, table.labels))  # by class, best score first over all images
-    pairs = rule.box_pairs(table.labels[best] * n + table.images[best], table.boxes[best], objects, boxes, iou)
+    pairs = rule.find_box_pairs(table.labels[best] * n + table.images[best], table.boxes[best], objects, boxes, iou)
     choice = np.full(len(best), -1)  # the object that each detection belongs to
     rising = np.lexsort((-pairs.obj, pairs.iou, pairs.det))  # the last one stays: the most overlap, of equals the first
     choice[pairs.det[rising]] = pairs.obj[rising]
@@ -53,7 +53,7 @@ def voc(
     idle = np.zeros(len(best), dtype=bool)
     idle[choice >= 0] = difficult[choice[choice >= 0]]
 
-    images, totals = counts(dataset)
+    images, totals = count_per_class(dataset)
     edges = np.searchsorted(table.labels[best], np.arange(classes + 1))
     aps, rows = [], []
     for k, name in enumerate(dataset.names):
@@ -62,7 +62,7 @@ def voc(
         ap = average_precision(hits, int(totals[k]), points)
         aps.append(ap)
         rows.append({"name": name, "AP": ap, "images": int(images[k]), "objects": int(totals[k])})
-    return {"mAP": mean(np.array(aps)), "classes": rows}
+    return {"mAP": nan_mean(np.array(aps)), "classes": rows}
 
 
 def average_precision(hits: np.ndarray, total: int, points: Literal["area", 11]) -> float:

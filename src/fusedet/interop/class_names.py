@@ -18,7 +18,7 @@ _GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
 
 
-def classes(meta: Any, count: int, notes: list[str]) -> tuple[list[str], list[int]]:
+def resolve_class_names(meta: Any, count: int, notes: list[str]) -> tuple[list[str], list[int]]:
     """The names and category ids (K,) of a checkpoint's `meta`: those of its dataset, else COCO's for 80 classes, else class_0, ..."""
     found = _named(meta)
     if found and len(found) != count:

@@ -13,14 +13,25 @@ from fusedet import config as configs
 from fusedet.config import Config
 from fusedet.errors import InputError
 from fusedet.interop import torchvision
-from fusedet.interop.class_names import classes
+from fusedet.interop.class_names import resolve_class_names
 from fusedet.interop.mmdetection import legacy_1x, load_checkpoint, python_config
-from fusedet.interop.mmdetection.backbone_config import resizing
-from fusedet.interop.mmdetection.detector_config import hidden, is_legacy, old_form, translate
-from fusedet.interop.mmdetection.infer_config import guess
-from fusedet.interop.mmdetection.weight_names import as_rgb, joined, matched, renamed, rules
-from fusedet.interop.weight_shapes import axis
-from fusedet.models.detectors import from_config
+from fusedet.interop.mmdetection.backbone_config import read_resizing
+from fusedet.interop.mmdetection.detector_config import (
+    convert_config,
+    is_1x_checkpoint,
+    read_backbone_settings,
+    uses_1x_keys,
+)
+from fusedet.interop.mmdetection.infer_config import infer_config
+from fusedet.interop.mmdetection.weight_names import (
+    build_rules,
+    flip_stem_channels,
+    join_weights,
+    match_weights,
+    rename_weight,
+)
+from fusedet.interop.weight_shapes import axis_size
+from fusedet.models.detectors import build_detector
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -34,7 +45,7 @@ DYNAMIC = (
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedCheckpoint:
     """A detector as a checkpoint here has it, and notes for the user: what was assumed, differs or was left out."""
 
     config: Config
@@ -44,7 +55,9 @@ class Converted:
     notes: list[str]
 
 
-def convert(file: str | Path, config: str | None = None, overrides: Sequence[str] = ()) -> Converted:
+def convert_checkpoint(
+    file: str | Path, config: str | None = None, overrides: Sequence[str] = ()
+) -> ConvertedCheckpoint:
     """The checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision in a file.
 
     config: MMDetection's config, a .py file; or the name or YAML file of a config here, to which the checkpoint's own copy of MMDetection's
@@ -52,41 +65,41 @@ def convert(file: str | Path, config: str | None = None, overrides: Sequence[str
     overrides: "key=value" texts of this project's config on top.
     Raises InputError for a file that cannot be read, holds code, is of no detector here, or does not match in every key.
     """
-    content = load_checkpoint.read(file)
-    state = load_checkpoint.weights(content, file)
+    content = load_checkpoint.read_checkpoint(file)
+    state = load_checkpoint.extract_weights(content, file)
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
-    if torchvision.knows(state):
+    if torchvision.is_torchvision(state):
         if config is not None:
             raise InputError(f"--config={config}: {file} is of torchvision, its weights tell all; leave --config out")
         return _of_torchvision(state, file, overrides)
     own = config is not None and not config.endswith(".py")
     source, notes = _own_config(meta, file) if own else _config(config, meta, file)
-    legacy = is_legacy(source or {}, state, str(meta.get("mmdet_version", "")))  # type: ignore[union-attr]
-    state = legacy_1x.modern(state) if legacy else state
+    legacy = is_1x_checkpoint(source or {}, state, str(meta.get("mmdet_version", "")))  # type: ignore[union-attr]
+    state = legacy_1x.convert_1x_weights(state) if legacy else state
     if own:
         words = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
         options = configs.load(str(config), words)
-        translated = hidden(source or {}, options.model.backbone, str(config))
+        translated = read_backbone_settings(source or {}, options.model.backbone, str(config))
         backbone = {**options.model.backbone, **translated.tree}
         options = configs.load(
             str(config),
             words,
-            {"model": {"backbone": backbone}, "data": {"antialias": resizing(source or {}, [])["antialias"]}},
+            {"model": {"backbone": backbone}, "data": {"antialias": read_resizing(source or {}, [])["antialias"]}},
         )
     else:
         if source is None:
-            source, notes = guess(state, legacy)
-            translated = translate(source, state, legacy)
+            source, notes = infer_config(state, legacy)
+            translated = convert_config(source, state, legacy)
         else:
-            translated = translate(source, state, old_form(source))
+            translated = convert_config(source, state, uses_1x_keys(source))
         options = configs.parse(configs.overridden(translated.tree, overrides))
     notes += translated.notes
     if legacy:
         notes += _of_the_1x_line(options, config or "its own config")
-    count = class_count(state, options)
-    weights = _mmdetection(as_rgb(state) if translated.bgr else state, options, count, file)
-    names, category_ids = classes(meta, count, notes)
-    return Converted(options, weights, names, category_ids, notes)
+    count = count_classes(state, options)
+    weights = _mmdetection(flip_stem_channels(state) if translated.bgr else state, options, count, file)
+    names, category_ids = resolve_class_names(meta, count, notes)
+    return ConvertedCheckpoint(options, weights, names, category_ids, notes)
 
 
 def _of_the_1x_line(options: Config, name: str) -> list[str]:
@@ -119,7 +132,9 @@ def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None,
     if path is None and text is None:
         return None, []
     read = (
-        python_config.read(path) if path is not None else python_config.parse(str(text), "the checkpoint's own config")
+        python_config.read_config(path)
+        if path is not None
+        else python_config.parse_config(str(text), "the checkpoint's own config")
     )
     if not read.tree and not read.missing:
         raise InputError(
@@ -138,11 +153,11 @@ def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None,
     return read.tree, [f"bases that are not there were left out: {', '.join(read.missing)}"]
 
 
-def class_count(state: Mapping[str, Tensor], options: Config) -> int:
+def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
     """K, from the rows of what tells classes apart."""
     head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
     codes = "bbox_head.retina_reg.weight"
-    anchors = max(axis(state, codes) // 4, 1) if codes in state else 1
+    anchors = max(axis_size(state, codes) // 4, 1) if codes in state else 1
     places = {
         "retina": (("bbox_head.retina_cls.weight",), anchors, 0),
         "fcos": (("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight"), 1, 0),
@@ -152,7 +167,7 @@ def class_count(state: Mapping[str, Tensor], options: Config) -> int:
     }
     names, share, background = places.get(str(head.get("type")), ((), 1, 0))
     found = next((name for name in names if name in state), None)
-    count = 0 if found is None else axis(state, found) // share - background
+    count = 0 if found is None else axis_size(state, found) // share - background
     if count < 1:
         raise InputError(
             f"the weights are not of a detector with model.head={head.get('type')}: they have no {' or '.join(names) or 'such head'}"
@@ -161,13 +176,13 @@ def class_count(state: Mapping[str, Tensor], options: Config) -> int:
 
 
 def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weights:
-    detector = from_config(options, count)
+    detector = build_detector(options, count)
     levels = sum(stride >= 2**options.model.pyramid.finest for stride in detector.backbone.levels.strides)
-    table = rules(options.model, levels)
+    table = build_rules(options.model, levels)
     found: Weights = {}
     sources: dict[str, str] = {}
-    for key, value in joined(state).items():
-        name = renamed(key, table)
+    for key, value in join_weights(state).items():
+        name = rename_weight(key, table)
         if name in found:
             raise InputError(
                 f"{file} holds {sources[name]} and {key}, which are one weight here ({name}): leave one of them out"
@@ -175,11 +190,13 @@ def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weig
         found[name], sources[name] = value, key
     own = detector.state_dict()
     fresh = tuple(key for key in own if key.startswith("stages.") and key.rpartition(".")[2] in DYNAMIC)
-    return matched(found, sources, own, file, fresh)
+    return match_weights(found, sources, own, file, fresh)
 
 
-def _of_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> Converted:
-    read = torchvision.translate(state, Path(file).name)
+def _of_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
+    read = torchvision.convert_weights(state, Path(file).name)
     options = configs.parse(configs.overridden(read.tree, overrides))
-    own = from_config(options, len(read.names)).state_dict()
-    return Converted(options, matched(read.weights, read.sources, own, file), read.names, read.category_ids, read.notes)
+    own = build_detector(options, len(read.names)).state_dict()
+    return ConvertedCheckpoint(
+        options, match_weights(read.weights, read.sources, own, file), read.names, read.category_ids, read.notes
+    )

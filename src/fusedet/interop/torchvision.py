@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fusedet.errors import InputError
 from fusedet.interop.class_names import COCO, COCO_IDS
-from fusedet.interop.mmdetection.infer_config import body
-from fusedet.interop.mmdetection.weight_names import Rule, renamed
-from fusedet.interop.weight_shapes import axis
+from fusedet.interop.mmdetection.infer_config import infer_backbone
+from fusedet.interop.mmdetection.weight_names import Rule, rename_weight
+from fusedet.interop.weight_shapes import axis_size
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -53,7 +53,7 @@ _TOWER = {"classification": "cls", "regression": "reg"}
 
 
 @dataclass(frozen=True)
-class Translated:
+class ConvertedWeights:
     """fusedet's config as a tree; weights by the names here; sources, of each the name in the file; classes; notes for the user."""
 
     tree: Tree
@@ -64,34 +64,34 @@ class Translated:
     notes: list[str]
 
 
-def knows(state: Mapping[str, Tensor]) -> bool:
+def is_torchvision(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the names of torchvision's detectors."""
     return any(key.startswith("backbone.body.") for key in state) and any(
         key.startswith(("rpn.head.", "head.classification_head.")) for key in state
     )
 
 
-def translate(state: Weights, file: str) -> Translated:
+def convert_weights(state: Weights, file: str) -> ConvertedWeights:
     """Config and weights of a torchvision detector. file: the name of its file, by which the first COCO weights are known."""
     notes: list[str] = []
-    found = body({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
+    found = infer_backbone({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
     name = (
         f"resnext{found['depth']}_{found['groups']}x{found['base_width']}d"
         if "groups" in found
         else f"resnet{found['depth']}"
     )
     backbone: Tree = {"name": f"{name}.tv_in1k", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
-    state = _folded(state, notes)
-    state = _without_eps(state, file, notes)
+    state = _fold_batch_norms(state, notes)
+    state = _subtract_eps(state, file, notes)
     dense = any(key.startswith("head.classification_head.") for key in state)
     model, test, rules, rows = (_one_stage if dense else _two_stage)(state)
     weights, sources = {}, {}
     for key, value in rows(state).items():
-        new = renamed(key, COMMON + rules)
+        new = rename_weight(key, COMMON + rules)
         weights[new], sources[new] = value, key
     if model["head"]["type"] == "fcos":  # it has none
         weights["head.scales"], sources["head.scales"] = torch.ones(5), "head.scales"
-    count = _classes(state, dense)
+    count = _count_classes(state, dense)
     if count < 1:
         raise InputError(f"the weights of {file} know no class beside background: there is nothing to convert")
     coco = count == (91 if dense else 90)
@@ -104,18 +104,18 @@ def translate(state: Weights, file: str) -> Translated:
     tree = {"model": {"backbone": backbone, **model}, "data": {"size": [800, 1333], "antialias": False}, "test": test}
     if not dense:
         tree["train"] = {"lr": 0.02}
-    return Translated(tree, weights, sources, names, ids, notes)
+    return ConvertedWeights(tree, weights, sources, names, ids, notes)
 
 
 Parts = tuple[Tree, Tree, list[Rule], Callable[[Weights], Weights]]
 
 
-def _classes(state: Weights, dense: bool) -> int:
+def _count_classes(state: Weights, dense: bool) -> int:
     """K: rows of a dense head per anchor, or those of the box head without background."""
     if not dense:
-        return axis(state, "roi_heads.box_predictor.cls_score.bias") - 1
-    return axis(state, "head.classification_head.cls_logits.bias") // max(
-        axis(state, "head.regression_head.bbox_reg.bias") // 4, 1
+        return axis_size(state, "roi_heads.box_predictor.cls_score.bias") - 1
+    return axis_size(state, "head.classification_head.cls_logits.bias") // max(
+        axis_size(state, "head.regression_head.bbox_reg.bias") // 4, 1
     )
 
 
@@ -139,7 +139,7 @@ def _one_stage(state: Weights) -> Parts:
         (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
     ]
     p6 = "backbone.fpn.extra_blocks.p6.weight"
-    on_input = axis(state, p6, 1) != axis(state, p6)
+    on_input = axis_size(state, p6, 1) != axis_size(state, p6)
     pyramid = {"channels": 256, "finest": 3, "coarsest": 7, "top": "on_input_relu" if on_input else "on_output"}
     if fcos:
         head: Tree = {
@@ -153,7 +153,7 @@ def _one_stage(state: Weights) -> Parts:
         # its scores are roots of those here, and its threshold 0.2 is of the root
         test = {"score": 0.04, "nms": 0.6, "max_det": 100}
     else:
-        if axis(state, "head.regression_head.bbox_reg.bias") != 36:
+        if axis_size(state, "head.regression_head.bbox_reg.bias") != 36:
             raise InputError(
                 "a torchvision RetinaNet of other than 9 anchors per cell: their sizes cannot be told from the weights"
             )
@@ -165,7 +165,7 @@ def _one_stage(state: Weights) -> Parts:
         found = dict(given)
         for kind in ("weight", "bias"):
             key = f"head.classification_head.cls_logits.{kind}"
-            if axis(given, key) == 91 * anchors:
+            if axis_size(given, key) == 91 * anchors:
                 found[key] = given[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
         return found
 
@@ -176,7 +176,7 @@ def _two_stage(state: Weights) -> Parts:
     """Faster or Mask R-CNN."""
     convs = sum(bool(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", key)) for key in state)
     depth = sum(bool(re.fullmatch(r"rpn\.head\.conv\.\d+\.0\.weight", key)) for key in state)
-    if axis(state, "rpn.head.cls_logits.bias") != 3:
+    if axis_size(state, "rpn.head.cls_logits.bias") != 3:
         raise InputError(
             "a torchvision RPN of other than 3 anchors per cell: their sizes cannot be told from the weights"
         )
@@ -192,7 +192,7 @@ def _two_stage(state: Weights) -> Parts:
 
     def rows(given: Weights) -> Weights:
         found = dict(given)
-        keep = list(COCO_IDS) if axis(given, "roi_heads.box_predictor.cls_score.bias") == 91 else None
+        keep = list(COCO_IDS) if axis_size(given, "roi_heads.box_predictor.cls_score.bias") == 91 else None
         for kind in ("weight", "bias"):
             for layer, width in (
                 ("box_predictor.cls_score", 1),
@@ -201,9 +201,12 @@ def _two_stage(state: Weights) -> Parts:
             ):
                 key = f"roi_heads.{layer}.{kind}"
                 if key in given:
-                    if axis(given, key) != (count := axis(given, "roi_heads.box_predictor.cls_score.bias")) * width:
+                    if (
+                        axis_size(given, key)
+                        != (count := axis_size(given, "roi_heads.box_predictor.cls_score.bias")) * width
+                    ):
                         raise InputError(
-                            f"the weights' {key} has {axis(given, key)} rows: {count} classes need {count * width}"
+                            f"the weights' {key} has {axis_size(given, key)} rows: {count} classes need {count * width}"
                         )
                     by_class = given[key].unflatten(0, (-1, width))
                     classes = by_class[keep] if keep else by_class[1:]
@@ -215,7 +218,7 @@ def _two_stage(state: Weights) -> Parts:
     return model, {"score": 0.05, "nms": 0.5, "max_det": 100}, TWO_STAGE, rows
 
 
-def _folded(state: Weights, notes: list[str]) -> Weights:
+def _fold_batch_norms(state: Weights, notes: list[str]) -> Weights:
     """Batch norms outside the body folded into the convolutions before them."""
     found = dict(state)
     folded = 0
@@ -226,7 +229,7 @@ def _folded(state: Weights, notes: list[str]) -> Weights:
         conv = norm.removesuffix("1.") + "0."
         parts = [f"{norm}{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         if (
-            any(axis(state, one) != axis(state, f"{conv}weight") or state[one].ndim != 1 for one in parts)
+            any(axis_size(state, one) != axis_size(state, f"{conv}weight") or state[one].ndim != 1 for one in parts)
             or state[f"{conv}weight"].ndim != 4
         ):
             raise InputError(
@@ -247,7 +250,7 @@ def _folded(state: Weights, notes: list[str]) -> Weights:
     return found
 
 
-def _without_eps(state: Weights, file: str, notes: list[str]) -> Weights:
+def _subtract_eps(state: Weights, file: str, notes: list[str]) -> Weights:
     """Variances less the epsilon that norms here add to them, for weights that were trained without one."""
     frozen = "backbone.body.bn1.running_var" in state and "backbone.body.bn1.num_batches_tracked" not in state
     first = any(hash_ in file for hash_ in _WITHOUT_EPS) or "backbone.fpn.inner_blocks.0.weight" in state

@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedet.errors import InputError
 
 
-def axis(state: Mapping[str, Tensor], key: str, number: int = 0) -> int:
+def axis_size(state: Mapping[str, Tensor], key: str, number: int = 0) -> int:
     """The size of a weight along one of its axes. Raises InputError where the weight is absent, has no such axis, or is empty."""
     if key not in state:
         raise InputError(f"the weights lack {key}, which tells the size of the detector: give a whole checkpoint")

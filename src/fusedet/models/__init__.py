@@ -1,1 +1,1 @@
-"""Every `nn.Module` of a detector and what it computes with."""
+"""The parts of a detector: every `nn.Module` and the functions that it computes with."""

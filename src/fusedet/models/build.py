@@ -1,4 +1,4 @@
-"""A spec ("fpn", or {type: fpn, ...}) becomes an object: the only place where strings become classes."""
+"""Construction of parts from specs ("fpn", or {type: fpn, ...}): the only place where strings become classes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any, get_type_hints
 
 from fusedet.errors import InputError, checked, unknown
 
-# what a message about a slot begins with: the innermost slot is named alone
+# beginnings of messages that name a slot: only the innermost slot is named
 _NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
 
 
-def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The class of that name in a package's table, or, as "package.module:Class", from another package."""
+def resolve_class(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the class of a name in a package's table, or, for "package.module:Class", from another package.
+
+    Raises:
+        InputError: The name is unknown or cannot be imported.
+    """
     if name in table:
         return table[name]
     if ":" not in name:
@@ -25,7 +29,8 @@ def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Calla
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{kind}: '{name}' cannot be imported ({error}): it must read package.module:Class, with the package installed or its folder "
+            f"{kind}: '{name}' cannot be imported ({error}): it must read package.module:Class, with the package "
+            "installed or its folder "
             "in PYTHONPATH"
         ) from error
 
@@ -37,18 +42,24 @@ def build(
     given: Mapping[str, Any],
     offered: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
-    """Make the part that a spec names.
+    """Build the part that a spec names.
 
-    kind: the slot, for messages ("model.neck"). given: what the parent knows; passed always, refused in the spec.
-    offered: by the section of the config where it stands ("model.pyramid"), what only some parts ask for; passed where the
-    constructor names it, refused in the spec.
-    Raises InputError for an unknown type, an unknown option (the nearest is offered) or a value of the wrong type.
+    Args:
+        kind: The slot, for messages ("model.neck").
+        spec: A name, or a mapping with the key `type` and options.
+        table: Names and classes of the slot.
+        given: Arguments that the parent passes to every part; refused in the spec.
+        offered: Arguments that only some parts take, by the config section where they stand ("model.pyramid"). They are
+            passed where the constructor names them, and refused in the spec.
+
+    Raises:
+        InputError: An unknown type, an unknown option (with the nearest name), or a value of the wrong type.
     """
     options = {"type": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     name = options.pop("type", None)
     if not isinstance(name, str):
         raise InputError(f"{kind} must be a name or have a key 'type', got {spec!r}")
-    make = find(kind, name, table)
+    make = resolve_class(kind, name, table)
     parameters = inspect.signature(make).parameters
     sources = {k: section for section, values in (offered or {}).items() for k in values if k in parameters}
     passed = dict(given) | {k: (offered or {})[section][k] for k, section in sources.items()}

@@ -1,4 +1,4 @@
-"""What a detector costs: parameters and multiply-adds, per part."""
+"""Cost of a detector: parameters and multiply-adds, per part."""
 
 from __future__ import annotations
 
@@ -14,46 +14,56 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedet.types import MULTIPLE
 
 
-def deformable(input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
-    """Floating-point operations of a deformable convolution: the plain one's, the sampling is not counted."""
+def count_deform_conv_flops(
+    input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: list[int], **__: Any
+) -> int:
+    """Count the floating-point operations of a deformable convolution: the plain one's, without the sampling."""
     return 2 * math.prod(weight_shape[1:]) * math.prod(out_shape)
 
 
-FORMULAS = {torch.ops.torchvision.deform_conv2d: deformable}
+FLOP_FORMULAS = {torch.ops.torchvision.deform_conv2d: count_deform_conv_flops}
 
 
 def network_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest image that a network sees: data.size, padded to whole strides."""
+    """Compute height and width of the largest network input: data.size padded to multiples of the stride."""
     short, long = (-(-side // MULTIPLE) * MULTIPLE for side in size)
     return short, long
 
 
-def cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
-    """Parameters, trainable parameters and multiply-adds of a detector and of each of its parts.
+def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
+    """Count the parameters, trainable parameters and multiply-adds of a detector and of each part.
 
-    Multiply-adds are those of convolutions and matrix products of one image of height x width through `forward`, counted without
-    computing anything (on the meta device); suppression, element-wise work and the branches of a
-    two-stage detector, which look at what was found, are not counted. `parts` maps each part's name to the
-    same three figures.
+    Multiply-adds are those of convolutions and matrix products of one image through `forward`, counted without
+    computing anything, on the meta device. Not counted: non-maximum suppression, element-wise operations, and the RoI
+    branches of a two-stage detector, which run on final detections.
+
+    Args:
+        detector: The detector; it is not changed.
+        height: Height of the image, in pixels.
+        width: Width of the image.
+
+    Returns:
+        `parameters`, `trainable`, `multiply_adds`, `image` [height, width], and `parts`: the first three per part's
+        name.
     """
     shadow = copy.deepcopy(detector).to("meta").eval()
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad():
         shadow(torch.zeros(1, 3, height, width, dtype=torch.uint8, device="meta"))
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
 
-    def products(name: str, module: nn.Module) -> int:
-        # a list of modules is never called itself
-        inside = (products(f"{name}.{key}", part) for key, part in module.named_children())
+    def count_products(name: str, module: nn.Module) -> int:
+        # a ModuleList is never called itself
+        inside = (count_products(f"{name}.{key}", part) for key, part in module.named_children())
         return sum(flops[name].values()) // 2 if name in flops else sum(inside)
 
-    def figures(name: str, module: nn.Module) -> dict[str, int]:
+    def count(name: str, module: nn.Module) -> dict[str, int]:
         parameters = list(module.parameters())
         return {
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-            "multiply_adds": products(name, module),
+            "multiply_adds": count_products(name, module),
         }
 
-    parts = {name: figures(f"{root}.{name}", part) for name, part in detector.named_children()}
-    return figures("Global", detector) | {"image": [height, width], "parts": parts}
+    parts = {name: count(f"{root}.{name}", part) for name, part in detector.named_children()}
+    return count("Global", detector) | {"image": [height, width], "parts": parts}

@@ -1,8 +1,23 @@
-"""Images of data and detections, and plots of how good they are."""
+"""Images with boxes and masks, and plots of evaluations and training runs."""
 
-from fusedet.visualization.colors import colour
-from fusedet.visualization.evaluation_plots import confusion, curves, differences, sizes
-from fusedet.visualization.images import boxes, compare, grid
-from fusedet.visualization.training_curves import training
+from fusedet.visualization.colors import class_color
+from fusedet.visualization.evaluation_plots import (
+    plot_ap_by_size,
+    plot_confusion_matrix,
+    plot_differences,
+    plot_precision_recall,
+)
+from fusedet.visualization.images import draw_boxes, draw_comparison, draw_image_grid
+from fusedet.visualization.training_curves import plot_training
 
-__all__ = ["boxes", "colour", "compare", "confusion", "curves", "differences", "grid", "sizes", "training"]
+__all__ = [
+    "class_color",
+    "draw_boxes",
+    "draw_comparison",
+    "draw_image_grid",
+    "plot_ap_by_size",
+    "plot_confusion_matrix",
+    "plot_differences",
+    "plot_precision_recall",
+    "plot_training",
+]

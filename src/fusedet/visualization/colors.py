@@ -1,4 +1,4 @@
-"""Colours that everybody can tell apart, and fonts that hold the letters of the text."""
+"""Class colors that are safe for color-blind readers, and fonts that contain the letters of a text."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-# Okabe and Ito's colours for every kind of colour vision, the ones that stand out in photographs first.
+# Okabe and Ito's palette, ordered so that the colors that stand out in photographs come first.
 _BASE = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#0072B2")
 _GOLDEN = 0.618033988749895
 
 WHITE, GREY = (255, 255, 255), (170, 170, 170)
-FOUND, FALSE, MISSED, CONFUSED = (86, 180, 233), (213, 94, 0), (240, 228, 66), (204, 121, 167)
-"""What became of an object or a detection, in every image."""
+TRUE_POSITIVE, FALSE_POSITIVE = (86, 180, 233), (213, 94, 0)
+FALSE_NEGATIVE, WRONG_CLASS = (240, 228, 66), (204, 121, 167)
 
 
-def colour(k: int) -> Colour:
-    """The colour (red, green, blue in 0..255) of class k: always the same one, no two alike.
+def class_color(k: int) -> Color:
+    """Return the color (red, green, blue in 0..255) of class k: always the same, no two alike.
 
-    The first seven are safe for colour-blind readers; the next ones go round the hues in steps of the golden ratio, with
-    three lightnesses in turn.
+    The first seven are safe for color-blind readers. The next ones step round the hues by the golden ratio, with three
+    lightnesses in turn.
     """
     if k < len(_BASE):
-        return rgb(_BASE[k])
+        return parse_hex_color(_BASE[k])
     turn = k - len(_BASE)
     red, green, blue = colorsys.hls_to_rgb(
         (0.76 + turn * _GOLDEN) % 1, (0.62, 0.42, 0.78)[turn % 3], (0.75, 0.85, 0.7)[turn % 3]
@@ -37,30 +37,30 @@ def colour(k: int) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def rgb(code: str) -> Colour:
-    """A colour from its hex code.
+def parse_hex_color(text: str) -> Color:
+    """Parse a hexadecimal color.
 
-    >>> rgb("#E69F00")
+    >>> parse_hex_color("#E69F00")
     (230, 159, 0)
     """
-    red, green, blue = bytes.fromhex(code[1:])
+    red, green, blue = bytes.fromhex(text[1:])
     return red, green, blue
 
 
-def ink(background: Colour) -> Colour:
-    """Black or white, whichever is read better on a background (relative luminance as in WCAG 2)."""
+def text_color(background: Color) -> Color:
+    """Return black or white, whichever contrasts more with a background (relative luminance of WCAG 2)."""
     linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
 
 
-def font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font of `size` pixels for a text: DejaVu Sans, or the first one on this machine that holds all its letters."""
+def load_font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load a font of `size` pixels: DejaVu Sans, or the first installed font with all letters of the text."""
     return _truetype(str(_font_file(frozenset(text))), size)
 
 
-def families(texts: list[str]) -> list[str]:
-    """Names of fonts that together hold the letters of all texts, for matplotlib's `fontfamily`."""
+def font_families(texts: list[str]) -> list[str]:
+    """List font families that together contain the letters of all texts, for matplotlib's `fontfamily`."""
     files = dict.fromkeys(_font_file(frozenset(text)) for text in texts)
     return list(dict.fromkeys(["DejaVu Sans", *(FT2Font(str(file)).family_name for file in files)]))
 
@@ -72,22 +72,23 @@ def _truetype(file: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=1024)
 def _font_file(letters: frozenset[str]) -> Path:
-    """DejaVu Sans where it holds the letters or no font does."""
-    usual = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    if letters <= _letters(usual):
-        return usual
+    """Return DejaVu Sans where it has the letters or no font has them."""
+    default = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    if letters <= _letters(default):
+        return default
     entries = (
         entry
         for entry in font_manager.fontManager.ttflist
+        # Last Resort claims every letter and draws none.
         if entry.style == "normal" and "Last Resort" not in entry.name
     )
-    others = (Path(entry.fname) for entry in entries)  # Last Resort holds every letter and draws none
-    return next((file for file in dict.fromkeys(others) if letters <= _letters(file)), usual)
+    files = (Path(entry.fname) for entry in entries)
+    return next((file for file in dict.fromkeys(files) if letters <= _letters(file)), default)
 
 
 @lru_cache(maxsize=512)
 def _letters(file: Path) -> frozenset[str]:
-    """The letters that a font draws; none for a file that has gone or is not a font."""
+    """Return the letters of a font file; none for a file that was removed or is not a font."""
     try:
         return frozenset(map(chr, FT2Font(str(file)).get_charmap()))
     except (OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: precision and recall, confusion, object sizes, differences of two."""
+"""Plots of an evaluation: precision-recall curves, confusion matrix, AP by object size, differences of two runs."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ import numpy as np
 
 from fusedet.errors import InputError
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, PALE, new_axes, new_figure, save, tint
+from fusedet.visualization.figure import DARK, PALE, new_axes, new_figure, plot_color, save_figure
 
-MOST_CLASSES = 10  # that are told apart by colour in one plot
+MOST_CLASSES = 10  # more colors than this cannot be distinguished in one plot
 MOST_ROWS = 40
-UNSURE = "#9a9a9a"
+UNCLEAR = "#9a9a9a"
 
 
-def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall", iou: float = 0.5) -> None:
-    """Precision against recall per class, the mean in bold, as `evaluate.precision_recall` gives them at the overlap `iou`.
+def plot_precision_recall(
+    pr: Mapping[str, Any], path: str | Path, title: str = "Precision and recall", iou: float = 0.5
+) -> None:
+    """Plot precision against recall per class, and the mean over classes in bold.
 
-    Of more than ten classes the five best (solid) and the five worst (dashed) have colours and names, the others are grey. The ending of
-    `path` gives the form: png, pdf or svg.
+    Of more than ten classes, the five best (solid) and the five worst (dashed) have colors and names. The rest is grey.
+
+    Args:
+        pr: Result of `evaluation.precision_recall`.
+        path: File to write; its suffix names the format: png, pdf or svg.
+        title: Title of the plot.
+        iou: IoU threshold of the curves, for the labels.
     """
     rows = sorted((row for row in pr["classes"] if not math.isnan(row["AP"])), key=lambda row: -row["AP"])
     half = MOST_CLASSES // 2
     few = len(pr["classes"]) <= MOST_CLASSES
-    shown, rest = (rows, []) if len(rows) <= MOST_CLASSES else (rows[:half] + rows[-half:], rows[half:-half])
+    shown, pale = (rows, []) if len(rows) <= MOST_CLASSES else (rows[:half] + rows[-half:], rows[half:-half])
     order = {row["name"]: k for k, row in enumerate(pr["classes"] if few else shown)}
     figure = new_figure(7.2, 4.4)
     axes = new_axes(figure, title, "recall", f"precision at IoU {iou:g}")
-    for row in rest:
-        axes.plot(row["recall"], _reached(row["precision"]), color=PALE, lw=0.8, zorder=1)
+    for row in pale:
+        axes.plot(row["recall"], _mask_unreached(row["precision"]), color=PALE, lw=0.8, zorder=1)
     for row in shown:
         label = f"{row['name']}  {row['AP']:.3f}"
-        line = (0, (4, 2)) if rest and order[row["name"]] >= half else "-"
+        line = (0, (4, 2)) if pale and order[row["name"]] >= half else "-"
         axes.plot(
             row["recall"],
-            _reached(row["precision"]),
-            color=tint(order[row["name"]]),
+            _mask_unreached(row["precision"]),
+            color=plot_color(order[row["name"]]),
             lw=1.6,
             ls=line,
             label=label,
@@ -47,40 +54,51 @@ def curves(pr: Mapping[str, Any], path: str | Path, title: str = "Precision and 
         )
     axes.plot(pr["recall"], pr["mean"], color=DARK, lw=2.8, label=f"mean of {len(rows)}  {pr['AP']:.3f}", zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    letters = {"family": colors.families([row["name"] for row in shown]), "size": 9}
-    heading = f"AP{100 * iou:g}" + (f": {half} best, {half} worst" if rest else "")
+    font = {"family": colors.font_families([row["name"] for row in shown]), "size": 9}
+    heading = f"AP{100 * iou:g}" + (f": {half} best, {half} worst" if pale else "")
     axes.legend(
-        title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=letters, alignment="left"
+        title=heading, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, prop=font, alignment="left"
     )
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title: str = "Confusion") -> None:
-    """A confusion matrix (K + 1, K + 1) as `evaluate.confusion` gives it, each row in shares of its sum.
+def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path, title: str = "Confusion") -> None:
+    """Plot a confusion matrix, each row as fractions of its sum.
 
-    Up to 25 classes the cells hold per cents, up to 8 the counts too.
+    Cells have percentages up to 25 classes, and counts too up to 8 classes.
+
+    Args:
+        matrix: (K + 1, K + 1) counts of `evaluation.confusion`; the last row and column are background.
+        names: K class names.
+        path: File to write; its suffix names the format: png, pdf or svg.
+        title: Title of the plot.
+
+    Raises:
+        InputError: The matrix has another shape.
     """
     k = len(names)
     if matrix.shape != (k + 1, k + 1):
         raise InputError(f"a confusion matrix of {k} classes must be ({k + 1}, {k + 1}), it is {matrix.shape}")
     total = matrix.sum(axis=1, keepdims=True)
-    share = np.divide(matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
-    share[k, k] = np.nan
+    fraction = np.divide(matrix, total, out=np.full(matrix.shape, np.nan), where=total > 0)
+    fraction[k, k] = np.nan
     side = 0.62 if k <= 8 else 0.42 if k <= 25 else 0.16
     size = 10 if k <= 25 else 6
-    package = 0.009 * size * max(len(name) for name in [*names, "nothing there"])  # inches, for the names
-    figure = new_figure(side * (k + 1) + package + 1.6, side * (k + 1) + (0.7 * package if k <= 25 else package) + 0.9)
-    axes = new_axes(figure, title, "found as", "true class")
+    margin = 0.009 * size * max(len(name) for name in [*names, "background"])  # inches for the class names
+    figure = new_figure(side * (k + 1) + margin + 1.6, side * (k + 1) + (0.7 * margin if k <= 25 else margin) + 0.9)
+    axes = new_axes(figure, title, "predicted class", "true class")
     axes.grid(False)
     axes.set_facecolor("#f2f2f2")
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if k <= 25 else {"rotation": 90}
-    letters: dict[str, Any] = {"fontfamily": colors.families(list(names)), "fontsize": size}
-    axes.set_xticks(range(k + 1), [*names, "missed"], **slant, **letters)
-    axes.set_yticks(range(k + 1), [*names, "nothing there"], **letters)
+    image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
+    rotation: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if k <= 25 else {"rotation": 90}
+    )
+    font: dict[str, Any] = {"fontfamily": colors.font_families(list(names)), "fontsize": size}
+    axes.set_xticks(range(k + 1), [*names, "missed"], **rotation, **font)
+    axes.set_yticks(range(k + 1), [*names, "background"], **font)
     axes.axhline(k - 0.5, color=DARK, lw=0.8)
     axes.axvline(k - 0.5, color=DARK, lw=0.8)
-    for (r, c), value in np.ndenumerate(share if k <= 25 else np.zeros((0, 0))):
+    for (r, c), value in np.ndenumerate(fraction if k <= 25 else np.zeros((0, 0))):
         if not math.isnan(value) and value >= 0.005:
             text = f"{100 * value:.0f} %\n{matrix[r, c]}" if k <= 8 else f"{100 * value:.0f}"
             axes.text(
@@ -102,43 +120,57 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path, title:
         format=lambda value, _: f"{100 * value:.0f} %",
     )
     bar.outline.set_visible(False)
-    bar.set_label("share of the row", color=DARK)
-    save(figure, path)
+    bar.set_label("fraction of the row", color=DARK)
+    save_figure(figure, path)
 
 
-def sizes(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by object size") -> None:
-    """Bars of APs, APm and APl with AP as a line, from `evaluate.coco`'s figures."""
+def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by object size") -> None:
+    """Plot APs, APm and APl as bars, and AP as a line.
+
+    Args:
+        metrics: Metrics of `evaluation.coco`: AP, APs, APm and APl in 0..1; NaN or None where no object has that size.
+        path: File to write; its suffix names the format: png, pdf or svg.
+        title: Title of the plot.
+    """
     figure = new_figure(4.6, 3.2)
     axes = new_axes(figure, title, "", "AP")
     axes.grid(False, axis="x")
-    beside: dict[str, Any] = {"textcoords": "offset points", "color": DARK, "annotation_clip": False}
+    note_style: dict[str, Any] = {"textcoords": "offset points", "color": DARK, "annotation_clip": False}
     heights = []
     for i, key in enumerate(("APs", "APm", "APl")):
         value = metrics[key]
         height = 0.0 if value is None or math.isnan(value) else value
         heights.append(height)
-        axes.bar(i, height, width=0.62, color=tint(6))
+        axes.bar(i, height, width=0.62, color=plot_color(6))
         text = "no objects" if value is None or math.isnan(value) else f"{value:.3f}"
-        axes.annotate(text, (i, height), (0, 4), ha="center", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **beside)
+        axes.annotate(
+            text, (i, height), (0, 4), ha="center", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **note_style
+        )
     mean = metrics["AP"]
     axes.axhline(mean, color=DARK, lw=1.2, ls=(0, (4, 3)))
-    axes.annotate(f"AP {mean:.3f}", (2.45, mean), (4, 0), va="center", **beside)
+    axes.annotate(f"AP {mean:.3f}", (2.45, mean), (4, 0), va="center", **note_style)
     axes.set_xticks(range(3), ["small\n< 32² px", "medium", "large\n> 96² px"])
     top = max(mean, *heights)
     axes.set(xlim=(-0.5, 2.45), ylim=(0, min(1.1, max(0.1, 1.25 * top))))
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def differences(
+def plot_differences(
     rows: Sequence[Mapping[str, Any]],
     path: str | Path,
     title: str = "Difference of AP",
     mean: Mapping[str, Any] | None = None,
 ) -> None:
-    """A point and its interval per row {name, difference, low, high}, the largest on top; those whose interval holds 0 are grey.
+    """Plot a point and its confidence interval per row, the largest difference on top.
 
-    mean, a row that stands dark above the others. Rows without a difference are left out; of more than forty the twenty
+    Intervals that contain 0 are grey. Rows without a difference (NaN) are left out. Of more than forty rows, the twenty
     largest and the twenty smallest are shown.
+
+    Args:
+        rows: One mapping {name, difference, low, high} per class.
+        path: File to write; its suffix names the format: png, pdf or svg.
+        title: Title of the plot.
+        mean: A row of the same keys, drawn dark above the others.
     """
     known = sorted((row for row in rows if not math.isnan(row["difference"])), key=lambda row: -row["difference"])
     half = MOST_ROWS // 2
@@ -152,25 +184,25 @@ def differences(
     axes = new_axes(figure, title, f"difference{left_out}", "")
     axes.axvline(0, color=DARK, lw=1.2)
     for place, row in enumerate(shown):
-        tells = row["low"] > 0 or row["high"] < 0
-        colour = (
+        is_clear = row["low"] > 0 or row["high"] < 0
+        color = (
             DARK
             if mean is not None and place == len(shown) - 1
-            else tint(6 if row["difference"] > 0 else 4)
-            if tells
-            else UNSURE
+            else plot_color(6 if row["difference"] > 0 else 4)
+            if is_clear
+            else UNCLEAR
         )
-        axes.plot([row["low"], row["high"]], [place, place], color=colour, lw=2.2, solid_capstyle="round", zorder=2)
-        axes.plot(row["difference"], place, "o", color=colour, ms=5, zorder=3)
+        axes.plot([row["low"], row["high"]], [place, place], color=color, lw=2.2, solid_capstyle="round", zorder=2)
+        axes.plot(row["difference"], place, "o", color=color, ms=5, zorder=3)
     for line in lines:
         axes.axhline(line, color=PALE, lw=1.2, ls=(0, (4, 3)))
     names = [row["name"] for row in shown]
-    axes.set_yticks(range(len(shown)), names, fontfamily=colors.families(names), fontsize=9)
+    axes.set_yticks(range(len(shown)), names, fontfamily=colors.font_families(names), fontsize=9)
     axes.set_ylim(-0.5, max(1, len(shown)) - 0.5)
     axes.grid(False, axis="y")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def _reached(precision: np.ndarray) -> np.ndarray:
-    """Precision up to the recall that was reached, NaN beyond."""
+def _mask_unreached(precision: np.ndarray) -> np.ndarray:
+    """Set the precision beyond the highest reached recall to NaN."""
     return np.where(precision > 0, precision, np.nan)

@@ -1,4 +1,4 @@
-"""Figures in one clean style, by matplotlib's objects: its global state is neither read nor changed."""
+"""Matplotlib figures in one style, made without matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from fusedet.errors import InputError, unknown
 from fusedet.visualization import colors
 
 DARK, PALE = "#262626", "#d4d4d4"
-FORMS = ("png", "pdf", "svg")
+FORMATS = ("png", "pdf", "svg")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure, in inches."""
+    """Create an empty white figure of a size in inches."""
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def new_axes(figure: Figure, title: str, x: str, y: str) -> Axes:
-    """The figure's only axes, with its title and labels."""
+    """Add the only axes of a figure, with a title and axis labels."""
     axes = figure.add_subplot()
-    clean(axes)
-    axes.set_title(title, loc="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    style_axes(axes)
+    axes.set_title(title, loc="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     axes.set_xlabel(x, color=DARK)
     axes.set_ylabel(y, color=DARK)
     return axes
 
 
-def clean(axes: Axes) -> None:
-    """Two spines, a faint grid behind, small ticks."""
+def style_axes(axes: Axes) -> None:
+    """Give axes two spines, a faint grid behind the data and small ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#8c8c8c")
     axes.grid(True, color="#ebebeb", lw=0.8)
@@ -41,19 +41,23 @@ def clean(axes: Axes) -> None:
     axes.tick_params(color="#8c8c8c", labelcolor=DARK, labelsize=9, length=3)
 
 
-def tint(k: int) -> tuple[float, float, float]:
-    """Class k's colour in matplotlib's 0..1; yellow, too pale on white, is darkened."""
-    red, green, blue = colors.colour(k)
-    dim = 0.8 if (red, green, blue) == colors.MISSED else 1.0
+def plot_color(k: int) -> tuple[float, float, float]:
+    """Return class k's color in matplotlib's range 0..1; yellow is darkened because it is too pale on white."""
+    red, green, blue = colors.class_color(k)
+    dim = 0.8 if (red, green, blue) == colors.FALSE_NEGATIVE else 1.0
     return dim * red / 255, dim * green / 255, dim * blue / 255
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write the figure in the form that the file's ending names. Raises InputError for another form or a place that cannot be written."""
-    form = Path(path).suffix[1:].lower()
-    if form not in FORMS:
-        raise unknown(f"form of the plot {path}", form, FORMS)
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure in the format that the file's suffix names: png, pdf or svg.
+
+    Raises:
+        InputError: The format is unknown, or the file cannot be written.
+    """
+    suffix = Path(path).suffix[1:].lower()
+    if suffix not in FORMATS:
+        raise unknown(f"format of the plot {path}", suffix, FORMATS)
     try:
-        figure.savefig(path, format=form, bbox_inches="tight", pad_inches=0.08)
+        figure.savefig(path, format=suffix, bbox_inches="tight", pad_inches=0.08)
     except OSError as error:
         raise InputError(f"plot {path} cannot be written: {error.strerror}") from error

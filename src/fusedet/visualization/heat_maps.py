@@ -1,4 +1,4 @@
-"""Heat maps over an image, level by level, and the shares that levels take of each other."""
+"""Figures of heat maps over an image, level by level, and of level weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, clean, new_figure, save, tint
+from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, style_axes
 
-COLOURS = "inferno"  # darker to brighter all the way, also in grey print and for colour-blind readers
+COLOURS = "inferno"  # monotonic in brightness, also in grey print and for colour-blind readers
 CELL = 1.5  # inches, the longer side of an image
 ABSENT = "not in\nthis detector"
 UNTOUCHED = "no map here"
@@ -25,9 +26,13 @@ UNTOUCHED = "no map here"
 
 @dataclass(frozen=True)
 class Panel:
-    """One detector's block: a title above it, the image that stands before its maps, and of each row the maps (H, W) by column.
+    """The block of columns of one detector.
 
-    marked: what stands first. A row that is absent the detector lacks; a column that a row lacks had no part in the score.
+    Attributes:
+        title: Title above the block.
+        marked: Image before each row of maps.
+        rows: Maps (H, W) by row and column. The detector lacks a missing row; a missing column did not influence the
+            score.
     """
 
     title: str
@@ -35,7 +40,23 @@ class Panel:
     rows: Mapping[str, Mapping[str, np.ndarray]]
 
 
-def maps(
+class WeightPanel(NamedTuple):
+    """Level weights of one SMSL.
+
+    Attributes:
+        title: Title above the panel.
+        levels: Names of the L levels.
+        mean: (T, L), means over the channels. T is L, or L + 1 with a global target last.
+        ends: (2, T, L), lower and upper end of the spread over the channels.
+    """
+
+    title: str
+    levels: Sequence[str]
+    mean: np.ndarray
+    ends: np.ndarray
+
+
+def draw_maps(
     image: Image.Image,
     panels: Sequence[Panel],
     captions: Mapping[str, str],
@@ -45,10 +66,18 @@ def maps(
     unit: str,
     top: float | None = None,
 ) -> None:
-    """Rows of maps over the image, the panels side by side, all in one colour scale from 0 to the highest value, or to `top`.
+    """Draw rows of maps over the image, the panels side by side, with one colour scale from 0.
 
-    Up to the highest value the colours go by its square root, which keeps what is a tenth of it visible; up to `top` they are even.
-    captions: what each row shows, by its key, in the order of the rows. columns: of the maps, in order. unit: of the values.
+    Args:
+        image: Image under the maps.
+        panels: One block of columns per detector.
+        captions: Text of each row by its key, in the order of the rows.
+        columns: Names of the maps' columns in order.
+        path: File to write.
+        title: Title of the figure.
+        unit: Unit of the values.
+        top: End of a linear colour scale; None for the highest value, with colours by the square root, so that a tenth
+            of it remains visible.
     """
     peak = max((float(x.max()) for panel in panels for row in panel.rows.values() for x in row.values()), default=0.0)
     scale = PowerNorm(0.5, 0, peak or 1.0) if top is None else Normalize(0, top)
@@ -57,7 +86,7 @@ def maps(
     wide, high = (CELL, CELL * ratio) if ratio <= 1 else (CELL / ratio, CELL)
     ratios = [width for i in range(len(panels)) for width in ([0.12] if i else []) + [1.0] * across]
     figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
     blank = np.ones((*grey.shape[:2], 3))
     grid = figure.subplots(len(captions), len(ratios), squeeze=False, width_ratios=ratios)
@@ -66,7 +95,7 @@ def maps(
     for p, panel in enumerate(panels):
         left = p * (across + 1)
         grid[0, left].set_title(
-            panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([panel.title])
+            panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.font_families([panel.title])
         )
         for axes, column in zip(grid[0, left + 1 :], columns):
             axes.set_title(column, fontsize=9, color=DARK)
@@ -75,7 +104,7 @@ def maps(
             grid[r, left].imshow(blank if row is None else np.asarray(panel.marked))
             for axes, column in zip(grid[r, left + 1 :], columns):
                 if row is not None and column in row:
-                    axes.imshow(over(grey, np.asarray(scale(row[column]))), interpolation="none")
+                    axes.imshow(blend(grey, np.asarray(scale(row[column]))), interpolation="none")
                 else:
                     axes.imshow(blank)
                     text = ABSENT if row is None else UNTOUCHED
@@ -106,38 +135,37 @@ def maps(
     bar.outline.set_visible(False)
     bar.set_label(unit, color=DARK, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def over(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A grey image (H, W, 1) in 0..1 under a map (H, W) in 0..1: (H, W, 3), the hotter the less of the image."""
+def blend(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Blend a grey image (H, W, 1) in 0..1 with a map (H, W) in 0..1 to colours (H, W, 3); heat hides the image."""
     colour = colormaps[COLOURS](heat)[..., :3]
     cover = 0.45 + 0.4 * heat.clip(0, 1)[..., None]
     mixed: np.ndarray = (1 - cover) * grey + cover * colour
     return mixed.clip(0, 1)
 
 
-def shares(panels: Sequence[tuple[str, Sequence[str], np.ndarray, np.ndarray]], path: str | Path, title: str) -> None:
-    """Bars of how much each target takes of each level, a group of bars per target, with a thin line for the spread over the channels.
+def draw_level_weights(panels: Sequence[WeightPanel], path: str | Path, title: str) -> None:
+    """Draw how much each target takes of each level: a group of bars per target.
 
-    panels: title, names of L levels, means (T, L) over the channels and ends (2, T, L) of the spread; T is L, or L + 1 where a global
-    target is the last. The dashed line is 1 / L, what each level would have in a plain mean.
+    Thin lines are the spread over the channels. The dashed line is 1 / L, the weight of a level in a plain mean.
     """
-    widest = max(mean.size for _, _, mean, _ in panels)
+    widest = max(panel.mean.size for panel in panels)
     figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
-    top = max(float(ends.max()) for *_, ends in panels)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
+    top = max(float(panel.ends.max()) for panel in panels)
     for axes, (name, levels, mean, ends) in zip(
         figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
     ):
-        clean(axes)
+        style_axes(axes)
         axes.grid(False, axis="x")
-        axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.families([name]))
+        axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.font_families([name]))
         count = len(levels)
         width = 0.8 / count
         for level in range(count):
             at = np.arange(len(mean)) + (level - (count - 1) / 2) * width
-            axes.bar(at, mean[:, level], 0.9 * width, color=tint(level), label=levels[level])
+            axes.bar(at, mean[:, level], 0.9 * width, color=plot_color(level), label=levels[level])
             axes.vlines(at, ends[0, :, level], ends[1, :, level], color=DARK, lw=0.8)
         axes.axhline(1 / count, color=DARK, lw=1, ls=(0, (4, 3)))
         axes.set_xticks(
@@ -147,4 +175,4 @@ def shares(panels: Sequence[tuple[str, Sequence[str], np.ndarray, np.ndarray]], 
         axes.legend(
             title="taken from", alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9
         )
-    save(figure, path)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Boxes, masks and mistakes drawn into images, and images in a grid."""
+"""Draw boxes, masks and a comparison with the ground truth into images, and arrange images in a grid."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.greedy_match import EXCUSED, owners
+from fusedet.models.ops.greedy_match import IGNORED, match_greedily
 from fusedet.visualization import colors
-from fusedet.visualization.annotators import Mark, Pen, canvas, draw, short
+from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image, truncate_text
 
 
-def boxes(
+def draw_boxes(
     image: Tensor,
     boxes: Tensor,
     labels: Tensor,
@@ -25,92 +25,127 @@ def boxes(
     ignore: Tensor | None = None,
     width: int | None = None,
 ) -> Image.Image:
-    """The image with its objects: a colour per class and a tag with the name and, where given, the score.
+    """Draw instances: one color per class, and a tag with the class name and the score if given.
 
-    image uint8 (3, H, W); boxes (N, 4) xyxy in its pixels; labels (N,) 0..K-1; names (K,); scores (N,) in 0..1; masks
-    (N, H, W) bool; ignore (I, 4), boxes that do not count, drawn grey and dashed; width, the lines' in pixels, else it
-    grows with the image. Tags stay inside the image; one that would hide another one is left out, best scores first.
-    Raises InputError for a label without a name and for shapes that do not fit.
+    Tags stay inside the image. A tag that would hide another one is left out, the best scores first.
+
+    Args:
+        image: uint8 (3, H, W).
+        boxes: (N, 4) xyxy in pixels of the image.
+        labels: (N,) in 0..K-1.
+        names: K class names.
+        scores: (N,) in 0..1.
+        masks: (N, H, W) bool.
+        ignore: (I, 4) boxes of ignored regions, drawn grey and dashed.
+        width: Line width in pixels; by default in proportion to the image.
+
+    Raises:
+        InputError: A label has no name, or shapes do not fit.
     """
-    drawing = canvas(image)
-    _check(boxes, labels, names)
+    drawing = to_pil_image(image)
+    _check_boxes(boxes, labels, names)
     sides = boxes[:, 2:] - boxes[:, :2]
-    order = (sides.prod(dim=1) if scores is None else -scores).argsort(stable=True)  # what comes first lies on top
+    # What comes first lies on top: small boxes, or high scores.
+    order = (sides.prod(dim=1) if scores is None else -scores).argsort(stable=True)
     corners, classes = boxes[order].tolist(), labels.to(order.device)[order].tolist()
-    shown = [names[k] for k in classes]
+    tags = [names[k] for k in classes]
     if scores is not None:
-        shown = [f"{name} {score:.2f}" for name, score in zip(shown, scores[order].tolist(), strict=True)]
+        tags = [f"{name} {score:.2f}" for name, score in zip(tags, scores[order].tolist(), strict=True)]
     if masks is not None:
-        drawing = _blend(drawing, masks[order.to(masks.device)].cpu().numpy(), classes)
-    marks = [Mark(box, colors.colour(k), text) for box, k, text in zip(corners, classes, shown, strict=True)]
-    marks += [Mark(box, colors.GREY, dashed=True) for box in ([] if ignore is None else ignore.tolist())]
-    return draw(drawing, marks, Pen.of(drawing, width))
+        drawing = _blend_masks(drawing, masks[order.to(masks.device)].cpu().numpy(), classes)
+    annotations = [
+        BoxAnnotation(box, colors.class_color(k), tag) for box, k, tag in zip(corners, classes, tags, strict=True)
+    ]
+    if ignore is not None:
+        annotations += [BoxAnnotation(box, colors.GREY, dashed=True) for box in ignore.tolist()]
+    return draw_annotations(drawing, annotations, LineStyle.for_image(drawing, width))
 
 
-def compare(
+def draw_comparison(
     image: Tensor,
-    truth: tuple[Tensor, Tensor],
-    found: tuple[Tensor, Tensor, Tensor],
+    ground_truth: tuple[Tensor, Tensor],
+    detections: tuple[Tensor, Tensor, Tensor],
     names: Sequence[str],
     *,
     score: float = 0.3,
     iou: float = 0.5,
     ignore: tuple[Tensor, Tensor] | None = None,
 ) -> Image.Image:
-    """Detections against the truth, with a legend below that counts what was found, false, missed and confused, which is both.
+    """Draw detections against the ground truth, with a legend of the counts below the image.
 
-    image uint8 (3, H, W); truth (boxes (G, 4), labels (G,)); found (boxes (D, 4), labels (D,), scores (D,)), of which
-    those of at least `score` are drawn; ignore (boxes, labels) of objects that do not count. Matched as in `ops.owners`.
-    True boxes of what was found are thin, white and dashed. Raises InputError for a label without a name.
+    Detections and ground truth are matched greedily as in `models.ops.greedy_match`. The ground truth of correct
+    detections is thin, white and dashed. A detection of the wrong class counts as missed and as false.
+
+    Args:
+        image: uint8 (3, H, W).
+        ground_truth: Boxes (G, 4) xyxy and labels (G,).
+        detections: Boxes (D, 4) xyxy, labels (D,) and scores (D,).
+        names: K class names.
+        score: Detections below this score are left out.
+        iou: IoU from which a detection matches.
+        ignore: Boxes (I, 4) and labels (I,) of ignored instances.
+
+    Raises:
+        InputError: A label has no name.
     """
-    drawing = canvas(image)
-    best = found[2].argsort(descending=True, stable=True)
-    best = best[found[2][best] >= score]
-    guesses, labels, scores = (part[best].cpu().numpy() for part in found)
-    objects, classes = (part.cpu().numpy() for part in truth)
-    idle, idle_classes = (
+    drawing = to_pil_image(image)
+    order = detections[2].argsort(descending=True, stable=True)
+    order = order[detections[2][order] >= score]
+    boxes, labels, scores = (part[order].cpu().numpy() for part in detections)
+    gt_boxes, gt_labels = (part.cpu().numpy() for part in ground_truth)
+    ignored, ignored_labels = (
         (np.zeros((0, 4)), np.zeros(0, int)) if ignore is None else (part.cpu().numpy() for part in ignore)
     )
-    for part in (truth, found[:2]):
-        _check(part[0], part[1], names)
-    owner = owners(guesses.astype(float), labels, objects.astype(float), classes, idle.astype(float), idle_classes, iou)
+    for part in (ground_truth, detections[:2]):
+        _check_boxes(part[0], part[1], names)
+    matches = match_greedily(
+        boxes.astype(float), labels, gt_boxes.astype(float), gt_labels, ignored.astype(float), ignored_labels, iou
+    )
 
-    groups: dict[str, list[Mark]] = {"missed": [], "false": [], "confused": [], "found": []}
-    rest = [Mark(box, colors.GREY, dashed=True) for box in idle.tolist()]
-    for box, k, s, g in zip(guesses.tolist(), labels.tolist(), scores.tolist(), owner.tolist(), strict=True):
+    groups: dict[str, list[BoxAnnotation]] = {"missed": [], "false": [], "wrong class": [], "correct": []}
+    background = [BoxAnnotation(box, colors.GREY, dashed=True) for box in ignored.tolist()]
+    for box, k, s, g in zip(boxes.tolist(), labels.tolist(), scores.tolist(), matches.tolist(), strict=True):
         text = f"{names[k]} {s:.2f}"
-        if g == EXCUSED:
-            rest.append(Mark(box, colors.GREY, text))
+        if g == IGNORED:
+            background.append(BoxAnnotation(box, colors.GREY, text))
         elif g < 0:
-            groups["false"].append(Mark(box, colors.FALSE, text))
-        elif classes[g] == k:
-            groups["found"].append(Mark(box, colors.FOUND, text))
+            groups["false"].append(BoxAnnotation(box, colors.FALSE_POSITIVE, text))
+        elif gt_labels[g] == k:
+            groups["correct"].append(BoxAnnotation(box, colors.TRUE_POSITIVE, text))
         else:
-            groups["confused"].append(Mark(box, colors.CONFUSED, f"{text}, is {names[classes[g]]}"))
-    for g, (box, k) in enumerate(zip(objects.tolist(), classes.tolist(), strict=True)):
-        if g in owner:
-            rest.append(Mark(box, colors.WHITE, dashed=True, thin=True))
+            text = f"{text}, is {names[gt_labels[g]]}"
+            groups["wrong class"].append(BoxAnnotation(box, colors.WRONG_CLASS, text))
+    for g, (box, k) in enumerate(zip(gt_boxes.tolist(), gt_labels.tolist(), strict=True)):
+        if g in matches:
+            background.append(BoxAnnotation(box, colors.WHITE, dashed=True, thin=True))
         else:
-            groups["missed"].append(Mark(box, colors.MISSED, names[k], dashed=True))
-    pen = Pen.of(drawing, None)
-    marks = [mark for group in groups.values() for mark in group]
-    confused = len(groups["confused"])  # a miss and a false detection, as F1 counts it
+            groups["missed"].append(BoxAnnotation(box, colors.FALSE_NEGATIVE, names[k], dashed=True))
+    style = LineStyle.for_image(drawing, None)
+    annotations = [annotation for group in groups.values() for annotation in group]
+    wrong = len(groups["wrong class"])  # both a miss and a false detection, as F1 counts it
     legend = [
-        (f"found {len(groups['found'])}", colors.FOUND, False),
-        (f"missed {len(groups['missed']) + confused}", colors.MISSED, True),
-        (f"false {len(groups['false']) + confused}", colors.FALSE, False),
-        (f"wrong class {confused}{' (in both)' if confused else ''}", colors.CONFUSED, False),
-        ("truth", colors.WHITE, True),
+        (f"correct {len(groups['correct'])}", colors.TRUE_POSITIVE, False),
+        (f"missed {len(groups['missed']) + wrong}", colors.FALSE_NEGATIVE, True),
+        (f"false {len(groups['false']) + wrong}", colors.FALSE_POSITIVE, False),
+        (f"wrong class {wrong}{' (in both)' if wrong else ''}", colors.WRONG_CLASS, False),
+        ("ground truth", colors.WHITE, True),
     ]
-    return _legend(draw(drawing, [*marks, *rest], pen), legend, pen)
+    return _legend(draw_annotations(drawing, [*annotations, *background], style), legend, style)
 
 
-def grid(
+def draw_image_grid(
     images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None, cell: int = 320
 ) -> Image.Image:
-    """Images in rows on white, each made to fit `cell` pixels, with a line of text below; about square by default.
+    """Arrange images in rows on a white sheet.
 
-    Raises InputError where there is no image or the captions are not one per image.
+    Args:
+        images: One image or more.
+        captions: A line of text below each image.
+        columns: Images per row; by default the grid is about square.
+        cell: Longest side of an image in the grid, in pixels.
+
+    Raises:
+        InputError: No images, or another number of captions than of images.
     """
     if not images:
         raise InputError("a grid needs at least one image")
@@ -118,40 +153,35 @@ def grid(
         raise InputError(f"a grid of {len(images)} images needs as many captions, got {len(captions)}")
     columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
     gap, size = max(4, cell // 40), max(10, cell // 28)
-    scaled = [_fitted(drawing, cell) for drawing in images]
+    scaled = [_fit_to_cell(image, cell) for image in images]
     rows = [scaled[i : i + columns] for i in range(0, len(scaled), columns)]
     line = 0 if captions is None else round(size * 1.6)
-    heights = [max(drawing.height for drawing in row) for row in rows]
+    heights = [max(image.height for image in row) for row in rows]
     sheet = Image.new(
         "RGB", (columns * (cell + gap) + gap, sum(heights) + len(rows) * (line + gap) + gap), colors.WHITE
     )
-    pen = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     top = gap
     for r, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        for c, drawing in enumerate(row):
+        for c, image in enumerate(row):
             left = gap + c * (cell + gap)
-            sheet.paste(drawing, (left + (cell - drawing.width) // 2, top + (height - drawing.height) // 2))
+            sheet.paste(image, (left + (cell - image.width) // 2, top + (height - image.height) // 2))
             if captions is not None:
                 caption = captions[r * columns + c]
-                font = colors.font(caption, size)
-                pen.text(
-                    (left + cell / 2, top + height + line / 2),
-                    short(caption, font, cell),
-                    (40, 40, 40),
-                    font,
-                    anchor="mm",
-                )
+                font = colors.load_font(caption, size)
+                center = (left + cell / 2, top + height + line / 2)
+                canvas.text(center, truncate_text(caption, font, cell), (40, 40, 40), font, anchor="mm")
         top += height + line + gap
     return sheet
 
 
-def _fitted(drawing: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(drawing.size)
-    size = max(1, round(drawing.width * scale)), max(1, round(drawing.height * scale))
-    return drawing.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+def _fit_to_cell(image: Image.Image, cell: int) -> Image.Image:
+    scale = cell / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _check(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
+def _check_boxes(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
     if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
         raise InputError(
             f"boxes must be (N, 4) with labels (N,), they are {tuple(boxes.shape)} and {tuple(labels.shape)}"
@@ -161,8 +191,8 @@ def _check(boxes: Tensor, labels: Tensor, names: Sequence[str]) -> None:
         raise InputError(f"labels must lie in 0..{len(names) - 1}, one per class name, they reach from {low} to {high}")
 
 
-def _blend(drawing: Image.Image, masks: np.ndarray, classes: list[int]) -> Image.Image:
-    """Masks (N, H, W) in their classes' colours, the first on top: a veil inside and a line along the border."""
+def _blend_masks(drawing: Image.Image, masks: np.ndarray, classes: list[int]) -> Image.Image:
+    """Blend masks (N, H, W) in their classes' colors, the first on top, with a line along each border."""
     pixels = np.asarray(drawing).astype(np.float32)
     if masks.shape[1:] != pixels.shape[:2]:
         raise InputError(f"masks must be as large as the image, {pixels.shape[:2]}, they are {masks.shape[1:]}")
@@ -171,16 +201,16 @@ def _blend(drawing: Image.Image, masks: np.ndarray, classes: list[int]) -> Image
         for axis in (0, 1):
             for step in (1, -1):
                 inner &= np.roll(np.pad(mask, 1), step, axis)[1:-1, 1:-1]
-        tint = np.array(colors.colour(k), dtype=np.float32)
-        pixels[inner] = 0.6 * pixels[inner] + 0.4 * tint
-        pixels[mask & ~inner] = tint
+        color = np.array(colors.class_color(k), dtype=np.float32)
+        pixels[inner] = 0.6 * pixels[inner] + 0.4 * color
+        pixels[mask & ~inner] = color
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _legend(drawing: Image.Image, items: list[tuple[str, colors.Colour, bool]], pen: Pen) -> Image.Image:
-    """The image over a dark strip with a sample of each line and its meaning, in as many rows as it takes."""
-    font = colors.font("legend", pen.font)
-    dash, gap, line = 2 * pen.font, pen.font, round(1.7 * pen.font)
+def _legend(drawing: Image.Image, items: list[tuple[str, colors.Color, bool]], style: LineStyle) -> Image.Image:
+    """Add a dark strip below the image with a sample of each line and its meaning, in as many rows as needed."""
+    font = colors.load_font("legend", style.font_size)
+    dash, gap, line = 2 * style.font_size, style.font_size, round(1.7 * style.font_size)
     places, left, row = [], gap // 2, 0
     for text, _, _ in items:
         step = dash + gap // 2 + round(font.getlength(text)) + gap
@@ -190,11 +220,11 @@ def _legend(drawing: Image.Image, items: list[tuple[str, colors.Colour, bool]], 
         left += step
     sheet = Image.new("RGB", (drawing.width, drawing.height + (row + 1) * line + gap // 2), (38, 38, 38))
     sheet.paste(drawing)
-    brush = ImageDraw.Draw(sheet)
-    for (text, colour, dashed), (x, r) in zip(items, places, strict=True):
+    canvas = ImageDraw.Draw(sheet)
+    for (text, color, dashed), (x, r) in zip(items, places, strict=True):
         y = drawing.height + gap // 4 + r * line + line // 2
         for part in range(3) if dashed else [None]:
             a, b = (x, x + dash) if part is None else (x + part * dash * 3 // 8, x + part * dash * 3 // 8 + dash // 4)
-            brush.line((a, y, b, y), colour, max(2, pen.line))
-        brush.text((x + dash + gap // 2, y), text, (235, 235, 235), font, anchor="lm")
+            canvas.line((a, y, b, y), color, max(2, style.width))
+        canvas.text((x + dash + gap // 2, y), text, (235, 235, 235), font, anchor="lm")
     return sheet

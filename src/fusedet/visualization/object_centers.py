@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
 from fusedet.errors import InputError
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, new_figure, save
+from fusedet.visualization.figure import DARK, new_figure, save_figure
 
 CELLS = 32  # of the density grid, per side
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
@@ -88,7 +88,7 @@ def plot_centers(
     columns = min(len(panels), max(3, math.ceil(math.sqrt(len(panels)))))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(1.75 * columns + 1.2, 1.95 * rows + 0.45)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.families([title]))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     scale = TwoSlopeNorm(1.0, 0.0, MAX_DENSITY)
     colours = LinearSegmentedColormap.from_list("centres", ["#0072B2", "#f7f7f7", "#D55E00"])
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -106,7 +106,9 @@ def plot_centers(
             box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0}
             axes.text(*corner, f"{100 * count / len(own):.0f} %", fontsize=8, color=DARK, bbox=box, **alignment)
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
-        axes.set_title(f"{name}  {len(own):,}", loc="left", fontsize=9, color=DARK, fontfamily=colors.families([name]))
+        axes.set_title(
+            f"{name}  {len(own):,}", loc="left", fontsize=9, color=DARK, fontfamily=colors.font_families([name])
+        )
         axes.spines[:].set_color("#8c8c8c")
     bar = figure.colorbar(
         ScalarMappable(scale, colours), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max"
@@ -114,4 +116,4 @@ def plot_centers(
     bar.outline.set_visible(False)
     bar.set_ticks([0, 1, 2, 3], labels=["0", "1, uniform", "2", "3"], fontsize=8, color=DARK)
     bar.set_label("density", color=DARK, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The plot of a training run: losses, learning rate and validation."""
+"""Plot of a training run: losses, learning rate and validation metrics."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fusedet.errors import InputError
-from fusedet.visualization.figure import DARK, clean, new_figure, save, tint
+from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, style_axes
 
 
-def training(metrics_csv: str | Path, path: str | Path, title: str = "Training") -> None:
-    """Losses, learning rate and the validation's AP of a run's metrics.csv against the step (the epoch where none is given).
+def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Training") -> None:
+    """Plot losses, learning rate and validation AP of a run against the step, or the epoch where no step is logged.
 
-    Columns: epoch, step, lr, loss, the loss terms, then the validation's figures, which begin with AP, AR or mAP; cells
-    may be empty. Raises InputError for a file that is absent or holds no numbers.
+    Args:
+        metrics_csv: A run's metrics.csv with the columns epoch, step, lr, loss, loss terms (loss_...) and validation
+            metrics (AP..., AR..., mAP...); cells may be empty.
+        path: File to write; its suffix names the format: png, pdf or svg.
+        title: Title of the plot.
+
+    Raises:
+        InputError: The file is absent or has no numbers.
     """
-    table = _table(Path(metrics_csv))
+    table = _read_columns(Path(metrics_csv))
     x_name = "step" if "step" in table else "epoch"
     x = table[x_name] if x_name in table else np.arange(len(next(iter(table.values()))), dtype=float)
     scores = [name for name in table if name.startswith(("AP", "mAP", "AR"))]
@@ -27,71 +33,76 @@ def training(metrics_csv: str | Path, path: str | Path, title: str = "Training")
     drawn = [group for group in ([*terms, "loss"], scores, ["lr"]) if any(name in table for name in group)]
     if not drawn:
         raise InputError(f"{metrics_csv} has no columns to draw: it must hold some of loss, lr, AP")
-    shares = [0.55 if group == ["lr"] else 1.0 for group in drawn]
-    figure = new_figure(7.2, 0.8 + 2.3 * sum(shares))
-    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=shares)[:, 0]
+    ratios = [0.55 if group == ["lr"] else 1.0 for group in drawn]
+    figure = new_figure(7.2, 0.8 + 2.3 * sum(ratios))
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     for axes, group in zip(panels, drawn, strict=True):
-        clean(axes)
+        style_axes(axes)
         axes.set_ylabel("AP" if group is scores else "learning rate" if group == ["lr"] else "loss", color=DARK)
         if group is scores:
             chosen = [name for name in ("AP", "AP50", "AP75", "mAP") if name in scores] or scores[:4]
             for i, name in enumerate(chosen):
-                axes.plot(*_known(x, table[name]), "o-", ms=3, lw=1.8, color=DARK if i == 0 else tint(i), label=name)
-            _mark_best(axes, *_known(x, table[chosen[0]]))
+                axes.plot(
+                    *_keep_finite(x, table[name]),
+                    "o-",
+                    ms=3,
+                    lw=1.8,
+                    color=DARK if i == 0 else plot_color(i),
+                    label=name,
+                )
+            _mark_best(axes, *_keep_finite(x, table[chosen[0]]))
             axes.set_ylim(bottom=0)
         else:
             shown = [name for name in group if name in table]
             for i, name in enumerate(shown):
-                at, value = _known(x, table[name])
-                color = DARK if name in ("loss", "lr") else tint(i)
+                at, value = _keep_finite(x, table[name])
+                color = DARK if name in ("loss", "lr") else plot_color(i)
                 if len(value) > 100 and name != "lr":
                     axes.plot(at, value, lw=0.5, color=color, alpha=0.25)
                     at, value = _smooth(at, value)
                 axes.plot(at, value, lw=1.6, color=color, label=name)
-            _limit(axes, [_known(x, table[name])[1] for name in shown])
+            _limit_peaks(axes, [_keep_finite(x, table[name])[1] for name in shown])
         if group != ["lr"]:
             axes.legend(frameon=False, fontsize=9, loc="best")
     panels[0].set_title(title, loc="left", fontsize=12, color=DARK)
     panels[-1].set_xlabel(x_name, color=DARK)
     figure.align_ylabels()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def loss_terms(columns: Iterable[str]) -> list[str]:
-    """The loss terms among a run's columns: what a head names loss_..., neither speeds nor norms."""
+    """List the loss terms among a run's columns: the names that begin with loss_."""
     return [name for name in columns if name.startswith("loss_")]
 
 
-def _table(file: Path) -> dict[str, np.ndarray]:
-    """The columns of a csv file as numbers, NaN where a cell is no number; columns without any number are left out."""
+def _read_columns(file: Path) -> dict[str, np.ndarray]:
+    """Read the columns of a CSV file as numbers, NaN for other cells; drop columns without numbers."""
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"metrics file {file} cannot be read: {error}") from error
-    table = {name: np.array([_number(row[name]) for row in rows]) for name in (rows[0] if rows else ()) if name}
+    table = {name: np.array([_parse_number(row[name]) for row in rows]) for name in (rows[0] if rows else ()) if name}
     table = {name: column for name, column in table.items() if not np.isnan(column).all()}
     if not table:
-        raise InputError(
-            f"metrics file {file} holds no numbers: it must have a line of names and a line per step or epoch"
-        )
+        raise InputError(f"metrics file {file} has no numbers: it must have a header and one line per step or epoch")
     return table
 
 
-def _number(cell: str | None) -> float:
+def _parse_number(cell: str | None) -> float:
     try:
         return float(cell or "nan")
     except ValueError:
         return float("nan")
 
 
-def _known(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _keep_finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keep = np.isfinite(x) & np.isfinite(y)
     return x[keep], y[keep]
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Running mean over a fiftieth of the run, without the ends that it does not cover."""
+    """Return the running mean over a fiftieth of the run, without the ends that it does not cover."""
     width = max(3, len(y) // 50)
     kernel = np.full(width, 1 / width)
     return np.convolve(x, kernel, mode="valid"), np.convolve(y, kernel, mode="valid")
@@ -111,8 +122,8 @@ def _mark_best(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
         )
 
 
-def _limit(axes: Axes, shown: list[np.ndarray]) -> None:
-    """Let a few early peaks leave the panel rather than flatten the rest."""
+def _limit_peaks(axes: Axes, shown: list[np.ndarray]) -> None:
+    """Let a few early peaks leave the panel, so that they do not flatten the rest of the curve."""
     values = np.concatenate(shown)
     top, most = float(np.quantile(values, 0.98)), float(values.max())
     axes.set_ylim(0 if values.min() >= 0 else None, 1.1 * (most if most < 2 * top else 1.3 * top) or None)

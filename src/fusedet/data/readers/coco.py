@@ -31,7 +31,8 @@ def read_coco(
 
     - Labels follow the order of the category ids.
     - Without the key `annotations` (test-dev), no image has annotations.
-    - `iscrowd` and `ignore` set `ImageAnnotations.ignore`.
+    - `iscrowd` and `ignore` set `ImageAnnotations.ignore`. Only `iscrowd` sets `eval_ignore`: pycocotools overwrites
+      `ignore`.
 
     Args:
         json_file: The json file.
@@ -77,7 +78,8 @@ def read_coco(
     image_indices = image_indices[listed]
     boxes = _boxes(rows, file)
     labels = _labels(rows, category_ids, file)
-    ignore = (_integers(rows, "iscrowd", "annotation", file, 0) | _integers(rows, "ignore", "annotation", file, 0)) != 0
+    is_crowd = _integers(rows, "iscrowd", "annotation", file, 0) != 0
+    ignore = is_crowd | (_integers(rows, "ignore", "annotation", file, 0) != 0)
     area, bad_areas = _areas(rows, file)
     segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was parsed
     del data, images, rows  # a large file's entries take a gigabyte
@@ -97,6 +99,7 @@ def read_coco(
         boxes=boxes,
         labels=labels,
         ignore=ignore,
+        eval_ignore=is_crowd,
         area=area,
         segmentations=valid,
         source=file,

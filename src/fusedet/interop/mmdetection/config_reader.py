@@ -22,7 +22,7 @@ _SILENT = {
 }
 
 
-class Part:
+class ConfigReader:
     """One mapping: `where` names it in messages, notes are for the user and shared by all parts of a config."""
 
     def __init__(self, where: str, values: Mapping[str, Any] | None, notes: list[str]) -> None:
@@ -40,16 +40,16 @@ class Part:
         value = self.values.get(key)
         return default if value is None else value
 
-    def typed(self, key: str, hint: Any, default: Any) -> Any:
+    def get_typed(self, key: str, hint: Any, default: Any) -> Any:
         """The same, of the type that the hint says (`errors.checked`): list[bool], str, ..."""
         return checked(self.get(key, default), hint, f"MMDetection's {self.where}.{key}")
 
-    def flag(self, key: str, default: bool) -> bool:
+    def get_bool(self, key: str, default: bool) -> bool:
         """The same, True or False."""
-        found: bool = self.typed(key, bool, default)
+        found: bool = self.get_typed(key, bool, default)
         return found
 
-    def integer(self, key: str, default: int, least: int = -1, most: int = 10**6) -> int:
+    def get_int(self, key: str, default: int, least: int = -1, most: int = 10**6) -> int:
         """The same, a whole number from least to most, which bound what is built of it."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -58,32 +58,35 @@ class Part:
             raise InputError(f"MMDetection's {self.where}.{key}={value} must be from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def get_float(self, key: str, default: float) -> float:
         """The same, a number."""
         value = self.get(key, default)
         if not _is_number(value):
             raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a number")
         return float(value)
 
-    def numbers(self, key: str, default: Any = ()) -> list[float]:
+    def get_floats(self, key: str, default: Any = ()) -> list[float]:
         """The same, a list of numbers."""
         value = self.get(key, list(default))
         if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
             raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a list of numbers")
         return [float(v) for v in value]
 
-    def part(self, key: str) -> Part:
+    def get_section(self, key: str) -> ConfigReader:
         """A mapping inside; empty where it is absent."""
-        return Part(f"{self.where}.{key}", self.get(key), self.notes)
+        return ConfigReader(f"{self.where}.{key}", self.get(key), self.notes)
 
-    def parts(self, key: str) -> list[Part]:
+    def get_sections(self, key: str) -> list[ConfigReader]:
         """A list of mappings, or the one mapping that stands alone."""
         value = self.get(key, [])
         values = value if isinstance(value, (list, tuple)) else [value]
         many = len(values) > 1 or isinstance(value, (list, tuple))
-        return [Part(f"{self.where}.{key}" + (f"[{i}]" if many else ""), v, self.notes) for i, v in enumerate(values)]
+        return [
+            ConfigReader(f"{self.where}.{key}" + (f"[{i}]" if many else ""), v, self.notes)
+            for i, v in enumerate(values)
+        ]
 
-    def need(self, key: str, *right: Any) -> Any:
+    def require_value(self, key: str, *right: Any) -> Any:
         """A value that must be one of these, the first of which is the default."""
         value = self.get(key, right[0])
         value = list(value) if isinstance(value, tuple) else value
@@ -94,7 +97,7 @@ class Part:
             )
         return value
 
-    def kind(self, *right: str) -> str:
+    def require_type(self, *right: str) -> str:
         """The type, without a registry's scope ("mmdet.ResNet"); one of these."""
         value = str(self.get("type", right[0])).rpartition(".")[2]
         if value not in right:
@@ -103,7 +106,7 @@ class Part:
             )
         return value
 
-    def rest(self, *silent: str) -> None:
+    def note_unread(self, *silent: str) -> None:
         """Note the keys that nobody asked for, but for these."""
         left = [k for k, v in self.values.items() if k not in self.asked | _SILENT | set(silent) and v is not None]
         if left:
@@ -114,9 +117,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def norm(part: Part, key: str, default: str | None, *kinds: str | None) -> str | None:
+def read_norm_type(part: ConfigReader, key: str, default: str | None, *kinds: str | None) -> str | None:
     """The type of a norm_cfg, one of these kinds (None: without); a GN must have 32 groups."""
-    found = part.part(key) if part.values.get(key) is not None else None
+    found = part.get_section(key) if part.values.get(key) is not None else None
     if key in part.values and part.values[key] is None:
         kind = None
     else:
@@ -128,7 +131,7 @@ def norm(part: Part, key: str, default: str | None, *kinds: str | None) -> str |
         raise InputError(
             f"MMDetection's {part.where}.{key} is {kind}, which is not here: what can be converted has {shown}"
         )
-    if kind == "GN" and found and found.integer("num_groups", 32) != 32:
+    if kind == "GN" and found and found.get_int("num_groups", 32) != 32:
         raise InputError(
             f"MMDetection's {part.where}.{key} has {found.get('num_groups')} groups: what can be converted has 32"
         )

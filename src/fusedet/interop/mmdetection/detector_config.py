@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedet.errors import InputError
-from fusedet.interop.mmdetection.backbone_config import backbone, neck, normalisation, resizing, usual
-from fusedet.interop.mmdetection.config_reader import Part
-from fusedet.interop.mmdetection.head_config import dense_head, nms, rpn
-from fusedet.interop.mmdetection.roi_config import roi
+from fusedet.interop.mmdetection.backbone_config import (
+    convert_backbone,
+    convert_necks,
+    is_imagenet_normalization,
+    read_normalization,
+    read_resizing,
+)
+from fusedet.interop.mmdetection.config_reader import ConfigReader
+from fusedet.interop.mmdetection.head_config import convert_dense_head, convert_rpn_head, read_nms_threshold
+from fusedet.interop.mmdetection.roi_config import convert_roi_head
 
 Tree = dict[str, Any]
 _DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", "SingleStageDetector")
@@ -29,7 +35,7 @@ _ROI_KEYS_OF_1X = (
 
 
 @dataclass(frozen=True)
-class Architecture:
+class DetectorConfig:
     """fusedet's config as a tree; whether the weights take BGR; notes, what differs or was not taken over."""
 
     tree: Tree
@@ -37,7 +43,7 @@ class Architecture:
     notes: list[str]
 
 
-def translate(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool = False) -> Architecture:
+def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool = False) -> DetectorConfig:
     """fusedet's config for MMDetection's. keys: of the checkpoint. legacy: whether RoIAlign is the 1.x line's where the config is silent.
 
     Raises InputError that names the first thing that is not here.
@@ -47,41 +53,47 @@ def translate(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: bool =
     if not isinstance(values, Mapping):
         raise InputError("MMDetection's config has no `model`: give the one that the checkpoint was trained with")
     values = _as_today(values, config)
-    model = Part("model", values, notes)
+    model = ConfigReader("model", values, notes)
     kind = str(model.get("type")).rpartition(".")[2]
     if kind not in DETECTORS:
         raise InputError(f"MMDetection's detector {kind} is not here: {', '.join(DETECTORS)} can be converted")
     for key in ("backbone", "neck", *(("bbox_head",) if kind in _DENSE else ("rpn_head", "roi_head"))):
         if not values.get(key):
             raise InputError(f"MMDetection's config has no model.{key}: give the whole config")
-    body = backbone(body_part := model.part("backbone"))
-    body_part.rest("base_width", "groups", "style")
-    necks, pyramid = neck(model.parts("neck"))
-    train, test = model.part("train_cfg"), model.part("test_cfg")
+    body = convert_backbone(body_part := model.get_section("backbone"))
+    body_part.note_unread("base_width", "groups", "style")
+    necks, pyramid = convert_necks(model.get_sections("neck"))
+    train, test = model.get_section("train_cfg"), model.get_section("test_cfg")
     found: Tree = {"backbone": body, "pyramid": pyramid, "neck": necks}
     if kind in _DENSE:
-        found["head"] = dense_head(model.part("bbox_head"), train, pyramid, keys)
+        found["head"] = convert_dense_head(model.get_section("bbox_head"), train, pyramid, keys)
     else:
-        proposals = test.part("rpn")
-        found["head"] = rpn(model.part("rpn_head"), train.part("rpn"), train.part("rpn_proposal"), proposals, pyramid)
-        found["roi"] = roi(model.part("roi_head"), train.parts("rcnn"), legacy)
-        test = test.part("rcnn")
+        proposals = test.get_section("rpn")
+        found["head"] = convert_rpn_head(
+            model.get_section("rpn_head"),
+            train.get_section("rpn"),
+            train.get_section("rpn_proposal"),
+            proposals,
+            pyramid,
+        )
+        found["roi"] = convert_roi_head(model.get_section("roi_head"), train.get_sections("rcnn"), legacy)
+        test = test.get_section("rcnn")
         test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
-    pixels = normalisation({**config, "model": values}, notes)
+    pixels = read_normalization({**config, "model": values}, notes)
     if pixels is None:
         notes.append("how images are normalised is not said: RGB and ImageNet's mean and deviation are taken")
-    elif not usual(*pixels[:2]):
+    elif not is_imagenet_normalization(*pixels[:2]):
         body |= {"mean": pixels[0], "std": pixels[1]}
-    settings = {"score": test.number("score_thr", 0.05), "nms": nms(test, 0.5)}
+    settings = {"score": test.get_float("score_thr", 0.05), "nms": read_nms_threshold(test, 0.5)}
     settings["max_det"] = _count(test, ("max_per_img", "max_num"), 100)
     settings["pre_nms"] = _count(test, ("nms_pre",), 1000)
-    model.rest("data_preprocessor", "train_cfg", "test_cfg", "rpn_head", "roi_head", "bbox_head")
-    tree = {"model": found, "data": resizing(config, notes), "test": settings}
+    model.note_unread("data_preprocessor", "train_cfg", "test_cfg", "rpn_head", "roi_head", "bbox_head")
+    tree = {"model": found, "data": read_resizing(config, notes), "test": settings}
     bgr = pixels is not None and pixels[2]
-    return Architecture(tree | ({} if kind in _DENSE else {"train": {"lr": 0.02}}), bgr, notes)
+    return DetectorConfig(tree | ({} if kind in _DENSE else {"train": {"lr": 0.02}}), bgr, notes)
 
 
-def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Architecture:
+def read_backbone_settings(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> DetectorConfig:
     """What a body's weights need and do not show, as MMDetection's config in the checkpoint says it: style, mean and std; whether BGR.
 
     config: empty where there is none. given: model.backbone of the config here that is to be used, called `name`; what it says itself
@@ -93,8 +105,10 @@ def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Ar
     facts: Tree = {}
     pixels = None
     if values.get("backbone"):
-        facts["style"] = backbone(Part("model.backbone", values["backbone"], notes)).get("style", "pytorch")
-        pixels = normalisation({**config, "model": values}, notes)
+        facts["style"] = convert_backbone(ConfigReader("model.backbone", values["backbone"], notes)).get(
+            "style", "pytorch"
+        )
+        pixels = read_normalization({**config, "model": values}, notes)
         notes.append(
             f"the body's style and pixels and the resizing are those of the checkpoint's own config, all else is that of {name}"
         )
@@ -110,7 +124,7 @@ def hidden(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> Ar
             raise InputError(
                 f"model.backbone.{key}={own} of --config={name} is not what the checkpoint was trained with: its own config says {value}"
             )
-    return Architecture(facts, pixels is not None and pixels[2], notes)
+    return DetectorConfig(facts, pixels is not None and pixels[2], notes)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -119,7 +133,7 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(abs(x - y) < 5e-3 for x, y in zip(a, b))
 
 
-def old_form(config: Mapping[str, Any]) -> bool:
+def uses_1x_keys(config: Mapping[str, Any]) -> bool:
     """Whether a config is in the words of the 1.x line: anchors in the head, or RoI heads beside it."""
     model = config.get("model")
     heads = [model.get(key) for key in ("bbox_head", "rpn_head")] if isinstance(model, Mapping) else []
@@ -127,12 +141,12 @@ def old_form(config: Mapping[str, Any]) -> bool:
     return named or (isinstance(model, Mapping) and "bbox_roi_extractor" in model)
 
 
-def is_legacy(config: Mapping[str, Any], keys: Mapping[str, Any], version: str = "") -> bool:
+def is_1x_checkpoint(config: Mapping[str, Any], keys: Mapping[str, Any], version: str = "") -> bool:
     """Whether a checkpoint is of MMDetection's 1.x line: by its version, else by the names that only that line has."""
     if version:
         return version.startswith(("0.", "1."))
     old = ("bbox_head.fc_cls.weight", "bbox_head.0.fc_cls.weight", "bbox_head.fcos_cls.weight")
-    return old_form(config) or any(key in keys for key in old)
+    return uses_1x_keys(config) or any(key in keys for key in old)
 
 
 def _as_today(model: Mapping[str, Any], config: Mapping[str, Any]) -> Tree:
@@ -157,6 +171,6 @@ def _as_today(model: Mapping[str, Any], config: Mapping[str, Any]) -> Tree:
     return found
 
 
-def _count(test: Part, names: tuple[str, ...], default: int) -> int:
-    value = next((test.integer(name, default) for name in names if test.get(name) is not None), default)
+def _count(test: ConfigReader, names: tuple[str, ...], default: int) -> int:
+    value = next((test.get_int(name, default) for name in names if test.get(name) is not None), default)
     return value if value > 0 else 100_000  # -1 is "all"

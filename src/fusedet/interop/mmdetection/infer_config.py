@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.interop.weight_shapes import axis
+from fusedet.interop.weight_shapes import axis_size
 
 Tree = dict[str, Any]
 Weights = Mapping[str, Tensor]
@@ -18,7 +18,7 @@ _DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 _DEEP: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
 
-def guess(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
+def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
     """MMDetection's config of a state dict by 3.x's names, and what could not be told. legacy: the weights are of the 1.x line.
 
     Raises InputError for what is not here.
@@ -40,7 +40,7 @@ def guess(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
         if model["roi_head"]["type"] == "GridRoIHead":
             model["test_cfg"] = {"rcnn": {"score_thr": 0.03, "nms": {"iou_threshold": 0.3}}}
     model["backbone"], model["neck"] = (
-        body(state),
+        infer_backbone(state),
         _neck(state, "scales" if "bbox_head.scales.0.scale" in state else ""),
     )
     _anchors(model.get("rpn_head") or head, legacy)
@@ -59,7 +59,7 @@ def _count(state: Weights, pattern: str) -> int:
     return max((int(m[1]) + 1 for key in state if (m := re.match(pattern, key))), default=0)
 
 
-def body(state: Weights) -> Tree:
+def infer_backbone(state: Weights) -> Tree:
     """ResNet or ResNeXt by the names `backbone.layer1.0.conv1.weight`, ..."""
     blocks = tuple(_count(state, rf"backbone\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
     deep = "backbone.layer1.0.conv3.weight" in state
@@ -69,14 +69,14 @@ def body(state: Weights) -> Tree:
             f"the weights' body is no ResNet or ResNeXt that is known here: its four stages have {list(blocks)} blocks"
         )
     found: Tree = {"type": "ResNet", "depth": depth, "frozen_stages": 1, "norm_eval": True}
-    width, inputs = (axis(state, "backbone.layer1.0.conv2.weight", i) for i in (0, 1))
+    width, inputs = (axis_size(state, "backbone.layer1.0.conv2.weight", i) for i in (0, 1))
     if deep and width != inputs:
         found |= {"type": "ResNeXt", "groups": width // inputs, "base_width": inputs}
     offsets = [
         next((k for k in state if re.match(rf"backbone\.layer{i}\.\d+\.conv2(_|\.conv_)offset.*weight", k)), None)
         for i in (1, 2, 3, 4)
     ]
-    rows = [axis(state, k) for k in offsets if k is not None]
+    rows = [axis_size(state, k) for k in offsets if k is not None]
     if rows:
         found |= {
             "dcn": {"type": "DCNv2" if rows[0] == 27 else "DCN"},
@@ -97,15 +97,15 @@ def _neck(state: Weights, points: str) -> Any:
         )
     found: Tree = {
         "type": "PAFPN" if f"{prefix}pafpn_convs.0.conv.weight" in state else "FPN",
-        "out_channels": axis(state, f"{prefix}lateral_convs.0.conv.weight"),
+        "out_channels": axis_size(state, f"{prefix}lateral_convs.0.conv.weight"),
         "start_level": 4 - laterals,
     }
     if f"{prefix}lateral_convs.0.gn.weight" in state:
         found["norm_cfg"] = {"type": "GN", "num_groups": 32}
     found["num_outs"] = outputs if outputs > laterals else 5
     if outputs > laterals:
-        inputs = axis(state, f"{prefix}fpn_convs.{laterals}.conv.weight", 1)
-        on_input = inputs == axis(state, f"{prefix}lateral_convs.{laterals - 1}.conv.weight", 1)
+        inputs = axis_size(state, f"{prefix}fpn_convs.{laterals}.conv.weight", 1)
+        on_input = inputs == axis_size(state, f"{prefix}lateral_convs.{laterals - 1}.conv.weight", 1)
         # the heads that take P6 from P5 (FCOS, VFNet) have a ReLU before P7 in all of MMDetection's configs
         found |= {"add_extra_convs": "on_input" if on_input else "on_output", "relu_before_extra_convs": bool(points)}
     if not many:
@@ -127,10 +127,10 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
     found: Tree = {"stacked_convs": convs}
     norm = {"type": "GN", "num_groups": 32} if "bbox_head.cls_convs.0.gn.weight" in state else None
     first = next((k for k in ("bbox_head.cls_convs.0.conv.weight", "bbox_head.cls_convs.0.weight") if k in state), None)
-    found |= {"norm_cfg": norm, "feat_channels": 256 if first is None else axis(state, first)}
+    found |= {"norm_cfg": norm, "feat_channels": 256 if first is None else axis_size(state, first)}
     last = f"bbox_head.cls_convs.{convs - 1}.conv.conv_offset.weight" in state
     if "bbox_head.retina_cls.weight" in state:
-        anchors = axis(state, "bbox_head.retina_reg.weight") // 4
+        anchors = axis_size(state, "bbox_head.retina_reg.weight") // 4
         if anchors != 9:
             raise InputError(
                 f"RetinaNet with {anchors} anchors per cell: their scales and ratios cannot be told from the weights, give --config"
@@ -148,8 +148,8 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
         return found | {
             "type": "RepPointsHead",
             "transform_method": method,
-            "num_points": axis(state, points) // 2,
-            "point_feat_channels": axis(state, points, 1),
+            "num_points": axis_size(state, points) // 2,
+            "point_feat_channels": axis_size(state, points, 1),
         }
     if "bbox_head.conv_centerness.weight" in state or "bbox_head.fcos_centerness.weight" in state:
         notes.append(
@@ -160,13 +160,17 @@ def _dense(state: Weights, notes: list[str]) -> Tree:
 
 
 def _rpn(state: Weights) -> Tree:
-    anchors = axis(state, "rpn_head.rpn_cls.weight")
+    anchors = axis_size(state, "rpn_head.rpn_cls.weight")
     if anchors != 3:
         raise InputError(
             f"an RPN with {anchors} anchors per cell: their scales and ratios cannot be told from the weights, give --config"
         )
     convs = _count(state, r"rpn_head\.rpn_conv\.(\d+)\.")
-    return {"type": "RPNHead", "num_convs": max(convs, 1), "feat_channels": axis(state, "rpn_head.rpn_cls.weight", 1)}
+    return {
+        "type": "RPNHead",
+        "num_convs": max(convs, 1),
+        "feat_channels": axis_size(state, "rpn_head.rpn_cls.weight", 1),
+    }
 
 
 def _anchors(head: Tree, legacy: bool) -> None:
@@ -203,10 +207,10 @@ def _roi(state: Weights, notes: list[str]) -> Tree:
         k for k in state if k.startswith("roi_head.mask_head.") and k.endswith(("upsample.bias", "conv_logits.bias"))
     ]:
         convs = _count(state, r"roi_head\.mask_head\.(?:\d+\.)?convs\.(\d+)\.")
-        width = next((axis(state, k) for k in masks if k.endswith("upsample.bias")), 256)
+        width = next((axis_size(state, k) for k in masks if k.endswith("upsample.bias")), 256)
         found["mask_head"] = {"type": "FCNMaskHead", "num_convs": convs, "conv_out_channels": width}
     if "roi_head.grid_head.deconv1.weight" in state:
-        points, width = (axis(state, f"roi_head.grid_head.deconv{i}.bias") for i in (2, 1))
+        points, width = (axis_size(state, f"roi_head.grid_head.deconv{i}.bias") for i in (2, 1))
         notes.append("how many groups Grid R-CNN's norms have cannot be told from the weights: 36 are taken")
         convs = _count(state, r"roi_head\.grid_head\.convs\.(\d+)\.")
         grid = {"type": "GridHead", "grid_points": points, "point_feat_channels": width // points, "num_convs": convs}
@@ -219,6 +223,6 @@ def _roi(state: Weights, notes: list[str]) -> Tree:
 def _stage(state: Weights, prefix: str) -> Tree:
     convs = _count(state, rf"{re.escape(prefix)}shared_convs\.(\d+)\.")
     found: Tree = {"type": "Shared4Conv1FCBBoxHead" if convs else "Shared2FCBBoxHead"}
-    found["fc_out_channels"] = axis(state, f"{prefix}fc_cls.weight", 1)
+    found["fc_out_channels"] = axis_size(state, f"{prefix}fc_cls.weight", 1)
     codes = f"{prefix}fc_reg.weight"
-    return found | {"with_reg": codes in state, "reg_class_agnostic": codes in state and axis(state, codes) == 4}
+    return found | {"with_reg": codes in state, "reg_class_agnostic": codes in state and axis_size(state, codes) == 4}

@@ -15,7 +15,7 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
-def modern(state: Weights) -> Weights:
+def convert_1x_weights(state: Weights) -> Weights:
     """A state dict of the 1.x line by the names and rows of 3.x."""
     two_stage = any(key.startswith("rpn_head.") for key in state) and any(
         re.match(r"bbox_head\.(\d+\.)?fc_cls\.", key) for key in state

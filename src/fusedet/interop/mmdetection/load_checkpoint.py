@@ -68,7 +68,7 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What a .pth (or .safetensors) file holds, on the CPU: tensors and plain values; inert objects for the known bookkeeping.
 
     Raises InputError for a file that is absent or cut short, for anything else in it, which is named and never run, and for a
@@ -138,7 +138,7 @@ def _own(path: Path) -> InputError:
     )
 
 
-def weights(content: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
+def extract_weights(content: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
     """The weights to predict with: those under 'state_dict', or the mapping itself; without a wrapper's "module." before the names.
 
     Averaged (EMA) weights are what is taken: MMDetection and MMEngine put them under the plain names when they save, and the others

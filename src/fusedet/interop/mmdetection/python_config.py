@@ -27,14 +27,14 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
 
 
 @dataclass
-class Source:
+class PythonConfig:
     """A config and the bases that were not where it says they are."""
 
     tree: Tree
     missing: list[str] = field(default_factory=list)
 
 
-def read(path: str | Path) -> Source:
+def read_config(path: str | Path) -> PythonConfig:
     """A config file with its `_base_` files, merged as MMDetection merges them.
 
     Read are literals, names assigned before, `dict(...)`, `list(...)` and `tuple(...)`, arithmetic, subscripts, comprehensions over lists,
@@ -47,10 +47,10 @@ def read(path: str | Path) -> Source:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text: give MMDetection's Python config") from error
-    return parse(text, str(path), path.parent, (path.resolve(),))
+    return parse_config(text, str(path), path.parent, (path.resolve(),))
 
 
-def parse(text: str, name: str, folder: Path | None = None, children: tuple[Path, ...] = ()) -> Source:
+def parse_config(text: str, name: str, folder: Path | None = None, children: tuple[Path, ...] = ()) -> PythonConfig:
     """The same of a config's text; `name` stands for it in messages, `folder` is where its bases are looked for, if anywhere."""
     try:
         # a page of digits or a thousand brackets are not data either
@@ -64,10 +64,12 @@ def parse(text: str, name: str, folder: Path | None = None, children: tuple[Path
             reader.run(statement)
     except RecursionError as error:
         raise InputError(f"{name} is nested too deeply for a config") from error
-    return Source(merged(reader.base, {k: v for k, v in reader.names.items() if k != "_base_"}), reader.missing)
+    return PythonConfig(
+        merge_configs(reader.base, {k: v for k, v in reader.names.items() if k != "_base_"}), reader.missing
+    )
 
 
-def merged(below: Any, above: Any) -> Any:
+def merge_configs(below: Any, above: Any) -> Any:
     """`above` laid over `below`: mappings key by key, unless `above` says `_delete_`; a list's items by number; all else replaced."""
     if (
         isinstance(above, dict)
@@ -76,7 +78,7 @@ def merged(below: Any, above: Any) -> Any:
         and all(str(k).isdigit() and int(k) < len(below) for k in above)
     ):
         return [
-            merged(item, above.get(str(i), above.get(i, {}))) if str(i) in above or i in above else item
+            merge_configs(item, above.get(str(i), above.get(i, {}))) if str(i) in above or i in above else item
             for i, item in enumerate(below)
         ]
     if not isinstance(above, dict):
@@ -84,7 +86,7 @@ def merged(below: Any, above: Any) -> Any:
     own = {k: v for k, v in above.items() if k != "_delete_"}
     start = dict(below) if isinstance(below, dict) and not above.get("_delete_", False) else {}
     for key, value in own.items():
-        start[key] = merged(start.get(key), value)
+        start[key] = merge_configs(start.get(key), value)
     return start
 
 
@@ -147,8 +149,10 @@ class _Reader:
                 raise InputError(f"{self.file} is, through {base}, its own base")
             if path.suffix != ".py":
                 raise self.refuse(node, f"the base {base}, which is no Python config,")
-            found = parse(path.read_text(encoding="utf-8"), str(path), path.parent, (*self.children, path.resolve()))
-            self.base = merged(self.base, found.tree)
+            found = parse_config(
+                path.read_text(encoding="utf-8"), str(path), path.parent, (*self.children, path.resolve())
+            )
+            self.base = merge_configs(self.base, found.tree)
             self.missing += found.missing
 
     def value(self, node: ast.expr) -> Any:

@@ -27,7 +27,7 @@ RPN: list[Rule] = [
 ]
 
 
-def rules(model: Model, levels: int) -> list[Rule]:
+def build_rules(model: Model, levels: int) -> list[Rule]:
     """The renaming for a detector of this config, whose body gives so many levels to its first neck."""
     return BODY + _necks(model.neck, levels) + _head(model.head) + (_roi(model.roi) if model.roi else [])
 
@@ -140,7 +140,7 @@ BRANCHES: dict[str, list[Rule]] = {
 }
 
 
-def renamed(key: str, table: list[Rule]) -> str:
+def rename_weight(key: str, table: list[Rule]) -> str:
     """A name by the first rule that fits it; the name itself where none does."""
     for pattern, name in table:
         new, count = re.subn(pattern, name, key, count=1)
@@ -149,7 +149,7 @@ def renamed(key: str, table: list[Rule]) -> str:
     return key
 
 
-def joined(state: Weights) -> Weights:
+def join_weights(state: Weights) -> Weights:
     """MMDetection's scalars and single convolutions as the joint tensors that they are here.
 
     A head's scales.0.scale, scales.1.scale, ... become scales (L,); the convolutions of each edge of Grid R-CNN's grid become grouped ones.
@@ -173,13 +173,13 @@ def joined(state: Weights) -> Weights:
     return found
 
 
-def as_rgb(state: Weights) -> Weights:
+def flip_stem_channels(state: Weights) -> Weights:
     """Weights that take BGR, taking RGB: the input channels of the first convolution turned round."""
     stem = "backbone.conv1.weight"
     return state | {stem: state[stem].flip(1)} if stem in state and state[stem].ndim == 4 else state
 
 
-def matched(
+def match_weights(
     found: Mapping[str, Tensor],
     sources: Mapping[str, str],
     wanted: Mapping[str, Tensor],

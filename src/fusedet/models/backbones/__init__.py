@@ -1,6 +1,6 @@
-"""Bodies from timm, with frozen and deformable stages, and the insertion of plug-ins into their blocks."""
+"""Backbones from timm, with frozen and deformable stages, and the insertion of plug-ins into their blocks."""
 
-from fusedet.models.backbones.plugin_insertion import insert
-from fusedet.models.backbones.timm_backbone import Backbone
+from fusedet.models.backbones.plugin_insertion import insert_plugin
+from fusedet.models.backbones.timm_backbone import TimmBackbone
 
-__all__ = ["Backbone", "insert"]
+__all__ = ["TimmBackbone", "insert_plugin"]

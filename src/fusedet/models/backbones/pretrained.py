@@ -1,4 +1,4 @@
-"""timm's models and their weights: made, loaded from timm or from a file, and checked."""
+"""Creation of timm models, their weights from timm or from a file, and the checks of both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,30 +23,41 @@ from fusedet.errors import InputError, unknown
 STRIDES = (4, 8, 16, 32)
 
 
-def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
-    """A timm body with feature maps, with timm's weights or those of a file. zero_init: see `Backbone`."""
+def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
+    """Create a timm model with feature extraction, with timm's weights or those of a file.
+
+    Args:
+        name: timm's name of the model, with or without the tag of its weights.
+        pretrained: Fetch timm's weights.
+        weights: Local file of weights instead.
+        zero_init: See `TimmBackbone`.
+
+    Raises:
+        InputError: The name is unknown, the model is unfit for a pyramid, or the weights cannot be loaded.
+    """
     if not timm.is_model(name.split(".")[0]):
         raise unknown("timm model", name, timm.list_models())
-    state = _state(weights) if weights else {}
+    state = _read_state_dict(weights) if weights else {}
     overlay = {"file": weights} if weights else None
     options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
     try:
         with _silent():
             loaded = pretrained or bool(weights)
-            body: Any = timm.create_model(
+            model: Any = timm.create_model(
                 name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options
             )
     except TypeError as error:
         if zero_init or "zero_init_last" not in str(error):
             raise
-        raise InputError(f"model.backbone.zero_init=false: timm's '{name}' has no such choice, leave it out") from error
+        raise InputError(f"model.backbone.zero_init=false: timm's '{name}' has no such option, leave it out") from error
     except OSError as error:
         raise InputError(
-            f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): connect to the "
-            "network, give a local file with model.backbone.weights=FILE, or train from scratch with model.backbone.pretrained=false"
+            f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): "
+            "connect to the network, give a local file with model.backbone.weights=FILE, or train from scratch with "
+            "model.backbone.pretrained=false"
         ) from error
     except (RuntimeError, AttributeError, KeyError, UnpicklingError, SafetensorError) as error:
-        # of torch's list of differences the first is enough
+        # the first line of torch's list of differences is enough
         lines = [line.strip(" \t.") for line in str(error).splitlines() if line.strip()]
         reason = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         source = (
@@ -55,33 +67,39 @@ def create(name: str, pretrained: bool, weights: str | None, zero_init: bool = T
         )
         raise InputError(f"{source}: {reason}") from error
     if weights:
-        _check_loaded(body, state, weights)
-    if not set(STRIDES[1:]) <= set(body.feature_info.reduction()):
-        raise InputError(f"timm's '{name}' gives strides {body.feature_info.reduction()}, a pyramid needs 8, 16 and 32")
-    _check_maps(name)
-    return body
+        _check_loaded(model, state, weights)
+    if not set(STRIDES[1:]) <= set(model.feature_info.reduction()):
+        raise InputError(
+            f"timm's '{name}' gives strides {model.feature_info.reduction()}, a pyramid needs 8, 16 and 32"
+        )
+    if fault := _feature_map_fault(name):
+        raise InputError(f"timm's '{name}' {fault}: choose a convolutional backbone")
+    return model
 
 
-def _check_maps(name: str) -> None:
-    """Some of timm's bodies take one size of image only, or give maps of another layout: asked of a copy without data."""
+@cache
+def _feature_map_fault(name: str) -> str | None:
+    """Say why a timm model's feature maps are unfit, None if they are not.
+
+    Some timm models take images of one size only, or give maps of another layout. A forward pass on the meta device
+    shows it. The result depends on the name only and the pass is most of a construction's time, so it is cached.
+    """
     with torch.device("meta"):
         probe: Any = timm.create_model(name, features_only=True, pretrained=False).eval()
         try:
             maps = probe(torch.zeros(1, 3, 96, 160))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise InputError(
-                f"timm's '{name}' does not take images of any size ({reason}): choose a convolutional body"
-            ) from error
-    promised = [(c, 96 // s, 160 // s) for c, s in zip(probe.feature_info.channels(), probe.feature_info.reduction())]
-    if [tuple(m.shape[1:]) for m in maps] != promised:
-        raise InputError(
-            f"timm's '{name}' gives maps of other shapes than its strides promise: choose a convolutional body"
-        )
+            return f"does not take images of any size ({reason})"
+    info = probe.feature_info
+    expected = [(c, 96 // s, 160 // s) for c, s in zip(info.channels(), info.reduction())]
+    if [tuple(m.shape[1:]) for m in maps] != expected:
+        return "gives feature maps of other shapes than its strides say"
+    return None
 
 
-def _state(weights: str) -> dict[str, Tensor]:
-    """The state dict of a file, read without running anything that it holds."""
+def _read_state_dict(weights: str) -> dict[str, Tensor]:
+    """Read the state dict of a file without running code in it."""
     if not Path(weights).is_file():
         raise InputError(f"model.backbone.weights={weights}: there is no such file")
     try:
@@ -104,15 +122,15 @@ def _state(weights: str) -> dict[str, Tensor]:
         SafetensorError,
     ) as error:
         raise InputError(
-            f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole .safetensors or "
-            ".pth file of tensors by timm's names"
+            f"model.backbone.weights={weights} cannot be read as a state dict (code in it is never run): give a whole "
+            ".safetensors or .pth file of tensors by timm's names"
         ) from error
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the warnings of timm, the hub and torch: what is wrong with weights is said in one sentence of our own."""
+    """Silence the warnings of timm, the hub and torch: an InputError of our own says what is wrong with weights."""
     loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -126,18 +144,18 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check_loaded(body: nn.Module, state: dict[str, Tensor], weights: str) -> None:
-    """timm loads bodies leniently: every parameter must really have come from the file."""
+def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:
+    """Check that every parameter came from the file: timm loads models with feature extraction leniently."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for tensor in state.values():
         by_shape.setdefault(tensor.shape, []).append(tensor)
     missing = [
         k
-        for k, p in body.named_parameters()
+        for k, p in model.named_parameters()
         if not any(torch.equal(t.to(p.dtype), p) for t in by_shape.get(p.shape, []))
     ]
     if missing:
         raise InputError(
-            f"model.backbone.weights={weights} lacks {len(missing)} of the body's parameters, the first is '{missing[0]}': "
-            f"it must hold a state dict by timm's names"
+            f"model.backbone.weights={weights} lacks {len(missing)} of the backbone's parameters, the first is "
+            f"'{missing[0]}': it must hold a state dict by timm's names"
         )

@@ -1,4 +1,4 @@
-"""Bodies: any timm model with feature extraction, with frozen stages, batch norms at rest and deformable stages."""
+"""Backbone: any timm model with feature extraction, with frozen stages, frozen BatchNorm and deformable stages."""
 
 from __future__ import annotations
 
@@ -10,34 +10,47 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.backbones.pretrained import STRIDES, create
-from fusedet.models.backbones.stages import deform, numbered, split, stride_first
+from fusedet.models.backbones.pretrained import STRIDES, create_timm_model
+from fusedet.models.backbones.stages import make_deformable, select_stages, split_stages, stride_in_conv1
 from fusedet.types import Features, Levels
 
 Style = Literal["pytorch", "caffe"]
 
 
-class Backbone(nn.Module):
-    """A timm body that gives C2 to C5 (strides 4, 8, 16, 32).
+class TimmBackbone(nn.Module):
+    """A timm model that gives the feature maps C2 to C5, strides 4, 8, 16 and 32.
 
-    name: timm's name of the model, with or without the tag of its weights ("resnet50.tv_in1k").
-    pretrained: fetch timm's weights. weights: a local file of them instead (.safetensors, .pth; a plain state dict).
-    frozen_stages: -1 nothing, 0 the stem, k the stem and the first k stages; frozen batch norms rest too. Plug-ins that are inserted
-    into a frozen stage are trained.
-    norm_eval: all batch norms of the body stay in eval mode while scale and shift are trained (MMDetection's convention).
-    deformable_stages: ResNet's layer numbers, usually [2, 3, 4] (c3-c5 of "Deformable Convolutional Networks"), where every block's
-    3x3 convolution samples at offsets that it predicts; in basic blocks, where MMDetection refuses them, the second convolution.
-    They keep their weights; without `modulated` they start as the plain convolutions, and with it (a mask too, v2) as half of them.
-    style: where a ResNet's bottlenecks halve the map, in the 3x3 convolution ("pytorch") or in the first 1x1 convolution ("caffe", as
-    in the paper's code and in MMDetection's caffe bodies).
-    zero_init: without weights, the last norm of every residual block starts at 0, the block as the identity (timm's and MMDetection's
-    habit); false, at 1 (torchvision's).
-    mean, std: per channel of RGB in 0..255, what the weights know images to be normalised by; timm's for this model by default.
-    Raises InputError for an unknown name, a body without feature maps of these strides or without such blocks, modulated without
-    deformable stages, a std that is not above 0, and weights that cannot be had.
+    Args:
+        name: timm's name of the model, with or without the tag of its weights ("resnet50.tv_in1k").
+        pretrained: Fetch timm's weights.
+        weights: Local file of weights instead (.safetensors, .pth; a plain state dict).
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages, their BatchNorm included.
+            Plug-ins inserted into a frozen stage are trained.
+        norm_eval: Keep every BatchNorm of the backbone in eval mode, while scale and shift are trained (MMDetection's
+            convention).
+        deformable_stages: ResNet's layer numbers, usually (2, 3, 4), c3 to c5 of "Deformable Convolutional Networks".
+            Every block's 3x3 convolution there samples at predicted offsets; in a basic block, which MMDetection
+            refuses, the second one. They keep their weights and start as the plain convolutions.
+        modulated: Deformable convolutions v2, which predict a mask too and start as half of the plain convolutions.
+        style: Where a ResNet's bottlenecks halve the map: "pytorch" in the 3x3 convolution, "caffe" in the first 1x1
+            convolution, as in the paper's code and in MMDetection's caffe models.
+        mean: Mean per RGB channel in 0..255 that the weights expect; timm's for this model by default.
+        std: Standard deviation per RGB channel in 0..255; timm's by default.
+        zero_init: Without weights, initialise the last norm of every residual block with 0, as timm and MMDetection do;
+            false: with 1, as torchvision does.
 
-    `levels` promises channels and strides; images in 0..255 times `scale` plus `shift` (3, 1, 1) are what the weights know.
+    Attributes:
+        levels: Channels and strides of the feature maps.
+        scale: (3, 1, 1). Images in 0..255 times `scale` plus `shift` are what the weights expect.
+        shift: (3, 1, 1).
+
+    Raises:
+        InputError: The name is unknown; the model has no feature maps of these strides, or no blocks that an option
+            needs; `modulated` without `deformable_stages`; a `std` of 0 or less; weights that cannot be loaded.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -57,63 +70,70 @@ class Backbone(nn.Module):
         one_of("style", style, Style)
         if modulated and not deformable_stages:
             raise InputError(
-                "modulated=true is of deformable convolutions: name deformable_stages, such as [2, 3, 4], or leave it out"
+                "modulated=true needs deformable convolutions: set deformable_stages, such as [2, 3, 4], or leave it "
+                "out"
             )
         self.name, self.norm_eval = name, norm_eval
-        self.body = create(name, pretrained, weights, zero_init)
+        # the attribute's name is part of every checkpoint's keys (torchvision's too)
+        self.body = create_timm_model(name, pretrained, weights, zero_init)
         info = self.body.feature_info
-        self.places = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
-        self.modules_of_levels = [info.module_name()[i] for i in self.places]
+        self.map_indices = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
+        self.stage_modules = [info.module_name()[i] for i in self.map_indices]
         self.levels = Levels(
-            tuple(info.channels()[i] for i in self.places), tuple(info.reduction()[i] for i in self.places)
+            tuple(info.channels()[i] for i in self.map_indices), tuple(info.reduction()[i] for i in self.map_indices)
         )
         config = timm.get_pretrained_cfg(name) or PretrainedCfg()
         if std is not None and min(std) <= 0:
             raise InputError(f"std={list(std)} must be above 0")
-        middle = 255 * torch.tensor(config.mean) if mean is None else torch.tensor(mean)
-        spread = 255 * torch.tensor(config.std) if std is None else torch.tensor(std)
-        self.register_buffer("scale", (1 / spread).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-middle / spread).view(3, 1, 1), persistent=False)
+        mean_255 = 255 * torch.tensor(config.mean) if mean is None else torch.tensor(mean)
+        std_255 = 255 * torch.tensor(config.std) if std is None else torch.tensor(std)
+        self.register_buffer("scale", (1 / std_255).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean_255 / std_255).view(3, 1, 1), persistent=False)
         if style == "caffe":
-            stride_first(self.body, name)
+            stride_in_conv1(self.body, name)
         if deformable_stages:
-            deform(self.stages("deformable_stages", deformable_stages), name, modulated)
+            make_deformable(self.stages("deformable_stages", deformable_stages), name, modulated)
         self.frozen = self._first_stages(frozen_stages)
         for module in self.frozen:
             module.requires_grad_(False)
-        # taken now: the norms of plug-ins, which come later, never rest
-        self.resting = [
+        # collected before plug-ins are inserted: their norms stay in train mode
+        self.eval_norms = [
             m for part in ([self.body] if norm_eval else self.frozen) for m in part.modules() if _is_batch_norm(m)
         ]
         self.has_weights = bool(pretrained or weights)
 
     def forward(self, images: Tensor) -> Features:
-        """Normalised images (N, 3, H, W) to C2..C5."""
+        """Compute the feature maps C2 to C5.
+
+        Shape:
+            images (N, 3, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level.
+        """
         maps = self.body(images)
-        return [maps[i] for i in self.places]
+        return [maps[i] for i in self.map_indices]
 
     def train(self, mode: bool = True) -> Self:
-        """Train mode, but for the batch norms that rest."""
+        """Set train mode, except for frozen BatchNorm."""
         super().train(mode)
-        for norm in self.resting:
+        for norm in self.eval_norms:
             norm.eval()
         return self
 
     def stages(self, option: str, numbers: tuple[int, ...]) -> dict[int, list[nn.Module]]:
-        """The modules of these stages, which number like ResNet's layers; InputError, naming the option, for others."""
-        return numbered(split(self.body, self.modules_of_levels, option), self.levels.strides, option, numbers)
+        """Return the modules of stages by ResNet's layer numbers.
+
+        Raises:
+            InputError: The backbone has no such stage; the message names `option`.
+        """
+        return select_stages(split_stages(self.body, self.stage_modules, option), self.levels.strides, option, numbers)
 
     def _first_stages(self, count: int) -> list[nn.Module]:
-        """The modules of the stem and the first `count` stages (none for -1), in the order in which they run."""
-        if not -1 <= count <= len(self.places):
-            raise InputError(f"frozen_stages={count} must be -1 (nothing) to {len(self.places)}")
+        """Return the modules of the stem and the first `count` stages (none for -1), in execution order."""
+        if not -1 <= count <= len(self.map_indices):
+            raise InputError(f"frozen_stages={count} must be -1 (nothing) to {len(self.map_indices)}")
         if count < 0:
             return []
-        return [
-            m
-            for stage in split(self.body, self.modules_of_levels, f"frozen_stages={count}")[: count + 1]
-            for m in stage
-        ]
+        stages = split_stages(self.body, self.stage_modules, f"frozen_stages={count}")[: count + 1]
+        return [module for stage in stages for module in stage]
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -1,22 +1,28 @@
-"""Detectors: parts in one row, or in two stages; and the way from a config's names to one."""
+"""One-stage and two-stage detectors, and the functions that build them from a config."""
 
-from fusedet.models.detectors.factory import Detector, bare, create_model, from_config, selection, without_weights
-from fusedet.models.detectors.inference import for_inference
-from fusedet.models.detectors.neck_chain import Chain
+from fusedet.models.detectors.factory import (
+    DetectorModule,
+    build_detector,
+    build_meta_detector,
+    create_model,
+    disable_pretrained,
+    selection_options,
+)
+from fusedet.models.detectors.inference import prepare_for_inference
+from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
-from fusedet.models.detectors.two_stage import Found, Regions, TwoStage
+from fusedet.models.detectors.two_stage import TwoStage, TwoStageOutputs
 
 __all__ = [
-    "Chain",
-    "Detector",
-    "Found",
+    "DetectorModule",
+    "NeckChain",
     "OneStage",
-    "Regions",
     "TwoStage",
-    "bare",
+    "TwoStageOutputs",
+    "build_detector",
+    "build_meta_detector",
     "create_model",
-    "for_inference",
-    "from_config",
-    "selection",
-    "without_weights",
+    "disable_pretrained",
+    "prepare_for_inference",
+    "selection_options",
 ]

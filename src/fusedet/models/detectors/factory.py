@@ -1,4 +1,4 @@
-"""From a config's names to a detector."""
+"""Build a detector from a config."""
 
 from __future__ import annotations
 
@@ -7,75 +7,90 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from fusedet import config as configs
 from fusedet.errors import InputError, unknown
-from fusedet.models.backbones import Backbone, insert
+from fusedet.models.backbones import TimmBackbone, insert_plugin
 from fusedet.models.build import build
-from fusedet.models.detectors.neck_chain import Chain
+from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import HEADS
 from fusedet.models.modules import INTERACTIONS, PLUGINS
 from fusedet.models.necks import NECKS
+from fusedet.models.protocols import BranchInteraction, DenseHead, Neck, ProposalHead, RoIBranch, RoIPooling, RoIStage
 from fusedet.models.roi import BRANCHES, POOLINGS, STAGES
 from fusedet.types import Levels
 
-BACKBONES = {"timm": Backbone}
+BACKBONES = {"timm": TimmBackbone}
+
+DetectorModule = OneStage | TwoStage
+"""A detector that the factory builds: an `nn.Module` with the contract of `models.protocols.Detector`."""
 
 
-def selection(test: configs.Test) -> dict[str, Any]:
-    """The config's thresholds as options of `ops.boxes.select`."""
-    return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
-
-
-Detector = OneStage | TwoStage
-
-
-def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: Mapping[str, Any]) -> Detector:
-    """A detector by the name of its config (or a YAML file), as the command line makes it.
+def create_model(name: str, *overrides: str, num_classes: int = 80, **sections: Mapping[str, Any]) -> DetectorModule:
+    """Build a detector by the name of a shipped config or from a YAML file.
 
     >>> create_model("retinanet_r50", "model.backbone.pretrained=false", num_classes=3)  # doctest: +SKIP
     >>> create_model("retinanet_r50", model={"backbone": {"pretrained": False}})  # doctest: +SKIP
+
+    Args:
+        name: Name of a shipped config, or path of a YAML file.
+        overrides: Settings as on the command line, `key=value`.
+        num_classes: K, the number of classes.
+        sections: Settings by section of the config.
+
+    Raises:
+        InputError: The config is invalid, or its detector cannot be built.
     """
-    return from_config(configs.load(name, overrides, sections), num_classes)
+    return build_detector(configs.load(name, overrides, sections), num_classes)
 
 
-def without_weights(config: configs.Config) -> configs.Config:
-    """The same config, but for the body's weights: none are fetched or asked for, where others will be loaded or only shapes are wanted."""
+def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
+    """Build the detector of a resolved config, with two stages if `model.roi` is set.
+
+    Raises:
+        InputError: The parts do not fit together, or an option is unknown or out of its range.
+    """
+    model = config.model
+    if num_classes < 1:
+        raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
+    _check_slots(model)
+    backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
+    if model.plugin:
+        insert_plugin(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
+    neck = _build_neck(model, backbone.levels)
+    if not model.roi:
+        return OneStage(backbone, neck, _build_head(model, neck.levels, num_classes), selection_options(config.test))
+    stages, branches = _build_roi(model.roi, neck.levels, num_classes)
+    head = _build_head(model, neck.levels, num_classes)
+    assert isinstance(head, ProposalHead)
+    return TwoStage(backbone, neck, head, stages, branches, selection_options(config.test))
+
+
+def build_meta_detector(config: configs.Config, num_classes: int = 1) -> DetectorModule:
+    """Build the detector of a config on the meta device: names and shapes without weights and memory.
+
+    Raises:
+        InputError: As `build_detector`; so a config can be checked before the dataset is read.
+    """
+    with torch.device("meta"):
+        return build_detector(disable_pretrained(config), num_classes)
+
+
+def disable_pretrained(config: configs.Config) -> configs.Config:
+    """Return the config without pretrained backbone weights, for a detector that is loaded from a checkpoint."""
     backbone = config.model.backbone | {"pretrained": False, "weights": None}
     return replace(config, model=replace(config.model, backbone=backbone))
 
 
-def from_config(config: configs.Config, num_classes: int) -> Detector:
-    """A detector from a resolved config: of two stages where it has model.roi. Raises InputError for what cannot be built."""
-    model = config.model
-    if num_classes < 1:
-        raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
-    _check_places(model)
-    backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
-    if model.plugin:
-        insert(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
-    neck = _neck(model, backbone.levels)
-    if not model.roi:
-        return OneStage(backbone, neck, _head(model, neck.levels, num_classes), selection(config.test))
-    stages, branches = _roi(model.roi, neck.levels, num_classes)
-    head = _head(model, neck.levels, num_classes)
-    return TwoStage(backbone, neck, head, stages, branches, selection(config.test))
+def selection_options(test: configs.Test) -> dict[str, Any]:
+    """Return the config's test thresholds as options of `ops.boxes.select_detections`."""
+    return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
 
 
-def bare(config: configs.Config, num_classes: int = 1) -> Detector:
-    """The detector of a config without weights and without memory for them (on "meta").
-
-    It tells names and shapes, and, as it raises InputError like `from_config`, before any data are read whether it can be built at all.
-    """
-    with torch.device("meta"):
-        return from_config(without_weights(config), num_classes)
-
-
-def _check_places(model: configs.Model) -> None:
-    """The names are alike, and the nearest one is no help where a part stands in another's slot."""
+def _check_slots(model: configs.Model) -> None:
+    """Refuse a part in the wrong slot; the nearest name within the slot's table would mislead."""
     tables: dict[str, Mapping[str, Any]] = {"plugin": PLUGINS, "neck": NECKS, "interact": INTERACTIONS, "head": HEADS}
     for slot, table in tables.items():
         value = getattr(model, slot)
@@ -86,41 +101,41 @@ def _check_places(model: configs.Model) -> None:
                 raise InputError(f"model.{slot}: {name} belongs in another slot, write model.{right[0]}={name}")
 
 
-def _neck(model: configs.Model, levels: Levels) -> Any:
-    """The neck, or the chain of necks, on a body's levels."""
+def _build_neck(model: configs.Model, levels: Levels) -> Neck:
+    """Build the neck, or the chain of necks, on the backbone's levels."""
     if model.neck == []:
         raise InputError("model.neck=[]: a chain needs at least one neck, such as fpn")
-    necks: list[Any] = []
+    necks: list[Neck] = []
     for i, spec in enumerate(model.neck if isinstance(model.neck, list) else [model.neck]):
         slot = f"model.neck.{i}" if isinstance(model.neck, list) else "model.neck"
         given = {"levels": necks[-1].levels if necks else levels}
         necks.append(build(slot, spec, NECKS, given, {"model.pyramid": vars(model.pyramid)}))
-    return Chain(necks) if len(necks) > 1 else necks[0]
+    return NeckChain(necks) if len(necks) > 1 else necks[0]
 
 
-def _head(model: configs.Model, levels: Levels, num_classes: int) -> Any:
-    """The dense head; one that proposes where there is a second stage, and only there."""
+def _build_head(model: configs.Model, levels: Levels, num_classes: int) -> DenseHead:
+    """Build the dense head: a proposal head if and only if `model.roi` is set."""
     if model.roi and model.interact:
         raise InputError(
             f"model.interact={model.interact}: a two-stage detector has no two branches to exchange, leave it null"
         )
 
-    def interact(channels: int) -> nn.Module:
+    def interact(channels: int) -> BranchInteraction:
         return build("model.interact", model.interact, INTERACTIONS, {"channels": channels})
 
     given = {"levels": levels, "num_classes": num_classes, "interact": interact if model.interact else None}
     head = build("model.head", model.head, HEADS, given)
-    if model.roi and not hasattr(head, "propose"):
+    if model.roi and not isinstance(head, ProposalHead):
         raise InputError(f"model.head={model.head} makes no proposals: with model.roi it must be rpn")
-    if not model.roi and hasattr(head, "propose"):
+    if not model.roi and isinstance(head, ProposalHead):
         raise InputError(
-            "model.roi=null: model.head=rpn only proposes, and needs model.roi={stages: [box]} or another head"
+            "model.roi=null: model.head=rpn only makes proposals, set model.roi={stages: [box]} or another head"
         )
     return head
 
 
-def _roi(spec: Any, levels: Levels, num_classes: int) -> tuple[list[nn.Module], list[list[nn.Module]]]:
-    """The stages, and of each kind of branch one per stage, from {stages: [...], branches: [...]}."""
+def _build_roi(spec: Any, levels: Levels, num_classes: int) -> tuple[list[RoIStage], list[list[RoIBranch]]]:
+    """Build the stages, and one branch per stage for each kind, from {stages: [...], branches: [...]}."""
     if not isinstance(spec, Mapping):
         raise InputError(f"model.roi={spec!r} must be a mapping {{stages: [...], branches: [...]}}")
     for key, value in spec.items():
@@ -130,19 +145,23 @@ def _roi(spec: Any, levels: Levels, num_classes: int) -> tuple[list[nn.Module], 
             raise InputError(f"model.roi.{key}={value!r} must be a list")
     if not spec.get("stages"):
         raise InputError("model.roi.stages=[]: a two-stage detector needs at least one stage, such as box")
-    stages = [_part(f"model.roi.stages.{i}", one, STAGES, levels, num_classes) for i, one in enumerate(spec["stages"])]
-    kinds = enumerate(spec.get("branches") or [])
-    return stages, [
-        [_part(f"model.roi.branches.{i}", one, BRANCHES, levels, num_classes) for _ in stages] for i, one in kinds
+    stages: list[RoIStage] = [
+        _build_roi_part(f"model.roi.stages.{i}", part, STAGES, levels, num_classes)
+        for i, part in enumerate(spec["stages"])
     ]
+    branches: list[list[RoIBranch]] = [
+        [_build_roi_part(f"model.roi.branches.{i}", part, BRANCHES, levels, num_classes) for _ in stages]
+        for i, part in enumerate(spec.get("branches") or [])
+    ]
+    return stages, branches
 
 
-def _part(slot: str, spec: Any, table: Mapping[str, Any], levels: Levels, num_classes: int) -> nn.Module:
-    """A stage or branch with its pooling, which is a spec inside the spec."""
+def _build_roi_part(slot: str, spec: Any, table: Mapping[str, Any], levels: Levels, num_classes: int) -> Any:
+    """Build a stage or a branch; its pooling is a spec inside its own."""
     options = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
-    pooled = options.pop("pooling", "level")
+    pooling_spec = options.pop("pooling", "level")
 
-    def pooling(size: int) -> nn.Module:
-        return build(f"{slot}.pooling", pooled, POOLINGS, {"levels": levels, "size": size})
+    def pooling(size: int) -> RoIPooling:
+        return build(f"{slot}.pooling", pooling_spec, POOLINGS, {"levels": levels, "size": size})
 
     return build(slot, options, table, {"levels": levels, "num_classes": num_classes, "pooling": pooling})

@@ -1,4 +1,4 @@
-"""One-stage detectors: body, neck and dense head in one row."""
+"""One-stage detectors: backbone, neck and dense head."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.ops.boxes import Selected, select
-from fusedet.models.ops.image_normalization import normalise
-from fusedet.types import Batch, Detections, Losses, Outputs
+from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.image_normalization import normalise_images
+from fusedet.models.protocols import Backbone, DenseHead, Neck
+from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
 
 class OneStage(nn.Module):
-    """Body, neck and dense head: RetinaNet and all that is built like it.
+    """One-stage detector, such as RetinaNet, FCOS, VFNet and RepPoints.
 
-    selection: options of `ops.boxes.select` (score, iou, pre_nms, max_det), its defaults where there are none.
+    Args:
+        backbone: Feature extractor.
+        neck: Feature pyramid on the backbone's levels.
+        head: Dense head on the neck's levels.
+        selection: Options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det); its defaults where missing.
     """
 
-    def __init__(self, backbone: Any, neck: Any, head: Any, selection: Mapping[str, Any] | None = None) -> None:
+    backbone: Backbone
+    neck: Neck
+    head: DenseHead
+
+    def __init__(
+        self, backbone: Backbone, neck: Neck, head: DenseHead, selection: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.selection = dict(selection or {})
@@ -27,47 +39,60 @@ class OneStage(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """K, the number of classes that it tells apart."""
+        """K, the number of classes."""
         return self.head.num_classes
-
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
-        """Images uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
-        return self.head(self.neck(self.backbone(self.normalise(images, sizes))))
-
-    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
-        return normalise(
-            images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
-        )
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """What each term of `loss` counts in the total."""
-        weights: dict[str, float] = self.head.loss_weights
-        extra = getattr(self.neck, "auxiliary_weight", 0.0)
+        """Weight in the total of every term of `loss`."""
+        weights = self.head.loss_weights
+        extra = auxiliary_weight(self.neck)
         return weights | ({f"auxiliary_{name}": extra * weight for name, weight in weights.items()} if extra else {})
 
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Outputs:
+        """Compute the head's raw outputs.
+
+        Shape:
+            images uint8 (N, 3, H, W); sizes (N, 2), height and width of every image inside the padding, None for no
+            padding.
+        """
+        return self.head(self.neck(self.backbone(self.normalise(images, sizes))))
+
+    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Normalise uint8 images for the backbone, in channels_last; the padding becomes 0."""
+        return normalise_images(
+            images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
+        )
+
     def loss(self, batch: Batch) -> Losses:
-        """The head's losses on a batch with targets, unweighted; on the neck's auxiliary pyramid too, where it has one."""
-        if not getattr(self.neck, "auxiliary_weight", 0.0):
+        """Compute the head's unweighted losses, and those on the neck's auxiliary pyramid where it has one."""
+        assert batch.targets is not None
+        if not auxiliary_weight(self.neck):  # through `forward`, which may be compiled
             return self.head.loss(self(batch.images, batch.sizes), batch.targets, batch.sizes)
         features = self.backbone(self.normalise(batch.images, batch.sizes))
-        pyramid, unfused = self.neck.with_auxiliary(features)
+        pyramid, auxiliary = compute_pyramids(self.neck, features)
+        assert auxiliary is not None
         losses = self.head.loss(self.head(pyramid), batch.targets, batch.sizes)
-        extra = self.head.loss(self.head(unfused), batch.targets, batch.sizes)
+        extra = self.head.loss(self.head(auxiliary), batch.targets, batch.sizes)
         return losses | {f"auxiliary_{name}": value for name, value in extra.items()}
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected:
-        """Final detections as tensors, in pixels of the network's input: padded to max_det, the form that exports, or to the most."""
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
+        """Detect instances in pixels of the network's input, as padded tensors.
+
+        Args:
+            images: uint8 (N, 3, H, W).
+            sizes: (N, 2), height and width of every image inside the padding.
+            padded: Pad to max_det, which exports; otherwise to the largest count in the batch.
+        """
         outputs = self(images, sizes)
-        found = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
-        return found if padded else found.trimmed()
+        detections = select_detections(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
+        return detections if padded else detections.trimmed()
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
-        """What is in each image of a batch, in pixels of the network's input, best first."""
-        found = self.detect(batch.images, batch.sizes, padded=False)
+        """Detect instances in every image in pixels of the network's input, highest score first."""
+        padded = self.detect(batch.images, batch.sizes, padded=False)
         return [
             Detections(b[:n], s[:n], k[:n])
-            for b, s, k, n in zip(found.boxes, found.scores, found.labels, found.counts.tolist())
+            for b, s, k, n in zip(padded.boxes, padded.scores, padded.labels, padded.counts.tolist())
         ]

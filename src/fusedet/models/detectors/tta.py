@@ -1,20 +1,24 @@
-"""Testing in several views: what a detector finds in each, moved back into the image's own pixels, becomes one."""
+"""Test-time augmentation (TTA): detections of resized and flipped copies of an image, merged by NMS."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedet.models.ops.boxes import survivors
+from fusedet.models.ops.boxes import nms_keep_mask
+from fusedet.models.protocols import Detector
 from fusedet.types import Batch
 
 
-class Seen(NamedTuple):
-    """What was found in one image, best first: boxes (D, 4) in the image's own pixels, scores (D,), labels (D,), and masks
-    (D, m, m), probabilities inside the boxes, or None."""
+class ImageDetections(NamedTuple):
+    """Detections of one image in the pixels of its file, highest score first.
+
+    Shape:
+        boxes (D, 4); scores (D,); labels (D,); masks (D, m, m), probabilities inside the boxes, or None.
+    """
 
     boxes: Tensor
     scores: Tensor
@@ -22,33 +26,39 @@ class Seen(NamedTuple):
     masks: Tensor | None
 
 
-def find_in(detector: Any, batch: Batch) -> list[Seen]:
-    """What a detector finds in each image of a batch by its own selection; what was mirrored is turned back."""
-    found = detector.detect(batch.images, batch.sizes, padded=False)
-    masks = getattr(found, "masks", None)
-    seen = []
-    for i, n in enumerate(found.counts.tolist()):
-        boxes, own = found.boxes[i, :n], None if masks is None else masks[i, :n]
+def detect_view(detector: Detector, batch: Batch) -> list[ImageDetections]:
+    """Detect instances in one augmented copy of every image, and undo its resizing and flipping."""
+    padded = detector.detect(batch.images, batch.sizes, padded=False)
+    results = []
+    for i, n in enumerate(padded.counts.tolist()):
+        boxes, masks = padded.boxes[i, :n], None if padded.masks is None else padded.masks[i, :n]
         if batch.flipped:
             x1, y1, x2, y2 = boxes.unbind(dim=1)
             width = batch.sizes[i, 1]
-            boxes, own = torch.stack([width - x2, y1, width - x1, y2], dim=1), None if own is None else own.flip(-1)
-        seen.append(Seen(boxes / batch.scales[i].repeat(2), found.scores[i, :n], found.labels[i, :n], own))
-    return seen
+            boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+            masks = None if masks is None else masks.flip(-1)
+        boxes = boxes / batch.scales[i].repeat(2)
+        results.append(ImageDetections(boxes, padded.scores[i, :n], padded.labels[i, :n], masks))
+    return results
 
 
-def merge(views: Sequence[Seen], iou: float = 0.5, max_det: int = 100) -> Seen:
-    """What all views of an image show: class-wise suppression above `iou` over all of them, then the `max_det` best.
+def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det: int = 100) -> ImageDetections:
+    """Merge the detections of an image's augmented copies by class-wise NMS.
 
-    A mask is that of the view in which its box was found; of equal scores the earlier view's comes first. As MMDetection 3.x's
-    DetTTAModel, which has no masks.
+    A detection keeps the mask of its own copy. Of equal scores, the earlier copy's comes first. This is MMDetection
+    3.x's DetTTAModel, which has no masks.
+
+    Args:
+        views: Detections of each copy of the image.
+        iou: Overlap from which NMS removes the lower score.
+        max_det: Detections to keep, the highest scores.
     """
     boxes, scores, labels = (torch.cat(column) for column in list(zip(*views))[:3])
     masks = [view.masks for view in views if view.masks is not None]
     if not len(boxes):
         return views[0]
-    inside = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach beyond the image
-    apart = inside + (labels * (inside.amax() + 1))[:, None]  # classes are moved apart by more than any box is wide
-    alive = survivors(apart[None], scores[None], iou)[0].nonzero().squeeze(1)
-    best = alive[scores[alive].argsort(descending=True, stable=True)[:max_det]]
-    return Seen(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)
+    positive = boxes - boxes.amin().clamp(max=0)  # Grid R-CNN's boxes may reach outside the image
+    shifted = positive + (labels * (positive.amax() + 1))[:, None]  # so that boxes of two classes never overlap
+    kept = nms_keep_mask(shifted[None], scores[None], iou)[0].nonzero().squeeze(1)
+    best = kept[scores[kept].argsort(descending=True, stable=True)[:max_det]]
+    return ImageDetections(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)

@@ -1,185 +1,224 @@
-"""Two-stage detectors: proposals, then a second look at each: Faster, Mask, Cascade, Dynamic, Grid and Libra R-CNN."""
+"""Two-stage detectors: proposals and RoI stages (Faster, Mask, Cascade, Dynamic, Grid and Libra R-CNN)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.ops.boxes import Selected, select
-from fusedet.models.ops.image_normalization import normalise
-from fusedet.models.roi.box import Raw
-from fusedet.models.roi.mask import paste
-from fusedet.models.roi.pooling import with_images
-from fusedet.models.roi.sampling import as_proposals
-from fusedet.types import Batch, Detections, Features, Losses, Outputs, Proposals
+from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
+from fusedet.models.ops.boxes import select_detections
+from fusedet.models.ops.image_normalization import normalise_images
+from fusedet.models.protocols import (
+    Backbone,
+    BoxRefiner,
+    MaskPredictor,
+    Neck,
+    ProposalHead,
+    RoIBranch,
+    RoIStage,
+    StageOutputs,
+)
+from fusedet.models.roi.mask import paste_masks
+from fusedet.models.roi.pooling import boxes_to_rois
+from fusedet.models.roi.sampling import pad_to_proposals
+from fusedet.types import Batch, BatchDetections, Detections, Features, Losses, Outputs, Proposals
 
 
-class Regions(NamedTuple):
-    """What a two-stage detector's forward gives: the pyramid, the raw outputs of its proposals' head, and of N images' R regions the
-    last stage's rois (N * R, 5), how many are real (N,), and raw outputs, the logits being means over stages."""
+class TwoStageOutputs(NamedTuple):
+    """Raw outputs of a two-stage detector for N images with R proposals each.
+
+    Attributes:
+        features: The pyramid.
+        outputs: Raw outputs of the proposal head.
+        rois: (N * R, 5), the RoIs of the last stage.
+        counts: (N,), how many RoIs of an image are real.
+        raw: Logits (N * R, K + 1), the mean over all stages, and the last stage's box deltas.
+    """
 
     features: Features
     outputs: Outputs
     rois: Tensor
     counts: Tensor
-    raw: Raw
-
-
-class Found(NamedTuple):
-    """`Selected` with masks (N, D, m, m): probabilities inside the boxes."""
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    counts: Tensor
-    masks: Tensor
+    raw: StageOutputs
 
 
 class TwoStage(nn.Module):
-    """Body, neck, a head that proposes, stages one after the other, and branches that look at what the last stage found.
+    """Two-stage detector: backbone, neck, proposal head, RoI stages and RoI branches.
 
-    One stage is Faster R-CNN; three are Cascade R-CNN, where each bettered the boxes for the next and scores are of the mean of logits.
-    branches: of each kind one per stage, which learns from that stage's samples; masks are means over stages, boxes the last one's.
-    selection: options of `ops.boxes.select` (score, iou, max_det), and pre_nms, the proposals of a level that reach suppression.
+    One stage is Faster R-CNN. Three stages are Cascade R-CNN: each refines the boxes for the next, and the scores come
+    from the mean of all stages' logits.
+
+    Args:
+        backbone: Feature extractor.
+        neck: Feature pyramid on the backbone's levels.
+        head: Proposal head (RPN) on the neck's levels.
+        stages: RoI stages in order.
+        branches: For each kind of branch one per stage, trained on that stage's samples. At inference, masks are means
+            over the stages; boxes are those of the last stage.
+        selection: Options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level
+            that enter NMS.
     """
 
-    stages: Any  # ModuleLists of parts, whose methods are their contract's
-    branches: Any
+    backbone: Backbone
+    neck: Neck
+    head: ProposalHead
+    stages: Sequence[RoIStage]
+    branches: Sequence[Sequence[RoIBranch]]
 
     def __init__(
         self,
-        backbone: Any,
-        neck: Any,
-        head: Any,
-        stages: Sequence[nn.Module],
-        branches: Sequence[Sequence[nn.Module]] = (),
+        backbone: Backbone,
+        neck: Neck,
+        head: ProposalHead,
+        stages: Sequence[RoIStage],
+        branches: Sequence[Sequence[RoIBranch]] = (),
         selection: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
-        self.stages = nn.ModuleList(stages)
-        self.branches = nn.ModuleList(nn.ModuleList(kind) for kind in branches)
+        self.stages = cast("Sequence[RoIStage]", _module_list(stages))
+        self.branches = cast("Sequence[Sequence[RoIBranch]]", _module_list([_module_list(kind) for kind in branches]))
         self.selection = dict(selection or {})
         self.to(memory_format=torch.channels_last)
 
     @property
     def num_classes(self) -> int:
-        """K, the number of classes that it tells apart."""
+        """K, the number of classes."""
         return self.stages[-1].num_classes
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """What each term of `loss` counts in the total."""
-        extra = getattr(self.neck, "auxiliary_weight", 0.0)
-        weights: dict[str, float] = dict(self.head.loss_weights)
+        """Weight in the total of every term of `loss`."""
+        extra = auxiliary_weight(self.neck)
+        weights = dict(self.head.loss_weights)
         for i, stage in enumerate(self.stages):
-            weights |= {self.term(i, name): weight for name, weight in stage.loss_weights.items()}
-            branches = [kind[i].loss_weights for kind in self.branches]
-            weights |= {
-                self.term(i, name): weight * stage.weight for terms in branches for name, weight in terms.items()
-            }
+            weights |= {self.term_name(i, name): weight for name, weight in stage.loss_weights.items()}
+            for kind in self.branches:
+                terms = kind[i].loss_weights.items()
+                weights |= {self.term_name(i, name): weight * stage.weight for name, weight in terms}
             if extra:
-                weights |= {
-                    f"auxiliary_{self.term(i, name)}": extra * weight for name, weight in stage.loss_weights.items()
-                }
+                terms = stage.loss_weights.items()
+                weights |= {f"auxiliary_{self.term_name(i, name)}": extra * weight for name, weight in terms}
         return weights
 
-    def term(self, stage: int, name: str) -> str:
-        """A loss term's name: s0_loss_cls for the first of several stages, loss_cls for the only one."""
+    def term_name(self, stage: int, name: str) -> str:
+        """Name a stage's loss term: s0_loss_cls for the first of several stages, loss_cls for the only one."""
         return f"s{stage}_{name}" if len(self.stages) > 1 else name
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """uint8 images to what the body was trained on, in channels_last; the padding is 0 after it."""
-        return normalise(
+        """Normalise uint8 images for the backbone, in channels_last; the padding becomes 0."""
+        return normalise_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> Regions:
-        """Images uint8 (N, 3, H, W), of sizes (N, 2) inside their padding (all of it by default), to raw outputs."""
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> TwoStageOutputs:
+        """Compute the raw outputs of the proposal head and of all stages.
+
+        Shape:
+            images uint8 (N, 3, H, W); sizes (N, 2), height and width of every image inside the padding, None for no
+            padding.
+        """
         features = self.neck(self.backbone(self.normalise(images, sizes)))
         if sizes is None:
             sizes = torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
         outputs = self.head(features)
         proposals = self.head.propose(outputs, sizes, self.selection.get("pre_nms", 1000))
-        rois, raw = self.look(features, proposals, sizes)
-        return Regions(features, outputs, rois, proposals.counts, raw)
+        rois, raw = self.run_stages(features, proposals, sizes)
+        return TwoStageOutputs(features, outputs, rois, proposals.counts, raw)
 
-    def look(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, Raw]:
-        """All stages on proposals: the last one's rois (N * R, 5), and its raw outputs with the mean of all stages' logits."""
-        rois = with_images(proposals.boxes)
+    def run_stages(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, StageOutputs]:
+        """Run all stages on proposals.
+
+        Returns:
+            The last stage's RoIs (N * R, 5), and its outputs with the mean of all stages' logits.
+        """
+        rois = boxes_to_rois(proposals.boxes)
         raw = self.stages[0](features, rois)
         logits = raw[0]
-        for before, stage in zip(self.stages, self.stages[1:]):
-            rois = torch.cat([rois[:, :1], before.refine(raw, rois, sizes)], dim=1)
+        for previous, stage in zip(self.stages, self.stages[1:]):
+            rois = torch.cat([rois[:, :1], previous.refine(raw, rois, sizes)], dim=1)
             raw = stage(features, rois)
             logits = logits + raw[0]
         return rois, (logits / len(self.stages), raw[1])
 
     def loss(self, batch: Batch) -> Losses:
-        """All losses on a batch with targets, unweighted: of the proposals, of each stage and its branches, and, where the neck has an
-        auxiliary pyramid, of each stage's samples there (AugFPN, 2020, 3.2)."""
+        """Compute the unweighted losses of the proposal head, of each stage and of its branches.
+
+        Where the neck has an auxiliary pyramid, each stage's samples are also trained on there.
+
+        References:
+            AugFPN (2020), section 3.2: consistent supervision.
+        """
         assert batch.targets is not None
-        maps = self.backbone(self.normalise(batch.images, batch.sizes))
-        auxiliary: Features | None = None
-        if getattr(self.neck, "auxiliary_weight", 0.0):
-            features, auxiliary = self.neck.with_auxiliary(maps)
-        else:
-            features = self.neck(maps)
+        features = self.backbone(self.normalise(batch.images, batch.sizes))
+        features, auxiliary = compute_pyramids(self.neck, features)
         outputs = self.head(features)
-        losses: Losses = self.head.loss(outputs, batch.targets, batch.sizes)
+        losses = self.head.loss(outputs, batch.targets, batch.sizes)
         proposals = self.head.propose(outputs, batch.sizes, to_train=True)
         for i, stage in enumerate(self.stages):
             samples = stage.sample(proposals, batch.targets)
             raw = stage(features, samples.rois)
-            found = stage.loss(raw, samples, batch.targets)
+            terms = stage.loss(raw, samples, batch.targets)
             for kind in self.branches:
-                found |= kind[i].loss(features, samples, batch.targets, batch.sizes)
-            losses |= {self.term(i, name): value for name, value in found.items()}
+                terms |= kind[i].loss(features, samples, batch.targets, batch.sizes)
+            losses |= {self.term_name(i, name): value for name, value in terms.items()}
             if auxiliary is not None:
-                again = stage.loss(stage(auxiliary, samples.rois), samples, batch.targets)
-                losses |= {f"auxiliary_{self.term(i, name)}": value for name, value in again.items()}
+                extra = stage.loss(stage(auxiliary, samples.rois), samples, batch.targets)
+                losses |= {f"auxiliary_{self.term_name(i, name)}": value for name, value in extra.items()}
             if i + 1 < len(self.stages):
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
-                others = ~samples.added
-                proposals = as_proposals(boxes[others], samples.image[others], len(batch))
+                proposed = ~samples.is_ground_truth  # the next stage adds the ground-truth boxes by itself
+                proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(batch))
         return losses
 
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Selected | Found:
-        """Final detections as tensors, in pixels of the network's input, with masks where a branch has them.
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
+        """Detect instances in pixels of the network's input, as padded tensors, with masks from a mask branch.
 
-        padded to max_det, the form that exports, or to the most that an image has, so that branches look at nothing in vain.
+        Args:
+            images: uint8 (N, 3, H, W).
+            sizes: (N, 2), height and width of every image inside the padding.
+            padded: Pad to max_det, which exports; otherwise to the largest count in the batch, so that branches compute
+                less.
         """
-        regions = self(images, sizes)
-        found = self.choose(regions, sizes)
-        return self.branch(regions.features, found if padded else found.trimmed())
+        outputs = self(images, sizes)
+        detections = self.select(outputs, sizes)
+        return self.run_branches(outputs.features, detections if padded else detections.trimmed())
 
-    def choose(self, regions: Regions, sizes: Tensor) -> Selected:
-        """What the last stage found, after suppression."""
-        candidates = self.stages[-1].decode(regions.raw, regions.rois, regions.counts)
+    def select(self, outputs: TwoStageOutputs, sizes: Tensor) -> BatchDetections:
+        """Select the final detections of the last stage by NMS."""
+        candidates = self.stages[-1].decode(outputs.raw, outputs.rois, outputs.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
-        return select(candidates, sizes, [count], pre_nms=count * classes, **options)
+        return select_detections(candidates, sizes, [count], pre_nms=count * classes, **options)
 
-    def branch(self, features: Features, found: Selected) -> Selected | Found:
-        """The same with what all branches add."""
+    def run_branches(self, features: Features, detections: BatchDetections) -> BatchDetections:
+        """Refine the boxes of detections and add their masks, as the branches do."""
         masks = None
         for kind in self.branches:
-            if hasattr(kind[-1], "refine"):
-                found = kind[-1].refine(features, found)
+            if isinstance(kind[-1], BoxRefiner):
+                detections = kind[-1].refine(features, detections)
             else:
-                masks = torch.stack([branch.predict(features, found) for branch in kind]).mean(dim=0)
-        return found if masks is None else Found(*found, masks)
+                predicted = [branch.predict(features, detections) for branch in cast("Sequence[MaskPredictor]", kind)]
+                masks = torch.stack(predicted).mean(dim=0)
+        return detections._replace(masks=masks)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
-        """What is in each image of a batch, in pixels of the network's input, best first; masks (D, H, W) of the image's size."""
-        found = self.detect(batch.images, batch.sizes, padded=False)
+        """Detect instances in every image in pixels of the network's input, highest score first.
+
+        Masks (D, H, W) have the image's size, inside the padding.
+        """
+        padded = self.detect(batch.images, batch.sizes, padded=False)
         results = []
-        for i, (n, (height, width)) in enumerate(zip(found.counts.tolist(), batch.sizes.tolist())):
-            boxes = found.boxes[i, :n]
-            masks = paste(found.masks[i, :n], boxes, (height, width)) if isinstance(found, Found) else None
-            results.append(Detections(boxes, found.scores[i, :n], found.labels[i, :n], masks))
+        for i, (n, (height, width)) in enumerate(zip(padded.counts.tolist(), batch.sizes.tolist())):
+            boxes = padded.boxes[i, :n]
+            masks = None if padded.masks is None else paste_masks(padded.masks[i, :n], boxes, (height, width))
+            results.append(Detections(boxes, padded.scores[i, :n], padded.labels[i, :n], masks))
         return results
+
+
+def _module_list(parts: Sequence[Any]) -> nn.ModuleList:
+    return nn.ModuleList(parts)

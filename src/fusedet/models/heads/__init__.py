@@ -1,4 +1,4 @@
-"""Dense heads: a pyramid in, raw maps out; loss and decode are methods that forward never calls."""
+"""Dense heads: from a pyramid to raw outputs, losses, and boxes with scores."""
 
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.reppoints import RepPointsHead

@@ -1,4 +1,4 @@
-"""What dense heads ask of their numbers; each raises InputError."""
+"""Checks of the options that several dense heads share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from fusedet.errors import InputError
 
 
-def focal(alpha: float, gamma: float, prior: float) -> None:
-    """The weight and the exponent of a focal loss, and the score that every place starts with."""
+def check_focal(alpha: float, gamma: float, prior: float) -> None:
+    """Check the weight and exponent of a focal loss, and the initial score.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha={alpha} must be 0 to 1")
     if not 0 <= gamma < math.inf:
@@ -18,20 +22,34 @@ def focal(alpha: float, gamma: float, prior: float) -> None:
         raise InputError(f"prior={prior} must be above 0 and below 1")
 
 
-def overlaps(positive: float, negative: float) -> None:
-    """The overlaps of an assignment."""
+def check_iou_thresholds(positive: float, negative: float) -> None:
+    """Check the IoU thresholds of an assignment.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
     if not 0 <= negative <= positive <= 1:
-        raise InputError(f"negative={negative}, positive={positive} must be overlaps, 0 <= negative <= positive <= 1")
+        raise InputError(
+            f"negative={negative}, positive={positive} must be IoU thresholds, 0 <= negative <= positive <= 1"
+        )
 
 
-def anchors(scale_name: str, scale: float, ratios: Sequence[float]) -> None:
-    """An anchor's side in strides, by the name of its option, and height / width of each."""
-    above_zero(scale_name, scale)
+def check_anchors(scale_name: str, scale: float, ratios: Sequence[float]) -> None:
+    """Check the side of anchors in strides, an option of the given name, and their height / width.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+    check_length(scale_name, scale)
     if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
         raise InputError(f"ratios={list(ratios)} must be one or more numbers above 0")
 
 
-def above_zero(key: str, strides: float) -> None:
-    """A length in strides."""
+def check_length(name: str, strides: float) -> None:
+    """Check a length in strides.
+
+    Raises:
+        InputError: It is not above 0.
+    """
     if not 0 < strides < math.inf:
-        raise InputError(f"{key}={strides} must be above 0, in strides")
+        raise InputError(f"{name}={strides} must be above 0, in strides")

@@ -1,4 +1,8 @@
-"""RepPoints: "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019, with the semantics of MMDetection 3.x."""
+"""RepPoints' head, with the semantics of MMDetection 3.x.
+
+References:
+    "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +15,56 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, Positives, assign_all, positives, valid_priors
-from fusedet.models.ops.boxes import centres, grid_priors, point_shapes
+from fusedet.models.heads.argument_checks import check_focal, check_iou_thresholds, check_length
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.assigners import (
+    IGNORED,
+    MaxIoUAssigner,
+    Positives,
+    assign_batch,
+    gather_positives,
+    valid_prior_mask,
+)
+from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv
-from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal
-from fusedet.models.ops.point_assigner import NearestPoint
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Priors, Target
 
 Transform = Literal["moment", "minmax", "partial_minmax"]
-PARTIAL = 4  # the points that partial_minmax looks at (the authors' code; the paper says "a subset")
+PARTIAL_POINTS = 4  # of partial_minmax (the authors' code; the paper says "a subset")
 
 
 class RepPointsHead(nn.Module):
-    """Two towers, `num_points` points around each cell (init), then class scores and moved points (refine) from the features there.
+    """Two towers, initial points around each cell, then class logits and refined points from the features there.
 
-    levels: of the pyramid. num_classes: K. interact: an interaction between the branches, or None; its outputs are what all that
-    follows takes. convs, channels (those of the pyramid by default): of the towers. point_channels: of the features of the points, those
-    of the towers by default. norm: GroupNorm(32) in the towers, which then have no biases (MMDetection's gn-head).
+    Args:
+        levels: Levels of the pyramid.
+        num_classes: K.
+        interact: Makes the interaction between the branches; None for no interaction. The initial
+            points too are predicted from its outputs.
+        convs: Number of convolutions in each tower.
+        channels: Channels of the towers; those of the pyramid by default.
+        point_channels: Channels of the points' features; those of the towers by default.
+        norm: Use GroupNorm(32) in the towers, which then have no biases (MMDetection's gn-head).
+        num_points: Points per set, the square of an odd number.
+        transform_method: Box of a set of points (section 3.2): "moment", mean and standard deviation times two learned
+            factors; "minmax", the box around all points; "partial_minmax", around the first four.
+        gradient_mul: Share of the sampling points' gradient that reaches the initial points.
+        moment_mul: Share of the gradient that reaches the learned factors.
+        base_scale: Length that the box losses count as 1, and scale of the first assignment, in strides.
+        positive: IoU of the initial box from which a cell is positive in the second assignment (section 4).
+        negative: IoU below which it is background.
+        beta: Transition point of the smooth L1 loss.
+        init_weight: Weight of the initial boxes' loss.
+        refine_weight: Weight of the refined boxes' loss.
+        alpha: Weight of the positives in the focal loss.
+        gamma: Exponent of the focal loss.
+        prior: Initial score of every cell.
 
-    From the paper: num_points (9), transform_method, what makes a box of points (section 3.2): "moment", mean and standard deviation
-    times two learned factors, "minmax", the box around all points, "partial_minmax", around the first four; positive and negative, the
-    overlaps of the second assignment (section 4).
-    From MMDetection: gradient_mul, what of their gradient the sampling places pass on to the initial points; moment_mul, what the learned
-    factors get of theirs; base_scale, the strides that a box loss counts as 1 and the scale of the first assignment; beta, where the
-    smooth L1 becomes straight; init_weight and refine_weight, of the box losses, kept in `loss_weights`. alpha, gamma: of the focal loss.
-    prior: the score that every cell starts with.
-    Raises InputError for an unknown transform_method, num_points other than 9, 25, 49, ..., and for numbers out of their ranges.
+    Raises:
+        InputError: An option is unknown or out of its range.
     """
 
     base: Tensor
@@ -49,7 +74,7 @@ class RepPointsHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory | None = None,
         convs: int = 3,
         channels: int | None = None,
         point_channels: int | None = None,
@@ -70,9 +95,9 @@ class RepPointsHead(nn.Module):
     ) -> None:
         super().__init__()
         one_of("transform_method", transform_method, Transform)
-        argument_checks.focal(alpha, gamma, prior)
-        argument_checks.overlaps(positive, negative)
-        argument_checks.above_zero("base_scale", base_scale)
+        check_focal(alpha, gamma, prior)
+        check_iou_thresholds(positive, negative)
+        check_length("base_scale", base_scale)
         kernel = math.isqrt(max(num_points, 0))
         if kernel < 3 or kernel % 2 == 0 or kernel**2 != num_points:
             raise InputError(f"num_points={num_points} must be the square of 3, 5, 7, ...: 9, 25, 49, ...")
@@ -89,9 +114,9 @@ class RepPointsHead(nn.Module):
         self.num_points, self.transform_method = num_points, transform_method
         self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta
         self.loss_weights = {"loss_cls": 1.0, "loss_init": init_weight, "loss_refine": refine_weight}
-        self.init_assigner, self.refine_assigner = NearestPoint(base_scale), MaxIoU(positive, negative)
+        self.init_assigner, self.refine_assigner = PointAssigner(base_scale), MaxIoUAssigner(positive, negative)
         self.register_buffer(
-            "shapes", torch.stack([point_shapes(s, base_scale) for s in levels.strides]), persistent=False
+            "shapes", torch.stack([make_base_points(s, base_scale) for s in levels.strides]), persistent=False
         )  # (L, 1, 4)
         steps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
         grid = torch.cartesian_prod(steps, steps).view(1, 2 * num_points, 1, 1)  # (dy, dx) pairs
@@ -107,41 +132,53 @@ class RepPointsHead(nn.Module):
         self.moment_transfer = (
             nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None
         )  # logs of lambda_x, lambda_y
-        normal(self)
-        start_at(self.cls.bias, prior)
+        init_normal(self)
+        init_prior_bias(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
-        """Levels (N, C, H, W) to maps "cls" (N, K, H, W), logits, and "pts_init" and "pts_refine" (N, 2 * num_points, H, W), float32: how
-        many strides each point is away from its cell's, as (dy, dx) pairs."""
-        levels = [self._level(feature) for feature in features]
+        """Compute the maps "cls", logits, and "pts_init" and "pts_refine", offsets of the points from their cell.
+
+        Shape:
+            features: levels (N, C, H, W); per level cls (N, K, H, W), and pts_init and pts_refine
+            (N, 2 * num_points, H, W), float32, (dy, dx) pairs in strides.
+        """
+        levels = [self._forward_level(feature) for feature in features]
         maps = {name: list(column) for name, column in zip(("cls", "pts_init", "pts_refine"), zip(*levels))}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes))
 
-    def _level(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward_level(self, feature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cls, pts = self.towers(feature)
         init = self.pts_init(F.relu(self.pts_init_conv(pts))).float()  # (N, 2 * num_points, H, W)
-        offset = multiply_gradient(init, self.gradient_mul) - self.base
+        offset = scale_gradient(init, self.gradient_mul) - self.base
         logits = self.cls(F.relu(self.cls_conv(cls, offset)))
-        moves = self.pts_refine(F.relu(self.pts_refine_conv(pts, offset))).float()
-        return logits, init, init.detach() + moves
+        refinement = self.pts_refine(F.relu(self.pts_refine_conv(pts, offset))).float()
+        return logits, init, init.detach() + refinement
 
     def pseudo_boxes(self, points: Tensor) -> Tensor:
-        """Boxes (..., 4) of sets of points (..., 2 * num_points), (y, x) pairs: the function T of section 3.2."""
+        """Convert sets of points to boxes: the function T of section 3.2.
+
+        Shape:
+            points (..., 2 * num_points), (y, x) pairs; result (..., 4).
+        """
         xy = points.float().unflatten(-1, (-1, 2)).flip(-1)  # (..., num_points, 2)
         if self.moment_transfer is not None:
             middle = xy.mean(dim=-2)
             deviation = (xy - middle.unsqueeze(-2)).norm(dim=-2) / math.sqrt(self.num_points - 1)  # unbiased
-            half = deviation * multiply_gradient(self.moment_transfer.float(), self.moment_mul).exp()
+            half = deviation * scale_gradient(self.moment_transfer.float(), self.moment_mul).exp()
             return torch.cat([middle - half, middle + half], dim=-1)
-        some = xy[..., :PARTIAL, :] if self.transform_method == "partial_minmax" else xy
-        return torch.cat([some.amin(dim=-2), some.amax(dim=-2)], dim=-1)
+        subset = xy[..., :PARTIAL_POINTS, :] if self.transform_method == "partial_minmax" else xy
+        return torch.cat([subset.amin(dim=-2), subset.amax(dim=-2)], dim=-1)
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
-        """Focal loss of the scores and smooth L1 of the corners of the initial and of the refined boxes, in `base_scale` strides, each
-        summed and divided by its positives of the batch (at least one per image).
+        """Compute the focal loss and the smooth L1 losses of the initial and of the refined boxes.
 
-        Initial points answer for an object by place and size (`NearestPoint`), scores and refined points by the overlap of the initial
-        box (`MaxIoU`). sizes (N, 2): of the images inside the canvas, None: all of it. Cells beyond an image's own padding do not count.
+        The smooth L1 losses are those of the corners in `base_scale` strides. Each loss is divided by its positives of
+        the batch, at least one per image. Initial points are assigned by position and size (`PointAssigner`), scores
+        and refined points by the initial box's IoU (`MaxIoUAssigner`). Cells beyond an image's own padding do not
+        count.
+
+        Shape:
+            sizes (N, 2), height and width of every image inside the padding, None for no padding.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
@@ -149,42 +186,43 @@ class RepPointsHead(nn.Module):
             flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine")
         )  # (N, P, 2n)
         with torch.no_grad():
-            boxes = self._boxes(priors, init)  # (N, P, 4)
-        valid = valid_priors(outputs, self.levels.strides, sizes)  # (N, P)
-        owners_init = assign_all(self.init_assigner.assign, priors, targets, valid)  # (N, P)
-        owners = torch.stack(
-            [self.refine_assigner.match(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
+            boxes = self._decode_boxes(priors, init)  # (N, P, 4)
+        valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
+        assigned_init = assign_batch(self.init_assigner.assign, priors, targets, valid)  # (N, P)
+        assigned = torch.stack(
+            [self.refine_assigner.match_boxes(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
         )
-        first, found = positives(owners_init, targets), positives(owners, targets)
-        counts = torch.stack([(o >= 0).sum(dim=1).clamp(min=1).sum() for o in (owners_init, owners)])
+        first, second = gather_positives(assigned_init, targets), gather_positives(assigned, targets)
+        counts = torch.stack([(a >= 0).sum(dim=1).clamp(min=1).sum() for a in (assigned_init, assigned)])
         count_init, count = mean_over_ranks(counts)
-        rows, counted = found.image * len(priors) + found.prior, (owners != IGNORED).flatten()
+        rows, counted = second.image * len(priors) + second.prior, (assigned != IGNORED).flatten()
+        cls_loss = sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, second.labels, self.alpha, self.gamma)
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, found.labels, self.alpha, self.gamma)
-            / count,
+            "loss_cls": cls_loss / count,
             "loss_init": self._box_loss(priors, init, first) / count_init,
-            "loss_refine": self._box_loss(priors, refine, found) / count,
+            "loss_refine": self._box_loss(priors, refine, second) / count,
         }
 
-    def _box_loss(self, priors: Priors, points: Tensor, answers: Positives) -> Tensor:
-        """The sum over the positives of the smooth L1 between their points' boxes and their objects'."""
-        place, stride = centres(priors.boxes[answers.prior]).repeat(1, 2), priors.strides[answers.prior, None]
-        wanted = (answers.boxes - place) / stride  # (R, 4)
-        found = self.pseudo_boxes(points[answers.image, answers.prior])
-        return F.smooth_l1_loss(found / self.base_scale, wanted / self.base_scale, reduction="sum", beta=self.beta)
+    def _box_loss(self, priors: Priors, points: Tensor, positives: Positives) -> Tensor:
+        """Sum over the positives of the smooth L1 loss between their points' boxes and their instances' boxes."""
+        centre, stride = box_centres(priors.boxes[positives.prior]).repeat(1, 2), priors.strides[positives.prior, None]
+        wanted = (positives.boxes - centre) / stride  # (R, 4)
+        predicted = self.pseudo_boxes(points[positives.image, positives.prior])
+        scale = self.base_scale
+        return F.smooth_l1_loss(predicted / scale, wanted / scale, reduction="sum", beta=self.beta)
 
-    def _boxes(self, priors: Priors, points: Tensor) -> Tensor:
+    def _decode_boxes(self, priors: Priors, points: Tensor) -> Tensor:
         """Boxes (N, P, 4) in pixels of points (N, P, 2 * num_points) in strides."""
-        return centres(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
+        return box_centres(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
 
     def decode(self, outputs: Outputs) -> Candidates:
-        """The refined boxes (N, P, 4) and scores (N, P, K)."""
+        """Decode the refined boxes (N, P, 4) and scores (N, P, K)."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
         return Candidates(
-            self._boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points)), scores
+            self._decode_boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points)), scores
         )
 
 
-def multiply_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself, to which only `factor` of its gradient goes back."""
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return x, through which only `factor` of the gradient flows back."""
     return torch.lerp(x.detach(), x, factor)

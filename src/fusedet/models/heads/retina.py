@@ -1,4 +1,8 @@
-"""RetinaNet's head: "Focal Loss for Dense Object Detection", Lin et al., 2017, with the semantics of MMDetection 3.x."""
+"""RetinaNet's head, with the semantics of MMDetection 3.x.
+
+References:
+    "Focal Loss for Dense Object Detection", Lin et al., 2017.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, TwinTowers
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, assign_all, positives, valid_priors
-from fusedet.models.ops.boxes import anchor_shapes, decode, encode, grid_priors
-from fusedet.models.ops.layers import conv, flatten_maps, normal, start_at
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal
+from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_iou_thresholds
+from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
+from fusedet.models.ops.boxes import decode_boxes, encode_boxes, grid_priors, make_base_anchors
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 
 class RetinaHead(nn.Module):
-    """Two towers of `convs` convolutions over every level, then class scores and box codes for A anchors per cell.
+    """Two towers, then class logits and box deltas for A anchors per cell.
 
-    levels: of the pyramid. num_classes: K. interact: an interaction between the branches, or None.
-    channels: of the towers, those of the pyramid by default. norm: GroupNorm(32) in the towers, which narrow ones trained from
-    scratch need. bias: of the towers' convolutions. base_scale, scales_per_octave, ratios: the anchors'
-    sizes are stride * base_scale * 2^(i / scales_per_octave); A = scales_per_octave * len(ratios).
-    offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x). round_anchors: their
-    corners to whole pixels (MMDetection 1.x, torchvision); whole_sizes: their sizes cut to whole pixels before (torchvision).
-    positive, negative: overlaps of the assignment (section 4). alpha, gamma: of the focal loss. prior: the score that every
-    anchor starts with.
-    Raises InputError for numbers out of their ranges.
+    The anchors' sizes are stride * base_scale * 2^(i / scales_per_octave); A = scales_per_octave * len(ratios).
+
+    Args:
+        levels: Levels of the pyramid.
+        num_classes: K.
+        interact: Makes the interaction between the branches; None for no interaction.
+        convs: Number of convolutions in each tower.
+        channels: Channels of the towers; those of the pyramid by default.
+        norm: Use GroupNorm(32) in the towers, which narrow towers need when trained from scratch.
+        bias: Give the towers' convolutions a bias.
+        base_scale: Size of the smallest anchor, in strides.
+        scales_per_octave: Number of anchor sizes.
+        ratios: Height / width of the anchors.
+        offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
+            1.x).
+        round_anchors: Round the anchors' corners to whole pixels (MMDetection 1.x, torchvision).
+        whole_sizes: Truncate the anchors' sizes to whole pixels before the ratios are applied (torchvision).
+        positive: IoU from which an anchor is positive (section 4).
+        negative: IoU below which an anchor is background.
+        alpha: Weight of the positives in the focal loss.
+        gamma: Exponent of the focal loss.
+        prior: Initial score of every anchor.
+
+    Raises:
+        InputError: An option is out of its range.
     """
 
     shapes: Tensor
@@ -38,7 +58,7 @@ class RetinaHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int,
-        interact: Interact = None,
+        interact: InteractionFactory | None = None,
         convs: int = 4,
         channels: int | None = None,
         norm: bool = False,
@@ -56,17 +76,17 @@ class RetinaHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        argument_checks.focal(alpha, gamma, prior)
-        argument_checks.overlaps(positive, negative)
-        argument_checks.anchors("base_scale", base_scale, ratios)
+        check_focal(alpha, gamma, prior)
+        check_iou_thresholds(positive, negative)
+        check_anchors("base_scale", base_scale, ratios)
         if scales_per_octave < 1:
             raise InputError(f"scales_per_octave={scales_per_octave} must be at least 1")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
-        self.assigner = MaxIoU(positive, negative)
+        self.assigner = MaxIoUAssigner(positive, negative)
         shapes = torch.stack(
-            [anchor_shapes(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides]
+            [make_base_anchors(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides]
         )
         self.offset = offset
         self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)  # (L, A, 4)
@@ -74,37 +94,46 @@ class RetinaHead(nn.Module):
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias)
         self.cls = conv(channels, anchors * num_classes, 3)
         self.reg = conv(channels, anchors * 4, 3)
-        normal(self)
-        start_at(self.cls.bias, prior)
+        init_normal(self)
+        init_prior_bias(self.cls.bias, prior)
 
     def forward(self, features: Features) -> Outputs:
-        """Levels (N, C, H, W) to maps "cls" (N, A * K, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
+        """Compute the maps "cls", logits, and "reg", box deltas.
+
+        Shape:
+            features: levels (N, C, H, W); per level cls (N, A * K, H, W) and reg (N, A * 4, H, W).
+        """
         towers = [self.towers(f) for f in features]
         maps = {"cls": [self.cls(c) for c, _ in towers], "reg": [self.reg(r) for _, r in towers]}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
-        """Focal loss and L1 on codes, each summed and divided by the positives of the batch (at least one per image).
+        """Compute the focal loss and the L1 loss of the deltas.
 
-        sizes (N, 2): of the images inside the canvas, None: all of it. Anchors beyond an image's own padding do not count.
+        Both are divided by the positives of the batch, at least one per image. Anchors beyond an image's own padding do
+        not count.
+
+        Shape:
+            sizes (N, 2), height and width of every image inside the padding, None for no padding.
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
-        codes = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
-        owners = assign_all(
-            self.assigner.assign, priors, targets, valid_priors(outputs, self.levels.strides, sizes)
+        deltas = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
+        assigned = assign_batch(
+            self.assigner.assign, priors, targets, valid_prior_mask(outputs, self.levels.strides, sizes)
         )  # (N, P)
-        image, prior, boxes, classes = positives(owners, targets)
+        image, prior, boxes, classes = gather_positives(assigned, targets)
         rows = image * len(priors) + prior
-        counted = (owners != IGNORED).flatten()
-        count = mean_over_ranks((owners >= 0).sum(dim=1).clamp(min=1).sum())
-        wanted = encode(priors.boxes[prior], boxes)
+        counted = (assigned != IGNORED).flatten()
+        count = mean_over_ranks((assigned >= 0).sum(dim=1).clamp(min=1).sum())
+        wanted = encode_boxes(priors.boxes[prior], boxes)
         return {
-            "loss_cls": sigmoid_focal(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma) / count,
-            "loss_box": F.l1_loss(codes[image, prior].float(), wanted, reduction="sum") / count,
+            "loss_cls": sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma)
+            / count,
+            "loss_box": F.l1_loss(deltas[image, prior].float(), wanted, reduction="sum") / count,
         }
 
     def decode(self, outputs: Outputs) -> Candidates:
-        """Boxes (N, P, 4) and scores (N, P, K)."""
+        """Decode boxes (N, P, 4) and scores (N, P, K)."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
+        return Candidates(decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)

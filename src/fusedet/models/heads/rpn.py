@@ -1,4 +1,9 @@
-"""Region proposals: "Faster R-CNN", Ren et al., 2015, on a pyramid (FPN, 2017), with the semantics of MMDetection 3.x."""
+"""Region proposal network (RPN) on a pyramid, with the semantics of MMDetection 3.x.
+
+References:
+    "Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks", Ren et al., 2015.
+    "Feature Pyramid Networks for Object Detection", Lin et al., 2017.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +16,57 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads import argument_checks
-from fusedet.models.heads.towers import Interact, tower
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, assign_all, positives, valid_priors
-from fusedet.models.ops.boxes import anchor_shapes, clip, decode, encode, grid_priors, survivors
-from fusedet.models.ops.layers import conv, flatten_maps, normal
+from fusedet.models.heads.argument_checks import check_anchors, check_iou_thresholds
+from fusedet.models.heads.towers import InteractionFactory, make_tower
+from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
+from fusedet.models.ops.boxes import (
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    grid_priors,
+    make_base_anchors,
+    nms_keep_mask,
+)
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal
 from fusedet.models.ops.losses import mean_over_ranks
-from fusedet.models.ops.regression_losses import l1, smooth_l1
+from fusedet.models.ops.regression_losses import l1_loss, smooth_l1_loss
 from fusedet.models.ops.samplers import Sampler
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Proposals, Target
 
-CodeLoss = Literal["l1", "smooth_l1"]
+RegressionLoss = Literal["l1", "smooth_l1"]
 
 
 class RPNHead(nn.Module):
-    """A convolution over every level, then for A anchors per cell a score, object or not, and a box code.
+    """A convolution on every level, then objectness logits and box deltas for A anchors per cell.
 
-    levels: of the pyramid. num_classes: not used, there is one: object. interact: must be None, there is one branch.
-    convs, channels (those of the pyramid by default): of the shared 3x3 convolutions. scale: an anchor's side in strides.
-    ratios: height / width; A = len(ratios). round_anchors: to whole pixels, as torchvision and Detectron have them.
-    offset: where in its cell an anchor's centre is, in strides, 0 at the upper left corner (0.5 in MMDetection 1.x).
-    positive, negative, min_positive: overlaps of the assignment (3.1.2). num, fraction, most_negatives: of `ops.sample.Sampler`.
-    allowed_border: by how many pixels anchors that are learned from may reach outside their image (3.1.3: 0), None: by any number.
-    loss: of codes, "l1" or "smooth_l1" from beta on. nms: proposals of one level that overlap a better one by more are left out.
-    proposals: how many of an image are handed on, train_proposals in training, where train_pre_nms of a level reach the suppression.
-    Raises InputError for an interaction, an unknown loss and numbers out of their ranges.
+    Args:
+        levels: Levels of the pyramid.
+        num_classes: Unused, the head is class-agnostic.
+        interact: Must be None: there is one branch.
+        convs: Number of shared 3x3 convolutions.
+        channels: Their channels; those of the pyramid by default.
+        scale: Side of the anchors, in strides.
+        ratios: Height / width of the anchors; A = len(ratios).
+        round_anchors: Round the anchors' corners to whole pixels (torchvision, Detectron).
+        offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
+            1.x).
+        positive: IoU from which an anchor is positive (section 3.1.2).
+        negative: IoU below which an anchor is background.
+        min_positive: Minimum IoU of an instance's best anchors to be positive.
+        allowed_border: Maximum pixels that training anchors may reach outside their image (section 3.1.3: 0); None for
+            no limit.
+        num: Samples per image, as in `ops.samplers.Sampler`.
+        fraction: Maximum share of positives among them.
+        most_negatives: Maximum negatives per positive; None for no limit.
+        loss: Loss of the deltas: "l1" or "smooth_l1".
+        beta: Transition point of "smooth_l1".
+        nms: IoU threshold of NMS among the proposals of one level.
+        proposals: Maximum proposals per image at inference.
+        train_proposals: Maximum proposals per image in training.
+        train_pre_nms: Maximum proposals per level that enter NMS in training.
+
+    Raises:
+        InputError: There is an interaction, or an option is unknown or out of its range.
     """
 
     shapes: Tensor
@@ -44,7 +75,7 @@ class RPNHead(nn.Module):
         self,
         levels: Levels,
         num_classes: int = 1,
-        interact: Interact = None,
+        interact: InteractionFactory | None = None,
         convs: int = 1,
         channels: int | None = None,
         scale: float = 8.0,
@@ -58,7 +89,7 @@ class RPNHead(nn.Module):
         num: int = 256,
         fraction: float = 0.5,
         most_negatives: float | None = None,
-        loss: CodeLoss = "l1",
+        loss: RegressionLoss = "l1",
         beta: float = 1 / 9,
         nms: float = 0.7,
         proposals: int = 1000,
@@ -66,82 +97,100 @@ class RPNHead(nn.Module):
         train_pre_nms: int = 2000,
     ) -> None:
         super().__init__()
-        one_of("loss", loss, CodeLoss)
-        argument_checks.overlaps(positive, negative)
-        argument_checks.anchors("scale", scale, ratios)
+        one_of("loss", loss, RegressionLoss)
+        check_iou_thresholds(positive, negative)
+        check_anchors("scale", scale, ratios)
         if interact:
             raise InputError("the RPN has one branch, an interaction needs two: leave model.interact null")
         if min(proposals, train_proposals, train_pre_nms) < 1 or convs < 1:
-            counts = f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, convs={convs}"
-            raise InputError(f"{counts} must be at least 1")
+            raise InputError(
+                f"proposals={proposals}, train_proposals={train_proposals}, train_pre_nms={train_pre_nms}, "
+                f"convs={convs} must be at least 1"
+            )
         if allowed_border is not None and not allowed_border >= 0:
             raise InputError(f"allowed_border={allowed_border} must be 0 or more, in pixels, or null: no limit")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.nms, self.offset = levels, 1, nms, offset
         self.allowed_border = allowed_border
         self.proposals, self.train_proposals, self.train_pre_nms = proposals, train_proposals, train_pre_nms
-        self.cost = l1 if loss == "l1" else partial(smooth_l1, beta=beta)
+        self.regression_loss = l1_loss if loss == "l1" else partial(smooth_l1_loss, beta=beta)
         self.loss_weights = {"loss_rpn_cls": 1.0, "loss_rpn_box": 1.0}
-        self.assigner = MaxIoU(positive, negative, min_positive)
+        self.assigner = MaxIoUAssigner(positive, negative, min_positive)
         self.sampler = Sampler(num, fraction, most_negatives)
-        shapes = torch.stack([anchor_shapes(stride, scale, 1, ratios) for stride in levels.strides])  # (L, A, 4)
+        shapes = torch.stack([make_base_anchors(stride, scale, 1, ratios) for stride in levels.strides])  # (L, A, 4)
         self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)
-        self.tower = tower(levels.channels[0], channels, convs)
+        self.tower = make_tower(levels.channels[0], channels, convs)
         self.cls = conv(channels, len(ratios), 1)
         self.reg = conv(channels, 4 * len(ratios), 1)
-        normal(self)
+        init_normal(self)
 
     def forward(self, features: Features) -> Outputs:
-        """Levels (N, C, H, W) to maps "cls" (N, A, H, W), logits, and "reg" (N, A * 4, H, W), codes."""
+        """Compute the maps "cls", logits, and "reg", box deltas.
+
+        Shape:
+            features: levels (N, C, H, W); per level cls (N, A, H, W) and reg (N, A * 4, H, W).
+        """
         shared = [self.tower(f) for f in features]
         maps = {"cls": [self.cls(x) for x in shared], "reg": [self.reg(x) for x in shared]}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
-        """Binary cross-entropy of the sampled anchors and the loss of the positive ones' codes, both divided by the number of samples.
+        """Compute the binary cross-entropy of the sampled anchors and the deltas' loss of the positive ones.
 
-        An image counts for at least one positive and one negative (MMDetection 3.x). sizes (N, 2): of the images inside the canvas,
-        None: all of it. Anchors beyond an image's own padding or, with `allowed_border`, its edge are never sampled.
+        Both are divided by the number of samples; an image counts for at least one positive and one negative
+        (MMDetection 3.x). Anchors beyond an image's own padding or, with `allowed_border`, its edge are never sampled.
+
+        Shape:
+            sizes (N, 2), height and width of every image inside the padding, None for no padding.
         """
         priors = outputs.priors
-        valid = valid_priors(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
-        owners = assign_all(self.assigner.assign, priors, targets, valid)  # (N, P)
-        drawn = self.sampler.sample(owners)
-        positive = drawn & (owners >= 0)
-        numbers = [mask.sum(dim=1).clamp(min=1) for mask in (positive, drawn & ~positive)]  # (N,) each
-        count = mean_over_ranks(torch.cat(numbers).sum())
-        logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2)[drawn].float()
-        found = positives(owners.masked_fill(~drawn, IGNORED), targets)
-        codes = flatten_maps(outputs.maps["reg"], 4)[found.image, found.prior].float()
+        valid = valid_prior_mask(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
+        assigned = assign_batch(self.assigner.assign, priors, targets, valid)  # (N, P)
+        sampled = self.sampler.sample(assigned)
+        positive = sampled & (assigned >= 0)
+        counts = [mask.sum(dim=1).clamp(min=1) for mask in (positive, sampled & ~positive)]  # (N,) each
+        count = mean_over_ranks(torch.cat(counts).sum())
+        logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2)[sampled].float()
+        image, prior, boxes, _ = gather_positives(assigned.masked_fill(~sampled, IGNORED), targets)
+        deltas = flatten_maps(outputs.maps["reg"], 4)[image, prior].float()
         return {
-            "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[drawn].float(), reduction="sum")
+            "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[sampled].float(), reduction="sum")
             / count,
-            "loss_rpn_box": self.cost(codes, encode(priors.boxes[found.prior], found.boxes)).sum() / count,
+            "loss_rpn_box": self.regression_loss(deltas, encode_boxes(priors.boxes[prior], boxes)).sum() / count,
         }
 
     def decode(self, outputs: Outputs) -> Candidates:
-        """Boxes (N, P, 4) and scores (N, P, 1)."""
+        """Decode boxes (N, P, 4) and scores (N, P, 1)."""
         scores = flatten_maps(outputs.maps["cls"], 1).float().sigmoid()
-        return Candidates(decode(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
+        return Candidates(decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
 
     @torch.no_grad()
     def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
-        """The best boxes of each image of sizes (N, 2): per level the `pre_nms` best by score, clipped, those that have an area, after
-        suppression within their level; of all levels together the best. to_train: as many as training takes."""
+        """Select each image's proposals, without gradient.
+
+        Per level: the best anchors by score, decoded and clipped, without empty boxes, after NMS. Then the best of all
+        levels together.
+
+        Args:
+            outputs: Raw outputs of the head.
+            sizes: (N, 2), height and width of every image inside the padding.
+            pre_nms: Proposals per level that enter NMS.
+            to_train: Use the limits for training instead.
+        """
         most, limit = (self.train_pre_nms, self.train_proposals) if to_train else (pre_nms, self.proposals)
         boxes, scores = [], []
         levels = zip(outputs.maps["cls"], outputs.maps["reg"], outputs.priors.boxes.split(list(outputs.priors.counts)))
         for cls, reg, priors in levels:
             logits = flatten_maps([cls], 1).squeeze(2)  # (N, P)
-            best, places = logits.topk(min(most, len(priors)), dim=1)  # (N, M)
-            codes = flatten_maps([reg], 4).gather(1, places[..., None].expand(-1, -1, 4))
-            found = clip(decode(priors[places], codes.float()), sizes)  # (N, M, 4)
-            real = (found[..., 2] > found[..., 0]) & (found[..., 3] > found[..., 1])
-            score = best.float().sigmoid().masked_fill(~real, -1)
-            boxes.append(found)
-            scores.append(score.masked_fill(~survivors(found, score, self.nms), -1))
-        every = torch.cat(scores, dim=1)
-        best, places = every.topk(min(limit, every.shape[1]), dim=1)  # (N, R)
-        chosen = torch.cat(boxes, dim=1).gather(1, places[..., None].expand(-1, -1, 4))
-        there = best >= 0
-        return Proposals(chosen * there[..., None], best.clamp(min=0), there.sum(dim=1))
+            best, index = logits.topk(min(most, len(priors)), dim=1)  # (N, M)
+            deltas = flatten_maps([reg], 4).gather(1, index[..., None].expand(-1, -1, 4))
+            proposed = clip_boxes(decode_boxes(priors[index], deltas.float()), sizes)  # (N, M, 4)
+            valid = (proposed[..., 2] > proposed[..., 0]) & (proposed[..., 3] > proposed[..., 1])
+            score = best.float().sigmoid().masked_fill(~valid, -1)
+            boxes.append(proposed)
+            scores.append(score.masked_fill(~nms_keep_mask(proposed, score, self.nms), -1))
+        all_scores = torch.cat(scores, dim=1)
+        best, index = all_scores.topk(min(limit, all_scores.shape[1]), dim=1)  # (N, R)
+        chosen = torch.cat(boxes, dim=1).gather(1, index[..., None].expand(-1, -1, 4))
+        real = best >= 0
+        return Proposals(chosen * real[..., None], best.clamp(min=0), real.sum(dim=1))

@@ -1,27 +1,35 @@
-"""The two branches of stacked convolutions that every one-stage head begins with, and their interaction."""
+"""Convolution towers: the classification and the regression branch of dense heads, and their interaction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.models.ops.deformable import DeformPack
 from fusedet.models.ops.layers import GroupNorm, conv
+from fusedet.models.protocols import BranchInteraction
 
-Interact = Callable[[int], Any] | None
-"""What makes the interaction of two branches of so many channels, or None."""
+InteractionFactory = Callable[[int], BranchInteraction]
+"""Function from the branches' channels to their interaction."""
 
 
-def tower(
+def make_tower(
     inputs: int, channels: int, convs: int, norm: bool = False, bias: bool = True, deformable_last: bool = False
 ) -> nn.Sequential:
-    """`convs` times 3x3 convolution, GroupNorm(32) where `norm`, ReLU; shared by all levels.
+    """Stack `convs` times a 3x3 convolution, GroupNorm(32) with `norm`, and ReLU, shared by all levels.
 
-    bias: of the convolutions. deformable_last: the last one is deformable and modulated.
-    Raises InputError for convs below 0, for channels below 1 and, with norm, for channels that 32 groups do not divide.
+    Args:
+        inputs: Input channels.
+        channels: Output channels of each convolution.
+        convs: Number of convolutions.
+        norm: Use GroupNorm(32).
+        bias: Give the convolutions a bias.
+        deformable_last: Make the last convolution deformable and modulated.
+
+    Raises:
+        InputError: An option is out of its range.
     """
     if convs < 0:
         raise InputError(f"convs={convs} must be 0 or more")
@@ -45,9 +53,19 @@ def tower(
 
 
 class TwinTowers(nn.Module):
-    """A classification and a regression tower; `interact`, if any, makes of their channels what exchanges between the two.
+    """A classification and a regression tower, and the interaction between them.
 
-    Raises InputError for what `tower` refuses.
+    Args:
+        inputs: As in `make_tower`.
+        channels: As in `make_tower`.
+        convs: As in `make_tower`.
+        norm: As in `make_tower`.
+        interact: Makes the interaction of the branches; None for no interaction.
+        bias: As in `make_tower`.
+        deformable_last: As in `make_tower`.
+
+    Raises:
+        InputError: An option is out of its range.
     """
 
     def __init__(
@@ -56,16 +74,16 @@ class TwinTowers(nn.Module):
         channels: int,
         convs: int,
         norm: bool = False,
-        interact: Interact = None,
+        interact: InteractionFactory | None = None,
         bias: bool = True,
         deformable_last: bool = False,
     ) -> None:
         super().__init__()
-        self.cls = tower(inputs, channels, convs, norm, bias, deformable_last)
-        self.reg = tower(inputs, channels, convs, norm, bias, deformable_last)
+        self.cls = make_tower(inputs, channels, convs, norm, bias, deformable_last)
+        self.reg = make_tower(inputs, channels, convs, norm, bias, deformable_last)
         self.interact = interact(channels) if interact else None
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """A level (N, C, H, W) to the features of its two branches."""
+        """Compute the features of both branches, (N, channels, H, W) each, for a level (N, C, H, W)."""
         cls, reg = self.cls(feature), self.reg(feature)
         return self.interact(cls, reg) if self.interact else (cls, reg)

@@ -1,6 +1,11 @@
-"""MSFM: "MSFM: Multi-Scale Fusion Module for Object Detection", 2021 (under review for ICLR 2021).
+"""MSFM.
 
-Tags: [T] the paper's text, [N] fixed by its printed parameter counts, [N~] consistent with them, [X] a choice that nothing in it decides.
+Tags: [T] the paper's text, [N] fixed by its printed parameter counts, [N~] consistent with them, [X] a choice that
+nothing in the paper decides.
+
+References:
+    "MSFM: Multi-Scale Fusion Module for Object Detection", 2021 (under review for ICLR 2021). Sections and tables are
+    numbered as there.
 """
 
 from __future__ import annotations
@@ -24,25 +29,39 @@ Fusion = Literal["add", "cat"]
 Size = tuple[int, int]
 
 GROUPS = {"after_conv1": 8, "after_conv2": 4, "after_conv3": 32, "after_branch": 4}
-"""Groups of the norms per position: section 4.2.6 [T], and for `after_branch`, which the paper does not have, a choice."""
+"""Groups of the norms per position: section 4.2.6 [T]; `after_branch`, which the paper does not have, is a choice."""
 
 
 class MSFM(nn.Module):
-    """M(x) = x + U(C[F_1(S(x)), ..., F_n(S(x))]), section 3.1.
+    """Multi-scale fusion: M(x) = x + U(C[F_1(S(x)), ..., F_n(S(x))]), section 3.1.
 
-    S squeezes C channels to m = C / ratio [T] (1x1 convolution, GN, ReLU); branch F_i resizes by scales[i] (bilinear [T], to
-    max(1, floor(size * scale))), applies conv_num times 3x3 convolution, GN, ReLU [T], and resizes back; C adds the branches or
-    concatenates them [T]; U restores C channels (1x1 convolution, GN [N~]). All convolutions have biases [N~].
+    - S squeezes C channels to m = C / ratio [T]: 1x1 convolution, GroupNorm, ReLU.
+    - Branch F_i resizes by scales[i] (bilinear [T], to max(1, floor(size * scale))), applies `conv_num` times 3x3
+      convolution, GroupNorm, ReLU [T], and resizes back.
+    - C adds or concatenates the branches [T].
+    - U restores C channels: 1x1 convolution, GroupNorm [N~].
 
-    channels: C. scales: one branch each, 1 is not resized (Table 2, Scales). ratio: C must divide by it (Ratios). groups: of every norm;
-    must divide m and C (Norm_group; one value for S, F and U [X]). conv_num, conv_num_large_only: the table's 2*, conv_num for scales above
-    1 and one convolution for the others [N] (Conv_num). fusion: "add" or "cat" (Fusion_type). zero_init: scale and shift of U's norm start
-    at zero, so that M(x) = x at the start and the first step moves that norm alone [X]. squeeze_relu: the ReLU in S [X]. restore_relu: one
-    after U's norm, before the sum [X]; not with zero_init, since a ReLU at zero passes no gradient. align_corners: of the resizing, both
-    ways [X]. width: m itself instead of C / ratio. The defaults are the paper's final ones (4.2.6) after_conv2.
-    Raises InputError for values that do not fit together.
+    All convolutions have biases [N~]. Where groups = m, every channel is normalised by itself, and the biases before
+    the norms of S and F have no effect and no gradient. The defaults are the paper's final ones (4.2.6) after_conv2.
 
-    Where groups = m, every channel is normalised by itself, and the biases before the norms of S and F have no effect and no gradient.
+    Args:
+        channels: C.
+        scales: One branch each; 1 is not resized (Table 2, Scales).
+        ratio: Divides C (Table 2, Ratios).
+        groups: Of every norm; must divide m and C (Table 2, Norm_group). One value for S, F and U [X].
+        conv_num: Convolutions of a branch (Table 2, Conv_num).
+        conv_num_large_only: The table's 2*: `conv_num` for scales above 1, one convolution for the others [N].
+        fusion: "add" or "cat" (Table 2, Fusion_type).
+        zero_init: Scale and shift of U's norm start at 0, so that M(x) = x at first and the first step changes that
+            norm only [X].
+        squeeze_relu: The ReLU in S [X].
+        restore_relu: A ReLU after U's norm, before the sum [X]; not with `zero_init`, since a ReLU at 0 passes no
+            gradient.
+        align_corners: Of the resizing, both ways [X].
+        width: m itself instead of C / ratio.
+
+    Raises:
+        InputError: The values do not fit together.
     """
 
     def __init__(
@@ -62,14 +81,15 @@ class MSFM(nn.Module):
     ) -> None:
         super().__init__()
         one_of("fusion", fusion, Fusion)
-        m = _whole(channels, ratio, groups) if width is None else width
-        _check(channels, scales, groups, conv_num, m)
+        m = _divide_channels(channels, ratio, groups) if width is None else width
+        _check_values(channels, scales, groups, conv_num, m)
         if restore_relu and zero_init:
             raise InputError(
-                "restore_relu=true needs zero_init=false: a ReLU at zero passes no gradient, nothing would ever be trained"
+                "restore_relu=true needs zero_init=false: a ReLU at zero passes no gradient, nothing would ever be "
+                "trained"
             )
         self.fusion, self.align_corners = fusion, align_corners
-        # whole numbers, so that floor(size * scale) is exact: 90 * 0.7 is 62.99... in floating point
+        # fractions, so that floor(size * scale) is exact: 90 * 0.7 is 62.99... in floating point
         self.scales = [Fraction(s).limit_denominator(1000) for s in scales]
         counts = [conv_num if s > 1 or not conv_num_large_only else 1 for s in scales]
         self.squeeze = cgn(channels, m, 1, groups, squeeze_relu)
@@ -81,11 +101,11 @@ class MSFM(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape, in channels_last."""
+        """Compute M(x) of x (N, C, H, W), in channels_last."""
         a = self.squeeze(x)  # (N, m, H, W)
         size = (a.shape[-2], a.shape[-1])
         maps = [
-            branch(a) if s == 1 else self._at(scaled(size, s), branch, a)
+            branch(a) if s == 1 else self._at(scale_size(size, s), branch, a)
             for branch, s in zip(self.branches, self.scales)
         ]
         return self.unsqueeze(reduce(torch.add, maps) if self.fusion == "add" else torch.cat(maps, dim=1), x)
@@ -96,11 +116,11 @@ class MSFM(nn.Module):
 
 
 class Unsqueeze(nn.Module):
-    """x + U(y): U is a 1x1 convolution with bias and a group norm, done as one matrix product.
+    """x + U(y): U is a 1x1 convolution with bias and a GroupNorm, computed as one matrix product.
 
-    U's output is linear in y, so that the norm's statistics follow from the mean and the covariance of y's few channels, and the norm
-    becomes one scale and one shift per image and channel, which go into the product: no map of C channels is normalised or kept.
-    With relu, x + relu(U(y)), which is done as it is written.
+    U's output is linear in y. So the norm's statistics follow from the mean and the covariance of y's few channels, and
+    the norm becomes one scale and one shift per image and channel, which go into the product. No map of C channels is
+    normalised or saved. With `relu` it is x + relu(U(y)), computed directly.
     """
 
     def __init__(self, inputs: int, channels: int, groups: int, zero_init: bool, relu: bool = False) -> None:
@@ -113,7 +133,7 @@ class Unsqueeze(nn.Module):
             nn.init.zeros_(self.norm.bias)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (N, k, H, W) and x (N, C, H, W) to (N, C, H, W)."""
+        """Compute (N, C, H, W) of y (N, k, H, W) and x (N, C, H, W)."""
         if self.relu:
             return x + self.norm(self.conv(y)).relu().to(x.dtype)
         rows, cells = (t.flatten(2).transpose(1, 2) for t in (x, y))  # (N, H * W, C), (N, H * W, k)
@@ -126,7 +146,7 @@ class Unsqueeze(nn.Module):
         return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def normalised(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (N, C, k) and shift (N, C) that give the normalised output on cells (N, H * W, k)."""
+        """Compute weight (N, C, k) and shift (N, C) that give the normalised output on cells (N, H * W, k)."""
         g = self.norm.num_groups
         weight, bias, gamma, beta = (p.to(cells.dtype) for p in (*self.conv.parameters(), *self.norm.parameters()))
         weight = weight.flatten(1)  # (C, k)
@@ -145,33 +165,52 @@ class Unsqueeze(nn.Module):
 
 
 def cgn(inputs: int, outputs: int, kernel: int, groups: int, relu: bool = True) -> nn.Sequential:
-    """The paper's CGN: Conv2D, GroupNormalization, NonLinearity (or none)."""
+    """Make the paper's CGN: Conv2D, GroupNormalization, NonLinearity (or none)."""
     return nn.Sequential(
         conv(inputs, outputs, kernel), GroupNorm(groups, outputs), nn.ReLU(inplace=True) if relu else nn.Identity()
     )
 
 
-def scaled(size: Size, scale: Fraction) -> Size:
-    """The size of a branch: max(1, floor(size * scale))."""
+def scale_size(size: Size, scale: Fraction) -> Size:
+    """Compute the size of a branch: max(1, floor(size * scale))."""
     height, width = (max(1, side * scale.numerator // scale.denominator) for side in size)
     return height, width
 
 
 def resize(x: Tensor, size: Size, align_corners: bool) -> Tensor:
-    """R of the paper: bilinear."""
+    """Resize x to a size by bilinear interpolation: the paper's R."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
 @dataclass(frozen=True)
 class MSFMPlugin:
-    """Where MSFMs stand in a body, and their options; one per position in every block of `stages`.
+    """MSFM as a block plug-in of a backbone: one module per position in every block of `stages`.
 
-    positions: "after_conv1" / "after_conv2" (after norm and ReLU) and "after_conv3" (after the norm, before the residual sum) of a
-    ResNet's blocks, "after_branch" (before the residual sum) of ConvNeXt's and MobileNet's, which goes beyond the paper. None: after_conv2
-    and after_conv3, Table 3's best [T]; of a basic block after_conv2; after_branch. stages: ResNet's layer numbers [N], others by the same
-    strides (stage 2 ends at stride 8). ratios: one per stage [T]. groups: of the norms, one number or per position; unnamed positions
-    keep 8, 4, 32 and 4. The others: see MSFM. m = C / ratio must be whole and divisible by groups; in after_branch, where channels are
-    not powers of two, m is the nearest multiple of groups instead, at least groups. Raises InputError for what cannot be.
+    Positions:
+
+    - "after_conv1", "after_conv2" (after norm and ReLU) and "after_conv3" (after the norm, before the residual sum) of
+      a ResNet's blocks.
+    - "after_branch" (before the residual sum) of ConvNeXt's and MobileNet's blocks, which goes beyond the paper.
+
+    m = C / ratio must be an integer and divisible by `groups`. In after_branch, where channels are not powers of two, m
+    is the nearest multiple of `groups` instead, at least `groups`.
+
+    Args:
+        positions: None for after_conv2 and after_conv3, Table 3's best [T]; after_conv2 of a basic block; after_branch.
+        stages: ResNet's layer numbers [N]; other backbones' stages by the same strides (stage 2 ends at stride 8).
+        ratios: One per stage [T].
+        groups: Of the norms, one number or per position; positions not named keep 8, 4, 32 and 4.
+        scales: See `MSFM`.
+        conv_num: See `MSFM`.
+        conv_num_large_only: See `MSFM`.
+        fusion: See `MSFM`.
+        zero_init: See `MSFM`.
+        squeeze_relu: See `MSFM`.
+        restore_relu: See `MSFM`.
+        align_corners: See `MSFM`.
+
+    Raises:
+        InputError: An unknown position, or numbers that do not fit together.
     """
 
     positions: tuple[str, ...] | None = None
@@ -196,7 +235,7 @@ class MSFMPlugin:
             raise InputError(f"ratios={list(self.ratios)} must hold one ratio for each of stages={list(self.stages)}")
 
     def make(self, channels: int, stage: int, position: str) -> MSFM:
-        """The module for that many channels in a block of that stage."""
+        """Make the module for a block of that many channels in that stage."""
         groups = self.groups if isinstance(self.groups, int) else (GROUPS | dict(self.groups))[position]
         ratio = self.ratios[self.stages.index(stage)]
         width = max(1, round(channels / (ratio * groups))) * groups if position == "after_branch" else None
@@ -208,20 +247,20 @@ class MSFMPlugin:
             raise InputError(f"{error} (stage {stage}, {position})") from error
 
 
-def _whole(channels: int, ratio: int, groups: int) -> int:
-    """C / ratio."""
+def _divide_channels(channels: int, ratio: int, groups: int) -> int:
+    """Compute C / ratio, which must be an integer divisible by `groups`."""
     if ratio < 1 or channels % ratio or (channels // ratio) % max(groups, 1):
         right = [r for r in range(1, channels + 1) if channels % (r * max(groups, 1)) == 0]
-        said = f"must make {channels} channels a whole number, divisible by groups={groups}"
+        rule = f"must make {channels} channels a whole number, divisible by groups={groups}"
         near = min(right, key=lambda r: abs(r - ratio), default=None)
         raise InputError(
-            f"ratio={ratio} {said}"
+            f"ratio={ratio} {rule}"
             + (f": {near} would" if near else f": no ratio does, {groups} does not divide {channels}")
         )
     return channels // ratio
 
 
-def _check(channels: int, scales: tuple[float, ...], groups: int, conv_num: int, m: int) -> None:
+def _check_values(channels: int, scales: tuple[float, ...], groups: int, conv_num: int, m: int) -> None:
     if groups < 1 or m < 1 or m % groups or channels % groups:
         raise InputError(f"groups={groups} must divide the {m} squeezed and the {channels} restored channels")
     if not scales or not all(0 < s < math.inf for s in scales):

@@ -1,4 +1,8 @@
-"""MSIL: "Multi-Semantic Interactive Learning for Object Detection", Wang et al., 2023, section 3.2, equations 3 to 6."""
+"""MSIL.
+
+References:
+    "Multi-Semantic Interactive Learning for Object Detection", Wang et al., 2023, section 3.2, equations 3 to 6.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +29,31 @@ class MSIL(nn.Module):
         class = F_cls * sigmoid(dec (CAM (U) * U))  a decoder and a CAM of its own per branch (5, 6)
         box   = F_reg * sigmoid(dec'(CAM'(U) * U))
 
-    Shared over the levels of the pyramid, after the towers and before every predictor.
+    The module is shared over the levels of the pyramid, after the towers and before every predictor.
 
-    channels: C of both branches, with norm="gn" a multiple of 32.
-    align: equation 3; without it E is the identity (Table 1, "w/o semantic alignment").
-    fuse: equation 4; without it each branch is gated by its own aligned map, and nothing passes between the two (ours, in no table).
-    separate: equation 5 as printed; without it the gate is sigmoid(U) (Table 1, "w/o semantic separation"; that form is a choice).
-    to_cls, to_reg: which branch is gated (Table 2). With neither the module has no parameters and changes nothing.
-    encoder_kernel, conv_kernel, fuse_kernel, decoder_kernel: odd; the paper names the layers, not their sizes (a choice: 3, 1, 1, 3).
-    reduction: of the CAM's MLP, as in CBAM, which the paper cites.
-    norm, activation: after each of the encoder's two convolutions and after the fusion, GroupNorm(32), without which these convolutions
-    have biases, and ReLU; the paper names neither (a choice). gate: the outer function of equation 5, "activation function" in the paper
-    (a choice); the one of equation 6 is printed. Both map to 0..1.
-    Raises InputError for channels that 32 groups do not divide, for even kernels and for unknown names.
+    Args:
+        channels: C of both branches, a multiple of 32 with norm="gn".
+        align: Equation 3; without it E is the identity (Table 1, "w/o semantic alignment").
+        fuse: Equation 4; without it each branch is gated by its own aligned map, and nothing passes between the two
+            (ours, in no table).
+        separate: Equation 5 as printed; without it the gate is sigmoid(U) (Table 1, "w/o semantic separation"; that
+            form is a choice).
+        to_cls: Gate the classification branch (Table 2). With neither branch gated the module has no parameters and
+            changes nothing.
+        to_reg: Gate the regression branch (Table 2).
+        encoder_kernel: Odd. The paper names the layers, not their sizes; all four kernels are choices.
+        conv_kernel: Odd.
+        fuse_kernel: Odd.
+        decoder_kernel: Odd.
+        reduction: Of the CAM's MLP, as in CBAM, which the paper cites.
+        norm: After each of the encoder's two convolutions and after the fusion: "gn" is GroupNorm(32), "none" a bias of
+            the convolutions. The paper names none (a choice).
+        activation: In the same places: "relu" or "none" (a choice).
+        gate: The outer function of equation 5, "activation function" in the paper (a choice); the one of equation 6 is
+            printed. Both values map to 0..1.
+
+    Raises:
+        InputError: 32 groups do not divide `channels`; a kernel is even; a name is unknown.
     """
 
     def __init__(
@@ -64,7 +80,8 @@ class MSIL(nn.Module):
             raise InputError(f"channels={channels} must be at least 1")
         if norm == "gn" and channels % 32:
             raise InputError(
-                f"msil with norm=gn needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got {channels}"
+                "msil with norm=gn needs branches of a multiple of 32 channels (GroupNorm has 32 groups), got "
+                f"{channels}"
             )
         kernels = {"encoder": encoder_kernel, "conv": conv_kernel, "fuse": fuse_kernel, "decoder": decoder_kernel}
         for name, kernel in kernels.items():
@@ -73,24 +90,24 @@ class MSIL(nn.Module):
         if not 1 <= reduction <= channels:
             raise InputError(f"reduction={reduction} must be between 1 and the {channels} channels")
         self.to_cls, self.to_reg, self.gate = to_cls, to_reg, gate
-        used = to_cls or to_reg
+        is_used = to_cls or to_reg
         self.align = (
-            _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and used else nn.Identity()
+            _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and is_used else nn.Identity()
         )
-        self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, activation) if fuse and used else None
+        self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, activation) if fuse and is_used else None
         self.separate_cls = _Separate(channels, decoder_kernel, reduction) if separate and to_cls else nn.Identity()
         self.separate_reg = _Separate(channels, decoder_kernel, reduction) if separate and to_reg else nn.Identity()
 
     def forward(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
-        """The two branches of a level, each (N, C, H, W), to the same with the gates applied."""
+        """Gate the two branches of a level, cls and reg, each (N, C, H, W)."""
         gate_cls, gate_reg = self.gates(cls, reg)
         return cls if gate_cls is None else cls * gate_cls, reg if gate_reg is None else reg * gate_reg
 
     def gates(self, cls: Tensor, reg: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The pixel attention of each branch, (N, C, H, W) in 0..1; None for a branch that is left alone."""
+        """Compute the pixel attention (N, C, H, W), in 0..1, of each branch; None for a branch without gate."""
         if not (self.to_cls or self.to_reg):
             return None, None
-        # the encoder is shared, so both branches go through it as one batch
+        # the encoder is shared, so both branches pass it as one batch
         aligned_reg, aligned_cls = self.align(torch.cat([reg, cls])).chunk(2)
         if self.fuse:
             aligned_cls = aligned_reg = self.fuse(torch.cat([aligned_reg, aligned_cls], dim=1))  # U
@@ -129,7 +146,7 @@ class _Separate(nn.Module):
 
 
 def _unit(inputs: int, outputs: int, kernel: int, norm: Norm, activation: Activation) -> nn.Sequential:
-    """Convolution, GroupNorm(32) or a bias, ReLU or nothing."""
+    """Make a convolution with GroupNorm(32) or a bias, and a ReLU or none."""
     return nn.Sequential(
         conv(inputs, outputs, kernel, bias=norm == "none"),
         GroupNorm(32, outputs) if norm == "gn" else nn.Identity(),

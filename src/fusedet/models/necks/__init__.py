@@ -1,4 +1,4 @@
-"""Necks: feature maps in, a pyramid out; the table is the whole registry."""
+"""Necks: feature maps to a feature pyramid. The table is the whole registry."""
 
 from fusedet.models.necks.aug_fpn import AugFPN
 from fusedet.models.necks.bfp import BFP

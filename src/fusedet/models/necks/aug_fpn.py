@@ -1,4 +1,8 @@
-"""AugFPN: "AugFPN: Improving Multi-scale Feature Learning for Object Detection", Guo et al., 2020."""
+"""AugFPN: context for the coarsest level, and auxiliary losses.
+
+References:
+    "AugFPN: Improving Multi-scale Feature Learning for Object Detection", Guo et al., 2020.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid, top_down
-from fusedet.models.ops.layers import conv, xavier
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
+from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
 
 
 class AugFPN(nn.Module):
-    """FPN whose coarsest lateral gets context of several scales, and whose laterals can be supervised themselves.
+    """FPN with multi-scale context on its coarsest lateral, and with auxiliary supervision of its laterals.
 
-    levels, channels, finest, coarsest, top: as in FPN. ratios: sizes of the pooled context as parts of the last map's, in (0, 1];
-    the authors' code has 0.1, 0.2, 0.3 [H]. augment: residual feature augmentation; without it, this is FPN, weight for weight.
-    auxiliary_weight: what the losses on the pyramid before its fusion count in training (consistent supervision, lambda of equation 1),
-    0 for none; 0.25 in the authors' code [H].
+    Choices [X]:
 
-    Choices [X]: the auxiliary losses are those of the detector's own dense head, shared with the fused pyramid, on all levels; the
-    authors' code scores M3 to M5 with an extra head on regions, which a one-stage detector has not. The third part of the paper, soft
-    RoI selection, belongs to two-stage heads. The authors' one-stage code adds the mean of the context to P6 too; here it does not.
-    Raises InputError where the body has no level `finest`, `coarsest` is below its last, or a ratio or the weight is out of range.
+    - The auxiliary losses are those of the detector's own dense head, shared with the fused pyramid, on all levels. The
+      authors' code scores M3 to M5 with an extra head on RoIs, which a one-stage detector does not have.
+    - The paper's third part, soft RoI selection, belongs to two-stage heads (`roi.SoftPooling`).
+    - The authors' one-stage code adds the mean of the context to P6 too; here it does not.
+
+    Args:
+        levels: The backbone's levels, as in FPN.
+        channels: As in FPN.
+        finest: As in FPN.
+        coarsest: As in FPN.
+        top: As in FPN.
+        ratios: Sizes of the pooled context relative to the last map's, in (0, 1]; the authors' code has 0.1, 0.2, 0.3
+            [H].
+        augment: Residual feature augmentation; without it the neck is FPN, weight for weight.
+        auxiliary_weight: Weight of the losses on the pyramid before its fusion (consistent supervision, lambda of eq.
+            1), 0 for none; 0.25 in the authors' code [H].
+
+    Raises:
+        InputError: As in FPN; a ratio or the weight is out of range.
     """
 
     def __init__(
@@ -42,23 +58,23 @@ class AugFPN(nn.Module):
             raise InputError(f"ratios={list(ratios)} must be one number or more, each above 0 and at most 1")
         if not auxiliary_weight >= 0:
             raise InputError(f"auxiliary_weight={auxiliary_weight} must be at least 0")
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         self.auxiliary_weight = auxiliary_weight
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
         self.context = Context(inputs[-1], channels, ratios) if augment else None
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """C maps, finest first, to P maps of the promised levels."""
+        """Compute the P levels of the backbone's C maps, finest first."""
         return self._fuse(features[-1], self._laterals(features))
 
     def with_auxiliary(self, features: Features) -> tuple[Features, Features]:
-        """C maps to the P maps and to the pyramid before its fusion, both of the promised levels.
+        """Compute the P levels and the pyramid before its fusion, both of `levels`.
 
-        The second has the laterals M_i themselves and, above, what `top` makes of them.
+        The second has the laterals M_i themselves and, above, what `top` computes from them.
         """
         laterals = self._laterals(features)
         fused = self._fuse(features[-1], laterals)
@@ -76,10 +92,11 @@ class AugFPN(nn.Module):
 
 
 class Context(nn.Module):
-    """Residual feature augmentation: C5 pooled to several sizes, brought back and summed with weights per place: M6.
+    """Residual feature augmentation: C5 pooled to several sizes, resized back and summed with weights per cell: M6.
 
-    A size is the map's own times a ratio, so that context keeps the image's aspect. The 1x1 convolution comes before the bilinear
-    resize (corners aligned); the weights are sigmoids of two convolutions over all contexts (adaptive spatial fusion) [H].
+    A pooled size is the map's times a ratio, so that context keeps the image's aspect. The 1x1 convolution precedes the
+    bilinear resizing (corners aligned). The weights are sigmoids of two convolutions over all contexts (adaptive
+    spatial fusion) [H].
     """
 
     def __init__(self, inputs: int, channels: int, ratios: tuple[float, ...]) -> None:
@@ -89,7 +106,7 @@ class Context(nn.Module):
         self.weigh = nn.Sequential(conv(count * channels, channels, 1), nn.ReLU(), conv(channels, count, 3))
 
     def forward(self, c5: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, channels, H, W)."""
+        """Compute M6 (N, channels, H, W) of C5 (N, inputs, H, W)."""
         size = (c5.shape[-2], c5.shape[-1])
         pooled = [
             reduce(F.adaptive_avg_pool2d(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)
@@ -102,7 +119,7 @@ class Context(nn.Module):
 
 
 def pooled_size(size: tuple[int, int], ratio: float) -> tuple[int, int]:
-    """Height and width times ratio, rounded down, at least 1.
+    """Compute height and width times ratio, rounded down, at least 1.
 
     >>> pooled_size((25, 42), 0.1), pooled_size((25, 42), 0.3), pooled_size((2, 3), 0.1)
     ((2, 4), (7, 12), (1, 1))

@@ -1,4 +1,8 @@
-"""BFP: "Libra R-CNN: Towards Balanced Learning for Object Detection", Pang et al., 2019, section 3.2: a balanced feature pyramid."""
+"""BFP: a balanced feature pyramid.
+
+References:
+    "Libra R-CNN: Towards Balanced Learning for Object Detection", Pang et al., 2019, section 3.2.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,33 @@ from typing import Literal
 from torch import nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.ops.layers import conv, xavier
-from fusedet.models.ops.pyramid_resize import NonLocal, gather, scatter
+from fusedet.models.ops.layers import conv, init_xavier
+from fusedet.models.ops.pyramid_resize import NonLocal, gather_levels, scatter_level
 from fusedet.types import Features, Levels
 
 Refine = Literal["non_local", "conv", "none"]
 
 
 class BFP(nn.Module):
-    """Adds to every level of a pyramid the same refined mean of all levels; stands behind a neck: neck=[fpn, bfp].
+    """Add to every level of a pyramid the same refined mean of all levels; it follows a neck: neck=[fpn, bfp].
 
-    levels: what the neck before promises, of equal channels; they stay as they are. refine_level: index of the level in whose size the
-    others are gathered, 0 the finest; 2 is the middle of five (MMDetection) [H]. refine: "non_local", the paper's embedded Gaussian
-    non-local block, without reduction and, as in MMDetection, without 1 / sqrt(C); "conv", the paper's other one, a 3x3 convolution
-    and ReLU [H]; "none", the mean itself. All convolutions start by Xavier, the block's last one too, as in MMDetection.
-    Raises InputError for levels of unequal channels and for a refine_level that there is not.
+    Values of `refine`:
+
+    - "non_local": the paper's embedded Gaussian non-local block, without reduction and, as in MMDetection, without
+      1 / sqrt(C).
+    - "conv": the paper's alternative, a 3x3 convolution and a ReLU [H].
+    - "none": the mean itself.
+
+    All convolutions start by Xavier, the block's last one too, as in MMDetection.
+
+    Args:
+        levels: The levels of the neck before, of equal channels; the output has the same.
+        refine_level: Index of the level whose size the others are resized to, 0 the finest; 2 is the middle of five
+            (MMDetection) [H].
+        refine: The refinement.
+
+    Raises:
+        InputError: The levels have unequal channels, or `refine_level` is out of range.
     """
 
     def __init__(self, levels: Levels, refine_level: int = 2, refine: Refine = "non_local") -> None:
@@ -30,11 +46,13 @@ class BFP(nn.Module):
         channels = levels.channels[0]
         if set(levels.channels) != {channels}:
             raise InputError(
-                f"bfp needs levels of equal channels, got {levels.channels}: put it behind another neck, as in neck=[fpn, bfp]"
+                f"bfp needs levels of equal channels, got {levels.channels}: put it after another neck, as in "
+                "neck=[fpn, bfp]"
             )
         if not 0 <= refine_level < len(levels):
             raise InputError(
-                f"refine_level={refine_level} must be the index of one of the {len(levels)} levels, 0 to {len(levels) - 1}"
+                f"refine_level={refine_level} must be the index of one of the {len(levels)} levels, 0 to "
+                f"{len(levels) - 1}"
             )
         self.levels, self.refine_level = levels, refine_level
         self.refine: nn.Module = nn.Identity()
@@ -42,10 +60,10 @@ class BFP(nn.Module):
             self.refine = NonLocal(channels, scale=False)
         elif refine == "conv":
             self.refine = nn.Sequential(conv(channels, channels, 3), nn.ReLU())
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """Levels (N, C, H, W), finest first, to levels of the same shapes."""
-        gathered = gather(features, self.refine_level)
+        """Refine levels (N, C, H_l, W_l), finest first, to levels of the same shapes."""
+        gathered = gather_levels(features, self.refine_level)
         balanced = self.refine(sum(gathered) / len(gathered))  # (N, C, H, W) of the refine level
-        return [f + scatter(balanced, f, i, self.refine_level) for i, f in enumerate(features)]
+        return [f + scatter_level(balanced, f, i, self.refine_level) for i, f in enumerate(features)]

@@ -1,4 +1,8 @@
-"""BiFPN: "EfficientDet: Scalable and Efficient Object Detection", Tan et al., 2020, section 3: bidirectional, weighted, repeated."""
+"""BiFPN: bidirectional, weighted, repeated feature fusion.
+
+References:
+    "EfficientDet: Scalable and Efficient Object Detection", Tan et al., 2020, section 3.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid
-from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
+from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.types import Features, Levels
 
 Norm = Literal["bn", "gn"]
@@ -20,15 +24,27 @@ Norm = Literal["bn", "gn"]
 class BiFPN(nn.Module):
     """The pyramid P`finest` to P`coarsest`, fused top-down and bottom-up `repeats` times.
 
-    The paper's [T]: the graph of nodes and fast normalised fusion; from its authors' code [H]: in every node SiLU, convolution, norm in
-    this order, norms behind the laterals, 3x3 max pooling with stride 2, batch norm with momentum 0.01 and eps 0.001.
-    Choices [X]: P6 and P7 come by `top` as in the other necks (EfficientDet pools a 1x1 convolution of C5), a level has one lateral (the
-    authors' code gives P4 and P5 a second one for their second node), pooling pads both sides alike, no biases before norms.
+    From the paper [T]: the graph of nodes and fast normalised fusion. From its authors' code [H]: SiLU, convolution and
+    norm in this order in every node, norms after the laterals, 3x3 max pooling with stride 2, BatchNorm with momentum
+    0.01 and eps 0.001. Choices [X]:
 
-    levels, channels, finest, coarsest, top: as in FPN; "on_output" goes on from the last lateral, as there is no output yet.
-    repeats: layers one behind the other, at least 1 (EfficientDet-D0 has 3, D7 8). norm: "bn", or "gn" for batches of few images
-    (groups of 8 channels: 32 groups at 256). separable: depthwise 3x3, then 1x1, as in the paper; false for full 3x3 convolutions.
-    Raises InputError where the body has no level `finest`, `coarsest` is below its last, repeats is below 1, or "gn" does not fit channels.
+    - P6 and P7 come from `top` as in the other necks; EfficientDet pools a 1x1 convolution of C5.
+    - A level has one lateral; the authors' code gives P4 and P5 a second one for their second node.
+    - Pooling pads both sides alike.
+    - Convolutions before norms have no biases.
+
+    Args:
+        levels: The backbone's levels, as in FPN.
+        channels: As in FPN.
+        finest: As in FPN.
+        coarsest: As in FPN.
+        top: As in FPN; "on_output" continues from the last lateral, as no output exists yet.
+        repeats: Number of layers, at least 1 (EfficientDet-D0 has 3, D7 8).
+        norm: "bn", or "gn" for small batches (groups of 8 channels: 32 groups at 256).
+        separable: Depthwise 3x3, then 1x1 convolutions, as in the paper; false: full 3x3 convolutions.
+
+    Raises:
+        InputError: As in FPN; `repeats` is below 1; "gn" does not fit `channels`.
     """
 
     def __init__(
@@ -44,7 +60,7 @@ class BiFPN(nn.Module):
     ) -> None:
         super().__init__()
         one_of("norm", norm, Norm)
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be at least 1")
         if norm == "gn" and channels % 8:
@@ -57,24 +73,23 @@ class BiFPN(nn.Module):
         )
         self.top = TopLevels(inputs[-1], channels, count - len(inputs), top)
         self.layers = nn.Sequential(*(BiFPNLayer(count, channels, norm, separable) for _ in range(repeats)))
-        xavier(self)
+        init_xavier(self)
         for m in self.modules():
-            if (
-                isinstance(m, nn.Conv2d) and m.groups > 1
-            ):  # Xavier's start for a channel's own kernel: both fans are 3 * 3
+            if isinstance(m, nn.Conv2d) and m.groups > 1:  # Xavier's bound for depthwise kernels: both fans are 3 * 3
                 nn.init.uniform_(m.weight, -math.sqrt(6 / 18), math.sqrt(6 / 18))
 
     def forward(self, features: Features) -> Features:
-        """C maps, finest first, to P maps of the promised levels."""
+        """Compute the P levels of the backbone's C maps, finest first."""
         inputs = features[self.start :]
         laterals = [lateral(c) for lateral, c in zip(self.lateral, inputs)]
         return self.layers(laterals + self.top(inputs[-1], laterals[-1]))
 
 
 class BiFPNLayer(nn.Module):
-    """One pass down and one up over `count` levels (figure 2d): P_i' = node(P_i, up(P_{i+1}')), then O_i = node(P_i, P_i', down(O_{i-1})).
+    """One top-down and one bottom-up pass over `count` levels (figure 2d).
 
-    The coarsest level has no P', the finest is done with its P'.
+    P_i' = node(P_i, up(P_{i+1}')), then O_i = node(P_i, P_i', down(O_{i-1})). The coarsest level has no P'; the output
+    of the finest is its P'.
     """
 
     def __init__(self, count: int, channels: int, norm: Norm = "bn", separable: bool = True) -> None:
@@ -87,14 +102,14 @@ class BiFPNLayer(nn.Module):
         )  # to 1 .. count - 1
 
     def forward(self, p: Features) -> Features:
-        """Levels (N, C, H, W), finest first, to levels of the same shapes."""
+        """Fuse levels (N, C, H_l, W_l), finest first, to levels of the same shapes."""
         middle = p[-1:]
         for level, node in zip(p[-2::-1], reversed(self.down)):
             middle.insert(0, node([level, F.interpolate(middle[0], size=level.shape[-2:], mode="nearest")]))
         outputs = middle[:1]
         for i, node in enumerate(self.up, start=1):
             own = [p[i], middle[i]] if i < len(p) - 1 else [p[i]]
-            outputs.append(node([*own, pool(outputs[-1], p[i])]))
+            outputs.append(node([*own, downsample(outputs[-1], p[i])]))
         return outputs
 
 
@@ -115,28 +130,34 @@ class Node(nn.Module):
         self.conv = nn.Sequential(*convs, _norm(norm, channels))
 
     def forward(self, maps: Features) -> Tensor:
-        """Maps (N, C, H, W) to one."""
+        """Fuse maps (N, C, H, W) to one."""
         return self.conv(F.silu(self.fuse(maps)))
 
     def fuse(self, maps: Features) -> Tensor:
-        """Fast normalised fusion: the sum of w_i / (eps + sum of w_j) * map_i with w = relu(weight) (section 3.3)."""
+        """Compute the fast normalised fusion of section 3.3.
+
+        It is the sum of w_i / (eps + sum of w_j) * map_i with w = relu(weight).
+        """
         w = self.weight.relu()
         w = w / (w.sum() + self.eps)
         return sum(wi * m for wi, m in zip(w.unbind(), maps))  # type: ignore[return-value]
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that takes its running statistics where a channel has one value only, whose variance would be none."""
+    """BatchNorm that uses its running statistics where a channel has one value only, without variance."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Normalise x (N, C, H, W)."""
         if x.shape[0] * x.shape[2] * x.shape[3] > 1:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
-def pool(x: Tensor, like: Tensor) -> Tensor:
-    """3x3 max pooling with stride 2; halving rounds up, where bodies round down the rest is cut."""
+def downsample(x: Tensor, like: Tensor) -> Tensor:
+    """Max-pool 3x3 with stride 2, cropped to the size of `like`.
+
+    Halving rounds up here; some backbones round down.
+    """
     return F.max_pool2d(x, 3, stride=2, padding=1)[..., : like.shape[-2], : like.shape[-1]]
 
 

@@ -1,4 +1,10 @@
-"""FPN: "Feature Pyramid Networks for Object Detection", Lin et al., 2017; P6 and P7 as in RetinaNet, 2017, and FCOS, 2019."""
+"""FPN, with the levels P6 and P7 of RetinaNet and FCOS.
+
+References:
+    "Feature Pyramid Networks for Object Detection", Lin et al., 2017.
+    "Focal Loss for Dense Object Detection", Lin et al., 2017 (`top="on_input"`).
+    "FCOS: Fully Convolutional One-Stage Object Detection", Tian et al., 2019 (`top="on_output"`).
+"""
 
 from __future__ import annotations
 
@@ -9,25 +15,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.types import Features, Levels
 
 Top = Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"]
 
 LAST_STRIDE = 32
-"""Of a body; levels beyond it are a neck's."""
+"""Largest stride of a backbone; levels beyond it are a neck's."""
 
 
 class FPN(nn.Module):
-    """The pyramid P`finest` to P`coarsest` (P3 has stride 8, P4 16, ...) from a body's maps.
+    """The pyramid P`finest` to P`coarsest` of a backbone's feature maps; P3 has stride 8, P4 16, and so on.
 
-    levels: what the body promises. channels: of every level. top: where the levels above the body's last come from:
-    "max_pool" takes every second cell of the level below (Faster R-CNN's P6), "on_input" convolves the body's last map
-    with stride 2, then its own output (RetinaNet), "on_output" the pyramid's last level, with a ReLU before every
-    further convolution (FCOS); "on_input_relu" (torchvision's RetinaNet v2) and "on_output_plain" are these two with and without the ReLU.
-    norm: GroupNorm(32) behind every convolution, which then has no bias (MMDetection's gn-neck).
-    Raises InputError where the body has no level `finest`, `coarsest` is below its last, channels is below 1, top is unknown, and behind
-    another neck, whose levels go beyond a body's.
+    Values of `top`, the source of the levels above the backbone's last:
+
+    - "max_pool": every second cell of the level below (Faster R-CNN's P6).
+    - "on_input": a convolution of stride 2 on the backbone's last map, then on its own output (RetinaNet).
+    - "on_input_relu": the same with a ReLU before every further convolution (torchvision's RetinaNet v2).
+    - "on_output": a convolution of stride 2 on the pyramid's last level, with a ReLU before every further one (FCOS).
+    - "on_output_plain": the same without the ReLU.
+
+    Args:
+        levels: The backbone's levels.
+        channels: Channels of every level.
+        finest: Number of the finest level.
+        coarsest: Number of the coarsest level.
+        top: Source of the levels above the backbone's last.
+        norm: GroupNorm(32) after every convolution, which has no bias then (MMDetection's gn-neck).
+
+    Raises:
+        InputError: The backbone has no level `finest`; `coarsest` is below its last level; `channels` is below 1 or
+            no multiple of 32 with `norm`; `top` is unknown; the levels are another neck's, beyond a backbone's.
     """
 
     def __init__(
@@ -40,7 +58,7 @@ class FPN(nn.Module):
         norm: bool = False,
     ) -> None:
         super().__init__()
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         if norm and channels % 32:
             raise InputError(
                 f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels"
@@ -49,10 +67,10 @@ class FPN(nn.Module):
         self.lateral = nn.ModuleList(_layer(c, channels, 1, norm) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(_layer(channels, channels, 3, norm) for _ in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top, norm)
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """C maps, finest first, to P maps of the promised levels."""
+        """Compute the P levels of the backbone's C maps, finest first."""
         inputs = features[self.start :]
         merged = top_down([lateral(c) for lateral, c in zip(self.lateral, inputs)])
         outputs = [output(m) for output, m in zip(self.output, merged)]
@@ -60,9 +78,14 @@ class FPN(nn.Module):
 
 
 def top_down(maps: Features, gates: Sequence[nn.Module] | nn.ModuleList = ()) -> Features:
-    """Every map, finest first, plus the sum at the level above, enlarged by nearest neighbours; the sums, of the same shapes.
+    """Add to every map the upsampled sum of the level above; nearest neighbours.
 
-    gates: one for each map but the coarsest, what the sum above passes before it is enlarged; none by default.
+    Args:
+        maps: Laterals, finest first.
+        gates: For each map but the coarsest a module that the sum above passes before it is upsampled; none by default.
+
+    Returns:
+        The sums, of the same shapes.
     """
     sums = list(maps)
     for i in range(len(sums) - 1, 0, -1):
@@ -72,7 +95,7 @@ def top_down(maps: Features, gates: Sequence[nn.Module] | nn.ModuleList = ()) ->
 
 
 class TopLevels(nn.Module):
-    """The levels above the body's last, `count` of them; the same for every neck that makes a pyramid."""
+    """The `count` levels above the backbone's last; shared by all necks that make a pyramid."""
 
     def __init__(self, inputs: int, channels: int, count: int, top: Top, norm: bool = False) -> None:
         super().__init__()
@@ -86,7 +109,7 @@ class TopLevels(nn.Module):
         )
 
     def forward(self, last_input: Tensor, last_output: Tensor) -> Features:
-        """The body's last map and the pyramid's last level to the levels above, finest first."""
+        """Compute the levels above, finest first, of the backbone's last map and the pyramid's last level."""
         x = last_input if self.kind.startswith("on_input") else last_output
         levels: Features = []
         for i in range(self.count):
@@ -103,19 +126,23 @@ def _layer(inputs: int, channels: int, kernel: int, norm: bool, stride: int = 1)
     return nn.Sequential(layer, GroupNorm(32, channels)) if norm else layer
 
 
-def pyramid(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
-    """Where P`finest` begins among a body's maps, and the levels P`finest` to P`coarsest`."""
+def pyramid_levels(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:
+    """Return the index of P`finest` among a backbone's levels, and the levels P`finest` to P`coarsest`.
+
+    Raises:
+        InputError: See `FPN`.
+    """
     if levels.strides[-1] > LAST_STRIDE:
         raise InputError(
-            f"it takes a body's maps, got levels up to stride {levels.strides[-1]}: put it first in the chain"
+            f"it takes a backbone's maps, got levels up to stride {levels.strides[-1]}: put it first in the chain"
         )
     if channels < 1:
         raise InputError(f"channels={channels} must be at least 1")
     if 2**finest not in levels.strides:
-        raise InputError(f"finest={finest} (stride {2**finest}) must be one of the body's strides {levels.strides}")
+        raise InputError(f"finest={finest} (stride {2**finest}) must be one of the backbone's strides {levels.strides}")
     if 2**coarsest < levels.strides[-1]:
         raise InputError(
-            f"coarsest={coarsest} (stride {2**coarsest}) is below the body's last stride {levels.strides[-1]}"
+            f"coarsest={coarsest} (stride {2**coarsest}) is below the backbone's last stride {levels.strides[-1]}"
         )
     strides = tuple(2**i for i in range(finest, coarsest + 1))
     return levels.strides.index(2**finest), Levels((channels,) * len(strides), strides)

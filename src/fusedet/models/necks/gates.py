@@ -1,6 +1,9 @@
-"""Gates: that of MSE-FPN ("Multi-scale semantic enhancement network for object detection", Guo et al., 2023) and its rivals.
+"""Gates for MSE-FPN: its own gated channel guidance (GCG) and the alternatives of its Table 6.
 
-Each scales a map (N, C, H, W) by weights in 0..1 that it draws from the same map, and tells them by `weights`.
+Each scales a map (N, C, H, W) by weights in 0..1 that it computes from the same map; `weights` returns them.
+
+References:
+    "Multi-scale semantic enhancement network for object detection", Guo et al., 2023.
 """
 
 from __future__ import annotations
@@ -18,7 +21,14 @@ Gate = Literal["gcg", "cag", "ca", "cam", "none"]
 
 
 def make_gate(kind: Gate, channels: int, reduction: int | None = None, cag_relu: bool = False) -> nn.Module:
-    """The gate of that name; reduction: of "ca" and "cam", their papers' 32 and 16 by default. cag_relu: of "cag"."""
+    """Make the gate of that name.
+
+    Args:
+        kind: Name of the gate; "none" is the identity.
+        channels: C.
+        reduction: Of "ca" and "cam"; None for their papers' 32 and 16.
+        cag_relu: See `CAG`.
+    """
     if kind == "gcg":
         return GCG(channels)
     if kind == "cag":
@@ -28,17 +38,20 @@ def make_gate(kind: Gate, channels: int, reduction: int | None = None, cag_relu:
     return CAM(channels, reduction or 16) if kind == "cam" else nn.Identity()
 
 
-def rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The means of each row (N, C, H, 1) and of each column (N, C, 1, W) of a map; `mean` is slow in channels_last
-    (benchmarks/operators.py)."""
+def pool_rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Average every row to (N, C, H, 1) and every column to (N, C, 1, W).
+
+    Pooling, since `mean` is slow in channels_last (benchmarks/operators.py).
+    """
     height, width = x.shape[-2:]
     return F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))
 
 
 class GCG(nn.Module):
-    """Gated channel guidance, eq. 9-10: sigmoid(fc1(F_h) x fc2(F_w)) * F, x the outer product of every channel's rows and columns.
+    """Gated channel guidance, eq. 9 and 10: sigmoid(fc1(F_h) x fc2(F_w)) * F.
 
-    fc1 and fc2 act on channels, because the sizes vary (forced); one sigmoid on the product (eq. 10).
+    x is the outer product of every channel's row and column means. fc1 and fc2 act on channels, because sizes vary
+    (forced). One sigmoid acts on the product (eq. 10).
     """
 
     def __init__(self, channels: int) -> None:
@@ -46,19 +59,24 @@ class GCG(nn.Module):
         self.fc1, self.fc2 = conv(channels, channels, 1), conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Scale x (N, C, H, W) by its weights."""
         return self.weights(x) * x
 
     def weights(self, x: Tensor) -> Tensor:
-        """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
-        f_h, f_w = rows_and_columns(x)
+        """Compute the weights (N, C, H, W), in 0..1, of x."""
+        f_h, f_w = pool_rows_and_columns(x)
         return torch.sigmoid(self.fc1(f_h) * self.fc2(f_w))
 
 
 class CAG(nn.Module):
-    """Channel attention guided module ("CE-FPN: Enhancing Channel Information for Object Detection", Luo et al., 2021).
+    """Channel attention guided module: sigmoid(fc1(mean) + fc2(max)) * x.
 
-    sigmoid(fc1(mean) + fc2(max)) * x; relu: each term goes through a ReLU first, as one public form has it (a choice).
+    Args:
+        channels: C.
+        relu: Apply a ReLU to each term first, as one public implementation does (a choice).
+
+    References:
+        "CE-FPN: Enhancing Channel Information for Object Detection", Luo et al., 2021.
     """
 
     def __init__(self, channels: int, relu: bool = False) -> None:
@@ -66,11 +84,11 @@ class CAG(nn.Module):
         self.fc1, self.fc2, self.relu = conv(channels, channels, 1), conv(channels, channels, 1), relu
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Scale x (N, C, H, W) by its weights."""
         return self.weights(x) * x
 
     def weights(self, x: Tensor) -> Tensor:
-        """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
+        """Compute the weights (N, C, 1, 1), in 0..1, of x (N, C, H, W)."""
         mean, largest = (
             self.fc1(x.mean(dim=(2, 3), keepdim=True)),
             self.fc2(x.amax(dim=(2, 3), keepdim=True)),
@@ -79,7 +97,11 @@ class CAG(nn.Module):
 
 
 class CoordinateAttention(nn.Module):
-    """Coordinate attention ("Coordinate Attention for Efficient Mobile Network Design", Hou et al., 2021); at least 8 channels inside."""
+    """Coordinate attention, with at least 8 hidden channels.
+
+    References:
+        "Coordinate Attention for Efficient Mobile Network Design", Hou et al., 2021.
+    """
 
     def __init__(self, channels: int, reduction: int = 32) -> None:
         super().__init__()
@@ -88,12 +110,12 @@ class CoordinateAttention(nn.Module):
         self.conv_h, self.conv_w = conv(inner, channels, 1), conv(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Scale x (N, C, H, W) by its weights."""
         return self.weights(x) * x
 
     def weights(self, x: Tensor) -> Tensor:
-        """What (N, C, H, W) is scaled with, of the same shape, in 0..1."""
-        rows, columns = rows_and_columns(x)
+        """Compute the weights (N, C, H, W), in 0..1, of x."""
+        rows, columns = pool_rows_and_columns(x)
         both = F.hardswish(
             self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2)))
         )  # (N, inner, H + W, 1)
@@ -102,17 +124,21 @@ class CoordinateAttention(nn.Module):
 
 
 class CAM(nn.Module):
-    """CBAM's channel attention ("CBAM: Convolutional Block Attention Module", Woo et al., 2018)."""
+    """CBAM's channel attention as a gate.
+
+    References:
+        "CBAM: Convolutional Block Attention Module", Woo et al., 2018.
+    """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
         self.attention = ChannelAttention(channels, reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Scale x (N, C, H, W) by its weights."""
         return self.weights(x) * x
 
     def weights(self, x: Tensor) -> Tensor:
-        """What (N, C, H, W) is scaled with, (N, C, 1, 1), in 0..1."""
-        found: Tensor = self.attention(x)
-        return found
+        """Compute the weights (N, C, 1, 1), in 0..1, of x (N, C, H, W)."""
+        weights: Tensor = self.attention(x)
+        return weights

@@ -1,4 +1,9 @@
-"""MSE-FPN: "Multi-scale semantic enhancement network for object detection", Guo et al., 2023."""
+"""MSE-FPN.
+
+References:
+    "Multi-scale semantic enhancement network for object detection", Guo et al., 2023. Equations and tables are
+    numbered as there.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid, top_down
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
 from fusedet.models.necks.gates import Gate, make_gate
-from fusedet.models.ops.layers import GroupNorm, conv, xavier
+from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.models.ops.precision import without_autocast
 from fusedet.types import Features, Levels
 
@@ -24,29 +29,56 @@ Norm = Literal["gn1", "none"]
 
 
 class MSEFPN(nn.Module):
-    """FPN whose lateral maps receive the semantics of all levels (SEM, SIM) and pass a gate (GCG); without the three it is FPN.
+    """FPN whose laterals receive the semantics of all levels (SEM, SIM) and pass a gate (GCG).
 
-    levels, channels, finest, coarsest, top: as in FPN.
+    Without the three it is FPN.
 
-    context: the levels S, by pyramid numbers (3 has stride 8), whose maps make the global context M, eq. 1-2. (3, 4, 5) is the paper's
-    choice, (2, 3, 4, 5) and (4, 5) its Table 3; levels below `finest` may be named.
-    sem: what M passes. "full" both branches, "channel" and "spatial" one of them (Table 4), "conv1x1" a dense 1x1 convolution
-    (Table 2's substitute; its width is a choice), "none" nothing.
-    sim: how each lateral map takes the result M'. "full" all of it (the text's reading), "split" every level its own channels of M', a
-    level outside `context` nothing (TopFormer's way, which the abstract's "divides" suggests), "conv1x1" the sum with a 1x1
-    convolution of M' (Tables 2 and 4), "none" not at all.
-    pre_conv: a 1x1 convolution more on the lateral map, before "full" or "split" (Table 5).
-    gate: "gcg", or of Table 6 "cag", "ca" (coordinate attention), or "cam" (CBAM's), or "none". gate_place: "lateral" gates every lateral
-    map before the top-down sum (eq. 10 acts on F_i), "topdown" what a level passes down ("from the higher-level features"): a choice.
+    Values of `sem`, the processing of the global context M:
 
-    Of the spatial branch: embed, C' of Q and K (a choice); v_groups, groups of W_v (1 is the text; more makes the "small increase in
-    parameters" true); norm, what "normalizing the R group" means, "gn1" GroupNorm of one group without parameters or "none" (a choice);
-    pool_first, True for eq. 6, sigmoid of the mean, False for the prose, mean of the sigmoids, which needs the (H W)^2 matrix.
-    reduction: of the channel branch, eq. 3 (a choice). sim_groups: of SIM's GroupNorm (a choice). gate_reduction: of "ca" and "cam", 32
-    and 16 by default. cag_relu: ReLU on each term of "cag" (a choice). An option of a part that is off has no effect.
+    - "full": both branches. "channel", "spatial": one of them (Table 4).
+    - "conv1x1": a dense 1x1 convolution (Table 2's substitute; its width is a choice).
+    - "none": the identity.
 
-    Raises InputError for what FPN refuses, for levels in `context` that the body lacks, for a `sem` whose result no `sim` takes, for
-    pre_conv without SIM, and for widths that the groups do not divide.
+    Values of `sim`, the injection of the result M' into every lateral:
+
+    - "full": all channels of M' (the reading of the text).
+    - "split": every level takes its own channels of M', a level outside `context` none (TopFormer's way, which the
+      abstract's "divides" suggests).
+    - "conv1x1": the sum with a 1x1 convolution of M' (Tables 2 and 4).
+    - "none": no injection.
+
+    Values of `gate`: "gcg"; "cag", "ca" (coordinate attention) and "cam" (CBAM's) of Table 6; "none".
+
+    An option of a part that is off has no effect.
+
+    Args:
+        levels: The backbone's levels, as in FPN.
+        channels: As in FPN.
+        finest: As in FPN.
+        coarsest: As in FPN.
+        top: As in FPN.
+        context: The levels S whose maps make the global context M (eq. 1 and 2), by pyramid numbers (3 has stride 8).
+            (3, 4, 5) is the paper's choice, (2, 3, 4, 5) and (4, 5) are its Table 3. Levels below `finest` are allowed.
+        sem: Semantic enhancement of M.
+        sim: Semantic injection of M'.
+        pre_conv: One more 1x1 convolution on the lateral before "full" or "split" (Table 5).
+        gate: The gate.
+        gate_place: "lateral" gates every lateral before the top-down sum (eq. 10 acts on F_i); "topdown" gates what a
+            level passes down ("from the higher-level features"): a choice.
+        embed: Spatial branch: C' of Q and K (a choice).
+        v_groups: Spatial branch: groups of W_v. 1 is the text; more makes the "small increase in parameters" true.
+        norm: Spatial branch: meaning of "normalizing the R group". "gn1" is GroupNorm of one group without parameters,
+            "none" none (a choice).
+        pool_first: Spatial branch: true for eq. 6, sigmoid of the mean; false for the prose, mean of the sigmoids,
+            which needs the (H W)^2 matrix.
+        reduction: Channel branch: reduction of eq. 3 (a choice).
+        sim_groups: Groups of SIM's GroupNorm (a choice).
+        gate_reduction: Reduction of "ca" and "cam"; None for 32 and 16.
+        cag_relu: ReLU on each term of "cag" (a choice).
+
+    Raises:
+        InputError: As in FPN; `context` names levels that the backbone lacks; no `sim` takes the result of `sem`;
+            `pre_conv` without SIM; groups that do not divide their channels.
     """
 
     def __init__(
@@ -75,7 +107,7 @@ class MSEFPN(nn.Module):
         named = {"sem": sem, "sim": sim, "gate": gate, "gate_place": gate_place, "norm": norm}
         for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, Norm)):
             one_of(key, value, kind)
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
@@ -97,7 +129,7 @@ class MSEFPN(nn.Module):
             raise InputError(
                 f"embed={embed}, reduction={reduction}, gate_reduction={gate_reduction} must be at least 1"
             )
-        self.sources = [] if sim == "none" else places(levels, context)
+        self.sources = [] if sim == "none" else level_indices(levels, context)
         widths = [levels.channels[i] for i in self.sources]
         total, ends = sum(widths), list(accumulate(widths))
         own = {i: slice(end - width, end) for i, width, end in zip(self.sources, widths, ends)}
@@ -107,17 +139,17 @@ class MSEFPN(nn.Module):
             raise InputError(f"sim=split needs a level of context={tuple(context)} that is not below finest={finest}")
         self.parts = {
             str(i - self.start): part for i, part in taken.items()
-        }  # the channels of M' that a lateral map takes
+        }  # the channels of M' that each lateral takes
         inject = partial(SIM, groups=sim_groups, local=pre_conv) if sim in ("full", "split") else Add
         self.sem = make_sem(sem, total, embed, reduction, v_groups, norm == "gn1", pool_first)
         self.sim = nn.ModuleDict({i: inject(part.stop - part.start, channels) for i, part in self.parts.items()})
         self.gate_place = gate_place
         gates = len(inputs) - (gate_place == "topdown")  # the finest level passes nothing down
         self.gate = nn.ModuleList(make_gate(gate, channels, gate_reduction, cag_relu) for _ in range(gates))
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """C maps, finest first, to P maps of the promised levels."""
+        """Compute the P levels of the backbone's C maps, finest first."""
         inputs = features[self.start :]
         maps = [lateral(c) for lateral, c in zip(self.lateral, inputs)]  # X_i, then F_i, then T_i
         if self.sources:
@@ -131,17 +163,29 @@ class MSEFPN(nn.Module):
         return outputs + self.top(inputs[-1], outputs[-1])
 
     def global_context(self, features: Features) -> Tensor:
-        """M (N, Cn, H, W), eq. 1-2: the maps of the levels S by average pooling to half of the body's last map, stride 64."""
+        """Compute M (N, Cn, H, W) of eq. 1 and 2, at stride 64.
+
+        The maps of the levels S are average-pooled to half the size of the backbone's last map and concatenated.
+        """
         height, width = features[-1].shape[-2:]
         size = ((height + 1) // 2, (width + 1) // 2)
         return torch.cat([F.adaptive_avg_pool2d(features[i], size) for i in self.sources], dim=1)
 
 
 class SEM(nn.Module):
-    """Semantic enhancement, eq. 3-8: M' = R' * V * M_w + M.
+    """Semantic enhancement, eq. 3 to 8: M' = R' * V * M_w + M.
 
-    channels: Cn. embed, reduction, v_groups, pool_first: as in MSEFPN; gn1: normalise R. channel, spatial: the two branches, one of
-    them at least; without the channel branch M' = R' * V + M, without the spatial one M' = M * M_w + M.
+    Without the channel branch M' = R' * V + M, without the spatial one M' = M * M_w + M.
+
+    Args:
+        channels: Cn.
+        embed: As in MSEFPN.
+        reduction: As in MSEFPN.
+        v_groups: As in MSEFPN.
+        gn1: Normalise R.
+        pool_first: As in MSEFPN.
+        channel: Use the channel branch; at least one of the two branches is used.
+        spatial: Use the spatial branch.
     """
 
     def __init__(
@@ -167,7 +211,7 @@ class SEM(nn.Module):
             self.w_v = nn.Conv2d(channels, channels, 1, groups=v_groups)
 
     def forward(self, M: Tensor) -> Tensor:
-        """M (N, Cn, H, W) to M' of the same shape."""
+        """Compute M' (N, Cn, H, W) of M (N, Cn, H, W)."""
         enhanced = M
         if self.spatial:
             R = relation(self.w_q(M).flatten(2), self.w_k(M).flatten(2), self.gn1, self.pool_first)  # (N, H * W)
@@ -178,14 +222,19 @@ class SEM(nn.Module):
 
 
 def relation(Q: Tensor, K: Tensor, gn1: bool = True, pool_first: bool = True, eps: float = 1e-5) -> Tensor:
-    """R' of eq. 6: Q and K (B, C', N), N cells, to (B, N) in 0..1, from R = Q^T K, normalised over all its N x N entries where gn1.
+    """Compute R' of eq. 6 from R = Q^T K, normalised over all its N x N entries where `gn1`.
 
-    R is read as N maps of N cells, and the pooling takes the mean over the maps; the other reading, over the cells of each map, is the
-    same function with W_q and W_k exchanged. Computed in float32 at least, inside autocast too.
+    R is read as N maps of N cells, and the pooling takes the mean over the maps. The other reading, the mean over the
+    cells of each map, is the same function with W_q and W_k exchanged. It is computed in float32 at least, inside
+    autocast too.
 
-    With pool_first, R itself is never made: with q, k the means of Q's and K's columns and Q_c, K_c what is left of them, an entry is
-    q.k + Q_c[n].k + q.K_c[m] + Q_c[n].K_c[m]. Over all n and m the last three have mean 0 and are uncorrelated, so that the first is
-    the mean of R, their mean squares add up to its variance, and the mean over n leaves q.k + q.K_c[m].
+    With `pool_first`, R itself is never computed. With q, k the means of Q's and K's columns and Q_c, K_c the centred
+    columns, an entry is q.k + Q_c[n].k + q.K_c[m] + Q_c[n].K_c[m]. Over all n and m the last three have mean 0 and are
+    uncorrelated. So the first is the mean of R, their mean squares add up to its variance, and the mean over n leaves
+    q.k + q.K_c[m].
+
+    Shape:
+        Q and K (B, C', N), N cells; result (B, N) in 0..1.
     """
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))
     with without_autocast(Q):
@@ -205,8 +254,14 @@ def relation(Q: Tensor, K: Tensor, gn1: bool = True, pool_first: bool = True, ep
 class SIM(nn.Module):
     """Semantic injection: F_i = X_i * up(sigmoid(GN(conv(M')))) + up(GN(conv(M'))), figure 4.
 
-    inputs: channels of M'. "Matrix multiplication" is element-wise, since the three have one size. Convolution, norm and sigmoid come
-    before the bilinear enlargement (TopFormer's way). local: a 1x1 convolution of X_i first (Table 5).
+    The paper's "matrix multiplication" is element-wise, since the three have one size. Convolution, norm and sigmoid
+    precede the bilinear upsampling (TopFormer's way).
+
+    Args:
+        inputs: Channels of M'.
+        channels: Channels of X_i.
+        groups: Of the GroupNorm.
+        local: Apply a 1x1 convolution to X_i first (Table 5).
     """
 
     def __init__(self, inputs: int, channels: int, groups: int = 32, local: bool = False) -> None:
@@ -216,26 +271,28 @@ class SIM(nn.Module):
         self.semantics = nn.Sequential(conv(inputs, channels, 1), GroupNorm(groups, channels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (N, C, H_i, W_i) and M' (N, inputs, H, W) to F_i, of the shape of x."""
-        return self.local(x) * enlarge(self.gate(context).sigmoid(), x) + enlarge(self.semantics(context), x)
+        """Compute F_i (N, C, H_i, W_i) of x, of the same shape, and M' (N, inputs, H, W)."""
+        return self.local(x) * upsample_bilinear(self.gate(context).sigmoid(), x) + upsample_bilinear(
+            self.semantics(context), x
+        )
 
 
 class Add(nn.Module):
-    """The substitute of SIM: F_i = X_i + up(conv(M'))."""
+    """Substitute of SIM: F_i = X_i + up(conv(M'))."""
 
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
         self.conv = conv(inputs, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (N, C, H_i, W_i) and M' (N, inputs, H, W) to F_i, of the shape of x."""
-        return x + enlarge(self.conv(context), x)
+        """Compute F_i (N, C, H_i, W_i) of x, of the same shape, and M' (N, inputs, H, W)."""
+        return x + upsample_bilinear(self.conv(context), x)
 
 
 def make_sem(
     kind: Enhancement, channels: int, embed: int, reduction: int, v_groups: int, gn1: bool, pool_first: bool
 ) -> nn.Module:
-    """What the global context of that many channels passes."""
+    """Make the semantic enhancement of a global context of that many channels."""
     if kind == "none":
         return nn.Identity()
     if kind == "conv1x1":
@@ -245,15 +302,15 @@ def make_sem(
     )
 
 
-def enlarge(x: Tensor, like: Tensor) -> Tensor:
-    """x by bilinear interpolation in the size of `like`."""
+def upsample_bilinear(x: Tensor, like: Tensor) -> Tensor:
+    """Resize x to the size of `like` by bilinear interpolation."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def places(levels: Levels, context: tuple[int, ...]) -> list[int]:
-    """Where the levels with these pyramid numbers stand among a body's maps, finest first."""
+def level_indices(levels: Levels, context: tuple[int, ...]) -> list[int]:
+    """Return the indices of the levels with these pyramid numbers among a backbone's levels, finest first."""
     missing = [i for i in context if 2**i not in levels.strides]
     if missing or not context or len(set(context)) < len(context):
         numbers = [stride.bit_length() - 1 for stride in levels.strides]
-        raise InputError(f"context={tuple(context)} must name some of the body's levels {numbers}, each once")
+        raise InputError(f"context={tuple(context)} must name some of the backbone's levels {numbers}, each once")
     return sorted(levels.strides.index(2**i) for i in context)

@@ -1,4 +1,8 @@
-"""PAFPN: "Path Aggregation Network for Instance Segmentation", Liu et al., 2018, section 3.1: a bottom-up path on top of FPN."""
+"""PAFPN: a bottom-up path on top of FPN.
+
+References:
+    "Path Aggregation Network for Instance Segmentation", Liu et al., 2018, section 3.1.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import one_of
-from fusedet.models.necks.fpn import FPN, Top, TopLevels, pyramid
-from fusedet.models.ops.layers import conv, xavier
+from fusedet.models.necks.fpn import FPN, Top, TopLevels, pyramid_levels
+from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
 
 Form = Literal["mmdet", "smsl"]
 
 
 class PAFPN(nn.Module):
-    """FPN's pyramid P`finest` to P`coarsest`, whose levels of the body are joined once more from fine to coarse.
+    """FPN's pyramid P`finest` to P`coarsest` with a bottom-up path through the backbone's levels.
 
-    levels, channels, finest, coarsest, top: as in FPN; "max_pool" and "on_output" go on from the last level of the bottom-up path.
-    form: with P_i the levels of FPN that the body has, "mmdet" (MMDetection's) is S_3 = P_3, S_{i+1} = P_{i+1} + conv3x3s2(S_i),
-    N_3 = S_3, N_i = conv3x3(S_i): two convolutions for each level but the finest. "smsl" (PANet* of SMSL, Chen et al., 2021, table 2)
-    is N_3 = conv3x3(P_3), N_{i+1} = conv3x3(P_{i+1} + maxpool2(N_i)): one for each level. Its parameters are the printed ones [N~],
-    where the three convolutions stand is a choice [X]. The paper's own path is N_3 = P_3, N_{i+1} = relu(conv3x3(P_{i+1} +
-    relu(conv3x3s2(N_i)))); neither form has its ReLUs [H].
-    Raises InputError where the body has no level `finest` or `coarsest` is below its last.
+    Values of `form`, with P_i FPN's levels of the backbone and N_i the results:
+
+    - "mmdet" (MMDetection's): S_3 = P_3, S_{i+1} = P_{i+1} + conv3x3s2(S_i); N_3 = S_3, N_i = conv3x3(S_i). Two
+      convolutions for each level but the finest.
+    - "smsl" (PANet* of SMSL, Chen et al., 2021, Table 2): N_3 = conv3x3(P_3), N_{i+1} = conv3x3(P_{i+1} +
+      maxpool2(N_i)). One convolution per level. Its parameter count is the printed one [N~]; where the three
+      convolutions stand is a choice [X].
+
+    The paper's own path is N_3 = P_3, N_{i+1} = relu(conv3x3(P_{i+1} + relu(conv3x3s2(N_i)))); neither form has its
+    ReLUs [H].
+
+    Args:
+        levels: The backbone's levels, as in FPN.
+        channels: As in FPN.
+        finest: As in FPN.
+        coarsest: As in FPN.
+        top: As in FPN; "max_pool" and "on_output" continue from the last level of the bottom-up path.
+        form: The form of the bottom-up path.
+
+    Raises:
+        InputError: As in FPN.
     """
 
     def __init__(
@@ -38,8 +56,8 @@ class PAFPN(nn.Module):
     ) -> None:
         super().__init__()
         one_of("form", form, Form)
-        start, self.levels = pyramid(levels, channels, finest, coarsest)
-        count = len(levels) - start  # levels that the body has
+        start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
+        count = len(levels) - start  # the backbone's levels
         self.fpn = FPN(levels, channels, finest, finest + count - 1, top)
         self.form = form
         self.down = nn.ModuleList(
@@ -47,10 +65,10 @@ class PAFPN(nn.Module):
         )
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in range(count - 1 if form == "mmdet" else count))
         self.top = TopLevels(levels.channels[-1], channels, len(self.levels) - count, top)
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """C maps, finest first, to N maps of the promised levels."""
+        """Compute the N levels of the backbone's C maps, finest first."""
         p = self.fpn(features)
         n = self._mmdet(p) if self.form == "mmdet" else self._smsl(p)
         return n + self.top(features[-1], n[-1])
@@ -69,5 +87,5 @@ class PAFPN(nn.Module):
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:
-    """Halving rounds up; bodies that round down have one row or column less."""
+    """Crop x to the size of `like`: halving rounds up here, some backbones round down."""
     return x[..., : like.shape[-2], : like.shape[-1]]

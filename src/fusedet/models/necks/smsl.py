@@ -1,4 +1,9 @@
-"""SMSL: "Selective Multi-Scale Learning for Object Detection", Chen et al., 2021."""
+"""SMSL.
+
+References:
+    "Selective Multi-Scale Learning for Object Detection", Chen et al., 2021. Equations and tables are numbered as
+    there.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +15,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.necks.fpn import Top, TopLevels, pyramid
-from fusedet.models.ops.layers import conv, xavier
-from fusedet.models.ops.pyramid_resize import NonLocal, gather, scatter
+from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
+from fusedet.models.ops.layers import conv, init_xavier
+from fusedet.models.ops.pyramid_resize import NonLocal, gather_levels, scatter_level
 from fusedet.types import Features, Levels
 
 Mode = Literal["on_neck", "standalone"]
 
 
 class SMSL(nn.Module):
-    """Every level plus its own mixture of all levels, whose channel-wise weights are drawn from the image.
+    """Add to every level its own mixture of all levels, with channel-wise weights computed from the image.
 
-    levels: what comes in, L of them. mode: "on_neck" takes the levels of a neck, all of one width, and gives the same (Table 2);
-    "standalone" takes a body's maps and makes the levels P`finest` to P`coarsest` by 1x1 convolutions to `channels`, without a
-    top-down path, and the levels above as FPN does (section 3.1; that the published ablation is this form is a reading, a choice).
-    channels, finest, coarsest, top: of standalone, as in FPN; on a neck they follow from its levels and are not read.
-    channel_rescaling: CR of Table 1, eq. 2-6. global_feature: GF of Table 1, a mixture more, refined by a non-local block and added to
-    all others. reduction: r of eq. 3 and 9, 8 in the paper. zero_init: the non-local block starts as the identity (a choice).
+    Values of `mode`:
 
-    All levels meet in the size of number (L - 1) // 2, the middle one (paper): finer ones by max pooling, coarser ones by nearest
-    neighbours (Libra R-CNN's way; the paper says "resizing"). Biases of the fully connected layers, the affine LayerNorm and those of
-    the non-local block are choices that the printed parameter counts allow; output convolution and unreduced width are fixed by them.
+    - "on_neck": the levels of a neck, all of one width, to the same levels (Table 2).
+    - "standalone": a backbone's maps to the levels P`finest` to P`coarsest`, by 1x1 convolutions to `channels` without
+      a top-down path, and the levels above as in FPN (section 3.1; that the published ablation has this form is a
+      reading, a choice).
 
-    Raises InputError for fewer than two levels, for levels of unequal width on a neck, and where C // reduction is below 2: the
-    LayerNorm of a single value is a constant.
+    All levels meet in the size of level number (L - 1) // 2, the middle one (paper): finer levels by max pooling,
+    coarser ones by nearest neighbours (Libra R-CNN's way; the paper says "resizing"). Biases of the fully connected
+    layers, the affine LayerNorm and those of the non-local block are choices that the printed parameter counts allow.
+    The counts fix the output convolution and the unreduced width.
+
+    Args:
+        levels: The incoming levels, L of them.
+        mode: Kind of input.
+        channels: Of "standalone", as in FPN; not read otherwise.
+        finest: Of "standalone", as in FPN; not read otherwise.
+        coarsest: Of "standalone", as in FPN; not read otherwise.
+        top: Of "standalone", as in FPN; not read otherwise.
+        channel_rescaling: CR of Table 1, eq. 2 to 6.
+        global_feature: GF of Table 1: one more mixture, refined by a non-local block and added to all others.
+        reduction: r of eq. 3 and 9, 8 in the paper.
+        zero_init: The non-local block starts as the identity (a choice).
+
+    Raises:
+        InputError: Fewer than two levels; levels of unequal width on a neck; C // reduction below 2, as the LayerNorm
+            of a single value is a constant.
     """
 
     def __init__(
@@ -56,7 +75,7 @@ class SMSL(nn.Module):
         L, C = len(self.levels), self.levels.channels[0]
         if set(self.levels.channels) != {C}:
             raise InputError(
-                f"levels {self.levels.channels} must be of one width: put it behind a neck, or set mode=standalone"
+                f"levels {self.levels.channels} must be of one width: put it after a neck, or set mode=standalone"
             )
         if L < 2:
             raise InputError(f"it selects among levels and needs at least two, got {L} (strides {self.levels.strides})")
@@ -68,9 +87,9 @@ class SMSL(nn.Module):
         self.non_local = NonLocal(C, scale=True, zero_init=zero_init) if global_feature else None
 
     def forward(self, features: Features) -> Features:
-        """L levels (N, C, H_l, W_l), or a body's maps, finest first, to L levels of the same sizes."""
+        """Compute L levels (N, C, H_l, W_l) of L levels of the same sizes, or of a backbone's maps, finest first."""
         P = self.sources(features) if self.sources else features
-        D = gather(P, self.gather_level)  # L times (N, C, H, W)
+        D = gather_levels(P, self.gather_level)  # L times (N, C, H, W)
         s, A = self.attend(D)
         F_t = combine(D, A * s)  # (N, T, C, H, W)
         if self.non_local:
@@ -79,15 +98,16 @@ class SMSL(nn.Module):
         return [add_resized(p, F_t[:, i], i, self.gather_level) for i, p in enumerate(P)]  # (15)
 
     def weights(self, features: Features) -> Tensor:
-        """A (N, T, L, C) of eq. 11, how much each of T targets takes of each level, channel by channel: they sum to 1 over L.
+        """Compute A (N, T, L, C) of eq. 11: the share of each level in each of T targets, channel by channel.
 
-        features as in forward. T is L, and L + 1 with the global feature, which is the last.
+        The shares sum to 1 over L. T is L, or L + 1 with the global feature, which is the last. `features` as in
+        `forward`.
         """
         P = self.sources(features) if self.sources else features
-        return self.attend(gather(P, self.gather_level))[1]
+        return self.attend(gather_levels(P, self.gather_level))[1]
 
     def attend(self, D: Features) -> tuple[Tensor, Tensor]:
-        """The gathered levels, L times (N, C, H, W), to the channels' scales s (N, 1, L, C) and the weights A (N, T, L, C)."""
+        """Compute the scales s (N, 1, L, C) and the weights A (N, T, L, C) of L gathered levels (N, C, H, W)."""
         x = torch.stack([d.mean(dim=(2, 3)) for d in D], dim=1)  # (N, L, C)  (1-2)
         s = self.rescale(x) if self.rescale else torch.ones_like(x)  # (N, L, C)
         g = (s * x).sum(
@@ -97,25 +117,25 @@ class SMSL(nn.Module):
 
 
 class Sources(nn.Module):
-    """A body's maps as levels of one width, without a top-down path."""
+    """A backbone's maps as levels of one width, without a top-down path."""
 
     def __init__(self, levels: Levels, channels: int, finest: int, coarsest: int, top: Top) -> None:
         super().__init__()
-        self.start, self.levels = pyramid(levels, channels, finest, coarsest)
+        self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features) -> Features:
-        """C maps, finest first, to the promised levels."""
+        """Compute the levels of the backbone's C maps, finest first."""
         inputs = features[self.start :]
         outputs = [lateral(c) for lateral, c in zip(self.lateral, inputs)]
         return outputs + self.top(inputs[-1], outputs[-1])
 
 
 class ChannelRescaling(nn.Module):
-    """s = sigmoid(W2 relu(W1 x)), eq. 3, over the channels of all levels together."""
+    """Channel rescaling s = sigmoid(W2 relu(W1 x)), eq. 3, over the channels of all levels together."""
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -123,27 +143,32 @@ class ChannelRescaling(nn.Module):
         self.W2 = nn.Linear(channels // reduction, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Means (N, L, C) to scales of the same shape, in 0..1."""
+        """Compute scales (N, L, C), in 0..1, of the means x (N, L, C)."""
         return self.W2(self.W1(x.flatten(1)).relu()).sigmoid().view(x.shape)
 
 
 class SelectiveUnits(nn.Module):
-    """The selective combination modules of all T targets, eq. 9-11, each with its own weights, as one product per layer."""
+    """The selective combination modules of all T targets, eq. 9 to 11.
+
+    Each has its own weights; every layer is one product for all of them.
+    """
 
     def __init__(self, targets: int, levels: int, channels: int, reduction: int) -> None:
         super().__init__()
         T, L, C, k = targets, levels, channels, channels // reduction
         self.shape = (T, L, C)
-        self.W = nn.Parameter(torch.empty(T, k, C).uniform_(-1, 1) / math.sqrt(C))  # torch's start of a linear layer
+        self.W = nn.Parameter(
+            torch.empty(T, k, C).uniform_(-1, 1) / math.sqrt(C)
+        )  # torch's initialisation of a linear layer
         self.V = nn.Parameter(torch.empty(T, L * C, k).uniform_(-1, 1) / math.sqrt(k))
-        # vectors that are named so: engine/optim.py knows biases by the end of their names, and norms and biases by their one dimension
+        # vectors with these names: engine/optim.py recognises biases by their names' ends, norms by their one dimension
         self.W_bias = nn.Parameter(torch.empty(T * k).uniform_(-1, 1) / math.sqrt(C))
         self.V_bias = nn.Parameter(torch.empty(T * L * C).uniform_(-1, 1) / math.sqrt(k))
         self.norm_weight = nn.Parameter(torch.ones(T * k))
         self.norm_bias = nn.Parameter(torch.zeros(T * k))
 
     def forward(self, g: Tensor) -> Tensor:
-        """The global context g (N, C) to A (N, T, L, C)."""
+        """Compute A (N, T, L, C) of the global context g (N, C)."""
         T, L, C = self.shape
         z = torch.einsum("nc,tkc->ntk", g, self.W) + self.W_bias.view(T, -1)
         z = F.layer_norm(z, z.shape[-1:]) * self.norm_weight.view(T, -1) + self.norm_bias.view(T, -1)
@@ -152,7 +177,7 @@ class SelectiveUnits(nn.Module):
 
 
 def combine(D: Features, weights: Tensor) -> Tensor:
-    """F^t = sum_i weights[t, i] * D^i: L times (N, C, H, W) and (N, T, L, C) to (N, T, C, H, W)."""
+    """Compute F^t = sum_i weights[t, i] * D^i: L maps (N, C, H, W) and weights (N, T, L, C) to (N, T, C, H, W)."""
     w = weights.to(D[0].dtype)[..., None, None]  # (N, T, L, C, 1, 1)
     mixed = D[0][:, None] * w[:, :, 0]
     for i in range(1, len(D)):
@@ -162,13 +187,13 @@ def combine(D: Features, weights: Tensor) -> Tensor:
     return mixed
 
 
-def add_resized(p: Tensor, f: Tensor, place: int, level: int) -> Tensor:
-    """Level number `place`, p (N, C, H_l, W_l), plus f (N, C, H, W) of level number `level` in its size."""
+def add_resized(p: Tensor, f: Tensor, index: int, level: int) -> Tensor:
+    """Add f (N, C, H, W), of level number `level`, in the size of level number `index`, p (N, C, H_l, W_l)."""
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
-    if place < level and height % h == 0 and width % w == 0:
-        # nearest neighbours repeat f in blocks: added as such, the large map is never written
+    if index < level and height % h == 0 and width % w == 0:
+        # nearest neighbours repeat f in blocks: added by broadcasting, the upsampled map is never written
         blocks = p.unflatten(2, (h, height // h)).unflatten(
             4, (w, width // w)
         )  # (N, C, h, blocks of rows, w, of columns)
         return (blocks + f[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
-    return p + scatter(f, p, place, level)
+    return p + scatter_level(f, p, index, level)

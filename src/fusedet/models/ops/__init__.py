@@ -1,1 +1,1 @@
-"""Functions and small layers on tensors: boxes, assignment, losses."""
+"""Functions and small layers on tensors: boxes, label assignment, sampling, losses."""

@@ -1,4 +1,4 @@
-"""Assignment: which object each prior answers for."""
+"""Label assignment: which prior is a positive for which ground-truth instance."""
 
 from __future__ import annotations
 
@@ -12,23 +12,33 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_area, box_iou
 
-from fusedet.models.ops.boxes import centres, to_distances
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances
 from fusedet.types import MULTIPLE, Outputs, Priors, Target
 
 BACKGROUND, IGNORED = -1, -2
-OBJECTS_AT_ONCE = 64  # bounds the matrix of objects and priors: 64 x 200,000 numbers are 51 MB
+INSTANCES_AT_ONCE = 64  # bounds the matrix of instances and priors: 64 x 200,000 numbers are 51 MB
 
-Assign = Callable[[Priors, Target, Tensor | None], Tensor]
-"""The method of an assigner: priors of P places, an image's objects and which priors take part, (P,) bool, None: all, to (P,) int64:
-the object's index, -1 background, -2 ignored, as all are that do not take part. It is as if these were not there."""
+AssignFunction = Callable[[Priors, Target, Tensor | None], Tensor]
+"""The `assign` method of a `protocols.Assigner`."""
 
 
-def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None, border: float | None = None) -> Tensor:
-    """Which priors take part in the loss of each image, (N, P) bool: those of the cells inside its own padding (MMDetection 3.x).
+def valid_prior_mask(
+    outputs: Outputs, strides: Sequence[int], sizes: Tensor | None, border: float | None = None
+) -> Tensor:
+    """Compute which priors take part in each image's loss: those of cells inside the image's own padding.
 
-    sizes (N, 2): height and width of the images inside the canvas of the batch, None: all of it. An image's own padding makes its
-    sides multiples of 32, a cell lies inside if it begins there. border: by how many pixels a prior's box may reach outside the image,
-    None: by any number; the right and the lower edge count as outside, as there.
+    An image's own padding makes its sides multiples of 32, which may be less than the batch's padding. A cell lies
+    inside where its upper left corner does (MMDetection 3.x).
+
+    Args:
+        outputs: Maps and priors of a dense head.
+        strides: Stride of every level.
+        sizes: Height and width of every image inside the padding; None for no padding.
+        border: Pixels by which a prior's box may reach outside the image, None for any number. The right and the lower
+            edge count as outside, as in MMDetection.
+
+    Shape:
+        sizes (N, 2); result (N, P) bool.
     """
     maps, priors = next(iter(outputs.maps.values())), outputs.priors
     if sizes is None:
@@ -49,30 +59,50 @@ def valid_priors(outputs: Outputs, strides: Sequence[int], sizes: Tensor | None,
     return valid & (low >= -border).all(dim=1) & (high < sizes.flip(1)[:, None] + border).all(dim=2)
 
 
-def assign_all(assign: Assign, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None) -> Tensor:
-    """What `assign` says of all images, (N, P), of whose priors those of valid (N, P) take part, None: all."""
+def assign_batch(
+    assign: AssignFunction, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None
+) -> Tensor:
+    """Assign the priors of every image: (N, P) int64.
+
+    valid (N, P) bool: priors that take part, None for all.
+    """
     rows = [None] * len(targets) if valid is None else valid.unbind()
     return torch.stack([assign(priors, target, row) for target, row in zip(targets, rows, strict=True)])
 
 
-def cheapest(costs: Tensor, places: Tensor, count: int, valid: Tensor | None) -> Tensor:
-    """Whose each of `count` priors is, (count,), of G objects that claim M priors each, at places (G, M): the object of the lowest cost,
-    of equal ones the first. costs (G, M), infinite: no claim. Unclaimed ones are background."""
-    lowest = costs.new_full((count,), math.inf).scatter_reduce(0, places.flatten(), costs.flatten(), "amin")
-    index = torch.arange(len(costs), device=places.device)[:, None]  # (G, 1)
-    winners = torch.where(costs.isfinite() & (costs == lowest[places]), index, len(costs))
-    owner = winners.new_full((count,), len(costs)).scatter_reduce(0, places.flatten(), winners.flatten(), "amin")
-    return only(torch.where(owner < len(costs), owner, BACKGROUND), valid)
+def resolve_claims(costs: Tensor, indices: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """Assign every prior to the claiming instance of the lowest cost, the first of equal ones.
+
+    Args:
+        costs: Cost of every claim; infinite for no claim.
+        indices: The priors that each instance claims.
+        count: P, the number of priors.
+        valid: Priors that take part; None for all.
+
+    Shape:
+        costs and indices (G, M); valid (P,); result (P,) int64, unclaimed priors are background.
+    """
+    lowest = costs.new_full((count,), math.inf).scatter_reduce(0, indices.flatten(), costs.flatten(), "amin")
+    index = torch.arange(len(costs), device=indices.device)[:, None]  # (G, 1)
+    winners = torch.where(costs.isfinite() & (costs == lowest[indices]), index, len(costs))
+    assigned = winners.new_full((count,), len(costs)).scatter_reduce(0, indices.flatten(), winners.flatten(), "amin")
+    return ignore_invalid(torch.where(assigned < len(costs), assigned, BACKGROUND), valid)
 
 
-def only(owner: Tensor, valid: Tensor | None) -> Tensor:
-    """The same (P,), but ignored where not valid."""
-    return owner if valid is None else torch.where(valid, owner, IGNORED)
+def ignore_invalid(assigned: Tensor, valid: Tensor | None) -> Tensor:
+    """Mark priors (P,) as ignored where not valid."""
+    return assigned if valid is None else torch.where(valid, assigned, IGNORED)
 
 
 class Positives(NamedTuple):
-    """The priors of a batch that answer for objects, R of them: their image and prior, (R,) each, and their objects' boxes (R, 4) and
-    labels (R,)."""
+    """The R positive priors of a batch with their ground truth.
+
+    Attributes:
+        image: (R,) index of the image in the batch.
+        prior: (R,) index of the prior.
+        boxes: (R, 4) ground-truth box.
+        labels: (R,) ground-truth class.
+    """
 
     image: Tensor
     prior: Tensor
@@ -80,28 +110,39 @@ class Positives(NamedTuple):
     labels: Tensor
 
 
-def positives(owners: Tensor, targets: Sequence[Target]) -> Positives:
-    """Of what `assign` gave for each image, (N, P). The one place in a loss where a GPU is waited for."""
-    image, prior = (owners >= 0).nonzero(as_tuple=True)
-    return Positives(image, prior, *objects(targets, image, owners[image, prior]))
+def gather_positives(assigned: Tensor, targets: Sequence[Target]) -> Positives:
+    """Collect the positives of an assignment (N, P). It is the only GPU synchronisation in a loss."""
+    image, prior = (assigned >= 0).nonzero(as_tuple=True)
+    return Positives(image, prior, *gather_instances(targets, image, assigned[image, prior]))
 
 
-def objects(targets: Sequence[Target], image: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (R, 4), of float32 at least, and labels (R,) of the objects with numbers owned (R,) in the images image (R,)."""
+def gather_instances(targets: Sequence[Target], image: Tensor, instance: Tensor) -> tuple[Tensor, Tensor]:
+    """Collect boxes (R, 4), at least float32, and labels (R,) of ground-truth instances.
+
+    image, instance (R,): index of the image in the batch, and of the instance in the image.
+    """
     boxes, labels = (
-        pad_sequence([getattr(t, name) for t in targets], batch_first=True)[image, owned]
+        pad_sequence([getattr(t, name) for t in targets], batch_first=True)[image, instance]
         for name in ("boxes", "labels")
     )
     return boxes.to(torch.promote_types(boxes.dtype, torch.float32)), labels
 
 
 @dataclass(frozen=True)
-class MaxIoU:
-    """By overlap (Faster R-CNN, 2015, 3.1.2, as MMDetection 3.x settles ties).
+class MaxIoUAssigner:
+    """Assignment by IoU; ties as in MMDetection 3.x.
 
-    A prior takes the object that it overlaps most, if by `positive` or more; below `negative` it is background; between
-    them it is ignored. With `low_quality`, each object also takes the priors that overlap it most, if by `min_positive`
-    or more and at all; where two objects claim one prior, the later object has it.
+    A prior is assigned to the instance with which its IoU is largest.
+
+    Args:
+        positive: IoU from which the prior is positive.
+        negative: IoU below which it is background; between the two it is ignored.
+        min_positive: Least IoU of a low-quality match, above 0 in any case.
+        low_quality: Each instance also takes the priors with which its IoU is largest. Of several instances that claim
+            a prior so, the last one takes it.
+
+    References:
+        "Faster R-CNN", Ren et al., 2015, section 3.1.2.
     """
 
     positive: float | Tensor = 0.5
@@ -110,42 +151,48 @@ class MaxIoU:
     low_quality: bool = True
 
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
-        """(P,) int64: the object's index, -1 background, -2 ignored."""
-        return self.match(priors.boxes, target, valid)[0]
+        """Assign the priors of an image, as `protocols.Assigner` says."""
+        return self.match_boxes(priors.boxes, target, valid)[0]
 
     @torch.no_grad()
-    def match(self, boxes: Tensor, target: Target, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """For boxes (P, 4) the same (P,), and the largest overlap (P,) of each with an object."""
+    def match_boxes(self, boxes: Tensor, target: Target, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Assign boxes (P, 4): the assignment (P,), and every box's largest IoU (P,) with an instance."""
         if valid is not None:
-            boxes = boxes.masked_fill(~valid[:, None], 0)  # an empty box overlaps nothing
+            boxes = boxes.masked_fill(~valid[:, None], 0)  # an empty box has IoU 0
         best = boxes.new_zeros(len(boxes))
-        owner = torch.full((len(boxes),), BACKGROUND, device=best.device)
-        claimed = owner.clone()
-        for first in range(0, len(target), OBJECTS_AT_ONCE):
-            overlap = box_iou(target.boxes[first : first + OBJECTS_AT_ONCE].to(best.dtype), boxes)  # (G', P)
-            value, index = overlap.max(dim=0)
-            better = value > best  # an earlier object keeps a tie
-            best, owner = torch.where(better, value, best), torch.where(better, index + first, owner)
+        assigned = torch.full((len(boxes),), BACKGROUND, device=best.device)
+        claimed = assigned.clone()
+        for first in range(0, len(target), INSTANCES_AT_ONCE):
+            ious = box_iou(target.boxes[first : first + INSTANCES_AT_ONCE].to(best.dtype), boxes)  # (G', P)
+            value, index = ious.max(dim=0)
+            higher = value > best  # the earlier instance keeps a tie
+            best, assigned = torch.where(higher, value, best), torch.where(higher, index + first, assigned)
             if self.low_quality:
-                peak = overlap.max(dim=1, keepdim=True).values
-                claims = (overlap == peak) & (peak >= self.min_positive) & (peak > 0)
-                rank = torch.arange(1, len(overlap) + 1, device=best.device)[:, None]
+                peak = ious.max(dim=1, keepdim=True).values
+                claims = (ious == peak) & (peak >= self.min_positive) & (peak > 0)
+                rank = torch.arange(1, len(ious) + 1, device=best.device)[:, None]
                 last = (claims * rank).amax(dim=0)
                 claimed = torch.where(last > 0, last - 1 + first, claimed)
-        assigned = torch.where(best >= self.positive, owner, torch.where(best < self.negative, BACKGROUND, IGNORED))
-        return only(torch.where(claimed >= 0, claimed, assigned), valid), best
+        assigned = torch.where(best >= self.positive, assigned, torch.where(best < self.negative, BACKGROUND, IGNORED))
+        return ignore_invalid(torch.where(claimed >= 0, claimed, assigned), valid), best
 
 
 @dataclass(frozen=True)
-class PointInBox:
-    """By place and size (FCOS, 2019, 3.1 and 3.2, as MMDetection 3.x settles ties).
+class PointInBoxAssigner:
+    """Assignment by location and size; ties as in MMDetection 3.x.
 
-    A point, the centre of a prior, answers for an object whose box it lies inside and whose farthest side is at a distance in its
-    level's range, both ends included; of several, for the one of smallest area, and of equal areas for the first. The others are
-    background.
-    limits: between the ranges of neighbouring levels, in pixels; the first range begins at 0, the last has no end.
-    radius: center sampling: a point must also be nearer than radius * stride to the box's centre, along x and y; None, all of the
-    box counts.
+    A point, the centre of a prior, is positive for an instance whose box contains it and whose farthest side is at a
+    distance within the range of the point's level, both ends included. Of several instances it takes the one of the
+    smallest area, of equal areas the first. All other points are background.
+
+    Args:
+        limits: Limits between the ranges of neighbouring levels, in pixels. The first range begins at 0, the last has
+            no end.
+        radius: Centre sampling: a point must also be nearer than radius * stride to the box's centre, along x and y.
+            None for the whole box.
+
+    References:
+        "FCOS", Tian et al., 2019, sections 3.1 and 3.2.
     """
 
     limits: tuple[float, ...]
@@ -153,21 +200,22 @@ class PointInBox:
 
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
-        """(P,) int64: the object's index, -1 background, -2 not valid."""
-        points = centres(priors.boxes)  # (P, 2)
+        """Assign the priors of an image, as `protocols.Assigner` says."""
+        points = box_centres(priors.boxes)  # (P, 2)
         ends = [0.0, *self.limits, math.inf]
         low, high = (torch.cat([points.new_full((n,), e) for n, e in zip(priors.counts, ends[i:])]) for i in (0, 1))
         smallest = points.new_full((len(priors),), math.inf)
-        owner = torch.full((len(priors),), BACKGROUND, device=points.device)
-        for first in range(0, len(target), OBJECTS_AT_ONCE):
-            boxes = target.boxes[first : first + OBJECTS_AT_ONCE].to(points.dtype)
-            sides = to_distances(points, boxes[:, None])  # (G', P, 4)
+        assigned = torch.full((len(priors),), BACKGROUND, device=points.device)
+        for first in range(0, len(target), INSTANCES_AT_ONCE):
+            boxes = target.boxes[first : first + INSTANCES_AT_ONCE].to(points.dtype)
+            sides = boxes_to_distances(points, boxes[:, None])  # (G', P, 4)
             farthest = sides.amax(dim=2)
             fits = (sides.amin(dim=2) > 0) & (farthest >= low) & (farthest <= high)
             if self.radius is not None:
-                away = (points - centres(boxes)[:, None]).abs().amax(dim=2)
+                away = (points - box_centres(boxes)[:, None]).abs().amax(dim=2)
                 fits &= away < self.radius * priors.strides
             area, index = torch.where(fits, box_area(boxes)[:, None], math.inf).min(dim=0)
-            better = area < smallest  # an earlier object keeps a tie
-            smallest, owner = torch.where(better, area, smallest), torch.where(better, index + first, owner)
-        return only(owner, valid)
+            smaller = area < smallest  # the earlier instance keeps a tie
+            smallest = torch.where(smaller, area, smallest)
+            assigned = torch.where(smaller, index + first, assigned)
+        return ignore_invalid(assigned, valid)

@@ -1,4 +1,4 @@
-"""Attention that more than one paper borrows."""
+"""Channel attention, shared by several modules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from fusedet.models.ops.layers import conv
 
 
 class ChannelAttention(nn.Module):
-    """sigmoid(MLP(average) + MLP(maximum)) of a map, one weight per channel (CBAM, Woo et al., 2018, eq. 2).
+    """Channel attention: sigmoid(MLP(average) + MLP(maximum)) of a map, one weight per channel.
 
-    One MLP for both, C -> C / reduction -> C with a ReLU between.
+    One MLP serves both: C -> C / reduction -> C with a ReLU between.
+
+    References:
+        "CBAM: Convolutional Block Attention Module", Woo et al., 2018, eq. 2.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -19,6 +22,6 @@ class ChannelAttention(nn.Module):
         self.mlp = nn.Sequential(conv(channels, hidden, 1), nn.ReLU(), conv(hidden, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to weights (N, C, 1, 1) in 0..1."""
+        """Compute the weights (N, C, 1, 1), in 0..1, of x (N, C, H, W)."""
         average, maximum = x.mean(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
         return (self.mlp(average) + self.mlp(maximum)).sigmoid()

@@ -1,27 +1,34 @@
-"""Boxes: anchors, the code between boxes and regression targets, and the project's one selection of final detections."""
+"""Boxes: anchors, box encoding and decoding, IoU, and the project's only non-maximum suppression."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from fusedet.types import Candidates, Features, Levels, Priors
+from fusedet.types import BatchDetections, Candidates, Features, Levels, Priors
 
 MAX_RATIO = abs(math.log(16 / 1000))
-"""The largest |dw|, |dh| that decoding takes: a box grows or shrinks by at most 62.5 (Fast R-CNN's convention)."""
+"""Bound on |dw| and |dh| in decoding: a box grows or shrinks by a factor of at most 62.5 (Fast R-CNN's convention)."""
 
 
-def anchor_shapes(
+def make_base_anchors(
     stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float], whole_sizes: bool = False
 ) -> Tensor:
-    """Anchors of one cell around the origin, (A, 4): ratios (height / width) outer, scales inner, not rounded.
+    """Make the anchors of one cell, centred on the origin and not rounded.
 
-    whole_sizes: the sizes of which the ratios make width and height are cut to whole pixels (torchvision's RetinaNet).
+    Args:
+        stride: Stride of the level, in pixels.
+        base_scale: Side of the smallest square anchor, in strides.
+        scales_per_octave: Number of sizes, base_scale * 2^(i / scales_per_octave) strides.
+        ratios: height / width of the anchors.
+        whole_sizes: Truncate the sizes to whole pixels before the ratios apply (torchvision's RetinaNet).
+
+    Returns:
+        (A, 4), A = len(ratios) * scales_per_octave: ratios outer, scales inner.
     """
     octaves = base_scale * 2.0 ** (torch.arange(scales_per_octave, dtype=torch.float64) / scales_per_octave)
     sizes = (stride * octaves).floor() if whole_sizes else stride * octaves
@@ -32,7 +39,17 @@ def anchor_shapes(
 
 
 def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor] | Tensor, offset: float = 0.0) -> Priors:
-    """Put each level's shapes (A, 4) on every cell of its map: x = (column + offset) * stride, y likewise."""
+    """Place each level's base anchors on every cell of its feature map.
+
+    Args:
+        features: Feature maps, of which only the sizes matter.
+        levels: Their strides.
+        shapes: Base anchors of every level around the origin.
+        offset: Position of the centre in its cell, in strides: x = (column + offset) * stride, y likewise.
+
+    Shape:
+        features: (N, C, H_l, W_l) per level; shapes: (A, 4) per level; result: P = sum of H_l * W_l * A priors.
+    """
     boxes, counts = [], []
     for feature, stride, shape in zip(features, levels.strides, shapes):
         h, w = feature.shape[-2:]
@@ -46,73 +63,75 @@ def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor] | T
     return Priors(torch.cat(boxes), strides, tuple(counts))
 
 
-def encode(priors: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes (P, 4) relative to priors (P, 4): centre shift in prior sizes, log of the size ratio (R-CNN, 2014, eq. 1-4 of its C)."""
+def encode_boxes(priors: Tensor, boxes: Tensor) -> Tensor:
+    """Encode boxes (P, 4) as deltas (P, 4) relative to priors (P, 4).
+
+    A delta is the shift of the centre in prior sizes, and the log of the ratio of sizes.
+
+    References:
+        "Rich feature hierarchies for accurate object detection and semantic segmentation" (R-CNN), Girshick et al.,
+        2014, appendix C, eq. 1 to 4.
+    """
     wh, target_wh = priors[:, 2:] - priors[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - priors[:, :2] - priors[:, 2:]) / 2 / wh
     return torch.cat([shift, (target_wh / wh).log()], dim=1)
 
 
-def decode(priors: Tensor, deltas: Tensor) -> Tensor:
-    """The inverse of `encode`: deltas (..., P, 4) on priors (P, 4), or (..., P, 4), to boxes (..., P, 4); sizes bounded by `MAX_RATIO`."""
+def decode_boxes(priors: Tensor, deltas: Tensor) -> Tensor:
+    """Decode deltas (..., P, 4) on priors (P, 4) or (..., P, 4) to boxes (..., P, 4), the inverse of `encode_boxes`.
+
+    `MAX_RATIO` bounds the change of size.
+    """
     wh = priors[..., 2:] - priors[..., :2]
     centre = (priors[..., :2] + priors[..., 2:]) / 2 + deltas[..., :2] * wh
     half = wh * deltas[..., 2:].clamp(-MAX_RATIO, MAX_RATIO).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def point_shapes(stride: int, scale: float = 1.0) -> Tensor:
-    """The one prior of a cell of a point head, (1, 4): a square of scale * stride around the point."""
+def make_base_points(stride: int, scale: float = 1.0) -> Tensor:
+    """Make the only prior of a point head's cell, (1, 4): a square of scale * stride pixels centred on the origin."""
     half = scale * stride / 2
     return torch.tensor([[-half, -half, half, half]])
 
 
-def centres(priors: Tensor) -> Tensor:
-    """The centres (..., 2) of boxes (..., 4)."""
+def box_centres(priors: Tensor) -> Tensor:
+    """Compute the centres (..., 2) of boxes (..., 4)."""
     return (priors[..., :2] + priors[..., 2:]) / 2
 
 
-def to_distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """How far the left, upper, right and lower side of boxes (..., 4) are from points (..., 2), negative outside (FCOS, 2019, eq. 1)."""
+def boxes_to_distances(points: Tensor, boxes: Tensor) -> Tensor:
+    """Compute the distances (..., 4) of points (..., 2) to the left, top, right and bottom side of boxes (..., 4).
+
+    A distance is negative for a point outside that side (FCOS, 2019, eq. 1).
+    """
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
-def from_distances(points: Tensor, distances: Tensor) -> Tensor:
-    """The inverse of `to_distances`: boxes (..., 4) from points (..., 2) and distances (..., 4)."""
+def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
+    """Compute boxes (..., 4) of points (..., 2) and distances (..., 4), the inverse of `boxes_to_distances`."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
 
 
-def iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """The overlap (...) of boxes a (..., 4), each with its partner in b (..., 4); a union counts as at least eps square pixels."""
+def aligned_iou(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+    """Compute the IoU (...) of every box in a (..., 4) with the box at the same index in b (..., 4).
+
+    A union counts as at least eps square pixels.
+    """
     width, height = (
         (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(dim=-1)
     )
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a.unbind(dim=-1), b.unbind(dim=-1))]
-    shared = width * height
-    return shared / (areas[0] + areas[1] - shared).clamp(min=eps)
+    intersection = width * height
+    return intersection / (areas[0] + areas[1] - intersection).clamp(min=eps)
 
 
-def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (N, P, 4) moved inside images of sizes (N, 2), height and width."""
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Clip boxes (N, P, 4) to images of sizes (N, 2), height and width."""
     limit = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)  # (N, 1, 4): w, h, w, h
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-class Selected(NamedTuple):
-    """Final detections of a batch, best first, padded to D: boxes (N, D, 4), scores (N, D), labels (N, D), and how many are real (N,)."""
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    counts: Tensor
-
-    def trimmed(self) -> Selected:
-        """Without the places that no image fills; a GPU is waited for."""
-        most = int(self.counts.max())
-        return Selected(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts)
-
-
-def select(
+def select_detections(
     candidates: Candidates,
     sizes: Tensor,
     level_counts: Sequence[int],
@@ -121,13 +140,27 @@ def select(
     iou: float = 0.5,
     pre_nms: int = 1000,
     max_det: int = 100,
-) -> Selected:
-    """The one non-maximum suppression of the project.
+) -> BatchDetections:
+    """Select the final detections by score and class-wise non-maximum suppression.
 
-    candidates of P priors, sizes (N, 2) of the images, level_counts the priors per level.
-    Per level the `pre_nms` best pairs of prior and class stay, then those above `score` whose clipped box has an area,
-    then class-wise suppression above `iou` in the order of score times quality, then the `max_det` best (MMDetection 3.x).
-    No branch depends on the data, so that torch.export takes it.
+    The steps are MMDetection 3.x's. No branch depends on the data, so that the function exports.
+
+    1. Keep the `pre_nms` pairs of prior and class with the highest scores of every level.
+    2. Keep those above `score` whose clipped box has an area.
+    3. Suppress, class by class, in the order of score times quality.
+    4. Keep the `max_det` best.
+
+    Args:
+        candidates: Boxes, scores and quality of P priors.
+        sizes: Height and width of every image inside the padding.
+        level_counts: Number of priors per level.
+        score: Minimum score.
+        iou: IoU above which the box with the lower score is suppressed.
+        pre_nms: Pairs per level that enter the suppression.
+        max_det: Detections per image, D.
+
+    Shape:
+        sizes (N, 2); result: boxes (N, D, 4), scores (N, D), labels (N, D), counts (N,).
     """
     boxes, scores, quality = candidates
     top = [_best_pairs(level, pre_nms) for level in scores.split(list(level_counts), dim=1)]
@@ -135,40 +168,47 @@ def select(
     confidence = torch.cat([values for values, _, _ in top], dim=1)  # (N, M)
     rows = torch.cat([rows + start for (_, rows, _), start in zip(top, starts)], dim=1)
     labels = torch.cat([classes for _, _, classes in top], dim=1)
-    if boxes.ndim == 4:  # a box for each class
-        places, boxes = rows * scores.shape[2] + labels, boxes.flatten(1, 2)
+    if boxes.ndim == 4:  # class-specific boxes
+        indices, boxes = rows * scores.shape[2] + labels, boxes.flatten(1, 2)
     else:
-        places = rows
-    chosen = clip(boxes.gather(1, places[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
+        indices = rows
+    chosen = clip_boxes(boxes.gather(1, indices[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
     final = confidence if quality is None else confidence * quality.gather(1, rows)
-    span = chosen.detach().amax() + 1  # classes are moved apart by more than any box is wide
-    picked = []
+    span = (
+        chosen.detach().amax() + 1
+    )  # offsets per class, larger than any box, keep classes from suppressing each other
+    per_image = []
     for b, c, s, k in zip(chosen.unbind(), confidence.unbind(), final.unbind(), labels.unbind()):
         real = (c > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
         b, s, k = b[real], s[real], k[real]
-        keep = _best_apart(b + (k * span)[:, None], s, iou)
+        keep = _nms(b + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
-        place = keep[
+        index = keep[
             torch.minimum(torch.arange(max_det, device=keep.device), count)
-        ]  # an unused place reads one of the two rows of zeros
-        picked.append((*(torch.cat([x, x.new_zeros(2, *x.shape[1:])])[place] for x in (b, s, k)), count))
-    return Selected(*(torch.stack(column) for column in zip(*picked)))
+        ]  # unused entries read one of the two rows of zeros
+        per_image.append((*(torch.cat([x, x.new_zeros(2, *x.shape[1:])])[index] for x in (b, s, k)), count))
+    return BatchDetections(*(torch.stack(column) for column in zip(*per_image)))
 
 
 @torch.no_grad()
-def survivors(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """(N, M) bool: which boxes (N, M, 4) no better one of the same image overlaps by more than `iou`, in the order of scores (N, M)."""
-    if boxes.is_meta:  # only shapes are asked for
+def nms_keep_mask(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Compute which boxes survive non-maximum suppression, image by image.
+
+    Shape:
+        boxes (N, M, 4); scores (N, M); result (N, M) bool.
+    """
+    if boxes.is_meta:  # only shapes matter on the meta device
         return torch.ones_like(scores, dtype=torch.bool)
-    nobody = torch.zeros(boxes.shape[1] + 2, dtype=torch.bool, device=boxes.device)
-    alive = [nobody.scatter(0, _best_apart(b, s, iou), True)[:-2] for b, s in zip(boxes.unbind(), scores.unbind())]
+    none = torch.zeros(boxes.shape[1] + 2, dtype=torch.bool, device=boxes.device)
+    alive = [none.scatter(0, _nms(b, s, iou), True)[:-2] for b, s in zip(boxes.unbind(), scores.unbind())]
     return torch.stack(alive)
 
 
-def _best_apart(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
-    """Best first, the indices of boxes (M, 4), none at negative places, that no better one overlaps by more than `iou`; then M and M + 1.
+def _nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Return the indices of the boxes (M, 4) that survive, highest score first, then M and M + 1.
 
-    These two stand for boxes outside of everything: what torch.export makes of nms takes no answer of fewer than two.
+    The last two are boxes outside of all images, whose coordinates are negative: an exported nms needs at least two
+    results.
     """
     outside = boxes.new_tensor([[-9.0, -9, -8, -8], [-6, -6, -5, -5]])
     every = torch.cat([scores.float(), scores.new_full((2,), -2.0).float()])
@@ -176,9 +216,9 @@ def _best_apart(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 
 
 def _best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (prior, class) pairs of a level (N, P, K): their scores, priors and classes, each (N, min(limit, P * K)).
+    """Return the best (prior, class) pairs of a level's scores (N, P, K): scores, priors, classes, (N, limit) each.
 
-    A pair among the best `limit` has its prior among the best `limit` by its best class, so only those are sorted.
+    A pair among the best `limit` has its prior among the best `limit` by their best class, so only those are sorted.
     """
     classes = scores.shape[2]
     rows = scores.amax(dim=2).topk(min(limit, scores.shape[1]), dim=1).indices  # (N, R)

@@ -1,4 +1,9 @@
-"""Deformable convolutions: "Deformable Convolutional Networks", Dai et al., 2017 (v1), and Zhu et al., 2019 (v2, modulated)."""
+"""Deformable convolutions.
+
+References:
+    "Deformable Convolutional Networks", Dai et al., 2017 (v1).
+    "Deformable ConvNets v2: More Deformable, Better Results", Zhu et al., 2019 (v2, modulated).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,13 @@ from fusedet.models.ops.precision import without_autocast
 
 
 class DeformConv(nn.Module):
-    """A convolution that samples at given offsets; keeps the size at stride 1.
+    """Deformable convolution with given offsets; keeps the size at stride 1.
 
-    weight (outputs, inputs / groups, kernel, kernel); bias (outputs,) where asked. The sampling has kernels for float32 alone, so that
-    is what it computes in; the result has the type of the input.
+    It computes in float32, the only type that the sampling kernels support; the result has the input's type.
+
+    Attributes:
+        weight: (outputs, inputs / groups, kernel, kernel).
+        bias: (outputs,) or None.
     """
 
     bias: nn.Parameter | None
@@ -37,9 +45,14 @@ class DeformConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W), offset (N, 2 * kernel^2, H', W') in cells as (dy, dx) pairs row by row, mask (N, kernel^2, H', W') or None."""
+        """Convolve at the sampling points moved by `offset`, the samples scaled by `mask`.
+
+        Shape:
+            x (N, C, H, W); offset (N, 2 * kernel^2, H', W'), in cells, (dy, dx) pairs row by row; mask
+            (N, kernel^2, H', W') or None; result (N, outputs, H', W').
+        """
         bias = None if self.bias is None else self.bias.float()
-        # the same by two ways: torchvision's kernel for the CPU is slower than sampling rows (benchmarks/operators.py)
+        # both compute the same: on a CPU torchvision's kernel is slower than sampling rows (benchmarks/operators.py)
         convolve = deform_conv2d_by_rows if x.device.type == "cpu" else deform_conv2d
         with without_autocast(x):
             y = convolve(
@@ -56,8 +69,10 @@ class DeformConv(nn.Module):
 
 
 class DeformPack(DeformConv):
-    """A deformable convolution that predicts its own offsets, and its mask where `modulated`; starts as the plain convolution
-    (times one half where modulated, as a sigmoid starts)."""
+    """Deformable convolution that predicts its own offsets and, where `modulated`, its mask.
+
+    It starts as the plain convolution, times 0.5 where modulated: the sigmoid of 0.
+    """
 
     def __init__(
         self,
@@ -77,7 +92,7 @@ class DeformPack(DeformConv):
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, offset: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) to (N, outputs, H', W')."""
+        """Convolve x (N, C, H, W) to (N, outputs, H', W'); offset and mask are predicted from x."""
         offset = self.offset(x)
         if self.modulated:
             offset, logits = offset.split([2 * self.points, self.points], dim=1)
@@ -86,7 +101,7 @@ class DeformPack(DeformConv):
 
 
 def offset_convolutions(module: nn.Module) -> set[nn.Module]:
-    """The convolutions inside that predict offsets."""
+    """Return the convolutions inside a module that predict offsets."""
     return {m.offset for m in module.modules() if isinstance(m, DeformPack)}
 
 
@@ -100,10 +115,10 @@ def deform_conv2d_by_rows(
     dilation: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`torchvision.ops.deform_conv2d` of one offset group, by torch's own operations; its arguments, with square kernels.
+    """Compute `torchvision.ops.deform_conv2d` of one offset group and square kernels by torch's own operations.
 
-    A map in channels_last is a table of rows of C numbers, and a sample a weighted sum of four rows: an embedding bag. What it samples,
-    9 C numbers per cell for a 3x3 kernel, is kept for the backward pass.
+    A feature map in channels_last is a table of rows of C numbers, and a sample is a weighted sum of four rows: an
+    embedding bag. The samples, 9 C numbers per cell for a 3x3 kernel, are saved for the backward pass.
     """
     kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
     samples = sample_rows(x, offset, kernel, stride, padding, dilation, mask)  # (N, H' * W', K, C)
@@ -125,7 +140,10 @@ def deform_conv2d_by_rows(
 def sample_rows(
     x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int, mask: Tensor | None
 ) -> Tensor:
-    """x (N, C, H, W) at every point of every cell's kernel, moved by its offset, bilinear, 0 outside: (N, H' * W', kernel^2, C)."""
+    """Sample x (N, C, H, W) at every cell's kernel points plus offsets: (N, H' * W', kernel^2, C).
+
+    Samples are bilinear, and 0 outside the map.
+    """
     (n, channels, height, width), (rows, columns) = x.shape, offset.shape[2:]
     steps = torch.arange(kernel, device=x.device) * dilation - padding
     moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 3, 4, 1)  # (2, N, H', W', K), dy and dx
@@ -133,19 +151,19 @@ def sample_rows(
     x_ = moves[1] + (torch.arange(columns, device=x.device) * stride)[:, None] + steps.repeat(kernel)
     top, left = y.detach().floor(), x_.detach().floor()
     first = (torch.arange(n, device=x.device) * height * width)[:, None, None, None]  # of each image's rows
-    places, shares = [], []
-    for i, share_y in ((top, top + 1 - y), (top + 1, y - top)):
-        for j, share_x in ((left, left + 1 - x_), (left + 1, x_ - left)):
+    indices, weights_of_corners = [], []
+    for i, weight_y in ((top, top + 1 - y), (top + 1, y - top)):
+        for j, weight_x in ((left, left + 1 - x_), (left + 1, x_ - left)):
             inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
-            # what is not a number points anywhere and stays so by its share
+            # a NaN offset may index any cell: its weight is NaN too
             cell = i.nan_to_num().clamp(0, height - 1) * width + j.nan_to_num().clamp(0, width - 1)
-            places.append(cell.long() + first)
-            shares.append(share_y * share_x * inside)
-    share = torch.stack(shares, dim=-1)  # (N, H', W', K, 4)
+            indices.append(cell.long() + first)
+            weights_of_corners.append(weight_y * weight_x * inside)
+    corner_weights = torch.stack(weights_of_corners, dim=-1)  # (N, H', W', K, 4)
     if mask is not None:
-        share = share * mask.permute(0, 2, 3, 1)[..., None]
+        corner_weights = corner_weights * mask.permute(0, 2, 3, 1)[..., None]
     table = x.permute(0, 2, 3, 1).reshape(-1, channels)
     samples = F.embedding_bag(
-        torch.stack(places, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=share.view(-1, 4)
+        torch.stack(indices, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=corner_weights.view(-1, 4)
     )
     return samples.view(n, rows * columns, kernel**2, channels)

@@ -1,13 +1,14 @@
-"""Which object each detection of an image found: the one rule behind the confusion matrix and the images of mistakes."""
+"""Which object each detection of an image found: the one rule behind the confusion matrix and the images of
+mistakes."""
 
 from __future__ import annotations
 
 import numpy as np
 
-FALSE, EXCUSED = -1, -2
+FALSE_POSITIVE, IGNORED = -1, -2
 
 
-def owners(
+def match_greedily(
     boxes: np.ndarray,
     labels: np.ndarray,
     truth: np.ndarray,
@@ -16,13 +17,13 @@ def owners(
     idle_classes: np.ndarray,
     iou: float,
 ) -> np.ndarray:
-    """Whose object each detection is: (D,) index into truth, FALSE (-1) or EXCUSED (-2).
+    """Whose object each detection is: (D,) index into truth, FALSE_POSITIVE (-1) or IGNORED (-2).
 
     boxes (D, 4), best first, truth (G, 4) and idle (I, 4), ignored objects, are xyxy. Best first, a detection takes the
     free object, of any class, that it overlaps most and by at least `iou`; of equal overlaps one of its own class. A
     detection that takes none is excused where at least `iou` of its own area lies in an ignored object of its class.
     """
-    owner = np.full(len(boxes), FALSE)
+    owner = np.full(len(boxes), FALSE_POSITIVE)
     inner, area, true_area = _overlap(boxes, truth)
     overlap = np.divide(inner, area[:, None] + true_area - inner, out=np.zeros_like(inner), where=inner > 0)
     for d in range(len(boxes) if len(truth) else 0):
@@ -32,7 +33,7 @@ def owners(
             overlap[:, g] = 0  # taken
     inner, area, _ = _overlap(boxes, idle)
     inside = (inner >= iou * area[:, None]) & (inner > 0) & (labels[:, None] == idle_classes)
-    owner[(owner == FALSE) & inside.any(axis=1)] = EXCUSED
+    owner[(owner == FALSE_POSITIVE) & inside.any(axis=1)] = IGNORED
     return owner
 
 

@@ -1,4 +1,4 @@
-"""Images on their way into the body."""
+"""Image preprocessing on the device: normalisation and zero padding."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
-def normalise(
+def normalise_images(
     images: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """uint8 images (N, 3, H, W) times scale plus shift (3, 1, 1), in channels_last; the padding outside sizes (N, 2) is 0 after it."""
+    """Normalise uint8 images to images * scale + shift, in channels_last; the padding is 0 afterwards.
+
+    Shape:
+        images (N, 3, H, W) uint8; scale and shift (3, 1, 1); sizes (N, 2), height and width inside the padding, None
+        for no padding; result (N, 3, H, W) of `dtype`.
+    """
     x = torch.addcmul(shift, images.to(scale.dtype, memory_format=torch.channels_last), scale).to(dtype)
     if sizes is None:
         return x

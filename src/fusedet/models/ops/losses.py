@@ -1,4 +1,4 @@
-"""Losses, summed, and the normaliser that all ranks share."""
+"""Classification and IoU losses, and the normaliser averaged over ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_area
 
-from fusedet.models.ops.boxes import iou
+from fusedet.models.ops.boxes import aligned_iou
 
 
 @torch.no_grad()
 def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
-    """The mean of a count over all processes, at least `least`; float. One process: the count itself."""
+    """Average a count over all ranks; float, at least `least`. Without distributed training it is the count itself."""
     count = count.detach().float().clone()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
@@ -24,50 +24,76 @@ def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
 
 
 def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
-    """-log IoU (R,) of boxes and targets (R, 4) in the same row ("UnitBox", Yu et al., 2016); an overlap counts as at least eps."""
-    return -iou(boxes, targets, eps).clamp(min=eps).log()
+    """Compute -log IoU (R,) of boxes and targets (R, 4), row by row; an IoU counts as at least eps.
+
+    References:
+        "UnitBox: An Advanced Object Detection Network", Yu et al., 2016.
+    """
+    return -aligned_iou(boxes, targets, eps).clamp(min=eps).log()
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
-    """1 - GIoU (R,) of boxes and targets (R, 4) in the same row (Rezatofighi et al., 2019, algorithm 2); areas count as at least eps.
+    """Compute 1 - GIoU (R,) of boxes and targets (R, 4), row by row; areas count as at least eps.
 
-    As torchvision.ops.generalized_box_iou_loss, but without its masks, for each of which a GPU is waited for.
+    The same as `torchvision.ops.generalized_box_iou_loss`, without its boolean masks, each of which synchronises with
+    the GPU.
+
+    References:
+        "Generalized Intersection over Union", Rezatofighi et al., 2019, algorithm 2.
     """
-    overlap = iou(boxes, targets, eps)
+    overlap = aligned_iou(boxes, targets, eps)
     union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(
         min=eps
     )  # as the shared area is overlap * union
     corners = [torch.minimum(boxes[:, :2], targets[:, :2]), torch.maximum(boxes[:, 2:], targets[:, 2:])]
-    hull = box_area(torch.cat(corners, dim=1)).clamp(min=eps)  # the smallest box around both
-    return 1 - overlap + (hull - union) / hull
+    enclosing = box_area(torch.cat(corners, dim=1)).clamp(min=eps)  # the smallest box around both
+    return 1 - overlap + (enclosing - union) / enclosing
 
 
-def sigmoid_focal(
+def sigmoid_focal_loss(
     logits: Tensor, counted: Tensor, rows: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Focal loss (RetinaNet, 2017, eq. 5) of logits (R, K), summed over rows and classes.
+    """Compute the sigmoid focal loss of logits, summed over rows and classes.
 
-    counted (R,) bool: the others, neither object nor background, have no loss. rows, labels (R+,) int64: the rows that answer for an
-    object, each counted and named once, and its class.
-    Nearly every entry is a negative, so all are taken as negatives at once, without a target matrix of their size, and
-    the few positive entries are exchanged.
+    Nearly every entry is a negative. All are computed as negatives at once, without a target matrix of their size, and
+    the few positive entries are replaced.
+
+    Args:
+        logits: One row per prior, all classes.
+        counted: Rows with a loss; the others are ignored.
+        rows: Indices of the positive rows, each counted and each once.
+        labels: Class of each positive row.
+        alpha: Weight of the positives; the negatives' is 1 - alpha.
+        gamma: Exponent of the modulating factor.
+
+    Shape:
+        logits (R, K); counted (R,) bool; rows and labels (R+,) int64; result: scalar.
+
+    References:
+        "Focal Loss for Dense Object Detection", Lin et al., 2017, eq. 5.
     """
     positive = logits[rows, labels].float()  # (R+,)
     p = positive.sigmoid()
-    exchange = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
-    return negative_focal(logits, counted, 1 - alpha, gamma) + exchange.sum()
+    replacement = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
+    return negative_focal_loss(logits, counted, 1 - alpha, gamma) + replacement.sum()
 
 
-def negative_focal(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
-    """The focal loss of logits (R, K) as if all were negatives: the sum of weight * p^gamma * BCE(p, 0) over the counted (R,) bool rows."""
+def negative_focal_loss(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
+    """Compute the focal loss of logits as if all were negatives.
+
+    It is the sum of weight * p^gamma * BCE(p, 0) over the counted rows.
+
+    Shape:
+        logits (R, K); counted (R,) bool; result: scalar.
+    """
     total: Tensor = _NegativeFocal.apply(logits, counted, weight, gamma)
     return total
 
 
 class _NegativeFocal(torch.autograd.Function):
-    """Sum over the rows that count of weight * sigmoid(x)^gamma * softplus(x).
+    """Sum over the counted rows of weight * sigmoid(x)^gamma * softplus(x).
 
-    The gradient is made in the forward pass, so that it is all that is kept of it.
+    The forward pass computes the gradient, so that nothing else is saved for the backward pass.
     """
 
     @staticmethod
@@ -81,7 +107,7 @@ class _NegativeFocal(torch.autograd.Function):
             # d/dx p^g s = p^g (g (1 - p) s + p)
             scale *= cost.mul_(1 - p).mul_(gamma).add_(p)
             ctx.dtype = logits.dtype
-            # float16 would round small gradients to zero before the loss scale has reached them
+            # float16 would round small gradients to zero before the loss scale multiplies them
             ctx.save_for_backward(scale if logits.dtype == torch.float16 else scale.to(logits.dtype))
         return total
 

@@ -1,4 +1,8 @@
-"""RepPoints' first assignment: "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019, section 4."""
+"""RepPoints' first label assignment.
+
+References:
+    "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019, section 4.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,29 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.ops.assigners import OBJECTS_AT_ONCE, cheapest
-from fusedet.models.ops.boxes import centres
+from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, resolve_claims
+from fusedet.models.ops.boxes import box_centres
 from fusedet.types import Priors, Target
 
-_LEAST_SIDE = 1e-6  # pixels that a box's side counts as at least
+_LEAST_SIDE = 1e-6  # lower bound of a box's side, in pixels
 
 
 @dataclass(frozen=True)
-class NearestPoint:
-    """By size and place (the paper's first stage, as MMDetection 3.x, where it is PointAssigner, settles what it leaves open).
+class PointAssigner:
+    """Assignment by size and location (the paper's first stage; details as in MMDetection 3.x's PointAssigner).
 
-    An object belongs to the level of stride 2^s with s = floor(log2(sqrt(width * height) / scale)), to the first or the last one where
-    there is none so fine or so coarse, and between two to the finer. There it claims the `pos_num` points, centres of priors, that are
-    nearest to its centre, distances along x and y being measured in its width and height. A point that several objects claim goes to
-    the nearest, of equally near ones to the first; all others are background.
-    Which of several equally distant points is claimed is left to torch.topk. Raises InputError for a scale of 0 or less and for
-    pos_num below 1.
+    An instance belongs to the level of stride 2^s, s = floor(log2(sqrt(width * height) / scale)); to the finest or the
+    coarsest level beyond the pyramid, and between two levels to the finer. There it claims the `pos_num` points,
+    centres of priors, nearest to its centre, with distances along x and y in units of its width and height. A point
+    that several instances claim takes the nearest, the first of equally near ones. All others are background.
+    `torch.topk` chooses among equally distant points.
+
+    Args:
+        scale: Size of an instance, in strides of its level.
+        pos_num: Points per instance.
+
+    Raises:
+        InputError: `scale` is 0 or less, or `pos_num` below 1.
     """
 
     scale: float = 4.0
@@ -38,30 +48,32 @@ class NearestPoint:
 
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
-        """(P,) int64: the object's index, -1 background, -2 not valid."""
-        points = centres(priors.boxes)
+        """Assign the priors of an image, as `protocols.Assigner` says."""
+        points = box_centres(priors.boxes)
         if valid is not None:
             points = points.masked_fill(~valid[:, None], torch.inf)
-        return cheapest(*self._claims(points, priors, target.boxes.to(points.dtype)), len(priors), valid)
+        return resolve_claims(*self._claims(points, priors, target.boxes.to(points.dtype)), len(priors), valid)
 
-    def _claims(self, every: Tensor, priors: Priors, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """The distances (G, M) of the nearest points of (P, 2), `pos_num` (or all) of every level, endless but on the object's own level,
-        and which ones they are."""
-        middle, sides = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
+    def _claims(self, points: Tensor, priors: Priors, instances: Tensor) -> tuple[Tensor, Tensor]:
+        """Return distances (G, M) and indices (G, M) of the nearest points (P, 2), `pos_num` of every level.
+
+        Distances are infinite except on the instance's own level.
+        """
+        centres, sides = box_centres(instances), (instances[:, 2:] - instances[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
         size = (sides / self.scale).log2().mean(dim=1)  # (G,)
         exponents = (
             torch.stack([strides[0] for strides in priors.strides.split(list(priors.counts))]).log2().floor()
         )  # (L,)
         level = ((size[:, None] >= exponents).sum(dim=1) - 1).clamp(min=0)  # (G,)
-        distances, places, start = [], [], 0
-        for i, points in enumerate(every.split(list(priors.counts))):
-            k = min(self.pos_num, len(points))
-            some = [
-                ((points - m[:, None]) / s[:, None]).norm(dim=2).topk(k, dim=1, largest=False)  # (G', k)
-                for m, s in zip(middle.split(OBJECTS_AT_ONCE), sides.split(OBJECTS_AT_ONCE))
+        distances, indices, start = [], [], 0
+        for i, level_points in enumerate(points.split(list(priors.counts))):
+            k = min(self.pos_num, len(level_points))
+            nearest = [
+                ((level_points - c[:, None]) / s[:, None]).norm(dim=2).topk(k, dim=1, largest=False)  # (G', k)
+                for c, s in zip(centres.split(INSTANCES_AT_ONCE), sides.split(INSTANCES_AT_ONCE))
             ]
             own = (level == i)[:, None]
-            distances.append(torch.where(own, torch.cat([found.values for found in some]), torch.inf))
-            places.append(start + torch.cat([found.indices for found in some]))
-            start += len(points)
-        return torch.cat(distances, dim=1), torch.cat(places, dim=1)
+            distances.append(torch.where(own, torch.cat([top.values for top in nearest]), torch.inf))
+            indices.append(start + torch.cat([top.indices for top in nearest]))
+            start += len(level_points)
+        return torch.cat(distances, dim=1), torch.cat(indices, dim=1)

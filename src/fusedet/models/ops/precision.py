@@ -1,4 +1,4 @@
-"""Steps that keep their own precision inside autocast."""
+"""Computation in its own precision inside autocast."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which nothing is cast on x's device (the meta device has no autocast: the CPU's stands in)."""
+    """Disable autocast on x's device; the meta device has no autocast and uses the CPU's."""
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)

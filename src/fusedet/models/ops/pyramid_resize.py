@@ -1,4 +1,4 @@
-"""Maps of all levels brought to one size and back (Libra R-CNN, 2019, section 3.2), and the refinement between the two."""
+"""Resizing of all levels to one size and back (Libra R-CNN, 2019, section 3.2), and the non-local block between."""
 
 from __future__ import annotations
 
@@ -13,36 +13,44 @@ from fusedet.types import Features
 Size = tuple[int, int]
 
 
-def shrink(x: Tensor, size: Size) -> Tensor:
-    """Adaptive max pooling of (N, C, H, W) to size; a plain window where the sizes divide, which is the same and much faster."""
+def max_pool_to(x: Tensor, size: Size) -> Tensor:
+    """Max-pool x (N, C, H, W) to a size; where the sizes divide, plain pooling is the same and much faster."""
     (height, width), (h, w) = x.shape[-2:], size
     if height % h == 0 and width % w == 0:
         return F.max_pool2d(x, (height // h, width // w))
     return F.adaptive_max_pool2d(x, size)
 
 
-def grow(x: Tensor, size: Size) -> Tensor:
-    """Nearest neighbours of (N, C, H, W) at size."""
+def upsample_nearest(x: Tensor, size: Size) -> Tensor:
+    """Upsample x (N, C, H, W) to a size by nearest neighbours."""
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def gather(features: Features, level: int) -> Features:
-    """Every level in the size of level number `level`: finer ones by max pooling, coarser ones by nearest neighbours."""
+def gather_levels(features: Features, level: int) -> Features:
+    """Resize all levels to the size of one: finer levels by max pooling, coarser ones by nearest neighbours."""
     size = (features[level].shape[-2], features[level].shape[-1])
-    return [shrink(f, size) if i < level else f if i == level else grow(f, size) for i, f in enumerate(features)]
+    return [
+        max_pool_to(f, size) if i < level else f if i == level else upsample_nearest(f, size)
+        for i, f in enumerate(features)
+    ]
 
 
-def scatter(x: Tensor, like: Tensor, place: int, level: int) -> Tensor:
-    """The way back of `gather`: a map of level number `level` in the size of `like`, which is level number `place`."""
+def scatter_level(x: Tensor, like: Tensor, index: int, level: int) -> Tensor:
+    """Resize a map of level number `level` to the size of `like`, level `index`: the inverse of `gather_levels`."""
     size = (like.shape[-2], like.shape[-1])
-    return grow(x, size) if place < level else x if place == level else shrink(x, size)
+    return upsample_nearest(x, size) if index < level else x if index == level else max_pool_to(x, size)
 
 
 class NonLocal(nn.Module):
-    """x + out(softmax(theta(x)^T phi(x)) g(x)), embedded Gaussian ("Non-local Neural Networks", Wang et al., 2018, eq. 6).
+    """Embedded Gaussian non-local block: x + out(softmax(theta(x)^T phi(x)) g(x)).
 
-    channels: of x and of the embeddings. scale: divide the products by the square root of channels. zero_init: the last convolution
-    starts at zero, so that the module starts as the identity.
+    Args:
+        channels: C of x and of the embeddings.
+        scale: Divide the products by sqrt(C).
+        zero_init: Initialise the last convolution with 0: the module starts as the identity.
+
+    References:
+        "Non-local Neural Networks", Wang et al., 2018, eq. 6.
     """
 
     def __init__(self, channels: int, scale: bool = True, zero_init: bool = True) -> None:
@@ -56,7 +64,7 @@ class NonLocal(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
+        """Apply the block to x (N, C, H, W)."""
         query, key, value = (m(x).flatten(2).transpose(1, 2) for m in (self.theta, self.phi, self.g))  # (N, H * W, C)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         return x + self.out(mixed.transpose(1, 2).reshape(x.shape))

@@ -1,4 +1,4 @@
-"""Losses of box regression, element by element; the caller sums them."""
+"""Box regression losses, element by element, without reduction."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import torch
 from torch import Tensor
 
 
-def l1(found: Tensor, wanted: Tensor) -> Tensor:
-    """|x| of the differences, in their shape."""
-    return (found - wanted).abs()
+def l1_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Compute |pred - target|, of their shape."""
+    return (pred - target).abs()
 
 
-def smooth_l1(found: Tensor, wanted: Tensor, beta: float | Tensor = 1.0) -> Tensor:
-    """x^2 / (2 beta) below beta, |x| - beta / 2 from there on ("Fast R-CNN", Girshick, 2015, eq. 3)."""
-    x = (found - wanted).abs()
+def smooth_l1_loss(pred: Tensor, target: Tensor, beta: float | Tensor = 1.0) -> Tensor:
+    """Compute the smooth L1 loss of x = |pred - target|: x^2 / (2 beta) below beta, x - beta / 2 from there on.
+
+    References:
+        "Fast R-CNN", Girshick, 2015, eq. 3.
+    """
+    x = (pred - target).abs()
     return torch.where(x < beta, 0.5 * x * x / beta, x - 0.5 * beta)
 
 
-def balanced_l1(found: Tensor, wanted: Tensor, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0) -> Tensor:
-    """alpha / b (b |x| + 1) ln(b |x| + 1) - alpha |x| below beta = 1, gamma |x| + C from there on ("Libra R-CNN", Pang et al., 2019,
-    eq. 9 and 10, with alpha ln(b + 1) = gamma); beta as MMDetection 3.x has it, its constant C included."""
-    x = (found - wanted).abs()
+def balanced_l1_loss(pred: Tensor, target: Tensor, alpha: float = 0.5, gamma: float = 1.5, beta: float = 1.0) -> Tensor:
+    """Compute the balanced L1 loss of x = |pred - target|.
+
+    It is alpha / b (b x + 1) ln(b x + 1) - alpha x below beta = 1, and gamma x + C from there on, with
+    alpha ln(b + 1) = gamma. Other values of beta, and the constant C, follow MMDetection 3.x.
+
+    References:
+        "Libra R-CNN", Pang et al., 2019, eq. 9 and 10.
+    """
+    x = (pred - target).abs()
     b = math.exp(gamma / alpha) - 1
     near = alpha / b * (b * x + 1) * (b * x / beta + 1).log() - alpha * x
     return torch.where(x < beta, near, gamma * x + gamma / b - alpha * beta)

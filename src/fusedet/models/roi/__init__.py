@@ -1,4 +1,4 @@
-"""The second look of two-stage detectors: a stage classifies regions and betters their boxes, a branch adds masks or better boxes."""
+"""RoI stages and branches of two-stage detectors: classification, box refinement and masks of proposals."""
 
 from fusedet.models.roi.box import BoxStage
 from fusedet.models.roi.dynamic import DynamicStage

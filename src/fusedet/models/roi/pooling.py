@@ -1,4 +1,8 @@
-"""From regions of interest to features of one size: RoIAlign on the level that fits a region (FPN, 2017, eq. 1)."""
+"""RoIAlign on the pyramid level that fits the size of an RoI.
+
+References:
+    "Feature Pyramid Networks for Object Detection", Lin et al., 2017, eq. 1.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,28 @@ from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
 from fusedet.models.ops.precision import without_autocast
-from fusedet.models.ops.roi_align_cpu import region_align
+from fusedet.models.ops.roi_align_cpu import roi_align_cpu
+from fusedet.models.protocols import RoIPooling
 from fusedet.types import Features, Levels
 
-Pooling = Callable[[int], nn.Module]
-"""What makes the pooling of a size, in cells a side."""
+PoolingFactory = Callable[[int], RoIPooling]
+"""Function from an output size, in cells per side, to a pooling."""
 
 
 class LevelPooling(nn.Module):
-    """RoIAlign of each region on one level: level k for sides of about finest_side * 2^k pixels.
+    """RoIAlign of each RoI on one level: level k for sides of about finest_side * 2^k pixels.
 
-    levels: of the pyramid; the first `count` of them are pooled from (the others, like P6, serve the proposals alone).
-    size: of the result, in cells a side. samples: along each side of such a cell; 0, as many as it is wide in the level's cells.
-    aligned: a level's cell speaks of its centre; without, of its upper left corner (torchvision's detectors, with samples=2).
+    Args:
+        levels: Levels of the pyramid.
+        size: Output size, in cells per side.
+        count: Number of levels to pool from, the finest ones; the others, such as P6, serve the proposals only.
+        finest_side: The finest level pools RoIs of less than twice this side, in pixels (FPN: 56).
+        samples: Sampling points per side of an output cell; 0 for as many as the cell has feature cells.
+        aligned: Feature cells stand for their centres; otherwise for their upper left corners (torchvision's
+            detectors, with samples=2).
+
+    Raises:
+        InputError: An option is out of its range.
     """
 
     def __init__(
@@ -37,44 +50,59 @@ class LevelPooling(nn.Module):
         super().__init__()
         if size < 1 or count < 1 or samples < 0 or not finest_side > 0:
             raise InputError(
-                f"size={size}, count={count}, finest_side={finest_side} must be above 0 and samples={samples} at least 0"
+                f"size={size}, count={count}, finest_side={finest_side} must be above 0, and samples={samples} 0 or "
+                "more"
             )
         self.size, self.strides, self.finest_side = size, levels.strides[:count], finest_side
         self.samples, self.aligned = samples, aligned
         self.channels = levels.channels[0]
 
     def forward(self, features: Features, rois: Tensor) -> Tensor:
-        """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to (M, C, size, size)."""
+        """Pool the features of every RoI.
+
+        Shape:
+            features: levels (N, C, H, W); rois (M, 5), index of the image in the batch, then a box in pixels; result
+            (M, C, size, size).
+        """
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
-        places = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
+        level = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
         pooled = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
-        if rois.is_meta:  # only shapes are asked for
+        if rois.is_meta:  # only shapes are computed
             return pooled
         for i, (feature, stride) in enumerate(zip(features, self.strides)):
-            here = (places == i).nonzero().squeeze(1)
-            pooled = pooled.index_copy(
-                0, here, align(feature, rois[here], self.size, stride, self.samples, self.aligned)
-            )
+            rows = (level == i).nonzero().squeeze(1)
+            own = align_level(feature, rois[rows], self.size, stride, self.samples, self.aligned)
+            pooled = pooled.index_copy(0, rows, own)
         return pooled
 
 
-def align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True) -> Tensor:
-    """RoIAlign of rois (M, 5) in pixels on a level (N, C, H, W): (M, C, size, size) of the level's type.
+def align_level(
+    feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True
+) -> Tensor:
+    """Apply RoIAlign on one level, in float32, because half precision shifts boxes.
 
-    samples: along each side of a cell; 0, as many as there are of the level's cells. Computed in float32: half precision moves boxes.
+    Args:
+        feature: (N, C, H, W).
+        rois: (M, 5), index of the image in the batch, then a box in pixels.
+        size: Output size, in cells per side.
+        stride: Stride of the level.
+        samples: Sampling points per side of an output cell; 0 for as many as the cell has feature cells.
+        aligned: Feature cells stand for their centres.
+
+    Returns:
+        (M, C, size, size) in the type of `feature`.
     """
     with without_autocast(feature):
-        if (
-            feature.is_cpu and not torch.compiler.is_compiling()
-        ):  # what is exported has torchvision's operator, which runtimes know
-            return region_align(feature.float(), rois.float(), size, stride, samples, aligned).to(feature.dtype)
+        # an exported model has torchvision's operator, which runtimes know
+        if feature.is_cpu and not torch.compiler.is_compiling():
+            return roi_align_cpu(feature.float(), rois.float(), size, stride, samples, aligned).to(feature.dtype)
         return roi_align(feature.float(), rois.float(), size, 1 / stride, sampling_ratio=samples, aligned=aligned).to(
             feature.dtype
         )
 
 
-def with_images(boxes: Tensor) -> Tensor:
-    """Boxes (N, R, 4) as rois (N * R, 5): the image's number before each."""
+def boxes_to_rois(boxes: Tensor) -> Tensor:
+    """Put the index of the image before each box: boxes (N, R, 4) to rois (N * R, 5)."""
     n, r = boxes.shape[:2]
-    numbers = torch.arange(n, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(n, r, 1)
-    return torch.cat([numbers, boxes], dim=2).flatten(0, 1)
+    index = torch.arange(n, device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(n, r, 1)
+    return torch.cat([index, boxes], dim=2).flatten(0, 1)

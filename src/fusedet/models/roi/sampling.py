@@ -1,4 +1,8 @@
-"""Which proposals a stage learns from: assigned by overlap, objects themselves added, sampled (Fast R-CNN, 2015, 2.3)."""
+"""Training samples of an RoI stage: proposals and ground-truth boxes, assigned by IoU, then sampled.
+
+References:
+    "Fast R-CNN", Girshick, 2015, section 2.3.
+"""
 
 from __future__ import annotations
 
@@ -11,73 +15,84 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fusedet.models.ops.assigners import IGNORED, MaxIoU, objects
+from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, gather_instances
 from fusedet.models.ops.samplers import Sampler
 from fusedet.types import Proposals, Target
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Regions of a batch to learn from, image by image.
+class RoISamples:
+    """RoIs of a batch that a stage is trained on, ordered by image.
 
-    rois (S, 5), the image's number and a box in pixels; owners (S,) int64, the object's index within its image, -1 background;
-    image (S,) int64; added (S,) bool, the region is an object's own box.
+    Attributes:
+        rois: (S, 5), index of the image in the batch, then a box.
+        instances: (S,) int64, index of the ground-truth instance within its image, -1 for background.
+        image: (S,) int64, index of the image in the batch.
+        is_ground_truth: (S,) bool, whether the box is that of an instance itself.
     """
 
     rois: Tensor
-    owners: Tensor
+    instances: Tensor
     image: Tensor
-    added: Tensor | None = None
+    is_ground_truth: Tensor | None = None
 
     @cached_property
     def positive(self) -> Tensor:
-        """The rows (R,) of those that answer for an object; the first look waits for a GPU."""
-        return (self.owners >= 0).nonzero().squeeze(1)
+        """(R,) int64: indices of the positive samples. The first access synchronises with the GPU."""
+        return (self.instances >= 0).nonzero().squeeze(1)
 
-    def objects(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-        """Boxes (R, 4) and labels (R,) of the positive ones' objects."""
-        return objects(targets, self.image[self.positive], self.owners[self.positive])
+    def gather(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+        """Gather the positive samples' instances: their boxes (R, 4) and labels (R,)."""
+        return gather_instances(targets, self.image[self.positive], self.instances[self.positive])
 
 
-class Matched(NamedTuple):
-    """The objects' own boxes, then the proposals of a batch: boxes (N, P, 4), owners (N, P), -1 background and -2 padding, overlaps
-    (N, P) with the nearest object, -1 for padding; objects, how many of P are places of objects."""
+class MatchedProposals(NamedTuple):
+    """The ground-truth boxes of every image, then its proposals, padded to P.
+
+    Attributes:
+        boxes: (N, P, 4).
+        instances: (N, P), index of the assigned instance, -1 for background, -2 for padding.
+        overlaps: (N, P), largest IoU with an instance, -1 for padding.
+        num_ground_truth: How many of the P boxes are ground truth.
+    """
 
     boxes: Tensor
-    owners: Tensor
+    instances: Tensor
     overlaps: Tensor
-    objects: int
+    num_ground_truth: int
 
 
 @torch.no_grad()
-def match(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> Matched:
-    """Proposals, with the objects added, that overlap an object by `positive` or more are its own."""
-    assigner = MaxIoU(positive, positive, low_quality=False)
-    found = [assigner.match(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)]
-    owners, overlaps = (torch.stack(column) for column in zip(*found))  # (N, R)
-    real = torch.arange(owners.shape[1], device=owners.device) < proposals.counts[:, None]
-    objects = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)
-    numbers = torch.arange(objects.shape[1], device=owners.device)
-    present = numbers < torch.tensor([len(t) for t in targets], device=owners.device)[:, None]
-    return Matched(
-        torch.cat([objects, proposals.boxes], dim=1),
-        torch.cat([torch.where(present, numbers, IGNORED), torch.where(real, owners, IGNORED)], dim=1),
-        torch.cat([2.0 * present - 1, torch.where(real, overlaps, -1)], dim=1),
-        objects.shape[1],
+def match_proposals(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> MatchedProposals:
+    """Assign each proposal to the instance of its largest IoU, from `positive` on; add the ground-truth boxes."""
+    assigner = MaxIoUAssigner(positive, positive, low_quality=False)
+    matches = [
+        assigner.match_boxes(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)
+    ]
+    instances, overlaps = (torch.stack(column) for column in zip(*matches))  # (N, R)
+    real = torch.arange(instances.shape[1], device=instances.device) < proposals.counts[:, None]
+    gt_boxes = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)
+    gt_index = torch.arange(gt_boxes.shape[1], device=instances.device)
+    gt_real = gt_index < torch.tensor([len(t) for t in targets], device=instances.device)[:, None]
+    return MatchedProposals(
+        torch.cat([gt_boxes, proposals.boxes], dim=1),
+        torch.cat([torch.where(gt_real, gt_index, IGNORED), torch.where(real, instances, IGNORED)], dim=1),
+        torch.cat([2.0 * gt_real - 1, torch.where(real, overlaps, -1)], dim=1),
+        gt_boxes.shape[1],
     )
 
 
 @torch.no_grad()
-def draw(matched: Matched, sampler: Sampler) -> Samples:
-    """A random choice of them."""
-    image, place = sampler.sample(matched.owners, matched.overlaps).nonzero(as_tuple=True)  # (S,); a GPU is waited for
-    boxes = matched.boxes[image, place]
+def sample_rois(matched: MatchedProposals, sampler: Sampler) -> RoISamples:
+    """Draw a random sample of the matched boxes; synchronises with the GPU."""
+    image, column = sampler.sample(matched.instances, matched.overlaps).nonzero(as_tuple=True)  # (S,)
+    boxes = matched.boxes[image, column]
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
-    return Samples(rois, matched.owners[image, place], image, place < matched.objects)
+    return RoISamples(rois, matched.instances[image, column], image, column < matched.num_ground_truth)
 
 
-def as_proposals(boxes: Tensor, image: Tensor, images: int) -> Proposals:
-    """Boxes (S, 4) of image (S,), in order, as the proposals of a batch of `images`."""
+def pad_to_proposals(boxes: Tensor, image: Tensor, images: int) -> Proposals:
+    """Pad boxes (S, 4), ordered by their image (S,), to the proposals of a batch of `images`."""
     counts = torch.bincount(image, minlength=images)
     padded = pad_sequence(boxes.split(counts.tolist()), batch_first=True)
     return Proposals(padded, padded.new_zeros(padded.shape[:2]), counts)

@@ -1,4 +1,8 @@
-"""Soft RoI selection: "AugFPN: Improving Multi-Scale Feature Learning for Object Detection", Guo et al., 2020, section 3.4."""
+"""Soft RoI selection: AugFPN's pooling from all levels.
+
+References:
+    "AugFPN: Improving Multi-Scale Feature Learning for Object Detection", Guo et al., 2020, section 3.4.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import conv, xavier
-from fusedet.models.roi.pooling import align
+from fusedet.models.ops.layers import conv, init_xavier
+from fusedet.models.roi.pooling import align_level
 from fusedet.types import Features, Levels
 
 
 class SoftPooling(nn.Module):
-    """RoIAlign of each region on every level, and their sum by weights that are learnt per place (adaptive spatial fusion).
+    """RoIAlign of each RoI on every level, summed with learned weights per cell (adaptive spatial fusion).
 
-    levels: of the pyramid; the first `count` of them are pooled from. size: of the result, in cells a side.
-    samples: of RoIAlign along each side of a cell, 2 in the authors' code; 0, as many as there are pixels, costs most on the finest
-    level, which here sees large regions too.
-    The convolutions, 1x1 to C channels and 3x3 to a weight per level with a sigmoid, are those of the authors' code.
+    The convolutions are those of the authors' code: 1x1 to C channels, then 3x3 to a weight per level, with a sigmoid.
+
+    Args:
+        levels: Levels of the pyramid.
+        size: Output size, in cells per side.
+        count: Number of levels to pool from, the finest ones.
+        samples: Sampling points per side of an output cell, 2 in the authors' code; 0 for as many as the cell has
+            feature cells, which is slow on the finest level, where large RoIs are pooled too.
+
+    Raises:
+        InputError: An option is out of its range.
     """
 
     def __init__(self, levels: Levels, size: int = 7, count: int = 4, samples: int = 2) -> None:
@@ -31,12 +42,16 @@ class SoftPooling(nn.Module):
             nn.ReLU(inplace=True),
             conv(self.channels, len(self.strides), 3),
         )
-        xavier(self)
+        init_xavier(self)
 
     def forward(self, features: Features, rois: Tensor) -> Tensor:
-        """Levels (N, C, H, W) and rois (M, 5), each the image's number and a box in pixels, to (M, C, size, size)."""
-        pooled = [
-            align(f, rois, self.size, stride, self.samples) for f, stride in zip(features, self.strides)
-        ]  # L times (M, C, s, s)
+        """Pool the features of every RoI.
+
+        Shape:
+            features: levels (N, C, H, W); rois (M, 5), index of the image in the batch, then a box in pixels; result
+            (M, C, size, size).
+        """
+        # L times (M, C, s, s)
+        pooled = [align_level(f, rois, self.size, stride, self.samples) for f, stride in zip(features, self.strides)]
         weights = self.weights(torch.cat(pooled, dim=1)).sigmoid()  # (M, L, s, s)
         return (torch.stack(pooled, dim=1) * weights[:, :, None]).sum(dim=1)

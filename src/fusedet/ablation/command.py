@@ -1,0 +1,200 @@
+"""Ablation of a table, and its preview: the command `ablate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import yaml
+from rich.console import Group, RenderableType
+
+from fusedet import config
+from fusedet.ablation import experiment, plan, render, spec, summary_text
+from fusedet.ablation.estimate import format_duration, parse_duration
+from fusedet.api.results import Result, lines, list_files, names_of
+from fusedet.api.settings import Settings, to_overrides
+from fusedet.errors import InputError, one_of
+
+Launcher = Literal["local", "slurm"]
+
+
+@dataclass(frozen=True)
+class AblationResult(Result):
+    """A finished ablation.
+
+    Attributes:
+        summary: Metrics, differences with intervals and conclusions of all rows, as table.json holds them.
+        out: The directory of the runs and the report.
+        files: The files written, by what they show.
+    """
+
+    summary: dict[str, Any]
+    out: Path
+    files: dict[str, Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary, the directory and the files."""
+        return self.summary | {"out": str(self.out), "files": names_of(self.files)}
+
+    def __rich__(self) -> RenderableType:
+        rows = (row for row in self.summary["rows"] if not row["cited"])
+        text = [f"{row['label']}: {row['conclusion']}" for row in rows]
+        text += [*summary_text.describe_coverage(self.summary), *summary_text.collect_notes(self.summary)]
+        text.append(summary_text.describe_cost(self.summary))
+        tables = map(render.sheet_table, render.make_sheets(self.summary))
+        return Group(*tables, lines(text), list_files(self.files))
+
+
+@dataclass(frozen=True)
+class AblationPreview(Result):
+    """What an ablation would run.
+
+    Attributes:
+        title: Of the table.
+        table: Its source.
+        classes: Number of classes.
+        seeds: Trainings of each row.
+        rows: Published metrics, cost, runs to do (`left`) and their expected `seconds`, by row.
+        basis: What the estimate rests on; empty without data.
+    """
+
+    title: str
+    table: str
+    classes: int
+    seeds: int
+    rows: list[dict[str, Any]]
+    basis: str
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds of all runs on one device; 0 where nothing is estimated."""
+        return sum(row["seconds"] for row in self.rows if row["seconds"] is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields but the title."""
+        fields = {"table": self.table, "classes": self.classes, "rows": self.rows}
+        return fields | {"seconds": self.seconds, "basis": self.basis}
+
+    def __rich__(self) -> RenderableType:
+        text = [f"about {format_duration(self.seconds)} on one device, by {self.basis}"] if self.seconds else []
+        text += [] if self.basis or text else ["with data=PATH the time is estimated too"]
+        table = render.sheet_table(render.make_plan_sheet(self.rows, self.classes, self.seeds))
+        return Group(lines([self.title]), table, lines(text))
+
+
+def ablate(
+    table: str | Path | None,
+    *overrides: str,
+    seeds: int = 3,
+    rows: Sequence[str] = (),
+    budget: str | None = None,
+    launcher: Launcher = "local",
+    slurm: Sequence[str] = (),
+    resamples: int = 1000,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+    **settings: Unpack[Settings],
+) -> AblationResult:
+    """Train every row of a table with several seeds and compare the rows; the same call goes on where it stopped.
+
+    >>> fusedet.ablate("smsl_table1", data="data/coco", out="ablations/smsl")  # doctest: +SKIP
+
+    Args:
+        table: A shipped table's name or a YAML file.
+        overrides: "key=value" texts for all rows; `data` and `out` are needed.
+        seeds: Trainings of each row.
+        rows: Labels of the rows to run, by default all.
+        budget: A time such as "2h": no run is started that would not fit.
+        launcher: "local": here, on all GPUs; "slurm": a job per run.
+        slurm: Parameters of the jobs as "key=value" texts, such as "timeout_min=600"; submitit takes them.
+        resamples: How often the bootstrap draws the images.
+        say: Takes lines of progress.
+        quiet: Whether progress bars are left out.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The table, a row, the data or `out` are wrong; nothing has run then.
+        StorageError: A file cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; what was trained is kept.
+    """
+    one_of("launcher", launcher, Launcher)
+    _check_call(table)
+    seconds = None if budget is None else parse_duration(budget)
+    texts = to_overrides(overrides, settings)
+    out, of_rows = _split_out(texts)
+    if out is None:
+        raise InputError("no output directory: add out=DIR")
+    made = plan.make_plan(spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out, say=say)
+    options = {
+        "--seeds": [seeds],
+        "--rows": rows,
+        "--budget": [budget] if budget else [],
+        "--slurm": slurm,
+        "--launcher": [launcher] if launcher != "local" else [],
+        "--resamples": [resamples],
+    }
+    words = [word for key, values in options.items() for value in values for word in (key, str(value))]
+    command = ("fusedet", "ablate", str(table), *texts, *words)
+    launch = experiment.LaunchOptions(seconds, launcher, dict(map(_parse_pair, slurm)), resamples, command)
+    summary, files = experiment.run_plan(made, launch, say=say, quiet=quiet)
+    return AblationResult(summary, made.out, files)
+
+
+def preview(
+    table: str | Path | None,
+    *overrides: str,
+    seeds: int = 3,
+    rows: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    **settings: Unpack[Settings],
+) -> AblationPreview:
+    """Check a table as `ablate` does, and estimate its time if `data` is given; nothing is trained or written.
+
+    Args:
+        table: A shipped table's name or a YAML file.
+        overrides: "key=value" texts for all rows.
+        seeds: Trainings of each row.
+        rows: Labels of the rows to run, by default all.
+        say: Takes lines of progress.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The table, a row or the data are wrong.
+    """
+    _check_call(table)
+    out, of_rows = _split_out(to_overrides(overrides, settings))
+    made = plan.make_plan(
+        spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out or "", need_data=False, say=say
+    )
+    found, basis = experiment.preview_plan(made, say=say)
+    return AblationPreview(made.table.title, made.table.source, made.classes, seeds, found, basis)
+
+
+def _split_out(texts: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the output directory and the overrides of the rows."""
+    out = [text for text in texts if text.startswith("out=")]
+    return config.parse(config.overridden({}, out)).out, [text for text in texts if text not in out]
+
+
+def _check_call(table: str | Path | None) -> None:
+    """Raise InputError if no table is given, or for one of several processes."""
+    if table is None:
+        names = ", ".join(spec.list_tables())
+        raise InputError(
+            f"which table? Write fusedet ablate TABLE data=PATH out=DIR, with TABLE one of {names}, or a file"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("fusedet ablate starts its own processes: call it without torchrun")
+
+
+def _parse_pair(text: str) -> tuple[str, Any]:
+    """Return the key and the value, which is YAML, of a job parameter."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise InputError(
+            f"--slurm {text}: write KEY=VALUE, such as --slurm timeout_min=600 --slurm slurm_partition=gpu"
+        )
+    return key, yaml.safe_load(value)

@@ -1,0 +1,74 @@
+"""Parameters and multiply-adds of a model: the command `info`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from rich.console import RenderableType
+
+from fusedet.api.load_model import at_most, countable, rebuild, weights_file
+from fusedet.api.results import Result
+from fusedet.api.settings import Settings, Source, is_run_dir, resolve_config
+from fusedet.api.tables import cost_table
+from fusedet.config import Config
+from fusedet.errors import plural
+from fusedet.models import profiling
+from fusedet.models.detectors import build_meta_detector
+
+
+@dataclass(frozen=True)
+class ModelInfo(Result):
+    """What a model costs.
+
+    Attributes:
+        model: Its name.
+        classes: Number of classes.
+        cost: Parameters, trainable parameters and multiply-adds of the whole and of each of `parts`, and the size of the `image`.
+    """
+
+    model: str
+    classes: int
+    cost: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields."""
+        return {"model": self.model, "classes": self.classes, **self.cost}
+
+    def __rich__(self) -> RenderableType:
+        return cost_table(self.cost, f"{self.model}, {plural(self.classes, 'class')}")
+
+
+def info(
+    config: Source, *overrides: str, classes: int | None = None, trust: bool = False, **settings: Unpack[Settings]
+) -> ModelInfo:
+    """Count parameters, trainable parameters and multiply-adds of a model, per part; no weights are loaded.
+
+    >>> fusedet.info("retinanet_r50").cost["trainable"]  # doctest: +SKIP
+    37743348
+
+    Args:
+        config: A config's name, a YAML file, a run directory or a `Config`.
+        overrides: "key=value" texts.
+        classes: Number of classes; by default a run's own, else COCO's 80.
+        trust: Whether a run's config may name classes of other packages, whose code then runs.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The model does not exist or cannot be built.
+    """
+    options = resolve_config(config, overrides, settings, trust)
+    name = "model" if isinstance(config, Config) else str(config)
+    limit = None
+    if not isinstance(config, Config) and is_run_dir(config):
+        file = weights_file(config)
+        detector, _, names, _ = rebuild(file, trust)
+        # the config may be somebody else's: its model has no more weights than the file
+        limit = at_most(len(detector.state_dict()), file)
+        classes = len(names) if classes is None else classes
+    classes = 80 if classes is None else classes
+    with countable(name):
+        with limit or nullcontext():
+            detector = build_meta_detector(options, classes)
+        return ModelInfo(name, classes, profiling.count_cost(detector, *profiling.network_size(options.data.size)))

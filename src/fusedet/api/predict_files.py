@@ -1,0 +1,136 @@
+"""Prediction of image files into a directory, in one process or many: the command `predict`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+from rich.console import Group, RenderableType
+
+from fusedet import config as configs
+from fusedet.api import batch_predict, run_dir
+from fusedet.api.distributed import own_device, place
+from fusedet.api.image_sources import Sources
+from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
+from fusedet.api.predict import Precision, load
+from fusedet.api.progress import ShowProgress, no_progress
+from fusedet.api.results import Result, lines, list_files
+from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.errors import InputError, one_of, plural
+
+SETTABLE = (*SETTABLE_OF_MODEL, "data.workers", "device", "out")
+"""What can be set for a prediction; all else follows from the weights."""
+OnBadImage = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class PredictionSummary(Result):
+    """The written predictions.
+
+    Attributes:
+        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and parts of other processes
+            that are still to come (`left`).
+        files: The files written, by what they show; empty while parts are missing.
+        score: The least score of the detections that are drawn.
+        rank: This process's number.
+    """
+
+    counts: dict[str, int]
+    files: dict[str, Path]
+    score: float
+    rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts and the files."""
+        return self.counts | {"files": {name: str(path) for name, path in self.files.items()}}
+
+    def __rich__(self) -> RenderableType:
+        if left := self.counts["left"]:
+            return lines([f"process {self.rank} has done its parts, {left} of other processes are still to come"])
+        images, detections = plural(self.counts["images"], "image"), plural(self.counts["detections"], "detection")
+        text = [f"{images}, {detections}, {self.counts['shown']} of them with a score of {self.score:g} or more"]
+        if skipped := self.counts["skipped"]:
+            text.append(f'{plural(skipped, "image")} could not be read, listed under "skipped" in what was written')
+        return Group(lines(text), list_files(self.files))
+
+
+def predict(
+    run: str | Path,
+    sources: str | Path | Iterable[str | Path],
+    *overrides: str,
+    score: float = 0.3,
+    precision: Precision = "fp32",
+    draw: bool = True,
+    resume: bool = False,
+    on_bad_image: OnBadImage = "error",
+    part: int | None = None,
+    parts: bool = False,
+    trust: bool = False,
+    progress: ShowProgress = no_progress,
+    **settings: Unpack[Settings],
+) -> PredictionSummary:
+    """Predict the objects in image files and write them in COCO's format.
+
+    For predictions in memory use `fusedet.load`.
+
+    >>> fusedet.predict("runs/a", "images/", out="predictions")  # doctest: +SKIP
+
+    Args:
+        run: A run directory or a checkpoint.
+        sources: Files, directories, globs, lists of paths (`@FILE`), and "-" for such a list on standard input.
+        overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once, `data.workers` threads
+            read images ahead. `out` is the directory, by default predict in the run directory, predict-2, ...
+        score: The least score of the boxes that are drawn; all are written.
+        precision: "fp32" or "bf16".
+        draw: Whether copies of the images with boxes are written.
+        resume: Whether the directory may hold earlier parts of the same prediction, which are kept.
+        on_bad_image: "error": an image that cannot be read ends the prediction; "skip": it is counted and listed.
+        part: Images per part, `batch_predict.PART` by default.
+        parts: Whether the parts stay, with an index, instead of one predictions.json.
+        trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        progress: Shows how many images are done.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The model or a source does not exist, an image cannot be read, or the directory holds something else.
+    """
+    one_of("precision", precision, Precision)
+    one_of("value of --on-bad-image:", on_bad_image, OnBadImage)
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
+    of_model = [text for text in texts if text.partition("=")[0] not in ("data.workers", "device", "out")]
+    own = [text for text in texts if text not in of_model]
+    options = configs.parse(configs.overridden({}, own))
+    rank, world, _ = place()
+    if options.out is None and (world > 1 or resume):
+        needed = "several processes need" if world > 1 else "--resume needs"
+        raise InputError(f"{needed} a known output directory: add out=DIR")
+    words = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
+    if "-" in words and world > 1:
+        raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
+    with ExitStack() as stack:
+        found = Sources(_store_stdin(stack) if word == "-" else word for word in words)
+        predictor = load(run, *of_model, device=str(own_device(options.device)), precision=precision, trust=trust)
+        target = Path(options.out) if options.out else run_dir.free(run_dir.parent_of(run), "predict")
+        has_workers = any(text.startswith("data.workers=") for text in own)
+        workers = options.data.workers if has_workers else predictor.config.data.workers
+        batch = predictor.config.test.batch or 1
+        asked = batch_predict.Options(batch, score, draw, part, parts, on_bad_image, workers, rank, world)
+        with (no_progress if rank else progress)(found.count(), "images") as advance:
+            written = batch_predict.predict(
+                predictor, found, target, asked, precision=precision, resume=resume, advance=advance
+            )
+    files = {name: Path(path) for name, path in written.pop("files").items()}
+    return PredictionSummary(written, files, score, rank)
+
+
+def _store_stdin(stack: ExitStack) -> str:
+    """Return standard input as @FILE, which can be read again."""
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "paths.txt"
+    with file.open("w", encoding="utf-8", errors="surrogateescape") as written:
+        written.writelines(sys.stdin)
+    return f"@{file}"

@@ -1,0 +1,124 @@
+"""Tables for the terminal: metrics, two runs side by side, a detector's cost, a dataset's report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fusedet.data.validation import DatasetReport
+from fusedet.errors import plural
+from fusedet.evaluation.confidence_intervals import choose_decimals
+
+MOST_ERRORS = 20
+"""Errors of a split that are listed; the others are counted."""
+
+
+def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
+    """Return AP and AR by object size (of masks too where there are any), then AP per class."""
+    table = _table("", "all", "IoU 0.5", "IoU 0.75", "small", "medium", "large", title=title)
+    for kind in ("", "mask_") if "mask_AP" in metrics else ("",):
+        name = kind.replace("_", " ")
+        table.add_row(f"{name}AP", *(number(metrics[kind + k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
+        recall = [number(metrics[kind + k]) for k in ("AR100", "ARs", "ARm", "ARl")]
+        table.add_row(f"{name}AR", recall[0], "", "", *recall[1:])
+    extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in metrics]
+    line = "  ".join(f"{name.replace('_', ' ')} {number(metrics[name])}" for name in extra)
+    columns = ["AP", "AP50", *(["mask_AP", "mask_AP50"] if "mask_AP" in metrics else []), *extra]
+    classes = _table("class", "images", "objects", *(name.replace("_", " ") for name in columns))
+    for row in metrics["classes"]:
+        values = (number(row[name]) for name in columns)
+        classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *values)
+    return Group(table, *([Text(line)] if line else []), classes)
+
+
+def comparison_table(report: Mapping[str, Any]) -> RenderableType:
+    """Return metrics of two runs side by side with the difference's interval, then per class, then the errors by kind."""
+    level = f"{100 * report['level']:g} % over images"
+    rows_by_title = {
+        "": [{"name": name} | row for name, row in report["figures"].items()],
+        "class": report["classes"],
+    }
+    tables = []
+    for title, rows in rows_by_title.items():
+        table = _table(title, "A", "B", "B - A", level)
+        for row in rows:
+            digits = choose_decimals(row["difference"], row["low"], row["high"], least=3)
+            interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
+            change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
+            table.add_row(escape(row["name"]), number(row["a"]), number(row["b"]), change, interval)
+        tables.append(table)
+    errors = _table("errors at IoU 0.5", "A", "B", "AP50 lost, A", "B")
+    a, b = (report["errors"][side]["kinds"] for side in "ab")
+    for kind in a:
+        counts = [f"{side[kind]['count']:,}" for side in (a, b)]
+        errors.add_row(kind, *counts, *(number(side[kind]["dAP"]) for side in (a, b)))
+    return Group(Text(f"A: {report['a']}\nB: {report['b']}"), *tables, errors)
+
+
+def centers_table(classes: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return per class which share of its objects lies in each quarter of the image."""
+    quarters = [name for name in classes[0] if name not in ("name", "objects")]
+    table = _table("class", "objects", *quarters)
+    for row in classes:
+        shares = [f"{100 * row[name] / row['objects']:.1f} %" if row["objects"] else "-" for name in quarters]
+        table.add_row(escape(row["name"]), f"{row['objects']:,}", *shares)
+    return table
+
+
+def cost_table(cost: Mapping[str, Any], title: str) -> RenderableType:
+    """Return parameters and multiply-adds per part of a detector."""
+    height, width = cost["image"]
+    title = f"{title}, one image of {height} x {width}"
+    table = _table("part", "parameters", "trainable", "multiply-adds (G)", title=title)
+    for name, row in [*cost["parts"].items(), ("all", cost)]:
+        table.add_row(name, f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['multiply_adds'] / 1e9:.2f}")
+    note = "Multiply-adds of branches (masks, grids) depend on the number of detections, and are not counted."
+    return Group(table, *([Text(note)] if cost["parts"].get("branches", {}).get("parameters") else []))
+
+
+def dataset_table(split: str, report: DatasetReport) -> RenderableType:
+    """Return what a split holds, its warnings and its errors."""
+    text = [_content(split, report.statistics)] if report.statistics else [f"[bold]{escape(split)}[/]: cannot be read"]
+    table = [_table("class", "annotations")] if report.statistics else []
+    for name, count in report.statistics.get("classes", {}).items():
+        table[0].add_row(escape(name), str(count))
+    messages = [f"  [yellow]warning[/] {escape(warning)}" for warning in report.warnings]
+    messages += [f"  [red]error[/] {escape(error)}" for error in report.errors[:MOST_ERRORS]]
+    if len(report.errors) > MOST_ERRORS:
+        messages.append(f"  [red]error[/] and {len(report.errors) - MOST_ERRORS} more")
+    return Group(*map(Text.from_markup, text), *table, *map(Text.from_markup, messages))
+
+
+def _content(split: str, statistics: Mapping[str, Any]) -> str:
+    sizes, smallest = statistics["sizes"], statistics.get("smallest")
+    images = plural(statistics["images"], "image")
+    annotations = plural(statistics["annotations"], "annotation")
+    text = (
+        f"[bold]{escape(split)}[/]: {images} ({statistics['empty_images']} without annotations), {annotations}\n"
+        f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
+        f"{statistics['ignored_annotations']} ignored; at most {statistics['max_annotations_per_image']} in one image"
+    )
+    if not smallest:
+        return text
+    w, h = smallest["original"]
+    side, image = smallest["network_side"], escape(smallest["image"])
+    return f"{text}\n  smallest after the resize: {w:.0f}x{h:.0f} becomes {side:.1f} pixels, in {image}"
+
+
+def number(value: float | None) -> str:
+    """Return three digits, or a dash for None and NaN."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    """Return an empty table whose first column is text and whose others are numbers."""
+    table = Table(title=escape(title) or None, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    return table

@@ -1,0 +1,107 @@
+"""Validation of a run, a checkpoint or stored results: the command `val`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Unpack
+
+from fusedet import config as configs
+from fusedet import evaluation
+from fusedet.api import coco_submission, run_dir
+from fusedet.api.distributed import place, shared, silent
+from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.predict import tuned
+from fusedet.api.progress import ShowProgress, no_progress
+from fusedet.api.results import RunResult
+from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.validate import check_names, evaluate_detector, evaluate_results, report
+from fusedet.data.readers.auto import read_dataset
+from fusedet.errors import InputError, unknown
+
+SETTABLE = ("data", "test", "device", "out")
+"""What can be set where a trained model is validated."""
+SETTABLE_OF_RESULTS = ("data", "test.max_det", "out")
+"""What can be set where stored results are validated."""
+
+
+def validate(
+    source: str | Path,
+    *overrides: str,
+    split: str | None = None,
+    voc: bool = False,
+    evaluator: str = evaluation.EVALUATORS[0],
+    submission: bool = False,
+    trust: bool = False,
+    progress: ShowProgress = no_progress,
+    say: Callable[[str], None] = silent,
+    **settings: Unpack[Settings],
+) -> RunResult:
+    """Evaluate a run, a checkpoint or stored results on a split, and write metrics, results and plots.
+
+    >>> fusedet.validate("runs/a").metrics["AP"]  # doctest: +SKIP
+
+    Args:
+        source: A run directory, a checkpoint, or a file of results in COCO's format (.json).
+        overrides: "key=value" texts for `data`, `test`, `device` and `out`.
+        split: The split, by default `data.val`.
+        voc: Whether VOC's AP is computed too; for VOC data it always is.
+        evaluator: One of `evaluation.EVALUATORS`.
+        submission: Whether the files that COCO's test server takes are written.
+        trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        progress: Shows how many batches are done.
+        say: Takes warnings.
+        settings: The same settings as `overrides`, by keyword. The data are the run's own by default.
+
+    Returns:
+        Metrics and files. In other processes than the first one it is empty.
+
+    Raises:
+        InputError: The source, the split or the data do not exist or do not fit together.
+    """
+    if evaluator not in evaluation.EVALUATORS:
+        raise unknown("evaluator", evaluator, evaluation.EVALUATORS)
+    texts, path = to_overrides(overrides, settings), Path(source)
+    is_results = path.suffix == ".json"
+    if is_results:
+        refuse_other_keys(texts, *SETTABLE_OF_RESULTS, of="stored results")
+        options = configs.parse(configs.overridden({}, texts))
+        if options.data.path is None:
+            raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
+    else:
+        file = weights_file(source)
+        detector, saved, names, _ = rebuild(file, trust)
+        refuse_other_keys(texts, *SETTABLE)
+        options = configs.parse(configs.overridden(saved.tree() | {"out": None}, texts))
+    scored = split or options.data.val
+    dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
+    if options.out:
+        run_dir.check(options.out)  # before the work, not after it
+    server_split = coco_submission.of_server(dataset, options.test.max_det) if submission else None
+    if server_split and (warning := coco_submission.incomplete(dataset, server_split)) and not place()[0]:
+        say(warning)
+    if not len(dataset.labels) and not submission:
+        raise InputError(
+            f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
+        )
+    if is_results:
+        evaluated = evaluate_results(dataset, evaluation.load_results(path), voc=voc, evaluator=evaluator)
+    else:
+        check_names(dataset, names, str(file))
+        with shared(options.device) as (rank, world, device):
+            ready = tuned(detector.to(device), options)
+            evaluated = evaluate_detector(
+                ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
+            )
+        if rank:
+            return RunResult(path, {}, {})
+    rows = coco_submission.checked(dataset, evaluated.results) if submission else {}
+    name = f"val-{Path(scored).stem}"
+    target = run_dir.fresh(options.out) if options.out else run_dir.numbered(run_dir.parent_of(path), name)
+    files = {}
+    if len(dataset.labels):
+        files = report(dataset, evaluated.results, evaluated.metrics, target, title=f"{path.name} on {scored}")
+    if server_split:
+        files |= coco_submission.write(rows, server_split, path.name if path.is_dir() else path.stem, target)
+    title = f"{source if is_results else file} on {scored} of {options.data.path}"
+    return RunResult(target, evaluated.metrics, files, title)

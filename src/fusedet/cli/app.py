@@ -1,0 +1,154 @@
+"""What all commands share: the application, their registration, common arguments, and output."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
+from rich.markup import escape
+from typer import Argument, Exit, Option, Typer
+from typer.core import TyperCommand
+
+from fusedet import __version__
+from fusedet.errors import InputError
+
+if TYPE_CHECKING:
+    from fusedet.api.progress import ShowProgress
+    from fusedet.api.results import Result
+
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 doctor found errors; 2 wrong input; 3 the training diverged; 4 a file cannot be written, such as on a "
+    "full disk; 130 Ctrl-C; 143 SIGTERM"
+)
+COMMON: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
+
+out, err = (Console(stderr=is_err, soft_wrap=True, highlight=False, emoji=False) for is_err in (False, True))
+app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, epilog=EXIT_CODES, **COMMON)
+converters = Typer(
+    rich_markup_mode="rich", help="Convert a dataset to another format, or another project's weights.", **COMMON
+)
+
+Settings = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Settings, such as test.score=0.1.")]
+ConfigAndSettings = Annotated[
+    list[str] | None,
+    Argument(metavar="CONFIG|KEY=VALUE", help="Config name, YAML file or run directory; settings as data=PATH."),
+]
+Sources = Annotated[
+    list[str] | None,
+    Argument(metavar="SOURCE|KEY=VALUE", help='Files, directories, globs, @FILE (a path per line), "-"; settings.'),
+]
+Run = Annotated[str, Argument(metavar="RUN", help="Run directory or checkpoint.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.", rich_help_panel="Output")]
+Trust = Annotated[
+    bool,
+    Option("--trust", help="Run code of other packages that a run's config names.", rich_help_panel="Security"),
+]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        out.print(__version__)
+        raise Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Object detection with feature pyramids: train, evaluate, compare and explain detectors.
+
+    Settings are written key=value: fusedet train retinanet_r50 data=PATH train.epochs=24 out=runs/a
+    """
+
+
+def command(
+    name: str, first: str, second: str, panel: str | None, group: Typer = app, **options: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command: its docstring is the help, which ends with two examples."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        paragraphs = (" ".join(paragraph.split()) for paragraph in (function.__doc__ or "").split("\n\n"))
+        epilog = "\n\n".join(["[bold]Examples[/]", *(f"[cyan]$ fusedet {escape(text)}[/]" for text in (first, second))])
+        texts: dict[str, Any] = {"help": "\n\n".join(paragraphs), "epilog": epilog, "rich_help_panel": panel}
+        return group.command(name, **texts, **options)(function)
+
+    return register
+
+
+def converter(name: str, first: str, second: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command of `fusedet convert`."""
+    return command(name, first, second, None, converters)
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose help lists the settings of the config, a panel per section."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        from fusedet.cli.settings_help import print_settings
+
+        super().format_help(ctx, formatter)
+        print_settings()
+
+
+def split_words(words: Iterable[str] | None) -> tuple[list[str], list[str]]:
+    """Return the words that are no settings, and the settings (key=value); the name of a file is no setting."""
+    others: list[str] = []
+    settings: list[str] = []
+    for word in words or ():
+        key, sign, _ = word.partition("=")
+        is_setting = sign and key.translate(dict.fromkeys(map(ord, "._[]"))).isalnum() and not Path(word).exists()
+        (settings if is_setting else others).append(word)
+    return others, settings
+
+
+def split_config(words: Iterable[str] | None) -> tuple[str | None, list[str]]:
+    """Return the config, if one is named, and the settings, in any order."""
+    names, settings = split_words(words)
+    if len(names) > 1:
+        raise InputError(f"one config at a time, got {' and '.join(names)}: settings are written key=value")
+    return (names[0] if names else None), settings
+
+
+def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
+    """Return the settings; raise InputError for any other word. `context` says what the command takes."""
+    others, settings = split_words(words)
+    if others:
+        raise InputError(f"{others[0]} is one too many: {context}; settings are written key=value")
+    return settings
+
+
+def say(json: bool) -> Callable[[str], None]:
+    """Return what prints a line; with --json to standard error."""
+    return lambda text: (err if json else out).print(escape(text))
+
+
+def progress(json: bool) -> ShowProgress:
+    """Return what shows a progress bar; with --json on standard error."""
+    from fusedet.api.progress import progress_bar
+
+    return progress_bar(err if json else out)
+
+
+def show(result: Result, json: bool, *next_steps: str) -> None:
+    """Print a result and which commands could follow; with --json its content."""
+    if json:
+        return print_json(result.to_dict())
+    # a terminal breaks wide tables, a file or a pipe never does
+    target = (
+        out if out.is_terminal else Console(file=out.file, width=1000, soft_wrap=True, highlight=False, emoji=False)
+    )
+    target.print(result)
+    return out.print("\n".join(map(escape, next_steps)), end="\n" * bool(next_steps))
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print plain values as JSON."""
+    from fusedet.api.run_dir import plain
+
+    print(jsonlib.dumps(plain(content), indent=2, ensure_ascii=False))

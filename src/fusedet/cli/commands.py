@@ -1,0 +1,335 @@
+"""The commands: each turns its words into a call of `fusedet.api` and prints the result."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Exit, Option
+
+from fusedet.cli import app as cli
+from fusedet.errors import InputError
+
+TRAIN, USE, COMPARE, DATA = "Train and evaluate", "Use a model", "Compare and explain", "Data"
+Split = Annotated[str | None, Option(help="The split, by default data.val; of browse data.train.")]
+Source = Annotated[str, Argument(metavar="SOURCE", help="What is converted.")]
+Target = Annotated[str, Argument(metavar="TARGET", help="The new directory.")]
+Resamples = Annotated[int, Option(help="Bootstrap draws of the images.", min=40, rich_help_panel="Statistics")]
+Seed = Annotated[int, Option(help="Seed of the bootstrap draws.", min=0, rich_help_panel="Statistics")]
+Launcher = Annotated[
+    Literal["local", "slurm"], Option(help="Here on all GPUs, or a job per run.", rich_help_panel="Cluster")
+]
+Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
+
+
+@cli.command(
+    "train", "train retinanet_r50 data=coco out=runs/a", "train runs/a --resume", TRAIN, cls=cli.SettingsCommand
+)
+def train(
+    words: cli.ConfigAndSettings = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Continue the run in out=DIR, or the given run directory.")
+    ] = False,
+    trust: cli.Trust = False,
+    json: cli.Json = False,
+) -> None:
+    """Train a detector and evaluate its best weights.
+
+    The dataset is data=PATH, in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default runs/CONFIG.
+    fusedet info lists the configs.
+    """
+    from fusedet import config
+    from fusedet.api.train import train as run_training
+
+    name, settings = cli.split_config(words)
+    if name is None:
+        raise InputError(
+            f"which config? Write fusedet train CONFIG data=PATH, with CONFIG one of the {len(config.names())} that fusedet info "
+            "lists, such as retinanet_r50, a YAML file or a run directory"
+        )
+    result = run_training(name, *settings, resume=resume, trust=trust, say=cli.say(json), quiet=json)
+    if result.metrics:
+        cli.show(result, json, f"next: fusedet predict {result.out} IMAGE_OR_DIR...")
+
+
+@cli.command("val", "val runs/a", "val runs/a/val.bbox.json data=data/coco --evaluator pycocotools", TRAIN)
+def val(
+    source: Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or COCO results (.json).")],
+    words: cli.Settings = None,
+    split: Split = None,
+    voc: Annotated[bool, Option("--voc", help="Compute VOC's AP too; for VOC data it always is.")] = False,
+    evaluator: Annotated[
+        Literal["fusedet", "faster-coco-eval", "pycocotools"], Option(help="What computes COCO's metrics.")
+    ] = "fusedet",
+    submission: Annotated[bool, Option("--submission", help="Write the files that COCO's test server takes.")] = False,
+    trust: cli.Trust = False,
+    json: cli.Json = False,
+) -> None:
+    """Evaluate a run, a checkpoint or stored results.
+
+    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default val-SPLIT in the run directory.
+    """
+    from fusedet.api.validate_run import validate
+
+    options: dict[str, Any] = {
+        "split": split,
+        "voc": voc,
+        "evaluator": evaluator,
+        "submission": submission,
+        "trust": trust,
+    }
+    settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
+    result = validate(source, *settings, **options, progress=cli.progress(json), say=cli.say(True))
+    if result.metrics:
+        cli.show(result, json)
+
+
+@cli.command("demo", "demo", "demo --images 200 train.seed=1 out=small_demo", TRAIN)
+def demo(
+    words: cli.Settings = None,
+    images: Annotated[int, Option(help="Images to generate.", min=10)] = 800,
+    json: cli.Json = False,
+) -> None:
+    """Train a small detector on synthetic images.
+
+    Nothing is downloaded, and two CPU cores need minutes. Data, run and drawn predictions go to out=DIR, by default demo.
+    """
+    from fusedet.api.demo import demo as run_demo
+
+    settings = cli.settings_only(words, "demo takes no config")
+    result = run_demo(*settings, images=images, say=cli.say(json), quiet=json)
+    own = "or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine"
+    cli.show(result, json, f"next: fusedet predict {result.out / 'run'} {result.out / 'data' / 'val'}", own)
+
+
+@cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a @paths.txt out=found --resume", USE)
+def predict(
+    run: cli.Run,
+    words: cli.Sources = None,
+    score: Annotated[float, Option(help="Least score of the boxes drawn; the json holds all.")] = 0.3,
+    precision: Annotated[Literal["fp32", "bf16"], Option(help="Floating-point format.")] = "fp32",
+    draw: Annotated[bool, Option(help="Draw the boxes on copies of the images.")] = True,
+    resume: Annotated[bool, Option("--resume", help="Continue the same prediction in out=DIR.")] = False,
+    on_bad_image: Annotated[
+        Literal["error", "skip"], Option(help="Stop at an image that cannot be read, or skip and list it.")
+    ] = "error",
+    part: Annotated[int | None, Option(help="Images per part, by default 1000.", min=1)] = None,
+    parts: Annotated[bool, Option("--parts", help="Keep the parts instead of one predictions.json.")] = False,
+    trust: cli.Trust = False,
+    json: cli.Json = False,
+) -> None:
+    """Detect objects in image files.
+
+    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are predicted at
+    once, and data.workers threads read images ahead.
+    """
+    from fusedet.api.predict_files import predict as run_prediction
+
+    sources, settings = cli.split_words(words)
+    if not sources:
+        raise InputError(
+            "which images? Write fusedet predict RUN SOURCE..., with files, directories, globs, @FILE or -"
+        )
+    options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
+    options |= {"on_bad_image": on_bad_image, "part": part, "parts": parts}
+    result = run_prediction(run, sources, *settings, **options, progress=cli.progress(json))
+    cli.show(result, json and not result.counts["left"])
+
+
+@cli.command("info", "info", "info retinanet_r50 model.neck=bifpn", USE)
+def info(
+    words: cli.ConfigAndSettings = None,
+    classes: Annotated[int | None, Option(help="Number of classes, by default the run's own, else 80.")] = None,
+    trust: cli.Trust = False,
+    json: cli.Json = False,
+) -> None:
+    """Count a model's parameters and multiply-adds.
+
+    Without CONFIG all shipped configs and schedules are listed.
+    """
+    from fusedet import config
+
+    name, settings = cli.split_config(words)
+    if name is not None:
+        from fusedet.api.info import info as count_cost
+
+        return cli.show(count_cost(name, *settings, classes=classes, trust=trust), json)
+    cli.settings_only([f"'{setting}'" for setting in settings], "settings belong to a CONFIG")
+    names = {"models": config.names(), "schedules": config.names("schedules")}
+    if json:
+        return cli.print_json(names)
+    return cli.out.print(*(f"{kind}: {', '.join(known)}" for kind, known in names.items()), sep="\n")
+
+
+@cli.command("config", "config retinanet_r50 model.neck=bifpn > mine.yaml", "config runs/a", USE)
+def config(words: cli.ConfigAndSettings = None) -> None:
+    """Print a config as YAML.
+
+    The config is complete, with the given settings applied. A file of it can be used as CONFIG.
+    """
+    from fusedet.api.settings import resolve_config
+
+    name, settings = cli.split_config(words)
+    sys.stdout.write(resolve_config(name, settings).to_yaml())
+
+
+@cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
+def compare(
+    a: Annotated[str, Argument(metavar="RUN_A", help="Baseline: run directory or COCO results (.json).")],
+    b: Annotated[str, Argument(metavar="RUN_B", help="The same; compared with the baseline.")],
+    words: cli.Settings = None,
+    split: Split = None,
+    resamples: Resamples = 1000,
+    bootstrap_seed: Seed = 0,
+    json: cli.Json = False,
+) -> None:
+    """Compare two runs with confidence intervals.
+
+    Stored results of both on the same images give B - A with its interval over images, by metric and class, and the errors by kind.
+    """
+    from fusedet.api.compare import compare as run_comparison
+
+    settings = cli.settings_only(words, f"two runs are compared, {a} and {b}")
+    result = run_comparison(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)
+    cli.show(result, json)
+
+
+@cli.command("ablate", "ablate smsl_table1 data=coco out=smsl", "ablate mine.yaml data=coco --dry-run", COMPARE)
+def ablate(
+    table: Annotated[str | None, Argument(metavar="TABLE", help="A shipped table or a YAML file.")] = None,
+    words: cli.Settings = None,
+    seeds: Annotated[int, Option(help="Trainings of each row.", min=1)] = 3,
+    rows: Annotated[list[str] | None, Option(metavar="LABEL,...", help="Rows to run, by default all.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check only; with data=PATH estimate the time too.")] = False,
+    budget: Annotated[str | None, Option(metavar="TIME", help="Start no run that would not fit, such as 2h.")] = None,
+    launcher: Launcher = "local",
+    slurm: Slurm = None,
+    resamples: Resamples = 1000,
+    json: cli.Json = False,
+) -> None:
+    """Train all rows of an ablation table and compare them.
+
+    Every row is trained with several seeds on data=PATH into out=DIR. The report shows published and measured metrics with
+    intervals. The same command goes on where it stopped.
+    """
+    from fusedet.ablation import command as ablations
+
+    settings = cli.settings_only(words, f"one table at a time, {table}")
+    options: dict[str, Any] = {"seeds": seeds, "rows": rows or (), "say": cli.say(json)}
+    if dry_run:
+        return cli.show(ablations.preview(table, *settings, **options), json)
+    options |= {"budget": budget, "launcher": launcher, "slurm": slurm or (), "resamples": resamples, "quiet": json}
+    return cli.show(ablations.ablate(table, *settings, **options), json)
+
+
+@cli.command("cam", "cam runs/a street.jpg", "cam runs/a images/ --beside runs/b --class car", COMPARE)
+def cam(
+    run: cli.Run,
+    words: cli.Sources = None,
+    beside: Annotated[str | None, Option(metavar="RUN_B", help="A second run, drawn in the same colors.")] = None,
+    class_name: Annotated[
+        str | None, Option("--class", help="The class, by default that of the best detection.")
+    ] = None,
+    score: Annotated[float, Option(help="Least score of a detection.")] = 0.3,
+    best: Annotated[bool, Option("--best", help="Explain the best location only, not all weighted by score.")] = False,
+    only: Annotated[list[str] | None, Option(metavar="PART", help="Only this part; can be repeated.")] = None,
+    trust: cli.Trust = False,
+    json: cli.Json = False,
+) -> None:
+    """Draw class activation maps, gates and level weights.
+
+    The maps are drawn level by level, before and after each module, into out=DIR, by default cam in the run directory.
+    """
+    from fusedet.api.cam import cam as draw
+
+    sources, settings = cli.split_words(words)
+    if not sources:
+        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
+    options: dict[str, Any] = {
+        "beside": beside,
+        "class_name": class_name,
+        "score": score,
+        "best_only": best,
+        "trust": trust,
+    }
+    cli.show(draw(run, sources, *settings, **options, only=only or ()), json)
+
+
+@cli.command("doctor", "doctor data=data/coco", "doctor data=data/voc data.size=[600,1000] --no-images", DATA)
+def doctor(
+    words: cli.ConfigAndSettings = None,
+    images: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
+    json: cli.Json = False,
+) -> None:
+    """Check a dataset before a training.
+
+    Counts what data=PATH holds and lists errors and warnings. The exit code is 1 if a training would stop.
+    """
+    from fusedet.api.check_dataset import check_dataset
+
+    name, settings = cli.split_config(words)
+    result = check_dataset(*settings, config=name, read_images=images, progress=cli.progress(json))
+    cli.show(result, json)
+    raise Exit(0 if result.ok else 1)
+
+
+@cli.command("browse", "browse data=data/coco out=images.png", "browse data=data/coco --centres", DATA)
+def browse(
+    words: cli.ConfigAndSettings = None,
+    split: Split = None,
+    images: Annotated[int, Option(help="Number of images.", min=1)] = 16,
+    epoch: Annotated[int, Option(help="Epoch whose data augmentation is shown.", min=0)] = 0,
+    centers: Annotated[bool, Option("--centres", help="Draw the centers of all objects instead, by class.")] = False,
+    json: cli.Json = False,
+) -> None:
+    """Draw training images as the network sees them.
+
+    Images of data=PATH with their boxes, resized and augmented, go to one image file, out=FILE.png.
+    """
+    from fusedet.api.browse import browse as draw
+
+    name, settings = cli.split_config(words)
+    cli.show(draw(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)
+
+
+@cli.converter("data", "convert data voc coco --to coco", "convert data voc yolo --to yolo --link")
+def convert_data(
+    source: Source,
+    target: Target,
+    to: Annotated[Literal["coco", "voc", "yolo"], Option(help="The format.")],
+    link: Annotated[bool, Option("--link", help="Make hard links to the images instead of copies.")] = False,
+    json: cli.Json = False,
+) -> None:
+    """Convert a dataset to another format.
+
+    All splits of SOURCE are written to the new directory TARGET. Boxes keep their values.
+    """
+    from fusedet.api.convert_dataset import convert_dataset
+
+    result = convert_dataset(source, target, to, link=link)
+    cli.show(result, json, f"next: fusedet train retinanet_r50 data={target} out=runs/a")
+
+
+@cli.converter("weights", "convert weights retinanet.pth runs/a", "convert weights a.pth runs/a --config a.py")
+def convert_weights(
+    source: Source,
+    target: Target,
+    words: cli.Settings = None,
+    config: Annotated[
+        str | None, Option(metavar="CONFIG", help="MMDetection's config, or a config of fusedet.")
+    ] = None,
+    json: cli.Json = False,
+) -> None:
+    """Convert weights of MMDetection or torchvision.
+
+    The checkpoint SOURCE becomes the new directory TARGET, which is used like a run directory. The model is inferred from the
+    checkpoint unless --config names it.
+    """
+    from fusedet.api.convert_weights import convert_weights as convert
+
+    settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
+    result = convert(source, target, *settings, config=config)
+    cli.show(result, json, f"next: fusedet predict {target} IMAGE_OR_DIR...")
+
+
+cli.app.add_typer(cli.converters, name="convert", rich_help_panel=DATA)

@@ -1,0 +1,426 @@
+"""The contracts between the parts of a detector, as structural types.
+
+A part satisfies a contract by its methods and attributes; it inherits from nothing here. A class from another package
+("pkg.mod:Class") plugs in the same way. Every part is an `nn.Module`: `__call__` runs its `forward`.
+
+Symbols: N images of a batch, C channels, H and W cells of a feature map, K classes, P priors, G ground-truth instances,
+R proposals of an image, M regions of interest (RoIs), S sampled RoIs, D detections. Boxes are (x1, y1, x2, y2) in
+pixels of the network's input.
+
+The protocols marked runtime-checkable have methods and plain numbers only. `isinstance` does not see an `nn.Module`'s
+parameters, buffers and submodules from Python 3.12 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from fusedet.types import (
+    Batch,
+    BatchDetections,
+    Candidates,
+    Detections,
+    Features,
+    Levels,
+    Losses,
+    Outputs,
+    Priors,
+    Proposals,
+    Target,
+)
+
+StageOutputs = tuple[Tensor, Tensor | None]
+"""Raw outputs of an RoI stage for M RoIs: logits (M, K + 1), background last, and box deltas (M, 4), class-specific
+ones (M, K * 4), or None for a stage without box regression."""
+
+
+class Backbone(Protocol):
+    """Feature extractor: normalised images to feature maps.
+
+    Attributes:
+        levels: Channels and strides of the feature maps, known before any image is seen.
+        scale: (3, 1, 1). A uint8 image times `scale` plus `shift` is what the weights were trained on.
+        shift: (3, 1, 1).
+    """
+
+    levels: Levels
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, images: Tensor) -> Features:
+        """Compute the feature maps.
+
+        Shape:
+            images (N, 3, H, W), normalised; result: one map (N, C_l, ceil(H / stride_l), ceil(W / stride_l)) per level
+            of `levels`, finest first.
+        """
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters, as `nn.Module` does."""
+        ...
+
+
+class Neck(Protocol):
+    """Feature pyramid: the feature maps of a backbone or of another neck to the levels of a pyramid.
+
+    The constructor takes the incoming `levels: Levels`.
+
+    Attributes:
+        levels: Channels and strides of the pyramid's levels.
+    """
+
+    levels: Levels
+
+    def __call__(self, features: Features) -> Features:
+        """Compute the pyramid.
+
+        Shape:
+            features: incoming levels (N, C_l, H_l, W_l), finest first; result: one map per level of `levels`, finest
+            first.
+        """
+        ...
+
+
+@runtime_checkable
+class AuxiliaryNeck(Protocol):
+    """A neck with a second pyramid for auxiliary losses in training (AugFPN's consistent supervision).
+
+    Attributes:
+        levels: Channels and strides of both pyramids.
+        auxiliary_weight: Weight of the auxiliary losses in the total; 0 turns them off.
+    """
+
+    levels: Levels
+    auxiliary_weight: float
+
+    def __call__(self, features: Features) -> Features:
+        """Compute the pyramid, as `Neck` does."""
+        ...
+
+    def with_auxiliary(self, features: Features) -> tuple[Features, Features]:
+        """Compute the pyramid and the auxiliary pyramid, both of `levels`."""
+        ...
+
+
+class BranchInteraction(Protocol):
+    """Exchange between the classification and the regression branch of a head, shared by all levels.
+
+    The constructor takes the branches' `channels: int`.
+    """
+
+    def __call__(self, cls: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute both branches' new features.
+
+        Shape:
+            cls, reg and both results (N, C, H, W).
+        """
+        ...
+
+
+class BlockPlugin(Protocol):
+    """Options of a module that goes into the blocks of a backbone."""
+
+    @property
+    def positions(self) -> tuple[str, ...] | None:
+        """Positions in every block; None for the default positions of the block's type."""
+        ...
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Stages by ResNet's layer numbers: stage 2 ends at stride 8."""
+        ...
+
+    def make(self, channels: int, stage: int, position: str) -> nn.Module:
+        """Make the module for one position, (N, channels, H, W) to the same shape."""
+        ...
+
+
+class Assigner(Protocol):
+    """Label assignment: which prior is a positive for which ground-truth instance."""
+
+    def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
+        """Assign the priors of one image.
+
+        Args:
+            priors: P priors of all levels.
+            target: The image's ground truth.
+            valid: Which priors take part; None for all. The others are ignored and influence nothing.
+
+        Shape:
+            valid (P,) bool; result (P,) int64: the index of the instance, -1 background, -2 ignored.
+        """
+        ...
+
+
+class DenseHead(Protocol):
+    """Dense prediction head: a pyramid to raw outputs, their losses, and their boxes and scores.
+
+    The constructor takes `levels: Levels`, `num_classes: int` and `interact`, a function from channels to a
+    `BranchInteraction`, or None.
+
+    Attributes:
+        num_classes: K.
+        loss_weights: Weight in the total of every term of `loss`.
+    """
+
+    num_classes: int
+    loss_weights: dict[str, float]
+
+    def __call__(self, features: Features) -> Outputs:
+        """Compute raw output maps per level, and the priors of their cells.
+
+        Shape:
+            features: levels (N, C, H_l, W_l), finest first; result: maps (N, ?, H_l, W_l) by name.
+        """
+        ...
+
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
+        """Compute the unweighted loss terms.
+
+        Shape:
+            sizes (N, 2), height and width of every image inside the padding, None for no padding; result: scalars.
+        """
+        ...
+
+    def decode(self, outputs: Outputs) -> Candidates:
+        """Decode boxes and scores of all priors, before non-maximum suppression.
+
+        Shape:
+            result: boxes (N, P, 4) or (N, P, K, 4), scores (N, P, K).
+        """
+        ...
+
+
+@runtime_checkable
+class ProposalHead(Protocol):
+    """A dense head that proposes regions of interest (RPN). It has the methods of `DenseHead` too."""
+
+    num_classes: int
+    loss_weights: dict[str, float]
+
+    def __call__(self, features: Features) -> Outputs:
+        """Compute raw output maps, as `DenseHead` does."""
+        ...
+
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
+        """Compute the unweighted loss terms, as `DenseHead` does."""
+        ...
+
+    def decode(self, outputs: Outputs) -> Candidates:
+        """Decode boxes and scores, as `DenseHead` does."""
+        ...
+
+    def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
+        """Select each image's proposals, without gradient.
+
+        Args:
+            outputs: Raw outputs of the head.
+            sizes: Height and width of every image inside the padding.
+            pre_nms: Proposals per level that enter non-maximum suppression.
+            to_train: Use the head's limits for training instead of `pre_nms`.
+
+        Shape:
+            sizes (N, 2); result: boxes (N, R, 4) inside the images, scores (N, R), counts (N,).
+        """
+        ...
+
+
+class RoIPooling(Protocol):
+    """Pooling of RoIs to features of one size.
+
+    The constructor takes `levels: Levels` and `size: int`, in cells.
+    """
+
+    def __call__(self, features: Features, rois: Tensor) -> Tensor:
+        """Pool the features of every RoI.
+
+        Shape:
+            features: levels (N, C, H_l, W_l), finest first; rois (M, 5): index of the image in the batch, then a box;
+            result (M, C, size, size).
+        """
+        ...
+
+
+class RoISamples(Protocol):
+    """RoIs of a batch that a stage is trained on, ordered by image."""
+
+    @property
+    def rois(self) -> Tensor:
+        """(S, 5): index of the image in the batch, then a box."""
+        ...
+
+    @property
+    def image(self) -> Tensor:
+        """(S,) int64: index of the image in the batch."""
+        ...
+
+    @property
+    def is_ground_truth(self) -> Tensor | None:
+        """(S,) bool: whether the box is that of an instance itself, which the next stage adds again."""
+        ...
+
+    @property
+    def positive(self) -> Tensor:
+        """(S+,) int64: indices of the positive samples."""
+        ...
+
+
+class RoIStage(Protocol):
+    """One stage of a two-stage detector: it classifies RoIs and refines their boxes.
+
+    The constructor takes `levels: Levels`, `num_classes: int` and `pooling`, a function from a size in cells to a
+    module (features, rois (M, 5)) -> (M, C, size, size).
+
+    Attributes:
+        num_classes: K.
+        loss_weights: Weight in the total of every term of `loss`.
+        weight: Weight in the total of the stage's and its branches' losses.
+    """
+
+    num_classes: int
+    loss_weights: dict[str, float]
+    weight: float
+
+    def __call__(self, features: Features, rois: Tensor) -> StageOutputs:
+        """Compute logits and box deltas.
+
+        Shape:
+            rois (M, 5): index of the image in the batch, then a box.
+        """
+        ...
+
+    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> Any:
+        """Assign the proposals and sample the `RoISamples` to train on, ground-truth boxes among them."""
+        ...
+
+    def loss(self, raw: StageOutputs, samples: Any, targets: Sequence[Target]) -> Losses:
+        """Compute the unweighted loss terms on samples of `sample`."""
+        ...
+
+    def classes(self, samples: Any, targets: Sequence[Target]) -> Tensor:
+        """Look up each sample's class (S,) int64; K for background."""
+        ...
+
+    def decode(self, raw: StageOutputs, rois: Tensor, counts: Tensor) -> Candidates:
+        """Decode boxes and scores.
+
+        Shape:
+            rois (N * R, 5), of each image the first counts (N,) real; result: boxes (N, R, 4) or (N, R, K, 4), scores
+            (N, R, K), 0 for padding.
+        """
+        ...
+
+    def refine(self, raw: StageOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Refine the boxes for the next stage, without gradient.
+
+        Args:
+            raw: Outputs of the stage for `rois`.
+            rois: The boxes to refine.
+            sizes: Height and width of every image inside the padding.
+            classes: Class of every RoI for class-specific deltas; None for the most likely one.
+
+        Shape:
+            rois (M, 5); sizes (N, 2); classes (M,); result (M, 4), inside the images.
+        """
+        ...
+
+
+class RoIBranch(Protocol):
+    """A branch beside a stage: it trains on the stage's samples and adds to the final detections.
+
+    What it adds is the contract of `MaskPredictor` or `BoxRefiner`.
+
+    Attributes:
+        loss_weights: Weight of every term of `loss`, relative to the stage's `weight`.
+    """
+
+    loss_weights: dict[str, float]
+
+    def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
+        """Compute the unweighted loss terms on the stage's `RoISamples`.
+
+        Shape:
+            sizes (N, 2), height and width of every image inside the padding; result: scalars.
+        """
+        ...
+
+
+@runtime_checkable
+class MaskPredictor(Protocol):
+    """An RoI branch that predicts masks."""
+
+    loss_weights: dict[str, float]
+
+    def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
+        """Compute the unweighted loss terms, as `RoIBranch` does."""
+        ...
+
+    def predict(self, features: Features, detections: BatchDetections) -> Tensor:
+        """Predict a mask (N, D, size, size) of probabilities inside every detection's box."""
+        ...
+
+
+@runtime_checkable
+class BoxRefiner(Protocol):
+    """An RoI branch that refines the final boxes."""
+
+    loss_weights: dict[str, float]
+
+    def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
+        """Compute the unweighted loss terms, as `RoIBranch` does."""
+        ...
+
+    def refine(self, features: Features, detections: BatchDetections) -> BatchDetections:
+        """Refine the boxes of detections; scores and order stay."""
+        ...
+
+
+class Detector(Protocol):
+    """A complete detector: uint8 images to losses in training and to detections in inference.
+
+    Attributes:
+        backbone: Its feature extractor.
+        selection: Options of the final selection (score, iou, pre_nms, max_det).
+    """
+
+    backbone: Any
+    selection: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        ...
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight in the total of every term of `loss`."""
+        ...
+
+    def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Any:
+        """Compute raw outputs.
+
+        Shape:
+            images uint8 (N, 3, H, W); sizes (N, 2), height and width of every image inside the padding, None for no
+            padding.
+        """
+        ...
+
+    def loss(self, batch: Batch) -> Losses:
+        """Compute the unweighted loss terms of a batch with targets, scalars."""
+        ...
+
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
+        """Detect instances, as padded tensors; exportable where `padded`.
+
+        Shape:
+            images uint8 (N, 3, H, W); sizes (N, 2); result: D = max_det where `padded`, else the most of an image.
+        """
+        ...
+
+    def predict(self, batch: Batch) -> list[Detections]:
+        """Detect instances in every image of a batch, highest score first."""
+        ...
