@@ -1,6 +1,6 @@
-"""torchvision's own Faster R-CNN-R18 on BCCD with the recipe of `faster_rcnn_r18_small`: our images, schedule and scoring, its detector.
+"""torchvision's Faster R-CNN R18 on BCCD with the recipe of `faster_rcnn_r18_small`: fusedet's data, schedule and evaluation.
 
-Prints COCO's figures on `test` as JSON, which docs/bccd.md compares with; 69 minutes on one core beside other work.
+Prints COCO's metrics on `test` as JSON, which docs/bccd.md compares with; 69 minutes on one core under load.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 import sys
 
 import torch
-from common import report
+from common import print_report
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN
@@ -24,16 +24,16 @@ from fusedet.types import Batch, Detections
 
 
 def images(batch: Batch) -> list[Tensor]:
-    """(3, H, W) floats in 0..1, without the padding."""
+    """Return images (3, H, W) as floats in 0..1 without padding."""
     return [image[:, :h, :w].float() / 255 for image, (h, w) in zip(batch.images, batch.sizes.tolist())]
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("data", help="the folder of BCCD")
-    words.add_argument("--seed", type=int, default=0)
-    words.add_argument("--epochs", type=int, default=24)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", help="the folder of BCCD")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=24)
+    given = parser.parse_args()
     options = config.load(
         "faster_rcnn_r18_small", [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"]
     )
@@ -44,9 +44,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     torch.manual_seed(given.seed)
     layers = {f"layer{i}": str(i - 1) for i in range(1, 5)}
-    body = BackboneWithFPN(resnet18(weights=None), layers, [64, 128, 256, 512], options.model.pyramid.channels)
+    backbone = BackboneWithFPN(resnet18(weights=None), layers, [64, 128, 256, 512], options.model.pyramid.channels)
     short, long = options.data.size
-    model = FasterRCNN(body, len(data.names) + 1, min_size=short, max_size=long).train()
+    model = FasterRCNN(backbone, len(data.names) + 1, min_size=short, max_size=long).train()
     loader = build_train_loader(data, train.train_transform(options), batch=recipe.batch, seed=given.seed, workers=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     step = 0
@@ -73,11 +73,11 @@ def main() -> None:
     results = []
     for batch in validate.val_loader(options, test, 0, 1):
         with torch.no_grad():
-            found = model(images(batch))
-        for one, image_id, scale in zip(found, batch.ids, batch.scales):
-            own = Detections(one["boxes"] / scale.repeat(2), one["scores"], one["labels"] - 1)
+            outputs = model(images(batch))
+        for output, image_id, scale in zip(outputs, batch.ids, batch.scales):
+            own = Detections(output["boxes"] / scale.repeat(2), output["scores"], output["labels"] - 1)
             results += own.to_coco(image_id, test.category_ids)
-    report(seed=given.seed, epochs=given.epochs, **evaluation.evaluate_coco(test, results))
+    print_report(seed=given.seed, epochs=given.epochs, **evaluation.evaluate_coco(test, results))
 
 
 if __name__ == "__main__":

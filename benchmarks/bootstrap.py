@@ -1,6 +1,6 @@
-"""Time and peak memory of the paired bootstrap of two runs on generated COCO-like detections.
+"""Time and peak memory of the paired bootstrap of two runs on synthetic COCO-like detections.
 
-From the two runs' results in memory to every figure's interval, classes included. Prints one JSON object.
+From the two runs' results in memory to every metric's interval, classes included. Prints one JSON object.
 Usage: python benchmarks/bootstrap.py [--images 5000] [--detections 500000] [--resamples 1000] [--repeats 1]
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import own_peak, report
+from common import print_report, read_peak_memory
 from evaluate import dataset, detections
 
 from fusedet.evaluation import coco, paired_bootstrap
@@ -25,14 +25,14 @@ def main() -> None:
     options = parser.parse_args()
     data = dataset(options.images, options.objects, 0)
     a, b = (detections(data, options.detections, seed) for seed in (0, 1))
-    before, wall, cpu = own_peak(), [], []
+    before, wall, cpu = read_peak_memory(), [], []
     for _ in range(options.repeats):
         began = time.perf_counter(), time.process_time()
-        found = paired_bootstrap(data, a, b, resamples=options.resamples)
+        metrics = paired_bootstrap(data, a, b, resamples=options.resamples)
         wall.append(round(time.perf_counter() - began[0], 1))
         cpu.append(round(time.process_time() - began[1], 1))
     own = [coco(data, run, per_class=False)["AP"] for run in (a, b)]
-    report(
+    print_report(
         benchmark="bootstrap",
         images=options.images,
         detections=[len(a), len(b)],
@@ -41,9 +41,9 @@ def main() -> None:
         resamples=options.resamples,
         seconds=wall,
         processor_seconds=cpu,
-        grown_mib=round(own_peak() - before),
-        AP=found["AP"],
-        differs_from_coco=max(abs(found["AP"][side] - value) for side, value in zip("ab", own, strict=True)),
+        grown_mib=round(read_peak_memory() - before),
+        AP=metrics["AP"],
+        differs_from_coco=max(abs(metrics["AP"][side] - value) for side, value in zip("ab", own, strict=True)),
     )
 
 

@@ -1,4 +1,4 @@
-"""What all benchmarks share: two things interleaved in one run, the ratio of their medians, as JSON."""
+"""Helpers of the benchmarks: interleaved timing of two sides, ratios of medians, output as JSON."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fusedet.interop.torchvision import convert_weights
 
 
 def interleave(sides: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, the sides in turn, so that a slow moment of the machine meets all of them."""
+    """Measure the seconds of each call, the sides in turn, so that a slow moment of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(warmup + repeats):
         for name, call in sides.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
             if i >= warmup:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(time.perf_counter() - start)
     return times
 
 
-def summary(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
-    """Median milliseconds of each side and how many times as fast as the reference it is."""
+def summarize_times(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
+    """Compute the median milliseconds of each side and its speed relative to the reference."""
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {
         name: {
@@ -45,30 +45,30 @@ def summary(times: dict[str, list[float]], reference: str) -> dict[str, Any]:
     }
 
 
-def peak_memory(script: str, side: str, *arguments: str) -> float:
-    """MiB that one side needs at its peak, in a process of its own (`script --only SIDE` prints it last)."""
+def measure_peak_memory(script: str, side: str, *arguments: str) -> float:
+    """Measure the peak memory of one side in MiB in a separate process (`script --only SIDE` prints it last)."""
     done = subprocess.run(
         [sys.executable, script, "--only", side, *arguments], capture_output=True, text=True, check=True
     )
     return float(done.stdout.split()[-1])
 
 
-def own_peak() -> float:
-    """This process's peak resident memory in MiB (getrusage would count the parent's, which a child inherits)."""
+def read_peak_memory() -> float:
+    """Return this process's peak resident memory in MiB; getrusage would include the parent's, which a child inherits."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
 
-def take_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
-    """Give our detector the weights of torchvision's."""
+def copy_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Copy the weights of a torchvision detector to a fusedet detector."""
     left = ours.load_state_dict(convert_weights(theirs.state_dict(), "torchvision").weights, strict=False)
-    # counters of batch norms, which frozen ones do not have
+    # Frozen batch norms have no batch counters.
     assert not left.unexpected_keys, left
     assert all(key.endswith("num_batches_tracked") for key in left.missing_keys), left
 
 
-def report(**figures: Any) -> None:
-    """Print the figures with the machine they belong to."""
+def print_report(**values: Any) -> None:
+    """Print the values as JSON, with a description of the machine."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
     machine = {
@@ -79,4 +79,4 @@ def report(**figures: Any) -> None:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
-    print(json.dumps({**figures, "machine": machine}, indent=2))
+    print(json.dumps({**values, "machine": machine}, indent=2))

@@ -1,8 +1,8 @@
-"""How often the bootstrap's intervals of a difference of AP hold the true difference, by the number of images.
+"""Coverage of the bootstrap's intervals of a difference of AP, by the number of images.
 
-Two runs of known worth on images drawn anew each time, as tests/test_bootstrap.py draws them; beside the interval that
-fusedet gives stand others from the same resamples. Prints one JSON object.
-Usage: python benchmarks/coverage.py [--images 20 50 100 200] [--data-sets 2000] [--resamples 199]
+Two runs of known difference are simulated on new images each time, as in tests/test_bootstrap.py. fusedet's interval is
+compared with others from the same resamples. Prints one JSON object.
+Usage: python benchmarks/coverage.py [--images 20 50 100 200] [--datasets 2000] [--resamples 199]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import report
+from common import print_report
 
 from fusedet.evaluation.bootstrap import _average_precision, draw_image_weights
 from fusedet.evaluation.confidence_intervals import compute_percentile_interval
@@ -21,20 +21,20 @@ from fusedet.evaluation.results import DetectionTable
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from test_bootstrap import draw
 
-MANY = 10**9  # items, of which the interval is that of plain percentiles
+MANY = 10**9  # images, for which the interval is that of plain percentiles
 
 
 def resampled_ap(run: DetectionTable, owner: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AP of a run on each resample, without matching: a find is right where it lies in the upper row, wholly on an object."""
+    """Compute AP of a run on each resample without matching: a detection in the upper row is a true positive."""
     order = np.argsort(-run.scores, kind="stable")
     hit = (run.boxes[order, 1] == 0)[None]
     return _average_precision(weights, run.images[order], np.ones(len(order), bool), hit, np.zeros_like(hit), owner)[0]
 
 
-def shares(images: int, sets: int, resamples: int) -> dict[str, float]:
-    """Of `sets` datasets the share whose interval holds the truth, for each kind of interval."""
+def measure_coverage(images: int, sets: int, resamples: int) -> dict[str, float]:
+    """Compute the fraction of `sets` datasets whose interval contains the true value, for each kind of interval."""
     rng = np.random.default_rng(7)
-    held = dict.fromkeys(("fusedet", "percentile", "basic", "normal"), 0)
+    covered = dict.fromkeys(("fusedet", "percentile", "basic", "normal"), 0)
     for i in range(sets):
         data, a, b, true = draw(rng, images)
         owner = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
@@ -49,18 +49,20 @@ def shares(images: int, sets: int, resamples: int) -> dict[str, float]:
             "normal": (here - spread, here + spread),
         }
         for name, (left, right) in ends.items():
-            held[name] += int(left <= true <= right)
-    return {name: round(count / sets, 4) for name, count in held.items()}
+            covered[name] += int(left <= true <= right)
+    return {name: round(count / sets, 4) for name, count in covered.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs="+", default=[20, 50, 100, 200])
-    parser.add_argument("--data-sets", type=int, default=2000)
+    parser.add_argument("--datasets", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=199)
     options = parser.parse_args()
-    found = {n: shares(n, options.data_sets, options.resamples) for n in options.images}
-    report(benchmark="coverage", data_sets=options.data_sets, resamples=options.resamples, level=0.95, held=found)
+    coverage = {n: measure_coverage(n, options.datasets, options.resamples) for n in options.images}
+    print_report(
+        benchmark="coverage", datasets=options.datasets, resamples=options.resamples, level=0.95, coverage=coverage
+    )
 
 
 if __name__ == "__main__":

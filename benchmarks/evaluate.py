@@ -1,6 +1,6 @@
-"""Time and peak memory of evaluation: fusedet against pycocotools (and faster-coco-eval) on generated COCO-like detections.
+"""Time and peak memory of evaluation: fusedet, pycocotools and faster-coco-eval on synthetic COCO-like detections.
 
-Each measurement is a process of its own, from the results in memory to all figures with every class; the evaluators
+Each measurement is a separate process, from the results in memory to all metrics with every class; the evaluators
 take turns. Prints one JSON object. Usage: python benchmarks/evaluate.py [--images 5000] [--detections 500000] [--repeats 2]
 """
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import own_peak, report
+from common import print_report, read_peak_memory
 
 from fusedet import evaluation
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
@@ -26,7 +26,7 @@ CLASSES, HEIGHT, WIDTH = 80, 480, 640
 
 
 def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
-    """Images with objects of 80 classes, frequent and rare, of log-uniform size; 1 % are crowds; ids have gaps."""
+    """Make images with instances of 80 frequent and rare classes, of log-uniform size; 1 % are crowds; ids have gaps."""
     rng = np.random.default_rng(seed)
     owner = np.sort(rng.integers(0, images, objects))
     share = 1 / np.arange(1, CLASSES + 1)
@@ -56,7 +56,7 @@ def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
 
 
 def detections(data: DetectionDataset, count: int, seed: int) -> list[dict]:
-    """Results around the objects (half), the rest anywhere and mostly of low score; the same number for each image."""
+    """Make results: half around instances, the rest anywhere and mostly of low score; the same number per image."""
     rng = np.random.default_rng(seed + 1)
     each = count // len(data)
     results = []
@@ -85,12 +85,12 @@ def detections(data: DetectionDataset, count: int, seed: int) -> list[dict]:
 
 
 def measure(evaluator: str, images: int, count: int, objects: int, seed: int) -> None:
-    """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the figures."""
+    """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the metrics."""
     data = dataset(images, objects, seed)
     results = detections(data, count, seed)
-    evaluation.evaluate_coco(data, [], evaluator=evaluator)  # imports are not what is measured
+    evaluation.evaluate_coco(data, [], evaluator=evaluator)  # so that imports are not measured
     truth = evaluation.build_coco_ground_truth(data) if evaluator != "fusedet" else {}
-    before = own_peak()
+    before = read_peak_memory()
     began = time.perf_counter()
     if evaluator == "fusedet":
         figures = evaluation.evaluate_coco(data, results)
@@ -98,12 +98,12 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     else:
         stats, classes = by_package(evaluator, truth, results)
     seconds = time.perf_counter() - began
-    peak = own_peak()
+    peak = read_peak_memory()
     print(json.dumps({"seconds": seconds, "peak_mib": peak, "grown_mib": peak - before, "figures": [*stats, *classes]}))
 
 
 def by_package(evaluator: str, truth: dict, results: list[dict]) -> tuple[list[float], list[float]]:
-    """The twelve figures and the classes' AP in the way that the package's own documentation shows."""
+    """Compute the twelve metrics and the classes' AP as the package's documentation shows."""
     if evaluator == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -172,11 +172,11 @@ def main() -> None:
                 "memory": round(own["peak_mib"] / other["peak_mib"], 3),
                 "largest_difference": _difference(runs["fusedet"][0]["figures"], runs[name][0]["figures"]),
             }
-    report(benchmark="evaluate", **figures)
+    print_report(benchmark="evaluate", **figures)
 
 
 def _difference(a: list[float], b: list[float]) -> float:
-    """The largest difference of two sets of figures, classes included."""
+    """Return the largest difference of two sets of metrics, classes included."""
     return float(np.nanmax(np.abs(np.array(a) - np.array(b))))
 
 

@@ -1,7 +1,7 @@
-"""Does every detector learn? Each trains from scratch on the demo's images, with one body, size, recipe and number of epochs.
+"""Train every detector from scratch on the demo's images, with the same backbone, size, recipe and number of epochs.
 
-Prints a JSON line per detector, then a table; exits with 1 where one stays below its stated AP50. A run that is there is not made again,
-one that was stopped goes on. Seconds are those of the training steps.
+Prints a JSON line per detector, then a table; exits with 1 if a detector stays below its required AP50. Finished runs are
+kept, interrupted ones are resumed. Seconds are those of the training steps.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ LEAST = {
     "grid_rcnn": {"AP50": 0.83},
     "libra_rcnn": {"AP50": 0.83},
 }
-"""What each detector must reach on the validation images: COCO's AP50 of boxes and, where it finds masks, of masks."""
+"""Required AP50 on the validation images: COCO's of boxes and, for detectors with masks, of masks."""
 
 
 def recipe(name: str, data: Path, out: Path) -> Config:
-    """The config of a detector's run."""
+    """Return the config of a detector's run."""
     return config.load(f"{name}_tiny", [*COMMON, f"data={data}", f"out={out / name}"])
 
 
 def finished(name: str, data: Path, out: Path) -> bool:
-    """Whether a detector's run is there and complete. Raises InputError for one of another recipe."""
+    """Return whether a detector's run is complete. Raises InputError for a run of another recipe."""
     wanted, run = recipe(name, data, out), out / name
     if (run / "config.yaml").is_file():
         had = config.load(run / "config.yaml")
@@ -71,28 +71,28 @@ def finished(name: str, data: Path, out: Path) -> bool:
 
 
 def learn(name: str, data: Path, out: Path) -> str:
-    """Train a detector, or go on where its run was stopped; gives its name."""
+    """Train a detector, or resume its run; return its name."""
     train(recipe(name, data, out), resume=(out / name / "config.yaml").is_file(), say=lambda text: None, quiet=True)
     return name
 
 
 def figures(name: str, run: Path) -> dict[str, Any]:
-    """What a finished run found, how long its steps took, and whether it is good enough."""
+    """Return a finished run's metrics, the seconds of its steps, and whether it passes."""
     batch = config.load(run / "config.yaml").train.batch
     scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     images, seconds, before = 0, 0.0, 0
     for row in csv.DictReader((run / "speed.csv").read_text().splitlines()):
         seen = batch * (int(row["step"]) - before)
         images, seconds, before = images + seen, seconds + seen / float(row["images_per_second"]), int(row["step"])
-    found = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
+    results = {key: round(scores[key], 3) for key in ("AP", "AP50", "mask_AP", "mask_AP50") if key in scores}
     least = {f"least_{key}": value for key, value in LEAST[name].items()}
     reached = all(scores[key] >= value for key, value in LEAST[name].items())
     pace = {"seconds": round(seconds), "images_per_second": round(images / seconds, 1)}
-    return {"detector": name, **found, **least, "reached": reached, **pace}
+    return {"detector": name, **results, **least, "reached": reached, **pace}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
+    """Format the metrics as Markdown."""
     keys = ("AP", "AP50", "least_AP50", "mask_AP50", "least_mask_AP50")
     lines = [
         "| detector | AP | AP50 | at least | mask AP50 | at least | minutes | images/s |",
@@ -107,7 +107,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def runs(names: Sequence[str], data: Path, out: Path, beside: int) -> Iterator[str]:
-    """The detectors' names, each when its run is finished; `beside` train at a time, each in a process and with a share of the cores."""
+    """Yield each detector's name when its run is finished; `beside` processes train at a time and divide the cores."""
     waiting = [name for name in names if not finished(name, data, out)]
     yield from (name for name in names if name not in waiting)
     threads = max(1, (os.cpu_count() or 1) // beside)
@@ -117,7 +117,7 @@ def runs(names: Sequence[str], data: Path, out: Path, beside: int) -> Iterator[s
 
 
 def main() -> None:
-    """Train, print, judge."""
+    """Train, print and check the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(LEAST), choices=list(LEAST), help="some of the detectors")
     parser.add_argument("--data", type=Path, help="the folder of the generated images, by default data in --out")
@@ -125,17 +125,17 @@ def main() -> None:
     parser.add_argument("--beside", type=int, default=1, help="detectors that train at a time")
     options = parser.parse_args()
     names = [name for name in LEAST if name in options.only]
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     try:
         data = generate_dataset(options.data or options.out / "data", images=IMAGES, seed=SEED)
         for name in runs(names, data, options.out, options.beside):
-            found[name] = figures(name, options.out / name)
-            print(json.dumps(found[name]), flush=True)
+            results[name] = figures(name, options.out / name)
+            print(json.dumps(results[name]), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(table([found[name] for name in names]))
-    sys.exit(0 if all(row["reached"] for row in found.values()) else 1)
+    print(table([results[name] for name in names]))
+    sys.exit(0 if all(row["reached"] for row in results.values()) else 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""From JPEG files to the network's normalised input: fusedet's loader beside torchvision's own detection pipeline.
+"""From JPEG files to the network's normalised input: fusedet's loader and torchvision's detection pipeline.
 
     python benchmarks/loader.py [--images 40] [--batch 2]
 
 Both sides read the same 640x480 images, flip half of them, resize to 800/1333, normalise and pad, in one process and
-one thread, in turn batch by batch. Printed as JSON: median milliseconds per image, the ratio of the medians (above 1:
-fusedet is faster), and the peak memory of each side in a process of its own.
+one thread, in turn batch by batch. The output is JSON: median milliseconds per image, the ratio of the medians (above 1:
+fusedet is faster), and the peak memory of each side in a separate process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import report
+from common import print_report
 from PIL import Image
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -113,7 +113,7 @@ def torchvision_side(path: Path, batch: int) -> Iterator[object]:
             v2.ToPureTensor(),
         ]
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         data = CocoDetection(str(path.parent), str(path), transforms=preset)
     data = wrap_dataset_for_transforms_v2(data, target_keys=["boxes", "labels"])
     inside = GeneralizedRCNNTransform(SHORT, LONG, list(MEAN), list(STD))
@@ -132,10 +132,10 @@ SIDES: dict[str, Callable[[Path, int], Iterator[object]]] = {
 
 
 def peak_mib(name: str, path: Path, batch: int) -> float | None:
-    """How far one side, alone in a process, raises the resident memory over what the imports take; None where it cannot be told."""
+    """Measure by how much one side raises the resident memory above that of the imports; None if it is unknown."""
     torch.set_num_threads(1)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         return None
     before = _status("VmRSS")
@@ -145,7 +145,7 @@ def peak_mib(name: str, path: Path, batch: int) -> float | None:
 
 
 def _status(key: str) -> int:
-    """KiB from /proc/self/status."""
+    """Read a value in KiB from /proc/self/status."""
     return next(
         int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
     )
@@ -173,7 +173,7 @@ def main() -> None:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 peaks[name] = pool.submit(peak_mib, name, path, options.batch).result()
     medians = {name: statistics.median(values) for name, values in times.items()}
-    report(
+    print_report(
         benchmark="loader",
         milliseconds_per_image={name: round(value, 2) for name, value in medians.items()},
         torchvision_over_fusedet=round(medians["torchvision"] / medians["fusedet"], 2),

@@ -1,8 +1,8 @@
-"""What each module costs: the same detector with and without it, one image, CPU, fp32, interleaved in one run.
+"""Cost of each module: the same detector with and without it, one image, CPU, fp32, interleaved in one run.
 
-Time is that of a whole prediction, from the uint8 image to the final boxes, as `fusedet.load` prepares it; memory the peak of a
-process of its own; parameters are trainable ones, 80 classes; multiply-adds those of convolutions and matrix products of the forward.
-Beside it what the papers print: SMSL alone prints times, on a Tesla P100.
+Time is that of a whole prediction from the uint8 image to the final boxes, as `fusedet.load` prepares it. Memory is the peak
+of a separate process. Parameters are trainable ones for 80 classes, multiply-adds those of convolutions and matrix products.
+The papers' values are shown too: only SMSL's paper publishes times, on a Tesla P100.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import interleave, own_peak, peak_memory, report
+from common import interleave, measure_peak_memory, print_report, read_peak_memory
 
 from fusedet import create_model
 from fusedet.models.detectors import DetectorModule, prepare_for_inference
@@ -28,7 +28,7 @@ PAFPN = "{type: pafpn, form: smsl}"
 
 @dataclass(frozen=True)
 class Side:
-    """A detector; base: the name of the one without the module; paper: milliseconds without and with, where they are printed."""
+    """A detector; base: name of the detector without the module; paper: published milliseconds without and with it."""
 
     config: str
     overrides: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def make(name: str) -> DetectorModule:
 
 
 def predictor(name: str) -> Callable[[], Any]:
-    """A call that predicts the same image again and again."""
+    """Return a call that predicts the same image every time."""
     torch.manual_seed(0)
     height, width = SIDES[name].size
     image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
@@ -70,21 +70,21 @@ def predictor(name: str) -> Callable[[], Any]:
 
 
 def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """A side's own figures and, beside the detector without the module, what the module adds."""
+    """Return a side's measurements and the difference to the detector without the module."""
     side = SIDES[name]
     total = count_cost(make(name), *side.size)
-    found = {
+    results = {
         "image": side.size,
         "median_ms": round(1000 * statistics.median(seconds[name]), 1),
-        "peak_MiB": round(peak_memory(__file__, name)),
+        "peak_MiB": round(measure_peak_memory(__file__, name)),
         "trainable": total["trainable"],
         "multiply_adds_G": round(total["multiply_adds"] / 1e9, 2),
     }
     if side.base:
         plain = count_cost(make(side.base), *side.size)
-        # each turn has both sides under about the same load
+        # in each turn both sides have about the same load
         turns = [a / b for a, b in zip(seconds[name], seconds[side.base])]
-        found["added"] = {
+        results["added"] = {
             "to": side.base,
             "time_percent": round(
                 100 * (statistics.median(seconds[name]) / statistics.median(seconds[side.base]) - 1), 2
@@ -94,35 +94,35 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
             "multiply_adds_G": round((total["multiply_adds"] - plain["multiply_adds"]) / 1e9, 2),
         }
         if side.paper:
-            found["paper"] = {
+            results["paper"] = {
                 "gpu": "Tesla P100",
                 "ms": side.paper,
                 "time_percent": round(100 * (side.paper[1] / side.paper[0] - 1), 2),
             }
-    return found
+    return results
 
 
 def table(sides: dict[str, dict[str, Any]]) -> str:
-    """The sides that add a module, as Markdown."""
+    """Format the sides that add a module as Markdown."""
     lines = [
         "| | time | added | peak memory, without | trainable, added | multiply-adds, added | in the paper, one P100 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, found in sides.items():
-        if "added" in found:
-            added, plain = found["added"], sides[found["added"]["to"]]
-            printed = found.get("paper")
+    for name, results in sides.items():
+        if "added" in results:
+            added, plain = results["added"], sides[results["added"]["to"]]
+            printed = results.get("paper")
             paper = f"{printed['ms'][0]} to {printed['ms'][1]} ms, {printed['time_percent']:+} %" if printed else ""
             lines.append(
-                f"| {name} | {plain['median_ms']:.0f} to {found['median_ms']:.0f} ms | {added['time_percent']:+} % | "
-                f"{found['peak_MiB']}, {plain['peak_MiB']} MiB | {found['trainable']:,}, {added['trainable']:+,} | "
-                f"{found['multiply_adds_G']} G, {added['multiply_adds_G']:+} G | {paper} |"
+                f"| {name} | {plain['median_ms']:.0f} to {results['median_ms']:.0f} ms | {added['time_percent']:+} % | "
+                f"{results['peak_MiB']}, {plain['peak_MiB']} MiB | {results['trainable']:,}, {added['trainable']:+,} | "
+                f"{results['multiply_adds_G']} G, {added['multiply_adds_G']:+} G | {paper} |"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure; print JSON, or the table."""
+    """Measure and print JSON or the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
@@ -134,7 +134,7 @@ def main() -> None:
     if options.only:
         call = predictor(options.only)
         call(), call()
-        print(own_peak())
+        print(read_peak_memory())
         return
     bases = [SIDES[name].base for name in options.sides]
     names = [name for name in SIDES if name in options.sides or name in bases]
@@ -144,11 +144,11 @@ def main() -> None:
         seconds |= interleave(
             {name: predictor(name) for name in names if SIDES[name].config == config}, options.repeats
         )
-    found = {name: figures(name, seconds) for name in names}
+    results = {name: figures(name, seconds) for name in names}
     if options.table:
-        print(table(found))
+        print(table(results))
     else:
-        report(benchmark="modules", sides=found)
+        print_report(benchmark="modules", sides=results)
 
 
 if __name__ == "__main__":

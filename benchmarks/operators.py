@@ -1,4 +1,4 @@
-"""The operators that are ours for speed beside those of libraries, at the sizes of an 800x1216 image, CPU, interleaved in one run."""
+"""Operators of fusedet and of torchvision and torch, at the sizes of an 800x1216 image, CPU, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import interleave, report, summary
+from common import interleave, print_report, summarize_times
 from torch import Tensor
 from torchvision.ops import deform_conv2d, roi_align
 
@@ -21,12 +21,12 @@ STRIDES = (8, 16, 32, 64, 128)
 
 
 def map_of(stride: int) -> Tensor:
-    """A level of 256 channels, in channels_last as detectors have it."""
+    """Make a feature map of 256 channels in channels_last, as in detectors."""
     return torch.randn(1, 256, -(-800 // stride), -(-1216 // stride)).contiguous(memory_format=torch.channels_last)
 
 
 def aligning(backward: bool) -> Sides:
-    """512 regions, from the finest level, as many samples as a cell is wide."""
+    """RoIAlign of 512 regions of the finest level, with adaptive sampling."""
     feature, corner = map_of(4).requires_grad_(backward), torch.rand(512, 2) * torch.tensor([1000.0, 600.0])
     rois = torch.cat([torch.zeros(512, 1), corner, corner + 20 + 92 * torch.rand(512, 2)], dim=1)
 
@@ -46,7 +46,7 @@ def _backward(pooled: Tensor, feature: Tensor) -> Callable[[], object]:
 
 
 def deforming() -> Sides:
-    """A 3x3 convolution of C4's size, modulated."""
+    """A modulated deformable 3x3 convolution of C4's size."""
     x, weight = map_of(16), torch.randn(256, 256, 3, 3) / 48
     offset, mask = torch.randn(1, 18, *x.shape[2:]), torch.rand(1, 9, *x.shape[2:])
     return {
@@ -56,7 +56,7 @@ def deforming() -> Sides:
 
 
 def pooling() -> Sides:
-    """The means of rows and columns of P3."""
+    """Means of rows and columns of P3."""
     x = map_of(8)
     return {
         "torch": lambda: (x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)),
@@ -65,13 +65,13 @@ def pooling() -> Sides:
 
 
 def smsl() -> Sides:
-    """SMSL alone, behind a neck of five levels."""
+    """SMSL after a neck of five levels."""
     neck, maps = SMSL(Levels((256,) * 5, STRIDES)).eval(), [map_of(s) for s in STRIDES]
     return {"fusedet": lambda: neck(maps)}
 
 
 def main() -> None:
-    """Measure, print JSON."""
+    """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
@@ -86,8 +86,8 @@ def main() -> None:
     figures = {}
     for name, sides in cases.items():
         with torch.set_grad_enabled(name.endswith("backward")):
-            figures[name] = summary(interleave(sides, options.repeats), next(iter(sides)))
-    report(benchmark="operators", **figures)
+            figures[name] = summarize_times(interleave(sides, options.repeats), next(iter(sides)))
+    print_report(benchmark="operators", **figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Prediction: fusedet's RetinaNet-R50 and torchvision's, one 800x1216 image, CPU, interleaved in one run.
 
-Both have the same weights, get the same uint8 image and give final boxes after suppression; neither resizes.
+Both have the same weights, get the same uint8 image and return boxes after NMS; neither resizes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from common import interleave, own_peak, peak_memory, report, summary, take_weights
+from common import copy_weights, interleave, measure_peak_memory, print_report, read_peak_memory, summarize_times
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from fusedet import create_model
@@ -20,13 +20,15 @@ from fusedet.types import Batch
 
 HEIGHT, WIDTH = 800, 1216
 CANDIDATES = 4000
-"""Pairs of place and class above the score threshold, about what a trained detector gives for a busy image."""
+"""Candidates above the score threshold, about as many as a trained detector has in an image with many objects."""
 
 
 @torch.no_grad()
 def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torchvision's RetinaNet, told not to resize, and ours, P6 from P5 as there, with the same random weights; the last bias makes as
-    many candidates as a trained one has."""
+    """Return torchvision's RetinaNet without resizing and fusedet's, with the same random weights.
+
+    Both have P6 from P5. The last bias gives as many candidates as a trained detector has.
+    """
     torch.manual_seed(0)
     theirs = retinanet_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=80, min_size=HEIGHT, max_size=WIDTH
@@ -36,7 +38,7 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
     for final in (last, theirs.head.regression_head.bbox_reg):
         torch.nn.init.normal_(final.weight, std=0.05)
     ours = create_model("retinanet_r50", "model.backbone.pretrained=false", "model.pyramid.top=on_output").eval()
-    take_weights(ours, theirs)
+    copy_weights(ours, theirs)
     logits = torch.cat([m.flatten() for m in ours(image[None]).maps["cls"]])
     last.bias += math.log(0.05 / 0.95) - logits.topk(CANDIDATES).values[-1]
     ours.head.cls.bias.copy_(last.bias)
@@ -64,7 +66,7 @@ MAKERS = {
 
 
 def main() -> None:
-    """Measure, print JSON."""
+    """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", choices=MAKERS)
@@ -73,12 +75,14 @@ def main() -> None:
     if options.only:
         call = MAKERS[options.only](image)
         call(), call()
-        print(own_peak())
+        print(read_peak_memory())
         return
-    figures = summary(interleave({k: make(image) for k, make in MAKERS.items()}, options.repeats), "torchvision")
+    figures = summarize_times(
+        interleave({k: make(image) for k, make in MAKERS.items()}, options.repeats), "torchvision"
+    )
     for side in MAKERS:
-        figures[side]["peak_MiB"] = round(peak_memory(__file__, side))
-    report(benchmark="predict", image=[HEIGHT, WIDTH], detector="RetinaNet R50 FPN, 80 classes", **figures)
+        figures[side]["peak_MiB"] = round(measure_peak_memory(__file__, side))
+    print_report(benchmark="predict", image=[HEIGHT, WIDTH], detector="RetinaNet R50 FPN, 80 classes", **figures)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What grows how: time and memory against images, objects and processes, on generated data, in one run.
+"""Scaling of time and memory with images, instances and processes, on synthetic data, in one run.
 
-A line of JSON per measurement, then the table of docs/scale.md. Memory of dataset is what the process has more after
-reading; of a prediction, the process's peak. Each figure of a row is from a process of its own.
+Prints a line of JSON per measurement, then the table of docs/scale.md. The memory of a dataset is the growth of the process
+by reading it; that of a prediction is the process's peak. Each value of a row is from a separate process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import own_peak, report
+from common import print_report, read_peak_memory
 from PIL import Image
 
 from fusedet import config
@@ -38,13 +38,13 @@ OPTIONS = [
 
 
 def rss() -> float:
-    """This process's present memory in MiB."""
+    """Return this process's current memory in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) / 1024
 
 
 def write_records(folder: Path, images: int, objects: int) -> None:
-    """A COCO file whose images exist in name only: dataset are read without them."""
+    """Write a COCO file without its images: a dataset is read without them."""
     draw = np.random.default_rng(0)
     corners, sides = draw.uniform(0, 400, (objects, 2)).round(2), draw.uniform(4, 80, (objects, 2)).round(2)
     boxes = np.concatenate([corners, sides], axis=1).tolist()
@@ -63,24 +63,24 @@ def write_records(folder: Path, images: int, objects: int) -> None:
 
 
 def measure_records(folder: Path) -> dict[str, float]:
-    """Seconds to read a dataset, the memory it then takes, and the peak on the way."""
+    """Measure the seconds to read a dataset, its memory, and the peak memory while reading."""
     before, began = rss(), time.perf_counter()
     dataset = read_dataset(str(folder), "train", need_images=False)
     seconds = time.perf_counter() - began
     held = rss() - before
     assert len(dataset)
-    return {"seconds": round(seconds, 2), "held_MiB": round(held, 1), "peak_MiB": round(own_peak() - before, 1)}
+    return {"seconds": round(seconds, 2), "held_MiB": round(held, 1), "peak_MiB": round(read_peak_memory() - before, 1)}
 
 
 def alone(*words: object) -> dict[str, Any]:
-    """The last line that this script prints in a process of its own, which is JSON."""
+    """Run this script in a separate process and return its last line, which is JSON."""
     command = [sys.executable, __file__, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def make_model(file: Path) -> None:
-    """A small detector of random weights that finds 20 objects in every image."""
+    """Write a small detector with random weights that has 20 detections in every image."""
     torch.manual_seed(0)
     options = config.load("retinanet_tiny", [*OPTIONS, "test.score=0.001", "test.max_det=20"])
     meta = {"config": options.to_yaml(), "names": json.dumps(["a", "b"]), "category_ids": "[1, 2]"}
@@ -88,7 +88,7 @@ def make_model(file: Path) -> None:
 
 
 def measure_prediction(top: Path, images: int, processes: int) -> dict[str, float]:
-    """Wall seconds of `fusedet predict` of a list, and of the first process its peak memory."""
+    """Measure the wall seconds of `fusedet predict` of a list, and the peak memory of the first process."""
     listed = top / f"{images}.txt"
     listed.write_text("\n".join(str(top / "one.png") for _ in range(images)))
     words = [
@@ -105,28 +105,28 @@ def measure_prediction(top: Path, images: int, processes: int) -> dict[str, floa
         own = {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         command = [sys.executable, __file__, "--predict", *words, "device=cpu"]
         running.append(subprocess.Popen(command, env=env | own, stdout=subprocess.PIPE, text=True))
-    said = [json.loads(one.communicate()[0].strip().splitlines()[-1]) for one in running]
+    outputs = [json.loads(one.communicate()[0].strip().splitlines()[-1]) for one in running]
     return {
         "seconds": round(time.perf_counter() - began, 2),
-        "work_seconds": max(one["seconds"] for one in said),
-        "peak_MiB": said[0]["peak_MiB"],
+        "work_seconds": max(output["seconds"] for output in outputs),
+        "peak_MiB": outputs[0]["peak_MiB"],
     }
 
 
 def predict(words: list[str]) -> None:
-    """`fusedet predict` here, then its seconds without the imports and this process's peak memory."""
+    """Run `fusedet predict` in this process; print its seconds without imports and the peak memory."""
     from fusedet import cli
 
     began = time.perf_counter()
     assert cli.run(words) == 0
-    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_MiB": round(own_peak(), 1)}))
+    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_MiB": round(read_peak_memory(), 1)}))
 
 
 def slopes(rows: list[dict[str, Any]], keys: tuple[str, ...], value: str) -> list[float]:
-    """Least squares of a value as a constant plus so much of each key; the slopes."""
+    """Fit a value by least squares as a constant plus a slope per key; return the slopes."""
     known = np.array([[1, *(row[key] for key in keys)] for row in rows], dtype=float)
-    found, *_ = np.linalg.lstsq(known, np.array([row[value] for row in rows]), rcond=None)
-    return found[1:].tolist()
+    coefficients, *_ = np.linalg.lstsq(known, np.array([row[value] for row in rows]), rcond=None)
+    return coefficients[1:].tolist()
 
 
 def main() -> None:
@@ -163,7 +163,7 @@ def main() -> None:
             (many["peak_MiB"] - few["peak_MiB"]) / (many["images"] - few["images"]), 4
         )
     table(rows, shared)
-    report(slopes=per, load_average=os.getloadavg())
+    print_report(slopes=per, load_average=os.getloadavg())
 
 
 def table(rows: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import interleave, own_peak, peak_memory, report, summary
+from common import interleave, measure_peak_memory, print_report, read_peak_memory, summarize_times
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 800, 1216
 
 
 def step(loss: Callable[[], dict[str, torch.Tensor]], parameters: list[torch.nn.Parameter]) -> Callable[[], None]:
-    """One SGD step on the summed losses."""
+    """Return a call that makes one SGD step on the summed losses."""
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
     def run() -> None:
@@ -33,7 +33,7 @@ def step(loss: Callable[[], dict[str, torch.Tensor]], parameters: list[torch.nn.
 
 
 def fusedet(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """fusedet's step."""
+    """Return fusedet's training step."""
     model = create_model("retinanet_r50", "model.backbone.pretrained=false").train()
     n = len(image)
     sizes = torch.tensor([[HEIGHT, WIDTH]] * n)
@@ -42,15 +42,15 @@ def fusedet(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> C
 
 
 def torchvision(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """torchvision's step; FrozenBatchNorm2d is its own choice."""
-    body = resnet_fpn_backbone(
+    """Return torchvision's training step, with its FrozenBatchNorm2d."""
+    backbone = resnet_fpn_backbone(
         backbone_name="resnet50",
         weights=None,
         trainable_layers=3,
         returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(2048, 256),
     )
-    model = RetinaNet(body, num_classes=80, min_size=HEIGHT, max_size=WIDTH).train()
+    model = RetinaNet(backbone, num_classes=80, min_size=HEIGHT, max_size=WIDTH).train()
     targets = [{"boxes": boxes, "labels": labels} for _ in image]
     return step(
         lambda: model([p.float() / 255 for p in image], targets), [p for p in model.parameters() if p.requires_grad]
@@ -58,7 +58,7 @@ def torchvision(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) 
 
 
 def main() -> None:
-    """Measure, print JSON."""
+    """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1)
@@ -75,13 +75,13 @@ def main() -> None:
     if options.only:
         run = makers[options.only]()
         run(), run()
-        print(own_peak())
+        print(read_peak_memory())
         return
-    figures = summary(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
+    figures = summarize_times(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
     for side in makers:
-        figures[side]["peak_MiB"] = round(peak_memory(__file__, side, "--batch", str(options.batch)))
+        figures[side]["peak_MiB"] = round(measure_peak_memory(__file__, side, "--batch", str(options.batch)))
     figures["fusedet"]["peak_ratio"] = round(figures["fusedet"]["peak_MiB"] / figures["torchvision"]["peak_MiB"], 3)
-    report(
+    print_report(
         benchmark="train_step",
         image=[HEIGHT, WIDTH],
         batch=options.batch,

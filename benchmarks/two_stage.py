@@ -1,6 +1,6 @@
 """Faster R-CNN R50: fusedet's and torchvision's, one 800x1216 image, CPU, float32: prediction, and a training step, each interleaved.
 
-For prediction both have the same weights, get the same uint8 image and give final boxes; neither resizes. In training both freeze the
+For prediction both have the same weights, get the same uint8 image and return final boxes; neither resizes. In training both freeze the
 stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image and boxes. Each side keeps its own
 definition of RoIAlign: fusedet as many samples as a cell is wide, torchvision two.
 """
@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from common import interleave, report, summary, take_weights
+from common import copy_weights, interleave, print_report, summarize_times
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fusedet import create_model
@@ -23,8 +23,10 @@ HEIGHT, WIDTH = 800, 1216
 
 
 def models() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torchvision's Faster R-CNN, told not to resize, and ours with the same random weights, whose scores and boxes differ from place to
-    place like a trained one's."""
+    """Return torchvision's Faster R-CNN without resizing and fusedet's, with the same random weights.
+
+    Scores and boxes differ from place to place like those of a trained detector.
+    """
     sizes = {"min_size": HEIGHT, "max_size": WIDTH}
     theirs = fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=81, trainable_backbone_layers=3, **sizes
@@ -33,12 +35,12 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     for layer, std in ((rpn.cls_logits, 0.05), (rpn.bbox_pred, 0.01), (box.cls_score, 0.05), (box.bbox_pred, 0.001)):
         torch.nn.init.normal_(layer.weight, std=std)
     ours = create_model("faster_rcnn_r50", "model.backbone.pretrained=false")
-    take_weights(ours, theirs)
+    copy_weights(ours, theirs)
     return theirs, ours
 
 
 def prediction(image: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Both sides' prediction."""
+    """Return both sides' prediction."""
     theirs, ours = (side.eval() for side in models())
     ready = prepare_for_inference(ours)
     batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
@@ -63,7 +65,7 @@ def step(loss: Callable[[], dict[str, torch.Tensor]], made: torch.nn.Module) -> 
 
 
 def training(image: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Both sides' training step."""
+    """Return both sides' training step."""
     corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
     boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
     theirs, ours = (side.train() for side in models())
@@ -76,7 +78,7 @@ def training(image: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    """Measure, print JSON."""
+    """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", choices=["predict", "train_step"])
@@ -85,8 +87,8 @@ def main() -> None:
     image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
     for name, make in {"predict": prediction, "train_step": training}.items():
         if options.only in (None, name):
-            figures = summary(interleave(make(image), options.repeats), "torchvision")
-            report(
+            figures = summarize_times(interleave(make(image), options.repeats), "torchvision")
+            print_report(
                 benchmark=f"two_stage {name}",
                 image=[HEIGHT, WIDTH],
                 detector="Faster R-CNN R50 FPN, 80 classes",

@@ -1,6 +1,7 @@
-"""Draws the data flow of the four modules: `python docs/drawings.py [FOLDER]` writes mse_fpn, smsl, msil and msfm.png to docs/images.
+"""Draw the data flow of the four modules: `python docs/drawings.py [FOLDER]` writes mse_fpn, smsl, msil and msfm.png.
 
-What is in them stands in drawings.yaml. One unit is a pixel of an image 900 wide; y goes down. Colours are those of fusedet.visualization.colors.
+The default folder is docs/images. The content is in drawings.yaml. One unit is a pixel of an image 900 wide; y goes down.
+Colors are those of fusedet.visualization.colors.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ KINDS = {
     "plain": (None, 0.0, "without parameters"),
     "own": (2, 0.45, "the module"),
 }
-"""Of a box: number of its colour, how much of it, and what the legend says where it occurs."""
+"""By kind of box: number of its color, fraction of the color, and text of the legend."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """x, y: the middle. kind: of KINDS, or "node" (a circle with a sign), "joint" (where lines branch), "corner", "text".
+    """A box with a text.
 
-    copies: sheets behind it.
+    x, y: center. kind: one of KINDS, or "node" (a circle with a sign), "joint" (where lines branch), "corner", "text".
+    copies: number of sheets behind it.
     """
 
     name: str
@@ -58,10 +60,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """From "box.side" to "box.side", side one of l r t b, with "@120" for that row or column of a long side.
+    """A line from "box.side" to "box.side", side one of l r t b, with "@120" for that row or column of a long side.
 
-    via: "" straight, "-|" across, then up or down, "|-" the other way, "|-|" up or down to row `at` and along it.
-    label: beside part number `part` (the longest by default), moved by `shift`. head: with an arrow's head.
+    via: "" is straight, "-|" first horizontal, "|-" first vertical, "|-|" vertical to row `at` and horizontal along it.
+    label: text beside segment number `part` (the longest by default), moved by `shift`. head: whether it has an arrowhead.
     """
 
     start: str
@@ -88,7 +90,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Everything in one image; note: beside the legend."""
+    """The content of one image; note: text beside the legend."""
 
     height: float
     groups: tuple[Group, ...]
@@ -100,39 +102,46 @@ class Drawing:
 PARTS: dict[str, type] = {"groups": Group, "boxes": Box, "lines": Line}
 
 
-def tint(number: int | None, share: float) -> tuple[float, float, float]:
-    """A project colour mixed with white."""
+def mix_with_white(number: int | None, fraction: float) -> tuple[float, float, float]:
+    """Mix a class color with white."""
     red, green, blue = class_color(number) if number is not None else (255, 255, 255)
-    return (1 - share * (1 - red / 255), 1 - share * (1 - green / 255), 1 - share * (1 - blue / 255))
+    return (1 - fraction * (1 - red / 255), 1 - fraction * (1 - green / 255), 1 - fraction * (1 - blue / 255))
 
 
-def write(ax: Axes, x: float, y: float, text: str, size: float = 8.4, **options: object) -> Text:
-    """A text with its middle at (x, y), on a white rim that lifts it off lines."""
+def write_text(ax: Axes, x: float, y: float, text: str, size: float = 8.4, **options: object) -> Text:
+    """Write a text centred at (x, y); texts beside lines get a white border."""
     settings = {"ha": "center", "va": "center", "color": INK, "linespacing": 1.25, "zorder": 6} | options
     drawn = ax.text(x, y, text, fontsize=size, **settings)  # type: ignore[arg-type]
     drawn.set_path_effects([Stroke(linewidth=2, foreground="white"), Normal()] if settings["zorder"] == 5 else [])
     return drawn
 
 
-def box(ax: Axes, b: Box) -> None:
-    """One box, node or joint with its text."""
+def draw_box(ax: Axes, b: Box) -> None:
+    """Draw a box, node or joint with its text."""
     if b.kind in ("joint", "node"):
         radius, face = (2.6, INK) if b.kind == "joint" else (10, "white")
         ax.add_patch(Circle((b.x, b.y), radius, fc=face, ec=INK, lw=1, zorder=4))
     elif b.kind in KINDS:
-        number, share, _ = KINDS[b.kind]
+        number, fraction, _ = KINDS[b.kind]
         for i in range(b.copies, -1, -1):
             corner = (b.x - b.w / 2 + 4 * i, b.y - b.h / 2 - 4 * i)
             ax.add_patch(
                 FancyBboxPatch(
-                    corner, b.w, b.h, "round,pad=0,rounding_size=4", fc=tint(number, share), ec=INK, lw=0.9, zorder=4
+                    corner,
+                    b.w,
+                    b.h,
+                    "round,pad=0,rounding_size=4",
+                    fc=mix_with_white(number, fraction),
+                    ec=INK,
+                    lw=0.9,
+                    zorder=4,
                 )
             )
-    write(ax, b.x, b.y, b.text, size=11 if b.kind == "node" else 8.4)
+    write_text(ax, b.x, b.y, b.text, size=11 if b.kind == "node" else 8.4)
 
 
-def anchor(boxes: dict[str, Box], place: str) -> tuple[float, float]:
-    """The point that "box.side" or "box.side@120" names."""
+def locate_side(boxes: dict[str, Box], place: str) -> tuple[float, float]:
+    """Return the point named "box.side" or "box.side@120"."""
     name, _, side = place.partition(".")
     side, _, at = side.partition("@")
     b = boxes[name]
@@ -144,9 +153,9 @@ def anchor(boxes: dict[str, Box], place: str) -> tuple[float, float]:
     return (x, float(at)) if side in "lr" else (float(at), y)
 
 
-def arrow(ax: Axes, boxes: dict[str, Box], line: Line) -> None:
-    """One line with its head and label."""
-    (x0, y0), (x1, y1) = anchor(boxes, line.start), anchor(boxes, line.end)
+def draw_line(ax: Axes, boxes: dict[str, Box], line: Line) -> None:
+    """Draw a line with its arrowhead and label."""
+    (x0, y0), (x1, y1) = locate_side(boxes, line.start), locate_side(boxes, line.end)
     corners = {"": [], "-|": [(x1, y0)], "|-": [(x0, y1)], "|-|": [(x0, line.at), (x1, line.at)]}
     points = [(x0, y0), *corners[line.via], (x1, y1)]
     ax.plot(*zip(*points), color=INK, lw=1.1, solid_joinstyle="round", zorder=2)
@@ -160,11 +169,11 @@ def arrow(ax: Axes, boxes: dict[str, Box], line: Line) -> None:
         )
         x, y = (ax0 + ax1) / 2 + line.shift[0], (ay0 + ay1) / 2 + line.shift[1]
         where = (x, y - 3, "center", "bottom") if ay0 == ay1 else (x + 4, y, "left", "center")
-        write(ax, *where[:2], line.label, 7.4, ha=where[2], va=where[3], color=SOFT, zorder=5)
+        write_text(ax, *where[:2], line.label, 7.4, ha=where[2], va=where[3], color=SOFT, zorder=5)
 
 
-def draw(drawing: Drawing) -> Figure:
-    """The image of a drawing, with a legend in its last row."""
+def draw_figure(drawing: Drawing) -> Figure:
+    """Draw a figure with a legend in its last row."""
     figure = Figure(figsize=(WIDTH / SCALE, drawing.height / SCALE))
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, WIDTH), ylim=(drawing.height, 0))
@@ -173,23 +182,23 @@ def draw(drawing: Drawing) -> Figure:
         ax.add_patch(
             Rectangle((g.left, g.top), g.right - g.left, g.bottom - g.top, fc="#f6f6f6", ec="#bbbbbb", lw=0.9, zorder=0)
         )
-        write(ax, g.title_x or g.left + 8, g.top + 12, g.title, 8.8, ha="left", fontweight="bold")
+        write_text(ax, g.title_x or g.left + 8, g.top + 12, g.title, 8.8, ha="left", fontweight="bold")
     boxes = {b.name: b for b in drawing.boxes}
     for line in drawing.lines:
-        arrow(ax, boxes, line)
+        draw_line(ax, boxes, line)
     for b in drawing.boxes:
-        box(ax, b)
+        draw_box(ax, b)
     x, y = 12.0, drawing.height - 14
     for kind in (k for k in KINDS if any(b.kind == k for b in drawing.boxes)):
-        box(ax, Box(kind, x + 11, y, "", kind, 22, 14))
-        write(ax, x + 28, y, KINDS[kind][2], 7.8, ha="left", va="center_baseline", color=SOFT)
+        draw_box(ax, Box(kind, x + 11, y, "", kind, 22, 14))
+        write_text(ax, x + 28, y, KINDS[kind][2], 7.8, ha="left", va="center_baseline", color=SOFT)
         x += 46 + 6 * len(KINDS[kind][2])
-    write(ax, WIDTH - 10, y, drawing.note, 7.8, ha="right", va="center_baseline", color=SOFT)
+    write_text(ax, WIDTH - 10, y, drawing.note, 7.8, ha="right", va="center_baseline", color=SOFT)
     return figure
 
 
-def read(entries: dict[str, Any]) -> Drawing:
-    """A drawing from its section of drawings.yaml: an entry lists values in the order of the class, then a mapping of the others."""
+def read_drawing(entries: dict[str, Any]) -> Drawing:
+    """Read a section of drawings.yaml; an entry lists values in the order of the class, then a mapping of other fields."""
 
     def make(kind: type[T], values: list[Any]) -> T:
         named = values[-1] if isinstance(values[-1], dict) else {}
@@ -200,11 +209,11 @@ def read(entries: dict[str, Any]) -> Drawing:
 
 
 def main(folder: Path) -> None:
-    """Write every drawing as a PNG, twice as large as it is meant to be seen."""
+    """Write every drawing as a PNG of twice the display size."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, entries in yaml.safe_load(DATA.read_text()).items():
         pixels = BytesIO()
-        draw(read(entries)).savefig(pixels, dpi=2 * SCALE)
+        draw_figure(read_drawing(entries)).savefig(pixels, dpi=2 * SCALE)
         Image.open(pixels).convert("RGB").quantize(64).save(folder / f"{name}.png", optimize=True)
 
 

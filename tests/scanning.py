@@ -66,7 +66,7 @@ REQUIRED_VALUES = {"weights_only": "True", "allow_pickle": "False", "shell": "Fa
 LOADERS = {"yaml.SafeLoader", "yaml.BaseLoader"}
 
 
-def runs_strangers(text: str) -> list[str]:
+def runs_untrusted_code(text: str) -> list[str]:
     """List every place in a source that could execute the content of a file."""
     tree = ast.parse(text)
     names = dict(_imports(tree))

@@ -1,4 +1,4 @@
-"""Every detector, small: a body of ten layers, 32 channels, narrow heads; and what its losses are checked with, in float64."""
+"""Small versions of every detector (ten-layer backbone, 32 channels, narrow heads), and helpers to check losses."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ EVERYTHING = 100_000  # more than there are anchors or proposals
 CLASSES = 3
 
 
-def make(name: str, *overrides: str, everything: bool = False, rest: bool = False) -> OneStage | TwoStage:
-    """The detector of the published config `name`, with small parts; CLASSES classes.
+def make(name: str, *overrides: str, everything: bool = False, norm_eval: bool = False) -> OneStage | TwoStage:
+    """Build the detector of the shipped config `name` with small parts and CLASSES classes.
 
-    everything: nothing is left to chance. All anchors become proposals and all are drawn, regions are not jittered.
-    rest: batch norms of the body do not use the statistics of the batch.
+    Args:
+        name: The config's name without "_r18".
+        overrides: Settings as on the command line.
+        everything: Make the losses deterministic: all anchors become proposals, all are sampled, RoIs have no jitter.
+        norm_eval: Keep the backbone's BatchNorm in eval mode.
     """
     config = configs.load(f"{name}_r18")
     model: dict[str, Any] = {
-        "backbone": {"name": "resnet10t", "pretrained": False, "frozen_stages": -1, "norm_eval": rest},
+        "backbone": {"name": "resnet10t", "pretrained": False, "frozen_stages": -1, "norm_eval": norm_eval},
         "pyramid": {"channels": 32},
     }
     if name in ONE_STAGE:
@@ -58,35 +61,35 @@ def make(name: str, *overrides: str, everything: bool = False, rest: bool = Fals
 
 
 def target(boxes: Any, labels: list[int] | None = None, size: tuple[int, int] = (64, 96)) -> Target:
-    """Objects (x1, y1, x2, y2) with masks that fill their boxes as far as they are in the image; classes 0, 1, 2, 0, ... by default."""
-    found = torch.as_tensor(boxes, dtype=torch.get_default_dtype()).reshape(-1, 4)
+    """Make instances with masks that fill their boxes inside the image; classes 0, 1, 2, 0, ... by default."""
+    corners = torch.as_tensor(boxes, dtype=torch.get_default_dtype()).reshape(-1, 4)
     y, x = (torch.arange(n) + 0.5 for n in size)
-    x1, y1, x2, y2 = found[:, :, None].unbind(1)
+    x1, y1, x2, y2 = corners[:, :, None].unbind(1)
     masks = ((y1 < y) & (y < y2))[:, :, None] & ((x1 < x) & (x < x2))[:, None]
-    return Target(found, torch.tensor(labels) if labels else torch.arange(len(found)) % CLASSES, masks)
+    return Target(corners, torch.tensor(labels) if labels else torch.arange(len(corners)) % CLASSES, masks)
 
 
 def total(detector: Any, batch: Batch) -> Tensor:
-    """The weighted sum of a batch's losses."""
+    """Sum a batch's weighted losses."""
     return weighted(detector, detector.loss(batch))
 
 
 def weighted(detector: Any, losses: Losses) -> Tensor:
-    """The weighted sum of the losses, all of which are finite scalars."""
+    """Sum the weighted losses, which must be finite scalars."""
     assert set(losses) == set(detector.loss_weights)
     assert all(v.ndim == 0 and v.isfinite() for v in losses.values()), losses
     return torch.stack([v * detector.loss_weights[k] for k, v in losses.items()]).sum()
 
 
 def without_gradient(detector: nn.Module) -> list[str]:
-    """Trained parameters whose gradient is missing or not finite; a missing one would stop DDP."""
+    """List trained parameters without a finite gradient; a missing one would stop DDP."""
     return [
         k for k, p in detector.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
     ]
 
 
 def livelier(detector: nn.Module) -> None:
-    """Every scale and shift random, so that no ReLU stands at exactly 0, and last layers that say something else at every place."""
+    """Randomise scales and shifts, so that no ReLU is at exactly 0, and widen the last layers, so that outputs vary."""
     for key, p in detector.named_parameters():
         if p.ndim < 2:
             p.data.add_(0.1 * torch.randn_like(p))
@@ -96,7 +99,7 @@ def livelier(detector: nn.Module) -> None:
 
 @contextmanager
 def float64() -> Iterator[pytest.MonkeyPatch]:
-    """Everything in float64, also what asks for float32; differences of 1e-9 are mistakes then."""
+    """Compute in float64, also where code converts to float32, so that differences of 1e-9 are errors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)

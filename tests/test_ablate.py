@@ -1,4 +1,4 @@
-"""`fusedet ablate`: what is run, how it goes on after a stop, what the table and the page say, and what is refused before anything runs."""
+"""`fusedet ablate`: what is run, how it resumes, what the table and the page show, and what is refused before a run."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from conftest import SMALL
 from fusedet import ablation, cli
-from fusedet.ablation import cost, estimate, launcher, render, summary_text, worker
+from fusedet.ablation import cost, estimate, launcher, render, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
 from fusedet.config import Config
 from fusedet.engine.trainer import NonFinite
@@ -48,7 +48,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(scenes: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an ablation with two seeds. Not to be changed."""
+    """The output directory of an ablation with two seeds. Not to be changed."""
     out = tmp_path_factory.mktemp("ablations") / "out"
     assert (
         cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "60", *SMALL])
@@ -57,19 +57,23 @@ def done(scenes: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="module")
+def checked_plan(scenes: Path, table: Path) -> Plan:
+    return ablation.make_plan(ablation.load_table(table), [f"data={scenes}", *SMALL], seeds=2, say=lambda text: None)
+
+
 @pytest.fixture
-def plan(scenes: Path, table: Path, tmp_path: Path) -> Plan:
-    return ablation.make_plan(
-        ablation.load_table(table), [f"data={scenes}", *SMALL], seeds=2, out=tmp_path / "out", say=lambda text: None
-    )
+def plan(checked_plan: Plan, tmp_path: Path) -> Plan:
+    """The plan of the table with an output directory of its own."""
+    return replace(checked_plan, out=tmp_path / "out")
 
 
 def load(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "table.json").read_text()))
 
 
-def row(found: dict[str, Any], label: str) -> dict[str, Any]:
-    return next(one for one in found["rows"] if one["label"] == label)
+def get_row(summary: dict[str, Any], label: str) -> dict[str, Any]:
+    return next(row for row in summary["rows"] if row["label"] == label)
 
 
 # -- what is run
@@ -78,46 +82,39 @@ def row(found: dict[str, Any], label: str) -> dict[str, Any]:
 def test_equal_rows_are_trained_once(done: Path) -> None:
     runs = sorted(str(file.parent.relative_to(done)) for file in done.rglob("metrics.json"))
     assert runs == sorted(f"{slug}/seed{s}" for slug in SLUGS for s in (0, 1))
-    found = load(done)
-    assert row(found, "plain")["same_as"] == "plain, 1 conv"
-    assert row(found, "plain")["measured"] == row(found, "plain, 1 conv")["measured"]
+    report = load(done)
+    assert get_row(report, "plain")["same_as"] == "plain, 1 conv"
+    assert get_row(report, "plain")["measured"] == get_row(report, "plain, 1 conv")["measured"]
 
 
-def test_folders_do_not_depend_on_what_is_chosen(plan: Plan, scenes: Path, table: Path, tmp_path: Path) -> None:
-    few = ablation.make_plan(
-        ablation.load_table(table),
-        [f"data={scenes}", *SMALL],
-        rows=["FPN*+BFP"],
-        seeds=1,
-        out=tmp_path / "out",
-        say=lambda t: None,
-    )
-    assert [[c.folder.parent.name for c in cells] for cells in few.to_run()] == [["fpn_bfp"]]
+def test_run_directories_do_not_depend_on_the_selected_rows(plan: Plan) -> None:
+    few = replace(plan, selected=("FPN*+BFP",), seeds=1)
+    assert [[run.folder.parent.name for run in runs] for runs in few.selected_runs()] == [["fpn_bfp"]]
     assert few.runs("plain")[0] == plan.runs("plain, 1 conv")[0]
-    assert [cell.seed for cell in plan.runs("plain")] == [0, 1]
+    assert [run.seed for run in plan.runs("plain")] == [0, 1]
 
 
-def test_labels_of_rows_may_hold_commas(scenes: Path, table: Path) -> None:
-    def chosen(*rows: str) -> tuple[str, ...]:
-        return ablation.make_plan(ablation.load_table(table), rows=rows, need_data=False).chosen
+def test_labels_of_rows_may_contain_commas(table: Path) -> None:
+    def select(*rows: str) -> tuple[str, ...]:
+        return ablation.make_plan(ablation.load_table(table), SMALL, rows=rows, need_data=False).selected
 
-    assert chosen("plain, 1 conv,FPN*+BFP") == ("plain, 1 conv", "FPN*+BFP")
-    assert chosen("plain,plain, 1 conv") == ("plain", "plain, 1 conv")
-    assert chosen("plain", "FPN*+BFP", "plain") == ("plain", "FPN*+BFP")
+    assert select("plain, 1 conv,FPN*+BFP") == ("plain, 1 conv", "FPN*+BFP")
+    assert select("plain,plain, 1 conv") == ("plain", "plain, 1 conv")
+    assert select("plain", "FPN*+BFP", "plain") == ("plain", "FPN*+BFP")
 
 
-def test_labels_that_look_alike_have_their_own_folders(tmp_path: Path) -> None:
+def test_similar_labels_have_separate_run_directories(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     rows = "".join(
         f"  - {{label: '{label}', overrides: [model.neck={neck}]}}\n"
         for label, neck in [("A*", "fpn"), ("A", "pafpn"), ("*", "bifpn")]
     )
     file.write_text(f"base: retinanet_tiny\nrows:\n{rows}")
-    plan = ablation.make_plan(ablation.load_table(file), need_data=False, out=tmp_path)
+    plan = ablation.make_plan(ablation.load_table(file), SMALL, need_data=False, out=tmp_path)
     assert [plan.runs(label)[0].folder.parent.name for label in plan.configs] == ["a", "a-2", "row"]
 
 
-def test_a_finished_table_runs_nothing(
+def test_finished_table_runs_nothing(
     done: Path, scenes: Path, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
@@ -127,8 +124,10 @@ def test_a_finished_table_runs_nothing(
         == 0
     )
     assert load(out)["rows"][0]["measured"] == load(done)["rows"][0]["measured"]
-    # both calls are in the report, with paths from here
-    assert [words[1:3] for words in load(out)["commands"]] == [["ablate", summary_text.shorten_path(str(table))]] * 2
+    # Both commands are in the report, with paths relative to the working directory.
+    assert [command[1:3] for command in load(out)["commands"]] == [
+        ["ablate", summary_text.shorten_path(str(table))]
+    ] * 2
 
 
 KILLED = """
@@ -145,97 +144,117 @@ sys.exit(cli.run(sys.argv[1:]))
 """
 
 
-def test_killed_and_started_again_gives_the_same_table(scenes: Path, table: Path, tmp_path: Path) -> None:
-    words = ["ablate", str(table), f"data={scenes}", "--seeds", "2", "--resamples", "60", *SMALL, "train.epochs=2"]
+def test_killed_run_is_resumed_to_the_same_table(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: retinanet_tiny\nrows:\n  - {label: FPN*+BFP, overrides: ['model.neck=[fpn,bfp]']}\n")
+    words = ["ablate", str(file), f"data={scenes}", "--seeds", "1", "--resamples", "60", *SMALL, "train.epochs=2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    dead = subprocess.run(
+    killed = subprocess.run(
         [sys.executable, "-c", KILLED, *words, f"out={tmp_path / 'a'}"], env=env, capture_output=True, timeout=300
     )
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     assert not (tmp_path / "a" / "table.json").exists()
     assert not (tmp_path / "a" / "fpn_bfp" / "seed0" / "metrics.json").exists()
+    monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
     for name in ("a", "b"):
         assert cli.run([*words, f"out={tmp_path / name}"]) == 0
     a, b = (load(tmp_path / name) for name in ("a", "b"))
-    times = [json.loads((tmp_path / "a" / "fpn_bfp" / f"seed{s}" / "time.json").read_text()) for s in (0, 1)]
-    assert [one["resumed"] for one in times] == [True, False]
-    assert times[0]["seconds"] is None  # nobody knows how long the killed session was
+    times = [json.loads((tmp_path / name / "fpn_bfp" / "seed0" / "time.json").read_text()) for name in ("a", "b")]
+    assert [time["resumed"] for time in times] == [True, False]
+    assert times[0]["seconds"] is None  # the duration of the killed session is unknown
     assert times[1]["seconds"] == sum(times[1]["sessions"]) > 0
-    assert "training time not known</td><td>1 runs" in (tmp_path / "a" / "report.html").read_text()
-    for one, other in zip(a["rows"], b["rows"]):
-        assert [one.get(key) for key in ("measured", "difference", "classes", "conclusion")] == [
-            other.get(key) for key in ("measured", "difference", "classes", "conclusion")
-        ]
-    shown = [[sheet.rows for sheet in render.make_sheets(found)[:2]] for found in (a, b)]
-    assert shown[0] == shown[1]
+    assert "training time unknown</td><td>1 runs" in (tmp_path / "a" / "report.html").read_text()
+    for resumed, whole in zip(a["rows"], b["rows"], strict=True):
+        for key in ("measured", "difference", "classes", "conclusion"):
+            assert resumed.get(key) == whole.get(key)
+    tables = [[sheet.rows for sheet in render.make_sheets(summary)[:2]] for summary in (a, b)]
+    assert tables[0] == tables[1]
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(plan: Plan) -> None:
-    cell = plan.runs("plain")[0]
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text(cell.config.to_yaml())
-    (cell.folder / "best.safetensors.part").write_text("half")
+def test_run_without_a_checkpoint_starts_again(plan: Plan) -> None:
+    run = plan.runs("plain")[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(run.config.to_yaml())
+    (run.folder / "best.safetensors.part").write_text("half")
     data = plan.data["plain"]
-    assert cell.state(data) == "absent"
-    worker.execute_run(cell, say=lambda text: None, quiet=True)
-    assert cell.state(data) == "finished"
-    (cell.folder / "metrics.json").write_text('{"AP": 0.')  # cut off when it was written
-    assert cell.state(data) == "begun"
+    assert run.state(data) == "absent"
+    worker.execute_run(run, say=lambda text: None, quiet=True)
+    assert run.state(data) == "finished"
+    (run.folder / "metrics.json").write_text('{"AP": 0.')  # truncated while it was written
+    assert run.state(data) == "resumable"
 
 
-def test_a_run_that_diverged_is_told_and_the_others_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = worker.train
-
-    def train(config: Any, **options: Any) -> Any:
-        if "fpn_bfp" in str(config.out):
-            Path(config.out).mkdir(parents=True)
-            (Path(config.out) / "config.yaml").write_text(config.to_yaml())
+def test_diverged_run_is_reported_and_the_others_continue(
+    plan: Plan, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Any, **options: Any) -> None:
+        out = Path(config.out)
+        if "fpn_bfp" in str(out):
+            out.mkdir(parents=True)
+            (out / "config.yaml").write_text(config.to_yaml())
             raise NonFinite("loss is nan at step 3")
-        return real(config, **options)
+        shutil.copytree(done / out.relative_to(plan.out), out)
 
     monkeypatch.setattr(worker, "train", train)
-    found, files = ablation.run_plan(plan, ablation.LaunchOptions(resamples=40), say=lambda text: None, quiet=True)
-    one = row(found, "FPN*+BFP")
-    assert ([run["state"] for run in one["runs"]], one["measured"], one["difference"]) == (
-        ["failed", "failed"],
-        None,
-        None,
-    )
+    monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
+    report, files = ablation.run_plan(plan, ablation.LaunchOptions(resamples=40), say=lambda text: None, quiet=True)
+    row = get_row(report, "FPN*+BFP")
+    assert [run["state"] for run in row["runs"]] == ["failed", "failed"]
+    assert row["measured"] is row["difference"] is None
+    assert row["conclusion"] == "Not measured: no conclusion."
+    assert [run["state"] for run in get_row(report, "plain")["runs"]] == ["finished", "finished"]
     assert "loss is nan at step 3" in files["page"].read_text()
-    assert one["conclusion"] == "Not measured: nothing can be said."
 
 
-def test_two_devices_run_side_by_side(plan: Plan, done: Path) -> None:
-    """Two processes that share the CPU, each with a run of its own; what they find is what one process finds."""
-    cells = plan.runs("plain")
-    queue = launcher.Queue(
-        [cells[:]], estimate.make_clock(plan, cost.count_costs(plan.configs, plan.classes)), beside=2
-    )
-    said: list[str] = []
-    launcher.run_local(queue, ["cpu", "cpu"], said.append)
-    assert len(said) == len(cells) == len(queue.clock.seconds[cells[0].label]) == 2
-    for cell in cells:
-        assert cell.state(plan.data["plain"]) == "finished"
-        figures = [
-            json.loads((out / cell.folder.relative_to(plan.out) / "metrics.json").read_text())["AR100"]
-            for out in (plan.out, done)
-        ]
-        assert figures[0] == pytest.approx(figures[1], abs=1e-3)
-        assert "epoch 1/1" in Path(f"{cell.folder}.log").read_text()
+FAKE_WORKER = """
+import json, pathlib, sys
+task = json.load(sys.stdin)
+out = pathlib.Path(task["config"]["out"])
+out.mkdir()
+(out / "time.json").write_text(json.dumps({"seconds": 2.0, "resumed": False}))
+print(task["label"], "on", task["config"]["device"])
+"""
 
 
-def test_what_a_process_says_last_is_told(plan: Plan) -> None:
-    cell = plan.runs("plain")[0]
-    broken = replace(cell, config=replace(cell.config, data=replace(cell.config.data, path="/nowhere")))
+def test_each_device_has_a_process(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake_worker.py").write_text(FAKE_WORKER)
+    monkeypatch.setattr(worker, "__name__", "fake_worker")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runs = plan.runs("plain")
+    queue = launcher.Queue([runs[:]], estimate.Clock({"plain, 1 conv": 1.0}, {}), parallel=2)
+    messages: list[str] = []
+    launcher.run_local(queue, ["cuda:0", "cuda:1"], messages.append)
+    assert len(messages) == len(runs) == 2
+    assert queue.clock.seconds == {"plain, 1 conv": [2.0, 2.0]}
+    logs = {Path(f"{run.folder}.log").read_text().strip() for run in runs}
+    assert logs == {"plain, 1 conv on cuda:0", "plain, 1 conv on cuda:1"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(plan: Plan, done: Path) -> None:
+    """Two processes that share the CPU, each with a run of its own, measure what one process measures."""
+    runs = plan.runs("plain")
+    clock = estimate.make_clock(plan, cost.count_costs(plan.configs, plan.classes))
+    launcher.run_local(launcher.Queue([runs[:]], clock, parallel=2), ["cpu", "cpu"], lambda text: None)
+    for run in runs:
+        assert run.state(plan.data["plain"]) == "finished"
+        files = [out / run.folder.relative_to(plan.out) / "metrics.json" for out in (plan.out, done)]
+        ours, theirs = (json.loads(file.read_text())["AR100"] for file in files)
+        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert "epoch 1/1" in Path(f"{run.folder}.log").read_text()
+
+
+def test_last_line_of_a_failed_process_is_reported(plan: Plan) -> None:
+    run = plan.runs("plain")[0]
+    broken = replace(run, config=replace(run.config, data=replace(run.config.data, path="/nowhere")))
     queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
-    with pytest.raises(
-        InputError, match=r"row 'plain, 1 conv', seed 0, ended with 2: /nowhere does not exist.*seed0\.log"
-    ):
+    message = r"row 'plain, 1 conv', seed 0, ended with exit code 2: /nowhere does not exist.*seed0\.log"
+    with pytest.raises(InputError, match=message):
         launcher.run_local(queue, ["cpu", "cpu"], lambda text: None)
 
 
 class Jobs:
-    """Takes submitit's place: jobs of an earlier call are still running, those submitted now run when they are waited for."""
+    """Stands in for submitit: jobs of an earlier call are still running, new jobs run when they are waited for."""
 
     def __init__(self) -> None:
         self.submitted: list[str] = []
@@ -266,34 +285,34 @@ class Jobs:
             def update_parameters(self, **options: Any) -> None:
                 jobs.options = options
 
-            def submit(self, function: Callable[..., None], cell: Run, *rest: Any) -> Job:
-                jobs.submitted.append(cell.folder.parent.name)
-                return Job(Path(), f"job{len(jobs.submitted)}", lambda: function(cell, *rest))
+            def submit(self, function: Callable[..., None], run: Run, *args: Any) -> Job:
+                jobs.submitted.append(run.folder.parent.name)
+                return Job(Path(), f"job{len(jobs.submitted)}", lambda: function(run, *args))
 
         self.module = SimpleNamespace(AutoExecutor=AutoExecutor, SlurmJob=Job)
 
 
 def stop_at_once(config: Config, **options: Any) -> None:
-    """A training that leaves nothing to go on from."""
+    """A training that leaves nothing to resume from."""
     Path(str(config.out)).mkdir(parents=True)
     (Path(str(config.out)) / "config.yaml").write_text(config.to_yaml())
 
 
-def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs()
     monkeypatch.setitem(sys.modules, "submitit", jobs.module)
     monkeypatch.setattr(launcher, "find_spec", lambda name: True)
     monkeypatch.setattr(launcher, "which", lambda name: name)
     monkeypatch.setattr(worker, "train", stop_at_once)
     launch = ablation.LaunchOptions(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
-    said: list[str] = []
-    with pytest.raises(InputError, match="--budget goes with --launcher local"):
+    messages: list[str] = []
+    with pytest.raises(InputError, match="--budget needs --launcher local"):
         ablation.run_plan(plan, replace(launch, budget=5.0))
-    ablation.run_plan(plan, launch, say=said.append)
+    ablation.run_plan(plan, launch, say=messages.append)
     assert jobs.submitted == ["plain_1_conv"] * 2 + ["fpn_bfp"] * 2
     assert (jobs.options, jobs.waited) == ({"name": "fusedet", "timeout_min": 5}, ["job1", "job2", "job3", "job4"])
-    # nothing has finished: the same command waits for the same jobs
-    ablation.run_plan(plan, launch, say=said.append)
+    # Nothing has finished: the same command waits for the same jobs.
+    ablation.run_plan(plan, launch, say=messages.append)
     assert len(jobs.submitted) == 4
     assert jobs.waited == ["job1", "job2", "job3", "job4"] * 2
 
@@ -301,140 +320,145 @@ def test_a_job_per_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyP
 # -- budget and estimate
 
 
-def test_the_budget_says_what_is_left(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    ablation.run_plan(plan, ablation.LaunchOptions(budget=0.001, resamples=40), say=said.append, quiet=True)
-    left = next(text for text in said if "undone" in text)
+def test_budget_reports_what_it_leaves_out(plan: Plan) -> None:
+    messages: list[str] = []
+    ablation.run_plan(plan, ablation.LaunchOptions(budget=0.001, resamples=40), say=messages.append, quiet=True)
+    left = next(text for text in messages if "leaves out" in text)
     assert re.search(
-        r"leaves 4 runs undone, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left
+        r"leaves out 4 runs, about .*: 'plain, 1 conv' seed 0, 'plain, 1 conv' seed 1, 'FPN\*\+BFP' seed 0", left
     )
-    assert "timing a training step of 'plain, 1 conv'" in said
-    found = load(plan.out)
-    assert [one["state"] for one in row(found, "plain")["runs"]] == ["absent"] * 2
-    assert render.make_cost_sheet(found).rows[2][5:] == ["not measured"] * 4
+    assert "timing a training step of 'plain, 1 conv'" in messages
+    report = load(plan.out)
+    assert [run["state"] for run in get_row(report, "plain")["runs"]] == ["absent"] * 2
+    assert render.make_cost_sheet(report).rows[2][5:] == ["not measured"] * 4
     assert not list(plan.out.rglob("config.yaml"))
 
 
 # -- dry run
 
 
-def test_dry_run_without_data(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["ablate", "smsl_table2", "--dry-run", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {one["label"]: one for one in found["rows"]}
-    assert list(rows) == ["FPN", "FPN+SMSL", "PANet*", "PANet*+SMSL", "Mask", "Mask+SMSL", "Cascade", "Cascade+SMSL"]
-    for one in rows.values():
-        assert one["trainable"] / 1e6 == pytest.approx(one["params_M"], abs=0.011)
-        assert set(one["published"]) == {"AP", "AP50", "AP75"}
-        assert (one["left"], one["seconds"]) == (3, None)
+def test_dry_run_without_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two rows of smsl_table2: the counted parameters are the published ones."""
+    published = {row.label: row for row in ablation.load_table("smsl_table2").rows}
+    rows = [
+        {"label": label, "overrides": list(row.overrides), "published": dict(row.published), "params_M": row.params_M}
+        for label, row in published.items()
+        if label in ("FPN", "FPN+SMSL")
+    ]
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        json.dumps({"base": published["FPN"].base or ablation.load_table("smsl_table2").base, "rows": rows})
+    )
+    assert cli.run(["ablate", str(file), "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["label"] for row in report["rows"]] == ["FPN", "FPN+SMSL"]
+    for row in report["rows"]:
+        assert row["trainable"] / 1e6 == pytest.approx(row["params_M"], abs=0.011)
+        assert set(row["published"]) == {"AP", "AP50", "AP75"}
+        assert (row["left"], row["seconds"]) == (3, None)
 
 
-def test_dry_run_with_data_estimates(
+def test_dry_run_with_data_estimates_the_time(
     scenes: Path, table: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words = ["ablate", str(table), f"data={scenes}", f"out={tmp_path / 'x'}", "--dry-run", *SMALL]
     assert cli.run([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    plain, same, other, cited = found["rows"]
+    report = json.loads(capsys.readouterr().out)
+    plain, same, other, cited = report["rows"]
     assert (plain["left"], same["left"], other["left"], cited["left"]) == (3, 0, 3, None)
-    assert found["basis"].startswith("one training step of 'plain")
-    assert found["seconds"] == pytest.approx(plain["seconds"] + other["seconds"])
+    assert report["basis"].startswith("one training step of 'plain")
+    assert report["seconds"] == pytest.approx(plain["seconds"] + other["seconds"])
     assert other["seconds"] / plain["seconds"] == pytest.approx(other["multiply_adds"] / plain["multiply_adds"])
     assert not (tmp_path / "x").exists()
 
 
-def test_dry_run_after_a_run_rests_on_it(
+def test_dry_run_estimates_from_finished_runs(
     done: Path, scenes: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
         cli.run(["ablate", str(table), f"data={scenes}", f"out={done}", "--seeds", "3", "--dry-run", "--json", *SMALL])
         == 0
     )
-    found = json.loads(capsys.readouterr().out)
-    assert found["basis"].startswith("what 4 finished runs took")
-    assert [one["left"] for one in found["rows"]] == [1, 0, 1, None]
+    report = json.loads(capsys.readouterr().out)
+    assert report["basis"].startswith("4 finished runs")
+    assert [row["left"] for row in report["rows"]] == [1, 0, 1, None]
     seconds = [json.loads((done / "fpn_bfp" / f"seed{s}" / "time.json").read_text())["seconds"] for s in (0, 1)]
-    assert found["rows"][2]["seconds"] == pytest.approx(sum(seconds) / 2)
+    assert report["rows"][2]["seconds"] == pytest.approx(sum(seconds) / 2)
 
 
-def test_tables_are_whole_where_no_terminal_breaks_them(capsys: pytest.CaptureFixture[str]) -> None:
-    """In a terminal of 60 columns words of the head are whole and labels folded, in a file every row is a line."""
-    sheet = render.Sheet(
-        "t", ["row", *(["multiply-adds (G)"] * 12)], [["a label of more than twenty-four letters", *(["250.49"] * 12)]]
-    )
-    render.print_sheet(Console(), sheet)
-    assert any(
-        line.count("250.49") == 12 and "of more than twenty-four letters" in line
-        for line in capsys.readouterr().out.splitlines()
-    )
+@pytest.mark.parametrize(
+    ("width", "columns", "label"), [(1000, 12, "of more than twenty-four letters"), (60, 1, "a label of more than")]
+)
+def test_table_fits_the_width(width: int, columns: int, label: str) -> None:
+    """Words of the head stay whole; labels are folded in a narrow terminal only."""
+    row = ["a label of more than twenty-four letters", *(["250.49"] * columns)]
     text = io.StringIO()
-    few = render.Sheet(
-        "t", ["row", "multiply-adds (G)", "AP"], [["a label of more than twenty-four letters", "250.49", "1.0"]]
-    )
-    render.print_sheet(Console(file=text, force_terminal=True, width=60), few)
-    assert "multiply-adds" in text.getvalue()
+    sheet = render.Sheet("t", ["row", *(["multiply-adds (G)"] * columns)], [row])
+    Console(file=text, width=width).print(render.sheet_table(sheet))
+    assert any(line.count("250.49") == columns and label in line for line in text.getvalue().splitlines())
+    assert text.getvalue().count("multiply-adds") == columns
     assert "…" not in text.getvalue()
 
 
 # -- the summary
 
 
-def test_figures_are_those_of_the_runs(done: Path) -> None:
-    found = load(done)
+def test_metrics_are_those_of_the_runs(done: Path) -> None:
+    report = load(done)
     for label, slug in (("plain", SLUGS[0]), ("FPN*+BFP", SLUGS[1])):
         own = [json.loads((done / slug / f"seed{s}" / "metrics.json").read_text()) for s in (0, 1)]
-        measured = row(found, label)["measured"]
+        measured = get_row(report, label)["measured"]
         for name in ("AP", "AP50", "AR100"):
-            values = [100 * one[name] for one in own]
+            values = [100 * run[name] for run in own]
             assert measured[name]["values"] == pytest.approx(values)
             assert measured[name]["mean"] == pytest.approx(sum(values) / 2)
             half = 12.706 * abs(values[0] - values[1]) / 2  # t of one degree of freedom; s / sqrt(2) = |a - b| / 2
             assert measured[name]["high"] - measured[name]["mean"] == pytest.approx(half, rel=1e-3)
-    change = row(found, "FPN*+BFP")["difference"]["AP50"]["value"]
-    means = [row(found, label)["measured"]["AP50"]["mean"] for label in ("plain", "FPN*+BFP")]
+    change = get_row(report, "FPN*+BFP")["difference"]["AP50"]["value"]
+    means = [get_row(report, label)["measured"]["AP50"]["mean"] for label in ("plain", "FPN*+BFP")]
     assert change == pytest.approx(means[1] - means[0], abs=1e-6)
-    assert row(found, "plain")["difference"] is None
-    assert len(row(found, "FPN*+BFP")["classes"]) == len(found["data"]["classes"])
+    assert get_row(report, "plain")["difference"] is None
+    assert len(get_row(report, "FPN*+BFP")["classes"]) == len(report["data"]["classes"])
 
 
 def test_cost_is_counted_and_measured(done: Path) -> None:
-    found = load(done)
-    plain, other = row(found, "plain")["cost"], row(found, "FPN*+BFP")["cost"]
+    report = load(done)
+    plain, other = get_row(report, "plain")["cost"], get_row(report, "FPN*+BFP")["cost"]
     assert other["trainable"] > plain["trainable"]
     assert other["multiply_adds"] > plain["multiply_adds"]
-    for one in (plain, other):
-        speed = one["prediction"]
+    for costs in (plain, other):
+        speed = costs["prediction"]
         assert 0 < speed["p50_ms"] <= speed["p95_ms"]
-        assert speed["images"] == 8  # all there are
-        assert speed["peak_MiB"] * 2**20 > 4 * one["parameters"]
-        assert one["training"]["images_per_second"] > 0
+        assert speed["images"] == 8  # the whole split
+        assert speed["peak_MiB"] * 2**20 > 4 * costs["parameters"]
+        assert costs["training"]["images_per_second"] > 0
 
 
 # -- the files
 
 
-def test_files_say_the_same(done: Path) -> None:
-    found = load(done)
+def test_all_files_agree(done: Path) -> None:
+    report = load(done)
     lines = list(csv.DictReader((done / "table.csv").read_text().splitlines()))
-    assert [line["row"] for line in lines] == [one["label"] for one in found["rows"]]
-    assert float(lines[2]["AP_mean"]) == row(found, "FPN*+BFP")["measured"]["AP"]["mean"]
+    assert [line["row"] for line in lines] == [row["label"] for row in report["rows"]]
+    assert float(lines[2]["AP_mean"]) == get_row(report, "FPN*+BFP")["measured"]["AP"]["mean"]
     assert (lines[1]["published_AP"], lines[1]["published_params_M"], lines[3]["AP_mean"]) == ("35.5", "37.74", "")
     text = (done / "table.md").read_text()
-    for sheet in render.make_sheets(found):
+    for sheet in render.make_sheets(report):
         for cells in sheet.rows:
             assert "| " + " | ".join(cell.replace("*", "\\*") for cell in cells) + " |" in text
-    for one in found["rows"]:
-        assert one["cited"] or one["conclusion"] in text
+    for row in report["rows"]:
+        assert row["cited"] or row["conclusion"] in text
 
 
-def test_cited_rows_are_shown_as_cited(done: Path) -> None:
+def test_cited_rows_are_marked(done: Path) -> None:
     first, _, cost_table = render.make_sheets(load(done))
     assert first.rows[3][:3] == ["theirs", "41.0", "cited"]
     assert "cited" in cost_table.rows[3]
     assert "conclusion" not in load(done)["rows"][3]
 
 
-def test_the_page_stands_alone(done: Path) -> None:
+def test_page_is_self_contained(done: Path) -> None:
     text = (done / "report.html").read_text()
     assert not re.search(r'(src|href|action)="(?!#|data:,)', text)
     assert not re.search(r"@import|url\((?!#)", text)
@@ -442,10 +466,10 @@ def test_the_page_stands_alone(done: Path) -> None:
     assert "Two rows &lt;b&gt;" in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
-    found = load(done)
+    report = load(done)
     for part in (
-        found["data"]["val"]["fingerprint"],
-        found["data"]["train"]["fingerprint"],
+        report["data"]["val"]["fingerprint"],
+        report["data"]["train"]["fingerprint"],
         "torch ",
         "ablate ",
         "learning",
@@ -453,10 +477,10 @@ def test_the_page_stands_alone(done: Path) -> None:
         assert part in text or part.title() in text
 
 
-# -- mistakes, each one sentence before anything runs
+# -- wrong input: one sentence before anything runs
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def read_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert cli.run(["ablate", *words]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")
@@ -464,79 +488,73 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return text
 
 
-def test_mistakes(
+def test_wrong_input(
     scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("something has run"))
     out, data, mine = f"out={tmp_path / 'out'}", f"data={scenes}", str(table)
-    assert "which table?" in refused(capsys)
-    assert "did you mean 'smsl_table2'" in refused(capsys, "smsl_tabl2", data, out)
-    assert "no output directory: add out=" in refused(capsys, mine, data)
-    assert "no data: add data=" in refused(capsys, mine, out)
-    assert "did you mean 'plain'" in refused(capsys, mine, data, out, "--rows", "plane")
-    assert "row 'theirs' is cited" in refused(capsys, mine, data, out, "--rows", "theirs")
-    assert "row 'plain, 1 conv': " in (text := refused(capsys, mine, data, out, "data.val=test"))
+    assert "which table?" in read_error(capsys)
+    assert "did you mean 'smsl_table2'" in read_error(capsys, "smsl_tabl2", data, out)
+    assert "no output directory: add out=" in read_error(capsys, mine, data)
+    assert "no data: add data=" in read_error(capsys, mine, out)
+    assert "did you mean 'plain'" in read_error(capsys, mine, data, out, "--rows", "plane")
+    assert "row 'theirs' is cited" in read_error(capsys, mine, data, out, "--rows", "theirs")
+    assert "row 'plain, 1 conv': " in (text := read_error(capsys, mine, data, out, "data.val=test"))
     assert "no split 'test'" in text
-    assert "does not fit" in refused(capsys, mine, data, out, "train.epoch=1")
-    assert "mine.yaml, row 'plain, 1 conv': unknown value of train.monitor" in refused(
+    assert "does not fit" in read_error(capsys, mine, data, out, "train.epoch=1")
+    assert "mine.yaml, row 'plain, 1 conv': unknown value of train.monitor" in read_error(
         capsys, mine, data, out, "train.monitor=APX"
     )
-    assert "finds no masks" in refused(capsys, mine, data, out, "train.monitor=mask_AP")
-    assert "--budget 2x is no time" in refused(capsys, mine, data, out, "--budget", "2x")
+    assert "no masks" in read_error(capsys, mine, data, out, "train.monitor=mask_AP")
+    assert "--budget 2x is not a duration" in read_error(capsys, mine, data, out, "--budget", "2x")
     assert cli.run(["ablate", mine, data, out, "--launcher", "pbs"]) == 2
     assert "'pbs' is not one of 'local', 'slurm'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert "one table at a time" in refused(capsys, mine, "necks", data, out)
+    assert "one table at a time" in read_error(capsys, mine, "necks", data, out)
     assert not (tmp_path / "out").exists()
 
 
-def test_slurm_that_is_not_there(
+def test_slurm_is_not_installed(
     scenes: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    words = [str(table), f"data={scenes}", f"out={tmp_path / 'out'}", "--launcher", "slurm"]
+    words = [str(table), f"data={scenes}", f"out={tmp_path / 'out'}", "--launcher", "slurm", *SMALL]
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
-    assert "pip install 'fusedet[slurm]'" in refused(capsys, *words)
+    assert "pip install 'fusedet[slurm]'" in read_error(capsys, *words)
     monkeypatch.setattr(launcher, "find_spec", lambda name: True)
     monkeypatch.setattr(launcher, "which", lambda name: None)
-    assert "this machine has no srun" in refused(capsys, *words)
+    assert "this machine has no srun" in read_error(capsys, *words)
 
 
-def test_a_row_of_the_middle_that_cannot_be_built(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_row_that_cannot_be_built(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text(
         "base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [model.neck.gait=cag, model.neck=mse_fpn]}\n"
     )
-    text = refused(capsys, str(file), f"data={scenes}", f"out={tmp_path / 'out'}", *SMALL)
+    text = read_error(capsys, str(file), f"data={scenes}", f"out={tmp_path / 'out'}", *SMALL)
     assert "row 'b': unknown option of model.neck 'mse_fpn': 'gait'" in text
 
 
-def test_folders_of_others_are_refused(
-    done: Path,
-    scenes: Path,
-    table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("something has run"))
-    out = Path(shutil.copytree(done, tmp_path / "out"))
-    words = [str(table), f"data={scenes}", f"out={out}", "--seeds", "2", *SMALL]
-    text = refused(capsys, *words, "train.epochs=5")
-    assert "seed0 holds a run with train.epochs=1, but row 'plain, 1 conv' is asked for with train.epochs=5" in text
-    assert "holds the ablation of" in refused(capsys, "necks", f"data={scenes}", f"out={out}")
+def test_foreign_output_directories_are_refused(done: Path, plan: Plan, tmp_path: Path) -> None:
+    plan = replace(plan, out=Path(shutil.copytree(done, tmp_path / "copy")))
+
+    def read_refusal(plan: Plan) -> str:
+        with pytest.raises(InputError) as refusal:
+            ablation.run_plan(plan, ablation.LaunchOptions())
+        return str(refusal.value)
+
+    longer = {label: replace(c, train=replace(c.train, epochs=5)) for label, c in plan.configs.items()}
+    text = read_refusal(replace(plan, configs=longer))
+    assert "seed0 has a run with train.epochs=1, but row 'plain, 1 conv' needs train.epochs=5" in text
+    assert "has the ablation of mine, not of necks" in read_refusal(replace(plan, table=ablation.load_table("necks")))
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    assert "holds no ablation: nothing is overwritten" in refused(
-        capsys, str(table), f"data={scenes}", f"out={other}", *SMALL
-    )
-    about = out / "fpn_bfp" / "seed1" / "run.json"
+    assert "has no ablation: nothing is overwritten" in read_refusal(replace(plan, out=other))
+    about = plan.out / "fpn_bfp" / "seed1" / "run.json"
     about.write_text(about.read_text().replace(load(done)["data"]["train"]["fingerprint"], "0" * 16))
-    assert "was trained on other data" in refused(capsys, *words)
+    assert "was trained on other data" in read_refusal(plan)
 
 
-def test_one_ablation_at_a_time_in_a_folder(plan: Plan) -> None:
+def test_output_directory_is_locked(plan: Plan) -> None:
     plan.out.mkdir()
     code = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(plan.out / launcher.LOCK)], stdout=subprocess.PIPE) as other:

@@ -1,4 +1,4 @@
-"""The page of an ablation in a browser: nothing is asked of the network, nothing fails, and what the table says is on it."""
+"""The page of an ablation in a browser: no network requests, no errors, and the whole table is on it."""
 
 import json
 import os
@@ -19,14 +19,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(os.environ.get("FUSEDET_BROWSER", name)))), None)
-    if found is None:
+    summary = next((path for name in BROWSERS if (path := shutil.which(os.environ.get("FUSEDET_BROWSER", name)))), None)
+    if summary is None:
         pytest.skip("no browser: install chromium, or name one in FUSEDET_BROWSER")
-    return found
+    return summary
 
 
-def look(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
-    """The page's elements once it stands, the browser's messages of the page, and the addresses it asked for."""
+def render_page(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
+    """Return the rendered page's elements, the browser's messages and the requested addresses."""
     log = work / "net.json"
     words = [
         "--headless",
@@ -46,15 +46,15 @@ def look(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str,
     command = [browser, *words, f"--log-net-log={log}", "--net-log-capture-mode=Everything", *options, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    messages = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
     # the browser itself may ask its maker for news; what the page asks for has the page as its initiator
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    asked = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
-    return done.stdout, said, asked
+    requests = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
+    return done.stdout, messages, requests
 
 
 class Cells(HTMLParser):
-    """The text of every cell and heading, and how many images there are."""
+    """The text of every cell and heading, and the number of plots."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class Cells(HTMLParser):
             self.texts[-1] += data
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """Three rows of two seeds and a cited one, with names that HTML must not take for its own."""
+def make_summary(folder: Path) -> dict[str, Any]:
+    """Three rows of two seeds and a cited row, with names that HTML must escape."""
     classes = ["<script>alert(1)</script>", "cell & nucleus", "Zähler"]
     rows: list[dict[str, Any]] = []
     for i, label in enumerate(["FPN", "FPN + <SMSL>", "MSE-FPN | long label that has to be broken somewhere"]):
@@ -95,7 +95,7 @@ def summary(folder: Path) -> dict[str, Any]:
             about = {
                 "state": "finished",
                 "folder": str(run),
-                "figures": {"AP": 1.0},
+                "metrics": {"AP": 1.0},
                 "seconds": 61.0,
                 "device": "cpu",
                 "reason": None,
@@ -139,7 +139,7 @@ def summary(folder: Path) -> dict[str, Any]:
         }
         | {"published_difference": {}}
     )
-    split = {"source": "data & more", "images": 8, "objects": 24, "fingerprint": "17a5b5b7ccea1f3f"}
+    split = {"source": "data & more", "images": 8, "instances": 24, "fingerprint": "17a5b5b7ccea1f3f"}
     head = {
         "table": "mine",
         "title": "Necks <of> mine",
@@ -149,7 +149,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "seeds": 2,
         "overrides": [],
     }
-    head |= {"figure": "AP", "drawn": True, "chosen": False}
+    head |= {"metric": "AP", "resampled": True, "best_weights": False}
     return head | {
         "commands": [["fusedet", "ablate", "mine", "data=a b"]],
         "data": {"train": split, "val": split, "classes": classes},
@@ -162,42 +162,42 @@ def summary(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def page(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    found = summary(tmp_path / "runs")
+    summary = make_summary(tmp_path / "runs")
     (tmp_path / "out").mkdir()
-    return report.write_report(found, tmp_path / "out")["page"], found
+    return report.write_report(summary, tmp_path / "out")["page"], summary
 
 
-def test_the_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    file, found = page
-    dom, said, asked = look(browser, file, tmp_path, "--dump-dom")
-    assert said == ""
-    assert asked == []
+def test_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    file, summary = page
+    dom, messages, requests = render_page(browser, file, tmp_path, "--dump-dom")
+    assert messages == ""
+    assert requests == []
     seen = Cells(dom)
-    for sheet in render.make_sheets(found):
+    for sheet in render.make_sheets(summary):
         assert sheet.title in seen.texts
         for cells in [sheet.head, *sheet.rows]:
             assert any(seen.texts[i : i + len(cells)] == cells for i in range(len(seen.texts))), cells
     assert {"Necks <of> mine", "FPN + <SMSL>", "conclusion 2", "mine"} <= set(seen.texts)
-    assert seen.images == 3 + 2  # and one by class for each row but the baseline
+    assert seen.images == 3 + 2  # and a plot by class for each row except the baseline
     assert "<script" not in dom
 
 
-def test_what_a_page_asks_for_and_says_is_seen(browser: str, tmp_path: Path) -> None:
-    """Or the test above could not fail."""
+def test_requests_and_messages_are_detected(browser: str, tmp_path: Path) -> None:
+    """Otherwise the test above could not fail."""
     page = tmp_path / "bad.html"
     page.write_text('<img src="http://127.0.0.1:9/a.png"><script>console.error("oh no")</script>')
-    _, said, asked = look(browser, page, tmp_path, "--dump-dom")
-    assert "oh no" in said
-    assert asked == ["http://127.0.0.1:9/a.png"]
+    _, messages, requests = render_page(browser, page, tmp_path, "--dump-dom")
+    assert "oh no" in messages
+    assert requests == ["http://127.0.0.1:9/a.png"]
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)])
 def test_light_and_dark(
     browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool
 ) -> None:
-    """The page follows the reader's scheme: its corner is paper or night, and text and plots stand out from it."""
+    """The page follows the reader's color scheme, and text and plots contrast with its background."""
     image = tmp_path / "page.png"
-    look(
+    render_page(
         browser,
         page[0],
         tmp_path,
@@ -210,41 +210,41 @@ def test_light_and_dark(
     histogram = grey.histogram()
     bright, deep = sum(histogram[200:]), sum(histogram[:60])
     assert (deep > 10 * bright) is dark
-    assert min(bright, deep) > 5000  # there is something to read
+    assert min(bright, deep) > 5000  # the page is not empty
 
 
-def test_the_page_fits_a_narrow_window(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """Wide tables and plots scroll inside; the page itself does not."""
+def test_page_fits_a_narrow_window(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Wide tables and plots scroll, the page itself does not."""
     probe = tmp_path / "probe.html"
     script = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
     probe.write_text(page[0].read_text().replace("</body>", f"{script}</body>"))
-    dom, _, _ = look(browser, probe, tmp_path, "--window-size=600,900", "--dump-dom")
+    dom, _, _ = render_page(browser, probe, tmp_path, "--window-size=600,900", "--dump-dom")
     title = re.search(r"<title>(\d+) (\d+)</title>", dom)
     assert title, dom[:500]
     assert int(title[1]) <= int(title[2])
 
 
 def test_text_in_plots_follows_the_page(page: tuple[Path, dict[str, Any]]) -> None:
-    """Text without a colour of its own is black, which nobody reads at night."""
+    """Text without a color would be black on the dark page."""
     texts = re.findall(r"<!-- (.*?) -->\s*<g([^>]*)>", page[0].read_text())
     assert {"multiply-adds (G)", "epoch", "AP", "FPN"} <= {text for text, _ in texts}
     assert [text for text, style in texts if "fill: " not in style] == []
 
 
-def test_what_was_not_measured_is_said(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """No run at all: a page without plots and without one figure that did not run."""
-    found = json.loads(json.dumps(page[1]))
-    for row in found["rows"][:3]:
+def test_missing_measurements_are_marked(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Without any run the page has no plots and no measured values."""
+    summary = json.loads(json.dumps(page[1]))
+    for row in summary["rows"][:3]:
         row |= {
             "measured": None,
             "difference": None,
             "classes": None,
             "runs": [],
-            "conclusion": "Not measured: nothing can be said.",
+            "conclusion": "Not measured: no conclusion.",
         }
         row["cost"] |= {"prediction": None}
-    text = report.write_report(found, tmp_path / "out")["page"].read_text()
+    text = report.write_report(summary, tmp_path / "out")["page"].read_text()
     assert "<svg" not in text
-    assert [cells[2] for cells in render.make_difference_sheet(found).rows] == ["not measured"] * 3 + ["cited"]
-    assert render.make_cost_sheet(found).rows[0][5:] == ["not measured"] * 4
+    assert [cells[2] for cells in render.make_difference_sheet(summary).rows] == ["not measured"] * 3 + ["cited"]
+    assert render.make_cost_sheet(summary).rows[0][5:] == ["not measured"] * 4
     assert not list((tmp_path / "out" / "plots").glob("*.svg"))

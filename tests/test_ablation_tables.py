@@ -1,4 +1,4 @@
-"""Tables of an ablation: what a file may hold, how a row becomes a config, and what is said of a wrong one."""
+"""Ablation tables: what a file may contain, how a row becomes a config, and the errors of wrong tables."""
 
 from itertools import product
 from pathlib import Path
@@ -41,7 +41,7 @@ def mine(tmp_path: Path) -> Table:
 # -- files
 
 
-def test_a_file_of_ones_own(mine: Table) -> None:
+def test_own_table_file(mine: Table) -> None:
     assert (mine.name, mine.title, mine.base, mine.reference) == ("mine", "mine", "retinanet_tiny", None)
     assert [row.label for row in mine.rows] == ["plain", "all", "gate", "long", "other", "theirs"]
     assert mine.rows[1].overrides == ()
@@ -54,20 +54,20 @@ def test_a_file_of_ones_own(mine: Table) -> None:
     )
 
 
-def test_layers_lie_over_each_other(mine: Table) -> None:
+def test_overrides_are_applied_in_layers(mine: Table) -> None:
     plain, whole, gate, long, other = (row.config(mine) for row in mine.rows[:-1])
-    assert plain.model.neck == {"type": "fpn"}  # the slot begins anew
+    assert plain.model.neck == {"type": "fpn"}  # another type replaces the whole slot
     assert whole.model.neck == {"type": "mse_fpn", "gate": "none"}
     assert gate.model.neck == {"type": "mse_fpn", "gate": "cag"}
     assert [c.train.epochs for c in (plain, whole, gate)] == [3, 3, 5]
     assert (long.train.epochs, long.train.milestones) == (
         24,
         (16, 22),
-    )  # a row's schedule lies above the table's epochs
+    )  # a row's schedule replaces the table's epochs
     assert other == config.load("fcos_tiny", [*mine.overrides, "model.interact=msil"])
 
 
-def test_more_lies_over_the_row(mine: Table) -> None:
+def test_further_overrides_are_applied_on_top_of_the_row(mine: Table) -> None:
     gate = mine.rows[2]
     more = gate.config(mine, "data=/images", "train.epochs=1", "model.neck=bifpn", "model.backbone=resnet18")
     assert (more.data.path, more.train.epochs, more.model.neck) == ("/images", 1, {"type": "bifpn"})
@@ -75,28 +75,28 @@ def test_more_lies_over_the_row(mine: Table) -> None:
     assert gate.config(mine).data.path is None
 
 
-def test_a_base_beside_the_table_wins(tmp_path: Path) -> None:
+def test_base_in_the_tables_folder_takes_precedence(tmp_path: Path) -> None:
     write(tmp_path, "base: retinanet_tiny\ntrain: {epochs: 2}\n", "retinanet_r50")
     for base in ("retinanet_r50", "retinanet_r50.yaml"):
-        found = ablation.load_table(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
-        assert found.rows[0].config(found).train.epochs == 2
+        table = ablation.load_table(with_rows(tmp_path, "{label: a}", f"base: {base}\n"))
+        assert table.rows[0].config(table).train.epochs == 2
 
 
-def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
-    found = mine.configs("train.seed=7")
-    assert list(found) == ["plain", "all", "gate", "long", "other"]
-    assert {c.train.seed for c in found.values()} == {7}
-    assert found["gate"] == mine.rows[2].config(mine, "train.seed=7")
+def test_configs_of_all_rows_that_are_not_cited(mine: Table) -> None:
+    table = mine.configs("train.seed=7")
+    assert list(table) == ["plain", "all", "gate", "long", "other"]
+    assert {c.train.seed for c in table.values()} == {7}
+    assert table["gate"] == mine.rows[2].config(mine, "train.seed=7")
     assert (
-        found["gate"].model.backbone == mine.rows[2].config(mine).model.backbone
-    )  # what building leaves out is still in it
+        table["gate"].model.backbone == mine.rows[2].config(mine).model.backbone
+    )  # building the model does not change the config
 
 
-# -- mistakes, each one sentence
+# -- wrong tables: one sentence each
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ("{overrides: [train.epochs=1]}", "mine.yaml, row 1 has no label"),
         ("{label: a} | {label: b} | {label: a}", "mine.yaml: rows 1 and 3 both have the label 'a'"),
@@ -109,20 +109,20 @@ def test_configs_of_all_rows_but_the_cited_ones(mine: Table) -> None:
             r"mine.yaml, row 'a': overrides must be a list, such as \[train.epochs=1\]",
         ),
         ("{label: a, overrides: [{train.epochs: 1}]}", r"mine.yaml, row 'a': overrides.0 must be str"),
-        ("{label: a, published: {Ap50: 3}}", "unknown figure in .*row 'a': published 'Ap50': did you mean 'AP50'"),
+        ("{label: a, published: {Ap50: 3}}", "unknown metric in .*row 'a': published 'Ap50': did you mean 'AP50'"),
         ("{label: a, published: {AP: high}}", "row 'a': published.AP must be float, got 'high'"),
         ("{label: a, published: {delta_AP: 1.2}}", "row 'a': a published difference needs reference"),
-        ("{label: a, cited: true}", "row 'a': a cited row needs published figures"),
+        ("{label: a, cited: true}", "row 'a': a cited row needs published metrics"),
         ("{label: a, cited: true, overrides: [train.epochs=1], published: {AP: 3}}", "row 'a': a cited row is not run"),
     ],
 )
-def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_wrong_rows(tmp_path: Path, rows: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         ablation.load_table(with_rows(tmp_path, rows))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("base: retinanet_tiny\n", "mine.yaml: rows must be a list of rows.*got None"),
         ("base: retinanet_tiny\nrows: []\n", r"mine.yaml: rows must be a list of rows.*got \[\]"),
@@ -138,8 +138,8 @@ def test_mistakes_in_rows(tmp_path: Path, rows: str, said: str) -> None:
         ),
     ],
 )
-def test_mistakes_in_files(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         ablation.load_table(write(tmp_path, text))
 
 
@@ -153,7 +153,7 @@ def test_unknown_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "head", "said"),
+    ("row", "head", "message"),
     [
         (
             "{label: a, overrides: [train.epoch=1]}",
@@ -183,15 +183,15 @@ def test_unknown_tables(tmp_path: Path) -> None:
         ("{label: a}", "", r"mine.yaml, row 'a' has no config: write base: MODEL"),
     ],
 )
-def test_overrides_and_bases_that_the_config_refuses(tmp_path: Path, row: str, head: str, said: str) -> None:
-    found = ablation.load_table(with_rows(tmp_path, row, head))
-    with pytest.raises(InputError, match=said):
-        found.rows[0].config(found)
-    with pytest.raises(InputError, match=said):
-        found.configs()
+def test_overrides_and_bases_refused_by_the_config(tmp_path: Path, row: str, head: str, message: str) -> None:
+    table = ablation.load_table(with_rows(tmp_path, row, head))
+    with pytest.raises(InputError, match=message):
+        table.rows[0].config(table)
+    with pytest.raises(InputError, match=message):
+        table.configs()
 
 
-def test_what_the_command_line_adds_is_named(mine: Table) -> None:
+def test_wrong_override_of_the_command_line_is_named(mine: Table) -> None:
     with pytest.raises(
         InputError, match=r"^train.epoch=1 does not fit .*mine.yaml, row 'plain': unknown config key 'train.epoch'"
     ):
@@ -199,15 +199,15 @@ def test_what_the_command_line_adds_is_named(mine: Table) -> None:
 
 
 def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> None:
-    """The config takes any option of a slot; the part refuses it when it is made."""
-    found = ablation.load_table(
+    """The config accepts any option of a slot; the part refuses it when it is built."""
+    table = ablation.load_table(
         with_rows(tmp_path, "{label: a} | {label: b, overrides: [model.neck.gait=cag]}", MINE.split("rows:")[0])
     )
-    assert found.rows[1].config(found).model.neck["gait"] == "cag"
+    assert table.rows[1].config(table).model.neck["gait"] == "cag"
     with pytest.raises(
         InputError, match=r"mine.yaml, row 'b': unknown option of model.neck 'mse_fpn': 'gait': did you mean 'gate'"
     ):
-        found.configs()
+        table.configs()
 
 
 def test_cited_rows_are_not_run(mine: Table) -> None:
@@ -219,29 +219,28 @@ def test_cited_rows_are_not_run(mine: Table) -> None:
 
 
 @pytest.mark.parametrize("name", ablation.list_tables())
-def test_shipped_tables_are_read(name: str) -> None:
-    found = ablation.load_table(name)
-    assert found.name == found.source == name
-    assert found.title not in ("", name)
+def test_shipped_tables_load(name: str) -> None:
+    table = ablation.load_table(name)
+    assert table.name == table.source == name
+    assert table.title not in ("", name)
     assert all(
-        set(row.published) <= set(spec.PUBLISHED) | {f"delta_{figure}" for figure in spec.PUBLISHED}
-        for row in found.rows
+        set(row.published) <= set(spec.METRICS) | {f"delta_{name}" for name in spec.METRICS} for row in table.rows
     )
-    # the file speaks as the one of a user does
-    assert ablation.load_table(Path(found.folder) / f"{name}.yaml").rows == found.rows
+    # Shipped files and files of users are read alike.
+    assert ablation.load_table(Path(table.folder) / f"{name}.yaml").rows == table.rows
 
 
 def test_necks_has_every_neck_and_one_detector() -> None:
-    found = ablation.load_table("necks")
-    configs = [row.config(found) for row in found.rows]
+    table = ablation.load_table("necks")
+    configs = [row.config(table) for row in table.rows]
     chains = [c.model.neck if isinstance(c.model.neck, list) else [c.model.neck] for c in configs]
     assert {part["type"] for chain in chains for part in chain} == set(NECKS)
     assert len({(str(c.model.head), str(c.model.backbone), str(c.train), str(c.data)) for c in configs}) == 1
 
 
 def test_modules_together_has_every_combination_once() -> None:
-    found = ablation.load_table("modules_together")
-    configs = [row.config(found) for row in found.rows]
+    table = ablation.load_table("modules_together")
+    configs = [row.config(table) for row in table.rows]
     plain = configs[0].model
     switched = [
         (c.model.plugin != plain.plugin, c.model.neck != plain.neck, c.model.interact != plain.interact)

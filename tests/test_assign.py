@@ -1,4 +1,4 @@
-"""Assignment by overlap, against hand-made tables and a slow loop."""
+"""Assignment by IoU, against tables made by hand and a slow loop."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def make(boxes: list, objects: list) -> tuple[Priors, Target]:
 
 
 def test_table() -> None:
-    """Overlaps with the object (0, 0, 10, 10): 1, 0.5, 0.45, 0.2, 0."""
+    """IoUs with the instance (0, 0, 10, 10): 1, 0.5, 0.45, 0.2, 0."""
     priors, target = make(
         [[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4.5], [0, 0, 10, 2], [50, 50, 60, 60]], [[0, 0, 10, 10]]
     )
@@ -28,7 +28,8 @@ def test_table() -> None:
 
 
 def test_low_quality() -> None:
-    """An object that no prior overlaps by 0.5 takes its best ones, both of a tie; of two objects that claim one prior, the later."""
+    """An instance without a prior of IoU 0.5 takes its best ones, both of a tie; of two instances that claim one prior,
+    the later takes it."""
     priors, target = make([[0, 0, 10, 2], [0, 8, 10, 10], [0, 0, 10, 1]], [[0, 0, 10, 10]])
     assert MaxIoUAssigner().assign(priors, target).tolist() == [0, 0, BACKGROUND]
     assert MaxIoUAssigner(low_quality=False).assign(priors, target).tolist() == [BACKGROUND] * 3
@@ -37,18 +38,18 @@ def test_low_quality() -> None:
     assert MaxIoUAssigner().assign(priors, target).tolist() == [1]
 
 
-def test_an_object_that_no_prior_touches_takes_none() -> None:
+def test_an_instance_without_overlapping_priors_takes_none() -> None:
     priors, target = make([[0, 0, 10, 10]], [[500, 500, 510, 510]])
     assert MaxIoUAssigner().assign(priors, target).tolist() == [BACKGROUND]
 
 
-def test_no_objects() -> None:
+def test_no_instances() -> None:
     priors, target = make([[0, 0, 10, 10]], [])
     assert MaxIoUAssigner().assign(priors, target).tolist() == [BACKGROUND]
 
 
 def slow(rule: MaxIoUAssigner, priors: Priors, target: Target) -> list[int]:
-    """The rule in words, one prior and one object at a time."""
+    """The rule, prior by prior and instance by instance."""
     overlap = box_iou(target.boxes, priors.boxes)
     owners = []
     for p in range(len(priors)):

@@ -26,12 +26,12 @@ from fusedet.engine import checkpoint
 Capture = pytest.CaptureFixture[str]
 
 
-def complaint(capsys: Capture, *words: object) -> str:
-    """The one line that a wrong command line prints on stderr."""
+def complaint(capsys: Capture, *words: object, code: int = 2) -> str:
+    """The one line on stderr with which a command fails."""
     capsys.readouterr()
-    code = cli.run([str(word) for word in words])
+    exit_code = cli.run([str(word) for word in words])
     result, said = capsys.readouterr()
-    assert code == 2, said
+    assert exit_code == code, said
     assert "results:" not in result, "there is nothing where it points"
     assert said.startswith("error: "), said
     assert said.count("\n") == 1, f"one line, got {said}"
@@ -139,8 +139,8 @@ def text(content: dict[str, Any], images: Path) -> None:
 
 
 def bomb(content: dict[str, Any], images: Path) -> None:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     side = 30_000
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
@@ -368,7 +368,7 @@ def test_names_are_checked_before_the_data(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr("fusedet.api.train.read", never)
+    monkeypatch.setattr("fusedet.api.train.read_dataset", never)
     for override in ("model.neck=fpm", "model.backbone.name=resnet51", "model.head.conv=2", "train.monitor=ap"):
         has(complaint(capsys, *train(scenes, tmp_path / "out", override)), "unknown")
 
@@ -424,7 +424,7 @@ def test_a_checkpoint_that_is_cut_short(
 
 
 class Code:
-    """What a stranger's pickle may hold: unpickling it would make a file."""
+    """What an untrusted pickle may hold: unpickling it would make a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -512,19 +512,19 @@ def test_weights_that_cannot_be_fetched(
 
 
 def test_local_weights_that_are_none(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
-    def told(file: Path) -> str:
+    def refuse(file: Path) -> str:
         return complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}"))
 
     file = tmp_path / "w.pth"
-    has(told(file), file, "there is no such file")
+    has(refuse(file), file, "there is no such file")
     file.write_text("hello")
-    has(told(file), file, "cannot be read as a state dict")
+    has(refuse(file), file, "cannot be read as a state dict")
     torch.save([1, 2], file)
-    has(told(file), file, "cannot be read as a state dict")
+    has(refuse(file), file, "cannot be read as a state dict")
     torch.save({"a": torch.zeros(3)}, file)
-    has(told(file), file, "lacks", "timm's names")
+    has(refuse(file), file, "lacks", "timm's names")
     torch.save(timm.create_model("lcnet_035").state_dict(), file)
-    has(told(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
+    has(refuse(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
     assert not (tmp_path / "out").exists()
 
 
@@ -538,7 +538,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(capsys: Capture, run_c
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # no file can grow beyond it, as on a full disk
     try:
-        said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=2")
+        said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=2", code=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -555,12 +555,13 @@ def test_a_full_disk_elsewhere_is_said(
         raise OSError(errno.ENOSPC, "No space left on device", "worst.png")
 
     monkeypatch.setattr("fusedet.visualization.plot_precision_recall", full)
-    has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}"), "worst.png: No space left on device")
+    has(complaint(capsys, "val", trained, f"out={tmp_path / 'out'}", code=4), "worst.png: No space left on device")
 
 
 def test_a_loss_that_is_no_number(capsys: Capture, run_copy: Path) -> None:
     before = checkpoint.load(run_copy / "last.ckpt")
-    said = complaint(capsys, "train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null")
+    words = ["train", run_copy, "--resume", "train.epochs=9", "train.lr=1e30", "train.clip_norm=null"]
+    said = complaint(capsys, *words, code=3)
     has(said, "is nan at step 4, images", "lower the learning rate", "what was saved before is still whole")
     assert "loss_cls" in said or "loss_box" in said
     after = checkpoint.load(run_copy / "last.ckpt")

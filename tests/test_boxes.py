@@ -1,4 +1,4 @@
-"""Anchors, the box code and the selection of detections."""
+"""Anchors, box encoding and the selection of detections."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_anchors_by_hand() -> None:
 
 
 def test_grid_by_hand() -> None:
-    """Row by row, a cell's anchors together, levels one after the other; x = column * stride."""
+    """Row by row, a cell's anchors together, level by level; x = column * stride."""
     levels = Levels((1, 1), (4, 8))
     shapes = [torch.tensor([[-1.0, -1, 1, 1], [-2, -2, 2, 2]]), torch.tensor([[-3.0, -3, 3, 3]])]
     priors = grid_priors([torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 1, 2)], levels, shapes)
@@ -52,8 +52,8 @@ def test_grid_by_hand() -> None:
 
 
 @given(st.tuples(corner, corner, side, side), st.tuples(corner, corner, side, side))
-def test_decode_inverts_encode(one: tuple[float, ...], other: tuple[float, ...]) -> None:
-    (x, y, w, h), (px, py, pw, ph) = one, other
+def test_decode_inverts_encode(box_sides: tuple[float, ...], prior_sides: tuple[float, ...]) -> None:
+    (x, y, w, h), (px, py, pw, ph) = box_sides, prior_sides
     box, prior = (
         torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64),
         torch.tensor([[px, py, px + pw, py + ph]], dtype=torch.float64),
@@ -62,13 +62,13 @@ def test_decode_inverts_encode(one: tuple[float, ...], other: tuple[float, ...])
     bound = math.exp(MAX_RATIO)
     expected_w, expected_h = min(max(w, pw / bound), pw * bound), min(max(h, ph / bound), ph * bound)
     centre = [x + w / 2, y + h / 2]
-    wanted = [
+    expected = [
         centre[0] - expected_w / 2,
         centre[1] - expected_h / 2,
         centre[0] + expected_w / 2,
         centre[1] + expected_h / 2,
     ]
-    assert torch.allclose(back, torch.tensor([wanted], dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(back, torch.tensor([expected], dtype=torch.float64), atol=1e-6)
 
 
 def test_decode_by_hand() -> None:
@@ -94,11 +94,13 @@ def candidates(n: int, p: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 @pytest.mark.parametrize(("score", "pre", "most"), [(0.05, 1000, 100), (0.5, 40, 7), (0.999, 5, 3)])
-def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
-    """Level by level and class by class, by torchvision's batched_nms on the pairs that the rule keeps."""
+def test_select_detections_against_batched_nms(score: float, pre: int, most: int) -> None:
+    """Level by level and class by class, by torchvision's batched_nms on the pairs above the threshold."""
     boxes, scores, sizes = candidates(2, 90, 3)
     counts = (60, 25, 5)
-    found = select_detections(Candidates(boxes, scores), sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most)
+    actual = select_detections(
+        Candidates(boxes, scores), sizes, counts, score=score, iou=0.5, pre_nms=pre, max_det=most
+    )
     clipped = clip_boxes(boxes, sizes)
     for i in range(2):
         kept = []
@@ -110,34 +112,34 @@ def test_select_is_the_plain_rule(score: float, pre: int, most: int) -> None:
         pairs = pairs[(clipped[i, pairs // 3, 2:] > clipped[i, pairs // 3, :2]).all(dim=1)]
         b, s, c = clipped[i, pairs // 3], scores[i].flatten()[pairs], pairs % 3
         keep = batched_nms(b, s, c, 0.5)[:most]
-        n = int(found.counts[i])
+        n = int(actual.counts[i])
         assert n == len(keep)
-        assert torch.equal(found.boxes[i, :n], b[keep])
-        assert torch.equal(found.scores[i, :n], s[keep])
-        assert torch.equal(found.labels[i, :n], c[keep])
-        assert found.boxes.shape == (2, most, 4)
-        assert not found.scores[i, n:].any()
+        assert torch.equal(actual.boxes[i, :n], b[keep])
+        assert torch.equal(actual.scores[i, :n], s[keep])
+        assert torch.equal(actual.labels[i, :n], c[keep])
+        assert actual.boxes.shape == (2, most, 4)
+        assert not actual.scores[i, n:].any()
 
 
-def test_select_of_nothing() -> None:
+def test_select_detections_without_scores() -> None:
     boxes, scores, sizes = candidates(1, 10, 2)
-    found = select_detections(Candidates(boxes, scores * 0), sizes, (10,))
-    assert found.counts.tolist() == [0]
-    assert found.boxes.shape == (1, 100, 4)
+    actual = select_detections(Candidates(boxes, scores * 0), sizes, (10,))
+    assert actual.counts.tolist() == [0]
+    assert actual.boxes.shape == (1, 100, 4)
 
 
-def test_boxes_without_area_are_not_found() -> None:
-    boxes = torch.tensor([[[200.0, 10, 300, 50], [10, 10, 10, 20], [10, 10, 20, 20]]])  # outside, no width, good
-    found = select_detections(Candidates(boxes, torch.full((1, 3, 1), 0.9)), torch.tensor([[100, 100]]), (3,))
-    assert found.counts.tolist() == [1]
-    assert found.boxes[0, 0].tolist() == [10, 10, 20, 20]
+def test_boxes_without_area_are_not_detected() -> None:
+    boxes = torch.tensor([[[200.0, 10, 300, 50], [10, 10, 10, 20], [10, 10, 20, 20]]])  # outside, without width, valid
+    actual = select_detections(Candidates(boxes, torch.full((1, 3, 1), 0.9)), torch.tensor([[100, 100]]), (3,))
+    assert actual.counts.tolist() == [1]
+    assert actual.boxes[0, 0].tolist() == [10, 10, 20, 20]
 
 
 @pytest.mark.parametrize("best", [0.0, 0.9])
-def test_an_exported_selection_takes_images_with_one_detection_or_none(best: float) -> None:
+def test_exported_selection_with_one_detection_or_none(best: float) -> None:
     class Select(torch.nn.Module):
         def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(select_detections(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5))
+            return select_detections(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5)[:4]
 
     boxes = torch.rand(1, 20, 4).sort(dim=2).values * 60
     many, few = torch.rand(1, 20, 3), torch.zeros(1, 20, 3)
@@ -148,16 +150,16 @@ def test_an_exported_selection_takes_images_with_one_detection_or_none(best: flo
     assert int(exported(boxes, few)[3]) == (best > 0)
 
 
-def test_a_box_for_each_class() -> None:
+def test_class_specific_boxes() -> None:
     boxes = torch.tensor([[[[0.0, 0, 10, 10], [20, 20, 30, 30]], [[40, 40, 50, 50], [0, 0, 9, 10]]]])
     scores = torch.tensor([[[0.2, 0.9], [0.8, 0.7]]])
-    found = select_detections(Candidates(boxes, scores), torch.tensor([[64, 45]]), [2])
-    assert found.counts.tolist() == [4]
-    assert found.labels[0, :4].tolist() == [1, 0, 1, 0]
-    assert found.boxes[0, :4].tolist() == [[20, 20, 30, 30], [40, 40, 45, 50], [0, 0, 9, 10], [0, 0, 10, 10]]
+    actual = select_detections(Candidates(boxes, scores), torch.tensor([[64, 45]]), [2])
+    assert actual.counts.tolist() == [4]
+    assert actual.labels[0, :4].tolist() == [1, 0, 1, 0]
+    assert actual.boxes[0, :4].tolist() == [[20, 20, 30, 30], [40, 40, 45, 50], [0, 0, 9, 10], [0, 0, 10, 10]]
 
 
-def test_survivors_by_hand() -> None:
+def test_nms_keep_mask_by_hand() -> None:
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 10, 4]]] * 2)
     scores = torch.tensor([[0.5, 0.9, 0.1, 0.8], [0.9, 0.5, 0.1, 0.8]])
     assert nms_keep_mask(boxes, scores, 0.5).tolist() == [[False, True, True, True], [True, False, True, True]]

@@ -1,4 +1,4 @@
-"""Heat maps: LayerCAM by hand, what hooks see, what cannot differ, and the command from the command line."""
+"""Activation maps: LayerCAM by hand, recorded tensors, identities, and the command line."""
 
 import json
 import math
@@ -29,11 +29,12 @@ from fusedet.visualization.activation_maps import (
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
 
 HEIGHT, WIDTH = 90, 120
+ALIKE = ("mask_rcnn", "dynamic_rcnn", "libra_rcnn")  # the same code paths as Faster R-CNN
 
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    """One image inside padding, with something in it."""
+    """One image inside padding, with a textured rectangle."""
     torch.manual_seed(1)
     image = torch.zeros(1, 3, 96, 128, dtype=torch.uint8)
     image[..., :HEIGHT, :WIDTH] = 90
@@ -56,7 +57,7 @@ def test_layer_cam_by_hand() -> None:
 
 
 class _Linear(nn.Module):
-    """Stands where an FCOS head's predictors are: the one class's logit of a cell is a sum over its channels."""
+    """Linear predictor: the logit of a cell is a weighted sum over its channels."""
 
     def __init__(self, head: nn.Module, weight: Tensor) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class _Linear(nn.Module):
 
 
 def test_linear_head(batch: Batch) -> None:
-    """Where logits are linear in the branch's features, a cell's heat is its score times the sum of positive parts, per area."""
+    """With logits linear in the branch's features, heat is score times the sum of positive parts, per area."""
     detector = make("retinanet", "model.head.scales_per_octave=1", "model.head.ratios=[1.0]").eval()
     weight = torch.randn(32)
     detector.head.cls = _Linear(detector.head, weight)
@@ -84,8 +85,8 @@ def test_linear_head(batch: Batch) -> None:
         assert heat.max() > 0
 
 
-def test_best_place_alone(batch: Batch) -> None:
-    """A 3x3 predictor of one place sees nine cells of one level."""
+def test_best_candidate_only(batch: Batch) -> None:
+    """A 3x3 predictor of one candidate sees nine cells of one level."""
     seen = compute_activation_maps(make("retinanet").eval(), batch, 0, best_only=True)
     for kind in KINDS[:2]:
         maps = by_key(seen, kind)["branch"].maps.values()
@@ -94,15 +95,15 @@ def test_best_place_alone(batch: Batch) -> None:
         assert sum(n > 0 for n in hot) == 1
 
 
-def test_a_class_of_its_own(batch: Batch) -> None:
+def test_classes_differ(batch: Batch) -> None:
     detector = make("fcos").eval()
     heats = [by_key(compute_activation_maps(detector, batch, k), "classification")["branch"].maps[8] for k in (0, 1)]
     assert not torch.allclose(*heats)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [n for n in DETECTORS if n not in ALIKE])
 def test_every_detector(name: str, batch: Batch) -> None:
-    """All modules that it can hold: each part is there, maps are finite and 0 or more, and the detector gives what it gave before."""
+    """With all modules, every part has maps, they are finite and 0 or more, and detections stay the same."""
     modules = ["model.neck=[mse_fpn,smsl]", "model.plugin=msfm"] + (
         ["model.interact=msil"] if name in ONE_STAGE else []
     )
@@ -111,7 +112,7 @@ def test_every_detector(name: str, batch: Batch) -> None:
         before = detector.detect(batch.images, batch.sizes)
     seen = compute_activation_maps(detector, batch, 2)
     has = [part for part in PARTS if part != "msil" or name in ONE_STAGE]
-    regresses = name != "grid_rcnn"  # its stage has no boxes, its branch reads them off maps of points
+    regresses = name != "grid_rcnn"  # its boxes come from point heat maps
     assert sorted(seen.parts) == sorted(has)
     assert seen.missing == (["msil"] if name in TWO_STAGE else []) + ([] if regresses else ["regression"])
     assert set(seen.heat) == set(KINDS if name in TWO_STAGE else KINDS[:2]) - (set() if regresses else {"regression"})
@@ -126,13 +127,11 @@ def test_every_detector(name: str, batch: Batch) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in detector.modules())
 
 
-def test_what_is_not_there_is_not_shown(batch: Batch) -> None:
+def test_missing_parts_are_not_shown(batch: Batch) -> None:
     seen = compute_activation_maps(make("fcos").eval(), batch, 0)
     assert seen.missing == ["msfm", "msil", "gate", "smsl"]
     assert [row.key for row in seen.heat["regression"]] == ["backbone", "pyramid", "branch"]
-    assert list(by_key(seen, "regression")["backbone"].maps) == [8, 16, 32], (
-        "C2, which the pyramid does not take, has no part"
-    )
+    assert list(by_key(seen, "regression")["backbone"].maps) == [8, 16, 32], "the neck does not use C2"
     assert not seen.gates
     assert not seen.level_weights
 
@@ -140,7 +139,7 @@ def test_what_is_not_there_is_not_shown(batch: Batch) -> None:
 # -- before and after
 
 
-def test_msil_that_gates_neither_branch_changes_nothing(batch: Batch) -> None:
+def test_msil_without_gates_changes_nothing(batch: Batch) -> None:
     seen = compute_activation_maps(
         make("fcos", "model.interact={type: msil, to_cls: false, to_reg: false}").eval(), batch, 0
     )
@@ -152,7 +151,7 @@ def test_msil_that_gates_neither_branch_changes_nothing(batch: Batch) -> None:
 
 
 def test_smsl_that_adds_nothing_changes_nothing(batch: Batch) -> None:
-    """Weights of the images' levels made to draw on an empty mixture: the neck is the identity, and so are its heat maps."""
+    """An SMSL that is the identity has the heat maps of its input."""
     detector = make("retinanet", "model.neck=[fpn,smsl]").eval()
     smsl = detector.neck.necks[1]
     smsl.forward = lambda features: [x + 0 for x in features]
@@ -160,7 +159,7 @@ def test_smsl_that_adds_nothing_changes_nothing(batch: Batch) -> None:
     assert all(torch.equal(x, rows["neck #0"].maps[s]) for s, x in rows["pyramid"].maps.items())
 
 
-def test_level_weights_and_gates_are_the_modules(batch: Batch) -> None:
+def test_level_weights_and_gates_come_from_the_modules(batch: Batch) -> None:
     detector = make("fcos", "model.neck=[fpn,smsl]", "model.interact=msil").eval()
     taken: dict[nn.Module, list[tuple[Tensor, ...]]] = {}
     smsl, msil = (next(m for m in detector.modules() if isinstance(m, kind)) for kind in (SMSL, MSIL))
@@ -178,7 +177,7 @@ def test_level_weights_and_gates_are_the_modules(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("kind", [GCG, CAG, CoordinateAttention, CAM])
-def test_a_gates_weights_are_what_it_scales_with(kind: type[nn.Module]) -> None:
+def test_gate_weights_scale_the_features(kind: type[nn.Module]) -> None:
     gate, x = kind(32).eval(), torch.randn(2, 32, 5, 7)
     weights = gate.weights(x)
     assert torch.equal(gate(x), weights * x)
@@ -186,7 +185,7 @@ def test_a_gates_weights_are_what_it_scales_with(kind: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize(("place", "strides"), [("lateral", [8, 16, 32]), ("topdown", [16, 32])])
-def test_gates_stand_at_their_levels(place: str, strides: list[int], batch: Batch) -> None:
+def test_gates_have_their_levels(place: str, strides: list[int], batch: Batch) -> None:
     seen = compute_activation_maps(
         make("retinanet", f"model.neck={{type: mse_fpn, gate_place: {place}}}").eval(), batch, 0
     )
@@ -195,8 +194,8 @@ def test_gates_stand_at_their_levels(place: str, strides: list[int], batch: Batc
     assert all(x.shape == (96 // s, 128 // s) for s, x in row.maps.items())
 
 
-def test_recorded_tensors_are_not_written_to() -> None:
-    """What follows in place does not reach what was recorded, and an input's gradient has come by way of the module alone."""
+def test_recorded_tensors_are_not_overwritten() -> None:
+    """In-place operations do not change recorded tensors, and an input's gradient passed through its module only."""
     first, second = nn.Linear(2, 2), nn.ReLU(inplace=True)
     x = torch.tensor([[1.0, -2.0]], requires_grad=True)
     with record_calls([first, second]) as calls:
@@ -212,8 +211,8 @@ def test_recorded_tensors_are_not_written_to() -> None:
 # -- maps on the image
 
 
-def test_spread_puts_cells_where_they_are() -> None:
-    """4 x 6 cells of stride 8 over 30 x 44 pixels of an image: each cell's middle keeps its value where neighbours are alike."""
+def test_resized_map_keeps_positions() -> None:
+    """4 x 6 cells of stride 8 over an image of 30 x 44 pixels: cells keep their values away from edges."""
     heat = torch.zeros(4, 6)
     heat[:, 3:] = 1.0
     whole = resize_map(heat, 8, (30, 44), (30, 44))
@@ -223,7 +222,7 @@ def test_spread_puts_cells_where_they_are() -> None:
     assert resize_map(torch.full((2, 2), 0.5), 16, (20, 30), (10, 15)).unique().tolist() == pytest.approx([0.5])
 
 
-def test_share_inside_by_hand() -> None:
+def test_heat_share_inside_by_hand() -> None:
     heat = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 0.0, 10.0]])
     assert heat_share_inside(heat, torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 2.0, 2.0]])) == (
         pytest.approx(7 / 20),
@@ -256,8 +255,8 @@ def image(scenes: Path) -> Path:
     return sorted((scenes / "val").glob("*"))[0]
 
 
-def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line of a command that is refused."""
+def error_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Return the error line of a refused command."""
     capsys.readouterr()
     assert cli.run(["cam", *map(str, words)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -283,8 +282,8 @@ def test_two_runs_side_by_side(
         "--json",
     ]
     assert cli.run(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    (one,) = found["images"].values()
+    result = json.loads(capsys.readouterr().out)
+    (one,) = result["images"].values()
     assert one["class"] == "circle"
     assert set(one["files"]) == {"classification", "regression", "gates", "level weights"}
     for file in one["files"].values():
@@ -300,30 +299,32 @@ def test_two_runs_side_by_side(
     assert 0 < one["area"] <= 1
     inside = [row["inside"] for run in one["runs"].values() for rows in run["heat"].values() for row in rows.values()]
     assert all(x is None or 0 <= x <= 1 for x in inside)
-    assert json.loads((tmp_path / "out" / "cam.json").read_text()) == found["images"]
+    assert json.loads((tmp_path / "out" / "cam.json").read_text()) == result["images"]
 
 
-def test_parts_and_folders(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path) -> None:
-    """--only takes what it says, and each call has a folder of its own beside the run."""
+def test_parts_and_output_directories(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path) -> None:
+    """--only selects parts, and each call has its own output directory in the run directory."""
     for folder, part, files in (("cam", "smsl", ["level weights"]), ("cam-2", "msil", ["gates"])):
         assert cli.run(["cam", str(runs[1]), str(image), "--class", "star", "--only", part, "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["out"] == str(runs[1] / folder)
-        assert [list(one["files"]) for one in found["images"].values()] == [files]
+        result = json.loads(capsys.readouterr().out)
+        assert result["out"] == str(runs[1] / folder)
+        assert [list(one["files"]) for one in result["images"].values()] == [files]
 
 
-def test_refused(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(
+    capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path
+) -> None:
     plain, _ = runs
     out = tmp_path / "out"
-    assert "unknown class" in (text := said(capsys, plain, image, "--class", "circl", f"out={out}"))
+    assert "unknown class" in (text := error_line(capsys, plain, image, "--class", "circl", f"out={out}"))
     assert "did you mean 'circle'" in text
-    assert f"{image}: {plain} detects nothing with a score of 1 or more" in said(
+    assert f"{image}: {plain} detects nothing with a score of 1 or more" in error_line(
         capsys, plain, image, "--score", "1", f"out={out}"
     )
-    assert f"--only msil: {plain} has only neck, branches" in said(
+    assert f"--only msil: {plain} has only neck, branches" in error_line(
         capsys, plain, image, "--class", "star", "--only", "msil", f"out={out}"
     )
-    assert "unknown part 'mssl'" in said(capsys, plain, image, "--only", "mssl", f"out={out}")
-    assert "which images?" in said(capsys, plain)
-    assert "changes nothing for a trained model" in said(capsys, plain, image, "model.neck=bfp")
+    assert "unknown part 'mssl'" in error_line(capsys, plain, image, "--only", "mssl", f"out={out}")
+    assert "which images?" in error_line(capsys, plain)
+    assert "changes nothing for a trained model" in error_line(capsys, plain, image, "model.neck=bfp")
     assert not out.exists()

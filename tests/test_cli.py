@@ -1,24 +1,36 @@
 """The commands from one command line and one Python call, on tiny data."""
 
+import errno
 import io
 import json
 import re
+import shlex
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 import fusedet
 from conftest import SMALL
-from fusedet import cli, config
+from fusedet import cli, config, evaluation
+from fusedet.ablation.command import Launcher
+from fusedet.api.convert_dataset import DatasetFormat
+from fusedet.api.predict import Precision
+from fusedet.api.predict_files import OnBadImage
 from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
+from fusedet.engine.signals import Interrupted
+from fusedet.errors import DivergenceError, InputError, StorageError
 from fusedet.models.profiling import count_cost
 from fusedet.types import BatchDetections, Detections
 
@@ -42,7 +54,7 @@ def figures(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
 # -- train
 
 
-def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
+def test_files_of_a_run(trained: Path) -> None:
     files = {path.name for path in trained.iterdir()}
     assert files >= {
         "config.yaml",
@@ -63,7 +75,7 @@ def test_a_run_holds_all_that_it_promises(trained: Path) -> None:
     assert {r["image_id"] for r in results} <= set(range(9, 17))
 
 
-def test_the_config_of_a_run_alone_runs_it_again(
+def test_a_run_can_be_repeated_from_its_config(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
@@ -75,7 +87,7 @@ def test_the_config_of_a_run_alone_runs_it_again(
         assert all(torch.equal(weights[key], first[key]) for key in first)
 
 
-def test_resume_by_the_runs_folder_or_by_out(capsys: pytest.CaptureFixture[str], run_copy: Path) -> None:
+def test_resume_by_run_directory_or_out(capsys: pytest.CaptureFixture[str], run_copy: Path) -> None:
     spoken(capsys, "train", run_copy, "--resume", "train.epochs=2")
     assert config.load(run_copy / "config.yaml").train.epochs == 2, "the config is the one that the weights come from"
     spoken(capsys, "train", "retinanet_tiny", *SMALL, f"out={run_copy}", "--resume", "train.epochs=3")
@@ -122,7 +134,7 @@ def test_starting_from_weights(capsys: pytest.CaptureFixture[str], trained: Path
 def test_starting_from_weights_of_other_classes(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
-    """What speaks of classes starts anew and is named; all else is taken over."""
+    """Layers that depend on the classes are initialised and named; all others are loaded."""
     data = synthetic.generate_dataset(tmp_path / "data", images=10, size=(64, 96))
     for file in data.rglob("instances_*.json"):
         content = json.loads(file.read_text())
@@ -153,22 +165,22 @@ def test_val_of_run_checkpoint_and_results_agree(
     sources = {"run": [trained], "best": [trained / "best.safetensors"], "last": [trained / "last.ckpt"]}
     sources["results"] = [trained / "val.bbox.json", f"data={scenes}"]
     for name, words in sources.items():
-        found = figures(capsys, "val", *words, f"out={tmp_path / name}")
-        assert [found[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
+        result = figures(capsys, "val", *words, f"out={tmp_path / name}")
+        assert [result[k] for k in METRICS] == pytest.approx([by_training[k] for k in METRICS], abs=1e-6), name
         again = json.loads((tmp_path / name / "val.bbox.json").read_text())
         # training scores with batch norms, val with folded ones: near ties may change places
         assert [r["image_id"] for r in again] == [r["image_id"] for r in results], name
         assert [r["score"] for r in again] == pytest.approx([r["score"] for r in results], abs=1e-5), name
         assert Counter(r["category_id"] for r in again) == Counter(r["category_id"] for r in results), name
-        assert found["stamp"]["data"] == by_training["stamp"]["data"]
+        assert result["stamp"]["data"] == by_training["stamp"]["data"]
 
 
 def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
     words = ["val", trained, "--voc", "--split", "train", "--evaluator", "pycocotools", f"out={tmp_path / 'v'}"]
-    found = figures(capsys, *words, "test.max_det=7")
-    assert "VOC_AP" in found
-    assert found["stamp"]["detections"] == 8 * 7
-    assert found["stamp"]["evaluator"].startswith("pycocotools")
+    result = figures(capsys, *words, "test.max_det=7")
+    assert "VOC_AP" in result
+    assert result["stamp"]["detections"] == 8 * 7
+    assert result["stamp"]["evaluator"].startswith("pycocotools")
     said = spoken(capsys, "val", trained, f"out={tmp_path / 'w'}")
     assert "best.safetensors on val of" in said.replace("\n", "")
     assert "IoU 0.75" in said
@@ -181,9 +193,9 @@ def test_val_of_perfect_results(capsys: pytest.CaptureFixture[str], scenes: Path
     results.write_text(
         json.dumps([{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth])
     )
-    found = figures(capsys, "val", results, f"data={scenes}")
-    assert found["AP"] == pytest.approx(1)
-    assert not (Path(found["out"]) / "worst.png").exists(), "there is no image with a mistake"
+    result = figures(capsys, "val", results, f"data={scenes}")
+    assert result["AP"] == pytest.approx(1)
+    assert not (Path(result["out"]) / "worst.png").exists(), "there is no image with a mistake"
 
 
 # -- predict
@@ -253,13 +265,13 @@ def test_predict_takes_every_kind_of_image(model: fusedet.Predictor, scenes: Pat
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     expected = model.predict(path)
     for source in (str(path), path.read_bytes(), image, array, tensor, tensor.float() / 255):
-        found = model.predict(source)
-        torch.testing.assert_close(found.boxes, expected.boxes)
-        assert torch.equal(found.labels, expected.labels)
+        result = model.predict(source)
+        torch.testing.assert_close(result.boxes, expected.boxes)
+        assert torch.equal(result.labels, expected.labels)
     assert expected.path == path
 
 
-def test_one_in_one_out_a_list_in_a_list_out(model: fusedet.Predictor, scenes: Path) -> None:
+def test_predict_returns_one_or_a_list(model: fusedet.Predictor, scenes: Path) -> None:
     paths = sorted((scenes / "val").iterdir())[:3]
     single = [model.predict(path) for path in paths]
     assert all(isinstance(one, Detections) for one in single)
@@ -271,22 +283,22 @@ def test_one_in_one_out_a_list_in_a_list_out(model: fusedet.Predictor, scenes: P
             assert a.path == b.path
 
 
-def test_the_forms_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_path: Path) -> None:
+def test_formats_of_a_prediction(model: fusedet.Predictor, scenes: Path, tmp_path: Path) -> None:
     path = sorted((scenes / "val").iterdir())[0]
-    found = model.predict(path)
-    assert len(found) > 0
-    assert found.to_dict().keys() == {"boxes", "scores", "labels"}
-    first = found.to_coco(5)[0]
-    x1, y1, x2, y2 = found.boxes[0].tolist()
+    result = model.predict(path)
+    assert len(result) > 0
+    assert result.to_dict().keys() == {"boxes", "scores", "labels"}
+    first = result.to_coco(5)[0]
+    x1, y1, x2, y2 = result.boxes[0].tolist()
     assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1])
-    assert (first["image_id"], first["category_id"]) == (5, int(found.labels[0]) + 1)
-    assert found.plot(tmp_path / "drawn.png").size == Image.open(path).size
+    assert (first["image_id"], first["category_id"]) == (5, int(result.labels[0]) + 1)
+    assert result.plot(tmp_path / "drawn.png").size == Image.open(path).size
     assert (tmp_path / "drawn.png").is_file()
     pytest.importorskip("supervision")
-    assert found.to_supervision().xyxy.shape == (len(found), 4)
+    assert result.to_supervision().xyxy.shape == (len(result), 4)
 
 
-def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_are_in_original_pixels(model: fusedet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def fake(images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:
@@ -297,9 +309,9 @@ def test_boxes_come_back_in_the_images_own_pixels(model: fusedet.Predictor, monk
 
     monkeypatch.setattr(model.detector, "detect", fake)
     for height, width in ((40, 50), (400, 500), (64, 96), (200, 77)):
-        found = model.predict(np.zeros((height, width, 3), np.uint8))
+        result = model.predict(np.zeros((height, width, 3), np.uint8))
         expected = [[0, 0, width, height], [width / 4, height / 2, width / 2, height]]
-        torch.testing.assert_close(found.boxes, torch.tensor(expected), atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(result.boxes, torch.tensor(expected), atol=1e-3, rtol=1e-5)
     assert seen[0] == seen[1], "the network sees images of one shape at one size"
 
 
@@ -329,33 +341,35 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
     class Small(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.backbone = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
             self.head = torch.nn.Conv2d(8, 5, 1, bias=False).requires_grad_(False)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.head(self.body(images.float()))
+            return self.head(self.backbone(images.float()))
 
-    found = count_cost(Small(), 32, 64)
-    assert found["parts"]["body"] == {
+    result = count_cost(Small(), 32, 64)
+    assert result["parts"]["backbone"] == {
         "parameters": 3 * 8 * 9 + 8,
         "trainable": 3 * 8 * 9 + 8,
         "multiply_adds": 16 * 32 * 8 * 3 * 9,
     }
-    assert found["parts"]["head"] == {"parameters": 40, "trainable": 0, "multiply_adds": 16 * 32 * 40}
-    assert found["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
+    assert result["parts"]["head"] == {"parameters": 40, "trainable": 0, "multiply_adds": 16 * 32 * 40}
+    assert result["multiply_adds"] == 16 * 32 * (8 * 27 + 40)
 
 
 @pytest.mark.parametrize(("name", "said"), [("mask_rcnn_tiny", True), ("faster_rcnn_tiny", False)])
-def test_info_says_what_it_does_not_count(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
+def test_info_names_what_it_does_not_count(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
     assert cli.run(["info", name]) == 0
-    assert ("branches (masks, grids) depend on what is found" in " ".join(capsys.readouterr().out.split())) == said
+    assert (
+        "branches (masks, grids) depend on the number of detections" in " ".join(capsys.readouterr().out.split())
+    ) == said
 
 
 def test_info(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    found = figures(capsys, "info", "retinanet_r50")
-    assert found["trainable"] == 37_743_348
-    assert found["image"] == [800, 1344]
-    assert sum(part["multiply_adds"] for part in found["parts"].values()) == found["multiply_adds"]
+    result = figures(capsys, "info", "retinanet_r50")
+    assert result["trainable"] == 37_743_348
+    assert result["image"] == [800, 1344]
+    assert sum(part["multiply_adds"] for part in result["parts"].values()) == result["multiply_adds"]
     said = spoken(capsys, "info", "retinanet_tiny", *SMALL, "--classes", 6)
     for name in ("backbone", "neck", "head", "all"):
         assert name in said
@@ -400,11 +414,11 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"]
     assert report["train"] == report["val"]
-    found = report["train"]["statistics"]
-    assert (found["images"], found["empty_images"], found["classes"]) == (5, 3, {"bus": 0, "car": 6})
+    result = report["train"]["statistics"]
+    assert (result["images"], result["empty_images"], result["classes"]) == (5, 3, {"bus": 0, "car": 6})
     # small: 20 x 10 twice, and the two of no area or outside (5 x 5)
-    assert found["sizes"] == {"small": 4, "medium": 1, "large": 1}
-    assert found["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
+    assert result["sizes"] == {"small": 4, "medium": 1, "large": 1}
+    assert result["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
     warnings = " | ".join(report["train"]["warnings"])
     for sentence in (
         "without area: not trained on: 1",
@@ -456,20 +470,121 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     spoken(capsys, "predict", *commands[0], "--no-draw")
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    said = spoken(capsys, "--help")
-    for command in (
-        "train",
-        "val",
-        "predict",
-        "info",
-        "doctor",
-        "browse",
-        "compare",
-        "ablate",
-        "cam",
-        "convert",
-        "demo",
-        "config",
-    ):
-        assert f"  {command} " in said
+# -- help and exit codes
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_imports_no_torch(words: list[str]) -> None:
+    """It would take seconds."""
+    code = f"import sys; from fusedet import cli; cli.run({words}); print({{'torch', 'numpy'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+def commands() -> dict[str, Any]:
+    """All commands by their words."""
+    root = typer.main.get_command(cli.app)
+    convert = root.commands.pop("convert")
+    return root.commands | {f"convert {name}": command for name, command in convert.commands.items()}
+
+
+def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    overview = spoken(capsys, "-h")
+    assert "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input" in " ".join(overview.split())
+    for words, command in commands().items():
+        assert f" {words.split()[0]} " in overview
+        summary, paragraph, *_ = command.help.split("\n\n")
+        assert summary.endswith(".")
+        assert len(summary) < 60, "it is not cut off in a terminal of 80 columns"
+        assert paragraph
+        said = " ".join(spoken(capsys, *words.split(), "-h").split())
+        assert summary in said
+        examples = re.findall(r"\$ fusedet (.+?)(?= \$ fusedet|$)", said)
+        assert len(examples) == 2
+        for example in examples:
+            assert example.startswith(words)
+            command.make_context(words, shlex.split(example.partition(" > ")[0])[len(words.split()) :])
+
+
+def test_train_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    said = spoken(capsys, "train", "-h")
+    for section, values in config.Config().tree().items():
+        for name in values if isinstance(values, dict) else [""]:
+            assert f" {section}.{name}".rstrip(".") in said
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        ("val", "evaluator", evaluation.EVALUATORS),
+        ("predict", "precision", get_args(Precision)),
+        ("predict", "on_bad_image", get_args(OnBadImage)),
+        ("convert_data", "to", get_args(DatasetFormat)),
+        ("ablate", "launcher", get_args(Launcher)),
+    ],
+)
+def test_choices_are_those_of_the_functions(command: str, option: str, choices: tuple[str, ...]) -> None:
+    assert get_args(get_type_hints(getattr(cli.commands, command))[option]) == choices
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("a"), 2),
+        (DivergenceError("a"), 3),
+        (StorageError("a"), 4),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), 4),
+        (OSError(errno.EACCES, "Permission denied", "f"), 2),
+        (KeyboardInterrupt(), 130),
+        (Interrupted("a", signal.SIGTERM), 143),
+    ],
+)
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fusedet.api.settings.resolve_config", fail)
+    assert cli.run(["config"]) == code
+
+
+# -- Python
+
+
+def test_every_public_name_exists() -> None:
+    assert all(getattr(fusedet, name) is not None for name in fusedet.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = fusedet.trian
+
+
+def test_settings_by_keyword_are_those_by_text() -> None:
+    sections = {"model": {"neck": [{"type": "fpn"}, "smsl"]}, "train": {"lr": 1e-5, "milestones": (1, 2)}}
+    by_keyword = fusedet.resolve_config("retinanet_r50", settings={**sections, "data": Path("a b"), "device": "cpu"})
+    texts = ["model.neck=[fpn,smsl]", "train.lr=0.00001", "train.milestones=[1,2]", "data=a b", "device=cpu"]
+    assert by_keyword == fusedet.resolve_config("retinanet_r50", texts)
+    assert fusedet.resolve_config(by_keyword, ["train.epochs=3"]).train.epochs == 3
+    with pytest.raises(InputError, match=r"did you mean 'train.epochs'"):
+        fusedet.resolve_config("retinanet_r50", settings={"train": {"epoch": 3}})
+
+
+def test_validate_in_python_is_val(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+    said = figures(capsys, "val", trained, f"out={tmp_path / 'a'}")
+    capsys.readouterr()
+    result = fusedet.validate(trained, out=tmp_path / "b", test={"batch": 2})
+    assert capsys.readouterr() == ("", ""), "functions print nothing"
+    assert result.metrics["AP"] == pytest.approx(said["AP"], abs=1e-6)
+    assert result.files.keys() == said["files"].keys()
+    assert "IoU 0.75" in str(result)
+    with pytest.raises(InputError, match="changes nothing for a trained model"):
+        fusedet.validate(trained, train={"epochs": 3})
+
+
+def test_predict_in_python(trained: Path, scenes: Path, tmp_path: Path) -> None:
+    result = fusedet.predict(trained, scenes / "val", out=tmp_path / "out", draw=False, data={"workers": 0})
+    assert result.counts["images"] == 8
+    assert len(json.loads(result.files["predictions"].read_text())["images"]) == 8
+
+
+def test_check_dataset_in_python(scenes: Path) -> None:
+    result = fusedet.check_dataset(data=scenes)
+    assert result.ok
+    assert "this data can be trained on" in str(result)

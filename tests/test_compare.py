@@ -21,13 +21,13 @@ from fusedet.visualization import images
 from test_cli import figures, spoken
 
 
-def guesses(data: Path, split: str, *, found: float, spread: float, seed: int) -> list[dict[str, Any]]:
-    """The truth, of which a share is found, with its sides moved by a share of them, and false finds of low score."""
+def guesses(data: Path, split: str, *, recall: float, spread: float, seed: int) -> list[dict[str, Any]]:
+    """Results from the ground truth: a share of the objects with noisy boxes, and false positives of low score."""
     rng = np.random.default_rng(seed)
     results = []
     for record in read_dataset(data, split):
         for (x1, y1, x2, y2), label in zip(record.boxes, record.labels, strict=True):
-            if rng.random() < found:
+            if rng.random() < recall:
                 moved = rng.normal(0, spread, 4) * [x2 - x1, y2 - y1, x2 - x1, y2 - y1]
                 x, y, w, h = np.array([x1, y1, x2 - x1, y2 - y1]) + moved
                 row = {"image_id": record.image_id, "category_id": int(label) + 1, "bbox": [x, y, abs(w), abs(h)]}
@@ -48,8 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(data: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Folders of two runs, as `fusedet val` leaves them, the second one much better."""
     folders = tmp_path / "plain", tmp_path / "better"
-    for folder, found, spread in zip(folders, (0.6, 0.95), (0.15, 0.04), strict=True):
-        results = guesses(data, "val", found=found, spread=spread, seed=1)
+    for folder, recall, spread in zip(folders, (0.6, 0.95), (0.15, 0.04), strict=True):
+        results = guesses(data, "val", recall=recall, spread=spread, seed=1)
         file = tmp_path / f"{folder.name}.json"
         file.write_text(json.dumps(results))
         assert cli.run(["val", str(file), f"data={data}", f"out={folder}"]) == 0
@@ -67,32 +67,32 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = runs
-    found = figures(capsys, "compare", a, b, "--resamples", 200)
-    assert Path(found["out"]) == b / "compare-plain"
+    result = figures(capsys, "compare", a, b, "--resamples", 200)
+    assert Path(result["out"]) == b / "compare-plain"
     assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "images.png"}
     stored = json.loads((b / "compare-plain/compare.json").read_text())
-    assert {**found, "out": None, "files": None} == stored | {"out": None, "files": None}
+    assert {**result, "out": None, "files": None} == stored | {"out": None, "files": None}
     for side, folder in (("a", a), ("b", b)):
         own = json.loads((folder / "metrics.json").read_text())
-        for name, row in found["figures"].items():
+        for name, row in result["figures"].items():
             assert row[side] == pytest.approx(own[name], abs=1e-12)
-        assert [row[side] for row in found["classes"]] == pytest.approx(
+        assert [row[side] for row in result["classes"]] == pytest.approx(
             [row["AP"] for row in own["classes"]], abs=1e-12
         )
-        assert found["errors"][side]["AP50"] == pytest.approx(own["AP50"], abs=1e-12)
-        assert found["stamp"]["data"] == own["stamp"]["data"]
-    row = found["figures"]["AP"]
+        assert result["errors"][side]["AP50"] == pytest.approx(own["AP50"], abs=1e-12)
+        assert result["stamp"]["data"] == own["stamp"]["data"]
+    row = result["figures"]["AP"]
     assert 0 < row["low"] < row["difference"] < row["high"]
-    assert found["conclusion"].startswith("B is better than A")
+    assert result["conclusion"].startswith("B is better than A")
     assert figures(capsys, "compare", b, a, "--resamples", 200)["conclusion"].startswith("A is better than B")
     again = figures(capsys, "compare", a, b, "--resamples", 200, f"out={tmp_path / 'o'}")
-    assert again["figures"] == found["figures"]
+    assert again["figures"] == result["figures"]
     other = figures(capsys, "compare", a, b, "--resamples", 200, "--bootstrap-seed", 1)["figures"]["AP"]
     assert other["difference"] == row["difference"]
     assert (other["low"], other["high"]) != (row["low"], row["high"])
 
 
-def test_what_is_said(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
+def test_printed_comparison(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
     said = spoken(capsys, "compare", *runs, "--resamples", 40)
     for part in (
         "B - A",
@@ -111,22 +111,22 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path
 def test_results_files(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     by_folder = figures(capsys, "compare", *runs, "--resamples", 40)["figures"]
     files = [tmp_path / f"{run.name}.json" for run in runs]
-    found = figures(capsys, "compare", *files, f"data={data}", "--resamples", 40)
-    assert found["figures"] == by_folder
-    assert Path(found["out"]) == tmp_path / "compare-plain"
+    result = figures(capsys, "compare", *files, f"data={data}", "--resamples", 40)
+    assert result["figures"] == by_folder
+    assert Path(result["out"]) == tmp_path / "compare-plain"
     mixed = figures(capsys, "compare", runs[0], files[1], "--resamples", 40)
     assert mixed["figures"] == by_folder, "one run says on which data the other's results are"
 
 
 def test_the_same_twice(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]) -> None:
-    found = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
-    assert found["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
+    result = figures(capsys, "compare", runs[0], runs[0], "--resamples", 40)
+    assert result["conclusion"] == "Nothing can be concluded: A and B are the same, detection by detection."
     assert all(
         row["difference"] == row["low"] == row["high"] == 0
-        for row in found["figures"].values()
+        for row in result["figures"].values()
         if row["difference"] is not None
     )
-    assert not (Path(found["out"]) / "images.png").exists(), "there is no image on which they differ"
+    assert not (Path(result["out"]) / "images.png").exists(), "there is no image on which they differ"
 
 
 def test_another_split(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_another_split(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pat
     assert f"fusedet val {runs[0]} --split test" in said
     for run in runs:
         file = tmp_path / f"{run.name}-test.json"
-        file.write_text(json.dumps(guesses(data, "test", found=0.9, spread=0.1, seed=3)))
+        file.write_text(json.dumps(guesses(data, "test", recall=0.9, spread=0.1, seed=3)))
         assert cli.run(["val", str(file), f"data={data}", "--split", "test", f"out={run / 'val-test'}"]) == 0
-    found = figures(capsys, "compare", *runs, "--split", "test", "--resamples", 40)
-    assert (found["split"], found["stamp"]["images"]) == ("test", 6)
+    result = figures(capsys, "compare", *runs, "--split", "test", "--resamples", 40)
+    assert (result["split"], result["stamp"]["images"]) == ("test", 6)
 
 
 def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
@@ -187,20 +187,20 @@ def test_images_that_differ_most(data: Path) -> None:
     without = [r for r in truth if r["image_id"] != dataset[quiet].image_id]
     first = next(i for i, r in enumerate(without) if r["image_id"] == dataset[busy].image_id)
     del without[first]
-    found = evaluation.find_differing_images(dataset, truth, without)
+    result = evaluation.find_differing_images(dataset, truth, without)
     n = int(objects[busy])
-    assert [row[0] for row in found] == [quiet, busy]
-    assert found[0][1:] == ((1, 0, 0), (0, 1, 0))
-    assert found[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
+    assert [row[0] for row in result] == [quiet, busy]
+    assert result[0][1:] == ((1, 0, 0), (0, 1, 0))
+    assert result[1][1:] == ((1, 0, 0), (pytest.approx(2 * (n - 1) / (2 * n - 1)), 1, 0))
     assert evaluation.find_differing_images(dataset, truth, truth) == []
 
 
-def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_counts_are_those_of_the_captions(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The strip below an image and the caption, of wrong classes and of objects that do not count too."""
     whole = read_dataset(data, "val")
     ignore = torch.arange(len(whole.labels)) % 5 == 0
     dataset = replace(whole, ignore=ignore)
-    results = guesses(data, "val", found=0.8, spread=0.1, seed=2)
+    results = guesses(data, "val", recall=0.8, spread=0.1, seed=2)
     for result in results[::4]:
         result["category_id"] = result["category_id"] % 6 + 1
     strips: list[str] = []
@@ -212,9 +212,9 @@ def test_what_is_drawn_counts_what_is_said(data: Path, monkeypatch: pytest.Monke
     confused = 0
     for i, quality, misses, false in rows:
         paint(i)
-        found, *counts, wrong = map(int, re.findall(r"\d+", strips[-1]))
+        correct, *counts, wrong = map(int, re.findall(r"\d+", strips[-1]))
         assert counts == [misses, false]
-        assert quality == pytest.approx(2 * found / (2 * found + misses + false))
+        assert quality == pytest.approx(2 * correct / (2 * correct + misses + false))
         confused += wrong
     pairs = evaluation.compute_confusion_matrix(dataset, results)[:-1, :-1]
     assert confused == pairs.sum() - np.trace(pairs) > 0

@@ -1,4 +1,4 @@
-"""Deformable convolutions, by two ways, and deformable stages of bodies."""
+"""Deformable convolutions, in both implementations, and deformable stages of backbones."""
 
 import copy
 import math
@@ -28,7 +28,8 @@ def side(n: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
 def literal(
     x: Tensor, offset: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, mask: Tensor
 ) -> Tensor:
-    """y(p) = sum over k of w_k * m_k * x(p + p_k + dp_k), x bilinear and 0 outside ("Deformable ConvNets v2", equation 1)."""
+    """y(p) = sum over k of w_k * m_k * x(p + p_k + dp_k), x bilinear and 0 outside ("Deformable ConvNets v2", equation
+    1)."""
     (n, c, height, width), (outputs, _, kernel, _), (rows, columns) = x.shape, weight.shape, offset.shape[2:]
 
     def at(b: int, y: int, z: int) -> Tensor:
@@ -48,12 +49,12 @@ def literal(
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
-def test_by_rows_is_the_papers_equation(stride: int, padding: int, dilation: int) -> None:
+def test_by_rows_against_the_papers_equation(stride: int, padding: int, dilation: int) -> None:
     x, weight = torch.randn(2, 3, 5, 6, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
     shape = (side(5, 3, stride, padding, dilation), side(6, 3, stride, padding, dilation))
     offset, mask = 3 * torch.randn(2, 18, *shape, dtype=torch.float64), torch.rand(2, 9, *shape, dtype=torch.float64)
-    found = deform_conv2d_by_rows(x, offset, weight, None, stride, padding, dilation, mask)
-    assert torch.allclose(found, literal(x, offset, weight, stride, padding, dilation, mask), atol=1e-10)
+    actual = deform_conv2d_by_rows(x, offset, weight, None, stride, padding, dilation, mask)
+    assert torch.allclose(actual, literal(x, offset, weight, stride, padding, dilation, mask), atol=1e-10)
 
 
 @settings(max_examples=40)
@@ -68,7 +69,7 @@ def test_by_rows_is_the_papers_equation(stride: int, padding: int, dilation: int
     masked=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_by_rows_is_torchvisions(
+def test_by_rows_against_torchvision(
     n: int,
     size: tuple[int, int],
     kernel: int,
@@ -79,7 +80,8 @@ def test_by_rows_is_torchvisions(
     masked: bool,
     seed: int,
 ) -> None:
-    """Values and all gradients; on whole offsets the slopes of a bilinear map are not defined, so that they are never whole here."""
+    """Values and all gradients; on whole offsets the slopes of a bilinear map are not defined, so that they are never
+    whole here."""
     torch.manual_seed(seed)
     padding = dilation * (kernel // 2)
     shape = tuple(side(s, kernel, stride, padding, dilation) for s in size)
@@ -97,8 +99,8 @@ def test_by_rows_is_torchvisions(
         assert torch.allclose(ours, theirs, atol=1e-9)
 
 
-def test_what_is_not_a_number_stays_so() -> None:
-    """A run that diverges ends in losses that are not finite, not in an index out of range."""
+def test_nan_offsets_give_nan() -> None:
+    """A diverging training ends with a non-finite loss, not with an index out of range."""
     offset = torch.zeros(1, 18, 4, 4)
     offset[0, 0, 0, 0], offset[0, 1, 1, 1], offset[0, 2, 2, 2] = math.nan, math.inf, -math.inf
     y = DeformConv(2, 3)(torch.randn(1, 2, 4, 4), offset)
@@ -125,7 +127,7 @@ def test_it_starts_as_the_plain_convolution(groups: int, bias: bool, stride: int
 
 @pytest.mark.parametrize("modulated", [False, True])
 def test_precision_and_gradients(modulated: bool) -> None:
-    """bfloat16 in and out, computed in float32; the offsets learn from the first step on."""
+    """bfloat16 in and out, computed in float32; the offsets have gradients from the first step on."""
     pack = DeformPack(8, 12, modulated=modulated)
     x = torch.randn(2, 8, 6, 5).to(memory_format=torch.channels_last).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,59 +148,60 @@ def test_export_and_compile() -> None:
     assert torch.allclose(torch.compile(pack, backend="eager", fullgraph=True)(x), pack(x), atol=1e-5)
 
 
-# -- stages of bodies
+# -- stages of backbones
 
 
-def lively(name: str, **options: Any) -> TimmBackbone:
-    """A body whose branches all say something: timm starts the last norm of every residual branch at zero."""
-    body = TimmBackbone(name, pretrained=False, **options)
-    for m in body.modules():
+def randomised(name: str, **options: Any) -> TimmBackbone:
+    """A backbone with active residual branches: timm initialises the last norm of each with zero."""
+    backbone = TimmBackbone(name, pretrained=False, **options)
+    for m in backbone.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.constant_(m.weight, 0.7)
-    return body.eval()
+    return backbone.eval()
 
 
-def packs(body: nn.Module) -> list[DeformPack]:
-    return [m for m in body.modules() if isinstance(m, DeformPack)]
+def packs(backbone: nn.Module) -> list[DeformPack]:
+    return [m for m in backbone.modules() if isinstance(m, DeformPack)]
 
 
 @pytest.mark.parametrize(
     ("name", "blocks"), [("resnet10t", 3), ("resnet26t", 6), ("resnext50_32x4d", 13), ("resnetaa50", 13)]
 )
-def test_bodies_start_with_the_same_maps(name: str, blocks: int) -> None:
-    plain, body = lively(name), lively(name, deformable_stages=(2, 3, 4))
-    assert len(packs(body)) == blocks
-    left = body.load_state_dict(plain.state_dict(), strict=False)  # what the file of a plain body holds, fits
+def test_backbones_start_with_the_same_maps(name: str, blocks: int) -> None:
+    plain, backbone = randomised(name), randomised(name, deformable_stages=(2, 3, 4))
+    assert len(packs(backbone)) == blocks
+    left = backbone.load_state_dict(plain.state_dict(), strict=False)  # weights of a plain backbone fit
     assert not left.unexpected_keys
     assert all(".conv2.offset." in key for key in left.missing_keys)
     assert len(left.missing_keys) == 2 * blocks
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        for a, b in zip(plain(x), body(x)):
+        for a, b in zip(plain(x), backbone(x)):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
 
 
-def test_weights_of_a_file_are_kept(tmp_path) -> None:
+def test_weights_of_a_file_are_loaded(tmp_path) -> None:
     import timm
 
     source = timm.create_model("resnet10t", pretrained=False)
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    body = TimmBackbone("resnet10t", weights=str(tmp_path / "w.pth"), deformable_stages=(4,), modulated=True)
-    (pack,) = packs(body)
+    backbone = TimmBackbone("resnet10t", weights=str(tmp_path / "w.pth"), deformable_stages=(4,), modulated=True)
+    (pack,) = packs(backbone)
     assert torch.equal(pack.weight, source.layer4[0].conv2.weight)
     assert not any(p.any() for p in pack.offset.parameters())
 
 
 def test_a_mask_starts_at_one_half() -> None:
-    body = TimmBackbone("resnet10t", pretrained=False, deformable_stages=(3,), modulated=True)
-    (pack,) = packs(body)
+    backbone = TimmBackbone("resnet10t", pretrained=False, deformable_stages=(3,), modulated=True)
+    (pack,) = packs(backbone)
     x = torch.randn(1, pack.offset.in_channels, 6, 5)
     assert torch.allclose(pack(x), F.conv2d(x, pack.weight, padding=1) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize(("modulated", "count"), [(False, 580_842), (True, 871_263)])
 def test_parameters(modulated: bool, count: int) -> None:
-    """Faster R-CNN R50 prints 41.5 M without, 42.1 M with the deformable stages of v1; modulated they would make it 42.4 M."""
+    """Faster R-CNN R50 prints 41.5 M without, 42.1 M with the deformable stages of v1; modulated they would make it
+    42.4 M."""
     with torch.device("meta"):
         sizes = [
             sum(p.numel() for p in TimmBackbone("resnet50", False, frozen_stages=1, **options).parameters())
@@ -208,46 +211,46 @@ def test_parameters(modulated: bool, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "said"),
+    ("name", "stages", "message"),
     [
         ("convnext_atto", (2, 3), "stage 2 of 'convnext_atto' has no blocks of a ResNet"),
         ("resnet10t", (5,), r"deformable_stages=\[5\] must be different ones of this backbone's stages \[1, 2, 3, 4\]"),
         ("resnet10t", (2, 2), "must be different"),
     ],
 )
-def test_mistakes_are_told(name: str, stages: tuple[int, ...], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_wrong_stages_are_refused(name: str, stages: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         TimmBackbone(name, pretrained=False, deformable_stages=stages)
 
 
 def test_frozen_stages_freeze_offsets_too() -> None:
-    body = TimmBackbone("resnet10t", pretrained=False, frozen_stages=2, deformable_stages=(2, 3)).train()
-    still, moving = packs(body)
+    backbone = TimmBackbone("resnet10t", pretrained=False, frozen_stages=2, deformable_stages=(2, 3)).train()
+    still, moving = packs(backbone)
     assert not any(p.requires_grad for p in still.parameters())
     assert all(p.requires_grad for p in moving.parameters())
-    assert not body.body.layer2[0].bn2.training
+    assert not backbone.body.layer2[0].bn2.training
 
 
 def test_with_plugins() -> None:
-    """Trained, copied, folded, reloaded and exported together."""
-    body = lively("resnet26t", deformable_stages=(4,))
-    assert insert_plugin(body, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,), zero_init=False)) == 2
-    for pack in packs(body):
+    """A model with both is trained, copied, folded, reloaded and exported."""
+    backbone = randomised("resnet26t", deformable_stages=(4,))
+    assert insert_plugin(backbone, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,), zero_init=False)) == 2
+    for pack in packs(backbone):
         nn.init.normal_(pack.offset.weight, std=0.01)
-    sum((m * torch.randn_like(m)).sum() for m in body(torch.randn(1, 3, 128, 128))).backward()
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in body.parameters())
+    sum((m * torch.randn_like(m)).sum() for m in backbone(torch.randn(1, 3, 128, 128))).backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in backbone.parameters())
     x = torch.randn(1, 3, 64, 96)
     other = TimmBackbone("resnet26t", pretrained=False, deformable_stages=(4,)).eval()
     insert_plugin(other, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,)))
-    other.load_state_dict(body.state_dict())
+    other.load_state_dict(backbone.state_dict())
     with torch.no_grad():
-        folded = fold_batch_norm(body, torch.randn(1, 3, 64, 64))
+        folded = fold_batch_norm(backbone, torch.randn(1, 3, 64, 64))
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-        exported = torch.export.export(body, (torch.randn(1, 3, 64, 96),), strict=False).module()
-        for twin in (copy.deepcopy(body), other, folded, exported):
-            for a, b in zip(body(x), twin(x)):
+        exported = torch.export.export(backbone, (torch.randn(1, 3, 64, 96),), strict=False).module()
+        for twin in (copy.deepcopy(backbone), other, folded, exported):
+            for a, b in zip(backbone(x), twin(x)):
                 assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
-        assert body(torch.randn(1, 3, 33, 47))[-1].isfinite().all()
+        assert backbone(torch.randn(1, 3, 33, 47))[-1].isfinite().all()
 
 
 def test_multiply_adds() -> None:
@@ -263,5 +266,5 @@ def test_multiply_adds() -> None:
 
     plain = count_cost(Alone(nn.Conv2d(8, 12, 3, 2, 1, groups=2)), 11, 14)["multiply_adds"]
     assert plain == 6 * 7 * 12 * 4 * 9
-    found = count_cost(Alone(DeformPack(8, 12, 3, 2, groups=2)), 11, 14)["multiply_adds"]
-    assert found == plain + 6 * 7 * 18 * 8 * 9
+    actual = count_cost(Alone(DeformPack(8, 12, 3, 2, groups=2)), 11, 14)["multiply_adds"]
+    assert actual == plain + 6 * 7 * 18 * 8 * 9

@@ -194,8 +194,8 @@ def test_drawings() -> None:
     assert set(sections) | {"README"} == {page.stem for page in PAGES}
     for name, entries in sections.items():
         assert f"../images/{name}.png" in (DOCS / "modules" / f"{name}.md").read_text()
-        drawing = code["read"](entries)
-        figure = code["draw"](drawing)
+        drawing = code["read_drawing"](entries)
+        figure = code["draw_figure"](drawing)
         ax = figure.axes[0]
         found = [(t, t.get_window_extent().transformed(ax.transData.inverted())) for t in ax.texts if t.get_text()]
         for b in drawing.boxes:

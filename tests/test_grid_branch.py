@@ -74,15 +74,15 @@ def test_parameters_and_shapes() -> None:
     assert four(pyramid(), samples().rois).shape == (5, 4, 12, 12)
 
 
-def test_every_point_starts_unlikely() -> None:
+def test_heat_maps_start_with_a_low_probability() -> None:
     scores = GridBranch(LEVELS, 3, **SMALL)(pyramid(), samples().rois).sigmoid()
     assert torch.allclose(scores, torch.tensor(0.01), atol=0.001)
 
 
-def test_transition_is_its_edges() -> None:
-    """Each edge alone: 5x5 over every channel for itself, then 1x1, in the order of the points that the edges lead to."""
+def test_transition_against_its_edges() -> None:
+    """Each edge separately: depth-wise 5x5, then 1x1, in the order of the edges' target points."""
     layer, x, y = Transition(3, 4), torch.randn(2, 36, 7, 7), torch.randn(2, 36, 7, 7)
-    found, edge = layer(x, y), 0
+    fused, edge = layer(x, y), 0
     for point, around in NEIGHBOURS.items():
         expected = x[:, 4 * point : 4 * point + 4].clone()
         # left, above, below, right: as MMDetection counts them
@@ -98,11 +98,11 @@ def test_transition_is_its_edges() -> None:
             )
             expected += F.conv2d(sent, layer.pointwise.weight[part], layer.pointwise.bias[part])
             edge += 1
-        assert torch.allclose(found[:, 4 * point : 4 * point + 4], expected, atol=1e-5)
+        assert torch.allclose(fused[:, 4 * point : 4 * point + 4], expected, atol=1e-5)
     assert edge == 24
 
 
-def test_fusion_is_of_two_orders() -> None:
+def test_fusion_has_two_orders() -> None:
     """What reaches a point comes from its neighbours and from theirs, and from nowhere else."""
     branch = GridBranch(LEVELS, 3, **SMALL)
     x = torch.randn(1, 36, 7, 7, requires_grad=True)
@@ -113,7 +113,7 @@ def test_fusion_is_of_two_orders() -> None:
 
 
 @pytest.mark.parametrize("size", [(75, 129), (64, 96), (33, 47)])
-def test_every_parameter_learns_at_any_size(size: tuple[int, int]) -> None:
+def test_every_parameter_has_a_gradient_at_any_size(size: tuple[int, int]) -> None:
     branch = GridBranch(LEVELS, 3, **SMALL)
     features = pyramid(size)
     kept = [f.clone() for f in features]
@@ -122,7 +122,7 @@ def test_every_parameter_learns_at_any_size(size: tuple[int, int]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in branch.parameters())
 
 
-def test_forward_exports_with_other_regions() -> None:
+def test_forward_exports_with_other_rois() -> None:
     branch, features, rois = GridBranch(LEVELS, 3, **SMALL), pyramid(), samples().rois
     learns(branch)
     exported = torch.export.export(branch, (features, rois)).module()
@@ -151,7 +151,7 @@ def test_half_precision() -> None:
         ({"groups": 7}, "groups=7 must divide"),
     ],
 )
-def test_impossible_options(options: dict, text: str) -> None:
+def test_bad_options_are_refused(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         GridBranch(LEVELS, 3, **options)
 
@@ -185,7 +185,7 @@ def literal_targets(boxes: list, objects: list, side: int, cells: int, radius: i
 
 @settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(3, 14, 1), (3, 6, 2), (2, 6, 0), (4, 8, 1)]))
-def test_targets_are_the_definition(seed: int, shape: tuple[int, int, int]) -> None:
+def test_targets_against_the_definition(seed: int, shape: tuple[int, int, int]) -> None:
     side, size, radius = shape
     torch.manual_seed(seed)
     branch = GridBranch(LEVELS, 3, size=size, side=side, convs=1, point_channels=1, groups=1, radius=radius)
@@ -193,14 +193,14 @@ def test_targets_are_the_definition(seed: int, shape: tuple[int, int, int]) -> N
     boxes = torch.cat([corner, corner + (1 + torch.rand(4, 2) * 50).round(decimals=2)], dim=1)
     boxes[0, 2:] = boxes[0, :2] + 1  # too small to have points
     objects = boxes + torch.randn(4, 4) * 3
-    found = branch.target_heat_maps(boxes.double(), objects.double())
-    assert not found[0].any()
+    heat_maps = branch.target_heat_maps(boxes.double(), objects.double())
+    assert not heat_maps[0].any()
     assert torch.equal(
-        found.float(), literal_targets(boxes.double().tolist(), objects.double().tolist(), side, 2 * size, radius)
+        heat_maps.float(), literal_targets(boxes.double().tolist(), objects.double().tolist(), side, 2 * size, radius)
     )
 
 
-def test_targets_of_a_box_on_its_object() -> None:
+def test_targets_of_a_box_on_its_instance() -> None:
     """Every point is in the middle of its map, the middle one of 28 cells, but for the grid's own rounding."""
     box = torch.tensor([[10.0, 20, 66, 48]])
     maps = GridBranch(LEVELS, 3, radius=0, **SMALL).target_heat_maps(box, box)
@@ -211,20 +211,20 @@ def test_targets_of_a_box_on_its_object() -> None:
 # -- boxes from maps
 
 
-def test_the_targets_decode_to_the_object() -> None:
-    """From heat maps as wanted to the object's box: to half a cell, here of a 28th of the region's side."""
+def test_targets_decode_to_the_instance() -> None:
+    """Target heat maps decode to the instance's box up to half a cell, here 1/28 of the RoI's side."""
     branch = GridBranch(LEVELS, 3, radius=0, **SMALL)
     boxes = torch.tensor([[10.0, 20, 66, 76], [30, 10, 58, 94], [5, 5, 33, 19]])
     objects = boxes + torch.tensor([[3.3, -4, 6, 5], [-2, 8, 3, -9], [0.5, 1, -2, 2]])
-    found = branch.decode(20 * branch.target_heat_maps(boxes, objects) - 10, boxes)
+    decoded = branch.decode(20 * branch.target_heat_maps(boxes, objects) - 10, boxes)
     cell = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2) / 28
-    assert ((found - objects).abs() <= cell / 2 + 1e-4).all()
+    assert ((decoded - objects).abs() <= cell / 2 + 1e-4).all()
 
 
-def test_decoding_is_the_definition() -> None:
+def test_decoding_against_the_definition() -> None:
     branch = GridBranch(LEVELS, 3, **SMALL)
     logits, boxes = torch.randn(4, 9, 28, 28).double(), samples().rois[:4, 1:].double()
-    found = branch.decode(logits, boxes)
+    decoded = branch.decode(logits, boxes)
     for m in range(4):
         x1, y1, x2, y2 = boxes[m].tolist()
         points = []
@@ -240,16 +240,16 @@ def test_decoding_is_the_definition() -> None:
         for side, (axis, line) in enumerate([(0, 0), (1, 0), (0, 2), (1, 2)]):
             on = [p for p in points if p[axis] == line]
             expected = sum(p[2 + axis] * p[4] for p in on) / sum(p[4] for p in on)
-            assert float(found[m, side]) == pytest.approx(expected, abs=1e-3)
+            assert float(decoded[m, side]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_refinement_moves_boxes_alone() -> None:
+def test_refinement_changes_boxes_only() -> None:
     branch, features = GridBranch(LEVELS, 3, **SMALL), pyramid()
     learns(branch)
     boxes = torch.tensor([[[4.0, 6, 40, 50], [60, 10, 120, 70]], [[10, 8, 90, 60], [0, 0, 0, 0]]])
-    found = BatchDetections(boxes, torch.rand(2, 2), torch.tensor([[2, 0], [1, 0]]), torch.tensor([2, 1]))
-    better = branch.refine(features, found)
-    assert better[1:] == found[1:]
+    detections = BatchDetections(boxes, torch.rand(2, 2), torch.tensor([[2, 0], [1, 0]]), torch.tensor([2, 1]))
+    better = branch.refine(features, detections)
+    assert better[1:] == detections[1:]
     assert not torch.equal(better.boxes, boxes)
     assert better.boxes[1, 1].tolist() == [0, 0, 0, 0]  # an unused place stays one
     for n in range(2):
@@ -265,10 +265,10 @@ def test_jitter_is_bounded_and_seeded() -> None:
     boxes = torch.tensor([[40.0, 30, 60, 50]]).repeat(2000, 1)
     sizes = torch.tensor([[200, 300]]).expand(2000, 2)
     torch.manual_seed(3)
-    found = branch.jitter_boxes(boxes, sizes)
+    jittered = branch.jitter_boxes(boxes, sizes)
     torch.manual_seed(3)
-    assert torch.equal(found, branch.jitter_boxes(boxes, sizes))
-    centre, side = (found[:, :2] + found[:, 2:]) / 2, found[:, 2:] - found[:, :2]
+    assert torch.equal(jittered, branch.jitter_boxes(boxes, sizes))
+    centre, side = (jittered[:, :2] + jittered[:, 2:]) / 2, jittered[:, 2:] - jittered[:, :2]
     for moved, middle in ((centre, torch.tensor([50.0, 40])), (side, torch.tensor([20.0, 20]))):
         change = (moved - middle) / 20
         assert 0.14 < change.max() <= 0.15 + 1e-5
@@ -280,12 +280,12 @@ def test_jitter_is_bounded_and_seeded() -> None:
     assert (held[:, 3] <= 74).all()
 
 
-def test_loss_is_the_definition() -> None:
-    """Without jitter: the cross-entropy of the maps of fused and of unfused features, each the mean over all cells of all positives."""
-    branch, features, found = GridBranch(LEVELS, 3, jitter=0.0, **SMALL), pyramid(), samples()
+def test_loss_against_the_definition() -> None:
+    """Without jitter: the cross-entropy of fused and of unfused maps, each the mean over all cells of all positives."""
+    branch, features, sampled = GridBranch(LEVELS, 3, jitter=0.0, **SMALL), pyramid(), samples()
     learns(branch)
-    loss = branch.loss(features, found, targets(), SIZES)["loss_grid"]
-    rois = found.rois[found.instances >= 0]
+    loss = branch.loss(features, sampled, targets(), SIZES)["loss_grid"]
+    rois = sampled.rois[sampled.instances >= 0]
     objects = torch.stack([targets()[1].boxes[0], targets()[0].boxes[1], targets()[0].boxes[0]])
     wanted = branch.target_heat_maps(rois[:, 1:], objects).double()
     x = branch.convs(branch.pooling(features, rois))
@@ -310,7 +310,7 @@ def test_loss_is_reproducible_by_seed_and_takes_num_samples() -> None:
     assert seen == [2, 2, 2]
 
 
-def test_no_positive_sample_costs_nothing_and_is_connected() -> None:
+def test_loss_without_positives_is_zero_and_connected() -> None:
     branch = GridBranch(LEVELS, 3, **SMALL)
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     none = replace(samples(), instances=torch.full((5,), -1))
@@ -320,8 +320,8 @@ def test_no_positive_sample_costs_nothing_and_is_connected() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in branch.parameters())
 
 
-def test_heat_maps_are_learnt() -> None:
-    """A few steps on one region make the box that the branch gives nearer to its object."""
+def test_a_few_steps_improve_the_box() -> None:
+    """A few steps on one RoI move its decoded box towards its instance."""
     branch, features = GridBranch(LEVELS, 3, convs=1, point_channels=4, groups=6, jitter=0.0), pyramid(n=1)
     box, truth = torch.tensor([[0, 20.0, 10, 76, 66]]), torch.tensor([[26.0, 16, 74, 62]])
     one = RoISamples(box, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -330,5 +330,5 @@ def test_heat_maps_are_learnt() -> None:
         optimizer.zero_grad()
         branch.loss(features, one, [Target(truth, torch.tensor([0]))], SIZES)["loss_grid"].backward()
         optimizer.step()
-    found = branch.decode(branch(features, box), box[:, 1:])
-    assert (found - truth).abs().max() <= 4.1  # a cell is two pixels wide here, and a point has five cells
+    decoded = branch.decode(branch(features, box), box[:, 1:])
+    assert (decoded - truth).abs().max() <= 4.1  # a cell is two pixels wide here, and a point has five cells

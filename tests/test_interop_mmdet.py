@@ -1,4 +1,4 @@
-"""MMDetection's checkpoints: whole models of its, converted, see what they saw there."""
+"""Complete MMDetection models have the recorded detections after conversion."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
+from fusedet import config
 from fusedet.errors import InputError
 from fusedet.interop import ConvertedCheckpoint, convert_checkpoint
+from fusedet.interop.class_names import resolve_class_names
 from fusedet.interop.mmdetection.backbone_config import read_resizing
 from fusedet.interop.mmdetection.detector_config import convert_config
+from fusedet.interop.mmdetection.load_checkpoint import extract_weights
+from fusedet.interop.mmdetection.weight_names import build_rules, rename_weight
 from fusedet.models.detectors import build_detector
 from fusedet.models.heads import RPNHead
 from fusedet.types import Batch, Detections, Levels
@@ -25,8 +29,8 @@ from partners import partners
 FOLDER = Path(__file__).with_name("parity")
 CASES = sorted(path.stem for path in (FOLDER / "checkpoints").glob("*.json"))
 FILLED = runpy.run_path(str(FOLDER / "filled.py"))
-# those of which names and shapes tell all; not BGR and its mean, the place of a stride, norm_on_bbox, Dynamic R-CNN's suppression
-TOLD = [
+# Names and shapes show all of these models. They do not show BGR, mean, caffe style, norm_on_bbox and Dynamic R-CNN.
+INFERRED = [
     "libra_retinanet_r18",
     "vfnet_r50_mdconv",
     "reppoints_r18_gn",
@@ -35,17 +39,24 @@ TOLD = [
     "cascade_mask_rcnn_r18",
     "grid_rcnn_r18",
 ]
+INFERRED_FAST = (
+    "libra_retinanet_r18",
+    "reppoints_r18_gn",
+    "vfnet_r50_mdconv",
+    "cascade_mask_rcnn_r18",
+    "grid_rcnn_r18",
+)
 
 
-def case(name: str) -> dict[str, Any]:
+def load_case(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / "checkpoints" / f"{name}.json").read_text())
 
 
-def weights(spec: dict[str, Any]) -> dict[str, Tensor]:
+def make_weights(spec: dict[str, Any]) -> dict[str, Tensor]:
     return {k: torch.from_numpy(np.array(FILLED["fill"](k, tuple(s), spec["stem"]))) for k, s in spec["keys"].items()}
 
 
-def converted(
+def convert(
     tmp_path: Path, content: dict[str, Any], model: dict[str, Any] | None, *overrides: str
 ) -> ConvertedCheckpoint:
     torch.save(content, tmp_path / "model.pth")
@@ -56,51 +67,56 @@ def converted(
     )
 
 
-def seen(found: ConvertedCheckpoint, size: tuple[int, int]) -> Detections:
-    detector = build_detector(found.config, len(found.names)).eval()
-    detector.load_state_dict(found.weights)
+def predict(converted: ConvertedCheckpoint, size: tuple[int, int]) -> Detections:
+    detector = build_detector(converted.config, len(converted.names)).eval()
+    detector.load_state_dict(converted.weights)
     height, width = size
     padded = torch.zeros(1, 3, -(-height // 32) * 32, -(-width // 32) * 32, dtype=torch.uint8)
     padded[0, :, :height, :width] = torch.from_numpy(FILLED["image"](height, width)).permute(2, 0, 1)
     return detector.predict(Batch(padded, torch.tensor([[height, width]]), (0,), torch.ones(1, 2)))[0]
 
 
-def agree(ours: Detections, theirs: dict[str, Any]) -> None:
-    """The same set: every detection of either side has a partner of its own on the other, with its box, score, label and mask."""
+def assert_same(ours: Detections, theirs: dict[str, Any]) -> None:
+    """Assert that detections match one to one in box, score, label and mask."""
     boxes, scores, labels = (torch.tensor(theirs[key]) for key in ("boxes", "scores", "labels"))
     close = (ours.boxes[:, None] - boxes).abs().amax(dim=2) <= 0.05
     close &= (ours.scores[:, None] - scores).abs() <= 2e-4
     close &= ours.labels[:, None] == labels
     assert len(ours) == len(boxes)
-    for i, code in enumerate(theirs.get("masks", [])):  # of every tenth detection
+    for i, counts in enumerate(theirs.get("masks", [])):  # every tenth detection has one
         assert ours.masks is not None
-        mask = torch.from_numpy(coco_mask.decode({"size": list(ours.masks.shape[1:]), "counts": code.encode()})).bool()
+        mask = torch.from_numpy(
+            coco_mask.decode({"size": list(ours.masks.shape[1:]), "counts": counts.encode()})
+        ).bool()
         close[:, 10 * i] &= (ours.masks ^ mask).sum(dim=(1, 2)) <= 1 + 1e-3 * int(mask.sum())
     assert -1 not in partners(close)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_detections(tmp_path: Path, name: str) -> None:
-    spec = case(name)
-    content = {"state_dict": weights(spec), "meta": {"dataset_meta": {"classes": ("a", "b", "c", "d", "e")}}}
-    found = converted(tmp_path, content, spec["model"])
-    assert len(set(found.names)) == 5
-    assert not found.notes or name == "libra_retinanet_r18"  # whose loss RetinaNet has not here
-    agree(seen(found, spec["size"]), spec["predictions"])
+def test_same_detections(tmp_path: Path, name: str) -> None:
+    spec = load_case(name)
+    content = {"state_dict": make_weights(spec), "meta": {"dataset_meta": {"classes": ("a", "b", "c", "d", "e")}}}
+    converted = convert(tmp_path, content, spec["model"])
+    assert len(set(converted.names)) == 5
+    assert not converted.notes or name == "libra_retinanet_r18"  # whose loss is not supported
+    assert_same(predict(converted, spec["size"]), spec["predictions"])
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_told_from_the_weights_alone(tmp_path: Path, name: str) -> None:
-    """Without a config the detector is the same, and what cannot be told is said."""
-    spec = case(name)
-    found = converted(tmp_path, weights(spec), None)
-    assert any("no config" in note for note in found.notes)
-    agree(seen(found, spec["size"]), spec["predictions"])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in INFERRED_FAST else pytest.param(name, marks=pytest.mark.slow) for name in INFERRED],
+)
+def test_config_is_inferred_from_the_weights(tmp_path: Path, name: str) -> None:
+    """Without a config the detector is the same, and assumptions are noted."""
+    spec = load_case(name)
+    converted = convert(tmp_path, make_weights(spec), None)
+    assert any("no config" in note for note in converted.notes)
+    assert_same(predict(converted, spec["size"]), spec["predictions"])
 
 
-def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A two-stage state dict as the 1.x line would have it, with known rows for background."""
-    found = {}
+def rename_to_1x(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a two-stage state dict to the names and rows of 1.x, with constant rows for background."""
+    renamed = {}
     for key, value in state.items():
         layer = key.rpartition(".")[0]
         if layer.endswith("fc_cls"):  # background first
@@ -109,30 +125,30 @@ def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = torch.cat([torch.full_like(value[:4], 7.0), value])
         elif layer.endswith("conv_logits"):
             value = torch.cat([torch.full_like(value[:1], 7.0), value])
-        found[key.removeprefix("roi_head.")] = value
-    return found
+        renamed[key.removeprefix("roi_head.")] = value
+    return renamed
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_r18", "cascade_mask_rcnn_r18"])
-def test_the_1x_line_has_background_first(tmp_path: Path, name: str) -> None:
-    state = weights(case(name))
-    today = converted(tmp_path, {"state_dict": state}, None)
-    old = converted(tmp_path, {"state_dict": old_names(state), "meta": {"mmdet_version": "1.2.0+7d0f5ce"}}, None)
+def test_1x_has_background_first(tmp_path: Path, name: str) -> None:
+    state = make_weights(load_case(name))
+    current = convert(tmp_path, {"state_dict": state}, None)
+    old = convert(tmp_path, {"state_dict": rename_to_1x(state), "meta": {"mmdet_version": "1.2.0+7d0f5ce"}}, None)
     assert len(old.names) == 5
-    assert old.weights.keys() == today.weights.keys()
-    assert all(torch.equal(old.weights[k], today.weights[k]) for k in old.weights)
+    assert old.weights.keys() == current.weights.keys()
+    assert all(torch.equal(old.weights[k], current.weights[k]) for k in old.weights)
     assert any("1.x" in note for note in old.notes)
     head, roi = old.config.model.head, old.config.model.roi
     assert (head["offset"], head["round_anchors"]) == (0.5, True)
     assert all(
         part["pooling"] == {"type": "level", "samples": 2, "aligned": False} for part in roi["stages"] + roi["branches"]
     )
-    assert "offset" not in today.config.model.head
+    assert "offset" not in current.config.model.head
 
 
 def test_1x_config_and_names(tmp_path: Path) -> None:
-    """A config of the 1.x line: heads beside each other, anchors in the head, thresholds outside the model."""
-    state = weights(case("mask_rcnn_r18"))
+    """A config of 1.x has heads beside each other, anchors in the head and thresholds outside of the model."""
+    state = make_weights(load_case("mask_rcnn_r18"))
     extractor = {
         "type": "SingleRoIExtractor",
         "roi_layer": {"type": "RoIAlign", "out_size": 7, "sample_num": 2},
@@ -187,60 +203,61 @@ def test_1x_config_and_names(tmp_path: Path) -> None:
     text += "img_norm_cfg = dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
     text += "test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(1000, 600), transforms=[dict(type='Normalize', **img_norm_cfg)])]\n"
     (tmp_path / "old.py").write_text(text)
-    torch.save({"state_dict": old_names(state), "meta": {"CLASSES": ("v", "w", "x", "y", "z")}}, tmp_path / "old.pth")
-    found = convert_checkpoint(tmp_path / "old.pth", str(tmp_path / "old.py"))
-    assert found.names == ["v", "w", "x", "y", "z"]
-    assert (found.config.data.size, found.config.data.antialias) == ((600, 1000), False)
-    test, head = found.config.test, found.config.model.head
+    torch.save(
+        {"state_dict": rename_to_1x(state), "meta": {"CLASSES": ("v", "w", "x", "y", "z")}}, tmp_path / "old.pth"
+    )
+    converted = convert_checkpoint(tmp_path / "old.pth", str(tmp_path / "old.py"))
+    assert converted.names == ["v", "w", "x", "y", "z"]
+    assert (converted.config.data.size, converted.config.data.antialias) == ((600, 1000), False)
+    test, head = converted.config.test, converted.config.model.head
     assert (test.score, test.max_det, test.pre_nms, head["nms"], head["proposals"]) == (0.1, 70, 900, 0.6, 800)
     assert (head["offset"], head["round_anchors"]) == (0.5, True)
-    body = found.config.model.backbone
-    assert body["mean"] == [122.7717, 115.9465, 102.9801]
-    assert torch.equal(found.weights["backbone.body.conv1.weight"], state["backbone.conv1.weight"].flip(1))
+    backbone = converted.config.model.backbone
+    assert backbone["mean"] == [122.7717, 115.9465, 102.9801]
+    assert torch.equal(converted.weights["backbone.body.conv1.weight"], state["backbone.conv1.weight"].flip(1))
 
 
-def test_anchors_of_the_1x_line() -> None:
-    """1.x counted a box's last pixel in, and had a cell's anchors around its middle: here the same, one pixel longer to the right."""
+def test_anchors_of_1x() -> None:
+    """1.x included a box's last pixel and centred anchors in their cells: the same box is one pixel longer here."""
     head = RPNHead(Levels((8,) * 2, (4, 16)), scale=8.0, offset=0.5, round_anchors=True)
     features = [torch.zeros(1, 8, 2, 3), torch.zeros(1, 8, 1, 1)]
     priors = head(features).priors.boxes
-    wanted = []
+    expected = []
     for stride, (height, width) in ((4, (2, 3)), (16, (1, 1))):
         for y in range(height):
             for x in range(width):
                 for ratio in (0.5, 1.0, 2.0):
-                    w, h, centre = stride * 8 / ratio**0.5, stride * 8 * ratio**0.5, 0.5 * (stride - 1)
+                    w, h, center = stride * 8 / ratio**0.5, stride * 8 * ratio**0.5, 0.5 * (stride - 1)
                     box = [
-                        centre - 0.5 * (w - 1),
-                        centre - 0.5 * (h - 1),
-                        centre + 0.5 * (w - 1),
-                        centre + 0.5 * (h - 1),
+                        center - 0.5 * (w - 1),
+                        center - 0.5 * (h - 1),
+                        center + 0.5 * (w - 1),
+                        center + 0.5 * (h - 1),
                     ]
-                    wanted.append(
+                    expected.append(
                         [
                             round(v) + shift
                             for v, shift in zip(box, (x * stride, y * stride, x * stride + 1, y * stride + 1))
                         ]
                     )
-    assert torch.equal(priors, torch.tensor(wanted, dtype=torch.float32))
+    assert torch.equal(priors, torch.tensor(expected, dtype=torch.float32))
 
 
-def test_spellings_of_deformable_offsets(tmp_path: Path) -> None:
-    """1.0 had the offsets beside the convolution, later lines have them inside, modulated ones under another name for a while."""
-    spec = case("vfnet_r50_mdconv")
-    state = weights(spec)
-    today = converted(tmp_path, {"state_dict": state}, spec["model"])
-    for name in ("conv2_offset.", "conv2.conv_offset_mask."):
-        old = {key.replace("conv2.conv_offset.", name): value for key, value in state.items()}
-        found = converted(tmp_path, {"state_dict": old}, spec["model"])
-        assert all(torch.equal(found.weights[k], v) for k, v in today.weights.items())
+def test_names_of_deformable_offsets() -> None:
+    """1.0 has the offsets beside the convolution, later versions inside it, with two names for modulated ones."""
+    model = config.load(
+        "vfnet_r50", ["model.backbone.deformable_stages=[2,3,4]", "model.backbone.modulated=true"]
+    ).model
+    rules = build_rules(model, 3)
+    for name in ("conv2_offset", "conv2.conv_offset", "conv2.conv_offset_mask"):
+        renamed = rename_weight(f"backbone.layer2.0.{name}.weight", rules)
+        assert renamed == "backbone.body.layer2.0.conv2.offset.weight"
 
 
 def test_averaged_weights_and_wrappers(tmp_path: Path) -> None:
-    """The averaged weights stand under the plain names; the others, the optimiser and the loop's own things are left out."""
-    spec = case("retinanet_r18_gn")
-    state = weights(spec)
-    plain = converted(tmp_path, {"state_dict": state}, spec["model"]).weights
+    """Averaged weights have the plain names; raw weights, optimizer and training state are left out."""
+    spec = load_case("retinanet_r18_gn")
+    state = make_weights(spec)
     raw = {f"module.{k}": v + 1 for k, v in state.items()} | {"steps": torch.tensor(3)}
     buffers = {f"ema_{k.replace('.', '_')}": v + 1 for k, v in state.items()}
     wrapped = {f"module.{k}": v for k, v in state.items()}
@@ -249,66 +266,68 @@ def test_averaged_weights_and_wrappers(tmp_path: Path) -> None:
         {"state_dict": state | buffers},
         {"state_dict": wrapped},
         {"ema_state_dict": wrapped | {"steps": torch.tensor(3)}},
-        {"state_dict": {k: v for k, v in state.items() if "num_batches_tracked" not in k}},  # before torch had these
     ):
-        found = converted(tmp_path, content, spec["model"]).weights
-        assert found.keys() == plain.keys()
-        assert all(torch.equal(found[k], plain[k]) for k in plain)
+        weights = extract_weights(content, "model.pth")
+        assert weights.keys() == state.keys()
+        assert all(torch.equal(weights[k], state[k]) for k in state)
+    plain = convert(tmp_path, {"state_dict": state}, spec["model"]).weights
+    # Old versions of torch have no batch counters.
+    old = {"state_dict": {k: v for k, v in state.items() if "num_batches_tracked" not in k}}
+    weights = convert(tmp_path, old, spec["model"]).weights
+    assert weights.keys() == plain.keys()
+    assert all(torch.equal(weights[k], plain[k]) for k in plain)
 
 
-def test_classes_by_name(tmp_path: Path) -> None:
-    spec = case("retinanet_r18_gn")
-    state = weights(spec)
+def test_class_names() -> None:
+    default = [f"class_{i}" for i in range(5)]
     for meta, names in (
         ({"dataset_meta": {"CLASSES": ["a", "b", "c", "d", "e"]}}, ["a", "b", "c", "d", "e"]),
         ({"CLASSES": ("p", "q", "r", "s", "t")}, ["p", "q", "r", "s", "t"]),
-        ({"CLASSES": ("p", "q")}, [f"class_{i}" for i in range(5)]),
-        ({}, [f"class_{i}" for i in range(5)]),
+        ({"CLASSES": ("p", "q")}, default),
+        ({}, default),
     ):
-        found = converted(tmp_path, {"state_dict": state, "meta": meta}, spec["model"])
-        assert found.names == names
-        assert found.category_ids == [1, 2, 3, 4, 5]
+        assert resolve_class_names(meta, 5, []) == (names, [1, 2, 3, 4, 5])
 
 
-def test_the_config_in_the_checkpoint(tmp_path: Path) -> None:
-    """Where no config is given, the copy that MMDetection leaves in the checkpoint is read."""
-    spec = case("fcos_r50_caffe_dcn")
-    state = weights(spec)
-    given = converted(tmp_path, {"state_dict": state}, spec["model"])
+def test_config_in_the_checkpoint(tmp_path: Path) -> None:
+    """By default the copy of the config that MMDetection stores in the checkpoint is used."""
+    spec = load_case("retinanet_r18_gn")
+    state = make_weights(spec)
+    given = convert(tmp_path, {"state_dict": state}, spec["model"])
     for key in ("cfg", "config"):
-        inside = converted(tmp_path, {"state_dict": state, "meta": {key: f"model = {spec['model']!r}"}}, None)
+        inside = convert(tmp_path, {"state_dict": state, "meta": {key: f"model = {spec['model']!r}"}}, None)
         assert inside.config == given.config
 
 
-def test_a_config_of_this_project(tmp_path: Path) -> None:
-    spec = case("retinanet_r18_gn")
-    torch.save(weights(spec), tmp_path / "model.pth")
-    words = ["model.pyramid.channels=64", "model.head.norm=true", "model.head.bias=false"]
-    found = convert_checkpoint(tmp_path / "model.pth", "retinanet_r18", words)
-    agree(seen(found, spec["size"]), spec["predictions"])
-    assert not found.config.data.antialias
+def test_config_of_this_project(tmp_path: Path) -> None:
+    spec = load_case("retinanet_r18_gn")
+    torch.save(make_weights(spec), tmp_path / "model.pth")
+    overrides = ["model.pyramid.channels=64", "model.head.norm=true", "model.head.bias=false"]
+    converted = convert_checkpoint(tmp_path / "model.pth", "retinanet_r18", overrides)
+    assert_same(predict(converted, spec["size"]), spec["predictions"])
+    assert not converted.config.data.antialias
     assert convert_checkpoint(
-        tmp_path / "model.pth", "retinanet_r18", [*words, "data.antialias=true"]
+        tmp_path / "model.pth", "retinanet_r18", [*overrides, "data.antialias=true"]
     ).config.data.antialias
-    text = f"model = {spec['model']!r}\ntest_pipeline = {resize(backend='pillow')['test_pipeline']!r}"
-    torch.save({"state_dict": weights(spec), "meta": {"cfg": text}}, tmp_path / "model.pth")
-    assert convert_checkpoint(tmp_path / "model.pth", "retinanet_r18", words).config.data.antialias
+    text = f"model = {spec['model']!r}\ntest_pipeline = {make_resize(backend='pillow')['test_pipeline']!r}"
+    torch.save({"state_dict": make_weights(spec), "meta": {"cfg": text}}, tmp_path / "model.pth")
+    assert convert_checkpoint(tmp_path / "model.pth", "retinanet_r18", overrides).config.data.antialias
 
 
-def resize(**words: Any) -> Any:
-    return {"test_pipeline": [{"type": "Resize", "scale": (1333, 800), **words}, {"type": "PackDetInputs"}]}
+def make_resize(**options: Any) -> Any:
+    return {"test_pipeline": [{"type": "Resize", "scale": (1333, 800), **options}, {"type": "PackDetInputs"}]}
 
 
 @pytest.mark.parametrize(
     ("config", "data", "note"),
     [
         ({}, {"antialias": False}, None),
-        (resize(keep_ratio=True), {"size": [800, 1333], "antialias": False}, None),
-        (resize(backend="pillow"), {"size": [800, 1333], "antialias": True}, None),
+        (make_resize(keep_ratio=True), {"size": [800, 1333], "antialias": False}, None),
+        (make_resize(backend="pillow"), {"size": [800, 1333], "antialias": True}, None),
         (
-            resize(interpolation="area"),
+            make_resize(interpolation="area"),
             {"size": [800, 1333], "antialias": False},
-            "images were resized by 'area', here bilinearly",
+            "images were resized by 'area', here bilinear",
         ),
         (
             {
@@ -323,36 +342,40 @@ def resize(**words: Any) -> Any:
             {"size": [600, 1000], "antialias": True},
             None,
         ),
-        (resize(keep_ratio=False), {"size": [800, 1333], "antialias": False}, "images were stretched to 1333 x 800"),
+        (
+            make_resize(keep_ratio=False),
+            {"size": [800, 1333], "antialias": False},
+            "images were stretched to 1333 x 800",
+        ),
     ],
 )
-def test_how_images_are_resized(config: Any, data: Any, note: str | None) -> None:
+def test_resizing_of_the_test_pipeline(config: Any, data: Any, note: str | None) -> None:
     notes: list[str] = []
     assert read_resizing(config, notes) == data
     assert [text.split(", here their")[0] for text in notes] == ([note] if note else [])
 
 
-def test_twins_need_two_partners() -> None:
-    """A detection that stands there twice is no partner of two that differ."""
+def test_duplicates_need_two_counterparts() -> None:
+    """Two different detections do not match the same one twice."""
     theirs = {"boxes": [[0, 0, 9, 9], [0, 0, 9, 9.08]], "scores": [0.5, 0.5], "labels": [1, 1]}
-    agree(Detections(torch.tensor(theirs["boxes"]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1])), theirs)
+    assert_same(Detections(torch.tensor(theirs["boxes"]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1])), theirs)
     between = Detections(
         torch.tensor([[0, 0, 9, 9.04], [0, 0, 9, 9.2]]), torch.tensor([0.5, 0.5]), torch.tensor([1, 1])
     )
     with pytest.raises(AssertionError):
-        agree(between, theirs)
+        assert_same(between, theirs)
 
 
-def test_a_name_takes_style_and_pixels_from_the_checkpoint(tmp_path: Path) -> None:
-    """What weights do not show comes from MMDetection's config in the checkpoint, whatever config of this project is named."""
-    spec = case("retinanet_r50_caffe")
-    state = weights(spec)
+def test_style_and_normalization_come_from_the_checkpoint(tmp_path: Path) -> None:
+    """Settings that weights do not show come from the config in the checkpoint, even with a config of this project."""
+    spec = load_case("retinanet_r50_caffe")
+    state = make_weights(spec)
     meta = {"cfg": f"model = {spec['model']!r}", "dataset_meta": {"classes": ("a", "b", "c", "d", "e")}}
     torch.save({"state_dict": state, "meta": meta}, tmp_path / "model.pth")
-    words = [f"model.pyramid.channels={spec['model']['neck']['out_channels']}"]
+    overrides = [f"model.pyramid.channels={spec['model']['neck']['out_channels']}"]
     own, named = (
         convert_checkpoint(tmp_path / "model.pth"),
-        convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", words),
+        convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", overrides),
     )
     assert named.config.model.backbone["style"] == own.config.model.backbone["style"] == "caffe"
     for key in ("mean", "std"):
@@ -360,32 +383,32 @@ def test_a_name_takes_style_and_pixels_from_the_checkpoint(tmp_path: Path) -> No
     assert all(torch.equal(named.weights[key], own.weights[key]) for key in own.weights)
     assert torch.equal(named.weights["backbone.body.conv1.weight"], state["backbone.conv1.weight"].flip(1))
     assert any("of the checkpoint's own config" in note for note in named.notes)
-    for word in ("model.backbone.style=pytorch", "model.backbone.std=[58.395,57.12,57.375]"):
+    for override in ("model.backbone.style=pytorch", "model.backbone.std=[58.395,57.12,57.375]"):
         with pytest.raises(InputError, match=r"of --config=retinanet_r50 is not what the checkpoint was trained with"):
-            convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", [*words, word])
+            convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", [*overrides, override])
     torch.save({"state_dict": state}, tmp_path / "model.pth")
-    blind = convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", words)
-    assert any("RGB" in note and "caffe" in note for note in blind.notes)
-    assert "style" not in blind.config.model.backbone
+    assumed = convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", overrides)
+    assert any("RGB" in note and "caffe" in note for note in assumed.notes)
+    assert "style" not in assumed.config.model.backbone
 
 
 @pytest.mark.parametrize("generator", ["AnchorGenerator", "LegacyAnchorGenerator"])
-def test_a_later_config_for_the_1x_line(tmp_path: Path, generator: str) -> None:
-    """The config's class decides where boxes end, and the note says the same."""
-    spec = case("retinanet_r18_gn")
+def test_later_config_for_a_1x_checkpoint(tmp_path: Path, generator: str) -> None:
+    """The config's anchor generator decides about the last pixel of boxes, and the note agrees."""
+    spec = load_case("retinanet_r18_gn")
     model = json.loads(json.dumps(spec["model"]))
     model["bbox_head"]["anchor_generator"] |= {"type": generator} | (
         {"center_offset": 0.5} if generator.startswith("L") else {}
     )
-    old = {"state_dict": weights(spec), "meta": {"mmdet_version": "1.2.0"}}
-    found = converted(tmp_path, old, model)
-    last = any("include their last pixel" in note for note in found.notes)
-    assert last == (generator == "LegacyAnchorGenerator") == (found.config.model.head.get("offset") == 0.5)
-    assert last or any("LegacyAnchorGenerator" in note for note in found.notes)
+    old = {"state_dict": make_weights(spec), "meta": {"mmdet_version": "1.2.0"}}
+    converted = convert(tmp_path, old, model)
+    last = any("include their last pixel" in note for note in converted.notes)
+    assert last == (generator == "LegacyAnchorGenerator") == (converted.config.model.head.get("offset") == 0.5)
+    assert last or any("LegacyAnchorGenerator" in note for note in converted.notes)
 
 
-def altered(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of a config with another value at a dotted path."""
+def alter(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Copy a config with another value at a dotted path."""
     copy = json.loads(json.dumps(model))
     *above, last = path.split(".")
     inner = copy
@@ -419,28 +442,36 @@ def altered(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("grid_rcnn_r18", "roi_head.grid_head.grid_points", -1, r"grid_points=-1 must be from 1"),
     ],
 )
-def test_values_of_another_type(name: str, path: str, value: Any, message: str) -> None:
-    model = case(name)["model"]
-    if path == "roi_head.num_stages":  # counts where one mapping stands for all stages
-        model = altered(model, "roi_head.bbox_head", model["roi_head"]["bbox_head"][0])
+def test_wrong_values_of_a_config(name: str, path: str, value: Any, message: str) -> None:
+    model = load_case(name)["model"]
+    if path == "roi_head.num_stages":  # is used if one mapping is for all stages
+        model = alter(model, "roi_head.bbox_head", model["roi_head"]["bbox_head"][0])
     with pytest.raises(InputError, match=message):
-        convert_config({"model": altered(model, path, value)}, {})
+        convert_config({"model": alter(model, path, value)}, {})
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["config", "no config"])
+@pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize(
-    "key", ["bbox_head.retina_reg.weight", "bbox_head.retina_cls.weight", "backbone.layer1.0.conv2.weight"]
+    ("key", "shape"),
+    [
+        ("bbox_head.retina_reg.weight", ()),
+        ("bbox_head.retina_cls.weight", (0,)),
+        ("backbone.layer1.0.conv2.weight", ()),
+    ],
 )
-@pytest.mark.parametrize("shape", [(), (0,)])
-def test_weights_without_axes(tmp_path: Path, told: bool, key: str, shape: tuple[int, ...]) -> None:
-    spec = case("libra_retinanet_r18")
+def test_weights_without_axes(tmp_path: Path, with_config: bool, key: str, shape: tuple[int, ...]) -> None:
+    spec = load_case("libra_retinanet_r18")
     with pytest.raises(InputError, match=key.replace(".", r"\.")):
-        converted(tmp_path, {"state_dict": weights(spec) | {key: torch.zeros(shape)}}, spec["model"] if told else None)
+        convert(
+            tmp_path,
+            {"state_dict": make_weights(spec) | {key: torch.zeros(shape)}},
+            spec["model"] if with_config else None,
+        )
 
 
-def test_the_whole_of_a_state_may_be_odd(tmp_path: Path) -> None:
-    """Any one weight without axes is told of, in the 1.x line as well."""
-    state = old_names(weights(case("mask_rcnn_r18")))
+def test_scalar_weights_are_refused(tmp_path: Path) -> None:
+    """Any weight without axes is reported, in 1.x checkpoints too."""
+    state = rename_to_1x(make_weights(load_case("mask_rcnn_r18")))
     for key in (
         "bbox_head.fc_cls.bias",
         "mask_head.conv_logits.bias",
@@ -448,12 +479,12 @@ def test_the_whole_of_a_state_may_be_odd(tmp_path: Path) -> None:
         "neck.lateral_convs.0.conv.weight",
     ):
         with pytest.raises(InputError, match=key.rpartition(".")[0].replace(".", r"\.")):
-            converted(tmp_path, {"state_dict": state | {key: torch.tensor(1.0)}}, None)
+            convert(tmp_path, {"state_dict": state | {key: torch.tensor(1.0)}}, None)
 
 
-def test_another_balanced_loss_is_said() -> None:
-    spec = case("libra_rcnn_r18")
+def test_other_balanced_l1_loss_is_noted() -> None:
+    spec = load_case("libra_rcnn_r18")
     loss = {"type": "BalancedL1Loss", "alpha": 0.3, "gamma": 1.5, "beta": 1.0, "loss_weight": 1.0}
-    notes = convert_config({"model": altered(spec["model"], "roi_head.bbox_head.loss_bbox", loss)}, {}).notes
+    notes = convert_config({"model": alter(spec["model"], "roi_head.bbox_head.loss_bbox", loss)}, {}).notes
     assert any("alpha=0.3" in note for note in notes)
     assert not any("alpha" in note for note in convert_config({"model": spec["model"]}, {}).notes)

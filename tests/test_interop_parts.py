@@ -1,4 +1,4 @@
-"""What other projects' weights need of the parts: bodies with the stride first, their own means, other tops, anchors and points."""
+"""Options of model parts for weights of other projects: caffe style, normalization, extra levels, anchors, points."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fusedet.types import Levels
 
 
 def caffe_block(block: Bottleneck, x: Tensor, stride: int) -> Tensor:
-    """A bottleneck whose first convolution has the stride, by its weights."""
+    """Compute a bottleneck whose first convolution has the stride."""
     short = x if block.downsample is None else block.downsample(x)
     y = F.relu(block.bn1(F.conv2d(x, block.conv1.weight, stride=stride)))
     y = F.relu(block.bn2(F.conv2d(y, block.conv2.weight, padding=1)))
@@ -28,14 +28,14 @@ def caffe_block(block: Bottleneck, x: Tensor, stride: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_caffe_style_has_the_stride_first() -> None:
+def test_caffe_style_has_the_stride_in_the_first_convolution() -> None:
     backbone = TimmBackbone("resnet50", pretrained=False, style="caffe").eval()
-    body = backbone.body
+    resnet = backbone.body
     x = torch.rand(1, 3, 64, 96)
-    found = backbone(x)
-    y = F.max_pool2d(F.relu(body.bn1(body.conv1(x))), 3, 2, 1)
-    for layer, (name, level) in enumerate(zip(("layer1", "layer2", "layer3", "layer4"), found)):
-        for i, block in enumerate(body[name]):
+    features = backbone(x)
+    y = F.max_pool2d(F.relu(resnet.bn1(resnet.conv1(x))), 3, 2, 1)
+    for layer, (name, level) in enumerate(zip(("layer1", "layer2", "layer3", "layer4"), features)):
+        for i, block in enumerate(resnet[name]):
             y = caffe_block(block, y, 2 if layer and not i else 1)
         assert torch.allclose(y, level, atol=1e-5)
 
@@ -47,7 +47,7 @@ def test_caffe_style_with_deformable_stages() -> None:
     assert [f.shape[-1] for f in backbone(torch.rand(1, 3, 64, 64))] == [16, 8, 4, 2]
 
 
-def test_means_of_the_config() -> None:
+def test_mean_and_std_of_the_config() -> None:
     backbone = TimmBackbone("resnet18", pretrained=False, mean=(100.0, 50.0, 25.0), std=(1.0, 2.0, 5.0))
     pixel = torch.tensor([110.0, 52.0, 35.0]).view(3, 1, 1)
     assert torch.allclose(
@@ -56,7 +56,7 @@ def test_means_of_the_config() -> None:
     assert not {"scale", "shift"} & set(backbone.state_dict())
 
 
-def test_bodies_refuse() -> None:
+def test_wrong_backbone_options_are_refused() -> None:
     with pytest.raises(InputError, match=r"style=caffe: 'resnet18' has no bottlenecks"):
         TimmBackbone("resnet18", pretrained=False, style="caffe")
     with pytest.raises(InputError, match=r"std=.* must be above 0"):
@@ -65,7 +65,7 @@ def test_bodies_refuse() -> None:
 
 @pytest.mark.parametrize(("top", "source", "relu"), [("on_input_relu", 0, True), ("on_output_plain", 1, False)])
 @torch.no_grad()
-def test_the_other_tops(top: str, source: int, relu: bool) -> None:
+def test_extra_levels_with_and_without_relu(top: str, source: int, relu: bool) -> None:
     neck = FPN(Levels((8, 16), (16, 32)), 4, finest=4, coarsest=7, top=top)  # type: ignore[arg-type]
     features = [torch.randn(1, 8, 8, 8), torch.randn(1, 16, 4, 4)]
     levels = neck(features)
@@ -75,7 +75,7 @@ def test_the_other_tops(top: str, source: int, relu: bool) -> None:
 
 
 @torch.no_grad()
-def test_a_pyramid_with_norms() -> None:
+def test_fpn_with_group_norm() -> None:
     neck = FPN(Levels((8,), (32,)), 32, finest=5, coarsest=6, norm=True)
     for parameter in neck.parameters():
         nn.init.normal_(parameter)
@@ -89,15 +89,15 @@ def test_a_pyramid_with_norms() -> None:
         return flat.view_as(y) * pair[1].weight.view(-1, 1, 1) + pair[1].bias.view(-1, 1, 1)
 
     p5 = layer(neck.output[0], layer(neck.lateral[0], x), padding=1)
-    found = neck([x])
-    assert torch.allclose(found[0], p5, atol=1e-4)
-    assert torch.allclose(found[1], layer(neck.top.convs[0], x, padding=1, stride=2), atol=1e-4)
+    levels = neck([x])
+    assert torch.allclose(levels[0], p5, atol=1e-4)
+    assert torch.allclose(levels[1], layer(neck.top.convs[0], x, padding=1, stride=2), atol=1e-4)
     with pytest.raises(InputError, match="multiples of 32"):
         FPN(Levels((8,), (32,)), 16, finest=5, coarsest=5, norm=True)
 
 
 def test_torchvisions_anchors() -> None:
-    """Sizes cut to whole pixels, corners rounded, as torchvision's own generator has them."""
+    """Sizes and corners are rounded as in torchvision's anchor generator."""
     sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (32, 64, 128, 256, 512))
     generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     features = [torch.zeros(1, 32, 256 // s, 384 // s) for s in (8, 16, 32, 64, 128)]
@@ -105,25 +105,25 @@ def test_torchvisions_anchors() -> None:
     head = RetinaHead(Levels((32,) * 5, (8, 16, 32, 64, 128)), 2, convs=0, round_anchors=True, whole_sizes=True)
     assert torch.equal(head(features).priors.boxes, theirs)
     plain = RetinaHead(Levels((32,) * 5, (8, 16, 32, 64, 128)), 2, convs=0)(features).priors.boxes
-    apart = (theirs - plain).abs().amax().item()
-    assert 0.5 < apart < 3  # what the two definitions differ by, in pixels
+    difference = (theirs - plain).abs().amax().item()
+    assert 0.5 < difference < 3  # pixels between the two definitions
 
 
-def test_where_in_its_cell_a_prior_is() -> None:
+def test_offset_of_anchors_in_their_cells() -> None:
     features = [torch.zeros(1, 32, 2, 2)]
     levels = Levels((32,), (16,))
     for offset in (0.0, 0.5):
-        wanted = 16 * (torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) + offset)
+        expected = 16 * (torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) + offset)
         retina = RetinaHead(levels, 2, convs=0, scales_per_octave=1, ratios=(1.0,), offset=offset)
         fcos = FCOSHead(levels, 2, convs=1, offset=offset)
         for head in (retina, fcos):
             boxes = head(features).priors.boxes
-            assert torch.allclose((boxes[:, :2] + boxes[:, 2:]) / 2, wanted)
+            assert torch.allclose((boxes[:, :2] + boxes[:, 2:]) / 2, expected)
 
 
 @torch.no_grad()
-def test_convolutions_before_the_layers() -> None:
-    """Four convolutions and one layer: what a region's features go through, by hand."""
+def test_convolutions_of_the_box_head() -> None:
+    """Four convolutions and one linear layer, computed by hand."""
     stage = BoxStage(Levels((8,), (4,)), 3, size=2, channels=16, layers=1, convs=4)
     assert (len(stage.convs), len(stage.shared)) == (4, 1)
     features = [torch.randn(1, 8, 16, 16)]
@@ -137,8 +137,8 @@ def test_convolutions_before_the_layers() -> None:
         BoxStage(Levels((8,), (4,)), 3, layers=0)
 
 
-def test_padding_of_a_mean_is_nothing() -> None:
-    """Whatever the mean, what lies outside an image is 0 after normalisation (MMDetection pads after it)."""
+def test_padding_is_zero_after_normalization() -> None:
+    """Padding is 0 for any mean, because MMDetection pads after normalization."""
     backbone = TimmBackbone("resnet18", pretrained=False, mean=(122.77, 115.95, 102.98), std=(1.0, 1.0, 1.0))
     from fusedet.models.ops.image_normalization import normalise_images
 

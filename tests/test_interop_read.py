@@ -1,4 +1,4 @@
-"""Files of others: read as data, and refused by name where they are more than data."""
+"""Untrusted checkpoints and configs are read as data; code in them is refused by name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fusedet.interop.mmdetection.load_checkpoint import extract_weights, read_ch
 WEIGHTS = {"backbone.conv1.weight": torch.zeros(2)}
 
 
-def package(*path: str, **names: Any) -> list[str]:
-    """A module of that dotted name, as if a package were installed; what to take out of sys.modules again."""
+def add_modules(*path: str, **names: Any) -> list[str]:
+    """Add modules as if a package were installed; return the names to remove from sys.modules."""
     for i in range(len(path)):
         name = ".".join(path[: i + 1])
         sys.modules[name] = types.ModuleType(name)
@@ -36,7 +36,7 @@ def package(*path: str, **names: Any) -> list[str]:
 
 @pytest.fixture
 def bookkeeping() -> Any:
-    """What MMEngine leaves in a checkpoint, by its names: a history that names its own methods, and a mapping."""
+    """Objects that MMEngine stores in a checkpoint: a history that refers to its own methods, and mappings."""
 
     class HistoryBuffer:
         def __init__(self) -> None:
@@ -50,19 +50,19 @@ def bookkeeping() -> Any:
     class ConfigDict(dict):
         def __reduce_ex__(
             self, protocol: Any
-        ) -> tuple[Any, ...]:  # as MMEngine's: the items are the constructor's argument
+        ) -> tuple[Any, ...]:  # as in MMEngine: the items are the constructor's argument
             return type(self), (dict(self),), None, None, None, None
 
-    class Items(dict):  # as MMCV's: the items are set afterwards
+    class Items(dict):  # as in MMCV: the items are set afterwards
         pass
 
     class Unknown:
         pass
 
-    added = package("mmengine", "logging", "history_buffer", HistoryBuffer=HistoryBuffer)
-    added += package("mmengine", "config", "config", ConfigDict=ConfigDict)
-    added += package("mmengine", "model", Unknown=Unknown)
-    added += package("addict", "addict", Dict=Items)
+    added = add_modules("mmengine", "logging", "history_buffer", HistoryBuffer=HistoryBuffer)
+    added += add_modules("mmengine", "config", "config", ConfigDict=ConfigDict)
+    added += add_modules("mmengine", "model", Unknown=Unknown)
+    added += add_modules("addict", "addict", Dict=Items)
     HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
     HistoryBuffer.mean.__module__ = HistoryBuffer.__module__
     yield {
@@ -86,12 +86,12 @@ def test_bookkeeping_is_inert(tmp_path: Path, bookkeeping: dict[str, Any], zippe
         "message_hub": hub,
     }
     torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
-    found = read_checkpoint(tmp_path / "model.pth")
-    assert torch.equal(found["state_dict"]["backbone.conv1.weight"], torch.zeros(2))
-    assert found["meta"]["cfg"] == "x = 1"
-    assert found["meta"]["extra"] == {"a": 1, "b": {"c": 2}}
-    assert found["meta"]["items"] == {"d": 3}
-    assert type(found["message_hub"]["log_scalars"]["loss"]) is not type(bookkeeping["buffer"])
+    content = read_checkpoint(tmp_path / "model.pth")
+    assert torch.equal(content["state_dict"]["backbone.conv1.weight"], torch.zeros(2))
+    assert content["meta"]["cfg"] == "x = 1"
+    assert content["meta"]["extra"] == {"a": 1, "b": {"c": 2}}
+    assert content["meta"]["items"] == {"d": 3}
+    assert type(content["message_hub"]["log_scalars"]["loss"]) is not type(bookkeeping["buffer"])
     torch.save(
         {"state_dict": WEIGHTS, "other": bookkeeping["unknown"]},
         tmp_path / "other.pth",
@@ -111,28 +111,28 @@ class Code:
         return os.system, (self.command,)
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def read_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
-    assert cli.run([str(w) for w in words]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
+    assert cli.run([str(w) for w in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
 
 
 def test_arguments_of_torchvisions_training(tmp_path: Path) -> None:
-    """Its reference script saves what it was called with; that is no reason to refuse the weights."""
+    """torchvision's reference script saves its arguments, which is no reason to refuse the weights."""
     torch.save(
         {"model": WEIGHTS, "optimizer": {}, "args": argparse.Namespace(lr=0.02), "epoch": 3}, tmp_path / "model.pth"
     )
-    found = read_checkpoint(tmp_path / "model.pth")
-    assert extract_weights(found, "x").keys() == WEIGHTS.keys()
-    assert not isinstance(found["args"], argparse.Namespace)
+    content = read_checkpoint(tmp_path / "model.pth")
+    assert extract_weights(content, "x").keys() == WEIGHTS.keys()
+    assert not isinstance(content["args"], argparse.Namespace)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_that_torch_did_not_write(tmp_path: Path, protocol: int) -> None:
-    """Code in it is named and not run, like that in a file of torch.save."""
+def test_plain_pickle(tmp_path: Path, protocol: int) -> None:
+    """Code in a plain pickle is named and not executed, as in a file of torch.save."""
     (tmp_path / "model.pth").write_bytes(pickle.dumps({"state_dict": Code(f"touch {tmp_path}/ran")}, protocol=protocol))
     with pytest.raises(
         InputError, match=r"is a plain pickle, not a file of torch\.save and holds posix\.system: it is not run"
@@ -144,7 +144,7 @@ def test_a_pickle_that_torch_did_not_write(tmp_path: Path, protocol: int) -> Non
         read_checkpoint(tmp_path / "model.pth")
 
 
-def test_an_old_file_cut_after_its_first_number(tmp_path: Path) -> None:
+def test_old_file_truncated_after_its_first_number(tmp_path: Path) -> None:
     torch.save({"state_dict": WEIGHTS}, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
     with (tmp_path / "model.pth").open("rb") as file:
         pickle.load(file)
@@ -156,13 +156,14 @@ def test_an_old_file_cut_after_its_first_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors", ""])
-def test_what_is_fusedets_already(tmp_path: Path, name: str) -> None:
+def test_own_checkpoints_are_refused(tmp_path: Path, name: str) -> None:
     config = "model:\n  neck: {type: fpn}\n"
     torch.save({"model": WEIGHTS, "meta": {"config": config, "format": "fusedet"}}, tmp_path / "last.ckpt")
     save_file(WEIGHTS, tmp_path / "best.safetensors", {"config": config, "format": "fusedet"})
     file = tmp_path / name
     with pytest.raises(
-        InputError, match=f"^{file} is fusedet's own already, there is nothing to convert: .* fusedet predict {file} "
+        InputError,
+        match=f"^{file} is a fusedet checkpoint already, there is nothing to convert: .* fusedet predict {file} ",
     ):
         convert_checkpoint(file)
     save_file(WEIGHTS, tmp_path / "other.safetensors", {"format": "pt"})
@@ -170,39 +171,39 @@ def test_what_is_fusedets_already(tmp_path: Path, name: str) -> None:
 
 
 def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(content: Any, **options: Any) -> str:
+    def refuse(content: Any, **options: Any) -> str:
         torch.save(content, tmp_path / "model.pth", **options)
-        return complaint(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out")
+        return read_error(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out")
 
     for zipped in (True, False):
-        spoken = said(
+        message = refuse(
             {"state_dict": WEIGHTS, "hook": Code(f"touch {tmp_path}/ran")}, _use_new_zipfile_serialization=zipped
         )
-        assert "system" in spoken
+        assert "system" in message
         whole = (tmp_path / "model.pth").read_bytes()
         (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-        assert "cut short" in complaint(capsys, "convert", "weights", tmp_path / "cut.pth", tmp_path / "out")
+        assert "cut short" in read_error(capsys, "convert", "weights", tmp_path / "cut.pth", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
-    assert "holds a list" in said([1, 2])
-    assert "holds no weights" in said({"state_dict": {}, "meta": {}})
-    assert "no detector that is known" in said({"encoder.weight": torch.zeros(2)})
+    assert "holds a list" in refuse([1, 2])
+    assert "holds no weights" in refuse({"state_dict": {}, "meta": {}})
+    assert "no supported detector" in refuse({"encoder.weight": torch.zeros(2)})
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    assert "or not a checkpoint" in complaint(capsys, "convert", "weights", tmp_path / "text.pth", tmp_path / "out")
-    assert "there is no file" in complaint(capsys, "convert", "weights", tmp_path / "none.pth", tmp_path / "out")
-    assert "is a folder" in complaint(capsys, "convert", "weights", tmp_path, tmp_path / "out")
+    assert "or not a checkpoint" in read_error(capsys, "convert", "weights", tmp_path / "text.pth", tmp_path / "out")
+    assert "there is no file" in read_error(capsys, "convert", "weights", tmp_path / "none.pth", tmp_path / "out")
+    assert "is a folder" in read_error(capsys, "convert", "weights", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
-    assert "nothing is overwritten" in complaint(
+    assert "nothing is overwritten" in read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "kept"
     )
 
 
-BODY = (
+PARTS = (
     "backbone=dict(type='ResNet', depth=18), "
     "neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=64, start_level=1, add_extra_convs='on_input', num_outs=5)"
 )
-RETINA = f"model = dict(type='RetinaNet', {BODY}, bbox_head=dict(type='RetinaHead', num_classes=5))\n"
+RETINA = f"model = dict(type='RetinaNet', {PARTS}, bbox_head=dict(type='RetinaHead', num_classes=5))\n"
 
 
 @pytest.mark.parametrize(
@@ -222,16 +223,16 @@ RETINA = f"model = dict(type='RetinaNet', {BODY}, bbox_head=dict(type='RetinaHea
         (RETINA + "_base_ = 3\n", 2, "_base_"),
     ],
 )
-def test_configs_are_never_run(
+def test_configs_are_never_executed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, what: str
 ) -> None:
     torch.save(WEIGHTS, tmp_path / "model.pth")
     (tmp_path / "config.py").write_text(text)
-    said = complaint(
+    message = read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py"
     )
-    assert f"config.py, line {line}" in said
-    assert what in said
+    assert f"config.py, line {line}" in message
+    assert what in message
 
 
 def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,21 +247,21 @@ def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         tmp_path / "model.pth",
     )
 
-    def said(text: str) -> str:
+    def refuse(text: str) -> str:
         (tmp_path / "config.py").write_text(text)
-        return complaint(
+        return read_error(
             capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py"
         )
 
-    spoken = said(RETINA)
-    assert "does not match" in spoken
-    assert "of another shape: backbone.conv1.weight (2,)" in spoken
-    assert "head.towers.cls.0.weight" in spoken or "backbone.body.bn1.weight" in spoken
+    message = refuse(RETINA)
+    assert "does not match" in message
+    assert "of another shape: backbone.conv1.weight (2,)" in message
+    assert "head.towers.cls.0.weight" in message or "backbone.body.bn1.weight" in message
     for text, what in (
-        ("model = dict(type='DETR')", "detector DETR is not here: RetinaNet"),
-        (RETINA.replace("'ResNet'", "'SwinTransformer'"), "SwinTransformer is not here"),
-        (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not here"),
-        (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not here"),
+        ("model = dict(type='DETR')", "detector DETR is not supported: supported detectors are RetinaNet"),
+        (RETINA.replace("'ResNet'", "'SwinTransformer'"), "SwinTransformer is not supported"),
+        (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not supported"),
+        (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not supported"),
         (RETINA.replace("'RetinaHead'", "'ATSSHead'"), "unknown bbox_head of MMDetection 'ATSSHead'"),
         (
             RETINA.replace("num_classes=5", "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"),
@@ -271,23 +272,23 @@ def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("model = dict(type='RetinaNet')", "no model.backbone"),
         ("_base_ = './gone.py'\nmodel = dict(bbox_head=dict(num_classes=3))", "gone.py"),
     ):
-        assert what in said(text), text
-    assert "config.py: the config is empty" in said("# nothing yet\n")
-    assert "unknown config" in complaint(
+        assert what in refuse(text), text
+    assert "config.py: the config is empty" in refuse("# nothing yet\n")
+    assert "unknown config" in read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "retinanet_r5"
     )
-    assert "there is no config file" in complaint(
+    assert "there is no config file" in read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "gone.py"
     )
-    assert "neither FILE.pth nor OUT" in complaint(
+    assert "faster.py is one too many" in read_error(
         capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "faster.py"
     )
     (tmp_path / "loop.py").write_text("_base_ = './config.py'")
-    assert "its own base" in said("_base_ = './loop.py'")
+    assert "its own base" in refuse("_base_ = './loop.py'")
 
 
 def test_config_files(tmp_path: Path) -> None:
-    """Bases in folders, names, arithmetic and all else that MMDetection's own configs use."""
+    """Bases in folders, names, arithmetic and everything else that MMDetection's configs use."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.py").write_text(
         '"""A base."""\nnorm = dict(type="BN")\nscales = (8,)\n'
@@ -323,14 +324,14 @@ def test_config_files(tmp_path: Path) -> None:
     assert "_base_" not in tree
 
 
-def test_missing_bases_of_a_whole_model(tmp_path: Path) -> None:
+def test_missing_bases_of_a_complete_model(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("_base_ = ['../datasets/coco.py', 'mmdet::runtime.py']\n" + RETINA)
-    found = python_config.read_config(tmp_path / "config.py")
-    assert [text.split()[0] for text in found.missing] == ["../datasets/coco.py", "mmdet::runtime.py"]
-    assert found.tree["model"]["type"] == "RetinaNet"
+    content = python_config.read_config(tmp_path / "config.py")
+    assert [text.split()[0] for text in content.missing] == ["../datasets/coco.py", "mmdet::runtime.py"]
+    assert content.tree["model"]["type"] == "RetinaNet"
 
 
-def test_weights_of_any_holder() -> None:
+def test_weights_under_any_key() -> None:
     assert extract_weights({"state_dict": WEIGHTS}, "x").keys() == WEIGHTS.keys()
     assert extract_weights({"model": WEIGHTS}, "x").keys() == WEIGHTS.keys()
     assert extract_weights(WEIGHTS, "x").keys() == WEIGHTS.keys()

@@ -1,4 +1,4 @@
-"""The reference data's MMDetection checkpoints, by the command line: rebuilt, converted, predicted, compared."""
+"""MMDetection checkpoints of the reference data, converted by the command line, predict what was recorded."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     image = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
     width, height = spec["picture_size"]
     size = f"data.size=[{min(width, height)},{max(width, height)}]"
+    detections = fusedet.load(out, size, device="cpu").predict(image)
+    expected = {key: torch.tensor(spec["predictions"][key]) for key in ("boxes", "scores", "labels")}
+    close = (detections.boxes[:, None] - expected["boxes"]).abs().amax(dim=2) <= 0.5
+    close &= (detections.scores[:, None] - expected["scores"]).abs() <= 0.002
+    close &= detections.labels[:, None] == expected["labels"]
+    assert len(detections) == len(expected["scores"])
+    assert -1 not in partners(close)
+    if name != "retinanet_r18":
+        return
     assert cli.run(["predict", str(out), str(image), size, "device=cpu", "--no-draw"]) == 0
     written = json.loads((out / "predict" / "predictions.json").read_text())
+    assert len(written["annotations"]) == len(detections)
     assert [c["name"] for c in written["categories"]][::79] == ["person", "toothbrush"]
     assert written["categories"][-1]["id"] == 90
-    found = fusedet.load(out, size, device="cpu").predict(image)
-    assert len(found) == len(written["annotations"])
-    wanted = {key: torch.tensor(spec["predictions"][key]) for key in ("boxes", "scores", "labels")}
-    close = (found.boxes[:, None] - wanted["boxes"]).abs().amax(dim=2) <= 0.5
-    close &= (found.scores[:, None] - wanted["scores"]).abs() <= 0.002
-    close &= found.labels[:, None] == wanted["labels"]
-    assert len(found) == len(wanted["scores"])
-    assert -1 not in partners(close)

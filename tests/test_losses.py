@@ -11,7 +11,7 @@ from fusedet.models.ops.losses import mean_over_ranks
 
 
 def sigmoid_focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """By one label per row: the class, -1 background, -2 not counted."""
+    """Sigmoid focal loss by one label per row: the class, -1 background, -2 ignored."""
     rows = (labels >= 0).nonzero().squeeze(1)
     return losses.sigmoid_focal_loss(logits, labels != -2, rows, labels[rows], alpha, gamma)
 
@@ -22,19 +22,19 @@ def make(rows: int = 50, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 1.5), (0.4, 0.0)])
-def test_focal_is_torchvisions(alpha: float, gamma: float) -> None:
+def test_focal_against_torchvision(alpha: float, gamma: float) -> None:
     logits, labels = make()
     counted = labels != -2
     hot = F.one_hot(labels.clamp(min=0), 7).float() * (labels >= 0)[:, None]
     theirs = sigmoid_focal_loss(logits[counted], hot[counted], alpha, gamma, reduction="sum")
     (expected,) = torch.autograd.grad(theirs, logits)
     ours = sigmoid_focal(logits, labels, alpha, gamma)
-    (found,) = torch.autograd.grad(3 * ours, logits)
+    (actual,) = torch.autograd.grad(3 * ours, logits)
     assert torch.allclose(ours, theirs, rtol=1e-5)
-    assert torch.allclose(found, 3 * expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(actual, 3 * expected, rtol=1e-4, atol=1e-5)
 
 
-def test_focal_literally() -> None:
+def test_focal_against_its_equation() -> None:
     """FL(p) = -alpha_t (1 - p_t)^gamma log p_t, entry by entry."""
     logits, labels = make(6, 3)
     total = 0.0
@@ -53,7 +53,7 @@ def test_ignored_rows_have_no_gradient() -> None:
     assert logits.grad[labels != -2].any(dim=1).all()
 
 
-def test_focal_of_nothing_and_of_extremes() -> None:
+def test_focal_of_no_rows_and_of_extreme_logits() -> None:
     assert float(sigmoid_focal(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))) == 0
     logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
     loss = sigmoid_focal(logits, torch.tensor([1]))
@@ -72,11 +72,12 @@ def test_focal_in_half_precision_keeps_the_logits_type() -> None:
 
 def test_mean_over_one_rank_is_itself() -> None:
     assert float(mean_over_ranks(torch.tensor(7))) == 7
-    assert float(mean_over_ranks(torch.tensor(0))) == 1  # never divides by nothing
+    assert float(mean_over_ranks(torch.tensor(0))) == 1  # a divisor is at least 1
 
 
 def test_focal_in_float16_survives_the_loss_scale() -> None:
-    """Confident negatives have gradients below float16's smallest number: they are rounded only after the loss scale."""
+    """Confident negatives have gradients below float16's smallest number: they are rounded only after the loss
+    scale."""
     logits = torch.full((1, 2), -8.0, dtype=torch.float16, requires_grad=True)
     (65536 * sigmoid_focal(logits, torch.tensor([-1]))).backward()
     exact = torch.full((1, 2), -8.0, requires_grad=True)

@@ -51,9 +51,9 @@ def samples() -> RoISamples:
     return RoISamples(table[:, :5], table[:, 5].long(), table[:, 0].long())
 
 
-def everyone(targets: list[Target], found: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
-    positive = found.instances >= 0
-    return found.rois[positive, 1:], found.image[positive], found.instances[positive]
+def everyone(targets: list[Target], sampled: RoISamples) -> tuple[Tensor, Tensor, Tensor]:
+    positive = sampled.instances >= 0
+    return sampled.rois[positive, 1:], sampled.image[positive], sampled.instances[positive]
 
 
 # -- the network
@@ -68,7 +68,7 @@ def test_parameters_and_shapes() -> None:
     assert small(pyramid(), samples().rois).shape == (5, 3, 14, 14)
 
 
-def test_logits_are_torchvisions() -> None:
+def test_logits_against_torchvision() -> None:
     """With torchvision's mask head and predictor and the same weights, on the same pooled features."""
     branch = MaskBranch(LEVELS, 3, convs=2, channels=8)
     head, predictor = MaskRCNNHeads(16, (8, 8), 1), MaskRCNNPredictor(8, 8, 3)
@@ -81,7 +81,7 @@ def test_logits_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("size", [(75, 129), (64, 96), (33, 47)])
-def test_every_parameter_learns_at_any_size(size: tuple[int, int]) -> None:
+def test_every_parameter_has_a_gradient_at_any_size(size: tuple[int, int]) -> None:
     branch = MaskBranch(LEVELS, 3, convs=2, channels=8)
     features = [f.requires_grad_() for f in pyramid(size)]
     kept = [f.detach().clone() for f in features]
@@ -90,7 +90,7 @@ def test_every_parameter_learns_at_any_size(size: tuple[int, int]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in branch.parameters())
 
 
-def test_forward_exports_with_other_regions() -> None:
+def test_forward_exports_with_other_rois() -> None:
     branch, features, rois = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples().rois
     exported = torch.export.export(branch, (features, rois)).module()
     other = rois + torch.tensor([0, 0, 0, 30, 40])
@@ -98,7 +98,7 @@ def test_forward_exports_with_other_regions() -> None:
 
 
 def test_half_precision() -> None:
-    """Autocast gives a float32 loss; with bf16 weights, regions are still pooled where they are."""
+    """Autocast gives a float32 loss; bf16 weights do not shift the RoIs."""
     branch, features = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid()
     exact = branch.loss(features, samples(), two_targets(), SIZES)["loss_mask"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -111,7 +111,7 @@ def test_half_precision() -> None:
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"convs": -1}, {"channels": 0}])
-def test_impossible_options(options: dict) -> None:
+def test_bad_options_are_refused(options: dict) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         MaskBranch(LEVELS, 3, **options)
 
@@ -125,14 +125,14 @@ def test_crops_by_hand() -> None:
     target = [Target(torch.tensor([[0.0, 0, 10, 8]]), torch.tensor([0]), mask)]
     boxes = torch.tensor([[2.0, 1, 6, 5], [-3, -2, 4, 4], [6, 4, 99, 77]])
     zero = torch.zeros(3, dtype=torch.int64)
-    found = crop_masks(target, boxes, zero, zero, 4)
-    assert torch.equal(found[0].bool(), mask[0, 1:5, 2:6])
-    assert torch.equal(found[1].bool(), mask[0, :4, :4])
-    assert torch.equal(found[2].bool(), mask[0, 4:, 6:])
+    crops = crop_masks(target, boxes, zero, zero, 4)
+    assert torch.equal(crops[0].bool(), mask[0, 1:5, 2:6])
+    assert torch.equal(crops[1].bool(), mask[0, :4, :4])
+    assert torch.equal(crops[2].bool(), mask[0, 4:, 6:])
 
 
 def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]:
-    """RoIAlign with ceil(side / size) samples a cell along each axis, bilinear between the pixels' centres, then a threshold."""
+    """RoIAlign with ceil(side / size) samples per cell and axis, bilinear between pixel centres, then a threshold."""
     height, width = mask.shape
 
     def pixel(y: float, x: float) -> float:
@@ -164,51 +164,51 @@ def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]
     return out
 
 
-def test_crops_are_the_definition() -> None:
-    targets, found = two_targets(), samples()
-    boxes, image, owners = everyone(targets, found)
-    crops = crop_masks(targets, boxes, image, owners, 5)
-    for crop, box, p, o in zip(crops, boxes.double().tolist(), image.tolist(), owners.tolist()):
+def test_crops_against_the_definition() -> None:
+    targets, sampled = two_targets(), samples()
+    boxes, image, instances = everyone(targets, sampled)
+    crops = crop_masks(targets, boxes, image, instances, 5)
+    for crop, box, p, o in zip(crops, boxes.double().tolist(), image.tolist(), instances.tolist()):
         values = torch.tensor(literal_crop(targets[p].masks[o], box, 5))
         clear = (values - 0.5).abs() > 1e-5
         assert torch.equal((values >= 0.5)[clear], crop.bool()[clear])
         assert 0 < crop.mean() < 1
 
 
-def test_crops_a_few_masks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = two_targets()
-    boxes, image, owners = everyone(targets, samples())
-    whole = crop_masks(targets, boxes, image, owners, 14)
+    boxes, image, instances = everyone(targets, samples())
+    whole = crop_masks(targets, boxes, image, instances, 14)
     for pixels in (1, 2 * 96 * 160):
         monkeypatch.setattr(module, "_CROP_PIXELS", pixels)
-        assert torch.equal(crop_masks(targets, boxes, image, owners, 14), whole)
+        assert torch.equal(crop_masks(targets, boxes, image, instances, 14), whole)
 
 
 # -- the loss
 
 
-def test_loss_is_the_definition() -> None:
+def test_loss_against_the_definition() -> None:
     """Mean over positives of the mean cross-entropy in the own class's channel; the other channels learn nothing."""
-    branch, features, targets, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
-    loss = branch.loss(features, found, targets, SIZES)["loss_mask"]
-    boxes, image, owners = everyone(targets, found)
-    logits = branch(features, found.rois[found.instances >= 0]).double()
-    crops = crop_masks(targets, boxes, image, owners, 28).double()
+    branch, features, targets, sampled = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets(), samples()
+    loss = branch.loss(features, sampled, targets, SIZES)["loss_mask"]
+    boxes, image, instances = everyone(targets, sampled)
+    logits = branch(features, sampled.rois[sampled.instances >= 0]).double()
+    crops = crop_masks(targets, boxes, image, instances, 28).double()
     total = 0.0
-    for i, (p, o) in enumerate(zip(image.tolist(), owners.tolist())):
+    for i, (p, o) in enumerate(zip(image.tolist(), instances.tolist())):
         score = logits[i, targets[p].labels[o]].sigmoid()
         total += -(crops[i] * score.log() + (1 - crops[i]) * (1 - score).log()).mean() / len(boxes)
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
     only = [Target(t.boxes, torch.ones_like(t.labels), t.masks) for t in targets]
-    branch.loss(features, found, only, SIZES)["loss_mask"].backward()
+    branch.loss(features, sampled, only, SIZES)["loss_mask"].backward()
     assert branch.logits.bias.grad.ne(0).tolist() == [False, True, False]
 
 
-def test_the_order_of_samples_is_nothing() -> None:
-    branch, features, found = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
+def test_order_of_samples_does_not_matter() -> None:
+    branch, features, sampled = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), samples()
     order = torch.tensor([3, 4, 0, 2, 1])
-    mixed = RoISamples(found.rois[order], found.instances[order], found.image[order])
-    ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (found, mixed))
+    mixed = RoISamples(sampled.rois[order], sampled.instances[order], sampled.image[order])
+    ours, theirs = (branch.loss(features, s, two_targets(), SIZES)["loss_mask"] for s in (sampled, mixed))
     assert torch.allclose(ours, theirs, rtol=1e-5)
 
 
@@ -216,7 +216,7 @@ EMPTY = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("masks", [None, torch.zeros(0, 96, 160, dtype=torch.bool)])
-def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None) -> None:
+def test_loss_without_positives_is_zero_and_connected(masks: Tensor | None) -> None:
     branch = MaskBranch(LEVELS, 3, convs=1, channels=8)
     empty = Target(EMPTY.boxes, EMPTY.labels, masks)
     none = replace(samples(), instances=torch.full((5,), -1))
@@ -226,11 +226,11 @@ def test_no_positive_sample_costs_nothing_and_is_connected(masks: Tensor | None)
     assert all(p.grad is not None and not p.grad.any() for p in branch.parameters())
 
 
-def test_one_image_has_objects() -> None:
+def test_one_image_without_instances() -> None:
     """The other image changes nothing, whether its target names masks or not."""
     branch, features, targets = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid(), two_targets()
-    found = samples()
-    second = replace(found, instances=torch.where(found.image == 1, found.instances, -1))
+    sampled = samples()
+    second = replace(sampled, instances=torch.where(sampled.image == 1, sampled.instances, -1))
     only = RoISamples(second.rois[:1] - torch.eye(5)[:1], second.instances[:1], torch.tensor([0]))
     alone = branch.loss([f[1:] for f in features], only, targets[1:], SIZES[1:])
     for first in (EMPTY, Target(EMPTY.boxes, EMPTY.labels, torch.zeros(0, 96, 160, dtype=torch.bool)), targets[0]):
@@ -238,17 +238,17 @@ def test_one_image_has_objects() -> None:
         assert torch.allclose(both["loss_mask"], alone["loss_mask"], rtol=1e-5)
 
 
-def test_objects_without_masks_are_refused() -> None:
+def test_instances_without_masks_are_refused() -> None:
     targets = two_targets()
-    bare = [targets[0], Target(targets[1].boxes, targets[1].labels)]
+    maskless = [targets[0], Target(targets[1].boxes, targets[1].labels)]
     with pytest.raises(InputError, match="1 instances have no mask"):
-        MaskBranch(LEVELS, 3, convs=0, channels=8).loss(pyramid(), samples(), bare, SIZES)
+        MaskBranch(LEVELS, 3, convs=0, channels=8).loss(pyramid(), samples(), maskless, SIZES)
 
 
 # -- prediction
 
 
-def found_boxes() -> tuple[BatchDetections, Tensor]:
+def batch_detections() -> tuple[BatchDetections, Tensor]:
     boxes = torch.tensor(
         [[[4.0, 6, 40, 50], [60, 10, 120, 70], [0, 0, 0, 0]], [[10, 8, 90, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
     )
@@ -256,14 +256,14 @@ def found_boxes() -> tuple[BatchDetections, Tensor]:
     return BatchDetections(boxes, torch.rand(2, 3), labels, torch.tensor([2, 1])), labels
 
 
-def test_prediction_is_the_labels_channel() -> None:
+def test_prediction_takes_the_channel_of_the_label() -> None:
     branch, features = MaskBranch(LEVELS, 3, convs=1, channels=8), pyramid()
-    found, labels = found_boxes()
-    masks = branch.predict(features, found)
+    detections, labels = batch_detections()
+    masks = branch.predict(features, detections)
     assert masks.shape == (2, 3, 28, 28)
     for n in range(2):
         for d in range(3):
-            roi = torch.cat([torch.tensor([float(n)]), found.boxes[n, d]])[None]
+            roi = torch.cat([torch.tensor([float(n)]), detections.boxes[n, d]])[None]
             assert torch.allclose(masks[n, d], branch(features, roi)[0, labels[n, d]].sigmoid(), atol=1e-6)
 
 
@@ -271,16 +271,16 @@ def test_pasting_by_hand() -> None:
     """A mask in a box of as many pixels as it has cells lands there as it is; what leaves the image is cut off."""
     mask = (torch.rand(4, 6) < 0.5).float()[:, :4]
     boxes = torch.tensor([[3.0, 2, 7, 6], [-2, -1, 2, 3], [8, 5, 12, 9], [5, 5, 5, 9], [3, 3, 9, 3]])
-    found = paste_masks(mask.expand(5, 4, 4), boxes, (7, 10))
+    pasted = paste_masks(mask.expand(5, 4, 4), boxes, (7, 10))
     expected = torch.zeros(5, 7, 10, dtype=torch.bool)
     expected[0, 2:6, 3:7] = mask.bool()
     expected[1, :3, :2] = mask[1:, 2:].bool()
     expected[2, 5:, 8:] = mask[:2, :2].bool()
-    assert torch.equal(found, expected)  # a box without width or height has no pixel
+    assert torch.equal(pasted, expected)  # a box without width or height has no pixel
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40))
-def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
+def test_pasting_against_the_definition(seed: int, height: int, width: int) -> None:
     """MMDetection's: torch's grid_sample of the mask at the pixels' centres, zeros around, and a threshold."""
     torch.manual_seed(seed)
     masks, corner = torch.rand(3, 28, 28), torch.rand(3, 2) * 40 - 8
@@ -293,7 +293,7 @@ def test_pasting_is_the_definition(seed: int, height: int, width: int) -> None:
     assert torch.equal((values >= 0.5)[clear], paste_masks(masks, boxes, (height, width))[clear])
 
 
-def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pasting_in_chunks_and_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     masks, boxes = torch.rand(7, 28, 28), torch.tensor([[1.0, 2, 30, 40]]).expand(7, 4)
     whole = paste_masks(masks, boxes, (50, 40))
     monkeypatch.setattr(module, "_PASTE_PIXELS", 3 * 50 * 40)
@@ -303,8 +303,8 @@ def test_pasting_a_few_masks_at_a_time_and_none(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(paste_masks(masks, boxes, (50, 40)), whole)
 
 
-def test_a_perfect_mask_comes_back() -> None:
-    """What `crop_masks` takes out of an object's box, `paste_masks` puts back, but for the cells on the segmentation."""
+def test_crop_and_paste_round_trip() -> None:
+    """`paste_masks` restores what `crop_masks` cropped, except for cells on the boundary."""
     boxes = torch.tensor([[10.0, 12, 90, 70]])
     mask = discs(boxes)
     zero = torch.zeros(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""MSE-FPN against its equations, the parameter counts of its variants and its own promises."""
+"""MSE-FPN against its equations, its variants' parameter counts and the contract of a neck."""
 
 import math
 from itertools import product
@@ -17,13 +17,13 @@ from fusedet.models.necks.gates import GCG, make_gate
 from fusedet.models.necks.mse_fpn import MSEFPN, SEM, relation
 from fusedet.types import Levels
 
-BODY = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
+BACKBONE = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
 SMALL = Levels((8, 16, 24, 32), (4, 8, 16, 32))
 TINY = Levels((2, 3, 4, 5), (4, 8, 16, 32))
 OFF = {"sem": "none", "sim": "none", "gate": "none"}
 
 
-# -- the equations a second way, cell by cell, for one image
+# -- the equations implemented independently, cell by cell, for one image
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def pooled(x: Tensor, h: int, w: int) -> Tensor:
 
 
 def bilinear(x: Tensor, h: int, w: int) -> Tensor:
-    """Enlargement where the corners of the images, not of the cells, meet (align_corners=False)."""
+    """Bilinear upsampling with align_corners=False."""
     C, H, W = x.shape
     out = torch.empty(C, h, w, dtype=x.dtype)
     for i, j in product(range(h), range(w)):
@@ -103,7 +103,7 @@ def enhanced(sem: nn.Module, M: Tensor) -> Tensor:
 
 
 def gated(gate: nn.Module, kind: str, x: Tensor) -> Tensor:
-    """Eq. 9-10 and the rivals of Table 6."""
+    """Eq. 9-10 and the alternatives of Table 6."""
     C, H, W = x.shape
     out = torch.empty_like(x)
     if kind == "gcg":
@@ -138,7 +138,7 @@ def gated(gate: nn.Module, kind: str, x: Tensor) -> Tensor:
 
 
 def equations(neck: MSEFPN, C: list[Tensor], finest: int, context: tuple[int, ...], kinds: dict) -> list[Tensor]:
-    """All of it for one image: C2 to C5, each (C_i, H_i, W_i), to the levels of the pyramid."""
+    """The whole neck for one image: C2 to C5, each (C_i, H_i, W_i), to the levels of the pyramid."""
     number = dict(zip(range(2, 6), C))
     size = [math.ceil(side / 2) for side in C[-1].shape[1:]]
     levels = range(finest, 6)
@@ -203,11 +203,11 @@ def test_the_equations(options: dict, finest: int, coarsest: int, top: str) -> N
     C = maps(TINY, (40, 72), n=2, dtype=torch.float64)  # C5 is 2 x 3, the context 1 x 2 ...
     C[-1] = torch.randn(2, 5, 3, 5, dtype=torch.float64)  # ... and here 2 x 3 from an odd 3 x 5
     kept = [c.clone() for c in C]
-    found = neck(C)
+    actual = neck(C)
     for image in range(2):
-        wanted = equations(neck, [c[image] for c in C], finest, options.get("context", (3, 4, 5)), FULL | options)
-        assert len(found) == len(wanted) == coarsest - finest + 1
-        for a, b in zip(found, wanted):
+        expected = equations(neck, [c[image] for c in C], finest, options.get("context", (3, 4, 5)), FULL | options)
+        assert len(actual) == len(expected) == coarsest - finest + 1
+        for a, b in zip(actual, expected):
             assert torch.allclose(a[image], b, atol=1e-10)
     assert all(torch.equal(a, b) for a, b in zip(C, kept))
 
@@ -218,7 +218,7 @@ def test_the_equations(options: dict, finest: int, coarsest: int, top: str) -> N
 @pytest.mark.parametrize("cells", [1, 2, 7, 30])
 @pytest.mark.parametrize("gn1", [True, False])
 def test_pooling_needs_no_matrix(cells: int, gn1: bool) -> None:
-    """The mean over the N maps, made from means and Gram products, is that of the matrix, large common parts or not."""
+    """The mean over the N maps, from means and Gram products, equals that of the matrix, with large means too."""
     for offset in (0, 5):
         Q, K = (
             torch.randn(2, 6, cells, dtype=torch.float64) + offset * torch.randn(2, 6, 1, dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_pooling_needs_no_matrix(cells: int, gn1: bool) -> None:
 
 @pytest.mark.parametrize(("gn1", "pool_first"), list(product([True, False], [True, False])))
 @torch.no_grad()
-def test_both_readings_of_the_pooling_are_one(gn1: bool, pool_first: bool) -> None:
+def test_both_readings_of_the_pooling_are_equal(gn1: bool, pool_first: bool) -> None:
     """The mean over the cells of each map is the mean over the maps with W_q and W_k exchanged."""
     sem = shuffled(SEM(6, 3, 2, 1, gn1, pool_first, channel=True, spatial=True).double())
     M = torch.randn(2, 6, 2, 3, dtype=torch.float64)
@@ -250,15 +250,16 @@ def test_both_readings_of_the_pooling_are_one(gn1: bool, pool_first: bool) -> No
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("gn1", "pool_first", "own"), list(product([True, False], [True, False], [True, False])))
-def test_autocast_leaves_the_relation_alone(kind: torch.dtype, gn1: bool, pool_first: bool, own: bool) -> None:
-    """Its sums of products of 256 channels are beyond float16's range; the maps come in autocast's precision or in float32."""
+def test_autocast_does_not_change_the_relation(kind: torch.dtype, gn1: bool, pool_first: bool, own: bool) -> None:
+    """Its sums of products of 256 channels are beyond float16's range; the maps come in autocast's precision or in
+    float32."""
     Q, K = (0.3 * (torch.randn(2, 256, 273) + torch.randn(2, 256, 1)) for _ in range(2))
     Q, K = (x.to(kind if own else torch.float32).requires_grad_() for x in (Q, K))
     with torch.autocast("cpu", kind):
-        found = relation(Q, K, gn1, pool_first)
-        (found * torch.randn_like(found)).sum().backward()
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), relation(Q.double(), K.double(), gn1, pool_first), rtol=0, atol=1e-4)
+        actual = relation(Q, K, gn1, pool_first)
+        (actual * torch.randn_like(actual)).sum().backward()
+    assert actual.dtype == torch.float32
+    assert torch.allclose(actual.double(), relation(Q.double(), K.double(), gn1, pool_first), rtol=0, atol=1e-4)
     assert all(x.grad.isfinite().all() and x.grad.any() for x in (Q, K))
 
 
@@ -272,16 +273,16 @@ def test_order_of_pooling_and_sigmoid_matters() -> None:
 
 @pytest.mark.parametrize(("finest", "coarsest", "top"), [(2, 6, "max_pool"), (3, 7, "on_input"), (3, 7, "on_output")])
 @torch.no_grad()
-def test_with_every_part_off_it_is_fpn(finest: int, coarsest: int, top: str) -> None:
+def test_without_its_parts_it_is_fpn(finest: int, coarsest: int, top: str) -> None:
     pyramid = {"channels": 16, "finest": finest, "coarsest": coarsest, "top": top}
     fpn, neck = FPN(SMALL, **pyramid), MSEFPN(SMALL, **pyramid, **OFF)
-    neck.load_state_dict(fpn.state_dict())  # strict: the same names, none more
+    neck.load_state_dict(fpn.state_dict())  # strict: exactly the same names
     C = maps(SMALL, (75, 129))
     assert neck.levels == fpn.levels
     assert all(torch.equal(a, b) for a, b in zip(neck(C), fpn(C)))
 
 
-def test_fpn_weights_go_into_the_full_one() -> None:
+def test_fpn_weights_load_into_the_full_neck() -> None:
     missing = MSEFPN(SMALL, channels=32).load_state_dict(FPN(SMALL, channels=32).state_dict(), strict=False)
     assert not missing.unexpected_keys
     assert {name.split(".")[0] for name in missing.missing_keys} == {"sem", "sim", "gate"}
@@ -297,7 +298,7 @@ def test_a_gate_of_zeros_halves() -> None:
 
 
 @torch.no_grad()
-def test_a_gate_sees_rows_and_columns() -> None:
+def test_gate_of_row_and_column_means_by_hand() -> None:
     """By hand, one channel of means: rows 1 and 3, columns 2 and 2; the gate is the sigmoid of their products."""
     gate = GCG(1)
     for layer in (gate.fc1, gate.fc2):
@@ -312,7 +313,8 @@ def test_a_gate_sees_rows_and_columns() -> None:
 )
 @torch.no_grad()
 def test_a_far_pixel_changes_the_output_through_the_context(options: dict, reaches: bool) -> None:
-    """The finest level's first cell takes notice of the last cell of C3, 40 cells away, only where the context is injected."""
+    """The finest level's first cell depends on the last cell of C3, 40 cells away, only where the context is
+    injected."""
     neck = MSEFPN(SMALL, channels=32, **({"gate": "none"} | options))
     C = maps(SMALL, (320, 320), n=1)
     changed = [c.clone() for c in C]
@@ -353,15 +355,15 @@ COUNTS = [
 def test_parameters_and_multiply_adds(options: dict, parameters: int, cost: float) -> None:
     """Of ResNet-50's P2 to P6 at 800 x 1344; eq. 6 by Gram products costs 0.017 G more than its matrix would."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        neck = MSEFPN(BODY, finest=2, coarsest=6, top="max_pool", **options).eval()
-        neck(maps(BODY, (800, 1344), n=1))
+        neck = MSEFPN(BACKBONE, finest=2, coarsest=6, top="max_pool", **options).eval()
+        neck(maps(BACKBONE, (800, 1344), n=1))
     assert sum(p.numel() for p in neck.parameters()) == parameters
     assert counter.get_total_flops() / 2e9 == pytest.approx(cost, abs=0.023)
 
 
 def test_parts_of_the_count() -> None:
     with torch.device("meta"):
-        neck = MSEFPN(BODY)
+        neck = MSEFPN(BACKBONE)
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in neck.named_children()}
     assert {k: count[k] for k in ("sem", "sim", "gate")} == {
         "sem": 16_293_600,
@@ -388,7 +390,7 @@ def test_parameters_of_the_gates(kind: str, count: int) -> None:
 
 
 def steps(neck: MSEFPN, C: list[Tensor]) -> list[Tensor]:
-    """The outputs, after a backward pass that reached every parameter."""
+    """Run forward and backward, check that every parameter has a gradient, and return the outputs."""
     outputs = neck(C)
     sum(o.square().mean() for o in outputs).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
@@ -407,7 +409,8 @@ def test_every_variant_trains(options: dict) -> None:
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (75, 129), (8, 8)])
 @pytest.mark.parametrize(("channels", "gate"), [(32, "gcg"), (64, "ca")])
 def test_any_size(size: tuple[int, int], channels: int, gate: str) -> None:
-    """One image, as small as one cell of context: there groups of one value are normalised to nothing, but not refused."""
+    """One image, as small as one cell of context: there GroupNorm of one value gives the shift, without an
+    error."""
     neck = MSEFPN(SMALL, channels=channels, gate=gate)
     outputs = neck(maps(SMALL, size, n=1))
     assert [o.shape[2:] for o in outputs] == [
@@ -425,11 +428,11 @@ def test_any_size(size: tuple[int, int], channels: int, gate: str) -> None:
         ((24, 40, 112), (4, 8, 16), {"context": (3, 4), "coarsest": 6}),
     ],
 )
-def test_other_bodies(widths: tuple[int, ...], strides: tuple[int, ...], options: dict) -> None:
-    body = Levels(widths, strides)
-    neck = MSEFPN(body, channels=64, **options)
+def test_other_backbones(widths: tuple[int, ...], strides: tuple[int, ...], options: dict) -> None:
+    backbone = Levels(widths, strides)
+    neck = MSEFPN(backbone, channels=64, **options)
     assert neck.sem.w_v.in_channels == sum(widths[-3:]) if strides[-1] == 32 else 64
-    steps(neck, maps(body, (160, 224)))
+    steps(neck, maps(backbone, (160, 224)))
 
 
 def test_channels_last_is_kept() -> None:
@@ -458,14 +461,14 @@ def test_bfloat16(options: dict) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"sim": "split", "gate": "ca", "gate_place": "topdown", "pool_first": False}])
 @torch.no_grad()
-def test_it_exports(options: dict) -> None:
+def test_export(options: dict) -> None:
     neck = MSEFPN(SMALL, channels=32, **options).eval()
     exported = torch.export.export(neck, (maps(SMALL, (75, 129)),), strict=False).module()
     C = maps(SMALL, (75, 129))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(neck(C), exported(C)))
 
 
-def test_a_config_builds_it() -> None:
+def test_options_from_a_config() -> None:
     offered = {"model.pyramid": {"channels": 32, "finest": 3, "coarsest": 7, "top": "on_input"}}
 
     def make(**options: object) -> MSEFPN:

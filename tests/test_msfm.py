@@ -1,4 +1,4 @@
-"""MSFM against its equations in float64 loops, and its insertion into bodies."""
+"""MSFM against its equations in float64 loops, and its insertion into backbones."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from fusedet.models.ops.layers import fold_batch_norm
 from fusedet.models.profiling import count_cost
 
 ALL = ("after_conv1", "after_conv2", "after_conv3")
-BODIES = [
+BACKBONES = [
     "resnet10t",
     "resnetblur18",
     "resnet26t",
@@ -47,19 +47,20 @@ def moved(module: nn.Module) -> Any:
 
 
 def lively(name: str, **options: Any) -> TimmBackbone:
-    """A body whose branches all say something: timm starts the last norm of every residual branch at zero."""
-    body = TimmBackbone(name, pretrained=False, **options)
-    for m in body.modules():
+    """A backbone whose branches all say something: timm starts the last norm of every residual branch at zero."""
+    backbone = TimmBackbone(name, pretrained=False, **options)
+    for m in backbone.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.constant_(m.weight, 0.7)
-    return body
+    return backbone
 
 
 # -- the paper's equations, once more, cell by cell
 
 
 def literal_resize(x: Tensor, height: int, width: int, corners: bool = False) -> Tensor:
-    """Bilinear: the images' corners meet and what lies outside takes the border's value, or the centres of the corner cells meet."""
+    """Bilinear: the images' corners meet and what lies outside takes the border's value, or the centres of the corner
+    cells meet."""
     (rows, columns), out = x.shape[2:], x.new_zeros(*x.shape[:2], height, width)
     for i, j in product(range(height), range(width)):
         y, z = max(0.0, (i + 0.5) * rows / height - 0.5), max(0.0, (j + 0.5) * columns / width - 0.5)
@@ -149,20 +150,20 @@ def test_it_is_the_papers_equation(options: dict, shape: tuple[int, ...]) -> Non
     module = moved(MSFM(shape[1], **({"ratio": 2, "groups": 2} | options))).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(shape, dtype=torch.float64)
-    wanted = literal(module, x, **options)
+    expected = literal(module, x, **options)
     sources = [x, *module.parameters()]
-    slopes = torch.autograd.grad(wanted, sources, seed)
+    slopes = torch.autograd.grad(expected, sources, seed)
     for form in (x, x.to(memory_format=torch.channels_last)):
-        found = module(form)
-        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-10)
-        for a, b in zip(torch.autograd.grad(found, sources, seed), slopes):
+        actual = module(form)
+        assert torch.allclose(actual, expected, rtol=1e-10, atol=1e-10)
+        for a, b in zip(torch.autograd.grad(actual, sources, seed), slopes):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
 def test_sizes_of_branches() -> None:
     """floor(size * scale), exactly (90 * 0.7 is 62.99... in floating point), and never nothing."""
-    found = {s: [scale_size((side, side), s)[0] for side in (1, 2, 3, 25, 90)] for s in MSFM(64).scales}
-    assert [found[s] for s in sorted(found)] == [
+    actual = {s: [scale_size((side, side), s)[0] for side in (1, 2, 3, 25, 90)] for s in MSFM(64).scales}
+    assert [actual[s] for s in sorted(actual)] == [
         [1, 1, 1, 12, 45],
         [1, 1, 2, 17, 63],
         [1, 2, 3, 25, 90],
@@ -172,10 +173,10 @@ def test_sizes_of_branches() -> None:
 
 
 def test_groups_of_one_single_value_become_the_shift() -> None:
-    """A 1x1 map of one image, where every channel is its own group: what a body gives for a tiny image."""
+    """A 1x1 map of one image, where every channel is its own group: what a backbone gives for a tiny image."""
     module = moved(MSFM(64, ratio=2, groups=32))
-    found = module(x := torch.randn(1, 64, 1, 1))
-    assert found.isfinite().all()
+    actual = module(x := torch.randn(1, 64, 1, 1))
+    assert actual.isfinite().all()
     assert torch.allclose(module.squeeze(x).flatten(), module.squeeze[1].bias.clamp(min=0), atol=1e-3)
 
 
@@ -223,21 +224,22 @@ def test_without_zero_init_it_is_not() -> None:
 @pytest.mark.parametrize("restore_relu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision(dtype: torch.dtype, restore_relu: bool) -> None:
-    """Autocast and bfloat16 weights give the type of the input, near the exact result; statistics are never taken in bfloat16."""
+    """Autocast and bfloat16 weights give the type of the input, near the exact result; statistics are never taken in
+    bfloat16."""
     module = moved(MSFM(64, ratio=4, groups=4, zero_init=not restore_relu, restore_relu=restore_relu))
     x = (torch.randn(2, 64, 9, 13) + 3).to(memory_format=torch.channels_last)
     exact = module(x).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        found = module(x.to(dtype))
+        actual = module(x.to(dtype))
     half = copy.deepcopy(module).to(torch.bfloat16)(x.bfloat16())
-    assert found.dtype == dtype
+    assert actual.dtype == dtype
     assert half.dtype == torch.bfloat16
-    for near in (found, half):
+    for near in (actual, half):
         assert near.is_contiguous(memory_format=torch.channels_last)
         assert float((near.detach() - exact).abs().mean()) < 0.03 * float(exact.std())
 
 
-def test_inputs_stay() -> None:
+def test_inputs_are_unchanged() -> None:
     x = torch.randn(1, 64, 5, 5)
     kept = x.clone()
     moved(MSFM(64))(x)
@@ -271,14 +273,15 @@ def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large
 @pytest.mark.parametrize(("name", "count", "blocks"), [("resnet50", 2_318_728, 13), ("resnet101", 5_254_832, 30)])
 def test_default_counts(name: str, count: int, blocks: int) -> None:
     with torch.device("meta"):
-        body = TimmBackbone(name, pretrained=False, frozen_stages=1)
-        before = sum(p.numel() for p in body.parameters() if p.requires_grad)
-        assert insert_plugin(body, MSFMPlugin()) == 2 * blocks
-    assert sum(p.numel() for p in body.parameters() if p.requires_grad) - before == count
+        backbone = TimmBackbone(name, pretrained=False, frozen_stages=1)
+        before = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+        assert insert_plugin(backbone, MSFMPlugin()) == 2 * blocks
+    assert sum(p.numel() for p in backbone.parameters() if p.requires_grad) - before == count
 
 
 def test_multiply_adds() -> None:
-    """The convolutions' own, and what the one-product form of U adds: a column of ones, and the covariance of y's channels."""
+    """The convolutions' own, and what the one-product form of U adds: a column of ones, and the covariance of y's
+    channels."""
 
     class Alone(nn.Module):
         def __init__(self) -> None:
@@ -296,65 +299,66 @@ def test_multiply_adds() -> None:
 # -- insertion
 
 
-def blocks_of(body: TimmBackbone) -> Iterator[nn.Module]:
-    for part in body.stages("stages", (2, 3, 4)).values():
+def blocks_of(backbone: TimmBackbone) -> Iterator[nn.Module]:
+    for part in backbone.stages("stages", (2, 3, 4)).values():
         for stage in part:
             yield from (m for m in stage.modules() if hasattr(m, "drop_path") and getattr(m, "has_skip", True))
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_bodies_keep_their_keys_and_their_maps(name: str) -> None:
-    body = lively(name).eval()
-    before = {key: tensor.clone() for key, tensor in body.state_dict().items()}
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_keep_their_keys_and_their_maps(name: str) -> None:
+    backbone = lively(name).eval()
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        maps = body(x)
-        count = insert_plugin(body, MSFMPlugin())
-        after = body.state_dict()
+        maps = backbone(x)
+        count = insert_plugin(backbone, MSFMPlugin())
+        after = backbone.state_dict()
         assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
-        for a, b in zip(maps, body(x)):
+        for a, b in zip(maps, backbone(x)):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
-        assert body(torch.randn(1, 3, 33, 47))[-1].isfinite().all()
-    blocks = list(blocks_of(body))
-    assert count == len(modules(body)) == len(blocks) * (2 if hasattr(blocks[0], "conv3") else 1)
-    assert {m.squeeze[0].out_channels % m.squeeze[1].num_groups for m in modules(body)} == {0}
+        assert backbone(torch.randn(1, 3, 33, 47))[-1].isfinite().all()
+    blocks = list(blocks_of(backbone))
+    assert count == len(modules(backbone)) == len(blocks) * (2 if hasattr(blocks[0], "conv3") else 1)
+    assert {m.squeeze[0].out_channels % m.squeeze[1].num_groups for m in modules(backbone)} == {0}
 
 
 @pytest.mark.parametrize("name", ["resnetblur18", "resnetaa50", "resnet26t"])
-def test_modules_stand_where_the_paper_says(name: str) -> None:
-    """after_conv1 / 2 take what norm and ReLU give and feed the next convolution, the last one comes before the residual sum."""
-    body = lively(name).eval()
-    last = hasattr(body.body.layer2[0], "conv3")
+def test_positions_of_the_paper(name: str) -> None:
+    """after_conv1 / 2 take what norm and ReLU give and feed the next convolution, the last one comes before the
+    residual sum."""
+    backbone = lively(name).eval()
+    last = hasattr(backbone.body.layer2[0], "conv3")
     positions = ALL[: 3 if last else 2]
-    insert_plugin(body, MSFMPlugin(positions, ratios=(8, 8, 8), groups=4, zero_init=False))
-    block = body.body.layer2[0]
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    insert_plugin(backbone, MSFMPlugin(positions, ratios=(8, 8, 8), groups=4, zero_init=False))
+    block = backbone.body.layer2[0]
+    recorded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def keep(m, inputs, output):
-        seen[m] = (inputs[0].clone(), output.clone())
+        recorded[m] = (inputs[0].clone(), output.clone())
 
     for m in block.modules():
         m.register_forward_hook(keep)
     with torch.no_grad():
-        body(torch.randn(1, 3, 64, 96))
+        backbone(torch.randn(1, 3, 64, 96))
     first, *middle, final = modules(block)
     assert len(middle) == last
-    assert torch.equal(seen[first][1], seen[block.conv2][0])
-    assert (seen[first][0] >= 0).all()
+    assert torch.equal(recorded[first][1], recorded[block.conv2][0])
+    assert (recorded[first][0] >= 0).all()
     for m in middle:
-        assert torch.equal(seen[m][1], seen[block.conv3][0])
-        assert (seen[m][0] >= 0).all()
-    assert torch.equal(seen[final][0], seen[block.bn3 if last else block.bn2][1])
-    assert torch.allclose((seen[final][1] + seen[block.downsample][1]).relu(), seen[block][1])
+        assert torch.equal(recorded[m][1], recorded[block.conv3][0])
+        assert (recorded[m][0] >= 0).all()
+    assert torch.equal(recorded[final][0], recorded[block.bn3 if last else block.bn2][1])
+    assert torch.allclose((recorded[final][1] + recorded[block.downsample][1]).relu(), recorded[block][1])
 
 
 def test_numbers_of_stages_are_strides() -> None:
-    """Stage 3 of a MobileNet holds what makes the map of stride 16, of two groups of blocks."""
-    body = TimmBackbone("mobilenetv3_large_100", pretrained=False)
-    insert_plugin(body, MSFMPlugin(stages=(3,), ratios=(32,)))
-    found = {name.split(".")[2] for name, m in body.named_modules() if isinstance(m, MSFM)}
-    assert found == {"3", "4"}
-    assert {(m.squeeze[0].in_channels, m.squeeze[0].out_channels) for m in modules(body)} == {(80, 4), (112, 4)}
+    """Stage 3 of a MobileNet has both groups of blocks of stride 16."""
+    backbone = TimmBackbone("mobilenetv3_large_100", pretrained=False)
+    insert_plugin(backbone, MSFMPlugin(stages=(3,), ratios=(32,)))
+    actual = {name.split(".")[2] for name, m in backbone.named_modules() if isinstance(m, MSFM)}
+    assert actual == {"3", "4"}
+    assert {(m.squeeze[0].in_channels, m.squeeze[0].out_channels) for m in modules(backbone)} == {(80, 4), (112, 4)}
 
 
 @pytest.mark.parametrize(
@@ -368,7 +372,7 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         (
             "resnet10t",
@@ -423,7 +427,8 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
         (
             "skresnet18",
             {},
-            r"stage 2 of 'skresnet18' has SelectiveKernelBasic \(sknet\); plug-ins go into BasicBlock, Bottleneck \(res",
+            r"stage 2 of 'skresnet18' has SelectiveKernelBasic \(sknet\); plug-ins go into BasicBlock, Bottleneck "
+            r"\(res",
         ),
         ("res2net50_26w_4s", {}, r"has Bottle2neck \(res2net\); plug-ins go into"),
         (
@@ -434,12 +439,12 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
         ("regnety_002", {}, r"has Bottleneck \(regnet\); plug-ins go into"),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict, said: str) -> None:
-    body = TimmBackbone(name, pretrained=False)
-    keys = set(body.state_dict())
-    with pytest.raises(InputError, match=said):
-        insert_plugin(body, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))
-    assert set(body.state_dict()) == keys
+def test_wrong_options_are_refused(name: str, options: dict, message: str) -> None:
+    backbone = TimmBackbone(name, pretrained=False)
+    keys = set(backbone.state_dict())
+    with pytest.raises(InputError, match=message):
+        insert_plugin(backbone, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))
+    assert set(backbone.state_dict()) == keys
 
 
 def test_options_from_a_config() -> None:
@@ -455,20 +460,20 @@ def test_options_from_a_config() -> None:
     assert plugin == MSFMPlugin(
         ("after_conv1", "after_conv2"), groups={"after_conv1": 2}, scales=(0.5, 1.0), fusion="cat", **choices
     )
-    body = TimmBackbone("resnet10t", pretrained=False)
-    insert_plugin(body, plugin)
-    assert [m.squeeze[1].num_groups for m in modules(body)] == [2, 4] * 3
-    assert {(m.align_corners, m.unsqueeze.relu, isinstance(m.squeeze[2], nn.ReLU)) for m in modules(body)} == {
+    backbone = TimmBackbone("resnet10t", pretrained=False)
+    insert_plugin(backbone, plugin)
+    assert [m.squeeze[1].num_groups for m in modules(backbone)] == [2, 4] * 3
+    assert {(m.align_corners, m.unsqueeze.relu, isinstance(m.squeeze[2], nn.ReLU)) for m in modules(backbone)} == {
         (True, True, False)
     }
     assert build("model.plugin", "msfm", PLUGINS, {}) == MSFMPlugin()
 
 
-# -- what is done to bodies with plug-ins
+# -- backbones with plug-ins
 
 
 class Normed:
-    """A plug-in of another kind: a batch norm."""
+    """Another plug-in: BatchNorm."""
 
     positions, stages = None, (1, 2)
 
@@ -477,27 +482,27 @@ class Normed:
 
 
 @pytest.mark.parametrize("options", [{"frozen_stages": 2}, {"norm_eval": True}])
-def test_plugins_are_trained_where_the_body_rests(options: dict) -> None:
-    body = lively("resnet10t", **options)
-    assert insert_plugin(body, Normed()) == 2
-    body.train()
-    for stage in (body.body.layer1, body.body.layer2):
+def test_plugins_are_trained_in_frozen_stages(options: dict) -> None:
+    backbone = lively("resnet10t", **options)
+    assert insert_plugin(backbone, Normed()) == 2
+    backbone.train()
+    for stage in (backbone.body.layer1, backbone.body.layer2):
         (norm,) = (m for m in stage.modules() if isinstance(m, nn.BatchNorm2d) and m.training)
         assert all(p.requires_grad for p in norm.parameters())
-    sum(m.square().mean() for m in body(torch.randn(2, 3, 64, 64))).backward()
+    sum(m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
     assert norm.weight.grad.any()
-    frozen = [p for p in body.parameters() if not p.requires_grad]
+    frozen = [p for p in backbone.parameters() if not p.requires_grad]
     assert bool(frozen) == ("frozen_stages" in options)
     assert all(p.grad is None for p in frozen)
-    assert not any(m.training for m in body.eval().modules())
+    assert not any(m.training for m in backbone.eval().modules())
 
 
-def test_two_plugins_in_one_place() -> None:
-    body = TimmBackbone("resnet10t", pretrained=False).eval()
-    insert_plugin(body, Normed())
-    insert_plugin(body, MSFMPlugin())
-    assert len(modules(body)) == 3
-    assert body(torch.randn(1, 3, 64, 64))[-1].isfinite().all()
+def test_two_plugins_at_one_position() -> None:
+    backbone = TimmBackbone("resnet10t", pretrained=False).eval()
+    insert_plugin(backbone, Normed())
+    insert_plugin(backbone, MSFMPlugin())
+    assert len(modules(backbone)) == 3
+    assert backbone(torch.randn(1, 3, 64, 64))[-1].isfinite().all()
 
 
 STAGE4 = MSFMPlugin(ALL, stages=(4,), ratios=(64,), zero_init=False)
@@ -505,26 +510,26 @@ STAGE4 = MSFMPlugin(ALL, stages=(4,), ratios=(64,), zero_init=False)
 
 @pytest.fixture(scope="module")
 def furnished() -> TimmBackbone:
-    """A small bottleneck body with modules that do something, at all positions of stage 4."""
+    """A small bottleneck backbone with randomised modules at all positions of stage 4."""
     torch.manual_seed(0)
-    body = lively("resnet26t")
-    insert_plugin(body, STAGE4)
-    body.train()
+    backbone = lively("resnet26t")
+    insert_plugin(backbone, STAGE4)
+    backbone.train()
     for _ in range(2):
-        body(torch.randn(2, 3, 64, 64))  # moves the norms' statistics
-    return body.eval().to(memory_format=torch.channels_last)
+        backbone(torch.randn(2, 3, 64, 64))  # updates the norms' statistics
+    return backbone.eval().to(memory_format=torch.channels_last)
 
 
 def test_every_parameter_is_trained(furnished: TimmBackbone) -> None:
-    """Where every channel is its own group (after_conv3), the biases before the norms of S and F move nothing."""
-    body = copy.deepcopy(furnished).train()
-    sum((m * torch.randn_like(m)).sum() for m in body(torch.randn(2, 3, 128, 128))).backward()
+    """Where every channel is its own group (after_conv3), the biases before the norms of S and F have no gradient."""
+    backbone = copy.deepcopy(furnished).train()
+    sum((m * torch.randn_like(m)).sum() for m in backbone(torch.randn(2, 3, 128, 128))).backward()
     inside = {
         name
-        for name, m in body.named_modules()
+        for name, m in backbone.named_modules()
         if isinstance(m, MSFM) and m.squeeze[1].num_groups == m.squeeze[0].out_channels
     }
-    for name, p in body.named_parameters():
+    for name, p in backbone.named_parameters():
         idle = name.endswith(".0.bias") and any(name.startswith(f"{i}.") for i in inside)
         assert p.grad.isfinite().all()
         assert p.grad.any() or idle, name

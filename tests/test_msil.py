@@ -1,4 +1,4 @@
-"""MSIL: its equations computed a second way, its switches and its counts."""
+"""MSIL against its equations, its options and its parameter counts."""
 
 import math
 from collections.abc import Callable
@@ -148,7 +148,7 @@ def test_the_equations_computed_literally(options: dict) -> None:
         assert torch.allclose(got_reg[0], literal_branch(f_reg, u, module.separate_reg, squash), rtol=1e-10, atol=1e-12)
 
 
-# -- switches
+# -- options
 
 
 def test_off_is_the_plain_head() -> None:
@@ -178,20 +178,20 @@ def test_without_alignment_and_separation_the_gate_is_the_fused_map() -> None:
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_branches_hear_of_each_other_by_fusion_alone(fuse: bool) -> None:
+def test_only_the_fusion_connects_the_branches(fuse: bool) -> None:
     module = MSIL(C, fuse=fuse)
     cls, reg = branches()
     changed = module(cls, reg + 1)[0] - module(cls, reg)[0]
     assert bool(changed.any()) is fuse
 
 
-def test_without_norms_any_width_will_do() -> None:
+def test_without_norms_any_width_works() -> None:
     module = MSIL(24, norm="none")
     cls, reg = branches(channels=24)
     assert module(cls, reg)[0].shape == cls.shape
 
 
-def test_gates_are_between_zero_and_one_and_inputs_stay() -> None:
+def test_gates_are_between_zero_and_one_and_inputs_are_unchanged() -> None:
     cls, reg = branches((1, 1))
     kept = cls.clone(), reg.clone()
     module = MSIL(C)
@@ -216,7 +216,7 @@ def test_gates_are_between_zero_and_one_and_inputs_stay() -> None:
         {"gate": "hard_sigmoid"},
     ],
 )
-def test_every_parameter_is_reached(options: dict) -> None:
+def test_every_parameter_has_a_gradient(options: dict) -> None:
     module = MSIL(C, **options)
     sum(m.square().sum() for m in module(*branches((4, 6)))).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in module.parameters())
@@ -231,9 +231,9 @@ def test_off_it_is_the_plain_head(head: Callable[..., nn.Module]) -> None:
     off = head(levels, 2, partial(MSIL, to_cls=False, to_reg=False), convs=1, norm=True)
     off.load_state_dict(plain.state_dict())
     features = [torch.randn(2, C, *size) for size in ((9, 11), (5, 6), (3, 3))]
-    found, wanted = off(features).maps, plain(features).maps
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(a, b) for name in wanted for a, b in zip(found[name], wanted[name], strict=True))
+    actual, expected = off(features).maps, plain(features).maps
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(a, b) for name in expected for a, b in zip(actual[name], expected[name], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,19 @@ from fusedet.models.necks.aug_fpn import Context, pooled_size
 from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, downsample
 from fusedet.types import Features, Levels
 
-BODY = Levels((8, 16, 24, 32), (4, 8, 16, 32))
+BACKBONE = Levels((8, 16, 24, 32), (4, 8, 16, 32))
 R50 = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
 PYRAMID = Levels((32,) * 5, (8, 16, 32, 64, 128))
 SIZES = [(64, 96), (33, 47), (75, 129)]
 
-# every form of every neck, behind a body of BODY's levels; bfp stands on a pyramid
+# every form of every neck on BACKBONE's levels; bfp refines a pyramid
 FORMS = {
-    "pafpn": lambda **o: PAFPN(BODY, 32, **o),
-    "pafpn_smsl": lambda **o: PAFPN(BODY, 32, form="smsl", **o),
-    "bifpn": lambda **o: BiFPN(BODY, 32, **o),
-    "bifpn_gn": lambda **o: BiFPN(BODY, 32, norm="gn", repeats=1, separable=False, **o),
-    "aug_fpn": lambda **o: AugFPN(BODY, 32, **o),
-    "aug_fpn_plain": lambda **o: AugFPN(BODY, 32, augment=False, **o),
+    "pafpn": lambda **o: PAFPN(BACKBONE, 32, **o),
+    "pafpn_smsl": lambda **o: PAFPN(BACKBONE, 32, form="smsl", **o),
+    "bifpn": lambda **o: BiFPN(BACKBONE, 32, **o),
+    "bifpn_gn": lambda **o: BiFPN(BACKBONE, 32, norm="gn", repeats=1, separable=False, **o),
+    "aug_fpn": lambda **o: AugFPN(BACKBONE, 32, **o),
+    "aug_fpn_plain": lambda **o: AugFPN(BACKBONE, 32, augment=False, **o),
     "bfp": lambda **o: BFP(PYRAMID, **o),
     "bfp_conv": lambda **o: BFP(PYRAMID, refine="conv", **o),
     "bfp_none": lambda **o: BFP(PYRAMID, refine="none", **o),
@@ -34,25 +34,25 @@ FORMS = {
 
 
 def maps(levels: Levels, size: tuple[int, int], n: int = 2, rounded: object = math.ceil) -> Features:
-    """Random maps as a body or neck would give them; each level halves the one before, up or down."""
-    found, scale = [], 1
+    """Random maps of a backbone or neck; each level halves the size of the one before, rounded up or down."""
+    actual, scale = [], 1
     for channels, stride in zip(levels.channels, levels.strides):
         while scale < stride:
             size, scale = tuple(max(1, rounded(s / 2)) for s in size), 2 * scale
-        found.append(torch.randn(n, channels, *size))
-    return found
+        actual.append(torch.randn(n, channels, *size))
+    return actual
 
 
 def source(neck: nn.Module) -> Levels:
-    return PYRAMID if isinstance(neck, BFP) else BODY
+    return PYRAMID if isinstance(neck, BFP) else BACKBONE
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def identity(module: nn.Module) -> None:
-    """Every convolution hands its input on (the channels that there are)."""
+def make_identity(module: nn.Module) -> None:
+    """Make every convolution the identity on the channels that both sides have."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.dirac_(m.weight, groups=m.groups)
@@ -67,11 +67,11 @@ def doubled(x: Tensor, like: Tensor) -> Tensor:
     return x[..., rows, :][..., columns]
 
 
-# -- all of them
+# -- all necks
 
 
 @pytest.mark.parametrize(("form", "size", "rounded"), list(product(FORMS, SIZES, [math.ceil, math.floor])))
-def test_shapes_gradients_and_untouched_inputs(form: str, size: tuple[int, int], rounded: object) -> None:
+def test_shapes_gradients_and_unchanged_inputs(form: str, size: tuple[int, int], rounded: object) -> None:
     neck = FORMS[form]()
     inputs = [m.requires_grad_() for m in maps(source(neck), size, rounded=rounded)]
     kept = [m.detach().clone() for m in inputs]
@@ -101,31 +101,31 @@ def test_a_batch_of_one_down_to_one_cell(form: str, train: bool) -> None:
 )
 def test_other_pyramids(form: str, top: str) -> None:
     neck = FORMS[form](finest=2, coarsest=6, top=top)
-    outputs = neck(maps(BODY, (75, 129)))
+    outputs = neck(maps(BACKBONE, (75, 129)))
     assert neck.levels == Levels((32,) * 5, (4, 8, 16, 32, 64))
     assert [tuple(o.shape[2:]) for o in outputs] == [(19, 33), (10, 17), (5, 9), (3, 5), (2, 3)]
-    one = FORMS[form](finest=5, coarsest=5, top=top)  # a single level: nothing to fuse
-    assert [tuple(o.shape[2:]) for o in one(maps(BODY, (75, 129)))] == [(3, 5)]
+    single = FORMS[form](finest=5, coarsest=5, top=top)  # without fusion
+    assert [tuple(o.shape[2:]) for o in single(maps(BACKBONE, (75, 129)))] == [(3, 5)]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_and_channels_last(form: str) -> None:
     neck = FORMS[form]().eval()
     inputs = maps(source(neck), (64, 96))
-    wanted = neck(inputs)
+    expected = neck(inputs)
 
-    def close(found: Features) -> bool:
-        return all((a.float() - b).abs().max() <= 0.05 * b.abs().max() for a, b in zip(found, wanted, strict=True))
+    def close(actual: Features) -> bool:
+        return all((a.float() - b).abs().max() <= 0.05 * b.abs().max() for a, b in zip(actual, expected, strict=True))
 
     with torch.autocast("cpu", torch.bfloat16):
         assert close(neck(inputs))
     assert all(
         torch.allclose(a, b, atol=1e-5)
-        for a, b in zip(neck([m.to(memory_format=torch.channels_last) for m in inputs]), wanted)
+        for a, b in zip(neck([m.to(memory_format=torch.channels_last) for m in inputs]), expected)
     )
-    found = neck.to(torch.bfloat16)([m.to(torch.bfloat16) for m in inputs])
-    assert all(f.dtype == torch.bfloat16 for f in found)
-    assert close(found)
+    actual = neck.to(torch.bfloat16)([m.to(torch.bfloat16) for m in inputs])
+    assert all(f.dtype == torch.bfloat16 for f in actual)
+    assert close(actual)
 
 
 @pytest.mark.parametrize("form", ["pafpn", "pafpn_smsl", "bifpn", "aug_fpn", "bfp"])
@@ -140,9 +140,9 @@ def test_export(form: str) -> None:
 @pytest.mark.parametrize("make", [PAFPN, BiFPN, AugFPN])
 def test_impossible_pyramids_are_refused(make: type[nn.Module]) -> None:
     with pytest.raises(InputError, match="finest=6"):
-        make(BODY, finest=6)
+        make(BACKBONE, finest=6)
     with pytest.raises(InputError, match="coarsest=4"):
-        make(BODY, coarsest=4)
+        make(BACKBONE, coarsest=4)
 
 
 # -- PAFPN
@@ -160,9 +160,10 @@ def test_pafpn_parameters() -> None:
 
 @pytest.mark.parametrize("form", ["mmdet", "smsl"])
 def test_pafpn_by_hand(form: str) -> None:
-    """With identity convolutions every step is a sum; a stride-2 identity takes every second cell, a pooling the largest of four."""
+    """With identity convolutions every step is a sum; a stride-2 identity takes every second cell, a pooling the
+    largest of four."""
     neck = PAFPN(Levels((1, 1), (8, 16)), channels=1, coarsest=5, top="max_pool", form=form)
-    identity(neck)
+    make_identity(neck)
     fine, coarse = torch.arange(6.0).reshape(1, 1, 2, 3), torch.tensor([[10.0, 20.0]]).reshape(1, 1, 1, 2)
     n3, n4, n5 = neck([fine, coarse])
     assert n3.flatten().tolist() == [10, 11, 22, 13, 14, 25]  # = P3
@@ -172,9 +173,9 @@ def test_pafpn_by_hand(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["mmdet", "smsl"])
 @pytest.mark.parametrize("size", SIZES)
-def test_pafpn_is_its_equations(form: str, size: tuple[int, int]) -> None:
-    neck = PAFPN(BODY, 8, form=form).double()
-    c = [m.double() for m in maps(BODY, size)]
+def test_pafpn_against_its_equations(form: str, size: tuple[int, int]) -> None:
+    neck = PAFPN(BACKBONE, 8, form=form).double()
+    c = [m.double() for m in maps(BACKBONE, size)]
 
     def conv(name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight, bias = neck.get_parameter(f"{name}.weight"), neck.get_parameter(f"{name}.bias")
@@ -198,7 +199,7 @@ def test_pafpn_is_its_equations(form: str, size: tuple[int, int]) -> None:
 
 
 def halved(x: Tensor) -> Tensor:
-    """2x2 max pooling by a loop; the last row and column of an odd size stand alone."""
+    """2x2 max pooling by a loop; the last row and column of an odd size are windows of their own."""
     height, width = x.shape[-2:]
     rows = [[x[..., i : i + 2, j : j + 2].amax(dim=(2, 3)) for j in range(0, width, 2)] for i in range(0, height, 2)]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
@@ -247,9 +248,9 @@ def test_bfp_parameters_and_levels() -> None:
     assert BFP(levels).levels is levels
 
 
-def test_bfp_refuses() -> None:
+def test_bfp_refuses_wrong_levels() -> None:
     with pytest.raises(InputError, match=r"equal channels, got \(8, 16, 24, 32\)"):
-        BFP(BODY)
+        BFP(BACKBONE)
     for wrong in (5, -1):
         with pytest.raises(InputError, match=f"refine_level={wrong} must be the index of one of the 5 levels, 0 to 4"):
             BFP(PYRAMID, refine_level=wrong)
@@ -259,8 +260,8 @@ def test_bfp_refuses() -> None:
 
 
 def plain(layer: nn.Module) -> None:
-    """Identity convolutions and norms that do nothing: what is left is the fusion and SiLU."""
-    identity(layer)
+    """Identity convolutions and norms: only the fusion and SiLU remain."""
+    make_identity(layer)
     for m in layer.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.eps = 0.0
@@ -277,7 +278,7 @@ def test_bifpn_fuses_by_hand(separable: bool) -> None:
     assert torch.allclose(node(x), F.silu(torch.tensor(mean)))
 
 
-def test_bifpn_layer_is_its_figure() -> None:
+def test_bifpn_layer_against_its_figure() -> None:
     """Figure 2d on four levels with equal weights, node by node."""
     layer = BiFPNLayer(4, 2).double().eval()
     plain(layer)
@@ -299,12 +300,13 @@ def test_bifpn_layer_is_its_figure() -> None:
 def test_bifpn_pooling_by_hand() -> None:
     x = torch.tensor([[0.0, 1, 2, 3, 4], [9, 0, 0, 0, 5], [0, 0, 7, 0, 0]]).reshape(1, 1, 3, 5)
     assert downsample(x, torch.zeros(2, 3)).flatten().tolist() == [9, 3, 5, 9, 7, 5]
-    assert downsample(x, torch.zeros(1, 2)).flatten().tolist() == [9, 3]  # a body that rounds down
+    assert downsample(x, torch.zeros(1, 2)).flatten().tolist() == [9, 3]  # a backbone that rounds down
 
 
 @pytest.mark.parametrize(("repeats", "separable"), [(1, True), (3, True), (2, False)])
 def test_bifpn_parameters(repeats: int, separable: bool) -> None:
-    """Eight nodes per layer for five levels: three of the four bottom-up ones have three inputs; laterals have no biases but norms."""
+    """Eight nodes per layer for five levels: three of the four bottom-up ones have three inputs; laterals have no
+    biases but norms."""
     c = 64
     one = (9 * c + c * c if separable else 9 * c * c) + 2 * c
     layer = 8 * one + 4 * 2 + 3 * 3 + 2
@@ -314,15 +316,15 @@ def test_bifpn_parameters(repeats: int, separable: bool) -> None:
 
 
 def test_bifpn_repeats_its_layers() -> None:
-    neck = BiFPN(BODY, 32, repeats=2).eval()
-    inputs = maps(BODY, (64, 96))
+    neck = BiFPN(BACKBONE, 32, repeats=2).eval()
+    inputs = maps(BACKBONE, (64, 96))
     laterals = [lateral(c) for lateral, c in zip(neck.lateral, inputs[1:])]
     p = laterals + neck.top(inputs[-1], laterals[-1])
     assert all(torch.equal(a, b) for a, b in zip(neck.layers[1](neck.layers[0](p)), neck(inputs)))
 
 
 def test_bifpn_norm_of_a_single_value() -> None:
-    """One value has no variance: its running statistics are taken and stay; two values are normalised as ever."""
+    """One value has no variance: the running statistics normalise it and stay; two values are normalised as usual."""
     ours, theirs = BatchNorm(3, eps=1e-3, momentum=0.01), nn.BatchNorm2d(3, eps=1e-3, momentum=0.01)
     x = torch.randn(1, 3, 1, 1)
     assert torch.equal(ours.train()(x), theirs.eval()(x))
@@ -332,15 +334,15 @@ def test_bifpn_norm_of_a_single_value() -> None:
     assert torch.equal(ours.running_var, theirs.running_var)
 
 
-def test_bifpn_norms_and_refusals() -> None:
-    norms = [m for m in BiFPN(BODY, 32).modules() if isinstance(m, nn.BatchNorm2d)]
+def test_bifpn_norms_and_errors() -> None:
+    norms = [m for m in BiFPN(BACKBONE, 32).modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 3 + 3 * 8
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in BiFPN(BODY, 32, norm="gn").modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in BiFPN(BACKBONE, 32, norm="gn").modules())
     with pytest.raises(InputError, match="repeats=0 must be at least 1"):
-        BiFPN(BODY, repeats=0)
+        BiFPN(BACKBONE, repeats=0)
     with pytest.raises(InputError, match="norm=gn needs channels in multiples of 8, got 36"):
-        BiFPN(BODY, channels=36, norm="gn")
+        BiFPN(BACKBONE, channels=36, norm="gn")
 
 
 # -- AugFPN
@@ -348,9 +350,9 @@ def test_bifpn_norms_and_refusals() -> None:
 
 def test_augfpn_without_its_parts_is_fpn() -> None:
     """Weight for weight: the same names, the same outputs."""
-    fpn, aug = FPN(BODY, 32), AugFPN(BODY, 32, augment=False, auxiliary_weight=0)
+    fpn, aug = FPN(BACKBONE, 32), AugFPN(BACKBONE, 32, augment=False, auxiliary_weight=0)
     aug.load_state_dict(fpn.state_dict())
-    inputs = maps(BODY, (75, 129))
+    inputs = maps(BACKBONE, (75, 129))
     assert all(torch.equal(a, b) for a, b in zip(aug(inputs), fpn(inputs), strict=True))
     assert aug.auxiliary_weight == 0
 
@@ -359,8 +361,8 @@ def test_augfpn_without_its_parts_is_fpn() -> None:
 @pytest.mark.parametrize("augment", [True, False])
 def test_augfpn_auxiliary_pyramid(top: str, augment: bool) -> None:
     """The pyramid is that of forward; the other has the laterals before fusion and the same top on them."""
-    neck = AugFPN(BODY, 32, top=top, augment=augment)
-    inputs = maps(BODY, (75, 129))
+    neck = AugFPN(BACKBONE, 32, top=top, augment=augment)
+    inputs = maps(BACKBONE, (75, 129))
     fused, unfused = neck.with_auxiliary(inputs)
     assert all(torch.equal(a, b) for a, b in zip(fused, neck(inputs), strict=True))
     laterals = [lateral(c) for lateral, c in zip(neck.lateral, inputs[1:])]
@@ -377,14 +379,14 @@ def test_augfpn_auxiliary_pyramid(top: str, augment: bool) -> None:
 def test_augfpn_context_keeps_the_aspect(size: tuple[int, int], sizes: list[tuple[int, int]]) -> None:
     assert [pooled_size(size, r) for r in (0.1, 0.2, 0.3)] == sizes
     context = Context(2, 3, (0.1, 0.2, 0.3))
-    seen: list[tuple[int, ...]] = []
+    recorded: list[tuple[int, ...]] = []
     for layer in context.reduce:
-        layer.register_forward_hook(lambda _, inputs, output: seen.append(tuple(inputs[0].shape[2:])))
+        layer.register_forward_hook(lambda _, inputs, output: recorded.append(tuple(inputs[0].shape[2:])))
     assert context(torch.randn(1, 2, *size)).shape == (1, 3, *size)
-    assert seen == sizes
+    assert recorded == sizes
 
 
-def test_augfpn_context_is_its_equations() -> None:
+def test_augfpn_context_against_its_equations() -> None:
     """Means over windows, 1x1 convolutions, bilinear steps between the corners and weighted sums, cell by cell."""
     context = Context(2, 3, (0.5, 0.25)).double()
     height, width = 4, 8
@@ -412,7 +414,7 @@ def test_augfpn_context_is_its_equations() -> None:
     assert torch.allclose(context(c5)[0], expected)
     neck = AugFPN(Levels((2,), (32,)), 3, finest=5, coarsest=5, ratios=(0.5, 0.25)).double()
     neck.context = context
-    identity(neck.output)
+    make_identity(neck.output)
     assert torch.allclose(neck([c5])[0], neck.lateral[0](c5) + expected)
 
 
@@ -425,10 +427,10 @@ def test_augfpn_parameters() -> None:
 @pytest.mark.parametrize("ratios", [(), (0.0, 0.1), (0.2, 1.5), (float("nan"),)])
 def test_augfpn_refuses_ratios(ratios: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"ratios=.* must be one number or more, each above 0 and at most 1"):
-        AugFPN(BODY, ratios=ratios)
+        AugFPN(BACKBONE, ratios=ratios)
 
 
 def test_augfpn_refuses_weights() -> None:
     for wrong in (-1.0, float("nan")):
         with pytest.raises(InputError, match=r"auxiliary_weight=.* must be at least 0"):
-            AugFPN(BODY, auxiliary_weight=wrong)
+            AugFPN(BACKBONE, auxiliary_weight=wrong)

@@ -1,4 +1,4 @@
-"""Options that cannot be are refused in one sentence, in Python as in a config, and no part takes what another one is for."""
+"""Wrong options are refused in one sentence, in Python as in a config, and every part takes its own options only."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from fusedet.models.necks.fpn import Top, TopLevels
 from fusedet.models.roi import BoxStage
 from fusedet.types import Levels
 
-BODY = Levels((64, 96, 128, 160), (4, 8, 16, 32))
+BACKBONE = Levels((64, 96, 128, 160), (4, 8, 16, 32))
 PYRAMID = Levels((32,) * 5, (8, 16, 32, 64, 128))
 
 
@@ -32,15 +32,15 @@ def make(*overrides: str) -> OneStage:
 @pytest.mark.parametrize(
     ("part", "option", "value", "meant"),
     [
-        (lambda **o: MSEFPN(BODY, **o), "gate", "gcgs", "gcg"),
-        (lambda **o: MSEFPN(BODY, **o), "gate_place", "top_down", "topdown"),
-        (lambda **o: MSEFPN(BODY, **o), "sem", "channels", "channel"),
-        (lambda **o: MSEFPN(BODY, **o), "sim", "conv1", "conv1x1"),
-        (lambda **o: MSEFPN(BODY, **o), "norm", "gn", "gn1"),
+        (lambda **o: MSEFPN(BACKBONE, **o), "gate", "gcgs", "gcg"),
+        (lambda **o: MSEFPN(BACKBONE, **o), "gate_place", "top_down", "topdown"),
+        (lambda **o: MSEFPN(BACKBONE, **o), "sem", "channels", "channel"),
+        (lambda **o: MSEFPN(BACKBONE, **o), "sim", "conv1", "conv1x1"),
+        (lambda **o: MSEFPN(BACKBONE, **o), "norm", "gn", "gn1"),
         (lambda **o: SMSL(PYRAMID, **o), "mode", "on_necks", "on_neck"),
-        (lambda **o: PAFPN(BODY, **o), "form", "mmdets", "mmdet"),
+        (lambda **o: PAFPN(BACKBONE, **o), "form", "mmdets", "mmdet"),
         (lambda **o: BFP(PYRAMID, **o), "refine", "nonlocal", "non_local"),
-        (lambda **o: BiFPN(BODY, **o), "norm", "gnn", "gn"),
+        (lambda **o: BiFPN(BACKBONE, **o), "norm", "gnn", "gn"),
         (lambda **o: TopLevels(8, 8, 2, **o), "top", "maxpool", "max_pool"),
         (lambda **o: MSFM(64, **o), "fusion", "concat", "cat"),
         (lambda **o: MSIL(32, **o), "gate", "hardsigmoid", "hard_sigmoid"),
@@ -54,19 +54,19 @@ def make(*overrides: str) -> OneStage:
         (lambda **o: BoxStage(PYRAMID, 3, **o), "sampling", "balance", "balanced"),
         (lambda **o: TimmBackbone("resnet26", False, **o), "style", "cafe", "caffe"),
         *[
-            (lambda neck=neck, **o: neck(BODY, **o), "top", "on_inputs", "on_input")
+            (lambda neck=neck, **o: neck(BACKBONE, **o), "top", "on_inputs", "on_input")
             for neck in (FPN, PAFPN, BiFPN, AugFPN, MSEFPN, lambda levels, **o: SMSL(levels, "standalone", **o))
         ],
     ],
 )
-def test_mistyped_names_are_no_other_part(part: Callable[..., Any], option: str, value: str, meant: str) -> None:
+def test_mistyped_names_are_refused(part: Callable[..., Any], option: str, value: str, meant: str) -> None:
     with pytest.raises(InputError) as error:
         part(**{option: value})
     assert str(error.value).startswith(f"unknown {option} '{value}': did you mean '{meant}'? Known: ")
     part(**{option: meant})
 
 
-def test_one_of_a_literal() -> None:
+def test_values_of_a_literal() -> None:
     one_of("top", "on_input", Top)
     with pytest.raises(InputError, match="unknown top 'None': Known: max_pool, "):
         one_of("top", None, Top)
@@ -76,7 +76,7 @@ def test_one_of_a_literal() -> None:
 
 
 @pytest.mark.parametrize("neck", ["fpn", "pafpn", "bifpn", "aug_fpn", "mse_fpn", "{type: smsl, mode: standalone}"])
-def test_necks_of_a_body_stand_first(neck: str) -> None:
+def test_necks_on_a_backbone_are_first_in_a_chain(neck: str) -> None:
     make(f"model.neck={neck}")
     make(f"model.neck=[{neck},bfp,smsl]")
     with pytest.raises(InputError) as error:
@@ -85,8 +85,8 @@ def test_necks_of_a_body_stand_first(neck: str) -> None:
     assert "it takes a backbone's maps, got levels up to stride 128: put it first in the chain" in str(error.value)
 
 
-def test_auxiliary_losses_are_not_left_out() -> None:
-    """A short pyramid cannot be told from a body's maps."""
+def test_auxiliary_losses_are_not_dropped() -> None:
+    """A short pyramid looks like a backbone's maps to a second neck."""
     short = "model.pyramid.coarsest=5"
     with pytest.raises(InputError, match="auxiliary losses must be the first in the chain"):
         make("model.neck=[fpn,aug_fpn]", short)
@@ -102,7 +102,7 @@ def test_widths_below_one(channels: int) -> None:
     said = f"channels={channels} must be at least 1"
     for neck in (FPN, PAFPN, BiFPN, AugFPN, MSEFPN, lambda levels, channels: SMSL(levels, "standalone", channels)):
         with pytest.raises(InputError, match=said):
-            neck(BODY, channels=channels)
+            neck(BACKBONE, channels=channels)
     for head in HEADS.values():
         for convs in (1, 2):
             with pytest.raises(InputError, match=f"channels={channels}.* must be at least 1"):
@@ -167,29 +167,29 @@ def test_scales_of_msfm(scale: float) -> None:
 
 
 def test_modulated_needs_deformable_stages() -> None:
-    with pytest.raises(InputError, match=r"modulated=true .* name deformable_stages"):
+    with pytest.raises(InputError, match=r"modulated=true .* set deformable_stages"):
         make("model.backbone.modulated=true")
     make("model.backbone.modulated=true", "model.backbone.deformable_stages=[4]")
 
 
 @pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.tv_in1k", "regnetx_002"])
 @pytest.mark.parametrize("zero_init", [True, False])
-def test_blocks_start_as_the_identity_or_not(name: str, zero_init: bool) -> None:
-    body = TimmBackbone(name, pretrained=False, zero_init=zero_init)
-    still = [n for n, m in body.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()]
-    assert bool(still) is zero_init
+def test_zero_init_of_residual_blocks(name: str, zero_init: bool) -> None:
+    backbone = TimmBackbone(name, pretrained=False, zero_init=zero_init)
+    zero = [n for n, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.weight.any()]
+    assert bool(zero) is zero_init
 
 
-def test_bodies_without_that_choice_say_so() -> None:
+def test_backbones_without_that_option_are_refused() -> None:
     with pytest.raises(InputError, match=r"model.backbone.zero_init=false: timm's 'convnext_tiny' has no such option"):
         TimmBackbone("convnext_tiny", pretrained=False, zero_init=False)
 
 
 @pytest.mark.parametrize("options", [{"sim": "conv1x1"}, {"sim": "none", "sem": "none"}])
 def test_pre_conv_needs_sim(options: dict) -> None:
-    MSEFPN(BODY, **options)
+    MSEFPN(BACKBONE, **options)
     with pytest.raises(InputError, match=f"pre_conv=true .* sim={options['sim']} has none"):
-        MSEFPN(BODY, pre_conv=True, **options)
+        MSEFPN(BACKBONE, pre_conv=True, **options)
 
 
 # -- messages
@@ -205,7 +205,7 @@ def test_pre_conv_needs_sim(options: dict) -> None:
         ("msli", "unknown model.interact 'msli'"),
     ],
 )
-def test_the_innermost_slot_alone_is_named(interact: str, begins: str) -> None:
+def test_only_the_innermost_slot_is_named(interact: str, begins: str) -> None:
     with pytest.raises(InputError) as error:
         make(f"model.interact={interact}")
     assert str(error.value).startswith(begins)

@@ -171,7 +171,7 @@ def test_differences_are_within_one_detector(name: str) -> None:
 def test_tables_are_about_what_they_print() -> None:
     for name in list_tables():
         printed_figures = {figure.removeprefix("delta_") for row in table(name).rows for figure in row.published}
-        assert not printed_figures or table(name).figure in printed_figures, name
+        assert not printed_figures or table(name).metric in printed_figures, name
 
 
 def test_rows_tested_at_several_sizes_are_trained_like_those_above_them() -> None:

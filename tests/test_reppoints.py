@@ -1,4 +1,4 @@
-"""RepPoints' head and its first assignment: by hand, against literal loops, and through everything that a head goes through."""
+"""RepPoints' head and its first assigner: by hand, against plain loops, export and half precision."""
 
 import math
 
@@ -43,7 +43,7 @@ def grid(*cells: tuple[int, int], strides: tuple[int, ...] | None = None) -> Pri
 
 
 def spread(head: RepPointsHead) -> RepPointsHead:
-    """The same head, whose initial points are those of a square grid of 1.2 times the usual size, so that its boxes are no dots."""
+    """Start the head with the points of a square grid of 1.2 times the usual size, so that its boxes have an area."""
     nn.init.normal_(head.pts_init.weight, std=0.05)
     head.pts_init.bias.data = 1.2 * head.base.flatten()
     return head
@@ -53,7 +53,7 @@ def spread(head: RepPointsHead) -> RepPointsHead:
 
 
 def test_moment_transform_by_hand() -> None:
-    """x = 0..8 has the mean 4 and the (unbiased) variance 60 / 8; y is 1 five times and -1 four times: mean 1/9, variance 80/81 * 9/8."""
+    """x = 0..8 has mean 4 and unbiased variance 60 / 8; y, five times 1 and four times -1, mean 1/9 and 80/81 * 9/8."""
     points = torch.tensor([[1 - 2 * (i % 2), i] for i in range(9)], dtype=torch.float).flatten()
     head = make()
     head.moment_transfer.data = torch.tensor([math.log(2), -1.0])
@@ -61,7 +61,7 @@ def test_moment_transform_by_hand() -> None:
     assert head.pseudo_boxes(points).tolist() == pytest.approx([4 - w, 1 / 9 - h, 4 + w, 1 / 9 + h])
 
 
-def test_a_hundredth_of_the_gradient_reaches_the_factors() -> None:
+def test_factors_receive_a_hundredth_of_the_gradient() -> None:
     """The right side is mean + deviation * exp(t): its derivative by t is deviation * exp(t)."""
     points = torch.tensor([[0, i] for i in range(9)], dtype=torch.float).flatten()
     head = make()
@@ -79,7 +79,7 @@ def test_minmax_transforms_by_hand(method: str, box: list[float]) -> None:
 
 
 @pytest.mark.parametrize("method", ["moment", "minmax", "partial_minmax"])
-def test_boxes_move_and_grow_with_their_points(method: str) -> None:
+def test_boxes_are_equivariant_to_shift_and_scale(method: str) -> None:
     """Boxes of maps and of rows are the same, and T(a * points + b) = a * T(points) + b."""
     head = make(transform_method=method)
     points = torch.randn(2, 5, 18)
@@ -89,7 +89,7 @@ def test_boxes_move_and_grow_with_their_points(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["moment", "minmax", "partial_minmax"])
-def test_points_in_one_place_have_a_finite_gradient(method: str) -> None:
+def test_coincident_points_have_a_finite_gradient(method: str) -> None:
     points = torch.ones(1, 18, requires_grad=True)
     head = make(transform_method=method)
     box = head.pseudo_boxes(points)
@@ -101,8 +101,8 @@ def test_points_in_one_place_have_a_finite_gradient(method: str) -> None:
 # -- the first assignment
 
 
-def test_the_level_is_that_of_the_size() -> None:
-    """sqrt(w h) / 4 below 16 is of stride 8, from 16 on of 16, from 32 on of 32; smaller and larger ones go to the ends."""
+def test_level_follows_from_the_size() -> None:
+    """sqrt(w h) / 4 below 16 belongs to stride 8, from 16 on to 16, from 32 on to 32; the ends take all beyond."""
     priors = grid((8, 8), (4, 4), (2, 2))
     for w, h, stride in [
         (63.9, 63.9, 8),
@@ -114,20 +114,20 @@ def test_the_level_is_that_of_the_size() -> None:
         (4000, 4000, 32),
         (0, 0, 8),
     ]:
-        owners = PointAssigner().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
-        (place,) = (owners == 0).nonzero().flatten().tolist()
+        assigned = PointAssigner().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
+        (place,) = (assigned == 0).nonzero().flatten().tolist()
         assert (int(priors.strides[place]), box_centres(priors.boxes)[place].tolist()) == (stride, [32, 32])
-        assert (owners == BACKGROUND).sum() == len(priors) - 1
+        assert (assigned == BACKGROUND).sum() == len(priors) - 1
 
 
-def test_levels_with_a_gap_take_the_finer_one() -> None:
+def test_a_gap_between_levels_takes_the_finer_one() -> None:
     priors = grid((8, 8), (2, 2), strides=(8, 32))
-    owners = PointAssigner().assign(priors, objects([[0, 0, 70, 70]]))
-    assert priors.strides[owners == 0].tolist() == [8]
+    assigned = PointAssigner().assign(priors, objects([[0, 0, 70, 70]]))
+    assert priors.strides[assigned == 0].tolist() == [8]
 
 
-def test_distance_is_measured_in_sides() -> None:
-    """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16): 3/8 and 3.5/80; to (16, 16) it is 5/8. Wide boxes see it likewise."""
+def test_distance_is_relative_to_the_sides() -> None:
+    """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16), 3/8 and 3.5/80 away; (16, 16) is 5/8 away."""
     priors = grid((4, 4))
     tall, wide = [7, -27.5, 15, 52.5], [-27.5, 7, 52.5, 15]
     assert box_centres(priors.boxes)[PointAssigner().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
@@ -137,7 +137,7 @@ def test_distance_is_measured_in_sides() -> None:
     assert box_centres(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
 
 
-def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
+def test_nearest_instance_has_the_point_and_the_first_of_equal_ones() -> None:
     priors = grid((4, 4))
     near, far = [0, 0, 16.2, 16], [0, 0, 18, 16]
     place = 5  # (8, 8)
@@ -147,7 +147,7 @@ def test_the_nearer_object_has_the_point_and_of_equal_ones_the_first() -> None:
     assert int((PointAssigner().assign(priors, objects([far, near, near])) >= 0).sum()) == 1
 
 
-def test_no_objects_and_more_points_asked_for_than_there_are() -> None:
+def test_no_instances_and_more_points_than_exist() -> None:
     assert PointAssigner().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
     assert (
         PointAssigner(pos_num=9).assign(grid((4, 4), (2, 2)), objects([[0, 0, 70, 70]])).tolist()
@@ -157,7 +157,7 @@ def test_no_objects_and_more_points_asked_for_than_there_are() -> None:
 
 def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule, one object and one point at a time, in double precision."""
-    owners, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
+    assigned, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
     levels = [int(math.log2(s)) for s in priors.strides.tolist()]
     points = box_centres(priors.boxes.double()).tolist()
     for g, (x1, y1, x2, y2) in enumerate(target.boxes.double().tolist()):
@@ -171,8 +171,8 @@ def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
         }
         for p in sorted(away, key=lambda p: away[p])[: rule.pos_num]:
             if away[p] < best[p]:
-                owners[p], best[p] = g, away[p]
-    return owners
+                assigned[p], best[p] = g, away[p]
+    return assigned
 
 
 @settings(max_examples=25)
@@ -182,7 +182,7 @@ def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
     pos_num=st.sampled_from([1, 3]),
     scale=st.sampled_from([2.0, 4.0]),
 )
-def test_the_first_assignment_is_its_rule(seed: int, count: int, pos_num: int, scale: float) -> None:
+def test_first_assignment_against_a_loop(seed: int, count: int, pos_num: int, scale: float) -> None:
     torch.manual_seed(seed)
     priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
     assert PointAssigner(scale, pos_num).assign(priors, target).tolist() == slow(
@@ -204,21 +204,21 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_first_assignment_of_a_thousand_objects_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_assignment_of_a_thousand_instances_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     priors = grid((50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 600, 400)
     with Largest() as largest:
-        owners = PointAssigner().assign(priors, target)
+        assigned = PointAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
-    assert 500 < int((owners >= 0).sum()) < 1000
+    assert 500 < int((assigned >= 0).sum()) < 1000
     monkeypatch.setattr(point_assigner, "INSTANCES_AT_ONCE", 1000)
-    assert torch.equal(owners, PointAssigner().assign(priors, target))
+    assert torch.equal(assigned, PointAssigner().assign(priors, target))
 
 
 @pytest.mark.parametrize(
     ("options", "text"), [({"scale": 0.0}, "scale=0"), ({"pos_num": 0}, "pos_num=0 must be 1 or more")]
 )
-def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
+def test_bad_options_of_the_first_assigner_are_refused(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         PointAssigner(**options)
 
@@ -226,8 +226,8 @@ def test_bad_options_of_the_first_assignment(options: dict, text: str) -> None:
 # -- the head
 
 
-def test_features_are_taken_at_the_initial_points() -> None:
-    """On maps that hold their own rows and columns, the kernel's place k of both deformable convolutions reads the place of point k."""
+def test_features_are_sampled_at_the_initial_points() -> None:
+    """On maps of their own coordinates, tap k of both deformable convolutions reads the position of point k."""
     levels = Levels((2,), (8,))
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     points = [(-2, -1.5), (-1, 0), (-0.25, 2), (0, -3), (0.5, 0.5), (1, 1), (2, -2), (3, 3), (-3.5, 0.75)]
@@ -248,23 +248,23 @@ def test_features_are_taken_at_the_initial_points() -> None:
         assert (refine - init).tolist() == pytest.approx([4 + dy, 4 + dx] + [0] * 16, abs=1e-5)
 
 
-def test_a_tenth_of_the_gradient_reaches_the_initial_points() -> None:
+def test_initial_points_receive_a_tenth_of_the_gradient() -> None:
     """By the scores, and by the refined points, which take the initial ones themselves as constants."""
-    features, found = maps((64, 64)), {}
+    features, gradients = maps((64, 64)), {}
     head = spread(make())
     for factor in (0.0, 0.1, 1.0):
         head.gradient_mul = factor
         for name in ("cls", "pts_refine"):
-            (found[name, factor],) = torch.autograd.grad(
+            (gradients[name, factor],) = torch.autograd.grad(
                 head(features).maps[name][0].square().sum(), head.pts_init.bias
             )
     for name in ("cls", "pts_refine"):
-        assert not found[name, 0.0].any()
-        assert found[name, 1.0].abs().max() > 1e-6
-        assert torch.allclose(found[name, 0.1], 0.1 * found[name, 1.0], rtol=1e-3, atol=1e-7)
+        assert not gradients[name, 0.0].any()
+        assert gradients[name, 1.0].abs().max() > 1e-6
+        assert torch.allclose(gradients[name, 0.1], 0.1 * gradients[name, 1.0], rtol=1e-3, atol=1e-7)
 
 
-def test_without_weights_all_points_lie_on_their_cell_and_every_class_has_the_prior() -> None:
+def test_initial_points_and_scores() -> None:
     head = make(prior=0.02)
     for p in (*head.pts_init.parameters(), *head.pts_refine.parameters(), head.cls.weight):
         nn.init.zeros_(p)
@@ -292,7 +292,7 @@ def test_decode_by_hand() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.11, 1.0])
-def test_loss_literally(beta: float) -> None:
+def test_loss_against_a_loop(beta: float) -> None:
     """The losses, cell by cell in double precision, on an image with objects and one without."""
     head = spread(make(beta=beta))
     head.moment_transfer.data = torch.tensor([0.3, -0.2])
@@ -321,45 +321,49 @@ def test_loss_literally(beta: float) -> None:
         (x, y), stride = box_centres(priors.boxes[i]).tolist(), float(priors.strides[i])
         return [a * stride + b for a, b in zip(box(rows[name][image, i].tolist()), (x, y, x, y))]
 
-    def distance(name: str, i: int, owner: int) -> float:
+    def distance(name: str, i: int, instance: int) -> float:
         total = 0.0
-        for a, b in zip(pixels(name, 0, i), SOME.boxes[owner].tolist()):
+        for a, b in zip(pixels(name, 0, i), SOME.boxes[instance].tolist()):
             d = abs(a - b) / (4 * float(priors.strides[i]))
             total += d**2 / (2 * beta) if d < beta else d - beta / 2
         return total
 
-    init = {i: owner for i, owner in enumerate(slow(PointAssigner(), priors, SOME)) if owner >= 0}
+    init = {i: instance for i, instance in enumerate(slow(PointAssigner(), priors, SOME)) if instance >= 0}
     overlaps = [[overlap(pixels("pts_init", 0, i), b) for b in SOME.boxes.tolist()] for i in range(len(priors))]
-    owners = [BACKGROUND if max(o) < 0.4 else IGNORED if max(o) < 0.5 else o.index(max(o)) for o in overlaps]
+    assigned = [BACKGROUND if max(o) < 0.4 else IGNORED if max(o) < 0.5 else o.index(max(o)) for o in overlaps]
     for g in range(2):
         peak = max(o[g] for o in overlaps)
-        owners = [g if o[g] == peak else owner for o, owner in zip(overlaps, owners)]
-    assert {BACKGROUND, IGNORED, 0, 1} == set(owners)
+        assigned = [g if o[g] == peak else instance for o, instance in zip(overlaps, assigned)]
+    assert {BACKGROUND, IGNORED, 0, 1} == set(assigned)
 
     focal, refined, count = 0.0, 0.0, 0
     for image in (0, 1):
         for i in range(len(priors)):
-            owner = owners[i] if image == 0 else BACKGROUND
-            for k in range(3) if owner != IGNORED else ():
+            instance = assigned[i] if image == 0 else BACKGROUND
+            for k in range(3) if instance != IGNORED else ():
                 p = 1 / (1 + math.exp(-float(rows["cls"][image, i, k])))
-                hit = owner >= 0 and k == int(SOME.labels[owner])
+                hit = instance >= 0 and k == int(SOME.labels[instance])
                 focal -= 0.25 * (1 - p) ** 2 * math.log(p) if hit else 0.75 * p**2 * math.log(1 - p)
-            if owner >= 0:
-                refined, count = refined + distance("pts_refine", i, owner), count + 1
+            if instance >= 0:
+                refined, count = refined + distance("pts_refine", i, instance), count + 1
     assert count > 2
     # the image without objects counts as one positive
     assert float(losses["loss_cls"].detach()) == pytest.approx(focal / (count + 1), rel=1e-4)
     assert float(losses["loss_refine"].detach()) == pytest.approx(refined / (count + 1), rel=1e-4)
-    expected = sum(distance("pts_init", i, owner) for i, owner in init.items()) / (len(init) + 1)
+    expected = sum(distance("pts_init", i, instance) for i, instance in init.items()) / (len(init) + 1)
     assert float(losses["loss_init"].detach()) == pytest.approx(expected, rel=1e-4)
     assert head.loss_weights == {"loss_cls": 1.0, "loss_init": 0.5, "loss_refine": 1.0}
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"norm": True, "num_points": 25}, {"transform_method": "minmax"}, {"transform_method": "partial_minmax"}],
+    ("options", "size", "n"),
+    [
+        ({}, (64, 96), 2),
+        ({"norm": True, "num_points": 25}, (33, 47), 2),
+        ({"transform_method": "minmax"}, (33, 47), 1),
+        ({"transform_method": "partial_minmax"}, (64, 96), 2),
+    ],
 )
-@pytest.mark.parametrize(("size", "n"), [((64, 96), 2), ((33, 47), 2), ((33, 47), 1)])
 def test_every_parameter_has_a_gradient(options: dict, size: tuple[int, int], n: int) -> None:
     head = make(**options)
     features = maps(size, n)
@@ -372,15 +376,15 @@ def test_every_parameter_has_a_gradient(options: dict, size: tuple[int, int], n:
 
 
 @pytest.mark.parametrize("method", ["moment", "minmax"])
-def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached(method: str) -> None:
+def test_empty_images_have_no_box_loss_and_reach_every_parameter(method: str) -> None:
     assert fakes.survives_no_objects(make(transform_method=method), maps(), ("loss_init", "loss_refine"))
 
 
-def test_a_thousand_objects_and_one_larger_than_the_image() -> None:
+def test_thousand_instances_and_a_huge_one() -> None:
     assert fakes.survives_a_thousand_objects(make(), maps())
 
 
-def test_the_interaction_replaces_both_branches() -> None:
+def test_interaction_replaces_both_branches() -> None:
     assert fakes.swaps_branches(make, maps())
 
 
@@ -397,11 +401,11 @@ def test_bfloat16() -> None:
     low = spread(make()).to(torch.bfloat16)
     low.load_state_dict(head.state_dict())
     with torch.no_grad():
-        for found in (outputs, low([f.bfloat16() for f in features])):
-            assert all(m.dtype == torch.float32 for name in ("pts_init", "pts_refine") for m in found.maps[name])
-            boxes = head.decode(found)[0]
+        for raw in (outputs, low([f.bfloat16() for f in features])):
+            assert all(m.dtype == torch.float32 for name in ("pts_init", "pts_refine") for m in raw.maps[name])
+            boxes = head.decode(raw)[0]
             assert boxes.dtype == torch.float32
-            assert ((boxes - exact).abs() <= 0.05 * found.priors.strides[:, None]).all()
+            assert ((boxes - exact).abs() <= 0.05 * raw.priors.strides[:, None]).all()
 
 
 class Decode(nn.Module):
@@ -425,7 +429,8 @@ def test_exports() -> None:
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_compiles_without_a_break() -> None:
+@pytest.mark.slow
+def test_compiles_without_graph_break() -> None:
     decode, features = Decode(RepPointsHead(FEW, 3, convs=1)), maps(levels=FEW)
     for ours, theirs in zip(decode(features), torch.compile(decode, backend="eager", fullgraph=True)(features)):
         assert torch.allclose(ours, theirs, atol=1e-4)
@@ -440,8 +445,8 @@ def test_channels_last_is_the_same() -> None:
     assert torch.allclose(scores, again.scores, atol=1e-5)
 
 
-def test_parameters() -> None:
-    """The head alone, and the whole detector but its frozen stem and first stage."""
+def test_parameter_counts() -> None:
+    """The head, and the detector without its frozen stem and first stage."""
     model = create_model("reppoints_r50", "model.backbone.pretrained=false")
     assert sum(p.numel() for p in model.head.parameters()) == 5_340_022
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 36_620_150
@@ -451,7 +456,7 @@ def test_parameters() -> None:
     )
 
 
-def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
+def test_prepared_detector_predicts_the_same() -> None:
     options = [
         "model.backbone.pretrained=false",
         "model.backbone.name=resnet10t",
@@ -486,6 +491,6 @@ def test_the_whole_detector_predicts_the_same_when_made_ready() -> None:
         ({"channels": 24, "norm": True}, "multiples of 32"),
     ],
 )
-def test_bad_options_are_told(options: dict, text: str) -> None:
+def test_bad_options_are_refused(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         make(**options)

@@ -226,7 +226,7 @@ def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(
 
 def test_a_row_that_was_stopped_stops_the_table_with_its_code() -> None:
     for code in (130, 143):
-        with pytest.raises(Interrupted, match="give the same command") as stopped:
+        with pytest.raises(Interrupted, match="repeat the command") as stopped:
             _check_exit(SimpleNamespace(returncode=code), SimpleNamespace())  # type: ignore[arg-type]
         assert stopped.value.code == code
 

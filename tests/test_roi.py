@@ -1,4 +1,4 @@
-"""What stages are made of: pooling, sampling, losses, and the stages themselves beside literal computations."""
+"""Pooling, sampling, losses and stages of RoI heads against plain loops."""
 
 import math
 from collections import Counter
@@ -59,7 +59,7 @@ def proposed(*columns: Tensor) -> Proposals:
     aligned=st.booleans(),
     spread=st.sampled_from([0.2, 1.0, 3.0]),
 )
-def test_regions_on_a_cpu_are_torchvisions(
+def test_roi_align_on_cpu_against_torchvision(
     seed: int, rois: int, size: int, samples: int, aligned: bool, spread: float
 ) -> None:
     torch.manual_seed(seed)
@@ -69,24 +69,24 @@ def test_regions_on_a_cpu_are_torchvisions(
     )  # some reach outside the map, some lie there
     where = torch.cat([torch.randint(0, 2, (rois, 1)).float(), ends.flatten(1)], dim=1)
     ours, theirs = (feature.clone().requires_grad_() for _ in range(2))
-    found = roi_align_cpu(ours, where, size, 4, samples, aligned)
+    pooled = roi_align_cpu(ours, where, size, 4, samples, aligned)
     wanted = roi_align(theirs, where, size, 1 / 4, samples, aligned)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(pooled, wanted, atol=1e-5)
     weights = torch.randn_like(wanted)
-    (found * weights).sum().backward()
+    (pooled * weights).sum().backward()
     (wanted * weights).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
 
 
 @pytest.mark.parametrize(("side", "level"), [(3, 0), (111.9, 0), (112.1, 1), (223, 1), (225, 2), (449, 3), (5000, 3)])
-def test_a_region_is_pooled_from_its_level(side: float, level: int) -> None:
+def test_roi_is_pooled_from_its_level(side: float, level: int) -> None:
     features = [torch.full((1, 8, 160, 160), float(i)) for i in range(4)]
     pooled = LevelPooling(LEVELS)(features, torch.tensor([[0, 0, 0, side, side]]))
     assert pooled.shape == (1, 8, 7, 7)
     assert torch.allclose(pooled, torch.tensor(float(level)))
 
 
-def test_pooling_of_half_precision_keeps_places() -> None:
+def test_half_precision_does_not_shift_pooling() -> None:
     features = maps()
     rois = torch.cat([torch.zeros(5, 1), boxes(5)], dim=1)
     exact = LevelPooling(LEVELS)(features, rois)
@@ -95,7 +95,7 @@ def test_pooling_of_half_precision_keeps_places() -> None:
     assert torch.allclose(half.float(), exact, atol=0.05)
 
 
-def test_images_are_numbered() -> None:
+def test_rois_begin_with_the_image_index() -> None:
     given = boxes(6).reshape(2, 3, 4)
     rois = boxes_to_rois(given)
     assert rois[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
@@ -105,59 +105,59 @@ def test_images_are_numbered() -> None:
 # -- sampling
 
 
-def test_sampling_by_numbers() -> None:
-    owners = torch.full((3, 100), -1)
-    owners[0, :40] = torch.arange(40)  # more positives than asked for
-    owners[1, :3] = 0  # fewer
-    owners[2, :90] = -2  # few to choose from
-    drawn = Sampler(num=20, fraction=0.5).sample(owners)
-    assert [(int((d & (o >= 0)).sum()), int((d & (o == -1)).sum())) for d, o in zip(drawn, owners)] == [
+def test_sampler_respects_its_limits() -> None:
+    assigned = torch.full((3, 100), -1)
+    assigned[0, :40] = torch.arange(40)  # more positives than asked for
+    assigned[1, :3] = 0  # fewer
+    assigned[2, :90] = -2  # few to choose from
+    drawn = Sampler(num=20, fraction=0.5).sample(assigned)
+    assert [(int((d & (o >= 0)).sum()), int((d & (o == -1)).sum())) for d, o in zip(drawn, assigned)] == [
         (10, 10),
         (3, 17),
         (0, 10),
     ]
-    assert not (drawn & (owners == -2)).any()
-    few = Sampler(num=20, fraction=0.5, most_negatives=2).sample(owners)
-    assert [int((d & (o == -1)).sum()) for d, o in zip(few, owners)] == [10, 6, 2]
+    assert not (drawn & (assigned == -2)).any()
+    few = Sampler(num=20, fraction=0.5, most_negatives=2).sample(assigned)
+    assert [int((d & (o == -1)).sum()) for d, o in zip(few, assigned)] == [10, 6, 2]
     torch.manual_seed(3)
-    one = Sampler(20, 0.5).sample(owners)
+    one = Sampler(20, 0.5).sample(assigned)
     torch.manual_seed(3)
-    assert torch.equal(one, Sampler(20, 0.5).sample(owners))
-    assert not torch.equal(one, Sampler(20, 0.5).sample(owners))
+    assert torch.equal(one, Sampler(20, 0.5).sample(assigned))
+    assert not torch.equal(one, Sampler(20, 0.5).sample(assigned))
 
 
-def test_every_candidate_is_as_likely() -> None:
-    owners = torch.tensor([[0, 0, 0, 0, -1, -1, -1, -1, -1, -1]]).repeat(4000, 1)
-    share = Sampler(num=4, fraction=0.5).sample(owners).float().mean(dim=0)
+def test_candidates_have_equal_probability() -> None:
+    assigned = torch.tensor([[0, 0, 0, 0, -1, -1, -1, -1, -1, -1]]).repeat(4000, 1)
+    share = Sampler(num=4, fraction=0.5).sample(assigned).float().mean(dim=0)
     assert torch.allclose(share[:4], torch.tensor(0.5), atol=0.04)
     assert torch.allclose(share[4:], torch.tensor(2 / 6), atol=0.04)
 
 
-def test_balanced_positives_are_spread_over_objects() -> None:
-    """Libra R-CNN with 12 asked for and three objects of 50, 30 and 2: each has round(12 / 3) + 1 = 5 at most, then the rest fills up."""
-    owners = torch.tensor([[0] * 50 + [1] * 30 + [2] * 2 + [-1] * 20])
+def test_balanced_positives_are_spread_over_instances() -> None:
+    """Libra R-CNN, 12 of three instances with 50, 30 and 2: each has at most round(12 / 3) + 1 = 5 at first."""
+    assigned = torch.tensor([[0] * 50 + [1] * 30 + [2] * 2 + [-1] * 20])
     overlaps = torch.linspace(1, 0.01, 102)[None]
     for _ in range(20):
-        drawn = Sampler(num=24, fraction=0.5, balanced=True).sample(owners, overlaps)
-        counts = Counter(owners[drawn].tolist())
+        drawn = Sampler(num=24, fraction=0.5, balanced=True).sample(assigned, overlaps)
+        counts = Counter(assigned[drawn].tolist())
         assert counts[0] + counts[1] + counts[2] == 12
         assert counts[2] == 2
-        assert min(counts[0], counts[1]) == 5  # 5, 5 and 2: nothing is left to fill up
+        assert min(counts[0], counts[1]) == 5  # 5, 5 and 2: no others are needed
     scarce = torch.tensor([[0] * 50 + [1] * 1])
     drawn = Sampler(num=24, fraction=0.5, balanced=True).sample(scarce, torch.ones(1, 51))
     assert Counter(scarce[drawn].tolist()) == {0: 11, 1: 1}
 
 
 def test_balanced_negatives_are_spread_over_bins() -> None:
-    """Bins of a third of the largest overlap: 9 of each are asked for; the scarce bin gives its all, the first fills up."""
+    """Bins of a third of the largest IoU: 9 of each; the scarce bin gives all, the first one the rest."""
     overlaps = torch.cat(
         [torch.full((200,), 0.1), torch.full((100,), 0.4), torch.full((4,), 0.45), torch.zeros(50), torch.tensor([0.9])]
     )[None]
-    owners = torch.full_like(overlaps, -1, dtype=torch.int64)
-    owners[0, -1] = 0
+    assigned = torch.full_like(overlaps, -1, dtype=torch.int64)
+    assigned[0, -1] = 0
     filler = Counter()
     for _ in range(20):
-        drawn = Sampler(num=28, fraction=0.25, balanced=True).sample(owners, overlaps)
+        drawn = Sampler(num=28, fraction=0.25, balanced=True).sample(assigned, overlaps)
         assert int(drawn.sum()) == 28
         counts = Counter(round(v, 2) for v in overlaps[drawn].tolist())
         assert counts[0.9] == 1
@@ -170,7 +170,7 @@ def test_balanced_negatives_are_spread_over_bins() -> None:
     assert Counter(round(v, 2) for v in lonely[drawn].tolist()) == {0.2: 5, 0.0: 14, 1.0: 1}
 
 
-def test_matching_adds_objects_and_leaves_padding_out() -> None:
+def test_matching_adds_ground_truth_and_ignores_padding() -> None:
     given = [torch.tensor([[4.0, 4, 36, 29], [0, 0, 5, 5], [70, 3, 90, 12]]), torch.tensor([[4.0, 4, 36, 29]])]
     matched = match_proposals(proposed(*given), [SOME, EMPTY], 0.5)
     assert matched.num_ground_truth == 3
@@ -185,12 +185,12 @@ def test_matching_adds_objects_and_leaves_padding_out() -> None:
     assert torch.equal(samples.rois[:3, 1:], SOME.boxes)
 
 
-def test_samples_become_proposals() -> None:
+def test_samples_are_padded_to_proposals() -> None:
     given = boxes(5)
-    found = pad_to_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
-    assert found.counts.tolist() == [2, 0, 3]
-    assert torch.equal(found.boxes[0, :2], given[:2])
-    assert torch.equal(found.boxes[2], given[2:])
+    padded = pad_to_proposals(given, torch.tensor([0, 0, 2, 2, 2]), 3)
+    assert padded.counts.tolist() == [2, 0, 3]
+    assert torch.equal(padded.boxes[0, :2], given[:2])
+    assert torch.equal(padded.boxes[2], given[2:])
     assert pad_to_proposals(given[:0], torch.zeros(0, dtype=torch.int64), 2).boxes.shape == (2, 0, 4)
 
 
@@ -204,8 +204,8 @@ def test_losses_by_hand() -> None:
     assert torch.allclose(smooth_l1_loss(x, zero, torch.tensor(0.25)), torch.tensor([0, 0.375, 0.875, 2.875]))
 
 
-def test_balanced_l1_has_the_papers_gradient() -> None:
-    """Eq. 9: alpha ln(b |x| + 1) inside, gamma outside, where alpha ln(b + 1) = gamma; the loss is continuous and 0 at 0."""
+def test_balanced_l1_has_the_gradient_of_the_paper() -> None:
+    """Eq. 9: alpha ln(b |x| + 1) inside, gamma outside, with alpha ln(b + 1) = gamma; continuous, and 0 at 0."""
     x = torch.tensor([1e-6, 0.01, 0.3, 0.999, 1.001, 5.0], dtype=torch.float64, requires_grad=True)
     balanced_l1_loss(x, torch.zeros_like(x)).sum().backward()
     b = math.exp(3) - 1
@@ -230,20 +230,20 @@ def stage(**options: object) -> BoxStage:
 
 
 def literal_loss(
-    found: BoxStage, logits: Tensor, codes: Tensor, samples: RoISamples, targets: list[Target], kind: str
+    box_stage: BoxStage, logits: Tensor, deltas: Tensor, samples: RoISamples, targets: list[Target], kind: str
 ) -> tuple[float, float]:
-    logits, codes = logits.double(), codes.double()
+    logits, deltas = logits.double(), deltas.double()
     cls = box = 0.0
     for s in range(len(samples.rois)):
         i = int(samples.rois[s, 0])
-        region = samples.rois[s, 1:]
-        overlap = box_iou(region[None], targets[i].boxes)[0] if len(targets[i]) else torch.zeros(1)
-        positive = float(overlap.max()) >= found.positive
-        label = int(targets[i].labels[overlap.argmax()]) if positive else found.num_classes
+        roi = samples.rois[s, 1:]
+        overlap = box_iou(roi[None], targets[i].boxes)[0] if len(targets[i]) else torch.zeros(1)
+        positive = float(overlap.max()) >= box_stage.positive
+        label = int(targets[i].labels[overlap.argmax()]) if positive else box_stage.num_classes
         cls -= float(logits[s].log_softmax(dim=0)[label])
         if not positive:
             continue
-        (ax1, ay1, ax2, ay2), (gx1, gy1, gx2, gy2) = region.tolist(), targets[i].boxes[overlap.argmax()].tolist()
+        (ax1, ay1, ax2, ay2), (gx1, gy1, gx2, gy2) = roi.tolist(), targets[i].boxes[overlap.argmax()].tolist()
         w, h = ax2 - ax1, ay2 - ay1
         wanted = [
             (gx1 + gx2 - ax1 - ax2) / 2 / w,
@@ -251,17 +251,23 @@ def literal_loss(
             math.log((gx2 - gx1) / w),
             math.log((gy2 - gy1) / h),
         ]
-        own = codes[s] if found.class_agnostic else codes[s, 4 * label : 4 * label + 4]
-        for a, b, std in zip(own.tolist(), wanted, found.stds.tolist()):
+        own = deltas[s] if box_stage.class_agnostic else deltas[s, 4 * label : 4 * label + 4]
+        for a, b, std in zip(own.tolist(), wanted, box_stage.stds.tolist()):
             d = abs(a - b / std)
             box += d if kind == "l1" else d * d / 2 if d < 1 else d - 0.5
     return cls / len(samples.rois), box / len(samples.rois)
 
 
-@pytest.mark.parametrize("agnostic", [True, False])
-@pytest.mark.parametrize("kind", ["l1", "smooth_l1"])
-@pytest.mark.parametrize("targets", [[SOME, EMPTY], [SOME, SOME], [EMPTY, EMPTY]])
-def test_stage_loss_is_the_literal_one(agnostic: bool, kind: str, targets: list[Target]) -> None:
+@pytest.mark.parametrize(
+    ("agnostic", "kind", "targets"),
+    [
+        (True, "l1", [SOME, EMPTY]),
+        (False, "smooth_l1", [SOME, EMPTY]),
+        (False, "l1", [SOME, SOME]),
+        (True, "smooth_l1", [EMPTY, EMPTY]),
+    ],
+)
+def test_stage_loss_against_a_loop(agnostic: bool, kind: str, targets: list[Target]) -> None:
     made = stage(class_agnostic=agnostic, loss=kind)
     near = SOME.boxes.repeat(4, 1) + 6 * torch.rand(12, 4)
     samples = made.sample(proposed(torch.cat([boxes(9), near]), near[:5]), targets)
@@ -278,7 +284,7 @@ def test_stage_loss_is_the_literal_one(agnostic: bool, kind: str, targets: list[
         assert float(losses["loss_box"].detach()) == 0
 
 
-def test_no_samples_at_all() -> None:
+def test_loss_without_samples() -> None:
     made = stage()
     nothing = RoISamples(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     features = [m.requires_grad_() for m in maps()]
@@ -289,29 +295,29 @@ def test_no_samples_at_all() -> None:
 
 
 @pytest.mark.parametrize("agnostic", [True, False])
-def test_decoding_and_refining_by_hand(agnostic: bool) -> None:
+def test_decoding_and_refinement_by_hand(agnostic: bool) -> None:
     made = stage(class_agnostic=agnostic)
     rois = boxes_to_rois(torch.tensor([[[10.0, 10, 30, 20], [0, 0, 0, 0]]]))
-    codes = torch.zeros(2, 4 if agnostic else 12)
-    codes[0, -4:] = torch.tensor(
+    deltas = torch.zeros(2, 4 if agnostic else 12)
+    deltas[0, -4:] = torch.tensor(
         [1.0, -1.0, 5 * math.log(2), 0]
     )  # stds 0.1, 0.1, 0.2, 0.2: 2 right, 1 up, twice as wide
     logits = torch.tensor([[0.0, 0, 2, 4], [9, 0, 0, 0]])
-    found = made.decode((logits, codes), rois, torch.tensor([1]))
+    candidates = made.decode((logits, deltas), rois, torch.tensor([1]))
     moved = torch.tensor([2.0, 9, 42, 19])
-    assert found.boxes.shape == ((1, 2, 4) if agnostic else (1, 2, 3, 4))
-    assert torch.allclose(found.boxes[0, 0] if agnostic else found.boxes[0, 0, 2], moved)
-    assert torch.allclose(found.scores[0, 0], logits[0].softmax(dim=0)[:3])
-    assert not found.scores[0, 1].any()  # beyond the counts
+    assert candidates.boxes.shape == ((1, 2, 4) if agnostic else (1, 2, 3, 4))
+    assert torch.allclose(candidates.boxes[0, 0] if agnostic else candidates.boxes[0, 0, 2], moved)
+    assert torch.allclose(candidates.scores[0, 0], logits[0].softmax(dim=0)[:3])
+    assert not candidates.scores[0, 1].any()  # beyond the counts
     sizes = torch.tensor([[64, 40]])
     assert torch.allclose(
-        made.refine((logits, codes), rois, sizes)[0], torch.tensor([2.0, 9, 40, 19])
+        made.refine((logits, deltas), rois, sizes)[0], torch.tensor([2.0, 9, 40, 19])
     )  # of the likeliest class, clipped
-    told = made.refine((logits, codes), rois, sizes, torch.tensor([0, 3]))
-    assert torch.allclose(told[0], torch.tensor([2.0, 9, 40, 19]) if agnostic else torch.tensor([10.0, 10, 30, 20]))
+    refined = made.refine((logits, deltas), rois, sizes, torch.tensor([0, 3]))
+    assert torch.allclose(refined[0], torch.tensor([2.0, 9, 40, 19]) if agnostic else torch.tensor([10.0, 10, 30, 20]))
 
 
-def test_without_regression_boxes_stay() -> None:
+def test_stage_without_regression_keeps_the_boxes() -> None:
     made = stage(regress=False)
     rois = boxes_to_rois(boxes(6).reshape(2, 3, 4))
     raw = made(maps(), rois)
@@ -326,13 +332,13 @@ def test_without_regression_boxes_stay() -> None:
     ("options", "parameters"),
     [({}, 14_306_705), ({"class_agnostic": True}, 13_982_805), ({"regress": False}, 13_978_705)],
 )
-def test_parameters_of_stages(options: dict, parameters: int) -> None:
+def test_parameter_counts_of_stages(options: dict, parameters: int) -> None:
     with torch.device("meta"):
         made = BoxStage(Levels((256,) * 5, (4, 8, 16, 32, 64)), 80, **options)
     assert sum(p.numel() for p in made.parameters()) == parameters
 
 
-def test_refusals() -> None:
+def test_bad_options_are_refused() -> None:
     for options in ({"stds": (0.1, 0.1, 0.2, 0.0)}, {"beta": 0.0}, {"channels": 0}, {"num": 0}, {"fraction": -0.1}):
         with pytest.raises(InputError):
             BoxStage(LEVELS, 3, **options)
@@ -340,11 +346,11 @@ def test_refusals() -> None:
         DynamicStage(LEVELS, 3, interval=0)
 
 
-# -- the stage with a memory
+# -- the dynamic stage
 
 
-def test_memory_follows_the_proposals() -> None:
-    """Two images, an update after two losses, by hand: the k-th largest overlaps and the k-th smallest shifts."""
+def test_dynamic_statistics_follow_the_proposals() -> None:
+    """Two images, an update after two steps, by hand: the k-th largest IoUs and the k-th smallest shifts."""
     made = DynamicStage(LEVELS, 3, channels=16, num=ALL, fraction=1.0, interval=2, iou_topk=4, beta_topk=3)
     features, targets = maps(), [SOME, objects([[20, 20, 50, 50]], [1])]
     overlaps, shifts = [], []
@@ -383,14 +389,14 @@ def test_memory_follows_the_proposals() -> None:
     assert int(restored.steps) == 2
 
 
-def test_memory_without_objects_and_without_gradients() -> None:
+def test_dynamic_statistics_without_instances_and_without_gradients() -> None:
     made = DynamicStage(LEVELS, 3, channels=16, num=ALL, interval=2, initial_iou=0.45)
     for targets in ([EMPTY, EMPTY],) * 2:
         samples = made.sample(proposed(boxes(5), boxes(4)), targets)
         losses = made.loss(made(maps(), samples.rois), samples, targets)
         assert all(v.isfinite() for v in losses.values())
     assert float(made.threshold) == pytest.approx(0.45)
-    assert float(made.beta) == 1.0  # nothing was learnt about shifts
+    assert float(made.beta) == 1.0  # no shift was recorded
     before = {k: v.clone() for k, v in made.state_dict().items()}
     with torch.no_grad():
         samples = made.sample(proposed(boxes(5)), [SOME])
@@ -398,8 +404,8 @@ def test_memory_without_objects_and_without_gradients() -> None:
     assert all(torch.equal(v, made.state_dict()[k]) for k, v in before.items())
 
 
-def test_memory_is_shared_by_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is noted is the mean over ranks; a rank without objects says nothing about shifts."""
+def test_dynamic_statistics_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics are means over ranks; shifts are means over ranks with positives."""
 
     def mean(value: Tensor, least: float = 1.0) -> Tensor:
         other = torch.tensor([0.0, 0.0]) if value.ndim else torch.tensor(0.2)

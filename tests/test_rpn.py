@@ -1,4 +1,4 @@
-"""The RPN: its loss beside a literal one, its proposals beside a literal selection, and what it refuses."""
+"""The RPN: loss and proposals against plain loops, and refused options."""
 
 import math
 
@@ -41,7 +41,7 @@ def varied(**options: object) -> RPNHead:
     return head
 
 
-def test_maps_and_start() -> None:
+def test_maps_and_initialisation() -> None:
     head = RPNHead(LEVELS, num_classes=7)
     assert head.num_classes == 1
     outputs = head(maps())
@@ -53,7 +53,7 @@ def test_maps_and_start() -> None:
     assert torch.allclose((boxes[:, 2:] - boxes[:, :2]).prod(dim=1), torch.tensor(32.0**2))
 
 
-def test_rounded_anchors_are_torchvisions() -> None:
+def test_rounded_anchors_against_torchvision() -> None:
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
     theirs = AnchorGenerator(((32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 3)
@@ -72,49 +72,50 @@ def literal_loss(outputs: Outputs, targets: list[Target], beta: float | None = N
         overlap = box_iou(outputs.priors.boxes, target.boxes)
         positives = negatives = 0
         for p in range(len(anchors)):
-            owner = -1
+            instance = -1
             best = float(overlap[p].max()) if len(target) else 0.0
             if best >= 0.7:
-                owner = int(overlap[p].argmax())
+                instance = int(overlap[p].argmax())
             for g in range(len(target)):
                 peak = overlap[:, g].max()
                 if overlap[p, g] == peak and peak >= 0.3:
-                    owner = g
-            if owner < 0 and best >= 0.3:
+                    instance = g
+            if instance < 0 and best >= 0.3:
                 continue
             x = float(cls[i, p, 0])
-            total_cls += math.log1p(math.exp(-x)) if owner >= 0 else math.log1p(math.exp(x))
-            positives, negatives = positives + (owner >= 0), negatives + (owner < 0)
-            if owner >= 0:
-                (ax1, ay1, ax2, ay2), (gx1, gy1, gx2, gy2) = anchors[p].tolist(), target.boxes[owner].tolist()
+            total_cls += math.log1p(math.exp(-x)) if instance >= 0 else math.log1p(math.exp(x))
+            positives, negatives = positives + (instance >= 0), negatives + (instance < 0)
+            if instance >= 0:
+                (ax1, ay1, ax2, ay2), (gx1, gy1, gx2, gy2) = anchors[p].tolist(), target.boxes[instance].tolist()
                 w, h = ax2 - ax1, ay2 - ay1
-                code = [
+                deltas = [
                     (gx1 + gx2 - ax1 - ax2) / 2 / w,
                     (gy1 + gy2 - ay1 - ay2) / 2 / h,
                     math.log((gx2 - gx1) / w),
                     math.log((gy2 - gy1) / h),
                 ]
-                for a, b in zip(code, reg[i, p].tolist()):
+                for a, b in zip(deltas, reg[i, p].tolist()):
                     d = abs(a - b)
                     total_box += d if beta is None else d * d / (2 * beta) if d < beta else d - beta / 2
         count += max(positives, 1) + max(negatives, 1)
     return total_cls / count, total_box / count
 
 
-@pytest.mark.parametrize("targets", [[SOME, EMPTY], [SOME, SOME], [EMPTY, EMPTY]])
-@pytest.mark.parametrize("loss", ["l1", "smooth_l1"])
-def test_loss_is_the_literal_one(targets: list[Target], loss: str) -> None:
+@pytest.mark.parametrize(
+    ("targets", "loss"), [([SOME, EMPTY], "l1"), ([SOME, SOME], "smooth_l1"), ([EMPTY, EMPTY], "l1")]
+)
+def test_loss_against_a_loop(targets: list[Target], loss: str) -> None:
     head = varied(num=ALL, loss=loss)
     outputs = head(maps((40, 56)))
-    found = head.loss(outputs, targets)
+    losses = head.loss(outputs, targets)
     cls, box = literal_loss(outputs, targets, 1 / 9 if loss == "smooth_l1" else None)
-    assert float(found["loss_rpn_cls"].detach()) == pytest.approx(cls, rel=1e-4)
-    assert float(found["loss_rpn_box"].detach()) == pytest.approx(box, rel=1e-4)
-    sum(found.values()).backward()
+    assert float(losses["loss_rpn_cls"].detach()) == pytest.approx(cls, rel=1e-4)
+    assert float(losses["loss_rpn_box"].detach()) == pytest.approx(box, rel=1e-4)
+    sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
-def test_gradient_reaches_everything_and_samples_are_chance_of_the_seed() -> None:
+def test_all_parameters_have_gradients_and_the_seed_determines_samples() -> None:
     head = varied(num=8)
     outputs = head(maps())
     losses = []
@@ -128,7 +129,7 @@ def test_gradient_reaches_everything_and_samples_are_chance_of_the_seed() -> Non
 
 
 def literal_proposals(head: RPNHead, outputs: Outputs, sizes: Tensor, pre_nms: int, limit: int) -> list[list[tuple]]:
-    """Box by box: per level the best, decoded, clipped, suppressed; then the best of all."""
+    """Box by box: per level the best, decoded, clipped, after NMS; then the best of all levels."""
     results = []
     starts = [sum(outputs.priors.counts[:i]) for i in range(len(outputs.priors.counts))]
     for i in range(len(sizes)):
@@ -136,11 +137,11 @@ def literal_proposals(head: RPNHead, outputs: Outputs, sizes: Tensor, pre_nms: i
         height, width = sizes[i].tolist()
         for level, start in enumerate(starts):
             scores = outputs.maps["cls"][level][i].permute(1, 2, 0).flatten().sigmoid()
-            codes = outputs.maps["reg"][level][i].permute(1, 2, 0).reshape(-1, 4)
+            deltas = outputs.maps["reg"][level][i].permute(1, 2, 0).reshape(-1, 4)
             alive: list[tuple] = []
             for p in sorted(range(len(scores)), key=lambda p: -float(scores[p]))[:pre_nms]:
                 x1, y1, x2, y2 = outputs.priors.boxes[start + p].tolist()
-                dx, dy, dw, dh = codes[p].tolist()
+                dx, dy, dw, dh = deltas[p].tolist()
                 w, h = x2 - x1, y2 - y1
                 x, y = (x1 + x2) / 2 + dx * w, (y1 + y2) / 2 + dy * h
                 w, h = (s * math.exp(min(max(d, -MAX_RATIO), MAX_RATIO)) for s, d in ((w, dw), (h, dh)))
@@ -157,23 +158,23 @@ def literal_proposals(head: RPNHead, outputs: Outputs, sizes: Tensor, pre_nms: i
     return results
 
 
-def test_proposals_are_the_literal_ones() -> None:
+def test_proposals_against_a_loop() -> None:
     head = varied(proposals=40)
     with torch.no_grad():
         outputs = head(maps((40, 56)))
     sizes = torch.tensor([[40, 56], [20, 25]])
-    found = head.propose(outputs, sizes, pre_nms=60)
+    proposals = head.propose(outputs, sizes, pre_nms=60)
     for i, wanted in enumerate(literal_proposals(head, outputs, sizes, 60, 40)):
-        n = int(found.counts[i])
+        n = int(proposals.counts[i])
         assert n == len(wanted)
-        assert torch.allclose(found.scores[i, :n], torch.tensor([score for score, _ in wanted]))
-        assert torch.allclose(found.boxes[i, :n], torch.tensor([box for _, box in wanted]), atol=1e-3)
-        assert not found.boxes[i, n:].any()
-        assert not found.scores[i, n:].any()
-    assert not found.boxes.requires_grad
+        assert torch.allclose(proposals.scores[i, :n], torch.tensor([score for score, _ in wanted]))
+        assert torch.allclose(proposals.boxes[i, :n], torch.tensor([box for _, box in wanted]), atol=1e-3)
+        assert not proposals.boxes[i, n:].any()
+        assert not proposals.scores[i, n:].any()
+    assert not proposals.boxes.requires_grad
 
 
-def test_training_proposes_by_its_own_numbers() -> None:
+def test_training_has_its_own_limits() -> None:
     head = varied(proposals=5, train_proposals=70, train_pre_nms=30)
     outputs = head(maps())
     assert head.propose(outputs, SIZES).boxes.shape == (2, 5, 4)
@@ -185,14 +186,14 @@ def test_training_proposes_by_its_own_numbers() -> None:
 def test_tiny_images(size: tuple[int, int]) -> None:
     head = RPNHead(LEVELS)
     outputs = head(maps(size))
-    found = head.propose(outputs, torch.tensor([size] * 2))
-    assert (found.counts > 0).all()
-    assert found.boxes.amin() >= 0
-    assert (found.boxes[..., 2] <= size[1]).all()
+    proposals = head.propose(outputs, torch.tensor([size] * 2))
+    assert (proposals.counts > 0).all()
+    assert proposals.boxes.amin() >= 0
+    assert (proposals.boxes[..., 2] <= size[1]).all()
     assert head.decode(outputs).scores.shape == (2, len(outputs.priors), 1)
 
 
-def test_refusals() -> None:
+def test_bad_options_are_refused() -> None:
     with pytest.raises(InputError, match=r"leave model\.interact null"):
         RPNHead(LEVELS, interact=lambda channels: None)
     for options in ({"proposals": 0}, {"ratios": ()}, {"convs": 0}, {"num": 0}, {"fraction": 1.5}):

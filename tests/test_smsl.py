@@ -1,4 +1,4 @@
-"""SMSL against its equations, its printed parameter counts and its own promises."""
+"""SMSL against its equations, its printed parameter counts and the contract of a neck."""
 
 import math
 from itertools import product
@@ -16,7 +16,7 @@ from fusedet.models.necks.smsl import SMSL, add_resized, combine
 from fusedet.models.ops.pyramid_resize import upsample_nearest
 from fusedet.types import Levels
 
-BODY = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
+BACKBONE = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
 SMALL_BODY = Levels((8, 16, 24, 32), (4, 8, 16, 32))
 
 
@@ -24,7 +24,7 @@ def pyramid(channels: int, count: int = 5) -> Levels:
     return Levels((channels,) * count, tuple(8 * 2**i for i in range(count)))
 
 
-# -- the equations a second way, value by value
+# -- the equations implemented independently, value by value
 
 
 def resized(x: Tensor, h: int, w: int) -> Tensor:
@@ -99,11 +99,11 @@ def test_the_equations(size: tuple[int, int], rescaling: bool, glob: bool) -> No
     levels = pyramid(4)
     smsl = shuffled(SMSL(levels, channel_rescaling=rescaling, global_feature=glob, reduction=2).double())
     P = maps(levels, size, n=2, dtype=torch.float64)
-    found, A = smsl(P), smsl.weights(P)
+    actual, A = smsl(P), smsl.weights(P)
     for image in range(2):
-        wanted, wanted_A = equations(smsl, [p[image] for p in P])
+        expected, wanted_A = equations(smsl, [p[image] for p in P])
         assert torch.allclose(A[image], wanted_A, atol=1e-12)
-        for a, b in zip(found, wanted):
+        for a, b in zip(actual, expected):
             assert torch.allclose(a[image], b, atol=1e-10)
 
 
@@ -114,8 +114,8 @@ def test_any_number_of_levels(count: int, middle: int) -> None:
     smsl = shuffled(SMSL(levels, reduction=2).double())
     P = maps(levels, (40, 64), n=1, dtype=torch.float64)
     assert smsl.gather_level == middle
-    wanted, _ = equations(smsl, [p[0] for p in P])
-    assert all(torch.allclose(a[0], b, atol=1e-10) for a, b in zip(smsl(P), wanted))
+    expected, _ = equations(smsl, [p[0] for p in P])
+    assert all(torch.allclose(a[0], b, atol=1e-10) for a, b in zip(smsl(P), expected))
 
 
 # -- invariants
@@ -123,7 +123,7 @@ def test_any_number_of_levels(count: int, middle: int) -> None:
 
 @pytest.mark.parametrize("mode", ["on_neck", "standalone"])
 @torch.no_grad()
-def test_weights_are_shares_of_levels(mode: str) -> None:
+def test_weights_sum_to_one_over_levels(mode: str) -> None:
     levels = pyramid(16) if mode == "on_neck" else SMALL_BODY
     smsl = shuffled(SMSL(levels, mode, channels=16))
     A = smsl.weights(maps(levels, (64, 96)))
@@ -135,7 +135,8 @@ def test_weights_are_shares_of_levels(mode: str) -> None:
 
 @torch.no_grad()
 def test_equal_levels_by_hand() -> None:
-    """Shares of equal maps give that map whatever the weights: once, and once more from the global feature, which starts unrefined."""
+    """Shares of equal maps give that map whatever the weights: once, and once more from the global feature, which
+    starts unrefined."""
     P = [torch.full_like(p, 3.0) for p in maps(pyramid(16), (64, 96))]
     local = SMSL(pyramid(16), channel_rescaling=False, global_feature=False)
     both = SMSL(pyramid(16), channel_rescaling=False)
@@ -152,7 +153,7 @@ def test_every_target_has_its_own_weights() -> None:
     smsl = SMSL(pyramid(16))
     P = maps(pyramid(16), (64, 96))
     before, A = smsl(P), smsl.weights(P)
-    smsl.select.V_bias.view(6, 5, 16)[0, 3] += 2  # target 0 looks more at level 3
+    smsl.select.V_bias.view(6, 5, 16)[0, 3] += 2  # raises the share of level 3 in target 0
     after, B = smsl(P), smsl.weights(P)
     assert (B[:, 0, 3] > A[:, 0, 3]).all()
     assert [torch.equal(a, b) for a, b in zip(before, after)] == [False, True, True, True, True]
@@ -161,9 +162,9 @@ def test_every_target_has_its_own_weights() -> None:
 def test_large_levels_are_summed_in_blocks() -> None:
     p, f = torch.randn(2, 3, 12, 10), torch.randn(2, 3, 4, 5)
     for form in (torch.contiguous_format, torch.channels_last):
-        found = add_resized(p.contiguous(memory_format=form), f.contiguous(memory_format=form), 0, 2)
-        assert torch.equal(found, p + upsample_nearest(f, (12, 10)))
-        assert found.is_contiguous(memory_format=form)
+        actual = add_resized(p.contiguous(memory_format=form), f.contiguous(memory_format=form), 0, 2)
+        assert torch.equal(actual, p + upsample_nearest(f, (12, 10)))
+        assert actual.is_contiguous(memory_format=form)
 
 
 def test_combination_is_a_sum_over_levels() -> None:
@@ -223,7 +224,7 @@ def test_any_size_trains(size: tuple[int, int], channels_last: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(P, kept))
     sum(o.square().mean() for o in outputs).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in smsl.parameters())
-    # a bias of phi, or of theta where there is one cell, adds the same to all likenesses: the softmax takes no notice
+    # a bias of phi, or of theta where there is one cell, adds a constant to all products, which the softmax cancels
     idle = (
         {"non_local.phi.bias"}
         if smsl(P)[2].shape[2:].numel() > 1
@@ -232,8 +233,8 @@ def test_any_size_trains(size: tuple[int, int], channels_last: bool) -> None:
     assert all(p.grad.any() for name, p in smsl.named_parameters() if name not in idle)
 
 
-def test_it_starts_without_refinement() -> None:
-    """With zero_init only the last convolution of the non-local block learns at first."""
+def test_zero_init_starts_without_refinement() -> None:
+    """With zero_init only the last convolution of the non-local block has a gradient at first."""
     smsl = SMSL(pyramid(32))
     sum(o.square().mean() for o in smsl(maps(pyramid(32), (64, 96)))).backward()
     idle = {f"non_local.{m}.{p}" for m in ("theta", "phi", "g") for p in ("weight", "bias")}
@@ -263,7 +264,7 @@ def test_standalone_is_laterals_then_the_same_module() -> None:
     levels = [lateral(c) for lateral, c in zip(alone.sources.lateral, C[1:])]
     levels += [top[0](C[3]), top[1](top[0](C[3]))]
     assert all(torch.allclose(a, b) for a, b in zip(alone(C), on_neck(levels)))
-    counts = sum(p.numel() for p in SMSL(BODY, "standalone").parameters())
+    counts = sum(p.numel() for p in SMSL(BACKBONE, "standalone").parameters())
     assert counts == 977_376 + (512 + 1024 + 2048 + 3) * 256 + (2048 * 9 + 1) * 256 + (256 * 9 + 1) * 256
 
 
@@ -309,11 +310,11 @@ def test_a_config_builds_it() -> None:
 
 def test_unfit_levels_are_refused() -> None:
     with pytest.raises(InputError, match=r"one width.*mode=standalone"):
-        SMSL(BODY)
+        SMSL(BACKBONE)
     with pytest.raises(InputError, match="at least two, got 1"):
         SMSL(pyramid(32, 1))
     with pytest.raises(InputError, match="finest=7"):
-        SMSL(BODY, "standalone", finest=7)
+        SMSL(BACKBONE, "standalone", finest=7)
     for reduction in (0, 9, 16):
         with pytest.raises(InputError, match=rf"reduction={reduction} .*16 channels"):
             SMSL(pyramid(16), reduction=reduction)

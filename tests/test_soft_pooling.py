@@ -20,17 +20,17 @@ def pyramid(size: tuple[int, int] = (75, 129)) -> list[Tensor]:
     return [torch.randn(2, 16, math.ceil(size[0] / s), math.ceil(size[1] / s)) for s in LEVELS.strides]
 
 
-def test_parameters() -> None:
-    """1x1 from four levels' channels to one level's, 3x3 to four weights, with biases: the authors' code at 256 channels."""
+def test_parameter_counts() -> None:
+    """1x1 from the channels of four levels to 256, 3x3 to four weights, with biases: the authors' code."""
     pooling = SoftPooling(Levels((256,) * 5, LEVELS.strides))
     assert sum(p.numel() for p in pooling.parameters()) == 4 * 256 * 256 + 256 + 256 * 4 * 9 + 4
 
 
 @pytest.mark.parametrize("samples", [0, 2])
-def test_pooling_is_the_definition(samples: int) -> None:
-    """sum over levels of sigmoid(conv3x3(relu(conv1x1(all levels)))) * RoIAlign, written out per region and place in float64."""
+def test_pooling_against_the_definition(samples: int) -> None:
+    """sum over levels of sigmoid(conv3x3(relu(conv1x1(all levels)))) * RoIAlign, per RoI and cell in float64."""
     pooling, features = SoftPooling(LEVELS, size=3, samples=samples).double(), [f.double() for f in pyramid()]
-    found = pooling(features, ROIS.double())
+    pooled = pooling(features, ROIS.double())
     strides = (4, 8, 16, 32)
     pooled = [
         roi_align(f, ROIS.double(), 3, 1 / s, sampling_ratio=samples, aligned=True) for f, s in zip(features, strides)
@@ -46,10 +46,10 @@ def test_pooling_is_the_definition(samples: int) -> None:
             for j in range(3):
                 logits = (second.weight * hidden[None, :, i : i + 3, j : j + 3]).sum(dim=(1, 2, 3)) + second.bias
                 expected = sum(w.sigmoid() * p[m, :, i, j] for w, p in zip(logits, pooled))
-                assert torch.allclose(found[m, :, i, j], expected, atol=1e-6)
+                assert torch.allclose(pooled[m, :, i, j], expected, atol=1e-6)
 
 
-def test_equal_weights_give_half_the_sum() -> None:
+def test_zero_logits_give_half_the_sum() -> None:
     pooling, features = SoftPooling(LEVELS), pyramid()
     for p in pooling.parameters():
         nn.init.zeros_(p)
@@ -58,17 +58,17 @@ def test_equal_weights_give_half_the_sum() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (33, 47), (3, 5)])
-def test_every_level_and_parameter_learns(size: tuple[int, int]) -> None:
+def test_every_level_and_parameter_has_a_gradient(size: tuple[int, int]) -> None:
     pooling, features = SoftPooling(LEVELS), [f.requires_grad_() for f in pyramid(size)]
-    found = pooling(features, ROIS)
-    assert found.shape == (3, 16, 7, 7)
-    found.square().mean().backward()
+    pooled = pooling(features, ROIS)
+    assert pooled.shape == (3, 16, 7, 7)
+    pooled.square().mean().backward()
     assert all(f.grad.any() for f in features[:4])
-    assert features[4].grad is None  # P6 serves the proposals alone
+    assert features[4].grad is None  # P6 serves the proposals only
     assert all(p.grad.isfinite().all() and p.grad.any() for p in pooling.parameters())
 
 
-def test_no_region_and_export() -> None:
+def test_no_rois_and_export() -> None:
     pooling, features = SoftPooling(LEVELS), pyramid()
     none = pooling(features, ROIS[:0])
     assert none.shape == (0, 16, 7, 7)
@@ -78,7 +78,7 @@ def test_no_region_and_export() -> None:
     assert torch.allclose(exported(features, other), pooling(features, other), atol=1e-5)
 
 
-def test_half_precision_pools_where_the_region_is() -> None:
+def test_half_precision_does_not_shift_rois() -> None:
     pooling, features = SoftPooling(LEVELS), pyramid()
     exact, rois = pooling(features, ROIS + 0.3).detach(), ROIS + 0.3
     half = pooling.to(torch.bfloat16)([f.bfloat16() for f in features], rois)
@@ -86,12 +86,12 @@ def test_half_precision_pools_where_the_region_is() -> None:
     assert float((half.detach().float() - exact).abs().max()) < 0.05 * float(exact.abs().max())
 
 
-def test_a_branch_takes_it() -> None:
+def test_mask_branch_accepts_soft_pooling() -> None:
     branch = MaskBranch(LEVELS, 3, lambda size: SoftPooling(LEVELS, size), convs=1, channels=8)
     assert branch(pyramid(), ROIS).shape == (3, 3, 28, 28)
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"count": 0}, {"samples": -1}])
-def test_impossible_options(options: dict) -> None:
+def test_bad_options_are_refused(options: dict) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         SoftPooling(LEVELS, **options)

@@ -118,7 +118,7 @@ def test_a_split_without_annotations_is_not_scored(run: Path, capsys: pytest.Cap
     assert not (run / "val-test-dev2017").exists()
 
 
-def test_too_many_detections_are_told_before_any_is_made(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_detections_are_refused_before_prediction(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["val", str(run), "--submission", "--split", "test-dev2017", "test.max_det=300"]) == 2
     assert "test.max_det=300: COCO's rules allow 100 detections of an image" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_other_data_is_refused(
     with pytest.raises(
         InputError, match="has 6 categories, but COCO's server wants COCO's 80: the ids differ in 7, 8, 9, 10, 11, "
     ):
-        coco_submission.of_server(read_dataset(tmp_path / "few", "val"), 100)
+        coco_submission.server_split(read_dataset(tmp_path / "few", "val"), 100)
 
 
 @pytest.mark.parametrize(("split", "whole"), [("val2017", 5000), ("test-dev2017", 20288)])
@@ -147,17 +147,17 @@ def test_a_part_of_the_servers_split_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dataset = read_dataset(coco, split)
-    assert coco_submission.of_server(dataset, 100) == split
+    assert coco_submission.server_split(dataset, 100) == split
     capsys.readouterr()
     assert cli.run(["val", str(run), "--submission", "--split", split, f"out={tmp_path / 'out'}", "--json"]) == 0
     said = capsys.readouterr()
     assert "warning" not in json.loads(said.out)
     assert (
         said.err
-        == f"warning: {dataset.source} has 8 images, COCO's {split}, which the server scores as a whole, has {whole}\n"
+        == f"warning: {dataset.source} has 8 images, but COCO's {split}, which the server evaluates as a whole, has {whole}\n"
     )
     monkeypatch.setitem(coco_submission.IMAGES, split, 8)
-    assert coco_submission.incomplete(dataset, split) is None
+    assert coco_submission.warn_if_incomplete(dataset, split) is None
 
 
 # -- the format
@@ -179,12 +179,12 @@ def good(dataset: DetectionDataset, **changes: Any) -> dict[str, Any]:
 
 
 def test_numbers_are_rounded(dataset: DetectionDataset) -> None:
-    kinds = coco_submission.checked(dataset, [good(dataset)])
+    kinds = coco_submission.format_results(dataset, [good(dataset)])
     assert kinds == {"bbox": [good(dataset, bbox=[1.23, 2.0, 3.46, 4.0], score=0.123457)]}
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"image_id": 5}, "1 results have a image_id that is not in"),
         ({"image_id": None}, "result 1 lacks 'image_id'"),
@@ -199,28 +199,30 @@ def test_numbers_are_rounded(dataset: DetectionDataset) -> None:
         ({"segmentation": {"size": [1, 1], "counts": "01"}}, "result 0 lacks 'segmentation'"),
     ],
 )
-def test_wrong_fields_are_told(dataset: DetectionDataset, changes: dict[str, Any], told: str) -> None:
+def test_wrong_fields_are_refused(dataset: DetectionDataset, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as error:
-        coco_submission.checked(dataset, [good(dataset), good(dataset, **changes)])
-    assert told in str(error.value)
+        coco_submission.format_results(dataset, [good(dataset), good(dataset, **changes)])
+    assert message in str(error.value)
 
 
-def test_wrong_numbers_of_results_are_told(dataset: DetectionDataset) -> None:
-    with pytest.raises(InputError, match="not one detection"):
-        coco_submission.checked(dataset, [])
+def test_wrong_numbers_of_results_are_refused(dataset: DetectionDataset) -> None:
+    with pytest.raises(InputError, match="there are no detections"):
+        coco_submission.format_results(dataset, [])
     with pytest.raises(InputError, match=r"image \d+ has 101 detections, COCO's rules allow 100"):
-        coco_submission.checked(dataset, [good(dataset)] * 101)
+        coco_submission.format_results(dataset, [good(dataset)] * 101)
 
 
 def test_masks_have_a_file_of_their_own(dataset: DetectionDataset, tmp_path: Path) -> None:
     """Without boxes, from which COCO's tools would take the objects' areas."""
     height, width = dataset.sizes[0].tolist()
     masks = torch.rand(2, height, width) < 0.5
-    found = Detections(
+    detections = Detections(
         torch.tensor([[0.0, 0, 9, 9], [1, 2, 3, 4]]), torch.tensor([0.9, 0.1]), torch.tensor([0, 79]), masks
     )
-    results = found.to_coco(int(dataset.image_ids[0]), dataset.category_ids)
-    files = coco_submission.write(coco_submission.checked(dataset, results), "test-dev2017", "a", tmp_path)
+    results = detections.to_coco(int(dataset.image_ids[0]), dataset.category_ids)
+    files = coco_submission.write_submission(
+        coco_submission.format_results(dataset, results), "test-dev2017", "a", tmp_path
+    )
     assert [f.parent.name for f in files.values()] == ["bbox", "segm"]
     boxes, segments = (content(f) for f in files.values())
     assert boxes[0].keys() == {"image_id", "category_id", "score", "bbox"}
@@ -231,7 +233,7 @@ def test_masks_have_a_file_of_their_own(dataset: DetectionDataset, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("mask", "told"),
+    ("mask", "message"),
     [
         ({"size": [1, 1], "counts": "01"}, "must be the image's"),
         ({"counts": [5, 6]}, "must be a text"),
@@ -239,11 +241,11 @@ def test_masks_have_a_file_of_their_own(dataset: DetectionDataset, tmp_path: Pat
         ([[0, 0, 5, 0, 5, 5]], "lacks 'segmentation', it must be an RLE"),
     ],
 )
-def test_wrong_masks_are_told(dataset: DetectionDataset, mask: Any, told: str) -> None:
+def test_wrong_masks_are_refused(dataset: DetectionDataset, mask: Any, message: str) -> None:
     size = dataset.sizes[0].tolist()
     code = {"size": size} | mask if isinstance(mask, dict) else mask
-    with pytest.raises(InputError, match=told):
-        coco_submission.checked(dataset, [good(dataset, segmentation=code)])
+    with pytest.raises(InputError, match=message):
+        coco_submission.format_results(dataset, [good(dataset, segmentation=code)])
 
 
 # -- VOC

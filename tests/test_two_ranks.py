@@ -41,7 +41,7 @@ def learned(name: str, kind: str, images: slice) -> Learned:
         near = (
             ["model.head.box_norm=stride"] if name == "vfnet" else []
         )  # its weights, overlaps, must be more than one per process
-        detector = make(name, *near, everything=True, rest=True).double().train()
+        detector = make(name, *near, everything=True, norm_eval=True).double().train()
         livelier(detector)
         dynamic = [stage for stage in detector.modules() if isinstance(stage, DynamicStage)]
         data = batch(*(target(boxes, size=SIZE) for boxes in OBJECTS[kind]), size=SIZE)

@@ -1,4 +1,4 @@
-"""Two-stage detectors as a whole: every shipped one is built and trained a step, and what all detectors promise holds."""
+"""Two-stage detectors: shipped configs, training, prediction and export."""
 
 import dataclasses
 from functools import cache
@@ -28,7 +28,7 @@ TINY = [
 FEW = {"proposals": 100, "train_proposals": 100, "train_pre_nms": 200}
 
 
-def objects(boxes: list, labels: list, masks: bool = False) -> Target:
+def instances(boxes: list, labels: list, masks: bool = False) -> Target:
     corners = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
     return Target(
         corners,
@@ -37,12 +37,12 @@ def objects(boxes: list, labels: list, masks: bool = False) -> Target:
     )
 
 
-EMPTY = objects([], [])
-SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
+EMPTY = instances([], [])
+SOME = instances([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
 
 
 def make(name: str, *overrides: str, num_classes: int = 80, **model: Any) -> TwoStage:
-    """The detector of a config, with sections of the model laid over it."""
+    """Build the detector of a config, with sections of the model merged into it."""
     sections = {"model": model} if model else {}
     made = create_model(name, "model.backbone.pretrained=false", *overrides, num_classes=num_classes, **sections)
     assert isinstance(made, TwoStage)
@@ -50,7 +50,7 @@ def make(name: str, *overrides: str, num_classes: int = 80, **model: Any) -> Two
 
 
 def small(name: str = "faster_rcnn_r18", **model: Any) -> TwoStage:
-    """A tiny detector whose scores and boxes differ from place to place."""
+    """Build a tiny detector whose scores and boxes differ from RoI to RoI."""
     roi = model.pop("roi", None) or configs.load(name).model.roi
     roi = roi | {"stages": [{"channels": 32, "num": 64} | stage for stage in roi["stages"]]}
     made = make(name, *TINY, "test.score=0.02", num_classes=3, roi=roi, head=FEW, **model)
@@ -65,7 +65,7 @@ def small(name: str = "faster_rcnn_r18", **model: Any) -> TwoStage:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_is_built(name: str) -> None:
+def test_every_config_builds(name: str) -> None:
     with torch.device("meta"):
         made = make(name)
     assert made.num_classes == 80
@@ -97,13 +97,13 @@ def test_trainable_parameters(name: str, plugin: str | None, trainable: int) -> 
     assert sum(p.numel() for p in made.parameters() if p.requires_grad) == trainable
 
 
-def test_cost_counts_a_thousand_regions() -> None:
+def test_cost_counts_a_thousand_proposals() -> None:
     with torch.device("meta"):
         made = make("faster_rcnn_r50")
     layers = 12544 * 1024 + 1024 * 1024 + 1024 * 81 + 1024 * 320
-    found = count_cost(made, 800, 1344)
-    parts = sum(part["multiply_adds"] for name, part in found["parts"].items() if name in ("backbone", "neck", "head"))
-    assert found["multiply_adds"] - parts == 1000 * layers
+    cost = count_cost(made, 800, 1344)
+    parts = sum(part["multiply_adds"] for name, part in cost["parts"].items() if name in ("backbone", "neck", "head"))
+    assert cost["multiply_adds"] - parts == 1000 * layers
 
 
 @pytest.mark.parametrize(
@@ -122,32 +122,32 @@ def test_cost_counts_a_thousand_regions() -> None:
         ({"stages": ["box"], "branches": ["musk"]}, r"unknown model\.roi\.branches\.0 'musk': did you mean 'mask'"),
     ],
 )
-def test_mistakes_in_roi_are_told(roi: dict, message: str) -> None:
+def test_roi_mistakes_are_refused(roi: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make("faster_rcnn_r18", *TINY, roi=roi)
 
 
-def test_mistakes_beside_roi_are_told() -> None:
+def test_parts_that_do_not_fit_roi_are_refused() -> None:
     with pytest.raises(InputError, match=r"model\.interact=.*two branches"):
         make("faster_rcnn_r18", *TINY, "model.pyramid.channels=32", interact="msil")
     with pytest.raises(InputError, match="must be rpn"):
         make("faster_rcnn_r18", *TINY, head="retina")
 
 
-# -- what all detectors promise
+# -- training and prediction
 
 
 @cache
 def many() -> Target:
     torch.manual_seed(1)
     corner = torch.rand(1000, 2) * torch.tensor([80.0, 50.0])
-    return objects(torch.cat([corner, corner + 1 + 10 * torch.rand(1000, 2)], dim=1).tolist(), [1] * 1000)
+    return instances(torch.cat([corner, corner + 1 + 10 * torch.rand(1000, 2)], dim=1).tolist(), [1] * 1000)
 
 
 @pytest.mark.parametrize("name", [f"{family}_r18" for family in FAMILIES])
-def test_all_kinds_of_images_train(name: str) -> None:
+def test_all_kinds_of_batches_train(name: str) -> None:
     made = small(name).train()
-    huge = objects([[-50, -50, 500, 400]], [0])
+    huge = instances([[-50, -50, 500, 400]], [0])
     for targets in ((EMPTY,), (SOME,), (EMPTY, EMPTY), (SOME, EMPTY), (many(), huge)):
         losses = made.loss(batch(*targets))
         assert set(losses) == set(made.loss_weights)
@@ -163,23 +163,23 @@ def test_all_kinds_of_images_train(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_prediction_works_in_both_modes_and_a_batch_is_its_images(mode: bool) -> None:
+def test_prediction_is_the_same_in_both_modes_and_for_each_image(mode: bool) -> None:
     made = small().train(mode)
     if mode:
         for m in made.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.eval()
     together = batch(EMPTY, EMPTY)
-    for i, found in enumerate(made.predict(together)):
-        alone = Batch(together.images[i : i + 1], together.sizes[i : i + 1], (i,), together.scales[i : i + 1])
-        (one,) = made.predict(alone)
-        assert len(one) > 0
-        assert torch.allclose(one.boxes, found.boxes, atol=1e-3)
-        assert torch.equal(one.labels, found.labels)
+    for i, joint in enumerate(made.predict(together)):
+        single = Batch(together.images[i : i + 1], together.sizes[i : i + 1], (i,), together.scales[i : i + 1])
+        (separate,) = made.predict(single)
+        assert len(separate) > 0
+        assert torch.allclose(separate.boxes, joint.boxes, atol=1e-3)
+        assert torch.equal(separate.labels, joint.labels)
     assert made.training is mode
 
 
-def test_chance_is_the_seeds() -> None:
+def test_seed_determines_the_sampling() -> None:
     made, images = small(roi={"stages": [{"type": "box", "num": 16}]}), batch(SOME, SOME)
     losses = []
     for seed in (1, 1, 2):
@@ -190,20 +190,20 @@ def test_chance_is_the_seeds() -> None:
 
 
 @pytest.mark.parametrize("size", [(33, 47), (75, 129), (32, 32)])
-def test_any_size(size: tuple[int, int]) -> None:
+def test_any_image_size(size: tuple[int, int]) -> None:
     made = small("cascade_rcnn_r18").eval()
-    images = batch(objects([[2, 3, 20, 30]], [1]), size=size)
+    images = batch(instances([[2, 3, 20, 30]], [1]), size=size)
     assert all(v.isfinite() for v in made.loss(images).values())
-    (found,) = made.predict(images)
-    assert (found.boxes[:, 2:] <= torch.tensor([size[1], size[0]]) + 1e-4).all()
+    (detections,) = made.predict(images)
+    assert (detections.boxes[:, 2:] <= torch.tensor([size[1], size[0]]) + 1e-4).all()
 
 
-def test_nothing_is_found_in_the_padding() -> None:
+def test_no_detection_in_the_padding() -> None:
     made = small().eval()
     images = dataclasses.replace(batch(EMPTY), sizes=torch.tensor([[40, 50]]))
-    (found,) = made.predict(images)
-    assert len(found) > 0
-    assert (found.boxes <= torch.tensor([50, 40, 50, 40])).all()
+    (detections,) = made.predict(images)
+    assert len(detections) > 0
+    assert (detections.boxes <= torch.tensor([50, 40, 50, 40])).all()
 
 
 def test_autocast_and_half_precision() -> None:
@@ -214,34 +214,37 @@ def test_autocast_and_half_precision() -> None:
     sum(losses.values()).backward()
     assert all(p.grad.isfinite().all() for p in made.parameters())
     half = prepare_for_inference(small(), "bf16")
-    (found,) = half.predict(batch(EMPTY))
-    assert found.boxes.dtype == torch.float32
-    assert found.boxes.isfinite().all()
+    (detections,) = half.predict(batch(EMPTY))
+    assert detections.boxes.dtype == torch.float32
+    assert detections.boxes.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn_r18", "grid_rcnn_r18"])
-@pytest.mark.parametrize("score", [0.3, 1.0])  # some, and nothing
-def test_places_that_nobody_fills_change_nothing(name: str, score: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "score"), [("mask_rcnn_r18", 0.3), ("mask_rcnn_r18", 1.0), ("grid_rcnn_r18", 0.3)]
+)  # some detections, and none
+def test_padding_of_detections_changes_nothing(name: str, score: float) -> None:
     made, images = small(name).eval(), batch(EMPTY, EMPTY)
     made.selection["score"] = score
     with torch.no_grad():
-        whole, cut = (made.detect(images.images, images.sizes, padded=p) for p in (True, False))
-    assert cut.boxes.shape[1] == int(whole.counts.max()) < whole.boxes.shape[1]
-    assert bool(whole.counts.any()) is (score < 1)
-    for i, n in enumerate(whole.counts.tolist()):
-        for ours, theirs in zip(whole, cut):
+        padded, trimmed = (made.detect(images.images, images.sizes, padded=p) for p in (True, False))
+    assert trimmed.boxes.shape[1] == int(padded.counts.max()) < padded.boxes.shape[1]
+    assert bool(padded.counts.any()) is (score < 1)
+    for i, n in enumerate(padded.counts.tolist()):
+        for ours, theirs in zip(padded, trimmed):
             if ours is not None and ours.ndim > 1:
                 assert torch.allclose(ours[i, :n].float(), theirs[i, :n].float(), atol=1e-4)
 
 
-def test_a_stage_counts_as_much_as_its_branches() -> None:
-    """Cascade Mask R-CNN: what the second stage's mask is worth falls with what the stage is worth."""
+def test_a_branch_has_the_weight_of_its_stage() -> None:
     weights = make("cascade_rcnn_r50", "model.roi.branches=[mask]").loss_weights
     for term in ("loss_cls", "loss_box", "loss_mask"):
         assert [weights[f"s{i}_{term}"] for i in range(3)] == [1.0, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("name", ["cascade_rcnn_r18", "mask_rcnn_r18", "grid_rcnn_r18"])
+@pytest.mark.parametrize(
+    "name",
+    ["mask_rcnn_r18", *(pytest.param(f"{kind}_rcnn_r18", marks=pytest.mark.slow) for kind in ("cascade", "grid"))],
+)
 def test_detection_exports(name: str) -> None:
     made = prepare_for_inference(small(name))
     images, sizes = batch(EMPTY).images, torch.tensor([[64, 96]])
@@ -262,12 +265,12 @@ def test_detection_exports(name: str) -> None:
     assert int(made.detect(other, sizes).counts) > 0
 
 
-# -- how stages and branches work together
+# -- stages and branches
 
 
-def test_each_stage_learns_from_what_the_one_before_made() -> None:
-    """The proposals of a later stage are the refined samples of the one before, without the objects' own boxes."""
-    made, images = small("cascade_rcnn_r18"), batch(SOME, objects([[30, 10, 80, 50]], [1]))
+def test_each_stage_trains_on_the_boxes_of_the_one_before() -> None:
+    """The proposals of a later stage are the refined samples of the one before, without ground-truth boxes."""
+    made, images = small("cascade_rcnn_r18"), batch(SOME, instances([[30, 10, 80, 50]], [1]))
     seen: list[Any] = []
     for stage in made.stages:
         draw = stage.sample
@@ -284,65 +287,65 @@ def test_each_stage_learns_from_what_the_one_before_made() -> None:
     for i in (1, 2):
         proposals, _ = seen[i]
         _, samples = seen[i - 1]
-        codes = made.stages[i - 1](features, samples.rois)
-        boxes = made.stages[i - 1].refine(codes, samples.rois, images.sizes)
+        raw = made.stages[i - 1](features, samples.rois)
+        boxes = made.stages[i - 1].refine(raw, samples.rois, images.sizes)
         for image in (0, 1):
-            mine = (samples.image == image) & ~samples.is_ground_truth
-            assert proposals.counts[image] == mine.sum()
-            assert torch.allclose(proposals.boxes[image, : mine.sum()], boxes[mine], atol=1e-3)
+            own = (samples.image == image) & ~samples.is_ground_truth
+            assert proposals.counts[image] == own.sum()
+            assert torch.allclose(proposals.boxes[image, : own.sum()], boxes[own], atol=1e-3)
 
 
-def test_scores_of_a_cascade_are_of_the_mean_of_logits() -> None:
+def test_cascade_scores_come_from_mean_logits() -> None:
     made, images = small("cascade_rcnn_r18").eval(), batch(EMPTY)
     with torch.no_grad():
-        regions = made(images.images, images.sizes)
+        outputs = made(images.images, images.sizes)
         rois = torch.cat(
-            [torch.zeros(len(regions.rois), 1), made.head.propose(regions.outputs, images.sizes).boxes[0]], dim=1
+            [torch.zeros(len(outputs.rois), 1), made.head.propose(outputs.outputs, images.sizes).boxes[0]], dim=1
         )
         logits = []
         for stage in made.stages:
-            logits.append(stage(regions.features, rois)[0])
+            logits.append(stage(outputs.features, rois)[0])
             last, rois = (
                 rois,
-                torch.cat([rois[:, :1], stage.refine(stage(regions.features, rois), rois, images.sizes)], dim=1),
+                torch.cat([rois[:, :1], stage.refine(stage(outputs.features, rois), rois, images.sizes)], dim=1),
             )
-    assert torch.allclose(regions.raw[0], sum(logits) / 3, atol=1e-4)
-    assert torch.allclose(regions.rois, last, atol=1e-3)
+    assert torch.allclose(outputs.raw[0], sum(logits) / 3, atol=1e-4)
+    assert torch.allclose(outputs.rois, last, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "stages"), [("faster_rcnn_r18", 1), ("cascade_rcnn_r18", 3)])
-def test_masks_come_with_a_branch_per_stage(name: str, stages: int) -> None:
+def test_each_stage_has_a_mask_branch(name: str, stages: int) -> None:
     roi = configs.load(name).model.roi | {"branches": [{"type": "mask", "convs": 1, "channels": 8}]}
-    made, objects_ = small(name, roi=roi), objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2], masks=True)
+    made, masked = small(name, roi=roi), instances([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2], masks=True)
     assert len(made.branches[0]) == stages
-    losses = made.loss(batch(objects_, objects([], [], masks=True)))
+    losses = made.loss(batch(masked, instances([], [], masks=True)))
     names = [f"s{i}_loss_mask" for i in range(3)] if stages == 3 else ["loss_mask"]
     assert [k for k in losses if "mask" in k] == names
     assert set(losses) == set(made.loss_weights)
     sum(losses.values()).backward()
     assert all(p.grad.any() for p in made.branches.parameters())
     images = batch(EMPTY)
-    found = made.eval().detect(images.images, images.sizes)
-    assert found.masks is not None
-    assert found.masks.shape == (1, 100, 28, 28)
-    (one,) = made.predict(images)
-    assert one.masks.shape == (len(one), 64, 96)
-    assert one.masks.dtype == torch.bool
+    padded = made.eval().detect(images.images, images.sizes)
+    assert padded.masks is not None
+    assert padded.masks.shape == (1, 100, 28, 28)
+    (detections,) = made.predict(images)
+    assert detections.masks.shape == (len(detections), 64, 96)
+    assert detections.masks.dtype == torch.bool
 
 
-def test_grid_points_replace_the_boxes() -> None:
+def test_grid_branch_replaces_the_boxes() -> None:
     branch = {"type": "grid", "convs": 1, "point_channels": 4, "groups": 9}
     made = small(roi={"stages": [{"type": "box", "regress": False}], "branches": [branch]})
     losses = made.loss(batch(SOME, EMPTY))
     assert set(losses) == set(made.loss_weights) == {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_grid"}
     sum(losses.values()).backward()
-    (found,) = made.eval().predict(batch(EMPTY))
-    assert len(found) > 0
-    assert found.masks is None
+    (detections,) = made.eval().predict(batch(EMPTY))
+    assert len(detections) > 0
+    assert detections.masks is None
 
 
 def test_soft_pooling_and_auxiliary_losses() -> None:
-    """AugFPN whole: its neck, whose unfused pyramid each stage's samples learn on too, and its pooling."""
+    """AugFPN: its neck, on whose auxiliary pyramid each stage's samples are trained too, and its pooling."""
     made = small(neck="aug_fpn", roi={"stages": [{"type": "box", "pooling": "soft"}]})
     losses = made.loss(batch(SOME, EMPTY))
     assert set(losses) == set(made.loss_weights)

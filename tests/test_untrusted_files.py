@@ -29,7 +29,7 @@ from fusedet.errors import InputError
 from fusedet.interop.mmdetection import load_checkpoint
 from fusedet.models.backbones.pretrained import create_timm_model
 from fusedet.safe_load import HEADER
-from scanning import runs_strangers
+from scanning import runs_untrusted_code
 
 SOURCES = sorted(Path(load_model.__file__).parents[1].rglob("*.py"))
 MIB = 2**20
@@ -72,12 +72,12 @@ MIB = 2**20
     ],
 )
 def test_the_scan_finds(text: str) -> None:
-    assert runs_strangers(text)
+    assert runs_untrusted_code(text)
 
 
 def test_no_source_calls_what_runs_a_file() -> None:
     assert len(SOURCES) > 100
-    assert {path.name: found for path in SOURCES if (found := runs_strangers(path.read_text()))} == {}
+    assert {path.name: calls for path in SOURCES if (calls := runs_untrusted_code(path.read_text()))} == {}
 
 
 def test_only_these_modules_import_by_name() -> None:
@@ -232,8 +232,8 @@ def test_code_is_named_and_not_run(tmp_path: Path) -> None:
             _use_new_zipfile_serialization=zipped,
         )
         refused(tmp_path / "code.ckpt", "system", "is not a fusedet checkpoint")
-    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path}/ran")))
-    refused(tmp_path / "bare.ckpt", "is not a fusedet checkpoint", "cut short, or not a checkpoint", "system")
+    (tmp_path / "pickled.ckpt").write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path}/ran")))
+    refused(tmp_path / "pickled.ckpt", "is not a fusedet checkpoint", "cut short, or not a checkpoint", "system")
     assert not (tmp_path / "ran").exists()
 
 
@@ -384,7 +384,7 @@ def test_models_that_are_not_those_of_the_weights(
         load_model.rebuild(file, trust="hub" in str(value) or "local" in str(value))
 
 
-def test_info_counts_what_a_strangers_run_asks_for_and_takes_no_memory(
+def test_info_counts_what_an_untrusted_run_asks_for_and_takes_no_memory(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
@@ -428,7 +428,7 @@ class Spy(torch.nn.Module):
 
 
 @pytest.fixture
-def stranger(monkeypatch: pytest.MonkeyPatch) -> str:
+def outside_class(monkeypatch: pytest.MonkeyPatch) -> str:
     """A package that can be imported and says when it is."""
     from fusedet.models.necks import FPN
 
@@ -456,15 +456,22 @@ PLACES: list[tuple[str, Callable[[str], Any]]] = [
 
 @pytest.mark.parametrize(("key", "value"), PLACES)
 def test_a_class_of_another_package_is_refused_everywhere(
-    trained: Path, tmp_path: Path, stranger: str, key: str, value: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    tmp_path: Path,
+    outside_class: str,
+    key: str,
+    value: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value(stranger)))
+    file = with_meta(trained, tmp_path / "x.safetensors", config=lambda model: change(model, key, value(outside_class)))
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     with pytest.raises(InputError, match=rf"x.safetensors: model\.{key}.* names 'strange_parts:Spy'.* --trust"):
         load_model.rebuild(file)
 
 
-def test_trust(trained: Path, tmp_path: Path, scenes: Path, stranger: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trust(
+    trained: Path, tmp_path: Path, scenes: Path, outside_class: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every command that makes a model of somebody else's config asks for --trust, and takes it."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     tree = config.read(run / "config.yaml")
@@ -501,15 +508,15 @@ def test_trust(trained: Path, tmp_path: Path, scenes: Path, stranger: str, capsy
     assert cli.run(["config", str(run)]) == 0  # printing makes nothing
 
 
-def test_a_resumed_run_is_of_the_classes_of_its_config_alone(run_copy: Path, stranger: str) -> None:
+def test_a_resumed_run_is_of_the_classes_of_its_config_alone(run_copy: Path, outside_class: str) -> None:
     """Its best weights, which are scored at the end, may say of themselves what they like."""
-    with_meta(run_copy, run_copy / "best.safetensors", config=lambda model: change(model, "neck", stranger))
+    with_meta(run_copy, run_copy / "best.safetensors", config=lambda model: change(model, "neck", outside_class))
     with pytest.raises(InputError, match=r"strange_parts:Spy.*--trust"):
         load_model.rebuild(run_copy / "best.safetensors")
     assert cli.run(["train", str(run_copy), "--resume", "--json"]) == 0
 
 
-def test_a_config_that_the_user_names_is_his_own(tmp_path: Path, stranger: str) -> None:
+def test_a_config_that_the_user_names_is_his_own(tmp_path: Path, outside_class: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: retinanet_tiny\nmodel: {neck: {type: 'strange_parts:Neck'}}\n")
     assert cli.run(["info", str(file)]) == 0

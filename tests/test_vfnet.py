@@ -1,4 +1,4 @@
-"""VFNet's head, ATSS and the varifocal loss: by hand, against literal loops, and through everything that a head goes through."""
+"""VFNet's head, ATSS and the varifocal loss: by hand, against plain loops, export and half precision."""
 
 import math
 import re
@@ -50,7 +50,7 @@ def grid(*cells: tuple[int, int], scale: float = 8.0, first: int = 8) -> Priors:
 # -- overlap
 
 
-def test_aligned_overlap() -> None:
+def test_aligned_iou() -> None:
     a = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 10], [0, 0, 1, 1], [5, 5, 5, 5.0]])
     b = torch.tensor([[0, 0, 10, 10], [5, 0, 15, 10], [2, 2, 3, 3], [5, 5, 5, 5.0]])
     assert torch.allclose(aligned_iou(a, b), torch.tensor([1, 1 / 3, 0, 0]))
@@ -62,37 +62,37 @@ def test_aligned_overlap() -> None:
 
 
 def test_atss_table() -> None:
-    """One row of 4 squares of 16 at x = 0, 8, 16, 24, and one of 2 squares of 32 at x = 0, 16; the object spans 5..21, -8..8.
+    """A row of 4 squares of 16 at x = 0, 8, 16, 24 and one of 2 squares of 32 at 0, 16; an instance at 5..21, -8..8.
 
-    Its three nearest squares of the first level overlap it by 11/21, 13/19 and 5/27, both of the second by 176/1104 and 1/4:
+    Its three nearest squares of the first level have IoU 11/21, 13/19 and 5/27, both of the second 176/1104 and 1/4:
     mean 0.3605, deviation 0.2317, so that only the one of 13/19 = 0.684 is above 0.592.
     """
     priors = grid((1, 4), (1, 2), scale=2.0)
     assert ATSSAssigner(topk=3).assign(priors, objects([[5, -8, 21, 8]])).tolist() == [-1, -1, 0, -1, -1, -1]
-    # with the deviation of a whole population, 0.2073, nothing else would pass either; with none at all, the one of 11/21 would
+    # with the population's deviation, 0.2073, nothing else would pass either; without a deviation, 11/21 would
 
 
 def test_atss_deviation_is_unbiased() -> None:
-    """Two candidates: mean + deviation is best + (sqrt(2) - 1) / 2 * difference, above both; the biased one would be the best itself."""
+    """Two candidates: mean + unbiased deviation is above both; with the biased one the best would reach it."""
     assert ATSSAssigner().assign(grid((1, 2), scale=2.0), objects([[-8, -8, 7, 8]])).tolist() == [BACKGROUND] * 2
 
 
 def test_atss_takes_priors_whose_centres_lie_inside() -> None:
-    """One candidate has its own overlap as threshold, so that only its centre decides: inside by more than 0.01 pixels."""
+    """A single candidate has its own IoU as threshold, so that only its centre decides: over 0.01 pixels inside."""
     priors = grid((1, 1), scale=2.0)
     assert ATSSAssigner().assign(priors, objects([[0, -8, 16, 8]])).tolist() == [BACKGROUND]
     assert ATSSAssigner().assign(priors, objects([[-0.009, -8, 16, 8]])).tolist() == [BACKGROUND]
     assert ATSSAssigner().assign(priors, objects([[-0.011, -8, 16, 8]])).tolist() == [0]
 
 
-def test_atss_settles_claims_by_overlap_then_by_order() -> None:
+def test_atss_resolves_conflicts_by_iou_then_by_order() -> None:
     priors = grid((1, 1), scale=2.0)
     small, exact = [-4, -4, 4, 4], [-8, -8, 8, 8]
     assert ATSSAssigner().assign(priors, objects([small, exact, exact])).tolist() == [1]
     assert ATSSAssigner().assign(priors, objects([exact, small])).tolist() == [0]
 
 
-def test_atss_without_objects() -> None:
+def test_atss_without_instances() -> None:
     assert ATSSAssigner().assign(grid((4, 4), (2, 2)), EMPTY).tolist() == [BACKGROUND] * 20
 
 
@@ -100,7 +100,7 @@ def slow(rule: ATSSAssigner, priors: Priors, target: Target) -> list[int]:
     """Algorithm 1, one object and one prior at a time, in double precision."""
     boxes, truth = priors.boxes.double(), target.boxes.double()
     overlap = box_iou(truth, boxes).tolist()
-    owners, best = [BACKGROUND] * len(boxes), [-1.0] * len(boxes)
+    assigned, best = [BACKGROUND] * len(boxes), [-1.0] * len(boxes)
     for g, (x1, y1, x2, y2) in enumerate(truth.tolist()):
         candidates: list[int] = []
         start = 0
@@ -115,13 +115,13 @@ def slow(rule: ATSSAssigner, priors: Priors, target: Target) -> list[int]:
             x, y = box_centres(boxes[p]).tolist()
             inside = min(x - x1, y - y1, x2 - x, y2 - y) > 0.01
             if overlap[g][p] >= threshold and inside and overlap[g][p] > best[p]:
-                owners[p], best[p] = g, overlap[g][p]
-    return owners
+                assigned[p], best[p] = g, overlap[g][p]
+    return assigned
 
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 12), topk=st.sampled_from([1, 4, 9]))
-def test_atss_is_its_algorithm(seed: int, count: int, topk: int) -> None:
+def test_atss_against_the_algorithm(seed: int, count: int, topk: int) -> None:
     torch.manual_seed(seed)
     priors, target = grid((8, 9), (4, 5), (2, 3)), many(count, 60, 50)
     assert ATSSAssigner(topk).assign(priors, target).tolist() == slow(ATSSAssigner(topk), priors, target)
@@ -141,22 +141,22 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_atss_of_a_thousand_objects_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atss_of_a_thousand_instances_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     priors = grid((100, 150), (50, 75), (25, 38), (13, 19), (7, 10))
     target = many(1000, 1200, 800)
     with Largest() as largest:
-        owners = ATSSAssigner().assign(priors, target)
+        assigned = ATSSAssigner().assign(priors, target)
     assert largest.elements <= 64 * priors.counts[0] * 2  # the differences in x and y of 64 objects and one level
-    assert 0 < int((owners >= 0).sum()) < len(priors)
+    assert 0 < int((assigned >= 0).sum()) < len(priors)
     monkeypatch.setattr(atss, "INSTANCES_AT_ONCE", 1000)
-    assert torch.equal(owners, ATSSAssigner().assign(priors, target))
+    assert torch.equal(assigned, ATSSAssigner().assign(priors, target))
 
 
 # -- varifocal loss
 
 
 @pytest.mark.parametrize(("alpha", "gamma"), [(0.75, 2.0), (1.0, 1.5), (0.3, 0.0)])
-def test_varifocal_is_its_equation(alpha: float, gamma: float) -> None:
+def test_varifocal_against_its_equation(alpha: float, gamma: float) -> None:
     """VFL(p, q) = -q (q log p + (1 - q) log(1 - p)) for q > 0, -alpha p^gamma log(1 - p) for q = 0, entry by entry."""
     logits = (torch.randn(20, 4) * 3).requires_grad_()
     rows, labels, quality = torch.tensor([3, 7, 19]), torch.tensor([0, 3, 2]), torch.tensor([0.9, 1e-6, 0.4])
@@ -168,13 +168,13 @@ def test_varifocal_is_its_equation(alpha: float, gamma: float) -> None:
             p, q = literal[r, k].sigmoid(), targets.get((r, k), 0.0)
             total = total - (q * (q * p.log() + (1 - q) * (1 - p).log()) if q > 0 else alpha * p**gamma * (1 - p).log())
     total.backward()
-    found = varifocal_loss(logits, rows, labels, quality, alpha, gamma)
-    (2 * found).backward()
-    assert float(found.detach()) == pytest.approx(total.item(), rel=1e-5)
+    loss = varifocal_loss(logits, rows, labels, quality, alpha, gamma)
+    (2 * loss).backward()
+    assert float(loss.detach()) == pytest.approx(total.item(), rel=1e-5)
     assert torch.allclose(logits.grad.double(), 2 * literal.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_varifocal_takes_quality_as_a_constant_and_bears_extremes() -> None:
+def test_varifocal_target_has_no_gradient_and_extremes_are_finite() -> None:
     logits = torch.tensor([[200.0, -200.0]], dtype=torch.bfloat16, requires_grad=True)
     quality = torch.tensor([0.5], requires_grad=True)
     loss = varifocal_loss(logits, torch.tensor([0]), torch.tensor([1]), quality)
@@ -190,7 +190,7 @@ def test_varifocal_takes_quality_as_a_constant_and_bears_extremes() -> None:
 
 
 def test_star_points_by_hand() -> None:
-    """A box that reaches 8 pixels to the left, 16 up, 24 to the right and 4 down is (1, 2, 3, 0.5) cells of stride 8."""
+    """A box with distances 8, 16, 24 and 4 pixels is (1, 2, 3, 0.5) cells of stride 8."""
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1)
     offset = make().star_offsets(box, 8).view(9, 2)
     cells = torch.cartesian_prod(
@@ -200,7 +200,7 @@ def test_star_points_by_hand() -> None:
     assert torch.allclose(cells + offset, star, atol=1e-5)
 
 
-def test_star_convolution_looks_at_the_star() -> None:
+def test_star_convolution_samples_the_star_points() -> None:
     """On maps that hold their own rows and columns, the kernel's place k reads the coordinates of star point k."""
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     box = torch.tensor([8.0, 16.0, 24.0, 4.0]).view(1, 4, 1, 1).expand(1, 4, 9, 9)
@@ -214,7 +214,7 @@ def test_star_convolution_looks_at_the_star() -> None:
         assert seen == pytest.approx([4 + dy, 4 + dx])
 
 
-def test_only_a_tenth_of_the_stars_gradient_reaches_the_box() -> None:
+def test_box_receives_a_tenth_of_the_star_gradient() -> None:
     box = torch.rand(1, 4, 2, 2, requires_grad=True)
     make().star_offsets(box, 8).sum().backward()
     # left and upper sides stand in three points each with a minus, right and lower ones likewise without
@@ -253,12 +253,12 @@ def test_decode_by_hand() -> None:
     assert scores.unique().tolist() == [0.5]
 
 
-def test_loss_literally() -> None:
+def test_loss_against_a_loop() -> None:
     """The paper's loss, positive by positive in double precision, on an image with objects and one without."""
     head = make()
     outputs = head(maps())
     losses = head.loss(outputs, [SOME, EMPTY])
-    owners = head.assigner.assign(outputs.priors, SOME).tolist()
+    assigned = head.assigner.assign(outputs.priors, SOME).tolist()
     rows = {
         name: torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in column], dim=1).double()
         for name, column in outputs.maps.items()
@@ -266,10 +266,10 @@ def test_loss_literally() -> None:
     p = rows["cls"].sigmoid()
     cls = -(0.75 * p**2 * (1 - p).log()).sum()
     sums, weights = {"reg": 0.0, "refine": 0.0}, {"reg": 0.0, "refine": 0.0}
-    for i, owner in enumerate(owners):
-        if owner < 0:
+    for i, instance in enumerate(assigned):
+        if instance < 0:
             continue
-        (x, y), truth = box_centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[owner].tolist()
+        (x, y), truth = box_centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[instance].tolist()
         for name in ("reg", "refine"):
             left, up, right, down = rows[name][0, i].tolist()
             a = (x - left, y - up, x + right, y + down)
@@ -281,10 +281,10 @@ def test_loss_literally() -> None:
             q = max(shared / union, 1e-6)
             sums[name] += q * (1 - shared / union + (hull - union) / hull)
             weights[name] += q
-        k = int(SOME.labels[owner])
+        k = int(SOME.labels[instance])
         pk = p[0, i, k]
         cls = cls + 0.75 * pk**2 * (1 - pk).log() - q * (q * pk.log() + (1 - q) * (1 - pk).log())
-    count = sum(owner >= 0 for owner in owners)
+    count = sum(instance >= 0 for instance in assigned)
     assert count > 1
     assert float(losses["loss_cls"].detach()) == pytest.approx(float(cls.detach()) / count, rel=1e-4)
     assert float(losses["loss_box"].detach()) == pytest.approx(sums["reg"] / max(weights["reg"], 1), rel=1e-4)
@@ -305,15 +305,15 @@ def test_every_parameter_has_a_gradient(size: tuple[int, int], deformable: bool)
     assert all(torch.equal(a, b) for a, b in zip(features, kept))
 
 
-def test_without_objects_the_boxes_cost_nothing_and_every_parameter_is_reached() -> None:
+def test_empty_images_have_no_box_loss_and_reach_every_parameter() -> None:
     assert fakes.survives_no_objects(make(), maps(), ("loss_box", "loss_refine"))
 
 
-def test_a_thousand_objects_and_one_larger_than_the_image() -> None:
+def test_thousand_instances_and_a_huge_one() -> None:
     assert fakes.survives_a_thousand_objects(make(), maps())
 
 
-def test_the_interaction_replaces_both_branches() -> None:
+def test_interaction_replaces_both_branches() -> None:
     assert fakes.swaps_branches(make, maps())
 
 
@@ -330,12 +330,13 @@ def test_bfloat16() -> None:
     low = make(deformable_last=True).to(torch.bfloat16)
     low.load_state_dict(head.state_dict())
     with torch.no_grad():
-        for found in (outputs, low([f.bfloat16() for f in features])):
+        for raw in (outputs, low([f.bfloat16() for f in features])):
             for name in ("reg", "refine"):
-                assert all(m.dtype == torch.float32 for m in found.maps[name])
-                assert all(torch.allclose(a, b, rtol=0.1) for a, b in zip(found.maps[name], exact.maps[name]))
+                assert all(m.dtype == torch.float32 for m in raw.maps[name])
+                assert all(torch.allclose(a, b, rtol=0.1) for a, b in zip(raw.maps[name], exact.maps[name]))
 
 
+@pytest.mark.slow
 def test_exports() -> None:
     levels = Levels((32, 32), (16, 32))
     head = VFNetHead(levels, 3, convs=1, deformable_last=True).eval()
@@ -355,8 +356,8 @@ def test_exports() -> None:
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_parameters() -> None:
-    """The head alone, and the whole detector with its frozen stem and first stage."""
+def test_parameter_counts() -> None:
+    """The head, and the detector with its frozen stem and first stage."""
     model = create_model("vfnet_r50", "model.backbone.pretrained=false")
     assert sum(p.numel() for p in model.head.parameters()) == 5_514_850
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32_666_210
@@ -368,15 +369,15 @@ def test_deformable_configs(name: str) -> None:
     """Of every block in the last three stages the second convolution, and the last one of each tower."""
     with torch.device("meta"):
         model = create_model(name, "model.backbone.pretrained=false")
-    found = {key for key, m in model.named_modules() if isinstance(m, DeformPack)}
-    body = {
+    layers = {key for key, m in model.named_modules() if isinstance(m, DeformPack)}
+    own = {
         f"backbone.body.{key}"
         for key, _ in model.backbone.body.named_modules()
         if re.fullmatch(r"layer[234]\.\d+\.conv2", key)
     }
-    assert len(body) == {"18": 6, "50": 13, "101": 30}[name.split("_r")[1].split("_")[0]]
-    assert body == {key for key in found if key.startswith("backbone")}
-    assert len(found - body) == 2
+    assert len(own) == {"18": 6, "50": 13, "101": 30}[name.split("_r")[1].split("_")[0]]
+    assert own == {key for key in layers if key.startswith("backbone")}
+    assert len(layers - own) == 2
     assert all(m.modulated for m in model.modules() if isinstance(m, DeformPack))
 
 
@@ -391,6 +392,6 @@ def test_deformable_configs(name: str) -> None:
         ({"channels": 24}, "multiples of 32"),
     ],
 )
-def test_bad_options_are_told(options: dict, text: str) -> None:
+def test_bad_options_are_refused(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         VFNetHead(LEVELS, 3, **options)

@@ -58,7 +58,7 @@ def test_views_of_a_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("test.scales=[]", "test.scales=[] must be different short sides"),
         ("test.scales=[16,800]", "test.scales=[16, 800] must be different short sides of at least 32 pixels"),
@@ -68,10 +68,10 @@ def test_views_of_a_config() -> None:
         ("test.flip=0.5", "test.flip must be bool"),
     ],
 )
-def test_wrong_values_are_told(override: str, told: str) -> None:
+def test_wrong_values_are_refused(override: str, message: str) -> None:
     with pytest.raises(fusedet.InputError) as error:
         made(override)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 # -- the images
@@ -105,7 +105,7 @@ def test_a_batch_holds_every_view_of_its_images(scenes: Path) -> None:
 
 
 class Scripted:
-    """A detector that finds what it was told to, one view after the other: rows (x1, y1, x2, y2, score, label)."""
+    """A detector with given detections, one view after the other: rows (x1, y1, x2, y2, score, label)."""
 
     def __init__(self, *finds: list[tuple[float, ...]], masks: list[Tensor] | None = None, **selection: Any) -> None:
         self.finds, self.masks, self.selection = iter(finds), iter(masks or []), selection
@@ -113,8 +113,8 @@ class Scripted:
 
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> Any:
         rows = torch.tensor(next(self.finds)).reshape(1, -1, 6)
-        found = BatchDetections(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
-        return found._replace(masks=next(self.masks)[None]) if self.has_masks else found
+        detections = BatchDetections(rows[..., :4], rows[..., 4], rows[..., 5].long(), torch.tensor([rows.shape[1]]))
+        return detections._replace(masks=next(self.masks)[None]) if self.has_masks else detections
 
 
 TABLE = [
@@ -131,11 +131,11 @@ def test_views_by_hand() -> None:
     images = batch([torch.zeros(3, 40, 60, dtype=torch.uint8)], seen)
     wanted = [(10, 10, 20, 20, 0.95, 0), (10, 10, 20, 20, 0.7, 1), (30, 5, 50, 25, 0.6, 1), (54, 0, 60, 8, 0.3, 0)]
     for most in (100, 3):
-        (found,) = find(Scripted(*TABLE, iou=0.5, max_det=most), images, CPU)
-        rows = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None]], dim=1)
+        (detections,) = find(Scripted(*TABLE, iou=0.5, max_det=most), images, CPU)
+        rows = torch.cat([detections.boxes, detections.scores[:, None], detections.labels[:, None]], dim=1)
         assert torch.allclose(rows, torch.tensor(wanted[:most]))
-    (found,) = find(Scripted(*TABLE, iou=1.0), images, CPU)  # nothing overlaps by more than that
-    assert sorted(found.scores.tolist()) == pytest.approx([0.3, 0.6, 0.7, 0.8, 0.9, 0.95])
+    (detections,) = find(Scripted(*TABLE, iou=1.0), images, CPU)  # nothing overlaps by more than that
+    assert sorted(detections.scores.tolist()) == pytest.approx([0.3, 0.6, 0.7, 0.8, 0.9, 0.95])
 
 
 def test_masks_travel_with_their_boxes() -> None:
@@ -145,12 +145,12 @@ def test_masks_travel_with_their_boxes() -> None:
     left = torch.zeros(1, 4, 4)
     left[..., :2] = 1
     rows = [[(10, 10, 30, 20, 0.5, 2)], [(30, 10, 50, 20, 0.9, 2)]]
-    (found,) = find(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), images, CPU)
-    assert found.boxes.tolist() == [[10, 10, 30, 20]]
-    assert found.masks.shape == (1, 40, 60)
+    (detections,) = find(Scripted(*rows, masks=[torch.ones(1, 4, 4), left]), images, CPU)
+    assert detections.boxes.tolist() == [[10, 10, 30, 20]]
+    assert detections.masks.shape == (1, 40, 60)
     columns = torch.arange(60)
-    assert torch.equal(found.masks[0, 15], (columns >= 20) & (columns < 30))
-    assert not found.masks[0, :10].any()
+    assert torch.equal(detections.masks[0, 15], (columns >= 20) & (columns < 30))
+    assert not detections.masks[0, :10].any()
 
 
 class Bright:
@@ -179,12 +179,12 @@ def test_what_looks_the_same_in_every_view_is_found_once() -> None:
     images[1][:, 40:64, 0:9] = 255
     wanted = [[8, 4, 21, 30], [0, 40, 9, 64]]
     for options in (["test.flip=true"], ["test.flip=true", "test.scales=[128,64,32]"]):
-        for found, box in zip(
+        for detections, box in zip(
             find(Bright(), batch(images, made("data.size=[64,128]", *options)), CPU), wanted, strict=True
         ):
-            assert len(found) == 1
+            assert len(detections) == 1
             assert torch.allclose(
-                found.boxes, torch.tensor([box]).float(), atol=1.5
+                detections.boxes, torch.tensor([box]).float(), atol=1.5
             )  # the resize rounds to whole pixels
     flat = batch(images[:1], (EvalTransform(50, 77), EvalTransform(50, 77, flip=True)))
     assert find(Bright(), flat, CPU)[0].boxes.tolist() == wanted[:1]
@@ -205,16 +205,16 @@ def test_merging_is_the_definition() -> None:
         for i in scores.argsort(descending=True).tolist():
             if all(labels[i] != labels[j] or box_iou(boxes[i][None], boxes[j][None]) <= 0.4 for j in kept):
                 kept.append(i)
-        found = merge_detections(parts, iou=0.4, max_det=6)
+        detections = merge_detections(parts, iou=0.4, max_det=6)
         assert len(kept) > 6
-        assert torch.equal(found.boxes, boxes[kept[:6]])
-        assert torch.equal(found.labels, labels[kept[:6]])
+        assert torch.equal(detections.boxes, boxes[kept[:6]])
+        assert torch.equal(detections.labels, labels[kept[:6]])
 
 
 def test_nothing_is_found_in_any_view() -> None:
     nothing = ImageDetections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 28, 28))
-    found = merge_detections([nothing, nothing])
-    assert [len(column) for column in found] == [0, 0, 0, 0]
+    detections = merge_detections([nothing, nothing])
+    assert [len(column) for column in detections] == [0, 0, 0, 0]
 
 
 # -- every detector, and the commands
@@ -222,14 +222,14 @@ def test_nothing_is_found_in_any_view() -> None:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_every_detector(name: str) -> None:
-    """The best of all views is the best found, no two of a class overlap, and no mask or box leaves its image."""
+    """The highest score of all views stays, no two boxes of a class overlap, and no mask or box leaves its image."""
     detector = make(name, "test.score=0", "test.max_det=15").eval()
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((50, 70), (90, 60))]
     seen = made("data.size=[64,96]", "test.scales=[64,96]", "test.flip=true")
     every = batch(images, seen)
-    found = find(detector, every, CPU)
+    detections = find(detector, every, CPU)
     alone = [find(detector, replace(view, views=()), CPU) for view in (every, *every.views)]
-    for i, (one, image) in enumerate(zip(found, images, strict=True)):
+    for i, (one, image) in enumerate(zip(detections, images, strict=True)):
         assert 0 < len(one) <= 15
         assert one.scores[0] == max(view[i].scores[0] for view in alone)
         assert (one.scores.diff() <= 0).all()
@@ -266,7 +266,7 @@ def test_all_commands_mean_the_same(scenes: Path, trained: Path, tmp_path: Path)
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
     assert figures[0]["AP"] == pytest.approx(figures[1]["AP"], abs=1e-6)
     dataset = read_dataset(scenes, "val")
-    found = fusedet.load(out, device="cpu").predict(dataset.path(0))
+    detections = fusedet.load(out, device="cpu").predict(dataset.path(0))
     results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())
     scored = [r["score"] for r in results if r["image_id"] == int(dataset.image_ids[0])]
-    assert found.scores.tolist() == pytest.approx(scored, abs=1e-5)
+    assert detections.scores.tolist() == pytest.approx(scored, abs=1e-5)

@@ -31,6 +31,8 @@ _PUBLIC = {
     "info": "api.info",
     "load": "api.predict",
     "predict": "api.predict_files",
+    "preview_ablation": "ablation.command",
+    "resolve_config": "api.settings",
     "progress_bar": "api.progress",
     "train": "api.train",
     "validate": "api.validate_run",
@@ -56,13 +58,15 @@ __all__ = [
     "info",
     "load",
     "predict",
+    "preview_ablation",
     "progress_bar",
+    "resolve_config",
     "train",
     "validate",
 ]
 
 if TYPE_CHECKING:
-    from fusedet.ablation.command import ablate
+    from fusedet.ablation.command import ablate, preview_ablation
     from fusedet.api.browse import browse
     from fusedet.api.cam import cam
     from fusedet.api.check_dataset import check_dataset
@@ -74,6 +78,7 @@ if TYPE_CHECKING:
     from fusedet.api.predict import Prediction, Predictor, load
     from fusedet.api.predict_files import predict
     from fusedet.api.progress import progress_bar
+    from fusedet.api.settings import resolve_config
     from fusedet.api.train import train
     from fusedet.api.validate_run import validate
     from fusedet.errors import DivergenceError, InputError, StorageError

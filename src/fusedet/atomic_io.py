@@ -6,13 +6,13 @@ import contextlib
 import os
 from pathlib import Path
 
-from fusedet.errors import InputError
+from fusedet.errors import StorageError
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
     """Put a file with these bytes in the place of what was there, at once.
 
-    Raises InputError when it cannot be written (a full disk); the previous file is then still whole.
+    Raises StorageError when it cannot be written (a full disk); the previous file is then still whole.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -22,7 +22,7 @@ def replace(path: Path, data: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(
+        raise StorageError(
             f"{path} cannot be written: {error.strerror or error}; what was there before is still whole"
         ) from error
     finally:

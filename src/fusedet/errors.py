@@ -14,16 +14,22 @@ _LARGEST = 2**63 - 1  # what torch and numpy count with
 class InputError(ValueError):
     """Wrong input: one sentence that names the file, key or value and what would be right.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with `exit_code`.
     """
 
-
-class DivergenceError(RuntimeError):
-    """The training diverged: a loss, a gradient or a weight is not finite. The command line exits with 3."""
+    exit_code = 2
 
 
-class StorageError(RuntimeError):
-    """A file cannot be written, such as on a full disk. The command line exits with 4."""
+class DivergenceError(InputError):
+    """A loss, a gradient or a weight is infinite or not a number; the last checkpoint is from before."""
+
+    exit_code = 3
+
+
+class StorageError(InputError):
+    """A file cannot be written, for example on a full disk; the previous one is still whole."""
+
+    exit_code = 4
 
 
 def unknown(

@@ -1,4 +1,4 @@
-"""Ablations: tables whose rows are configs, trained with several seeds, and what their results allow one to conclude."""
+"""Ablations: tables whose rows are configs, trained with several seeds, and conclusions from their results."""
 
 from fusedet.ablation.estimate import format_duration, parse_duration
 from fusedet.ablation.experiment import LaunchOptions, preview_plan, run_plan

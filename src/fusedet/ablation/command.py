@@ -143,7 +143,7 @@ def ablate(
     return AblationResult(summary, made.out, files)
 
 
-def preview(
+def preview_ablation(
     table: str | Path | None,
     *overrides: str,
     seeds: int = 3,

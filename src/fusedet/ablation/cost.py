@@ -1,4 +1,4 @@
-"""What the rows cost: counted on their configs, measured on their trained weights in one run, the rows in turn."""
+"""The cost of the rows: counted on their configs, measured on their trained weights in one process."""
 
 from __future__ import annotations
 
@@ -32,60 +32,76 @@ SECONDS = 60.0
 
 
 def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[str, Any]]:
-    """Trainable parameters and multiply-adds of every row, {parameters, trainable, multiply_adds, image}, as `measure.cost` counts."""
-    done: dict[str, dict[str, Any]] = {}
-    found = {}
-    for label, one in configs.items():
-        key = repr((one.model, one.data.size))
-        if key not in done:
-            figures = profiling.count_cost(build_meta_detector(one, classes), *profiling.network_size(one.data.size))
-            done[key] = {name: value for name, value in figures.items() if name != "parts"}
-        found[label] = done[key]
-    return found
+    """Count parameters and multiply-adds of every row with `profiling.count_cost`, equal models once.
+
+    Returns:
+        By label: parameters, trainable, multiply_adds and image, the size that they are counted for.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    costs = {}
+    for label, options in configs.items():
+        key = repr((options.model, options.data.size))
+        if key not in known:
+            counts = profiling.count_cost(
+                build_meta_detector(options, classes), *profiling.network_size(options.data.size)
+            )
+            known[key] = {name: value for name, value in counts.items() if name != "parts"}
+        costs[label] = known[key]
+    return costs
 
 
 def measure_prediction(
     runs: Mapping[str, Run], dataset: DetectionDataset, device: torch.device, seconds: float = SECONDS
 ) -> dict[str, dict[str, Any]]:
-    """Latency and memory of prediction with each run's weights, tested as the run is: {row: {p50_ms, p95_ms, images, peak_MiB, device}}.
+    """Measure latency and peak memory of prediction with each run's weights and test section.
 
-    Latency is from an image as the network sees it to its detections, in all views that the config's test section asks for; `IMAGES`
-    images of the dataset one by one, the rows in turn, so that a slow moment of the machine meets all of them; after `seconds` no
-    further image is begun, but two are always timed. Peak memory is of the tensors alive at once, weights included, the most
-    of two images; None on devices that do not count it.
+    Latency is the time from a preprocessed image to its detections, with all views of test-time augmentation. `IMAGES`
+    images of the dataset are predicted one by one, the rows in turn, so that a slow moment of the machine affects all
+    of them. Peak memory counts the tensors alive at once, weights included, the maximum over two images.
+
+    Args:
+        runs: Run of each row, by label.
+        dataset: Images to predict.
+        device: Device of the models.
+        seconds: No further image is started after this time, but at least two are timed.
+
+    Returns:
+        By label: p50_ms, p95_ms, images, peak_MiB (None on devices that do not count it) and device.
     """
-    models = {label: _predictor(cell, dataset, device) for label, cell in runs.items()}
-    places = np.unique(np.linspace(0, len(dataset) - 1, IMAGES).round().astype(int)).tolist()
+    models = {label: _load_predictor(run, dataset, device) for label, run in runs.items()}
+    indices = np.unique(np.linspace(0, len(dataset) - 1, IMAGES).round().astype(int)).tolist()
     times: dict[str, list[float]] = {label: [] for label in runs}
     peaks: dict[str, float | None] = {}
     for label, model in models.items():
-        found = [_peak(model, _batch(model, dataset, i)) for i in places[:2]]  # these warm up too
-        peaks[label] = None if None in found else max(found)  # type: ignore[type-var]
-    began = time.perf_counter()
-    for done, i in enumerate(places):
-        if done >= 2 and time.perf_counter() - began > seconds:
+        memory = [_measure_peak_memory(model, _make_batch(model, dataset, i)) for i in indices[:2]]  # warms up too
+        peaks[label] = None if None in memory else max(memory)  # type: ignore[type-var]
+    start_all = time.perf_counter()
+    for done, i in enumerate(indices):
+        if done >= 2 and time.perf_counter() - start_all > seconds:
             break
         for label, model in models.items():
-            batch = _batch(model, dataset, i)
+            batch = _make_batch(model, dataset, i)
             start = time.perf_counter()
-            find(model.detector, batch, device)  # it ends on the CPU, so nothing is left in a queue
+            find(model.detector, batch, device)  # its result is on the CPU, so that no GPU work is pending
             times[label].append(1000 * (time.perf_counter() - start))
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    else:
+        device_name = f"{device}, {torch.get_num_threads()} threads"
     return {
         label: {
             "p50_ms": float(np.percentile(values, 50)),
             "p95_ms": float(np.percentile(values, 95)),
             "images": len(values),
             "peak_MiB": peaks[label],
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{device}, {torch.get_num_threads()} threads",
+            "device": device_name,
         }
         for label, values in times.items()
     }
 
 
-def training_speed(run: Path) -> float | None:
-    """Training images per second of a run, the wait for data included: the median of what its speed.csv has logged; None without."""
+def read_training_speed(run: Path) -> float | None:
+    """Return a run's training images per second, data loading included: the median of its speed.csv; None without."""
     try:
         with (run / "speed.csv").open(newline="", encoding="utf-8") as lines:
             speeds = [float(row["images_per_second"]) for row in csv.DictReader(lines)]
@@ -94,46 +110,46 @@ def training_speed(run: Path) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _predictor(cell: Run, dataset: DetectionDataset, device: torch.device) -> Predictor:
-    """A run's weights, or those that it scores, in the model that the table asks for."""
-    file = weights_file(cell.trained or cell.folder)
-    detector = with_weights(cell.config, len(dataset.names), file).to(device)
-    return Predictor(tuned(detector, cell.config), cell.config, dataset.names, dataset.category_ids, file)
+def _load_predictor(run: Run, dataset: DetectionDataset, device: torch.device) -> Predictor:
+    """Load a run's weights, or those that it scores, into the model of its row."""
+    file = weights_file(run.weights_from or run.folder)
+    detector = with_weights(run.config, len(dataset.names), file).to(device)
+    return Predictor(tuned(detector, run.config), run.config, dataset.names, dataset.category_ids, file)
 
 
-def _batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
-    """Image i as the network sees it."""
+def _make_batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
+    """Preprocess image i as the network's input."""
     record = dataset[i]
     return collate_views([make_samples(read_image(record.path), record, model.views)], model.views[1:])
 
 
 @torch.no_grad()
-def _peak(model: Predictor, batch: Batch) -> float | None:
-    """MiB of tensors alive at once in one prediction, weights included."""
+def _measure_peak_memory(model: Predictor, batch: Batch) -> float | None:
+    """Return the MiB of tensors alive at once in one prediction, weights included."""
     device = model.device
     tensors = (*model.detector.parameters(), *model.detector.buffers())
     weights = sum(t.numel() * t.element_size() for t in tensors)
 
-    def call() -> None:
+    def predict() -> None:
         find(model.detector, batch, device)
 
     if device.type == "cuda":
-        call()  # what libraries allocate once is no part of it
+        predict()  # libraries allocate workspaces once, which do not count
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
+        predict()
         return float(weights + torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return (weights + _allocated(call)) / 2**20 if device.type == "cpu" else None
+    return (weights + measure_cpu_allocation(predict)) / 2**20 if device.type == "cpu" else None
 
 
-def _allocated(call: Callable[[], None]) -> int:
-    """The most bytes that a call has allocated on the CPU at once, by the profiler's record of every allocation."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells the terminal that it starts
+def measure_cpu_allocation(call: Callable[[], None]) -> int:
+    """Return the most bytes that a call has allocated on the CPU at once, by the profiler's record of allocations."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line to the terminal otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         record.export_chrome_trace(str(file))
         events = [e for e in json.loads(file.read_text(encoding="utf-8"))["traceEvents"] if e.get("name") == "[memory]"]
-    own = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]) if e["args"]["Device Type"] == 0]
-    return int(np.cumsum([0, *own]).max())
+    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]) if e["args"]["Device Type"] == 0]
+    return int(np.cumsum([0, *sizes]).max())

@@ -1,4 +1,4 @@
-"""An ablation from its plan to its report, and what it would do."""
+"""Run an ablation from its plan to its report, or preview it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How a plan is run. budget: seconds after which no run is begun; those that would not fit are not begun either.
+    """Options of `run_plan`.
 
-    slurm: options of the jobs, as submitit takes them. command: noted in the report.
+    Attributes:
+        budget: Seconds in which all runs must end; a run that is not expected to fit is not started.
+        launcher: "local" or "slurm".
+        slurm: Options of the jobs, as submitit's `update_parameters` takes them.
+        resamples: Number of bootstrap resamples of the images.
+        command: Command line to record in the report.
     """
 
     budget: float | None = None
@@ -36,14 +41,24 @@ class LaunchOptions:
 def run_plan(
     plan: Plan, launch: LaunchOptions, *, say: Say = print, quiet: bool = False
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Train what a plan asks for and has not finished, then sum up; gives the summary and the files written, by what they are.
+    """Train the unfinished runs of a plan, then summarize all runs and write the report.
 
-    Raises InputError before anything has run where a folder holds something else, or is in use.
+    Args:
+        plan: The plan.
+        launch: How the runs are started.
+        say: Receives progress messages.
+        quiet: Whether trainings show no progress.
+
+    Returns:
+        The summary, as table.json has it, and the written files by what they are.
+
+    Raises:
+        InputError: A folder has something else, or is in use; nothing has run yet.
     """
     if launch.launcher == "slurm":
         launcher.check_slurm()
         if launch.budget is not None:
-            raise InputError("--budget goes with --launcher local: what Slurm runs at a time is not known here")
+            raise InputError("--budget needs --launcher local: how many jobs Slurm runs at once is unknown here")
     launcher.check_out_dir(plan)
     states = plan.states()
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -57,45 +72,45 @@ def run_plan(
     with lock:
         launcher.write_marker(plan, launch.command)
         costs = count_costs(plan.configs, plan.classes)
-        places = launcher.list_devices(next(iter(plan.configs.values())).device)
-        queue = launcher.Queue(
-            launcher.list_unfinished(plan, states), estimate.make_clock(plan, costs), launch.budget, len(places)
-        )
-        if launch.budget is not None and queue.left and not queue.clock.seconds:
-            _time_step(plan, queue.left[0].label, costs, queue.clock, say)
+        devices = launcher.list_devices(next(iter(plan.configs.values())).device)
+        clock = estimate.make_clock(plan, costs)
+        queue = launcher.Queue(launcher.list_unfinished(plan, states), clock, launch.budget, len(devices))
+        if launch.budget is not None and queue.left and not clock.seconds:
+            _time_step(plan, queue.left[0].label, costs, clock, say)
         if launch.launcher == "slurm" and queue.left:
             launcher.run_slurm(queue, plan.out / "slurm", launch.slurm, say)
         elif queue.left:
-            launcher.run_local(queue, places, say, quiet)
+            launcher.run_local(queue, devices, say, quiet)
         if queue.left:
             say(_describe_left(queue))
-        say("summing up")
-        found = summarize(plan, costs, resamples=launch.resamples)
-        return found, write_report(found, plan.out)
+        say("summarizing")
+        summary = summarize(plan, costs, resamples=launch.resamples)
+        return summary, write_report(summary, plan.out)
 
 
 def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]], str]:
-    """What `ablate` would do: a row of figures per row of the table, as `tables.plan_sheet` takes them, and what the estimate rests on.
+    """Preview what `run_plan` would do.
 
-    Without data nothing is estimated. With data and no finished run, a step of the baseline's model is timed on images of the data.
+    Nothing is estimated without data. With data and no finished run, a training step of the baseline is timed.
+
+    Returns:
+        One mapping per row of the table, as `render.make_plan_sheet` takes them, and the basis of the estimate.
     """
     if plan.out != Path():
         launcher.check_out_dir(plan)
     costs = count_costs(plan.configs, plan.classes)
-    clock, lacking = None, {plan.owners[label]: plan.seeds for label in plan.chosen}
+    clock, missing = None, {plan.runs_of[label]: plan.seeds for label in plan.selected}
     if plan.data:
         clock = estimate.make_clock(plan, costs)
-        states = plan.states()
-        lacking = {row[0].label: len(row) for row in launcher.list_unfinished(plan, states) if row}
-        if not clock.seconds and lacking:
-            _time_step(plan, next(iter(lacking)), costs, clock, say)
+        missing = {runs[0].label: len(runs) for runs in launcher.list_unfinished(plan, plan.states()) if runs}
+        if not clock.seconds and missing:
+            _time_step(plan, next(iter(missing)), costs, clock, say)
     rows = []
     for row in plan.table.rows:
         cost = costs.get(row.label, {})
-        left = (
-            lacking.pop(plan.owners[row.label], 0) if row.label in plan.chosen else None
-        )  # of rows that share runs the first has them
-        expected = clock.expected(plan.owners[row.label]) if clock and left else None
+        # Of rows that share runs, the first one has them.
+        left = missing.pop(plan.runs_of[row.label], 0) if row.label in plan.selected else None
+        expected = clock.expected(plan.runs_of[row.label]) if clock and left else None
         rows.append(
             {
                 "label": row.label,
@@ -115,14 +130,14 @@ def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]],
 def _time_step(
     plan: Plan, label: str, costs: Mapping[str, Mapping[str, float]], clock: estimate.Clock, say: Say
 ) -> None:
-    """Where no run has finished, a step tells how long one takes."""
     say(f"timing a training step of '{label}'")
     estimate.time_training_step(plan, label, costs[label]["multiply_adds"], clock)
 
 
 def _describe_left(queue: launcher.Queue) -> str:
-    """What the budget did not allow."""
-    names = [f"'{cell.label}' seed {cell.seed}" for cell in queue.left]
-    some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    rest = "" if queue.remaining is None else f", about {estimate.format_duration(queue.remaining)}"
-    return f"the budget leaves {len(names)} runs undone{rest}: {some}; give the same command to go on"
+    """Say which runs the budget has left out."""
+    names = [f"'{run.label}' seed {run.seed}" for run in queue.left]
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    seconds = queue.left_seconds
+    rest = "" if seconds is None else f", about {estimate.format_duration(seconds)}"
+    return f"the budget leaves out {len(names)} runs{rest}: {shown}; repeat the command to continue"

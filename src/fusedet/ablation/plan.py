@@ -1,4 +1,4 @@
-"""What an ablation will run: every row's config checked, its data read, its folders looked at, before anything is trained."""
+"""The plan of an ablation: check every row's config, data and output folder before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,145 +21,162 @@ from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import build_meta_detector
 
 Split = tuple[DetectionDataset, DetectionDataset]
-State = Literal["absent", "begun", "failed", "finished"]
-ELSEWHERE = ("out", "device", "data.path", "data.images", "data.workers", "train.loggers")
-"""Keys of a config that do not change what a run learns; the data are compared by their fingerprints."""
+State = Literal["absent", "resumable", "failed", "finished"]
+IRRELEVANT_KEYS = ("out", "device", "data.path", "data.images", "data.workers", "train.loggers")
+"""Config keys that do not change what a run learns; datasets are compared by their fingerprints."""
 FAILED, TIMES, MARKER = "failed.json", "time.json", "ablation.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a row with a seed. config: complete, with its seed and `out`, the run's folder.
+    """One run: a row with a seed.
 
-    trained: None for a training; else the folder of the one whose weights are scored anew, as this row's test section says.
+    Attributes:
+        label: Label of the row.
+        config: Complete config with seed and `out`, the run directory.
+        weights_from: Run directory whose weights are scored with this row's test section; None for a training.
     """
 
     label: str
     config: Config
-    trained: Path | None = None
+    weights_from: Path | None = None
 
     @property
     def seed(self) -> int:
-        """What everything random in the training follows from."""
+        """Seed of the training."""
         return self.config.train.seed
 
     @property
     def folder(self) -> Path:
-        """Where the run is or will be."""
+        """Run directory."""
         return Path(str(self.config.out))
 
     def state(self, data: Split) -> State:
-        """How far the run is. Raises InputError where its folder holds another config or was made on other data.
+        """Read the state of the run from its run directory.
 
-        absent: no step of it is kept; begun: it goes on from its last checkpoint; failed: it diverged.
+        Returns:
+            absent: no step was saved; resumable: it continues from its last checkpoint; failed: the training diverged;
+            finished: its metrics are stored.
+
+        Raises:
+            InputError: The run directory has another config or other files, or was trained on other data.
         """
         folder, file = self.folder, self.folder / "config.yaml"
-        if self.trained and (self.trained / FAILED).is_file():
+        if self.weights_from and (self.weights_from / FAILED).is_file():
             return "failed"
         if not folder.exists() or not any(folder.iterdir()):
             return "absent"
         if not file.is_file():
             raise InputError(
-                f"{folder} is where the run of row '{self.label}' belongs, but holds other files: choose another out=FOLDER"
+                f"{folder} is the run directory of row '{self.label}', but has other files: choose another out=FOLDER"
             )
-        there, asked = (_flatten(one.tree()) for one in (config.load(file), self.config))
-        for key in sorted(there.keys() | asked.keys()):
-            if key not in ELSEWHERE and there.get(key) != asked.get(key):
+        stored, wanted = (_flatten(options.tree()) for options in (config.load(file), self.config))
+        for key in sorted(stored.keys() | wanted.keys()):
+            if key not in IRRELEVANT_KEYS and stored.get(key) != wanted.get(key):
                 raise InputError(
-                    f"{folder} holds a run with {key}={there.get(key)}, but row '{self.label}' is asked for with {key}={asked.get(key)}: "
-                    "choose another out=FOLDER, or ask for the same"
+                    f"{folder} has a run with {key}={stored.get(key)}, but row '{self.label}' needs "
+                    f"{key}={wanted.get(key)}: choose another out=FOLDER, or use the same settings"
                 )
-        prints = [split.fingerprint() for split in data]
-        known = data_prints(folder)
-        if known is not None and list(known.values()) != prints:
+        prints = data_prints(folder)
+        if prints is not None and list(prints.values()) != [split.fingerprint() for split in data]:
             raise InputError(
-                f"{folder} was trained on other data than {data[0].source} and {data[1].source}: choose another out=FOLDER"
+                f"{folder} was trained on other data than {data[0].source} and {data[1].source}: "
+                "choose another out=FOLDER"
             )
         if (folder / FAILED).is_file():
             return "failed"
         if read_json(folder / "metrics.json") is not None:
             return "finished"
-        return "begun" if (folder / "last.ckpt").is_file() else "absent"
+        return "resumable" if (folder / "last.ckpt").is_file() else "absent"
 
 
 @dataclass(frozen=True)
 class Plan:
     """A table with its rows resolved.
 
-    configs: of every row that can run, by label. owners: the row whose runs a row shares, its own label, or that of the first one with
-    an equal config. trainers: the row whose weights a row is scored with, likewise, of configs that are equal but for their test
-    section. chosen: the labels to run. data: training and validation split of every row with a config; empty without data.
+    Attributes:
+        table: The table.
+        overrides: "key=value" overrides of all rows.
+        configs: Config of every row that can run, by label.
+        runs_of: By label, the row whose runs a row uses: the first row with an equal config.
+        weights_of: By label, the row whose weights a row uses: the first row whose config is equal except for `test`.
+        selected: Labels of the rows to run.
+        seeds: Number of runs per row.
+        out: Output directory.
+        data: Training and validation split by label; empty without data.
     """
 
     table: Table
     overrides: tuple[str, ...]
     configs: Mapping[str, Config]
-    owners: Mapping[str, str]
-    trainers: Mapping[str, str]
-    chosen: tuple[str, ...]
+    runs_of: Mapping[str, str]
+    weights_of: Mapping[str, str]
+    selected: tuple[str, ...]
     seeds: int
     out: Path
     data: Mapping[str, Split]
 
     @property
     def classes(self) -> int:
-        """Of the data, else COCO's."""
+        """Number of classes of the data, or of COCO without data."""
         return len(self.val.names) if self.data else 80
 
     @property
     def val(self) -> DetectionDataset:
-        """The images that all rows are scored on."""
+        """Split that all rows are scored on."""
         return next(iter(self.data.values()))[1]
 
     @property
     def baseline(self) -> str | None:
-        """The row that the others are compared with: the table's reference, else its first; None where that one is only cited."""
+        """Label of the table's reference, or of its first row; None if that row is only cited."""
         label = self.table.reference or next(iter(self.configs), None)
         return label if label in self.configs else None
 
     def reference(self, label: str) -> str | None:
-        """The row that a row is compared with: its own reference, else the baseline; None where that one is only cited."""
+        """Return the label of the row to compare with, its own reference or the baseline; None if that is cited."""
         own = next(row.reference for row in self.table.rows if row.label == label)
         return self.baseline if own is None else own if own in self.configs else None
 
     def runs(self, label: str) -> list[Run]:
-        """The runs of a row, one per seed."""
-        owner, trainer = self.owners[label], self.trainers[label]
-        one, slugs = self.configs[owner], self._slugs()
-        found = []
-        for seed in range(one.train.seed, one.train.seed + self.seeds):
-            folder, seeded = (
-                self.out / slugs[trainer] / f"seed{seed}",
-                replace(one, train=replace(one.train, seed=seed)),
-            )
-            if owner == trainer:
-                found.append(Run(owner, replace(seeded, out=str(folder))))
+        """List the runs of a row, one per seed."""
+        row, trained = self.runs_of[label], self.weights_of[label]
+        options, slugs = self.configs[row], self._slugs()
+        runs = []
+        for seed in range(options.train.seed, options.train.seed + self.seeds):
+            folder = self.out / slugs[trained] / f"seed{seed}"
+            seeded = replace(options, train=replace(options.train, seed=seed))
+            if row == trained:
+                runs.append(Run(row, replace(seeded, out=str(folder))))
             else:
-                found.append(Run(owner, replace(seeded, out=str(folder / f"test-{slugs[owner]}")), folder))
-        return found
+                runs.append(Run(row, replace(seeded, out=str(folder / f"test-{slugs[row]}")), folder))
+        return runs
 
-    def to_run(self) -> list[list[Run]]:
-        """The runs of the chosen rows, row by row, equal ones once; those that others are compared or scored with before these."""
-        base = self.owners.get(self.baseline or "")
-        wanted: dict[str, None] = {}
-        for label in sorted(self.chosen, key=lambda label: self.owners[label] != base):
+    def selected_runs(self) -> list[list[Run]]:
+        """List the distinct runs of the selected rows, row by row, each row after its reference and its weights."""
+        baseline = self.runs_of.get(self.baseline or "")
+        rows: dict[str, None] = {}
+        for label in sorted(self.selected, key=lambda label: self.runs_of[label] != baseline):
             reference = self.reference(label)
-            for one in (reference, label) if reference in self.chosen else (label,):
-                wanted |= {self.trainers[one]: None, self.owners[one]: None}
-        return [self.runs(owner) for owner in wanted]
+            for name in (reference, label) if reference in self.selected else (label,):
+                rows |= {self.weights_of[name]: None, self.runs_of[name]: None}
+        return [self.runs(row) for row in rows]
 
     def states(self) -> dict[Path, State]:
-        """How far every run of the table is, by its folder. Raises InputError as `Run.state` does."""
-        return {cell.folder: cell.state(self.data[label]) for label in self.configs for cell in self.runs(label)}
+        """Read the states of all runs of the table, by run directory.
+
+        Raises:
+            InputError: As `Run.state` does.
+        """
+        return {run.folder: run.state(self.data[label]) for label in self.configs for run in self.runs(label)}
 
     def _slugs(self) -> dict[str, str]:
-        """A folder's name per label, different for different labels, the same whichever rows are chosen."""
-        found: dict[str, str] = {}
+        """Return a unique folder name per label, the same whichever rows are selected."""
+        slugs: dict[str, str] = {}
         for row in self.table.rows:
             slug = re.sub(r"[^a-z0-9.]+", "_", row.label.lower()).strip("_.") or "row"
             names = (slug if i == 1 else f"{slug}-{i}" for i in range(1, len(self.table.rows) + 1))
-            found[row.label] = next(name for name in names if name not in found.values())
-        return found
+            slugs[row.label] = next(name for name in names if name not in slugs.values())
+        return slugs
 
 
 def make_plan(
@@ -172,43 +189,52 @@ def make_plan(
     need_data: bool = True,
     say: Callable[[str], None] = print,
 ) -> Plan:
-    """A table's plan, with every row checked: its config built without memory, its data read, both splits there and of like classes.
+    """Plan an ablation and check every row: build its model without memory and read its splits.
 
-    overrides: over all rows, such as data=PATH. rows: labels, several joined by commas, of those to run; by default all that have a
-    config. need_data=False: a plan to look at. Raises InputError, one sentence, for whatever is wrong with any of the rows.
+    Args:
+        table: The table.
+        overrides: "key=value" overrides of all rows, such as data=PATH.
+        seeds: Number of runs per row.
+        rows: Labels of the rows to run, several joined by commas; by default all rows that have a config.
+        out: Output directory.
+        need_data: False for a plan that is only previewed.
+        say: Receives progress messages.
+
+    Raises:
+        InputError: Any row is invalid.
     """
-    asked = _parse_labels(table, rows)
+    labels = _parse_labels(table, rows)
     resolved = {row.label: row.config(table, *overrides) for row in table.rows if not row.cited}
     if not resolved:
         raise InputError(f"{table.source}: all rows are cited from the literature, there is nothing to run")
-    chosen = tuple(asked or resolved)
     data: dict[str, Split] = {}
-    if any(one.data.path for one in resolved.values()):
+    if any(options.data.path for options in resolved.values()):
         data = _read_splits(table, resolved, say)
     elif need_data:
-        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
+        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO format")
     classes = len(next(iter(data.values()))[1].names) if data else 80
     configs = table.configs(*overrides, num_classes=classes)
-    for label, one in configs.items():
+    for label, options in configs.items():
         try:
-            check_monitor(one)
+            check_monitor(options)
             if data:
-                learns_masks(one, build_meta_detector(one, classes), *data[label])
-            if table.figure.startswith("mask_") and not has_mask_branch(build_meta_detector(one, classes)):
-                raise InputError(f"the table is about {table.figure}, but this row's detector finds no masks")
+                learns_masks(options, build_meta_detector(options, classes), *data[label])
+            if table.metric.startswith("mask_") and not has_mask_branch(build_meta_detector(options, classes)):
+                raise InputError(f"the table's metric is {table.metric}, but this row's detector predicts no masks")
         except InputError as error:
             raise InputError(f"{table.source}, row '{label}': {error}") from error
-        pick_device(one.device)
-    owners = {label: next(first for first, other in configs.items() if other == one) for label, one in configs.items()}
-    trainers = {
-        label: next(first for first, other in configs.items() if replace(other, test=one.test) == one)
-        for label, one in configs.items()
+        pick_device(options.device)
+    runs_of = {label: next(first for first, c in configs.items() if c == own) for label, own in configs.items()}
+    weights_of = {
+        label: next(first for first, c in configs.items() if replace(c, test=own.test) == own)
+        for label, own in configs.items()
     }
-    return Plan(table, tuple(overrides), configs, owners, trainers, chosen, seeds, Path(out), data)
+    selected = tuple(labels or resolved)
+    return Plan(table, tuple(overrides), configs, runs_of, weights_of, selected, seeds, Path(out), data)
 
 
 def read_json(file: Path) -> Any:
-    """What a file holds; None for one that is absent or was cut off."""
+    """Read a JSON file; return None for a file that is absent or truncated."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -216,31 +242,32 @@ def read_json(file: Path) -> Any:
 
 
 def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str], None]) -> dict[str, Split]:
-    """Each row's splits; what several rows have in common is read once."""
-    read: dict[tuple[Any, ...], Split] = {}
-    found = {}
-    for label, one in configs.items():
-        key = (one.data.path, one.data.images, one.data.train, one.data.val)
+    """Read each row's splits; data that several rows share is read once."""
+    known: dict[tuple[Any, ...], Split] = {}
+    splits = {}
+    for label, options in configs.items():
+        key = (options.data.path, options.data.images, options.data.train, options.data.val)
         try:
-            if one.data.path is None:
+            if options.data.path is None:
                 raise InputError("it has no data: add data=PATH")
-            found[label] = read[key] if key in read else read.setdefault(key, open_data(one, say))
+            splits[label] = known[key] if key in known else known.setdefault(key, open_data(options, say))
         except InputError as error:
             raise InputError(f"{table.source}, row '{label}': {error}") from error
-    first = next(iter(found))
-    for label, (_, val) in found.items():
-        if val is not found[first][1] and val.fingerprint() != found[first][1].fingerprint():
+    first = next(iter(splits))
+    common = splits[first][1]
+    for label, (_, val) in splits.items():
+        if val is not common and val.fingerprint() != common.fingerprint():
             raise InputError(
-                f"{table.source}: row '{label}' is scored on {val.source}, but row '{first}' on {found[first][1].source}: "
-                "rows are compared on the same images, set data.val alike"
+                f"{table.source}: row '{label}' is scored on {val.source}, but row '{first}' on {common.source}: "
+                "rows are compared on the same images, use the same data.val"
             )
-    return found
+    return splits
 
 
 def _parse_labels(table: Table, rows: Iterable[str]) -> list[str]:
-    """The labels in texts that join them by commas, which labels hold themselves."""
+    """Split texts of labels joined by commas, where labels may contain commas themselves."""
     known = {row.label: row for row in table.rows}
-    found: list[str] = []
+    labels: list[str] = []
     for text in rows:
         while text:
             starts = [label for label in known if f"{text},".startswith(f"{label},")]
@@ -250,12 +277,12 @@ def _parse_labels(table: Table, rows: Iterable[str]) -> list[str]:
             text = text[len(label) + 1 :]
             if known[label].cited:
                 raise InputError(f"{table.source}, row '{label}' is cited from the literature: it has no config to run")
-            found.append(label)
-    return list(dict.fromkeys(found))
+            labels.append(label)
+    return list(dict.fromkeys(labels))
 
 
 def _flatten(tree: Any, key: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys; lists stay values."""
+    """Flatten a nested mapping to dotted keys; lists stay values."""
     if not isinstance(tree, Mapping) or not tree:
         return {key: tree}
     return {

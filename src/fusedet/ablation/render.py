@@ -1,4 +1,4 @@
-"""A summary as tables of text: for the terminal, for Markdown, for a spreadsheet, and for the page."""
+"""Render a summary as tables of text: for the terminal, Markdown, CSV and the HTML page."""
 
 from __future__ import annotations
 
@@ -7,68 +7,78 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Terminal
 
 from fusedet.ablation.estimate import format_duration
-from fusedet.ablation.summary import MEASURED, compared_metrics
-from fusedet.ablation.summary_text import collect_notes, count_finished, describe_cost, describe_coverage
+from fusedet.ablation.spec import METRICS
+from fusedet.ablation.summary import compared_metrics
+from fusedet.ablation.summary_text import (
+    Summary,
+    collect_notes,
+    count_finished,
+    describe_cost,
+    describe_coverage,
+    format_interval,
+)
 from fusedet.evaluation.confidence_intervals import choose_decimals
 
-Found = Mapping[str, Any]
-NOTHING = "not measured"
-UNBOUND = 1000  # characters of a line where no terminal breaks it
-LABEL = 24  # characters of a row's label that are not broken in the terminal
+NOT_MEASURED = "not measured"
+LABEL_WIDTH = 24  # characters of a row's label that the terminal does not break
 CITED = "cited"
 COST = "Cost"
 
 
 class Sheet(NamedTuple):
-    """A table of text: what it shows, its head and its rows; the first column holds the rows' labels."""
+    """A table of text: title, column names and rows; the first column has the rows' labels."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
 
 
-def make_sheets(found: Found) -> list[Sheet]:
-    """The tables of a summary: its figure with its differences, all figures, cost."""
-    return [make_difference_sheet(found), make_metric_sheet(found), make_cost_sheet(found)]
+def make_sheets(summary: Summary) -> list[Sheet]:
+    """Make the tables of a summary: the metric with its differences, all metrics, cost."""
+    return [make_difference_sheet(summary), make_metric_sheet(summary), make_cost_sheet(summary)]
 
 
-def make_difference_sheet(found: Found) -> Sheet:
-    """The table's figure as published and as measured, with both intervals of the difference to each row's reference."""
-    level, name = f"{100 * found['level']:g} %", found["figure"]
-    own = [row for row in found["rows"] if not row["cited"]]
+def make_difference_sheet(summary: Summary) -> Sheet:
+    """Make the table of the published and measured metric, with both intervals of the difference to the reference."""
+    level, name = f"{100 * summary['level']:g} %", summary["metric"]
+    own = [row for row in summary["rows"] if not row["cited"]]
     references = {row["reference"] for row in own}
-    partial = any(count_finished(row) < found["seeds"] for row in own)
+    incomplete = any(count_finished(row) < summary["seeds"] for row in own)
     head = [
         "row",
         f"{name} published",
         f"{name} measured",
         f"{name}, {level} over seeds",
         f"{name} per seed",
-        *(["seeds"] * partial),
+        *(["seeds"] * incomplete),
     ]
-    if compared := any(references) or any(row["published_difference"] for row in found["rows"]):
+    if compared := any(references) or any(row["published_difference"] for row in summary["rows"]):
         head += ["compared with"] if len(references) > 1 else []
-        less = f"{name} less '{next(iter(references))}'" if len(references) == 1 else f"{name} less that"
-        head += ["published difference", less, f"difference, {level} over images", f"difference, {level} over seeds"]
+        reference = f"'{next(iter(references))}'" if len(references) == 1 else "reference"
+        head += [
+            "published difference",
+            f"{name} - {reference}",
+            f"difference, {level} over images",
+            f"difference, {level} over seeds",
+        ]
     rows = []
-    for row in found["rows"]:
-        one = (row.get("measured") or {}).get(name)
+    for row in summary["rows"]:
+        measured = (row.get("measured") or {}).get(name)
         cells = [row["label"], format_number(row["published"].get(name))]
-        if row["cited"] or one is None:
-            cells += [CITED if row["cited"] else NOTHING, "", ""]
+        if row["cited"] or measured is None:
+            cells += [CITED if row["cited"] else NOT_MEASURED, "", ""]
         else:
             cells += [
-                format_number(one["mean"], 2),
-                format_interval((one["low"], one["high"])),
-                " ".join(format_number(value, 2) for value in one["values"]),
+                format_number(measured["mean"], 2),
+                format_interval((measured["low"], measured["high"])),
+                " ".join(format_number(value, 2) for value in measured["values"]),
             ]
-        if partial:
-            cells.append("" if row["cited"] else f"{count_finished(row)}/{found['seeds']}")
+        if incomplete:
+            cells.append("" if row["cited"] else f"{count_finished(row)}/{summary['seeds']}")
         if compared:
             change, reference = (row.get("difference") or {}).get(name), row.get("reference")
             cells += [("" if reference in (None, row["label"]) else reference)] * (len(references) > 1)
@@ -82,32 +92,32 @@ def make_difference_sheet(found: Found) -> Sheet:
                 ]
             )
         rows.append(cells)
-    seeds = "means over the seeds that finished" if found["seeds"] > 1 else "one seed"
+    seeds = "means over the seeds that finished" if summary["seeds"] > 1 else "one seed"
     return Sheet(f"{name} in percent, {seeds}", head, rows)
 
 
-def make_metric_sheet(found: Found) -> Sheet:
-    """Every figure that is printed or shown, published / measured."""
-    names = list_shown_metrics(found)
+def make_metric_sheet(summary: Summary) -> Sheet:
+    """Make the table of all published or compared metrics, published / measured."""
+    names = list_shown_metrics(summary)
     rows = []
-    for row in found["rows"]:
+    for row in summary["rows"]:
         measured = row.get("measured") or {}
         pairs = [(row["published"].get(name), (measured.get(name) or {}).get("mean")) for name in names]
         rows.append(
             [row["label"], *(f"{format_number(a)} / {format_number(b, 2)}" for a, b in pairs), row["split"] or "-"]
         )
-    return Sheet("All figures in percent, published / measured", ["row", *names, "published on"], rows)
+    return Sheet("All metrics in percent, published / measured", ["row", *names, "published on"], rows)
 
 
-def make_cost_sheet(found: Found) -> Sheet:
-    """What each row costs, as printed and as counted and measured."""
+def make_cost_sheet(summary: Summary) -> Sheet:
+    """Make the table of costs, as published, counted and measured."""
     head = ["row", "#Param paper (M)", "#Param (M)", "multiply-adds (G)", "time paper (ms)"]
     head += ["p50 (ms)", "p95 (ms)", "peak memory (MiB)", "training (images/s)"]
     rows = []
-    for row in found["rows"]:
+    for row in summary["rows"]:
         cost = row.get("cost") or {}
         speed, training = cost.get("prediction") or {}, cost.get("training") or {}
-        none = CITED if row["cited"] else NOTHING
+        none = CITED if row["cited"] else NOT_MEASURED
         counts = [f"{cost['trainable'] / 1e6:.2f}", f"{cost['multiply_adds'] / 1e9:.2f}"] if cost else [none, none]
         values = [speed.get("p50_ms"), speed.get("p95_ms"), speed.get("peak_MiB"), training.get("images_per_second")]
         rows.append(
@@ -122,15 +132,21 @@ def make_cost_sheet(found: Found) -> Sheet:
     return Sheet(COST, head, rows)
 
 
-def make_plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
-    """The rows of a dry run: label, published, params_M, time_ms, trainable, multiply_adds, left (runs) and seconds (of them, or None)."""
+def make_plan_sheet(rows: Sequence[Mapping[str, Any]], classes: int, seeds: int) -> Sheet:
+    """Make the table of a dry run.
+
+    Args:
+        rows: Result of `experiment.preview_plan`.
+        classes: Number of classes of the counted models.
+        seeds: Number of runs per row.
+    """
     names = [
         name
-        for name in (*MEASURED, *(f"delta_{name}" for name in MEASURED))
+        for name in (*METRICS, *(f"delta_{name}" for name in METRICS))
         if any(name in row["published"] for row in rows)
     ]
-    timed = any(row["seconds"] is not None for row in rows)
-    printed_time = any(row["time_ms"] is not None for row in rows)
+    has_estimate = any(row["seconds"] is not None for row in rows)
+    has_time = any(row["time_ms"] is not None for row in rows)
     head = [
         "row",
         *(name.replace("delta_", "Δ") for name in names),
@@ -138,7 +154,7 @@ def make_plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
         "#Param (M)",
         "multiply-adds (G)",
     ]
-    head += [*(["time paper (ms)"] * printed_time), "runs to do", *(["estimate"] * timed)]
+    head += [*(["time paper (ms)"] * has_time), "runs to do", *(["estimate"] * has_estimate)]
     lines = []
     for row in rows:
         cells = [
@@ -150,60 +166,64 @@ def make_plan_sheet(rows: Sequence[Found], classes: int, seeds: int) -> Sheet:
             cells += [CITED, CITED]
         else:
             cells += [f"{row['trainable'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e9:.2f}"]
-        cells += [format_number(row["time_ms"])] * printed_time
+        cells += [format_number(row["time_ms"])] * has_time
         cells += ["-" if row["left"] is None else str(row["left"])]
-        cells += [("-" if row["seconds"] is None else format_duration(row["seconds"]))] * timed
+        cells += [("-" if row["seconds"] is None else format_duration(row["seconds"]))] * has_estimate
         lines.append(cells)
     return Sheet(
-        f"Published figures in percent; counted with {classes} classes; {seeds} seed{'s' * (seeds > 1)} per row",
+        f"Published metrics in percent; counted with {classes} classes; {seeds} seed{'s' * (seeds > 1)} per row",
         head,
         lines,
     )
 
 
-def list_shown_metrics(found: Found) -> list[str]:
-    """AP to APl, the table's own figure with those of its kind, and what else the table's rows print."""
+def list_shown_metrics(summary: Summary) -> list[str]:
+    """List AP to APl, the metrics compared in the table, and all that its rows publish."""
     also = (
-        {name for row in found["rows"] for name in row["published"]}
+        {name for row in summary["rows"] for name in row["published"]}
         | set(compared_metrics("AP"))
-        | set(compared_metrics(found["figure"]))
+        | set(compared_metrics(summary["metric"]))
     )
-    return [name for name in MEASURED if name in also]
+    return [name for name in METRICS if name in also]
 
 
-def format_markdown(found: Found) -> str:
-    """The tables and the conclusions as Markdown."""
-    text = [f"# {found['title']}", "", *([found["paper"], ""] if found["paper"] else [])]
-    for sheet in make_sheets(found):
+def format_markdown(summary: Summary) -> str:
+    """Format the tables and the conclusions as Markdown."""
+    text = [f"# {summary['title']}", "", *([summary["paper"], ""] if summary["paper"] else [])]
+    for sheet in make_sheets(summary):
         text += [
             f"## {sheet.title}",
             "",
-            _line(sheet.head),
+            _format_line(sheet.head),
             "|" + "---|" * len(sheet.head),
-            *map(_line, sheet.rows),
+            *map(_format_line, sheet.rows),
             "",
         ]
-        text += [describe_cost(found), ""] if sheet.title == COST else []
+        text += [describe_cost(summary), ""] if sheet.title == COST else []
     text += [
-        "## What can be concluded",
+        "## Conclusions",
         "",
-        *(f"- **{_safe(row['label'])}**: {row['conclusion']}" for row in found["rows"] if not row["cited"]),
+        *(
+            f"- **{_escape_markdown(row['label'])}**: {row['conclusion']}"
+            for row in summary["rows"]
+            if not row["cited"]
+        ),
     ]
     text += [
         "",
-        "## What the figures cover",
+        "## What the intervals cover",
         "",
-        *(f"- {line}" for line in [*describe_coverage(found), *map(_safe, collect_notes(found))]),
+        *(f"- {line}" for line in [*describe_coverage(summary), *map(_escape_markdown, collect_notes(summary))]),
         "",
     ]
     return "\n".join(text)
 
 
-def format_csv(found: Found) -> str:
-    """One line per row with every figure in a column of its own; empty where nothing was printed or measured."""
+def format_csv(summary: Summary) -> str:
+    """Format one line per row and one column per value; cells without a value are empty."""
     text = io.StringIO(newline="")
-    names = list_shown_metrics(found)
-    changes = compared_metrics(found["figure"])
+    names = list_shown_metrics(summary)
+    changes = compared_metrics(summary["metric"])
     columns = [
         "row",
         "cited",
@@ -223,7 +243,7 @@ def format_csv(found: Found) -> str:
     columns += ["trainable", "multiply_adds", "p50_ms", "p95_ms", "peak_MiB", "train_images_per_second", "conclusion"]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for row in found["rows"]:
+    for row in summary["rows"]:
         line = {
             "row": row["label"],
             "cited": row["cited"],
@@ -234,18 +254,18 @@ def format_csv(found: Found) -> str:
         line |= {"seeds_finished": None if row["cited"] else count_finished(row), "reference": row.get("reference")}
         line |= {f"published_{name}_difference": row["published_difference"].get(name) for name in changes}
         for name in names:
-            if one := (row.get("measured") or {}).get(name):
+            if measured := (row.get("measured") or {}).get(name):
                 line |= {
-                    f"{name}_mean": one["mean"],
-                    f"{name}_seeds_low": one["low"],
-                    f"{name}_seeds_high": one["high"],
+                    f"{name}_mean": measured["mean"],
+                    f"{name}_seeds_low": measured["low"],
+                    f"{name}_seeds_high": measured["high"],
                 }
-                line[f"{name}_per_seed"] = " ".join(map(repr, one["values"]))
+                line[f"{name}_per_seed"] = " ".join(map(repr, measured["values"]))
         for name in changes:
-            if one := (row.get("difference") or {}).get(name):
-                line[f"{name}_difference"] = one["value"]
+            if change := (row.get("difference") or {}).get(name):
+                line[f"{name}_difference"] = change["value"]
                 for what in ("images", "seeds"):
-                    low, high = one[f"over_{what}"] or (None, None)
+                    low, high = change[f"over_{what}"] or (None, None)
                     line |= {f"{name}_difference_{what}_low": low, f"{name}_difference_{what}_high": high}
         cost = row.get("cost") or {}
         speed, training = cost.get("prediction") or {}, cost.get("training") or {}
@@ -260,48 +280,35 @@ def format_csv(found: Found) -> str:
 
 
 def sheet_table(sheet: Sheet) -> Terminal:
-    """Return a table for the terminal."""
+    """Make a table for the terminal; in a narrow one, long labels are folded and words of the head stay whole."""
     table = Terminal(title=escape(sheet.title), title_justify="left")
     for i, name in enumerate(sheet.head):
         widest = max(len(row[0]) for row in sheet.rows)
-        least = max(map(len, name.split())) if i else min(widest, LABEL)
+        least = max(map(len, name.split())) if i else min(widest, LABEL_WIDTH)
         table.add_column(escape(name), justify="right" if i else "left", overflow="fold", min_width=least)
     for row in sheet.rows:
         table.add_row(*map(escape, row))
     return table
 
 
-def print_sheet(console: Console, sheet: Sheet) -> None:
-    """Print a table."""
-    wide = console if console.is_terminal else Console(file=console.file, width=UNBOUND, highlight=False, emoji=False)
-    wide.print(sheet_table(sheet))
-
-
 def format_number(value: float | None, digits: int = 1) -> str:
-    """A figure, or a dash where there is none."""
+    """Format a value; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def format_difference(value: float | None) -> str:
-    """A difference with its sign."""
+    """Format a measured difference with its sign."""
     return "-" if value is None else f"{value:+.{choose_decimals(value, least=2)}f}"
 
 
 def format_published_difference(value: float | None) -> str:
-    """A published difference with its sign and the decimals that it has, at least one."""
+    """Format a published difference with its sign and its own decimals, at least one."""
     return "-" if value is None else f"{value:+.1f}" if abs(value - round(value, 1)) < 1e-6 else f"{value:+.2f}"
 
 
-def format_interval(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
-    """An interval; "none" where it needs more seeds or objects."""
-    known = [end for end in pair or () if end is not None]
-    digits = choose_decimals(*known, least=2)
-    return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
+def _format_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escape_markdown, cells)) + " |"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_safe, cells)) + " |"
-
-
-def _safe(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")

@@ -1,4 +1,4 @@
-"""Tables whose rows are configs, with the figures that papers print for them: YAML, shipped or one's own."""
+"""Ablation tables: rows of configs with the metrics that papers publish for them, from shipped or own YAML files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ from fusedet import config
 from fusedet.api.validate import FIGURES, MASK_FIGURES
 from fusedet.config import Config
 from fusedet.errors import InputError, checked, unknown
+from fusedet.evaluation import bootstrap
 from fusedet.models.detectors import build_meta_detector
 
-PUBLISHED = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
-"""The figures of `fusedet val` that a paper can print."""
+METRICS = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
+"""The metrics of `fusedet val`, measured and published."""
+RESAMPLED = (*bootstrap.METRICS, *(f"mask_{name}" for name in bootstrap.METRICS))
+"""The metrics that have a confidence interval over images."""
 DELTA = "delta_"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A label and how the row's config differs from the table's, or what a paper cites of other people's detectors.
+    """One row: a label and the differences of its config from the table's, or results that a paper cites.
 
-    overrides: "key=value" texts over the table's. base: a config's name or file, in place of the table's.
-    reference: the label of the row that this one is compared with, in place of the table's; its own label where it is such a row itself.
-    published: what the paper prints, in percent, by the names of `PUBLISHED`; "delta_AP": the difference to the reference row.
-    params_M: trainable parameters in 1e6. time_ms: of one image, on the paper's machine. split: where this was measured, as it says.
-    cited: the figures are shown, and nothing is run. note: what whoever compares has to know.
+    Attributes:
+        label: Unique name of the row.
+        overrides: "key=value" overrides on top of the table's.
+        base: Name or file of a config that replaces the table's base.
+        reference: Label of the row to compare with, instead of the table's; its own label if it is a reference itself.
+        published: Metrics of the paper in percent, by the names of `METRICS`, or "delta_AP" and the like for the
+            difference to the reference row.
+        params_M: Published number of trainable parameters, in millions.
+        time_ms: Published inference time per image, on the paper's machine.
+        split: Split of the published metrics, as the paper names it.
+        cited: Whether the row is only shown and never run.
+        note: Remark for the reader of the table.
     """
 
     label: str
@@ -42,10 +52,16 @@ class Row:
     note: str | None = None
 
     def config(self, table: Table, *more: str) -> Config:
-        """The config that the row is run with: its base, the table's overrides, its own, then `more`, each layer over the one before.
+        """Resolve the row's config: base, the table's overrides, its own, then `more`, each on top of the one before.
 
-        A schedule goes first within its layer, so that one in `more` replaces what the table says of epochs.
-        Raises InputError for a row that is only cited, and for what the config refuses, with file and row.
+        A schedule is applied first within its layer, so that a schedule in `more` replaces the table's epochs.
+
+        Args:
+            table: Table of the row.
+            more: Further "key=value" overrides.
+
+        Raises:
+            InputError: The row is only cited, or the config refuses a value; the message names file and row.
         """
         if self.cited:
             raise InputError(
@@ -69,10 +85,19 @@ class Row:
 class Table:
     """Rows of configs on a common base.
 
-    name: of the shipped table or the file, without its suffix; the title where there is none. source: what messages call it.
-    folder: where it lies; a base beside it wins over a shipped one. title, paper: what it shows and whose it is. base, overrides: of
-    all rows. reference: the label of the row that the others are compared with. figure: what the table is about, one of `PUBLISHED`.
-    split, note: as in Row, of all rows.
+    Attributes:
+        name: Name of the shipped table, or the file's name without suffix.
+        source: Name of the table in messages.
+        folder: Folder of the file; a base in this folder takes precedence over a shipped one.
+        rows: The rows, in order.
+        title: Title of the report; by default the name.
+        paper: Citation of the paper.
+        base: Name or file of the config of all rows.
+        overrides: "key=value" overrides of all rows.
+        reference: Label of the row that the others are compared with.
+        metric: Metric that differences and conclusions are about, one of `METRICS`.
+        split: Split of the published metrics of all rows.
+        note: Remark for the reader of the table.
     """
 
     name: str
@@ -84,50 +109,65 @@ class Table:
     base: str | None = None
     overrides: tuple[str, ...] = ()
     reference: str | None = None
-    figure: str = "AP"
+    metric: str = "AP"
     split: str | None = None
     note: str | None = None
 
     @property
     def content(self) -> str:
-        """A fingerprint of what the rows run: the same for a file that was moved, renamed or given other words."""
+        """Fingerprint of what the rows run: unchanged when the file is moved or renamed, or when its texts change."""
         rows = [(row.label, row.base, row.overrides, row.cited) for row in self.rows]
         return sha256(repr((self.base, self.overrides, rows)).encode()).hexdigest()[:16]
 
     def configs(self, *more: str, num_classes: int = 80) -> dict[str, Config]:
-        """Every row's config by its label, cited rows left out; each different model is built once, without memory.
+        """Resolve the configs of all rows that are not cited, and build each distinct model without memory.
 
-        What is wrong with any row is told before the first is run: raises InputError with file and row. Rows may be equal:
-        the papers' tables repeat some under another label.
+        Errors in any row are reported before the first row runs. Rows may be equal: the papers' tables repeat some of
+        them under another label.
+
+        Args:
+            more: Further "key=value" overrides.
+            num_classes: Number of classes of the models.
+
+        Returns:
+            The configs by label.
+
+        Raises:
+            InputError: A row's config or model is invalid; the message names file and row.
         """
-        found: dict[str, Config] = {}
-        seen = set()
+        configs: dict[str, Config] = {}
+        built = set()
         for row in self.rows:
             if row.cited:
                 continue
-            found[row.label] = made = row.config(self, *more)
-            if (key := repr(made.model)) in seen:
+            configs[row.label] = options = row.config(self, *more)
+            if (key := repr(options.model)) in built:
                 continue
-            seen.add(key)
+            built.add(key)
             try:
-                build_meta_detector(made, num_classes)
+                build_meta_detector(options, num_classes)
             except InputError as error:
                 raise InputError(f"{self.source}, row '{row.label}': {error}") from error
-        return found
+        return configs
 
 
 def list_tables() -> list[str]:
-    """The names of the shipped tables."""
+    """List the names of the shipped tables."""
     return config.names("ablations")
 
 
 def load_table(name: str | Path) -> Table:
-    """The table of that name (shipped) or YAML file.
+    """Load a shipped table or a YAML file.
 
-    A file has `rows`, each with a `label` and a list of `overrides`, mostly a `base`, a config's name or file; all keys of Row and,
-    but for name, source and folder, of Table are allowed. Rows are resolved by `Row.config` and `Table.configs`.
-    Raises InputError for an unknown table (the nearest is offered), an unknown key, a value of the wrong type, no rows, a row without
-    a label, and two rows of one label.
+    A file has `rows`, each with a `label` and a list of `overrides`, and usually a `base`. The keys are those of `Row`
+    and of `Table`, except name, source and folder.
+
+    Args:
+        name: Name of a shipped table, or path of a YAML file.
+
+    Raises:
+        InputError: The table or a key is unknown (the message offers the nearest name), a value has the wrong type,
+            there are no rows, or labels are missing or not unique.
     """
     path = config.find(name, "ablations", "ablation table")
     stem = Path(path.name).stem
@@ -136,7 +176,8 @@ def load_table(name: str | Path) -> Table:
     specs = tree.pop("rows", None)
     if not isinstance(specs, list) or not specs:
         raise InputError(
-            f"{source}: rows must be a list of rows, such as [{{label: fpn, overrides: [model.neck=fpn]}}], got {specs!r}"
+            f"{source}: rows must be a list of rows, such as [{{label: fpn, overrides: [model.neck=fpn]}}], "
+            f"got {specs!r}"
         )
     rows = tuple(_read_row(spec, i, source) for i, spec in enumerate(specs, start=1))
     keys = {"name": stem, "source": source, "folder": path.parent, "rows": rows}
@@ -145,14 +186,15 @@ def load_table(name: str | Path) -> Table:
     for i, label in enumerate(labels):
         if label in labels[:i]:
             raise InputError(
-                f"{source}: rows {labels.index(label) + 1} and {i + 1} both have the label '{label}': a label names one row"
+                f"{source}: rows {labels.index(label) + 1} and {i + 1} both have the label '{label}': "
+                "labels must be unique"
             )
     _check_reference(table, labels)
     return table
 
 
 def _read_row(spec: Any, number: int, source: str) -> Row:
-    """A row from its mapping; number: from 1, names the row that has no label."""
+    """Read a row; its number, from 1, names a row without label."""
     where = f"{source}, row {number}"
     if not isinstance(spec, Mapping):
         raise InputError(f"{where} must be a mapping with label and overrides, got {spec!r}")
@@ -161,20 +203,20 @@ def _read_row(spec: Any, number: int, source: str) -> Row:
     row = Row(**_typed(Row, spec, where))
     if not row.label:
         raise InputError(f"{where}: label must not be empty")
-    for figure in row.published:
-        if figure.removeprefix(DELTA) not in PUBLISHED:
-            raise unknown(f"figure in {where}: published", figure, PUBLISHED)
+    for name in row.published:
+        if name.removeprefix(DELTA) not in METRICS:
+            raise unknown(f"metric in {where}: published", name, METRICS)
     if row.cited and (row.overrides or row.base):
         raise InputError(
             f"{where}: a cited row is not run, leave out {'overrides' if row.overrides else 'base'}, or cited"
         )
     if row.cited and not row.published:
-        raise InputError(f"{where}: a cited row needs published figures, such as published: {{AP: 36.4}}")
+        raise InputError(f"{where}: a cited row needs published metrics, such as published: {{AP: 36.4}}")
     return row
 
 
 def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """A mapping as a dataclass's values, each of its type; hidden: what the file does not say."""
+    """Check a mapping against the types of a dataclass; `hidden` fields must not be in the file."""
     hints = {key: hint for key, hint in get_type_hints(schema).items() if key not in hidden}
     for key in tree:
         if key not in hints:
@@ -188,19 +230,20 @@ def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Mapping[str
 def _check_reference(table: Table, labels: Sequence[str]) -> None:
     if table.reference is not None and table.reference not in labels:
         raise unknown(f"row in {table.source}: reference", table.reference, labels)
-    if table.figure not in PUBLISHED:
-        raise unknown(f"figure in {table.source}: figure", table.figure, PUBLISHED)
+    if table.metric not in METRICS:
+        raise unknown(f"metric in {table.source}: metric", table.metric, METRICS)
     for row in table.rows:
         if row.reference is not None and row.reference not in labels:
             raise unknown(f"row in {table.source}, row '{row.label}': reference", row.reference, labels)
-        if table.reference is row.reference is None and any(figure.startswith(DELTA) for figure in row.published):
+        if table.reference is row.reference is None and any(name.startswith(DELTA) for name in row.published):
             raise InputError(
-                f"{table.source}, row '{row.label}': a published difference needs reference: LABEL above the rows or in the row"
+                f"{table.source}, row '{row.label}': a published difference needs reference: LABEL, above the rows or "
+                "in the row"
             )
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
-    """A resolved config with overrides over it, resolved again. Raises InputError with the row."""
+    """Apply overrides to a resolved config and resolve it again; errors name the row."""
     try:
         return config.parse(config.overridden(tree, overrides)).tree()
     except InputError as error:

@@ -1,28 +1,35 @@
-"""What a summary says in words: what its figures cover, notes, and paths that tell nothing of the machine."""
+"""Texts of a summary: conclusions, coverage of the intervals, notes, cost, and paths without machine-specific parts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Found = Mapping[str, Any]
+from fusedet.ablation.spec import RESAMPLED
+from fusedet.evaluation.confidence_intervals import choose_decimals
+
+Summary = Mapping[str, Any]
+NO_IMAGE_INTERVAL = "There is no interval over images: other images may change the sign."
+ONE_SEED = "With fewer than two seeds on a side, other trainings are not covered."
 
 
-def shorten_path(word: str, keep: int = 1) -> str:
-    """A word of a command or a path, an absolute path in it told from where the command was given.
+def shorten_path(argument: str, keep: int = 1) -> str:
+    """Make an absolute path in a command's argument relative to the working directory.
 
-    Of one that shares no folder with that place, the last `keep` names: more would be the machine's own.
+    Of a path that shares no top-level folder with the working directory, only the last `keep` names stay, because the
+    rest is specific to the machine.
 
-    >>> shorten_path("train.epochs=2"), shorten_path(os.path.abspath("runs/a")), shorten_path("data=" + os.path.abspath("b"))
-    ('train.epochs=2', 'runs/a', 'data=b')
+    >>> paths = "train.epochs=2", os.path.abspath("runs/a"), "data=" + os.path.abspath("b")
+    >>> [shorten_path(path) for path in paths]
+    ['train.epochs=2', 'runs/a', 'data=b']
     """
-    key, sign, path = word.partition("=")
+    key, sign, path = argument.partition("=")
     if not sign:
-        path = word
+        path = argument
     if not os.path.isabs(path):
-        return word
+        return argument
     here = Path.cwd()
     if Path(path).parts[:2] == here.parts[:2]:
         short = os.path.relpath(path, here)
@@ -31,79 +38,135 @@ def shorten_path(word: str, keep: int = 1) -> str:
     return f"{key}={short}" if sign else short
 
 
-def describe_coverage(found: Found) -> list[str]:
-    """What each interval and figure stands for, as sentences."""
-    val, level = found["data"]["val"], f"{100 * found['level']:g} %"
-    several = sum(bool(row.get("difference")) for row in found["rows"])
+def format_interval(pair: Sequence[float | None] | None, *, signed: bool = False) -> str:
+    """Format an interval; "none" if it needs more seeds or instances."""
+    known = [end for end in pair or () if end is not None]
+    digits = choose_decimals(*known, least=2)
+    return " to ".join(f"{end:{'+' * signed}.{digits}f}" for end in known) if len(known) == 2 else "none"
+
+
+def draw_conclusion(row: Summary, metric: str, runs_of: Mapping[str, str]) -> str:
+    """Say in a sentence or two what the intervals of a row's difference to its reference allow one to conclude.
+
+    Args:
+        row: Row of a summary: label, reference, measured and difference.
+        metric: Metric of the conclusion.
+        runs_of: By label, the row whose runs a row uses.
+    """
+    reference = row["reference"]
+    if reference is not None and runs_of[row["label"]] == runs_of[reference]:
+        same = "The baseline of the other rows" if row["label"] == reference else f"The same config as '{reference}'"
+        return f"{same}." if row["measured"] else f"{same}; not measured."
+    if not row["measured"]:
+        return "Not measured: no conclusion."
+    if not row["difference"]:
+        name = "The baseline" if reference is None else f"'{reference}'"
+        return f"{name} was not measured: no conclusion about a difference."
+    change = row["difference"].get(metric)
+    if change is None or change["value"] is None or (metric in RESAMPLED and change["over_images"] is None):
+        return "The data has no instance that counts: no conclusion."
+    value = change["value"]
+    size = f"{abs(value):.{choose_decimals(value, least=2)}f}"
+    head = f"{metric} {size} {'higher' if value > 0 else 'lower'} than '{reference}'"
+    images, seeds = (format_interval(change[f"over_{name}"], signed=True) for name in ("images", "seeds"))
+    clear_over_images, clear_over_seeds = (
+        ends is not None and not ends[0] <= 0 <= ends[1] for ends in (change["over_images"], change["over_seeds"])
+    )
+    if metric not in RESAMPLED:
+        if change["over_seeds"] is None:
+            return f"No conclusion: {ONE_SEED[0].lower()}{ONE_SEED[1:]} {NO_IMAGE_INTERVAL}"
+        if clear_over_seeds:
+            return f"{head} on these images, for other seeds too ({seeds}). {NO_IMAGE_INTERVAL}"
+        return f"No conclusion: {seeds} contains 0. {NO_IMAGE_INTERVAL}"
+    if clear_over_images and clear_over_seeds:
+        return f"{head}, for other images of this kind ({images}) and for other seeds ({seeds})."
+    with_these_weights = f"{head} on other images of this kind ({images}) with these weights"
+    if change["over_seeds"] is None:
+        if clear_over_images:
+            return f"{with_these_weights}. {ONE_SEED}"
+        return f"No conclusion: the interval over images ({images}) contains 0. {ONE_SEED}"
+    if clear_over_images:
+        return f"{with_these_weights}; another training may change the sign ({seeds})."
+    if clear_over_seeds:
+        return f"{head} on these images, for other seeds too ({seeds}); other images may change the sign ({images})."
+    return f"No conclusion: both intervals contain 0, over images {images}, over seeds {seeds}."
+
+
+def describe_coverage(summary: Summary) -> list[str]:
+    """Say in sentences what each interval and metric covers."""
+    val, level = summary["data"]["val"], f"{100 * summary['level']:g} %"
+    compared = sum(bool(row.get("difference")) for row in summary["rows"])
     lines = [
-        f"Measured on {val['images']} images of {val['source']}; published on what the paper says. Other data or another recipe "
-        "give other levels: compare differences within a column, not the columns.",
-        f"Over seeds ({level}): Student's t of the mean, for differences Welch's. It covers another seed on these very images.",
+        f"Measured on {val['images']} images of {val['source']}; published on the data of the paper. Other data or "
+        "another recipe gives other levels: compare differences within a column, not the columns.",
+        f"Over seeds ({level}): Student's t interval of the mean, for differences Welch's. It covers other seeds on "
+        "these images.",
     ]
-    if found["drawn"]:
+    if summary["resampled"]:
         lines.append(
-            f"Over images ({level}): percentiles of {found['resamples']} paired resamples of the images, of the mean over seeds. It "
-            "covers other images drawn in the same way, with these very weights."
+            f"Over images ({level}): percentiles of {summary['resamples']} paired bootstrap resamples of the images, "
+            "of the mean over seeds. It covers other images from the same source with these weights."
         )
     else:
-        lines.append(f"Over images: none. {found['figure']} is not resampled, so nothing is said of other images.")
-    if found["chosen"]:
+        lines.append(f"Over images: none. {summary['metric']} is not resampled, so other images are not covered.")
+    if summary["best_weights"]:
         lines.append(
-            "The weights of each run are those of its best validation, on the very images that are scored here: levels may be a little "
-            "too high."
+            "Each run has the weights of its best validation, chosen on the images that are scored here: levels may be "
+            "slightly too high."
         )
-    if several > 1:
+    if compared > 1:
         lines.append(
-            f"{several} rows are compared with another one: of twenty intervals of rows that differ in nothing, about one misses 0."
+            f"{compared} rows are compared with a reference: of twenty intervals of rows without any difference, about "
+            "one misses 0."
         )
     return lines
 
 
-def collect_notes(found: Found) -> list[str]:
-    """What the table and its rows have to say: notes, shared runs and weights, what failed, and which seeds are lacking."""
-    texts = [found["note"]] if found["note"] else []
-    texts += [f"{row['label']}: {row['note']}" for row in found["rows"] if row["note"]]
+def collect_notes(summary: Summary) -> list[str]:
+    """Collect notes of the table and its rows: remarks, shared runs and weights, failures, missing seeds."""
+    rows = summary["rows"]
+    texts = [summary["note"]] if summary["note"] else []
+    texts += [f"{row['label']}: {row['note']}" for row in rows if row["note"]]
     texts += [
         f"{row['label']}: the same config as '{row['same_as']}', whose runs it shares"
-        for row in found["rows"]
+        for row in rows
         if row.get("same_as")
     ]
     texts += [
-        f"{row['label']}: the weights of '{row['weights_of']}', scored as this row's test section says"
-        for row in found["rows"]
+        f"{row['label']}: the weights of '{row['weights_of']}', scored with this row's test section"
+        for row in rows
         if row.get("weights_of")
     ]
-    for row in found["rows"]:
+    for row in rows:
         texts += [
             f"{row['label']}, seed {run['seed']}: {run['reason']}" for run in row.get("runs", ()) if run["reason"]
         ]
-    done = {row["label"]: count_finished(row) for row in found["rows"] if not row["cited"]}
-    if lacking := [f"{label} {count}" for label, count in done.items() if count < found["seeds"]]:
-        texts.append(
-            f"Finished seeds, of {found['seeds']}: {', '.join(lacking)}{'; all in the other rows' * (len(lacking) < len(done))}."
-        )
+    done = {row["label"]: count_finished(row) for row in rows if not row["cited"]}
+    if missing := [f"{label} {count}" for label, count in done.items() if count < summary["seeds"]]:
+        others = "; all in the other rows" if len(missing) < len(done) else ""
+        texts.append(f"Finished seeds, of {summary['seeds']}: {', '.join(missing)}{others}.")
     return list(dict.fromkeys(texts))
 
 
-def count_finished(row: Found) -> int:
-    """How many seeds of a row have finished."""
+def count_finished(row: Summary) -> int:
+    """Count the finished seeds of a row."""
     return sum(run["state"] == "finished" for run in row.get("runs", ()))
 
 
-def describe_cost(found: Found) -> str:
-    """What stands behind the figures of cost."""
-    measured = [row["cost"] for row in found["rows"] if row.get("cost")]
+def describe_cost(summary: Summary) -> str:
+    """Say how the costs were counted and measured."""
+    measured = [row["cost"] for row in summary["rows"] if row.get("cost")]
     speeds = [cost["prediction"] for cost in measured if cost["prediction"]]
     sizes = dict.fromkeys("x".join(map(str, cost["image"])) for cost in measured)
-    text = f"#Param are trainable ones; multiply-adds are of one image of {' or '.join(sizes)}."
+    text = f"#Param counts trainable parameters; multiply-adds are of one image of {' or '.join(sizes)}."
     if speeds:
         text += (
-            f" Latency: one image at a time on {speeds[0]['device']}, {speeds[0]['images']} images, the rows in turn. Peak memory: "
-            "tensors alive at once in a prediction, weights included."
+            f" Latency: one image at a time on {speeds[0]['device']}, {speeds[0]['images']} images, the rows in turn. "
+            "Peak memory: tensors alive at once in a prediction, weights included."
         )
     if places := dict.fromkeys(cost["training"]["device"] for cost in measured if cost["training"]):
         text += (
-            f" Trained on {'; '.join(places)}. Training images per second are of each row's own training, at different moments: what "
-            "else the machine did then is in them."
+            f" Trained on {'; '.join(places)}. Training images per second are of each row's own training, at different "
+            "times: other load on the machine affects them."
         )
     return text

@@ -1,4 +1,4 @@
-"""One run of an ablation: begun, or taken up where it stopped. As a program it reads the run's label and config from standard input."""
+"""Execute one run of an ablation. As a program it reads the run's label and config from standard input."""
 
 from __future__ import annotations
 
@@ -21,65 +21,65 @@ from fusedet.engine.trainer import Interrupted, NonFinite
 from fusedet.errors import InputError
 
 
-def execute_run(cell: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
-    """Train and score a run that is not finished, or score its row's weights; how long it took is noted in its folder.
+def execute_run(run: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
+    """Train and score a run, resuming it where it stopped, or score its row's weights; record the duration.
 
-    One that diverged is noted too and raises nothing: the other runs of a table do not depend on it.
+    A training that diverges is recorded and raises nothing, because the other runs of a table do not depend on it.
     """
-    folder = cell.folder
+    folder = run.folder
     resumed = (folder / "last.ckpt").is_file()
     if not resumed and folder.exists():
         shutil.rmtree(folder)  # it stopped before its first checkpoint: nothing of it can be used
-    earlier = _sessions(folder) if resumed else []
+    earlier = _read_sessions(folder) if resumed else []
     if resumed:
-        _note(folder, [*earlier, None])
-    began = time.perf_counter()
+        _write_times(folder, [*earlier, None])
+    start = time.perf_counter()
     try:
-        if cell.trained:
-            score_trained_weights(cell, say)
+        if run.weights_from:
+            score_trained_weights(run, say)
         else:
-            train(cell.config, resume=resumed, say=say, quiet=quiet)
+            train(run.config, resume=resumed, say=say, quiet=quiet)
     except NonFinite as error:
         write_json(folder / FAILED, {"reason": str(error)})
     finally:
         if (folder / "config.yaml").is_file():
-            _note(folder, [*earlier, time.perf_counter() - began])
+            _write_times(folder, [*earlier, time.perf_counter() - start])
 
 
-def score_trained_weights(cell: Run, say: Callable[[str], None] = print) -> None:
-    """Score the weights of the run `cell.trained` as the cell's config tests, into the cell's folder: results, figures and images."""
-    assert cell.trained is not None
-    one = cell.config
-    device = pick_device(one.device)
-    train_split, dataset = open_data(one, say)
-    detector = tuned(with_weights(one, len(dataset.names), weights_file(cell.trained)).to(device), one)
-    evaluated = evaluate_detector(detector, one, dataset, device)
-    folder = fresh(cell.folder)
-    replace(folder / "config.yaml", one.to_yaml().encode())
+def score_trained_weights(run: Run, say: Callable[[str], None] = print) -> None:
+    """Score the weights of `run.weights_from` with the run's test section; write results, metrics and images."""
+    assert run.weights_from is not None
+    options = run.config
+    device = pick_device(options.device)
+    train_split, dataset = open_data(options, say)
+    weights = weights_file(run.weights_from)
+    detector = tuned(with_weights(options, len(dataset.names), weights).to(device), options)
+    evaluated = evaluate_detector(detector, options, dataset, device)
+    folder = fresh(run.folder)
+    replace(folder / "config.yaml", options.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
-    write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": cell.seed})
-    report(dataset, evaluated.results, evaluated.metrics, folder, title=cell.label)
+    write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": run.seed})
+    report(dataset, evaluated.results, evaluated.metrics, folder, title=run.label)
 
 
-def _sessions(folder: Path) -> list[float | None]:
-    """Seconds of each session of a run so far; None for one that could not say, because it was killed."""
+def _read_sessions(folder: Path) -> list[float | None]:
+    """Read the seconds of each session of a run; None for a session that was killed."""
     return (read_json(folder / TIMES) or {}).get("sessions", [None])
 
 
-def _note(folder: Path, sessions: Sequence[float | None]) -> None:
-    """Write how long a run took: seconds of all sessions together, None where one of them is not known."""
-    known = [one for one in sessions if one is not None]
+def _write_times(folder: Path, sessions: Sequence[float | None]) -> None:
+    """Write the seconds of all sessions and their sum; the sum is None if one of them is unknown."""
+    known = [session for session in sessions if session is not None]
     seconds = sum(known) if len(known) == len(sessions) else None
     write_json(folder / TIMES, {"seconds": seconds, "resumed": len(sessions) > 1, "sessions": list(sessions)})
 
 
 def main() -> int:
-    """Run what standard input says; exits as the command line does."""
-    asked = json.load(sys.stdin)
+    """Execute the run on standard input and return the exit code of the command line."""
+    task = json.load(sys.stdin)
+    weights_from = Path(task["weights_from"]) if task.get("weights_from") else None
     try:
-        execute_run(
-            Run(asked["label"], config.parse(asked["config"]), Path(asked["trained"]) if asked.get("trained") else None)
-        )
+        execute_run(Run(task["label"], config.parse(task["config"]), weights_from))
     except InputError as error:
         print(str(error), file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ class BrowseResult(Result):
     Attributes:
         image: Its file.
         images: How many images it shows; None where it shows object centers.
-        classes: Each class's name, number of objects, and how many lie in each quadrant of the image; None where it
+        classes: Each class's name, number of objects, and how many lie in each quarter of the image; None where it
             shows images.
     """
 
@@ -87,10 +87,8 @@ def browse(
 
 def draw_predictions(predictor: Predictor, images: list[Path], target: Path, score: float = 0.3) -> None:
     """Draw predictions of at least `score` on images, into one grid."""
-    results = list(predictor.stream(images, batch=4))
-    visualization.draw_image_grid(
-        [result.plot(score=score) for result in results], [path.name for path in images]
-    ).save(target)
+    drawn = [prediction.plot(score=score) for prediction in predictor.stream(images, batch=4)]
+    visualization.draw_image_grid(drawn, [path.name for path in images]).save(target)
 
 
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
@@ -102,18 +100,14 @@ def _draw_images(config: Config, split: str, images: int, epoch: int, target: Pa
     drawn, captions = [], []
     for batch in loader.epoch(epoch):
         height, width = batch.sizes[0].tolist()
-        annotations = batch.targets[0] if batch.targets else None
-        assert annotations is not None
+        seen = batch.targets[0] if batch.targets else None
+        assert seen is not None
         drawn.append(
             visualization.draw_boxes(
-                batch.images[0, :, :height, :width],
-                annotations.boxes,
-                annotations.labels,
-                dataset.names,
-                ignore=annotations.ignore,
+                batch.images[0, :, :height, :width], seen.boxes, seen.labels, dataset.names, ignore=seen.ignore
             )
         )
-        captions.append(f"id {batch.ids[0]}: {width} x {height}, {plural(len(annotations), 'annotation')}")
+        captions.append(f"id {batch.ids[0]}: {width} x {height}, {plural(len(seen), 'object')}")
         if len(drawn) == count:
             break
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,19 +123,19 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     _check_target(target, (".png", ".pdf", ".svg"))
     dataset = read_dataset(config.data.path or "", split, images=config.data.images, need_images=False)
     counted = ~dataset.ignore
-    image_index = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
+    owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]
-    points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[image_index].flip(1)).clamp(0, 1).numpy()
+    points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[owner].flip(1)).clamp(0, 1).numpy()
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    title = f"Distribution of box centres: {split} of {config.data.path}"
+    title = f"Where the objects' centres lie: {split} of {config.data.path}"
     object_centers.plot_centers(groups, dataset.names, target, title)
     counts = [dict(zip(object_centers.QUADRANTS, map(int, object_centers.count_quadrants(own)))) for own in groups]
     return [{"name": name, "objects": len(own), **parts} for name, own, parts in zip(dataset.names, groups, counts)]
 
 
-def _check_target(target: Path, extensions: tuple[str, ...]) -> None:
+def _check_target(target: Path, endings: tuple[str, ...]) -> None:
     if target.exists():
         raise InputError(f"out={target} exists: nothing is overwritten, choose another file")
-    if target.suffix.lower() not in extensions:
-        raise InputError(f"out={target} must end in {', '.join(extensions[:2])} or {extensions[2]}")
+    if target.suffix.lower() not in endings:
+        raise InputError(f"out={target} must end in {', '.join(endings[:2])} or {endings[2]}")

@@ -93,7 +93,8 @@ def cam(
     Args:
         run: A run directory or a checkpoint.
         sources: Files, directories, globs, and lists of paths (`@FILE`).
-        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run directory.
+        overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run
+            directory.
         beside: A second run.
         class_name: The class, by default that of the best detection of `run` in each image.
         score: The least score of a detection.
@@ -103,13 +104,16 @@ def cam(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A run does not know the class, an image has no detection and no class is named, or no run has a part.
+        InputError: A run does not know the class, an image has no detection and no class is given, or no run has a
+            part of `only`.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
     own = [text for text in texts if text.partition("=")[0] in ("device", "out")]
     options = configs.parse(configs.overridden({}, own))
     of_model, out = [text for text in texts if text not in own], options.out
     images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
+    if not images.words:
+        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
@@ -130,8 +134,8 @@ def cam(
         seen = {source: _compute(predictor, job, best_only) for source, predictor in runs.items()}
         known = [part for part in PARTS if any(part in maps.parts for maps in seen.values())]
         if missing := [part for part in only if part not in known]:
-            verb = "has" if len(runs) == 1 else "have"
-            raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {verb} only {', '.join(known)}")
+            has = "has" if len(runs) == 1 else "have"
+            raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {has} only {', '.join(known)}")
         if target is None:
             target = run_dir.fresh(out) if out else run_dir.numbered(run_dir.parent_of(run), "cam")
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))

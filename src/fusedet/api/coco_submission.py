@@ -1,4 +1,4 @@
-"""COCO's test server: results in the json and zip that it takes, every field checked before anything is written.
+"""Submission to COCO's test server: results in the json and zip that it takes, validated before they are written.
 
 Source: cocodataset.org, "Results Format", "Upload" and "Detection Evaluation".
 """
@@ -19,10 +19,10 @@ from fusedet.evaluation.mask_iou import compute_mask_area, validate_masks
 from fusedet.evaluation.results import build_detection_table
 
 SETS = ("test-dev2017", "test-challenge2017", "val2017")
-"""What the server scores; val2017 to try it."""
+"""Splits that the server evaluates; val2017 is for trying it."""
 
 IMAGES = {"test-dev2017": 20288, "val2017": 5000}
-"""How many images COCO's own splits have."""
+"""Numbers of images of COCO's splits."""
 
 CATEGORIES = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 """The ids of COCO's 80 categories."""
@@ -31,43 +31,52 @@ MOST = 100
 """Detections of an image, over all classes, that COCO's rules allow."""
 
 DECIMALS = {"bbox": 2, "score": 6}
-"""COCO advises a tenth of a pixel; for a box of ten pixels that is one in a hundred, so one digit more is kept."""
+"""COCO recommends a tenth of a pixel; for a box of ten pixels that is 1 %, so one more digit is kept."""
 
 Result = dict[str, Any]
 
 
-def of_server(dataset: DetectionDataset, max_det: int) -> str:
-    """The server's name of a split. Raises InputError for a split that it does not score, one with other categories than COCO's, and
-    for a detector that gives more detections of an image than COCO's rules allow."""
+def server_split(dataset: DetectionDataset, max_det: int) -> str:
+    """Return the server's name of a split.
+
+    Args:
+        dataset: The split.
+        max_det: Detections per image of the detector.
+
+    Raises:
+        InputError: The server does not evaluate the split, its categories are not COCO's, or `max_det` is above `MOST`.
+    """
     name = re.sub(r"^(instances|image_info)_", "", Path(dataset.source).stem)
     if dataset.dataset_format != "coco" or name not in SETS:
         raise InputError(f"{dataset.source} is no split that COCO's server scores: give that of {', '.join(SETS)}")
     if set(dataset.category_ids) != CATEGORIES:
-        strange = sorted(CATEGORIES ^ set(dataset.category_ids))
+        different = sorted(CATEGORIES ^ set(dataset.category_ids))
         raise InputError(
-            f"{dataset.source} has {len(dataset.names)} categories, but COCO's server wants COCO's 80: the ids differ in {_some(strange)}"
+            f"{dataset.source} has {len(dataset.names)} categories, but COCO's server wants COCO's 80: the ids differ "
+            f"in {_some(different)}"
         )
     if max_det > MOST:
         raise InputError(f"test.max_det={max_det}: COCO's rules allow {MOST} detections of an image")
     return name
 
 
-def incomplete(dataset: DetectionDataset, name: str) -> str | None:
-    """What to warn of where a split has another number of images than COCO's of that name."""
+def warn_if_incomplete(dataset: DetectionDataset, name: str) -> str | None:
+    """Return a warning if a split has another number of images than COCO's split of that name."""
     if len(dataset) == (whole := IMAGES.get(name, len(dataset))):
         return None
     own = plural(len(dataset), "image")
-    return f"warning: {dataset.source} has {own}, COCO's {name}, which the server scores as a whole, has {whole}"
+    return f"warning: {dataset.source} has {own}, but COCO's {name}, which the server evaluates as a whole, has {whole}"
 
 
-def checked(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results as the server wants them, by kind: "bbox" where they have boxes, "segm" where they have masks.
+def format_results(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the results as the server takes them, by kind: "bbox" if they have boxes, "segm" if they have masks.
 
-    Raises InputError for the first field that is missing or wrong, for an image or a category that the split lacks, for more than 100
-    detections of one image, and for no results at all.
+    Raises:
+        InputError: There are no results, a field is missing or wrong, an image or a category is not in the split, or an
+            image has more than `MOST` detections.
     """
     if not results:
-        raise InputError("there is not one detection, and COCO's server takes no empty list: lower test.score")
+        raise InputError("there are no detections, and COCO's server takes no empty list: lower test.score")
     boxed, masked = (any(isinstance(r, dict) and key in r for r in results) for key in ("bbox", "segmentation"))
     build_detection_table(dataset, results, boxes=boxed or not masked)
     image, most = Counter(result["image_id"] for result in results).most_common(1)[0]
@@ -84,10 +93,15 @@ def checked(dataset: DetectionDataset, results: Sequence[Result]) -> dict[str, l
     return kinds
 
 
-def write(kinds: dict[str, list[Result]], split: str, name: str, folder: Path) -> dict[str, Path]:
-    """Write what `checked` gave as folder/KIND/detections_SPLIT_NAME_results.json and .zip; gives the zips by what they are.
+def write_submission(kinds: dict[str, list[Result]], split: str, name: str, folder: Path) -> dict[str, Path]:
+    """Write results as folder/KIND/detections_SPLIT_NAME_results.json and .zip; return the zips by what they are.
 
-    name: the algorithm's; all but letters, digits and "-" becomes "-", as underlines divide the parts of a file's name.
+    Args:
+        kinds: What `format_results` returns.
+        split: The server's name of the split.
+        name: Name of the algorithm. All but letters, digits and "-" becomes "-", because underscores separate the parts
+            of the file name.
+        folder: The output directory.
     """
     stem = f"detections_{split}_{re.sub('[^A-Za-z0-9-]+', '-', name).strip('-') or 'fusedet'}_results"
     files = {}

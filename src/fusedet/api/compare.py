@@ -1,4 +1,4 @@
-"""Comparison of two runs on the same images, with confidence intervals from a paired bootstrap: the command `compare`."""
+"""Comparison of two runs on the same images, with intervals from a paired bootstrap: the command `compare`."""
 
 from __future__ import annotations
 
@@ -92,16 +92,16 @@ def compare(
         run_dir.check(options.out)  # before the work, not after it
     dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
-    for file, found in zip(stored, results):
-        _same_data(file, dataset, found)
-    tables = [evaluation.build_detection_table(dataset, found) for found in results]
+    for file, detections in zip(stored, results):
+        _same_data(file, dataset, detections)
+    tables = [evaluation.build_detection_table(dataset, detections) for detections in results]
     figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=bootstrap_seed))
     report = {
         "a": a,
         "b": b,
         "data": str(data.path),
         "split": scored,
-        "stamp": evaluation.create_stamp(dataset, results[0]) | {"detections": [len(found) for found in results]},
+        "stamp": evaluation.create_stamp(dataset, results[0]) | {"detections": list(map(len, results))},
         "resamples": resamples,
         "seed": bootstrap_seed,
         "level": LEVEL,
@@ -137,10 +137,12 @@ def conclusion(row: dict[str, float], images: int) -> str:
     digits = choose_decimals(change, low, high, least=3)
     ends = f"{100 * LEVEL:g} % interval over the {images} images {low:+.{digits}f} to {high:+.{digits}f}"
     if low <= 0 <= high:
-        return f"Nothing can be concluded about which is better: the difference of AP is {change:+.{digits}f}, but its {ends} holds 0."
+        difference = f"the difference of AP is {change:+.{digits}f}, but its {ends} holds 0"
+        return f"Nothing can be concluded about which is better: {difference}."
     better, worse = ("B", "A") if change > 0 else ("A", "B")
     return (
-        f"{better} is better than {worse} on images such as these: AP {abs(change):.{digits}f} higher, {ends} of B - A. "
+        f"{better} is better than {worse} on images such as these: "
+        f"AP {abs(change):.{digits}f} higher, {ends} of B - A. "
         "This is about these two sets of weights; another seed may give another difference."
     )
 
@@ -179,9 +181,10 @@ def _same_data(file: Path, dataset: DetectionDataset, results: list[Detection]) 
             f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
         ) from error
     if made_on != (here := evaluation.create_stamp(dataset, results)["data"]):
+        other = f"(fingerprint {made_on}, {stored.get('images')} images)"
         raise InputError(
-            f"{file} was made on other data (fingerprint {made_on}, {stored.get('images')} images) than {dataset.source} "
-            f"({here}, {len(dataset)} images): two runs are compared on the same images and annotations"
+            f"{file} was made on other data {other} than {dataset.source} ({here}, {len(dataset)} images): "
+            "two runs are compared on the same images and annotations"
         )
 
 
@@ -189,7 +192,7 @@ def _differing(
     dataset: DetectionDataset, results: list[list[Detection]], tables: list[Any], n: int = 8
 ) -> Image | None:
     """Return the n images on which the two differ most, A left and B right; None if they do not differ."""
-    paint = [painter(dataset, found) for found in results]
+    paint = [painter(dataset, detections) for detections in results]
     drawn, captions = [], []
     for i, *rows in evaluation.find_differing_images(dataset, tables[0], tables[1], n=n):
         images = [draw(i) for draw in paint]

@@ -68,19 +68,23 @@ def convert_weights(
         raise InputError(f"{target} exists: nothing is overwritten, choose another name")
     if not is_file:
         run_dir.check(target)
-    found = interop.convert_checkpoint(
+    converted = interop.convert_checkpoint(
         source, None if config is None else str(config), to_overrides(overrides, settings)
     )
-    lists = {"names": json.dumps(found.names), "category_ids": json.dumps(found.category_ids)}
-    meta = {"config": found.config.to_yaml(), "format": "fusedet", **lists}
+    lists = {"names": json.dumps(converted.names), "category_ids": json.dumps(converted.category_ids)}
+    meta = {"config": converted.config.to_yaml(), "format": "fusedet", **lists}
     if is_file:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = target
     else:
         file = run_dir.fresh(target) / "best.safetensors"
-    checkpoint.save_weights(file, found.weights, meta)
+    checkpoint.save_weights(file, converted.weights, meta)
     if not is_file:
-        (target / "config.yaml").write_text(found.config.to_yaml(), encoding="utf-8")
-        about = {"converted from": str(source), "config": None if config is None else str(config), "notes": found.notes}
+        (target / "config.yaml").write_text(converted.config.to_yaml(), encoding="utf-8")
+        about = {
+            "converted from": str(source),
+            "config": None if config is None else str(config),
+            "notes": converted.notes,
+        }
         run_dir.write_json(target / "run.json", about)
-    return WeightConversion(target, file, list(found.names), list(found.notes))
+    return WeightConversion(target, file, list(converted.names), list(converted.notes))

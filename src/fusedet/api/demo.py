@@ -32,8 +32,8 @@ def demo(
     """Generate a synthetic dataset, train `MODEL` on it, evaluate it and draw its predictions.
 
     Args:
-        overrides: "key=value" texts for the model's config. `train.seed` is the seed of the images and of the training. `out` is the
-            directory of data/, run/ and predictions.png, by default demo, demo-2, ...
+        overrides: "key=value" texts for the model's config. `train.seed` is the seed of the images and of the training.
+            `out` is the directory of data/, run/ and predictions.png, by default demo, demo-2, ...
         images: How many images are generated.
         say: Takes lines of progress.
         quiet: Whether the progress bar is left out.

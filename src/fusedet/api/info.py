@@ -25,7 +25,8 @@ class ModelInfo(Result):
     Attributes:
         model: Its name.
         classes: Number of classes.
-        cost: Parameters, trainable parameters and multiply-adds of the whole and of each of `parts`, and the size of the `image`.
+        cost: Parameters, trainable parameters and multiply-adds of the model and of each of `parts`, and the size of
+            the `image`.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""A checkpoint alone becomes a detector: what it says of itself is checked before anything is made of it."""
+"""A detector from a checkpoint only; the file is validated before a model is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from fusedet.models.detectors import DetectorModule, build_detector, build_meta_
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
-    """The checkpoint that a run's folder or a file stands for."""
+    """Return the checkpoint file of a run directory, or the file itself.
+
+    Raises:
+        InputError: The run directory has no checkpoint.
+    """
     path = Path(path)
     if not path.is_dir():
         return path
@@ -26,15 +30,20 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
     for name in order:
         if (path / name).is_file():
             return path / name
-    raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, so nothing was trained there yet")
+    raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, nothing was trained there yet")
 
 
 def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, list[str], list[int]]:
-    """The detector of a checkpoint, its config, class names and category ids, from that one file.
+    """Return the detector of a checkpoint, its config, class names and category ids, from that one file.
 
-    trust: whether its config may name classes of other packages, whose code then runs.
-    Raises InputError for what is no checkpoint, for such a class, and for weights that are not those of the config's model; a model that
-    is larger than the weights is refused before memory is taken for it.
+    A model that is larger than the weights is refused before memory is allocated for it.
+
+    Args:
+        file: The checkpoint.
+        trust: Whether its config may name classes of other packages, whose code then runs.
+
+    Raises:
+        InputError: The file is no checkpoint, names such a class, or its weights do not fit the config's model.
     """
     state, meta = checkpoint.load_weights(file)
     if lacking := {"config", "names", "category_ids"} - meta.keys():
@@ -56,30 +65,34 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
 
 
 def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
-    """The config's detector with a checkpoint's weights; what the file says of itself is not asked: only the config was checked."""
+    """Return the config's detector with a checkpoint's weights; the config stored in the file is ignored."""
     detector = build_detector(disable_pretrained(config), classes)
     checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)
     return detector
 
 
 def class_names(meta: Mapping[str, str], file: Path | str) -> list[str]:
-    """The names of the classes in a checkpoint's description; raises InputError where they are no list of texts."""
+    """Return the class names in a checkpoint's metadata.
+
+    Raises:
+        InputError: They are no list of texts.
+    """
     return _list(meta["names"], str, f"{file}: its names of classes")
 
 
 def _list(text: str, kind: type, what: str) -> list[Any]:
     try:
-        found = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{what} are not JSON") from error
-    if not isinstance(found, list) or set(map(type, found)) - {kind}:
+    if not isinstance(values, list) or set(map(type, values)) - {kind}:
         raise InputError(f"{what} must be a list of {kind.__name__}")
-    return found
+    return values
 
 
 @contextmanager
 def at_most(weights: int, file: Path) -> Iterator[None]:
-    """Stops the making of a model that has many more parts than the file has weights (convs: 1000000000), or uncountable ones."""
+    """Refuse, inside the block, a model with many more parameters than the file has weights (`convs: 1000000000`)."""
     parameters, count = 10 * weights + 1000, 0
 
     def add(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -100,7 +113,7 @@ def at_most(weights: int, file: Path) -> Iterator[None]:
 
 @contextmanager
 def countable(source: Path | str) -> Iterator[None]:
-    """Raises InputError for a model whose sizes go beyond 64 bits, in place of torch's own words."""
+    """Raise InputError, inside the block, for a model whose sizes exceed 64 bits."""
     try:
         yield
     except (RuntimeError, TypeError) as error:

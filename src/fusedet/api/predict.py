@@ -1,4 +1,4 @@
-"""Prediction: a checkpoint alone becomes a model that takes images of any kind."""
+"""Prediction in memory: a checkpoint becomes a model that takes images of any kind."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ SETTABLE = ("test", "data.size", "data.antialias")
 
 @dataclass(frozen=True)
 class Prediction(Detections):
-    """Detections in the pixels of the image as it was given, with the names of the classes, and the image itself.
+    """Detections in pixels of the given image, with the class names and the image itself.
 
-    image (3, H, W) uint8; names (K,); category_ids (K,), the dataset's own; path, where the image came from a file.
+    Attributes:
+        image: (3, H, W) uint8.
+        names: (K,) class names.
+        category_ids: (K,) category ids of the dataset.
+        path: The file of the image, if it came from a file.
     """
 
     image: Tensor | None = None
@@ -44,11 +48,11 @@ class Prediction(Detections):
     path: Path | None = None
 
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """As `Detections.to_coco`, with the dataset's own category ids by default."""
+        """Return what `Detections.to_coco` returns, by default with the dataset's category ids."""
         return super().to_coco(image_id, category_ids or self.category_ids)
 
     def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
-        """The image with the boxes and masks of `score` and more drawn on it; saved where a path is given."""
+        """Draw boxes and masks of at least `score` on the image; save it if a path is given."""
         if self.image is None:
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
@@ -62,9 +66,12 @@ class Prediction(Detections):
 
 
 class Predictor:
-    """A trained detector that takes images: `fusedet.load` makes it.
+    """A trained detector that takes images; `fusedet.load` returns it.
 
-    names and category_ids (K,) are those of the data that it was trained on; config is its run's.
+    Attributes:
+        names: (K,) class names of the training data.
+        category_ids: (K,) category ids of the training data.
+        config: The config of the run, with the settings of `load`.
     """
 
     def __init__(
@@ -76,27 +83,32 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.detector.backbone.scale.device
 
     def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
-        """What is in an image, or, for a list, in each of its images, `batch` of them at a time.
+        """Predict an image, or each image of a list, `batch` of them at once.
 
-        An image is a path, bytes of a file, a PIL image, an RGB numpy array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W) of
-        uint8 or of floats in 0..1. Raises InputError for an image that cannot be read.
+        Args:
+            source: A path, bytes of a file, a PIL image, an RGB array (H, W, 3) or (H, W) of uint8, or a tensor
+                (3, H, W) of uint8 or of floats in 0..1; or a list of these.
+            batch: Images at once.
+
+        Raises:
+            InputError: An image cannot be read.
         """
         if isinstance(source, (list, tuple)):
             return list(self.stream(source, batch))
         return next(self.stream([source], 1))
 
     def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
-        """The same for any number of images, one after the other, in the order in which they come."""
+        """Yield the predictions of any number of images, in their order."""
         group: list[tuple[Tensor, Path | None]] = []
         for source in sources:
             try:
                 group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
             except InputError:
-                yield from self.together(group)  # what came before it is not lost
+                yield from self.together(group)  # the earlier images are not lost
                 raise
             if len(group) == batch:
                 yield from self.together(group)
@@ -104,16 +116,18 @@ class Predictor:
         yield from self.together(group)
 
     def seen(self, images: Sequence[Tensor]) -> Batch:
-        """Images (3, H, W) uint8 as the network sees them, in all views."""
+        """Return images (3, H, W) uint8 preprocessed for the network, in all TTA views."""
         return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
-        """What is in each of some images (3, H, W) uint8, given with the paths that they come from, all at once."""
+        """Yield the predictions of images (3, H, W) uint8, given with their paths, computed in one batch."""
         if not group:
             return
         batch = self.seen([image for image, _ in group])
-        for found, (image, path) in zip(find(self.detector, batch, self.device), group):
-            yield Prediction(**vars(found), image=image, names=self.names, category_ids=self.category_ids, path=path)
+        for detections, (image, path) in zip(find(self.detector, batch, self.device), group):
+            yield Prediction(
+                **vars(detections), image=image, names=self.names, category_ids=self.category_ids, path=path
+            )
 
 
 def load(
@@ -149,7 +163,11 @@ def load(
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises InputError for a device that this machine lacks."""
+    """Return the device of a name; "auto" is a GPU if this machine has one.
+
+    Raises:
+        InputError: This machine does not have the device.
+    """
     if name == "auto":
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -166,14 +184,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32") -> DetectorModule:
-    """The detector for prediction, with the config's thresholds (which may differ from those it was trained with)."""
+    """Return the detector prepared for inference, with the thresholds of `config.test`."""
     ready = prepare_for_inference(detector, precision)
     ready.selection = selection_options(config.test)
     return ready
 
 
 def views(config: Config) -> tuple[EvalTransform, ...]:
-    """How the network sees an image in testing: at each of test.scales, whose long sides keep data.size's proportion, then mirrored."""
+    """Return the TTA views: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored."""
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
@@ -185,10 +203,10 @@ def views(config: Config) -> tuple[EvalTransform, ...]:
 
 @torch.no_grad()
 def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
-    """What is in each image of a batch, best first: in the pixels of the images that it was made of, on the CPU.
+    """Return the detections of each image of a batch by descending score, in original pixels, on the CPU.
 
-    As the detector's own `predict` gives it in the network's pixels, but for the masks: they are pasted at this size, not resized.
-    What is found in the batch's further views is merged with it by the detector's own thresholds; one view is on the device at a time.
+    Masks are pasted at the original size, not resized. Detections of further views are merged by the detector's
+    thresholds. One view is on the device at a time.
     """
     seen = [
         detect_view(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)
@@ -196,8 +214,9 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
     results = []
     shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
-    for found, (height, width) in zip(zip(*seen), sizes):
-        one = merge_detections(found, **shared) if len(found) > 1 else found[0]
+    for views_of_image, (height, width) in zip(zip(*seen), sizes):
+        many = len(views_of_image) > 1
+        one = merge_detections(views_of_image, **shared) if many else views_of_image[0]
         masks = None if one.masks is None else paste_masks(one.masks, one.boxes, (height, width))
         results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
     return results

@@ -33,8 +33,8 @@ class PredictionSummary(Result):
     """The written predictions.
 
     Attributes:
-        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and parts of other processes
-            that are still to come (`left`).
+        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and parts of
+            other processes that are still to come (`left`).
         files: The files written, by what they show; empty while parts are missing.
         score: The least score of the detections that are drawn.
         rank: This process's number.
@@ -83,8 +83,9 @@ def predict(
     Args:
         run: A run directory or a checkpoint.
         sources: Files, directories, globs, lists of paths (`@FILE`), and "-" for such a list on standard input.
-        overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once, `data.workers` threads
-            read images ahead. `out` is the directory, by default predict in the run directory, predict-2, ...
+        overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once,
+            `data.workers` threads read images ahead. `out` is the directory, by default predict, predict-2,
+            ... in the run directory.
         score: The least score of the boxes that are drawn; all are written.
         precision: "fp32" or "bf16".
         draw: Whether copies of the images with boxes are written.
@@ -97,7 +98,7 @@ def predict(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: The model or a source does not exist, an image cannot be read, or the directory holds something else.
+        InputError: The run or a source does not exist, an image cannot be read, or the directory holds other files.
     """
     one_of("precision", precision, Precision)
     one_of("value of --on-bad-image:", on_bad_image, OnBadImage)
@@ -110,19 +111,21 @@ def predict(
         needed = "several processes need" if world > 1 else "--resume needs"
         raise InputError(f"{needed} a known output directory: add out=DIR")
     words = [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))
+    if not words:
+        raise InputError("which images? Write fusedet predict RUN SOURCE..., files, directories, globs, @FILE or -")
     if "-" in words and world > 1:
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     with ExitStack() as stack:
-        found = Sources(_store_stdin(stack) if word == "-" else word for word in words)
+        images = Sources(_store_stdin(stack) if word == "-" else word for word in words)
         predictor = load(run, *of_model, device=str(own_device(options.device)), precision=precision, trust=trust)
         target = Path(options.out) if options.out else run_dir.free(run_dir.parent_of(run), "predict")
         has_workers = any(text.startswith("data.workers=") for text in own)
         workers = options.data.workers if has_workers else predictor.config.data.workers
         batch = predictor.config.test.batch or 1
         asked = batch_predict.Options(batch, score, draw, part, parts, on_bad_image, workers, rank, world)
-        with (no_progress if rank else progress)(found.count(), "images") as advance:
+        with (no_progress if rank else progress)(images.count(), "images") as advance:
             written = batch_predict.predict(
-                predictor, found, target, asked, precision=precision, resume=resume, advance=advance
+                predictor, images, target, asked, precision=precision, resume=resume, advance=advance
             )
     files = {name: Path(path) for name, path in written.pop("files").items()}
     return PredictionSummary(written, files, score, rank)

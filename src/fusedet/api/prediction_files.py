@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedet.atomic_io import sync
-from fusedet.errors import InputError
+from fusedet.errors import InputError, StorageError
 
 Info = dict[str, Any]
 _HEAD = '{"info": '
@@ -33,7 +33,7 @@ def join(parts: Sequence[Path | Info], target: Path, skipped: bool = False) -> N
         sync(temporary)  # the parts are removed afterwards
         temporary.replace(target)
     except OSError as error:
-        raise InputError(
+        raise StorageError(
             f"{target} cannot be written: {error.strerror or error}; the parts are whole, go on with --resume"
         ) from error
     finally:

@@ -22,6 +22,10 @@ def no_progress(total: int, label: str) -> Iterator[Advance]:
     yield lambda done: None
 
 
+def say_nothing(text: str) -> None:
+    """Print nothing."""
+
+
 def progress_bar(console: Console | None = None) -> ShowProgress:
     """Return what shows a bar with the time left, on a terminal only.
 

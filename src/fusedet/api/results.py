@@ -38,8 +38,8 @@ class RunResult(Result):
 
     Attributes:
         out: The directory of the files.
-        metrics: COCO's metrics by name, `classes` with a row per class, and `stamp`, which makes two results comparable. Empty in all
-            processes but the first.
+        metrics: COCO's metrics by name, `classes` with a row per class, and `stamp`, which identifies data and
+            evaluator. Empty in all processes but the first.
         files: The files written, by what they show.
         title: What was evaluated, for the table.
     """

@@ -93,7 +93,7 @@ def data_prints(run: Path) -> dict[str, Any] | None:
     known = about.get("data") if isinstance(about, dict) else None
     if not isinstance(known, dict):
         raise InputError(
-            f"{file} is damaged: it does not name the run's data; copy it again, or delete it to go on without that check"
+            f"{file} is damaged: it does not name the run's data; copy it again, or delete it to skip that check"
         )
     return known
 

@@ -1,4 +1,4 @@
-"""Settings of a command: a config's name, a YAML file, a run directory or a `Config`, with single settings laid over it.
+"""Settings of a command: a config name, a YAML file, a run directory or a `Config`, with single settings over it.
 
 All functions of `fusedet.api` take settings in the same two ways, which can be mixed:
 
@@ -64,12 +64,16 @@ def _to_text(value: Any) -> str:
 
 
 def resolve_config(
-    source: Source | None, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None, trust: bool = True
+    source: Source | None,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    trust: bool = True,
 ) -> Config:
     """Return the config of a source with settings laid over it.
 
     Args:
-        source: A shipped config's name, a YAML file, a run directory (without its `out`), a `Config`, or None for the defaults.
+        source: A shipped config's name, a YAML file, a run directory (without its `out`), a `Config`, or None for the
+            defaults.
         overrides: "key=value" texts.
         settings: Sections, device and output directory by keyword.
         trust: Whether a run directory's config may name classes of other packages, whose code then runs.
@@ -86,16 +90,21 @@ def resolve_config(
 
 
 def training_config(
-    source: Source, overrides: Sequence[str], settings: Mapping[str, Any], resume: bool, trust: bool
+    source: Source | None, overrides: Sequence[str], settings: Mapping[str, Any], resume: bool, trust: bool
 ) -> Config:
     """Return the config of a training, always with an output directory.
 
-    A `Config` is taken as it is. Of a name or a file, `out` is runs/NAME by default. A run directory is trained once more in
-    runs/NAME, or with `resume` continued where it is.
+    A `Config` keeps its `out`. For a name or a file, `out` is runs/NAME by default. A run directory is trained again in
+    runs/NAME, or continued where it is with `resume`.
 
     Raises:
-        InputError: As `resolve_config`; and with `resume` for an output directory that holds no run of this model.
+        InputError: As `resolve_config`; no source is given; with `resume`, `out` holds no run of this model.
     """
+    if source is None:
+        raise InputError(
+            f"which config? Write fusedet train CONFIG data=PATH, with CONFIG one of the {len(config.names())} that "
+            "fusedet info lists, such as retinanet_r50, a YAML file or a run directory"
+        )
     if isinstance(source, Config):
         return resolve_config(source, overrides, settings)
     texts, path = to_overrides(overrides, settings), Path(source)

@@ -45,7 +45,7 @@ from fusedet.models.detectors import build_detector, build_meta_detector, disabl
 
 
 def train(
-    config: Source,
+    config: Source | None,
     *overrides: str,
     resume: bool = False,
     trust: bool = False,
@@ -60,8 +60,8 @@ def train(
     Args:
         config: A config's name, a YAML file, a run directory or a `Config`.
         overrides: "key=value" texts. `out` is the directory of the run, by default runs/NAME, runs/NAME-2, ...
-        resume: Whether the run in `out`, or the given run directory, is continued. A run that was killed before its first
-            checkpoint starts from the beginning.
+        resume: Whether the run in `out`, or the given run directory, is continued. A run that was killed before its
+            first checkpoint starts from the beginning.
         trust: Whether a run directory's config may name classes of other packages, whose code then runs.
         say: Takes lines of progress.
         quiet: Whether the progress bar is left out.

@@ -1,4 +1,4 @@
-"""Evaluation of a detector: its detections of a whole split in COCO's result format, their metrics, and the files that show them."""
+"""Evaluation of a detector on a split: results in COCO's format, their metrics, and the files that show them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def evaluate_results(
 
 
 def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
-    """Every image of a split once, as `predict` sees it; shared among processes."""
+    """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes."""
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
     first, *others = views(config)
@@ -118,11 +118,14 @@ def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: 
 def detect(
     detector: nn.Module, loader: Iterable[Batch], dataset: DetectionDataset, device: torch.device
 ) -> list[Result]:
-    """The detector's finds on a split in COCO's result form: original pixels, ids and categories; of all processes together."""
+    """Return detections of a split in COCO's result format, of all processes.
+
+    Boxes are in pixels of the original images; ids and categories are the dataset's.
+    """
     results: list[Result] = []
     for batch in loader:
-        for one, image_id in zip(find(detector, batch, device), batch.ids):
-            results += one.to_coco(image_id, dataset.category_ids)
+        for detections, image_id in zip(find(detector, batch, device), batch.ids):
+            results += detections.to_coco(image_id, dataset.category_ids)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         shares: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(shares, results)
@@ -131,23 +134,27 @@ def detect(
 
 
 def has_mask_branch(detector: nn.Module) -> bool:
-    """Whether a detector finds masks too, and learns from data with masks alone."""
+    """Return whether a detector predicts masks too; it then needs data with masks."""
     return any(isinstance(part, MaskBranch) for part in detector.modules())
 
 
 def check_masks(dataset: DetectionDataset) -> None:
-    """Raises InputError where objects have no mask: a detector that finds masks can neither learn from them nor be scored on them."""
-    if bare := int((dataset.segmentations.offsets.diff() == 0).sum()):
+    """Check the data of a detector that predicts masks.
+
+    Raises:
+        InputError: Objects have no mask.
+    """
+    if count := int((dataset.segmentations.offsets.diff() == 0).sum()):
         raise InputError(
-            f"{bare} of the {len(dataset.labels)} objects of {dataset.source} have no mask, which a detector of masks learns and is scored "
-            "by: use data with masks, such as COCO's, or a detector without them"
+            f"{count} of the {len(dataset.labels)} objects of {dataset.source} have no mask, but the detector predicts "
+            "masks: use data with masks, such as COCO's, or a detector without them"
         )
 
 
 def mask_figures(
     dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
 ) -> dict[str, Any]:
-    """COCO's figures by the overlap of masks, each as mask_NAME."""
+    """Return COCO's metrics by the IoU of masks, each as mask_NAME."""
     figures = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator)
     return {f"mask_{name}": value for name, value in figures.items()}
 
@@ -155,7 +162,7 @@ def mask_figures(
 def score(
     dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
 ) -> dict[str, Any]:
-    """All figures of a split: COCO's, of masks and VOC's where asked, per class, with the stamp that makes them comparable."""
+    """Return COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp."""
     figures = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
     if masks:
         figures |= mask_figures(dataset, results, evaluator)
@@ -172,7 +179,7 @@ def score(
 def report(
     dataset: DetectionDataset, results: list[Result], figures: dict[str, Any], out: Path, title: str
 ) -> dict[str, Path]:
-    """Write results, figures and images into a folder; gives the files by what they show."""
+    """Write results, metrics and plots into a directory; return the files by what they show."""
     files = {
         "results": out / "val.bbox.json",
         "metrics": out / "metrics.json",
@@ -204,7 +211,7 @@ def report(
 
 
 def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Image | None:
-    """The n images that went worst: truth dashed, finds coloured; None where no image has a mistake."""
+    """Return the n images with the most errors: ground truth dashed, detections coloured; None without any error."""
     drawn, captions = [], []
     paint = painter(dataset, results)
     for i, quality, misses, false in evaluation.find_worst_images(dataset, results, n=n, score=SHOWN):
@@ -215,7 +222,7 @@ def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Imag
 
 
 def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
-    """What draws the finds of at least `SHOWN` in image i of the dataset against the truth; None where its file is absent."""
+    """Return a function that draws the ground truth and detections of at least `SHOWN` in image i."""
     by_image: dict[int, list[Result]] = {}
     for result in results:
         if result["score"] >= SHOWN:
@@ -226,13 +233,13 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
         record = dataset[i]
         if not record.path.is_file():  # results can be scored without the images
             return None
-        found = by_image.get(record.image_id, [])
-        boxes = torch.tensor([r["bbox"] for r in found]).reshape(-1, 4)
+        detections = by_image.get(record.image_id, [])
+        boxes = torch.tensor([r["bbox"] for r in detections]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         guess = (
             boxes,
-            torch.tensor([labels[r["category_id"]] for r in found]),
-            torch.tensor([r["score"] for r in found]),
+            torch.tensor([labels[r["category_id"]] for r in detections]),
+            torch.tensor([r["score"] for r in detections]),
         )
         counts = ~record.eval_ignore
         truth, ignore = (
@@ -246,7 +253,11 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
 
 
 def check_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
-    """Raises InputError unless the data's classes are those that the model knows, in their order."""
+    """Check that the data's classes are those of the model, in the same order.
+
+    Raises:
+        InputError: They differ.
+    """
     names = tuple(names)
     if names != dataset.names:
         raise InputError(
@@ -256,6 +267,6 @@ def check_names(dataset: DetectionDataset, names: Iterable[str], source: str) ->
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of a list of names."""
+    """Return the first names of a list as text."""
     names = list(names)
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -9,10 +9,10 @@ from typing import Unpack
 from fusedet import config as configs
 from fusedet import evaluation
 from fusedet.api import coco_submission, run_dir
-from fusedet.api.distributed import place, shared, silent
+from fusedet.api.distributed import place, shared
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
-from fusedet.api.progress import ShowProgress, no_progress
+from fusedet.api.progress import ShowProgress, no_progress, say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.validate import check_names, evaluate_detector, evaluate_results, report
@@ -34,7 +34,7 @@ def validate(
     submission: bool = False,
     trust: bool = False,
     progress: ShowProgress = no_progress,
-    say: Callable[[str], None] = silent,
+    say: Callable[[str], None] = say_nothing,
     **settings: Unpack[Settings],
 ) -> RunResult:
     """Evaluate a run, a checkpoint or stored results on a split, and write metrics, results and plots.
@@ -77,8 +77,8 @@ def validate(
     dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:
         run_dir.check(options.out)  # before the work, not after it
-    server_split = coco_submission.of_server(dataset, options.test.max_det) if submission else None
-    if server_split and (warning := coco_submission.incomplete(dataset, server_split)) and not place()[0]:
+    server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
+    if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not place()[0]:
         say(warning)
     if not len(dataset.labels) and not submission:
         raise InputError(
@@ -95,13 +95,13 @@ def validate(
             )
         if rank:
             return RunResult(path, {}, {})
-    rows = coco_submission.checked(dataset, evaluated.results) if submission else {}
+    rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
     name = f"val-{Path(scored).stem}"
     target = run_dir.fresh(options.out) if options.out else run_dir.numbered(run_dir.parent_of(path), name)
     files = {}
     if len(dataset.labels):
         files = report(dataset, evaluated.results, evaluated.metrics, target, title=f"{path.name} on {scored}")
     if server_split:
-        files |= coco_submission.write(rows, server_split, path.name if path.is_dir() else path.stem, target)
+        files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
     title = f"{source if is_results else file} on {scored} of {options.data.path}"
     return RunResult(target, evaluated.metrics, files, title)

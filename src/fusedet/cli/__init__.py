@@ -1,4 +1,7 @@
-"""The command line: parses text, calls `fusedet.api`, prints the result. Nothing heavy is imported before a command runs."""
+"""The command line: parses text, calls the functions of `fusedet`, prints results.
+
+Heavy modules are imported when a command runs, not for the help.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ import sys
 from rich.markup import escape
 
 from fusedet.cli import commands  # noqa: F401  (registers them)
-from fusedet.cli.app import app, err
+from fusedet.cli.common import app, err
 from fusedet.engine.signals import Interrupted
-from fusedet.errors import DivergenceError, InputError, StorageError
+from fusedet.errors import InputError, StorageError
 
-EXIT_CODES: dict[type[Exception], int] = {InputError: 2, DivergenceError: 3, StorageError: 4}
-"""The exit code of each error; all codes are listed in the help of `fusedet`."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 JOINT_COMMANDS = ("train", "val")
 """Commands whose processes fail together, so that one per machine reports it."""
@@ -32,16 +33,21 @@ def run(arguments: list[str] | None = None) -> int:
         app(arguments, prog_name="fusedet")
     except SystemExit as end:
         return int(end.code or 0)
-    except tuple(EXIT_CODES) as error:
-        return _report(str(error), next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), command)
+    except InputError as error:
+        return _report(str(error), error.exit_code, command)
     except Interrupted as stop:
         err.print(escape(str(stop)))
         return stop.code
     except BrokenPipeError:
         return 0
     except OSError as error:
-        code = EXIT_CODES[StorageError if error.errno in FULL else InputError]
+        code = (StorageError if error.errno in FULL else InputError).exit_code
         return _report(f"{error.filename or 'a file'}: {error.strerror or error}", code, command)
+    except Exception as error:
+        peers = sys.modules.get("fusedet.engine.peers")
+        if peers is None or not isinstance(error, peers.Lost):
+            raise
+        return _report(str(error), peers.EXIT, []) if str(error) else int(peers.EXIT)
     return 0
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Exit, Option
 
-from fusedet.cli import app as cli
-from fusedet.errors import InputError
+import fusedet
+from fusedet.cli import common as cli
+from fusedet.cli.settings_help import SettingsCommand
 
 TRAIN, USE, COMPARE, DATA = "Train and evaluate", "Use a model", "Compare and explain", "Data"
 Split = Annotated[str | None, Option(help="The split, by default data.val; of browse data.train.")]
@@ -22,32 +23,20 @@ Launcher = Annotated[
 Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
 
 
-@cli.command(
-    "train", "train retinanet_r50 data=coco out=runs/a", "train runs/a --resume", TRAIN, cls=cli.SettingsCommand
-)
+@cli.command("train", "train retinanet_r50 data=coco out=runs/a", "train runs/a --resume", TRAIN, cls=SettingsCommand)
 def train(
     words: cli.ConfigAndSettings = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Continue the run in out=DIR, or the given run directory.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the given run, or the run in out=DIR.")] = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
     """Train a detector and evaluate its best weights.
 
-    The dataset is data=PATH, in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default runs/CONFIG.
-    fusedet info lists the configs.
+    The dataset is data=PATH, in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default
+    runs/CONFIG. fusedet info lists the configs.
     """
-    from fusedet import config
-    from fusedet.api.train import train as run_training
-
     name, settings = cli.split_config(words)
-    if name is None:
-        raise InputError(
-            f"which config? Write fusedet train CONFIG data=PATH, with CONFIG one of the {len(config.names())} that fusedet info "
-            "lists, such as retinanet_r50, a YAML file or a run directory"
-        )
-    result = run_training(name, *settings, resume=resume, trust=trust, say=cli.say(json), quiet=json)
+    result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.say(json), quiet=json)
     if result.metrics:
         cli.show(result, json, f"next: fusedet predict {result.out} IMAGE_OR_DIR...")
 
@@ -67,19 +56,13 @@ def val(
 ) -> None:
     """Evaluate a run, a checkpoint or stored results.
 
-    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default val-SPLIT in the run directory.
+    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default val-SPLIT in the
+    run directory.
     """
-    from fusedet.api.validate_run import validate
-
-    options: dict[str, Any] = {
-        "split": split,
-        "voc": voc,
-        "evaluator": evaluator,
-        "submission": submission,
-        "trust": trust,
-    }
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
-    result = validate(source, *settings, **options, progress=cli.progress(json), say=cli.say(True))
+    options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
+    options |= {"trust": trust, "progress": cli.progress(json), "say": cli.say(True)}
+    result = fusedet.validate(source, *settings, **options)
     if result.metrics:
         cli.show(result, json)
 
@@ -92,12 +75,11 @@ def demo(
 ) -> None:
     """Train a small detector on synthetic images.
 
-    Nothing is downloaded, and two CPU cores need minutes. Data, run and drawn predictions go to out=DIR, by default demo.
+    Nothing is downloaded, and two CPU cores need minutes. Data, run and drawn predictions go to out=DIR, by default
+    demo.
     """
-    from fusedet.api.demo import demo as run_demo
-
     settings = cli.settings_only(words, "demo takes no config")
-    result = run_demo(*settings, images=images, say=cli.say(json), quiet=json)
+    result = fusedet.demo(*settings, images=images, say=cli.say(json), quiet=json)
     own = "or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine"
     cli.show(result, json, f"next: fusedet predict {result.out / 'run'} {result.out / 'data' / 'val'}", own)
 
@@ -120,19 +102,13 @@ def predict(
 ) -> None:
     """Detect objects in image files.
 
-    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are predicted at
-    once, and data.workers threads read images ahead.
+    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are
+    predicted at once, and data.workers threads read images ahead.
     """
-    from fusedet.api.predict_files import predict as run_prediction
-
     sources, settings = cli.split_words(words)
-    if not sources:
-        raise InputError(
-            "which images? Write fusedet predict RUN SOURCE..., with files, directories, globs, @FILE or -"
-        )
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
     options |= {"on_bad_image": on_bad_image, "part": part, "parts": parts}
-    result = run_prediction(run, sources, *settings, **options, progress=cli.progress(json))
+    result = fusedet.predict(run, sources, *settings, **options, progress=cli.progress(json))
     cli.show(result, json and not result.counts["left"])
 
 
@@ -151,9 +127,7 @@ def info(
 
     name, settings = cli.split_config(words)
     if name is not None:
-        from fusedet.api.info import info as count_cost
-
-        return cli.show(count_cost(name, *settings, classes=classes, trust=trust), json)
+        return cli.show(fusedet.info(name, *settings, classes=classes, trust=trust), json)
     cli.settings_only([f"'{setting}'" for setting in settings], "settings belong to a CONFIG")
     names = {"models": config.names(), "schedules": config.names("schedules")}
     if json:
@@ -167,10 +141,8 @@ def config(words: cli.ConfigAndSettings = None) -> None:
 
     The config is complete, with the given settings applied. A file of it can be used as CONFIG.
     """
-    from fusedet.api.settings import resolve_config
-
     name, settings = cli.split_config(words)
-    sys.stdout.write(resolve_config(name, settings).to_yaml())
+    sys.stdout.write(fusedet.resolve_config(name, settings).to_yaml())
 
 
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
@@ -185,12 +157,11 @@ def compare(
 ) -> None:
     """Compare two runs with confidence intervals.
 
-    Stored results of both on the same images give B - A with its interval over images, by metric and class, and the errors by kind.
+    Stored results of both on the same images give B - A with its interval over images, by metric and class, and the
+    errors by kind.
     """
-    from fusedet.api.compare import compare as run_comparison
-
     settings = cli.settings_only(words, f"two runs are compared, {a} and {b}")
-    result = run_comparison(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)
+    result = fusedet.compare(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)
     cli.show(result, json)
 
 
@@ -209,17 +180,15 @@ def ablate(
 ) -> None:
     """Train all rows of an ablation table and compare them.
 
-    Every row is trained with several seeds on data=PATH into out=DIR. The report shows published and measured metrics with
-    intervals. The same command goes on where it stopped.
+    Every row is trained with several seeds on data=PATH into out=DIR. The report shows published and measured
+    metrics with intervals. The same command goes on where it stopped.
     """
-    from fusedet.ablation import command as ablations
-
     settings = cli.settings_only(words, f"one table at a time, {table}")
     options: dict[str, Any] = {"seeds": seeds, "rows": rows or (), "say": cli.say(json)}
     if dry_run:
-        return cli.show(ablations.preview(table, *settings, **options), json)
+        return cli.show(fusedet.preview_ablation(table, *settings, **options), json)
     options |= {"budget": budget, "launcher": launcher, "slurm": slurm or (), "resamples": resamples, "quiet": json}
-    return cli.show(ablations.ablate(table, *settings, **options), json)
+    return cli.show(fusedet.ablate(table, *settings, **options), json)
 
 
 @cli.command("cam", "cam runs/a street.jpg", "cam runs/a images/ --beside runs/b --class car", COMPARE)
@@ -227,9 +196,7 @@ def cam(
     run: cli.Run,
     words: cli.Sources = None,
     beside: Annotated[str | None, Option(metavar="RUN_B", help="A second run, drawn in the same colors.")] = None,
-    class_name: Annotated[
-        str | None, Option("--class", help="The class, by default that of the best detection.")
-    ] = None,
+    class_name: Annotated[str | None, Option("--class", help="By default that of the best detection.")] = None,
     score: Annotated[float, Option(help="Least score of a detection.")] = 0.3,
     best: Annotated[bool, Option("--best", help="Explain the best location only, not all weighted by score.")] = False,
     only: Annotated[list[str] | None, Option(metavar="PART", help="Only this part; can be repeated.")] = None,
@@ -238,21 +205,12 @@ def cam(
 ) -> None:
     """Draw class activation maps, gates and level weights.
 
-    The maps are drawn level by level, before and after each module, into out=DIR, by default cam in the run directory.
+    The maps are drawn level by level, before and after each module, into out=DIR, by default cam in the run
+    directory.
     """
-    from fusedet.api.cam import cam as draw
-
     sources, settings = cli.split_words(words)
-    if not sources:
-        raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
-    options: dict[str, Any] = {
-        "beside": beside,
-        "class_name": class_name,
-        "score": score,
-        "best_only": best,
-        "trust": trust,
-    }
-    cli.show(draw(run, sources, *settings, **options, only=only or ()), json)
+    options: dict[str, Any] = {"beside": beside, "class_name": class_name, "score": score, "only": only or ()}
+    cli.show(fusedet.cam(run, sources, *settings, **options, best_only=best, trust=trust), json)
 
 
 @cli.command("doctor", "doctor data=data/coco", "doctor data=data/voc data.size=[600,1000] --no-images", DATA)
@@ -265,10 +223,8 @@ def doctor(
 
     Counts what data=PATH holds and lists errors and warnings. The exit code is 1 if a training would stop.
     """
-    from fusedet.api.check_dataset import check_dataset
-
     name, settings = cli.split_config(words)
-    result = check_dataset(*settings, config=name, read_images=images, progress=cli.progress(json))
+    result = fusedet.check_dataset(*settings, config=name, read_images=images, progress=cli.progress(json))
     cli.show(result, json)
     raise Exit(0 if result.ok else 1)
 
@@ -286,10 +242,8 @@ def browse(
 
     Images of data=PATH with their boxes, resized and augmented, go to one image file, out=FILE.png.
     """
-    from fusedet.api.browse import browse as draw
-
     name, settings = cli.split_config(words)
-    cli.show(draw(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)
+    cli.show(fusedet.browse(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)
 
 
 @cli.converter("data", "convert data voc coco --to coco", "convert data voc yolo --to yolo --link")
@@ -304,9 +258,7 @@ def convert_data(
 
     All splits of SOURCE are written to the new directory TARGET. Boxes keep their values.
     """
-    from fusedet.api.convert_dataset import convert_dataset
-
-    result = convert_dataset(source, target, to, link=link)
+    result = fusedet.convert_dataset(source, target, to, link=link)
     cli.show(result, json, f"next: fusedet train retinanet_r50 data={target} out=runs/a")
 
 
@@ -315,20 +267,16 @@ def convert_weights(
     source: Source,
     target: Target,
     words: cli.Settings = None,
-    config: Annotated[
-        str | None, Option(metavar="CONFIG", help="MMDetection's config, or a config of fusedet.")
-    ] = None,
+    config: Annotated[str | None, Option(help="MMDetection's config file, or a config of fusedet.")] = None,
     json: cli.Json = False,
 ) -> None:
     """Convert weights of MMDetection or torchvision.
 
-    The checkpoint SOURCE becomes the new directory TARGET, which is used like a run directory. The model is inferred from the
-    checkpoint unless --config names it.
+    The checkpoint SOURCE becomes the new directory TARGET, which is used like a run directory. The model is
+    inferred from the checkpoint unless --config names it.
     """
-    from fusedet.api.convert_weights import convert_weights as convert
-
     settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
-    result = convert(source, target, *settings, config=config)
+    result = fusedet.convert_weights(source, target, *settings, config=config)
     cli.show(result, json, f"next: fusedet predict {target} IMAGE_OR_DIR...")
 
 

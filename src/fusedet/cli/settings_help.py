@@ -9,19 +9,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from typer.core import TyperCommand
 
-from fusedet.config import Config
 
+class SettingsCommand(TyperCommand):
+    """A command whose help lists the settings of the config."""
 
-def print_settings() -> None:
-    """Print key, type and default of every setting."""
-    console = Console(highlight=False, emoji=False)
-    groups: dict[str, Table] = {}
-    for row in list_settings(Config):
-        section = row[0].partition(".")[0] if "." in row[0] else "run"
-        groups.setdefault(section, Table.grid(padding=(0, 2))).add_row(*map(escape, row))
-    for section, table in groups.items():
-        console.print(Panel(table, title=f"Settings: {section}", title_align="left", border_style="dim"))
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, then key, type and default of every setting."""
+        from fusedet.config import Config
+
+        super().format_help(ctx, formatter)
+        console = Console(highlight=False, emoji=False)
+        groups: dict[str, Table] = {}
+        for row in list_settings(Config):
+            section = row[0].partition(".")[0] if "." in row[0] else "run"
+            groups.setdefault(section, Table.grid(padding=(0, 2))).add_row(*map(escape, row))
+        for section, table in groups.items():
+            console.print(Panel(table, title=f"Settings: {section}", title_align="left", border_style="dim"))
 
 
 def list_settings(schema: Any, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fusedet.errors import InputError
+from fusedet.errors import DivergenceError
 
 
-class NonFinite(InputError):  # noqa: N818
+class NonFinite(DivergenceError):  # noqa: N818
     """A loss, a gradient or a weight became infinite or not a number; the last checkpoint is from before."""
 
 

@@ -1,4 +1,4 @@
-"""Weights of other projects: MMDetection's and torchvision's detectors, read as data and renamed."""
+"""Convert checkpoints of MMDetection and torchvision; they are read as data and never executed."""
 
 from fusedet.interop.conversion import ConvertedCheckpoint, convert_checkpoint
 

@@ -1,4 +1,4 @@
-"""Another project's checkpoint as a config and weights of this one."""
+"""Convert a checkpoint of another project to a config and weights of this one."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ from fusedet.models.detectors import build_detector
 
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
-DYNAMIC = (
-    "threshold",
-    "beta",
-    "overlaps",
-    "shifts",
-    "steps",
-)  # what a stage with a memory knows, and MMDetection does not save
+DYNAMIC = ("threshold", "beta", "overlaps", "shifts", "steps")
+"""State of a stage of Dynamic R-CNN, which MMDetection does not save."""
 
 
 @dataclass(frozen=True)
 class ConvertedCheckpoint:
-    """A detector as a checkpoint here has it, and notes for the user: what was assumed, differs or was left out."""
+    """A converted detector.
+
+    Attributes:
+        config: Config of this project.
+        weights: State dict of the detector.
+        names: Class names.
+        category_ids: Category ids of the classes.
+        notes: Notes for the user: what was assumed, differs or was left out.
+    """
 
     config: Config
     weights: Weights
@@ -58,32 +61,42 @@ class ConvertedCheckpoint:
 def convert_checkpoint(
     file: str | Path, config: str | None = None, overrides: Sequence[str] = ()
 ) -> ConvertedCheckpoint:
-    """The checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision in a file.
+    """Convert a checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision.
 
-    config: MMDetection's config, a .py file; or the name or YAML file of a config here, to which the checkpoint's own copy of MMDetection's
-    adds style, mean, BGR and how images are resized. Where none is given, that copy is taken, else what names and shapes tell.
-    overrides: "key=value" texts of this project's config on top.
-    Raises InputError for a file that cannot be read, holds code, is of no detector here, or does not match in every key.
+    Args:
+        file: The checkpoint.
+        config: MMDetection's config, a .py file; or the name or YAML file of a config of this project, to which the
+            checkpoint's own copy of MMDetection's config adds style, mean, channel order and resizing. By default that
+            copy is converted, or the config is inferred from names and shapes of the weights.
+        overrides: "key=value" overrides of the converted config.
+
+    Raises:
+        InputError: The file cannot be read, has code, is of no supported detector, or does not match in every key.
     """
     content = load_checkpoint.read_checkpoint(file)
     state = load_checkpoint.extract_weights(content, file)
     meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
     if torchvision.is_torchvision(state):
         if config is not None:
-            raise InputError(f"--config={config}: {file} is of torchvision, its weights tell all; leave --config out")
-        return _of_torchvision(state, file, overrides)
-    own = config is not None and not config.endswith(".py")
-    source, notes = _own_config(meta, file) if own else _config(config, meta, file)
+            raise InputError(
+                f"--config={config}: {file} is of torchvision, whose weights need no config: leave --config out"
+            )
+        return _convert_torchvision(state, file, overrides)
+    is_fusedet_config = config is not None and not config.endswith(".py")
+    if is_fusedet_config:
+        source, notes = _try_embedded_config(meta, file)
+    else:
+        source, notes = _read_mmdetection_config(config, meta, file)
     legacy = is_1x_checkpoint(source or {}, state, str(meta.get("mmdet_version", "")))  # type: ignore[union-attr]
     state = legacy_1x.convert_1x_weights(state) if legacy else state
-    if own:
-        words = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
-        options = configs.load(str(config), words)
+    if is_fusedet_config:
+        forced = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
+        options = configs.load(str(config), forced)
         translated = read_backbone_settings(source or {}, options.model.backbone, str(config))
         backbone = {**options.model.backbone, **translated.tree}
         options = configs.load(
             str(config),
-            words,
+            forced,
             {"model": {"backbone": backbone}, "data": {"antialias": read_resizing(source or {}, [])["antialias"]}},
         )
     else:
@@ -95,108 +108,114 @@ def convert_checkpoint(
         options = configs.parse(configs.overridden(translated.tree, overrides))
     notes += translated.notes
     if legacy:
-        notes += _of_the_1x_line(options, config or "its own config")
+        notes += _note_1x_differences(options, config or "its own config")
     count = count_classes(state, options)
-    weights = _mmdetection(flip_stem_channels(state) if translated.bgr else state, options, count, file)
+    weights = _convert_mmdetection_weights(flip_stem_channels(state) if translated.bgr else state, options, count, file)
     names, category_ids = resolve_class_names(meta, count, notes)
     return ConvertedCheckpoint(options, weights, names, category_ids, notes)
 
 
-def _of_the_1x_line(options: Config, name: str) -> list[str]:
-    """What to say of a checkpoint of the 1.x line, of whose rules a detector of these options has the anchors or not."""
-    notes = ["the checkpoint is of MMDetection's 1.x line: background rows come last or are dropped"]
+def _note_1x_differences(options: Config, name: str) -> list[str]:
+    """Note how a checkpoint of MMDetection 1.x differs, depending on whether the config has the anchors of 1.x."""
+    notes = ["the checkpoint is of MMDetection 1.x: background rows are moved to the end or dropped"]
     head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
     if head.get("type") in ("retina", "rpn"):
         if head.get("round_anchors"):
-            return [*notes, "anchors are that line's, and boxes include their last pixel"]
+            return [*notes, "anchors are those of 1.x, and boxes include their last pixel"]
         notes.append(
-            f"anchors and boxes are those of later lines, as {name} says, and boxes may be a pixel off: a config of the 1.x line, or one "
-            "with LegacyAnchorGenerator, has those of the checkpoint's line"
+            f"anchors and boxes are those of later versions, as in {name}, and boxes may be a pixel off: a config of "
+            "1.x, or one with LegacyAnchorGenerator, has those of the checkpoint's version"
         )
     return notes
 
 
-def _own_config(meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
-    """The checkpoint's own config beside another that is to be used: where it cannot be read, that is said."""
+def _try_embedded_config(meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
+    """Read the checkpoint's own config; if it cannot be read, return a note."""
     try:
-        return _config(None, meta, file)
+        return _read_mmdetection_config(None, meta, file)
     except InputError as error:
-        return None, [f"the checkpoint's own config is not looked at: {error}"]
+        return None, [f"the checkpoint's own config is ignored: {error}"]
 
 
-def _config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
-    """MMDetection's config of a file, else of the checkpoint's meta, else None; and what to say of it."""
+def _read_mmdetection_config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
+    """Read MMDetection's config from a file, else from the checkpoint's meta; return it, or None, and notes."""
     text = next(
         (meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str) and "model" in meta[key]), None
     )
     if path is None and text is None:
         return None, []
-    read = (
+    source = (
         python_config.read_config(path)
         if path is not None
         else python_config.parse_config(str(text), "the checkpoint's own config")
     )
-    if not read.tree and not read.missing:
+    if not source.tree and not source.missing:
         raise InputError(
-            f"{path or file}: the config is empty; give the one that the checkpoint was trained with, or leave --config out"
+            f"{path or file}: the config is empty; use the one that the checkpoint was trained with, or leave --config "
+            "out"
         )
-    if not read.missing:
-        return read.tree, []
-    model = read.tree.get("model")
+    if not source.missing:
+        return source.tree, []
+    model = source.tree.get("model")
     if not isinstance(model, Mapping) or not all(
         isinstance(model.get(key), (Mapping, list)) for key in ("backbone", "neck")
     ):
         raise InputError(
-            f"{path or file}: the _base_ {read.missing[0]} is not there, and without it there is no whole model: copy it beside it, or "
-            "give the whole config"
+            f"{path or file}: the _base_ {source.missing[0]} is missing, and the model is incomplete without it: copy "
+            "it to the config's folder, or use the complete config"
         )
-    return read.tree, [f"bases that are not there were left out: {', '.join(read.missing)}"]
+    return source.tree, [f"missing base configs were left out: {', '.join(source.missing)}"]
 
 
 def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
-    """K, from the rows of what tells classes apart."""
+    """Count the classes K by the rows of the classification layer."""
     head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
-    codes = "bbox_head.retina_reg.weight"
-    anchors = max(axis_size(state, codes) // 4, 1) if codes in state else 1
-    places = {
+    deltas = "bbox_head.retina_reg.weight"
+    anchors = max(axis_size(state, deltas) // 4, 1) if deltas in state else 1
+    layers = {
         "retina": (("bbox_head.retina_cls.weight",), anchors, 0),
         "fcos": (("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight"), 1, 0),
         "vfnet": (("bbox_head.vfnet_cls.weight",), 1, 0),
         "reppoints": (("bbox_head.reppoints_cls_out.weight",), 1, 0),
         "rpn": (("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"), 1, 1),
     }
-    names, share, background = places.get(str(head.get("type")), ((), 1, 0))
-    found = next((name for name in names if name in state), None)
-    count = 0 if found is None else axis_size(state, found) // share - background
+    names, rows_per_class, background = layers.get(str(head.get("type")), ((), 1, 0))
+    layer = next((name for name in names if name in state), None)
+    count = 0 if layer is None else axis_size(state, layer) // rows_per_class - background
     if count < 1:
         raise InputError(
-            f"the weights are not of a detector with model.head={head.get('type')}: they have no {' or '.join(names) or 'such head'}"
+            f"the weights are not of a detector with model.head={head.get('type')}: they have no "
+            f"{' or '.join(names) or 'such head'}"
         )
     return count
 
 
-def _mmdetection(state: Weights, options: Config, count: int, file: Any) -> Weights:
+def _convert_mmdetection_weights(state: Weights, options: Config, count: int, file: Any) -> Weights:
     detector = build_detector(options, count)
     levels = sum(stride >= 2**options.model.pyramid.finest for stride in detector.backbone.levels.strides)
-    table = build_rules(options.model, levels)
-    found: Weights = {}
+    rules = build_rules(options.model, levels)
+    renamed: Weights = {}
     sources: dict[str, str] = {}
     for key, value in join_weights(state).items():
-        name = rename_weight(key, table)
-        if name in found:
+        name = rename_weight(key, rules)
+        if name in renamed:
             raise InputError(
                 f"{file} holds {sources[name]} and {key}, which are one weight here ({name}): leave one of them out"
             )
-        found[name], sources[name] = value, key
-    own = detector.state_dict()
-    fresh = tuple(key for key in own if key.startswith("stages.") and key.rpartition(".")[2] in DYNAMIC)
-    return match_weights(found, sources, own, file, fresh)
+        renamed[name], sources[name] = value, key
+    wanted = detector.state_dict()
+    unsaved = tuple(key for key in wanted if key.startswith("stages.") and key.rpartition(".")[2] in DYNAMIC)
+    return match_weights(renamed, sources, wanted, file, unsaved)
 
 
-def _of_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
-    read = torchvision.convert_weights(state, Path(file).name)
-    options = configs.parse(configs.overridden(read.tree, overrides))
-    own = build_detector(options, len(read.names)).state_dict()
+def _convert_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
+    converted = torchvision.convert_weights(state, Path(file).name)
+    options = configs.parse(configs.overridden(converted.tree, overrides))
+    wanted = build_detector(options, len(converted.names)).state_dict()
     return ConvertedCheckpoint(
-        options, match_weights(read.weights, read.sources, own, file), read.names, read.category_ids, read.notes
+        options,
+        match_weights(converted.weights, converted.sources, wanted, file),
+        converted.names,
+        converted.category_ids,
+        converted.notes,
     )

@@ -1,9 +1,10 @@
-"""torchvision's detection weights (RetinaNet v1 and v2, FCOS, Faster and Mask R-CNN v1 and v2) by the names here.
+"""Convert torchvision's detection weights: RetinaNet v1 and v2, FCOS, Faster and Mask R-CNN v1 and v2.
 
-Class rows: softmax heads have background first, which comes last here, and nothing of it in boxes and masks. torchvision's 91 rows for
-COCO are its category ids, of which 80 have objects: the others are left out. That is exact for the sigmoids of RetinaNet and FCOS, and
-for the others as far as a softmax gives nothing to a class that was never seen.
-The batch norms of v2's necks, box and mask heads are folded into the convolutions before them, which is exact for prediction.
+- Background: softmax heads have its row first; here it comes last, and box and mask layers have no row of it.
+- COCO: torchvision's 91 rows are category ids, of which 80 have instances; the others are left out. This is exact for
+  the sigmoids of RetinaNet and FCOS, and for a softmax if it gives no probability to classes that never occurred.
+- Batch norms of v2's necks, box and mask heads are folded into the convolutions before them, which is exact for
+  prediction.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fusedet.interop.weight_shapes import axis_size
 Tree = dict[str, Any]
 Weights = dict[str, Tensor]
 EPS = 1e-5
-# these were trained with frozen batch norms that add nothing to the variance, as their names' hashes tell
+# Hashes in the names of files that were trained with frozen batch norms without epsilon.
 _WITHOUT_EPS = ("258fb6c6", "bf2d0c1e", "eeacb38b")
 
 COMMON: list[Rule] = [
@@ -54,7 +55,16 @@ _TOWER = {"classification": "cls", "regression": "reg"}
 
 @dataclass(frozen=True)
 class ConvertedWeights:
-    """fusedet's config as a tree; weights by the names here; sources, of each the name in the file; classes; notes for the user."""
+    """Converted weights.
+
+    Attributes:
+        tree: fusedet's config as a nested mapping.
+        weights: Weights by the names of this project.
+        sources: Names in the file by the names of this project.
+        names: Class names.
+        category_ids: Category ids of the classes.
+        notes: Notes for the user.
+    """
 
     tree: Tree
     weights: Weights
@@ -65,40 +75,48 @@ class ConvertedWeights:
 
 
 def is_torchvision(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of torchvision's detectors."""
+    """Whether the weights have the names of torchvision's detectors."""
     return any(key.startswith("backbone.body.") for key in state) and any(
         key.startswith(("rpn.head.", "head.classification_head.")) for key in state
     )
 
 
 def convert_weights(state: Weights, file: str) -> ConvertedWeights:
-    """Config and weights of a torchvision detector. file: the name of its file, by which the first COCO weights are known."""
+    """Convert the weights of a torchvision detector.
+
+    Args:
+        state: State dict.
+        file: Name of the file; it identifies the first published COCO weights.
+
+    Raises:
+        InputError: The detector is not supported.
+    """
     notes: list[str] = []
-    found = infer_backbone({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
+    resnet = infer_backbone({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
     name = (
-        f"resnext{found['depth']}_{found['groups']}x{found['base_width']}d"
-        if "groups" in found
-        else f"resnet{found['depth']}"
+        f"resnext{resnet['depth']}_{resnet['groups']}x{resnet['base_width']}d"
+        if "groups" in resnet
+        else f"resnet{resnet['depth']}"
     )
     backbone: Tree = {"name": f"{name}.tv_in1k", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
     state = _fold_batch_norms(state, notes)
     state = _subtract_eps(state, file, notes)
     dense = any(key.startswith("head.classification_head.") for key in state)
-    model, test, rules, rows = (_one_stage if dense else _two_stage)(state)
+    model, test, rules, reorder_rows = (_convert_one_stage if dense else _convert_two_stage)(state)
     weights, sources = {}, {}
-    for key, value in rows(state).items():
+    for key, value in reorder_rows(state).items():
         new = rename_weight(key, COMMON + rules)
         weights[new], sources[new] = value, key
-    if model["head"]["type"] == "fcos":  # it has none
+    if model["head"]["type"] == "fcos":  # torchvision has no scales
         weights["head.scales"], sources["head.scales"] = torch.ones(5), "head.scales"
     count = _count_classes(state, dense)
     if count < 1:
-        raise InputError(f"the weights of {file} know no class beside background: there is nothing to convert")
+        raise InputError(f"the weights of {file} have no class but background: there is nothing to convert")
     coco = count == (91 if dense else 90)
     if coco:
-        notes.append("of torchvision's 91 rows of classes the 80 are kept that COCO has objects of")
+        notes.append("of torchvision's 91 class rows, the 80 of COCO's classes are kept")
     else:
-        notes.append(f"torchvision's weights name no classes: they are called class_0 to class_{count - 1}")
+        notes.append(f"torchvision's weights have no class names: they are called class_0 to class_{count - 1}")
     names = list(COCO) if coco else [f"class_{i}" for i in range(count)]
     ids = list(COCO_IDS) if coco else list(range(0 if dense else 1, count + (0 if dense else 1)))
     tree = {"model": {"backbone": backbone, **model}, "data": {"size": [800, 1333], "antialias": False}, "test": test}
@@ -111,7 +129,7 @@ Parts = tuple[Tree, Tree, list[Rule], Callable[[Weights], Weights]]
 
 
 def _count_classes(state: Weights, dense: bool) -> int:
-    """K: rows of a dense head per anchor, or those of the box head without background."""
+    """Count the classes: rows of a dense head per anchor, or rows of the box head without background."""
     if not dense:
         return axis_size(state, "roi_heads.box_predictor.cls_score.bias") - 1
     return axis_size(state, "head.classification_head.cls_logits.bias") // max(
@@ -119,21 +137,20 @@ def _count_classes(state: Weights, dense: bool) -> int:
     )
 
 
-def _one_stage(state: Weights) -> Parts:
-    """RetinaNet or FCOS."""
+def _convert_one_stage(state: Weights) -> Parts:
+    """Convert a RetinaNet or FCOS."""
     fcos = "head.regression_head.bbox_ctrness.weight" in state
     normed = fcos or "head.classification_head.conv.0.1.weight" in state
-    old = not any(
-        re.match(r"head\.classification_head\.conv\.\d+\.0\.", key) for key in state
-    )  # layers in one row: FCOS, first RetinaNet
+    # FCOS and the first RetinaNet have the layers of a tower in one sequence.
+    flat = not any(re.match(r"head\.classification_head\.conv\.\d+\.0\.", key) for key in state)
     step = 3 if normed else 2
 
-    def place(m: re.Match[str]) -> str:
+    def rename_tower(m: re.Match[str]) -> str:
         inner = step * int(m[2]) + int(m[3]) if m[3] else int(m[2])
         return f"head.towers.{_TOWER[m[1]]}.{inner}."
 
     rules: list[Rule] = [
-        (r"^head\.(classification|regression)_head\.conv\.(\d+)\." + ("()?" if old else r"(\d+)\."), place),
+        (r"^head\.(classification|regression)_head\.conv\.(\d+)\." + ("()?" if flat else r"(\d+)\."), rename_tower),
         (r"^head\.classification_head\.cls_logits\.", "head.cls."),
         (r"^head\.regression_head\.bbox_reg\.", "head.reg."),
         (r"^head\.regression_head\.bbox_ctrness\.", "head.centerness."),
@@ -150,36 +167,34 @@ def _one_stage(state: Weights) -> Parts:
             "center_sampling": True,
             "offset": 0.0,
         }
-        # its scores are roots of those here, and its threshold 0.2 is of the root
+        # torchvision's scores are square roots of those here, and so is its threshold 0.2.
         test = {"score": 0.04, "nms": 0.6, "max_det": 100}
     else:
         if axis_size(state, "head.regression_head.bbox_reg.bias") != 36:
             raise InputError(
-                "a torchvision RetinaNet of other than 9 anchors per cell: their sizes cannot be told from the weights"
+                "a torchvision RetinaNet needs 9 anchors per cell: the weights do not show the sizes of others"
             )
         head = {"type": "retina", "norm": normed, "bias": not normed, "round_anchors": True, "whole_sizes": True}
         test = {"score": 0.05, "nms": 0.5, "max_det": 300}
     anchors = 1 if fcos else 9
 
-    def rows(given: Weights) -> Weights:
-        found = dict(given)
+    def reorder_rows(given: Weights) -> Weights:
+        kept = dict(given)
         for kind in ("weight", "bias"):
             key = f"head.classification_head.cls_logits.{kind}"
             if axis_size(given, key) == 91 * anchors:
-                found[key] = given[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
-        return found
+                kept[key] = given[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
+        return kept
 
-    return {"neck": "fpn", "pyramid": pyramid, "head": head}, test, rules, rows
+    return {"neck": "fpn", "pyramid": pyramid, "head": head}, test, rules, reorder_rows
 
 
-def _two_stage(state: Weights) -> Parts:
-    """Faster or Mask R-CNN."""
+def _convert_two_stage(state: Weights) -> Parts:
+    """Convert a Faster or Mask R-CNN."""
     convs = sum(bool(re.fullmatch(r"roi_heads\.box_head\.\d+\.0\.weight", key)) for key in state)
     depth = sum(bool(re.fullmatch(r"rpn\.head\.conv\.\d+\.0\.weight", key)) for key in state)
     if axis_size(state, "rpn.head.cls_logits.bias") != 3:
-        raise InputError(
-            "a torchvision RPN of other than 3 anchors per cell: their sizes cannot be told from the weights"
-        )
+        raise InputError("a torchvision RPN needs 3 anchors per cell: the weights do not show the sizes of others")
     pooling = {"type": "level", "samples": 2, "aligned": False}
     stage: Tree = {"type": "box", "pooling": pooling} | ({"convs": convs, "layers": 1} if convs else {})
     masks = any(key.startswith("roi_heads.mask_predictor.") for key in state)
@@ -190,8 +205,8 @@ def _two_stage(state: Weights) -> Parts:
         "roi": {"stages": [stage], "branches": [{"type": "mask", "pooling": dict(pooling)}] if masks else []},
     }
 
-    def rows(given: Weights) -> Weights:
-        found = dict(given)
+    def reorder_rows(given: Weights) -> Weights:
+        kept = dict(given)
         keep = list(COCO_IDS) if axis_size(given, "roi_heads.box_predictor.cls_score.bias") == 91 else None
         for kind in ("weight", "bias"):
             for layer, width in (
@@ -210,17 +225,17 @@ def _two_stage(state: Weights) -> Parts:
                         )
                     by_class = given[key].unflatten(0, (-1, width))
                     classes = by_class[keep] if keep else by_class[1:]
-                    found[key] = (
+                    kept[key] = (
                         torch.cat([classes, by_class[:1]]) if layer.endswith("cls_score") else classes
                     ).flatten(0, 1)
-        return found
+        return kept
 
-    return model, {"score": 0.05, "nms": 0.5, "max_det": 100}, TWO_STAGE, rows
+    return model, {"score": 0.05, "nms": 0.5, "max_det": 100}, TWO_STAGE, reorder_rows
 
 
 def _fold_batch_norms(state: Weights, notes: list[str]) -> Weights:
-    """Batch norms outside the body folded into the convolutions before them."""
-    found = dict(state)
+    """Fold batch norms outside the backbone into the convolutions before them."""
+    folded_state = dict(state)
     folded = 0
     for key in state:
         if not key.endswith(".1.running_var") or key.startswith("backbone.body."):
@@ -229,34 +244,35 @@ def _fold_batch_norms(state: Weights, notes: list[str]) -> Weights:
         conv = norm.removesuffix("1.") + "0."
         parts = [f"{norm}{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         if (
-            any(axis_size(state, one) != axis_size(state, f"{conv}weight") or state[one].ndim != 1 for one in parts)
+            any(axis_size(state, name) != axis_size(state, f"{conv}weight") or state[name].ndim != 1 for name in parts)
             or state[f"{conv}weight"].ndim != 4
         ):
             raise InputError(
-                f"the weights' {norm}* is no batch norm of {conv}weight: it should have as many values as that has rows"
+                f"the weights' {norm}* is not a batch norm of {conv}weight: it must have one value per row of it"
             )
         scale = state[f"{norm}weight"] * (state[key] + EPS).rsqrt()
-        found[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
-        found[f"{conv}bias"] = (
+        folded_state[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
+        folded_state[f"{conv}bias"] = (
             state[f"{norm}bias"] + (state.get(f"{conv}bias", 0) - state[f"{norm}running_mean"]) * scale
         )
-        for one in (*parts, f"{norm}num_batches_tracked"):
-            found.pop(one, None)
+        for name in (*parts, f"{norm}num_batches_tracked"):
+            folded_state.pop(name, None)
         folded += 1
     if folded:
         notes.append(
-            f"{folded} batch norms outside the body are folded into their convolutions: training would go on without them"
+            f"{folded} batch norms outside the backbone are folded into their convolutions: further training has none"
         )
-    return found
+    return folded_state
 
 
 def _subtract_eps(state: Weights, file: str, notes: list[str]) -> Weights:
-    """Variances less the epsilon that norms here add to them, for weights that were trained without one."""
+    """Subtract the epsilon that batch norms here add from the variances of weights that were trained without it."""
     frozen = "backbone.body.bn1.running_var" in state and "backbone.body.bn1.num_batches_tracked" not in state
     first = any(hash_ in file for hash_ in _WITHOUT_EPS) or "backbone.fpn.inner_blocks.0.weight" in state
     if not (frozen and first):
         return state
     notes.append(
-        "the body's norms are those of torchvision's first weights, without an epsilon: it is taken off the variances"
+        "the backbone's batch norms are those of torchvision's first weights, without an epsilon: it is subtracted "
+        "from the variances"
     )
     return {k: v - EPS if k.startswith("backbone.body.") and k.endswith("running_var") else v for k, v in state.items()}

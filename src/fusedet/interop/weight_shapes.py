@@ -1,4 +1,4 @@
-"""The sizes of a stranger's weights, asked for by name."""
+"""Sizes of weights in an untrusted checkpoint, by name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from fusedet.errors import InputError
 
 
 def axis_size(state: Mapping[str, Tensor], key: str, number: int = 0) -> int:
-    """The size of a weight along one of its axes. Raises InputError where the weight is absent, has no such axis, or is empty."""
+    """Return the size of a weight along an axis.
+
+    Raises:
+        InputError: The weight is absent, has no such axis, or is empty.
+    """
     if key not in state:
-        raise InputError(f"the weights lack {key}, which tells the size of the detector: give a whole checkpoint")
+        raise InputError(f"the weights lack {key}, which gives the size of the detector: use a complete checkpoint")
     shape = tuple(state[key].shape)
     if len(shape) <= number or 0 in shape:
         raise InputError(
-            f"the weights' {key} has the shape {shape}: it should have {number + 1} axes or more, none of them empty"
+            f"the weights' {key} has the shape {shape}: it must have at least {number + 1} axes, none of them empty"
         )
     return shape[number]

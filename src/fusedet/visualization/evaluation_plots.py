@@ -26,7 +26,7 @@ def plot_precision_recall(
     Of more than ten classes, the five best (solid) and the five worst (dashed) have colors and names. The rest is grey.
 
     Args:
-        pr: Result of `evaluation.precision_recall`.
+        pr: Result of `evaluation.compute_precision_recall`.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
         iou: IoU threshold of the curves, for the labels.
@@ -68,7 +68,7 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | 
     Cells have percentages up to 25 classes, and counts too up to 8 classes.
 
     Args:
-        matrix: (K + 1, K + 1) counts of `evaluation.confusion`; the last row and column are background.
+        matrix: (K + 1, K + 1) counts of `evaluation.compute_confusion_matrix`; the last row and column are background.
         names: K class names.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
@@ -128,7 +128,7 @@ def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "
     """Plot APs, APm and APl as bars, and AP as a line.
 
     Args:
-        metrics: Metrics of `evaluation.coco`: AP, APs, APm and APl in 0..1; NaN or None where no object has that size.
+        metrics: Metrics of `evaluation.evaluate_coco`: AP, APs, APm and APl in 0..1; NaN or None where no object has that size.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
     """

@@ -1,1 +1,1 @@
-"""MMDetection's configs and checkpoints, read as data."""
+"""Read MMDetection's configs and checkpoints as data."""

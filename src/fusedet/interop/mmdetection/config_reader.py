@@ -1,4 +1,4 @@
-"""A mapping of MMDetection's config that is asked key by key, and remembers what nobody asked for."""
+"""Typed access to a mapping of MMDetection's config, with a record of the keys that were not read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from fusedet.errors import InputError, checked
 
-_LARGEST = 1e30  # what a float32 holds with package for products
-# what changes no prediction and has its own place here, or none
-_SILENT = {
+_LARGEST = 1e30  # a float32 holds it and products with it
+# Keys that do not affect predictions, or that are set elsewhere.
+_IGNORED = {
     "type",
     "pretrained",
     "init_cfg",
@@ -23,116 +23,126 @@ _SILENT = {
 
 
 class ConfigReader:
-    """One mapping: `where` names it in messages, notes are for the user and shared by all parts of a config."""
+    """Reader of one mapping.
 
-    def __init__(self, where: str, values: Mapping[str, Any] | None, notes: list[str]) -> None:
+    Args:
+        path: Dotted path of the mapping, for messages.
+        values: The mapping.
+        notes: Notes for the user, shared by all readers of a config.
+
+    Raises:
+        InputError: The value is not a mapping.
+    """
+
+    def __init__(self, path: str, values: Mapping[str, Any] | None, notes: list[str]) -> None:
         if values is not None and not isinstance(values, Mapping):
-            raise InputError(f"MMDetection's {where} must be a mapping, got {values!r}")
-        self.where, self.values, self.notes = where, dict(values or {}), notes
-        self.asked: set[str] = set()
+            raise InputError(f"MMDetection's {path} must be a mapping, got {values!r}")
+        self.path, self.values, self.notes = path, dict(values or {}), notes
+        self.read_keys: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self.values)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value, or the default where it is absent or None."""
-        self.asked.add(key)
+        """Return a value, or the default if it is absent or None."""
+        self.read_keys.add(key)
         value = self.values.get(key)
         return default if value is None else value
 
     def get_typed(self, key: str, hint: Any, default: Any) -> Any:
-        """The same, of the type that the hint says (`errors.checked`): list[bool], str, ..."""
-        return checked(self.get(key, default), hint, f"MMDetection's {self.where}.{key}")
+        """Return a value of a type such as list[bool] (see `errors.checked`)."""
+        return checked(self.get(key, default), hint, f"MMDetection's {self.path}.{key}")
 
     def get_bool(self, key: str, default: bool) -> bool:
-        """The same, True or False."""
-        found: bool = self.get_typed(key, bool, default)
-        return found
+        """Return True or False."""
+        value: bool = self.get_typed(key, bool, default)
+        return value
 
     def get_int(self, key: str, default: int, least: int = -1, most: int = 10**6) -> int:
-        """The same, a whole number from least to most, which bound what is built of it."""
+        """Return an integer from least to most, which bound the size of the model."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a whole number")
+            raise InputError(f"MMDetection's {self.path}.{key}={value!r} must be a whole number")
         if not least <= value <= most:
-            raise InputError(f"MMDetection's {self.where}.{key}={value} must be from {least} to {most}")
+            raise InputError(f"MMDetection's {self.path}.{key}={value} must be from {least} to {most}")
         return value
 
     def get_float(self, key: str, default: float) -> float:
-        """The same, a number."""
+        """Return a number."""
         value = self.get(key, default)
         if not _is_number(value):
-            raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a number")
+            raise InputError(f"MMDetection's {self.path}.{key}={value!r} must be a number")
         return float(value)
 
     def get_floats(self, key: str, default: Any = ()) -> list[float]:
-        """The same, a list of numbers."""
+        """Return a list of numbers."""
         value = self.get(key, list(default))
         if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
-            raise InputError(f"MMDetection's {self.where}.{key}={value!r} must be a list of numbers")
+            raise InputError(f"MMDetection's {self.path}.{key}={value!r} must be a list of numbers")
         return [float(v) for v in value]
 
     def get_section(self, key: str) -> ConfigReader:
-        """A mapping inside; empty where it is absent."""
-        return ConfigReader(f"{self.where}.{key}", self.get(key), self.notes)
+        """Return the reader of a nested mapping; empty if it is absent."""
+        return ConfigReader(f"{self.path}.{key}", self.get(key), self.notes)
 
     def get_sections(self, key: str) -> list[ConfigReader]:
-        """A list of mappings, or the one mapping that stands alone."""
+        """Return the readers of a list of mappings, or of a single mapping."""
         value = self.get(key, [])
         values = value if isinstance(value, (list, tuple)) else [value]
         many = len(values) > 1 or isinstance(value, (list, tuple))
         return [
-            ConfigReader(f"{self.where}.{key}" + (f"[{i}]" if many else ""), v, self.notes)
-            for i, v in enumerate(values)
+            ConfigReader(f"{self.path}.{key}" + (f"[{i}]" if many else ""), v, self.notes) for i, v in enumerate(values)
         ]
 
-    def require_value(self, key: str, *right: Any) -> Any:
-        """A value that must be one of these, the first of which is the default."""
-        value = self.get(key, right[0])
+    def require_value(self, key: str, *supported: Any) -> Any:
+        """Return a value that must be one of the supported ones; the first is the default."""
+        value = self.get(key, supported[0])
         value = list(value) if isinstance(value, tuple) else value
-        if value not in right:
-            shown = " or ".join(repr(r) for r in right)
+        if value not in supported:
+            shown = " or ".join(repr(r) for r in supported)
             raise InputError(
-                f"MMDetection's {self.where}.{key}={value!r} is not here: what can be converted has {shown}"
+                f"MMDetection's {self.path}.{key}={value!r} is not supported: supported values are {shown}"
             )
         return value
 
-    def require_type(self, *right: str) -> str:
-        """The type, without a registry's scope ("mmdet.ResNet"); one of these."""
-        value = str(self.get("type", right[0])).rpartition(".")[2]
-        if value not in right:
+    def require_type(self, *supported: str) -> str:
+        """Return the type without a registry's scope ("mmdet.ResNet"); it must be one of the supported ones."""
+        value = str(self.get("type", supported[0])).rpartition(".")[2]
+        if value not in supported:
             raise InputError(
-                f"MMDetection's {self.where}.type={value} is not here: {', '.join(right)} can be converted"
+                f"MMDetection's {self.path}.type={value} is not supported: supported types are {', '.join(supported)}"
             )
         return value
 
-    def note_unread(self, *silent: str) -> None:
-        """Note the keys that nobody asked for, but for these."""
-        left = [k for k, v in self.values.items() if k not in self.asked | _SILENT | set(silent) and v is not None]
+    def note_unread(self, *ignored: str) -> None:
+        """Note the keys that were not read, except the ignored ones."""
+        left = [
+            k for k, v in self.values.items() if k not in self.read_keys | _IGNORED | set(ignored) and v is not None
+        ]
         if left:
-            self.notes.append(f"not taken over from {self.where}: {', '.join(left)}")
+            self.notes.append(f"not converted of {self.path}: {', '.join(left)}")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def read_norm_type(part: ConfigReader, key: str, default: str | None, *kinds: str | None) -> str | None:
-    """The type of a norm_cfg, one of these kinds (None: without); a GN must have 32 groups."""
-    found = part.get_section(key) if part.values.get(key) is not None else None
-    if key in part.values and part.values[key] is None:
+def read_norm_type(reader: ConfigReader, key: str, default: str | None, *kinds: str | None) -> str | None:
+    """Return the type of a norm_cfg, one of the given kinds (None: no normalization); a GN must have 32 groups."""
+    section = reader.get_section(key) if reader.values.get(key) is not None else None
+    if key in reader.values and reader.values[key] is None:
         kind = None
     else:
-        kind = str(found.get("type")).rpartition(".")[2] if found else default
-    part.asked.add(key)
+        kind = str(section.get("type")).rpartition(".")[2] if section else default
+    reader.read_keys.add(key)
     kind = {"SyncBN": "BN", "naiveSyncBN": "BN"}.get(str(kind), kind)
     if kind not in kinds:
         shown = " or ".join(str(k) for k in kinds)
         raise InputError(
-            f"MMDetection's {part.where}.{key} is {kind}, which is not here: what can be converted has {shown}"
+            f"MMDetection's {reader.path}.{key} is {kind}, which is not supported: supported values are {shown}"
         )
-    if kind == "GN" and found and found.get_int("num_groups", 32) != 32:
+    if kind == "GN" and section and section.get_int("num_groups", 32) != 32:
         raise InputError(
-            f"MMDetection's {part.where}.{key} has {found.get('num_groups')} groups: what can be converted has 32"
+            f"MMDetection's {reader.path}.{key} has {section.get('num_groups')} groups: only 32 are supported"
         )
     return kind

@@ -1,8 +1,12 @@
-"""Checkpoints of MMDetection's 1.x line: their names and the order of their rows, as in 2.x and 3.x.
+"""Convert names and row order of MMDetection 1.x checkpoints to those of 2.x and 3.x.
 
-There a two-stage detector with K classes has K + 1 of everything, background first: of `fc_cls` rows 1..K are the classes and row 0 is
-background, which here comes last; of `fc_reg` the first four rows and of `mask_head.conv_logits` the first row belong to background and
-are dropped. One-stage heads have no background in their rows in either line.
+In 1.x, a two-stage detector with K classes has K + 1 rows, background first:
+
+- fc_cls: row 0 is background, which comes last here; rows 1..K are the classes.
+- fc_reg: the first four rows belong to background and are dropped.
+- mask_head.conv_logits: the first row belongs to background and is dropped.
+
+One-stage heads have no background rows in any version.
 """
 
 from __future__ import annotations
@@ -16,19 +20,19 @@ Weights = dict[str, Tensor]
 
 
 def convert_1x_weights(state: Weights) -> Weights:
-    """A state dict of the 1.x line by the names and rows of 3.x."""
+    """Return a state dict of 1.x with the names and rows of 3.x."""
     two_stage = any(key.startswith("rpn_head.") for key in state) and any(
         re.match(r"bbox_head\.(\d+\.)?fc_cls\.", key) for key in state
     )
-    found = {}
+    converted = {}
     for key, value in state.items():
         name = re.sub(r"^(bbox_head|mask_head|grid_head)\.", r"roi_head.\1.", key) if two_stage else key
-        found[name] = _rows(name, value) if two_stage else value
-    return found
+        converted[name] = _reorder_rows(name, value) if two_stage else value
+    return converted
 
 
-def _rows(name: str, value: Tensor) -> Tensor:
-    if value.ndim == 0:  # no rows: `keys.matched` says of what shape it should be
+def _reorder_rows(name: str, value: Tensor) -> Tensor:
+    if value.ndim == 0:  # no rows: `match_weights` reports the shape
         return value
     layer = name.rpartition(".")[0]
     if layer.endswith("fc_cls"):

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, read without running anything that they hold."""
+"""Read checkpoints of other projects without executing their code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fusedet.errors import InputError
 
 
 class _Inert:
-    """Stands for an object of another project: takes whatever it was made of and does nothing."""
+    """Stands in for an object of another project: accepts any arguments and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return super().__new__(cls)
@@ -27,26 +27,26 @@ class _Inert:
 
 
 class _InertDict:
-    """Stands for a mapping of another project: its items alone are kept, in a plain one."""
+    """Stands in for a mapping of another project: only its items are kept, in a plain mapping."""
 
-    def __new__(cls, *made_of: Any) -> Any:
-        # MMEngine's ConfigDict has its items here, others set them later
-        return OrderedDict(made_of[0] if len(made_of) == 1 and isinstance(made_of[0], Mapping) else {})
+    def __new__(cls, *args: Any) -> Any:
+        # MMEngine's ConfigDict gets its items here, others set them later.
+        return OrderedDict(args[0] if len(args) == 1 and isinstance(args[0], Mapping) else {})
 
 
-def _stand_in(path: str, base: type) -> type:
+def _make_stand_in(path: str, base: type) -> type:
     module, _, name = path.rpartition(".")
     return type(name, (base,), {"__module__": module, "__qualname__": name})
 
 
-# what MMEngine, MMCV and numpy leave in a checkpoint beside tensors and plain values
+# What MMEngine, MMCV and numpy store in a checkpoint beside tensors and plain values.
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *(
-        _stand_in(path, _Inert)
+        _make_stand_in(path, _Inert)
         for path in (
             "mmengine.logging.history_buffer.HistoryBuffer",
             "mmengine.logging.message_hub.MessageHub",
-            "builtins.getattr",  # a history buffer names its own methods by it
+            "builtins.getattr",  # a history buffer refers to its own methods by it
             "numpy.ndarray",
             "numpy.dtype",
             *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -57,7 +57,7 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         )
     ),
     *(
-        _stand_in(path, _InertDict)
+        _make_stand_in(path, _InertDict)
         for path in (
             "mmengine.config.config.ConfigDict",
             "mmcv.utils.config.ConfigDict",
@@ -69,29 +69,30 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a .pth (or .safetensors) file holds, on the CPU: tensors and plain values; inert objects for the known bookkeeping.
+    """Read a .pth or .safetensors file on the CPU: tensors, plain values, and inert objects for known bookkeeping.
 
-    Raises InputError for a file that is absent or cut short, for anything else in it, which is named and never run, and for a
-    checkpoint of this project.
+    Raises:
+        InputError: The file is absent or truncated, has other objects (which are named and never executed), or is a
+            checkpoint of this project.
     """
     path = Path(path)
     if (path / "best.safetensors").is_file() or (path / "last.ckpt").is_file():
-        raise _own(path)
+        raise _own_checkpoint_error(path)
     if not path.is_file():
         raise InputError(
             f"there is no file {path}"
             if not path.is_dir()
-            else f"{path} is a folder: give a checkpoint's file, such as {path}/latest.pth"
+            else f"{path} is a folder: name a checkpoint file, such as {path}/latest.pth"
         )
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        return _read_safetensors(path)
     safe_load.check(path)
     try:
         with torch.serialization.safe_globals(STAND_INS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\w[\w.]*\w)", str(error)) or re.search(r"Can only .*|Trying to .*", str(error))
-        what = found[found.re.groups] if found else "something else than tensors and plain values"
+        match = re.search(r"GLOBAL (\w[\w.]*\w)", str(error)) or re.search(r"Can only .*|Trying to .*", str(error))
+        what = match[match.re.groups] if match else "something else than tensors and plain values"
         raise InputError(f"{path} holds {what}, which no checkpoint of weights needs: it is not run") from error
     except (
         RuntimeError,
@@ -107,43 +108,51 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(content, Mapping):
         raise InputError(
-            f"{path} holds a {type(content).__name__}: a checkpoint is a mapping with weights under 'state_dict', or of weights alone"
+            f"{path} holds a {type(content).__name__}: a checkpoint is a mapping with weights under 'state_dict', or "
+            "of weights only"
         )
     safe_load.check_tensors(content, path)
-    _refuse_own(content.get("meta"), path)
+    _refuse_own_checkpoint(content.get("meta"), path)
     return dict(content)
 
 
-def _safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     safe_load.check(path)
     try:
         with safe_open(path, framework="pt") as file:
-            _refuse_own(file.metadata(), path)
+            _refuse_own_checkpoint(file.metadata(), path)
         return dict(load_file(path))
     except SafetensorError as error:
         raise InputError(f"{path} is cut short or not a safetensors file: copy it again") from error
 
 
-def _refuse_own(meta: Any, path: Path) -> None:
+def _refuse_own_checkpoint(meta: Any, path: Path) -> None:
     if isinstance(meta, Mapping) and meta.get("format") == "fusedet":
-        raise _own(path)
+        raise _own_checkpoint_error(path)
 
 
-def _own(path: Path) -> InputError:
+def _own_checkpoint_error(path: Path) -> InputError:
     return InputError(
-        f"{path} is fusedet's own already, there is nothing to convert: use it as it is, fusedet predict {path} IMAGE_OR_FOLDER..."
+        f"{path} is a fusedet checkpoint already, there is nothing to convert: use it as it is, "
+        f"fusedet predict {path} IMAGE_OR_FOLDER..."
     )
 
 
 def extract_weights(content: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
-    """The weights to predict with: those under 'state_dict', or the mapping itself; without a wrapper's "module." before the names.
+    """Return the weights for inference: those under 'state_dict', or the mapping itself, without a "module." prefix.
 
-    Averaged (EMA) weights are what is taken: MMDetection and MMEngine put them under the plain names when they save, and the others
-    under `ema_state_dict`, or, before 3.x, under names that begin with "ema_". Where there is nothing but `ema_state_dict`, that is it.
-    Raises InputError where there are none.
+    These are the averaged (EMA) weights if there are any: MMDetection and MMEngine save them under the plain names, and
+    the raw ones under `ema_state_dict` or, before 3.x, under names that begin with "ema_".
+
+    Args:
+        content: Result of `read_checkpoint`.
+        source: Name of the file in messages.
+
+    Raises:
+        InputError: There are no weights.
     """
     holder = next(
         (content[key] for key in ("state_dict", "ema_state_dict", "model") if isinstance(content.get(key), Mapping)),
@@ -154,7 +163,5 @@ def extract_weights(content: Mapping[str, Any], source: str | Path) -> dict[str,
         state = {key.removeprefix("module."): value for key, value in state.items() if key != "steps"}
     state = {key: value for key, value in state.items() if not key.startswith(("ema_", "data_preprocessor."))}
     if not state:
-        raise InputError(
-            f"{source} holds no weights: there should be tensors by name, under 'state_dict' or at its top"
-        )
+        raise InputError(f"{source} holds no weights: it needs tensors by name, under 'state_dict' or at the top level")
     return state

@@ -1,4 +1,4 @@
-"""MMDetection's Python configs, read as data: parsed, never executed."""
+"""Read MMDetection's Python configs as data: they are parsed and never executed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from fusedet.errors import InputError
 
 Tree = dict[str, Any]
-_LARGEST = 10**6  # items and digits that an expression may make: a config holds no more
+_LARGEST = 10**6  # items and digits that an expression may create; no config has more
 _BASE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -28,17 +28,20 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
 
 @dataclass
 class PythonConfig:
-    """A config and the bases that were not where it says they are."""
+    """A config and its missing base files."""
 
     tree: Tree
     missing: list[str] = field(default_factory=list)
 
 
 def read_config(path: str | Path) -> PythonConfig:
-    """A config file with its `_base_` files, merged as MMDetection merges them.
+    """Read a config file with its `_base_` files, merged as MMDetection merges them.
 
-    Read are literals, names assigned before, `dict(...)`, `list(...)` and `tuple(...)`, arithmetic, subscripts, comprehensions over lists,
-    and `_base_.name` or `{{_base_.name}}`. Raises InputError, with file and line, for anything else: it would have to be run.
+    Supported are literals, names assigned before, `dict(...)`, `list(...)` and `tuple(...)`, arithmetic, subscripts,
+    comprehensions over lists, and `_base_.name` or `{{_base_.name}}`.
+
+    Raises:
+        InputError: The file is absent, or has anything else, which would have to be executed; the message has the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,17 +54,27 @@ def read_config(path: str | Path) -> PythonConfig:
 
 
 def parse_config(text: str, name: str, folder: Path | None = None, children: tuple[Path, ...] = ()) -> PythonConfig:
-    """The same of a config's text; `name` stands for it in messages, `folder` is where its bases are looked for, if anywhere."""
+    """Parse the text of a config.
+
+    Args:
+        text: The config.
+        name: Name of the config in messages.
+        folder: Folder of its bases; None if they are not available.
+        children: Config files that have this one as a base.
+
+    Raises:
+        InputError: As `read_config` does.
+    """
     try:
-        # a page of digits or a thousand brackets are not data either
-        body = ast.parse(text).body
+        statements = ast.parse(text).body
+    # Very long numbers and deep nesting raise the last three.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise InputError(f"{name}{line} is not Python: give a config of MMDetection") from error
+        raise InputError(f"{name}{line} is not Python: use a config of MMDetection") from error
     reader = _Reader(name, folder, children)
     try:
-        for statement in body:
-            reader.run(statement)
+        for statement in statements:
+            reader.execute(statement)
     except RecursionError as error:
         raise InputError(f"{name} is nested too deeply for a config") from error
     return PythonConfig(
@@ -70,7 +83,7 @@ def parse_config(text: str, name: str, folder: Path | None = None, children: tup
 
 
 def merge_configs(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: mappings key by key, unless `above` says `_delete_`; a list's items by number; all else replaced."""
+    """Merge `above` into `below`: mappings by key unless `above` has `_delete_`, lists by index; replace all else."""
     if (
         isinstance(above, dict)
         and isinstance(below, list)
@@ -91,7 +104,7 @@ def merge_configs(below: Any, above: Any) -> Any:
 
 
 class _Reader:
-    """One file's names, statement by statement."""
+    """Evaluates one file, statement by statement."""
 
     def __init__(self, file: str, folder: Path | None, children: tuple[Path, ...]) -> None:
         self.file, self.folder, self.children = file, folder, children
@@ -101,10 +114,12 @@ class _Reader:
 
     def refuse(self, node: ast.AST, what: str) -> InputError:
         where = f"{self.file}, line {getattr(node, 'lineno', '?')}"
-        return InputError(f"{where}: {what} cannot be read as data, and configs are never run: write the value itself")
+        return InputError(
+            f"{where}: {what} cannot be read as data, and configs are never executed: write the value itself"
+        )
 
-    def run(self, node: ast.stmt) -> None:
-        """An assignment, its undoing, or a text that stands alone."""
+    def execute(self, node: ast.stmt) -> None:
+        """Apply an assignment or a del statement; ignore a docstring."""
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             return
         if isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -112,34 +127,34 @@ class _Reader:
         if not isinstance(node, (ast.Assign, ast.Delete)):
             raise self.refuse(node, _first_line(node))
         for target in node.targets:
-            holder, key = self.place(node, target)
+            holder, key = self.resolve_target(node, target)
             try:
                 if isinstance(node, ast.Delete):
                     del holder[key]
                 else:
-                    holder[key] = self.value(node.value)
+                    holder[key] = self.evaluate(node.value)
             except (TypeError, KeyError, IndexError) as error:
                 raise self.refuse(node, _first_line(node)) from error
             if isinstance(target, ast.Name) and key == "_base_":
                 self.inherit(node, holder[key])
 
-    def place(self, node: ast.stmt, target: ast.expr) -> tuple[Any, Any]:
-        """What an assignment changes: a mapping or list, and the key or number in it."""
+    def resolve_target(self, node: ast.stmt, target: ast.expr) -> tuple[Any, Any]:
+        """Return what an assignment changes: a mapping or list, and the key or index in it."""
         match target:
             case ast.Name(id=name):
                 return self.names, name
             case ast.Subscript(value=inner, slice=index):
-                return self.value(inner), self.value(index)
+                return self.evaluate(inner), self.evaluate(index)
             case ast.Attribute(value=ast.Name(id="_base_"), attr=name):
                 return self.base, name
             case ast.Attribute(value=inner, attr=name):
-                return self.value(inner), name
+                return self.evaluate(inner), name
         raise self.refuse(node, _first_line(node))
 
     def inherit(self, node: ast.AST, bases: Any) -> None:
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, (list, tuple)) or not all(isinstance(base, str) for base in bases):
-            raise self.refuse(node, "a _base_ that is no file name")
+            raise self.refuse(node, "a _base_ that is not a file name")
         for base in bases:
             path = None if self.folder is None else self.folder / base
             if path is None or not path.is_file():
@@ -148,18 +163,18 @@ class _Reader:
             if path.resolve() in self.children:
                 raise InputError(f"{self.file} is, through {base}, its own base")
             if path.suffix != ".py":
-                raise self.refuse(node, f"the base {base}, which is no Python config,")
-            found = parse_config(
+                raise self.refuse(node, f"the base {base}, which is not a Python config,")
+            base_config = parse_config(
                 path.read_text(encoding="utf-8"), str(path), path.parent, (*self.children, path.resolve())
             )
-            self.base = merge_configs(self.base, found.tree)
-            self.missing += found.missing
+            self.base = merge_configs(self.base, base_config.tree)
+            self.missing += base_config.missing
 
-    def value(self, node: ast.expr) -> Any:
-        """What an expression says."""
+    def evaluate(self, node: ast.expr) -> Any:
+        """Evaluate an expression."""
         match node:
             case ast.Constant(value=str(text)):
-                return self.filled(node, text)
+                return self.fill_template(node, text)
             case ast.Constant():
                 return node.value
             case ast.Name(id=name):
@@ -167,85 +182,88 @@ class _Reader:
                     raise self.refuse(node, f"the name {name}, which is not assigned before,")
                 return self.names[name]
             case ast.List() | ast.Tuple():
-                items = [v for item in node.elts for v in self.items(item)]
+                items = [v for item in node.elts for v in self.evaluate_items(item)]
                 return tuple(items) if isinstance(node, ast.Tuple) else items
             case ast.Set(elts=[ast.Set(elts=[inner])]):  # {{_base_.name}}
-                return self.value(inner)
+                return self.evaluate(inner)
             case ast.Dict():
-                return self.mapping(zip(node.keys, node.values))
+                return self.evaluate_mapping(zip(node.keys, node.values))
             case ast.Call(func=ast.Name(id="dict"), args=args):
-                pairs = dict(self.value(args[0])) if len(args) == 1 else {}
-                return pairs | self.mapping(
+                pairs = dict(self.evaluate(args[0])) if len(args) == 1 else {}
+                return pairs | self.evaluate_mapping(
                     (None if k.arg is None else ast.Constant(k.arg), k.value) for k in node.keywords
                 )
-            case ast.Call(func=ast.Name(id="list" | "tuple" as kind), args=[one], keywords=[]):
-                return list(self.value(one)) if kind == "list" else tuple(self.value(one))
+            case ast.Call(func=ast.Name(id="list" | "tuple" as kind), args=[argument], keywords=[]):
+                return list(self.evaluate(argument)) if kind == "list" else tuple(self.evaluate(argument))
             case ast.Attribute(value=inner, attr=name):
-                return self.attribute(node, inner, name)
+                return self.evaluate_attribute(node, inner, name)
             case ast.Subscript(value=inner, slice=index):
-                return self.guarded(node, lambda: self.value(inner)[self.index(index)])
+                return self.guard(node, lambda: self.evaluate(inner)[self.evaluate_index(index)])
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not() as op, operand=inner):
                 signs: dict[type, Callable[[Any], Any]] = {
                     ast.USub: operator.neg,
                     ast.UAdd: operator.pos,
                     ast.Not: operator.not_,
                 }
-                return self.guarded(node, lambda: signs[type(op)](self.value(inner)))
+                return self.guard(node, lambda: signs[type(op)](self.evaluate(inner)))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return self.guarded(
-                    node, lambda: self.combined(node, _BINARY[type(op)], self.value(left), self.value(right))
+                return self.guard(
+                    node,
+                    lambda: self.apply_operator(node, _BINARY[type(op)], self.evaluate(left), self.evaluate(right)),
                 )
-            case ast.IfExp(test=test, body=body, orelse=other):
-                return self.value(body) if self.value(test) else self.value(other)
+            case ast.IfExp(test=test, body=then, orelse=other):
+                return self.evaluate(then) if self.evaluate(test) else self.evaluate(other)
             case ast.JoinedStr(values=parts):
-                return "".join(str(self.value(p.value if isinstance(p, ast.FormattedValue) else p)) for p in parts)
+                return "".join(str(self.evaluate(p.value if isinstance(p, ast.FormattedValue) else p)) for p in parts)
             case ast.ListComp(elt=item, generators=[ast.comprehension(target=ast.Name(id=name), iter=source, ifs=[])]):
-                return self.comprehension(node, item, name, source)
+                return self.evaluate_comprehension(node, item, name, source)
         raise self.refuse(node, _first_line(node))
 
-    def items(self, node: ast.expr) -> list[Any]:
-        return list(self.value(node.value)) if isinstance(node, ast.Starred) else [self.value(node)]
+    def evaluate_items(self, node: ast.expr) -> list[Any]:
+        return list(self.evaluate(node.value)) if isinstance(node, ast.Starred) else [self.evaluate(node)]
 
-    def index(self, node: ast.expr) -> Any:
+    def evaluate_index(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Slice):
-            return slice(*(None if part is None else self.value(part) for part in (node.lower, node.upper, node.step)))
-        return self.value(node)
+            return slice(
+                *(None if part is None else self.evaluate(part) for part in (node.lower, node.upper, node.step))
+            )
+        return self.evaluate(node)
 
-    def mapping(self, pairs: Any) -> Tree:
-        found: Tree = {}
+    def evaluate_mapping(self, pairs: Any) -> Tree:
+        mapping: Tree = {}
         for key, value in pairs:
             if key is None:  # **name
-                spread = self.value(value)
+                spread = self.evaluate(value)
                 if not isinstance(spread, Mapping):
                     raise self.refuse(value, f"**{_first_line(value)}")
-                found |= spread
+                mapping |= spread
             else:
-                found[self.value(key)] = self.value(value)
-        return found
+                mapping[self.evaluate(key)] = self.evaluate(value)
+        return mapping
 
-    def attribute(self, node: ast.expr, inner: ast.expr, name: str) -> Any:
+    def evaluate_attribute(self, node: ast.expr, inner: ast.expr, name: str) -> Any:
         if isinstance(inner, ast.Name) and inner.id == "_base_":
-            return self.guarded(node, lambda: self.base[name])
-        holder = self.value(inner)
+            return self.guard(node, lambda: self.base[name])
+        holder = self.evaluate(inner)
         if not isinstance(holder, Mapping):
             raise self.refuse(node, _first_line(node))
-        return self.guarded(node, lambda: holder[name])
+        return self.guard(node, lambda: holder[name])
 
-    def filled(self, node: ast.expr, text: str) -> Any:
-        """A text whose {{_base_.name}} are replaced; alone, it is the value itself."""
+    def fill_template(self, node: ast.expr, text: str) -> Any:
+        """Replace {{_base_.name}} in a text; a text of nothing else becomes the value itself."""
 
-        def find(names: str) -> Any:
+        def look_up(names: str) -> Any:
             value: Any = self.base
             for part in names.split("."):
                 value = value[part]
             return value
 
         if whole := _BASE.fullmatch(text):
-            return self.guarded(node, lambda: find(whole[1]))
-        return self.guarded(node, lambda: _BASE.sub(lambda m: str(find(m[1])), text))
+            return self.guard(node, lambda: look_up(whole[1]))
+        return self.guard(node, lambda: _BASE.sub(lambda m: str(look_up(m[1])), text))
 
-    def combined(self, node: ast.expr, act: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-        """An operation, unless its result could be larger than any config's."""
+    def apply_operator(self, node: ast.expr, act: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+        """Apply an operator, unless its result could be larger than that of any config."""
         sizes = [len(v) if isinstance(v, (str, list, tuple)) else abs(v) for v in (a, b)]
         numbers = not any(isinstance(v, (str, list, tuple)) for v in (a, b))
         too_large = {
@@ -257,18 +275,18 @@ class _Reader:
             raise self.refuse(node, _first_line(node))
         return act(a, b)
 
-    def comprehension(self, node: ast.expr, item: ast.expr, name: str, source: ast.expr) -> list[Any]:
-        before, found = self.names.get(name), []
+    def evaluate_comprehension(self, node: ast.expr, item: ast.expr, name: str, source: ast.expr) -> list[Any]:
+        before, values = self.names.get(name), []
         had = name in self.names
-        for each in self.guarded(node, lambda: list(self.value(source))):
+        for each in self.guard(node, lambda: list(self.evaluate(source))):
             self.names[name] = each
-            found.append(self.value(item))
+            values.append(self.evaluate(item))
         self.names.pop(name, None)
         if had:
             self.names[name] = before
-        return found
+        return values
 
-    def guarded(self, node: ast.expr, act: Callable[[], Any]) -> Any:
+    def guard(self, node: ast.expr, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except (TypeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError, MemoryError) as error:

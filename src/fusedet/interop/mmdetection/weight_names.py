@@ -1,4 +1,4 @@
-"""MMDetection's names of weights, and the names that the same weights have here."""
+"""Rename and match MMDetection's weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fusedet.errors import InputError
 Weights = dict[str, Tensor]
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
-BODY: list[Rule] = [
-    # the offsets of deformable convolutions: 1.0 beside the convolution, later inside it, modulated ones once under a name of their own
+BACKBONE: list[Rule] = [
+    # Offsets of deformable convolutions: 1.0 has them beside the convolution, later versions inside it, and modulated
+    # ones had another name for some time.
     (r"^backbone\.(.*\.conv2)(?:_offset|\.conv_offset(?:_mask)?)\.", r"backbone.body.\1.offset."),
     (r"^backbone\.", "backbone.body."),
 ]
@@ -28,42 +29,52 @@ RPN: list[Rule] = [
 
 
 def build_rules(model: Model, levels: int) -> list[Rule]:
-    """The renaming for a detector of this config, whose body gives so many levels to its first neck."""
-    return BODY + _necks(model.neck, levels) + _head(model.head) + (_roi(model.roi) if model.roi else [])
+    """Build the renaming rules of a detector.
+
+    Args:
+        model: Model section of the config.
+        levels: Number of feature levels from the backbone to the first neck.
+    """
+    return (
+        BACKBONE
+        + _neck_chain_rules(model.neck, levels)
+        + _dense_head_rules(model.head)
+        + (_roi_rules(model.roi) if model.roi else [])
+    )
 
 
-def _necks(spec: Any, levels: int) -> list[Rule]:
+def _neck_chain_rules(spec: Any, levels: int) -> list[Rule]:
     specs = spec if isinstance(spec, list) else [spec]
-    found: list[Rule] = []
-    for i, one in enumerate(specs):
-        kind, options = (one, {}) if isinstance(one, str) else (one.get("type"), one)
+    rules: list[Rule] = []
+    for i, item in enumerate(specs):
+        kind, options = (item, {}) if isinstance(item, str) else (item.get("type"), item)
         theirs, ours = (rf"^neck\.{i}\.", f"neck.necks.{i}.") if len(specs) > 1 else (r"^neck\.", "neck.")
-        found += [(theirs + pattern, ours + name) for pattern, name in _neck(kind, options, levels)]
-    return found
+        rules += [(theirs + pattern, ours + name) for pattern, name in _neck_rules(kind, options, levels)]
+    return rules
 
 
-def _neck(kind: Any, options: Mapping[str, Any], levels: int) -> list[tuple[str, str]]:
+def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[tuple[str, str]]:
     if kind == "bfp":
         non_local = [(r"refine\.conv_out\.conv\.", "refine.out."), (r"refine\.(g|theta|phi)\.conv\.", r"refine.\1.")]
         return [(r"refine\.conv\.", "refine.0.")] if options.get("refine") == "conv" else non_local
     if kind not in ("fpn", "pafpn"):
-        raise InputError(f"model.neck '{kind}' has no counterpart in MMDetection: fpn, pafpn and bfp have")
+        raise InputError(f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn and bfp do")
     inner = "fpn." if kind == "pafpn" else ""
-    found = []
+    rules = []
     for theirs, ours in ((r"\.conv\.", ".0." if options.get("norm") else "."), (r"\.gn\.", ".1.")):
-        found += [(rf"fpn_convs\.{levels + i}{theirs}", f"top.convs.{i}{ours}") for i in range(4)]
-        found += [
+        rules += [(rf"fpn_convs\.{levels + i}{theirs}", f"top.convs.{i}{ours}") for i in range(4)]
+        rules += [
             (rf"lateral_convs\.(\d+){theirs}", rf"{inner}lateral.\1{ours}"),
             (rf"fpn_convs\.(\d+){theirs}", rf"{inner}output.\1{ours}"),
         ]
-    return [*found, (r"downsample_convs\.(\d+)\.conv\.", r"down.\1."), (r"pafpn_convs\.(\d+)\.conv\.", r"output.\1.")]
+    return [*rules, (r"downsample_convs\.(\d+)\.conv\.", r"down.\1."), (r"pafpn_convs\.(\d+)\.conv\.", r"output.\1.")]
 
 
-def _head(spec: Any) -> list[Rule]:
+def _dense_head_rules(spec: Any) -> list[Rule]:
     kind, options = (spec, {}) if isinstance(spec, str) else (spec.get("type"), spec)
     if kind == "rpn":
         return RPN
-    # convolution, norm if any, ReLU
+    # A tower layer is convolution, normalization if any, ReLU.
     step = 3 if options.get("norm", kind in ("fcos", "vfnet")) else 2
     tower: list[Rule] = [
         (
@@ -102,28 +113,28 @@ OUTPUTS: dict[str, list[Rule]] = {
 }
 
 
-def _roi(spec: Mapping[str, Any]) -> list[Rule]:
-    kinds = [one if isinstance(one, str) else one.get("type") for one in spec.get("stages", [])]
-    found: list[Rule] = []
+def _roi_rules(spec: Mapping[str, Any]) -> list[Rule]:
+    kinds = [stage if isinstance(stage, str) else stage.get("type") for stage in spec.get("stages", [])]
+    rules: list[Rule] = []
     for i, kind in enumerate(kinds):
         number, ours = rf"(?:{i}\.)" if len(kinds) > 1 else "", f"stages.{i}." + ("box." if kind == "dynamic" else "")
-        found += [
+        rules += [
             (rf"^roi_head\.bbox_head\.{number}shared_fcs\.", f"{ours}shared."),
             (rf"^roi_head\.bbox_head\.{number}shared_convs\.(\d+)\.conv\.", rf"{ours}convs.\1."),
             (rf"^roi_head\.bbox_head\.{number}fc_(cls|reg)\.", rf"{ours}\1."),
         ]
-    for k, one in enumerate(spec.get("branches") or []):
-        kind = one if isinstance(one, str) else one.get("type")
+    for k, branch in enumerate(spec.get("branches") or []):
+        kind = branch if isinstance(branch, str) else branch.get("type")
         for i in range(len(kinds)):
             number, ours = rf"(?:{i}\.)" if len(kinds) > 1 else "", f"branches.{k}.{i}."
-            found += [
-                (rf"^roi_head\.{kind}_head\.{number}{a}", ours + b if isinstance(b, str) else _behind(ours, b))
+            rules += [
+                (rf"^roi_head\.{kind}_head\.{number}{a}", ours + b if isinstance(b, str) else _prefix_result(ours, b))
                 for a, b in BRANCHES.get(str(kind), [])
             ]
-    return found
+    return rules
 
 
-def _behind(prefix: str, name: Callable[[re.Match[str]], str]) -> Callable[[re.Match[str]], str]:
+def _prefix_result(prefix: str, name: Callable[[re.Match[str]], str]) -> Callable[[re.Match[str]], str]:
     return lambda m: prefix + name(m)
 
 
@@ -141,7 +152,7 @@ BRANCHES: dict[str, list[Rule]] = {
 
 
 def rename_weight(key: str, table: list[Rule]) -> str:
-    """A name by the first rule that fits it; the name itself where none does."""
+    """Rename a weight by the first rule that matches; return the name itself without a match."""
     for pattern, name in table:
         new, count = re.subn(pattern, name, key, count=1)
         if count:
@@ -150,15 +161,16 @@ def rename_weight(key: str, table: list[Rule]) -> str:
 
 
 def join_weights(state: Weights) -> Weights:
-    """MMDetection's scalars and single convolutions as the joint tensors that they are here.
+    """Join MMDetection's scalars and single convolutions to the tensors of this project.
 
-    A head's scales.0.scale, scales.1.scale, ... become scales (L,); the convolutions of each edge of Grid R-CNN's grid become grouped ones.
+    - scales.0.scale, scales.1.scale, ... of a head become scales (L,).
+    - The convolutions of the edges of Grid R-CNN's grid become grouped convolutions.
     """
-    found = dict(state)
+    joined = dict(state)
     for name in ("bbox_head.scales", "bbox_head.scales_refine"):
         numbers = sorted(int(m[1]) for key in state if (m := re.fullmatch(rf"{re.escape(name)}\.(\d+)\.scale", key)))
         if numbers and all(state[f"{name}.{i}.scale"].numel() == 1 for i in numbers):
-            found[name] = torch.stack([found.pop(f"{name}.{i}.scale").reshape(()) for i in numbers])
+            joined[name] = torch.stack([joined.pop(f"{name}.{i}.scale").reshape(()) for i in numbers])
     edge = re.compile(r"(roi_head\.grid_head\.(?:\d+\.)?)(f|s)order_trans\.(\d+)\.(\d+)\.(0|1)\.(weight|bias)")
     groups: dict[str, list[tuple[int, int, str]]] = {}
     for key in state:
@@ -168,52 +180,60 @@ def join_weights(state: Weights) -> Weights:
             groups.setdefault(name, []).append((int(m[3]), int(m[4]), key))
     for name, parts in groups.items():
         if len({state[key].shape[1:] for _, _, key in parts}) > 1 or any(state[key].ndim == 0 for _, _, key in parts):
-            continue  # left as they are, and told of as without a place
-        found[name] = torch.cat([found.pop(key) for _, _, key in sorted(parts)])
-    return found
+            continue  # left as they are, so that `match_weights` reports them
+        joined[name] = torch.cat([joined.pop(key) for _, _, key in sorted(parts)])
+    return joined
 
 
 def flip_stem_channels(state: Weights) -> Weights:
-    """Weights that take BGR, taking RGB: the input channels of the first convolution turned round."""
+    """Convert weights for BGR images to RGB: reverse the input channels of the first convolution."""
     stem = "backbone.conv1.weight"
     return state | {stem: state[stem].flip(1)} if stem in state and state[stem].ndim == 4 else state
 
 
 def match_weights(
-    found: Mapping[str, Tensor],
+    renamed: Mapping[str, Tensor],
     sources: Mapping[str, str],
     wanted: Mapping[str, Tensor],
     source: Any,
-    fresh: tuple[str, ...] = (),
+    unsaved: tuple[str, ...] = (),
 ) -> Weights:
-    """The weights for a detector whose state dict is `wanted`, every key of either side with its partner.
+    """Match weights with a detector's state dict; every key of either side must have a counterpart.
 
-    sources: by the names here, those in the file. fresh: what begins the names of buffers that the other project does not save, which
-    keep the detector's values; so do counters of batches that old checkpoints lack. Raises InputError that lists what has no partner.
+    Args:
+        renamed: Weights by the names of this project.
+        sources: The names in the file, by the names of this project.
+        wanted: State dict of the detector.
+        source: Name of the file in messages.
+        unsaved: Prefixes of buffers that the other project does not save; these keep the detector's values, as do batch
+            counters, which old checkpoints lack.
+
+    Raises:
+        InputError: Weights are missing, left over or of another shape; the message lists them.
     """
     result = {}
     for key, own in wanted.items():
-        if key in found:
-            result[key] = found[key].to(own.dtype)
-        elif key.endswith("num_batches_tracked") or key.startswith(fresh or "\0"):
+        if key in renamed:
+            result[key] = renamed[key].to(own.dtype)
+        elif key.endswith("num_batches_tracked") or key.startswith(unsaved or "\0"):
             result[key] = own
-    lost = [sources.get(key, key) for key in found if key not in wanted]
-    lacking = [key for key in wanted if key not in result]
+    left_over = [sources.get(key, key) for key in renamed if key not in wanted]
+    missing = [key for key in wanted if key not in result]
     shapes = [
         f"{sources.get(k, k)} {tuple(v.shape)}, here {tuple(wanted[k].shape)}"
         for k, v in result.items()
         if v.shape != wanted[k].shape
     ]
     problems = [
-        _listed("in the file without a place here", lost),
-        _listed("of the detector without weights in the file", lacking),
-        _listed("of another shape", shapes),
+        _list_items("in the file without a counterpart", left_over),
+        _list_items("of the detector without weights in the file", missing),
+        _list_items("of another shape", shapes),
     ]
     if any(problems):
         raise InputError(f"{source} does not match: " + "; ".join(p for p in problems if p))
     return result
 
 
-def _listed(what: str, items: list[str], limit: int = 10) -> str:
+def _list_items(what: str, items: list[str], limit: int = 10) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return f"{len(items)} {what}: {', '.join(items[:limit])}{more}" if items else ""

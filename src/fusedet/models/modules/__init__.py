@@ -6,8 +6,9 @@ whole registry.
 
 from fusedet.models.modules.msfm import MSFM, MSFMPlugin
 from fusedet.models.modules.msil import MSIL
+from fusedet.models.protocols import BlockPlugin, BranchInteraction
 
-PLUGINS = {"msfm": MSFMPlugin}
-INTERACTIONS = {"msil": MSIL}
+PLUGINS: dict[str, type[BlockPlugin]] = {"msfm": MSFMPlugin}
+INTERACTIONS: dict[str, type[BranchInteraction]] = {"msil": MSIL}
 
 __all__ = ["INTERACTIONS", "MSFM", "MSIL", "PLUGINS", "MSFMPlugin"]

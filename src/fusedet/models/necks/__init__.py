@@ -7,7 +7,16 @@ from fusedet.models.necks.fpn import FPN
 from fusedet.models.necks.mse_fpn import MSEFPN
 from fusedet.models.necks.pafpn import PAFPN
 from fusedet.models.necks.smsl import SMSL
+from fusedet.models.protocols import Neck
 
-NECKS = {"fpn": FPN, "pafpn": PAFPN, "bfp": BFP, "bifpn": BiFPN, "aug_fpn": AugFPN, "mse_fpn": MSEFPN, "smsl": SMSL}
+NECKS: dict[str, type[Neck]] = {
+    "fpn": FPN,
+    "pafpn": PAFPN,
+    "bfp": BFP,
+    "bifpn": BiFPN,
+    "aug_fpn": AugFPN,
+    "mse_fpn": MSEFPN,
+    "smsl": SMSL,
+}
 
 __all__ = ["BFP", "FPN", "MSEFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN"]

@@ -1,5 +1,6 @@
 """RoI stages and branches of two-stage detectors: classification, box refinement and masks of proposals."""
 
+from fusedet.models.protocols import BoxRefiner, MaskPredictor, RoIPooling, RoIStage
 from fusedet.models.roi.box import BoxStage
 from fusedet.models.roi.dynamic import DynamicStage
 from fusedet.models.roi.grid import GridBranch
@@ -7,9 +8,9 @@ from fusedet.models.roi.mask import MaskBranch
 from fusedet.models.roi.pooling import LevelPooling
 from fusedet.models.roi.soft_pooling import SoftPooling
 
-STAGES = {"box": BoxStage, "dynamic": DynamicStage}
-BRANCHES = {"mask": MaskBranch, "grid": GridBranch}
-POOLINGS = {"level": LevelPooling, "soft": SoftPooling}
+STAGES: dict[str, type[RoIStage]] = {"box": BoxStage, "dynamic": DynamicStage}
+BRANCHES: dict[str, type[MaskPredictor] | type[BoxRefiner]] = {"mask": MaskBranch, "grid": GridBranch}
+POOLINGS: dict[str, type[RoIPooling]] = {"level": LevelPooling, "soft": SoftPooling}
 
 __all__ = [
     "BRANCHES",

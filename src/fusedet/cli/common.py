@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Exit, Option, Typer
-from typer.core import TyperCommand
 
 from fusedet import __version__
 from fusedet.errors import InputError
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from fusedet.api.results import Result
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 doctor found errors; 2 wrong input; 3 the training diverged; 4 a file cannot be written, such as on a "
-    "full disk; 130 Ctrl-C; 143 SIGTERM"
+    "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input; 3 the training diverged; 4 a file cannot be "
+    "written, such as on a full disk; 130 Ctrl-C; 143 SIGTERM"
 )
 COMMON: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
 
@@ -85,17 +84,6 @@ def converter(name: str, first: str, second: str) -> Callable[[Callable[..., Non
     return command(name, first, second, None, converters)
 
 
-class SettingsCommand(TyperCommand):
-    """A command whose help lists the settings of the config, a panel per section."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help."""
-        from fusedet.cli.settings_help import print_settings
-
-        super().format_help(ctx, formatter)
-        print_settings()
-
-
 def split_words(words: Iterable[str] | None) -> tuple[list[str], list[str]]:
     """Return the words that are no settings, and the settings (key=value); the name of a file is no setting."""
     others: list[str] = []
@@ -110,9 +98,7 @@ def split_words(words: Iterable[str] | None) -> tuple[list[str], list[str]]:
 def split_config(words: Iterable[str] | None) -> tuple[str | None, list[str]]:
     """Return the config, if one is named, and the settings, in any order."""
     names, settings = split_words(words)
-    if len(names) > 1:
-        raise InputError(f"one config at a time, got {' and '.join(names)}: settings are written key=value")
-    return (names[0] if names else None), settings
+    return (names[0] if names else None), [*settings, *settings_only(names[1:], "one config at a time")]
 
 
 def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
