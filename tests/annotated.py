@@ -1,4 +1,4 @@
-"""A program: read a split, and let workers read it too; how long it took and what it takes, as JSON."""
+"""A program that reads a split, also in worker processes, and prints its time and memory as JSON."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ path, workers, methods = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(",")
 
 
 def status(key):
-    """A row of the process's status, in bytes. VmHWM is its own peak; getrusage's would be the parent's, which a child inherits."""
+    """A field of the process's status in bytes; VmHWM is its own peak, while getrusage's may be inherited."""
     rows = Path("/proc/self/status").read_text().splitlines()
     return next(int(row.split()[1]) * 1024 for row in rows if row.startswith(f"{key}:"))
 
@@ -29,8 +29,8 @@ class Touch(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        record = self.dataset[i]
-        return float(record.boxes.sum()) + len(record.segmentations) + record.labels.sum()
+        image = self.dataset[i]
+        return float(image.boxes.sum()) + len(image.segmentations) + image.labels.sum()
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def used(read: Callable[[], DetectionDataset]) -> None:
     """Read, and if that goes well, look at everything as a training does; InputError is what may come out."""
     with suppress(InputError):
         dataset = read()
-        validate_split(dataset, (64, 64), read=False)
+        validate_split(dataset, (64, 64), read_images=False)
         assert len(dataset.fingerprint()) == 16
         for record in dataset:
             if record.height * record.width < 1 << 14:

@@ -1,4 +1,4 @@
-"""Two sets of detections, paired one to one."""
+"""One-to-one matching of two sets of detections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def partners(close: Tensor) -> list[int]:
-    """For each row of close (N, M) bool its own column, no column twice, for as many rows as can be; -1 for the others."""
+    """Match rows and columns of close (N, M) bool, as many as possible; return each row's column, or -1."""
     choices = [row.nonzero().flatten().tolist() for row in close]
     holder: dict[int, int] = {}
 
@@ -22,5 +22,5 @@ def partners(close: Tensor) -> list[int]:
 
     for row in range(len(choices)):
         place(row, set())
-    found = {row: column for column, row in holder.items()}
-    return [found.get(row, -1) for row in range(len(choices))]
+    column_of = {row: column for column, row in holder.items()}
+    return [column_of.get(row, -1) for row in range(len(choices))]

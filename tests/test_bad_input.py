@@ -116,9 +116,9 @@ def test_unknown_category_id(capsys: Capture, scenes: Path, tmp_path: Path) -> N
 
 def test_class_names_that_differ(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content["categories"][0].update(name="di[s]c"), "val")
-    has(complaint(capsys, *train(data, tmp_path / "out")), "only train knows circle", "only val knows di[s]c")
+    has(complaint(capsys, *train(data, tmp_path / "out")), "only train has circle", "only val has di[s]c")
     assert cli.run(["doctor", f"data={data}"]) == 1
-    has(capsys.readouterr().out, "only train knows circle", "only val knows di[s]c")
+    has(capsys.readouterr().out, "only train has circle", "only val has di[s]c")
     assert not (tmp_path / "out").exists()
 
 
@@ -211,7 +211,7 @@ def test_bad_boxes_are_counted_and_trained_around(capsys: Capture, scenes: Path,
     assert cli.run(train(data, tmp_path / "out")) == 0
     has(capsys.readouterr().out, *sentences)
     assert cli.run(["doctor", f"data={data}"]) == 0, "warnings do not stop a training"
-    has(capsys.readouterr().out, *sentences, "boxes that repeat another", "this data can be trained on")
+    has(capsys.readouterr().out, *sentences, "boxes that duplicate another", "this data can be trained on")
 
 
 def test_a_class_without_objects_is_reported(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_class_without_objects_is_reported(capsys: Capture, scenes: Path, tmp_
     assert cli.run(train(data, tmp_path / "out")) == 0
     has(capsys.readouterr().out, "no training object of square: it will not be found")
     assert cli.run(["doctor", f"data={data}"]) == 0
-    has(capsys.readouterr().out, "no object of class square")
+    has(capsys.readouterr().out, "no annotation of class square")
 
 
 def test_empty_images_are_background(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_empty_images_are_background(capsys: Capture, scenes: Path, tmp_path: Pa
     assert cli.run(train(data, tmp_path / "out", "train.batch=1", "train.base_batch=1")) == 0
     capsys.readouterr()
     assert cli.run(["doctor", f"data={data}"]) == 0
-    has(capsys.readouterr().out, "8 images (7 without objects)")
+    has(capsys.readouterr().out, "8 images (7 without annotations)")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -1,4 +1,4 @@
-"""Where objects' centres lie: counts by hand, densities that keep every point, and the command."""
+"""Distribution of box centres: quadrant counts by hand, normalised densities, and the command."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ def test_quadrants_by_hand() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 5000])
 def test_a_density_has_the_mean_1(count: int) -> None:
-    """At the edges too: the points of a beta distribution crowd there."""
+    """Holds at the borders too, where the points of this beta distribution concentrate."""
     points = np.random.default_rng(0).beta(0.4, 0.7, size=(count, 2))
-    found = estimate_density(points)
-    assert found.mean() == pytest.approx(1)
-    assert (found >= 0).all()
+    density = estimate_density(points)
+    assert density.mean() == pytest.approx(1)
+    assert (density >= 0).all()
 
 
 def test_a_density_is_uniform_for_a_grid() -> None:
@@ -40,31 +40,31 @@ def test_a_density_is_highest_at_the_point() -> None:
     assert np.unravel_index(estimate_density(np.array([[0.9, 0.2]]), cells=10).argmax(), (10, 10)) == (2, 9)
 
 
-def test_classes_without_objects_have_no_panel(tmp_path: Path) -> None:
+def test_classes_without_annotations_have_no_panel(tmp_path: Path) -> None:
     points = np.random.default_rng(0).uniform(size=(20, 2))
     plot_centers([points, points[:0], points], ["a", "b", "c"], tmp_path / "two.png")
     plot_centers([points, points], ["a", "c"], tmp_path / "same.png")
     two, same = (np.asarray(Image.open(tmp_path / name)) for name in ("two.png", "same.png"))
     assert np.array_equal(two, same)
-    with pytest.raises(InputError, match="no objects"):
+    with pytest.raises(InputError, match="no annotations"):
         plot_centers([points[:0]], ["a"], tmp_path / "none.png")
 
 
-def test_the_command_counts_every_object_that_counts(
+def test_the_command_counts_all_annotations_but_ignored_ones(
     capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "centres.png"
     assert cli.run(["browse", f"data={scenes}", "--centres", f"out={target}", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     dataset = read_dataset(scenes, "train")
     expected = {name: dict.fromkeys(QUADRANTS, 0) for name in dataset.names}
-    for record in dataset:
-        for (x1, y1, x2, y2), k, ignored in zip(record.boxes, record.labels, record.ignore):
-            side = "left" if (x1 + x2) / 2 < record.width / 2 else "right"
-            height = "upper" if (y1 + y2) / 2 < record.height / 2 else "lower"
+    for image in dataset:
+        for (x1, y1, x2, y2), k, ignored in zip(image.boxes, image.labels, image.ignore):
+            side = "left" if (x1 + x2) / 2 < image.width / 2 else "right"
+            height = "upper" if (y1 + y2) / 2 < image.height / 2 else "lower"
             expected[dataset.names[k]][f"{height} {side}"] += not ignored
-    assert {row["name"]: {q: row[q] for q in QUADRANTS} for row in found["classes"]} == expected
-    assert all(row["objects"] == sum(row[q] for q in QUADRANTS) for row in found["classes"])
+    assert {row["name"]: {q: row[q] for q in QUADRANTS} for row in result["classes"]} == expected
+    assert all(row["objects"] == sum(row[q] for q in QUADRANTS) for row in result["classes"])
     assert min(Image.open(target).size) > 300
 
 

@@ -414,26 +414,26 @@ def test_doctor_counts_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"]
     assert report["train"] == report["val"]
-    result = report["train"]["figures"]
+    result = report["train"]["statistics"]
     assert (result["images"], result["empty_images"], result["classes"]) == (5, 3, {"bus": 0, "car": 6})
     # small: 20 x 10 twice, and the two of no area or outside (5 x 5)
     assert result["sizes"] == {"small": 4, "medium": 1, "large": 1}
     assert result["smallest"]["network_side"] == pytest.approx(2.5), "5 pixels in an image shrunk from 150 to 75"
     warnings = " | ".join(report["train"]["warnings"])
     for sentence in (
-        "no area: not trained on: 1",
+        "without area: not trained on: 1",
         "wholly outside their image: not trained on: 1",
         "same image: kept: 1",
     ):
         assert sentence in warnings
-    assert "no object of class bus" in warnings
+    assert "no annotation of class bus" in warnings
     assert "larger data.size keeps it visible" in warnings
     wrong_size, damaged, missing = report["train"]["errors"]
     assert "3.png is 100x150 pixels, but its annotation says 200x150" in wrong_size
     assert "4.png" in damaged
     assert "5.png does not exist" in missing
     assert cli.run(["doctor", f"data={tmp_path}", "--no-images"]) == 0, "annotations alone are fit to train on"
-    assert "5 images (3 without objects), 6 objects" in capsys.readouterr().out
+    assert "5 images (3 without annotations), 6 annotations" in capsys.readouterr().out
 
 
 def test_browse(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:

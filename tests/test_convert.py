@@ -1,4 +1,4 @@
-"""Conversion between the three forms: round trips, what is kept, what is said."""
+"""Conversion between the dataset formats: round trips, losses, refusals."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from fusedet.data.readers.auto import detect_format, list_splits, read_dataset
 from fusedet.errors import InputError
 from tiny import coco_dict, image, write_coco, write_voc, write_yolo, xml
 
-FORMS = ("coco", "voc", "yolo")
+FORMATS = ("coco", "voc", "yolo")
 
 
 def by_name(dataset: DetectionDataset) -> dict[str, ImageAnnotations]:
@@ -28,30 +28,30 @@ def by_name(dataset: DetectionDataset) -> dict[str, ImageAnnotations]:
 
 def assert_same(a: DetectionDataset, b: DetectionDataset, flags: bool = True) -> None:
     assert a.names == b.names
-    one, other = by_name(a), by_name(b)
-    assert one.keys() == other.keys()
-    for name, record in one.items():
-        assert (record.height, record.width) == (other[name].height, other[name].width)
-        np.testing.assert_allclose(record.boxes, other[name].boxes, rtol=0, atol=1e-6)
-        np.testing.assert_array_equal(record.labels, other[name].labels)
+    first, second = by_name(a), by_name(b)
+    assert first.keys() == second.keys()
+    for name, before in first.items():
+        assert (before.height, before.width) == (second[name].height, second[name].width)
+        np.testing.assert_allclose(before.boxes, second[name].boxes, rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(before.labels, second[name].labels)
         if flags:
-            np.testing.assert_array_equal(record.ignore, other[name].ignore)
+            np.testing.assert_array_equal(before.ignore, second[name].ignore)
 
 
-@pytest.mark.parametrize(("source", "to"), itertools.product(FORMS, FORMS))
+@pytest.mark.parametrize(("source", "to"), itertools.product(FORMATS, FORMATS))
 def test_every_pair(tmp_path: Path, source: str, to: str) -> None:
     makers: dict[str, Any] = {"coco": write_coco, "voc": write_voc, "yolo": write_yolo}
     src = makers[source](tmp_path / "src")
     report = convert_dataset(src, tmp_path / "dst", to)
     assert detect_format(tmp_path / "dst") == to
     assert set(list_splits(tmp_path / "dst")) == set(list_splits(src)) == set(report)
-    for split, said in report.items():
+    for split, counts in report.items():
         before, after = read_dataset(src, split), read_dataset(tmp_path / "dst", split)
         assert_same(before, after, flags=to != "yolo")
         if source == to == "coco":
-            assert before.fingerprint() == after.fingerprint(), "COCO's `ignore` is kept apart from `iscrowd`"
-        assert said["images"] == len(after)
-        assert said["objects"] == len(after.labels)
+            assert before.fingerprint() == after.fingerprint(), "COCO's `ignore` and `iscrowd` are both kept"
+        assert counts["images"] == len(after)
+        assert counts["annotations"] == len(after.labels)
         assert all(
             after.path(i).read_bytes() == by_name(before)[after.path(i).stem].path.read_bytes()
             for i in range(len(after))
@@ -66,7 +66,7 @@ rows = st.lists(
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=3))
-def test_random_boxes_go_round_without_loss(images: list[list[tuple[float, float, float, float, int]]]) -> None:
+def test_random_boxes_survive_a_round_trip(images: list[list[tuple[float, float, float, float, int]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_random_boxes_go_round_without_loss(images: list[list[tuple[float, float
 
 def test_coco_to_coco_keeps_everything(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src")
-    assert convert_dataset(src, tmp_path / "dst", "coco") == {"train": {"images": 2, "objects": 4}}
+    assert convert_dataset(src, tmp_path / "dst", "coco") == {"train": {"images": 2, "annotations": 4}}
     a, b = read_dataset(src, "train"), read_dataset(tmp_path / "dst", "train")
     assert a.fingerprint() == b.fingerprint()  # ids, names, sizes, boxes, labels, flags
     assert a.category_ids == b.category_ids == (2, 9)
@@ -94,29 +94,29 @@ def test_coco_to_coco_keeps_everything(tmp_path: Path) -> None:
     assert a.area.tolist() == b.area.tolist()
 
 
-def test_what_is_lost_is_said(tmp_path: Path) -> None:
+def test_losses_are_counted(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"][0]["segmentation"] = [[1, 2, 4, 2, 4, 6], [1, 2, 3, 2, 3, 3]]
     src = write_coco(tmp_path / "src", data)
     assert convert_dataset(src, tmp_path / "voc", "voc")["train"] == {
         "images": 2,
-        "objects": 4,
-        writers.DROPPED_SEGMENTATIONS.format(form="VOC"): 3,
+        "annotations": 4,
+        writers.DROPPED_SEGMENTATIONS.format(format="VOC"): 3,
         writers.DROPPED_CROWDS: 1,
-        writers.NEW_IDS.format(form="VOC"): 2,
+        writers.NEW_IDS.format(format="VOC"): 2,
     }
     assert convert_dataset(src, tmp_path / "yolo", "yolo")["train"] == {
         "images": 2,
-        "objects": 4,
-        writers.DROPPED_SEGMENTATIONS.format(form="YOLO"): 2,
+        "annotations": 4,
+        writers.DROPPED_SEGMENTATIONS.format(format="YOLO"): 2,
         writers.DROPPED_FLAGS: 2,
-        writers.NEW_IDS.format(form="YOLO"): 2,
+        writers.NEW_IDS.format(format="YOLO"): 2,
     }
     segmentation = by_name(read_dataset(tmp_path / "yolo", "train"))["b"].segmentations[0]
     np.testing.assert_allclose(segmentation, [[5, 6, 15, 6, 15, 18]], atol=1e-6)
 
 
-def test_a_polygon_that_is_not_its_box_gives_way_to_the_box(tmp_path: Path) -> None:
+def test_a_polygon_with_other_bounds_than_its_box_is_dropped(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"][1]["bbox"][0] += 0.01
     src = write_coco(tmp_path / "src", data)
@@ -128,7 +128,7 @@ def test_bad_boxes_are_in_the_report(tmp_path: Path) -> None:
     data = coco_dict()
     data["annotations"][0]["bbox"][2] = -1
     report = convert_dataset(write_coco(tmp_path / "src", data), tmp_path / "dst", "coco")
-    assert report["train"] == {"images": 2, "objects": 3, annotation_cleaning.NEGATIVE: 1}
+    assert report["train"] == {"images": 2, "annotations": 3, annotation_cleaning.NEGATIVE: 1}
 
 
 def test_same_names_in_several_folders(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src", data)
     for entry in data["images"]:
         image(src / "train2017" / entry["file_name"])
-    for to in FORMS:
+    for to in FORMATS:
         report = convert_dataset(src, tmp_path / to, to)
         assert report["train"][writers.RENAMED] == 3
         after = read_dataset(tmp_path / to, "train")
@@ -149,7 +149,7 @@ def test_same_names_in_several_folders(tmp_path: Path) -> None:
 
 def test_overlapping_splits_share_their_images(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", lists={"train": "a", "val": "b", "trainval": "b\na"})
-    for to, folder in writers.FOLDERS.items():
+    for to, folder in writers.IMAGE_FOLDERS.items():
         convert_dataset(src, tmp_path / to, to)
         assert sorted(f.name for f in (tmp_path / to / folder).iterdir()) == ["a.jpg", "b.jpg"]
         assert [r.path.name for r in read_dataset(tmp_path / to, "trainval")] == ["b.jpg", "a.jpg"]
@@ -162,7 +162,7 @@ def test_one_image_with_two_annotations_is_refused(tmp_path: Path) -> None:
     (src / "annotations" / "val.json").write_text(json.dumps(data))
     convert_dataset(src, tmp_path / "coco", "coco")
     for to in ("voc", "yolo"):
-        with pytest.raises(InputError, match="one annotation per image"):
+        with pytest.raises(InputError, match="one annotation file per image"):
             convert_dataset(src, tmp_path / to, to)
         assert not (tmp_path / to).exists()
         convert_dataset(src, tmp_path / to, to, splits=["train"])
@@ -205,11 +205,11 @@ def refused(src: Path, to: str, text: str) -> None:
     before = sorted(src.parent.iterdir())
     with pytest.raises(InputError, match=text):
         convert_dataset(src, src.parent / "dst", to)
-    assert sorted(src.parent.iterdir()) == before  # nothing half written stays
+    assert sorted(src.parent.iterdir()) == before  # no partial output is left
 
 
-def test_unknown_form(tmp_path: Path) -> None:
-    refused(write_voc(tmp_path / "src"), "coca", "unknown form 'coca': did you mean 'coco'")
+def test_unknown_format(tmp_path: Path) -> None:
+    refused(write_voc(tmp_path / "src"), "coca", "unknown dataset format 'coca': did you mean 'coco'")
 
 
 def test_missing_image(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_splits_of_other_classes(tmp_path: Path) -> None:
     data = coco_dict()
     data["categories"][0]["name"] = "wolf"
     write_coco(src, data, "val")
-    refused(src, "coco", r"'train' and 'val' of .* name different classes: 'dog' \(id 9\) against 'wolf' \(id 9\)")
+    refused(src, "coco", r"'train' and 'val' of .* have different classes: 'dog' \(id 9\) against 'wolf' \(id 9\)")
 
 
 @pytest.mark.parametrize("names", [("a\nb", "c"), (" a", "b"), ("a", "a")])
@@ -248,7 +248,7 @@ def test_odd_names_survive(tmp_path: Path, name: str) -> None:
     data = coco_dict()
     data["categories"][0]["name"] = name
     src = write_coco(tmp_path / "src", data)
-    for to in FORMS:
+    for to in FORMATS:
         convert_dataset(src, tmp_path / to, to)
         assert read_dataset(tmp_path / to, "train").names == ("cat", name)
 
@@ -261,7 +261,7 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
     src = write_coco(tmp_path / "src", data)
     for name in names:
         image(src / "train2017" / name)
-    for to in FORMS:
+    for to in FORMATS:
         report = convert_dataset(src, tmp_path / to, to)
         assert report["train"][writers.RENAMED] == 3
         after = read_dataset(tmp_path / to, "train")
@@ -271,12 +271,12 @@ def test_odd_file_names_survive(tmp_path: Path) -> None:
 
 def test_background_images_survive(tmp_path: Path) -> None:
     src = write_voc(tmp_path / "src", {"a": xml(), "b": xml(("dog", 1, 1, 2, 2, 0), name="b")}, {"train": "a\nb"})
-    for to in FORMS:
+    for to in FORMATS:
         convert_dataset(src, tmp_path / to, to)
         assert [len(r.boxes) for r in read_dataset(tmp_path / to, "train")] == [0, 1]
 
 
-def test_real_data_goes_round(shared: Path, tmp_path: Path) -> None:
+def test_real_data_survives_a_round_trip(shared: Path, tmp_path: Path) -> None:
     for name in ("bccd", "coco_tiny"):
         src = previous = shared / "data" / name
         for to in ("yolo", "voc", "coco"):

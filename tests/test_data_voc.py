@@ -1,4 +1,4 @@
-"""VOC folders: what is read, what is said about bad entries."""
+"""The VOC reader: valid folders, and the messages for malformed ones."""
 
 import random
 import re
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.readers.voc import list_voc_splits, read_voc
@@ -59,7 +60,7 @@ def test_list_lines_may_hold_flags_extensions_and_spaces(tmp_path: Path) -> None
     assert [r.path.stem for r in read_voc(root, "train")] == names
 
 
-def test_class_lists_are_no_splits(tmp_path: Path) -> None:
+def test_lists_per_class_are_not_splits(tmp_path: Path) -> None:
     root = write_voc(
         tmp_path, lists={"train": "a", "val": "b", "dog_train": "a 1", "dog_val": "b -1", "trainval": "a\nb"}
     )
@@ -88,9 +89,9 @@ def test_other_extensions_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(0, 0), ("", ""), (0, 30)])
-def test_missing_size_comes_from_the_turned_image(tmp_path: Path, width: Any, height: Any) -> None:
+def test_missing_size_comes_from_the_rotated_image(tmp_path: Path, width: Any, height: Any) -> None:
     root = write_voc(tmp_path, {"a": xml(("dog", 1, 1, 2, 2, 0), width=width, height=height)}, {"train": "a"})
-    exif = __import__("PIL.Image").Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6
     image(root / "JPEGImages" / "a.jpg", 40, 30, exif=exif)
     assert read_voc(root, "train").sizes.tolist() == [[40, 30]]
@@ -132,7 +133,7 @@ GOOD = xml(("dog", 1, 1, 10, 20, 0))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "not valid xml"),
         (GOOD[:-5], "not valid xml"),
@@ -147,8 +148,8 @@ GOOD = xml(("dog", 1, 1, 10, 20, 0))
         ('<?xml version="1.0" encoding="klingon"?>' + GOOD, "not valid xml"),
     ],
 )
-def test_bad_annotations_are_named(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)) as error:
+def test_bad_annotations_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         read_voc(write_voc(tmp_path, {"a": text}, {"train": "a"}), "train")
     assert str(tmp_path / "Annotations" / "a.xml") in str(error.value)
 
@@ -169,7 +170,7 @@ def test_missing_folder_is_named(tmp_path: Path, missing: str) -> None:
         read_voc(root, "train")
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_missing_files_are_refused(tmp_path: Path) -> None:
     root = write_voc(tmp_path, lists={"train": "a\nzz\n", "empty": " \n", "away": "../../a\n"})
     with pytest.raises(InputError, match="lists zz, but its annotation"):
         read_voc(root, "train")
@@ -193,12 +194,12 @@ def test_no_lists(tmp_path: Path) -> None:
         read_voc(root, "train")
 
 
-def test_no_objects_at_all(tmp_path: Path) -> None:
+def test_no_annotations_at_all(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"labels\.txt"):
         read_voc(write_voc(tmp_path, {"a": xml()}, {"train": "a"}), "train")
 
 
-def test_images_without_objects_are_kept(tmp_path: Path) -> None:
+def test_images_without_annotations_are_kept(tmp_path: Path) -> None:
     dataset = read_voc(write_voc(tmp_path, {"a": xml(), "b": GOOD}, {"train": "a\nb"}), "train")
     assert [len(r.boxes) for r in dataset] == [0, 1]
 
@@ -213,7 +214,7 @@ def test_real_data(shared: Path) -> None:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""YOLO datasets: what is read, what is said about bad entries."""
+"""The YOLO reader: valid datasets, and the messages for malformed ones."""
 
 import random
 import re
@@ -32,7 +32,7 @@ def test_boxes_in_pixels(tmp_path: Path) -> None:
     assert not dataset.problems
 
 
-def test_segments_give_box_and_segmentation(tmp_path: Path) -> None:
+def test_polygons_give_box_and_segmentation(tmp_path: Path) -> None:
     dataset = read_yolo(write_yolo(tmp_path, "0 0.25 0.5 0.5 0.1 0.75 0.9\n1 0.5 0.5 0.5 0.5\n"), "train")
     (a,) = dataset
     np.testing.assert_allclose(a.boxes[0], [10, 3, 30, 27])
@@ -56,7 +56,7 @@ def test_images_without_labels_are_background(tmp_path: Path) -> None:
     assert val.problems == {annotation_cleaning.NO_LABELS: 1}
 
 
-def test_sizes_are_of_the_turned_image(tmp_path: Path) -> None:
+def test_sizes_are_of_the_rotated_image(tmp_path: Path) -> None:
     file = write_yolo(tmp_path, "0 0.5 0.5 1 1")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -162,7 +162,7 @@ def test_names(tmp_path: Path, names: str, expected: tuple[str, ...], ids: tuple
         "absolute.txt",
     ],
 )
-def test_what_a_split_may_be(tmp_path: Path, entry: str) -> None:
+def test_entries_of_a_split(tmp_path: Path, entry: str) -> None:
     (tmp_path / "list.txt").write_text("./images/train/a.jpg\r\n\r\n")
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "here.txt").write_text("images/train/a.jpg\n")
@@ -210,7 +210,7 @@ def test_path_is_relative_to_the_yaml(tmp_path: Path) -> None:
         ("train: images/train\nnames: [a]\nnc: 2", "'nc' is '2' but 'names' lists 1"),
         ("val: images/val\nnames: [a]", "no split 'train': it has val"),
         ("train: nowhere\nnames: [a]", "neither a folder of images nor"),
-        ("train: labels\nnames: [a]", "holds no images"),
+        ("train: labels\nnames: [a]", "has no images"),
         ("train: ../../x\nnames: [a]", "outside the data folder"),
         ("train: up.txt\nnames: [a]", "outside the data folder"),
         ("train: gone.txt\nnames: [a]", "gone.jpg does not exist"),
@@ -219,7 +219,7 @@ def test_path_is_relative_to_the_yaml(tmp_path: Path) -> None:
         (f"train: {'x' * 300}\nnames: [a]", "neither a folder of images nor"),
     ],
 )
-def test_bad_yaml_is_said(tmp_path: Path, yaml: str, text: str) -> None:
+def test_malformed_yaml_is_refused(tmp_path: Path, yaml: str, text: str) -> None:
     (tmp_path / "up.txt").write_text("../../x.jpg")
     (tmp_path / "gone.txt").write_text("gone.jpg")
     with pytest.raises(InputError, match=re.escape(text)):
@@ -237,10 +237,10 @@ def test_unreadable_images_are_counted_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("busy", "threads"), [(0.2, True), (0.8, False)])
-def test_files_are_read_by_threads_where_the_disk_is_waited_for(
+def test_threads_read_files_where_the_disk_is_the_limit(
     monkeypatch: pytest.MonkeyPatch, busy: float, threads: bool
 ) -> None:
-    """busy: the share of the time in which this thread works."""
+    """busy: the share of the time in which this thread computes."""
     seen: list[int] = []
 
     def read(i: int) -> int:
@@ -255,7 +255,7 @@ def test_files_are_read_by_threads_where_the_disk_is_waited_for(
     assert (threading.get_ident() not in seen[100:]) == threads
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 4))
 def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
     rng = random.Random(seed)

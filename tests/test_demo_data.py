@@ -1,3 +1,5 @@
+"""The synthetic dataset: format, exactness of masks, determinism."""
+
 import json
 
 import numpy as np
@@ -24,7 +26,7 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_coco_form(folder):
+def test_coco_format(folder):
     train, val = load(folder, "train"), load(folder, "val")
     assert (len(train["images"]), len(val["images"])) == (48, 12)
     assert [c["name"] for c in train["categories"]] == list(synthetic.SHAPES)
@@ -45,19 +47,19 @@ def test_boxes_and_areas_are_those_of_the_masks(folder):
             assert mask.sum() == a["area"] > 0
 
 
-def test_masks_of_a_image_do_not_overlap(folder):
+def test_masks_of_an_image_do_not_overlap(folder):
     data = load(folder, "train")
     for path in data["images"]:
         own = [coco_mask.decode(a["segmentation"]) for a in data["annotations"] if a["image_id"] == path["id"]]
-        assert len(own) <= synthetic.MOST_OBJECTS
+        assert len(own) <= synthetic.MAX_INSTANCES
         assert not own or np.sum(own, axis=0).max() == 1
 
 
-def test_masks_lie_on_what_is_drawn():
+def test_masks_match_the_drawing():
     """Colours step at the borders of masks, far more than elsewhere."""
-    for seed in range(12):
-        pixels, found = synthetic.draw_image(np.random.default_rng(seed), (224, 288))
-        for _, mask in found:
+    for seed in range(5):
+        pixels, instances = synthetic.draw_image(np.random.default_rng(seed), (224, 288))
+        for _, mask in instances:
             across = mask[:, 1:] != mask[:, :-1]
             step = np.abs(np.diff(pixels.astype(float), axis=1)).sum(2)
             assert step[across].mean() > 3 * np.median(step)
@@ -96,12 +98,12 @@ def test_deterministic(tmp_path, folder):
     assert (other / "train/000000.jpg").read_bytes() != (folder / "train/000000.jpg").read_bytes()
 
 
-def test_same_data_are_reused_and_nothing_else(tmp_path):
+def test_only_the_same_dataset_is_reused(tmp_path):
     path = synthetic.generate_dataset(tmp_path / "a", images=4)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
     assert synthetic.generate_dataset(path, images=4) == path
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
-    with pytest.raises(InputError, match="exists and is not the demo data asked for"):
+    with pytest.raises(InputError, match="exists and is not the requested synthetic dataset"):
         synthetic.generate_dataset(path, images=5)
     strange = tmp_path / "b"
     strange.mkdir()
@@ -113,7 +115,7 @@ def test_same_data_are_reused_and_nothing_else(tmp_path):
         synthetic.generate_dataset(strange / "thesis.txt", images=4)
 
 
-def test_empty_folder_and_leftovers_are_taken(tmp_path):
+def test_empty_folder_and_leftovers_are_replaced(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a.part").mkdir()
     (tmp_path / "a.part" / "half").write_text("left by an interrupted run")

@@ -1,3 +1,5 @@
+"""Loaders: plan of an epoch, worker processes, ranks, padding, and exact resume."""
+
 import multiprocessing
 import os
 import pickle
@@ -20,13 +22,13 @@ from fusedet.types import MULTIPLE, Target
 TRANSFORM = TrainTransform([32, 48, 64], 96, photometric=True)
 
 
-def make(folder, sizes, objects=3):
+def make_dataset(folder, sizes, annotations=3):
     rng = np.random.default_rng(0)
     dataset = []
     for i, (height, width) in enumerate(sizes):
         path = folder / f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-        n = objects if i % 5 else 0
+        n = annotations if i % 5 else 0
         corners = rng.uniform(0, 20, (n, 2))
         boxes = np.hstack([corners, corners + rng.uniform(5, 10, (n, 2))])
         segments = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
@@ -42,24 +44,24 @@ def make(folder, sizes, objects=3):
 def dataset(tmp_path_factory):
     """13 images: 8 landscape, 5 portrait."""
     landscape, portrait = [(40, 60), (45, 55), (30, 80), (48, 48)], [(60, 40), (70, 33)]
-    return make(tmp_path_factory.mktemp("images"), (landscape + portrait) * 2 + [portrait[0]])
+    return make_dataset(tmp_path_factory.mktemp("images"), (landscape + portrait) * 2 + [portrait[0]])
 
 
-def equal(one, other):
-    assert one.ids == other.ids
-    assert torch.equal(one.images, other.images)
-    assert torch.equal(one.sizes, other.sizes)
-    assert torch.equal(one.scales, other.scales)
-    for a, b in zip(one.targets, other.targets, strict=True):
+def assert_equal(first, second):
+    assert first.ids == second.ids
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.sizes, second.sizes)
+    assert torch.equal(first.scales, second.scales)
+    for a, b in zip(first.targets, second.targets, strict=True):
         for x, y in ((a.boxes, b.boxes), (a.labels, b.labels), (a.ignore, b.ignore), (a.masks, b.masks)):
             assert (x is None and y is None) or torch.equal(x, y)
 
 
-def equal_lists(one, other):
-    one, other = list(one), list(other)
-    assert len(one) == len(other) > 0
-    for a, b in zip(one, other):
-        equal(a, b)
+def assert_equal_lists(first, second):
+    first, second = list(first), list(second)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second):
+        assert_equal(a, b)
 
 
 def test_collate_pads_to_a_multiple():
@@ -96,8 +98,8 @@ def test_plan_of_an_epoch(count, batch):
     assert len(plan) == -(-count // batch)
     assert {len(step) for step in plan} == {batch}
     seen = Counter(i for step in plan for i in step)
-    assert set(seen) == set(range(count)), "every image is seen"
-    assert sum(seen.values()) - count < batch, "only the last batch is filled up"
+    assert set(seen) == set(range(count)), "every image is loaded"
+    assert sum(seen.values()) - count < batch, "only the last batch is filled"
     assert sum(len({bool(portrait[i]) for i in step}) > 1 for step in plan) <= 2, "at most two batches are mixed"
     if count >= batch:
         assert all(len(set(step)) == batch for step in plan[:-1])
@@ -109,10 +111,10 @@ def test_plan_of_an_epoch(count, batch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(dataset, workers):
-    alone = build_train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True)
-    helped = build_train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True, workers=workers)
-    for epoch in (0, 1, 4):  # the workers stay
-        equal_lists(alone.epoch(epoch), helped.epoch(epoch))
+    single = build_train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True)
+    pooled = build_train_loader(dataset, TRANSFORM, batch=4, seed=7, masks=True, workers=workers)
+    for epoch in (0, 1, 4):  # the workers stay alive
+        assert_equal_lists(single.epoch(epoch), pooled.epoch(epoch))
 
 
 def test_epochs_and_seeds_differ(dataset):
@@ -134,19 +136,19 @@ def test_start_skips_without_reading(dataset, workers, monkeypatch):
 
         read, paths = module.read_image, []
         monkeypatch.setattr(module, "read_image", lambda path: paths.append(path) or read(path))
-    equal_lists(whole[2:], loader.epoch(2, start=2))
+    assert_equal_lists(whole[2:], loader.epoch(2, start=2))
     if not workers:
         assert len(paths) == 8
     assert list(loader.epoch(2, start=4)) == []
 
 
-def test_an_epoch_can_be_left_and_another_begun(dataset):
+def test_an_epoch_can_be_interrupted_by_another(dataset):
     loader = build_train_loader(dataset, TRANSFORM, batch=2, workers=1)
     next(loader.epoch(0))
-    equal_lists(loader.epoch(1), build_train_loader(dataset, TRANSFORM, batch=2).epoch(1))
+    assert_equal_lists(loader.epoch(1), build_train_loader(dataset, TRANSFORM, batch=2).epoch(1))
 
 
-def test_torch_generator_is_left_alone(dataset):
+def test_torchs_generator_stays_untouched(dataset):
     state = torch.get_rng_state()
     for _ in build_train_loader(dataset, TRANSFORM, batch=4).epoch(0):
         pass
@@ -155,7 +157,7 @@ def test_torch_generator_is_left_alone(dataset):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_processes_see_the_joint_batch_of_one(dataset):
+def test_processes_load_the_joint_batch(dataset):
     joint = list(build_train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True).epoch(3))
     ranks = [
         list(build_train_loader(dataset, TRANSFORM, batch=4, seed=1, masks=True, rank=r, world=2).epoch(3))
@@ -163,7 +165,7 @@ def test_processes_see_the_joint_batch_of_one(dataset):
     ]
     assert [len(r) for r in ranks] == [len(joint)] * 2
     for whole, *parts in zip(joint, *ranks):
-        assert torch.equal(whole.images, torch.cat([p.images for p in parts])), "the padding too is the same"
+        assert torch.equal(whole.images, torch.cat([p.images for p in parts])), "the padding is the same too"
         assert whole.ids == parts[0].ids + parts[1].ids
         assert torch.equal(whole.scales, torch.cat([p.scales for p in parts]))
         boxes = [t.boxes for p in parts for t in p.targets]
@@ -171,7 +173,7 @@ def test_processes_see_the_joint_batch_of_one(dataset):
 
 
 def test_fewer_images_than_the_batch(dataset, tmp_path):
-    few = make(tmp_path, [(40, 60), (60, 40)])
+    few = make_dataset(tmp_path, [(40, 60), (60, 40)])
     loader = build_train_loader(few, TRANSFORM, batch=8)
     (batch,) = loader.epoch(0)
     assert len(loader) == 1
@@ -180,7 +182,7 @@ def test_fewer_images_than_the_batch(dataset, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_each_image_once(dataset, world, workers):
+def test_evaluation_loads_each_image_once(dataset, world, workers):
     loaders = [
         build_eval_loader(dataset, EvalTransform(32, 64), batch=4, workers=workers, rank=r, world=world)
         for r in range(world)
@@ -201,9 +203,12 @@ def test_evaluation_is_in_order_of_aspect_ratio(dataset):
 
 def test_annotations_are_not_copied_to_workers(tmp_path):
     (tmp_path / "many").mkdir()
-    small, large = make(tmp_path, [(40, 60)] * 2), make(tmp_path / "many", [(40, 60)] * 2, objects=20_000)
+    small, large = (
+        make_dataset(tmp_path, [(40, 60)] * 2),
+        make_dataset(tmp_path / "many", [(40, 60)] * 2, annotations=20_000),
+    )
     few, many = (
-        len(ForkingPickler.dumps(build_train_loader(r, TRANSFORM, batch=2).steps.loader.dataset))
+        len(ForkingPickler.dumps(build_train_loader(r, TRANSFORM, batch=2).workers.loader.dataset))
         for r in (small, large)
     )
     assert many < 8_000
@@ -212,12 +217,12 @@ def test_annotations_are_not_copied_to_workers(tmp_path):
 
 
 class Threads:
-    """A transform that tells its worker's number of threads as the scale."""
+    """A transform that returns its worker's number of threads as the scale."""
 
     def network_size(self, height, width):
         return height, width
 
-    def __call__(self, image, record, masks=False):
+    def __call__(self, image, annotations, masks=False):
         empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         return image, (float(torch.get_num_threads()), 1.0), empty
 
@@ -230,21 +235,21 @@ def test_spawned_workers_with_one_thread(dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_told_in_one_sentence(tmp_path, workers):
-    bad = make(tmp_path, [(40, 60)] * 4)
+def test_unreadable_image_gives_one_sentence(tmp_path, workers):
+    bad = make_dataset(tmp_path, [(40, 60)] * 4)
     (tmp_path / "2.png").write_bytes(b"gone")
     expected = f"{tmp_path / '2.png'} is empty or not an image in a format that Pillow reads"
-    assert complaint(build_train_loader(bad, TRANSFORM, batch=2, workers=workers).epoch(0)) == expected
-    assert complaint(build_eval_loader(bad, EvalTransform(32, 64), batch=2, workers=workers)) == expected
+    assert error_of(build_train_loader(bad, TRANSFORM, batch=2, workers=workers).epoch(0)) == expected
+    assert error_of(build_eval_loader(bad, EvalTransform(32, 64), batch=2, workers=workers)) == expected
 
 
-def complaint(batches):
-    """Not by pytest.raises, which keeps the traceback, and with it the workers, in a cycle."""
+def error_of(batches):
+    """The message of the error; pytest.raises would keep the traceback, and with it the workers, in a cycle."""
     try:
         list(batches)
     except InputError as error:
         return str(error)
-    return "nothing"
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -264,16 +269,16 @@ def test_wrong_options(dataset, options, text):
 
 def test_no_images(tmp_path):
     with pytest.raises(InputError, match="no images"):
-        build_train_loader(make(tmp_path, []), TRANSFORM, batch=2)
+        build_train_loader(make_dataset(tmp_path, []), TRANSFORM, batch=2)
 
 
-def test_workers_outlive_the_signals_that_end_a_training(dataset):
-    """A terminal and a cluster signal the whole process group; the training still finishes its step and saves."""
+def test_workers_ignore_the_signals_that_end_a_training(dataset):
+    """A terminal or a cluster signals the whole process group; the training must still finish its step and save."""
     loader = build_train_loader(dataset, TRANSFORM, batch=2, workers=1)
     batches = loader.epoch(0)
     first = next(batches)
     for worker in multiprocessing.active_children():
-        for one in (signal.SIGINT, signal.SIGTERM):
-            os.kill(worker.pid, one)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
     ids = [first.ids, *(b.ids for b in batches)]
     assert ids == [b.ids for b in build_train_loader(dataset, TRANSFORM, batch=2).epoch(0)]

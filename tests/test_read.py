@@ -1,7 +1,8 @@
-"""Datasets told apart by themselves, in the layouts that users have."""
+"""Auto-detection of dataset formats, in the layouts that users have."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ def images(folder: Path) -> None:
     image(folder / "b.jpg", 40, 30)
 
 
-def put(file: Path) -> Path:
+def write_json(file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(coco_dict()))
     return file
@@ -44,7 +45,7 @@ def put(file: Path) -> Path:
     ],
 )
 def test_coco_layouts(tmp_path: Path, file: str, folder: str, split: str) -> None:
-    put(tmp_path / file)
+    write_json(tmp_path / file)
     images(tmp_path / folder)
     assert detect_format(tmp_path) == "coco"
     dataset = read_dataset(tmp_path, split)
@@ -58,10 +59,10 @@ def test_each_split_has_its_own_images(tmp_path: Path) -> None:
         assert read_dataset(tmp_path, split).path(0).parent.name == f"{split}2017"
 
 
-def test_splits_of_every_form(tmp_path: Path) -> None:
+def test_splits_of_every_format(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco")
-    put(root / "valid" / "_annotations.coco.json")
-    put(root / "annotations" / "person_keypoints_train2017.json")
+    write_json(root / "valid" / "_annotations.coco.json")
+    write_json(root / "annotations" / "person_keypoints_train2017.json")
     (root / "results.json").write_text('[{"image_id": 1}]')
     assert set(list_splits(root)) == {"train", "val"}
     assert list_splits(root)["train"] == str(root / "annotations" / "instances_train2017.json")
@@ -72,9 +73,9 @@ def test_splits_of_every_form(tmp_path: Path) -> None:
     assert detect_format(yaml) == "yolo"
 
 
-def test_two_years_must_be_told_apart(tmp_path: Path) -> None:
-    put(tmp_path / "annotations" / "instances_train2014.json")
-    put(tmp_path / "annotations" / "instances_train2017.json")
+def test_two_years_need_the_full_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "annotations" / "instances_train2014.json")
+    write_json(tmp_path / "annotations" / "instances_train2017.json")
     images(tmp_path / "images")
     assert len(read_dataset(tmp_path, "train2014")) == 2
     with pytest.raises(InputError, match="several splits 'train': give one of train2014, train2017"):
@@ -102,7 +103,7 @@ def test_json_as_path_is_train(tmp_path: Path) -> None:
 
 def test_split_as_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_coco(tmp_path / "coco")
-    other = put(tmp_path / "coco" / "more" / "x.json")
+    other = write_json(tmp_path / "coco" / "more" / "x.json")
     assert len(read_dataset(root, str(other))) == 2
     assert len(read_dataset(root, "more/x.json")) == 2
     assert (
@@ -121,12 +122,12 @@ def test_split_as_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images_given(tmp_path: Path) -> None:
-    file = put(tmp_path / "x" / "train.json")
+    file = write_json(tmp_path / "x" / "train.json")
     images(tmp_path / "y")
     assert read_dataset(file, "train", images=tmp_path / "y").path(0) == tmp_path / "y" / "b.jpg"
     with pytest.raises(InputError, match="is not a folder"):
         read_dataset(file, "train", images=tmp_path / "z")
-    with pytest.raises(InputError, match="goes with COCO json only"):
+    with pytest.raises(InputError, match="goes with a COCO json only"):
         read_dataset(write_voc(tmp_path / "v"), "train", images=tmp_path / "y")
     with pytest.raises(InputError, match="none of the first images"):
         read_dataset(file, "train")
@@ -164,33 +165,33 @@ def test_exported_voc(tmp_path: Path) -> None:
     assert len(read_dataset(tmp_path, "train").labels) == 1
 
 
-def test_what_is_no_data_set(tmp_path: Path) -> None:
-    def said(path: Path) -> str:
+def test_refused_folders(tmp_path: Path) -> None:
+    def error_of(path: Path) -> str:
         with pytest.raises(InputError) as error:
             read_dataset(path, "train")
         return str(error.value)
 
-    assert "does not exist" in said(tmp_path / "none")
+    assert "does not exist" in error_of(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "is an empty folder" in said(tmp_path / "empty")
-    assert "neither a folder, a COCO .json nor a YOLO .yaml" in said(image(tmp_path / "some" / "a.jpg"))
-    assert "holds no dataset" in said(tmp_path / "some")
+    assert "is an empty folder" in error_of(tmp_path / "empty")
+    assert "neither a folder, a COCO .json nor a YOLO .yaml" in error_of(image(tmp_path / "some" / "a.jpg"))
+    assert "holds no dataset" in error_of(tmp_path / "some")
     write_voc(tmp_path / "devkit" / "VOC2007")
-    assert f"did you mean {tmp_path / 'devkit' / 'VOC2007'}?" in said(tmp_path / "devkit")
-    write_yolo(tmp_path / "bare").unlink()
-    assert "has no data.yaml" in said(tmp_path / "bare")
+    assert f"did you mean {tmp_path / 'devkit' / 'VOC2007'}?" in error_of(tmp_path / "devkit")
+    write_yolo(tmp_path / "no_yaml").unlink()
+    assert "has no data.yaml" in error_of(tmp_path / "no_yaml")
     write_yolo(write_coco(tmp_path / "both"))
-    assert "holds data of COCO and YOLO form" in said(tmp_path / "both")
+    assert "holds data in COCO and YOLO format" in error_of(tmp_path / "both")
     (tmp_path / "x.json").write_text("{}")
-    assert "is not COCO" in said(tmp_path / "x.json")
+    assert "is not COCO" in error_of(tmp_path / "x.json")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.json").write_text("")
-    assert "not valid json" in said(tmp_path / "bad")
+    assert "not valid json" in error_of(tmp_path / "bad")
 
 
 def test_voc_without_lists(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
-    __import__("shutil").rmtree(root / "ImageSets")
+    shutil.rmtree(root / "ImageSets")
     with pytest.raises(InputError, match=r"ImageSets/Main/train\.txt"):
         read_dataset(root, "train")
 

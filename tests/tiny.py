@@ -23,7 +23,7 @@ def image(path: Path, width: int = 40, height: int = 30, **options: Any) -> Path
 
 
 def coco_dict() -> dict[str, Any]:
-    """Two images; ids with gaps; a crowd with RLE, polygons, an ignored object."""
+    """Two images; ids with gaps; a crowd with RLE, polygons, an ignored annotation."""
     return {
         "images": [
             {"id": 7, "file_name": "b.jpg", "width": 40, "height": 30},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bad_data import KINDS, Kind, good
+from bad_data import KINDS, Kind, write_dataset
 from conftest import SMALL
 from fusedet import cli
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.soak
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_training(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: Kind) -> None:
-    root, out = good(tmp_path / "data", kind.form), tmp_path / "out"
-    kind.spoil(root)
+    root, out = write_dataset(tmp_path / "data", kind.dataset_format), tmp_path / "out"
+    kind.corrupt(root)
     words = ["train", "retinanet_tiny", f"data={root}", *SMALL]
     code = cli.run([*words, f"out={out}"])
     printed = capsys.readouterr()

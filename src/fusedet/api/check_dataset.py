@@ -90,5 +90,7 @@ def check_dataset(
         def wrap(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
             return track(progress, items, total, split)
 
-        reports[split] = validation.validate_split(splits[split], options.data.size, read=read_images, progress=wrap)
+        reports[split] = validation.validate_split(
+            splits[split], options.data.size, read_images=read_images, progress=wrap
+        )
     return DatasetCheck(reports, validation.compare_class_names(*splits.values()) if len(splits) == 2 else [])

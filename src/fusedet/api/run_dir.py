@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from fusedet.atomic_io import list_leftovers, write_atomically
+from fusedet.data.bad_images import BadImageLog, format_replacement_summary
 from fusedet.errors import InputError
 
 
@@ -124,3 +126,14 @@ def about(device: str, world: int) -> dict[str, Any]:
         else f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "processes": world,
     }
+
+
+def record_replaced_images(log: BadImageLog, out: Path, say: Callable[[str], None]) -> None:
+    """Write how many bad images a training replaced into run.json, and report it; all processes call it."""
+    rows = log.close()
+    if log.rank == 0:
+        content = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        content["replaced"] = {"images": len({row.image_id for row in rows}), "times": len(rows)}
+        write_json(out / "run.json", content)
+    if rows:
+        say(format_replacement_summary(rows, out / "skipped.csv"))

@@ -84,9 +84,9 @@ def cost_table(cost: Mapping[str, Any], title: str) -> RenderableType:
 
 def dataset_table(split: str, report: DatasetReport) -> RenderableType:
     """Return what a split holds, its warnings and its errors."""
-    text = [_content(split, report.figures)] if report.figures else [f"[bold]{escape(split)}[/]: cannot be read"]
-    table = [_table("class", "objects")] if report.figures else []
-    for name, count in report.figures.get("classes", {}).items():
+    text = [_content(split, report.statistics)] if report.statistics else [f"[bold]{escape(split)}[/]: cannot be read"]
+    table = [_table("class", "annotations")] if report.statistics else []
+    for name, count in report.statistics.get("classes", {}).items():
         table[0].add_row(escape(name), str(count))
     messages = [f"  [yellow]warning[/] {escape(warning)}" for warning in report.warnings]
     messages += [f"  [red]error[/] {escape(error)}" for error in report.errors[:MOST_ERRORS]]
@@ -95,13 +95,14 @@ def dataset_table(split: str, report: DatasetReport) -> RenderableType:
     return Group(*map(Text.from_markup, text), *table, *map(Text.from_markup, messages))
 
 
-def _content(split: str, figures: Mapping[str, Any]) -> str:
-    sizes, smallest = figures["sizes"], figures.get("smallest")
-    images, objects = plural(figures["images"], "image"), plural(figures["objects"], "object")
+def _content(split: str, statistics: Mapping[str, Any]) -> str:
+    sizes, smallest = statistics["sizes"], statistics.get("smallest")
+    images = plural(statistics["images"], "image")
+    annotations = plural(statistics["annotations"], "annotation")
     text = (
-        f"[bold]{escape(split)}[/]: {images} ({figures['empty_images']} without objects), {objects}\n"
+        f"[bold]{escape(split)}[/]: {images} ({statistics['empty_images']} without annotations), {annotations}\n"
         f"  {sizes['small']} small (under 32x32), {sizes['medium']} medium, {sizes['large']} large (96x96 and more); "
-        f"{figures['ignored_objects']} ignored; at most {figures['most_objects_in_a_image']} in one image"
+        f"{statistics['ignored_annotations']} ignored; at most {statistics['max_annotations_per_image']} in one image"
     )
     if not smallest:
         return text

@@ -13,10 +13,9 @@ from torch import nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.distributed import place, process_group, run_on_first
-from fusedet.api.image_check import check_images, record_replaced_images
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.results import RunResult
-from fusedet.api.run_dir import about, data_prints, fresh, withdraw, write_json
+from fusedet.api.run_dir import about, data_prints, fresh, record_replaced_images, withdraw, write_json
 from fusedet.api.settings import Settings, Source, training_config
 from fusedet.api.validate import (
     FIGURES,
@@ -38,7 +37,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import TrainTransform
-from fusedet.data.validation import compare_class_names
+from fusedet.data.validation import compare_class_names, require_usable_images
 from fusedet.engine import checkpoint, logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES
@@ -139,7 +138,8 @@ def _fit(
     )
     lr = _scaled_lr(config, say)
     if config.data.check:
-        run_on_first(fabric, lambda: check_images(config, data, val, say))
+        max_bad = config.train.max_bad_images if config.train.on_bad_image == "skip" else 0.0
+        run_on_first(fabric, lambda: require_usable_images(data, val, max_bad_share=max_bad, warn=say))
     if not resume:
         run_on_first(fabric, lambda: fresh(out))
         say(f"results: {out}")

@@ -1,4 +1,4 @@
-"""Bad boxes counted, dropped where nothing else is possible, and the rest made into DetectionDataset: the end of every reader."""
+"""Cleaning of annotations, the last step of every reader: malformed boxes are counted, and dropped where unusable."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from fusedet.data.dataset import DetectionDataset
 
 NOT_FINITE = "boxes with NaN or infinite coordinates: dropped"
 NEGATIVE = "boxes of negative width or height: dropped"
-NO_AREA = "boxes of no area: not trained on"
+NO_AREA = "boxes without area: not trained on"
 OUTSIDE = "boxes wholly outside their image: not trained on"
 CLIPPED = "boxes partly outside their image: clipped in training"
-REPEATED = "boxes that repeat another of the same class in the same image: kept"
+REPEATED = "boxes that duplicate another of the same class in the same image: kept"
 NO_IMAGE = "annotations of images that are not listed: dropped"
 BAD_AREA = "annotated areas that are negative or not finite: width x height taken"
-BAD_SEGMENTATION = "segmentations that cannot be drawn (no polygons, no RLE of their image's size, not finite or far away): dropped, their boxes kept"
-SAME_ID = "annotations whose id an earlier one has: kept"
-AS_TEXT = "boxes with numbers in quotes: read as numbers"
+BAD_SEGMENTATION = (
+    "segmentations that are neither valid polygons nor an RLE of their image's size: dropped, their boxes kept"
+)
+SAME_ID = "annotations with a duplicate id: kept"
+AS_TEXT = "boxes with quoted numbers: read as numbers"
 LISTED_TWICE = "images listed more than once: read once"
 NO_LABELS = "images without a label file: background"
 
-MARGIN = 0.1  # pixels beyond the border that are rounding, not a fault
-ROUNDING = 1e-6  # pixels of width or height, above or below zero, that are none
+MARGIN = 0.1  # pixels: a box this far beyond the border is a rounding error
+ROUNDING = 1e-6  # pixels: a width or height this close to zero counts as zero
 
 
 def build_clean_dataset(
@@ -46,16 +48,17 @@ def build_clean_dataset(
     eval_ignore: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
 ) -> DetectionDataset:
-    """DetectionDataset without the boxes that cannot be used, all faults counted; columns as in `DetectionDataset.from_arrays`.
+    """Build a dataset without the unusable boxes and count all faults.
 
-    area (M,) may hold NaN where the file gives none: width x height is taken.
+    The parameters are those of `DetectionDataset.from_arrays`, with two differences: `area` may hold NaN, or be None,
+    for width x height, and `problems` holds the faults that the reader has counted itself.
     """
-    keep, met = filter_boxes(image_indices, boxes, labels, sizes)
+    keep, faults = filter_boxes(image_indices, boxes, labels, sizes)
     kept = boxes[keep]
     kept[:, 2:] = np.maximum(kept[:, 2:], kept[:, :2])
     extent = np.prod(kept[:, 2:] - kept[:, :2], axis=1)
     area = extent if area is None else np.where(np.isnan(area[keep]), extent, area[keep])
-    counts = Counter(dict(problems or {})) + met
+    counts = Counter(dict(problems or {})) + faults
     return DetectionDataset.from_arrays(
         names,
         category_ids,
@@ -78,11 +81,18 @@ def build_clean_dataset(
 def filter_boxes(
     image_indices: np.ndarray, boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, Counter[str]]:
-    """Which boxes can be used at all, (M,) bool, and how often each fault was met.
+    """Find usable boxes and count the faults of all.
 
-    boxes (M, 4) xyxy pixels; image_indices (M,) index sizes (N, 2), heights and widths.
+    Args:
+        image_indices: (M,) index of each box's image.
+        boxes: (M, 4) xyxy in pixels.
+        labels: (M,) in 0..K-1.
+        sizes: (N, 2) heights and widths of the images.
+
+    Returns:
+        (M,) bool, true for usable boxes, and the number of boxes by fault.
     """
-    met: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     finite = np.isfinite(boxes).all(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
         extent = boxes[:, 2:] - boxes[:, :2]
@@ -92,17 +102,17 @@ def filter_boxes(
     limits = sizes[image_indices][:, ::-1].astype(np.float64) if len(image_indices) else np.zeros((0, 2))
     away = keep & ~empty & ((boxes[:, :2] >= limits) | (boxes[:, 2:] <= 0)).any(axis=1)
     beyond = ((boxes[:, :2] < -MARGIN) | (boxes[:, 2:] > limits + MARGIN)).any(axis=1)
-    met[NOT_FINITE] = int((~keep & ~negative).sum())
-    met[NEGATIVE] = int(negative.sum())
-    met[NO_AREA] = int(empty.sum())
-    met[OUTSIDE] = int(away.sum())
-    met[CLIPPED] = int((keep & ~empty & ~away & beyond).sum())
-    met[REPEATED] = _repeats(image_indices[keep], labels[keep], boxes[keep])
-    return keep, met
+    counts[NOT_FINITE] = int((~keep & ~negative).sum())
+    counts[NEGATIVE] = int(negative.sum())
+    counts[NO_AREA] = int(empty.sum())
+    counts[OUTSIDE] = int(away.sum())
+    counts[CLIPPED] = int((keep & ~empty & ~away & beyond).sum())
+    counts[REPEATED] = _count_duplicates(image_indices[keep], labels[keep], boxes[keep])
+    return keep, counts
 
 
-def _repeats(image_indices: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> int:
-    """How many rows equal an earlier one in image, class and box."""
+def _count_duplicates(image_indices: np.ndarray, labels: np.ndarray, boxes: np.ndarray) -> int:
+    """Number of boxes that equal an earlier one in image, class and coordinates."""
     rows = np.column_stack([image_indices, labels, boxes])
     rows = rows[np.lexsort(rows.T)]
     return int((rows[1:] == rows[:-1]).all(axis=1).sum())

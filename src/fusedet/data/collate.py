@@ -1,4 +1,4 @@
-"""Images and their targets to one batch, padded alike."""
+"""Collation of images and targets into one padded batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from fusedet.types import MULTIPLE, Batch, Target
 
 
 class Sample(NamedTuple):
-    """An image ready for the network: image (3, H, W) uint8, scale (x, y), its id and its target."""
+    """An image as the network's input.
+
+    Attributes:
+        image: (3, H, W) uint8.
+        scale: (x, y) network pixels per original pixel.
+        image_id: The image's id in the dataset.
+        target: The annotations in network pixels, if known.
+    """
 
     image: Tensor
     scale: tuple[float, float]
@@ -24,9 +31,13 @@ class Sample(NamedTuple):
 
 
 def collate_samples(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1)) -> Batch:
-    """One batch, channels-last in memory, padded with zeros to multiples of 32 of the largest height and width.
+    """Collate samples into a batch, padded with zeros to multiples of 32 of the largest height and width.
 
-    canvas (height, width) that the batch has at least, before rounding. Masks are padded like the images.
+    Masks are padded like the images. The images are channels-last in memory.
+
+    Args:
+        samples: The samples.
+        canvas: Minimum (height, width) of the batch, before rounding up.
     """
     sizes = [tuple(s.image.shape[1:]) for s in samples]
     height, width = (-(-max(side) // MULTIPLE) * MULTIPLE for side in zip(canvas, *sizes))
@@ -39,29 +50,37 @@ def collate_samples(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1))
         sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
         ids=tuple(s.image_id for s in samples),
         scales=torch.tensor([s.scale for s in samples], dtype=torch.float32).reshape(-1, 2),
-        targets=_joined([s.target for s in samples], height, width),
+        targets=_join_targets([s.target for s in samples], height, width),
     )
 
 
 def make_samples(
-    image: Tensor, record: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False
+    image: Tensor, annotations: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False
 ) -> list[Sample]:
-    """An image (3, H, W) uint8 as each of the transforms gives it."""
-    seen = [transform(image, record, masks) for transform in transforms]
-    return [Sample(changed, scale, record.image_id, target) for changed, scale, target in seen]
+    """Apply each transform to an image (3, H, W) uint8."""
+    results = [transform(image, annotations, masks) for transform in transforms]
+    return [Sample(changed, scale, annotations.image_id, target) for changed, scale, target in results]
 
 
 def collate_views(
     images: Sequence[Sequence[Sample]], views: Sequence[EvalTransform] = (), canvas: tuple[int, int] = (1, 1)
 ) -> Batch:
-    """One batch of images, each given by its samples: the first ones, and in `Batch.views` those of the further `views`."""
-    first, *others = zip(*images, strict=True)
-    seen = (replace(collate_samples(samples), flipped=view.flip) for samples, view in zip(others, views, strict=True))
-    return replace(collate_samples(first, canvas), views=tuple(seen))
+    """Collate images that are seen in several views, for test-time augmentation.
+
+    Args:
+        images: The samples of each image, one per view.
+        views: The transforms of the second and further views; their batches become `Batch.views`.
+        canvas: Minimum (height, width) of the first view's batch, before rounding up.
+    """
+    first, *further = zip(*images, strict=True)
+    batches = (
+        replace(collate_samples(samples), flipped=view.flip) for samples, view in zip(further, views, strict=True)
+    )
+    return replace(collate_samples(first, canvas), views=tuple(batches))
 
 
-def _joined(targets: Sequence[Target | None], height: int, width: int) -> tuple[Target, ...] | None:
-    """The targets as slices of one tensor per field, so that a worker sends few of them; masks padded to the canvas."""
+def _join_targets(targets: Sequence[Target | None], height: int, width: int) -> tuple[Target, ...] | None:
+    """Slice the targets from one tensor per field, so that a worker sends few tensors; masks are padded."""
     known = [target for target in targets if target is not None]
     if not known:
         return None
@@ -72,10 +91,10 @@ def _joined(targets: Sequence[Target | None], height: int, width: int) -> tuple[
         for canvas, mask in zip(padded, own):
             canvas[:, : mask.shape[1], : mask.shape[2]] = mask
         masks = padded
-    boxes, labels = _slices([t.boxes for t in known]), _slices([t.labels for t in known])
-    ignore = _slices([t.boxes[:0] if t.ignore is None else t.ignore for t in known])
+    boxes, labels = _concatenate([t.boxes for t in known]), _concatenate([t.labels for t in known])
+    ignore = _concatenate([t.boxes[:0] if t.ignore is None else t.ignore for t in known])
     return tuple(Target(*fields) for fields in zip(boxes, labels, masks, ignore))
 
 
-def _slices(parts: list[Tensor]) -> tuple[Tensor, ...]:
+def _concatenate(parts: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.cat(parts).split([len(part) for part in parts])

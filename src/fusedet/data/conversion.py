@@ -1,4 +1,4 @@
-"""A dataset of any form written in another: images copied or linked, boxes without loss, what is lost said."""
+"""Conversion of a dataset to another dataset format."""
 
 from __future__ import annotations
 
@@ -21,93 +21,105 @@ _WRITERS: dict[str, Callable[[Path, dict[str, DetectionDataset], dict[str, list[
 
 
 def convert_dataset(
-    src: str | Path, dst: str | Path, to: str, *, splits: list[str] | None = None, link: bool = False
+    src: str | Path, dst: str | Path, dataset_format: str, *, splits: list[str] | None = None, link: bool = False
 ) -> dict[str, dict[str, int]]:
-    """Write the splits of src (default: all) into the new folder dst in the form "coco", "voc" or "yolo".
+    """Convert a dataset; boxes keep their float64 values, to rounding.
 
-    Boxes keep their float64 value, to rounding. link makes hard links instead of copies of the images. dst appears
-    whole or not at all. Returns per split {"images": n, "objects": n, and a count by each sentence that says what the
-    form could not carry or what the reader found wrong}. Raises InputError: dst holds something, an image is
-    missing, splits name different classes, or a class name cannot be written.
+    Args:
+        src: The dataset, as for `read_dataset`.
+        dst: A new or empty folder; it appears completely or not at all.
+        dataset_format: The format to write: "coco", "voc" or "yolo".
+        splits: The splits to convert, by default all.
+        link: Whether to make hard links to the images instead of copies.
+
+    Returns:
+        Per split the number of "images" and "annotations", and a count per loss and per problem of the annotations.
+
+    Raises:
+        InputError: dst is not empty, an image is missing, the splits have different classes, or the format cannot hold
+            a class name.
     """
-    if to not in _WRITERS:
-        raise unknown("form", to, _WRITERS)
+    if dataset_format not in _WRITERS:
+        raise unknown("dataset format", dataset_format, _WRITERS)
     target = Path(os.path.abspath(dst))
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder: give a new one, nothing is overwritten")
-    data = _read(src, splits, to)
+    data = _read_splits(src, splits, dataset_format)
     images = writers.assign_file_names(data)
-    half = target.with_name(f".{target.name}.half")
+    part = target.with_name(f".{target.name}.half")
     try:
-        half.mkdir(parents=True)
+        part.mkdir(parents=True)
     except FileExistsError as error:
-        raise InputError(f"{half} is left from a conversion that was broken off or still runs: remove it") from error
+        raise InputError(
+            f"{part} is left by a conversion that was interrupted, or is still running: remove it"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot write to {target}: {error.strerror or error}") from error
     try:
-        report = _WRITERS[to](half, data, images)
+        report = _WRITERS[dataset_format](part, data, images)
         for split, dataset in data.items():
-            _place(dataset, images[split], half / writers.FOLDERS[to], link)
+            _copy_images(dataset, images[split], part / writers.IMAGE_FOLDERS[dataset_format], link)
         if target.exists():
             target.rmdir()
-        half.rename(target)
+        part.rename(target)
     except OSError as error:
         raise InputError(f"cannot write to {target}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
     return report
 
 
-def _read(src: str | Path, wanted: list[str] | None, to: str) -> dict[str, DetectionDataset]:
-    """The splits by name, checked to agree in their classes and to have all their images."""
-    known = list_splits(src)
-    if not known:
+def _read_splits(src: str | Path, wanted: list[str] | None, dataset_format: str) -> dict[str, DetectionDataset]:
+    """Read the splits; raises InputError where their classes differ or an image is missing."""
+    available = list_splits(src)
+    if not available:
         raise InputError(f"{src} has no splits to convert")
     for name in wanted or []:
-        select_split(known, name, Path(src))
-    data = {name: read_dataset(src, name) for name in dict.fromkeys(map(normalize_split_name, wanted or known))}
-    (first, model), *others = data.items()
-    for name, dataset in others:
-        if dataset.names != model.names or dataset.category_ids != model.category_ids:
+        select_split(available, name, Path(src))
+    data = {name: read_dataset(src, name) for name in dict.fromkeys(map(normalize_split_name, wanted or available))}
+    (first, reference), *further = data.items()
+    for name, dataset in further:
+        if dataset.names != reference.names or dataset.category_ids != reference.category_ids:
             raise InputError(
-                f"the splits '{first}' and '{name}' of {src} name different classes: {_differ(model, dataset)}"
+                f"the splits '{first}' and '{name}' of {src} have different classes: "
+                f"{_describe_difference(reference, dataset)}"
             )
     for dataset in data.values():
         for i in range(len(dataset)):
             if not dataset.path(i).is_file():
                 raise InputError(f"{dataset.source} lists the image {dataset.path(i)}, which does not exist")
-            if (
-                to != "coco" and dataset.path(i).suffix.lower() not in get_image_extensions()
-            ):  # COCO alone writes the whole name into its annotations
+            # only COCO writes the whole file name into its annotations
+            if dataset_format != "coco" and dataset.path(i).suffix.lower() not in get_image_extensions():
                 raise InputError(
-                    f"the image {dataset.path(i)} needs an image's extension to be found in {to.upper()} form: rename it"
+                    f"the image {dataset.path(i)} has no image extension, by which {dataset_format.upper()} finds its "
+                    "images: rename it"
                 )
     return data
 
 
-def _differ(a: DetectionDataset, b: DetectionDataset) -> str:
-    for i, (one, other) in enumerate(zip(a.names, b.names, strict=False)):
-        if (one, a.category_ids[i]) != (other, b.category_ids[i]):
-            return f"'{one}' (id {a.category_ids[i]}) against '{other}' (id {b.category_ids[i]})"
+def _describe_difference(a: DetectionDataset, b: DetectionDataset) -> str:
+    for i, (left, right) in enumerate(zip(a.names, b.names, strict=False)):
+        if (left, a.category_ids[i]) != (right, b.category_ids[i]):
+            return f"'{left}' (id {a.category_ids[i]}) against '{right}' (id {b.category_ids[i]})"
     return f"{len(a.names)} against {len(b.names)} classes"
 
 
-def _place(dataset: DetectionDataset, names: list[str], folder: Path, link: bool) -> None:
+def _copy_images(dataset: DetectionDataset, names: list[str], folder: Path, link: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
         target = folder / name
-        if target.exists():  # an image of two splits
+        if target.exists():  # the image is in two splits
             continue
         if link:
-            _link(dataset.path(i), target)
+            _make_link(dataset.path(i), target)
         else:
             shutil.copyfile(dataset.path(i), target)
 
 
-def _link(source: Path, target: Path) -> None:
+def _make_link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError as error:
         raise InputError(
-            f"{source} cannot be linked to ({error.strerror}): hard links need one file system, copy instead"
+            f"{source} cannot be linked ({error.strerror}): hard links need one file system, copy instead"
         ) from error

@@ -1,6 +1,6 @@
-"""Annotations of a dataset, read once into flat tensors that every worker sees and none copies.
+"""The annotations of a dataset in flat tensors that all worker processes share.
 
-Forked workers share the pages; for spawned ones torch moves tensors to shared memory when it pickles them.
+Forked workers share the memory pages. For spawned workers, torch moves tensors to shared memory when it pickles them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageAnnotations:
-    """One image and its objects, as annotated.
+    """One image and its G annotations.
 
-    boxes (G, 4) float64 xyxy in the image's pixels after EXIF rotation, continuous with origin 0, not clipped;
-    labels (G,) int64 in 0..K-1;
-    ignore (G,) bool, neither positive nor negative in training: COCO's `iscrowd` and `ignore`, VOC's difficult objects;
-    eval_ignore (G,) bool, ignored in evaluation, by default those of `ignore`; without COCO's `ignore`, as pycocotools does;
-    area (G,) float64, the annotated area where the format has one, else width x height;
-    segmentations, per object polygons [[x, y, ...], ...], a COCO RLE dict, or None.
+    Attributes:
+        image_id: The image's id in the dataset.
+        path: The image's file.
+        height: Height in pixels, after EXIF rotation.
+        width: Width in pixels, after EXIF rotation.
+        boxes: (G, 4) float64 xyxy in pixels, continuous with origin 0, not clipped to the image.
+        labels: (G,) int64 in 0..K-1.
+        ignore: (G,) bool, neither positive nor negative in training: `iscrowd` and `ignore` of COCO, difficult
+            annotations of VOC.
+        eval_ignore: (G,) bool, ignored in evaluation, by default those of `ignore`. Annotations with COCO's `ignore`
+            count in evaluation, as in pycocotools.
+        area: (G,) float64, the annotated area where the dataset format has one, else width x height.
+        segmentations: Per annotation polygons [[x, y, ...], ...], a COCO RLE dict, or None.
     """
 
     image_id: int
@@ -48,10 +55,14 @@ class ImageAnnotations:
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """A split of a dataset: `len`, index and iterate to get each image's `Record`.
+    """A split of a dataset: a sequence of `ImageAnnotations`, stored in flat columns.
 
-    names (K,) and category_ids (K,), the dataset's own ids; source, what was read; dataset_format, "coco", "voc" or "yolo";
-    problems, how often each kind of bad annotation was met, by a sentence that says what was done about it.
+    Attributes:
+        names: The K class names, in the order of the labels.
+        category_ids: The K category ids of the dataset.
+        source: The file or folder that was read.
+        dataset_format: "coco", "voc" or "yolo".
+        problems: Number of malformed annotations by kind; the key says how they were treated.
     """
 
     names: tuple[str, ...]
@@ -60,14 +71,14 @@ class DetectionDataset:
     dataset_format: str
     image_ids: Tensor  # (N,) int64
     sizes: Tensor  # (N, 2) int64, height and width
-    offsets: Tensor  # (N + 1,) int64, where each image's objects begin
+    offsets: Tensor  # (N + 1,) int64, where each image's annotations begin
     boxes: Tensor  # (M, 4) float64
     labels: Tensor  # (M,) int64
     ignore: Tensor  # (M,) bool
     eval_ignore: Tensor  # (M,) bool
     area: Tensor  # (M,) float64
-    paths: Packed
-    segmentations: Packed
+    paths: PackedBytes
+    segmentations: PackedBytes
     problems: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -75,14 +86,14 @@ class DetectionDataset:
         cls,
         names: Iterable[str],
         category_ids: Iterable[int],
-        dataset: Iterable[ImageAnnotations],
+        images: Iterable[ImageAnnotations],
         *,
         source: str | Path,
         dataset_format: str,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
-        """Flatten dataset."""
-        rows = list(dataset)
+        """Flatten the annotations of images into columns."""
+        rows = list(images)
 
         def column(empty: tuple[int, ...], name: str) -> np.ndarray:
             return np.concatenate([np.zeros(empty), *(np.reshape(getattr(r, name), (-1, *empty[1:])) for r in rows)])
@@ -125,11 +136,26 @@ class DetectionDataset:
         eval_ignore: np.ndarray | None = None,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
-        """The same as `build` from flat columns, for large sets.
+        """Build a dataset from flat columns of N images and M annotations.
 
-        Images: image_ids (N,), sizes (N, 2) height and width, paths. Objects in any order: image_indices (M,) index their
-        images; boxes (M, 4), labels, ignore, area (M,), segmentations as `pack_segmentation` gives them. An image's objects
-        keep their order.
+        Annotations may come in any order; those of one image keep their order.
+
+        Args:
+            names: The K class names.
+            category_ids: The K category ids.
+            image_ids: (N,) ids of the images.
+            sizes: (N, 2) heights and widths.
+            paths: N image files.
+            image_indices: (M,) index of each annotation's image, in 0..N-1.
+            boxes: (M, 4) xyxy in pixels.
+            labels: (M,) in 0..K-1.
+            ignore: (M,) bool, ignored in training.
+            area: (M,) in square pixels.
+            segmentations: M segmentations as `pack_segmentation` returns them.
+            source: The file or folder that was read.
+            dataset_format: "coco", "voc" or "yolo".
+            eval_ignore: (M,) bool, ignored in evaluation; by default `ignore`.
+            problems: Number of malformed annotations by kind.
         """
         order = np.argsort(image_indices, kind="stable")
         counts = np.bincount(image_indices, minlength=len(paths))
@@ -150,8 +176,8 @@ class DetectionDataset:
             ignore=tensor(ignore[order], np.bool_),
             eval_ignore=tensor((ignore if eval_ignore is None else eval_ignore)[order], np.bool_),
             area=tensor(area[order], np.float64),
-            paths=Packed.of([p.encode("utf-8", "surrogateescape") for p in paths]),
-            segmentations=Packed.of([segmentations[i] for i in order.tolist()]),
+            paths=PackedBytes.pack([p.encode("utf-8", "surrogateescape") for p in paths]),
+            segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
         )
 
@@ -162,7 +188,7 @@ class DetectionDataset:
         return (self[i] for i in range(len(self)))
 
     def path(self, i: int) -> Path:
-        """The file of image i."""
+        """Return the file of image i."""
         return Path(self.paths[i].decode("utf-8", "surrogateescape"))
 
     def __getitem__(self, i: int) -> ImageAnnotations:
@@ -184,7 +210,7 @@ class DetectionDataset:
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any image's name, size, box, label or class name."""
+        """Return 16 hex digits that change with any image's name, size, box, label or class name."""
         digest = hashlib.sha256(json.dumps([self.names, self.category_ids]).encode())
         for i in range(len(self)):
             digest.update(self.path(i).name.encode("utf-8", "surrogateescape"))
@@ -196,14 +222,14 @@ class DetectionDataset:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Many byte strings in two tensors: `packed[i]` is the i-th."""
+class PackedBytes:
+    """A sequence of byte strings, stored in two tensors."""
 
     data: Tensor  # (bytes,) uint8
     offsets: Tensor  # (N + 1,) int64
 
     @classmethod
-    def of(cls, items: list[bytes]) -> Packed:
+    def pack(cls, items: list[bytes]) -> PackedBytes:
         """Pack byte strings."""
         offsets = torch.from_numpy(np.cumsum([0, *map(len, items)], dtype=np.int64))
         data = torch.empty(int(offsets[-1]), dtype=torch.uint8)
@@ -219,9 +245,12 @@ class Packed:
 
 
 def pack_segmentation(segmentation: Any) -> bytes:
-    """An object's polygons as raw float64 (lossless, and much quicker than JSON), a RLE as JSON, None as nothing.
+    """Pack polygons as raw float64, an RLE as JSON, and None as no bytes.
 
-    Raises TypeError where a polygon holds anything but numbers.
+    Raw float64 is lossless and much faster than JSON.
+
+    Raises:
+        TypeError: A polygon holds anything but numbers.
     """
     if segmentation is None:
         return b""
@@ -232,7 +261,7 @@ def pack_segmentation(segmentation: Any) -> bytes:
 
 
 def unpack_segmentation(data: bytes) -> Any:
-    """What `pack_segmentation` packed: polygons [[x, y, ...], ...], a RLE dict or None."""
+    """Unpack the result of `pack_segmentation`: polygons [[x, y, ...], ...], an RLE dict or None."""
     if not data:
         return None
     if data[:1] != b"P":

@@ -1,4 +1,4 @@
-"""Images from files, memory or arrays to uint8 RGB tensors."""
+"""Decoding of images from files, memory or arrays into uint8 RGB tensors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fusedet.errors import InputError
 
 Source = str | os.PathLike[str] | bytes
 
-_ORIENTATION = 0x0112  # EXIF's tag; the values 1..8 are of EXIF 2.3, table 4.6.4
-_TURN = {
+_ORIENTATION = 0x0112  # the EXIF tag; values 1..8 as in EXIF 2.3, table 4.6.4
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,30 +47,42 @@ _DAMAGE = (
     ),
     *(MemoryError, struct.error, zlib.error),
 )
-"""What Pillow's decoders raise on damaged files."""
+"""Exceptions that Pillow's decoders raise on damaged files."""
 
 MAX_PIXELS = 178_956_970
-"""Images of more pixels are refused from their header, before anything is decoded; the environment's FUSEDET_MAX_PIXELS overrides it."""
+"""Images with more pixels are refused before decoding; the environment variable FUSEDET_MAX_PIXELS overrides it."""
 
-_REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program, the others Pillow knows by name alone
+_REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program; Pillow has no decoder for the others
 
 
 def read_image(source: Source) -> Tensor:
-    """An image's file, or its bytes, as uint8 (3, H, W) in RGB.
+    """Decode an image from its file or its bytes.
 
-    EXIF orientation is applied; of several frames the first is read; transparent pixels are laid over white; 16-bit
-    grey is scaled to 8 bit. The tensor lies channels-last in memory, as decoders write it.
-    Raises InputError, naming the file, for what is missing, empty, truncated, not an image, larger than `max_pixels()`,
-    or in pixels without an agreed range (floats, 32-bit integers).
+    - EXIF orientation is applied.
+    - Only the first of several frames is read.
+    - Transparent pixels are composited over white.
+    - 16-bit grey is scaled to 8 bit.
+
+    Returns:
+        uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
+
+    Raises:
+        InputError: The image is missing, empty, truncated, not an image, has more than `get_max_pixels()` pixels, or
+            pixels without an agreed range (floating-point numbers, 32-bit integers).
     """
     with _opened(source) as image:
         return _tensor(image, _name(source))
 
 
 def read_image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
-    """(height, width) of the tensor that `read_image` would give, from the file's header alone; raises InputError as it does.
+    """Read (height, width), as `read_image` would return it, from an image's header.
 
-    any_mode: whether pixels without an agreed range, which `read_image` refuses, have a size too.
+    Args:
+        source: The image's file or its bytes.
+        any_mode: Whether to accept pixels without an agreed range, which `read_image` refuses.
+
+    Raises:
+        InputError: As `read_image`, as far as the header shows it.
     """
     with _opened(source) as image:
         if not any_mode:
@@ -79,10 +91,18 @@ def read_image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int
 
 
 def to_tensor(image: Any) -> Tensor:
-    """An image in any of the usual forms as uint8 (3, H, W) in RGB.
+    """Convert an image to uint8 (3, H, W) in RGB.
 
-    Taken are a path, a file's bytes, a PIL image, a numpy array (H, W, 3) or (H, W) of uint8 in RGB or grey, and a tensor
-    (3, H, W) of uint8, or of floats in 0..1. Raises InputError for anything else.
+    Args:
+        image: One of
+
+            - a path, or the bytes of a file;
+            - a PIL image;
+            - a numpy array of uint8, (H, W, 3) in RGB or (H, W) in grey;
+            - a tensor (3, H, W) of uint8, or of floats in 0..1.
+
+    Raises:
+        InputError: The image is anything else.
     """
     if isinstance(image, (str, os.PathLike, bytes)):
         return read_image(image)
@@ -125,10 +145,10 @@ def _name(source: Source) -> str:
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
-    """The image with its header read; whatever goes wrong while it is open is told as an InputError."""
+    """Open an image and read its header; faults while it is open become InputErrors."""
     name, limit = _name(source), get_max_pixels()
     if not isinstance(source, bytes):
-        _regular(source)
+        _require_regular_file(source)
     with (
         _explained(name),
         Image.open(
@@ -140,41 +160,45 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         yield image
 
 
-def _regular(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a pipe or a device, which could be read for ever."""
+def _require_regular_file(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for a pipe or a device, whose reading might never end."""
     with _explained(os.fspath(path)):
         if is_pipe_or_device(path):
-            raise InputError(f"{os.fspath(path)} is a pipe or a device: an image's file was expected there")
+            raise InputError(f"{os.fspath(path)} is a pipe or a device: an image file was expected there")
 
 
 def is_pipe_or_device(path: str | os.PathLike[str]) -> bool:
-    """Whether what is there is neither a file nor a folder, so that reading it may never end. Raises OSError where nothing is."""
+    """Return whether a path is neither a file nor a folder, so that reading it might never end.
+
+    Raises:
+        OSError: The path does not exist.
+    """
     mode = os.stat(path).st_mode
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def get_max_pixels() -> int:
-    """The most pixels of an image. Raises InputError where FUSEDET_MAX_PIXELS is no number."""
-    given = os.environ.get("FUSEDET_MAX_PIXELS")
-    if given is None:
+    """Return the maximum number of pixels of an image; raises InputError for a malformed FUSEDET_MAX_PIXELS."""
+    value = os.environ.get("FUSEDET_MAX_PIXELS")
+    if value is None:
         return MAX_PIXELS
-    if not given.isdecimal():
-        raise InputError(f"the environment variable FUSEDET_MAX_PIXELS={given} must be a whole number of pixels")
-    if Image.MAX_IMAGE_PIXELS and int(given) > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = int(given)  # Pillow's own limit would come first
-    return int(given)
+    if not value.isdecimal():
+        raise InputError(f"the environment variable FUSEDET_MAX_PIXELS={value} must be a whole number of pixels")
+    if Image.MAX_IMAGE_PIXELS and int(value) > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = int(value)  # else Pillow's own limit would apply first
+    return int(value)
 
 
 def _too_large(name: str) -> InputError:
     return InputError(
-        f"{name} has more than {get_max_pixels()} pixels, the limit against decompression bombs: if it is sound, set the environment variable "
-        "FUSEDET_MAX_PIXELS"
+        f"{name} has more than {get_max_pixels()} pixels, the limit against decompression bombs: if the image is "
+        "valid, set the environment variable FUSEDET_MAX_PIXELS"
     )
 
 
 @cache
 def get_image_formats() -> tuple[str, ...]:
-    """The image formats that are read: all of Pillow's, but for those that run a program."""
+    """Return the supported image formats: all of Pillow's, except those that run a program."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _REFUSED)
 
@@ -192,15 +216,14 @@ def _explained(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
     except _DAMAGE as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None and error.strerror
-        ):  # the system's, Pillow's own have no number
+        # errors of the operating system have a number, Pillow's own have none
+        if isinstance(error, OSError) and error.errno is not None and error.strerror:
             raise InputError(f"{name} cannot be opened: {error.strerror}") from error
         raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
 
 
-def _turned(image: Image.Image) -> int:
-    """EXIF's orientation as far as it is still to be applied: Pillow turns TIFF files itself."""
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that is still to be applied: Pillow rotates TIFF files itself."""
     if image.format == "TIFF":
         return 1
     # PNG's own getexif would decode the whole image to look behind the pixels, where no writer puts it
@@ -209,22 +232,22 @@ def _turned(image: Image.Image) -> int:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (width, height) if _turned(image) in (5, 6, 7, 8) else (height, width)
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
 def _tensor(image: Image.Image, name: str) -> Tensor:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
-    turn = _TURN.get(_turned(image))
+    transpose = _TRANSPOSE.get(_orientation(image))
     rgb = _rgb(image, name)
-    if turn is not None:
-        rgb = rgb.transpose(turn)
+    if transpose is not None:
+        rgb = rgb.transpose(transpose)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """The image in mode RGB."""
-    image.load()  # `transparency` of a PNG is complete only now
+    """Convert an image to mode RGB."""
+    image.load()  # the `transparency` of a PNG is complete only after loading
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
@@ -239,11 +262,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _refuse_mode(image: Image.Image, name: str) -> None:
-    """Raises InputError for pixels without an agreed range; the header alone tells."""
+    """Raise InputError for pixels without an agreed range, which the header shows."""
     mode = image.mode
-    if mode == "F" or (
-        mode == "I" and image.format not in ("PNG", "PPM")
-    ):  # Pillow before 11.1 holds their 16 bit as "I"
+    # Pillow before 11.1 reads 16-bit PNG and PPM as "I"
+    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "32-bit integers" if mode == "I" else "floating-point numbers"
         raise InputError(
             f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel"

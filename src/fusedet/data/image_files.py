@@ -1,4 +1,4 @@
-"""The files of a dataset: finding images, reading their sizes from the header, staying inside the data folder."""
+"""Files of a dataset: listing images, reading their sizes, and keeping paths inside the data folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fusedet.errors import InputError
 S = TypeVar("S")
 T = TypeVar("T")
 
-_TRIED = 100  # files that tell whether the disk is waited for
+_SAMPLE = 100  # files that are read first, to measure whether reading waits for the disk
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
 def normalize_split_name(split: str) -> str:
-    """One name per split: "valid" and "validation" are "val".
+    """Map the aliases of a split to one name.
 
     >>> canonical("valid")
     'val'
@@ -32,47 +32,51 @@ def normalize_split_name(split: str) -> str:
     return _ALIASES.get(split.lower(), split)
 
 
-def select_split(splits: Mapping[str, T], asked: str, source: Path) -> T:
-    """The entry of a split by its name or alias; raises InputError that lists the splits that exist."""
-    for name, entry in splits.items():
-        if name == asked or normalize_split_name(name) == normalize_split_name(asked):
+def select_split(splits: Mapping[str, T], name: str, source: Path) -> T:
+    """Return the entry of a split, given its name or an alias.
+
+    Raises:
+        InputError: The split does not exist; the sentence lists those that do.
+    """
+    for known, entry in splits.items():
+        if known == name or normalize_split_name(known) == normalize_split_name(name):
             return entry
-    raise InputError(f"{source} has no split '{asked}': it has {', '.join(sorted(splits)) or 'none'}")
+    raise InputError(f"{source} has no split '{name}': it has {', '.join(sorted(splits)) or 'none'}")
 
 
 @cache
 def get_image_extensions() -> frozenset[str]:
-    """The lower-case file extensions, with dot, of the formats that are read."""
-    known = Image.registered_extensions()
-    return frozenset(e for e, form in known.items() if form in get_image_formats()) | {".mpo"}
+    """Return the file extensions, in lower case and with the dot, of all supported image formats."""
+    registered = Image.registered_extensions()
+    return frozenset(e for e, name in registered.items() if name in get_image_formats()) | {".mpo"}
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name ends as an image's does; hidden files are none."""
+    """Return whether a file name has the extension of an image and is not hidden."""
     return os.path.splitext(name)[1].lower() in get_image_extensions() and not os.path.basename(name).startswith(".")
 
 
 def list_images(folder: Path) -> list[str]:
-    """All images in a folder and its subfolders, sorted by path."""
+    """List all images in a folder and its subfolders, sorted by path."""
     return sorted(path for path in list_files(folder) if is_image_name(path))
 
 
 def list_files(folder: Path) -> Iterator[str]:
-    """All files in a folder and its subfolders, each once, also in subfolders that are links to elsewhere.
+    """Yield all files in a folder and its subfolders once, following links to folders elsewhere.
 
-    Raises OSError for a folder that cannot be read.
+    Raises:
+        OSError: A folder cannot be read.
     """
     top, followed = os.path.realpath(folder), set()
-    for at, inner, names in os.walk(folder, onerror=_raise, followlinks=True):
-        if os.path.islink(at) and at != os.fspath(folder):
-            there = Path(os.path.realpath(at))
-            if (
-                there in followed or is_inside(top, there) or is_inside(str(there), Path(top))
-            ):  # what is walked anyhow, or a circle
-                inner.clear()
+    for directory, subfolders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if os.path.islink(directory) and directory != os.fspath(folder):
+            target = Path(os.path.realpath(directory))
+            # a folder that is walked anyway, or a cycle of links
+            if target in followed or is_inside(top, target) or is_inside(str(target), Path(top)):
+                subfolders.clear()
                 continue
-            followed.add(there)
-        yield from (os.path.join(at, name) for name in names)
+            followed.add(target)
+        yield from (os.path.join(directory, name) for name in names)
 
 
 def _raise(error: OSError) -> None:
@@ -80,7 +84,7 @@ def _raise(error: OSError) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without byte order mark; raises InputError."""
+    """Read a UTF-8 text file, with or without byte order mark; raises InputError."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +92,11 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A file of annotations, whole; raises InputError, for a pipe or a device too, which could be read for ever."""
+    """Read a whole file.
+
+    Raises:
+        InputError: The file cannot be read, or is a pipe or a device, whose reading might never end.
+    """
     try:
         if is_pipe_or_device(path):
             raise InputError(f"{path} is a pipe or a device: a file was expected there")
@@ -98,9 +106,18 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def resolve_inside(folder: Path, name: str, *roots: Path, source: str | Path) -> str:
-    """folder/name; raises InputError where that is absolute or leaves the folder (and all other roots) by "..".
+    """Join a folder and a file name from an annotation, refusing names that leave the folder.
 
-    Links are followed and not judged: no annotation can make one, whoever laid the data there did.
+    Links are followed: an annotation file cannot create one.
+
+    Args:
+        folder: The folder that the name is relative to.
+        name: The file name, with separators of any system.
+        roots: Further folders that the path may lie in.
+        source: The file that holds the name, for the error message.
+
+    Raises:
+        InputError: The name is empty or absolute, or leaves all the folders by "..".
     """
     name = name.replace("\\", "/")  # written on Windows
     if not name or "\0" in name or name.startswith("/") or name[1:3] == ":/" or os.path.splitdrive(name)[0]:
@@ -115,13 +132,13 @@ def resolve_inside(folder: Path, name: str, *roots: Path, source: str | Path) ->
 
 
 def is_inside(path: str, *folders: Path) -> bool:
-    """Whether a path lies in one of the folders, as it is written: links are not followed."""
+    """Return whether a path lies in one of the folders; links are not resolved."""
     roots = map(os.path.abspath, folders)
     return any(os.path.commonpath([root, os.path.abspath(path)]) == root for root in roots)
 
 
 def require_any_image(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
-    """Raises InputError where not one of the first 100 images exists; the rest is for the doctor and the loader."""
+    """Raise InputError where none of the first 100 images exists; `data.validation` checks them all."""
     if paths and not any(map(os.path.exists, paths[:100])):
         raise InputError(
             f"none of the first images that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there"
@@ -129,7 +146,7 @@ def require_any_image(paths: Sequence[str], folder: str | Path, source: str | Pa
 
 
 def require_valid_unicode(names: Iterable[str], source: str | Path) -> None:
-    """Raises InputError for a name that no file could hold (lone surrogates)."""
+    """Raise InputError for a name with lone surrogates, which no file can have."""
     for name in names:
         try:
             name.encode("utf-8")
@@ -138,38 +155,41 @@ def require_valid_unicode(names: Iterable[str], source: str | Path) -> None:
 
 
 def map_files(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
-    """The same as [read(file) for file in files], for what takes little of each file: in threads where the disk is waited for."""
-    get_image_formats()  # known once, not in every thread
+    """Return [read(file) for file in files], in threads where reading waits for the disk."""
+    get_image_formats()  # fills its cache once, not in every thread
     wall, busy = time.perf_counter(), time.thread_time()
-    found = [read(file) for file in files[:_TRIED]]
-    if time.thread_time() - busy > 0.5 * (
-        time.perf_counter() - wall
-    ):  # threads would take the interpreter from each other
-        return found + [read(file) for file in files[_TRIED:]]
+    results = [read(file) for file in files[:_SAMPLE]]
+    # where the processor is the limit, threads would only contend for the interpreter lock
+    if time.thread_time() - busy > 0.5 * (time.perf_counter() - wall):
+        return results + [read(file) for file in files[_SAMPLE:]]
     with ThreadPoolExecutor(min(16, 4 + (os.cpu_count() or 1))) as pool:
-        return found + list(pool.map(read, files[_TRIED:]))
+        return results + list(pool.map(read, files[_SAMPLE:]))
 
 
 def read_image_sizes(paths: Sequence[str]) -> np.ndarray:
-    """(N, 2) int64 heights and widths after EXIF rotation; raises InputError that counts and names unreadable images."""
+    """Read the sizes of images from their headers.
+
+    Returns:
+        (N, 2) int64 heights and widths after EXIF rotation.
+
+    Raises:
+        InputError: Images cannot be read; the sentence counts them and names the first.
+    """
 
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
-            height, width = read_image_size(
-                path, any_mode=True
-            )  # what cannot be trained on is told with all other bad images
-            return (
-                (height, width)
-                if height and width
-                else InputError(f"{path} has no pixels: it is {width} wide and {height} high")
-            )
+            # modes that cannot be trained on are reported later, with all other bad images
+            height, width = read_image_size(path, any_mode=True)
+            if height and width:
+                return height, width
+            return InputError(f"{path} has no pixels: it is {width} wide and {height} high")
         except InputError as error:
             return error
 
-    found = map_files(attempt, paths)
-    bad = [f for f in found if isinstance(f, InputError)]
+    sizes = map_files(attempt, paths)
+    bad = [size for size in sizes if isinstance(size, InputError)]
     if len(bad) > 1:
         raise InputError(f"{len(bad)} of {len(paths)} images cannot be read, the first: {bad[0]}") from bad[0]
     if bad:
         raise bad[0]
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
+    return np.array(sizes, dtype=np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""DetectionDataset to batches: which images make a step, in every epoch and for every process."""
+"""Batches of a dataset for training and evaluation, in every epoch and for every process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedet.types import Batch
 
 
 class TrainLoader:
-    """The batches of any epoch, see `train_loader`."""
+    """The batches of any epoch, see `build_train_loader`."""
 
     def __init__(
         self,
@@ -24,18 +24,12 @@ class TrainLoader:
         seed: int,
         rank: int,
         world: int,
-        steps: WorkerPool,
+        workers: WorkerPool,
         bad_image_log: BadImageLog | None,
     ) -> None:
-        self.dataset, self.batch, self.seed, self.rank, self.world, self.steps = (
-            dataset,
-            batch,
-            seed,
-            rank,
-            world,
-            steps,
-        )
-        self.bad_image_log = bad_image_log
+        self.dataset, self.batch, self.seed = dataset, batch, seed
+        self.rank, self.world = rank, world
+        self.workers, self.bad_image_log = workers, bad_image_log
         height, width = dataset.sizes.numpy().T
         self.portrait = height > width
 
@@ -43,14 +37,13 @@ class TrainLoader:
         return -(-len(self.dataset) // self.batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The epoch's batches for this rank from step `start` on; the steps before it are not read."""
+        """Yield this rank's batches of an epoch from step `start` on; earlier steps are not read."""
         own = slice(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world)
         plan = plan_epoch(self.portrait, self.batch, self.seed, epoch)[start:]
         if self.bad_image_log:
             self.bad_image_log.begin(epoch, start)
-        for number, (batch, bad) in enumerate(
-            self.steps.run([BatchRequest(epoch, joint[own], joint) for joint in plan]), start
-        ):
+        requests = [BatchRequest(epoch, joint[own], joint) for joint in plan]
+        for number, (batch, bad) in enumerate(self.workers.run(requests), start):
             for index, reason in bad:
                 assert self.bad_image_log
                 path = str(self.dataset.path(index))
@@ -63,16 +56,16 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of this rank once, see `eval_loader`; it can be iterated again."""
+    """Every image of this rank once, see `build_eval_loader`; it can be iterated again."""
 
-    def __init__(self, steps: WorkerPool, plan: list[BatchRequest]) -> None:
-        self.steps, self.plan = steps, plan
+    def __init__(self, workers: WorkerPool, plan: list[BatchRequest]) -> None:
+        self.workers, self.plan = workers, plan
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _ in self.steps.run(self.plan))
+        return (batch for batch, _ in self.workers.run(self.plan))
 
 
 def build_train_loader(
@@ -89,19 +82,32 @@ def build_train_loader(
     start_method: str | None = None,
     bad_image_log: BadImageLog | None = None,
 ) -> TrainLoader:
-    """Shuffled batches of images of like orientation.
+    """Build the training loader: shuffled batches of images of similar orientation.
 
-    batch, the images of one step over all `world` processes; process `rank` takes its slice and pads it like the joint
-    batch, so that the processes together see what one would. Every epoch has ceil(N / batch) steps, all full, see
-    `plan_epoch`. An image's chance (size, flip, colours) is a function of seed, epoch and its index alone: `workers`
-    (processes that read ahead; 0 reads here) and restarts change nothing. start_method is multiprocessing's.
-    With a bad_image_log, an image that cannot be read is replaced, see `Reader.instead`, and written down there when its batch is taken.
-    Raises InputError for an empty dataset or sizes that do not divide, and, while iterating, for an image that cannot
-    be read.
+    Every epoch has ceil(N / batch) full steps, see `plan_epoch`. The data augmentation of an image (size, flip,
+    colours) is a function of the seed, the epoch and the image's index. So the number of workers and a resume change
+    nothing.
+
+    Args:
+        dataset: The training images and their annotations.
+        transform: The data augmentation.
+        batch: Images per step over all processes.
+        seed: Seed of the order and the data augmentation.
+        workers: Number of worker processes; 0 loads in this process.
+        rank: Rank of this process; it loads its slice of the joint batch and pads it like the whole.
+        world: Number of processes.
+        masks: Whether targets have masks.
+        pin: Whether batches are put into pinned memory.
+        start_method: The start method of `multiprocessing`; None takes the system's default.
+        bad_image_log: Where given, bad images are replaced, see `BatchReader.load_replacement`, and logged when their
+            batch is taken.
+
+    Raises:
+        InputError: The dataset is empty, or `batch` is no multiple of `world`; while iterating, an image is bad.
     """
-    _check(dataset, batch, workers, rank, world)
-    steps = WorkerPool(dataset, transform, seed, masks, workers, pin, start_method, replace=bad_image_log is not None)
-    return TrainLoader(dataset, batch, seed, rank, world, steps, bad_image_log)
+    _check_arguments(dataset, batch, workers, rank, world)
+    pool = WorkerPool(dataset, transform, seed, masks, workers, pin, start_method, replace=bad_image_log is not None)
+    return TrainLoader(dataset, batch, seed, rank, world, pool, bad_image_log)
 
 
 def build_eval_loader(
@@ -117,43 +123,50 @@ def build_eval_loader(
     start_method: str | None = None,
     views: Sequence[EvalTransform] = (),
 ) -> EvalLoader:
-    """Each image once, in order of aspect ratio so that there is little padding; the last batch may be smaller.
+    """Build the evaluation loader: each image once, sorted by aspect ratio to save padding.
 
-    Batches of batch / world images go to the processes in turn. views: in which other ways each image is seen, in the order of
-    `Batch.views`; it is read once. Otherwise as `train_loader`.
+    Batches of batch / world images go to the processes in turn; the last one may be smaller. Arguments are those of
+    `build_train_loader`; each image is read once and transformed for every entry of `views`, in the order of
+    `Batch.views`.
     """
-    _check(dataset, batch, workers, rank, world)
+    _check_arguments(dataset, batch, workers, rank, world)
     height, width = dataset.sizes.numpy().T
     order = np.argsort(width / np.maximum(height, 1), kind="stable").tolist()
-    each = batch // world
-    batches = [tuple(order[i : i + each]) for i in range(0, len(order), each)]
-    steps = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, views)
-    return EvalLoader(steps, [BatchRequest(0, own, own) for own in batches[rank::world]])
+    size = batch // world
+    batches = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
+    pool = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, views)
+    return EvalLoader(pool, [BatchRequest(0, own, own) for own in batches[rank::world]])
 
 
 def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
-    """The indices of every joint batch of an epoch, a function of its arguments alone: ceil(N / batch) full batches.
+    """Plan the joint batches of an epoch: ceil(N / batch) full batches of image indices.
 
-    portrait (N,) bool splits the images in two groups. In shuffled order each group's images form batches as they
-    come. What is left of both groups forms mixed batches at the end, and the last of them is filled up from the start of
-    the shuffled order (around and around, if there are fewer images than `batch`).
+    In shuffled order, the portrait and the other images each form batches. The remaining images of both groups form
+    mixed batches at the end. The last batch is filled from the start of the shuffled order, repeatedly where there are
+    fewer images than `batch`.
+
+    Args:
+        portrait: (N,) bool, true for images that are higher than wide.
+        batch: Images per joint batch.
+        seed: Seed of the order.
+        epoch: The epoch, from 0.
     """
     order = shuffle_indices(len(portrait), seed, epoch)
-    waiting: tuple[list[int], list[int]] = ([], [])
+    groups: tuple[list[int], list[int]] = ([], [])
     plan = []
     for i in order:
-        group = waiting[int(portrait[i])]
+        group = groups[int(portrait[i])]
         group.append(i)
         if len(group) == batch:
             plan.append(tuple(group))
             group.clear()
-    rest = waiting[0] + waiting[1]
+    rest = groups[0] + groups[1]
     missing = -len(rest) % batch
     rest += [order[i % len(order)] for i in range(missing)]
     return plan + [tuple(rest[i : i + batch]) for i in range(0, len(rest), batch)]
 
 
-def _check(dataset: DetectionDataset, batch: int, workers: int, rank: int, world: int) -> None:
+def _check_arguments(dataset: DetectionDataset, batch: int, workers: int, rank: int, world: int) -> None:
     if not len(dataset):
         raise InputError(f"{dataset.source} has no images to load")
     if batch < 1 or batch % world:

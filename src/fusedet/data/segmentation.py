@@ -1,4 +1,4 @@
-"""Objects' segmentations, checked where they come in: polygons and run-length codes that can be drawn into their image."""
+"""Validation of COCO segmentations: polygons and run-length encodings (RLE)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from fusedet.data.dataset import pack_segmentation
 
-INVALID = b"?"  # marks a segmentation that cannot be drawn
-MAX_COORDINATE = 1e6  # pixels: a line to a point beyond would be walked step by step
+INVALID = b"?"  # the packed form of a malformed segmentation
+MAX_COORDINATE = 1e6  # pixels: the rasteriser walks every line pixel by pixel, so a distant point would hang it
 
 
 def pack_coco_segmentation(segmentation: Any) -> bytes:
-    """What a COCO file gives as `segmentation`, as `pack_segmentation` packs it; nothing for no segmentation, BROKEN for one that cannot be drawn."""
+    """Pack the `segmentation` of a COCO annotation: no bytes for an empty one, INVALID for a malformed one."""
     if isinstance(segmentation, dict):
         return (
             pack_segmentation({"size": segmentation["size"], "counts": segmentation["counts"]})
@@ -36,7 +36,7 @@ def pack_coco_segmentation(segmentation: Any) -> bytes:
 
 
 def is_rle(segmentation: dict[str, Any]) -> bool:
-    """Whether a mapping has the form of a run-length code, plain or in COCO's compressed form; `covered` tells whether it is one."""
+    """Return whether a mapping has the keys and types of an RLE; `count_rle_pixels` checks its values."""
     counts, size = segmentation.get("counts"), segmentation.get("size")
     runs = counts if isinstance(counts, list) else []
     return (
@@ -48,12 +48,16 @@ def is_rle(segmentation: dict[str, Any]) -> bool:
 
 
 def is_drawable(polygon: Sequence[float]) -> bool:
-    """Whether all numbers are finite and none is far away. Raises TypeError where one is no number."""
+    """Return whether all coordinates are finite and below MAX_COORDINATE.
+
+    Raises:
+        TypeError: A coordinate is not a number.
+    """
     return max(polygon) < MAX_COORDINATE and min(polygon) > -MAX_COORDINATE and math.isfinite(sum(polygon))
 
 
 def fits_image(segmentation: bytes, size: tuple[int, int]) -> bool:
-    """Whether a packed segmentation can be drawn into an image of size (height, width): a run-length code must cover it exactly."""
+    """Return whether a packed segmentation fits an image of size (height, width): an RLE must cover it exactly."""
     if segmentation == INVALID:
         return False
     if segmentation[:1] != b"{":
@@ -63,7 +67,7 @@ def fits_image(segmentation: bytes, size: tuple[int, int]) -> bool:
 
 
 def count_rle_pixels(counts: list[int] | str) -> int | None:
-    """How many pixels a run-length code describes, plain or in COCO's compressed form; None where it is no such code."""
+    """Count the pixels that the `counts` of an RLE cover, plain or compressed; None where they are malformed."""
     if isinstance(counts, list):
         return sum(counts) if counts and min(counts) >= 0 and max(counts) < 2**31 else None
     try:
@@ -72,14 +76,14 @@ def count_rle_pixels(counts: list[int] | str) -> int | None:
         return None
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
-    ends = np.flatnonzero(codes & 32 == 0)  # a number's last character
+    ends = np.flatnonzero(codes & 32 == 0)  # the last character of each number
     begins = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - begins + 1
     if lengths.max() > 7:
         return None
-    place = np.arange(len(codes)) - np.repeat(begins, lengths)
-    runs = np.add.reduceat((codes & 31) << 5 * place, begins)
+    position = np.arange(len(codes)) - np.repeat(begins, lengths)
+    runs = np.add.reduceat((codes & 31) << 5 * position, begins)
     runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
-    for first in (1, 2):  # from the fourth on, a run is told by its difference to the one before the last
+    for first in (1, 2):  # from the fourth on, a run is stored as its difference to the last but one
         runs[first::2] = np.cumsum(runs[first::2])
     return int(runs.sum()) if runs.min() >= 0 and runs.max() < 2**31 else None

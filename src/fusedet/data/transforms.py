@@ -1,4 +1,4 @@
-"""From an image and its record to the network's input and target: keep-ratio resize, flip, photometric distortion."""
+"""Transforms of an image and its annotations: keep-ratio resize, horizontal flip, photometric distortion."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from fusedet.errors import InputError
 from fusedet.types import Target
 
 MIN_SIDE = 1e-3
-"""Objects less wide or high than this, in network pixels inside the image, are left out."""
+"""Annotations with a narrower or lower visible part, in network pixels, are dropped."""
 
 
 class Transform(Protocol):
-    """What a loader needs: all randomness comes from torch's global generator, and `network_size` draws first."""
+    """A transform of the loader; it draws from torch's global generator only, and `network_size` draws first."""
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The image's (height, width) for the network."""
+        """Return the image's (height, width) for the network."""
         ...
 
     def __call__(
-        self, image: Tensor, record: ImageAnnotations, masks: bool = False
+        self, image: Tensor, annotations: ImageAnnotations, masks: bool = False
     ) -> tuple[Tensor, tuple[float, float], Target]:
-        """The image, its scale (x, y) and its target, in network pixels."""
+        """Return the image, its scale (x, y) and its target, in network pixels."""
         ...
 
 
 def keep_ratio_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) of the largest image of the same aspect ratio whose sides are at most `short` and `long`.
+    """Return the largest (height, width) of the same aspect ratio with sides of at most `short` and `long`.
 
-    Rounded as MMDetection's Resize(keep_ratio=True) does it.
+    Rounded as by MMDetection's Resize(keep_ratio=True).
     """
     scale = min(long / max(height, width), short / min(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -47,10 +47,15 @@ def keep_ratio_size(height: int, width: int, short: int, long: int) -> tuple[int
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize to at most `size` on the short and `max_size` on the long side; with `flip`, mirrored left to right.
+    """Deterministic resize, with an optional horizontal flip.
 
-    antialias: each pixel of an image made smaller is a mean of all old ones that it covers; without, of the four nearest old ones,
-    as OpenCV's bilinear resize (MMDetection) and torchvision's detectors have it. Enlarging is the same in both.
+    Attributes:
+        size: Maximum of the short side, in pixels.
+        max_size: Maximum of the long side, in pixels.
+        flip: Whether to flip the image horizontally.
+        antialias: Whether a pixel of a smaller image is the mean of all pixels that it covers. Without, it is
+            interpolated from the four nearest, as in OpenCV's bilinear resize (MMDetection) and torchvision's
+            detectors. Enlarging is the same in both.
     """
 
     size: int
@@ -62,25 +67,37 @@ class EvalTransform:
         _check_sizes((self.size,), self.max_size)
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The image's (height, width) for the network."""
+        """Return the image's (height, width) for the network."""
         return keep_ratio_size(height, width, self.size, self.max_size)
 
     def __call__(
-        self, image: Tensor, record: ImageAnnotations, masks: bool = False
+        self, image: Tensor, annotations: ImageAnnotations, masks: bool = False
     ) -> tuple[Tensor, tuple[float, float], Target]:
-        """As `Train.__call__`, without chance."""
+        """Transform an image as `TrainTransform` does, without data augmentation."""
         return _apply(
-            image, record, masks, size=self.network_size(*image.shape[1:]), flip=self.flip, antialias=self.antialias
+            image,
+            annotations,
+            masks,
+            size=self.network_size(*image.shape[1:]),
+            flip=self.flip,
+            antialias=self.antialias,
         )
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Photometric distortion, resize and horizontal flip.
+    """Data augmentation: photometric distortion, random resize and random horizontal flip.
 
-    sizes, short sides of which one is drawn (resize="choice"), or the first and last of a range of integers
-    (resize="range"); max_size, the most of the long side; flip, the probability of a horizontal flip; antialias as in `Eval`.
-    A square canvas of s x s holds every image with sizes=[s], max_size=s.
+    With sizes=[s] and max_size=s, every image fits a square canvas of s x s.
+
+    Attributes:
+        sizes: Maxima of the short side, in pixels: one is drawn (resize="choice"), or they are the first and last of a
+            range of integers (resize="range").
+        max_size: Maximum of the long side, in pixels.
+        resize: "choice" or "range".
+        flip: Probability of a horizontal flip, in 0..1.
+        photometric: Whether to apply torchvision's RandomPhotometricDistort.
+        antialias: As in `EvalTransform`.
     """
 
     sizes: Sequence[int]
@@ -101,7 +118,7 @@ class TrainTransform:
             raise InputError(f"flip must be a probability in 0..1, got {self.flip}")
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The image's (height, width) for the network, drawn from torch's global generator."""
+        """Draw the image's (height, width) for the network from torch's global generator."""
         if self.resize == "range":
             short = int(torch.randint(self.sizes[0], self.sizes[1] + 1, ()))
         else:
@@ -109,19 +126,29 @@ class TrainTransform:
         return keep_ratio_size(height, width, short, self.max_size)
 
     def __call__(
-        self, image: Tensor, record: ImageAnnotations, masks: bool = False
+        self, image: Tensor, annotations: ImageAnnotations, masks: bool = False
     ) -> tuple[Tensor, tuple[float, float], Target]:
-        """The image (3, H', W') uint8, its scale (x, y) in network pixels per original pixel, and its target.
+        """Transform an image and its annotations.
 
-        image (3, H, W) uint8. Boxes follow the image exactly and are clipped to it; objects without area inside it are
-        left out; ignored objects go to `Target.ignore`. With masks=True, `Target.masks` (G, H', W') are the objects'
-        segments. Raises InputError if the image's size is not the record's, or an object has no segment.
+        Boxes follow the image exactly and are clipped to it. Annotations without a visible area are dropped; ignored
+        annotations become `Target.ignore`.
+
+        Args:
+            image: (3, H, W) uint8.
+            annotations: The image's annotations.
+            masks: Whether the target has `Target.masks` (G, H', W').
+
+        Returns:
+            The image (3, H', W') uint8, its scale (x, y) in network pixels per original pixel, and its target.
+
+        Raises:
+            InputError: The image is not of the annotated size, or an annotation has no valid segmentation for its mask.
         """
         size = self.network_size(*image.shape[1:])
         flip = bool(torch.rand(()) < self.flip)
         if self.photometric:
             image = v2.RandomPhotometricDistort()(tv_tensors.Image(image))
-        return _apply(image, record, masks, size=size, flip=flip, antialias=self.antialias)
+        return _apply(image, annotations, masks, size=size, flip=flip, antialias=self.antialias)
 
 
 def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
@@ -132,14 +159,17 @@ def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
 
 
 def _apply(
-    image: Tensor, record: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
+    image: Tensor, annotations: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
 ) -> tuple[Tensor, tuple[float, float], Target]:
     height, width = image.shape[1:]
-    if (height, width) != (record.height, record.width):
+    if (height, width) != (annotations.height, annotations.width):
         raise InputError(
-            f"{record.path} is {width}x{height} pixels, but its annotation says {record.width}x{record.height}: correct the annotation"
+            f"{annotations.path} is {width}x{height} pixels, but its annotation says "
+            f"{annotations.width}x{annotations.height}: correct the annotation"
         )
-    boxes: Tensor = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes), format="XYXY", canvas_size=(height, width))
+    boxes: Tensor = tv_tensors.BoundingBoxes(
+        torch.from_numpy(annotations.boxes), format="XYXY", canvas_size=(height, width)
+    )
     image = F.resize(tv_tensors.Image(image), list(size), antialias=antialias)
     boxes = F.resize(boxes, list(size))
     if flip:
@@ -147,38 +177,41 @@ def _apply(
     boxes = F.clamp_bounding_boxes(boxes).as_subclass(Tensor).float()
 
     visible = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
-    ignored = torch.from_numpy(record.ignore)
+    ignored = torch.from_numpy(annotations.ignore)
     kept = visible & ~ignored
     target = Target(
         boxes=boxes[kept],
-        labels=torch.from_numpy(record.labels)[kept],
-        masks=_masks(record, kept.nonzero()[:, 0].tolist(), size, flip) if masks else None,
+        labels=torch.from_numpy(annotations.labels)[kept],
+        masks=_masks(annotations, kept.nonzero()[:, 0].tolist(), size, flip) if masks else None,
         ignore=boxes[visible & ignored],
     )
     return image.as_subclass(Tensor), (size[1] / width, size[0] / height), target
 
 
-def _masks(record: ImageAnnotations, kept: list[int], size: tuple[int, int], flip: bool) -> Tensor:
-    """(G, H', W') bool, the segments of the objects that are kept."""
+def _masks(annotations: ImageAnnotations, kept: list[int], size: tuple[int, int], flip: bool) -> Tensor:
+    """Decode and resize the masks of the kept annotations, (G, H', W') bool."""
     if not kept:
         return torch.zeros(0, *size, dtype=torch.bool)
-    full = torch.from_numpy(np.stack([decode_mask(record, i) for i in kept]))
+    full = torch.from_numpy(np.stack([decode_mask(annotations, i) for i in kept]))
     # as an image of G channels: torchvision resizes masks with "nearest", which shifts them by up to half a pixel
     small = F.resize(full, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
     return (F.horizontal_flip(small) if flip else small).bool()
 
 
-def decode_mask(record: ImageAnnotations, i: int) -> np.ndarray:
-    """(H, W) uint8 of object i."""
-    segment: Any = record.segmentations[i]
-    if not segment:
-        raise InputError(f"{record.path}: object {i} has no segment, and masks were asked for")
+def decode_mask(annotations: ImageAnnotations, i: int) -> np.ndarray:
+    """Decode the segmentation of annotation i as (H, W) uint8; raises InputError where it is absent or malformed."""
+    segmentation: Any = annotations.segmentations[i]
+    if not segmentation:
+        raise InputError(f"{annotations.path}: annotation {i} has no segmentation, but masks are needed")
     try:
-        mask = coco_mask.decode(coco_mask.segmToRle(segment, record.width, record.height))
+        mask = coco_mask.decode(coco_mask.segmToRle(segmentation, annotations.width, annotations.height))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{record.path}: the segment of object {i} is neither polygons nor RLE ({error})") from error
-    if mask.shape != (record.height, record.width):
         raise InputError(
-            f"{record.path}: the segment of object {i} is {mask.shape} instead of {(record.height, record.width)}"
+            f"{annotations.path}: the segmentation of annotation {i} is neither polygons nor an RLE ({error})"
+        ) from error
+    if mask.shape != (annotations.height, annotations.width):
+        raise InputError(
+            f"{annotations.path}: the segmentation of annotation {i} is {mask.shape} instead of "
+            f"{(annotations.height, annotations.width)}"
         )
     return mask

@@ -1,4 +1,4 @@
-"""The workers that read images ahead: what they are asked for, what chance each image sees, and what stands in for a bad one."""
+"""Worker processes that load batches: per-sample random state, and the replacement of bad images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch
 
-_TRIES = 100  # bad images in a row, after which looking for a good one is given up
+_MAX_ATTEMPTS = 100  # bad images in a row, after which the search for a replacement ends
 
 
 class BatchRequest(NamedTuple):
-    """What a worker is asked for: its own images, and all of the joint batch that they are padded like."""
+    """The request for a batch.
+
+    Attributes:
+        epoch: The epoch, from 0.
+        own: Indices of the images that this process loads.
+        joint: Indices of the images of all processes, which are padded alike.
+    """
 
     epoch: int
     own: tuple[int, ...]
@@ -34,20 +40,20 @@ class BatchRequest(NamedTuple):
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, and the images that were replaced in it: their index and what was wrong."""
+    """A batch, and the index and fault of each image that was replaced in it."""
 
     batch: Batch
     bad: list[tuple[int, str]]
 
 
 def shuffle_indices(count: int, seed: int, epoch: int) -> list[int]:
-    """The indices of all images in the order of an epoch."""
+    """Return the order of the images in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
 @contextmanager
-def _chance(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Torch's CPU generator as this sample has it; restored afterwards. No device's generator is touched."""
+def _seed_sample(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed torch's CPU generator for one sample and restore it afterwards; generators of devices stay untouched."""
     state = int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(state)
@@ -56,8 +62,17 @@ def _chance(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class BatchReader(Dataset[Any]):
-    """`reader[step]` is the step's batch with what had to be replaced in it, or the InputError that kept it from being read (an error
-    raised in a worker would lose its sentence in the loader's traceback).
+    """Load the batch of a request, or return the InputError that prevented it.
+
+    The error is returned because the loader would bury the message of a raised one in a worker's traceback.
+
+    Attributes:
+        dataset: The images and their annotations.
+        transform: The transform of each image.
+        seed: Seed of the data augmentation.
+        masks: Whether targets have masks.
+        views: Further transforms of each image, for test-time augmentation.
+        replace: Whether bad images are replaced.
     """
 
     dataset: DetectionDataset
@@ -67,62 +82,79 @@ class BatchReader(Dataset[Any]):
     views: tuple[EvalTransform, ...] = ()
     replace: bool = False
 
-    def __getitem__(self, step: BatchRequest) -> LoadedBatch | InputError:
+    def __getitem__(self, request: BatchRequest) -> LoadedBatch | InputError:
         try:
             images, bad = [], []
-            for index in step.own:
+            for index in request.own:
                 try:
-                    images.append(self.samples(step.epoch, index))
+                    images.append(self.load_samples(request.epoch, index))
                 except InputError as error:
                     if not self.replace:
                         raise
                     bad.append((index, str(error)))
-                    images.append(self.instead(step, index, str(error)))
-            # other processes know nothing of the replacement: all pad as if the image were there
-            others = set(step.joint) if bad else set(step.joint) - set(step.own)
-            return LoadedBatch(collate_views(images, self.views, self.canvas(step.epoch, others)), bad)
+                    images.append(self.load_replacement(request, index, str(error)))
+            # other processes do not know of the replacement: all pad as if the bad image were in the batch
+            unread = set(request.joint) if bad else set(request.joint) - set(request.own)
+            return LoadedBatch(collate_views(images, self.views, self.largest_size(request.epoch, unread)), bad)
         except InputError as error:
             return error
 
-    def instead(self, step: BatchRequest, index: int, reason: str) -> list[Sample]:
-        """What stands in for an image that cannot be read: the next one in the epoch's order that can be, and that does not make the
-        joint batch larger. So it depends on seed, epoch, the joint batch and the files alone. Raises InputError where none is found.
+    def load_replacement(self, request: BatchRequest, index: int, reason: str) -> list[Sample]:
+        """Load the image that replaces a bad one.
+
+        It is the next one in the epoch's order that can be read and does not enlarge the joint batch. So it depends
+        only on the seed, the epoch, the joint batch and the files.
+
+        Raises:
+            InputError: No image can replace it; the sentence begins with `reason`.
         """
-        order = shuffle_indices(len(self.dataset), self.seed, step.epoch)
-        at, tried = order.index(index), 0
-        limit = [-(-side // MULTIPLE) * MULTIPLE for side in self.canvas(step.epoch, set(step.joint))]
-        for other in order[at + 1 :] + order[:at]:
-            height, width = self.size(step.epoch, other)
-            if len(step.joint) > 1 and (height > limit[0] or width > limit[1]):
+        order = shuffle_indices(len(self.dataset), self.seed, request.epoch)
+        position, failed = order.index(index), 0
+        limit = [-(-side // MULTIPLE) * MULTIPLE for side in self.largest_size(request.epoch, set(request.joint))]
+        for candidate in order[position + 1 :] + order[:position]:
+            height, width = self.network_size(request.epoch, candidate)
+            if len(request.joint) > 1 and (height > limit[0] or width > limit[1]):
                 continue
             try:
-                return self.samples(step.epoch, other)
+                return self.load_samples(request.epoch, candidate)
             except InputError:
-                tried += 1
-                if tried == _TRIES:
+                failed += 1
+                if failed == _MAX_ATTEMPTS:
                     break
-        raise InputError(f"{reason} (and nothing could stand in for it: {tried} other images cannot be read either)")
+        raise InputError(f"{reason} (and nothing can replace it: {failed} other images cannot be read either)")
 
-    def samples(self, epoch: int, index: int) -> list[Sample]:
-        """Image `index` as it comes in an epoch, and in the further views."""
-        record = self.dataset[index]
-        image = read_image(record.path)
-        with _chance(self.seed, epoch, index):
-            return make_samples(image, record, (self.transform, *self.views), self.masks)
+    def load_samples(self, epoch: int, index: int) -> list[Sample]:
+        """Load an image as it is in an epoch, and in the further views."""
+        annotations = self.dataset[index]
+        image = read_image(annotations.path)
+        with _seed_sample(self.seed, epoch, index):
+            return make_samples(image, annotations, (self.transform, *self.views), self.masks)
 
-    def canvas(self, epoch: int, indices: Iterable[int]) -> tuple[int, int]:
-        """The largest height and width among images that this process need not read, by their annotated sizes."""
-        sizes = [self.size(epoch, index) for index in indices]
+    def largest_size(self, epoch: int, indices: Iterable[int]) -> tuple[int, int]:
+        """Return the largest height and width of images in an epoch, by their annotated sizes, without reading them."""
+        sizes = [self.network_size(epoch, index) for index in indices]
         return max((h for h, _ in sizes), default=1), max((w for _, w in sizes), default=1)
 
-    def size(self, epoch: int, index: int) -> tuple[int, int]:
-        """An image's (height, width) for the network in an epoch."""
-        with _chance(self.seed, epoch, index):
+    def network_size(self, epoch: int, index: int) -> tuple[int, int]:
+        """Return an image's (height, width) for the network in an epoch."""
+        with _seed_sample(self.seed, epoch, index):
             return self.transform.network_size(*self.dataset.sizes[index].tolist())
 
 
 class WorkerPool:
-    """Workers that stay alive between epochs and read whatever plan they are given."""
+    """Worker processes that stay alive between epochs and load the batches of any plan.
+
+    Args:
+        dataset: The images and their annotations.
+        transform: The transform of each image.
+        seed: Seed of the data augmentation.
+        masks: Whether targets have masks.
+        workers: Number of worker processes; 0 loads in this process.
+        pin: Whether batches are put into pinned memory.
+        start_method: The start method of `multiprocessing`; None takes the system's default.
+        views: Further transforms of each image, for test-time augmentation.
+        replace: Whether bad images are replaced.
+    """
 
     def __init__(
         self,
@@ -136,45 +168,45 @@ class WorkerPool:
         views: Sequence[EvalTransform] = (),
         replace: bool = False,
     ) -> None:
-        self.plan: list[BatchRequest] = []  # filled anew for every run
+        self.plan: list[BatchRequest] = []  # refilled for every run
         self.loader = DataLoader(
             BatchReader(dataset, transform, seed, masks, tuple(views), replace),
             sampler=self.plan,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_same,
+            collate_fn=_return_unchanged,
             pin_memory=pin,
             persistent_workers=workers > 0,
             multiprocessing_context=start_method if workers else None,
-            generator=torch.Generator(),  # of its own: torch's global one stays untouched
-            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # its own, so that torch's global generator stays untouched
+            worker_init_fn=_init_worker,
         )
 
     def run(self, plan: Iterable[BatchRequest]) -> Iterator[LoadedBatch]:
-        """The plan's batches in order. Raises InputError for an image that cannot be read and is not replaced."""
+        """Yield the plan's batches in order; raises InputError for a bad image that is not replaced."""
         self.plan[:] = plan
         for loaded in self.loader:
             if isinstance(loaded, InputError):
-                raise InputError(
-                    str(loaded)
-                )  # a new one: `loaded` would hold this frame in a cycle, and the workers would outlive it
+                # a copy: raising `loaded` would make a reference cycle with this frame, and keep the workers alive
+                raise InputError(str(loaded))
             yield loaded
 
 
-def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group: the main process ends its workers itself, once it has saved.
+def _init_worker(worker: int) -> None:
+    """Ignore Ctrl-C and SIGTERM, which reach the whole process group, and end together with the main process.
 
-    Where it is killed, they end too; torch's own watch misses that where workers are started by a fork server.
+    The main process ends its workers itself, after it has saved. Torch's own watch misses a killed main process where
+    a fork server started the workers.
     """
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
+def _exit_after(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
 
-def _same(batch: Any) -> Any:
+def _return_unchanged(batch: Any) -> Any:
     return batch

@@ -1,4 +1,4 @@
-"""COCO json files (crowds, ignored objects, polygons, RLE, gaps in the ids) into DetectionDataset."""
+"""Reader of COCO json files: crowds, ignored annotations, polygons, RLE, category ids with gaps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,21 @@ def read_coco(
     root: str | Path | None = None,
     need_images: bool = True,
 ) -> DetectionDataset:
-    """Read one COCO json whose `file_name`s are relative to image_dir; of several folders, the one that has most of them.
+    """Read a COCO json.
 
-    Labels follow the order of the category ids. Without the key `annotations` (test-dev) no image has objects.
-    `iscrowd` and `ignore` set ImageAnnotations.ignore; `iscrowd` alone sets eval_ignore, as pycocotools overwrites `ignore`. File names may use ".." only inside root, by default the image folder.
-    need_images refuses a folder where not one of the first 100 images is; without, annotations alone are read.
-    Raises InputError for anything that is not COCO, naming the entry that is wrong.
+    - Labels follow the order of the category ids.
+    - Without the key `annotations` (test-dev), no image has annotations.
+    - `iscrowd` and `ignore` set `ImageAnnotations.ignore`. Only `iscrowd` sets `eval_ignore`: pycocotools overwrites
+      `ignore`.
+
+    Args:
+        json_file: The json file.
+        image_dir: The folder that `file_name`s are relative to; of several, the one that holds most images is taken.
+        root: The folder that `file_name`s must not leave by "..", by default the image folder.
+        need_images: Whether to refuse a folder where none of the first 100 images exists.
+
+    Raises:
+        InputError: The file is not valid COCO; the sentence names the entry and the key.
     """
     file = Path(json_file)
     folders = [Path(image_dir)] if isinstance(image_dir, str | Path) else list(image_dir)
@@ -42,9 +51,7 @@ def read_coco(
     if not images:
         raise InputError(f"{file} lists no images: its 'images' is empty")
     file_names = _strings(images, "file_name", "image", file)
-    folder = max(
-        folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100])
-    )  # the first among equals
+    folder = max(folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100]))
     paths = [resolve_inside(folder, name, Path(root or folder), source=file) for name in file_names]
     if need_images:
         searched = " or ".join(map(str, folders[:3])) + (
@@ -53,16 +60,20 @@ def read_coco(
         require_any_image(paths, searched, file)
     image_ids = _integers(images, "id", "image", file)
     sizes = np.column_stack([_integers(images, key, "image", file) for key in ("height", "width")])
-    _refuse_doubles(image_ids, "image", file)
+    _refuse_duplicates(image_ids, "image", file)
     if (sizes <= 0).any():
         i = int((sizes <= 0).any(axis=1).argmax())
         raise InputError(
-            f"{file}: image {image_ids[i]} ({file_names[i]}) is {sizes[i, 1]}x{sizes[i, 0]} pixels: both must be above 0"
+            f"{file}: image {image_ids[i]} ({file_names[i]}) is {sizes[i, 1]}x{sizes[i, 0]} pixels: both must be above "
+            "0"
         )
 
     rows = _rows(data, "annotations", file) if "annotations" in data else []
-    doubtful = {annotation_cleaning.SAME_ID: _same_ids(rows), annotation_cleaning.AS_TEXT: _as_text(rows)}
-    image_indices, listed = _positions(image_ids, _integers(rows, "image_id", "annotation", file))
+    problems = {
+        annotation_cleaning.SAME_ID: _count_duplicate_ids(rows),
+        annotation_cleaning.AS_TEXT: _count_quoted_boxes(rows),
+    }
+    image_indices, listed = _find_positions(image_ids, _integers(rows, "image_id", "annotation", file))
     rows = rows if listed.all() else [rows[i] for i in np.flatnonzero(listed).tolist()]
     image_indices = image_indices[listed]
     boxes = _boxes(rows, file)
@@ -70,14 +81,14 @@ def read_coco(
     is_crowd = _integers(rows, "iscrowd", "annotation", file, 0) != 0
     ignore = is_crowd | (_integers(rows, "ignore", "annotation", file, 0) != 0)
     area, bad_areas = _areas(rows, file)
-    segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was read
-    del data, images, rows  # a large file's objects take a gigabyte
+    segmentations = [row.get("segmentation") or b"" for row in rows]  # packed while the file was parsed
+    del data, images, rows  # a large file's entries take a gigabyte
     shapes = sizes.tolist()
-    drawn = [
+    valid = [
         o if not o or o[:1] == b"P" or fits_image(o, tuple(shapes[i])) else b""
         for o, i in zip(segmentations, image_indices.tolist(), strict=True)
     ]
-    lost = sum(a != b for a, b in zip(segmentations, drawn, strict=True))
+    dropped = sum(a != b for a, b in zip(segmentations, valid, strict=True))
     return annotation_cleaning.build_clean_dataset(
         names,
         category_ids,
@@ -90,31 +101,32 @@ def read_coco(
         ignore=ignore,
         eval_ignore=is_crowd,
         area=area,
-        segmentations=drawn,
+        segmentations=valid,
         source=file,
         dataset_format="coco",
-        problems=doubtful
+        problems=problems
         | {
             annotation_cleaning.NO_IMAGE: int((~listed).sum()),
             annotation_cleaning.BAD_AREA: bad_areas,
-            annotation_cleaning.BAD_SEGMENTATION: lost,
+            annotation_cleaning.BAD_SEGMENTATION: dropped,
         },
     )
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """The json of a COCO file, checked to hold `images` and `categories`; segmentations come packed. Raises InputError."""
+    """Parse a COCO json, packing its segmentations; raises InputError where `images` or `categories` are missing."""
     text = read_text(file)
     try:
-        with _no_collection():
-            data = json.loads(text, object_hook=_pack)
+        with _pause_garbage_collection():
+            data = json.loads(text, object_hook=_pack_entry)
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not valid json: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid json: {error}") from error
     if not isinstance(data, dict):
         raise InputError(
-            f"{file} is not COCO: it must be an object with 'images', 'annotations' and 'categories', not {_kind(data)}"
+            f"{file} is not COCO: it must be an object with 'images', 'annotations' and 'categories', not "
+            f"{_describe_type(data)}"
         )
     for key in ("images", "categories"):
         if key not in data:
@@ -122,8 +134,8 @@ def _load(file: Path) -> dict[str, Any]:
     return data
 
 
-def _pack(entry: dict[str, Any]) -> dict[str, Any]:
-    """Shrink a segmentation as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
+def _pack_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """Pack a segmentation as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
     segmentation = entry.get("segmentation")
     if segmentation is not None:
         entry["segmentation"] = pack_coco_segmentation(segmentation)
@@ -131,8 +143,8 @@ def _pack(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Millions of new objects and no cycles among them: the collector would only look at them again and again."""
+def _pause_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector: it would scan millions of new objects, which form no cycles, again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -142,18 +154,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+def _describe_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _rows(data: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
     rows = data[key]
     if not isinstance(rows, list):
-        raise InputError(f"{file} is not COCO: '{key}' must be a list, not {_kind(rows)}")
+        raise InputError(f"{file} is not COCO: '{key}' must be a list, not {_describe_type(rows)}")
     if not set(map(type, rows)) <= {dict}:
         i = next(i for i, row in enumerate(rows) if type(row) is not dict)
-        raise InputError(f"{file} is not COCO: entry {i} of '{key}' must be an object, not {_kind(rows[i])}")
+        raise InputError(f"{file} is not COCO: entry {i} of '{key}' must be an object, not {_describe_type(rows[i])}")
     return rows
 
 
@@ -162,16 +174,16 @@ def _categories(data: dict[str, Any], file: Path) -> tuple[list[str], list[int]]
     if not rows:
         raise InputError(f"{file} has no classes: its 'categories' is empty")
     ids, names = _integers(rows, "id", "category", file), _strings(rows, "name", "category", file)
-    _refuse_doubles(ids, "category", file)
+    _refuse_duplicates(ids, "category", file)
     order = np.argsort(ids).tolist()
     return [names[i] for i in order], [int(ids[i]) for i in order]
 
 
-def _called(row: dict[str, Any], rows: list[dict[str, Any]], noun: str) -> str:
-    """An entry by its id, or where it has none, by its place."""
+def _describe_entry(row: dict[str, Any], rows: list[dict[str, Any]], noun: str) -> str:
+    """The id of an entry for a message, or its position where it has none."""
     if type(row.get("id")) in (int, str):
         return f"{noun} {row['id']!s:.60}"
-    return f"{noun} number {next(i for i, other in enumerate(rows) if other is row)}"
+    return f"{noun} number {next(i for i, candidate in enumerate(rows) if candidate is row)}"
 
 
 def _column(rows: list[dict[str, Any]], key: str, noun: str, file: Path, default: Any = None) -> list[Any]:
@@ -181,14 +193,14 @@ def _column(rows: list[dict[str, Any]], key: str, noun: str, file: Path, default
         return [row[key] for row in rows]
     except KeyError as error:
         row = next(row for row in rows if key not in row)
-        raise InputError(f"{file}: {_called(row, rows, noun)} has no '{key}'") from error
+        raise InputError(f"{file}: {_describe_entry(row, rows, noun)} has no '{key}'") from error
 
 
 def _strings(rows: list[dict[str, Any]], key: str, noun: str, file: Path) -> list[str]:
     values = _column(rows, key, noun, file)
     for row, value in zip(rows, values, strict=True):
         if type(value) is not str or not value:
-            raise InputError(f"{file}: '{key}' of {_called(row, rows, noun)} must be a text, not {value!r:.60}")
+            raise InputError(f"{file}: '{key}' of {_describe_entry(row, rows, noun)} must be a text, not {value!r:.60}")
     require_valid_unicode(values, file)
     return values
 
@@ -197,31 +209,33 @@ def _integers(rows: list[dict[str, Any]], key: str, noun: str, file: Path, defau
     """(M,) int64; whole floats and digits in quotes count as integers."""
     values = _column(rows, key, noun, file, default)
     if not set(map(type, values)) <= {int, bool} or (default is None and bool in set(map(type, values))):
-        values = [_whole(value, row, rows, key, noun, file) for value, row in zip(values, rows, strict=True)]
+        values = [_parse_integer(value, row, rows, key, noun, file) for value, row in zip(values, rows, strict=True)]
     try:
         return np.array(values, dtype=np.int64)
     except OverflowError as error:
         row = next(row for row, value in zip(rows, values, strict=True) if not -(2**63) <= value < 2**63)
-        raise InputError(f"{file}: '{key}' of {_called(row, rows, noun)} is too large a number") from error
+        raise InputError(f"{file}: '{key}' of {_describe_entry(row, rows, noun)} is too large a number") from error
 
 
-def _whole(value: Any, row: dict[str, Any], rows: list[dict[str, Any]], key: str, noun: str, file: Path) -> int:
+def _parse_integer(value: Any, row: dict[str, Any], rows: list[dict[str, Any]], key: str, noun: str, file: Path) -> int:
     if type(value) is int or (type(value) is float and value.is_integer()):
         return int(value)
     if type(value) is bool and key in ("iscrowd", "ignore"):
         return int(value)
     if type(value) is str and value.strip().removeprefix("-").isdecimal() and len(value) < 20:
         return int(value)
-    raise InputError(f"{file}: '{key}' of {_called(row, rows, noun)} must be an integer, not {value!r:.60}")
+    raise InputError(f"{file}: '{key}' of {_describe_entry(row, rows, noun)} must be an integer, not {value!r:.60}")
 
 
-def _number(value: Any, key: str, row: dict[str, Any], rows: list[dict[str, Any]], file: Path) -> float:
+def _parse_number(value: Any, key: str, row: dict[str, Any], rows: list[dict[str, Any]], file: Path) -> float:
     if type(value) in (int, float, str):
         try:
             return float(value)
         except (ValueError, OverflowError):
-            pass  # said below
-    raise InputError(f"{file}: '{key}' of {_called(row, rows, 'annotation')} must hold numbers, not {value!r:.60}")
+            pass  # refused below
+    raise InputError(
+        f"{file}: '{key}' of {_describe_entry(row, rows, 'annotation')} must hold numbers, not {value!r:.60}"
+    )
 
 
 def _boxes(rows: list[dict[str, Any]], file: Path) -> np.ndarray:
@@ -230,65 +244,68 @@ def _boxes(rows: list[dict[str, Any]], file: Path) -> np.ndarray:
     if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
         row = next(row for row in rows if type(row["bbox"]) is not list or len(row["bbox"]) != 4)
         raise InputError(
-            f"{file}: 'bbox' of {_called(row, rows, 'annotation')} must be [x, y, width, height] in pixels, not {row['bbox']!r:.60}"
+            f"{file}: 'bbox' of {_describe_entry(row, rows, 'annotation')} must be [x, y, width, height] in pixels, "
+            f"not {row['bbox']!r:.60}"
         )
     if not set(map(type, chain.from_iterable(values))) <= {int, float}:
-        values = [[_number(v, "bbox", row, rows, file) for v in row["bbox"]] for row in rows]
+        values = [[_parse_number(v, "bbox", row, rows, file) for v in row["bbox"]] for row in rows]
     try:
         boxes = np.array(values, dtype=np.float64).reshape(-1, 4)
     except OverflowError:
-        boxes = np.array([[_number(v, "bbox", row, rows, file) for v in row["bbox"]] for row in rows])
+        boxes = np.array([[_parse_number(v, "bbox", row, rows, file) for v in row["bbox"]] for row in rows])
     with np.errstate(invalid="ignore", over="ignore"):
         boxes[:, 2:] += boxes[:, :2]
     return boxes
 
 
 def _areas(rows: list[dict[str, Any]], file: Path) -> tuple[np.ndarray, int]:
-    """(M,) annotated areas, NaN where there is none to use, and how many of these were nonsense."""
+    """(M,) annotated areas, NaN where absent or invalid, and the number of invalid ones."""
     given = np.array([row.get("area") is not None for row in rows], dtype=bool)
     values = [row.get("area", np.nan) for row in rows]
     if not set(map(type, values)) <= {float} or not given.all():
-        values = [np.nan if (a := row.get("area")) is None else _number(a, "area", row, rows, file) for row in rows]
+        values = [
+            np.nan if (a := row.get("area")) is None else _parse_number(a, "area", row, rows, file) for row in rows
+        ]
     area = np.array(values, dtype=np.float64)
     bad = given & ~(np.isfinite(area) & (area >= 0))
     area[bad] = np.nan
     return area, int(bad.sum())
 
 
-def _positions(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each wanted id stands among the known ones, and whether it does."""
+def _find_positions(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The position of each wanted id among the known ones, and whether it is known."""
     order = np.argsort(known, kind="stable")
-    at = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
-    found = order[at]
-    return found, known[found] == wanted
+    positions = order[np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)]
+    return positions, known[positions] == wanted
 
 
 def _labels(rows: list[dict[str, Any]], category_ids: list[int], file: Path) -> np.ndarray:
     ids = _integers(rows, "category_id", "annotation", file)
-    labels, known = _positions(np.array(category_ids), ids)
+    labels, known = _find_positions(np.array(category_ids), ids)
     if not known.all():
         row = rows[int((~known).argmax())]
         raise InputError(
-            f"{file}: {_called(row, rows, 'annotation')} has the category id {row['category_id']}, which 'categories' does not list"
+            f"{file}: {_describe_entry(row, rows, 'annotation')} has the category id {row['category_id']}, which "
+            "'categories' does not list"
         )
     return labels
 
 
-def _same_ids(rows: list[dict[str, Any]]) -> int:
-    """How many annotations have an id that an earlier one has; those without an id do not count."""
+def _count_duplicate_ids(rows: list[dict[str, Any]]) -> int:
+    """Number of annotations with the id of an earlier one; annotations without an id do not count."""
     ids = [row["id"] for row in rows if type(row.get("id")) in (int, str)]
     return len(ids) - len(set(ids))
 
 
-def _as_text(rows: list[dict[str, Any]]) -> int:
-    """How many annotations hold a coordinate in quotes."""
+def _count_quoted_boxes(rows: list[dict[str, Any]]) -> int:
+    """Number of annotations with a quoted coordinate."""
     boxes = [row["bbox"] for row in rows if type(row.get("bbox")) is list]
     if str not in set(map(type, chain.from_iterable(boxes))):
         return 0
     return sum(any(type(v) is str for v in box) for box in boxes)
 
 
-def _refuse_doubles(ids: np.ndarray, noun: str, file: Path) -> None:
+def _refuse_duplicates(ids: np.ndarray, noun: str, file: Path) -> None:
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{file}: the {noun} id {values[(counts > 1).argmax()]} is given more than once")

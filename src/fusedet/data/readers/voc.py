@@ -1,4 +1,4 @@
-"""VOC datasets (an xml per image, lists of images in ImageSets/Main or a folder per split) into DetectionDataset."""
+"""Reader of VOC datasets: an xml per image, with lists of images in ImageSets/Main or a folder per split."""
 
 from __future__ import annotations
 
@@ -29,24 +29,33 @@ from fusedet.data.image_files import (
 from fusedet.errors import InputError, unknown
 
 _CLASS_FILES = ("labels.txt", "classes.txt")
-_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # that labelling tools put into labels.txt
+_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # labelling tools put these into labels.txt
 
 
 def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images: bool = True) -> DetectionDataset:
-    """Read a VOC split: its name, a list file, or the names of its images without extension.
+    """Read a split of a VOC dataset.
 
-    Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last. Difficult objects set
-    ImageAnnotations.ignore. Class names come from labels.txt or classes.txt, else sorted from all annotations of all splits, so
-    that the splits agree; category ids are 1..K, image ids 1..N in the order of the list.
-    need_images refuses a folder where not one of the first 100 images is. Raises InputError.
+    - Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last.
+    - Difficult annotations set `ImageAnnotations.ignore`.
+    - Class names come from labels.txt or classes.txt, else sorted from the annotations of all splits, so that the
+      splits agree.
+    - Category ids are 1..K, image ids 1..N in the order of the list.
+
+    Args:
+        root: The dataset's folder.
+        split: The name of the split, a list file, or the names of its images without extension.
+        need_images: Whether to refuse a folder where none of the first 100 images exists.
+
+    Raises:
+        InputError: The split or an annotation cannot be read; the sentence names the file.
     """
     root = Path(root)
-    folders, listed, source = _listing(root, split)
+    folders, listed, source = _find_split(root, split)
     names = list(dict.fromkeys(listed))
     if not names:
         raise InputError(f"{source} lists no images")
-    parsed = {stem: parse_voc_xml(file) for stem, file in _all_annotations(root).items()}
-    classes = _classes(root, parsed)
+    parsed = {stem: parse_voc_xml(file) for stem, file in _list_annotations(root).items()}
+    classes = _read_class_names(root, parsed)
     paths: list[str] = []
     rows: list[VocAnnotation] = []
     images: dict[str, dict[str, str]] = {}
@@ -56,23 +65,25 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
             raise InputError(f"{source} lists {name}, but its annotation {file} does not exist")
         rows.append(parsed[os.path.normpath(file)])
         stem = resolve_inside(folders.images, name, root, source=source)
-        at = os.path.dirname(stem)
-        if at not in images:
-            images[at] = _by_stem(at)
+        folder = os.path.dirname(stem)
+        if folder not in images:
+            images[folder] = _list_images_by_stem(folder)
         extension = os.path.splitext(rows[-1].file_name)[1] if is_image_name(rows[-1].file_name) else ".jpg"
-        paths.append(os.path.join(at, images[at].get(os.path.basename(stem), os.path.basename(stem) + extension)))
+        paths.append(
+            os.path.join(folder, images[folder].get(os.path.basename(stem), os.path.basename(stem) + extension))
+        )
     if need_images:
         require_any_image(paths, folders.images, source)
-    known = {name: k for k, name in enumerate(classes)}
+    label_of = {name: k for k, name in enumerate(classes)}
     for row in rows:
-        if strange := next((name for name in row.names if name not in known), None):
-            raise InputError(f"{row.file}: {unknown('class', strange, classes)}")
-    labels = np.array([known[name] for row in rows for name in row.names], dtype=np.int64)
+        if foreign := next((name for name in row.names if name not in label_of), None):
+            raise InputError(f"{row.file}: {unknown('class', foreign, classes)}")
+    labels = np.array([label_of[name] for row in rows for name in row.names], dtype=np.int64)
     return annotation_cleaning.build_clean_dataset(
         classes,
         range(1, len(classes) + 1),
         image_ids=np.arange(1, len(paths) + 1),
-        sizes=_sizes(rows, paths),
+        sizes=_get_sizes(rows, paths),
         paths=paths,
         image_indices=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
         boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
@@ -86,19 +97,19 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
 
 
 def list_voc_splits(root: str | Path) -> dict[str, str]:
-    """The splits of a VOC folder, and the list file or folder of each; empty where there is none."""
+    """Return the splits of a VOC folder and the list file or folder of each."""
     root = Path(root)
     lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
     stems = {file.stem for file in lists}
     # VOC's own folders also hold a list per class, like dog_train.txt
-    found = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{other}") for other in stems)}
-    return {normalize_split_name(name): at for name, at in found.items()} | {
+    listed = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{stem}") for stem in stems)}
+    return {normalize_split_name(name): file for name, file in listed.items()} | {
         normalize_split_name(f.name): str(f) for f in find_split_folders(root)
     }
 
 
 def find_split_folders(root: Path) -> list[Path]:
-    """Subfolders train, val, ... that hold xml files beside their images."""
+    """Return the subfolders (train, val, ...) that hold xml files beside their images."""
     skipped = {"Annotations", "ImageSets", "JPEGImages"}
     folders = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name not in skipped] if root.is_dir() else []
     return [f for f in folders if any(e.name.endswith(".xml") for e in os.scandir(f))]
@@ -106,9 +117,16 @@ def find_split_folders(root: Path) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class VocAnnotation:
-    """One xml file, its objects by columns; height and width are 0 where it gives none.
+    """The content of one xml file.
 
-    names of K objects; boxes (K, 4) x1, y1, x2, y2 as written, 1-based; difficult (K,) bool.
+    Attributes:
+        file: The xml file.
+        file_name: The `filename` of the image.
+        height: Height in pixels; 0 where absent.
+        width: Width in pixels; 0 where absent.
+        names: The class names of the G annotations.
+        boxes: (G, 4) x1, y1, x2, y2 as written, counted from 1.
+        difficult: (G,) bool.
     """
 
     file: str
@@ -122,12 +140,12 @@ class VocAnnotation:
 
 class _Builder(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        """Entities can be made to expand without end, and no annotation needs them."""
+        """Refuse entities: they can expand without end, and no annotation needs them."""
         raise InputError("has a DOCTYPE, which an annotation must not have")
 
 
 def parse_voc_xml(file: str) -> VocAnnotation:
-    """Read one xml file. Raises InputError that names it."""
+    """Parse a VOC xml file; raises InputError that names it."""
     content = read_bytes(file)
     try:
         tree = ElementTree.fromstring(content, ElementTree.XMLParser(target=_Builder()))
@@ -138,36 +156,44 @@ def parse_voc_xml(file: str) -> VocAnnotation:
     if tree.tag != "annotation":
         raise InputError(f"{file} is not a VOC annotation: its root is <{tree.tag}>, not <annotation>")
     size = tree.find("size")
-    height, width = (0.0 if size is None else _float(size, side, file, 0.0) for side in ("height", "width"))
-    known = 0 < height < 2**31 and 0 < width < 2**31
+    height, width = (0.0 if size is None else _parse_float(size, side, file, 0.0) for side in ("height", "width"))
+    is_known = 0 < height < 2**31 and 0 < width < 2**31
     nodes = tree.findall("object")
-    names = tuple(_name_of(node, file) for node in nodes)
-    boxes = np.array([_box(node, name, file) for node, name in zip(nodes, names)], dtype=np.float64).reshape(-1, 4)
-    difficult = np.array([_float(node, "difficult", file, 0.0) != 0 for node in nodes], dtype=bool)
+    names = tuple(_get_class_name(node, file) for node in nodes)
+    boxes = np.array([_parse_box(node, name, file) for node, name in zip(nodes, names)], dtype=np.float64).reshape(
+        -1, 4
+    )
+    difficult = np.array([_parse_float(node, "difficult", file, 0.0) != 0 for node in nodes], dtype=bool)
     return VocAnnotation(
-        file, _text(tree, "filename"), int(height) if known else 0, int(width) if known else 0, names, boxes, difficult
+        file,
+        _get_text(tree, "filename"),
+        int(height) if is_known else 0,
+        int(width) if is_known else 0,
+        names,
+        boxes,
+        difficult,
     )
 
 
-def _name_of(node: ElementTree.Element, file: str) -> str:
-    name = _text(node, "name")
+def _get_class_name(node: ElementTree.Element, file: str) -> str:
+    name = _get_text(node, "name")
     if not name:
         raise InputError(f"{file}: an <object> has no <name>")
-    return sys.intern(name)  # a million objects of few classes
+    return sys.intern(name)  # millions of annotations have few classes
 
 
-def _box(node: ElementTree.Element, name: str, file: str) -> list[float]:
+def _parse_box(node: ElementTree.Element, name: str, file: str) -> list[float]:
     box = node.find("bndbox")
     if box is None:
         raise InputError(f"{file}: the <object> '{name}' has no <bndbox>")
-    return [_float(box, side, file) for side in ("xmin", "ymin", "xmax", "ymax")]
+    return [_parse_float(box, side, file) for side in ("xmin", "ymin", "xmax", "ymax")]
 
 
-def _text(node: ElementTree.Element, tag: str) -> str:
+def _get_text(node: ElementTree.Element, tag: str) -> str:
     return (node.findtext(tag) or "").strip()
 
 
-def _float(node: ElementTree.Element, tag: str, file: str, default: float | None = None) -> float:
+def _parse_float(node: ElementTree.Element, tag: str, file: str, default: float | None = None) -> float:
     text = node.findtext(tag) or ""
     try:
         return float(text)
@@ -183,50 +209,50 @@ class _Folders:
     images: Path
 
 
-def _listing(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, list[str], str]:
-    """The folders of a split, the names of its images without extension, and where it comes from."""
+def _find_split(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, list[str], str]:
+    """The folders of a split, the names of its images without extension, and its list file or folder."""
     folders = _Folders(root / "Annotations", root / "JPEGImages")
     if not isinstance(split, str | Path):
         return folders, list(split), str(root)
     if str(split).endswith(".txt"):
-        at = Path(split)
+        file = Path(split)
     else:
-        found = list_voc_splits(root)
+        splits = list_voc_splits(root)
         main = root / "ImageSets" / "Main"
-        if not found and not any(main.glob("*.txt")):
+        if not splits and not any(main.glob("*.txt")):
             raise InputError(
                 f"{root} has no lists of images: VOC needs {main}/{split}.txt with an image's name in each line"
             )
-        at = main / f"{split}.txt"
-        at = at if at.is_file() else Path(select_split(found, str(split), root))
-    if at.is_dir():
-        return _Folders(at, at), sorted(e.name[:-4] for e in os.scandir(at) if e.name.endswith(".xml")), str(at)
+        file = main / f"{split}.txt"
+        file = file if file.is_file() else Path(select_split(splits, str(split), root))
+    if file.is_dir():
+        return _Folders(file, file), sorted(e.name[:-4] for e in os.scandir(file) if e.name.endswith(".xml")), str(file)
     for folder in (folders.annotations, folders.images):
         if not folder.is_dir():
-            raise InputError(f"{root} is not a whole VOC dataset: the folder {folder.name} is missing")
-    lines = [line.strip() for line in read_text(at).splitlines() if line.strip()]
-    require_valid_unicode(lines, at)
-    return folders, [_name(line, folders.annotations) for line in lines], str(at)
+            raise InputError(f"{root} is not a complete VOC dataset: the folder {folder.name} is missing")
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    require_valid_unicode(lines, file)
+    return folders, [_parse_list_line(line, folders.annotations) for line in lines], str(file)
 
 
-def _name(line: str, annotations: Path) -> str:
-    """An image's name from a list's line, where a flag 1, 0 or -1 or an extension may follow it."""
+def _parse_list_line(line: str, annotations: Path) -> str:
+    """The image name in a line of a list; a flag (1, 0 or -1) or an extension may follow it."""
     if os.path.exists(os.path.join(annotations, line + ".xml")):
         return line
     name = re.sub(r"\s+(-1|0|1)$", "", line)
     return os.path.splitext(name)[0] if is_image_name(name) else name
 
 
-def _all_annotations(root: Path) -> dict[str, str]:
-    """All xml files of the dataset, normalised path to path."""
+def _list_annotations(root: Path) -> dict[str, str]:
+    """All xml files of the dataset, by normalised path."""
     folder = root / "Annotations"
-    found = [file for file in list_files(folder) if file.endswith(".xml")] if folder.is_dir() else []
+    files = [file for file in list_files(folder) if file.endswith(".xml")] if folder.is_dir() else []
     for folder in find_split_folders(root):
-        found += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
-    return {os.path.normpath(file): file for file in sorted(found)}
+        files += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
+    return {os.path.normpath(file): file for file in sorted(files)}
 
 
-def _classes(root: Path, parsed: dict[str, VocAnnotation]) -> list[str]:
+def _read_class_names(root: Path, parsed: dict[str, VocAnnotation]) -> list[str]:
     for name in _CLASS_FILES:
         if (root / name).is_file():
             lines = [line.strip() for line in read_text(root / name).splitlines()]
@@ -237,21 +263,22 @@ def _classes(root: Path, parsed: dict[str, VocAnnotation]) -> list[str]:
     classes = sorted({name for row in parsed.values() for name in row.names})
     if not classes:
         raise InputError(
-            f"not one annotation in {root} has an object, so there are no class names: list them in {root / 'labels.txt'}"
+            f"no annotation file in {root} has an <object>, so there are no class names: list them in "
+            f"{root / 'labels.txt'}"
         )
     return classes
 
 
-def _by_stem(folder: str) -> dict[str, str]:
-    """The images of a folder by their names without extension."""
+def _list_images_by_stem(folder: str) -> dict[str, str]:
+    """The images of a folder, by their names without extension."""
     if not os.path.isdir(folder):
         return {}
     return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_image_name(e.name)}
 
 
-def _sizes(rows: list[VocAnnotation], paths: list[str]) -> np.ndarray:
+def _get_sizes(rows: list[VocAnnotation], paths: list[str]) -> np.ndarray:
     """(N, 2) heights and widths; where the xml has none, from the image."""
     sizes = np.array([(row.height, row.width) for row in rows], dtype=np.int64).reshape(-1, 2)
-    unknown_size = np.flatnonzero((sizes == 0).any(axis=1))
-    sizes[unknown_size] = read_image_sizes([paths[i] for i in unknown_size.tolist()])
+    missing = np.flatnonzero((sizes == 0).any(axis=1))
+    sizes[missing] = read_image_sizes([paths[i] for i in missing.tolist()])
     return sizes

@@ -1,4 +1,4 @@
-"""YOLO datasets (a data.yaml, and a text file of normalised boxes or segmentations per image) into DetectionDataset."""
+"""Reader of YOLO datasets: a data.yaml, and per image a text file of normalised boxes or polygons."""
 
 from __future__ import annotations
 
@@ -30,24 +30,32 @@ from fusedet.data.segmentation import is_drawable
 from fusedet.errors import InputError
 
 _NOT_SPLITS = {"path", "names", "nc", "download", "roboflow", "kpt_shape", "flip_idx", "channels"}
-_NOTHING = {"", "null", "~"}
+_NULL = {"", "null", "~"}
 
 
 def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
-    """Read a split that a data.yaml names, or a list of images (split ends in .txt).
+    """Read a split of a YOLO dataset.
 
-    Label files lie in folders `labels` beside the folders `images`, or beside the images.
-    Label lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised to the image after EXIF rotation.
-    An image without a label file is background. Category ids are YOLO's own class numbers; image ids count from 1.
-    Raises InputError with file and line for a line that is malformed or of an unknown class.
+    - Label files are in folders `labels` beside the folders `images`, or beside the images.
+    - Their lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised to the image after EXIF rotation.
+    - An image without a label file is background.
+    - Category ids are YOLO's class numbers; image ids count from 1.
+
+    Args:
+        yaml_file: The data.yaml.
+        split: A split of the data.yaml, or a list of images that ends in .txt.
+
+    Raises:
+        InputError: The split cannot be read, or a line is malformed; the sentence names the file and the line.
     """
     file = Path(yaml_file)
     data = load_data_yaml(file)
-    names = _names(data, file)
-    root = _root(data, file)
-    listed = _images(split if split.endswith(".txt") else select_split(_entries(data), split, file), root, file)
+    names = _read_class_names(data, file)
+    root = _find_root(data, file)
+    entry = split if split.endswith(".txt") else select_split(_list_entries(data), split, file)
+    listed = _list_split_images(entry, root, file)
     if not listed:
-        raise InputError(f"the split '{split}' of {file} holds no images")
+        raise InputError(f"the split '{split}' of {file} has no images")
     paths = list(dict.fromkeys(listed))
     sizes = read_image_sizes(paths)
     labels_of = {number: label for label, number in enumerate(names)}
@@ -55,23 +63,25 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     labels: list[int] = []
     boxes: list[tuple[float, ...]] = []
     segmentations: list[bytes] = []
-    bare = lost = 0
+    unlabeled = dropped = 0
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
         label_file = next(filter(os.path.isfile, (get_label_path(path), beside)), None)
         if label_file is None:
-            bare += 1
+            unlabeled += 1
             continue
         height, width = sizes[i].tolist()
-        for number, values, where in _lines(Path(label_file)):
+        for number, values, where in _parse_lines(Path(label_file)):
             if number not in labels_of:
-                raise InputError(f"{where}: class {number} is not among the classes {_span(list(names))} of {file}")
-            box, polygon = _object(values, height, width)
+                raise InputError(
+                    f"{where}: class {number} is not among the classes {min(names)} to {max(names)} of {file}"
+                )
+            box, polygon = _to_pixels(values, height, width)
             image_indices.append(i)
             labels.append(labels_of[number])
             boxes.append(box)
             segmentations.append(pack_segmentation(polygon and [polygon]))
-            lost += len(values) > 4 and polygon is None
+            dropped += len(values) > 4 and polygon is None
     return annotation_cleaning.build_clean_dataset(
         names.values(),
         names,
@@ -87,22 +97,26 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
         dataset_format="yolo",
         problems={
             annotation_cleaning.LISTED_TWICE: len(listed) - len(paths),
-            annotation_cleaning.NO_LABELS: bare,
-            annotation_cleaning.BAD_SEGMENTATION: lost,
+            annotation_cleaning.NO_LABELS: unlabeled,
+            annotation_cleaning.BAD_SEGMENTATION: dropped,
         },
     )
 
 
 def load_data_yaml(file: Path) -> dict[str, Any]:
-    """A data.yaml with all values as texts (a class called `no` stays "no"). Raises InputError, also for more values than a config has."""
+    """Parse a data.yaml with all values as strings, so that a class named `no` stays "no".
+
+    Raises:
+        InputError: The file is not a YOLO data file, or larger than any config.
+    """
     text = read_text(file)
     try:
-        large = len(text) > LONGEST
-        data = None if large else yaml.load(text, yaml.BaseLoader)
-        large = large or count_values(yaml.compose(text, yaml.BaseLoader), {}) > LARGEST
+        is_large = len(text) > LONGEST
+        data = None if is_large else yaml.load(text, yaml.BaseLoader)
+        is_large = is_large or count_values(yaml.compose(text, yaml.BaseLoader), {}) > LARGEST
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if large:
+    if is_large:
         raise InputError(
             f"{file} is larger than any YOLO data file: it has more than {LONGEST} characters, or {LARGEST} values"
         )
@@ -112,12 +126,12 @@ def load_data_yaml(file: Path) -> dict[str, Any]:
 
 
 def list_yolo_splits(yaml_file: str | Path) -> dict[str, str]:
-    """The splits that a data.yaml names, and where each comes from. Raises InputError."""
-    return {name: ", ".join(entries) for name, entries in _entries(load_data_yaml(Path(yaml_file))).items()}
+    """Return the splits of a data.yaml and the paths of each; raises InputError."""
+    return {name: ", ".join(entries) for name, entries in _list_entries(load_data_yaml(Path(yaml_file))).items()}
 
 
 def get_label_path(image: str) -> str:
-    """The label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
+    """Return the label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
 
     >>> label_path("d/images/val/a.jpg")
     'd/labels/val/a.txt'
@@ -129,23 +143,23 @@ def get_label_path(image: str) -> str:
     return os.sep.join(parts) + ".txt"
 
 
-def _entries(data: dict[str, Any]) -> dict[str, list[str]]:
-    """The splits and their paths; a split is any key that holds a path or a list of paths."""
-    found: dict[str, list[str]] = {}
+def _list_entries(data: dict[str, Any]) -> dict[str, list[str]]:
+    """The paths of each split; a split is any key with a path or a list of paths."""
+    entries: dict[str, list[str]] = {}
     for key, value in data.items():
         paths = [value] if isinstance(value, str) else value
         if key in _NOT_SPLITS or not re.fullmatch(r"[\w-]+", str(key)) or not isinstance(paths, list):
             continue
-        texts = [p for p in paths if isinstance(p, str) and p not in _NOTHING]
+        texts = [p for p in paths if isinstance(p, str) and p not in _NULL]
         if texts and len(texts) == len(paths):
-            found[normalize_split_name(key)] = texts
-    return found
+            entries[normalize_split_name(key)] = texts
+    return entries
 
 
-def _names(data: dict[str, Any], file: Path) -> dict[int, str]:
-    """Class names by class number, in the order of the numbers."""
-    given = data["names"]
-    pairs = given.items() if isinstance(given, dict) else enumerate(given) if isinstance(given, list) else ()
+def _read_class_names(data: dict[str, Any], file: Path) -> dict[int, str]:
+    """The class names by class number, in the order of the numbers."""
+    value = data["names"]
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     names: dict[int, str] = {}
     for number, name in pairs:
         if not isinstance(name, str) or not str(number).isdecimal() or len(str(number)) > 9:
@@ -163,54 +177,54 @@ def _names(data: dict[str, Any], file: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _root(data: dict[str, Any], file: Path) -> Path:
-    """The data folder: `path` beside the yaml or, as YOLO's own tools take it, from the working folder; else the yaml's folder."""
-    given = data.get("path", "")
-    if not isinstance(given, str):
-        raise InputError(f"{file}: 'path' must be the data folder, not {reprlib.repr(given)}")
-    if given in _NOTHING:
+def _find_root(data: dict[str, Any], file: Path) -> Path:
+    """The data folder: `path`, relative to the yaml or (as for YOLO's tools) the working directory; else the yaml's."""
+    value = data.get("path", "")
+    if not isinstance(value, str):
+        raise InputError(f"{file}: 'path' must be the data folder, not {reprlib.repr(value)}")
+    if value in _NULL:
         return file.parent
-    for folder in (file.parent / given, Path(given)):
+    for folder in (file.parent / value, Path(value)):
         if os.path.isdir(folder):
             return folder
     raise InputError(
-        f"{file}: its 'path' {given} does not exist: correct it, or remove it where the data lies beside the yaml"
+        f"{file}: its 'path' {value} does not exist: correct it, or remove it where the data is beside the yaml"
     )
 
 
-def _images(entry: str | list[str], root: Path, file: Path) -> list[str]:
-    """The images of a split: folders and text lists of paths, absolute or relative to the data folder."""
-    found: list[str] = []
+def _list_split_images(entry: str | list[str], root: Path, file: Path) -> list[str]:
+    """The images of a split, which is given by folders and text lists, absolute or relative to the data folder."""
+    images: list[str] = []
     for item in [entry] if isinstance(entry, str) else entry:
-        at = _place(item, root, file)
-        if os.path.isdir(at):
-            found += list_images(at)
-        elif at.suffix == ".txt" and os.path.isfile(at):
-            found += _listed(at, root)
+        path = _resolve_entry(item, root, file)
+        if os.path.isdir(path):
+            images += list_images(path)
+        elif path.suffix == ".txt" and os.path.isfile(path):
+            images += _read_list(path, root)
         else:
-            raise InputError(f"{file} names {item}, but {at} is neither a folder of images nor a .txt list of them")
-    return found
+            raise InputError(f"{file} names {item}, but {path} is neither a folder of images nor a .txt list of images")
+    return images
 
 
-def _place(item: str, root: Path, file: Path) -> Path:
-    """Where an entry of the yaml lies; the "../train/images" that some exports write is taken from the yaml's own folder."""
+def _resolve_entry(item: str, root: Path, file: Path) -> Path:
+    """The path of an entry; "../train/images", as some tools export it, is relative to the yaml's folder."""
     if os.path.isabs(item):
         return Path(item)
-    own = root / item.removeprefix("../")
-    if item.startswith("../") and os.path.exists(own):
+    inner = root / item.removeprefix("../")
+    if item.startswith("../") and os.path.exists(inner):
         item = item.removeprefix("../")
     return Path(resolve_inside(root, item, source=file))
 
 
-def _listed(list_file: Path, root: Path) -> list[str]:
-    """The images of a text list: relative to the list or to the data folder, or absolute and inside one of these."""
+def _read_list(list_file: Path, root: Path) -> list[str]:
+    """The images of a text list: relative to the list or the data folder, or absolute and inside one of them."""
     names = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
     require_valid_unicode(names, list_file)
     relative = [name for name in names if not os.path.isabs(name)]
-    if away := [name for name in names if os.path.isabs(name) and not is_inside(name, root, list_file.parent)]:
+    if outside := [name for name in names if os.path.isabs(name) and not is_inside(name, root, list_file.parent)]:
         raise InputError(
-            f"{list_file} names the file '{away[0]}', which lies outside the data folder {root}: let the yaml's 'path' name a folder that "
-            "holds it"
+            f"{list_file} names the file '{outside[0]}', which lies outside the data folder {root}: let the yaml's "
+            "'path' name a folder that holds it"
         )
     base = next(
         (folder for folder in (list_file.parent, root) if relative and os.path.exists(folder / relative[0])), root
@@ -221,8 +235,8 @@ def _listed(list_file: Path, root: Path) -> list[str]:
     ]
 
 
-def _lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
-    """Class number, values and place of each line of a label file."""
+def _parse_lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
+    """Yield the class number, the values and the position of each line of a label file."""
     for count, line in enumerate(read_text(file).splitlines(), 1):
         words = line.split()
         if not words:
@@ -241,19 +255,15 @@ def _lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
         yield int(number), values, where
 
 
-def _object(values: list[float], height: int, width: int) -> tuple[tuple[float, ...], list[float] | None]:
-    """The box in pixels, and the segmentation in pixels where the line is one."""
+def _to_pixels(values: list[float], height: int, width: int) -> tuple[tuple[float, ...], list[float] | None]:
+    """The box in pixels, and the polygon in pixels where the line is one."""
     if len(values) == 4:
         cx, cy, w, h = values
         return ((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height), None
     xs, ys = [x * width for x in values[::2]], [y * height for y in values[1::2]]
     box = (min(xs), min(ys), max(xs), max(ys))
     if not all(map(math.isfinite, xs + ys)):
-        return (math.nan,) * 4, [0.0] * 6  # goes with its box
+        return (math.nan,) * 4, [0.0] * 6  # dropped with its box
     if not is_drawable(xs + ys):
         return box, None
     return box, [v for point in zip(xs, ys, strict=True) for v in point]
-
-
-def _span(numbers: list[int]) -> str:
-    return f"{numbers[0]} to {numbers[-1]}"
