@@ -18,7 +18,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from fusedet import config, evaluation
 from fusedet.api import train, validate
 from fusedet.data.loader import build_train_loader
-from fusedet.engine.optim import schedule
+from fusedet.engine.optim import lr_factor
 from fusedet.errors import InputError
 from fusedet.types import Batch, Detections
 
@@ -34,10 +34,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=24)
     given = parser.parse_args()
-    options = config.load(
-        "faster_rcnn_r18_small", [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"]
-    )
-    recipe, share = options.train, given.epochs / options.train.epochs
+    overrides = [f"data={given.data}", "data.val=test", "data.workers=0", f"train.seed={given.seed}"]
+    recipe = config.load("faster_rcnn_r18_small", overrides).train
+    milestones = [milestone * given.epochs / recipe.epochs for milestone in recipe.milestones]
+    options = config.load("faster_rcnn_r18_small", [*overrides, f"train.milestones={milestones}"])
+    recipe = options.train
     try:
         data, test = train.open_data(options, lambda text: print(text, file=sys.stderr))
     except InputError as error:
@@ -52,13 +53,7 @@ def main() -> None:
     step = 0
     for epoch in range(given.epochs):
         for batch in loader.epoch(epoch):
-            factor = schedule(
-                step,
-                total_steps=len(loader) * given.epochs,
-                steps_per_epoch=len(loader),
-                warmup_steps=recipe.warmup_steps,
-                milestones=[milestone * share for milestone in recipe.milestones],
-            )
+            factor = lr_factor(step, recipe, total_steps=len(loader) * given.epochs, steps_per_epoch=len(loader))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * factor
             targets = [{"boxes": target.boxes, "labels": target.labels + 1} for target in batch.targets or ()]

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own that are killed, at any time or at a chosen place, and what must then be the same."""
+"""Trainings in separate processes that are killed at a random time or a chosen place, and the comparison of runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ FILES = ("metrics.csv", "val.bbox.json", "skipped.csv")
 
 
 class Training:
-    """A training in one or several processes; their output goes to `log`, what they are doing to `log`.doing.
+    """A training in one or several processes; their output goes to `log`, their present activity to `log`.doing.
 
-    fault: (place, number, signal): at the number-th passage of a place of `PLACES` the process sends itself the signal.
+    Args:
+        fault: (place, number, signal): at the number-th passage of a place of `PLACES` the process sends itself the signal.
     """
 
     def __init__(
@@ -53,18 +54,18 @@ class Training:
         return not any(process.is_alive() for process in self.processes)
 
     def doing(self) -> str:
-        """What the first process is busy with."""
+        """Return the first process's present activity."""
         file = self.log.with_suffix(".doing")
         return (file.read_text().strip() if file.exists() else "") or "starting"
 
     def steps(self) -> bool:
-        """Wait until the first step begins, or the end; whether there was one."""
+        """Wait until the first step begins, or the end; return whether a step began."""
         while self.doing() == "starting" and not self.wait(0):
             time.sleep(0.01)
         return self.doing() != "starting"
 
     def kill(self) -> str:
-        """Kill all processes; gives what they were doing."""
+        """Kill all processes; return their activity."""
         doing = self.doing()
         for process in self.processes:
             process.kill()
@@ -73,7 +74,7 @@ class Training:
 
     @property
     def codes(self) -> list[int | None]:
-        """What they ended with; of a signal, minus its number."""
+        """The exit codes; of a signal, minus its number."""
         return [process.exitcode for process in self.processes]
 
 
@@ -92,11 +93,11 @@ def _work(words: list[str], env: dict[str, Any], log: str, fault: tuple[str, int
         place, number, kind = fault
         PLACES[place](_at(number, kind))
     code = cli.run(words)
-    os._exit(code)  # what a launcher sees; without waiting for the threads of a group whose other processes are gone
+    os._exit(code)  # what a launcher sees; without Python's slow shutdown
 
 
 def _at(number: int, kind: int) -> Callable[[], None]:
-    """What sends the process a signal when it is called for the number-th time."""
+    """Return a function that sends the process a signal when it is called for the number-th time."""
     left = [number]
 
     def pass_by() -> None:
@@ -125,11 +126,11 @@ def _mark(file: Path) -> None:
         setattr(module, name, outer)
 
     note(trainer, "_train_step", "step")
-    note(trainer, "_validated", "validation")
+    note(trainer, "_validate", "validation")
     note(checkpoint, "save", "checkpoint")
     note(checkpoint, "save_weights", "best")
     note(logging.Table, "add", "row")
-    note(command, "finish", "scoring")
+    note(command, "_report", "scoring")
 
 
 # -- places
@@ -220,14 +221,14 @@ PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """Where the folders of two runs are not bit for bit the same: state, best weights and their description, and `FILES`."""
-    found = _different(checkpoint.load(a / "last.ckpt"), checkpoint.load(b / "last.ckpt"), "last.ckpt")
+    """List where two runs are not bit for bit the same: state, best weights and their description, and `FILES`."""
+    different = _different(checkpoint.load(a / "last.ckpt"), checkpoint.load(b / "last.ckpt"), "last.ckpt")
     best = [checkpoint.load_weights(run / "best.safetensors") for run in (a, b)]
-    found += _different(_without_folder(best[0]), _without_folder(best[1]), "best.safetensors")
-    found += [name for name in FILES if _content(a / name) != _content(b / name)]
+    different += _different(_without_folder(best[0]), _without_folder(best[1]), "best.safetensors")
+    different += [name for name in FILES if _content(a / name) != _content(b / name)]
     steps = [[(row["epoch"], row["step"]) for row in csv.DictReader((run / "speed.csv").open())] for run in (a, b)]
-    found += ["speed.csv"] if steps[0] != steps[1] else []
-    return found + [f"{run} keeps {file.name}" for run in (a, b) for file in run.glob(".*.part")]
+    different += ["speed.csv"] if steps[0] != steps[1] else []
+    return different + [f"{run} keeps {file.name}" for run in (a, b) for file in run.glob(".*.part")]
 
 
 def _content(file: Path) -> bytes | None:
@@ -249,16 +250,20 @@ def _different(a: Any, b: Any, where: str) -> list[str]:
     if isinstance(a, (list, tuple)):
         lengths = [where] if not isinstance(b, (list, tuple)) or len(a) != len(b) else []
         return lengths or [text for i, (x, y) in enumerate(zip(a, b)) for text in _different(x, y, f"{where}.{i}")]
-    return [] if a == b or (a != a and b != b) else [where]  # a figure of no object is NaN
+    return [] if a == b or (a != a and b != b) else [where]  # a metric of no object is NaN
 
 
 def killed_at_random(
     words: Sequence[object], whole: Path, out: Path, kills: int, seed: int, processes: int = 1
 ) -> list[str]:
-    """Kill a training and its resumptions that many times, let it end, and compare it with the run in `whole`; gives what it was doing.
+    """Kill a training and its resumptions `kills` times, let it end, and compare it with the run in `whole`.
 
-    One moment of five lies in a process's start, the others between its first step and what a whole training takes from there, more of
-    them early, so that a chain has many links; a training that ends before its kill is compared too, and the next one begins.
+    One moment of five lies in a process's start. The rest lie between its first step and the time that a whole training takes
+    from there, more of them early, so that a chain has many links. A training that ends before its kill is compared too, and
+    the next one begins.
+
+    Returns:
+        The activities at the kills.
     """
     draw, done, chain, doing = random.Random(seed), 0, 0, []
     start, usual = (float(text) for text in (whole / "seconds").read_text().split())
@@ -276,8 +281,8 @@ def killed_at_random(
             done += 1
             continue
         assert training.codes == [0] * processes, log.read_text()[-3000:]
-        found = differences(whole, run)
-        assert not found, f"seed {seed}, chain {chain}, killed while {doing}: {found[:5]}"
+        different = differences(whole, run)
+        assert not different, f"seed {seed}, chain {chain}, killed while {doing}: {different[:5]}"
         if done == kills:
             print(
                 f"seed {seed}, {processes} processes: killed while {', '.join(doing)}; the same in {chain + 1} trainings"
@@ -287,7 +292,7 @@ def killed_at_random(
 
 
 def undisturbed(words: Sequence[object], out: Path, processes: int = 1) -> Path:
-    """The folder of the same training, never killed, with how long its start and the rest took in `seconds`."""
+    """Train without a kill; return the directory, with the times of the start and of the rest in `seconds`."""
     first = SERVER.Process(target=int)  # the server's imports are not a training's time
     first.start()
     first.join()

@@ -1,4 +1,4 @@
-"""The memory of a process and its workers, a line through it, and programs that measure themselves."""
+"""The memory of a process and its workers, a line fitted to it, and programs that measure themselves."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def line(units: Sequence[float], memory: Sequence[float], warm_up: float = 0.25)
 
 
 def pss(pid: int | str = "self") -> int:
-    """Bytes that a process and all below it have made, where a page that n of them share counts 1/n in each.
+    """Return the bytes of a process and its descendants; a page that n of them share counts 1/n in each.
 
-    Pages of files are left out: a library's count less in each process as soon as a stranger maps it too.
+    Pages of files are left out: a library's count less in each process as soon as an unrelated process maps it too.
     """
     total, rest = 0, [str(os.getpid() if pid == "self" else pid)]
     while rest:
-        one = Path("/proc", rest.pop())
+        process = Path("/proc", rest.pop())
         try:
-            rows = (one / "smaps_rollup").read_text().splitlines()
+            rows = (process / "smaps_rollup").read_text().splitlines()
             total += sum(int(row.split()[1]) * KIB for row in rows if row.startswith(("Pss_Anon:", "Pss_Shmem:")))
-            for task in (one / "task").iterdir():
+            for task in (process / "task").iterdir():
                 rest += (task / "children").read_text().split()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
     return total
 
 
-VERB = """
+COMMAND = """
 import json, sys
 from fusedet import cli
 from fusedet.models.detectors import OneStage
@@ -89,7 +89,7 @@ print(json.dumps(taken))
 
 
 def run(program: str | Path, *arguments: Any, timeout: float = 3600) -> Any:
-    """What a program, a text or a file, prints last, as JSON; it finds the modules beside this one."""
+    """Run a program, a text or a file, and return its last line as JSON; it can import the modules beside this one."""
     started = [str(program)] if isinstance(program, Path) else ["-c", program]
     place = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
     done = subprocess.run(
@@ -104,5 +104,9 @@ def run(program: str | Path, *arguments: Any, timeout: float = 3600) -> Any:
 
 
 def of_command(method: str, every: int, words: Sequence[object]) -> np.ndarray:
-    """(samples, 3): calls of a detector's method so far, images so far, bytes; one row every so many calls of a `fusedet` command."""
-    return np.array(run(VERB, method, every, json.dumps([str(word) for word in words])))
+    """Run a `fusedet` command and sample its memory every so many calls of a detector's method.
+
+    Returns:
+        (samples, 3): calls so far, images so far, bytes.
+    """
+    return np.array(run(COMMAND, method, every, json.dumps([str(word) for word in words])))

@@ -23,8 +23,7 @@ from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
 from fusedet.config import Config
-from fusedet.engine.trainer import NonFinite
-from fusedet.errors import InputError
+from fusedet.errors import DivergenceError, InputError
 
 TABLE = """
 title: Two rows <b>
@@ -192,7 +191,7 @@ def test_diverged_run_is_reported_and_the_others_continue(
         if "fpn_bfp" in str(out):
             out.mkdir(parents=True)
             (out / "config.yaml").write_text(config.to_yaml())
-            raise NonFinite("loss is nan at step 3")
+            raise DivergenceError("loss is nan at step 3")
         shutil.copytree(done / out.relative_to(plan.out), out)
 
     monkeypatch.setattr(worker, "train", train)

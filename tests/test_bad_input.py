@@ -456,7 +456,7 @@ def test_a_checkpoint_that_holds_code(capsys: Capture, scenes: Path, tmp_path: P
 
 
 def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path) -> None:
-    has(complaint(capsys, "predict", "/no/where", scenes / "val"), "there is no checkpoint at /no/where")
+    has(complaint(capsys, "predict", "/no/where", scenes / "val"), "no checkpoint exists at /no/where")
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "val", tmp_path / "empty"), "holds no checkpoint: best.safetensors or last.ckpt is missing")
     strange = tmp_path / "strange.safetensors"

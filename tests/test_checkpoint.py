@@ -124,8 +124,8 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     said = {
-        "absent.ckpt": "there is no checkpoint at",
-        "absent.safetensors": "there is no checkpoint at",
+        "absent.ckpt": "no checkpoint exists at",
+        "absent.safetensors": "no checkpoint exists at",
         "short.ckpt": "is cut short",
         "empty.ckpt": "is not a fusedet checkpoint",
         "text.ckpt": "is not a fusedet checkpoint",
@@ -164,8 +164,8 @@ def shared_lists(levels: int) -> list:
     [
         ({"ema": torch.zeros(4)}, "weights must be tensors by name"),
         ({"ema": 5}, "weights must be tensors by name"),
-        ({"ema": {"w": "x"}}, "'w' is no tensor by name"),
-        ({"ema": {(1, 2): torch.zeros(1)}}, "a tuple is no tensor by name"),
+        ({"ema": {"w": "x"}}, "'w' is not a tensor by name"),
+        ({"ema": {(1, 2): torch.zeros(1)}}, "a tuple is not a tensor by name"),
         ({"meta": torch.zeros(3)}, "description .* texts by name"),
         ({"meta": None}, "description .* texts by name"),
         ({"meta": {"config": shared_lists(4)}}, "description .* texts by name"),

@@ -1,4 +1,4 @@
-"""A run's folder that somebody has changed, or a disk: --resume refuses it in a sentence, changes nothing, and runs nothing of it."""
+"""A changed or damaged run directory: --resume refuses it in one sentence, changes nothing, and executes nothing of it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fusedet import cli, config, load
 from fusedet.ablation import cost, worker
 from fusedet.ablation.plan import Run
 from fusedet.api import train as command
+from fusedet.config import Train
 from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
-from fusedet.engine.checkpoint_validation import FORM
-from fusedet.engine.optim import Optim
-from fusedet.engine.trainer import Recipe, fit
+from fusedet.engine.checkpoint_validation import FIELDS
+from fusedet.engine.trainer import fit, setup
 from fusedet.errors import InputError
 
 State = dict[str, Any]
-RECIPE = Recipe(epochs=2, optim=Optim(name="adamw", lr=0.05, warmup_steps=0), log_every=3, ema_decay=0.9)
+RECIPE = Train(epochs=2, optimizer="adamw", lr=0.05, warmup_steps=0, ema=0.9)
 METRICS = {"AP": 0.5}
 
 
@@ -45,8 +45,9 @@ class Stops(FakeLoader):
 def train(out: Path, loader: Any = None, resume: bool = True, **changes: Any) -> Any:
     torch.manual_seed(1)
     fabric, recipe = Fabric(accelerator="cpu", devices=1), changes.pop("recipe", RECIPE)
-    options = {"validate": lambda module, epoch: METRICS, "quiet": True, "meta": {"config": "model: x"}, **changes}
-    return fit(fabric, FakeDetector(0.5), loader or FakeLoader(), recipe, out=out, resume=resume, **options)
+    options = {"validate": lambda module, epoch: METRICS, "quiet": True, "meta": {"config": "model: x"}, "log_every": 3}
+    options |= changes
+    return fit(setup(fabric, FakeDetector(0.5), loader or FakeLoader(), recipe, out=out, resume=resume, **options))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def put(key: str, value: Any) -> Callable[[State], None]:
-    """What puts another value in the place of one, by its dotted key; "-" takes it away."""
+    """Return a function that replaces a value by its key; "-" removes it."""
 
     def change(state: State) -> None:
         *path, last = key.split("/")
@@ -82,7 +83,7 @@ FINE = {("best", "none"), ("metrics", "mapping"), ("scaler", "mapping"), ("made 
 NUMPY = ("MT19937", [0] * 624, 3, 0, 0.0)
 DAMAGES: dict[str, tuple[str, Callable[[State], None]]] = {
     f"{key} {name}": (key, put(key, copy.copy(value)))
-    for key in FORM
+    for key in FIELDS
     for name, value in WRONG.items()
     if (key, name) not in FINE
 }
@@ -142,7 +143,8 @@ DAMAGES |= {
     ]
 }
 DAMAGES["ema mapping"] = ("does not fit this model: without body.0.weight", put("ema", {}))
-DAMAGES["plan mapping"] = ("batches per epoch was None", put("plan", {}))
+DAMAGES["plan mapping"] = ("plan.batches per epoch", put("plan", {}))
+DAMAGES["plan of other data"] = ("batches per epoch was 5 and is now 7", put("plan/batches per epoch", 5))
 DAMAGES["a key that is no text"] = ("model", lambda state: state["model"].update({5: torch.zeros(1)}))
 DAMAGES["averages of a run without"] = ("averaging", put("plan/averaging", False))
 
@@ -170,7 +172,7 @@ def test_a_whole_but_wrong_checkpoint_is_refused(stopped: Path, tmp_path: Path, 
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
-def test_what_is_no_damage_goes_on(stopped: Path, tmp_path: Path) -> None:
+def test_harmless_changes_are_resumed(stopped: Path, tmp_path: Path) -> None:
     def older(state: State) -> None:
         del state["plan"]["seed"]  # it was not always noted
         state["made with"] = {}
@@ -208,7 +210,7 @@ def test_a_damaged_run_json(run_copy: Path, capsys: pytest.CaptureFixture[str], 
     assert f"{run_copy}/run.json is damaged" in said.replace(" /", "/")
 
 
-# -- code of strangers
+# -- code of untrusted files
 
 
 @pytest.fixture
@@ -238,7 +240,7 @@ def test_the_weights_of_a_run_name_no_class(
             module, "report", lambda dataset, results, figures, out, title: reported.append(results) or {}
         )
     assert cli.run(["train", str(run), "--resume", "--json"]) == 0
-    assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written anew"
+    assert json.loads((run / "run.json").read_text())["data"].keys() == {"train", "val"}, "written again"
     options = [f"data={scenes}", *SMALL, "test.max_det=7"]
     cell = Run("a row", config.load("retinanet_tiny", [*options, f"out={tmp_path / 'scored'}"]), run)
     worker.score_trained_weights(cell, lambda text: None)

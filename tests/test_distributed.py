@@ -13,12 +13,12 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fakes import FakeDetector, FakeLoader, make_batch
+from fusedet.config import Train
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform
 from fusedet.engine import checkpoint
-from fusedet.engine.optim import Optim
-from fusedet.engine.trainer import Interrupted, Recipe, fit
+from fusedet.engine.trainer import Interrupted, fit, setup
 from fusedet.errors import InputError
 from fusedet.types import Batch
 from killing import differences
@@ -37,10 +37,10 @@ from lightning_fabric import Fabric
 from test_distributed import part
 from torch import nn
 
-from fusedet.config import Interval
-from fusedet.engine.trainer import Interrupted, NonFinite, Recipe, fit
-from fusedet.engine.optim import Optim
-from fusedet.engine.train_state import Objective
+from fusedet.config import Train
+from fusedet.engine.setup import Objective
+from fusedet.engine.trainer import Interrupted, fit, setup
+from fusedet.errors import DivergenceError
 from fusedet.types import Target
 
 top = Path(sys.argv[1])
@@ -83,7 +83,7 @@ def train(folder, what="", resume=False, loader=None, every=None):
     out, loader, made = top / folder, loader or Loader(), detector()
     out.mkdir(exist_ok=True)
     loader.what = what
-    recipe = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9, checkpoint_every=every)
+    settings = Train(epochs=2, warmup_steps=0, accumulate=2, ema=0.9, checkpoint_every=every)
 
     def validate(module, epoch):
         if what == "stop in the validation":
@@ -91,8 +91,8 @@ def train(folder, what="", resume=False, loader=None, every=None):
         return {"AP": rank + epoch}
 
     try:
-        fit(fabric, made, loader, recipe, out=out, validate=validate, resume=resume)
-    except (Interrupted, NonFinite) as error:
+        fit(setup(fabric, made, loader, settings, out=out, validate=validate, resume=resume, log_every=3))
+    except (Interrupted, DivergenceError) as error:
         (out / f"{rank}.txt").write_text(f"{type(error).__name__}: {error} {getattr(error, 'code', '')}")
     torch.save(made.state_dict(), out / f"{rank}.pt")
 
@@ -108,7 +108,7 @@ train("whole")
 train("nan", what="nan")
 train("stop", what="stop")
 train("stopped in the validation", what="stop in the validation")
-train("timed", every=Interval(seconds=1e-9))
+train("timed", every="0.000000001s")
 train("two_to_one", what="stop", loader=Shared())
 fabric.barrier()
 train("stop", resume=True)
@@ -117,11 +117,11 @@ train("one_to_two", resume=True, loader=Shared())
 fabric.barrier()
 torch.distributed.destroy_process_group()
 """
-JOINT = Recipe(epochs=2, optim=Optim(warmup_steps=0), log_every=3, accumulate=2, ema_decay=0.9)
+JOINT = Train(epochs=2, warmup_steps=0, accumulate=2, ema=0.9)
 
 
 def alone(out: Path, stop: bool = False, **options) -> None:
-    """One process, with the batches of which `Shared` gives each process its half."""
+    """Train in one process, on the batches that `Shared` splits among two."""
 
     def change(epoch: int, number: int, batch: Batch) -> Batch:
         if stop and number == 3:
@@ -133,21 +133,13 @@ def alone(out: Path, stop: bool = False, **options) -> None:
     detector.body[1] = nn.Identity()
     out.mkdir(exist_ok=True)
     fabric = Fabric(accelerator="cpu", devices=1)
-    fit(
-        fabric,
-        detector,
-        FakeLoader(change=change),
-        JOINT,
-        out=out,
-        validate=lambda module, epoch: {"AP": epoch},
-        quiet=True,
-        **options,
-    )
+    options = {"validate": lambda module, epoch: {"AP": epoch}, "quiet": True, "log_every": 3, **options}
+    fit(setup(fabric, detector, FakeLoader(change=change), JOINT, out=out, **options))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, str]:
-    """The folder and the output of one launch of two processes; starting them is what takes time."""
+    """The directory and the output of one launch of two processes, because the start takes most of the time."""
     out = tmp_path_factory.mktemp("two")
     (out / "script.py").write_text(SCRIPT)
     with pytest.raises(Interrupted):
@@ -212,7 +204,7 @@ def test_the_processes_stay_equal_and_only_the_first_writes(two):
 def test_a_bad_loss_in_one_process_stops_both_with_its_images(two):
     said = [(two[0] / "nan" / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0] == said[1]
-    assert "NonFinite: the loss term 'loss_box' is nan at step 2, images 3009, 3010, 3011:" in said[0]
+    assert "DivergenceError: the loss term 'loss_box' is nan at step 2, images 3009, 3010, 3011:" in said[0]
     assert not (two[0] / "nan" / "last.ckpt").exists()
 
 

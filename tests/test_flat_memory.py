@@ -1,4 +1,4 @@
-"""Memory stays where it is: the short form of tests/soak/test_memory.py, and that its measure sees a leak."""
+"""Memory does not grow: the short form of tests/soak/test_memory.py, and a check that its measure detects a leak."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise(n: int, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_line_sees_a_planted_leak(seed: int) -> None:
+def test_the_line_detects_a_planted_leak(seed: int) -> None:
     steps = np.arange(0, 2000, 5)
     flat = line(steps, noise(len(steps), seed))
     assert flat.low < 0 < flat.high
@@ -34,8 +34,8 @@ def test_the_line_sees_a_planted_leak(seed: int) -> None:
 
 def test_the_interval_holds_the_slope_as_often_as_it_says() -> None:
     steps = np.arange(0, 2000, 5)
-    found = [line(steps, noise(len(steps), seed)) for seed in range(400)]
-    assert 0.90 <= np.mean([one.low < 0 < one.high for one in found]) <= 0.99
+    lines = [line(steps, noise(len(steps), seed)) for seed in range(400)]
+    assert 0.90 <= np.mean([fit.low < 0 < fit.high for fit in lines]) <= 0.99
 
 
 def test_what_comes_before_is_left_out() -> None:
@@ -56,10 +56,10 @@ print(json.dumps(taken))
 """
 
 
-def test_the_measure_sees_a_leak() -> None:
+def test_the_measure_detects_a_leak() -> None:
     """In a process of its own: what earlier tests have left would be given back meanwhile."""
-    found = line(range(60), run(LEAK))
-    assert 200 * KIB < found.slope < 320 * KIB
+    fit = line(range(60), run(LEAK))
+    assert 200 * KIB < fit.slope < 320 * KIB
 
 
 PER_STEP, PER_IMAGE = 256 * KIB, 128 * KIB
@@ -72,18 +72,18 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     )
     words = ["train", "retinanet_tiny", f"data={data}", f"out={tmp_path / 'run'}", *SMALL]
     taken = of_command("loss", 2, [*words, "train.batch=2", "train.epochs=3", "train.validate_every=3", "--json"])
-    found = line(taken[:, 0], taken[:, 2], warm_up=0.4)
+    fit = line(taken[:, 0], taken[:, 2], warm_up=0.4)
     assert taken[-1, 0] == 150
-    assert found.high < PER_STEP, found
+    assert fit.high < PER_STEP, fit
     (tmp_path / "many").mkdir()
-    for i, one in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
-        (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(one)
-    # what is found is held until its part is written, some kilobytes an image: many small parts
+    for i, file in enumerate(sorted((data / "train").rglob("*.jpg")) * 5):
+        (tmp_path / "many" / f"{i:03d}.jpg").hardlink_to(file)
+    # Detections are held until their part is written, some kilobytes an image: many small parts.
     words = [
         "predict",
         trained,
         tmp_path / "many",
-        f"out={tmp_path / 'found'}",
+        f"out={tmp_path / 'predicted'}",
         "--no-draw",
         "test.batch=4",
         "--part",
@@ -91,13 +91,13 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
         "--json",
     ]
     taken = of_command("detect", 2, words)
-    found = line(taken[:, 1], taken[:, 2], warm_up=0.4)
+    fit = line(taken[:, 1], taken[:, 2], warm_up=0.4)
     assert taken[-1, 1] == 496
-    assert found.high < PER_IMAGE, found
+    assert fit.high < PER_IMAGE, fit
 
 
 def test_annotations_are_not_copied_by_workers(tmp_path: Path) -> None:
-    """A tenth of the soak test's images: the dataset are held in a few bytes each, and two workers do not double them."""
+    """A tenth of the soak test's images: annotations take a few bytes each, and two workers do not double them."""
     large, small = (
         run(Path(__file__).with_name("annotated.py"), write(tmp_path / str(n), "coco", n, 10), 2, "fork")
         for n in (10_000, 100)

@@ -1,4 +1,4 @@
-"""A training that is killed or stopped, wherever, and resumed is bit for bit the one that never was."""
+"""A training that is killed or stopped anywhere, and resumed, equals bit for bit one that was not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = [
     "train.ema=0.9",
     "train.checkpoint_every=1steps",
 ]
-FAULTS = [  # each met by the process that goes on from the one before
+FAULTS = [  # each process goes on from the one before
     ("in the middle of a checkpoint", 1, KILL),  # before there is one
     ("after half a row", 1, KILL),
     ("before a checkpoint is in its place", 2, KILL),
@@ -42,7 +42,7 @@ def words(scenes: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbed."""
+    """The run that was never stopped."""
     return undisturbed(words, tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -58,7 +58,7 @@ def test_killed_or_stopped_at_every_place_a_run_ends_the_same(words: list[str], 
     training.wait()
     assert training.codes == [0], log.read_text()[-3000:]
     assert not differences(whole, run)[:5]
-    assert "begins anew" in log.read_text()
+    assert "begins again" in log.read_text()
 
 
 def test_killed_at_ten_random_moments_a_run_ends_the_same(words: list[str], whole: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL
+from fusedet.engine import checkpoint
+from killing import differences
 
 JOBS = 20
 SCRIPT = """
@@ -25,10 +28,22 @@ for words, code in json.loads(sys.argv[1]):
 """
 
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
 def run_two_processes(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run([*LAUNCH, *command], env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def child_of_rank(launcher: int, rank: int) -> int:
+    """The process id of one of torchrun's processes."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return next(
+        int(pid)
+        for pid in children
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
 
 
 def test_two_processes_end_their_group_after_success_and_errors(scenes: Path, tmp_path: Path) -> None:
@@ -54,3 +69,32 @@ def test_twenty_jobs_in_a_row_exit_with_zero(scenes: Path, tmp_path: Path, capsy
     with capsys.disabled():
         print(f"\n{JOBS} jobs of two processes in {time.monotonic() - began:.0f} s, exit codes {sorted(set(codes))}")
     assert codes == [0] * JOBS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_a_killed_rank_ends_the_job_and_the_run_resumes_bit_for_bit(scenes: Path, tmp_path: Path) -> None:
+    """torchrun ends the other processes; last.ckpt is whole."""
+    words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL, "train.epochs=6", "train.checkpoint_every=1steps"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_two_processes("-m", "fusedet.cli", *words, f"out={whole}").returncode == 0
+    with (tmp_path / "log").open("w") as log:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [*LAUNCH, "-m", "fusedet.cli", *words, f"out={run}"]
+        job = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        try:
+            while not (run / "last.ckpt").is_file():
+                assert job.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.01)
+            survivor = child_of_rank(job.pid, 0)
+            os.kill(child_of_rank(job.pid, 1), signal.SIGKILL)
+            began = time.monotonic()
+            assert job.wait(timeout=60) != 0
+            assert time.monotonic() - began < 60
+            assert not Path(f"/proc/{survivor}").exists()
+        finally:
+            job.kill()
+    assert checkpoint.load(run / "last.ckpt")["step"] < 12
+    done = run_two_processes("-m", "fusedet.cli", "train", str(run), "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not differences(whole, run)

@@ -1,10 +1,9 @@
-"""What resuming rests on: intervals, tables, signals, what is said of another torch, and torch's deterministic algorithms."""
+"""What resuming depends on: intervals, tables, signals, other versions of torch, and deterministic algorithms."""
 
 from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,29 +19,27 @@ from fusedet.config import Config, Interval, Train, parse_interval
 from fusedet.engine import checkpoint, train_state, trainer
 from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
 from fusedet.engine.logging import Meter, Table
-from fusedet.engine.optim import Optim
 from fusedet.engine.signals import Interrupts
-from fusedet.engine.trainer import Interrupted, Recipe, fit
-from fusedet.errors import InputError
+from fusedet.engine.trainer import Interrupted, fit, setup
+from fusedet.errors import InputError, StorageError
 from killing import differences
 
-RECIPE = Recipe(epochs=2, optim=Optim(lr=0.05, warmup_steps=4, milestones=(1,)), log_every=3)
+
+def settings(**changes: Any) -> Train:
+    base: dict[str, Any] = {"epochs": 2, "lr": 0.05, "warmup_steps": 4, "milestones": (1,)}
+    return Train(**base | changes)
 
 
-def train(out: Path, recipe: Recipe = RECIPE, detector: Any = None, **options: Any) -> dict[str, Any]:
+RECIPE = settings()
+
+
+def train(out: Path, recipe: Train = RECIPE, detector: Any = None, **options: Any) -> dict[str, Any]:
     torch.manual_seed(1)
     out.mkdir(exist_ok=True)
     validate = lambda module, epoch: {"AP": float(module.score.weight.sum())}  # noqa: E731
-    made = detector or FakeDetector(0.5)
+    fabric, detector = Fabric(accelerator="cpu", devices=1), detector or FakeDetector(0.5)
     return fit(
-        Fabric(accelerator="cpu", devices=1),
-        made,
-        FakeLoader(),
-        recipe,
-        out=out,
-        validate=validate,
-        quiet=True,
-        **options,
+        setup(fabric, detector, FakeLoader(), recipe, out=out, validate=validate, quiet=True, log_every=3, **options)
     )
 
 
@@ -61,21 +58,23 @@ def test_intervals(text: str, expected: Interval) -> None:
 
 
 @pytest.mark.parametrize("text", ["30", "min", "0steps", "2.5steps", "-1h", "0s", "30minutes", "1h30min", ""])
-def test_what_is_no_interval_is_said(text: str) -> None:
+def test_what_is_no_interval_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"train.checkpoint_every=.* such as 90s, 30min, 2h or 500steps"):
         Config(train=Train(checkpoint_every=text))
 
 
-@pytest.mark.parametrize("every", [Interval(steps=3), Interval(seconds=1e-9)])
+@pytest.mark.parametrize("every", ["3steps", "0.000000001s"])
 def test_checkpoints_within_an_epoch_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: Interval
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str
 ) -> None:
     train(tmp_path / "a")
     steps, write = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda path, state: (steps.append(state["step"]), write(path, state)))
-    train(tmp_path / "b", replace(RECIPE, checkpoint_every=every))
+    train(tmp_path / "b", settings(checkpoint_every=every))
     # after every third step or every single one, and after both epochs of seven
-    assert steps == ([3, 6, 7, 9, 12, 14] if every.steps else [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14, 14])
+    assert steps == (
+        [3, 6, 7, 9, 12, 14] if every == "3steps" else [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14, 14]
+    )
     assert not differences(tmp_path / "a", tmp_path / "b")
 
 
@@ -98,7 +97,7 @@ def test_a_second_interrupt_in_the_middle_of_a_step_leaves_the_checkpoint_before
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Interrupts, "__enter__", lambda self: (interrupts.append(self), enter(self))[1])
         with pytest.raises(Interrupted, match="by a second Ctrl-C after step 4") as stopped:
-            train(tmp_path, replace(RECIPE, checkpoint_every=Interval(steps=3)), Impatient(0.5))
+            train(tmp_path, settings(checkpoint_every="3steps"), Impatient(0.5))
     assert made == ["first"]
     assert stopped.value.code == 130
     assert checkpoint.load(tmp_path / "last.ckpt")["step"] == 3
@@ -131,8 +130,10 @@ def test_a_table_goes_on_from_where_it_was(tmp_path: Path) -> None:
     assert Table(file, state).lost == 1
 
 
-def test_another_torch_is_said_and_another_precision_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path, replace(RECIPE, epochs=1))
+def test_another_torch_is_reported_and_another_precision_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, settings(epochs=1))
     lines: list[str] = []
     now = train_state.version
     monkeypatch.setattr(train_state, "version", lambda name: "9.9" if name in ("torch", "fusedet") else now(name))
@@ -143,23 +144,16 @@ def test_another_torch_is_said_and_another_precision_refused(tmp_path: Path, mon
     ]
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     with pytest.raises(InputError, match="precision was 32-true and is now bf16-mixed"):
-        fit(fabric, FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, resume=True, quiet=True)
+        setup(fabric, FakeDetector(), FakeLoader(), RECIPE, out=tmp_path, resume=True, quiet=True)
+    fabric = Fabric(accelerator="cpu", devices=1)
     with pytest.raises(InputError, match="images per batch was 4 and is now 2"):
-        fit(
-            Fabric(accelerator="cpu", devices=1),
-            FakeDetector(),
-            FakeLoader(size=2),
-            RECIPE,
-            out=tmp_path,
-            resume=True,
-            quiet=True,
-        )
+        setup(fabric, FakeDetector(), FakeLoader(size=2), RECIPE, out=tmp_path, resume=True, quiet=True)
 
 
 def test_rates_momentum_and_decay_are_as_the_options_say(tmp_path: Path) -> None:
-    train(tmp_path, replace(RECIPE, epochs=1, optim=replace(RECIPE.optim, momentum=0)))
+    train(tmp_path, settings(epochs=1, momentum=0))
     assert not checkpoint.load(tmp_path / "last.ckpt")["optimizer"]["state"]
-    train(tmp_path, replace(RECIPE, optim=replace(RECIPE.optim, lr=0.01, momentum=0.5, weight_decay=0.25)), resume=True)
+    train(tmp_path, settings(lr=0.01, momentum=0.5, weight_decay=0.25), resume=True)
     saved = checkpoint.load(tmp_path / "last.ckpt")["optimizer"]
     (group,) = saved["param_groups"]
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
@@ -171,7 +165,7 @@ def test_means_over_other_processes() -> None:
     states = [{"names": ["loss"], "sums": torch.tensor([float(n)]), "steps": 2} for n in (2, 6)]
     meter = Meter()
     meter.restore(Meter.mean(states), torch.device("cpu"))
-    assert meter.read(lambda values: values) == {"loss": 2.0}
+    assert meter.pop_means(lambda values: values) == {"loss": 2.0}
     empty = {"names": [], "sums": None, "steps": 0}
     assert Meter.mean([empty, empty]) == empty
 
@@ -181,7 +175,7 @@ def test_what_a_killed_process_left_is_cleaned_and_no_hindrance(tmp_path: Path) 
     out.mkdir()
     (out / ".config.yaml.123.part").write_text("half")
     assert fresh(out) == out
-    train(out, replace(RECIPE, epochs=1))
+    train(out, settings(epochs=1))
     assert not list(out.glob(".*.part"))
     (out / ".last.ckpt.123.part").write_text("half")
     train(out, resume=True)
@@ -194,12 +188,12 @@ def test_best_weights_that_cannot_be_written_are_written_after_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
-        raise InputError("best.safetensors cannot be written: No space left on device")
+        raise StorageError("best.safetensors cannot be written: No space left on device")
 
     train(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_weights", full)
-        with pytest.raises(InputError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             train(tmp_path / "b")
     train(tmp_path / "b", resume=True)
     assert not differences(tmp_path / "a", tmp_path / "b")
@@ -208,17 +202,17 @@ def test_best_weights_that_cannot_be_written_are_written_after_resuming(
 def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = trainer._judge
+    keep_best = trainer._keep_best
 
-    def failing(one: train_state.Run, metrics: dict[str, float]) -> None:
-        if one.state["epoch"] == 1:
-            raise InputError("metrics.csv cannot be written: No space left on device")
-        judge(one, metrics)
+    def failing(run: train_state.Run, metrics: dict[str, float]) -> None:
+        if run.state["epoch"] == 1:
+            raise StorageError("metrics.csv cannot be written: No space left on device")
+        keep_best(run, metrics)
 
     train(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_judge", failing)
-        with pytest.raises(InputError, match="No space left"):
+        patch.setattr(trainer, "_keep_best", failing)
+        with pytest.raises(StorageError, match="No space left"):
             train(tmp_path / "b")
     train(tmp_path / "b", resume=True)
     assert not differences(tmp_path / "a", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""All ten detectors in two processes: the mean of their gradients is that of one process, also where one of them has no objects."""
+"""All ten detectors in two processes: their mean gradient is that of one process, even if one process has no objects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OBJECTS: dict[str, list[list[list[float]]]] = {  # of two images for each proces
 
 
 def learned(name: str, kind: str, images: slice) -> Learned:
-    """The gradients of these images' losses by name, and what Dynamic R-CNN notes. Nothing is left to chance."""
+    """Return the gradients of these images' losses by name, and Dynamic R-CNN's notes. Nothing is random."""
     torch.manual_seed(0)
     with float64():
         near = (
@@ -56,17 +56,19 @@ def learned(name: str, kind: str, images: slice) -> Learned:
 
 
 def work(rank: int, folder: Path) -> None:
-    """What one of two processes does."""
+    """Save the gradients of one of two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    found = {(name, kind): learned(name, kind, slice(2 * rank, 2 * rank + 2)) for name in DETECTORS for kind in OBJECTS}
-    torch.save(found, folder / f"{rank}.pt")
+    gradients = {
+        (name, kind): learned(name, kind, slice(2 * rank, 2 * rank + 2)) for name in DETECTORS for kind in OBJECTS
+    }
+    torch.save(gradients, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Learned]]:
-    """What each of two processes learned."""
+    """The gradients of each of two processes."""
     folder = tmp_path_factory.mktemp("two")
     processes = [SERVER.Process(target=work, args=(rank, folder)) for rank in (0, 1)]
     for process in processes:

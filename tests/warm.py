@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported everything: a start costs a second, not the seconds that torch's import takes."""
+"""Processes forked from a server that has imported everything: a start skips the seconds of torch's import."""
 
 from __future__ import annotations
 

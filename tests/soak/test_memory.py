@@ -1,4 +1,4 @@
-"""Memory over thousands of steps and images, and of large annotations. Figures are printed: make soak."""
+"""Memory over thousands of steps and images, and of large annotations. The numbers are printed: make soak."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_training_of_2000_steps(run_folder: tuple[Path, Path], capsys: pytest.Ca
     words = ["train", "retinanet_tiny", f"data={data}", f"out={out}", *SMALL]
     words += ["data.workers=1", "train.batch=2", "train.epochs=20", "train.validate_every=5", "--json"]
     taken = of_command("loss", 5, words)
-    found = line(taken[:, 0], taken[:, 2])
+    fit = line(taken[:, 0], taken[:, 2])
     with capsys.disabled():
-        print(f"\ntraining, {taken[-1, 0]} steps: {found} steps; {taken[-1, 2] / MIB:.0f} MiB at the end")
+        print(f"\ntraining, {taken[-1, 0]} steps: {fit} steps; {taken[-1, 2] / MIB:.0f} MiB at the end")
     assert taken[-1, 0] >= 1990
-    assert found.high < PER_STEP
+    assert fit.high < PER_STEP
 
 
 def test_prediction_of_20000_images(
@@ -55,14 +55,14 @@ def test_prediction_of_20000_images(
     images = sorted(p for p in (data / "train").rglob("*") if p.suffix in (".jpg", ".png"))
     (tmp_path / "many").mkdir()
     for i in range(20_000):
-        one = images[i % len(images)]
-        os.link(one, tmp_path / "many" / f"{i:05d}{one.suffix}")
-    # what is found is held until its part is written, so memory goes up and down with each part: small parts, many of them in a block
+        file = images[i % len(images)]
+        os.link(file, tmp_path / "many" / f"{i:05d}{file.suffix}")
+    # Detections are held until their part is written, so memory goes up and down with each part: many small parts.
     words = [
         "predict",
         out,
         tmp_path / "many",
-        f"out={tmp_path / 'found'}",
+        f"out={tmp_path / 'predicted'}",
         "--no-draw",
         "test.batch=4",
         "--part",
@@ -70,11 +70,11 @@ def test_prediction_of_20000_images(
         "--json",
     ]
     taken = of_command("detect", 25, words)
-    found = line(taken[:, 1], taken[:, 2])
+    fit = line(taken[:, 1], taken[:, 2])
     with capsys.disabled():
-        print(f"\nprediction, {taken[-1, 1]} images: {found} images; {taken[-1, 2] / MIB:.0f} MiB at the end")
+        print(f"\nprediction, {taken[-1, 1]} images: {fit} images; {taken[-1, 2] / MIB:.0f} MiB at the end")
     assert taken[-1, 1] >= 19_900
-    assert found.high < PER_IMAGE
+    assert fit.high < PER_IMAGE
 
 
 LIMITS = {"coco": (20, 1024), "coco with polygons": (20, 2048), "yolo": (40, 1024), "voc": (40, 1024)}
@@ -85,7 +85,7 @@ LIMITS = {"coco": (20, 1024), "coco with polygons": (20, 2048), "yolo": (40, 102
 def test_a_million_boxes(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     """100,000 images: how long they take, and how much; what four workers add is measured beside what they add to 100 images.
 
-    The memory is the process's own, the mapped files of torch and the others left out. Forked workers, Linux's default, add at most 10 %
+    The memory is the process's own, without the mapped files of torch and other libraries. Forked workers, Linux's default, add at most 10 %
     of the memory of the process that holds the annotations; for spawned ones torch moves the annotations to shared memory once.
     """
     large, small = (

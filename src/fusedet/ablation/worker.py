@@ -17,8 +17,8 @@ from fusedet.api.run_dir import about, fresh, write_json
 from fusedet.api.train import open_data, train
 from fusedet.api.validate import evaluate_detector, report
 from fusedet.atomic_io import write_atomically
-from fusedet.engine.trainer import Interrupted, NonFinite
-from fusedet.errors import InputError
+from fusedet.engine.signals import Interrupted
+from fusedet.errors import DivergenceError, InputError
 
 
 def execute_run(run: Run, say: Callable[[str], None] = print, quiet: bool = False) -> None:
@@ -39,7 +39,7 @@ def execute_run(run: Run, say: Callable[[str], None] = print, quiet: bool = Fals
             score_trained_weights(run, say)
         else:
             train(run.config, resume=resumed, say=say, quiet=quiet)
-    except NonFinite as error:
+    except DivergenceError as error:
         write_json(folder / FAILED, {"reason": str(error)})
     finally:
         if (folder / "config.yaml").is_file():
@@ -82,7 +82,7 @@ def main() -> int:
         execute_run(Run(task["label"], config.parse(task["config"]), weights_from))
     except InputError as error:
         print(str(error), file=sys.stderr)
-        return 2
+        return error.exit_code
     except Interrupted as stop:
         print(str(stop), file=sys.stderr)
         return stop.code

@@ -1,4 +1,4 @@
-"""Several processes: which ones a launcher has started, and what they do together."""
+"""Several processes: which of them this one is, the process group they form, and what they do in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import distributed
 
 from fusedet.api.predict import pick_device
 from fusedet.config import Config, Train
-from fusedet.engine import shards, trainer
-from fusedet.engine.peers import Peers
+from fusedet.engine.precision import fabric_precision
 from fusedet.errors import InputError
 
 TIMEOUT = timedelta(minutes=30)
@@ -29,9 +27,10 @@ _GROUPS = itertools.count()
 
 
 def place() -> tuple[int, int, int]:
-    """This process's number among all, how many there are, and its number on its machine, from torchrun's variables.
+    """Return this process's rank, the world size, and its rank on its machine, from torchrun's variables.
 
-    Raises InputError for values that are no such numbers.
+    Raises:
+        InputError: The variables are not such numbers.
     """
     texts = {
         name: os.environ.get(name, default)
@@ -39,24 +38,49 @@ def place() -> tuple[int, int, int]:
     }
     if not all(text.isdecimal() for text in texts.values()) or not int(texts["RANK"]) < int(texts["WORLD_SIZE"]):
         raise InputError(
-            f"{', '.join(f'{k}={v}' for k, v in texts.items())}: these are to be whole numbers with RANK below WORLD_SIZE"
+            f"{', '.join(f'{k}={v}' for k, v in texts.items())}: these must be whole numbers with RANK below WORLD_SIZE"
         )
     return int(texts["RANK"]), int(texts["WORLD_SIZE"]), int(texts["LOCAL_RANK"])
 
 
 def own_device(name: str) -> torch.device:
-    """The device of that name; of several GPUs that are not told apart by it, the one of this process's number on its machine."""
+    """Return the device of that name; of several GPUs, where it names none, the one of this process's local rank."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is None and place()[1] > 1:
         return torch.device("cuda", place()[2] % torch.cuda.device_count())
     return device
 
 
-def make_fabric(config: Config) -> Fabric:
-    """Fabric on the config's device, in as many processes as torchrun has started.
+@contextmanager
+def process_group(config: Config) -> Iterator[Fabric]:
+    """Launch Fabric on the config's device in torchrun's processes, and end their group afterwards.
 
-    Raises InputError for a strategy that they cannot have, and where the machines have different numbers of processes.
+    After success the processes end the group at the same time. After an error or an interruption the others may be
+    gone, so no process waits.
+
+    Raises:
+        InputError: The machines have different numbers of processes, or the device does not have the precision.
     """
+    fabric = _launch_fabric(config)
+    try:
+        yield fabric
+        fabric.barrier()
+    finally:
+        destroy_process_group()
+
+
+@contextmanager
+def shared(device: str) -> Iterator[tuple[int, int, torch.device]]:
+    """Yield this process's rank, the world size, and its device; of several processes, in a process group."""
+    rank, world, _ = place()
+    if world == 1:
+        yield rank, world, pick_device(device)
+        return
+    with process_group(Config(device=device, train=Train(precision="fp32"))) as fabric:
+        yield rank, world, fabric.device
+
+
+def _launch_fabric(config: Config) -> Fabric:
     device = pick_device(config.device)
     _, world, _ = place()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
@@ -69,8 +93,8 @@ def make_fabric(config: Config) -> Fabric:
         accelerator=device.type,
         devices=devices,
         num_nodes=world // local,
-        strategy=strategy(config, world),
-        precision=trainer.precision(config.train.precision, device),  # type: ignore[arg-type]
+        strategy="ddp" if world > 1 else "auto",
+        precision=fabric_precision(config.train.precision, device),
     )
     if world > 1:
         _join_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -89,25 +113,11 @@ def _join_process_group(backend: str) -> None:
     distributed.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
-@contextmanager
-def process_group(config: Config) -> Iterator[Fabric]:
-    """Launch Fabric as `make_fabric` does, and end its process group however the block ends.
-
-    After success the processes end it at the same time. After an error or an interruption the others may be gone, so none waits.
-    """
-    fabric = make_fabric(config)
-    try:
-        yield fabric
-        fabric.barrier()
-    finally:
-        destroy_process_group()
-
-
 def destroy_process_group(seconds: float = 20.0) -> None:
     """End this process's group, if it has joined one.
 
-    Where another process is gone, the backend may wait for it without end. After `seconds` this function gives up, and the process
-    then exits with 1 as soon as Python has ended. torchrun allows 30 seconds between SIGTERM and SIGKILL.
+    Where another process is gone, the backend may wait for it without end. After `seconds` this function gives up, and
+    the process exits with 1 at its end. torchrun allows 30 seconds between SIGTERM and SIGKILL.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return
@@ -119,43 +129,14 @@ def destroy_process_group(seconds: float = 20.0) -> None:
 
 
 def _exit_at_once() -> None:
-    """Leave without the destructors of the group's threads, which would abort the process or wait again."""
+    """Exit without the destructors of the group's threads, which would abort the process or wait again."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
-@contextmanager
-def shared(device: str) -> Iterator[tuple[int, int, torch.device]]:
-    """This process's number, how many there are, and its device; of several, each is told when another one is gone."""
-    rank, world, _ = place()
-    if world == 1:
-        yield rank, world, pick_device(device)
-        return
-    with process_group(Config(device=device, train=Train(precision="fp32"))) as fabric, Peers(fabric, Path()):
-        yield rank, world, fabric.device
-
-
-def strategy(config: Config, world: int) -> Any:
-    """Fabric's strategy for train.strategy. Raises InputError for what fsdp does not go with."""
-    train = config.train
-    if train.strategy != "fsdp":
-        return "ddp" if world > 1 else "auto"
-    if world == 1:
-        raise InputError(
-            "train.strategy=fsdp shares the weights out among processes: start several with torchrun, or leave it at auto"
-        )
-    if train.precision == "fp16":
-        raise InputError(
-            "train.strategy=fsdp does not go with train.precision=fp16, whose scale must be of all: use bf16 or fp32"
-        )
-    if train.compile:
-        raise InputError("train.strategy=fsdp does not go with train.compile=true: leave one of them out")
-    return shards.strategy(world)
-
-
-def together(fabric: Fabric, action: Callable[[], object]) -> None:
-    """Let the first process act; a user's mistake that it meets is raised in all of them."""
+def run_on_first(fabric: Fabric, action: Callable[[], object]) -> None:
+    """Run an action in the first process; an InputError of it is raised in all processes."""
     problem: str | None = None
     if fabric.is_global_zero:
         try:
@@ -164,7 +145,3 @@ def together(fabric: Fabric, action: Callable[[], object]) -> None:
             problem = str(error)
     if problem := fabric.broadcast(problem):
         raise InputError(problem)
-
-
-def silent(text: str) -> None:
-    """What the other processes say."""

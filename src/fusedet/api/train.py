@@ -1,17 +1,17 @@
-"""Training: from a config to a run's folder with weights, figures and images."""
+"""Training: from a config to a run directory with weights, metrics and plots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
-from fusedet.api.distributed import process_group, silent, together
+from fusedet.api.distributed import process_group, run_on_first
 from fusedet.api.image_check import check_images, record_replaced_images
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.results import RunResult
@@ -20,6 +20,7 @@ from fusedet.api.settings import Settings, Source, training_config
 from fusedet.api.validate import (
     FIGURES,
     MASK_FIGURES,
+    Evaluation,
     check_masks,
     detect,
     evaluate_detector,
@@ -30,7 +31,7 @@ from fusedet.api.validate import (
     val_loader,
 )
 from fusedet.atomic_io import write_atomically
-from fusedet.config import Config, parse_interval
+from fusedet.config import Config
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
@@ -39,9 +40,9 @@ from fusedet.data.transforms import TrainTransform
 from fusedet.data.validation import compare_class_names
 from fusedet.engine import checkpoint, logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
-from fusedet.engine.peers import Peers
 from fusedet.engine.train_state import TABLES
-from fusedet.errors import InputError, plural, unknown
+from fusedet.errors import DivergenceError, InputError, plural, unknown
+from fusedet.models.backbones import TimmBackbone
 from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained
 
 
@@ -79,46 +80,55 @@ def train(
     """
     options = training_config(config, overrides, settings, resume, trust)
     with deterministic(options.train.deterministic):
-        return _train(options, resume, say, quiet)
+        out, is_begun = _check_config(options, resume)
+        with process_group(options) as fabric:
+            is_first = fabric.is_global_zero
+            dataset, evaluated = _fit(fabric, options, out, resume, is_begun, say if is_first else _say_nothing, quiet)
+        if not is_first:
+            return RunResult(out, {}, {})
+        files = report(dataset, evaluated.results, evaluated.metrics, out, title=out.name)
+        files["training curves"] = out / "training.png"
+        visualization.plot_training(out / "metrics.csv", files["training curves"])
+        return RunResult(out, evaluated.metrics, files, f"{out}: best weights on {options.data.val}")
 
 
-def _train(config: Config, resume: bool, say: Callable[[str], None], quiet: bool) -> RunResult:
+def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
+    """Return the run directory, and whether it has a checkpoint to resume."""
     if config.data.path is None:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
     if config.out is None:
-        raise InputError("no output folder: add out=FOLDER")
+        raise InputError("no output directory: add out=FOLDER")
     out = Path(config.out)
-    begun = resume and (out / "last.ckpt").is_file()
-    if resume and not begun and not (out / "config.yaml").is_file():
-        raise InputError(f"out={out} holds no run to resume: give the run's folder, fusedet train RUN --resume")
+    is_begun = resume and (out / "last.ckpt").is_file()
+    if resume and not is_begun and not (out / "config.yaml").is_file():
+        raise InputError(f"out={out} holds no run to resume: give the run's directory, fusedet train RUN --resume")
     check_monitor(config)
-    build_meta_detector(config)  # what cannot be built is told before the data are read
-    with process_group(config) as fabric, Peers(fabric, out / "last.ckpt", say):
-        return _fit(fabric, config, out, resume, begun, say if fabric.is_global_zero else silent, quiet)
+    build_meta_detector(config)  # a model that cannot be built is reported before the data are read
+    return out, is_begun
 
 
 def _fit(
-    fabric: Fabric, config: Config, out: Path, resume: bool, begun: bool, say: Callable[[str], None], quiet: bool
-) -> RunResult:
-    """What each process does. begun: with `resume`, there is a checkpoint to go on from."""
-    loggers = logging.loggers(config.train.loggers, out)
+    fabric: Fabric, config: Config, out: Path, resume: bool, is_begun: bool, say: Callable[[str], None], quiet: bool
+) -> tuple[DetectionDataset, Evaluation]:
+    """Train in each process; return the validation split and the evaluation of the best weights on it."""
+    settings = config.train
+    loggers = logging.make_loggers(settings.loggers, out)
     data, val = open_data(config, say)
-    if begun:
+    if is_begun:
         _check_prints(out, data, val, say)
     elif resume:
-        say(f"{out} was stopped before its first checkpoint: it begins anew")
-    rng.seed(config.train.seed)
-    detector = make_detector(config, val, say, begun)
+        say(f"{out} was stopped before its first checkpoint: it begins again")
+    rng.seed(settings.seed)
+    detector = make_detector(config, val, say, is_begun)
     masks = learns_masks(config, detector, data, val)
-    batch, rate = config.train.batch // config.train.accumulate, config.train.lr
     ledger = None
-    if config.train.on_bad_image == "skip":
-        ledger = BadImageLog(out, len(data), config.train.max_bad_images, fabric.global_rank, fabric.world_size)
+    if settings.on_bad_image == "skip":
+        ledger = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank, fabric.world_size)
     loader = build_train_loader(
         data,
         train_transform(config),
-        batch=batch,
-        seed=config.train.seed,
+        batch=settings.batch // settings.accumulate,
+        seed=settings.seed,
         workers=config.data.workers,
         rank=fabric.global_rank,
         world=fabric.world_size,
@@ -126,27 +136,16 @@ def _fit(
         pin=fabric.device.type == "cuda",
         bad_image_log=ledger,
     )
-    if config.train.base_batch:
-        rate = optim.scaled_lr(rate, config.train.batch, config.train.base_batch)
-        if rate != config.train.lr:
-            say(
-                f"learning rate {config.train.lr:g} is for a batch of {config.train.base_batch}: {rate:g} for {config.train.batch}"
-            )
-    recipe = make_recipe(config, rate)
+    lr = _scaled_lr(config, say)
     if config.data.check:
-        together(fabric, lambda: check_images(config, data, val, say))
+        run_on_first(fabric, lambda: check_images(config, data, val, say))
     if not resume:
-        together(fabric, lambda: fresh(out))
+        run_on_first(fabric, lambda: fresh(out))
         say(f"results: {out}")
-    prints = {"train": data.fingerprint(), "val": val.fingerprint()}
-    known = about(str(fabric.device), fabric.world_size) | {"data": prints, "lr": rate, "seed": config.train.seed}
-    if fabric.is_global_zero and not begun:
-        write_atomically(out / "config.yaml", config.to_yaml().encode())
-        write_json(out / "run.json", known)
-    share = val_loader(config, val, fabric.global_rank, fabric.world_size)
+    val_share = val_loader(config, val, fabric.global_rank, fabric.world_size)
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
-        results = detect(module, share, val, fabric.device)
+        results = detect(module, val_share, val, fabric.device)
         figures = evaluation.evaluate_coco(val, results, per_class=False)
         if masks:
             figures |= mask_figures(val, results)
@@ -159,45 +158,75 @@ def _fit(
         "format": "fusedet",
     }
     try:
-        options: dict[str, Any] = {
-            "validate": validate,
-            "resume": begun,
-            "loggers": loggers,
-            "meta": meta,
-            "quiet": quiet,
-            "say": say,
-        }
-        done = trainer.fit(
-            fabric, detector, loader, recipe, out=out, saved=lambda: _note(config, fabric, out, known), **options
+        run = trainer.setup(
+            fabric,
+            detector,
+            loader,
+            settings,
+            lr=lr,
+            out=out,
+            validate=validate,
+            resume=is_begun,
+            loggers=loggers,
+            meta=meta,
+            quiet=quiet,
+            say=say,
         )
-    except trainer.NonFinite:
-        raise  # its metrics.csv shows how it came to that
+        if fabric.is_global_zero:
+            _write_description(config, out, fabric, lr, data, val, is_begun)
+        done = trainer.fit(run)
+    except DivergenceError:
+        raise  # metrics.csv shows how the run came to that
     except InputError:
-        if fabric.is_global_zero and not begun and not (out / "last.ckpt").exists():
+        if fabric.is_global_zero and not is_begun and not (out / "last.ckpt").exists():
             withdraw(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
         raise
-    _note(config, fabric, out, known)
     if ledger:
-        ledger.begin(done["epoch"], 0)  # or nothing would be known of the epochs before, where none was left to train
+        ledger.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
         record_replaced_images(ledger, out, say)
     fabric.barrier()
-    return finish(config, fabric, out, val)
+    best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
+    return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
 
 
-def _note(config: Config, fabric: Fabric, out: Path, known: dict[str, Any]) -> None:
-    """Write the config as it is now, because a resumed run may have got another one (train.epochs=24), and run.json where it is gone."""
-    if fabric.is_global_zero:
-        write_atomically(out / "config.yaml", config.to_yaml().encode())
-        if not (out / "run.json").is_file():
-            write_json(out / "run.json", known)
+def _scaled_lr(config: Config, say: Callable[[str], None]) -> float:
+    """Return the learning rate for the total batch, and say it where it differs from the config's."""
+    lr, batch, base_batch = config.train.lr, config.train.batch, config.train.base_batch
+    if not base_batch:
+        return lr
+    scaled = optim.scaled_lr(lr, batch, base_batch)
+    if scaled != lr:
+        say(f"learning rate {lr:g} is for a batch of {base_batch}: {scaled:g} for {batch}")
+    return scaled
+
+
+def _write_description(
+    config: Config,
+    out: Path,
+    fabric: Fabric,
+    lr: float,
+    data: DetectionDataset,
+    val: DetectionDataset,
+    is_begun: bool,
+) -> None:
+    """Write run.json where it is missing, and config.yaml: a resumed run may have got other settings (train.epochs)."""
+    write_atomically(out / "config.yaml", config.to_yaml().encode())
+    if not is_begun or not (out / "run.json").is_file():
+        prints = {"train": data.fingerprint(), "val": val.fingerprint()}
+        more = {"data": prints, "lr": lr, "seed": config.train.seed}
+        write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | more)
+
+
+def _say_nothing(text: str) -> None:
+    """Take the lines of all processes but the first."""
 
 
 def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
-    """Raises InputError where a run was begun on other data, or what its run.json says is damaged."""
+    """Raise InputError where a run was begun on other data, or its run.json is damaged."""
     known = data_prints(out)
     if known is None:
         return say(
-            f"warning: {out / 'run.json'} is gone, so nothing tells whether {out} was begun on these data; it is written anew"
+            f"warning: {out / 'run.json'} is missing, so {out} may have been begun on other data; it is written again"
         )
     for name, dataset in (("train", data), ("val", val)):
         if known.get(name) != dataset.fingerprint():
@@ -206,20 +235,8 @@ def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say:
             )
 
 
-def finish(config: Config, fabric: Fabric, out: Path, val: DetectionDataset) -> RunResult:
-    """Score the best weights once more and draw what there is to see."""
-    best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
-    evaluated = evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
-    if fabric.global_rank:
-        return RunResult(out, {}, {})
-    files = report(val, evaluated.results, evaluated.metrics, out, title=out.name)
-    files["training curves"] = out / "training.png"
-    visualization.plot_training(out / "metrics.csv", files["training curves"])
-    return RunResult(out, evaluated.metrics, files, f"{out}: best weights on {config.data.val}")
-
-
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
-    """The training and validation splits, checked against each other; says what was wrong with their annotations."""
+    """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
     assert config.data.path is not None
     data, val = (
         read_dataset(config.data.path, split, images=config.data.images)
@@ -248,25 +265,25 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 
 
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
-    """The config's detector for the data's classes, with train.weights loaded where it names some; bare where a run is resumed."""
+    """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run."""
     if resume:  # its weights are in the checkpoint
         return build_detector(disable_pretrained(config), len(dataset.names))
     detector = build_detector(config, len(dataset.names))
-    body: Any = detector.backbone
+    backbone = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
         state, meta = checkpoint.load_weights(file)
-        known = class_names(meta, file) if "names" in meta else list(dataset.names)
-        if known != list(dataset.names):
+        names = class_names(meta, file) if "names" in meta else list(dataset.names)
+        if names != list(dataset.names):
             own = detector.state_dict()
-            anew = {key: own[key] for key in class_tensors(config)}
-            state = {key: value for key, value in state.items() if key not in anew} | anew
+            new = {key: own[key] for key in class_tensors(config)}
+            state = {key: value for key, value in state.items() if key not in new} | new
             say(
-                f"{file} knows the {len(known)} classes {some(known)}, the data has the {len(dataset.names)} classes "
-                f"{some(dataset.names)}: what depends on classes starts anew ({', '.join(anew)})"
+                f"{file} has the {len(names)} classes {some(names)}, the data has the {len(dataset.names)} classes "
+                f"{some(dataset.names)}: the weights that depend on classes are initialized again ({', '.join(new)})"
             )
         checkpoint.load_into(detector, state, file)
-    elif not body.has_weights and (body.frozen or body.norm_eval):
+    elif isinstance(backbone, TimmBackbone) and not backbone.has_weights and (backbone.frozen or backbone.norm_eval):
         say(
             "warning: the backbone starts from random weights, but parts of it are kept as they are: add "
             "model.backbone.frozen_stages=-1 model.backbone.norm_eval=false to train all of it"
@@ -275,32 +292,36 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
 
 
 def class_tensors(config: Config) -> list[str]:
-    """The names of the weights whose shapes depend on how many classes there are."""
-    one, two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
-    return [key for key in one if one[key].shape != two[key].shape]
+    """Return the names of the weights whose shapes depend on the number of classes."""
+    of_one, of_two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
+    return [key for key in of_one if of_one[key].shape != of_two[key].shape]
 
 
 def check_monitor(config: Config) -> None:
-    """Raises InputError where train.monitor is no figure of a validation."""
+    """Raise InputError where train.monitor is not a metric of a validation."""
     if config.train.monitor not in FIGURES + MASK_FIGURES:
         raise unknown("value of train.monitor:", config.train.monitor, FIGURES + MASK_FIGURES)
 
 
 def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
-    """Whether the detector learns masks. Raises InputError where the data have none then, and where train.monitor asks for them else."""
+    """Return whether the detector learns masks.
+
+    Raises:
+        InputError: It does, and the data have none; or it does not, and train.monitor is a metric of masks.
+    """
     masks = has_mask_branch(detector)
     if masks:
         check_masks(data)
         check_masks(val)
     elif config.train.monitor in MASK_FIGURES:
         raise InputError(
-            f"train.monitor={config.train.monitor}: this detector finds no masks, monitor one of {', '.join(FIGURES)}"
+            f"train.monitor={config.train.monitor}: this detector has no masks, monitor one of {', '.join(FIGURES)}"
         )
     return masks
 
 
 def train_transform(config: Config) -> TrainTransform:
-    """How the network sees the training images."""
+    """Return the transform of the training images."""
     data = config.data
     sizes = data.multi_scale or data.size[:1]
     return TrainTransform(
@@ -310,37 +331,4 @@ def train_transform(config: Config) -> TrainTransform:
         flip=data.flip,
         photometric=data.photometric,
         antialias=data.antialias,
-    )
-
-
-def make_recipe(config: Config, rate: float) -> trainer.Recipe:
-    """The engine's recipe at a learning rate that is already scaled."""
-    t = config.train
-    options = optim.Optim(
-        name=t.optimizer,
-        lr=rate,
-        weight_decay=t.weight_decay,
-        momentum=t.momentum,
-        decay_norm_and_bias=t.decay_norm_and_bias,
-        decay_bias=t.decay_bias,
-        bias_lr=t.bias_lr,
-        policy=t.policy,
-        milestones=t.milestones,
-        gamma=t.gamma,
-        warmup_steps=t.warmup_steps,
-        warmup_ratio=t.warmup_ratio,
-    )
-    return trainer.Recipe(
-        epochs=t.epochs,
-        optim=options,
-        clip_norm=t.clip_norm,
-        accumulate=t.accumulate,
-        ema_decay=t.ema,
-        validate_every=t.validate_every,
-        checkpoint_every=None
-        if t.checkpoint_every is None
-        else parse_interval(t.checkpoint_every, "train.checkpoint_every"),
-        monitor=t.monitor,
-        patience=t.patience,
-        compile=t.compile,
     )

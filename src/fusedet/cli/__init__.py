@@ -43,11 +43,6 @@ def run(arguments: list[str] | None = None) -> int:
     except OSError as error:
         code = (StorageError if error.errno in FULL else InputError).exit_code
         return _report(f"{error.filename or 'a file'}: {error.strerror or error}", code, command)
-    except Exception as error:
-        peers = sys.modules.get("fusedet.engine.peers")
-        if peers is None or not isinstance(error, peers.Lost):
-            raise
-        return _report(str(error), peers.EXIT, []) if str(error) else int(peers.EXIT)
     return 0
 
 

@@ -210,8 +210,6 @@ class Train(Section):
     """The decay of averaged weights, such as 0.999, which are then validated and kept; null trains without them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """The precision of the forward pass; auto is bf16 on a GPU that computes in it, else fp32; fp16 needs a GPU."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How processes share the work."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; the last epoch is always validated."""
     checkpoint_every: str | int | None = None

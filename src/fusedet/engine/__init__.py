@@ -1,1 +1,1 @@
-"""Training: the loop, its options and its checkpoints."""
+"""Training: the loop, its state and its checkpoints."""

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything that they hold."""
+"""Checkpoints: written whole or not at all, and read without executing code that they hold."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ DAMAGE = (
     ArithmeticError,
     MemoryError,
 )
-"""What torch's reader raises on files that somebody has changed."""
+"""What torch's reader raises on changed files."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a training state (tensors and plain values, one key "model") as `path`, replacing what was there at once.
+    """Write a training state, replacing the file at once.
 
-    Raises InputError when it cannot be written (a full disk); the previous file is then still whole.
+    Args:
+        path: The file, such as last.ckpt.
+        state: Tensors and plain values; the key "model" holds the weights.
+
+    Raises:
+        StorageError: The file cannot be written (a full disk); the previous one is still whole.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -44,16 +49,17 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
-    """Write weights and their description as safetensors, under the same promise as `save`."""
-    # safetensors refuses views and shared memory, so each tensor becomes its own
+    """Write weights and their description as safetensors; raises as `save` does."""
+    # safetensors refuses views and shared memory, so each tensor is copied.
     tensors = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state_dict.items()}
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(meta)))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, on the CPU, tensors and plain values only.
+    """Read a file of `save`, on the CPU, tensors and plain values only.
 
-    Raises InputError for a file that is absent, cut short, holds code, claims more than it holds, or is something else.
+    Raises:
+        InputError: The file is absent, cut short, holds code, claims more than it holds, or is no checkpoint.
     """
     path = _existing(Path(path))
     with path.open("rb") as file:
@@ -63,8 +69,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        code = f" ({found.group(1)})" if found else ""
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        code = f" ({name[1]})" if name else ""
         raise InputError(
             f"{path} holds code{code}, which is never run: only tensors and plain values are read"
         ) from error
@@ -77,9 +83,14 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The weights to predict with, and their description, of a .safetensors or of a training checkpoint.
+    """Read the weights to predict with, and their description.
 
-    Of a checkpoint with averaged (EMA) weights these are taken. Raises InputError as `load` does.
+    Args:
+        path: A .safetensors file or a training checkpoint; the averaged (EMA) weights of a checkpoint are taken where
+            it has them.
+
+    Raises:
+        InputError: As `load` raises it.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -97,16 +108,17 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load weights strictly: every key there, none too many, every shape equal.
+    """Load weights strictly: all keys, no other keys, equal shapes.
 
-    Raises InputError that names the first differences; the model is then unchanged.
+    Raises:
+        InputError: The weights differ; the message names the first differences, and the model is unchanged.
     """
     refuse_misfit(model, state_dict, source)
     model.load_state_dict(dict(state_dict))
 
 
 def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Tensor], source: Path | str) -> None:
-    """Raises InputError, as `load_into` does, where the weights are not this model's; it may be one without data (on "meta")."""
+    """Raise InputError, as `load_into` does, where the weights are not this model's, which may be on device "meta"."""
     own = model.state_dict()
     shapes = [
         f"{key} is {tuple(state_dict[key].shape)} and should be {tuple(own[key].shape)}"
@@ -129,12 +141,12 @@ def _tensors(value: Any, path: Path) -> Weights:
         key = (
             repr(wrong[0][:100]) if isinstance(wrong[0], str) else f"a {type(wrong[0]).__name__}"
         )  # its text may be of any length
-        raise InputError(f"{path} is not a fusedet checkpoint: under its weights, {key} is no tensor by name")
+        raise InputError(f"{path} is not a fusedet checkpoint: under its weights, {key} is not a tensor by name")
     return dict(value)
 
 
 def _texts(value: Any, path: Path) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(isinstance(one, str) for item in value.items() for one in item):
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
         raise InputError(f"{path} is not a fusedet checkpoint: its description (meta) must be texts by name")
     return dict(value)
 
@@ -150,5 +162,5 @@ def _existing(path: Path) -> Path:
             f"{path} is a folder, not a checkpoint: give a file in it, such as last.ckpt or best.safetensors"
         )
     if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}")
+        raise InputError(f"no checkpoint exists at {path}")
     return path

@@ -1,104 +1,199 @@
-"""What last.ckpt holds, and the look at one before a training goes on from it: a file that is whole may still be a wrong one."""
+"""The declared content of last.ckpt, and its validation before a training goes on from it.
+
+A file that is whole may still be a wrong one: of another program, or changed by somebody.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, NotRequired, TypeVar
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from fusedet.errors import InputError
 
-
-class Count(int):
-    """A whole number from 0 on, as a form."""
+_TWISTER = 624  # numbers in the state of numpy's generator, which would read beyond them from any larger position
 
 
-PLAIN = str | int | float | bool | None
-METER = {"names": [str], "sums": Tensor | None, "steps": Count}
-NUMPY = (str, [Count], Count, Count, float)
-RANDOM = {"python": (int, tuple, float | None), "numpy": NUMPY, "torch": Tensor, "cuda": Tensor | None}
-TABLE = {"columns": [str], "rows": Count}
-FORM = {
-    "step": Count,
-    "epoch": Count,
-    "position": Count,
-    "best": float | None,
-    "stale": Count,
-    "metrics": dict[str, float],
-    "model": dict[str, Tensor],
-    "optimizer": {"state": dict[int, dict[str, Tensor]], "param_groups": [{"params": [Count], "lr": float}]},
-    "ema": dict[str, Tensor] | None,
-    "ema_updates": Count,
-    "scaler": dict[str, float],
-    "processes": [{"random": RANDOM, "meter": METER}],
-    "tables": {"metrics.csv": TABLE, "speed.csv": TABLE},
-    "plan": dict[str, PLAIN],
-    "made with": dict[str, str],
-    "meta": dict[str, str],
-}
-"""A dict has these keys, a list any number of such items, a tuple these items; else a type, a mapping's types, or one of several."""
+def _reject_other_keys(kind: type) -> BeforeValidator:
+    """Reject keys of another type before pydantic names them: the text of a nested tuple may have any length."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and not all(type(key) is kind for key in value):
+            raise ValueError(f"keys must be {kind.__name__}")
+        return value
+
+    return BeforeValidator(check)
+
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+ByName = Annotated[dict[str, T], _reject_other_keys(str)]
+ByNumber = Annotated[dict[int, T], _reject_other_keys(int)]
+
+
+class MeterState(TypedDict):
+    """Running sums of the losses; `sums` is (len(names),)."""
+
+    names: list[str]
+    sums: Tensor | None
+    steps: Count
+
+
+class RandomStates(TypedDict):
+    """The states that `rng.capture` returns."""
+
+    python: tuple[Count, tuple, float | None]
+    numpy: tuple[
+        str,
+        Annotated[list[Count], Field(min_length=_TWISTER, max_length=_TWISTER)],
+        Annotated[int, Field(ge=0, le=_TWISTER)],
+        Count,
+        float,
+    ]
+    torch: Tensor
+    cuda: Tensor | None
+
+
+class ProcessState(TypedDict):
+    """What each process keeps for itself."""
+
+    random: RandomStates
+    meter: MeterState
+
+
+class ParamGroup(TypedDict):
+    """A group of an optimizer; its other options come from the settings."""
+
+    params: list[Count]
+    lr: float
+    momentum: NotRequired[Any]
+
+
+class OptimizerState(TypedDict):
+    """An optimizer's state dict."""
+
+    state: ByNumber[ByName[Tensor]]
+    param_groups: list[ParamGroup]
+
+
+class TableState(TypedDict):
+    """How much of a csv file the checkpoint counts."""
+
+    columns: list[str]
+    rows: Count
+
+
+Tables = TypedDict("Tables", {"metrics.csv": TableState, "speed.csv": TableState})
+Plan = TypedDict(
+    "Plan",
+    {
+        "batches per epoch": Count,
+        "images per batch": Count,
+        "accumulated batches": Count,
+        "precision": str,
+        "optimizer": str,
+        "decay of norms and biases": bool,
+        "groups of parameters": Count,
+        "averaging": bool,
+        "seed": NotRequired[Count | None],
+    },
+)
+
+
+class Checkpoint(BaseModel):
+    """The content of last.ckpt; see `train_state.Run` for the meaning of the plain values."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+
+    step: Count
+    epoch: Count
+    position: Count
+    best: float | None
+    stale: Count
+    metrics: ByName[float]
+    model: ByName[Tensor]
+    optimizer: OptimizerState
+    ema: ByName[Tensor] | None
+    ema_updates: Count
+    scaler: ByName[float]
+    processes: list[ProcessState]
+    tables: Tables
+    plan: Plan
+    made_with: ByName[str] = Field(alias="made with")
+    meta: ByName[str]
+
+
+FIELDS = tuple(field.alias or name for name, field in Checkpoint.model_fields.items())
 MOMENTS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
-"""What an optimiser keeps of a weight that it has moved."""
-_WEIGHTS = {"model", "ema", "ema_updates", "meta"}  # what files of weights have too, from which no training goes on
-_TWISTER = 624  # numbers in the state of numpy's generator, which would read on from any place, behind them too
+"""What an optimizer keeps of a weight that it has moved."""
+_OF_WEIGHTS = {
+    "model",
+    "ema",
+    "ema_updates",
+    "meta",
+}  # files of weights have these too, but no training goes on from them
 
 
-def damaged(path: Path, what: str) -> InputError:
-    """The error for a checkpoint that is not as `run.save` writes it."""
+def damaged(path: Path, key: str) -> InputError:
+    """Return the error for a checkpoint that is not as `train_state.save` writes it, with the key that is wrong."""
     return InputError(
-        f"{path} cannot be resumed: what it holds under '{what}' is not what fusedet writes there, so it is damaged or was not written by "
-        f"fusedet; copy it again, or begin a new run with train.weights={path}"
+        f"{path} cannot be resumed: what it holds under '{key}' is not what fusedet writes there, so it is damaged or "
+        f"was not written by fusedet; copy it again, or begin a new run with train.weights={path}"
     )
 
 
-def check(saved: Mapping[str, Any], path: Path) -> None:
-    """Raises InputError for a checkpoint that lacks what a training needs to go on, or holds something else in its place."""
-    if lacking := FORM.keys() - _WEIGHTS - saved.keys():
-        raise InputError(f"{path} cannot be resumed: it holds no {', '.join(sorted(lacking))}")
-    if wrong := next(_wrong(dict(saved), FORM, ""), None):
-        raise damaged(path, wrong)
-    everyone = saved["processes"]
-    if not everyone or len({(tuple(one["meter"]["names"]), one["meter"]["steps"]) for one in everyone}) > 1:
+def validate(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    """Return the content of a checkpoint in its declared types.
+
+    Raises:
+        InputError: It lacks what a training needs to go on, or holds something else in its place.
+    """
+    if missing := set(FIELDS) - _OF_WEIGHTS - content.keys():
+        raise InputError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}")
+    try:
+        saved = Checkpoint.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise damaged(path, ".".join(str(part)[:100] for part in first["loc"])) from None
+    meters = [process["meter"] for process in saved.processes]
+    if len({(tuple(meter["names"]), meter["steps"]) for meter in meters}) != 1:
         raise damaged(path, "processes")
-    for i, one in enumerate(everyone):
-        meter, (_, numbers, place, _, _) = one["meter"], one["random"]["numpy"]
+    for i, meter in enumerate(meters):
         sums = meter["sums"]
         if (sums is None) != (meter["steps"] == 0) or (sums is not None and sums.shape != (len(meter["names"]),)):
             raise damaged(path, f"processes.{i}.meter.sums")
-        if len(numbers) != _TWISTER or place > _TWISTER:
-            raise damaged(path, f"processes.{i}.random.numpy")
+    return saved
 
 
-def check_place(saved: Mapping[str, Any], batches: int, accumulate: int, path: Path) -> None:
-    """Raises InputError where step, epoch and position are not of one moment, in epochs of so many batches."""
-    position = saved["position"]
-    if position > batches:
+def check_position(saved: Checkpoint, batches: int, accumulate: int, path: Path) -> None:
+    """Raise InputError where step, epoch and position do not belong together, in epochs of so many batches."""
+    if saved.position > batches:
         raise damaged(path, "position")
-    if saved["step"] != saved["epoch"] * math.ceil(batches / accumulate) + math.ceil(position / accumulate):
+    if saved.step != saved.epoch * math.ceil(batches / accumulate) + math.ceil(saved.position / accumulate):
         raise damaged(path, "step")
 
 
-def check_moments(saved: Mapping[str, Any], name: str, optimizer: Any, path: Path) -> None:
-    """Raises InputError where the saved optimiser's state is not one of this optimiser, of that name, over these weights."""
-    state = saved["optimizer"]
-    own, then = (
-        [len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
-    )
-    if own != then:
+def check_moments(saved: Checkpoint, name: str, optimizer: Any, path: Path) -> None:
+    """Raise InputError where the saved state is not one of this optimizer, of that name, over these weights."""
+    state, groups = saved.optimizer["state"], saved.optimizer["param_groups"]
+    now = [len(group["params"]) for group in optimizer.param_groups]
+    then = [len(group["params"]) for group in groups]
+    if now != then:
         raise InputError(
-            f"{path} cannot be resumed: it trains {_many(then)} tensors of weights, this model has {_many(own)}: use the same options, "
-            "such as model.backbone.frozen_stages"
+            f"{path} cannot be resumed: it trains {_sizes(then)} tensors of weights, this model has {_sizes(now)}: "
+            "use the same options, such as model.backbone.frozen_stages"
         )
-    factors = [group.get("momentum") for group in state["param_groups"]]
-    still = any(isinstance(one, (int, float)) and one == 0 for one in factors)  # SGD then keeps nothing
-    if saved["step"] and not (state["state"] or still or saved["scaler"]):  # fp16's scaler may have left out every step
+    factors = [group.get("momentum") for group in groups]
+    is_stateless = any(isinstance(factor, (int, float)) and factor == 0 for factor in factors)  # SGD then keeps nothing
+    if saved.step and not (state or is_stateless or saved.scaler):  # fp16's scaler may have skipped every step
         raise damaged(path, "optimizer.state")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for i, moments in state["state"].items():
+    for i, moments in state.items():
         if not 0 <= i < len(weights) or moments.keys() != MOMENTS[name]:
             raise damaged(path, f"optimizer.state.{i}")
         for key, moment in moments.items():
@@ -106,46 +201,19 @@ def check_moments(saved: Mapping[str, Any], name: str, optimizer: Any, path: Pat
                 raise damaged(path, f"optimizer.state.{i}.{key}")
 
 
-def moved(saved: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The saved optimiser's state with momentum and decay as this optimiser has them; "lr" is the last step's, each step sets its own."""
-    state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+def merged_optimizer_state(saved: Checkpoint, optimizer: Any) -> dict[str, Any]:
+    """Return the saved moments with momentum and decay as this optimizer has them.
+
+    "lr" is the last step's; each step sets its own.
+    """
     own = getattr(optimizer, "optimizer", optimizer).state_dict()["param_groups"]
-    # copies, because tensors of a file may share their memory
-    copies = {i: {key: value.clone() for key, value in one.items()} for i, one in state.items()}
-    return {
-        "state": copies,
-        "param_groups": [mine | {"lr": then["lr"]} for mine, then in zip(own, groups, strict=True)],
+    # Copies, because tensors of a file may share their memory.
+    state = {
+        i: {key: value.clone() for key, value in moments.items()} for i, moments in saved.optimizer["state"].items()
     }
+    groups = zip(own, saved.optimizer["param_groups"], strict=True)
+    return {"state": state, "param_groups": [group | {"lr": then["lr"]} for group, then in groups]}
 
 
-def _many(groups: list[int]) -> str:
+def _sizes(groups: list[int]) -> str:
     return " + ".join(map(str, groups[:10])) or "no"
-
-
-def _wrong(value: Any, form: Any, key: str) -> Iterator[str]:
-    """The keys under which a value has not its form."""
-    if isinstance(form, dict) and isinstance(value, dict):
-        for name, inner in form.items():
-            below = f"{key}.{name}".lstrip(".")
-            yield from _wrong(value[name], inner, below) if name in value else (below,)
-    elif isinstance(form, list) and isinstance(value, list):
-        for i, one in enumerate(value):
-            yield from _wrong(one, form[0], f"{key}.{i}")
-    elif isinstance(form, tuple) and isinstance(value, tuple) and len(form) == len(value):
-        for i, (one, inner) in enumerate(zip(value, form)):
-            yield from _wrong(one, inner, f"{key}.{i}")
-    elif get_origin(form) is dict and isinstance(value, dict):
-        kind, inner = get_args(form)
-        for name, one in value.items():
-            yield from _wrong(one, inner, f"{key}.{str(name)[:100]}") if _is(name, kind) else (key,)
-    elif isinstance(form, UnionType):
-        if all(any(True for _ in _wrong(value, option, key)) for option in get_args(form)):
-            yield key
-    elif not _is(value, form):
-        yield key
-
-
-def _is(value: Any, form: Any) -> bool:
-    if form in (Count, int, float) and type(value) is int:
-        return abs(value) < 2**63 and (value >= 0 or form is not Count)
-    return isinstance(form, type) and isinstance(value, form) and form is not int

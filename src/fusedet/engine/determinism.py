@@ -1,4 +1,4 @@
-"""What torch offers so that a GPU computes the same numbers twice."""
+"""torch's deterministic algorithms, with which a GPU computes the same numbers twice."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ REFUSED = "does not have a deterministic implementation"  # torch's words
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, if wanted, torch takes deterministic algorithms alone; afterwards all is as it was. On a CPU little changes.
+    """Let torch use deterministic algorithms only, inside the block and if wanted. On a CPU little changes.
 
-    To be entered before the GPU is used: cuBLAS reads its variable once. Raises InputError for an operation that has no such algorithm.
+    Enter it before the GPU is used, because cuBLAS reads its variable once.
+
+    Raises:
+        InputError: An operation has no deterministic algorithm.
     """
     if not wanted:
         yield
@@ -36,7 +39,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
             raise
         name = str(error).split(REFUSED)[0].split()[-1]
         raise InputError(
-            f"train.deterministic=true: torch has no deterministic {name} on this device, use a model without it, or leave the key out"
+            f"train.deterministic=true: torch has no deterministic {name} on this device, use a model without it, "
+            "or leave the key out"
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

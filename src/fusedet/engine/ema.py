@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class Average:
-    """An exponential moving average of a detector's parameters and buffers, as a detector of its own: `.module`.
+class EMA:
+    """An exponential moving average of a detector's parameters and buffers, as a detector: `module`.
 
-    The decay starts low, (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten. torch's AveragedModel
-    is not used because it copies its counter to the GPU, and so waits for it, at every step.
+    The decay starts low, (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten. torch's
+    AveragedModel copies its counter to the GPU at every step, and so synchronizes with it; this class does not.
     """
 
     def __init__(self, detector: nn.Module, decay: float) -> None:
@@ -23,15 +23,15 @@ class Average:
 
     @torch.no_grad()
     def update(self, detector: nn.Module) -> None:
-        """Move the average towards the detector's present weights; whole numbers (counters) are copied."""
+        """Move the average towards the detector's present weights; integers (counters) are copied."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = list(zip(_tensors(self.module), _tensors(detector), strict=True))
-        floats = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
-        get_ema_multi_avg_fn(decay)([mine for mine, _ in floats], [theirs for _, theirs in floats], None)
-        for mine, theirs in pairs:
-            if not mine.is_floating_point():
-                mine.copy_(theirs)
+        floats = [(average, current) for average, current in pairs if average.is_floating_point()]
+        get_ema_multi_avg_fn(decay)([average for average, _ in floats], [current for _, current in floats], None)
+        for average, current in pairs:
+            if not average.is_floating_point():
+                average.copy_(current)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

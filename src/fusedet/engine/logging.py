@@ -1,4 +1,4 @@
-"""Where a training's figures go: metrics.csv and speed.csv always, TensorBoard, W&B and MLflow on request."""
+"""Logs of a training: metrics.csv and speed.csv always, TensorBoard, W&B and MLflow on request."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from lightning_fabric.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from fusedet.atomic_io import flush_to_disk, write_atomically
-from fusedet.errors import InputError, unknown
+from fusedet.engine.checkpoint_validation import MeterState, TableState
+from fusedet.errors import InputError, StorageError, unknown
 
 Row = dict[str, float | int]
 
 
 class Table:
-    """A csv file of figures: a row is added at once, a new column widens the file.
+    """A csv file of metrics: a row is appended at once, a new column widens the file.
 
-    epoch and step count from 1; an empty cell means that the row has no such figure.
+    `epoch` and `step` count from 1. An empty cell means that the row has no such metric.
     """
 
-    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
-        """Begin a new file, or go on from where it gave `state`: what was written later is dropped. `lost`: rows that are not there."""
+    def __init__(self, path: Path, state: TableState | None = None) -> None:
+        """Begin a new file, or go on from `state`; rows of later are dropped, and `lost` counts the missing ones."""
         self.path = path
         self.columns: list[str] = list(state["columns"]) if state else []
         kept = self._read()[: state["rows"]] if state else []
@@ -36,17 +37,20 @@ class Table:
         self._rewrite(kept)
 
     def add(self, row: Mapping[str, float | int]) -> None:
-        """Append one row."""
+        """Append one row. Raises StorageError where the disk is full."""
         if new := [name for name in row if name not in self.columns]:
             rows = self._read()
             self.columns += new
             self._rewrite(rows)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error.strerror or error}") from error
         self.rows += 1
 
-    def state(self) -> dict[str, Any]:
-        """How much there is, for a checkpoint; the disk holds it then."""
+    def state(self) -> TableState:
+        """Return how much there is, for a checkpoint, once the disk holds it."""
         flush_to_disk(self.path)
         return {"columns": list(self.columns), "rows": self.rows}
 
@@ -67,7 +71,7 @@ class Table:
 
 
 class Meter:
-    """The mean losses since the last reading, summed where they are (on the GPU, without waiting for it)."""
+    """The mean losses since the last row, summed on their device without a GPU synchronization."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -75,40 +79,50 @@ class Meter:
         self.steps = 0
 
     def add(self, names: Sequence[str], values: Tensor) -> None:
-        """Add one step's losses: values (T,), in the order of the names."""
+        """Add one step's losses.
+
+        Args:
+            names: The loss terms.
+            values: Their values (T,).
+        """
         self.names, self.steps = list(names), self.steps + 1
         self.sums = values.clone() if self.sums is None else self.sums + values
 
-    def read(self, mean_over_ranks: Callable[[Tensor], Any]) -> dict[str, float]:
-        """The means over the steps and the processes; the meter is then empty."""
-        assert self.sums is not None, "nothing was measured since the last reading"
+    def pop_means(self, mean_over_ranks: Callable[[Tensor], Any]) -> dict[str, float]:
+        """Return the means over the steps and the processes, and empty the meter."""
+        assert self.sums is not None, "no step was added since the last row"
         means = mean_over_ranks(self.sums / self.steps)
         self.sums, self.steps = None, 0
         return dict(zip(self.names, means.tolist(), strict=True))
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run logs the same means."""
+    def state(self) -> MeterState:
+        """Return what a checkpoint keeps, so that a resumed run logs the same means."""
         return {"names": self.names, "sums": None if self.sums is None else self.sums.cpu(), "steps": self.steps}
 
     @staticmethod
-    def mean(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The states of several processes as one that each of them can go on from: the mean of the sums."""
-        sums = [one["sums"] for one in states]
-        return states[0] | {"sums": None if sums[0] is None else torch.stack(sums).mean(dim=0)}
+    def mean(states: Sequence[MeterState]) -> MeterState:
+        """Return the mean of the states of several processes, from which each of them can go on."""
+        sums = [state["sums"] for state in states if state["sums"] is not None]
+        return {**states[0], "sums": torch.stack(sums).mean(dim=0) if sums else None}
 
-    def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from what `state` gave."""
+    def restore(self, state: MeterState, device: torch.device) -> None:
+        """Go on from a state."""
         self.names, self.steps = state["names"], state["steps"]
         self.sums = None if state["sums"] is None else state["sums"].to(device)
 
 
-def loggers(names: Sequence[str], out: Path) -> list[Logger]:
-    """Loggers by name (tensorboard, wandb, mlflow), writing into or named after the run's folder.
+def make_loggers(names: Sequence[str], out: Path) -> list[Logger]:
+    """Make loggers that write into the run directory, or name their run after it.
 
-    Raises InputError for an unknown name, or one that is not installed, with the command to install it.
+    Args:
+        names: Any of tensorboard, wandb and mlflow.
+        out: The run directory.
+
+    Raises:
+        InputError: A name is unknown or not installed; the message has the command to install it.
     """
     makers: dict[str, Callable[[Path], Logger]] = {
-        "tensorboard": lambda folder: TensorBoardLogger(root_dir=folder, name="", version="tensorboard"),
+        "tensorboard": lambda directory: TensorBoardLogger(root_dir=directory, name="", version="tensorboard"),
         "wandb": WandB,
         "mlflow": MLflow,
     }
@@ -121,7 +135,7 @@ def loggers(names: Sequence[str], out: Path) -> list[Logger]:
 
 
 class _Service(Logger):
-    """What W&B and MLflow share: a run named after the folder, opened with the first figure."""
+    """What W&B and MLflow share: a run named after the run directory, opened with the first row."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -136,7 +150,7 @@ class _Service(Logger):
         return self.out.name
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's folder holds its config."""
+        """Log nothing: the run directory holds its config."""
 
 
 class WandB(_Service):

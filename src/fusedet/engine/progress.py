@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar on a terminal, lines elsewhere, and an honest remaining time."""
+"""The progress of a training: a bar on a terminal, lines elsewhere, and the remaining time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 LINE_SECONDS = 10.0
-"""Without a terminal, at most one line of losses in this time."""
+"""Without a terminal, at most one line of losses is printed in this time."""
 
 
 @dataclass
 class Pace:
-    """How long steps (with the wait for their data) and validations took in this run, in seconds."""
+    """The seconds that steps (with the wait for their data) and validations took in this run."""
 
     steps: int = 0
     step_seconds: float = 0.0
@@ -29,25 +29,25 @@ class Pace:
     _seconds: float = 0.0
 
     def start(self) -> None:
-        """Steps follow; the time until now is not theirs."""
+        """Start the clock of the steps that follow."""
         self._mark = time.perf_counter()
 
     def step(self, images: int) -> None:
-        """A step with so many images is done."""
+        """Count a step of so many images."""
         now = time.perf_counter()
         self.steps, self.step_seconds = self.steps + 1, self.step_seconds + now - self._mark
         self._images, self._seconds = self._images + images, self._seconds + now - self._mark
         self._mark = now
 
     def speed(self) -> float:
-        """Images per second since this was last asked."""
+        """Return the images per second since the last call."""
         images, seconds = self._images, self._seconds
         self._images, self._seconds = 0, 0.0
         return images / max(seconds, 1e-9)
 
     @contextlib.contextmanager
     def validation(self) -> Iterator[None]:
-        """A validation runs inside."""
+        """Time a validation."""
         began = time.perf_counter()
         yield
         self.validations, self.validation_seconds = (
@@ -56,7 +56,9 @@ class Pace:
         )
 
     def remaining(self, steps: int, validations: int) -> str:
-        """The time for so many more steps and validations, as H:MM:SS; "over" where no validation was measured yet.
+        """Format the time of so many more steps and validations as H:MM:SS.
+
+        "over" says that no validation was measured yet.
 
         >>> Pace(steps=10, step_seconds=20, validations=1, validation_seconds=60).remaining(30, 2)
         '0:03:00 left'
@@ -73,7 +75,7 @@ class Pace:
 
 
 class Display:
-    """A rich progress bar per epoch on a terminal, plain lines elsewhere, nothing when quiet."""
+    """A progress bar per epoch on a terminal, plain lines elsewhere, nothing when quiet."""
 
     def __init__(self, epochs: int, steps_per_epoch: int, quiet: bool = False, console: Console | None = None) -> None:
         self.epochs, self.steps_per_epoch, self.quiet = epochs, steps_per_epoch, quiet
@@ -82,10 +84,10 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
         )
         self.bar = Progress(*columns, console=self.console, disable=quiet or not self.console.is_terminal)
-        self.task = self.bar.add_task("", total=steps_per_epoch, figures="")
+        self.task = self.bar.add_task("", total=steps_per_epoch, metrics="")
         self._last_line = -LINE_SECONDS
 
     def __enter__(self) -> Self:
@@ -96,18 +98,18 @@ class Display:
         self.bar.stop()
 
     def step(self, epoch: int, done: int) -> None:
-        """Move the bar: `done` steps of this epoch (from 1) are done."""
+        """Move the bar to `done` steps of this epoch (from 1)."""
         self.bar.update(self.task, description=f"epoch {epoch}/{self.epochs}", completed=done)
 
-    def figures(self, epoch: int, done: int, row: Mapping[str, float], remaining: str) -> None:
-        """Show the figures of a logging interval."""
-        figures = " · ".join([remaining, *(f"{name} {value:.4g}" for name, value in row.items())])
-        self.bar.update(self.task, figures=figures)
+    def show(self, epoch: int, done: int, row: Mapping[str, float], remaining: str) -> None:
+        """Show the metrics of a logging interval."""
+        metrics = " · ".join([remaining, *(f"{name} {value:.4g}" for name, value in row.items())])
+        self.bar.update(self.task, metrics=metrics)
         now = time.monotonic()
         if self.bar.disable and (now - self._last_line >= LINE_SECONDS or done == self.steps_per_epoch):
             self._last_line = now
-            self.say(f"epoch {epoch}/{self.epochs}, step {done}/{self.steps_per_epoch}: {figures}")
+            self.say(f"epoch {epoch}/{self.epochs}, step {done}/{self.steps_per_epoch}: {metrics}")
 
     def say(self, text: str) -> None:
-        """Print one line (above the bar where there is one)."""
+        """Print one line, above the bar on a terminal."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

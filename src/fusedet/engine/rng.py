@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators, and of the current GPU's where CUDA is in use."""
+    """Return the states of Python's, numpy's and torch's generators, and of the current GPU's where CUDA is in use."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -22,8 +22,8 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(states: dict[str, Any]) -> None:
-    """Put back what `capture` gave."""
+def restore(states: Mapping[str, Any]) -> None:
+    """Restore the states that `capture` has returned."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(states["numpy"])
@@ -33,14 +33,14 @@ def restore(states: dict[str, Any]) -> None:
 
 
 def seed(number: int) -> None:
-    """Begin as a run with this seed does."""
+    """Seed all generators with one number."""
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
 
 
-def begin(*numbers: int) -> None:
-    """Give all generators states that are a function of these numbers."""
+def seed_from(*numbers: int) -> None:
+    """Seed all generators with states that are a function of these numbers."""
     words = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -49,10 +49,10 @@ def begin(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
-    """What happens inside leaves the CPU's generators as they were.
+    """Restore the states of the CPU's generators afterwards.
 
-    A data loader draws a seed when it starts: a run that goes on in the middle of an epoch would draw once more than one that
-    was never interrupted, and its dropout would differ.
+    A data loader draws a seed when it starts. A run that goes on in the middle of an epoch would draw once more than
+    one that was never interrupted, and its dropout would differ.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

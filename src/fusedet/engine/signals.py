@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait until the weights are in order."""
+"""Ctrl-C and SIGTERM, delayed until the weights are consistent."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from typing import Any, Self
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The training was stopped from outside and can be resumed. `code` is what the command line exits with: 130 or 143."""
+    """A signal has stopped the training, which can be resumed. `code` is the command line's exit code: 130 or 143."""
 
     def __init__(self, text: str, number: int = signal.SIGINT) -> None:
-        """number: the signal."""
         super().__init__(text)
         self.number = number
 
     @property
     def code(self) -> int:
-        """As shells say it: 128 and the signal's number."""
+        """128 plus the signal's number, as shells report it."""
         return 128 + self.number
 
 
 class Interrupts:
-    """Inside the block, Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, but in a `held` section when it is over.
+    """Turns Ctrl-C and SIGTERM inside the block into KeyboardInterrupt: at once, or after a `held` section.
 
-    With `agreed` (several processes) a held section's end raises nothing either: the processes must agree on the step at which they
-    stop. `received` is the signal's number, 0 until one came. A second Ctrl-C, more than two seconds later, raises at once wherever the
-    training is, and sets `forced`; a launcher may send the first one twice. Outside the main thread, where Python allows no handlers,
-    nothing is changed.
+    A second Ctrl-C, more than two seconds later, raises at once wherever the training is; a launcher may send the first
+    one twice. Outside the main thread, where Python allows no handlers, nothing is changed.
+
+    Attributes:
+        agreed: With several processes the end of a held section raises nothing: they must stop at the same step.
+        received: The signal's number, 0 until a signal came.
+        forced: Whether a second Ctrl-C came.
     """
 
     def __init__(self, agreed: bool = False) -> None:
@@ -53,7 +55,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """A section that ends before the interruption is raised."""
+        """Delay the interruption until the section ends."""
         before, self._held = self._held, True
         try:
             yield
@@ -63,7 +65,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """A part of a held section in which the interruption is raised at once, also where it should be agreed upon."""
+        """Raise the interruption at once in a part of a held section, also where the processes should agree on it."""
         try:
             self._held = False
             if self.received:
@@ -73,7 +75,7 @@ class Interrupts:
             self._held = True
 
     def check(self) -> None:
-        """Raise the interruption that has come, unless it must be agreed upon."""
+        """Raise the interruption that has come, unless the processes must agree on it."""
         if self.received and not self.agreed:
             raise KeyboardInterrupt
 
@@ -83,7 +85,7 @@ class Interrupts:
             self.received, self._first = number, now
             if self._held:
                 return
-            self._held = True  # what cleans up on the way out is not disturbed
+            self._held = True  # the cleanup on the way out is not disturbed
         elif number != signal.SIGINT or now - self._first < 2:
             return
         else:
