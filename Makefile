@@ -1,11 +1,11 @@
-# make demo | test | test-all | soak | lint | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
+# make demo | test | test-all | soak | lint | schema | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap loader scale
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak lint bench clean
+.PHONY: help demo test test-all soak lint schema bench clean
 
 help:
 	@echo "make demo   generate images, train a small detector on them, score it and draw what it finds"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all  the suite and its long tests: all combinations, killed runs, several processes, long fuzzing"
 	@echo "make soak   the tests that take hours in all: memory over thousands of steps, large annotations, killed processes"
 	@echo "make lint   ruff and mypy"
+	@echo "make schema  write the JSON schema of configs and the settings tables of docs/config.md"
 	@echo "make bench  the benchmarks, JSON each"
 	@echo "make clean  remove caches and build products; .venv, demos and runs stay"
 
@@ -34,6 +35,9 @@ lint: .venv/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+schema: .venv/.ready
+	$(BIN)/python -m fusedet.config
 
 bench: .venv/.ready
 	@for name in $(BENCHMARKS); do echo "== $$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done

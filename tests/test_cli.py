@@ -506,6 +506,10 @@ def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[
             command.make_context(words, shlex.split(example.partition(" > ")[0])[len(words.split()) :])
 
 
+def test_config_prints_the_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(spoken(capsys, "config", "--schema")) == config.json_schema()
+
+
 def test_train_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
     said = spoken(capsys, "train", "-h")
     for section, values in config.Config().tree().items():

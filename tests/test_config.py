@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 from fusedet import config
@@ -108,6 +109,9 @@ def test_a_schedule_keeps_the_warm_up_of_mmdetection() -> None:
 # -- the declarations of the settings
 
 
+@pytest.mark.skipif(
+    tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 11), reason="older versions write the same schema otherwise"
+)
 def test_the_shipped_schema_is_the_declared_one() -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == schema_text(), "write it again: python -m fusedet.config"
 

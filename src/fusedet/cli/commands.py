@@ -146,6 +146,8 @@ def config(
     if schema:
         from fusedet.config import json_schema
 
+        if words:
+            raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
         return cli.print_json(json_schema())
     name, settings = cli.split_config(words)
     sys.stdout.write(fusedet.resolve_config(name, settings).to_yaml())
