@@ -169,8 +169,8 @@ def preview_ablation(
     made = plan.make_plan(
         spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out or "", need_data=False, say=say
     )
-    found, basis = experiment.preview_plan(made, say=say)
-    return AblationPreview(made.table.title, made.table.source, made.classes, seeds, found, basis)
+    preview, basis = experiment.preview_plan(made, say=say)
+    return AblationPreview(made.table.title, made.table.source, made.classes, seeds, preview, basis)
 
 
 def _split_out(texts: Sequence[str]) -> tuple[str | None, list[str]]:

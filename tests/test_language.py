@@ -1,0 +1,109 @@
+"""The project speaks the field's English: private words of the past stay out of code, docs, help texts and test names."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from fusedet.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = [
+    r"\bpictures?\b",
+    r"\bbod(y|ies)\b",
+    r"\bdata sets?\b",
+    r"\brooms?\b",
+    r"\bthe house\b",
+    r"\bverbs?\b",
+    r"\bpeers?\b",
+    r"\bstrangers?\b",
+    r"\boutlines?\b",
+    r"\bbetter(s|ed)\b",
+    r"\banew\b",
+    r"told apart",
+    r"\bat rest\b|\bresting\b",
+    r"\bshared out\b",
+    r"\bhonest\b",
+    r"\bbites?\b",
+    r"\bsecond look\b",
+    r"what was found",
+    r"there is none\b",
+]
+IDENTIFIERS = {"told", "bare", "look", "found", "Found", "Records"}
+PARAMETERS = {"one", "others"}
+ALLOWED = {
+    r"\boutline=|\.outline\b": "Pillow's and matplotlib's own name of a border",
+    r"\w+(\(\w*\))?\\?\.body\b|\\?\.body\\?\.": "timm's model inside the backbone, part of checkpoint keys as in torchvision; ast's field",
+    r"\bbody=": "ast's field",
+    r"</?body\b|\bbody[ ,{]+(\.|font|margin)": "HTML's element",
+}
+"""Fragments that may stand, each with its reason."""
+
+SOURCES = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "src").rglob("*.yaml"))
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def find_forbidden(text: str) -> Iterator[str]:
+    """Line number and line of every forbidden word."""
+    for number, line in enumerate(text.splitlines(), 1):
+        rest = line
+        for pattern in ALLOWED:
+            rest = re.sub(pattern, "", rest)
+        for pattern in FORBIDDEN:
+            if match := re.search(pattern, rest, re.IGNORECASE):
+                yield f"{number}: '{match[0]}' in {line.strip()[:100]}"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_words(path: Path) -> None:
+    assert not list(find_forbidden(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.suffix == ".py"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_identifiers(path: Path) -> None:
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = getattr(node, "id", None) or getattr(node, "name", None)
+        if name in IDENTIFIERS or (isinstance(node, ast.arg) and node.arg in IDENTIFIERS | PARAMETERS):
+            wrong.append(f"{node.lineno}: {name or node.arg}")  # type: ignore[attr-defined]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_test_names(path: Path) -> None:
+    names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    names = [name.replace("_", " ") for name in names if name.startswith("test_")]
+    assert not list(find_forbidden("\n".join([path.stem.replace("_", " "), *names])))
+
+
+def list_commands() -> list[tuple[str, ...]]:
+    """Every command and group of the command line as the words that call it."""
+
+    def visit(command: object, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        yield words
+        for name, child in getattr(command, "commands", {}).items():
+            yield from visit(child, (*words, name))
+
+    return list(visit(get_command(app), ()))
+
+
+@pytest.mark.parametrize("words", list_commands(), ids=lambda words: " ".join(words) or "fusedet")
+def test_help_texts(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0
+    assert not list(find_forbidden(result.output))
+
+
+def test_a_forbidden_word_is_noticed() -> None:
+    assert len(list(find_forbidden("A picture\nfine\nset anew, Told Apart"))) == 3
+    assert not list(find_forbidden("brush.rectangle(box, outline=color)"))
