@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN R18 on BCCD with the recipe of `faster_rcnn_r18_small`: fusedet's data, schedule and evaluation.
+"""Train torchvision's Faster R-CNN R18 on BCCD with the data, schedule and evaluation of `faster_rcnn_r18_small`.
 
 Prints COCO's metrics on `test` as JSON, which docs/bccd.md compares with; 69 minutes on one core under load.
 """

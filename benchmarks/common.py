@@ -54,7 +54,7 @@ def measure_peak_memory(script: str, side: str, *arguments: str) -> float:
 
 
 def read_peak_memory() -> float:
-    """Return this process's peak resident memory in MiB; getrusage would include the parent's, which a child inherits."""
+    """Return this process's peak resident memory in MiB; getrusage would include what the parent had."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 

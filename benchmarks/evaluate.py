@@ -1,7 +1,8 @@
 """Time and peak memory of evaluation: fusedet, pycocotools and faster-coco-eval on synthetic COCO-like detections.
 
 Each measurement is a separate process, from the results in memory to all metrics with every class; the evaluators
-take turns. Prints one JSON object. Usage: python benchmarks/evaluate.py [--images 5000] [--detections 500000] [--repeats 2]
+take turns. Prints one JSON object. Usage: python benchmarks/evaluate.py [--images 5000] [--detections 500000]
+[--repeats 2]
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CLASSES, HEIGHT, WIDTH = 80, 480, 640
 
 
 def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
-    """Make images with instances of 80 frequent and rare classes, of log-uniform size; 1 % are crowds; ids have gaps."""
+    """Make images with instances of 80 frequent and rare classes, of log-uniform size, 1 % of them crowds."""
     rng = np.random.default_rng(seed)
     owner = np.sort(rng.integers(0, images, objects))
     share = 1 / np.arange(1, CLASSES + 1)

@@ -3,8 +3,8 @@
     python benchmarks/loader.py [--images 40] [--batch 2]
 
 Both sides read the same 640x480 images, flip half of them, resize to 800/1333, normalise and pad, in one process and
-one thread, in turn batch by batch. The output is JSON: median milliseconds per image, the ratio of the medians (above 1:
-fusedet is faster), and the peak memory of each side in a separate process.
+one thread, in turn batch by batch. The output is JSON: median milliseconds per image, the ratio of the medians (above
+1: fusedet is faster), and the peak memory of each side in a separate process.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ WIDTH, HEIGHT, SHORT, LONG = 640, 480, 800, 1333
 INCLUDES = {
     "fusedet": "dataset, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
     "fusedet_uint8": "the same up to the uint8 batch, which is what travels to the device; a model normalises there",
-    "torchvision": "CocoDetection wrapped for transforms.v2 (Pillow decode), references/detection's preset (PILToTensor, flip, float, "
-    "sanitise), then GeneralizedRCNNTransform (normalise, resize of float, pad), as its models do inside",
+    "torchvision": "CocoDetection wrapped for transforms.v2 (Pillow decode), references/detection's preset "
+    "(PILToTensor, flip, float, sanitise), then GeneralizedRCNNTransform (normalise, resize of float, pad), "
+    "as its models do inside",
 }
 
 

@@ -1,8 +1,8 @@
 """Cost of each module: the same detector with and without it, one image, CPU, fp32, interleaved in one run.
 
-Time is that of a whole prediction from the uint8 image to the final boxes, as `fusedet.load` prepares it. Memory is the peak
-of a separate process. Parameters are trainable ones for 80 classes, multiply-adds those of convolutions and matrix products.
-The papers' values are shown too: only SMSL's paper publishes times, on a Tesla P100.
+Time is that of a whole prediction from the uint8 image to the final boxes, as `fusedet.load` prepares it. Memory is
+the peak of a separate process. Parameters are trainable ones for 80 classes, multiply-adds those of convolutions and
+matrix products. The papers' values are shown too: only SMSL's paper publishes times, on a Tesla P100.
 """
 
 from __future__ import annotations

@@ -46,14 +46,14 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def fusedet(image: torch.Tensor, precision: str) -> Callable[[], object]:
-    """fusedet's detector as `fusedet.load` prepares it."""
+    """Fusedet's detector as `fusedet.load` prepares it."""
     model = prepare_for_inference(trained(image)[1], precision)
     batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
     return functools.partial(model.predict, batch)
 
 
 def torchvision(image: torch.Tensor) -> Callable[[], object]:
-    """torchvision's detector with its own normalisation."""
+    """Torchvision's detector with its own normalisation."""
     model = trained(image)[0]
     return torch.inference_mode()(lambda: model([image.float() / 255]))
 

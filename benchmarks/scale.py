@@ -1,7 +1,7 @@
 """Scaling of time and memory with images, instances and processes, on synthetic data, in one run.
 
-Prints a line of JSON per measurement, then the table of docs/scale.md. The memory of a dataset is the growth of the process
-by reading it; that of a prediction is the process's peak. Each value of a row is from a separate process.
+Prints a line of JSON per measurement, then the table of docs/scale.md. The memory of a dataset is the growth of the
+process by reading it; that of a prediction is the process's peak. Each value of a row is from a separate process.
 """
 
 from __future__ import annotations
@@ -168,9 +168,8 @@ def main() -> None:
 def table(rows: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
     print("\n| annotations read | seconds | MiB held | MiB at the peak |\n|---|---|---|---|")
     for row in rows:
-        print(
-            f"| {row['images']:,} images, {row['objects']:,} objects | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |"
-        )
+        size = f"{row['images']:,} images, {row['objects']:,} instances"
+        print(f"| {size} | {row['seconds']} | {row['held_MiB']} | {row['peak_MiB']} |")
     print("\n| prediction | processes | seconds | MiB at the peak, each |\n|---|---|---|---|")
     for row in shared:
         print(f"| {row['images']:,} images | {row['processes']} | {row['work_seconds']} | {row['peak_MiB']} |")

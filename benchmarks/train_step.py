@@ -1,6 +1,7 @@
 """One training step: fusedet's RetinaNet-R50 and torchvision's, 800x1216, CPU, float32, interleaved in one run.
 
-Both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image and boxes.
+Both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image
+and boxes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Faster R-CNN R50: fusedet's and torchvision's, one 800x1216 image, CPU, float32: prediction, and a training step, each interleaved.
+"""Compare prediction and a training step of fusedet's and torchvision's Faster R-CNN R50, interleaved.
 
-For prediction both have the same weights, get the same uint8 image and return final boxes; neither resizes. In training both freeze the
-stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image and boxes. Each side keeps its own
-definition of RoIAlign: fusedet as many samples as a cell is wide, torchvision two.
+One 800x1216 image, CPU, float32.
+
+For prediction both have the same weights, get the same uint8 image and return final boxes; neither resizes. In
+training both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same
+image and boxes. Each side keeps its own definition of RoIAlign: fusedet as many samples as a cell is wide,
+torchvision two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draw the data flow of the four modules: `python docs/drawings.py [FOLDER]` writes mse_fpn, smsl, msil and msfm.png.
 
-The default folder is docs/images. The content is in drawings.yaml. One unit is a pixel of an image 900 wide; y goes down.
-Colors are those of fusedet.visualization.colors.
+The default folder is docs/images. The content is in drawings.yaml. One unit is a pixel of an image 900 wide; y goes
+down. Colors are those of fusedet.visualization.colors.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Line:
     """A line from "box.side" to "box.side", side one of l r t b, with "@120" for that row or column of a long side.
 
     via: "" is straight, "-|" first horizontal, "|-" first vertical, "|-|" vertical to row `at` and horizontal along it.
-    label: text beside segment number `part` (the longest by default), moved by `shift`. head: whether it has an arrowhead.
+    label: text beside segment number `part` (the longest by default), moved by `shift`. head: whether it has an
+    arrowhead.
     """
 
     start: str
@@ -198,7 +199,7 @@ def draw_figure(drawing: Drawing) -> Figure:
 
 
 def read_drawing(entries: dict[str, Any]) -> Drawing:
-    """Read a section of drawings.yaml; an entry lists values in the order of the class, then a mapping of other fields."""
+    """Read a section of drawings.yaml; an entry lists values in the order of the class, then other fields."""
 
     def make(kind: type[T], values: list[Any]) -> T:
         named = values[-1] if isinstance(values[-1], dict) else {}

@@ -33,8 +33,8 @@ class PredictionSummary(Result):
     """The written predictions.
 
     Attributes:
-        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and images that other
-            processes still have to predict (`left`).
+        counts: Numbers of images, detections, detections of at least `score` (`shown`), skipped images, and images
+            that other processes still have to predict (`left`).
         files: The files written, by what they show; empty while images are missing.
         score: The least score of the detections that are drawn.
         rank: This process's number.

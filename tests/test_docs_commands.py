@@ -1,0 +1,86 @@
+"""Every command block of the README and the documentation runs.
+
+A block fenced as `console` is executed line by line, with a small dataset, run and output directory in place of the documented ones.
+A block after the comment `<!-- not executed: REASON -->` is not, because it needs minutes, a GPU or several machines.
+"""
+
+import re
+import shlex
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import SMALL
+from fusedet import cli, create_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/modules").glob("*.md")),
+]
+BLOCK = re.compile(r"(<!-- not executed: .+? -->\n+)?^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DATASETS = ("PATH", "../shared/data/bccd")
+TRAINED_HERE = "retinanet_r18_small"  # other models of `train` are built, not trained: their training takes minutes
+
+
+def list_commands() -> list[Any]:
+    """Every documented command, by page and place."""
+    return [
+        pytest.param(line.removeprefix("$ "), output, id=f"{page.relative_to(ROOT)}-{block}-{i}")
+        for page in PAGES
+        for block, match in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8")))
+        if not match[1]
+        for i, (line, output) in enumerate(pairwise([*re.sub(r"\\\n\s*", "", match[2]).splitlines(), ""]))
+        if line.startswith("$ ")
+    ]
+
+
+@pytest.mark.parametrize(("command", "output"), list_commands())
+def test_command(
+    command: str,
+    output: str,
+    scenes: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, *words = shlex.split(command, comments=True)
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words) <= set(targets)
+    elif program.endswith("python"):
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+    elif output.startswith("error:"):
+        assert cli.run([word.replace("PATH", str(scenes)) for word in words]) == 2
+        assert capsys.readouterr().err.startswith(output.partition(" Known:")[0])
+    else:
+        assert program == "fusedet", "this block needs a comment that says why it is not executed"
+        assert run(words, scenes, trained, tmp_path) == 0
+
+
+def run(words: list[str], data: Path, trained: Path, folder: Path) -> int:
+    """Execute a documented call of fusedet on small data; its exit code."""
+    command, *words = words
+    for word in words:
+        if word.startswith("runs/"):
+            shutil.copytree(trained, folder / word, dirs_exist_ok=True)
+    images = str(data / "val")
+    words = [images if word in ("IMAGES", "IMAGE") or word.endswith("/JPEGImages") else word for word in words]
+    words = [f"data={data}" if word.partition("=")[2] in DATASETS else word for word in words]
+    words = [word for word in words if not word.startswith(("data.val=", "--split"))]  # the dataset has train and val
+    if command == "train" and "--resume" not in words and words[0] != TRAINED_HERE:
+        overrides = [w for w in words[1:] if not w.startswith(("data=", "out="))]
+        with torch.device("meta"):
+            create_model(words[0], *overrides, "model.backbone.pretrained=false")
+        return 0
+    if command == "train" and "--resume" not in words:
+        words += SMALL
+    return cli.run([command, *words])
