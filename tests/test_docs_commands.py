@@ -84,3 +84,20 @@ def run(words: list[str], data: Path, trained: Path, folder: Path) -> int:
     if command == "train" and "--resume" not in words:
         words += SMALL
     return cli.run([command, *words])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_first_python_block(
+    page: str, scenes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    match = re.search(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert match
+    code = match[1].replace('"retinanet_r50", ', f'"retinanet_tiny", *{SMALL!r}, ').replace("data/coco", str(scenes))
+    if "train(" not in code:
+        shutil.copytree(trained, tmp_path / "runs" / "a")
+    first = next((scenes / "val").glob("*.jpg"))
+    for name in ("image.jpg", "street.jpg", "images/street.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(first, tmp_path / name)
+    exec(compile(code, page, "exec"), {"__name__": "snippet"})
