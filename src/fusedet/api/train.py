@@ -158,6 +158,8 @@ def _fit(
         "category_ids": list(data.category_ids),
         "format": "fusedet",
     }
+    description = out / "config.yaml"
+    earlier = description.read_bytes() if is_begun and fabric.is_global_zero and description.is_file() else None
     try:
         run = trainer.setup(
             fabric,
@@ -176,8 +178,10 @@ def _fit(
         if fabric.is_global_zero:
             _write_description(config, out, fabric, lr, data, val, is_begun)
         done = trainer.fit(run)
-    except DivergenceError:
-        raise  # metrics.csv shows how the run came to that
+    except DivergenceError:  # metrics.csv shows how the run came to that
+        if earlier is not None:  # the next --resume must not repeat the settings that diverged
+            write_atomically(description, earlier)
+        raise
     except InputError as error:
         if place()[2]:  # the command line lets the first process of a machine speak, which may not have met this image
             print(f"error: process {fabric.global_rank}: {error}", file=sys.stderr, flush=True)
