@@ -180,6 +180,7 @@ def test_expected_precision_is_that_of_much_data():
     assert evaluation.evaluate_coco(data, b)["AP"] == pytest.approx(expected(HIT_B, FALSE_B), abs=0.015)
 
 
+@pytest.mark.slow
 def test_interval_covers_as_often_as_it_says():
     """95 % of the intervals, give or take 2, hold the difference that is true of all images."""
     rng, held, sizes = np.random.default_rng(0), 0, 500

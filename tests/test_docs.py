@@ -118,7 +118,14 @@ def multiply_adds() -> list[Any]:
                 place, said = head.index("multiply-adds, G"), lambda row: (*common, *shlex.split(row[0].strip("`")))  # noqa: B023
                 assert not first[place]
                 found += [
-                    pytest.param(name, said(first), said(row), row[place], id=" ".join([name, *said(row)]))
+                    pytest.param(
+                        name,
+                        said(first),
+                        said(row),
+                        row[place],
+                        id=" ".join([name, *said(row)]),
+                        marks=() if row is others[-1] else pytest.mark.slow,
+                    )
                     for row in others
                 ]
     assert len(found) > 25

@@ -66,6 +66,7 @@ PER_STEP, PER_IMAGE = 256 * KIB, 128 * KIB
 """Bytes at the interval's upper end. An allocator's steps are a few megabytes, which is much for so few steps; a step's graph is larger."""
 
 
+@pytest.mark.slow
 def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path) -> None:
     data = generate_dataset(
         tmp_path / "data", images=108, seed=0, size=(64, 96), splits={"train": 100 / 108, "val": 8 / 108}
@@ -93,6 +94,7 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     assert fit.high < PER_IMAGE, fit
 
 
+@pytest.mark.slow
 def test_annotations_are_not_copied_by_workers(tmp_path: Path) -> None:
     """A tenth of the soak test's images: annotations take a few bytes each, and two workers do not double them."""
     large, small = (

@@ -15,7 +15,9 @@ from fusedet import cli
 from partners import partners
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn_r50", "fcos_r50_caffe_gn", "retinanet_r18"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("faster_rcnn_r50", marks=pytest.mark.slow), "fcos_r50_caffe_gn", "retinanet_r18"]
+)
 def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     spec = json.loads((shared / "checkpoints" / f"{name}.json").read_text())
     fill = runpy.run_path(str(shared / "checkpoints" / "fill_weights.py"))["fill"]

@@ -46,6 +46,7 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(words, tmp_path_factory.mktemp("whole") / "run")
 
 
+@pytest.mark.slow
 def test_killed_or_stopped_at_every_place_a_run_ends_the_same(words: list[str], whole: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     for fault in FAULTS:
@@ -61,12 +62,16 @@ def test_killed_or_stopped_at_every_place_a_run_ends_the_same(words: list[str], 
     assert "begins again" in log.read_text()
 
 
-def test_killed_at_ten_random_moments_a_run_ends_the_same(words: list[str], whole: Path, tmp_path: Path) -> None:
-    doing = killed_at_random(words, whole, tmp_path, kills=10, seed=secrets.randbits(32))
-    assert len(doing) == 10
-    assert set(doing) != {"starting"}
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_the_same(
+    words: list[str], whole: Path, tmp_path: Path, kills: int
+) -> None:
+    doing = killed_at_random(words, whole, tmp_path, kills=kills, seed=secrets.randbits(32))
+    assert len(doing) == kills
+    assert kills < 10 or set(doing) != {"starting"}
 
 
+@pytest.mark.slow
 def test_two_processes_killed_at_a_random_moment_end_the_same(words: list[str], tmp_path: Path) -> None:
     whole = undisturbed(words, tmp_path / "whole", processes=2)
     killed_at_random(words, whole, tmp_path, kills=1, seed=secrets.randbits(32), processes=2)

@@ -86,6 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return top, said
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]]) -> None:
     top, said = runs
     one, two = (checkpoint.load(top / k / "last.ckpt") for k in ("one", "two"))
@@ -102,6 +103,7 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]]) -> None
     assert [text.count("next: fusedet predict") for text in said] == [1, 0]  # one process speaks
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_does(runs: tuple[Path, list[str]]) -> None:
     top = runs[0]
     one, two = (read(top / k / "val.bbox.json") for k in ("scored", "both"))

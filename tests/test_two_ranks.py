@@ -79,6 +79,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], 
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow  # test_distributed.py compares the gradients of two processes in every run
 @pytest.mark.parametrize("name", DETECTORS)
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_two_processes_learn_what_one_does(two: list[dict[tuple[str, str], Learned]], name: str, kind: str) -> None:
