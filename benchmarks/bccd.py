@@ -66,7 +66,7 @@ def main() -> None:
         print(f"epoch {epoch + 1}/{given.epochs}, last loss {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
     model.eval()
     results = []
-    for batch in validate.val_loader(options, test, 0, 1):
+    for batch in validate.build_val_loader(options, test, 0, 1):
         with torch.no_grad():
             outputs = model(images(batch))
         for output, image_id, scale in zip(outputs, batch.ids, batch.scales):

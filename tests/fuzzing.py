@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from fusedet import config as configs
-from fusedet.api.validate import score, worst
+from fusedet.api.validate import compute_metrics, draw_worst_images
 from fusedet.data.collate import make_samples
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.coco import read_coco
@@ -308,8 +308,8 @@ def score_results(text: bytes) -> bool:
         (root / "found.json").write_bytes(text)
         results = load_results(root / "found.json")
         masks = bool(results) and all("segmentation" in result for result in results)
-        score(dataset, results, voc=True, evaluator="fusedet", masks=masks)
-        worst(dataset, results)
+        compute_metrics(dataset, results, voc=True, evaluator="fusedet", masks=masks)
+        draw_worst_images(dataset, results)
         return True
     return False
 

@@ -137,8 +137,8 @@ def _mark(file: Path) -> None:
 
 
 def _in_a_step(hit: Callable[[], None]) -> None:
-    inner = trainer._total
-    trainer._total = lambda *args: (hit(), inner(*args))[1]
+    inner = trainer._weighted_sum
+    trainer._weighted_sum = lambda *args: (hit(), inner(*args))[1]
 
 
 def _in_a_validation(hit: Callable[[], None]) -> None:

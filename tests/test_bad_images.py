@@ -259,7 +259,7 @@ def run(*words: object) -> int:
 def test_training_with_a_bad_image(
     capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "report", lambda *_, **__: {})  # drawing takes most of the time
+    monkeypatch.setattr(command, "write_report", lambda *_, **__: {})  # drawing takes most of the time
     monkeypatch.setattr(command.visualization, "plot_training", lambda *_: None)
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     bad = data / "train" / "000002.jpg"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fusedet import cli, evaluation, visualization
 from fusedet.api.compare import conclusion
-from fusedet.api.validate import painter
+from fusedet.api.validate import make_painter
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import generate_dataset
 from fusedet.visualization import images
@@ -207,7 +207,7 @@ def test_drawn_counts_are_those_of_the_captions(data: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         images, "_legend", lambda image, items, pen: strips.append(" ".join(text for text, *_ in items)) or image
     )
-    paint, rows = painter(dataset, results), evaluation.find_worst_images(dataset, results, n=99)
+    paint, rows = make_painter(dataset, results), evaluation.find_worst_images(dataset, results, n=99)
     assert len(rows) > 40
     confused = 0
     for i, quality, misses, false in rows:

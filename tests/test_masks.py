@@ -14,7 +14,7 @@ from PIL import Image
 import fusedet
 from conftest import SMALL
 from fusedet import cli, evaluation
-from fusedet.api.validate import detect, mask_figures
+from fusedet.api.validate import compute_mask_metrics, detect
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform
@@ -54,7 +54,7 @@ def test_training_writes_losses_figures_and_results_of_masks(run: Path, scenes: 
     dataset = read_dataset(scenes, "val")
     sizes = dict(zip(dataset.image_ids.tolist(), dataset.sizes.tolist()))
     assert all(result["segmentation"]["size"] == sizes[result["image_id"]] for result in masks)
-    again = mask_figures(dataset, masks)
+    again = compute_mask_metrics(dataset, masks)
     assert again["mask_AP"] == pytest.approx(figures["mask_AP"], nan_ok=True)
 
 
@@ -126,7 +126,7 @@ def test_what_is_known_scores_well(scenes: Path) -> None:
     dataset = read_dataset(scenes, "val")
     batches = list(build_eval_loader(dataset, EvalTransform(128, 192), batch=4, masks=True))
     results = detect(Knowing(batches), batches, dataset, torch.device("cpu"))
-    figures = mask_figures(dataset, results)
+    figures = compute_mask_metrics(dataset, results)
     assert figures["mask_AP50"] == 1
     assert figures["mask_AP"] > 0.8
 

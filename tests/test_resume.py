@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 
 from fakes import FakeDetector, FakeLoader
 from fusedet.ablation.launcher import _check_exit
-from fusedet.api.run_dir import fresh
+from fusedet.api.run_dir import create_run_dir
 from fusedet.config import Config, Interval, Train, parse_interval
 from fusedet.engine import checkpoint, train_state, trainer
 from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
@@ -175,14 +175,14 @@ def test_what_a_killed_process_left_is_cleaned_and_no_hindrance(tmp_path: Path) 
     out = tmp_path / "run"
     out.mkdir()
     (out / ".config.yaml.123.part").write_text("half")
-    assert fresh(out) == out
+    assert create_run_dir(out) == out
     train(out, settings(epochs=1))
     assert not list(out.glob(".*.part"))
     (out / ".last.ckpt.123.part").write_text("half")
     train(out, resume=True)
     assert not list(out.glob(".*.part"))
     with pytest.raises(InputError, match="not empty"):
-        fresh(out)
+        create_run_dir(out)
 
 
 def test_best_weights_that_cannot_be_written_are_written_after_resuming(

@@ -14,7 +14,7 @@ import torch
 from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
 from fusedet.api.predict import pick_device, views
 from fusedet.api.train import make_detector, train_transform
-from fusedet.api.validate import detect, has_mask_branch, val_loader
+from fusedet.api.validate import build_val_loader, detect, has_mask_branch
 from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader
 from fusedet.errors import InputError
@@ -143,7 +143,7 @@ def _measure_seconds(plan: Plan, label: str, data: Split, device: torch.device, 
         torch.stack([weights[name] * value for name, value in terms.items()]).sum().backward()
         step = _seconds_since(start, device) / count
     few = options.replace(data=options.data.replace(workers=0), test=options.test.replace(batch=count))
-    batch = next(iter(val_loader(few, data[1]))).to(device)
+    batch = next(iter(build_val_loader(few, data[1]))).to(device)
     detector.eval()
     for _ in range(2):
         start = time.perf_counter()

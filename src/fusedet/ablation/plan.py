@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fusedet import config
 from fusedet.ablation.spec import Table
 from fusedet.api.predict import pick_device
-from fusedet.api.run_dir import data_prints
+from fusedet.api.run_dir import read_fingerprints
 from fusedet.api.train import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
@@ -77,7 +77,7 @@ class Run:
                     f"{folder} has a run with {key}={stored.get(key)}, but row '{self.label}' needs "
                     f"{key}={wanted.get(key)}: choose another out=FOLDER, or use the same settings"
                 )
-        prints = data_prints(folder)
+        prints = read_fingerprints(folder)
         if prints is not None and list(prints.values()) != [split.fingerprint() for split in data]:
             raise InputError(
                 f"{folder} was trained on other data than {data[0].source} and {data[1].source}: "

@@ -13,9 +13,9 @@ from fusedet import config
 from fusedet.ablation.plan import FAILED, TIMES, Run, read_json
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import pick_device, tuned
-from fusedet.api.run_dir import about, fresh, write_json
+from fusedet.api.run_dir import create_run_dir, describe_environment, write_json
 from fusedet.api.train import open_data, train
-from fusedet.api.validate import evaluate_detector, report
+from fusedet.api.validate import evaluate_detector, write_report
 from fusedet.atomic_io import write_atomically
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import DivergenceError, InputError
@@ -55,11 +55,11 @@ def score_trained_weights(run: Run, say: Callable[[str], None] = print) -> None:
     weights = weights_file(run.weights_from)
     detector = tuned(with_weights(options, len(dataset.names), weights).to(device), options)
     evaluated = evaluate_detector(detector, options, dataset, device)
-    folder = fresh(run.folder)
+    folder = create_run_dir(run.folder)
     write_atomically(folder / "config.yaml", options.to_yaml().encode())
     prints = {"train": train_split.fingerprint(), "val": dataset.fingerprint()}
-    write_json(folder / "run.json", about(str(device), 1) | {"data": prints, "seed": run.seed})
-    report(dataset, evaluated.results, evaluated.metrics, folder, title=run.label)
+    write_json(folder / "run.json", describe_environment(str(device), 1) | {"data": prints, "seed": run.seed})
+    write_report(dataset, evaluated.results, evaluated.metrics, folder, title=run.label)
 
 
 def _read_sessions(folder: Path) -> list[float | None]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
-from fusedet.api.run_dir import fresh
+from fusedet.api.run_dir import create_run_dir
 from fusedet.atomic_io import flush_to_disk, write_atomically
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, StorageError
@@ -150,7 +150,7 @@ def _begin(target: Path, request: Info, rank: int, resume: bool) -> Info:
     if not rank and not (resume and file.is_file()):
         if resume and target.is_dir() and any(target.iterdir()):
             raise InputError(f"out={target} holds no prediction that can be resumed: choose another directory")
-        fresh(target)
+        create_run_dir(target)
         write_atomically(file, json.dumps({"request": request}, indent=2).encode())
     end = time.monotonic() + _PATIENCE
     while not file.is_file():

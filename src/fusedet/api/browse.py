@@ -78,7 +78,7 @@ def browse(
     if options.data.path is None:
         raise InputError("no data: write fusedet browse data=PATH")
     name = "centres" if centers else "browse"
-    target = Path(options.out) if options.out else run_dir.free(".", name, ".png")
+    target = Path(options.out) if options.out else run_dir.find_free_path(".", name, ".png")
     split = split or options.data.train
     if centers:
         return BrowseResult(target, classes=_draw_centers(options, split, target))

@@ -118,7 +118,7 @@ def cam(
         if part not in PARTS:
             raise unknown("part", part, PARTS)
     if out is not None:
-        run_dir.check(out)  # before the work starts
+        run_dir.check_new_dir(out)  # before the work starts
     runs = {
         source: load(source, *of_model, device=options.device, trust=trust)
         for source in dict.fromkeys(str(source) for source in (run, beside) if source)
@@ -137,7 +137,7 @@ def cam(
             has = "has" if len(runs) == 1 else "have"
             raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {has} only {', '.join(known)}")
         if target is None:
-            target = run_dir.fresh(out) if out else run_dir.numbered(run_dir.parent_of(run), "cam")
+            target = run_dir.create_run_dir(out) if out else run_dir.create_numbered_dir(run_dir.parent_of(run), "cam")
         drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
         figures[str(job.path)] = {
             "class": job.name,
@@ -242,7 +242,7 @@ def _draw(
         "runs": {},
     }
     for source, own in runs.items():
-        numbers["runs"][source] = run_dir.plain(
+        numbers["runs"][source] = run_dir.to_plain(
             {
                 "score": own.score,
                 "heat": {kind: {row.key: _numbers(row, boxes) for row in heat[kind][source]} for kind in own.heat},

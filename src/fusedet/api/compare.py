@@ -17,7 +17,7 @@ from fusedet.api.results import Result, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.tables import comparison_table
 from fusedet.api.validate import Result as Detection
-from fusedet.api.validate import painter
+from fusedet.api.validate import make_painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read_dataset
@@ -89,7 +89,7 @@ def compare(
     scored = split or (runs[0].data.val if runs else data.val)
     stored = [_stored(source, scored) for source in (a, b)]
     if options.out:
-        run_dir.check(options.out)  # before the work, not after it
+        run_dir.check_new_dir(options.out)  # before the work, not after it
     dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
     for file, detections in zip(stored, results):
@@ -111,7 +111,7 @@ def compare(
         "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
     }
     parent, name = run_dir.parent_of(b), f"compare-{Path(a).stem}"
-    out = run_dir.fresh(options.out) if options.out else run_dir.numbered(parent, name)
+    out = run_dir.create_run_dir(options.out) if options.out else run_dir.create_numbered_dir(parent, name)
     files = {
         "comparison": out / "compare.json",
         "differences by class": out / "classes.png",
@@ -192,7 +192,7 @@ def _differing(
     dataset: DetectionDataset, results: list[list[Detection]], tables: list[Any], n: int = 8
 ) -> Image | None:
     """Return the n images on which the two differ most, A left and B right; None if they do not differ."""
-    paint = [painter(dataset, detections) for detections in results]
+    paint = [make_painter(dataset, detections) for detections in results]
     drawn, captions = [], []
     for i, *rows in evaluation.find_differing_images(dataset, tables[0], tables[1], n=n):
         images = [draw(i) for draw in paint]

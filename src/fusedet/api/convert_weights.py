@@ -67,7 +67,7 @@ def convert_weights(
     if is_file and target.exists():
         raise InputError(f"{target} exists: nothing is overwritten, choose another name")
     if not is_file:
-        run_dir.check(target)
+        run_dir.check_new_dir(target)
     converted = interop.convert_checkpoint(
         source, None if config is None else str(config), to_overrides(overrides, settings)
     )
@@ -77,7 +77,7 @@ def convert_weights(
         target.parent.mkdir(parents=True, exist_ok=True)
         file = target
     else:
-        file = run_dir.fresh(target) / "best.safetensors"
+        file = run_dir.create_run_dir(target) / "best.safetensors"
     checkpoint.save_weights(file, converted.weights, meta)
     if not is_file:
         (target / "config.yaml").write_text(converted.config.to_yaml(), encoding="utf-8")

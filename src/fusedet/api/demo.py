@@ -44,7 +44,7 @@ def demo(
     """
     texts = to_overrides(overrides, settings)
     options = config.load(MODEL, texts)
-    target = run_dir.fresh(options.out) if options.out else run_dir.numbered(".", "demo")
+    target = run_dir.create_run_dir(options.out) if options.out else run_dir.create_numbered_dir(".", "demo")
     data = synthetic.generate_dataset(target / "data", images=images, seed=options.train.seed)
     say(f"{images} generated images: {data}")
     trained = train(config.load(MODEL, [*texts, f"data={data}", f"out={target / 'run'}"]), say=say, quiet=quiet)

@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=30)
 _GROUPS = itertools.count()
 
 
-def place() -> tuple[int, int, int]:
+def get_ranks() -> tuple[int, int, int]:
     """Return this process's rank, the world size, and its rank on its machine, from torchrun's variables.
 
     Raises:
@@ -43,11 +43,11 @@ def place() -> tuple[int, int, int]:
     return int(texts["RANK"]), int(texts["WORLD_SIZE"]), int(texts["LOCAL_RANK"])
 
 
-def own_device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
     """Return the device of that name; of several GPUs, where it names none, the one of this process's local rank."""
     device = pick_device(name)
-    if device.type == "cuda" and device.index is None and place()[1] > 1:
-        return torch.device("cuda", place()[2] % torch.cuda.device_count())
+    if device.type == "cuda" and device.index is None and get_ranks()[1] > 1:
+        return torch.device("cuda", get_ranks()[2] % torch.cuda.device_count())
     return device
 
 
@@ -70,9 +70,9 @@ def process_group(config: Config) -> Iterator[Fabric]:
 
 
 @contextmanager
-def shared(device: str) -> Iterator[tuple[int, int, torch.device]]:
+def join_processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
     """Yield this process's rank, the world size, and its device; of several processes, in a process group."""
-    rank, world, _ = place()
+    rank, world, _ = get_ranks()
     if world == 1:
         yield rank, world, pick_device(device)
         return
@@ -82,7 +82,7 @@ def shared(device: str) -> Iterator[tuple[int, int, torch.device]]:
 
 def _launch_fabric(config: Config) -> Fabric:
     device = pick_device(config.device)
-    _, world, _ = place()
+    _, world, _ = get_ranks()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world)) or 1
     if world % local:
         raise InputError(

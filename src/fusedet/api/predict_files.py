@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 
 from fusedet import config as configs
 from fusedet.api import batch_predict, run_dir
-from fusedet.api.distributed import own_device, place
+from fusedet.api.distributed import get_ranks, select_device
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
@@ -106,7 +106,7 @@ def predict(
     of_model = [text for text in texts if text.partition("=")[0] not in ("data.workers", "device", "out")]
     own = [text for text in texts if text not in of_model]
     options = configs.parse(configs.apply_overrides({}, own))
-    rank, world, _ = place()
+    rank, world, _ = get_ranks()
     if options.out is None and (world > 1 or resume):
         needed = "several processes need" if world > 1 else "--resume needs"
         raise InputError(f"{needed} a known output directory: add out=DIR")
@@ -117,8 +117,8 @@ def predict(
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     with ExitStack() as stack:
         images = Sources(_store_stdin(stack) if word == "-" else word for word in words)
-        predictor = load(run, *of_model, device=str(own_device(options.device)), precision=precision, trust=trust)
-        target = Path(options.out) if options.out else run_dir.free(run_dir.parent_of(run), "predict")
+        predictor = load(run, *of_model, device=str(select_device(options.device)), precision=precision, trust=trust)
+        target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
         has_workers = any(text.startswith("data.workers=") for text in own)
         workers = options.data.workers if has_workers else predictor.config.data.workers
         batch = predictor.config.test.batch or 1

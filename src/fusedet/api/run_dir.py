@@ -21,13 +21,13 @@ from fusedet.data.bad_images import BadImageLog, format_replacement_summary
 from fusedet.errors import InputError
 
 
-def fresh(folder: str | Path) -> Path:
+def create_run_dir(folder: str | Path) -> Path:
     """Create an empty directory.
 
     Raises:
         InputError: It exists and is not empty, or cannot be created.
     """
-    path = check(folder)
+    path = check_new_dir(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,7 +35,7 @@ def fresh(folder: str | Path) -> Path:
     return path
 
 
-def check(folder: str | Path) -> Path:
+def check_new_dir(folder: str | Path) -> Path:
     """Return the path, if nothing would be overwritten there. Temporary files of a killed process count as nothing.
 
     Raises:
@@ -47,12 +47,12 @@ def check(folder: str | Path) -> Path:
     return path
 
 
-def numbered(parent: str | Path, name: str) -> Path:
-    """Create the directory that `free` names."""
-    return fresh(free(parent, name))
+def create_numbered_dir(parent: str | Path, name: str) -> Path:
+    """Create the directory that `find_free_path` names."""
+    return create_run_dir(find_free_path(parent, name))
 
 
-def free(parent: str | Path, name: str, ending: str = "") -> Path:
+def find_free_path(parent: str | Path, name: str, ending: str = "") -> Path:
     """Return the first of parent/name, parent/name-2, ... that does not exist; a file's name gets its ending."""
     paths = (Path(parent) / f"{name}{'' if i == 1 else f'-{i}'}{ending}" for i in count(1))
     return next(path for path in paths if not path.exists())
@@ -64,7 +64,7 @@ def parent_of(source: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def withdraw(folder: Path, *names: str) -> None:
+def remove_files(folder: Path, *names: str) -> None:
     """Remove what a run wrote before it failed, so that the same command can be given again; other files stay."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
@@ -74,10 +74,10 @@ def withdraw(folder: Path, *names: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON; numbers that JSON lacks (NaN) become null."""
-    write_atomically(path, (json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(to_plain(content), indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def data_prints(run: Path) -> dict[str, Any] | None:
+def read_fingerprints(run: Path) -> dict[str, Any] | None:
     """Return the fingerprints of a run's data by split, from its run.json; None if that file does not exist.
 
     Raises:
@@ -87,10 +87,10 @@ def data_prints(run: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        about = json.loads(file.read_bytes())
+        describe_environment = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        about = None
-    known = about.get("data") if isinstance(about, dict) else None
+        describe_environment = None
+    known = describe_environment.get("data") if isinstance(describe_environment, dict) else None
     if not isinstance(known, dict):
         raise InputError(
             f"{file} is damaged: it does not name the run's data; copy it again, or delete it to skip that check"
@@ -98,20 +98,20 @@ def data_prints(run: Path) -> dict[str, Any] | None:
     return known
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return a value without tensors, tuples and NaN, which JSON lacks."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_plain(v) for v in value]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_plain(value.tolist())
     if isinstance(value, float) and value != value:
         return None
     return value
 
 
-def about(device: str, world: int) -> dict[str, Any]:
+def describe_environment(device: str, world: int) -> dict[str, Any]:
     """Return versions and hardware, for run.json."""
     packages = ("fusedet", "torch", "torchvision", "timm", "lightning-fabric", "faster-coco-eval", "numpy")
     cuda = torch.cuda.is_available() and device.startswith("cuda")

@@ -58,7 +58,7 @@ def _to_text(value: Any) -> str:
     return (
         str(value)
         if isinstance(value, (str, Path))
-        else json.dumps(run_dir.plain(value), ensure_ascii=False, default=str)
+        else json.dumps(run_dir.to_plain(value), ensure_ascii=False, default=str)
     )
 
 
@@ -117,7 +117,7 @@ def training_config(
         return options
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("several processes need one output directory: add out=DIR")
-    return options.replace(out=str(run_dir.free("runs", path.name if path.is_dir() else path.stem)))
+    return options.replace(out=str(run_dir.find_free_path("runs", path.name if path.is_dir() else path.stem)))
 
 
 def _resumed_config(name: str, overrides: Sequence[str]) -> Config:

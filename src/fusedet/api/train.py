@@ -12,23 +12,30 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
-from fusedet.api.distributed import place, process_group, run_on_first
+from fusedet.api.distributed import get_ranks, process_group, run_on_first
 from fusedet.api.load_model import class_names, weights_file, with_weights
 from fusedet.api.results import RunResult
-from fusedet.api.run_dir import about, data_prints, fresh, record_replaced_images, withdraw, write_json
+from fusedet.api.run_dir import (
+    create_run_dir,
+    describe_environment,
+    read_fingerprints,
+    record_replaced_images,
+    remove_files,
+    write_json,
+)
 from fusedet.api.settings import Settings, Source, training_config
 from fusedet.api.validate import (
     FIGURES,
     MASK_FIGURES,
     Evaluation,
+    build_val_loader,
     check_masks,
+    compute_mask_metrics,
     detect,
     evaluate_detector,
     has_mask_branch,
-    mask_figures,
-    report,
-    some,
-    val_loader,
+    shorten_list,
+    write_report,
 )
 from fusedet.atomic_io import write_atomically
 from fusedet.config import Config
@@ -86,7 +93,7 @@ def train(
             dataset, evaluated = _fit(fabric, options, out, resume, is_begun, say if is_first else _say_nothing, quiet)
         if not is_first:
             return RunResult(out, {}, {})
-        files = report(dataset, evaluated.results, evaluated.metrics, out, title=out.name)
+        files = write_report(dataset, evaluated.results, evaluated.metrics, out, title=out.name)
         files["training curves"] = out / "training.png"
         visualization.plot_training(out / "metrics.csv", files["training curves"])
         return RunResult(out, evaluated.metrics, files, f"{out}: best weights on {options.data.val}")
@@ -115,15 +122,15 @@ def _fit(
     loggers = logging.make_loggers(settings.loggers, out)
     data, val = open_data(config, say)
     if is_begun:
-        _check_prints(out, data, val, say)
+        _check_fingerprints(out, data, val, say)
     elif resume:
         say(f"{out} was stopped before its first checkpoint: it begins again")
     rng.seed(settings.seed)
     detector = make_detector(config, val, say, is_begun)
     masks = learns_masks(config, detector, data, val)
-    ledger = None
+    bad_image_log = None
     if settings.on_bad_image == "skip":
-        ledger = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank, fabric.world_size)
+        bad_image_log = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank, fabric.world_size)
     loader = build_train_loader(
         data,
         train_transform(config),
@@ -134,22 +141,22 @@ def _fit(
         world=fabric.world_size,
         masks=masks,
         pin=fabric.device.type == "cuda",
-        bad_image_log=ledger,
+        bad_image_log=bad_image_log,
     )
     lr = _scaled_lr(config, say)
     if config.data.check:
         max_bad = config.train.max_bad_images if config.train.on_bad_image == "skip" else 0.0
         run_on_first(fabric, lambda: require_usable_images(data, val, max_bad_share=max_bad, warn=say))
     if not resume:
-        run_on_first(fabric, lambda: fresh(out))
+        run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
-    val_share = val_loader(config, val, fabric.global_rank, fabric.world_size)
+    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size)
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, val_share, val, fabric.device)
         figures = evaluation.evaluate_coco(val, results, per_class=False)
         if masks:
-            figures |= mask_figures(val, results)
+            figures |= compute_mask_metrics(val, results)
         return {name: figures[name] for name in FIGURES + MASK_FIGURES if name in figures}
 
     meta = {
@@ -183,14 +190,16 @@ def _fit(
             write_atomically(description, earlier)
         raise
     except InputError as error:
-        if place()[2]:  # the command line lets the first process of a machine speak, which may not have met this image
+        if get_ranks()[
+            2
+        ]:  # the command line lets the first process of a machine speak, which may not have met this image
             print(f"error: process {fabric.global_rank}: {error}", file=sys.stderr, flush=True)
         if fabric.is_global_zero and not is_begun and not (out / "last.ckpt").exists():
-            withdraw(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
+            remove_files(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
         raise
-    if ledger:
-        ledger.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
-        record_replaced_images(ledger, out, say)
+    if bad_image_log:
+        bad_image_log.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
+        record_replaced_images(bad_image_log, out, say)
     fabric.barrier()
     best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
     return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
@@ -221,16 +230,16 @@ def _write_description(
     if not is_begun or not (out / "run.json").is_file():
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
         more = {"data": prints, "lr": lr, "seed": config.train.seed}
-        write_json(out / "run.json", about(str(fabric.device), fabric.world_size) | more)
+        write_json(out / "run.json", describe_environment(str(fabric.device), fabric.world_size) | more)
 
 
 def _say_nothing(text: str) -> None:
     """Take the lines of all processes but the first."""
 
 
-def _check_prints(out: Path, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
+def _check_fingerprints(out: Path, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
     """Raise InputError where a run was begun on other data, or its run.json is damaged."""
-    known = data_prints(out)
+    known = read_fingerprints(out)
     if known is None:
         return say(
             f"warning: {out / 'run.json'} is missing, so {out} may have been begun on other data; it is written again"
@@ -285,9 +294,10 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
             own = detector.state_dict()
             new = {key: own[key] for key in class_tensors(config)}
             state = {key: value for key, value in state.items() if key not in new} | new
+            classes = [f"{len(of)} classes {shorten_list(of)}" for of in (names, dataset.names)]
             say(
-                f"{file} has the {len(names)} classes {some(names)}, the data has the {len(dataset.names)} classes "
-                f"{some(dataset.names)}: the weights that depend on classes are initialized again ({', '.join(new)})"
+                f"{file} has the {classes[0]}, the data has the {classes[1]}: "
+                f"the weights that depend on classes are initialized again ({', '.join(new)})"
             )
         checkpoint.load_into(detector, state, file)
     elif isinstance(backbone, TimmBackbone) and not backbone.has_weights and (backbone.frozen or backbone.norm_eval):

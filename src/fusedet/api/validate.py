@@ -72,7 +72,7 @@ def evaluate_detector(
     """
     if (masks := has_mask_branch(detector)) and len(dataset.labels):
         check_masks(dataset)
-    loader = val_loader(config, dataset, rank, world)
+    loader = build_val_loader(config, dataset, rank, world)
     batches = loader if rank else track(progress, loader, len(loader), "images")
     results = detect(detector, batches, dataset, device)
     if rank:
@@ -102,10 +102,10 @@ def evaluate_results(
     if masks is None:
         masks = bool(results) and all("segmentation" in result for result in results)
     voc = voc or dataset.dataset_format == "voc"
-    return Evaluation(results, score(dataset, results, voc=voc, evaluator=evaluator, masks=masks))
+    return Evaluation(results, compute_metrics(dataset, results, voc=voc, evaluator=evaluator, masks=masks))
 
 
-def val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
+def build_val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
     """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes."""
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
@@ -151,7 +151,7 @@ def check_masks(dataset: DetectionDataset) -> None:
         )
 
 
-def mask_figures(
+def compute_mask_metrics(
     dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
 ) -> dict[str, Any]:
     """Return COCO's metrics by the IoU of masks, each as mask_NAME."""
@@ -159,13 +159,13 @@ def mask_figures(
     return {f"mask_{name}": value for name, value in figures.items()}
 
 
-def score(
+def compute_metrics(
     dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
 ) -> dict[str, Any]:
     """Return COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp."""
     figures = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
     if masks:
-        figures |= mask_figures(dataset, results, evaluator)
+        figures |= compute_mask_metrics(dataset, results, evaluator)
         for row, other in zip(figures["classes"], figures.pop("mask_classes")):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:
@@ -176,7 +176,7 @@ def score(
     return figures | {"stamp": evaluation.create_stamp(dataset, results, evaluator)}
 
 
-def report(
+def write_report(
     dataset: DetectionDataset, results: list[Result], figures: dict[str, Any], out: Path, title: str
 ) -> dict[str, Path]:
     """Write results, metrics and plots into a directory; return the files by what they show."""
@@ -203,17 +203,17 @@ def report(
         evaluation.compute_confusion_matrix(dataset, results), dataset.names, files["confusion matrix"]
     )
     visualization.plot_ap_by_size(figures, files["AP by object size"], title)
-    if (grid := worst(dataset, results)) is None:
+    if (grid := draw_worst_images(dataset, results)) is None:
         del files["worst images"]
     else:
         grid.save(files["worst images"])
     return files
 
 
-def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Image | None:
+def draw_worst_images(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Image | None:
     """Return the n images with the most errors: ground truth dashed, detections coloured; None without any error."""
     drawn, captions = [], []
-    paint = painter(dataset, results)
+    paint = make_painter(dataset, results)
     for i, quality, misses, false in evaluation.find_worst_images(dataset, results, n=n, score=SHOWN):
         if (image := paint(i)) is not None:
             drawn.append(image)
@@ -221,7 +221,7 @@ def worst(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Imag
     return visualization.draw_image_grid(drawn, captions) if drawn else None
 
 
-def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
+def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
     """Return a function that draws the ground truth and detections of at least `SHOWN` in image i."""
     by_image: dict[int, list[Result]] = {}
     for result in results:
@@ -252,7 +252,7 @@ def painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int],
     return paint
 
 
-def check_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
+def check_class_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
     """Check that the data's classes are those of the model, in the same order.
 
     Raises:
@@ -261,12 +261,12 @@ def check_names(dataset: DetectionDataset, names: Iterable[str], source: str) ->
     names = tuple(names)
     if names != dataset.names:
         raise InputError(
-            f"{source} knows the {plural(len(names), 'class')} {some(names)}, but {dataset.source} has the "
-            f"{plural(len(dataset.names), 'class')} {some(dataset.names)}: use data with the same class names"
+            f"{source} knows the {plural(len(names), 'class')} {shorten_list(names)}, but {dataset.source} has the "
+            f"{plural(len(dataset.names), 'class')} {shorten_list(dataset.names)}: use data with the same class names"
         )
 
 
-def some(names: Iterable[str]) -> str:
+def shorten_list(names: Iterable[str]) -> str:
     """Return the first names of a list as text."""
     names = list(names)
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -9,13 +9,13 @@ from typing import Unpack
 from fusedet import config as configs
 from fusedet import evaluation
 from fusedet.api import coco_submission, run_dir
-from fusedet.api.distributed import place, shared
+from fusedet.api.distributed import get_ranks, join_processes
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
 from fusedet.api.progress import ShowProgress, no_progress, say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
-from fusedet.api.validate import check_names, evaluate_detector, evaluate_results, report
+from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, unknown
 
@@ -76,9 +76,9 @@ def validate(
     scored = split or options.data.val
     dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:
-        run_dir.check(options.out)  # before the work, not after it
+        run_dir.check_new_dir(options.out)  # before the work, not after it
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
-    if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not place()[0]:
+    if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not get_ranks()[0]:
         say(warning)
     if not len(dataset.labels) and not submission:
         raise InputError(
@@ -87,8 +87,8 @@ def validate(
     if is_results:
         evaluated = evaluate_results(dataset, evaluation.load_results(path), voc=voc, evaluator=evaluator)
     else:
-        check_names(dataset, names, str(file))
-        with shared(options.device) as (rank, world, device):
+        check_class_names(dataset, names, str(file))
+        with join_processes(options.device) as (rank, world, device):
             ready = tuned(detector.to(device), options)
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
@@ -97,10 +97,14 @@ def validate(
             return RunResult(path, {}, {})
     rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
     name = f"val-{Path(scored).stem}"
-    target = run_dir.fresh(options.out) if options.out else run_dir.numbered(run_dir.parent_of(path), name)
+    target = (
+        run_dir.create_run_dir(options.out)
+        if options.out
+        else run_dir.create_numbered_dir(run_dir.parent_of(path), name)
+    )
     files = {}
     if len(dataset.labels):
-        files = report(dataset, evaluated.results, evaluated.metrics, target, title=f"{path.name} on {scored}")
+        files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=f"{path.name} on {scored}")
     if server_split:
         files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
     title = f"{source if is_results else file} on {scored} of {options.data.path}"

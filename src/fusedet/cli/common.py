@@ -135,6 +135,6 @@ def show(result: Result, json: bool, *next_steps: str) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     """Print plain values as JSON."""
-    from fusedet.api.run_dir import plain
+    from fusedet.api.run_dir import to_plain
 
-    print(jsonlib.dumps(plain(content), indent=2, ensure_ascii=False))
+    print(jsonlib.dumps(to_plain(content), indent=2, ensure_ascii=False))

@@ -25,7 +25,7 @@ from fusedet.errors import InputError
 from fusedet.types import Batch, Losses
 
 
-class Objective(nn.Module):
+class LossModule(nn.Module):
     """A detector's losses as a forward pass, because DDP and Fabric's precision reach nothing else.
 
     The batch comes wrapped in a function, or Fabric would cast its boxes to half precision.
@@ -89,7 +89,7 @@ def setup(
     run = Run(
         fabric=fabric,
         detector=detector,
-        model=fabric.setup_module(Objective(detector)),
+        model=fabric.setup_module(LossModule(detector)),
         optimizer=fabric.setup_optimizers(build_optimizer(detector, settings, lr)),
         ema=ema,
         loader=loader,

@@ -91,7 +91,7 @@ def _train_epoch(run: Run) -> None:
     """Do the remaining steps of the epoch."""
     run.pace.start()
     every = run.checkpoint_every
-    for batches in _groups(run):
+    for batches in _accumulation_groups(run):
         norm, stop, due = _train_step(run, batches)
         run.state["step"] += 1
         run.state["position"] += len(batches)
@@ -119,7 +119,7 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, int, bool]:
     for i, batch in enumerate(batches):
         with run.fabric.no_backward_sync(run.model, enabled=i < len(batches) - 1):
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))
-            loss = _total(terms, run.detector.loss_weights)  # type: ignore[arg-type]
+            loss = _weighted_sum(terms, run.detector.loss_weights)  # type: ignore[arg-type]
             names, values = [*terms, "loss"], torch.stack([*terms.values(), loss]).detach().float()
             run.guard.check_losses(
                 names, values, number, batch.ids, stop=run.interrupts.received, save=run.is_checkpoint_due
@@ -142,12 +142,12 @@ def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, int, bool]:
     return norm, stop, due
 
 
-def _total(terms: Losses, weights: Mapping[str, float]) -> Tensor:
+def _weighted_sum(terms: Losses, weights: Mapping[str, float]) -> Tensor:
     """Sum the loss terms, each with the detector's weight."""
     return torch.stack([value.float() * weights[name] for name, value in terms.items()]).sum()
 
 
-def _groups(run: Run) -> Iterator[list[Batch]]:
+def _accumulation_groups(run: Run) -> Iterator[list[Batch]]:
     """Yield the remaining batches of the epoch, in lists of as many as a step accumulates."""
     start = run.state["position"]
     if start >= len(run.loader):
