@@ -23,6 +23,10 @@ class SettingsCommand(TyperCommand):
         console = Console(highlight=False, emoji=False)
         for group, rows in groupby(settings(), key=lambda setting: setting.group):
             table = Table.grid(padding=(0, 2))
+            table.add_column(no_wrap=True)  # keys are copied from here
+            table.add_column(max_width=24)
+            table.add_column(max_width=16)
+            table.add_column()
             for row in rows:
                 limits = f" ({row.range})" if row.range else ""
                 table.add_row(*map(escape, (row.key, row.type, row.default, row.help + limits)))
