@@ -469,8 +469,8 @@ def test_predict_without_images(capsys: Capture, trained: Path, scenes: Path, tm
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "predict", trained), "which images?")
     has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no image, folder or pattern /no/where.jpg")
-    has(complaint(capsys, "predict", trained, tmp_path / "empty"), "holds no image")
-    has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz holds no image")
+    has(complaint(capsys, "predict", trained, tmp_path / "empty"), "matches no image")
+    has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz matches no image")
     capsys.readouterr()
     assert cli.run(["predict", str(trained), str(scenes / "val"), "--precision", "fp16"]) == 2
     has(" ".join(capsys.readouterr().err.replace("│", " ").split()), "'fp16' is not one of 'fp32', 'bf16'")

@@ -111,7 +111,7 @@ def test_a_source_is_no_more_read_than_asked_for(folder: Path, monkeypatch: pyte
 @pytest.mark.parametrize("word", ["@nowhere.txt", "nowhere.png", "*.xyz"])
 def test_sources_that_are_none(word: str) -> None:
     with pytest.raises(
-        InputError, match=r"there is no list nowhere.txt|there is no image, folder or pattern|holds no image"
+        InputError, match=r"there is no list nowhere.txt|there is no image, folder or pattern|matches no image"
     ):
         Sources([word])
 

@@ -154,7 +154,7 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]
     assert "other data" in said
     assert "same images and annotations" in said
     few = generate_dataset(tmp_path / "few", images=10, size=(96, 128), splits={"val": 0.9, "test": 0.1})
-    assert "image_id that is not in" in refused(capsys, "compare", *files, f"data={few}")
+    assert "unknown image_id, not in" in refused(capsys, "compare", *files, f"data={few}")
     (b / "metrics.json").write_text("{}")
     assert "has no stamp" in refused(capsys, "compare", a, b)
 

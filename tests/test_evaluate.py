@@ -268,8 +268,8 @@ def test_equal_overlaps_prefer_the_own_class():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"image_id": 99}, "image_id that is not in made: 99"),
-        ({"category_id": 1}, "category_id that is not in made: 1"),
+        ({"image_id": 99}, "unknown image_id, not in made: 99"),
+        ({"category_id": 1}, "unknown category_id, not in made: 1"),
         ({"score": float("nan")}, "'score' of result 1"),
         ({"bbox": [0, 0, float("inf"), 1]}, "'bbox' of result 1"),
         ({"bbox": [0, 0, -1, 1]}, "'bbox' of result 1"),

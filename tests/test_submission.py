@@ -186,10 +186,10 @@ def test_numbers_are_rounded(dataset: DetectionDataset) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_id": 5}, "1 results have a image_id that is not in"),
+        ({"image_id": 5}, "1 results have an unknown image_id, not in"),
         ({"image_id": None}, "result 1 lacks 'image_id'"),
         ({"image_id": "7"}, "'image_id' of result 1 must be an integer"),
-        ({"category_id": 12}, "1 results have a category_id that is not in"),
+        ({"category_id": 12}, "1 results have an unknown category_id, not in"),
         ({"category_id": None}, "result 1 lacks 'category_id'"),
         ({"score": float("nan")}, "'score' of result 1 must be a finite number"),
         ({"score": None}, "result 1 lacks 'score'"),

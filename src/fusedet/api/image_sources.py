@@ -30,7 +30,7 @@ class Sources:
         self._sources = [_source(word) for word in self.words]
         for word, source in zip(self.words, self._sources):
             if next(iter(source), None) is None:
-                raise InputError(f"{word} holds no image")
+                raise InputError(f"{word} matches no image")
 
     def __iter__(self) -> Iterator[Path]:
         for i, source in enumerate(self._sources):

@@ -183,6 +183,8 @@ def _fit(
             say=say,
         )
         if fabric.is_global_zero:
+            if not run.is_finished:  # else the config is of a training that never took place
+                write_atomically(description, config.to_yaml().encode())
             _write_description(config, out, fabric, lr, data, val, is_begun)
         done = trainer.fit(run)
     except DivergenceError:  # metrics.csv shows how the run came to that
@@ -225,8 +227,7 @@ def _write_description(
     val: DetectionDataset,
     is_begun: bool,
 ) -> None:
-    """Write run.json where it is missing, and config.yaml: a resumed run may have got other settings (train.epochs)."""
-    write_atomically(out / "config.yaml", config.to_yaml().encode())
+    """Write run.json, for a resumed run only if it is missing."""
     if not is_begun or not (out / "run.json").is_file():
         prints = {"train": data.fingerprint(), "val": val.fingerprint()}
         more = {"data": prints, "lr": lr, "seed": config.train.seed}

@@ -21,7 +21,7 @@ from fusedet.engine.optim import build_optimizer
 from fusedet.engine.progress import Display
 from fusedet.engine.signals import Interrupts
 from fusedet.engine.train_state import TABLES, Loader, Run, Validate, restore
-from fusedet.errors import InputError
+from fusedet.errors import InputError, plural
 from fusedet.types import Batch, Losses
 
 
@@ -127,8 +127,8 @@ def _say_progress(run: Run) -> None:
     epoch, epochs = run.state["epoch"], run.settings.epochs
     if run.is_finished:
         run.say(
-            f"{run.out} has ended with epoch {epoch} of {epochs}: nothing is left to train, "
-            "a larger train.epochs goes on"
+            f"{run.out} has trained {plural(epoch, 'epoch')}, train.epochs={epochs}: nothing is left to train, "
+            "a larger train.epochs continues"
         )
     else:
         run.say(f"{run.out} goes on after step {run.state['step']}, in epoch {epoch + 1} of {epochs}")

@@ -167,7 +167,7 @@ def _position(results: Sequence[Result], key: str, known: np.ndarray, source: st
     if is_unknown.any():
         some = ", ".join(map(str, np.unique(ids[is_unknown])[:5].tolist()))
         raise InputError(
-            f"{int(is_unknown.sum())} results have a {key} that is not in {source}: {some}; "
+            f"{int(is_unknown.sum())} results have an unknown {key}, not in {source}: {some}; "
             "they must be made on the same data"
         )
     return order[place]
