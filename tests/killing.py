@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from fusedet import cli
 from fusedet.api import train as command
+from fusedet.api import validate
 from fusedet.engine import checkpoint, logging, trainer
 from warm import SERVER
 
@@ -49,9 +51,20 @@ class Training:
     def wait(self, seconds: float | None = None) -> bool:
         """Whether all processes end within that time."""
         end = None if seconds is None else time.monotonic() + seconds
-        for process in self.processes:
-            process.join(None if end is None else max(0.0, end - time.monotonic()))
-        return not any(process.is_alive() for process in self.processes)
+        while alive := [process for process in self.processes if process.is_alive()]:
+            if end is not None and time.monotonic() >= end:
+                return False
+            connection.wait([process.sentinel for process in alive], 0.1)
+            if len(alive) < len(self.processes) and any(self.codes):
+                self._end_like_torchrun(alive)
+        return True
+
+    def _end_like_torchrun(self, alive: list[Any], seconds: float = 30.0) -> None:
+        """Give the other processes of a failed one some time to end, then kill them, as torchrun's agent does."""
+        deadline = time.monotonic() + seconds
+        for process in alive:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
 
     def doing(self) -> str:
         """Return the first process's present activity."""
@@ -130,7 +143,7 @@ def _mark(file: Path) -> None:
     note(checkpoint, "save", "checkpoint")
     note(checkpoint, "save_weights", "best")
     note(logging.Table, "add", "row")
-    note(command, "_report", "scoring")
+    note(command, "write_report", "scoring")
 
 
 # -- places
@@ -143,7 +156,8 @@ def _in_a_step(hit: Callable[[], None]) -> None:
 
 def _in_a_validation(hit: Callable[[], None]) -> None:
     inner = command.detect
-    command.detect = lambda *args: (hit(), inner(*args), hit())[1]
+    for module in (command, validate):
+        module.detect = lambda *args: (hit(), inner(*args), hit())[1]
 
 
 def _before_a_checkpoint_is_in_its_place(hit: Callable[[], None]) -> None:
