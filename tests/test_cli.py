@@ -143,8 +143,8 @@ def test_starting_from_weights_of_other_classes(
         file.write_text(json.dumps(content))
     options = [f"train.weights={trained}", "train.lr=1e-12", "model.backbone.norm_eval=true"]
     said = spoken(capsys, "train", trained, f"data={data}", f"out={tmp_path / 'tuned'}", *options)
-    assert "knows the 6 classes circle, triangle" in said
-    assert "what depends on classes starts anew (head.cls.weight, head.cls.bias)" in said
+    assert "has the 6 classes circle, triangle" in said
+    assert "the weights that depend on classes are initialized again (head.cls.weight, head.cls.bias)" in said
     before, _ = checkpoint.load_weights(trained / "best.safetensors")
     after, meta = checkpoint.load_weights(tmp_path / "tuned" / "last.ckpt")
     assert len(json.loads(meta["names"])) == 2

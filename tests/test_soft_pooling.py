@@ -30,7 +30,7 @@ def test_parameter_counts() -> None:
 def test_pooling_against_the_definition(samples: int) -> None:
     """sum over levels of sigmoid(conv3x3(relu(conv1x1(all levels)))) * RoIAlign, per RoI and cell in float64."""
     pooling, features = SoftPooling(LEVELS, size=3, samples=samples).double(), [f.double() for f in pyramid()]
-    pooled = pooling(features, ROIS.double())
+    output = pooling(features, ROIS.double())
     strides = (4, 8, 16, 32)
     pooled = [
         roi_align(f, ROIS.double(), 3, 1 / s, sampling_ratio=samples, aligned=True) for f, s in zip(features, strides)
@@ -46,7 +46,7 @@ def test_pooling_against_the_definition(samples: int) -> None:
             for j in range(3):
                 logits = (second.weight * hidden[None, :, i : i + 3, j : j + 3]).sum(dim=(1, 2, 3)) + second.bias
                 expected = sum(w.sigmoid() * p[m, :, i, j] for w, p in zip(logits, pooled))
-                assert torch.allclose(pooled[m, :, i, j], expected, atol=1e-6)
+                assert torch.allclose(output[m, :, i, j], expected, atol=1e-6)
 
 
 def test_zero_logits_give_half_the_sum() -> None:
