@@ -569,5 +569,5 @@ def test_a_loss_that_is_not_finite(capsys: Capture, run_copy: Path) -> None:
 
 def test_generated_data_is_never_overwritten(scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes, tmp_path / "data")
-    with pytest.raises(ValueError, match="name a new or empty folder"):
+    with pytest.raises(ValueError, match="give a new or empty folder"):
         generate_dataset(tmp_path / "data", images=10)

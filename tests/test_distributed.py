@@ -38,7 +38,7 @@ from test_distributed import part
 from torch import nn
 
 from fusedet.config import Train
-from fusedet.engine.setup import Objective
+from fusedet.engine.setup import LossModule
 from fusedet.engine.trainer import Interrupted, fit, setup
 from fusedet.errors import DivergenceError
 from fusedet.types import Target
@@ -98,7 +98,7 @@ def train(folder, what="", resume=False, loader=None, every=None):
 
 
 made = detector()
-model = fabric.setup(Objective(made))
+model = fabric.setup(LossModule(made))
 for seed in (0, 5):
     terms = model(partial(make_batch(seed + rank, 2 + rank).to, "cpu"))
     fabric.backward(torch.stack(list(terms.values())).sum())

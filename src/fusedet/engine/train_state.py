@@ -58,7 +58,7 @@ class Run:
     """The objects of one training, and in `state` the plain values that say how far it is.
 
     Attributes:
-        model: The detector's `Objective`, as Fabric wraps it.
+        model: The detector's `LossModule`, as Fabric wraps it.
         lr: The learning rate after the warm-up, scaled to the total batch.
         state: `step` (updates done), `epoch` (epochs finished with their validation), `position` (batches done of the
             present epoch), `best` (the monitored metric's highest value), `stale` (validations since then) and
