@@ -143,6 +143,7 @@ sys.exit(cli.run(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_run_is_resumed_to_the_same_table(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: retinanet_tiny\nrows:\n  - {label: FPN*+BFP, overrides: ['model.neck=[fpn,bfp]']}\n")

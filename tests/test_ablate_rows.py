@@ -208,6 +208,7 @@ rows:
 """
 
 
+@pytest.mark.slow
 def test_row_with_another_test_section_is_not_trained(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

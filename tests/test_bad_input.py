@@ -205,7 +205,7 @@ def test_bad_boxes_are_counted_and_trained_around(capsys: Capture, scenes: Path,
     sentences = (
         "NaN or infinite coordinates: dropped: 1",
         "negative width or height: dropped: 1",
-        "no area: not trained on: 1",
+        "boxes without area: not trained on: 1",
     )
     sentences += ("wholly outside their image: not trained on: 1", "partly outside their image: clipped in training: 1")
     assert cli.run(train(data, tmp_path / "out")) == 0

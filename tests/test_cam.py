@@ -264,6 +264,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(
     capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path
 ) -> None:

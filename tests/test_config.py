@@ -90,7 +90,8 @@ def leaves(tree: dict[str, Any], section: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("schedule", config.names("schedules"))
 def test_a_schedule_sets_epochs_milestones_and_scales_only(schedule: str) -> None:
     allowed = {"train.schedule", "train.epochs", "train.milestones", "data.size", "data.multi_scale"}
-    for name in config.names():
+    # A backbone is one value of the config, so one backbone of each detector stands for all.
+    for name in (n for n in config.names() if not any(other in n for other in config.BACKBONES.keys() - {"r50"})):
         default = leaves(config.load(name).tree())
         scheduled = leaves(config.load(name, [f"train.schedule={schedule}"]).tree())
         changed = {key for key in default | scheduled if default.get(key) != scheduled.get(key)}

@@ -30,7 +30,7 @@ POSITIVE = {  # the loss and the maps that show which priors are positive
 }
 
 
-BOTH = ("retinanet", "reppoints", "faster_rcnn", "cascade_rcnn")  # with both kinds of batches
+REPRESENTATIVES = ("retinanet", "reppoints", "faster_rcnn", "cascade_rcnn")  # in the normal suite
 
 
 @cache
@@ -100,7 +100,7 @@ BATCHES = {"empty": (SOME, EMPTY), "huge": (HUGE, ONE)}
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, marks=() if name in BOTH or (i + k) % 2 == 0 else pytest.mark.slow)
+        pytest.param(name, kind, marks=() if name in REPRESENTATIVES and (i + k) % 2 == 0 else pytest.mark.slow)
         for i, name in enumerate(DETECTORS)
         for k, kind in enumerate(BATCHES)
     ],

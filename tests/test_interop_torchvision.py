@@ -96,7 +96,10 @@ def predict(converted: ConvertedCheckpoint, image: Tensor) -> Detections:
 @pytest.mark.parametrize(
     "name",
     # Version 2 of Mask R-CNN has all parts of that of Faster R-CNN, and version 1 likewise.
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("fasterrcnn_v2", "maskrcnn") else n for n in MODELS],
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("fasterrcnn_v2", "maskrcnn", "retinanet_v2") else n
+        for n in MODELS
+    ],
 )
 @torch.no_grad()
 def test_same_detections(tmp_path: Path, name: str) -> None:

@@ -99,7 +99,10 @@ def agrees(paper: str, count: int, value: float) -> bool:
     return abs(round(count / 1e6, 2) - value) <= 0.05 + 1e-9
 
 
-@pytest.mark.parametrize(("table", "row"), [pytest.param(t, r, id=f"{t.name}-{r.label}") for t, r in rows()])
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [pytest.param(t, r, id=f"{t.name}-{r.label}", marks=() if r.params_M else pytest.mark.slow) for t, r in rows()],
+)
 def test_every_row_is_built_and_has_the_printed_parameters(table: Table, row: Row) -> None:
     made = row.config(table)
     count = trainable(made)
