@@ -166,13 +166,15 @@ def test_folder_without_permission(dataset_format: str, closed: str) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         os.chmod(folder, 0o755)
         root = write_dataset(Path(folder) / "data", dataset_format)
+        config = options(root)
+        open_and_check(config)  # imports what another user may not be able to read
         os.chmod(root / closed, 0)
         is_root = os.geteuid() == 0
         if is_root:
             os.seteuid(65534)  # root ignores permissions
         try:
             with pytest.raises(InputError) as error:
-                open_and_check(options(root))
+                open_and_check(config)
         finally:
             if is_root:
                 os.seteuid(0)
