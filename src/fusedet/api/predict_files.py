@@ -19,7 +19,7 @@ from fusedet.api.image_sources import Sources
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
 from fusedet.api.progress import ShowProgress, no_progress
-from fusedet.api.results import Result, lines, list_files
+from fusedet.api.results import Result, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.errors import InputError, one_of, plural
 
@@ -47,7 +47,7 @@ class PredictionSummary(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts and the files."""
-        return self.counts | {"files": {name: str(path) for name, path in self.files.items()}}
+        return self.counts | {"files": names_of(self.files)}
 
     def __rich__(self) -> RenderableType:
         if left := self.counts["left"]:

@@ -87,10 +87,10 @@ def read_fingerprints(run: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        describe_environment = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        describe_environment = None
-    known = describe_environment.get("data") if isinstance(describe_environment, dict) else None
+        content = None
+    known = content.get("data") if isinstance(content, dict) else None
     if not isinstance(known, dict):
         raise InputError(
             f"{file} is damaged: it does not name the run's data; copy it again, or delete it to skip that check"

@@ -221,15 +221,28 @@ def _is_validated(settings: Train, epoch: int) -> bool:
 def _validate(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """Return the metrics of the present weights."""
     if run.fabric.world_size > 1:
-        # The buffers differ, because each process has seen other images; best.safetensors keeps the first process's.
-        for buffer in run.eval_module.buffers():
-            distributed.broadcast(buffer, 0)
+        _broadcast_buffers(run.eval_module)
     with run.pace.validation(), rng.preserved(), _evaluating(run.eval_module), torch.no_grad(), run.interrupts.open():
         metrics = {name: float(value) for name, value in validate(run.eval_module, epoch).items()}
     metrics = run.fabric.broadcast(metrics)
     if run.settings.monitor not in metrics:
         raise unknown("metric to monitor", run.settings.monitor, metrics)
     return metrics
+
+
+def _broadcast_buffers(module: nn.Module) -> None:
+    """Give a module's buffers in all processes the first one's values, by one broadcast per dtype.
+
+    They differ, because each process has seen other images; best.safetensors keeps the first process's.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in module.buffers():
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        joined = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        distributed.broadcast(joined, 0)
+        for buffer, values in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def _keep_best(run: Run, metrics: dict[str, float]) -> None:
