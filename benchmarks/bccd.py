@@ -16,7 +16,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from fusedet import config, evaluation
-from fusedet.api import train, validate
+from fusedet.api import train_inputs, validate
 from fusedet.data.loader import build_train_loader
 from fusedet.engine.optim import lr_factor
 from fusedet.errors import InputError
@@ -40,7 +40,7 @@ def main() -> None:
     options = config.load("faster_rcnn_r18_small", [*overrides, f"train.milestones={milestones}"])
     recipe = options.train
     try:
-        data, test = train.open_data(options, lambda text: print(text, file=sys.stderr))
+        data, test = train_inputs.open_data(options, lambda text: print(text, file=sys.stderr))
     except InputError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(given.seed)
@@ -48,7 +48,9 @@ def main() -> None:
     backbone = BackboneWithFPN(resnet18(weights=None), layers, [64, 128, 256, 512], options.model.pyramid.channels)
     short, long = options.data.size
     model = FasterRCNN(backbone, len(data.names) + 1, min_size=short, max_size=long).train()
-    loader = build_train_loader(data, train.train_transform(options), batch=recipe.batch, seed=given.seed, workers=0)
+    loader = build_train_loader(
+        data, train_inputs.train_transform(options), batch=recipe.batch, seed=given.seed, workers=0
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     step = 0
     for epoch in range(given.epochs):

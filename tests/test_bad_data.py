@@ -16,7 +16,7 @@ from torch import nn
 from bad_data import KINDS, TRAIN, Kind, write_dataset
 from conftest import SMALL
 from fusedet import config as configs
-from fusedet.api.train import open_data, train_transform
+from fusedet.api.train_inputs import open_data, train_transform
 from fusedet.config import Config
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset

@@ -13,7 +13,7 @@ import torch
 
 from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
 from fusedet.api.predict import pick_device, views
-from fusedet.api.train import make_detector, train_transform
+from fusedet.api.train_inputs import make_detector, train_transform
 from fusedet.api.validate import build_val_loader, detect, has_mask_branch
 from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader

@@ -13,7 +13,7 @@ from fusedet import config
 from fusedet.ablation.spec import Table
 from fusedet.api.predict import pick_device
 from fusedet.api.run_dir import read_fingerprints
-from fusedet.api.train import check_monitor, learns_masks, open_data
+from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fusedet import config
-from fusedet.api.validate import FIGURES, MASK_FIGURES
+from fusedet.api.validate import BOX_METRICS, MASK_METRICS
 from fusedet.config import Config
 from fusedet.errors import InputError, unknown
 from fusedet.evaluation import bootstrap
 from fusedet.models.detectors import build_meta_detector
 
-METRICS = (*FIGURES, *MASK_FIGURES, "VOC_AP", "VOC_AP_11_point")
+METRICS = (*BOX_METRICS, *MASK_METRICS, "VOC_AP", "VOC_AP_11_point")
 """The metrics of `fusedet val`, measured and published."""
 RESAMPLED = (*bootstrap.METRICS, *(f"mask_{name}" for name in bootstrap.METRICS))
 """The metrics that have a confidence interval over images."""

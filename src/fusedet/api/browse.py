@@ -15,7 +15,7 @@ from fusedet.api.predict import Predictor
 from fusedet.api.results import Result, lines
 from fusedet.api.settings import Settings, Source, resolve_config
 from fusedet.api.tables import centers_table
-from fusedet.api.train import train_transform
+from fusedet.api.train_inputs import train_transform
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.distributed import get_ranks, process_group, run_on_first
-from fusedet.api.load_model import class_names, weights_file, with_weights
+from fusedet.api.load_model import weights_file, with_weights
+from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.run_dir import (
     create_run_dir,
@@ -24,17 +25,15 @@ from fusedet.api.run_dir import (
     write_json,
 )
 from fusedet.api.settings import Settings, Source, training_config
+from fusedet.api.train_inputs import check_monitor, learns_masks, make_detector, open_data, train_transform
 from fusedet.api.validate import (
-    FIGURES,
-    MASK_FIGURES,
+    BOX_METRICS,
+    MASK_METRICS,
     Evaluation,
     build_val_loader,
-    check_masks,
     compute_mask_metrics,
     detect,
     evaluate_detector,
-    has_mask_branch,
-    shorten_list,
     write_report,
 )
 from fusedet.atomic_io import write_atomically
@@ -42,15 +41,12 @@ from fusedet.config import Config
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
-from fusedet.data.readers.auto import read_dataset
-from fusedet.data.transforms import TrainTransform
-from fusedet.data.validation import compare_class_names, require_usable_images
-from fusedet.engine import checkpoint, logging, optim, rng, trainer
+from fusedet.data.validation import require_usable_images
+from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES
-from fusedet.errors import DivergenceError, InputError, plural, unknown
-from fusedet.models.backbones import TimmBackbone
-from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained
+from fusedet.errors import DivergenceError, InputError
+from fusedet.models.detectors import build_meta_detector
 
 
 def train(
@@ -90,7 +86,7 @@ def train(
         out, is_begun = _check_config(options, resume)
         with process_group(options) as fabric:
             is_first = fabric.is_global_zero
-            dataset, evaluated = _fit(fabric, options, out, resume, is_begun, say if is_first else _say_nothing, quiet)
+            dataset, evaluated = _fit(fabric, options, out, resume, is_begun, say if is_first else say_nothing, quiet)
         if not is_first:
             return RunResult(out, {}, {})
         files = write_report(dataset, evaluated.results, evaluated.metrics, out, title=out.name)
@@ -154,10 +150,10 @@ def _fit(
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, val_share, val, fabric.device)
-        figures = evaluation.evaluate_coco(val, results, per_class=False)
+        metrics = evaluation.evaluate_coco(val, results, per_class=False)
         if masks:
-            figures |= compute_mask_metrics(val, results)
-        return {name: figures[name] for name in FIGURES + MASK_FIGURES if name in figures}
+            metrics |= compute_mask_metrics(val, results)
+        return {name: metrics[name] for name in BOX_METRICS + MASK_METRICS if name in metrics}
 
     meta = {
         "config": config.to_yaml(),
@@ -165,8 +161,6 @@ def _fit(
         "category_ids": list(data.category_ids),
         "format": "fusedet",
     }
-    description = out / "config.yaml"
-    earlier = description.read_bytes() if is_begun and fabric.is_global_zero and description.is_file() else None
     try:
         run = trainer.setup(
             fabric,
@@ -182,19 +176,16 @@ def _fit(
             quiet=quiet,
             say=say,
         )
-        if fabric.is_global_zero:
-            if not run.is_finished:  # else the config is of a training that never took place
-                write_atomically(description, config.to_yaml().encode())
-            _write_description(config, out, fabric, lr, data, val, is_begun)
-        done = trainer.fit(run)
-    except DivergenceError:  # metrics.csv shows how the run came to that
-        if earlier is not None:  # the next --resume must not repeat the settings that diverged
-            write_atomically(description, earlier)
-        raise
+        if fabric.is_global_zero and not (is_begun and (out / "run.json").is_file()):
+            fingerprints = {"data": {"train": data.fingerprint(), "val": val.fingerprint()}}
+            about = describe_environment(str(fabric.device), fabric.world_size)
+            write_json(out / "run.json", about | fingerprints | {"lr": lr, "seed": settings.seed})
+        with _described(config, out) if fabric.is_global_zero else nullcontext():
+            done = trainer.fit(run)
+    except DivergenceError:
+        raise  # metrics.csv shows how the run came to that
     except InputError as error:
-        if get_ranks()[
-            2
-        ]:  # the command line lets the first process of a machine speak, which may not have met this image
+        if get_ranks()[2]:  # only a machine's first process reports errors, and it may not have met this one
             print(f"error: process {fabric.global_rank}: {error}", file=sys.stderr, flush=True)
         if fabric.is_global_zero and not is_begun and not (out / "last.ckpt").exists():
             remove_files(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
@@ -218,24 +209,24 @@ def _scaled_lr(config: Config, say: Callable[[str], None]) -> float:
     return scaled
 
 
-def _write_description(
-    config: Config,
-    out: Path,
-    fabric: Fabric,
-    lr: float,
-    data: DetectionDataset,
-    val: DetectionDataset,
-    is_begun: bool,
-) -> None:
-    """Write run.json, for a resumed run only if it is missing."""
-    if not is_begun or not (out / "run.json").is_file():
-        prints = {"train": data.fingerprint(), "val": val.fingerprint()}
-        more = {"data": prints, "lr": lr, "seed": config.train.seed}
-        write_json(out / "run.json", describe_environment(str(fabric.device), fabric.world_size) | more)
+@contextmanager
+def _described(config: Config, out: Path) -> Iterator[None]:
+    """Write config.yaml for the training inside; put the earlier one back unless last.ckpt is written.
+
+    The next --resume then neither repeats settings that failed nor shows settings that never trained.
+    """
+    file, saved = out / "config.yaml", out / "last.ckpt"
+    earlier, before = (file.read_bytes() if file.is_file() else None), _time_written(saved)
+    write_atomically(file, config.to_yaml().encode())
+    try:
+        yield
+    finally:
+        if earlier is not None and before is not None and _time_written(saved) == before:
+            write_atomically(file, earlier)
 
 
-def _say_nothing(text: str) -> None:
-    """Take the lines of all processes but the first."""
+def _time_written(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def _check_fingerprints(out: Path, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:
@@ -250,103 +241,3 @@ def _check_fingerprints(out: Path, data: DetectionDataset, val: DetectionDataset
             raise InputError(
                 f"out={out} cannot be resumed: its {name} images or boxes were not those of {dataset.source} now"
             )
-
-
-def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
-    """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
-    assert config.data.path is not None
-    data, val = (
-        read_dataset(config.data.path, split, images=config.data.images)
-        for split in (config.data.train, config.data.val)
-    )
-    if different := compare_class_names(data, val):
-        raise InputError(different[0])
-    for dataset in (data, val):
-        if not len(dataset.labels):
-            raise InputError(
-                f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone"
-            )
-    for split, dataset in (("train", data), ("val", val)):
-        counts = (
-            plural(len(dataset), "image"),
-            plural(len(dataset.labels), "object"),
-            plural(len(dataset.names), "class"),
-        )
-        say(f"{split}: {', '.join(counts)} from {dataset.source}")
-        for text, count in dataset.problems.items():
-            say(f"  {text}: {count}")
-    present = torch.bincount(data.labels, minlength=len(data.names))
-    if absent := [name for name, n in zip(data.names, present.tolist()) if not n]:
-        say(f"  no training object of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be found")
-    return data, val
-
-
-def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
-    """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run."""
-    if resume:  # its weights are in the checkpoint
-        return build_detector(disable_pretrained(config), len(dataset.names))
-    detector = build_detector(config, len(dataset.names))
-    backbone = detector.backbone
-    if config.train.weights:
-        file = weights_file(config.train.weights)
-        state, meta = checkpoint.load_weights(file)
-        names = class_names(meta, file) if "names" in meta else list(dataset.names)
-        if names != list(dataset.names):
-            own = detector.state_dict()
-            new = {key: own[key] for key in class_tensors(config)}
-            state = {key: value for key, value in state.items() if key not in new} | new
-            classes = [f"{len(of)} classes {shorten_list(of)}" for of in (names, dataset.names)]
-            say(
-                f"{file} has the {classes[0]}, the data has the {classes[1]}: "
-                f"the weights that depend on classes are initialized again ({', '.join(new)})"
-            )
-        checkpoint.load_into(detector, state, file)
-    elif isinstance(backbone, TimmBackbone) and not backbone.has_weights and (backbone.frozen or backbone.norm_eval):
-        say(
-            "warning: the backbone starts from random weights, but parts of it are kept as they are: add "
-            "model.backbone.frozen_stages=-1 model.backbone.norm_eval=false to train all of it"
-        )
-    return detector
-
-
-def class_tensors(config: Config) -> list[str]:
-    """Return the names of the weights whose shapes depend on the number of classes."""
-    of_one, of_two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
-    return [key for key in of_one if of_one[key].shape != of_two[key].shape]
-
-
-def check_monitor(config: Config) -> None:
-    """Raise InputError where train.monitor is not a metric of a validation."""
-    if config.train.monitor not in FIGURES + MASK_FIGURES:
-        raise unknown("value of train.monitor:", config.train.monitor, FIGURES + MASK_FIGURES)
-
-
-def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
-    """Return whether the detector learns masks.
-
-    Raises:
-        InputError: It does, and the data have none; or it does not, and train.monitor is a metric of masks.
-    """
-    masks = has_mask_branch(detector)
-    if masks:
-        check_masks(data)
-        check_masks(val)
-    elif config.train.monitor in MASK_FIGURES:
-        raise InputError(
-            f"train.monitor={config.train.monitor}: this detector has no masks, monitor one of {', '.join(FIGURES)}"
-        )
-    return masks
-
-
-def train_transform(config: Config) -> TrainTransform:
-    """Return the transform of the training images."""
-    data = config.data
-    sizes = data.multi_scale or data.size[:1]
-    return TrainTransform(
-        sizes,
-        data.size[1],
-        resize="range" if data.multi_scale else "choice",
-        flip=data.flip,
-        photometric=data.photometric,
-        antialias=data.antialias,
-    )

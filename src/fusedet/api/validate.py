@@ -24,9 +24,9 @@ from fusedet.errors import InputError, plural
 from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 SHOWN = 0.3  # the least score of what is drawn
-MASK_FIGURES = tuple(f"mask_{name}" for name in FIGURES)
+MASK_METRICS = tuple(f"mask_{name}" for name in BOX_METRICS)
 Result = dict[str, Any]
 
 
@@ -155,29 +155,29 @@ def compute_mask_metrics(
     dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
 ) -> dict[str, Any]:
     """Return COCO's metrics by the IoU of masks, each as mask_NAME."""
-    figures = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator)
-    return {f"mask_{name}": value for name, value in figures.items()}
+    metrics = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator)
+    return {f"mask_{name}": value for name, value in metrics.items()}
 
 
 def compute_metrics(
     dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
 ) -> dict[str, Any]:
     """Return COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp."""
-    figures = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
+    metrics = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
     if masks:
-        figures |= compute_mask_metrics(dataset, results, evaluator)
-        for row, other in zip(figures["classes"], figures.pop("mask_classes")):
+        metrics |= compute_mask_metrics(dataset, results, evaluator)
+        for row, other in zip(metrics["classes"], metrics.pop("mask_classes")):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:
         area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
-        figures |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
-        for row, a, b in zip(figures["classes"], area["classes"], eleven["classes"]):
+        metrics |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
+        for row, a, b in zip(metrics["classes"], area["classes"], eleven["classes"]):
             row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return figures | {"stamp": evaluation.create_stamp(dataset, results, evaluator)}
+    return metrics | {"stamp": evaluation.create_stamp(dataset, results, evaluator)}
 
 
 def write_report(
-    dataset: DetectionDataset, results: list[Result], figures: dict[str, Any], out: Path, title: str
+    dataset: DetectionDataset, results: list[Result], metrics: dict[str, Any], out: Path, title: str
 ) -> dict[str, Path]:
     """Write results, metrics and plots into a directory; return the files by what they show."""
     files = {
@@ -190,19 +190,19 @@ def write_report(
     }
     boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in results]
     files["results"].write_text(json.dumps(boxes))
-    if "mask_AP" in figures:
+    if "mask_AP" in metrics:
         files["mask results"] = out / "val.segm.json"
         files["mask results"].write_text(
             json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results])
         )
-    write_json(files["metrics"], figures)
+    write_json(files["metrics"], metrics)
     visualization.plot_precision_recall(
         evaluation.compute_precision_recall(dataset, results), files["precision-recall curves"], title
     )
     visualization.plot_confusion_matrix(
         evaluation.compute_confusion_matrix(dataset, results), dataset.names, files["confusion matrix"]
     )
-    visualization.plot_ap_by_size(figures, files["AP by object size"], title)
+    visualization.plot_ap_by_size(metrics, files["AP by object size"], title)
     if (grid := draw_worst_images(dataset, results)) is None:
         del files["worst images"]
     else:
