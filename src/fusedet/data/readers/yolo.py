@@ -82,6 +82,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
             boxes.append(box)
             segmentations.append(pack_segmentation(polygon and [polygon]))
             dropped += len(values) > 4 and polygon is None
+    never = np.zeros(len(image_indices), dtype=bool)  # YOLO has no flag
     return annotation_cleaning.build_clean_dataset(
         names.values(),
         names,
@@ -91,7 +92,8 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
         image_indices=np.array(image_indices, dtype=np.int64),
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         labels=np.array(labels, dtype=np.int64),
-        ignore=np.zeros(len(image_indices), dtype=bool),
+        ignore=never,
+        eval_ignore=never,
         segmentations=segmentations,
         source=f"{file} ({split})",
         dataset_format="yolo",
