@@ -135,7 +135,7 @@ def list_yolo_splits(yaml_file: str | Path) -> dict[str, str]:
 def get_label_path(image: str) -> str:
     """Return the label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
 
-    >>> label_path("d/images/val/a.jpg")
+    >>> get_label_path("d/images/val/a.jpg")
     'd/labels/val/a.txt'
     """
     parts = os.path.splitext(image)[0].split(os.sep)
