@@ -43,7 +43,7 @@ def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
         area = (boxes[own, 2:] - boxes[own, :2]).prod(axis=1) * 0.6
         nothing = [None] * (edges[i + 1] - edges[i])
         return ImageAnnotations(
-            3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing
+            3 * i + 1, Path(f"{i}.jpg"), HEIGHT, WIDTH, boxes[own], labels[own], crowd[own], area, nothing, crowd[own]
         )
 
     names = [f"class {k}" for k in range(CLASSES)]

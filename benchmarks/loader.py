@@ -88,6 +88,7 @@ def fusedet_records(path: Path) -> DetectionDataset:
                 np.zeros(n, bool),
                 np.ones(n),
                 [o["segmentation"] for o in own],
+                np.zeros(n, bool),
             )
         )
     return DetectionDataset.build(["thing"], [1], dataset, source=path, dataset_format="coco")

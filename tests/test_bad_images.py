@@ -44,7 +44,16 @@ def dataset(tmp_path: Path) -> DetectionDataset:
         ones = np.ones(1)
         rows.append(
             ImageAnnotations(
-                100 + i, path, height, width, np.array([[3.0, 4, 20, 25]]), ones.astype(int), ones > 2, ones, [None]
+                100 + i,
+                path,
+                height,
+                width,
+                np.array([[3.0, 4, 20, 25]]),
+                ones.astype(int),
+                ones > 2,
+                ones,
+                [None],
+                ones > 2,
             )
         )
     (tmp_path / "3.png").unlink()

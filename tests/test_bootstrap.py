@@ -157,6 +157,7 @@ def draw(rng, count):
         boxes=boxes,
         labels=0 * owner,
         ignore=owner < 0,
+        eval_ignore=owner < 0,
         area=np.full(len(owner), 1600.0),
         segmentations=[b""] * len(owner),
         source="drawn",

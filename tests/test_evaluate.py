@@ -27,7 +27,9 @@ def dataset(images, names=("cat", "dog"), ids=(7, 3), image_ids=None, size=(200,
         area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         labels, ignore = np.array([o[1] for o in objects], dtype=int), np.array([o[2] for o in objects], dtype=bool)
         image_id = image_ids[i] if image_ids else i + 1
-        return ImageAnnotations(image_id, Path(f"{i}.jpg"), *size, boxes, labels, ignore, area, [None] * len(objects))
+        return ImageAnnotations(
+            image_id, Path(f"{i}.jpg"), *size, boxes, labels, ignore, area, [None] * len(objects), ignore
+        )
 
     return DetectionDataset.build(
         names, ids, (one(i, o) for i, o in enumerate(images)), source="made", dataset_format="coco"

@@ -32,10 +32,9 @@ def make_dataset(folder, sizes, annotations=3):
         corners = rng.uniform(0, 20, (n, 2))
         boxes = np.hstack([corners, corners + rng.uniform(5, 10, (n, 2))])
         segments = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in boxes.tolist()]
+        labels, ignore = rng.integers(0, 3, n), rng.random(n) < 0.2
         dataset.append(
-            ImageAnnotations(
-                100 + i, path, height, width, boxes, rng.integers(0, 3, n), rng.random(n) < 0.2, np.ones(n), segments
-            )
+            ImageAnnotations(100 + i, path, height, width, boxes, labels, ignore, np.ones(n), segments, ignore)
         )
     return DetectionDataset.build(["a", "b", "c"], [1, 2, 3], dataset, source=folder, dataset_format="coco")
 

@@ -19,7 +19,7 @@ def annotate(height, width, boxes, ignore=None, segmentations=None):
     n = len(boxes)
     ignore = np.zeros(n, bool) if ignore is None else np.array(ignore)
     return ImageAnnotations(
-        1, Path("x.jpg"), height, width, boxes, np.arange(n), ignore, np.ones(n), segmentations or [None] * n
+        1, Path("x.jpg"), height, width, boxes, np.arange(n), ignore, np.ones(n), segmentations or [None] * n, ignore
     )
 
 

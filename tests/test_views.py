@@ -34,7 +34,7 @@ def made(*overrides: str) -> tuple[EvalTransform, ...]:
 def batch(images: list[Tensor], seen: tuple[EvalTransform, ...]) -> Batch:
     none = np.zeros(0)
     dataset = [
-        ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])
+        ImageAnnotations(0, Path(), *p.shape[1:], np.zeros((0, 4)), none.astype(int), none > 0, none, [], none > 0)
         for p in images
     ]
     return collate_views([make_samples(*pair, seen) for pair in zip(images, dataset)], seen[1:])

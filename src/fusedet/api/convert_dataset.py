@@ -20,7 +20,7 @@ class DatasetConversion(Result):
 
     Attributes:
         out: Its directory.
-        splits: By split the numbers of images and objects, and counts of what the format cannot hold.
+        splits: By split the numbers of images and annotations, and counts of what the format cannot hold.
     """
 
     out: Path

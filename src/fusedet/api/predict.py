@@ -225,4 +225,5 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
 def _empty(image: Tensor) -> ImageAnnotations:
     none = np.zeros(0)
     height, width = image.shape[1:]
-    return ImageAnnotations(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), none.astype(bool), none, [])
+    flags = none.astype(bool)
+    return ImageAnnotations(0, Path(), height, width, np.zeros((0, 4)), none.astype(int), flags, none, [], flags)

@@ -41,11 +41,11 @@ def build_clean_dataset(
     boxes: np.ndarray,
     labels: np.ndarray,
     ignore: np.ndarray,
+    eval_ignore: np.ndarray,
     segmentations: Sequence[bytes],
     source: str | Path,
     dataset_format: str,
     area: np.ndarray | None = None,
-    eval_ignore: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
 ) -> DetectionDataset:
     """Build a dataset without the unusable boxes and count all faults.
@@ -69,7 +69,7 @@ def build_clean_dataset(
         boxes=kept,
         labels=labels[keep],
         ignore=ignore[keep],
-        eval_ignore=None if eval_ignore is None else eval_ignore[keep],
+        eval_ignore=eval_ignore[keep],
         area=area,
         segmentations=segmentations if keep.all() else [segmentations[i] for i in np.flatnonzero(keep).tolist()],
         source=source,

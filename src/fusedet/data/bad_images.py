@@ -37,8 +37,9 @@ class ReplacedImage(NamedTuple):
 class BadImageLog:
     """The replaced images of a training, in `skipped.csv` of its output directory.
 
-    The file is the same for any number of processes and after a resume. Each process appends to its own file; the files
-    are merged when an epoch begins and ends. All processes must call `begin`, `end` and `close` alike.
+    The file is the same for any number of processes and after a resume. Each process appends to its own file; `begin`
+    and `close` merge the files. All processes must call `begin`, `end` and `close` alike: their bad images are counted
+    together.
 
     Args:
         folder: The output directory of the training.
@@ -75,7 +76,7 @@ class BadImageLog:
             for file in files:
                 if file != self.file:
                     file.unlink()
-        self._merge()
+        self._gather_bad_ids()
 
     def add(self, row: ReplacedImage) -> None:
         """Append a replacement; raises InputError where there are more bad images than allowed."""
@@ -92,7 +93,7 @@ class BadImageLog:
 
     def end(self) -> None:
         """End an epoch; raises InputError in all processes where they met too many bad images together."""
-        self._merge()
+        self._gather_bad_ids()
         self._require_few()
 
     def close(self) -> list[ReplacedImage]:
@@ -105,7 +106,7 @@ class BadImageLog:
             self.file.unlink(missing_ok=True)
         return rows
 
-    def _merge(self) -> None:
+    def _gather_bad_ids(self) -> None:
         self.bad |= {row.image_id for own in _gather(self.rows, self.world) for row in own}
 
     def _require_few(self, last: ReplacedImage | None = None) -> None:

@@ -31,10 +31,10 @@ class ImageAnnotations:
         labels: (G,) int64 in 0..K-1.
         ignore: (G,) bool, neither positive nor negative in training: `iscrowd` and `ignore` of COCO, difficult
             annotations of VOC.
-        eval_ignore: (G,) bool, ignored in evaluation, by default those of `ignore`. Annotations with COCO's `ignore`
-            count in evaluation, as in pycocotools.
         area: (G,) float64, the annotated area where the dataset format has one, else width x height.
         segmentations: Per annotation polygons [[x, y, ...], ...], a COCO RLE dict, or None.
+        eval_ignore: (G,) bool, ignored in evaluation: `iscrowd` of COCO, difficult annotations of VOC. Annotations with
+            COCO's `ignore` count in evaluation, as in pycocotools.
     """
 
     image_id: int
@@ -46,11 +46,7 @@ class ImageAnnotations:
     ignore: np.ndarray
     area: np.ndarray
     segmentations: list[Any]
-    eval_ignore: np.ndarray = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.eval_ignore is None:
-            object.__setattr__(self, "eval_ignore", self.ignore)
+    eval_ignore: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -129,11 +125,11 @@ class DetectionDataset:
         boxes: np.ndarray,
         labels: np.ndarray,
         ignore: np.ndarray,
+        eval_ignore: np.ndarray,
         area: np.ndarray,
         segmentations: Sequence[bytes],
         source: str | Path,
         dataset_format: str,
-        eval_ignore: np.ndarray | None = None,
         problems: Mapping[str, int] | None = None,
     ) -> DetectionDataset:
         """Build a dataset from flat columns of N images and M annotations.
@@ -150,11 +146,11 @@ class DetectionDataset:
             boxes: (M, 4) xyxy in pixels.
             labels: (M,) in 0..K-1.
             ignore: (M,) bool, ignored in training.
+            eval_ignore: (M,) bool, ignored in evaluation.
             area: (M,) in square pixels.
             segmentations: M segmentations as `pack_segmentation` returns them.
             source: The file or folder that was read.
             dataset_format: "coco", "voc" or "yolo".
-            eval_ignore: (M,) bool, ignored in evaluation; by default `ignore`.
             problems: Number of malformed annotations by kind.
         """
         order = np.argsort(image_indices, kind="stable")
@@ -174,7 +170,7 @@ class DetectionDataset:
             boxes=tensor(boxes[order], np.float64),
             labels=tensor(labels[order], np.int64),
             ignore=tensor(ignore[order], np.bool_),
-            eval_ignore=tensor((ignore if eval_ignore is None else eval_ignore)[order], np.bool_),
+            eval_ignore=tensor(eval_ignore[order], np.bool_),
             area=tensor(area[order], np.float64),
             paths=PackedBytes.pack([p.encode("utf-8", "surrogateescape") for p in paths]),
             segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),

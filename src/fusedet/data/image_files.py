@@ -26,7 +26,7 @@ _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing":
 def normalize_split_name(split: str) -> str:
     """Map the aliases of a split to one name.
 
-    >>> canonical("valid")
+    >>> normalize_split_name("valid")
     'val'
     """
     return _ALIASES.get(split.lower(), split)

@@ -19,7 +19,7 @@ from fusedet.data.image_files import read_image_sizes
 from fusedet.errors import InputError
 
 DROPPED_SEGMENTATIONS = "segmentations that {format} cannot hold: boxes only"
-DROPPED_FLAGS = "crowd or difficult annotations that became normal ones: YOLO has no flag for them"
+DROPPED_FLAGS = "ignored annotations (crowd, ignore, difficult) that became normal ones: YOLO has no flag for them"
 DROPPED_CROWDS = "crowds that became difficult annotations: VOC has no crowds"
 NEW_IDS = "classes whose category id changed: {format} assigns its own"
 RENAMED = "images renamed: the name was taken, or a list cannot hold it"

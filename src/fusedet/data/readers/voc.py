@@ -36,7 +36,7 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
     """Read a split of a VOC dataset.
 
     - Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last.
-    - Difficult annotations set `ImageAnnotations.ignore`.
+    - Difficult annotations set `ImageAnnotations.ignore` and `eval_ignore`.
     - Class names come from labels.txt or classes.txt, else sorted from the annotations of all splits, so that the
       splits agree.
     - Category ids are 1..K, image ids 1..N in the order of the list.
@@ -79,6 +79,7 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
         if foreign := next((name for name in row.names if name not in label_of), None):
             raise InputError(f"{row.file}: {unknown('class', foreign, classes)}")
     labels = np.array([label_of[name] for row in rows for name in row.names], dtype=np.int64)
+    difficult = np.concatenate([row.difficult for row in rows])
     return annotation_cleaning.build_clean_dataset(
         classes,
         range(1, len(classes) + 1),
@@ -88,7 +89,8 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
         image_indices=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
         boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
         labels=labels,
-        ignore=np.concatenate([row.difficult for row in rows]),
+        ignore=difficult,
+        eval_ignore=difficult,
         segmentations=[b""] * len(labels),
         source=source,
         dataset_format="voc",

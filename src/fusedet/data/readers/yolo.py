@@ -82,6 +82,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
             boxes.append(box)
             segmentations.append(pack_segmentation(polygon and [polygon]))
             dropped += len(values) > 4 and polygon is None
+    never = np.zeros(len(image_indices), dtype=bool)  # YOLO has no flag
     return annotation_cleaning.build_clean_dataset(
         names.values(),
         names,
@@ -91,7 +92,8 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
         image_indices=np.array(image_indices, dtype=np.int64),
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         labels=np.array(labels, dtype=np.int64),
-        ignore=np.zeros(len(image_indices), dtype=bool),
+        ignore=never,
+        eval_ignore=never,
         segmentations=segmentations,
         source=f"{file} ({split})",
         dataset_format="yolo",
@@ -133,7 +135,7 @@ def list_yolo_splits(yaml_file: str | Path) -> dict[str, str]:
 def get_label_path(image: str) -> str:
     """Return the label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
 
-    >>> label_path("d/images/val/a.jpg")
+    >>> get_label_path("d/images/val/a.jpg")
     'd/labels/val/a.txt'
     """
     parts = os.path.splitext(image)[0].split(os.sep)
