@@ -12,7 +12,7 @@ import time
 from common import print_report, read_peak_memory
 from evaluate import dataset, detections
 
-from fusedet.evaluation import coco, paired_bootstrap
+from fusedet.evaluation import evaluate_coco, paired_bootstrap
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         metrics = paired_bootstrap(data, a, b, resamples=options.resamples)
         wall.append(round(time.perf_counter() - began[0], 1))
         cpu.append(round(time.process_time() - began[1], 1))
-    own = [coco(data, run, per_class=False)["AP"] for run in (a, b)]
+    own = [evaluate_coco(data, run, per_class=False)["AP"] for run in (a, b)]
     print_report(
         benchmark="bootstrap",
         images=options.images,

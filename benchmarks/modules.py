@@ -105,7 +105,8 @@ def figures(name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
 def table(sides: dict[str, dict[str, Any]]) -> str:
     """Format the sides that add a module as Markdown."""
     lines = [
-        "| | time | added | peak memory, without | trainable, added | multiply-adds, added | in the paper, one P100 |",
+        "| | time | added | peak memory with, without | trainable, added | multiply-adds, added "
+        "| in the paper, one P100 |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, results in sides.items():

@@ -248,3 +248,12 @@ def test_missing_measurements_are_marked(page: tuple[Path, dict[str, Any]], tmp_
     assert [cells[2] for cells in render.make_difference_sheet(summary).rows] == ["not measured"] * 3 + ["cited"]
     assert render.make_cost_sheet(summary).rows[0][5:] == ["not measured"] * 4
     assert not list((tmp_path / "out" / "plots").glob("*.svg"))
+
+
+def test_a_cited_baseline_is_not_named_none(tmp_path: Path) -> None:
+    summary = make_summary(tmp_path)
+    for row in summary["rows"][:3]:
+        row |= {"reference": None, "difference": None}
+    sheet = render.make_difference_sheet(summary)
+    assert "AP - reference" in sheet.head
+    assert "None" not in " ".join(sheet.head)

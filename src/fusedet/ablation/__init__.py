@@ -1,6 +1,5 @@
 """Ablations: tables whose rows are configs, trained with several seeds, and conclusions from their results."""
 
-from fusedet.ablation.estimate import format_duration, parse_duration
 from fusedet.ablation.experiment import LaunchOptions, preview_plan, run_plan
 from fusedet.ablation.plan import Plan, make_plan
 from fusedet.ablation.spec import Row, Table, list_tables, load_table
@@ -10,11 +9,9 @@ __all__ = [
     "Plan",
     "Row",
     "Table",
-    "format_duration",
     "list_tables",
     "load_table",
     "make_plan",
-    "parse_duration",
     "preview_plan",
     "run_plan",
 ]

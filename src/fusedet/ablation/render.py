@@ -58,7 +58,7 @@ def make_difference_sheet(summary: Summary) -> Sheet:
     ]
     if compared := any(references) or any(row["published_difference"] for row in summary["rows"]):
         head += ["compared with"] if len(references) > 1 else []
-        reference = f"'{next(iter(references))}'" if len(references) == 1 else "reference"
+        reference = f"'{next(iter(references))}'" if len(references) == 1 and any(references) else "reference"
         head += [
             "published difference",
             f"{name} - {reference}",

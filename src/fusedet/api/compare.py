@@ -92,8 +92,8 @@ def compare(
         run_dir.check_new_dir(options.out)  # before the work, not after it
     dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
-    for file, detections in zip(stored, results):
-        _same_data(file, dataset, detections)
+    for file in stored:
+        _same_data(file, dataset)
     tables = [evaluation.build_detection_table(dataset, detections) for detections in results]
     figures = dict(evaluation.paired_bootstrap(dataset, *tables, resamples=resamples, seed=bootstrap_seed))
     report = {
@@ -168,7 +168,7 @@ def _stored(source: str, split: str) -> Path:
     return file
 
 
-def _same_data(file: Path, dataset: DetectionDataset, results: list[Detection]) -> None:
+def _same_data(file: Path, dataset: DetectionDataset) -> None:
     """Raise InputError if the stamp beside a run's results is of other data."""
     metrics = file.with_name(METRICS)
     if file.name != RESULTS or not metrics.is_file():
@@ -180,7 +180,7 @@ def _same_data(file: Path, dataset: DetectionDataset, results: list[Detection]) 
         raise InputError(
             f"{metrics} is not what fusedet val writes, it has no stamp: score the run again with fusedet val"
         ) from error
-    if made_on != (here := evaluation.create_stamp(dataset, results)["data"]):
+    if made_on != (here := dataset.fingerprint()):
         other = f"(fingerprint {made_on}, {stored.get('images')} images)"
         raise InputError(
             f"{file} was made on other data {other} than {dataset.source} ({here}, {len(dataset)} images): "

@@ -101,7 +101,7 @@ def resample_metrics(
     for k, (own, of_class) in enumerate(
         coco_matching.iterate_classes(pairs.detections, pairs.ground_truths, n, classes)
     ):
-        detection_images, image_index = pairs.detections.group[own] - k * n, pairs.ground_truths.group[of_class] - k * n
+        detection_images, gt_images = pairs.detections.group[own] - k * n, pairs.ground_truths.group[of_class] - k * n
         matched, ignored = pairs.matched[:, :, own], pairs.ignored[:, :, own]
         ap = np.stack(
             [
@@ -111,7 +111,7 @@ def resample_metrics(
                     inside[a, own],
                     matched[:, a],
                     ignored[:, a],
-                    image_index[counts[a, of_class]],
+                    gt_images[counts[a, of_class]],
                 )
                 for a in range(len(coco_matching.AREAS))
             ]
@@ -195,15 +195,15 @@ def _average_precision(
     inside: np.ndarray,
     matched: np.ndarray,
     ignored: np.ndarray,
-    image_index: np.ndarray,
+    gt_images: np.ndarray,
 ) -> np.ndarray:
     """Compute the AP (T, B) of a class in one area range, NaN where a resample has no instance.
 
     detection_images (D,), best score first; inside (D,), whether the area lies in the range; matched and ignored (T,
-    D); image_index (G,), the images of the instances that count.
+    D); gt_images (G,), the images of the instances that count.
     """
     ap = np.zeros((len(matched), len(weights)))
-    total = weights[:, image_index].sum(axis=1, dtype=np.int32)
+    total = weights[:, gt_images].sum(axis=1, dtype=np.int32)
     is_true_positive = matched & ~ignored
     deviates = ~ignored ^ inside  # most detections count exactly if they are inside
     upto = np.cumsum(inside)

@@ -94,10 +94,10 @@ def rank_in_group(group: np.ndarray) -> np.ndarray:
     return np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
 
 
-def pair_within_groups(det_group: np.ndarray, obj_group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield all (det, gt) index pairs of equal group in blocks, by detection; the second argument is ascending."""
-    first = np.searchsorted(obj_group, det_group, side="left")
-    count = np.searchsorted(obj_group, det_group, side="right") - first
+def pair_within_groups(det_group: np.ndarray, gt_group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield all (det, gt) index pairs of equal group in blocks, by detection; `gt_group` is ascending."""
+    first = np.searchsorted(gt_group, det_group, side="left")
+    count = np.searchsorted(gt_group, det_group, side="right") - first
     end = np.cumsum(count)
     cuts = np.searchsorted(end, np.arange(BLOCK, end[-1] if len(end) else 0, BLOCK))
     for part in np.split(np.arange(len(det_group)), cuts):
@@ -156,9 +156,8 @@ def match_groups(
     for det, gt, iou, first in _rounds(detections.group, pairs):
         free = (iou >= min_iou) & (ground_truths.crowd[gt] | ~gt_matched[:, :, gt])  # (T, A, p)
         p = len(gt)
-        priority = np.arange(1, p + 1) + np.where(
-            gt_ignored[:, gt], 0, p
-        )  # (A, p): in a detection's run, later is better
+        # (A, p): in a detection's run, later is better
+        priority = np.arange(1, p + 1) + np.where(gt_ignored[:, gt], 0, p)
         best = np.maximum.reduceat(np.where(free, priority, 0), first, axis=2)  # (T, A, detections of the round)
         has_match = best > 0
         t, a, d = np.nonzero(has_match)
@@ -197,10 +196,10 @@ def iterate_classes(
 ) -> Iterator[tuple[np.ndarray, slice]]:
     """Yield each class's detections over all images, stably by descending score, and the slice of its ground truths."""
     edges = np.arange(classes + 1) * images
-    object_edges, guess_edges = np.searchsorted(ground_truths.group, edges), np.searchsorted(detections.group, edges)
+    gt_edges, det_edges = np.searchsorted(ground_truths.group, edges), np.searchsorted(detections.group, edges)
     for k in range(classes):
-        own = np.arange(guess_edges[k], guess_edges[k + 1])
-        yield own[np.argsort(-detections.scores[own], kind="stable")], slice(object_edges[k], object_edges[k + 1])
+        own = np.arange(det_edges[k], det_edges[k + 1])
+        yield own[np.argsort(-detections.scores[own], kind="stable")], slice(gt_edges[k], gt_edges[k + 1])
 
 
 def accumulate_curves(
@@ -236,7 +235,6 @@ def accumulate_curves(
                 scores[t, reached, k, a] = detections.scores[own[at[place]]]
         if total[0]:
             for m, most in enumerate((1, 10)):
-                limited_recall[m, :, k] = (is_true_positive[:, 0] & (detections.rank[own] < most)).sum(axis=1) / total[
-                    0
-                ]
+                counted = is_true_positive[:, 0] & (detections.rank[own] < most)
+                limited_recall[m, :, k] = counted.sum(axis=1) / total[0]
     return PrecisionRecallCurves(precision, scores, recall, *limited_recall)

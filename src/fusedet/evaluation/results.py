@@ -193,9 +193,8 @@ def _finite(value: Any) -> bool:
 def _box(value: Any) -> bool:
     try:
         x, y, w, h = value
-        return (
-            -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= w < LARGEST and 0 <= h < LARGEST
-        )  # not so for NaN
+        # False for NaN.
+        return -LARGEST < x < LARGEST and -LARGEST < y < LARGEST and 0 <= w < LARGEST and 0 <= h < LARGEST
     except (TypeError, ValueError):
         return False
 

@@ -71,9 +71,8 @@ def _load(evaluator: str) -> tuple[Any, Any]:
     """Return the package's dataset and evaluator classes."""
     try:
         if evaluator == "pycocotools":
-            return importlib.import_module("pycocotools.coco").COCO, importlib.import_module(
-                "pycocotools.cocoeval"
-            ).COCOeval
+            coco, cocoeval = (importlib.import_module(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
+            return coco.COCO, cocoeval.COCOeval
         package = importlib.import_module("faster_coco_eval")
         return package.COCO, package.COCOeval_faster
     except ImportError as error:

@@ -85,8 +85,7 @@ def average_precision(hits: np.ndarray, total: int, points: Literal["area", 11])
     precision = right / np.arange(1, len(hits) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     if points == 11:
-        place = np.searchsorted(
-            right * 10, np.arange(11) * total
-        )  # the first detection with recall >= n / 10, in whole numbers
+        # the first detection with recall >= n / 10, in whole numbers
+        place = np.searchsorted(right * 10, np.arange(11) * total)
         return float(precision[place[place < len(hits)]].sum() / 11)
     return float(precision[hits].sum() / total)
