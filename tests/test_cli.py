@@ -98,7 +98,7 @@ def test_resume_by_run_directory_or_out(capsys: pytest.CaptureFixture[str], run_
 
 
 def test_two_epochs_equal_one_and_a_resumed_one(
-    capsys: pytest.CaptureFixture[str], trained: Path, run_copy: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     options = ["train.policy=multistep", "train.milestones=[1]", "train.epochs=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
