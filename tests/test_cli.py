@@ -491,6 +491,10 @@ def commands() -> dict[str, Any]:
 def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
     overview = spoken(capsys, "-h")
     assert "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input" in " ".join(overview.split())
+    assert {words.split()[0] for words in commands()} >= {
+        *("train", "val", "predict", "info", "doctor", "browse"),
+        *("compare", "ablate", "cam", "convert", "demo", "config"),
+    }
     for words, command in commands().items():
         assert f" {words.split()[0]} " in overview
         summary, paragraph, *_ = command.help.split("\n\n")
