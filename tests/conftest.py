@@ -27,7 +27,7 @@ LONG = (
     "together_two_stage",
     "edge_cases",
 )
-"""Files that are begun first, so that no worker waits for another one's at the end (with --no-loadscope-reorder)."""
+"""Long files, first in the order of collection."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -533,7 +533,10 @@ def test_row_that_cannot_be_built(scenes: Path, tmp_path: Path, capsys: pytest.C
     assert "row 'b': unknown option of model.neck 'mse_fpn': 'gait'" in text
 
 
-def test_foreign_output_directories_are_refused(done: Path, plan: Plan, tmp_path: Path) -> None:
+def test_foreign_output_directories_are_refused(
+    done: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "train", lambda *args, **options: pytest.fail("something has run"))
     plan = replace(plan, out=Path(shutil.copytree(done, tmp_path / "copy")))
 
     def read_refusal(plan: Plan) -> str:

@@ -273,9 +273,13 @@ def test_training_with_a_bad_image(
     data = Path(shutil.copytree(scenes, tmp_path / "data"))
     bad = data / "train" / "000002.jpg"
     bad.write_bytes(bad.read_bytes()[:-500])
-    words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.on_bad_image=skip"]
+    words = ["train", "retinanet_tiny", f"data={data}", *SMALL]
     words += ["train.policy=multistep", "train.milestones=[]", "train.validate_every=1"]
 
+    assert run(*words, f"out={tmp_path / 'stopped'}") == 2
+    assert f"{bad} is truncated or damaged" in capsys.readouterr().err
+
+    words.append("train.on_bad_image=skip")
     assert run(*words, f"out={tmp_path / 'whole'}", "train.epochs=2") == 0
     printed = capsys.readouterr().out
     assert f"1 training image was replaced 2 times, see {tmp_path / 'whole' / 'skipped.csv'}" in printed
@@ -288,6 +292,10 @@ def test_training_with_a_bad_image(
     assert run("train", tmp_path / "parts", "--resume") == 0, "nothing is left to train"
     assert not differences(tmp_path / "whole", tmp_path / "parts")
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["replaced"] == {"images": 1, "times": 2}
+
+    assert run(*words, f"out={tmp_path / 'none'}", "train.max_bad_images=0") == 2
+    text = "1 of the 8 training images cannot be read, more than train.max_bad_images=0 allows"
+    assert text in capsys.readouterr().err
 
 
 def test_a_bad_validation_image_is_always_an_error(

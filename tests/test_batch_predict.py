@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def predict(model: Path, *words: object, **env: str) -> int:
+def predict(model: Path, *words: object) -> int:
     return cli.run(["predict", str(model), *map(str, words), "--no-draw", "device=cpu", "data.workers=0"])
 
 
@@ -184,8 +184,9 @@ def test_a_killed_prediction_resumes_to_the_same_result(
     )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert predict(model, *words, "test.max_det=4") == 2
-    assert "was begun with options" in capsys.readouterr().err
+    for other in ("test.max_det=4", "test.batch=2"):
+        assert predict(model, *words, other) == 2
+        assert "was begun with options" in capsys.readouterr().err
     (folder / "a" / "1.png").rename(folder / "a" / "0.png")
     assert predict(model, *words) == 2
     assert "predictions of other images than the sources" in capsys.readouterr().err

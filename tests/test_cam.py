@@ -101,7 +101,7 @@ def test_classes_differ(batch: Batch) -> None:
     assert not torch.allclose(*heats)
 
 
-@pytest.mark.parametrize("name", [n for n in DETECTORS if n not in ALIKE])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in DETECTORS])
 def test_every_detector(name: str, batch: Batch) -> None:
     """With all modules, every part has maps, they are finite and 0 or more, and detections stay the same."""
     modules = ["model.neck=[mse_fpn,smsl]", "model.plugin=msfm"] + (

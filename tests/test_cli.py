@@ -98,7 +98,7 @@ def test_resume_by_run_directory_or_out(capsys: pytest.CaptureFixture[str], run_
 
 
 def test_two_epochs_equal_one_and_a_resumed_one(
-    capsys: pytest.CaptureFixture[str], trained: Path, run_copy: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
     options = ["train.policy=multistep", "train.milestones=[1]", "train.epochs=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -491,6 +491,10 @@ def commands() -> dict[str, Any]:
 def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
     overview = spoken(capsys, "-h")
     assert "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input" in " ".join(overview.split())
+    assert {words.split()[0] for words in commands()} >= {
+        *("train", "val", "predict", "info", "doctor", "browse"),
+        *("compare", "ablate", "cam", "convert", "demo", "config"),
+    }
     for words, command in commands().items():
         assert f" {words.split()[0]} " in overview
         summary, paragraph, *_ = command.help.split("\n\n")

@@ -141,7 +141,7 @@ def test_another_split(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Pat
     assert (result["split"], result["stamp"]["images"]) == ("test", 6)
 
 
-def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = runs
     files = [tmp_path / f"{run.name}.json" for run in runs]
     assert "do not say on which data they were made: add data=PATH" in refused(capsys, "compare", *files)

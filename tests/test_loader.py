@@ -171,7 +171,7 @@ def test_processes_load_the_joint_batch(dataset):
         assert all(torch.equal(a.boxes, b) for a, b in zip(whole.targets, boxes, strict=True))
 
 
-def test_fewer_images_than_the_batch(dataset, tmp_path):
+def test_fewer_images_than_the_batch(tmp_path):
     few = make_dataset(tmp_path, [(40, 60), (60, 40)])
     loader = build_train_loader(few, TRANSFORM, batch=8)
     (batch,) = loader.epoch(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL
+from fusedet import cli
 from fusedet.engine import checkpoint
 from killing import differences
 
@@ -58,7 +59,14 @@ def test_two_processes_end_their_group_after_success_and_errors(scenes: Path, tm
     (tmp_path / "script.py").write_text(SCRIPT)
     done = run_two_processes(str(tmp_path / "script.py"), json.dumps(commands))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "scored" / "metrics.json").is_file()
+    # the processes evaluate every image once, as one process does
+    assert cli.run(["val", str(tmp_path / "run"), f"out={tmp_path / 'alone'}"]) == 0
+    joint, alone = (tmp_path / name for name in ("scored", "alone"))
+    ids = [{row["image_id"] for row in json.loads((out / "val.bbox.json").read_text())} for out in (joint, alone)]
+    assert ids[0] == ids[1]
+    metrics = [json.loads((out / "metrics.json").read_text()) for out in (joint, alone)]
+    assert metrics[0]["stamp"] == metrics[1]["stamp"]
+    assert metrics[0]["AR100"] == pytest.approx(metrics[1]["AR100"], abs=1e-3)
 
 
 @pytest.mark.slow

@@ -123,9 +123,7 @@ def test_too_many_detections_are_refused_before_prediction(run: Path, capsys: py
     assert "test.max_det=300: COCO's rules allow 100 detections of an image" in capsys.readouterr().err
 
 
-def test_other_data_is_refused(
-    trained: Path, scenes: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_data_is_refused(trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["val", str(trained), "--submission"]) == 2
     assert "instances_val.json is no split that COCO's server scores" in capsys.readouterr().err
     file = shutil.copytree(scenes, tmp_path / "few") / "annotations" / "instances_val.json"

@@ -20,6 +20,7 @@ from test_together import INTERACTIONS, NECKS, PLUGINS, STRIDES, assert_close
 
 # every neck once, and all pairs of plug-in and interaction
 REPPOINTS = list(zip(NECKS, cycle(PLUGINS), cycle([*INTERACTIONS, *reversed(INTERACTIONS)])))
+OTHER_REPPOINTS = [case for case in product(NECKS, PLUGINS, INTERACTIONS) if case not in REPPOINTS]
 # every neck with one detector each, and every detector with all modules
 TWO = [(name, neck, plugin) for name, neck, plugin in zip(cycle(TWO_STAGE), NECKS, cycle(PLUGINS))]
 TWO += [(name, "mse_fpn+smsl", "msfm") for name in TWO_STAGE if (name, "mse_fpn+smsl", "msfm") not in TWO]
@@ -68,6 +69,12 @@ def check_contracts(detector: OneStage | TwoStage, strides: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(("neck", "plugin", "interact"), REPPOINTS)
 def test_reppoints_with_every_neck(neck: str, plugin: str, interact: str) -> None:
+    check_contracts(assemble("reppoints", neck, plugin, interact), STRIDES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("neck", "plugin", "interact"), OTHER_REPPOINTS)
+def test_all_other_combinations_with_reppoints(neck: str, plugin: str, interact: str) -> None:
     check_contracts(assemble("reppoints", neck, plugin, interact), STRIDES)
 
 

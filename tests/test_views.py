@@ -257,7 +257,7 @@ def test_one_view_changes_nothing(trained: Path, scenes: Path) -> None:
     assert not torch.equal(plain.scores[: len(more)], more.scores[: len(plain)])
 
 
-def test_train_val_and_predict_agree(scenes: Path, trained: Path, tmp_path: Path) -> None:
+def test_train_val_and_predict_agree(scenes: Path, tmp_path: Path) -> None:
     """The evaluation at the end of a training, `val` and `predict` use the same views."""
     out = tmp_path / "run"
     overrides = ["test.scales=[48,64]", "test.flip=true", "test.batch=1"]

@@ -43,10 +43,15 @@ def test_golden_numbers_agree(shared: Path) -> None:
         ("retina_head", "out.head.0.1"),
         ("retina_head", "out.grad.features.0"),
         ("retina_head", "out.pred.1.bboxes"),
+        ("retina_head", "state.retina_reg.bias"),
         ("rpn_head", "out.head.0.1"),
+        ("rpn_head", "out.grad.features.0"),
         ("rpn_head", "out.pred.1.bboxes"),
+        ("rpn_head", "state.rpn_reg.bias"),
         ("faster_roi_head", "out.grad.features.0"),
         ("faster_roi_head", "out.pred.1.bboxes"),
+        ("faster_roi_head", "state.bbox_head.fc_reg.bias"),
+        ("faster_roi_head", "in.proposals.0.bboxes"),
     ],
 )
 def test_one_wrong_number_fails(shared: Path, tmp_path: Path, name: str, key: str) -> None:
