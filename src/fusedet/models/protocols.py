@@ -224,7 +224,7 @@ class RoIPooling(Protocol):
         ...
 
 
-class RoISamples(Protocol):
+class StageSamples(Protocol):
     """RoIs of a batch that a stage is trained on, ordered by image."""
 
     @property
@@ -272,8 +272,8 @@ class RoIStage(Protocol):
         """
         ...
 
-    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> Any:
-        """Assign the proposals and sample the `RoISamples` to train on, ground-truth boxes among them."""
+    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> StageSamples:
+        """Assign the proposals and sample the RoIs to train on, ground-truth boxes among them."""
         ...
 
     def loss(self, raw: StageOutputs, samples: Any, targets: Sequence[Target]) -> Losses:
@@ -320,7 +320,7 @@ class RoIBranch(Protocol):
     loss_weights: dict[str, float]
 
     def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
-        """Compute the unweighted loss terms on the stage's `RoISamples`.
+        """Compute the unweighted loss terms on the stage's `StageSamples`.
 
         Shape:
             sizes (N, 2), height and width of every image inside the padding; result: scalars.

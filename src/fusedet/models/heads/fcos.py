@@ -136,7 +136,7 @@ class FCOSHead(nn.Module):
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         distances = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         central_logits = flatten_maps(outputs.maps["centerness"], 1).squeeze(2)  # (N, P)
-        assigned = assign_batch(self.assigner.assign, priors, targets)  # (N, P)
+        assigned = assign_batch(self.assigner, priors, targets)  # (N, P)
         image, prior, boxes, classes = gather_positives(assigned, targets)
         rows = image * len(priors) + prior
         count = mean_over_ranks((assigned >= 0).sum())

@@ -188,7 +188,7 @@ class RepPointsHead(nn.Module):
         with torch.no_grad():
             boxes = self._decode_boxes(priors, init)  # (N, P, 4)
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
-        assigned_init = assign_batch(self.init_assigner.assign, priors, targets, valid)  # (N, P)
+        assigned_init = assign_batch(self.init_assigner, priors, targets, valid)  # (N, P)
         assigned = torch.stack(
             [self.refine_assigner.match_boxes(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
         )

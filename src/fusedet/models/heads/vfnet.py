@@ -160,7 +160,7 @@ class VFNetHead(nn.Module):
         """
         priors = outputs.priors
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)
-        assigned = assign_batch(self.assigner.assign, priors, targets, valid)  # (N, P)
+        assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
         image, prior, wanted, classes = gather_positives(assigned, targets)
         points = box_centres(priors.boxes)[prior]  # (R, 2)
         predicted = [
