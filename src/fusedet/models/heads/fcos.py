@@ -98,9 +98,8 @@ class FCOSHead(nn.Module):
         self.offset = offset
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0, "loss_centerness": 1.0}
         self.assigner = PointInBoxAssigner(limits, radius if center_sampling else None)
-        self.register_buffer(
-            "shapes", torch.stack([make_base_points(stride) for stride in levels.strides]), persistent=False
-        )  # (L, 1, 4)
+        shapes = torch.stack([make_base_points(stride) for stride in levels.strides])  # (L, 1, 4)
+        self.register_buffer("shapes", shapes, persistent=False)
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4, 3)
