@@ -170,7 +170,7 @@ def test_assignment_does_not_synchronise(rule: Any) -> None:
         {"cls": features}, grid_priors(features, LEVELS, [make_base_points(s).to("meta") for s in LEVELS.strides])
     )
     valid = valid_prior_mask(outs, LEVELS.strides, torch.zeros(2, 2, dtype=torch.int64, device="meta"), border=0.0)
-    assigned = assign_batch(rule.assign, outs.priors, [many(100, 90, 60).to("meta"), objects([]).to("meta")], valid)
+    assigned = assign_batch(rule, outs.priors, [many(100, 90, 60).to("meta"), objects([]).to("meta")], valid)
     assert assigned.shape == (2, len(outs.priors))
 
 

@@ -31,8 +31,7 @@ def resolve_class(kind: str, name: str, table: Mapping[str, Callable[..., Any]])
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"{kind}: '{name}' cannot be imported ({error}): it must read package.module:Class, with the package "
-            "installed or its folder "
-            "in PYTHONPATH"
+            "installed or its folder in PYTHONPATH"
         ) from error
 
 

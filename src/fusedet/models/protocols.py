@@ -86,20 +86,14 @@ class Neck(Protocol):
 
 
 @runtime_checkable
-class AuxiliaryNeck(Protocol):
+class AuxiliaryNeck(Neck, Protocol):
     """A neck with a second pyramid for auxiliary losses in training (AugFPN's consistent supervision).
 
     Attributes:
-        levels: Channels and strides of both pyramids.
         auxiliary_weight: Weight of the auxiliary losses in the total; 0 turns them off.
     """
 
-    levels: Levels
     auxiliary_weight: float
-
-    def __call__(self, features: Features) -> Features:
-        """Compute the pyramid, as `Neck` does."""
-        ...
 
     def with_auxiliary(self, features: Features) -> tuple[Features, Features]:
         """Compute the pyramid and the auxiliary pyramid, both of `levels`."""
@@ -196,23 +190,8 @@ class DenseHead(Protocol):
 
 
 @runtime_checkable
-class ProposalHead(Protocol):
-    """A dense head that proposes regions of interest (RPN). It has the methods of `DenseHead` too."""
-
-    num_classes: int
-    loss_weights: dict[str, float]
-
-    def __call__(self, features: Features) -> Outputs:
-        """Compute raw output maps, as `DenseHead` does."""
-        ...
-
-    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
-        """Compute the unweighted loss terms, as `DenseHead` does."""
-        ...
-
-    def decode(self, outputs: Outputs) -> Candidates:
-        """Decode boxes and scores, as `DenseHead` does."""
-        ...
+class ProposalHead(DenseHead, Protocol):
+    """A dense head that proposes regions of interest (RPN)."""
 
     def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
         """Select each image's proposals, without gradient.
@@ -245,7 +224,7 @@ class RoIPooling(Protocol):
         ...
 
 
-class RoISamples(Protocol):
+class StageSamples(Protocol):
     """RoIs of a batch that a stage is trained on, ordered by image."""
 
     @property
@@ -293,8 +272,8 @@ class RoIStage(Protocol):
         """
         ...
 
-    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> Any:
-        """Assign the proposals and sample the `RoISamples` to train on, ground-truth boxes among them."""
+    def sample(self, proposals: Proposals, targets: Sequence[Target]) -> StageSamples:
+        """Assign the proposals and sample the RoIs to train on, ground-truth boxes among them."""
         ...
 
     def loss(self, raw: StageOutputs, samples: Any, targets: Sequence[Target]) -> Losses:
@@ -341,7 +320,7 @@ class RoIBranch(Protocol):
     loss_weights: dict[str, float]
 
     def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
-        """Compute the unweighted loss terms on the stage's `RoISamples`.
+        """Compute the unweighted loss terms on the stage's `StageSamples`.
 
         Shape:
             sizes (N, 2), height and width of every image inside the padding; result: scalars.
@@ -349,15 +328,8 @@ class RoIBranch(Protocol):
         ...
 
 
-@runtime_checkable
-class MaskPredictor(Protocol):
+class MaskPredictor(RoIBranch, Protocol):
     """An RoI branch that predicts masks."""
-
-    loss_weights: dict[str, float]
-
-    def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
-        """Compute the unweighted loss terms, as `RoIBranch` does."""
-        ...
 
     def predict(self, features: Features, detections: BatchDetections) -> Tensor:
         """Predict a mask (N, D, size, size) of probabilities inside every detection's box."""
@@ -365,14 +337,8 @@ class MaskPredictor(Protocol):
 
 
 @runtime_checkable
-class BoxRefiner(Protocol):
+class BoxRefiner(RoIBranch, Protocol):
     """An RoI branch that refines the final boxes."""
-
-    loss_weights: dict[str, float]
-
-    def loss(self, features: Features, samples: Any, targets: Sequence[Target], sizes: Tensor) -> Losses:
-        """Compute the unweighted loss terms, as `RoIBranch` does."""
-        ...
 
     def refine(self, features: Features, detections: BatchDetections) -> BatchDetections:
         """Refine the boxes of detections; scores and order stay."""

@@ -169,6 +169,7 @@ class TwoStage(nn.Module):
                 extra = stage.loss(stage(auxiliary, samples.rois), samples, batch.targets)
                 losses |= {f"auxiliary_{self.term_name(i, name)}": value for name, value in extra.items()}
             if i + 1 < len(self.stages):
+                assert samples.is_ground_truth is not None
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
                 proposed = ~samples.is_ground_truth  # the next stage adds the ground-truth boxes by itself
                 proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(batch))

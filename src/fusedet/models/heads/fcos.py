@@ -98,9 +98,8 @@ class FCOSHead(nn.Module):
         self.offset = offset
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0, "loss_centerness": 1.0}
         self.assigner = PointInBoxAssigner(limits, radius if center_sampling else None)
-        self.register_buffer(
-            "shapes", torch.stack([make_base_points(stride) for stride in levels.strides]), persistent=False
-        )  # (L, 1, 4)
+        shapes = torch.stack([make_base_points(stride) for stride in levels.strides])  # (L, 1, 4)
+        self.register_buffer("shapes", shapes, persistent=False)
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4, 3)
@@ -136,7 +135,7 @@ class FCOSHead(nn.Module):
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         distances = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         central_logits = flatten_maps(outputs.maps["centerness"], 1).squeeze(2)  # (N, P)
-        assigned = assign_batch(self.assigner.assign, priors, targets)  # (N, P)
+        assigned = assign_batch(self.assigner, priors, targets)  # (N, P)
         image, prior, boxes, classes = gather_positives(assigned, targets)
         rows = image * len(priors) + prior
         count = mean_over_ranks((assigned >= 0).sum())

@@ -115,9 +115,8 @@ class RepPointsHead(nn.Module):
         self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta
         self.loss_weights = {"loss_cls": 1.0, "loss_init": init_weight, "loss_refine": refine_weight}
         self.init_assigner, self.refine_assigner = PointAssigner(base_scale), MaxIoUAssigner(positive, negative)
-        self.register_buffer(
-            "shapes", torch.stack([make_base_points(s, base_scale) for s in levels.strides]), persistent=False
-        )  # (L, 1, 4)
+        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])  # (L, 1, 4)
+        self.register_buffer("shapes", shapes, persistent=False)
         steps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
         grid = torch.cartesian_prod(steps, steps).view(1, 2 * num_points, 1, 1)  # (dy, dx) pairs
         self.register_buffer("base", grid, persistent=False)
@@ -129,9 +128,8 @@ class RepPointsHead(nn.Module):
         self.cls = conv(width, num_classes, 1)
         self.pts_refine_conv = DeformConv(channels, width, kernel)
         self.pts_refine = conv(width, 2 * num_points, 1)
-        self.moment_transfer = (
-            nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None
-        )  # logs of lambda_x, lambda_y
+        # logs of lambda_x, lambda_y
+        self.moment_transfer = nn.Parameter(torch.zeros(2)) if transform_method == "moment" else None
         init_normal(self)
         init_prior_bias(self.cls.bias, prior)
 
@@ -182,13 +180,12 @@ class RepPointsHead(nn.Module):
         """
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
-        init, refine = (
-            flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine")
-        )  # (N, P, 2n)
+        # (N, P, 2 * num_points) each
+        init, refine = (flatten_maps(outputs.maps[name], 2 * self.num_points) for name in ("pts_init", "pts_refine"))
         with torch.no_grad():
             boxes = self._decode_boxes(priors, init)  # (N, P, 4)
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
-        assigned_init = assign_batch(self.init_assigner.assign, priors, targets, valid)  # (N, P)
+        assigned_init = assign_batch(self.init_assigner, priors, targets, valid)  # (N, P)
         assigned = torch.stack(
             [self.refine_assigner.match_boxes(b, t, v)[0] for b, t, v in zip(boxes, targets, valid, strict=True)]
         )

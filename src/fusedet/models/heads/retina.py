@@ -119,9 +119,8 @@ class RetinaHead(nn.Module):
         priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         deltas = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
-        assigned = assign_batch(
-            self.assigner.assign, priors, targets, valid_prior_mask(outputs, self.levels.strides, sizes)
-        )  # (N, P)
+        valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
+        assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
         image, prior, boxes, classes = gather_positives(assigned, targets)
         rows = image * len(priors) + prior
         counted = (assigned != IGNORED).flatten()

@@ -145,7 +145,7 @@ class RPNHead(nn.Module):
         """
         priors = outputs.priors
         valid = valid_prior_mask(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
-        assigned = assign_batch(self.assigner.assign, priors, targets, valid)  # (N, P)
+        assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
         sampled = self.sampler.sample(assigned)
         positive = sampled & (assigned >= 0)
         counts = [mask.sum(dim=1).clamp(min=1) for mask in (positive, sampled & ~positive)]  # (N,) each

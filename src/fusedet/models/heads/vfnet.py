@@ -92,13 +92,11 @@ class VFNetHead(nn.Module):
         self.gradient_mul, self.unit = gradient_mul, BOX_UNITS[box_norm]
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_refine": refine_weight}
         self.assigner = ATSSAssigner(topk)
-        self.register_buffer(
-            "shapes", torch.stack([make_base_points(s, PRIOR_SCALE) for s in levels.strides]), persistent=False
-        )  # (L, 1, 4)
+        shapes = torch.stack([make_base_points(stride, PRIOR_SCALE) for stride in levels.strides])  # (L, 1, 4)
+        self.register_buffer("shapes", shapes, persistent=False)
         steps = torch.arange(-1.0, 2.0)
-        self.register_buffer(
-            "star_base", torch.cartesian_prod(steps, steps).view(1, 18, 1, 1), persistent=False
-        )  # (dy, dx) pairs
+        star_base = torch.cartesian_prod(steps, steps).view(1, 18, 1, 1)  # (dy, dx) pairs
+        self.register_buffer("star_base", star_base, persistent=False)
 
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.reg_conv = make_tower(channels, channels, 1, norm, bias)
@@ -160,7 +158,7 @@ class VFNetHead(nn.Module):
         """
         priors = outputs.priors
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)
-        assigned = assign_batch(self.assigner.assign, priors, targets, valid)  # (N, P)
+        assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
         image, prior, wanted, classes = gather_positives(assigned, targets)
         points = box_centres(priors.boxes)[prior]  # (R, 2)
         predicted = [

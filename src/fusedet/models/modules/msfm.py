@@ -153,9 +153,8 @@ class Unsqueeze(nn.Module):
         mean = cells.mean(dim=1, keepdim=True)  # (N, 1, k)
         centred = cells - mean
         covariance = centred.transpose(1, 2) @ centred / cells.shape[1]  # (N, k, k)
-        means = ((mean @ weight.T).squeeze(1) + bias).unflatten(
-            1, (g, -1)
-        )  # (N, g, C / g), of each channel of U's output
+        # of each channel of U's output, (N, g, C / g)
+        means = ((mean @ weight.T).squeeze(1) + bias).unflatten(1, (g, -1))
         variances = (weight @ covariance * weight).sum(dim=2).unflatten(1, (g, -1))
         centre = means.mean(dim=2, keepdim=True)  # (N, g, 1), of each group
         variance = (variances + (means - centre).square()).mean(dim=2, keepdim=True)

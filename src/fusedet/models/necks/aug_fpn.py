@@ -111,9 +111,8 @@ class Context(nn.Module):
         pooled = [
             reduce(F.adaptive_avg_pool2d(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)
         ]
-        contexts = [
-            F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled
-        ]  # each (N, channels, H, W)
+        # each (N, channels, H, W)
+        contexts = [F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled]
         weights = self.weigh(torch.cat(contexts, dim=1)).sigmoid()  # (N, ratios, H, W)
         return (weights[:, :, None] * torch.stack(contexts, dim=1)).sum(dim=1)
 

@@ -94,12 +94,9 @@ class BiFPNLayer(nn.Module):
 
     def __init__(self, count: int, channels: int, norm: Norm = "bn", separable: bool = True) -> None:
         super().__init__()
-        self.down = nn.ModuleList(
-            Node(2, channels, norm, separable) for _ in range(count - 1)
-        )  # to levels 0 .. count - 2
-        self.up = nn.ModuleList(
-            Node(3 if i < count - 1 else 2, channels, norm, separable) for i in range(1, count)
-        )  # to 1 .. count - 1
+        # to levels 0 .. count - 2, and to levels 1 .. count - 1
+        self.down = nn.ModuleList(Node(2, channels, norm, separable) for _ in range(count - 1))
+        self.up = nn.ModuleList(Node(3 if i < count - 1 else 2, channels, norm, separable) for i in range(1, count))
 
     def forward(self, p: Features) -> Features:
         """Fuse levels (N, C, H_l, W_l), finest first, to levels of the same shapes."""

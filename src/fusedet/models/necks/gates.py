@@ -89,10 +89,8 @@ class CAG(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """Compute the weights (N, C, 1, 1), in 0..1, of x (N, C, H, W)."""
-        mean, largest = (
-            self.fc1(x.mean(dim=(2, 3), keepdim=True)),
-            self.fc2(x.amax(dim=(2, 3), keepdim=True)),
-        )  # (N, C, 1, 1)
+        mean = self.fc1(x.mean(dim=(2, 3), keepdim=True))  # (N, C, 1, 1)
+        largest = self.fc2(x.amax(dim=(2, 3), keepdim=True))
         return torch.sigmoid(mean.relu() + largest.relu() if self.relu else mean + largest)
 
 
@@ -116,9 +114,8 @@ class CoordinateAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Compute the weights (N, C, H, W), in 0..1, of x."""
         rows, columns = pool_rows_and_columns(x)
-        both = F.hardswish(
-            self.norm(self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2)))
-        )  # (N, inner, H + W, 1)
+        both = self.conv(torch.cat([rows, columns.transpose(2, 3)], dim=2))  # (N, inner, H + W, 1)
+        both = F.hardswish(self.norm(both))
         f_h, f_w = both.split([x.shape[2], x.shape[3]], dim=2)
         return self.conv_h(f_h).sigmoid() * self.conv_w(f_w.transpose(2, 3)).sigmoid()
 

@@ -137,9 +137,8 @@ class MSEFPN(nn.Module):
         taken = {i: part for i, part in (own if sim == "split" else whole).items() if i >= self.start}
         if sim == "split" and not taken:
             raise InputError(f"sim=split needs a level of context={tuple(context)} that is not below finest={finest}")
-        self.parts = {
-            str(i - self.start): part for i, part in taken.items()
-        }  # the channels of M' that each lateral takes
+        # the channels of M' that each lateral takes
+        self.parts = {str(i - self.start): part for i, part in taken.items()}
         inject = partial(SIM, groups=sim_groups, local=pre_conv) if sim in ("full", "split") else Add
         self.sem = make_sem(sem, total, embed, reduction, v_groups, norm == "gn1", pool_first)
         self.sim = nn.ModuleDict({i: inject(part.stop - part.start, channels) for i, part in self.parts.items()})

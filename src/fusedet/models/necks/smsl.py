@@ -110,9 +110,8 @@ class SMSL(nn.Module):
         """Compute the scales s (N, 1, L, C) and the weights A (N, T, L, C) of L gathered levels (N, C, H, W)."""
         x = torch.stack([d.mean(dim=(2, 3)) for d in D], dim=1)  # (N, L, C)  (1-2)
         s = self.rescale(x) if self.rescale else torch.ones_like(x)  # (N, L, C)
-        g = (s * x).sum(
-            dim=1
-        )  # (N, C)  (4-8): s is a scale per channel, so that the mean of Q is s times the mean of D
+        # s is a scale per channel, so that the mean of Q is s times the mean of D
+        g = (s * x).sum(dim=1)  # (N, C)  (4-8)
         return s[:, None], self.select(g)
 
 
@@ -157,9 +156,8 @@ class SelectiveUnits(nn.Module):
         super().__init__()
         T, L, C, k = targets, levels, channels, channels // reduction
         self.shape = (T, L, C)
-        self.W = nn.Parameter(
-            torch.empty(T, k, C).uniform_(-1, 1) / math.sqrt(C)
-        )  # torch's initialisation of a linear layer
+        # torch's initialisation of a linear layer
+        self.W = nn.Parameter(torch.empty(T, k, C).uniform_(-1, 1) / math.sqrt(C))
         self.V = nn.Parameter(torch.empty(T, L * C, k).uniform_(-1, 1) / math.sqrt(k))
         # vectors with these names: engine/optim.py recognises biases by their names' ends, norms by their one dimension
         self.W_bias = nn.Parameter(torch.empty(T * k).uniform_(-1, 1) / math.sqrt(C))
@@ -181,9 +179,8 @@ def combine(D: Features, weights: Tensor) -> Tensor:
     w = weights.to(D[0].dtype)[..., None, None]  # (N, T, L, C, 1, 1)
     mixed = D[0][:, None] * w[:, :, 0]
     for i in range(1, len(D)):
-        mixed = torch.addcmul(
-            mixed, D[i][:, None], w[:, :, i]
-        )  # faster than one matrix product, which would transpose the maps
+        # faster than one matrix product, which would transpose the maps
+        mixed = torch.addcmul(mixed, D[i][:, None], w[:, :, i])
     return mixed
 
 
@@ -192,8 +189,7 @@ def add_resized(p: Tensor, f: Tensor, index: int, level: int) -> Tensor:
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
     if index < level and height % h == 0 and width % w == 0:
         # nearest neighbours repeat f in blocks: added by broadcasting, the upsampled map is never written
-        blocks = p.unflatten(2, (h, height // h)).unflatten(
-            4, (w, width // w)
-        )  # (N, C, h, blocks of rows, w, of columns)
+        # (N, C, h, blocks of rows, w, of columns)
+        blocks = p.unflatten(2, (h, height // h)).unflatten(4, (w, width // w))
         return (blocks + f[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
     return p + scatter_level(f, p, index, level)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_area, box_iou
 
 from fusedet.models.ops.boxes import box_centres, boxes_to_distances
+from fusedet.models.protocols import Assigner
 from fusedet.types import MULTIPLE, Outputs, Priors, Target
 
 BACKGROUND, IGNORED = -1, -2
 INSTANCES_AT_ONCE = 64  # bounds the matrix of instances and priors: 64 x 200,000 numbers are 51 MB
-
-AssignFunction = Callable[[Priors, Target, Tensor | None], Tensor]
-"""The `assign` method of a `protocols.Assigner`."""
 
 
 def valid_prior_mask(
@@ -59,15 +57,13 @@ def valid_prior_mask(
     return valid & (low >= -border).all(dim=1) & (high < sizes.flip(1)[:, None] + border).all(dim=2)
 
 
-def assign_batch(
-    assign: AssignFunction, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None
-) -> Tensor:
+def assign_batch(assigner: Assigner, priors: Priors, targets: Sequence[Target], valid: Tensor | None = None) -> Tensor:
     """Assign the priors of every image: (N, P) int64.
 
     valid (N, P) bool: priors that take part, None for all.
     """
     rows = [None] * len(targets) if valid is None else valid.unbind()
-    return torch.stack([assign(priors, target, row) for target, row in zip(targets, rows, strict=True)])
+    return torch.stack([assigner.assign(priors, target, row) for target, row in zip(targets, rows, strict=True)])
 
 
 def resolve_claims(costs: Tensor, indices: Tensor, count: int, valid: Tensor | None) -> Tensor:

@@ -174,18 +174,15 @@ def select_detections(
         indices = rows
     chosen = clip_boxes(boxes.gather(1, indices[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
     final = confidence if quality is None else confidence * quality.gather(1, rows)
-    span = (
-        chosen.detach().amax() + 1
-    )  # offsets per class, larger than any box, keep classes from suppressing each other
+    span = chosen.detach().amax() + 1  # shifts by a multiple of it keep classes from suppressing each other
     per_image = []
     for b, c, s, k in zip(chosen.unbind(), confidence.unbind(), final.unbind(), labels.unbind()):
         real = (c > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
         b, s, k = b[real], s[real], k[real]
         keep = _nms(b + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
-        index = keep[
-            torch.minimum(torch.arange(max_det, device=keep.device), count)
-        ]  # unused entries read one of the two rows of zeros
+        # unused entries read one of the two rows of zeros
+        index = keep[torch.minimum(torch.arange(max_det, device=keep.device), count)]
         per_image.append((*(torch.cat([x, x.new_zeros(2, *x.shape[1:])])[index] for x in (b, s, k)), count))
     return BatchDetections(*(torch.stack(column) for column in zip(*per_image)))
 

@@ -125,12 +125,9 @@ def deform_conv2d_by_rows(
     if groups == 1:
         out = samples.flatten(2) @ weight.permute(2, 3, 1, 0).flatten(0, 2)  # (N, H' * W', outputs)
     else:
-        columns = (
-            samples.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2)
-        )  # (groups, N * H' * W', K * C / groups)
-        weights = (
-            weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)
-        )  # (groups, K * C / groups, outputs / groups)
+        # (groups, N * H' * W', K * C / groups) and (groups, K * C / groups, outputs / groups)
+        columns = samples.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4).flatten(3).flatten(1, 2)
+        weights = weight.unflatten(0, (groups, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)
         out = (columns @ weights).transpose(0, 1).flatten(1).unflatten(0, samples.shape[:2])
     if bias is not None:
         out = out + bias

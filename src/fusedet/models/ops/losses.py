@@ -42,9 +42,8 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
         "Generalized Intersection over Union", Rezatofighi et al., 2019, algorithm 2.
     """
     overlap = aligned_iou(boxes, targets, eps)
-    union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(
-        min=eps
-    )  # as the shared area is overlap * union
+    # the shared area is overlap * union
+    union = ((box_area(boxes) + box_area(targets)) / (1 + overlap)).clamp(min=eps)
     corners = [torch.minimum(boxes[:, :2], targets[:, :2]), torch.maximum(boxes[:, 2:], targets[:, 2:])]
     enclosing = box_area(torch.cat(corners, dim=1)).clamp(min=eps)  # the smallest box around both
     return 1 - overlap + (enclosing - union) / enclosing

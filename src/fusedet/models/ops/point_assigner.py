@@ -61,9 +61,8 @@ class PointAssigner:
         """
         centres, sides = box_centres(instances), (instances[:, 2:] - instances[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
         size = (sides / self.scale).log2().mean(dim=1)  # (G,)
-        exponents = (
-            torch.stack([strides[0] for strides in priors.strides.split(list(priors.counts))]).log2().floor()
-        )  # (L,)
+        strides = torch.stack([own[0] for own in priors.strides.split(list(priors.counts))])  # (L,)
+        exponents = strides.log2().floor()
         level = ((size[:, None] >= exponents).sum(dim=1) - 1).clamp(min=0)  # (G,)
         distances, indices, start = [], [], 0
         for i, level_points in enumerate(points.split(list(priors.counts))):

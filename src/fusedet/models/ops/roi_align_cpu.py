@@ -68,9 +68,8 @@ def _axis(start: Tensor, length: Tensor, cells: int, size: int, samples: int) ->
     most = int(number.max()) if len(number) else 1
     number = number[:, None, None]
     sample = torch.arange(most)
-    at = (torch.arange(size)[:, None] + (sample + 0.5) / number) * (length / size)[:, None, None] + start[
-        :, None, None
-    ]  # (M, size, most)
+    offset = (torch.arange(size)[:, None] + (sample + 0.5) / number) * (length / size)[:, None, None]
+    at = offset + start[:, None, None]  # (M, size, most)
     weight = ((sample < number) & (at >= -1) & (at <= cells)) / number  # samples farther outside are 0
     at = at.clamp(0, cells - 1)
     low = at.floor()
