@@ -261,6 +261,7 @@ def test_mappings_and_overrides_are_equivalent() -> None:
         ("data.multi_scale=640", "data.multi_scale must be a list, such as [640, 640], got 640"),
         ("test.scales=[600,x]", "test.scales.1 must be int, got 'x'"),
         ("train.checkpoint_every=soon", "train.checkpoint_every=soon must be a time or a number of steps"),
+        pytest.param(f"train.checkpoint_every={'9' * 5000}steps", "9steps must be a time or a number", id="steps"),
         ("train.epochs", "write key=value"),
         ("train.epochs=[", "not YAML"),
         ("train=3", "train must be a mapping"),

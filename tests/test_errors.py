@@ -67,6 +67,7 @@ LARGEST = 2**63 - 1
             tuple[float, ...] | None,
             f"key.1 must lie between {-LARGEST} and {LARGEST}, got an integer of 64 bits",
         ),
+        ({1, 2}, tuple[int, int], "key must be a list [int, int], got {1, 2}"),
         ([1], dict, "key must be dict, got [1]"),
         ([1], dict[str, int], "key must be dict[str, int], got [1]"),
         ({"x": "y"}, Mapping[str, int], "key.x must be int, got 'y'"),

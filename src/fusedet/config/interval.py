@@ -34,7 +34,7 @@ def parse_interval(text: object, key: str) -> Interval:
     """Parse an interval.
 
     Args:
-        text: A number with a unit: s, min, h or steps.
+        text: A time as `to_seconds` takes it, or a number of steps.
         key: The setting's name, for the message.
 
     Raises:
@@ -47,6 +47,6 @@ def parse_interval(text: object, key: str) -> Interval:
     """
     if seconds := to_seconds(str(text)):
         return Interval(seconds=seconds)
-    if steps := re.fullmatch(r"(0*[1-9]\d*)(?:\.0*)? ?steps?", str(text)):
+    if steps := re.fullmatch(r"0*([1-9]\d{0,17})(?:\.0*)? ?steps?", str(text)):
         return Interval(steps=int(steps[1]))
     raise InputError(f"{key}={text} must be a time or a number of steps, such as 90s, 30min, 2h or 500steps")

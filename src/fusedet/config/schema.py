@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic.fields import FieldInfo
 
 from fusedet.config.interval import parse_interval
-from fusedet.config.validation import deepest, refuse_huge_integers, to_input_error
+from fusedet.config.validation import accept_sequences, deepest, refuse_huge_integers, to_input_error
 from fusedet.errors import InputError, unknown
 
-Floats = Annotated[tuple[float, ...], Strict(False)]
-Integers = Annotated[tuple[int, ...], Strict(False)]
-Texts = Annotated[tuple[str, ...], Strict(False)]
-Pair = Annotated[tuple[int, int], Strict(False)]
+Floats = Annotated[tuple[float, ...], accept_sequences(tuple)]
+Integers = Annotated[tuple[int, ...], accept_sequences(tuple)]
+Texts = Annotated[tuple[str, ...], accept_sequences(tuple)]
+Pair = Annotated[tuple[int, int], accept_sequences(tuple)]
 Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "null"]})]
 """A slot: a name, {type: NAME, options}, for the neck also a list of these; checked when the part is built."""
 

@@ -7,7 +7,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from fusedet.errors import InputError, plural, unknown
@@ -97,15 +97,22 @@ def _adapter(hint: Any) -> TypeAdapter:
         return TypeAdapter(Any)
 
 
+def accept_sequences(kind: type[list] | type[tuple]) -> BeforeValidator:
+    """Let a strict list or tuple take any sequence, as YAML has no tuples; sets and iterators have no fixed order."""
+    return BeforeValidator(
+        lambda value: kind(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else value
+    )
+
+
 def _accept_lists(hint: Any) -> Any:
-    """Let a strict hint take a list for any sequence, as YAML has no tuples; a Sequence becomes a tuple."""
+    """Let a strict hint take any sequence for a list or tuple; a Sequence becomes a tuple."""
     origin, args = get_origin(hint), tuple(_accept_lists(arg) for arg in get_args(hint))
     if origin in (Union, UnionType):
         return Union[args]  # noqa: UP007 - of a tuple
     if origin is Sequence:
         origin, args = tuple, (*args, ...)
     if origin in (list, tuple):
-        return Annotated[origin[args], Strict(False)]
+        return Annotated[origin[args], accept_sequences(origin)]
     return origin[args] if origin in _MAPPINGS else hint
 
 
