@@ -169,6 +169,7 @@ def test_a_killed_prediction_resumes_to_the_same_result(
 
     words = [folder, f"out={out}", size, "--resume"]
     if not (child := os.fork()):
+        torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork: a parallel region would wait for them
         monkeypatch.setattr(Predictor, "together", dies)
         predict(model, *words)
         os._exit(1)
