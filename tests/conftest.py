@@ -52,6 +52,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the weights of convolutions and linear layers as they lie in memory, for models that load all of them."""
+    for name in ("kaiming_normal_", "kaiming_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
+
+
 SMALL = [
     "model.backbone.name=lcnet_050",
     "model.pyramid.channels=16",

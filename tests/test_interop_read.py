@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import fusedet
 from fusedet import cli
 from fusedet.errors import InputError
 from fusedet.interop import convert_checkpoint
@@ -111,13 +113,29 @@ class Code:
         return os.system, (self.command,)
 
 
-def read_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert cli.run([str(w) for w in arguments]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Convert a file of `tmp_path` and return the one line of the refusal; nothing is written."""
+
+    def run(file: str = "model.pth", *arguments: object, content: Any = None, config: str | None = None) -> str:
+        if content is not None:
+            torch.save(content, tmp_path / file)
+        if config is not None:
+            (tmp_path / "config.py").write_text(config)
+            arguments = ("--config", tmp_path / "config.py")
+        capsys.readouterr()
+        words = ["convert", "weights", tmp_path / file, tmp_path / "out", *arguments]
+        assert cli.run([str(word) for word in words]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return message
+
+    return run
 
 
 def test_arguments_of_torchvisions_training(tmp_path: Path) -> None:
@@ -170,33 +188,30 @@ def test_own_checkpoints_are_refused(tmp_path: Path, name: str) -> None:
     assert read_checkpoint(tmp_path / "other.safetensors").keys() == WEIGHTS.keys()
 
 
-def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(content: Any, **options: Any) -> str:
-        torch.save(content, tmp_path / "model.pth", **options)
-        return read_error(capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out")
-
+def test_refused_files(tmp_path: Path, refuse: Refuse) -> None:
     for zipped in (True, False):
-        message = refuse(
-            {"state_dict": WEIGHTS, "hook": Code(f"touch {tmp_path}/ran")}, _use_new_zipfile_serialization=zipped
-        )
-        assert "system" in message
+        content = {"state_dict": WEIGHTS, "hook": Code(f"touch {tmp_path}/ran")}
+        torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+        assert "system" in refuse()
         whole = (tmp_path / "model.pth").read_bytes()
         (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-        assert "cut short" in read_error(capsys, "convert", "weights", tmp_path / "cut.pth", tmp_path / "out")
+        assert "cut short" in refuse("cut.pth")
     assert not (tmp_path / "ran").exists()
-    assert "holds a list" in refuse([1, 2])
-    assert "holds no weights" in refuse({"state_dict": {}, "meta": {}})
-    assert "no supported detector" in refuse({"encoder.weight": torch.zeros(2)})
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    assert "or not a checkpoint" in read_error(capsys, "convert", "weights", tmp_path / "text.pth", tmp_path / "out")
-    assert "there is no file" in read_error(capsys, "convert", "weights", tmp_path / "none.pth", tmp_path / "out")
-    assert "is a folder" in read_error(capsys, "convert", "weights", tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert "or not a checkpoint" in refuse("text.pth")
+    assert "there is no file" in refuse("none.pth")
+    assert "is a folder" in refuse("")
+    assert "holds a list" in refuse(content=[1, 2])
+    assert "holds no weights" in refuse(content={"state_dict": {}, "meta": {}})
+    assert "no supported detector" in refuse(content={"encoder.weight": torch.zeros(2)})
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
-    assert "nothing is overwritten" in read_error(
-        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "kept"
-    )
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        fusedet.convert_weights(tmp_path / "model.pth", tmp_path / "kept")
 
 
 PARTS = (
@@ -223,68 +238,38 @@ RETINA = f"model = dict(type='RetinaNet', {PARTS}, bbox_head=dict(type='RetinaHe
         (RETINA + "_base_ = 3\n", 2, "_base_"),
     ],
 )
-def test_configs_are_never_executed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, line: int, what: str
-) -> None:
-    torch.save(WEIGHTS, tmp_path / "model.pth")
-    (tmp_path / "config.py").write_text(text)
-    message = read_error(
-        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py"
-    )
+def test_configs_are_never_executed(refuse: Refuse, text: str, line: int, what: str) -> None:
+    message = refuse(content=WEIGHTS, config=text)
     assert f"config.py, line {line}" in message
     assert what in message
 
 
-def test_refused_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(
-        {
-            "state_dict": {
-                **WEIGHTS,
-                "bbox_head.retina_cls.weight": torch.zeros(45, 1),
-                "bbox_head.retina_reg.weight": torch.zeros(36, 1),
-            }
-        },
-        tmp_path / "model.pth",
-    )
-
-    def refuse(text: str) -> str:
-        (tmp_path / "config.py").write_text(text)
-        return read_error(
-            capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", tmp_path / "config.py"
-        )
-
-    message = refuse(RETINA)
+def test_refused_configs(tmp_path: Path, refuse: Refuse) -> None:
+    rows = {"bbox_head.retina_cls.weight": torch.zeros(45, 1), "bbox_head.retina_reg.weight": torch.zeros(36, 1)}
+    message = refuse(content=WEIGHTS | rows, config=RETINA)
     assert "does not match" in message
     assert "of another shape: backbone.conv1.weight (2,)" in message
     assert "head.towers.cls.0.weight" in message or "backbone.body.bn1.weight" in message
+    coder = "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"
     for text, what in (
         ("model = dict(type='DETR')", "detector DETR is not supported: supported detectors are RetinaNet"),
         (RETINA.replace("'ResNet'", "'SwinTransformer'"), "SwinTransformer is not supported"),
         (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not supported"),
         (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not supported"),
         (RETINA.replace("'RetinaHead'", "'ATSSHead'"), "unknown bbox_head of MMDetection 'ATSSHead'"),
-        (
-            RETINA.replace("num_classes=5", "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"),
-            "target_stds",
-        ),
+        (RETINA.replace("num_classes=5", coder), "target_stds"),
         (RETINA.replace("'on_input'", "'on_lateral'"), "on_lateral"),
         ("x = 1", "no `model`"),
         ("model = dict(type='RetinaNet')", "no model.backbone"),
         ("_base_ = './gone.py'\nmodel = dict(bbox_head=dict(num_classes=3))", "gone.py"),
+        ("# nothing yet\n", "config.py: the config is empty"),
+        ("_base_ = './loop.py'", "its own base"),
     ):
-        assert what in refuse(text), text
-    assert "config.py: the config is empty" in refuse("# nothing yet\n")
-    assert "unknown config" in read_error(
-        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "retinanet_r5"
-    )
-    assert "there is no config file" in read_error(
-        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "--config", "gone.py"
-    )
-    assert "faster.py is one too many" in read_error(
-        capsys, "convert", "weights", tmp_path / "model.pth", tmp_path / "out", "faster.py"
-    )
-    (tmp_path / "loop.py").write_text("_base_ = './config.py'")
-    assert "its own base" in refuse("_base_ = './loop.py'")
+        (tmp_path / "loop.py").write_text("_base_ = './config.py'")
+        assert what in refuse(config=text), text
+    assert "unknown config" in refuse("model.pth", "--config", "retinanet_r5")
+    assert "there is no config file" in refuse("model.pth", "--config", "gone.py")
+    assert "faster.py is one too many" in refuse("model.pth", "faster.py")
 
 
 def test_config_files(tmp_path: Path) -> None:
@@ -331,10 +316,14 @@ def test_missing_bases_of_a_complete_model(tmp_path: Path) -> None:
     assert content.tree["model"]["type"] == "RetinaNet"
 
 
-def test_weights_under_any_key() -> None:
-    assert extract_weights({"state_dict": WEIGHTS}, "x").keys() == WEIGHTS.keys()
-    assert extract_weights({"model": WEIGHTS}, "x").keys() == WEIGHTS.keys()
-    assert extract_weights(WEIGHTS, "x").keys() == WEIGHTS.keys()
-    assert extract_weights({"state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}}, "x").keys() == WEIGHTS.keys()
-    with pytest.raises(InputError, match="holds no weights"):
-        extract_weights({"meta": {}}, "x")
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": WEIGHTS},
+        {"model": WEIGHTS},
+        WEIGHTS,
+        {"state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()}},
+    ],
+)
+def test_weights_under_any_key(content: dict[str, Any]) -> None:
+    assert extract_weights(content, "x").keys() == WEIGHTS.keys()

@@ -15,6 +15,7 @@ from fusedet import cli
 from partners import partners
 
 
+@pytest.mark.usefixtures("no_initialization")
 @pytest.mark.parametrize(
     "name", [pytest.param("faster_rcnn_r50", marks=pytest.mark.slow), "fcos_r50_caffe_gn", "retinanet_r18"]
 )
@@ -25,10 +26,8 @@ def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     torch.save({"state_dict": state, "meta": {"mmdet_version": "3.3.0"}}, tmp_path / "model.pth")
     (tmp_path / "config.py").write_text(f"model = {spec['model']!r}\n")
     out = tmp_path / "out"
-    assert (
-        cli.run(["convert", "weights", str(tmp_path / "model.pth"), str(out), "--config", str(tmp_path / "config.py")])
-        == 0
-    )
+    words = [tmp_path / "model.pth", out, "--config", tmp_path / "config.py"]
+    assert cli.run(["convert", "weights", *map(str, words)]) == 0
     image = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
     width, height = spec["picture_size"]
     size = f"data.size=[{min(width, height)},{max(width, height)}]"

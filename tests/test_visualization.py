@@ -103,7 +103,7 @@ def test_line_width_follows_the_image_or_the_argument():
         return int(column[side // 8, : side // 2].sum())
 
     assert width(300) == 1
-    assert width(2600) == 10
+    assert width(1300) == 5
     assert width(300, width=5) == 5
 
 

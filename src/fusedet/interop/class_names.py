@@ -46,18 +46,12 @@ def resolve_class_names(meta: Any, count: int, notes: list[str]) -> tuple[list[s
 
 def _read_names(meta: Any) -> Sequence[str] | None:
     """Return the class names in a checkpoint's meta, by the keys of 3.x, then of 2.x and 1.x."""
-    if not isinstance(meta, Mapping):
-        return None
-    inner = meta.get("dataset_meta")
-    sources = [
-        *(inner.get(k) for k in ("classes", "CLASSES") if isinstance(inner, Mapping)),
-        meta.get("CLASSES"),
-        meta.get("classes"),
-    ]
-    for names in sources:
-        names = [names] if isinstance(names, str) else names
-        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-            return names
+    holders = [meta.get("dataset_meta"), meta] if isinstance(meta, Mapping) else []
+    for holder in (holder for holder in holders if isinstance(holder, Mapping)):
+        for key in ("classes", "CLASSES"):
+            names = [holder[key]] if isinstance(holder.get(key), str) else holder.get(key)
+            if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+                return names
     return None
 
 

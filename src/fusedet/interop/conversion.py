@@ -14,7 +14,7 @@ from fusedet.config import Config
 from fusedet.errors import InputError
 from fusedet.interop import torchvision
 from fusedet.interop.class_names import resolve_class_names
-from fusedet.interop.mmdetection import legacy_1x, load_checkpoint, python_config
+from fusedet.interop.mmdetection import legacy_1x, load_checkpoint
 from fusedet.interop.mmdetection.backbone_config import read_resizing
 from fusedet.interop.mmdetection.detector_config import (
     convert_config,
@@ -23,7 +23,9 @@ from fusedet.interop.mmdetection.detector_config import (
     uses_1x_keys,
 )
 from fusedet.interop.mmdetection.infer_config import infer_config
+from fusedet.interop.mmdetection.python_config import parse_config, read_config
 from fusedet.interop.mmdetection.weight_names import (
+    as_mapping,
     build_rules,
     flip_stem_channels,
     join_weights,
@@ -37,6 +39,14 @@ Tree = dict[str, Any]
 Weights = dict[str, Tensor]
 DYNAMIC = ("threshold", "beta", "overlaps", "shifts", "steps")
 """State of a stage of Dynamic R-CNN, which MMDetection does not save."""
+_CLASS_LAYERS = {
+    "retina": ("bbox_head.retina_cls.weight",),
+    "fcos": ("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight"),
+    "vfnet": ("bbox_head.vfnet_cls.weight",),
+    "reppoints": ("bbox_head.reppoints_cls_out.weight",),
+    "rpn": ("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"),
+}
+"""Names of the layer with a row per class, by the type of the head; with proposals (rpn) it has one more."""
 
 
 @dataclass(frozen=True)
@@ -75,42 +85,35 @@ def convert_checkpoint(
     """
     content = load_checkpoint.read_checkpoint(file)
     state = load_checkpoint.extract_weights(content, file)
-    meta = content.get("meta") if isinstance(content.get("meta"), Mapping) else {}
+    meta = content["meta"] if isinstance(content.get("meta"), Mapping) else {}
     if torchvision.is_torchvision(state):
         if config is not None:
             raise InputError(
                 f"--config={config}: {file} is of torchvision, whose weights need no config: leave --config out"
             )
         return _convert_torchvision(state, file, overrides)
-    is_fusedet_config = config is not None and not config.endswith(".py")
-    if is_fusedet_config:
-        source, notes = _try_embedded_config(meta, file)
-    else:
-        source, notes = _read_mmdetection_config(config, meta, file)
-    legacy = is_1x_checkpoint(source or {}, state, str(meta.get("mmdet_version", "")))  # type: ignore[union-attr]
+    own = config if config is not None and not config.endswith(".py") else None
+    source, notes = _read_mmdetection_config(None if own else config, meta, file, required=own is None)
+    legacy = is_1x_checkpoint(source, state, str(meta.get("mmdet_version", "")))
     state = legacy_1x.convert_1x_weights(state) if legacy else state
-    if is_fusedet_config:
+    if own:
         forced = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
-        options = configs.load(str(config), forced)
-        translated = read_backbone_settings(source or {}, options.model.backbone, str(config))
-        backbone = {**options.model.backbone, **translated.tree}
-        options = configs.load(
-            str(config),
-            forced,
-            {"model": {"backbone": backbone}, "data": {"antialias": read_resizing(source or {}, [])["antialias"]}},
-        )
+        given = configs.load(own, forced).model.backbone
+        translated = read_backbone_settings(source, given, own)
+        resizing = {"antialias": read_resizing(source, [])["antialias"]}
+        options = configs.load(own, forced, {"model": {"backbone": {**given, **translated.tree}}, "data": resizing})
     else:
-        if source is None:
+        is_old = uses_1x_keys(source)
+        if not source:
             source, notes = infer_config(state, legacy)
-            translated = convert_config(source, state, legacy)
-        else:
-            translated = convert_config(source, state, uses_1x_keys(source))
+            is_old = legacy
+        translated = convert_config(source, state, is_old)
         options = configs.parse(configs.apply_overrides(translated.tree, overrides))
     notes += translated.notes
     if legacy:
         notes += _note_1x_differences(options, config or "its own config")
     count = count_classes(state, options)
-    weights = _convert_mmdetection_weights(flip_stem_channels(state) if translated.bgr else state, options, count, file)
+    weights = convert_mmdetection_weights(flip_stem_channels(state) if translated.bgr else state, options, count, file)
     names, category_ids = resolve_class_names(meta, count, notes)
     return ConvertedCheckpoint(options, weights, names, category_ids, notes)
 
@@ -118,10 +121,10 @@ def convert_checkpoint(
 def _note_1x_differences(options: Config, name: str) -> list[str]:
     """Note how a checkpoint of MMDetection 1.x differs, depending on whether the config has the anchors of 1.x."""
     notes = ["the checkpoint is of MMDetection 1.x: background rows are moved to the end or dropped"]
-    head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
-    if head.get("type") in ("retina", "rpn"):
-        if head.get("round_anchors"):
-            return [*notes, "anchors are those of 1.x, and boxes include their last pixel"]
+    head = as_mapping(options.model.head)
+    if head.get("round_anchors"):
+        notes.append("anchors are those of 1.x, and boxes include their last pixel")
+    elif head.get("type") in ("retina", "rpn"):
         notes.append(
             f"anchors and boxes are those of later versions, as in {name}, and boxes may be a pixel off: a config of "
             "1.x, or one with LegacyAnchorGenerator, has those of the checkpoint's version"
@@ -129,68 +132,63 @@ def _note_1x_differences(options: Config, name: str) -> list[str]:
     return notes
 
 
-def _try_embedded_config(meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
-    """Read the checkpoint's own config; if it cannot be read, return a note."""
+def _read_mmdetection_config(
+    path: str | None, meta: Mapping[str, Any], file: str | Path, required: bool
+) -> tuple[Tree, list[str]]:
+    """Read MMDetection's config from a file, else from the checkpoint's meta; return it, empty if absent, and notes."""
+    texts = [text for key in ("cfg", "config") if isinstance(text := meta.get(key), str) and "model" in text]
+    if path is None and not texts:
+        return {}, []
     try:
-        return _read_mmdetection_config(None, meta, file)
+        source = read_config(path) if path else parse_config(texts[0], "the checkpoint's own config")
+        if not source.tree and not source.missing:
+            raise InputError(
+                f"{path or file}: the config is empty; use the one that the checkpoint was trained with, or leave "
+                "--config out"
+            )
+        model = source.tree.get("model")
+        parts = [model.get(key) for key in ("backbone", "neck")] if isinstance(model, Mapping) else [None]
+        if source.missing and not all(isinstance(part, (Mapping, list)) for part in parts):
+            raise InputError(
+                f"{path or file}: the _base_ {source.missing[0]} is missing, and the model is incomplete without it: "
+                "copy it to the config's folder, or use the complete config"
+            )
     except InputError as error:
-        return None, [f"the checkpoint's own config is ignored: {error}"]
-
-
-def _read_mmdetection_config(path: str | None, meta: Any, file: str | Path) -> tuple[Tree | None, list[str]]:
-    """Read MMDetection's config from a file, else from the checkpoint's meta; return it, or None, and notes."""
-    text = next(
-        (meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str) and "model" in meta[key]), None
-    )
-    if path is None and text is None:
-        return None, []
-    source = (
-        python_config.read_config(path)
-        if path is not None
-        else python_config.parse_config(str(text), "the checkpoint's own config")
-    )
-    if not source.tree and not source.missing:
-        raise InputError(
-            f"{path or file}: the config is empty; use the one that the checkpoint was trained with, or leave --config "
-            "out"
-        )
-    if not source.missing:
-        return source.tree, []
-    model = source.tree.get("model")
-    if not isinstance(model, Mapping) or not all(
-        isinstance(model.get(key), (Mapping, list)) for key in ("backbone", "neck")
-    ):
-        raise InputError(
-            f"{path or file}: the _base_ {source.missing[0]} is missing, and the model is incomplete without it: copy "
-            "it to the config's folder, or use the complete config"
-        )
-    return source.tree, [f"missing base configs were left out: {', '.join(source.missing)}"]
+        if required:
+            raise
+        return {}, [f"the checkpoint's own config is ignored: {error}"]
+    notes = [f"missing base configs were left out: {', '.join(source.missing)}"] if source.missing else []
+    return source.tree, notes
 
 
 def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
     """Count the classes K by the rows of the classification layer."""
-    head = options.model.head if isinstance(options.model.head, Mapping) else {"type": options.model.head}
+    kind = as_mapping(options.model.head).get("type")
     deltas = "bbox_head.retina_reg.weight"
-    anchors = max(axis_size(state, deltas) // 4, 1) if deltas in state else 1
-    layers = {
-        "retina": (("bbox_head.retina_cls.weight",), anchors, 0),
-        "fcos": (("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight"), 1, 0),
-        "vfnet": (("bbox_head.vfnet_cls.weight",), 1, 0),
-        "reppoints": (("bbox_head.reppoints_cls_out.weight",), 1, 0),
-        "rpn": (("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"), 1, 1),
-    }
-    names, rows_per_class, background = layers.get(str(head.get("type")), ((), 1, 0))
+    rows_per_class = max(axis_size(state, deltas) // 4, 1) if kind == "retina" and deltas in state else 1
+    names = _CLASS_LAYERS.get(str(kind), ())
     layer = next((name for name in names if name in state), None)
-    count = 0 if layer is None else axis_size(state, layer) // rows_per_class - background
+    count = 0 if layer is None else axis_size(state, layer) // rows_per_class - (kind == "rpn")
     if count < 1:
         raise InputError(
-            f"the weights are not of a detector with model.head={head.get('type')}: they have no "
+            f"the weights are not of a detector with model.head={kind}: they have no "
             f"{' or '.join(names) or 'such head'}"
         )
     return count
 
 
-def _convert_mmdetection_weights(state: Weights, options: Config, count: int, file: Any) -> Weights:
+def convert_mmdetection_weights(state: Weights, options: Config, count: int, file: Any) -> Weights:
+    """Rename MMDetection's weights to those of a config's detector; every key must match.
+
+    Args:
+        state: State dict with the names and rows of 3.x.
+        options: Config of the detector.
+        count: Number of classes.
+        file: Name of the file in messages.
+
+    Raises:
+        InputError: A weight has no counterpart, is missing, or has another shape.
+    """
     detector = build_detector(options, count)
     levels = sum(stride >= 2**options.model.pyramid.finest for stride in detector.backbone.levels.strides)
     rules = build_rules(options.model, levels)

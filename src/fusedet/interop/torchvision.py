@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,48 +93,33 @@ def convert_weights(state: Weights, file: str) -> ConvertedWeights:
     """
     notes: list[str] = []
     resnet = infer_backbone({re.sub(r"^backbone\.body\.", "backbone.", key): value for key, value in state.items()})
-    name = (
-        f"resnext{resnet['depth']}_{resnet['groups']}x{resnet['base_width']}d"
-        if "groups" in resnet
-        else f"resnet{resnet['depth']}"
-    )
+    name = f"resnet{resnet['depth']}"
+    if "groups" in resnet:
+        name = f"resnext{resnet['depth']}_{resnet['groups']}x{resnet['base_width']}d"
     backbone: Tree = {"name": f"{name}.tv_in1k", "pretrained": False, "frozen_stages": 1, "norm_eval": True}
-    state = _fold_batch_norms(state, notes)
-    state = _subtract_eps(state, file, notes)
+    state = _subtract_eps(_fold_batch_norms(state, notes), file, notes)
     dense = any(key.startswith("head.classification_head.") for key in state)
-    model, test, rules, reorder_rows = (_convert_one_stage if dense else _convert_two_stage)(state)
+    tree, rules, count, reordered = (_convert_one_stage if dense else _convert_two_stage)(state)
+    tree["model"]["backbone"] = backbone
+    tree["data"] = {"size": [800, 1333], "antialias": False}
     weights, sources = {}, {}
-    for key, value in reorder_rows(state).items():
+    for key, value in (state | reordered).items():
         new = rename_weight(key, COMMON + rules)
         weights[new], sources[new] = value, key
-    if model["head"]["type"] == "fcos":  # torchvision has no scales
+    if tree["model"]["head"]["type"] == "fcos":  # torchvision has no scales
         weights["head.scales"], sources["head.scales"] = torch.ones(5), "head.scales"
-    count = _count_classes(state, dense)
     if count < 1:
         raise InputError(f"the weights of {file} have no class but background: there is nothing to convert")
-    coco = count == (91 if dense else 90)
-    if coco:
+    if count == (91 if dense else 90):
         notes.append("of torchvision's 91 class rows, the 80 of COCO's classes are kept")
-    else:
-        notes.append(f"torchvision's weights have no class names: they are called class_0 to class_{count - 1}")
-    names = list(COCO) if coco else [f"class_{i}" for i in range(count)]
-    ids = list(COCO_IDS) if coco else list(range(0 if dense else 1, count + (0 if dense else 1)))
-    tree = {"model": {"backbone": backbone, **model}, "data": {"size": [800, 1333], "antialias": False}, "test": test}
-    if not dense:
-        tree["train"] = {"lr": 0.02}
-    return ConvertedWeights(tree, weights, sources, names, ids, notes)
+        return ConvertedWeights(tree, weights, sources, list(COCO), list(COCO_IDS), notes)
+    notes.append(f"torchvision's weights have no class names: they are called class_0 to class_{count - 1}")
+    ids = range(count) if dense else range(1, count + 1)
+    return ConvertedWeights(tree, weights, sources, [f"class_{i}" for i in range(count)], list(ids), notes)
 
 
-Parts = tuple[Tree, Tree, list[Rule], Callable[[Weights], Weights]]
-
-
-def _count_classes(state: Weights, dense: bool) -> int:
-    """Count the classes: rows of a dense head per anchor, or rows of the box head without background."""
-    if not dense:
-        return axis_size(state, "roi_heads.box_predictor.cls_score.bias") - 1
-    return axis_size(state, "head.classification_head.cls_logits.bias") // max(
-        axis_size(state, "head.regression_head.bbox_reg.bias") // 4, 1
-    )
+Parts = tuple[Tree, list[Rule], int, Weights]
+"""Config, renaming rules, number of classes and reordered weights."""
 
 
 def _convert_one_stage(state: Weights) -> Parts:
@@ -158,6 +143,7 @@ def _convert_one_stage(state: Weights) -> Parts:
     p6 = "backbone.fpn.extra_blocks.p6.weight"
     on_input = axis_size(state, p6, 1) != axis_size(state, p6)
     pyramid = {"channels": 256, "finest": 3, "coarsest": 7, "top": "on_input_relu" if on_input else "on_output"}
+    deltas = axis_size(state, "head.regression_head.bbox_reg.bias")
     if fcos:
         head: Tree = {
             "type": "fcos",
@@ -170,23 +156,21 @@ def _convert_one_stage(state: Weights) -> Parts:
         # torchvision's scores are square roots of those here, and so is its threshold 0.2.
         test = {"score": 0.04, "nms": 0.6, "max_det": 100}
     else:
-        if axis_size(state, "head.regression_head.bbox_reg.bias") != 36:
+        if deltas != 36:
             raise InputError(
                 "a torchvision RetinaNet needs 9 anchors per cell: the weights do not show the sizes of others"
             )
         head = {"type": "retina", "norm": normed, "bias": not normed, "round_anchors": True, "whole_sizes": True}
         test = {"score": 0.05, "nms": 0.5, "max_det": 300}
-    anchors = 1 if fcos else 9
-
-    def reorder_rows(given: Weights) -> Weights:
-        kept = dict(given)
-        for kind in ("weight", "bias"):
-            key = f"head.classification_head.cls_logits.{kind}"
-            if axis_size(given, key) == 91 * anchors:
-                kept[key] = given[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
-        return kept
-
-    return {"neck": "fpn", "pyramid": pyramid, "head": head}, test, rules, reorder_rows
+    anchors = max(deltas // 4, 1)
+    logits = [f"head.classification_head.cls_logits.{kind}" for kind in ("weight", "bias")]
+    reordered = {
+        key: state[key].unflatten(0, (anchors, 91))[:, list(COCO_IDS)].flatten(0, 1)
+        for key in logits
+        if axis_size(state, key) == 91 * anchors
+    }
+    model = {"neck": "fpn", "pyramid": pyramid, "head": head}
+    return {"model": model, "test": test}, rules, axis_size(state, logits[1]) // anchors, reordered
 
 
 def _convert_two_stage(state: Weights) -> Parts:
@@ -204,65 +188,45 @@ def _convert_two_stage(state: Weights) -> Parts:
         "head": {"type": "rpn", "round_anchors": True, "loss": "smooth_l1"} | ({"convs": depth} if depth > 1 else {}),
         "roi": {"stages": [stage], "branches": [{"type": "mask", "pooling": dict(pooling)}] if masks else []},
     }
-
-    def reorder_rows(given: Weights) -> Weights:
-        kept = dict(given)
-        keep = list(COCO_IDS) if axis_size(given, "roi_heads.box_predictor.cls_score.bias") == 91 else None
-        for kind in ("weight", "bias"):
-            for layer, width in (
-                ("box_predictor.cls_score", 1),
-                ("box_predictor.bbox_pred", 4),
-                ("mask_predictor.mask_fcn_logits", 1),
-            ):
-                key = f"roi_heads.{layer}.{kind}"
-                if key in given:
-                    if (
-                        axis_size(given, key)
-                        != (count := axis_size(given, "roi_heads.box_predictor.cls_score.bias")) * width
-                    ):
-                        raise InputError(
-                            f"the weights' {key} has {axis_size(given, key)} rows: {count} classes need {count * width}"
-                        )
-                    by_class = given[key].unflatten(0, (-1, width))
-                    classes = by_class[keep] if keep else by_class[1:]
-                    kept[key] = (
-                        torch.cat([classes, by_class[:1]]) if layer.endswith("cls_score") else classes
-                    ).flatten(0, 1)
-        return kept
-
-    return model, {"score": 0.05, "nms": 0.5, "max_det": 100}, TWO_STAGE, reorder_rows
+    rows = axis_size(state, "roi_heads.box_predictor.cls_score.bias")
+    classes = list(COCO_IDS) if rows == 91 else list(range(1, rows))
+    widths = {"box_predictor.cls_score": 1, "box_predictor.bbox_pred": 4, "mask_predictor.mask_fcn_logits": 1}
+    reordered = {}
+    for layer, width in widths.items():
+        order = [*classes, 0] if layer.endswith("cls_score") else classes
+        for key in (f"roi_heads.{layer}.{kind}" for kind in ("weight", "bias")):
+            if key in state:
+                if (size := axis_size(state, key)) != rows * width:
+                    raise InputError(f"the weights' {key} has {size} rows: {rows} classes need {rows * width}")
+                reordered[key] = state[key].unflatten(0, (rows, width))[order].flatten(0, 1)
+    test = {"score": 0.05, "nms": 0.5, "max_det": 100}
+    return {"model": model, "test": test, "train": {"lr": 0.02}}, TWO_STAGE, rows - 1, reordered
 
 
 def _fold_batch_norms(state: Weights, notes: list[str]) -> Weights:
     """Fold batch norms outside the backbone into the convolutions before them."""
-    folded_state = dict(state)
-    folded = 0
-    for key in state:
-        if not key.endswith(".1.running_var") or key.startswith("backbone.body."):
-            continue
+    folded = dict(state)
+    norms = [k for k in state if k.endswith(".1.running_var") and not k.startswith("backbone.body.")]
+    for key in norms:
         norm = key.removesuffix("running_var")
         conv = norm.removesuffix("1.") + "0."
-        parts = [f"{norm}{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-        if (
-            any(axis_size(state, name) != axis_size(state, f"{conv}weight") or state[name].ndim != 1 for name in parts)
-            or state[f"{conv}weight"].ndim != 4
-        ):
+        rows = axis_size(state, f"{conv}weight")
+        names = [f"{norm}{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        if any(axis_size(state, k) != rows or state[k].ndim != 1 for k in names) or state[f"{conv}weight"].ndim != 4:
             raise InputError(
                 f"the weights' {norm}* is not a batch norm of {conv}weight: it must have one value per row of it"
             )
-        scale = state[f"{norm}weight"] * (state[key] + EPS).rsqrt()
-        folded_state[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
-        folded_state[f"{conv}bias"] = (
-            state[f"{norm}bias"] + (state.get(f"{conv}bias", 0) - state[f"{norm}running_mean"]) * scale
-        )
-        for name in (*parts, f"{norm}num_batches_tracked"):
-            folded_state.pop(name, None)
-        folded += 1
-    if folded:
+        weight, bias, mean, var = (folded.pop(name) for name in names)
+        folded.pop(f"{norm}num_batches_tracked", None)
+        scale = weight * (var + EPS).rsqrt()
+        folded[f"{conv}weight"] = state[f"{conv}weight"] * scale.view(-1, 1, 1, 1)
+        folded[f"{conv}bias"] = bias + (state.get(f"{conv}bias", 0) - mean) * scale
+    if norms:
         notes.append(
-            f"{folded} batch norms outside the backbone are folded into their convolutions: further training has none"
+            f"{len(norms)} batch norms outside the backbone are folded into their convolutions: further training has "
+            "none"
         )
-    return folded_state
+    return folded
 
 
 def _subtract_eps(state: Weights, file: str, notes: list[str]) -> Weights:

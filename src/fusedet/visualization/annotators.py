@@ -133,7 +133,6 @@ def _draw_tag(
     text = truncate_text(annotation.text, font, image.width - 2 * pad)
     width, height = round(font.getlength(text)) + 2 * pad, style.font_size + pad
     x1, y1, x2, y2 = box
-    best: tuple[float, Rectangle] | None = None
     positions = [
         (x1, y1 - height),
         (x1, y2 + 1),
@@ -143,32 +142,26 @@ def _draw_tag(
         (x1 - width, y1),
         (x1, y1),
     ]
+    candidates = []
     for rank, (left, top) in enumerate(positions):
         x = min(max(0, left), max(0, image.width - width))
         y = min(max(0, top), max(0, image.height - height))
         tag = (x, y, x + width - 1, y + height - 1)
-        moved = abs(x - left) + abs(y - top)
-        cost = (
-            _covered_fraction(tag, placed)
-            + 0.3 * _covered_fraction(tag, small)
-            + 0.02 * rank
-            + 0.5 * moved / (width + height)
-        )
-        if best is None or cost < best[0]:
-            best = cost, tag
-    if best is None or _covered_fraction(best[1], placed) > 0.5:
+        hidden, moved = _covered_fraction(tag, placed), (abs(x - left) + abs(y - top)) / (width + height)
+        cost = hidden + 0.3 * _covered_fraction(tag, small) + 0.02 * rank + 0.5 * moved
+        candidates.append((cost, rank, hidden, tag))
+    _, _, hidden, tag = min(candidates)
+    if hidden > 0.5:
         return
-    placed.append(best[1])
-    left, top, right, bottom = best[1]
-    canvas.rectangle((left, top, right, bottom), (*annotation.color, 235))
-    canvas.text((left + pad, (top + bottom + 1) / 2), text, colors.text_color(annotation.color), font, anchor="lm")
+    placed.append(tag)
+    canvas.rectangle(tag, (*annotation.color, 235))
+    middle = (tag[1] + tag[3] + 1) / 2
+    canvas.text((tag[0] + pad, middle), text, colors.text_color(annotation.color), font, anchor="lm")
 
 
 def _covered_fraction(tag: Rectangle, rectangles: list[Rectangle]) -> float:
     """Return the summed overlap of a tag with rectangles, as a fraction of the tag's area."""
-    if not rectangles:
-        return 0.0
-    corners = np.array(rectangles)
+    corners = np.array(rectangles).reshape(-1, 4)
     width = np.minimum(tag[2], corners[:, 2]) - np.maximum(tag[0], corners[:, 0]) + 1
     height = np.minimum(tag[3], corners[:, 3]) - np.maximum(tag[1], corners[:, 1]) + 1
     return float((width.clip(0) * height.clip(0)).sum() / ((tag[2] - tag[0] + 1) * (tag[3] - tag[1] + 1)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
-from PIL import ImageFont
+from PIL import ImageColor, ImageFont
 
 Color = tuple[int, int, int]
 
@@ -29,22 +29,12 @@ def class_color(k: int) -> Color:
     lightnesses in turn.
     """
     if k < len(_BASE):
-        return parse_hex_color(_BASE[k])
+        return ImageColor.getrgb(_BASE[k])[:3]
     turn = k - len(_BASE)
     red, green, blue = colorsys.hls_to_rgb(
         (0.76 + turn * _GOLDEN) % 1, (0.62, 0.42, 0.78)[turn % 3], (0.75, 0.85, 0.7)[turn % 3]
     )
     return round(red * 255), round(green * 255), round(blue * 255)
-
-
-def parse_hex_color(text: str) -> Color:
-    """Parse a hexadecimal color.
-
-    >>> parse_hex_color("#E69F00")
-    (230, 159, 0)
-    """
-    red, green, blue = bytes.fromhex(text[1:])
-    return red, green, blue
 
 
 def text_color(background: Color) -> Color:
@@ -76,14 +66,11 @@ def _font_file(letters: frozenset[str]) -> Path:
     default = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     if letters <= _letters(default):
         return default
-    entries = (
-        entry
-        for entry in font_manager.fontManager.ttflist
+    for font in font_manager.fontManager.ttflist:
         # Last Resort claims every letter and draws none.
-        if entry.style == "normal" and "Last Resort" not in entry.name
-    )
-    files = (Path(entry.fname) for entry in entries)
-    return next((file for file in dict.fromkeys(files) if letters <= _letters(file)), default)
+        if font.style == "normal" and "Last Resort" not in font.name and letters <= _letters(Path(font.fname)):
+            return Path(font.fname)
+    return default
 
 
 @lru_cache(maxsize=512)

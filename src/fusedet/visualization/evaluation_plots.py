@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import PercentFormatter
 
 from fusedet.errors import InputError
 from fusedet.visualization import colors
@@ -43,15 +44,8 @@ def plot_precision_recall(
     for row in shown:
         label = f"{row['name']}  {row['AP']:.3f}"
         line = (0, (4, 2)) if pale and order[row["name"]] >= half else "-"
-        axes.plot(
-            row["recall"],
-            _mask_unreached(row["precision"]),
-            color=plot_color(order[row["name"]]),
-            lw=1.6,
-            ls=line,
-            label=label,
-            zorder=2,
-        )
+        style: dict[str, Any] = {"color": plot_color(order[row["name"]]), "lw": 1.6, "ls": line}
+        axes.plot(row["recall"], _mask_unreached(row["precision"]), label=label, zorder=2, **style)
     axes.plot(pr["recall"], pr["mean"], color=DARK, lw=2.8, label=f"mean of {len(rows)}  {pr['AP']:.3f}", zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     font = {"family": colors.font_families([row["name"] for row in shown]), "size": 9}
@@ -101,24 +95,10 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | 
     for (r, c), value in np.ndenumerate(fraction if k <= 25 else np.zeros((0, 0))):
         if not math.isnan(value) and value >= 0.005:
             text = f"{100 * value:.0f} %\n{matrix[r, c]}" if k <= 8 else f"{100 * value:.0f}"
-            axes.text(
-                c,
-                r,
-                text,
-                ha="center",
-                va="center",
-                fontsize=9 if k <= 8 else 8,
-                color="white" if value > 0.6 else DARK,
-            )
-    bar = figure.colorbar(
-        image,
-        ax=axes,
-        fraction=0.04,
-        pad=0.03,
-        aspect=24,
-        shrink=0.9 if k <= 25 else 0.5,
-        format=lambda value, _: f"{100 * value:.0f} %",
-    )
+            shade: dict[str, Any] = {"fontsize": 9 if k <= 8 else 8, "color": "white" if value > 0.6 else DARK}
+            axes.text(c, r, text, ha="center", va="center", **shade)
+    place: dict[str, Any] = {"fraction": 0.04, "pad": 0.03, "aspect": 24, "shrink": 0.9 if k <= 25 else 0.5}
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0, symbol=" %"), **place)
     bar.outline.set_visible(False)
     bar.set_label("fraction of the row", color=DARK)
     save_figure(figure, path)
@@ -136,16 +116,13 @@ def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "
     axes = new_axes(figure, title, "", "AP")
     axes.grid(False, axis="x")
     note_style: dict[str, Any] = {"textcoords": "offset points", "color": DARK, "annotation_clip": False}
-    heights = []
-    for i, key in enumerate(("APs", "APm", "APl")):
-        value = metrics[key]
-        height = 0.0 if value is None or math.isnan(value) else value
-        heights.append(height)
-        axes.bar(i, height, width=0.62, color=plot_color(6))
-        text = "no objects" if value is None or math.isnan(value) else f"{value:.3f}"
-        axes.annotate(
-            text, (i, height), (0, 4), ha="center", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **note_style
-        )
+    values = [math.nan if metrics[key] is None else metrics[key] for key in ("APs", "APm", "APl")]
+    heights = np.nan_to_num(values)
+    axes.bar(range(3), heights, width=0.62, color=plot_color(6))
+    for i, value in enumerate(values):
+        text = "no objects" if math.isnan(value) else f"{value:.3f}"
+        box = {"fc": "white", "ec": "none", "pad": 0.6}
+        axes.annotate(text, (i, heights[i]), (0, 4), ha="center", bbox=box, **note_style)
     mean = metrics["AP"]
     axes.axhline(mean, color=DARK, lw=1.2, ls=(0, (4, 3)))
     axes.annotate(f"AP {mean:.3f}", (2.45, mean), (4, 0), va="center", **note_style)
@@ -176,26 +153,21 @@ def plot_differences(
     half = MOST_ROWS // 2
     shown = known if len(known) <= MOST_ROWS else known[:half] + known[-half:]
     left_out = f" ({half} largest and {half} smallest of {len(known)})" if len(shown) < len(known) else ""
-    lines = [] if mean is None else [len(shown) - 0.5]
-    if left_out:
-        lines.append(half - 0.5)
     shown = shown[::-1] + ([] if mean is None else [dict(mean)])
     figure = new_figure(6.4, 1.3 + 0.24 * max(1, len(shown)))
     axes = new_axes(figure, title, f"difference{left_out}", "")
     axes.axvline(0, color=DARK, lw=1.2)
     for place, row in enumerate(shown):
-        is_clear = row["low"] > 0 or row["high"] < 0
-        color = (
-            DARK
-            if mean is not None and place == len(shown) - 1
-            else plot_color(6 if row["difference"] > 0 else 4)
-            if is_clear
-            else UNCLEAR
-        )
+        color: Any = UNCLEAR
+        if mean is not None and place == len(shown) - 1:
+            color = DARK
+            axes.axhline(place - 0.5, color=PALE, lw=1.2, ls=(0, (4, 3)))
+        elif row["low"] > 0 or row["high"] < 0:
+            color = plot_color(6 if row["difference"] > 0 else 4)
         axes.plot([row["low"], row["high"]], [place, place], color=color, lw=2.2, solid_capstyle="round", zorder=2)
         axes.plot(row["difference"], place, "o", color=color, ms=5, zorder=3)
-    for line in lines:
-        axes.axhline(line, color=PALE, lw=1.2, ls=(0, (4, 3)))
+    if left_out:
+        axes.axhline(half - 0.5, color=PALE, lw=1.2, ls=(0, (4, 3)))
     names = [row["name"] for row in shown]
     axes.set_yticks(range(len(shown)), names, fontfamily=colors.font_families(names), fontsize=9)
     axes.set_ylim(-0.5, max(1, len(shown)) - 0.5)

@@ -15,10 +15,12 @@ DARK, PALE = "#262626", "#d4d4d4"
 FORMATS = ("png", "pdf", "svg")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Create an empty white figure of a size in inches."""
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """Create an empty white figure of a size in inches, with a title for all its axes."""
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
     return figure
 
 
@@ -26,10 +28,15 @@ def new_axes(figure: Figure, title: str, x: str, y: str) -> Axes:
     """Add the only axes of a figure, with a title and axis labels."""
     axes = figure.add_subplot()
     style_axes(axes)
-    axes.set_title(title, loc="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
+    set_title(axes, title)
     axes.set_xlabel(x, color=DARK)
     axes.set_ylabel(y, color=DARK)
     return axes
+
+
+def set_title(axes: Axes, title: str, size: float = 12) -> None:
+    """Set the title of axes at their left, in a font that has its letters."""
+    axes.set_title(title, loc="left", fontsize=size, color=DARK, fontfamily=colors.font_families([title]))
 
 
 def style_axes(axes: Axes) -> None:

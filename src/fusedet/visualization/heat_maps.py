@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,8 +15,7 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, style_axes
+from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, set_title, style_axes
 
 COLOURS = "inferno"  # monotonic in brightness, also in grey print and for colour-blind readers
 CELL = 1.5  # inches, the longer side of an image
@@ -85,8 +84,7 @@ def draw_maps(
     ratio = image.height / image.width
     wide, high = (CELL, CELL * ratio) if ratio <= 1 else (CELL / ratio, CELL)
     ratios = [width for i in range(len(panels)) for width in ([0.12] if i else []) + [1.0] * across]
-    figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
+    figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5, title)
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
     blank = np.ones((*grey.shape[:2], 3))
     grid = figure.subplots(len(captions), len(ratios), squeeze=False, width_ratios=ratios)
@@ -94,9 +92,7 @@ def draw_maps(
         axes.set_axis_off()
     for p, panel in enumerate(panels):
         left = p * (across + 1)
-        grid[0, left].set_title(
-            panel.title, loc="left", fontsize=10, color=DARK, fontfamily=colors.font_families([panel.title])
-        )
+        set_title(grid[0, left], panel.title, 10)
         for axes, column in zip(grid[0, left + 1 :], columns):
             axes.set_title(column, fontsize=9, color=DARK)
         for r, key in enumerate(captions):
@@ -111,27 +107,11 @@ def draw_maps(
                     axes.text(
                         0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8, color="#767676"
                     )
-    for r, caption in enumerate(captions.values()):
-        axes = grid[r, 0]
-        axes.text(
-            -0.06,
-            0.5,
-            textwrap.fill(caption, 20),
-            transform=axes.transAxes,
-            ha="right",
-            va="center",
-            fontsize=9,
-            color=DARK,
-        )
-    bar = figure.colorbar(
-        ScalarMappable(scale, COLOURS),
-        ax=grid,
-        location="bottom",
-        shrink=0.4,
-        aspect=40,
-        pad=0.02,
-        ticks=MaxNLocator(4),
-    )
+    for axes, caption in zip(grid[:, 0], captions.values()):
+        style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9, "color": DARK}
+        axes.text(-0.06, 0.5, textwrap.fill(caption, 20), transform=axes.transAxes, **style)
+    place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 40, "pad": 0.02}
+    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, ticks=MaxNLocator(4), **place)
     bar.outline.set_visible(False)
     bar.set_label(unit, color=DARK, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
@@ -152,15 +132,14 @@ def draw_level_weights(panels: Sequence[WeightPanel], path: str | Path, title: s
     Thin lines are the spread over the channels. The dashed line is 1 / L, the weight of a level in a plain mean.
     """
     widest = max(panel.mean.size for panel in panels)
-    figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
+    figure = new_figure(1.6 + 0.19 * widest, 0.7 + 2.3 * len(panels), title)
     top = max(float(panel.ends.max()) for panel in panels)
     for axes, (name, levels, mean, ends) in zip(
         figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
     ):
         style_axes(axes)
         axes.grid(False, axis="x")
-        axes.set_title(name, loc="left", fontsize=10, color=DARK, fontfamily=colors.font_families([name]))
+        set_title(axes, name, 10)
         count = len(levels)
         width = 0.8 / count
         for level in range(count):

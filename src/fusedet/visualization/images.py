@@ -96,8 +96,8 @@ def draw_comparison(
     ignored, ignored_labels = (
         (np.zeros((0, 4)), np.zeros(0, int)) if ignore is None else (part.cpu().numpy() for part in ignore)
     )
-    for part in (ground_truth, detections[:2]):
-        _check_boxes(part[0], part[1], names)
+    _check_boxes(*ground_truth, names)
+    _check_boxes(*detections[:2], names)
     matches = match_greedily(
         boxes.astype(float), labels, gt_boxes.astype(float), gt_labels, ignored.astype(float), ignored_labels, iou
     )
@@ -197,10 +197,8 @@ def _blend_masks(drawing: Image.Image, masks: np.ndarray, classes: list[int]) ->
     if masks.shape[1:] != pixels.shape[:2]:
         raise InputError(f"masks must be as large as the image, {pixels.shape[:2]}, they are {masks.shape[1:]}")
     for mask, k in zip(masks[::-1].astype(bool), classes[::-1], strict=True):
-        inner = mask.copy()
-        for axis in (0, 1):
-            for step in (1, -1):
-                inner &= np.roll(np.pad(mask, 1), step, axis)[1:-1, 1:-1]
+        outside = np.pad(~mask, 1, constant_values=True)
+        inner = mask & ~(outside[:-2, 1:-1] | outside[2:, 1:-1] | outside[1:-1, :-2] | outside[1:-1, 2:])
         color = np.array(colors.class_color(k), dtype=np.float32)
         pixels[inner] = 0.6 * pixels[inner] + 0.4 * color
         pixels[mask & ~inner] = color
@@ -223,8 +221,8 @@ def _legend(drawing: Image.Image, items: list[tuple[str, colors.Color, bool]], s
     canvas = ImageDraw.Draw(sheet)
     for (text, color, dashed), (x, r) in zip(items, places, strict=True):
         y = drawing.height + gap // 4 + r * line + line // 2
-        for part in range(3) if dashed else [None]:
-            a, b = (x, x + dash) if part is None else (x + part * dash * 3 // 8, x + part * dash * 3 // 8 + dash // 4)
-            canvas.line((a, y, b, y), color, max(2, style.width))
+        for start in (0, dash * 3 // 8, dash * 3 // 4) if dashed else (0,):
+            end = start + dash // 4 if dashed else dash
+            canvas.line((x + start, y, x + end, y), color, max(2, style.width))
         canvas.text((x + dash + gap // 2, y), text, (235, 235, 235), font, anchor="lm")
     return sheet

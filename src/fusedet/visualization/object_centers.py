@@ -11,8 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
 from fusedet.errors import InputError
-from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, new_figure, save_figure
+from fusedet.visualization.figure import DARK, new_figure, save_figure, set_title
 
 CELLS = 32  # of the density grid, per side
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
@@ -53,8 +52,7 @@ def estimate_density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
     if not len(points):
         raise ValueError("a density needs at least one point")
     indices = np.minimum((points.clip(0, 1) * cells).astype(int), cells - 1)
-    counts = np.zeros((cells, cells))
-    np.add.at(counts, (indices[:, 1], indices[:, 0]), 1.0)
+    counts = np.bincount(indices @ (1, cells), minlength=cells**2).reshape(cells, cells)
     steps = np.arange(cells) / cells
     kernels = []
     for spread in points.std(axis=0)[::-1]:
@@ -87,8 +85,7 @@ def plot_centers(
         raise InputError("there are no annotations whose centres could be plotted")
     columns = min(len(panels), max(3, math.ceil(math.sqrt(len(panels)))))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(1.75 * columns + 1.2, 1.95 * rows + 0.45)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=DARK, fontfamily=colors.font_families([title]))
+    figure = new_figure(1.75 * columns + 1.2, 1.95 * rows + 0.45, title)
     scale = TwoSlopeNorm(1.0, 0.0, MAX_DENSITY)
     colours = LinearSegmentedColormap.from_list("centres", ["#0072B2", "#f7f7f7", "#D55E00"])
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -106,9 +103,7 @@ def plot_centers(
             box = {"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1.0}
             axes.text(*corner, f"{100 * count / len(own):.0f} %", fontsize=8, color=DARK, bbox=box, **alignment)
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
-        axes.set_title(
-            f"{name}  {len(own):,}", loc="left", fontsize=9, color=DARK, fontfamily=colors.font_families([name])
-        )
+        set_title(axes, f"{name}  {len(own):,}", 9)
         axes.spines[:].set_color("#8c8c8c")
     bar = figure.colorbar(
         ScalarMappable(scale, colours), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from fusedet.errors import InputError
-from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, style_axes
+from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, set_title, style_axes
 
 
 def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Training") -> None:
@@ -39,32 +40,27 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
     for axes, group in zip(panels, drawn, strict=True):
         style_axes(axes)
         axes.set_ylabel("AP" if group is scores else "learning rate" if group == ["lr"] else "loss", color=DARK)
+        shown = [name for name in group if name in table]
         if group is scores:
-            chosen = [name for name in ("AP", "AP50", "AP75", "mAP") if name in scores] or scores[:4]
-            for i, name in enumerate(chosen):
-                axes.plot(
-                    *_keep_finite(x, table[name]),
-                    "o-",
-                    ms=3,
-                    lw=1.8,
-                    color=DARK if i == 0 else plot_color(i),
-                    label=name,
-                )
-            _mark_best(axes, *_keep_finite(x, table[chosen[0]]))
+            shown = [name for name in ("AP", "AP50", "AP75", "mAP") if name in scores] or scores[:4]
+        curves = [_keep_finite(x, table[name]) for name in shown]
+        for i, (name, (at, value)) in enumerate(zip(shown, curves)):
+            color = DARK if name in ("loss", "lr") or (group is scores and i == 0) else plot_color(i)
+            if group is scores:
+                axes.plot(at, value, "o-", ms=3, lw=1.8, color=color, label=name)
+                continue
+            if len(value) > 100 and name != "lr":
+                axes.plot(at, value, lw=0.5, color=color, alpha=0.25)
+                at, value = _smooth(at, value)
+            axes.plot(at, value, lw=1.6, color=color, label=name)
+        if group is scores:
+            _mark_best(axes, *curves[0])
             axes.set_ylim(bottom=0)
         else:
-            shown = [name for name in group if name in table]
-            for i, name in enumerate(shown):
-                at, value = _keep_finite(x, table[name])
-                color = DARK if name in ("loss", "lr") else plot_color(i)
-                if len(value) > 100 and name != "lr":
-                    axes.plot(at, value, lw=0.5, color=color, alpha=0.25)
-                    at, value = _smooth(at, value)
-                axes.plot(at, value, lw=1.6, color=color, label=name)
-            _limit_peaks(axes, [_keep_finite(x, table[name])[1] for name in shown])
+            _limit_peaks(axes, [value for _, value in curves])
         if group != ["lr"]:
             axes.legend(frameon=False, fontsize=9, loc="best")
-    panels[0].set_title(title, loc="left", fontsize=12, color=DARK)
+    set_title(panels[0], title)
     panels[-1].set_xlabel(x_name, color=DARK)
     figure.align_ylabels()
     save_figure(figure, path)
@@ -111,15 +107,8 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _mark_best(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
     if len(y):
         best = int(y.argmax())
-        axes.annotate(
-            f"{y[best]:.3f}",
-            (x[best], y[best]),
-            (0, 5),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color=DARK,
-        )
+        style: dict[str, Any] = {"ha": "center", "fontsize": 9, "color": DARK}
+        axes.annotate(f"{y[best]:.3f}", (x[best], y[best]), (0, 5), textcoords="offset points", **style)
 
 
 def _limit_peaks(axes: Axes, shown: list[np.ndarray]) -> None:

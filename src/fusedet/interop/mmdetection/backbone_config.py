@@ -7,19 +7,28 @@ from typing import Any
 
 import timm
 
+from fusedet.config import BACKBONES
 from fusedet.errors import InputError
-from fusedet.interop.mmdetection.config_reader import ConfigReader, read_norm_type
+from fusedet.interop.mmdetection.config_reader import ConfigReader
 
 Tree = dict[str, Any]
-TAGS = {
-    "resnet18": "tv_in1k",
-    "resnet34": "tv_in1k",
-    "resnet50": "tv_in1k",
-    "resnet101": "tv_in1k",
-    "resnet152": "tv_in1k",
-    "resnext101_32x4d": "gluon_in1k",
-    "resnext101_64x4d": "tv_in1k",
+_TAGGED = {name.partition(".")[0]: name for name in (*BACKBONES.values(), "resnet34.tv_in1k", "resnet152.tv_in1k")}
+_FIXED = {
+    "num_stages": (4,),
+    "out_indices": ([0, 1, 2, 3],),
+    "strides": ([1, 2, 2, 2],),
+    "dilations": ([1, 1, 1, 1],),
+    "deep_stem": (False,),
+    "avg_down": (False,),
+    "plugins": (None, False),
+    "gcb": (None, False),
+    "gen_attention": (None, False),
+    "in_channels": (3,),
+    "stem_channels": (64,),
+    "base_channels": (64,),
+    "conv_cfg": (None,),
 }
+"""Supported values of options that do not exist here; the first is the default."""
 _TOPS = {("on_input", False): "on_input", ("on_input", True): "on_input_relu"}
 _TOPS |= {("on_output", True): "on_output", ("on_output", False): "on_output_plain"}
 
@@ -27,44 +36,30 @@ _TOPS |= {("on_output", True): "on_output", ("on_output", False): "on_output_pla
 def convert_backbone(reader: ConfigReader) -> Tree:
     """Convert a ResNet or ResNeXt to `model.backbone`."""
     kind = reader.require_type("ResNet", "ResNeXt")
-    depth = reader.get_int("depth", 50)
+    depth, groups = reader.get_int("depth", 50), reader.get_int("groups", 1)
     name = f"resnet{depth}"
-    if kind == "ResNeXt" or reader.get("groups", 1) != 1:
-        groups, width = reader.get_int("groups", 1), reader.get_int("base_width", 4)
-        name = f"resnext{depth}_{groups}x{width}d"
+    if kind == "ResNeXt" or groups != 1:
+        name = f"resnext{depth}_{groups}x{reader.get_int('base_width', 4)}d"
     if not timm.is_model(name):
         raise InputError(f"MMDetection's {reader.path}: the backbone {name} is not supported")
-    for key, value in (
-        ("num_stages", 4),
-        ("out_indices", [0, 1, 2, 3]),
-        ("strides", [1, 2, 2, 2]),
-        ("dilations", [1, 1, 1, 1]),
-        ("deep_stem", False),
-        ("avg_down", False),
-        ("plugins", None),
-        ("gcb", None),
-        ("gen_attention", None),
-    ):
-        reader.require_value(key, value, *([False] if value is None else []))
-    for key in ("in_channels", "stem_channels", "base_channels"):
-        reader.require_value(key, 3 if key == "in_channels" else 64)
-    reader.require_value("conv_cfg", None)
-    read_norm_type(reader, "norm_cfg", "BN", "BN")
-    options: Tree = {"name": f"{name}.{TAGS[name]}" if name in TAGS else name, "pretrained": False}
-    options |= {"frozen_stages": reader.get_int("frozen_stages", -1), "norm_eval": reader.get_bool("norm_eval", True)}
+    for key, values in _FIXED.items():
+        reader.require_value(key, *values)
+    reader.require_norm("norm_cfg", "BN", "BN")
+    options: Tree = {"name": _TAGGED.get(name, name), "pretrained": False}
+    options |= reader.get_options({"frozen_stages": ("frozen_stages", -1), "norm_eval": ("norm_eval", True)})
     if reader.require_value("style", "pytorch", "caffe") == "caffe" and depth >= 50:
         options["style"] = "caffe"
-    return options | _convert_deformable(reader)
+    options |= _convert_deformable(reader)
+    reader.note_unread("base_width")
+    return options
 
 
 def _convert_deformable(reader: ConfigReader) -> Tree:
-    dcn, used = reader.get_section("dcn"), reader.get_typed("stage_with_dcn", list[bool], [False] * 4)
-    if not dcn:
+    used = reader.get_typed("stage_with_dcn", list[bool], [False] * 4)
+    if not (dcn := reader.get_section("dcn")):
         return {}
-    kind = dcn.require_type("DCN", "DCNv2", "DCNv1")
-    modulated = kind == "DCNv2" or dcn.get_bool("modulated", False)
-    for key in ("deform_groups", "deformable_groups"):
-        dcn.require_value(key, 1)
+    modulated = dcn.require_type("DCN", "DCNv2", "DCNv1") == "DCNv2" or dcn.get_typed("modulated", bool, False)
+    dcn.require_value(dcn.find_key("deform_groups", "deformable_groups"), 1)
     dcn.require_value("fallback_on_stride", False)
     if len(used) != 4:
         raise InputError(f"MMDetection's {reader.path}.stage_with_dcn={used} must have four items, one for each stage")
@@ -75,15 +70,11 @@ def _convert_deformable(reader: ConfigReader) -> Tree:
 def convert_necks(readers: list[ConfigReader]) -> tuple[Any, Tree]:
     """Convert one neck or several to `model.neck` and `model.pyramid`."""
     first, *others = readers
-    specs: list[Any] = []
     kind = first.require_type("FPN", "PAFPN")
     first.require_value("end_level", -1)
     first.require_value("no_norm_on_lateral", False)
-    if first.get_section("upsample_cfg").get("mode", "nearest") != "nearest":
-        raise InputError(
-            f"MMDetection's {first.path}.upsample_cfg is not supported: only nearest-neighbor upsampling is"
-        )
-    normed = read_norm_type(first, "norm_cfg", None, None, *(["GN"] if kind == "FPN" else [])) == "GN"
+    first.get_section("upsample_cfg").require_value("mode", "nearest")
+    norm = first.require_norm("norm_cfg", None, None, *(["GN"] if kind == "FPN" else []))
     start, count = first.get_int("start_level", 0, 0, 3), first.get_int("num_outs", 5, 1, 16)
     pyramid: Tree = {"channels": first.get_int("out_channels", 256), "finest": 2 + start, "coarsest": 1 + start + count}
     if count < 4 - start:
@@ -92,25 +83,25 @@ def convert_necks(readers: list[ConfigReader]) -> tuple[Any, Tree]:
             f"at least {4 - start} are needed"
         )
     pyramid["top"] = _convert_top(first, count - (4 - start))
-    specs.append({"type": kind.lower()} | ({"norm": True} if normed else {}))
-    first.note_unread("relu_before_extra_convs", "extra_convs_on_inputs")
+    specs: list[Any] = [{"type": kind.lower()} | ({"norm": True} if norm else {})]
     for reader in others:
         reader.require_type("BFP")
         reader.require_value("num_levels", count)
-        read_norm_type(reader, "norm_cfg", None, None)
+        reader.require_norm("norm_cfg", None, None)
         refine = reader.require_value("refine_type", "none", "conv", "non_local")
         specs.append({"type": "bfp", "refine_level": reader.get_int("refine_level", 2), "refine": refine})
-        reader.note_unread()
-    return (specs if len(specs) > 1 else specs[0]), pyramid
+    for reader in readers:
+        reader.note_unread("extra_convs_on_inputs")
+    return (specs if others else specs[0]), pyramid
 
 
 def _convert_top(reader: ConfigReader, more: int) -> str:
+    relu = reader.get_typed("relu_before_extra_convs", bool, False)
     extra = reader.get_typed("add_extra_convs", bool | str, False)
-    if extra is True:  # the name before 2.x
-        extra = "on_input" if reader.get_bool("extra_convs_on_inputs", True) else "on_output"
-    relu = reader.get_bool("relu_before_extra_convs", False)
     if not extra:
         return "max_pool"
+    if extra is True:  # the name before 2.x
+        extra = "on_input" if reader.get_typed("extra_convs_on_inputs", bool, True) else "on_output"
     if more < 2:  # there is no second convolution that a ReLU could precede
         relu = extra == "on_output"
     if (extra, relu) not in _TOPS:
@@ -124,11 +115,9 @@ def _convert_top(reader: ConfigReader, more: int) -> str:
 def read_normalization(config: Mapping[str, Any], notes: list[str]) -> tuple[list[float], list[float], bool] | None:
     """Return mean and std in RGB order, and whether the weights expect BGR; None if the config has no preprocessing."""
     model = config.get("model") or {}
-    if model.get("data_preprocessor") or config.get("data_preprocessor"):
-        reader = ConfigReader(
-            "model.data_preprocessor", model.get("data_preprocessor") or config["data_preprocessor"], notes
-        )
-        bgr = not reader.get_bool("bgr_to_rgb", False)
+    if given := model.get("data_preprocessor") or config.get("data_preprocessor"):
+        reader = ConfigReader("model.data_preprocessor", given, notes)
+        bgr = not reader.get_typed("bgr_to_rgb", bool, False)
         reader.require_value("rgb_to_bgr", False)
         if (divisor := reader.get_int("pad_size_divisor", 1)) != 32:
             notes.append(
@@ -140,27 +129,18 @@ def read_normalization(config: Mapping[str, Any], notes: list[str]) -> tuple[lis
         if not step:
             return None
         reader = ConfigReader("img_norm_cfg", step, notes)
-        bgr = not reader.get_bool("to_rgb", True)
+        bgr = not reader.get_typed("to_rgb", bool, True)
     mean, std = reader.get_floats("mean", (0, 0, 0)), reader.get_floats("std", (1, 1, 1))
     if len(mean) != 3 or len(std) != 3:
         raise InputError(f"MMDetection's {reader.path} must have a mean and a std of three channels")
-    if bgr:
-        mean, std = mean[::-1], std[::-1]
-    return mean, std, bgr
-
-
-def is_imagenet_normalization(mean: list[float], std: list[float]) -> bool:
-    """Whether mean and std are those of ImageNet."""
-    return all(abs(a - b) < 5e-3 for a, b in zip(mean + std, (123.675, 116.28, 103.53, 58.395, 57.12, 57.375)))
+    return (mean[::-1], std[::-1], True) if bgr else (mean, std, False)
 
 
 def read_resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
     """Convert the resizing of MMDetection's test pipeline to `data`: without antialiasing (OpenCV) unless by Pillow."""
-    for source in (
-        config.get("test_pipeline"),
-        config.get("test_dataloader"),
-        _get_if_mapping(config.get("data"), "test"),
-    ):
+    data = config.get("data")
+    test = data.get("test") if isinstance(data, Mapping) else None
+    for source in (config.get("test_pipeline"), config.get("test_dataloader"), test):
         step: Any = _find_step(source, "Resize", "MultiScaleFlipAug", having=("scale", "img_scale"))
         scale = step and (step.get("scale") or step.get("img_scale"))
         if isinstance(scale, (list, tuple)) and scale and isinstance(scale[0], (list, tuple)):
@@ -175,10 +155,6 @@ def read_resizing(config: Mapping[str, Any], notes: list[str]) -> Tree:
             size = {"size": sorted(scale)} if min(scale) >= 32 else {}
             return size | {"antialias": inner.get("backend", "cv2") == "pillow"}
     return {"antialias": False}
-
-
-def _get_if_mapping(tree: Any, key: str) -> Any:
-    return tree.get(key) if isinstance(tree, Mapping) else None
 
 
 def _find_step(tree: Any, *types: str, having: tuple[str, ...] = ("type",)) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fusedet.config import validate_value
 from fusedet.errors import InputError
 
 _LARGEST = 1e30  # a float32 holds it and products with it
-# Keys that do not affect predictions, or that are set elsewhere.
+# Keys that do not affect predictions, or that are read from another place.
 _IGNORED = {
     "type",
     "pretrained",
@@ -20,6 +20,12 @@ _IGNORED = {
     "conv_cfg",
     "act_cfg",
     "num_classes",
+    "train_cfg",
+    "test_cfg",
+    "bbox_coder",
+    "target_means",
+    "target_stds",
+    "roi_feat_size",
 }
 
 
@@ -44,6 +50,10 @@ class ConfigReader:
     def __bool__(self) -> bool:
         return bool(self.values)
 
+    def find_key(self, *keys: str) -> str:
+        """Return the first of a value's names in different versions that has a value, else the first name."""
+        return next((key for key in keys if self.values.get(key) is not None), keys[0])
+
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value, or the default if it is absent or None."""
         self.read_keys.add(key)
@@ -54,33 +64,45 @@ class ConfigReader:
         """Return a value of a type such as list[bool] (see `config.validate_value`)."""
         return validate_value(self.get(key, default), hint, f"MMDetection's {self.path}.{key}")
 
-    def get_bool(self, key: str, default: bool) -> bool:
-        """Return True or False."""
-        value: bool = self.get_typed(key, bool, default)
-        return value
-
     def get_int(self, key: str, default: int, least: int = -1, most: int = 10**6) -> int:
         """Return an integer from least to most, which bound the size of the model."""
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"MMDetection's {self.path}.{key}={value!r} must be a whole number")
+        return self._check_range(key, self.get_typed(key, int, default), least, most)
+
+    def get_float(self, key: str, default: float) -> float:
+        """Return a number."""
+        return self._check_range(key, self.get_typed(key, float, default))
+
+    def get_floats(self, key: str, default: Iterable[float] = ()) -> list[float]:
+        """Return a list of numbers."""
+        return [self._check_range(key, value) for value in self.get_typed(key, list[float], list(default))]
+
+    def _check_range(self, key: str, value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> Any:
         if not least <= value <= most:
             raise InputError(f"MMDetection's {self.path}.{key}={value} must be from {least} to {most}")
         return value
 
-    def get_float(self, key: str, default: float) -> float:
-        """Return a number."""
-        value = self.get(key, default)
-        if not _is_number(value):
-            raise InputError(f"MMDetection's {self.path}.{key}={value!r} must be a number")
-        return float(value)
+    def get_options(self, table: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """Return options of this project by their names.
 
-    def get_floats(self, key: str, default: Any = ()) -> list[float]:
-        """Return a list of numbers."""
-        value = self.get(key, list(default))
-        if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
-            raise InputError(f"MMDetection's {self.path}.{key}={value!r} must be a list of numbers")
-        return [float(v) for v in value]
+        Args:
+            table: The dotted path of each option, its default, which has its type, and the range of an integer.
+        """
+        options = {}
+        for name, (path, default, *limits) in table.items():
+            *sections, key = path.split(".")
+            reader = self
+            for section in sections:
+                reader = reader.get_section(section)
+            if isinstance(default, bool):
+                options[name] = reader.get_typed(key, bool, default)
+            else:
+                get: Any = reader.get_int if isinstance(default, int) else reader.get_float
+                options[name] = get(key, default, *limits)
+        return options
+
+    def get_changes(self, table: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        return {name: value for name, value in self.get_options(table).items() if value != table[name][1]}
 
     def get_section(self, key: str) -> ConfigReader:
         """Return the reader of a nested mapping; empty if it is absent."""
@@ -89,25 +111,27 @@ class ConfigReader:
     def get_sections(self, key: str) -> list[ConfigReader]:
         """Return the readers of a list of mappings, or of a single mapping."""
         value = self.get(key, [])
-        values = value if isinstance(value, (list, tuple)) else [value]
-        many = len(values) > 1 or isinstance(value, (list, tuple))
-        return [
-            ConfigReader(f"{self.path}.{key}" + (f"[{i}]" if many else ""), v, self.notes) for i, v in enumerate(values)
-        ]
+        if not isinstance(value, (list, tuple)):
+            return [self.get_section(key)]
+        return [ConfigReader(f"{self.path}.{key}[{i}]", v, self.notes) for i, v in enumerate(value)]
+
+    def get_type(self, key: str, default: str) -> str:
+        """Return the type of a nested mapping without a registry's scope ("mmdet.ResNet")."""
+        return str(self.get_section(key).get("type", default)).rpartition(".")[2]
 
     def require_value(self, key: str, *supported: Any) -> Any:
         """Return a value that must be one of the supported ones; the first is the default."""
         value = self.get(key, supported[0])
         value = list(value) if isinstance(value, tuple) else value
         if value not in supported:
-            shown = " or ".join(repr(r) for r in supported)
+            shown = " or ".join(map(repr, supported))
             raise InputError(
                 f"MMDetection's {self.path}.{key}={value!r} is not supported: supported values are {shown}"
             )
         return value
 
     def require_type(self, *supported: str) -> str:
-        """Return the type without a registry's scope ("mmdet.ResNet"); it must be one of the supported ones."""
+        """Return the type without a registry's scope; it must be one of the supported ones, the first by default."""
         value = str(self.get("type", supported[0])).rpartition(".")[2]
         if value not in supported:
             raise InputError(
@@ -115,35 +139,23 @@ class ConfigReader:
             )
         return value
 
+    def require_norm(self, key: str, default: str | None, *supported: str | None) -> str | None:
+        """Return the type of a norm_cfg (None: no normalization), one of the supported; a GN must have 32 groups."""
+        kind = default
+        if key in self.values:
+            kind = None if self.values[key] is None else self.get_type(key, "None")
+        kind = "BN" if kind in ("SyncBN", "naiveSyncBN") else kind
+        if kind not in supported:
+            shown = " or ".join(map(str, supported))
+            raise InputError(
+                f"MMDetection's {self.path}.{key} is {kind}, which is not supported: supported values are {shown}"
+            )
+        if kind == "GN" and (groups := self.get_section(key).get_int("num_groups", 32)) != 32:
+            raise InputError(f"MMDetection's {self.path}.{key} has {groups} groups: only 32 are supported")
+        return kind
+
     def note_unread(self, *ignored: str) -> None:
         """Note the keys that were not read, except the ignored ones."""
-        left = [
-            k for k, v in self.values.items() if k not in self.read_keys | _IGNORED | set(ignored) and v is not None
-        ]
-        if left:
+        known = self.read_keys | _IGNORED | {*ignored}
+        if left := [key for key, value in self.values.items() if key not in known and value is not None]:
             self.notes.append(f"not converted of {self.path}: {', '.join(left)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def read_norm_type(reader: ConfigReader, key: str, default: str | None, *kinds: str | None) -> str | None:
-    """Return the type of a norm_cfg, one of the given kinds (None: no normalization); a GN must have 32 groups."""
-    section = reader.get_section(key) if reader.values.get(key) is not None else None
-    if key in reader.values and reader.values[key] is None:
-        kind = None
-    else:
-        kind = str(section.get("type")).rpartition(".")[2] if section else default
-    reader.read_keys.add(key)
-    kind = {"SyncBN": "BN", "naiveSyncBN": "BN"}.get(str(kind), kind)
-    if kind not in kinds:
-        shown = " or ".join(str(k) for k in kinds)
-        raise InputError(
-            f"MMDetection's {reader.path}.{key} is {kind}, which is not supported: supported values are {shown}"
-        )
-    if kind == "GN" and section and section.get_int("num_groups", 32) != 32:
-        raise InputError(
-            f"MMDetection's {reader.path}.{key} has {section.get('num_groups')} groups: only 32 are supported"
-        )
-    return kind

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.backbone_config import (
     convert_backbone,
     convert_necks,
-    is_imagenet_normalization,
     read_normalization,
     read_resizing,
 )
@@ -19,9 +20,12 @@ from fusedet.interop.mmdetection.head_config import convert_dense_head, convert_
 from fusedet.interop.mmdetection.roi_config import convert_roi_head
 
 Tree = dict[str, Any]
+_IMAGENET = {
+    "mean": [255 * value for value in IMAGENET_DEFAULT_MEAN],
+    "std": [255 * value for value in IMAGENET_DEFAULT_STD],
+}
 _DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", "SingleStageDetector")
-_TWO_STAGE = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
-DETECTORS = (*_DENSE, *_TWO_STAGE)
+DETECTORS = (*_DENSE, "FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
 _ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
 _ROI_KEYS_OF_1X = (
     "bbox_roi_extractor",
@@ -74,37 +78,34 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
     for key in ("backbone", "neck", *(("bbox_head",) if kind in _DENSE else ("rpn_head", "roi_head"))):
         if not values.get(key):
             raise InputError(f"MMDetection's config has no model.{key}: use the complete config")
-    backbone = convert_backbone(backbone_reader := model.get_section("backbone"))
-    backbone_reader.note_unread("base_width", "groups", "style")
+    backbone = convert_backbone(model.get_section("backbone"))
     necks, pyramid = convert_necks(model.get_sections("neck"))
     train, test = model.get_section("train_cfg"), model.get_section("test_cfg")
-    converted: Tree = {"backbone": backbone, "pyramid": pyramid, "neck": necks}
+    tree: Tree = {"model": {"backbone": backbone, "pyramid": pyramid, "neck": necks}}
     if kind in _DENSE:
-        converted["head"] = convert_dense_head(model.get_section("bbox_head"), train, pyramid, keys)
+        tree["model"]["head"] = convert_dense_head(model.get_section("bbox_head"), train, pyramid, keys)
     else:
-        proposals = test.get_section("rpn")
-        converted["head"] = convert_rpn_head(
-            model.get_section("rpn_head"),
-            train.get_section("rpn"),
-            train.get_section("rpn_proposal"),
-            proposals,
-            pyramid,
-        )
-        converted["roi"] = convert_roi_head(model.get_section("roi_head"), train.get_sections("rcnn"), legacy)
+        rpn, proposal, proposals = train.get_section("rpn"), train.get_section("rpn_proposal"), test.get_section("rpn")
+        tree["model"]["head"] = convert_rpn_head(model.get_section("rpn_head"), rpn, proposal, proposals, pyramid)
+        tree["model"]["roi"] = convert_roi_head(model.get_section("roi_head"), train.get_sections("rcnn"), legacy)
+        tree["train"] = {"lr": 0.02}
         test = test.get_section("rcnn")
         test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
     normalization = read_normalization({**config, "model": values}, notes)
     if normalization is None:
         notes.append("the config has no image normalization: RGB and ImageNet's mean and std are assumed")
-    elif not is_imagenet_normalization(*normalization[:2]):
-        backbone |= {"mean": normalization[0], "std": normalization[1]}
-    settings = {"score": test.get_float("score_thr", 0.05), "nms": read_nms_threshold(test, 0.5)}
-    settings["max_det"] = _read_count(test, ("max_per_img", "max_num"), 100)
-    settings["pre_nms"] = _read_count(test, ("nms_pre",), 1000)
-    model.note_unread("data_preprocessor", "train_cfg", "test_cfg", "rpn_head", "roi_head", "bbox_head")
-    tree = {"model": converted, "data": read_resizing(config, notes), "test": settings}
-    bgr = normalization is not None and normalization[2]
-    return DetectorConfig(tree | ({} if kind in _DENSE else {"train": {"lr": 0.02}}), bgr, notes)
+    else:
+        found = dict(zip(("mean", "std"), normalization))
+        backbone |= {} if all(_is_close(found[key], _IMAGENET[key]) for key in found) else found
+    tree["test"] = {
+        "score": test.get_float("score_thr", 0.05),
+        "nms": read_nms_threshold(test, 0.5),
+        "max_det": _read_count(test, "max_per_img", "max_num", default=100),
+        "pre_nms": _read_count(test, "nms_pre", default=1000),
+    }
+    model.note_unread("data_preprocessor", "rpn_head", "roi_head", "bbox_head")
+    tree["data"] = read_resizing(config, notes)
+    return DetectorConfig(tree, normalization is not None and normalization[2], notes)
 
 
 def read_backbone_settings(config: Mapping[str, Any], given: Mapping[str, Any], name: str) -> DetectorConfig:
@@ -122,14 +123,12 @@ def read_backbone_settings(config: Mapping[str, Any], given: Mapping[str, Any], 
     """
     notes: list[str] = []
     model = config.get("model")
-    values = model if isinstance(model, Mapping) else {}
     facts: Tree = {}
     normalization = None
-    if values.get("backbone"):
-        facts["style"] = convert_backbone(ConfigReader("model.backbone", values["backbone"], notes)).get(
-            "style", "pytorch"
-        )
-        normalization = read_normalization({**config, "model": values}, notes)
+    if isinstance(model, Mapping) and model.get("backbone"):
+        backbone = convert_backbone(ConfigReader("model.backbone", model["backbone"], []))
+        facts["style"] = backbone.get("style", "pytorch")
+        normalization = read_normalization(config, notes)
         notes.append(
             "the backbone's style, normalization and resizing are those of the checkpoint's own config, everything "
             f"else is that of {name}"
@@ -159,43 +158,41 @@ def _is_close(a: Any, b: Any) -> bool:
 def uses_1x_keys(config: Mapping[str, Any]) -> bool:
     """Whether a config has the keys of MMDetection 1.x: anchors in the head, or RoI heads beside it."""
     model = config.get("model")
-    heads = [model.get(key) for key in ("bbox_head", "rpn_head")] if isinstance(model, Mapping) else []
-    old_anchors = any(
-        isinstance(head, Mapping) and ("anchor_strides" in head or "anchor_scales" in head) for head in heads
-    )
-    return old_anchors or (isinstance(model, Mapping) and "bbox_roi_extractor" in model)
+    if not isinstance(model, Mapping):
+        return False
+    heads = [head for key in ("bbox_head", "rpn_head") if isinstance(head := model.get(key), Mapping)]
+    return "bbox_roi_extractor" in model or any({"anchor_strides", "anchor_scales"} & head.keys() for head in heads)
 
 
 def is_1x_checkpoint(config: Mapping[str, Any], keys: Mapping[str, Any], version: str = "") -> bool:
     """Whether a checkpoint is of MMDetection 1.x: by its version, else by names that only 1.x has."""
     if version:
         return version.startswith(("0.", "1."))
-    old = ("bbox_head.fc_cls.weight", "bbox_head.0.fc_cls.weight", "bbox_head.fcos_cls.weight")
-    return uses_1x_keys(config) or any(key in keys for key in old)
+    old = {"bbox_head.fc_cls.weight", "bbox_head.0.fc_cls.weight", "bbox_head.fcos_cls.weight"}
+    return uses_1x_keys(config) or not old.isdisjoint(keys)
 
 
 def _modernize(model: Mapping[str, Any], config: Mapping[str, Any]) -> Tree:
     """Convert the model of any version to the layout of 3.x: roi_head, and train_cfg and test_cfg inside."""
     modern = dict(model)
+    head = modern.get("bbox_head")
     for key in ("train_cfg", "test_cfg"):
         if not isinstance(modern.get(key) or {}, Mapping):
             raise InputError(f"MMDetection's model.{key} must be a mapping, got {modern[key]!r}")
         outside = config.get(key)
         if not modern.get(key) and isinstance(outside, Mapping) and "type" not in outside:
             modern[key] = outside
-    if "roi_head" not in modern and modern.get("bbox_roi_extractor"):
-        modern["roi_head"] = {k: modern.pop(k) for k in _ROI_KEYS_OF_1X if k in modern}
-        modern["roi_head"]["type"] = _ROI_OF_1X.get(str(modern.get("type")), "StandardRoIHead")
-        weights = (modern.get("train_cfg") or {}).get("stage_loss_weights")
-        if weights:
-            modern["roi_head"]["stage_loss_weights"] = weights
-    head = modern.get("bbox_head")
-    for key in ("train_cfg", "test_cfg"):  # a head may carry its own
-        if not modern.get(key) and isinstance(head, Mapping) and head.get(key):
+        if not modern.get(key) and isinstance(head, Mapping) and head.get(key):  # a head may carry its own
             modern[key] = head[key]
+    if "roi_head" not in modern and modern.get("bbox_roi_extractor"):
+        roi_head = {k: modern.pop(k) for k in _ROI_KEYS_OF_1X if k in modern}
+        roi_head["type"] = _ROI_OF_1X.get(str(modern.get("type")), "StandardRoIHead")
+        if weights := (modern.get("train_cfg") or {}).get("stage_loss_weights"):
+            roi_head["stage_loss_weights"] = weights
+        modern["roi_head"] = roi_head
     return modern
 
 
-def _read_count(test: ConfigReader, names: tuple[str, ...], default: int) -> int:
-    value = next((test.get_int(name, default) for name in names if test.get(name) is not None), default)
+def _read_count(test: ConfigReader, *names: str, default: int) -> int:
+    value = test.get_int(test.find_key(*names), default)
     return value if value > 0 else 100_000  # -1 is "all"

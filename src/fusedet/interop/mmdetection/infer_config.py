@@ -13,9 +13,9 @@ from fusedet.interop.weight_shapes import axis_size
 
 Tree = dict[str, Any]
 Weights = Mapping[str, Tensor]
-_NMS = {"VFNetHead": 0.6}  # of MMDetection's configs, if it is not 0.5
 _DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 _DEEP: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+"""Depths of ResNets by the blocks of their stages, with basic blocks and with bottlenecks."""
 
 
 def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
@@ -29,26 +29,21 @@ def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]
         InputError: The detector is not supported.
     """
     notes: list[str] = []
-    head = _infer_dense_head(state, notes)
-    model: Tree = {
-        "type": "SingleStageDetector",
-        "bbox_head": head,
-        "test_cfg": {"nms": {"iou_threshold": _NMS.get(str(head.get("type")), 0.5)}},
-    }
-    if not head:
-        if "rpn_head.rpn_cls.weight" not in state or not any(k.startswith("roi_head.bbox_head.") for k in state):
-            raise InputError(
-                "the weights are of no supported detector (RetinaNet, FCOS, VFNet, RepPoints, Faster, Mask, Cascade "
-                f"and Grid R-CNN): the first is '{next(iter(state))}'; use --config, or another checkpoint"
-            )
-        model = {"type": "TwoStageDetector", "rpn_head": _infer_rpn(state), "roi_head": _infer_roi_head(state, notes)}
-        if model["roi_head"]["type"] == "GridRoIHead":
+    if head := _infer_dense_head(state, notes, legacy):
+        nms = 0.6 if head["type"] == "VFNetHead" else 0.5  # of MMDetection's configs
+        model: Tree = {"type": "SingleStageDetector", "bbox_head": head, "test_cfg": {"nms": {"iou_threshold": nms}}}
+    elif "rpn_head.rpn_cls.weight" in state and any(k.startswith("roi_head.bbox_head.") for k in state):
+        roi_head = _infer_roi_head(state, notes)
+        model = {"type": "TwoStageDetector", "rpn_head": _infer_rpn(state, legacy), "roi_head": roi_head}
+        if roi_head["type"] == "GridRoIHead":
             model["test_cfg"] = {"rcnn": {"score_thr": 0.03, "nms": {"iou_threshold": 0.3}}}
-    model["backbone"], model["neck"] = (
-        infer_backbone(state),
-        _infer_neck(state, relu="bbox_head.scales.0.scale" in state),
-    )
-    _add_anchors(model.get("rpn_head") or head, legacy)
+    else:
+        raise InputError(
+            "the weights are of no supported detector (RetinaNet, FCOS, VFNet, RepPoints, Faster, Mask, Cascade "
+            f"and Grid R-CNN): the first is '{next(iter(state))}'; use --config, or another checkpoint"
+        )
+    model["backbone"] = infer_backbone(state)
+    model["neck"] = _infer_neck(state, relu="bbox_head.scales.0.scale" in state)
     if model["backbone"]["depth"] >= 50:
         notes.append(
             "the weights do not show which convolution of a bottleneck has the stride: style=pytorch is assumed, use "
@@ -114,24 +109,19 @@ def _infer_neck(state: Weights, relu: bool) -> Any:
         config |= {"add_extra_convs": "on_input" if on_input else "on_output", "relu_before_extra_convs": relu}
     if not many:
         return config
-    refine = (
-        "conv"
-        if "neck.1.refine.conv.weight" in state
-        else "non_local"
-        if any(k.startswith("neck.1.refine.") for k in state)
-        else None
-    )
+    refine = next((k for k in state if k.startswith("neck.1.refine.")), "")
+    kind = "conv" if refine.startswith("neck.1.refine.conv.") else "non_local" if refine else None
     level = 1 if laterals == 3 else 2  # Libra's RetinaNet and Faster R-CNN
-    return [config, {"type": "BFP", "num_levels": config["num_outs"], "refine_level": level, "refine_type": refine}]
+    return [config, {"type": "BFP", "num_levels": config["num_outs"], "refine_level": level, "refine_type": kind}]
 
 
-def _infer_dense_head(state: Weights, notes: list[str]) -> Tree:
+def _infer_dense_head(state: Weights, notes: list[str], legacy: bool) -> Tree:
     """Infer the dense head; empty for a two-stage detector."""
     convs = _count_layers(state, r"bbox_head\.cls_convs\.(\d+)\.")
-    config: Tree = {"stacked_convs": convs}
     norm = {"type": "GN", "num_groups": 32} if "bbox_head.cls_convs.0.gn.weight" in state else None
     first = next((k for k in ("bbox_head.cls_convs.0.conv.weight", "bbox_head.cls_convs.0.weight") if k in state), None)
-    config |= {"norm_cfg": norm, "feat_channels": 256 if first is None else axis_size(state, first)}
+    width = 256 if first is None else axis_size(state, first)
+    config: Tree = {"stacked_convs": convs, "norm_cfg": norm, "feat_channels": width}
     last = f"bbox_head.cls_convs.{convs - 1}.conv.conv_offset.weight" in state
     if "bbox_head.retina_cls.weight" in state:
         anchors = axis_size(state, "bbox_head.retina_reg.weight") // 4
@@ -139,7 +129,8 @@ def _infer_dense_head(state: Weights, notes: list[str]) -> Tree:
             raise InputError(
                 f"RetinaNet with {anchors} anchors per cell: the weights do not show scales and ratios, use --config"
             )
-        return config | {"type": "RetinaHead"}
+        scales = {"octave_base_scale": 4, "scales_per_octave": 3}
+        return config | {"type": "RetinaHead"} | (scales if legacy else _make_anchors(**scales))
     if "bbox_head.vfnet_cls.weight" in state:
         return config | {"type": "VFNetHead", "dcn_on_last_conv": last}
     if "bbox_head.reppoints_cls_out.weight" in state:
@@ -162,33 +153,22 @@ def _infer_dense_head(state: Weights, notes: list[str]) -> Tree:
     return {}
 
 
-def _infer_rpn(state: Weights) -> Tree:
+def _make_anchors(**scales: Any) -> Tree:
+    return {"anchor_generator": {"type": "AnchorGenerator", **scales}}
+
+
+def _infer_rpn(state: Weights, legacy: bool) -> Tree:
     anchors = axis_size(state, "rpn_head.rpn_cls.weight")
     if anchors != 3:
         raise InputError(
             f"an RPN with {anchors} anchors per cell: the weights do not show their scales and ratios, use --config"
         )
-    convs = _count_layers(state, r"rpn_head\.rpn_conv\.(\d+)\.")
     return {
         "type": "RPNHead",
-        "num_convs": max(convs, 1),
+        "num_convs": max(_count_layers(state, r"rpn_head\.rpn_conv\.(\d+)\."), 1),
         "feat_channels": axis_size(state, "rpn_head.rpn_cls.weight", 1),
+        **({"anchor_scales": [8]} if legacy else _make_anchors(scales=[8])),
     }
-
-
-def _add_anchors(head: Tree, legacy: bool) -> None:
-    """Add the default anchors with the keys of the version."""
-    defaults: dict[str, Tree] = {
-        "RPNHead": {"scales": [8]},
-        "RetinaHead": {"octave_base_scale": 4, "scales_per_octave": 3},
-    }
-    scales = defaults.get(head["type"])
-    if scales is None:
-        return
-    if legacy:
-        head |= {"anchor_scales" if key == "scales" else key: value for key, value in scales.items()}
-    else:
-        head["anchor_generator"] = {"type": "AnchorGenerator", **scales}
 
 
 def _infer_roi_head(state: Weights, notes: list[str]) -> Tree:
@@ -197,15 +177,13 @@ def _infer_roi_head(state: Weights, notes: list[str]) -> Tree:
     heads = [_infer_stage(state, prefix) for prefix in prefixes]
     config: Tree = {"type": "StandardRoIHead", "bbox_head": heads[0]}
     if stages:
-        stds = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
         if stages != 3:
             raise InputError(
                 f"a cascade of {stages} stages: the weights do not show the scale of its box deltas, use --config"
             )
-        deltas = [
-            head | {"bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": std}} for head, std in zip(heads, stds)
-        ]
-        config = {"type": "CascadeRoIHead", "bbox_head": deltas, "stage_loss_weights": [1, 0.5, 0.25]}
+        for head, std in zip(heads, ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])):
+            head["bbox_coder"] = {"type": "DeltaXYWHBBoxCoder", "target_stds": std}
+        config = {"type": "CascadeRoIHead", "bbox_head": heads, "stage_loss_weights": [1, 0.5, 0.25]}
     if masks := [
         k for k in state if k.startswith("roi_head.mask_head.") and k.endswith(("upsample.bias", "conv_logits.bias"))
     ]:

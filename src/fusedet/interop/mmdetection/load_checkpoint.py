@@ -40,31 +40,26 @@ def _make_stand_in(path: str, base: type) -> type:
 
 
 # What MMEngine, MMCV and numpy store in a checkpoint beside tensors and plain values.
+_OBJECTS = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmengine.logging.message_hub.MessageHub",
+    "builtins.getattr",  # a history buffer refers to its own methods by it
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
+    "argparse.Namespace",  # of torchvision's reference training
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+)
+_MAPPINGS = (
+    "mmengine.config.config.ConfigDict",
+    "mmcv.utils.config.ConfigDict",
+    "addict.addict.Dict",
+    "addict.Dict",
+)
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    *(
-        _make_stand_in(path, _Inert)
-        for path in (
-            "mmengine.logging.history_buffer.HistoryBuffer",
-            "mmengine.logging.message_hub.MessageHub",
-            "builtins.getattr",  # a history buffer refers to its own methods by it
-            "numpy.ndarray",
-            "numpy.dtype",
-            *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-            *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool")),
-            "argparse.Namespace",  # of torchvision's reference training
-            "pathlib.PosixPath",
-            "pathlib.WindowsPath",
-        )
-    ),
-    *(
-        _make_stand_in(path, _InertDict)
-        for path in (
-            "mmengine.config.config.ConfigDict",
-            "mmcv.utils.config.ConfigDict",
-            "addict.addict.Dict",
-            "addict.Dict",
-        )
-    ),
+    _make_stand_in(path, base) for paths, base in ((_OBJECTS, _Inert), (_MAPPINGS, _InertDict)) for path in paths
 ]
 
 
@@ -78,12 +73,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if (path / "best.safetensors").is_file() or (path / "last.ckpt").is_file():
         raise _own_checkpoint_error(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a checkpoint file, such as {path}/latest.pth")
     if not path.is_file():
-        raise InputError(
-            f"there is no file {path}"
-            if not path.is_dir()
-            else f"{path} is a folder: name a checkpoint file, such as {path}/latest.pth"
-        )
+        raise InputError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     safe_load.check_file(path)
@@ -94,17 +87,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         match = re.search(r"GLOBAL (\w[\w.]*\w)", str(error)) or re.search(r"Can only .*|Trying to .*", str(error))
         what = match[match.re.groups] if match else "something else than tensors and plain values"
         raise InputError(f"{path} holds {what}, which no checkpoint of weights needs: it is not run") from error
-    except (
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # damaged pickles raise exceptions of many kinds
         raise InputError(f"{path} cannot be read as a checkpoint: it is damaged, or not from torch.save") from error
     if not isinstance(content, Mapping):
         raise InputError(

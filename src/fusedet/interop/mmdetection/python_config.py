@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fusedet.errors import InputError
 Tree = dict[str, Any]
 _LARGEST = 10**6  # items and digits that an expression may create; no config has more
 _BASE = re.compile(r"\{\{\s*_base_\.([\w.]+)\s*\}\}")
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -23,7 +24,11 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
 }
+_MISTAKES = (TypeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError, MemoryError)
 
 
 @dataclass
@@ -84,23 +89,13 @@ def parse_config(text: str, name: str, folder: Path | None = None, children: tup
 
 def merge_configs(below: Any, above: Any) -> Any:
     """Merge `above` into `below`: mappings by key unless `above` has `_delete_`, lists by index; replace all else."""
-    if (
-        isinstance(above, dict)
-        and isinstance(below, list)
-        and above
-        and all(str(k).isdigit() and int(k) < len(below) for k in above)
-    ):
-        return [
-            merge_configs(item, above.get(str(i), above.get(i, {}))) if str(i) in above or i in above else item
-            for i, item in enumerate(below)
-        ]
     if not isinstance(above, dict):
         return above
-    own = {k: v for k, v in above.items() if k != "_delete_"}
+    if isinstance(below, list) and above and all(str(k).isdigit() and int(k) < len(below) for k in above):
+        changes = {int(k): v for k, v in above.items()}
+        return [merge_configs(item, changes[i]) if i in changes else item for i, item in enumerate(below)]
     start = dict(below) if isinstance(below, dict) and not above.get("_delete_", False) else {}
-    for key, value in own.items():
-        start[key] = merge_configs(start.get(key), value)
-    return start
+    return start | {k: merge_configs(start.get(k), v) for k, v in above.items() if k != "_delete_"}
 
 
 class _Reader:
@@ -112,11 +107,25 @@ class _Reader:
         self.base: Tree = {}
         self.missing: list[str] = []
 
-    def refuse(self, node: ast.AST, what: str) -> InputError:
+    def refuse(self, node: ast.AST, what: str = "") -> InputError:
+        """Make the error for a node, which is shown if `what` does not describe it."""
+        if not what:
+            text = " ".join(ast.unparse(node).split())
+            what = f"`{text[:57]}...`" if len(text) > 60 else f"`{text}`"
         where = f"{self.file}, line {getattr(node, 'lineno', '?')}"
         return InputError(
             f"{where}: {what} cannot be read as data, and configs are never executed: write the value itself"
         )
+
+    @contextmanager
+    def refusing(self, node: ast.AST) -> Iterator[None]:
+        """Refuse a node that cannot be evaluated."""
+        try:
+            yield
+        except InputError:
+            raise
+        except _MISTAKES as error:
+            raise self.refuse(node) from error
 
     def execute(self, node: ast.stmt) -> None:
         """Apply an assignment or a del statement; ignore a docstring."""
@@ -125,16 +134,14 @@ class _Reader:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             node = ast.copy_location(ast.Assign([node.target], node.value), node)
         if not isinstance(node, (ast.Assign, ast.Delete)):
-            raise self.refuse(node, _first_line(node))
+            raise self.refuse(node)
         for target in node.targets:
-            holder, key = self.resolve_target(node, target)
-            try:
+            with self.refusing(node):
+                holder, key = self.resolve_target(node, target)
                 if isinstance(node, ast.Delete):
                     del holder[key]
                 else:
                     holder[key] = self.evaluate(node.value)
-            except (TypeError, KeyError, IndexError) as error:
-                raise self.refuse(node, _first_line(node)) from error
             if isinstance(target, ast.Name) and key == "_base_":
                 self.inherit(node, holder[key])
 
@@ -145,11 +152,9 @@ class _Reader:
                 return self.names, name
             case ast.Subscript(value=inner, slice=index):
                 return self.evaluate(inner), self.evaluate(index)
-            case ast.Attribute(value=ast.Name(id="_base_"), attr=name):
-                return self.base, name
             case ast.Attribute(value=inner, attr=name):
                 return self.evaluate(inner), name
-        raise self.refuse(node, _first_line(node))
+        raise self.refuse(node)
 
     def inherit(self, node: ast.AST, bases: Any) -> None:
         bases = [bases] if isinstance(bases, str) else bases
@@ -172,11 +177,17 @@ class _Reader:
 
     def evaluate(self, node: ast.expr) -> Any:
         """Evaluate an expression."""
+        with self.refusing(node):
+            return self._evaluate(node)
+
+    def _evaluate(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=str(text)):
-                return self.fill_template(node, text)
+                return self.fill_template(text)
             case ast.Constant():
                 return node.value
+            case ast.Name(id="_base_") if "_base_" in self.names:
+                return self.base
             case ast.Name(id=name):
                 if name not in self.names:
                     raise self.refuse(node, f"the name {name}, which is not assigned before,")
@@ -195,72 +206,50 @@ class _Reader:
                 )
             case ast.Call(func=ast.Name(id="list" | "tuple" as kind), args=[argument], keywords=[]):
                 return list(self.evaluate(argument)) if kind == "list" else tuple(self.evaluate(argument))
-            case ast.Attribute(value=inner, attr=name):
-                return self.evaluate_attribute(node, inner, name)
+            case ast.Attribute(value=inner, attr=name) if isinstance(holder := self.evaluate(inner), Mapping):
+                return holder[name]
+            case ast.Subscript(value=inner, slice=ast.Slice() as part):
+                ends = (None if end is None else self.evaluate(end) for end in (part.lower, part.upper, part.step))
+                return self.evaluate(inner)[slice(*ends)]
             case ast.Subscript(value=inner, slice=index):
-                return self.guard(node, lambda: self.evaluate(inner)[self.evaluate_index(index)])
-            case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Not() as op, operand=inner):
-                signs: dict[type, Callable[[Any], Any]] = {
-                    ast.USub: operator.neg,
-                    ast.UAdd: operator.pos,
-                    ast.Not: operator.not_,
-                }
-                return self.guard(node, lambda: signs[type(op)](self.evaluate(inner)))
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                return self.guard(
-                    node,
-                    lambda: self.apply_operator(node, _BINARY[type(op)], self.evaluate(left), self.evaluate(right)),
-                )
+                return self.evaluate(inner)[self.evaluate(index)]
+            case ast.UnaryOp(op=op, operand=inner) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](self.evaluate(inner))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return self.apply_operator(node, _OPERATORS[type(op)], self.evaluate(left), self.evaluate(right))
             case ast.IfExp(test=test, body=then, orelse=other):
                 return self.evaluate(then) if self.evaluate(test) else self.evaluate(other)
             case ast.JoinedStr(values=parts):
                 return "".join(str(self.evaluate(p.value if isinstance(p, ast.FormattedValue) else p)) for p in parts)
             case ast.ListComp(elt=item, generators=[ast.comprehension(target=ast.Name(id=name), iter=source, ifs=[])]):
-                return self.evaluate_comprehension(node, item, name, source)
-        raise self.refuse(node, _first_line(node))
+                return self.evaluate_comprehension(item, name, source)
+        raise self.refuse(node)
 
     def evaluate_items(self, node: ast.expr) -> list[Any]:
         return list(self.evaluate(node.value)) if isinstance(node, ast.Starred) else [self.evaluate(node)]
 
-    def evaluate_index(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Slice):
-            return slice(
-                *(None if part is None else self.evaluate(part) for part in (node.lower, node.upper, node.step))
-            )
-        return self.evaluate(node)
-
     def evaluate_mapping(self, pairs: Any) -> Tree:
         mapping: Tree = {}
         for key, value in pairs:
-            if key is None:  # **name
-                spread = self.evaluate(value)
-                if not isinstance(spread, Mapping):
-                    raise self.refuse(value, f"**{_first_line(value)}")
+            if key is not None:
+                mapping[self.evaluate(key)] = self.evaluate(value)
+            elif isinstance(spread := self.evaluate(value), Mapping):  # **name
                 mapping |= spread
             else:
-                mapping[self.evaluate(key)] = self.evaluate(value)
+                raise self.refuse(value)
         return mapping
 
-    def evaluate_attribute(self, node: ast.expr, inner: ast.expr, name: str) -> Any:
-        if isinstance(inner, ast.Name) and inner.id == "_base_":
-            return self.guard(node, lambda: self.base[name])
-        holder = self.evaluate(inner)
-        if not isinstance(holder, Mapping):
-            raise self.refuse(node, _first_line(node))
-        return self.guard(node, lambda: holder[name])
-
-    def fill_template(self, node: ast.expr, text: str) -> Any:
+    def fill_template(self, text: str) -> Any:
         """Replace {{_base_.name}} in a text; a text of nothing else becomes the value itself."""
 
-        def look_up(names: str) -> Any:
+        def look_up(match: re.Match[str]) -> Any:
             value: Any = self.base
-            for part in names.split("."):
+            for part in match[1].split("."):
                 value = value[part]
             return value
 
-        if whole := _BASE.fullmatch(text):
-            return self.guard(node, lambda: look_up(whole[1]))
-        return self.guard(node, lambda: _BASE.sub(lambda m: str(look_up(m[1])), text))
+        whole = _BASE.fullmatch(text)
+        return look_up(whole) if whole else _BASE.sub(lambda match: str(look_up(match)), text)
 
     def apply_operator(self, node: ast.expr, act: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
         """Apply an operator, unless its result could be larger than that of any config."""
@@ -272,29 +261,13 @@ class _Reader:
             operator.mod: not numbers,
         }
         if too_large.get(act, False):
-            raise self.refuse(node, _first_line(node))
+            raise self.refuse(node)
         return act(a, b)
 
-    def evaluate_comprehension(self, node: ast.expr, item: ast.expr, name: str, source: ast.expr) -> list[Any]:
-        before, values = self.names.get(name), []
-        had = name in self.names
-        for each in self.guard(node, lambda: list(self.evaluate(source))):
-            self.names[name] = each
+    def evaluate_comprehension(self, item: ast.expr, name: str, source: ast.expr) -> list[Any]:
+        values, outer = [], self.names
+        for each in list(self.evaluate(source)):
+            self.names = outer | {name: each}
             values.append(self.evaluate(item))
-        self.names.pop(name, None)
-        if had:
-            self.names[name] = before
+        self.names = outer
         return values
-
-    def guard(self, node: ast.expr, act: Callable[[], Any]) -> Any:
-        try:
-            return act()
-        except (TypeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError, MemoryError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise self.refuse(node, _first_line(node)) from error
-
-
-def _first_line(node: ast.AST) -> str:
-    text = " ".join(ast.unparse(node).split())
-    return f"`{text[:57]}...`" if len(text) > 60 else f"`{text}`"

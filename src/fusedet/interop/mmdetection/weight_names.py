@@ -28,6 +28,11 @@ RPN: list[Rule] = [
 ]
 
 
+def as_mapping(spec: Any) -> Mapping[str, Any]:
+    """Return a part's spec, a name or a mapping with the key `type`, as a mapping."""
+    return {"type": spec} if isinstance(spec, str) else spec
+
+
 def build_rules(model: Model, levels: int) -> list[Rule]:
     """Build the renaming rules of a detector.
 
@@ -35,21 +40,11 @@ def build_rules(model: Model, levels: int) -> list[Rule]:
         model: Model section of the config.
         levels: Number of feature levels from the backbone to the first neck.
     """
-    return (
-        BACKBONE
-        + _neck_chain_rules(model.neck, levels)
-        + _dense_head_rules(model.head)
-        + (_roi_rules(model.roi) if model.roi else [])
-    )
-
-
-def _neck_chain_rules(spec: Any, levels: int) -> list[Rule]:
-    specs = spec if isinstance(spec, list) else [spec]
-    rules: list[Rule] = []
-    for i, item in enumerate(specs):
-        kind, options = (item, {}) if isinstance(item, str) else (item.get("type"), item)
-        theirs, ours = (rf"^neck\.{i}\.", f"neck.necks.{i}.") if len(specs) > 1 else (r"^neck\.", "neck.")
-        rules += [(theirs + pattern, ours + name) for pattern, name in _neck_rules(kind, options, levels)]
+    rules = BACKBONE + _dense_head_rules(as_mapping(model.head)) + (_roi_rules(model.roi) if model.roi else [])
+    necks = model.neck if isinstance(model.neck, list) else [model.neck]
+    for i, neck in enumerate(map(as_mapping, necks)):
+        theirs, ours = (rf"^neck\.{i}\.", f"neck.necks.{i}.") if len(necks) > 1 else (r"^neck\.", "neck.")
+        rules += [(theirs + pattern, ours + name) for pattern, name in _neck_rules(neck["type"], neck, levels)]
     return rules
 
 
@@ -70,24 +65,23 @@ def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[tupl
     return [*rules, (r"downsample_convs\.(\d+)\.conv\.", r"down.\1."), (r"pafpn_convs\.(\d+)\.conv\.", r"output.\1.")]
 
 
-def _dense_head_rules(spec: Any) -> list[Rule]:
-    kind, options = (spec, {}) if isinstance(spec, str) else (spec.get("type"), spec)
+def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
+    kind = spec["type"]
     if kind == "rpn":
         return RPN
     # A tower layer is convolution, normalization if any, ReLU.
-    step = 3 if options.get("norm", kind in ("fcos", "vfnet")) else 2
-    tower: list[Rule] = [
-        (
-            r"^bbox_head\.(cls|reg)_convs\.(\d+)\.conv\.conv_offset\.",
-            lambda m: f"head.towers.{m[1]}.{step * int(m[2])}.offset.",
-        ),
-        (
-            r"^bbox_head\.(cls|reg)_convs\.(\d+)\.(?:conv\.)?(weight|bias)$",
-            lambda m: f"head.towers.{m[1]}.{step * int(m[2])}.{m[3]}",
-        ),
-        (r"^bbox_head\.(cls|reg)_convs\.(\d+)\.gn\.", lambda m: f"head.towers.{m[1]}.{step * int(m[2]) + 1}."),
+    step = 3 if spec.get("norm", kind in ("fcos", "vfnet")) else 2
+    tower = r"^bbox_head\.(cls|reg)_convs\.(\d+)\."
+
+    def rename(suffix: str, shift: int = 0) -> Callable[[re.Match[str]], str]:
+        return lambda m: f"head.towers.{m[1]}.{step * int(m[2]) + shift}.{suffix}"
+
+    return [
+        (tower + r"conv\.conv_offset\.", rename("offset.")),
+        (tower + r"(?:conv\.)?(?=(weight|bias)$)", rename("")),
+        (tower + r"gn\.", rename("", 1)),
+        *OUTPUTS.get(kind, []),
     ]
-    return tower + OUTPUTS.get(str(kind), [])
 
 
 OUTPUTS: dict[str, list[Rule]] = {
@@ -114,30 +108,29 @@ OUTPUTS: dict[str, list[Rule]] = {
 
 
 def _roi_rules(spec: Mapping[str, Any]) -> list[Rule]:
-    kinds = [stage if isinstance(stage, str) else stage.get("type") for stage in spec.get("stages", [])]
+    kinds = [as_mapping(stage)["type"] for stage in spec.get("stages", [])]
     rules: list[Rule] = []
     for i, kind in enumerate(kinds):
-        number, ours = rf"(?:{i}\.)" if len(kinds) > 1 else "", f"stages.{i}." + ("box." if kind == "dynamic" else "")
-        rules += [
-            (rf"^roi_head\.bbox_head\.{number}shared_fcs\.", f"{ours}shared."),
-            (rf"^roi_head\.bbox_head\.{number}shared_convs\.(\d+)\.conv\.", rf"{ours}convs.\1."),
-            (rf"^roi_head\.bbox_head\.{number}fc_(cls|reg)\.", rf"{ours}\1."),
-        ]
-    for k, branch in enumerate(spec.get("branches") or []):
-        kind = branch if isinstance(branch, str) else branch.get("type")
-        for i in range(len(kinds)):
-            number, ours = rf"(?:{i}\.)" if len(kinds) > 1 else "", f"branches.{k}.{i}."
-            rules += [
-                (rf"^roi_head\.{kind}_head\.{number}{a}", ours + b if isinstance(b, str) else _prefix_result(ours, b))
-                for a, b in BRANCHES.get(str(kind), [])
-            ]
+        number = rf"(?:{i}\.)" if len(kinds) > 1 else ""
+        rules += _prefix_rules(rf"^roi_head\.bbox_head\.{number}", f"stages.{i}.{'box.' * (kind == 'dynamic')}", STAGE)
+        for k, branch in enumerate(map(as_mapping, spec.get("branches") or [])):
+            theirs = rf"^roi_head\.{branch['type']}_head\.{number}"
+            rules += _prefix_rules(theirs, f"branches.{k}.{i}.", BRANCHES.get(branch["type"], []))
     return rules
 
 
-def _prefix_result(prefix: str, name: Callable[[re.Match[str]], str]) -> Callable[[re.Match[str]], str]:
-    return lambda m: prefix + name(m)
+def _prefix_rules(theirs: str, ours: str, rules: list[Rule]) -> list[Rule]:
+    def prefix(name: str | Callable[[re.Match[str]], str]) -> str | Callable[[re.Match[str]], str]:
+        return ours + name if isinstance(name, str) else lambda m: ours + name(m)
+
+    return [(theirs + pattern, prefix(name)) for pattern, name in rules]
 
 
+STAGE: list[Rule] = [
+    (r"shared_fcs\.", "shared."),
+    (r"shared_convs\.(\d+)\.conv\.", r"convs.\1."),
+    (r"fc_(cls|reg)\.", r"\1."),
+]
 BRANCHES: dict[str, list[Rule]] = {
     "mask": [(r"convs\.(\d+)\.conv\.", r"convs.\1."), (r"conv_logits\.", "logits."), (r"upsample\.", "upsample.")],
     "grid": [
@@ -167,21 +160,25 @@ def join_weights(state: Weights) -> Weights:
     - The convolutions of the edges of Grid R-CNN's grid become grouped convolutions.
     """
     joined = dict(state)
-    for name in ("bbox_head.scales", "bbox_head.scales_refine"):
-        numbers = sorted(int(m[1]) for key in state if (m := re.fullmatch(rf"{re.escape(name)}\.(\d+)\.scale", key)))
-        if numbers and all(state[f"{name}.{i}.scale"].numel() == 1 for i in numbers):
-            joined[name] = torch.stack([joined.pop(f"{name}.{i}.scale").reshape(()) for i in numbers])
     edge = re.compile(r"(roi_head\.grid_head\.(?:\d+\.)?)(f|s)order_trans\.(\d+)\.(\d+)\.(0|1)\.(weight|bias)")
     groups: dict[str, list[tuple[int, int, str]]] = {}
     for key in state:
-        if m := edge.fullmatch(key):
+        if m := re.fullmatch(r"(bbox_head\.scales(?:_refine)?)\.(\d+)\.scale", key):
+            groups.setdefault(m[1], []).append((int(m[2]), 0, key))
+        elif m := edge.fullmatch(key):
             layer = "depthwise" if m[5] == "0" else "pointwise"
             name = f"{m[1]}{'first' if m[2] == 'f' else 'second'}_order.{layer}.{m[6]}"
             groups.setdefault(name, []).append((int(m[3]), int(m[4]), key))
     for name, parts in groups.items():
-        if len({state[key].shape[1:] for _, _, key in parts}) > 1 or any(state[key].ndim == 0 for _, _, key in parts):
+        tensors = [
+            state[key].reshape(1) if key.endswith(".scale") and state[key].numel() == 1 else state[key]
+            for *_, key in sorted(parts)
+        ]
+        if len({tensor.shape[1:] for tensor in tensors}) > 1 or any(tensor.ndim == 0 for tensor in tensors):
             continue  # left as they are, so that `match_weights` reports them
-        joined[name] = torch.cat([joined.pop(key) for _, _, key in sorted(parts)])
+        joined[name] = torch.cat(tensors)
+        for *_, key in parts:
+            del joined[key]
     return joined
 
 
@@ -205,35 +202,28 @@ def match_weights(
         sources: The names in the file, by the names of this project.
         wanted: State dict of the detector.
         source: Name of the file in messages.
-        unsaved: Prefixes of buffers that the other project does not save; these keep the detector's values, as do batch
-            counters, which old checkpoints lack.
+        unsaved: Buffers that the other project does not save; these keep the detector's values, as do batch counters,
+            which old checkpoints lack.
 
     Raises:
         InputError: Weights are missing, left over or of another shape; the message lists them.
     """
-    result = {}
-    for key, own in wanted.items():
-        if key in renamed:
-            result[key] = renamed[key].to(own.dtype)
-        elif key.endswith("num_batches_tracked") or key.startswith(unsaved or "\0"):
-            result[key] = own
-    left_over = [sources.get(key, key) for key in renamed if key not in wanted]
-    missing = [key for key in wanted if key not in result]
-    shapes = [
-        f"{sources.get(k, k)} {tuple(v.shape)}, here {tuple(wanted[k].shape)}"
-        for k, v in result.items()
-        if v.shape != wanted[k].shape
+    kept = {k: v for k, v in wanted.items() if k in unsaved or k.endswith("num_batches_tracked")}
+    result = {k: renamed[k].to(v.dtype) if k in renamed else kept.get(k) for k, v in wanted.items()}
+    problems = {
+        "in the file without a counterpart": [sources[k] for k in renamed if k not in wanted],
+        "of the detector without weights in the file": [k for k, v in result.items() if v is None],
+        "of another shape": [
+            f"{sources[k]} {tuple(v.shape)}, here {tuple(wanted[k].shape)}"
+            for k, v in renamed.items()
+            if k in wanted and v.shape != wanted[k].shape
+        ],
+    }
+    listed = [
+        f"{len(items)} {what}: {', '.join(items[:10])}{f' and {len(items) - 10} more' if len(items) > 10 else ''}"
+        for what, items in problems.items()
+        if items
     ]
-    problems = [
-        _list_items("in the file without a counterpart", left_over),
-        _list_items("of the detector without weights in the file", missing),
-        _list_items("of another shape", shapes),
-    ]
-    if any(problems):
-        raise InputError(f"{source} does not match: " + "; ".join(p for p in problems if p))
-    return result
-
-
-def _list_items(what: str, items: list[str], limit: int = 10) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return f"{len(items)} {what}: {', '.join(items[:limit])}{more}" if items else ""
+    if listed:
+        raise InputError(f"{source} does not match: " + "; ".join(listed))
+    return {k: v for k, v in result.items() if v is not None}

@@ -1,0 +1,57 @@
+"""Try to convert every model of a list of MMDetection's published models: config, names and shapes of the weights.
+
+    python tests/zoo/run.py ../shared/zoo/zoo.jsonl.gz
+
+prints a line per model, `NAME ok` or `NAME refused: sentence`, and at the end the number of converted ones. A model is
+`ok` if its config converts, the detector is built, and every weight has a counterpart of the same shape. Weights and
+detectors have shapes only, no values.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedet import config
+from fusedet.errors import InputError
+from fusedet.interop.conversion import convert_mmdetection_weights, count_classes
+from fusedet.interop.mmdetection.detector_config import convert_config
+
+
+def convert(model: dict[str, Any]) -> None:
+    """Convert a model of the list.
+
+    Raises:
+        InputError: The model is not supported.
+    """
+    with torch.device("meta"):
+        state = {name: torch.empty(shape) for name, shape in model["keys"].items()}
+        options = config.parse(convert_config({"model": model["model"]}, state).tree)
+        convert_mmdetection_weights(state, options, count_classes(state, options), model["name"])
+
+
+def run(file: Path, step: int = 1) -> Iterator[tuple[str, str]]:
+    """Yield name and verdict of every model, or of each `step`-th."""
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in list(lines)[::step]:
+            model = json.loads(line)
+            try:
+                convert(model)
+            except InputError as error:
+                yield model["name"], f"refused: {error}"
+            else:
+                yield model["name"], "ok"
+
+
+if __name__ == "__main__":
+    count = converted = 0
+    for name, verdict in run(Path(sys.argv[1])):
+        print(name, verdict, flush=True)
+        count, converted = count + 1, converted + (verdict == "ok")
+    print(f"converted {converted} of {count}")
