@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_Weights,
+    FCOS_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+)
 from torchvision.ops import roi_align
 
 from fakes import batch
@@ -404,3 +410,50 @@ def test_auxiliary_stages_must_fit_the_neck() -> None:
     with pytest.raises(InputError, match=r"^0 auxiliary stages for 1 stages: the neck needs 1, one per stage"):
         TwoStage(*parts)
     assert TwoStage(*parts, auxiliary_stages=made.auxiliary_stages).loss_weights == made.loss_weights
+
+
+# -- cost, against other libraries' figures for the same detectors
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "figure"),
+    [
+        ("retinanet_r50", (800, 1280), 80, 239.32),  # MMDetection's page on its tool get_flops
+        ("retinanet_r50", (800, 800), 90, RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]),
+        ("faster_rcnn_r50", (800, 800), 90, FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]),
+        ("fcos_r50", (800, 800), 90, FCOS_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]),
+    ],
+)
+def test_multiply_adds_agree_with_other_libraries(
+    name: str, size: tuple[int, int], classes: int, figure: float
+) -> None:
+    """torchvision counts at 800 x 800, with 90 classes and the background."""
+    with torch.device("meta"):
+        made = create_model(name, "model.backbone.pretrained=false", num_classes=classes)
+    assert count_cost(made, *size)["multiply_adds"] / 1e9 == pytest.approx(figure, rel=0.02)
+
+
+def test_multiply_adds_of_a_mask_branch() -> None:
+    """Those of its layers for 100 detections. torchvision prints Mask R-CNN without them, as it detects nothing."""
+    with torch.device("meta"):
+        made = create_model("mask_rcnn_r50", "model.backbone.pretrained=false", num_classes=90)
+        few = create_model("mask_rcnn_r50", "model.backbone.pretrained=false", "test.max_det=10", num_classes=90)
+    cost, of_ten = count_cost(made, 800, 800), count_cost(few, 800, 800)
+    per_detection = 14 * 14 * (4 * 9 * 256 * 256 + 4 * 256 * 256) + 28 * 28 * 256 * 90
+    branches = cost["parts"]["branches"]["multiply_adds"]
+    assert branches == 100 * per_detection
+    assert cost["multiply_adds"] - of_ten["multiply_adds"] == 90 * per_detection
+    printed = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]
+    assert (cost["multiply_adds"] - branches) / 1e9 == pytest.approx(printed, rel=0.02)
+
+
+def test_multiply_adds_of_a_grid_branch() -> None:
+    """The first layers by hand: a convolution to half the size, seven more, two transposed ones in groups per point."""
+    with torch.device("meta"):
+        made = make("grid_rcnn_r50")
+    branch = made.branches[0][0]
+    convs = 7 * 7 * 9 * (256 * 576 + 7 * 576 * 576)
+    up = 7 * 7 * 16 * 576 * 64 + 14 * 14 * 16 * 576
+    edges = sum(len(t.sources) for t in (branch.first_order, branch.second_order)) * 64
+    fusion = 7 * 7 * edges * (25 + 64)
+    assert count_cost(made, 800, 800)["parts"]["branches"]["multiply_adds"] == 100 * (convs + up + fusion)
