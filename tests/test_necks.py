@@ -364,7 +364,7 @@ def test_grouped_value_convolution_starts_at_the_scale_of_the_dense_one() -> Non
     for groups in (1, 32):
         sem = SEM(128, 8, 16, groups, True, True, channel=False, spatial=True)
         init_xavier(sem)
-        sizes.append(float(sem.w_v(context).std()))
+        sizes.append(float(sem.w_v(context).detach().std()))
     assert sizes[1] == pytest.approx(sizes[0], rel=0.15)
 
 
