@@ -240,7 +240,7 @@ def test_necks_has_every_neck_and_one_detector() -> None:
 
 def test_modules_together_has_every_combination_once() -> None:
     table = ablation.load_table("modules_together")
-    configs = [row.config(table) for row in table.rows]
+    configs = [row.config(table) for row in table.rows if "split" not in row.label]  # the other reading of MSE-FPN
     plain = configs[0].model
     switched = [
         (c.model.plugin != plain.plugin, c.model.neck != plain.neck, c.model.interact != plain.interact)

@@ -347,6 +347,9 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.head(self.backbone(images.float()))
 
+        def detect(self, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+            return self(images)
+
     result = count_cost(Small(), 32, 64)
     assert result["parts"]["backbone"] == {
         "parameters": 3 * 8 * 9 + 8,
@@ -358,10 +361,10 @@ def test_multiply_adds_of_a_convolution_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [("mask_rcnn_tiny", True), ("faster_rcnn_tiny", False)])
-def test_info_names_what_it_does_not_count(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
+def test_info_says_how_branches_are_counted(capsys: pytest.CaptureFixture[str], name: str, said: bool) -> None:
     assert cli.run(["info", name]) == 0
     assert (
-        "branches (masks, grids) depend on the number of detections" in " ".join(capsys.readouterr().out.split())
+        "branches (masks, grids) are those of test.max_det detections" in " ".join(capsys.readouterr().out.split())
     ) == said
 
 

@@ -264,6 +264,9 @@ def test_multiply_adds() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.layer(images.float().repeat(1, 4, 1, 1)[:, :8])
 
+        def detect(self, images: Tensor, sizes: Tensor) -> Any:
+            return self(images)
+
     plain = count_cost(Alone(nn.Conv2d(8, 12, 3, 2, 1, groups=2)), 11, 14)["multiply_adds"]
     assert plain == 6 * 7 * 12 * 4 * 9
     actual = count_cost(Alone(DeformPack(8, 12, 3, 2, groups=2)), 11, 14)["multiply_adds"]

@@ -102,13 +102,13 @@ def enhanced(sem: nn.Module, M: Tensor) -> Tensor:
     return out + M
 
 
-def gated(gate: nn.Module, kind: str, x: Tensor) -> Tensor:
+def gated(gate: nn.Module, kind: str, x: Tensor, source: Tensor) -> Tensor:
     """Eq. 9-10 and the alternatives of Table 6."""
     C, H, W = x.shape
     out = torch.empty_like(x)
     if kind == "gcg":
-        F_h = [dense(gate.fc1, sum(x[:, i, j] for j in range(W)) / W) for i in range(H)]
-        F_w = [dense(gate.fc2, sum(x[:, i, j] for i in range(H)) / H) for j in range(W)]
+        F_h = [dense(gate.fc1, sum(source[:, i, j] for j in range(W)) / W) for i in range(H)]
+        F_w = [dense(gate.fc2, sum(source[:, i, j] for i in range(H)) / H) for j in range(W)]
         for c, i, j in product(range(C), range(H), range(W)):
             out[c, i, j] = sigmoid(F_h[i][c] * F_w[j][c]) * x[c, i, j]
         return out
@@ -145,8 +145,10 @@ def equations(neck: MSEFPN, C: list[Tensor], finest: int, context: tuple[int, ..
     T = {i: cellwise(neck.lateral[i - finest], number[i]) for i in levels}
     if kinds["sim"] != "none":
         M = torch.cat([pooled(number[i], *size) for i in context])
-        M_ = enhanced(neck.sem, M)
+        sem, reduce = neck.sem if kinds.get("sem_conv") else (neck.sem, None)
+        M_ = enhanced(sem, M)
         channels = dict(zip(context, M_.split([number[i].shape[0] for i in context])))
+        M_ = cellwise(reduce, M_) if reduce else M_
         for i in levels:
             if kinds["sim"] == "split" and i not in context:
                 continue
@@ -154,15 +156,20 @@ def equations(neck: MSEFPN, C: list[Tensor], finest: int, context: tuple[int, ..
             sim, (h, w) = neck.sim[str(i - finest)], T[i].shape[1:]
             if kinds["sim"] == "conv1x1":
                 T[i] = T[i] + bilinear(cellwise(sim.conv, part), h, w)
+            elif kinds["sim"] == "add":
+                T[i] = T[i] + bilinear(part, h, w)
             else:
                 x = cellwise(sim.local, T[i]) if kinds.get("pre_conv") else T[i]
                 weight, shift = (group_norm(norm, cellwise(layer, part)) for layer, norm in (sim.gate, sim.semantics))
                 T[i] = x * bilinear(sigmoid(weight), h, w) + bilinear(shift, h, w)
     topdown = kinds.get("gate_place") == "topdown"
+    from_c = kinds.get("gate_source") == "backbone"
     if not topdown:
-        T = {i: gated(neck.gate[i - finest], kinds["gate"], T[i]) for i in levels}
+        T = {i: gated(neck.gate[i - finest], kinds["gate"], T[i], number[i] if from_c else T[i]) for i in levels}
     for i in reversed(levels[:-1]):
-        above = gated(neck.gate[i - finest], kinds["gate"], T[i + 1]) if topdown else T[i + 1]
+        above = T[i + 1]
+        if topdown:
+            above = gated(neck.gate[i - finest], kinds["gate"], above, number[i + 1] if from_c else above)
         (_, H, W), (_, h, w) = T[i].shape, above.shape
         for y, z in product(range(H), range(W)):
             T[i][:, y, z] += above[:, y * h // H, z * w // W]
@@ -191,6 +198,10 @@ VARIANTS = [
     OFF | {"gate": "ca"},
     OFF | {"gate": "cam", "gate_reduction": 2},
     {"gate": "ca", "gate_place": "topdown"},
+    {"gate_source": "backbone"},
+    {"gate_source": "backbone", "gate_place": "topdown"},
+    {"sem_conv": True, "sim": "add", "gate": "none"},
+    {"sem_conv": True},
 ]
 
 
@@ -344,6 +355,10 @@ COUNTS = [
     ({"sim": "split"}, 22_003_936, 65.49),
     ({"v_groups": 32}, 15_066_848, 63.60),
     ({"sim": "split", "v_groups": 32}, 9_560_288, 62.10),
+    # gates of 256, 512, 1024 and 2048 instead of 256 inputs
+    ({"gate_source": "backbone"}, 27_510_496 + 2 * 256 * (3840 - 4 * 256), 67.00 - 0.066 + 0.141),
+    # the enhancement and one convolution of 3584 channels
+    ({"sem_conv": True, "sim": "add", "gate": "none"}, 3_344_384 + 16_293_600 + 3584 * 256 + 256, 65.18),
 ]
 
 
@@ -495,6 +510,10 @@ def test_options_from_a_config() -> None:
         ({"reduction": 0}, "reduction=0"),
         ({"gate_reduction": 0}, "gate_reduction=0"),
         ({"finest": 6}, "finest=6"),
+        ({"sem_conv": True, "sim": "split"}, "sem_conv=true mixes the channels of all levels, sim=split"),
+        ({"sem": "none", "sem_conv": True, "sim": "none"}, "sim=none does not take them"),
+        ({"sim": "add"}, "sim=add needs a context of the laterals' 64 channels: set sem_conv=true"),
+        ({"gate": "ca", "gate_source": "backbone"}, "gate_source=backbone is an option of gate=gcg, got gate=ca"),
     ],
 )
 def test_bad_options_are_refused(options: dict, text: str) -> None:

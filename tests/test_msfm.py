@@ -291,6 +291,9 @@ def test_multiply_adds() -> None:
         def forward(self, images: Tensor) -> Any:
             return self.msfm(images.float()[:, :1].expand(-1, 64, -1, -1))
 
+        def detect(self, images: Tensor, sizes: Tensor) -> Any:
+            return self(images)
+
     c, m, cells = 64, 8, 10 * 12
     convolutions = c * m * cells + 2 * 9 * m * m * (cells + 5 * 6) + c * m * cells
     assert count_cost(Alone(), 10, 12)["multiply_adds"] == convolutions + c * cells + m * m * cells + c * m + c * m * m

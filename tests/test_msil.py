@@ -177,6 +177,24 @@ def test_without_alignment_and_separation_the_gate_is_the_fused_map() -> None:
     assert torch.equal(got_reg, reg * gate)
 
 
+def test_without_separation_the_gate_can_suppress() -> None:
+    """No ReLU ends the fusion then: about half of the gate lies below 0.5. With separation U is 0 or more."""
+    cls, reg = branches()
+    gate, _ = MSIL(C, separate=False).gates(cls, reg)
+    assert 0.3 < (gate < 0.5).float().mean() < 0.7
+    whole = MSIL(C)
+    assert whole.fuse(torch.cat(whole.align(torch.cat([reg, cls])).chunk(2), dim=1)).min() == 0
+
+
+@pytest.mark.parametrize("head", [RetinaHead, FCOSHead])
+def test_lambda_of_equation_10_weights_the_classification(head: Callable[..., nn.Module]) -> None:
+    levels = Levels((C,) * 3, (8, 16, 32))
+    plain, weighted = head(levels, 2).loss_weights, head(levels, 2, cls_weight=0.5).loss_weights
+    assert weighted == plain | {"loss_cls": 0.5}
+    with pytest.raises(InputError, match=r"cls_weight=-1\.0 must be 0 or more"):
+        head(levels, 2, cls_weight=-1.0)
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_only_the_fusion_connects_the_branches(fuse: bool) -> None:
     module = MSIL(C, fuse=fuse)

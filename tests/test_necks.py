@@ -12,6 +12,8 @@ from fusedet.errors import InputError
 from fusedet.models.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
 from fusedet.models.necks.aug_fpn import Context, pooled_size
 from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, downsample
+from fusedet.models.necks.mse_fpn import SEM
+from fusedet.models.ops.layers import init_xavier
 from fusedet.types import Features, Levels
 
 BACKBONE = Levels((8, 16, 24, 32), (4, 8, 16, 32))
@@ -343,6 +345,27 @@ def test_bifpn_norms_and_errors() -> None:
         BiFPN(BACKBONE, repeats=0)
     with pytest.raises(InputError, match="norm=gn needs channels in multiples of 8, got 36"):
         BiFPN(BACKBONE, channels=36, norm="gn")
+
+
+@pytest.mark.parametrize("groups", [1, 4, 32])
+def test_xavier_starts_each_group_like_a_convolution_of_its_own(groups: int) -> None:
+    layer = nn.Conv2d(256, 512, 3, groups=groups)
+    init_xavier(layer)
+    bound = math.sqrt(6 / (9 * (256 + 512) / groups))
+    assert 0.98 * bound < layer.weight.abs().max() <= bound
+    assert float(layer.weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert not layer.bias.any()
+
+
+def test_grouped_value_convolution_starts_at_the_scale_of_the_dense_one() -> None:
+    """W_v of MSE-FPN: V keeps its size for any number of groups, where the map's channels are independent."""
+    context = torch.randn(1, 128, 24, 24)
+    sizes = []
+    for groups in (1, 32):
+        sem = SEM(128, 8, 16, groups, True, True, channel=False, spatial=True)
+        init_xavier(sem)
+        sizes.append(float(sem.w_v(context).detach().std()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.15)
 
 
 # -- AugFPN

@@ -13,7 +13,7 @@ from fusedet.errors import InputError
 from fusedet.models.build import build
 from fusedet.models.necks import NECKS
 from fusedet.models.necks.smsl import SMSL, add_resized, combine
-from fusedet.models.ops.pyramid_resize import upsample_nearest
+from fusedet.models.ops.pyramid_resize import resize_nearest
 from fusedet.types import Levels
 
 BACKBONE = Levels((256, 512, 1024, 2048), (4, 8, 16, 32))
@@ -163,7 +163,7 @@ def test_large_levels_are_summed_in_blocks() -> None:
     p, f = torch.randn(2, 3, 12, 10), torch.randn(2, 3, 4, 5)
     for form in (torch.contiguous_format, torch.channels_last):
         actual = add_resized(p.contiguous(memory_format=form), f.contiguous(memory_format=form), 0, 2)
-        assert torch.equal(actual, p + upsample_nearest(f, (12, 10)))
+        assert torch.equal(actual, p + resize_nearest(f, (12, 10)))
         assert actual.is_contiguous(memory_format=form)
 
 
@@ -318,3 +318,44 @@ def test_unfit_levels_are_refused() -> None:
     for reduction in (0, 9, 16):
         with pytest.raises(InputError, match=rf"reduction={reduction} .*16 channels"):
             SMSL(pyramid(16), reduction=reduction)
+
+
+# -- choices
+
+
+@pytest.mark.parametrize("resizing", ["nearest", "bilinear"])
+@torch.no_grad()
+def test_resizing_by_interpolation(resizing: str) -> None:
+    """Every level to the middle one's size and back; the mixture itself is that of the default."""
+    levels = pyramid(4)
+    smsl = shuffled(SMSL(levels, reduction=2, resizing=resizing, global_feature=False).double())
+    P = maps(levels, (75, 129), dtype=torch.float64)
+    size = P[2].shape[-2:]
+    D = [nn.functional.interpolate(p, size=size, mode=resizing) for p in P]
+    s, A = smsl.attend(D)
+    assert torch.equal(smsl.weights(P), A)
+    F = torch.einsum("lnchw,ntlc->tnchw", torch.stack(D), A * s)
+    expected = [p + nn.functional.interpolate(f, size=p.shape[-2:], mode=resizing) for p, f in zip(P, F)]
+    assert all(torch.allclose(a, b) for a, b in zip(smsl(P), expected, strict=True))
+    pooled = SMSL(levels, reduction=2, global_feature=False).double()
+    pooled.load_state_dict(smsl.state_dict())
+    assert not torch.allclose(pooled(P)[0], expected[0])
+
+
+@torch.no_grad()
+def test_scale_of_the_non_local_block() -> None:
+    """Without it the products are sqrt(C) times larger: theta times sqrt(C) gives the same block."""
+    scaled, plain = (SMSL(pyramid(16), non_local_scale=scale, zero_init=False) for scale in (True, False))
+    for layer in (scaled.non_local.theta, scaled.non_local.phi, scaled.non_local.out):
+        nn.init.normal_(layer.weight)
+    plain.load_state_dict(scaled.state_dict())
+    P = maps(pyramid(16), (64, 96))
+    assert not torch.allclose(plain(P)[0], scaled(P)[0], atol=1e-5)
+    plain.non_local.theta.weight /= math.sqrt(16)
+    plain.non_local.theta.bias /= math.sqrt(16)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain(P), scaled(P)))
+
+
+def test_unknown_resizing_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown resizing 'bilinaer': did you mean 'bilinear'"):
+        SMSL(pyramid(16), resizing="bilinaer")

@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_Weights,
+    FCOS_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+)
+from torchvision.ops import roi_align
 
 from fakes import batch
 from fusedet import config as configs
@@ -15,6 +22,7 @@ from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.profiling import count_cost
 from fusedet.models.roi import DynamicStage
+from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import Batch, Target
 
 FAMILIES = ("faster_rcnn", "cascade_rcnn", "dynamic_rcnn", "libra_rcnn")
@@ -349,10 +357,103 @@ def test_grid_branch_replaces_the_boxes() -> None:
 
 
 def test_soft_pooling_and_auxiliary_losses() -> None:
-    """AugFPN: its neck, on whose auxiliary pyramid each stage's samples are trained too, and its pooling."""
+    """AugFPN: each lateral has losses of an auxiliary head, beside the stage and its pooling; all are trained."""
     made = small(neck="aug_fpn", roi={"stages": [{"type": "box", "pooling": "soft"}]})
     losses = made.loss(batch(SOME, EMPTY))
     assert set(losses) == set(made.loss_weights)
-    assert made.loss_weights["auxiliary_loss_box"] == made.neck.auxiliary_weight
+    extra = {f"auxiliary_level{i}_{name}": 0.25 for i in range(4) for name in ("loss_cls", "loss_box")}
+    assert {k: v for k, v in made.loss_weights.items() if k.startswith("auxiliary")} == extra
     sum(losses.values()).backward()
-    assert all(p.grad.any() for p in made.stages.parameters())
+    assert all(p.grad.any() for part in (made.stages, made.auxiliary_stages) for p in part.parameters())
+
+
+def test_auxiliary_head_scores_every_roi_on_every_lateral(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small and large RoIs are pooled from all four laterals, two points per side of a cell; the head is separate."""
+    made = small(neck="aug_fpn")
+    (stage,), (head,) = made.stages, made.auxiliary_stages
+    rois = torch.tensor([[0, 4, 4, 12, 12], [1, 0, 0, 96, 64], [1, 10, 20, 60, 44.0]])
+    samples = RoISamples(rois, torch.tensor([0, -1, 1]), rois[:, 0].long())
+    targets = [instances([[4, 4, 12, 12]], [1]), instances([[0, 0, 9, 9], [10, 20, 60, 44]], [0, 2])]
+    features = made.backbone(torch.rand(2, 3, 64, 96))
+    _, auxiliary = made.neck.with_auxiliary(features)
+    losses = made.auxiliary_loss(0, auxiliary, samples, targets)
+    levels = zip(made.neck.lateral, features, (4, 8, 16, 32), strict=True)
+    for i, (lateral, feature, stride) in enumerate(levels):
+        x = roi_align(lateral(feature), rois, 7, 1 / stride, sampling_ratio=2, aligned=True).flatten(1)
+        for layer in head.shared:
+            x = layer(x).relu()
+        expected = head.loss((head.cls(x), head.reg(x)), samples, targets)
+        for name, value in expected.items():
+            assert torch.allclose(losses[f"auxiliary_level{i}_{name}"], value, rtol=1e-4)
+    assert len(losses) == 8
+    # the stage's own layers do not see the laterals
+    gradients = torch.autograd.grad(sum(losses.values()), list(stage.parameters()), allow_unused=True)
+    assert all(g is None for g in gradients)
+    monkeypatch.setattr(made, "auxiliary_stages", None)
+    assert len(made.eval().predict(batch(SOME))) == 1
+
+
+def test_auxiliary_heads_of_a_cascade_and_their_parameters() -> None:
+    weights = small("cascade_rcnn_r18", neck="aug_fpn").loss_weights
+    assert [weights[f"s{i}_auxiliary_level3_loss_box"] for i in range(3)] == [0.25, 0.125, 0.0625]
+    with torch.device("meta"):
+        plain, augmented = (make("faster_rcnn_r50", f"model.neck={neck}") for neck in ("fpn", "aug_fpn"))
+        without = make("faster_rcnn_r50", "model.neck={type: aug_fpn, auxiliary_weight: 0}")
+    counts = [sum(p.numel() for p in made.parameters()) for made in (plain, without, augmented)]
+    assert counts[1] - counts[0] == 1_777_411  # residual feature augmentation
+    assert counts[2] - counts[1] == 14_306_705  # a box head
+
+
+def test_auxiliary_stages_must_fit_the_neck() -> None:
+    made = small(neck="aug_fpn")
+    parts = (made.backbone, made.neck, made.head, made.stages)
+    with pytest.raises(InputError, match=r"^0 auxiliary stages for 1 stages: the neck needs 1, one per stage"):
+        TwoStage(*parts)
+    assert TwoStage(*parts, auxiliary_stages=made.auxiliary_stages).loss_weights == made.loss_weights
+
+
+# -- cost, against other libraries' figures for the same detectors
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "figure"),
+    [
+        ("retinanet_r50", (800, 1280), 80, 239.32),  # MMDetection's page on its tool get_flops
+        ("retinanet_r50", (800, 800), 90, RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]),
+        ("faster_rcnn_r50", (800, 800), 90, FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]),
+        ("fcos_r50", (800, 800), 90, FCOS_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]),
+    ],
+)
+def test_multiply_adds_agree_with_other_libraries(
+    name: str, size: tuple[int, int], classes: int, figure: float
+) -> None:
+    """torchvision counts at 800 x 800, with 90 classes and the background."""
+    with torch.device("meta"):
+        made = create_model(name, "model.backbone.pretrained=false", num_classes=classes)
+    assert count_cost(made, *size)["multiply_adds"] / 1e9 == pytest.approx(figure, rel=0.02)
+
+
+def test_multiply_adds_of_a_mask_branch() -> None:
+    """Those of its layers for 100 detections. torchvision prints Mask R-CNN without them, as it detects nothing."""
+    with torch.device("meta"):
+        made = create_model("mask_rcnn_r50", "model.backbone.pretrained=false", num_classes=90)
+        few = create_model("mask_rcnn_r50", "model.backbone.pretrained=false", "test.max_det=10", num_classes=90)
+    cost, of_ten = count_cost(made, 800, 800), count_cost(few, 800, 800)
+    per_detection = 14 * 14 * (4 * 9 * 256 * 256 + 4 * 256 * 256) + 28 * 28 * 256 * 90
+    branches = cost["parts"]["branches"]["multiply_adds"]
+    assert branches == 100 * per_detection
+    assert cost["multiply_adds"] - of_ten["multiply_adds"] == 90 * per_detection
+    printed = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["_ops"]
+    assert (cost["multiply_adds"] - branches) / 1e9 == pytest.approx(printed, rel=0.02)
+
+
+def test_multiply_adds_of_a_grid_branch() -> None:
+    """The first layers by hand: a convolution to half the size, seven more, two transposed ones in groups per point."""
+    with torch.device("meta"):
+        made = make("grid_rcnn_r50")
+    branch = made.branches[0][0]
+    convs = 7 * 7 * 9 * (256 * 576 + 7 * 576 * 576)
+    up = 7 * 7 * 16 * 576 * 64 + 14 * 14 * 16 * 576
+    edges = sum(len(t.sources) for t in (branch.first_order, branch.second_order)) * 64
+    fusion = 7 * 7 * edges * (25 + 64)
+    assert count_cost(made, 800, 800)["parts"]["branches"]["multiply_adds"] == 100 * (convs + up + fusion)

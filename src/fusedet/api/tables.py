@@ -78,7 +78,7 @@ def cost_table(cost: Mapping[str, Any], title: str) -> RenderableType:
     table = _table("part", "parameters", "trainable", "multiply-adds (G)", title=title)
     for name, row in [*cost["parts"].items(), ("all", cost)]:
         table.add_row(name, f"{row['parameters']:,}", f"{row['trainable']:,}", f"{row['multiply_adds'] / 1e9:.2f}")
-    note = "Multiply-adds of branches (masks, grids) depend on the number of detections, and are not counted."
+    note = "Multiply-adds of branches (masks, grids) are those of test.max_det detections, the most of an image."
     return Group(table, *([Text(note)] if cost["parts"].get("branches", {}).get("parameters") else []))
 
 

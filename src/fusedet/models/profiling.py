@@ -33,9 +33,9 @@ def network_size(size: tuple[int, int]) -> tuple[int, int]:
 def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     """Count the parameters, trainable parameters and multiply-adds of a detector and of each part.
 
-    Multiply-adds are those of convolutions and matrix products of one image through `forward`, counted without
-    computing anything, on the meta device. Not counted: non-maximum suppression, element-wise operations, and the RoI
-    branches of a two-stage detector, which run on final detections.
+    Multiply-adds are those of convolutions and matrix products of one image through `detect`, counted without computing
+    anything, on the meta device. RoI stages run on as many proposals and RoI branches, such as masks, on as many
+    detections as there can be. Not counted: non-maximum suppression and element-wise operations.
 
     Args:
         detector: The detector; it is not changed.
@@ -46,9 +46,10 @@ def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
         `parameters`, `trainable`, `multiply_adds`, `image` [height, width], and `parts`: the first three per part's
         name.
     """
-    shadow = copy.deepcopy(detector).to("meta").eval()
+    shadow: Any = copy.deepcopy(detector).to("meta").eval()
     with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad():
-        shadow(torch.zeros(1, 3, height, width, dtype=torch.uint8, device="meta"))
+        images = torch.zeros(1, 3, height, width, dtype=torch.uint8, device="meta")
+        shadow.detect(images, torch.tensor([[height, width]], device="meta"))
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
 
@@ -65,5 +66,6 @@ def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
             "multiply_adds": count_products(name, module),
         }
 
-    parts = {name: count(f"{root}.{name}", part) for name, part in detector.named_children()}
+    children = [(name, part) for name, part in detector.named_children() if any(True for _ in part.parameters())]
+    parts = {name: count(f"{root}.{name}", part) for name, part in children}
     return count("Global", detector) | {"image": [height, width], "parts": parts}

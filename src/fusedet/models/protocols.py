@@ -91,12 +91,15 @@ class AuxiliaryNeck(Neck, Protocol):
 
     Attributes:
         auxiliary_weight: Weight of the auxiliary losses in the total; 0 turns them off.
+        lateral_levels: The auxiliary pyramid's levels that are laterals of the backbone's maps, the finest ones. RoIs
+            are pooled from these only.
     """
 
     auxiliary_weight: float
+    lateral_levels: Levels
 
     def with_auxiliary(self, features: Features) -> tuple[Features, Features]:
-        """Compute the pyramid and the auxiliary pyramid, both of `levels`."""
+        """Compute the pyramid and the auxiliary pyramid, the second of the first neck's `levels`."""
         ...
 
 

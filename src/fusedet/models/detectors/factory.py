@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,18 @@ from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import HEADS
 from fusedet.models.modules import INTERACTIONS, PLUGINS
 from fusedet.models.necks import NECKS
-from fusedet.models.protocols import BranchInteraction, DenseHead, Neck, ProposalHead, RoIBranch, RoIPooling, RoIStage
+from fusedet.models.protocols import (
+    AuxiliaryNeck,
+    BranchInteraction,
+    DenseHead,
+    Neck,
+    ProposalHead,
+    RoIBranch,
+    RoIPooling,
+    RoIStage,
+)
 from fusedet.models.roi import BRANCHES, POOLINGS, STAGES
+from fusedet.models.roi.pooling import AllLevelPooling, PoolingFactory
 from fusedet.types import Levels
 
 BACKBONES = {"timm": TimmBackbone}
@@ -61,10 +72,10 @@ def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
     neck = _build_neck(model, backbone.levels)
     if not model.roi:
         return OneStage(backbone, neck, _build_head(model, neck.levels, num_classes), selection_options(config.test))
-    stages, branches = _build_roi(model.roi, neck.levels, num_classes)
+    stages, branches, auxiliary_stages = _build_roi(model.roi, neck, num_classes)
     head = _build_head(model, neck.levels, num_classes)
     assert isinstance(head, ProposalHead)
-    return TwoStage(backbone, neck, head, stages, branches, selection_options(config.test))
+    return TwoStage(backbone, neck, head, stages, branches, selection_options(config.test), auxiliary_stages)
 
 
 def build_meta_detector(config: configs.Config, num_classes: int = 1) -> DetectorModule:
@@ -133,8 +144,11 @@ def _build_head(model: configs.Model, levels: Levels, num_classes: int) -> Dense
     return head
 
 
-def _build_roi(spec: Any, levels: Levels, num_classes: int) -> tuple[list[RoIStage], list[list[RoIBranch]]]:
-    """Build the stages, and one branch per stage for each kind, from {stages: [...], branches: [...]}."""
+def _build_roi(spec: Any, neck: Neck, num_classes: int) -> tuple[list[RoIStage], list[list[RoIBranch]], list[RoIStage]]:
+    """Build the stages, and one branch per stage for each kind, from {stages: [...], branches: [...]}.
+
+    For a neck with auxiliary losses also an auxiliary stage like each stage, on all laterals of the neck.
+    """
     if not isinstance(spec, Mapping):
         raise InputError(f"model.roi={spec!r} must be a mapping {{stages: [...], branches: [...]}}")
     for key, value in spec.items():
@@ -144,23 +158,38 @@ def _build_roi(spec: Any, levels: Levels, num_classes: int) -> tuple[list[RoISta
             raise InputError(f"model.roi.{key}={value!r} must be a list")
     if not spec.get("stages"):
         raise InputError("model.roi.stages=[]: a two-stage detector needs at least one stage, such as box")
+    slots = {f"model.roi.stages.{i}": part for i, part in enumerate(spec["stages"])}
     stages: list[RoIStage] = [
-        _build_roi_part(f"model.roi.stages.{i}", part, STAGES, levels, num_classes)
-        for i, part in enumerate(spec["stages"])
+        _build_roi_part(slot, part, STAGES, neck.levels, num_classes) for slot, part in slots.items()
     ]
     branches: list[list[RoIBranch]] = [
-        [_build_roi_part(f"model.roi.branches.{i}", part, BRANCHES, levels, num_classes) for _ in stages]
+        [_build_roi_part(f"model.roi.branches.{i}", part, BRANCHES, neck.levels, num_classes) for _ in stages]
         for i, part in enumerate(spec.get("branches") or [])
     ]
-    return stages, branches
+    auxiliary_stages: list[RoIStage] = []
+    if isinstance(neck, AuxiliaryNeck) and neck.auxiliary_weight:
+        laterals = neck.lateral_levels
+        pooling = partial(AllLevelPooling, laterals)
+        auxiliary_stages = [
+            _build_roi_part(slot, part, STAGES, laterals, num_classes, pooling) for slot, part in slots.items()
+        ]
+    return stages, branches, auxiliary_stages
 
 
-def _build_roi_part(slot: str, spec: Any, table: Mapping[str, Any], levels: Levels, num_classes: int) -> Any:
-    """Build a stage or a branch; its pooling is a spec inside its own."""
+def _build_roi_part(
+    slot: str,
+    spec: Any,
+    table: Mapping[str, Any],
+    levels: Levels,
+    num_classes: int,
+    pooling: PoolingFactory | None = None,
+) -> Any:
+    """Build a stage or a branch; its pooling is a spec inside its own, unless one is given."""
     options = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
     pooling_spec = options.pop("pooling", "level")
 
-    def pooling(size: int) -> RoIPooling:
+    def build_pooling(size: int) -> RoIPooling:
         return build(f"{slot}.pooling", pooling_spec, POOLINGS, {"levels": levels, "size": size})
 
-    return build(slot, options, table, {"levels": levels, "num_classes": num_classes, "pooling": pooling})
+    given = {"levels": levels, "num_classes": num_classes, "pooling": pooling or build_pooling}
+    return build(slot, options, table, given)

@@ -34,7 +34,9 @@ class NeckChain(nn.Module):
             )
         self.necks = cast("Sequence[Neck]", nn.ModuleList(cast("Sequence[nn.Module]", necks)))
         self.levels = necks[-1].levels
-        self.auxiliary_weight = auxiliary_weight(necks[0])
+        first = necks[0]
+        self.auxiliary_weight = auxiliary_weight(first)
+        self.lateral_levels = first.lateral_levels if isinstance(first, AuxiliaryNeck) else first.levels
 
     def forward(self, features: Features) -> Features:
         """Compute the pyramid of the last neck, as `protocols.Neck` says."""

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fusedet.errors import InputError
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
 from fusedet.models.ops.boxes import select_detections
 from fusedet.models.ops.image_normalization import normalise_images
 from fusedet.models.protocols import (
+    AuxiliaryNeck,
     Backbone,
     BoxRefiner,
     MaskPredictor,
@@ -20,11 +22,12 @@ from fusedet.models.protocols import (
     RoIBranch,
     RoIStage,
     StageOutputs,
+    StageSamples,
 )
 from fusedet.models.roi.mask import paste_masks
 from fusedet.models.roi.pooling import boxes_to_rois
 from fusedet.models.roi.sampling import pad_to_proposals
-from fusedet.types import Batch, BatchDetections, Detections, Features, Losses, Outputs, Proposals
+from fusedet.types import Batch, BatchDetections, Detections, Features, Losses, Outputs, Proposals, Target
 
 
 class TwoStageOutputs(NamedTuple):
@@ -60,6 +63,11 @@ class TwoStage(nn.Module):
             over the stages; boxes are those of the last stage.
         selection: Options of `ops.boxes.select_detections` (score, iou, max_det), and pre_nms, the proposals of a level
             that enter NMS.
+        auxiliary_stages: For a neck with auxiliary losses one per stage, on `roi.AllLevelPooling` of the neck's
+            laterals. They take part in training only.
+
+    Raises:
+        InputError: The neck's auxiliary losses need auxiliary stages that are missing, or there are too many.
     """
 
     backbone: Backbone
@@ -67,6 +75,7 @@ class TwoStage(nn.Module):
     head: ProposalHead
     stages: Sequence[RoIStage]
     branches: Sequence[Sequence[RoIBranch]]
+    auxiliary_stages: Sequence[RoIStage]
 
     def __init__(
         self,
@@ -76,11 +85,19 @@ class TwoStage(nn.Module):
         stages: Sequence[RoIStage],
         branches: Sequence[Sequence[RoIBranch]] = (),
         selection: Mapping[str, Any] | None = None,
+        auxiliary_stages: Sequence[RoIStage] = (),
     ) -> None:
         super().__init__()
+        needed = len(stages) if auxiliary_weight(neck) else 0
+        if len(auxiliary_stages) != needed:
+            raise InputError(
+                f"{len(auxiliary_stages)} auxiliary stages for {len(stages)} stages: the neck needs {needed}, one per "
+                "stage where its auxiliary_weight is above 0"
+            )
         self.backbone, self.neck, self.head = backbone, neck, head
         self.stages = cast("Sequence[RoIStage]", _module_list(stages))
         self.branches = cast("Sequence[Sequence[RoIBranch]]", _module_list([_module_list(kind) for kind in branches]))
+        self.auxiliary_stages = cast("Sequence[RoIStage]", _module_list(auxiliary_stages))
         self.selection = dict(selection or {})
         self.to(memory_format=torch.channels_last)
 
@@ -99,13 +116,19 @@ class TwoStage(nn.Module):
             for kind in self.branches:
                 terms = kind[i].loss_weights.items()
                 weights |= {self.term_name(i, name): weight * stage.weight for name, weight in terms}
-            if extra:
-                terms = stage.loss_weights.items()
-                weights |= {f"auxiliary_{self.term_name(i, name)}": extra * weight for name, weight in terms}
+        if isinstance(self.neck, AuxiliaryNeck):
+            for i, stage in enumerate(self.auxiliary_stages):
+                for level in range(len(self.neck.lateral_levels)):
+                    terms = stage.loss_weights.items()
+                    weights |= {self.term_name(i, name, level): extra * weight for name, weight in terms}
         return weights
 
-    def term_name(self, stage: int, name: str) -> str:
-        """Name a stage's loss term: s0_loss_cls for the first of several stages, loss_cls for the only one."""
+    def term_name(self, stage: int, name: str, level: int | None = None) -> str:
+        """Name a stage's loss term: s0_loss_cls for the first of several stages, loss_cls for the only one.
+
+        Those of an auxiliary stage have the index of the lateral, such as auxiliary_level0_loss_cls.
+        """
+        name = name if level is None else f"auxiliary_level{level}_{name}"
         return f"s{stage}_{name}" if len(self.stages) > 1 else name
 
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -147,10 +170,7 @@ class TwoStage(nn.Module):
     def loss(self, batch: Batch) -> Losses:
         """Compute the unweighted losses of the proposal head, of each stage and of its branches.
 
-        Where the neck has an auxiliary pyramid, each stage's samples are also trained on there.
-
-        References:
-            AugFPN (2020), section 3.2: consistent supervision.
+        Where the neck has an auxiliary pyramid, each stage's auxiliary stage is trained on the same samples there.
         """
         assert batch.targets is not None
         features = self.backbone(self.normalise(batch.images, batch.sizes))
@@ -166,13 +186,32 @@ class TwoStage(nn.Module):
                 terms |= kind[i].loss(features, samples, batch.targets, batch.sizes)
             losses |= {self.term_name(i, name): value for name, value in terms.items()}
             if auxiliary is not None:
-                extra = stage.loss(stage(auxiliary, samples.rois), samples, batch.targets)
-                losses |= {f"auxiliary_{self.term_name(i, name)}": value for name, value in extra.items()}
+                losses |= self.auxiliary_loss(i, auxiliary, samples, batch.targets)
             if i + 1 < len(self.stages):
                 assert samples.is_ground_truth is not None
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
                 proposed = ~samples.is_ground_truth  # the next stage adds the ground-truth boxes by itself
                 proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(batch))
+        return losses
+
+    def auxiliary_loss(
+        self, stage: int, auxiliary: Features, samples: StageSamples, targets: Sequence[Target]
+    ) -> Losses:
+        """Compute the losses of a stage's auxiliary stage, for every lateral those of all samples.
+
+        References:
+            "AugFPN: Improving Multi-Scale Feature Learning for Object Detection", Guo et al., 2020, section 3.2:
+            consistent supervision.
+        """
+        head = self.auxiliary_stages[stage]
+        logits, deltas = head(auxiliary, samples.rois)  # (L * S, ...): all samples of the finest lateral first
+        assert isinstance(self.neck, AuxiliaryNeck)
+        shape = (len(self.neck.lateral_levels), len(samples.rois))
+        losses: Losses = {}
+        for level, own in enumerate(logits.unflatten(0, shape)):
+            raw = own, None if deltas is None else deltas.unflatten(0, shape)[level]
+            terms = head.loss(raw, samples, targets)
+            losses |= {self.term_name(stage, name, level): value for name, value in terms.items()}
         return losses
 
     def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:

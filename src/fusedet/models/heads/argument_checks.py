@@ -53,3 +53,13 @@ def check_length(name: str, strides: float) -> None:
     """
     if not 0 < strides < math.inf:
         raise InputError(f"{name}={strides} must be above 0, in strides")
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Check the weight of a loss.
+
+    Raises:
+        InputError: It is negative or not finite.
+    """
+    if not 0 <= weight < math.inf:
+        raise InputError(f"{name}={weight} must be 0 or more")

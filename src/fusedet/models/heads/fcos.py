@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_focal, check_length
+from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import PointInBoxAssigner, assign_batch, gather_positives
 from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_base_points
@@ -53,6 +53,7 @@ class FCOSHead(nn.Module):
         alpha: Weight of the positives in the focal loss.
         gamma: Exponent of the focal loss.
         prior: Initial score of every point.
+        cls_weight: Weight of the classification loss (lambda in eq. 10 of MSIL, 2023).
         offset: Position of a point in its cell, in strides: 0.5 in the middle (section 3.1), 0 at the upper left corner
             (torchvision).
 
@@ -81,11 +82,13 @@ class FCOSHead(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         prior: float = 0.01,
+        cls_weight: float = 1.0,
         offset: float = 0.5,
     ) -> None:
         super().__init__()
         one_of("box_loss", box_loss, BoxLoss)
         check_focal(alpha, gamma, prior)
+        check_weight("cls_weight", cls_weight)
         check_length("radius", radius)
         limits = tuple(8.0 * stride for stride in levels.strides[:-1]) if ranges is None else tuple(ranges)
         _check_limits(limits, len(levels))
@@ -96,7 +99,7 @@ class FCOSHead(nn.Module):
         self.normalize_boxes, self.centerness_on_box = normalize_boxes, centerness_on_box
         self.box_loss = BOX_LOSSES[box_loss]
         self.offset = offset
-        self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0, "loss_centerness": 1.0}
+        self.loss_weights = {"loss_cls": cls_weight, "loss_box": 1.0, "loss_centerness": 1.0}
         self.assigner = PointInBoxAssigner(limits, radius if center_sampling else None)
         shapes = torch.stack([make_base_points(stride) for stride in levels.strides])  # (L, 1, 4)
         self.register_buffer("shapes", shapes, persistent=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_iou_thresholds
+from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_iou_thresholds, check_weight
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, encode_boxes, grid_priors, make_base_anchors
@@ -47,6 +47,7 @@ class RetinaHead(nn.Module):
         alpha: Weight of the positives in the focal loss.
         gamma: Exponent of the focal loss.
         prior: Initial score of every anchor.
+        cls_weight: Weight of the classification loss (lambda in eq. 10 of MSIL, 2023).
 
     Raises:
         InputError: An option is out of its range.
@@ -74,16 +75,18 @@ class RetinaHead(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         prior: float = 0.01,
+        cls_weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_focal(alpha, gamma, prior)
+        check_weight("cls_weight", cls_weight)
         check_iou_thresholds(positive, negative)
         check_anchors("base_scale", base_scale, ratios)
         if scales_per_octave < 1:
             raise InputError(f"scales_per_octave={scales_per_octave} must be at least 1")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
-        self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
+        self.loss_weights = {"loss_cls": cls_weight, "loss_box": 1.0}
         self.assigner = MaxIoUAssigner(positive, negative)
         shapes = torch.stack(
             [make_base_anchors(stride, base_scale, scales_per_octave, ratios, whole_sizes) for stride in levels.strides]

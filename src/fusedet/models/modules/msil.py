@@ -36,8 +36,8 @@ class MSIL(nn.Module):
         align: Equation 3; without it E is the identity (Table 1, "w/o semantic alignment").
         fuse: Equation 4; without it each branch is gated by its own aligned map, and nothing passes between the two
             (ours, in no table).
-        separate: Equation 5 as printed; without it the gate is sigmoid(U) (Table 1, "w/o semantic separation"; that
-            form is a choice).
+        separate: Equation 5 as printed; without it the gate is sigmoid(U), and no activation ends the fusion (Table 1,
+            "w/o semantic separation"; that form is a choice).
         to_cls: Gate the classification branch (Table 2). With neither branch gated the module has no parameters and
             changes nothing.
         to_reg: Gate the regression branch (Table 2).
@@ -48,7 +48,7 @@ class MSIL(nn.Module):
         reduction: Of the CAM's MLP, as in CBAM, which the paper cites.
         norm: After each of the encoder's two convolutions and after the fusion: "gn" is GroupNorm(32), "none" a bias of
             the convolutions. The paper names none (a choice).
-        activation: In the same places: "relu" or "none" (a choice).
+        activation: In the same places, after the fusion with `separate` only: "relu" or "none" (a choice).
         gate: The outer function of equation 5, "activation function" in the paper (a choice); the one of equation 6 is
             printed. Both values map to 0..1.
 
@@ -94,7 +94,9 @@ class MSIL(nn.Module):
         self.align = (
             _Align(channels, encoder_kernel, conv_kernel, norm, activation) if align and is_used else nn.Identity()
         )
-        self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, activation) if fuse and is_used else None
+        # without separation U goes into the sigmoid itself, where a ReLU would keep the gate at 0.5 or more
+        ending = activation if separate else "none"
+        self.fuse = _unit(2 * channels, channels, fuse_kernel, norm, ending) if fuse and is_used else None
         self.separate_cls = _Separate(channels, decoder_kernel, reduction) if separate and to_cls else nn.Identity()
         self.separate_reg = _Separate(channels, decoder_kernel, reduction) if separate and to_reg else nn.Identity()
 

@@ -19,12 +19,15 @@ from fusedet.types import Features, Levels
 class AugFPN(nn.Module):
     """FPN with multi-scale context on its coarsest lateral, and with auxiliary supervision of its laterals.
 
-    Choices [X]:
+    Consistent supervision depends on the detector:
 
-    - The auxiliary losses are those of the detector's own dense head, shared with the fused pyramid, on all levels. The
-      authors' code scores M3 to M5 with an extra head on RoIs, which a one-stage detector does not have.
-    - The paper's third part, soft RoI selection, belongs to two-stage heads (`roi.SoftPooling`).
-    - The authors' one-stage code adds the mean of the context to P6 too; here it does not.
+    - Two stages, as in the authors' code: an auxiliary head of its own pools every RoI from every lateral M_i, and each
+      lateral has its losses (`detectors.TwoStage`). The paper's third part, soft RoI selection, is `roi.SoftPooling`.
+    - One stage, a deviation [X]: the losses are those of the detector's own dense head, shared with the fused pyramid,
+      on all levels. The authors' code decodes the dense head's boxes, samples RoIs among them, and trains an auxiliary
+      RoI head on M3 to M5.
+
+    The authors' one-stage code adds the mean of the context to P6 too; here it does not [X].
 
     Args:
         levels: The backbone's levels, as in FPN.
@@ -36,7 +39,7 @@ class AugFPN(nn.Module):
             [H].
         augment: Residual feature augmentation; without it the neck is FPN, weight for weight.
         auxiliary_weight: Weight of the losses on the pyramid before its fusion (consistent supervision, lambda of eq.
-            1), 0 for none; 0.25 in the authors' code [H].
+            1), 0 for none; 0.25 for each lateral's in the authors' code [H].
 
     Raises:
         InputError: As in FPN; a ratio or the weight is out of range.
@@ -61,6 +64,7 @@ class AugFPN(nn.Module):
         self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         self.auxiliary_weight = auxiliary_weight
         inputs = levels.channels[self.start :]
+        self.lateral_levels = Levels((channels,) * len(inputs), self.levels.strides[: len(inputs)])
         self.lateral = nn.ModuleList(conv(c, channels, 1) for c in inputs)  # C_i -> channels
         self.output = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top)

@@ -6,7 +6,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -74,9 +73,6 @@ class BiFPN(nn.Module):
         self.top = TopLevels(inputs[-1], channels, count - len(inputs), top)
         self.layers = nn.Sequential(*(BiFPNLayer(count, channels, norm, separable) for _ in range(repeats)))
         init_xavier(self)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d) and m.groups > 1:  # Xavier's bound for depthwise kernels: both fans are 3 * 3
-                nn.init.uniform_(m.weight, -math.sqrt(6 / 18), math.sqrt(6 / 18))
 
     def forward(self, features: Features) -> Features:
         """Compute the P levels of the backbone's C maps, finest first."""

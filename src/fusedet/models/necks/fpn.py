@@ -8,7 +8,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -77,12 +77,12 @@ class FPN(nn.Module):
         return outputs + self.top(inputs[-1], outputs[-1])
 
 
-def top_down(maps: Features, gates: Sequence[nn.Module] | nn.ModuleList = ()) -> Features:
+def top_down(maps: Features, gates: Sequence[Callable[[Tensor], Tensor]] = ()) -> Features:
     """Add to every map the upsampled sum of the level above; nearest neighbours.
 
     Args:
         maps: Laterals, finest first.
-        gates: For each map but the coarsest a module that the sum above passes before it is upsampled; none by default.
+        gates: For each map but the coarsest what the sum above passes before it is upsampled; none by default.
 
     Returns:
         The sums, of the same shapes.

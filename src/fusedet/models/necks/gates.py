@@ -20,7 +20,9 @@ from fusedet.models.ops.layers import conv
 Gate = Literal["gcg", "cag", "ca", "cam", "none"]
 
 
-def make_gate(kind: Gate, channels: int, reduction: int | None = None, cag_relu: bool = False) -> nn.Module:
+def make_gate(
+    kind: Gate, channels: int, reduction: int | None = None, cag_relu: bool = False, source: int | None = None
+) -> nn.Module:
     """Make the gate of that name.
 
     Args:
@@ -28,9 +30,10 @@ def make_gate(kind: Gate, channels: int, reduction: int | None = None, cag_relu:
         channels: C.
         reduction: Of "ca" and "cam"; None for their papers' 32 and 16.
         cag_relu: See `CAG`.
+        source: Of "gcg", see `GCG`.
     """
     if kind == "gcg":
-        return GCG(channels)
+        return GCG(channels, source)
     if kind == "cag":
         return CAG(channels, cag_relu)
     if kind == "ca":
@@ -52,19 +55,24 @@ class GCG(nn.Module):
 
     x is the outer product of every channel's row and column means. fc1 and fc2 act on channels, because sizes vary
     (forced). One sigmoid acts on the product (eq. 10).
+
+    Args:
+        channels: C of F.
+        source: Channels of the map that F_h and F_w are pooled from; None for F itself.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, source: int | None = None) -> None:
         super().__init__()
-        self.fc1, self.fc2 = conv(channels, channels, 1), conv(channels, channels, 1)
+        inputs = channels if source is None else source
+        self.fc1, self.fc2 = conv(inputs, channels, 1), conv(inputs, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale x (N, C, H, W) by its weights."""
-        return self.weights(x) * x
+    def forward(self, source: Tensor, x: Tensor | None = None) -> Tensor:
+        """Scale x (N, C, H, W), by default the source itself, by the weights of `source` (N, `source`, H, W)."""
+        return self.weights(source) * (source if x is None else x)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """Compute the weights (N, C, H, W), in 0..1, of x."""
-        f_h, f_w = pool_rows_and_columns(x)
+    def weights(self, source: Tensor) -> Tensor:
+        """Compute the weights (N, C, H, W), in 0..1, of a map (N, `source`, H, W)."""
+        f_h, f_w = pool_rows_and_columns(source)
         return torch.sigmoid(self.fc1(f_h) * self.fc2(f_w))
 
 

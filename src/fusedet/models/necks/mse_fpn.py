@@ -7,6 +7,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Literal
@@ -23,8 +24,9 @@ from fusedet.models.ops.precision import without_autocast
 from fusedet.types import Features, Levels
 
 Enhancement = Literal["full", "channel", "spatial", "conv1x1", "none"]
-Injection = Literal["full", "split", "conv1x1", "none"]
+Injection = Literal["full", "split", "conv1x1", "add", "none"]
 GatePlace = Literal["lateral", "topdown"]
+GateSource = Literal["lateral", "backbone"]
 Norm = Literal["gn1", "none"]
 
 
@@ -42,9 +44,10 @@ class MSEFPN(nn.Module):
     Values of `sim`, the injection of the result M' into every lateral:
 
     - "full": all channels of M' (the reading of the text).
-    - "split": every level takes its own channels of M', a level outside `context` none (TopFormer's way, which the
-      abstract's "divides" suggests).
+    - "split": every level takes its own channels of M', a level outside `context` none (TopFormer's way, which figure
+      2's "to corresponding levels" suggests).
     - "conv1x1": the sum with a 1x1 convolution of M' (Tables 2 and 4).
+    - "add": the sum with M' itself, which `sem_conv` brings to `channels`.
     - "none": no injection.
 
     Values of `gate`: "gcg"; "cag", "ca" (coordinate attention) and "cam" (CBAM's) of Table 6; "none".
@@ -60,11 +63,15 @@ class MSEFPN(nn.Module):
         context: The levels S whose maps make the global context M (eq. 1 and 2), by pyramid numbers (3 has stride 8).
             (3, 4, 5) is the paper's choice, (2, 3, 4, 5) and (4, 5) are its Table 3. Levels below `finest` are allowed.
         sem: Semantic enhancement of M.
+        sem_conv: A 1x1 convolution of M' to `channels`, one for all levels (another reading of Table 4's "adding 1x1
+            convolutional layers after the SEM output").
         sim: Semantic injection of M'.
         pre_conv: One more 1x1 convolution on the lateral before "full" or "split" (Table 5).
         gate: The gate.
         gate_place: "lateral" gates every lateral before the top-down sum (eq. 10 acts on F_i); "topdown" gates what a
             level passes down ("from the higher-level features"): a choice.
+        gate_source: What "gcg" pools its weights from: "lateral" is the map that it scales (eq. 10), "backbone" C_i
+            (the sentence before eq. 9).
         embed: Spatial branch: C' of Q and K (a choice).
         v_groups: Spatial branch: groups of W_v. 1 is the text; more makes the "small increase in parameters" true.
         norm: Spatial branch: meaning of "normalizing the R group". "gn1" is GroupNorm of one group without parameters,
@@ -78,7 +85,8 @@ class MSEFPN(nn.Module):
 
     Raises:
         InputError: As in FPN; `context` names levels that the backbone lacks; no `sim` takes the result of `sem`;
-            `pre_conv` without SIM; groups that do not divide their channels.
+            `pre_conv` without SIM; `sem_conv` does not fit `sim`; `gate_source` without "gcg"; groups that do not
+            divide their channels.
     """
 
     def __init__(
@@ -90,10 +98,12 @@ class MSEFPN(nn.Module):
         top: Top = "on_input",
         context: tuple[int, ...] = (3, 4, 5),
         sem: Enhancement = "full",
+        sem_conv: bool = False,
         sim: Injection = "full",
         pre_conv: bool = False,
         gate: Gate = "gcg",
         gate_place: GatePlace = "lateral",
+        gate_source: GateSource = "lateral",
         embed: int = 256,
         v_groups: int = 1,
         norm: Norm = "gn1",
@@ -104,8 +114,15 @@ class MSEFPN(nn.Module):
         cag_relu: bool = False,
     ) -> None:
         super().__init__()
-        named = {"sem": sem, "sim": sim, "gate": gate, "gate_place": gate_place, "norm": norm}
-        for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, Norm)):
+        named = {
+            "sem": sem,
+            "sim": sim,
+            "gate": gate,
+            "gate_place": gate_place,
+            "gate_source": gate_source,
+            "norm": norm,
+        }
+        for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, GateSource, Norm)):
             one_of(key, value, kind)
         self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
@@ -117,6 +134,17 @@ class MSEFPN(nn.Module):
             raise InputError(
                 f"sem={sem} needs a sim that takes its result: set sem=none, or sim to full, split or conv1x1"
             )
+        if sem_conv and sim in ("split", "none"):
+            raise InputError(
+                f"sem_conv=true mixes the channels of all levels, sim={sim} does not take them: set sem_conv=false, or "
+                "sim to full, conv1x1 or add"
+            )
+        if sim == "add" and not sem_conv:
+            raise InputError(
+                f"sim=add needs a context of the laterals' {channels} channels: set sem_conv=true, or sim to conv1x1"
+            )
+        if gate_source == "backbone" and gate != "gcg":
+            raise InputError(f"gate_source=backbone is an option of gate=gcg, got gate={gate}: set gate_source=lateral")
         if pre_conv and sim not in ("full", "split"):
             raise InputError(
                 f"pre_conv=true stands before SIM, and sim={sim} has none: set pre_conv=false, or sim to full or split"
@@ -133,18 +161,27 @@ class MSEFPN(nn.Module):
         widths = [levels.channels[i] for i in self.sources]
         total, ends = sum(widths), list(accumulate(widths))
         own = {i: slice(end - width, end) for i, width, end in zip(self.sources, widths, ends)}
-        whole = {i: slice(0, total) for i in range(self.start, len(levels)) if total}
+        width = channels if sem_conv else total
+        whole = {i: slice(0, width) for i in range(self.start, len(levels)) if total}
         taken = {i: part for i, part in (own if sim == "split" else whole).items() if i >= self.start}
         if sim == "split" and not taken:
             raise InputError(f"sim=split needs a level of context={tuple(context)} that is not below finest={finest}")
         # the channels of M' that each lateral takes
         self.parts = {str(i - self.start): part for i, part in taken.items()}
-        inject = partial(SIM, groups=sim_groups, local=pre_conv) if sim in ("full", "split") else Add
+        inject = (
+            partial(SIM, groups=sim_groups, local=pre_conv)
+            if sim in ("full", "split")
+            else partial(Add, convolve=sim == "conv1x1")
+        )
         self.sem = make_sem(sem, total, embed, reduction, v_groups, norm == "gn1", pool_first)
+        if sem_conv:
+            self.sem = nn.Sequential(self.sem, conv(total, channels, 1))
         self.sim = nn.ModuleDict({i: inject(part.stop - part.start, channels) for i, part in self.parts.items()})
-        self.gate_place = gate_place
-        gates = len(inputs) - (gate_place == "topdown")  # the finest level passes nothing down
-        self.gate = nn.ModuleList(make_gate(gate, channels, gate_reduction, cag_relu) for _ in range(gates))
+        self.gate_place, self.gate_source = gate_place, gate_source
+        gated = inputs[gate_place == "topdown" :]  # the finest level passes nothing down
+        self.gate = nn.ModuleList(
+            make_gate(gate, channels, gate_reduction, cag_relu, c if gate_source == "backbone" else None) for c in gated
+        )
         init_xavier(self)
 
     def forward(self, features: Features) -> Features:
@@ -155,9 +192,12 @@ class MSEFPN(nn.Module):
             context = self.sem(self.global_context(features))  # M' (N, Cn, H, W)
             for key, inject in self.sim.items():
                 maps[int(key)] = inject(maps[int(key)], context[:, self.parts[key]])
+        gates: list[Callable[[Tensor], Tensor]] = list(self.gate)
+        if self.gate_source == "backbone":
+            gates = [partial(gate, c) for gate, c in zip(gates, inputs[-len(gates) :])]
         if self.gate_place == "lateral":
-            maps = [gate(f) for gate, f in zip(self.gate, maps)]
-        maps = top_down(maps, self.gate if self.gate_place == "topdown" else ())
+            maps = [gate(f) for gate, f in zip(gates, maps)]
+        maps = top_down(maps, gates if self.gate_place == "topdown" else ())
         outputs = [output(m) for output, m in zip(self.output, maps)]
         return outputs + self.top(inputs[-1], outputs[-1])
 
@@ -277,11 +317,11 @@ class SIM(nn.Module):
 
 
 class Add(nn.Module):
-    """Substitute of SIM: F_i = X_i + up(conv(M'))."""
+    """Substitute of SIM: F_i = X_i + up(conv(M')); without `convolve` F_i = X_i + up(M')."""
 
-    def __init__(self, inputs: int, channels: int) -> None:
+    def __init__(self, inputs: int, channels: int, convolve: bool = True) -> None:
         super().__init__()
-        self.conv = conv(inputs, channels, 1)
+        self.conv = conv(inputs, channels, 1) if convolve else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Compute F_i (N, C, H_i, W_i) of x, of the same shape, and M' (N, inputs, H, W)."""

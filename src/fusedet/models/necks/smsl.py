@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
 from fusedet.models.ops.layers import conv, init_xavier
-from fusedet.models.ops.pyramid_resize import NonLocal, gather_levels, scatter_level
+from fusedet.models.ops.pyramid_resize import NonLocal, Resizing, gather_levels, scatter_level
 from fusedet.types import Features, Levels
 
 Mode = Literal["on_neck", "standalone"]
@@ -33,8 +33,7 @@ class SMSL(nn.Module):
       a top-down path, and the levels above as in FPN (section 3.1; that the published ablation has this form is a
       reading, a choice).
 
-    All levels meet in the size of level number (L - 1) // 2, the middle one (paper): finer levels by max pooling,
-    coarser ones by nearest neighbours (Libra R-CNN's way; the paper says "resizing"). Biases of the fully connected
+    All levels meet in the size of level number (L - 1) // 2, the middle one (paper). Biases of the fully connected
     layers, the affine LayerNorm and those of the non-local block are choices that the printed parameter counts allow.
     The counts fix the output convolution and the unreduced width.
 
@@ -48,6 +47,10 @@ class SMSL(nn.Module):
         channel_rescaling: CR of Table 1, eq. 2 to 6.
         global_feature: GF of Table 1: one more mixture, refined by a non-local block and added to all others.
         reduction: r of eq. 3 and 9, 8 in the paper.
+        resizing: How the levels are resized to the middle one's size and back: "pool" by max pooling and nearest
+            neighbours, Libra R-CNN's way; "nearest" or "bilinear" (the paper says "resizing", a choice).
+        non_local_scale: The non-local block divides its products by sqrt(C), as MMDetection's does by default (a
+            choice).
         zero_init: The non-local block starts as the identity (a choice).
 
     Raises:
@@ -66,10 +69,13 @@ class SMSL(nn.Module):
         channel_rescaling: bool = True,
         global_feature: bool = True,
         reduction: int = 8,
+        resizing: Resizing = "pool",
+        non_local_scale: bool = True,
         zero_init: bool = True,
     ) -> None:
         super().__init__()
         one_of("mode", mode, Mode)
+        one_of("resizing", resizing, Resizing)
         self.sources = Sources(levels, channels, finest, coarsest, top) if mode == "standalone" else None
         self.levels = self.sources.levels if self.sources else levels
         L, C = len(self.levels), self.levels.channels[0]
@@ -81,21 +87,21 @@ class SMSL(nn.Module):
             raise InputError(f"it selects among levels and needs at least two, got {L} (strides {self.levels.strides})")
         if reduction < 1 or C // reduction < 2:
             raise InputError(f"reduction={reduction} must be between 1 and half of the {C} channels")
-        self.gather_level = (L - 1) // 2
+        self.gather_level, self.resizing = (L - 1) // 2, resizing
         self.rescale = ChannelRescaling(L * C, reduction) if channel_rescaling else None
         self.select = SelectiveUnits(L + global_feature, L, C, reduction)
-        self.non_local = NonLocal(C, scale=True, zero_init=zero_init) if global_feature else None
+        self.non_local = NonLocal(C, non_local_scale, zero_init) if global_feature else None
 
     def forward(self, features: Features) -> Features:
         """Compute L levels (N, C, H_l, W_l) of L levels of the same sizes, or of a backbone's maps, finest first."""
         P = self.sources(features) if self.sources else features
-        D = gather_levels(P, self.gather_level)  # L times (N, C, H, W)
+        D = gather_levels(P, self.gather_level, self.resizing)  # L times (N, C, H, W)
         s, A = self.attend(D)
         F_t = combine(D, A * s)  # (N, T, C, H, W)
         if self.non_local:
             G = self.non_local(F_t[:, -1])  # (N, C, H, W)
             F_t = F_t[:, :-1] + G[:, None]  # (14)
-        return [add_resized(p, F_t[:, i], i, self.gather_level) for i, p in enumerate(P)]  # (15)
+        return [add_resized(p, F_t[:, i], i, self.gather_level, self.resizing) for i, p in enumerate(P)]  # (15)
 
     def weights(self, features: Features) -> Tensor:
         """Compute A (N, T, L, C) of eq. 11: the share of each level in each of T targets, channel by channel.
@@ -104,7 +110,7 @@ class SMSL(nn.Module):
         `forward`.
         """
         P = self.sources(features) if self.sources else features
-        return self.attend(gather_levels(P, self.gather_level))[1]
+        return self.attend(gather_levels(P, self.gather_level, self.resizing))[1]
 
     def attend(self, D: Features) -> tuple[Tensor, Tensor]:
         """Compute the scales s (N, 1, L, C) and the weights A (N, T, L, C) of L gathered levels (N, C, H, W)."""
@@ -184,12 +190,12 @@ def combine(D: Features, weights: Tensor) -> Tensor:
     return mixed
 
 
-def add_resized(p: Tensor, f: Tensor, index: int, level: int) -> Tensor:
+def add_resized(p: Tensor, f: Tensor, index: int, level: int, resizing: Resizing = "pool") -> Tensor:
     """Add f (N, C, H, W), of level number `level`, in the size of level number `index`, p (N, C, H_l, W_l)."""
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
-    if index < level and height % h == 0 and width % w == 0:
+    if resizing != "bilinear" and index < level and height % h == 0 and width % w == 0:
         # nearest neighbours repeat f in blocks: added by broadcasting, the upsampled map is never written
         # (N, C, h, blocks of rows, w, of columns)
         blocks = p.unflatten(2, (h, height // h)).unflatten(4, (w, width // w))
         return (blocks + f[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
-    return p + scatter_level(f, p, index, level)
+    return p + scatter_level(f, p, index, level, resizing)

@@ -163,6 +163,12 @@ def select_detections(
         sizes (N, 2); result: boxes (N, D, 4), scores (N, D), labels (N, D), counts (N,).
     """
     boxes, scores, quality = candidates
+    if boxes.is_meta:  # only shapes matter on the meta device
+        n = len(boxes)
+        labels = torch.zeros(n, max_det, dtype=torch.int64, device="meta")
+        return BatchDetections(
+            boxes.new_zeros(n, max_det, 4), scores.new_zeros(n, max_det), labels, labels.new_zeros(n)
+        )
     top = [_best_pairs(level, pre_nms) for level in scores.split(list(level_counts), dim=1)]
     starts = [sum(level_counts[:i]) for i in range(len(top))]
     confidence = torch.cat([values for values, _, _ in top], dim=1)  # (N, M)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,9 @@ from fusedet.models.ops.layers import conv
 from fusedet.types import Features
 
 Size = tuple[int, int]
+Resizing = Literal["pool", "nearest", "bilinear"]
+"""How maps are resized: "pool" shrinks by max pooling and enlarges by nearest neighbours, Libra R-CNN's way; "nearest"
+and "bilinear" do both by interpolation."""
 
 
 def max_pool_to(x: Tensor, size: Size) -> Tensor:
@@ -21,24 +26,35 @@ def max_pool_to(x: Tensor, size: Size) -> Tensor:
     return F.adaptive_max_pool2d(x, size)
 
 
-def upsample_nearest(x: Tensor, size: Size) -> Tensor:
-    """Upsample x (N, C, H, W) to a size by nearest neighbours."""
+def resize_nearest(x: Tensor, size: Size) -> Tensor:
+    """Resize x (N, C, H, W) to a size by nearest neighbours."""
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def gather_levels(features: Features, level: int) -> Features:
-    """Resize all levels to the size of one: finer levels by max pooling, coarser ones by nearest neighbours."""
+def resize_bilinear(x: Tensor, size: Size) -> Tensor:
+    """Resize x (N, C, H, W) to a size by bilinear interpolation, without aligned corners."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+_RESIZERS: dict[Resizing, tuple[Callable[[Tensor, Size], Tensor], Callable[[Tensor, Size], Tensor]]] = {
+    "pool": (max_pool_to, resize_nearest),
+    "nearest": (resize_nearest, resize_nearest),
+    "bilinear": (resize_bilinear, resize_bilinear),
+}  # to shrink, to enlarge
+
+
+def gather_levels(features: Features, level: int, resizing: Resizing = "pool") -> Features:
+    """Resize all levels to the size of one."""
     size = (features[level].shape[-2], features[level].shape[-1])
-    return [
-        max_pool_to(f, size) if i < level else f if i == level else upsample_nearest(f, size)
-        for i, f in enumerate(features)
-    ]
+    shrink, enlarge = _RESIZERS[resizing]
+    return [shrink(f, size) if i < level else f if i == level else enlarge(f, size) for i, f in enumerate(features)]
 
 
-def scatter_level(x: Tensor, like: Tensor, index: int, level: int) -> Tensor:
+def scatter_level(x: Tensor, like: Tensor, index: int, level: int, resizing: Resizing = "pool") -> Tensor:
     """Resize a map of level number `level` to the size of `like`, level `index`: the inverse of `gather_levels`."""
     size = (like.shape[-2], like.shape[-1])
-    return upsample_nearest(x, size) if index < level else x if index == level else max_pool_to(x, size)
+    shrink, enlarge = _RESIZERS[resizing]
+    return enlarge(x, size) if index < level else x if index == level else shrink(x, size)
 
 
 class NonLocal(nn.Module):

@@ -76,6 +76,32 @@ class LevelPooling(nn.Module):
         return pooled
 
 
+class AllLevelPooling(nn.Module):
+    """RoIAlign of each RoI on every level, for heads that score the levels one by one.
+
+    Args:
+        levels: Levels to pool from, L of them.
+        size: Output size, in cells per side.
+        samples: Sampling points per side of an output cell, 2 in AugFPN's code.
+
+    References:
+        "AugFPN: Improving Multi-Scale Feature Learning for Object Detection", Guo et al., 2020, section 3.2.
+    """
+
+    def __init__(self, levels: Levels, size: int = 7, samples: int = 2) -> None:
+        super().__init__()
+        self.size, self.samples, self.strides = size, samples, levels.strides
+
+    def forward(self, features: Features, rois: Tensor) -> Tensor:
+        """Pool the features of every RoI from every level.
+
+        Shape:
+            features: L or more levels (N, C, H, W); rois (M, 5), index of the image in the batch, then a box in pixels;
+            result (L * M, C, size, size), all RoIs of the finest level first.
+        """
+        return torch.cat([align_level(f, rois, self.size, s, self.samples) for f, s in zip(features, self.strides)])
+
+
 def align_level(
     feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 0, aligned: bool = True
 ) -> Tensor:
