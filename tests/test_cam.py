@@ -184,11 +184,11 @@ def test_gate_weights_scale_the_features(kind: type[nn.Module]) -> None:
     assert ((weights > 0) & (weights < 1)).all()
 
 
+@pytest.mark.parametrize("source", ["lateral", "backbone"])
 @pytest.mark.parametrize(("place", "strides"), [("lateral", [8, 16, 32]), ("topdown", [16, 32])])
-def test_gates_have_their_levels(place: str, strides: list[int], batch: Batch) -> None:
-    seen = compute_activation_maps(
-        make("retinanet", f"model.neck={{type: mse_fpn, gate_place: {place}}}").eval(), batch, 0
-    )
+def test_gates_have_their_levels(place: str, strides: list[int], source: str, batch: Batch) -> None:
+    neck = f"model.neck={{type: mse_fpn, gate_place: {place}, gate_source: {source}}}"
+    seen = compute_activation_maps(make("retinanet", neck).eval(), batch, 0)
     (row,) = seen.gates
     assert list(row.maps) == strides
     assert all(x.shape == (96 // s, 128 // s) for s, x in row.maps.items())
