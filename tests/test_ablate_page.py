@@ -149,7 +149,7 @@ def make_summary(folder: Path) -> dict[str, Any]:
         "seeds": 2,
         "overrides": [],
     }
-    head |= {"metric": "AP", "resampled": True, "best_weights": False}
+    head |= {"metric": "AP", "resampled": True, "best_weights": False, "size_bins": []}
     return head | {
         "commands": [["fusedet", "ablate", "mine", "data=a b"]],
         "data": {"train": split, "val": split, "classes": classes},

@@ -522,7 +522,11 @@ def test_local_files_that_are_no_weights(capsys: Capture, scenes: Path, tmp_path
     torch.save([1, 2], file)
     has(refuse(file), file, "cannot be read as a state dict")
     torch.save({"a": torch.zeros(3)}, file)
-    has(refuse(file), file, "lacks", "timm's names")
+    has(refuse(file), file, "lacks", "of 'lcnet_050': conv_stem.weight, bn1.weight", "holds a, ", "timm's names")
+    whole = timm.create_model("lcnet_050").state_dict()
+    partial = {key: torch.rand(value.shape) for key, value in whole.items() if key != "bn1.running_var"}
+    torch.save(partial, file)
+    has(refuse(file), file, "lacks 1 of the", "of 'lcnet_050': bn1.running_var;")
     torch.save(timm.create_model("lcnet_035").state_dict(), file)
     has(refuse(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
     assert not (tmp_path / "out").exists()

@@ -114,7 +114,7 @@ def test_drawn_images():
 
 
 def test_mean_over_seeds():
-    one, two = (ResampledMetrics(np.full((6, 3), v), np.full((2, 3), v), 9) for v in (0.2, 0.4))
+    one, two = (ResampledMetrics(METRICS, np.full((6, 3), v), np.full((2, 3), v), 9) for v in (0.2, 0.4))
     resampled = compute_difference(average_runs([one, two]), two, ["x", "y"])
     assert resampled["AP50"] == pytest.approx({"a": 0.3, "b": 0.4, "difference": 0.1, "low": 0.1, "high": 0.1})
     assert [row["name"] for row in resampled["classes"]] == ["x", "y"]

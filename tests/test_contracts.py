@@ -139,6 +139,23 @@ def test_local_weights_are_loaded_and_checked(tmp_path) -> None:
         TimmBackbone("resnet10t", weights=str(tmp_path / "absent.pth"))
 
 
+def test_real_imagenet_weights_of_a_file(shared) -> None:
+    from safetensors.torch import load_file
+
+    file, name = shared / "weights" / "tf_efficientnet_lite0.safetensors", "tf_efficientnet_lite0"
+    state, backbone = load_file(file), TimmBackbone(name, weights=str(file), norm_eval=True)
+    taken = backbone.body.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in taken.items() if value.is_floating_point())
+    assert backbone.has_weights
+    # The images are normalised as the weights expect: mean and standard deviation 127.5.
+    assert backbone.scale.flatten().tolist() == pytest.approx([1 / 127.5] * 3)
+    assert backbone.shift.flatten().tolist() == pytest.approx([-1.0] * 3)
+    with pytest.raises(
+        InputError, match=r"holds no weights of 'tf_efficientnet_lite1'|lacks .* 'tf_efficientnet_lite1'"
+    ):
+        TimmBackbone("tf_efficientnet_lite1", weights=str(file))
+
+
 def test_unfit_backbones_are_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'resnet50'"):
         TimmBackbone("resnet50x", pretrained=False)

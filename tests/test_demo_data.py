@@ -131,3 +131,21 @@ def test_wrong_options(tmp_path, wrong):
     with pytest.raises(InputError):
         synthetic.generate_dataset(tmp_path / "a", **wrong)
     assert not (tmp_path / "a").exists()
+
+
+def test_sizes_of_a_given_range_are_log_uniform(tmp_path):
+    """Without masks areas are those of the boxes; each octave from 4 to 64 pixels has as many objects."""
+    options = {"images": 80, "size": (96, 96), "splits": {"val": 1}, "diameters": (4.4, 71), "masks": False}
+    path = synthetic.generate_dataset(tmp_path / "a", **options)
+    annotations = load(path, "val")["annotations"]
+    for a in annotations:
+        assert "segmentation" not in a
+        assert a["area"] == a["bbox"][2] * a["bbox"][3]
+    octaves = np.bincount(np.log2([np.sqrt(a["area"]) for a in annotations]).astype(int), minlength=7)
+    assert octaves[2:6].min() > 0.7 * len(annotations) / 4
+    assert octaves[:2].sum() + octaves[6:].sum() < 0.05 * len(annotations)
+    assert synthetic.generate_dataset(path, **options) == path
+    with pytest.raises(InputError, match="exists and is not the requested"):
+        synthetic.generate_dataset(path, **options | {"masks": True})
+    with pytest.raises(InputError, match="diameters must be the smallest and the largest"):
+        synthetic.generate_dataset(tmp_path / "b", size=(64, 64), diameters=(4, 100))

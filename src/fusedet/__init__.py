@@ -28,6 +28,7 @@ _PUBLIC = {
     "convert_weights": "api.convert_weights",
     "create_model": "models.detectors",
     "demo": "api.demo",
+    "estimate_power": "ablation.command",
     "info": "api.info",
     "load": "api.predict",
     "predict": "api.predict_files",
@@ -55,6 +56,7 @@ __all__ = [
     "convert_weights",
     "create_model",
     "demo",
+    "estimate_power",
     "info",
     "load",
     "predict",
@@ -66,7 +68,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fusedet.ablation.command import ablate, preview_ablation
+    from fusedet.ablation.command import ablate, estimate_power, preview_ablation
     from fusedet.api.browse import browse
     from fusedet.api.cam import cam
     from fusedet.api.check_dataset import check_dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -12,10 +12,11 @@ import yaml
 from rich.console import Group, RenderableType
 
 from fusedet import config
-from fusedet.ablation import experiment, plan, render, spec, summary_text
+from fusedet.ablation import experiment, plan, power, render, spec, summary, summary_text
 from fusedet.ablation.estimate import format_duration, parse_duration
 from fusedet.api.results import Result, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
+from fusedet.data import synthetic
 from fusedet.errors import InputError, one_of
 
 Launcher = Literal["local", "slurm"]
@@ -85,6 +86,53 @@ class AblationPreview(Result):
         return Group(lines([self.title]), table, lines(text))
 
 
+@dataclass(frozen=True)
+class PowerEstimate(Result):
+    """How many seeds and images a table needs to show a difference of `power.EFFECT`.
+
+    Attributes:
+        table: Its source.
+        metric: Metric of the table.
+        baseline: Label of the row whose runs were read.
+        noise: Noise of the metric in these runs.
+        seeds_needed: Seeds of each row by number of images; None above `power.MOST_SEEDS`.
+        images_needed: Images by number of seeds; None above `power.MOST_IMAGES`.
+        visible: Smallest difference in percent shown on these images, by number of seeds.
+    """
+
+    table: str
+    metric: str
+    baseline: str
+    noise: power.Noise
+    seeds_needed: dict[int, int | None]
+    images_needed: dict[int, int | None]
+    visible: dict[int, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, and the difference and the probability that they are about."""
+        return asdict(self) | {"effect": power.EFFECT, "probability": power.TARGET}
+
+    def __rich__(self) -> RenderableType:
+        noise = self.noise
+        runs = f"{noise.runs} run{'s' * (noise.runs > 1)} of '{self.baseline}' on {noise.images} images"
+        text = [
+            f"{self.metric} of {runs}: standard error over images {noise.over_images:.2f}",
+            f"between seeds {noise.between_seeds:.2f}; of two seeds' difference over images {noise.of_pairs:.2f}"
+            if noise.of_pairs is not None and noise.between_seeds is not None
+            else f"between seeds unknown, {power.ASSUMED_SEED_NOISE} assumed; a second run measures it",
+            f"to conclude +{power.EFFECT:g} with a probability of {100 * power.TARGET:.0f} %:",
+        ]
+        text += [
+            f"  {images:,} images: {'more than ' + str(power.MOST_SEEDS) if seeds is None else seeds} seeds per row"
+            for images, seeds in self.seeds_needed.items()
+        ]
+        for seeds, images in self.images_needed.items():
+            count, visible = "no number of" if images is None else f"{images:,}", self.visible[seeds]
+            shown = "nothing" if visible is None else f"+{visible:.1f}"
+            text.append(f"  {seeds} seeds per row: {count} images; {noise.images:,} images show {shown}")
+        return lines(text)
+
+
 def ablate(
     table: str | Path | None,
     *overrides: str,
@@ -127,7 +175,9 @@ def ablate(
     out, of_rows = _split_out(texts)
     if out is None:
         raise InputError("no output directory: add out=DIR")
-    made = plan.make_plan(spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out, say=say)
+    loaded = spec.load_table(str(table))
+    of_rows = _add_synthetic_data(loaded, of_rows, out, say)
+    made = plan.make_plan(loaded, of_rows, seeds=seeds, rows=rows, out=out, say=say)
     options = {
         "--seeds": [seeds],
         "--rows": rows,
@@ -139,8 +189,8 @@ def ablate(
     words = [word for key, values in options.items() for value in values for word in (key, str(value))]
     command = ("fusedet", "ablate", str(table), *texts, *words)
     launch = experiment.LaunchOptions(seconds, launcher, dict(map(_parse_pair, slurm)), resamples, command)
-    summary, files = experiment.run_plan(made, launch, say=say, quiet=quiet)
-    return AblationResult(summary, made.out, files)
+    result, files = experiment.run_plan(made, launch, say=say, quiet=quiet)
+    return AblationResult(result, made.out, files)
 
 
 def preview_ablation(
@@ -166,11 +216,75 @@ def preview_ablation(
     """
     _check_call(table)
     out, of_rows = _split_out(to_overrides(overrides, settings))
-    made = plan.make_plan(
-        spec.load_table(str(table)), of_rows, seeds=seeds, rows=rows, out=out or "", need_data=False, say=say
-    )
+    loaded = spec.load_table(str(table))
+    of_rows = _add_synthetic_data(loaded, of_rows, out)
+    made = plan.make_plan(loaded, of_rows, seeds=seeds, rows=rows, out=out or "", need_data=False, say=say)
     preview, basis = experiment.preview_plan(made, say=say)
     return AblationPreview(made.table.title, made.table.source, made.classes, seeds, preview, basis)
+
+
+def estimate_power(
+    table: str | Path | None,
+    *overrides: str,
+    seeds: int = 3,
+    resamples: int = 1000,
+    say: Callable[[str], None] = print,
+    **settings: Unpack[Settings],
+) -> PowerEstimate:
+    """Estimate, from the finished runs of a table's baseline, how many seeds and images show a difference of +1.
+
+    Args:
+        table: A shipped table's name or a YAML file.
+        overrides: "key=value" texts for all rows, as in `ablate`; `out` is the directory with the runs.
+        seeds: Seeds of each row that are planned; also how many runs of the baseline are read, as far as finished.
+        resamples: How often the bootstrap draws the images.
+        say: Takes lines of progress.
+        settings: The same settings as `overrides`, by keyword.
+
+    Raises:
+        InputError: The table or the data are wrong, or the baseline has no finished run.
+    """
+    _check_call(table)
+    out, of_rows = _split_out(to_overrides(overrides, settings))
+    loaded = spec.load_table(str(table))
+    made = plan.make_plan(loaded, _add_synthetic_data(loaded, of_rows, out), seeds=seeds, out=out or "", say=say)
+    label = made.baseline
+    if label is None or loaded.metric not in spec.RESAMPLED:
+        raise InputError(f"{loaded.source}: power needs a baseline that is run and a COCO metric, not {loaded.metric}")
+    finished = [run for run in made.runs(label) if run.state(made.data[label]) == "finished"]
+    if not finished:
+        raise InputError(
+            f"out={out} has no finished run of the baseline '{label}', of which power needs one or two: train them "
+            f"first with --rows '{label}' --seeds 2"
+        )
+    samples = summary.resample_runs(made, {label: finished}, resamples)[made.runs_of[label]]
+    noise = power.measure_noise(samples, loaded.metric.removeprefix("mask_"))
+    if noise is None:
+        raise InputError(f"{made.val.source} has no instance of {loaded.metric}: there is no noise to measure")
+    counts = sorted({2, max(2, seeds), 5, 8})
+    return PowerEstimate(
+        loaded.source,
+        loaded.metric,
+        label,
+        noise,
+        {images: power.count_needed_seeds(noise, images) for images in (noise.images, 4 * noise.images)},
+        {count: power.count_needed_images(noise, count) for count in counts},
+        {count: power.compute_visible_difference(noise, count) for count in counts},
+    )
+
+
+def _add_synthetic_data(
+    table: spec.Table, texts: list[str], out: str | None, say: Callable[[str], None] | None = None
+) -> list[str]:
+    """Add the table's synthetic dataset in out/data to overrides without data; with `say` it is generated."""
+    if table.synthetic is None or out is None or any(text.startswith(("data=", "data.path=")) for text in texts):
+        return texts
+    folder = Path(out) / plan.DATA
+    if say and not folder.is_dir():
+        say(f"generating {table.synthetic['images']} images in {folder}")
+    if say or folder.is_dir():
+        return [f"data.path={synthetic.generate_dataset(folder, **table.synthetic)}", *texts]
+    return texts
 
 
 def _split_out(texts: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -19,7 +19,7 @@ import torch
 
 from fusedet.ablation import worker
 from fusedet.ablation.estimate import Clock, format_duration
-from fusedet.ablation.plan import FAILED, MARKER, Plan, Run, State, read_json
+from fusedet.ablation.plan import DATA, FAILED, MARKER, Plan, Run, State, read_json
 from fusedet.ablation.summary_text import shorten_path
 from fusedet.api.predict import pick_device
 from fusedet.api.run_dir import write_json
@@ -136,7 +136,7 @@ def check_out_dir(plan: Plan) -> None:
     Raises:
         InputError: The directory has something else.
     """
-    if not plan.out.is_dir() or not any(path.name != LOCK for path in plan.out.iterdir()):
+    if not plan.out.is_dir() or not any(path.name not in (LOCK, DATA) for path in plan.out.iterdir()):
         return
     marker = read_json(plan.out / MARKER)
     if marker is None:

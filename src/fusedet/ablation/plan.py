@@ -17,6 +17,7 @@ from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
+from fusedet.data.synthetic import SHAPES
 from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import build_meta_detector
 
@@ -24,7 +25,7 @@ Split = tuple[DetectionDataset, DetectionDataset]
 State = Literal["absent", "resumable", "failed", "finished"]
 IRRELEVANT_KEYS = ("out", "device", "data.path", "data.images", "data.workers", "train.loggers")
 """Config keys that do not change what a run learns; datasets are compared by their fingerprints."""
-FAILED, TIMES, MARKER = "failed.json", "time.json", "ablation.json"
+FAILED, TIMES, MARKER, DATA = "failed.json", "time.json", "ablation.json", "data"
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,19 @@ class Plan:
 
     @property
     def classes(self) -> int:
-        """Number of classes of the data, or of COCO without data."""
-        return len(self.val.names) if self.data else 80
+        """Number of classes of the data, or without data of the table's synthetic dataset or of COCO."""
+        return len(self.val.names) if self.data else default_classes(self.table)
 
     @property
     def val(self) -> DetectionDataset:
         """Split that all rows are scored on."""
         return next(iter(self.data.values()))[1]
+
+    @property
+    def size_bins(self) -> tuple[float, ...]:
+        """Edges of the size bins that all rows are scored in; empty for a mask metric or without common bins."""
+        edges = {options.test.size_bins for options in self.configs.values()}
+        return () if self.table.metric.startswith("mask_") or len(edges) > 1 else edges.pop() or ()
 
     @property
     def baseline(self) -> str | None:
@@ -212,7 +219,7 @@ def make_plan(
         data = _read_splits(table, resolved, say)
     elif need_data:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO format")
-    classes = len(next(iter(data.values()))[1].names) if data else 80
+    classes = len(next(iter(data.values()))[1].names) if data else default_classes(table)
     configs = table.configs(*overrides, num_classes=classes)
     for label, options in configs.items():
         try:
@@ -231,6 +238,11 @@ def make_plan(
     }
     selected = tuple(labels or resolved)
     return Plan(table, tuple(overrides), configs, runs_of, weights_of, selected, seeds, Path(out), data)
+
+
+def default_classes(table: Table) -> int:
+    """Return the number of classes without data: that of the table's synthetic dataset, or COCO's."""
+    return 80 if table.synthetic is None else len(SHAPES)
 
 
 def read_json(file: Path) -> Any:

@@ -22,6 +22,7 @@ COSTS = {
     "latency of prediction, p50 (ms)": ("prediction", "p50_ms", 1.0),
 }
 SIZES = {"s": "small, < 32² px", "m": "medium", "l": "large, > 96² px"}
+PANELS = 4
 MOST_COLORS = 10
 """More rows than this cannot be distinguished by color."""
 
@@ -45,6 +46,9 @@ def draw_plots(summary: Summary, folder: Path) -> dict[str, Path]:
         plot_metric_against_cost(known, baseline, files[f"{metric} against cost"], metric)
     files[f"{ap} by object size"] = folder / "sizes.svg"
     plot_ap_by_size(rows, baseline, files[f"{ap} by object size"], ap)
+    if summary["size_bins"]:
+        files["AP by size bin"] = folder / "bins.svg"
+        plot_ap_by_bin(rows, summary["size_bins"], files["AP by size bin"])
     files["Learning curves"] = folder / "learning.svg"
     plot_learning_curves(
         [row for row in rows if not row["weights_of"]], baseline, files["Learning curves"], validation_metric(metric)
@@ -128,6 +132,42 @@ def plot_ap_by_size(rows: Sequence[RowSummary], baseline: str | None, path: Path
     labels = [row["label"] for row in rows]
     panels[0].set_yticks(range(len(rows)), labels, fontfamily=colors.font_families(labels), fontsize=9)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    save_figure(figure, path)
+
+
+def plot_ap_by_bin(rows: Sequence[RowSummary], bins: Sequence[str], path: Path) -> None:
+    """Plot AP of the reference rows against the size bin, and the difference of each other row, one panel each.
+
+    Args:
+        rows: Rows of a summary.
+        bins: Names of the bins' metrics.
+        path: File to write.
+    """
+    compared = [row for row in rows if row["difference"]]
+    figure = new_figure(3.4 * PANELS, 2.6 * -(-(1 + len(compared)) // PANELS))
+    panels = figure.subplots(-(-(1 + len(compared)) // PANELS), PANELS, squeeze=False).ravel()
+    for axes in panels[1 + len(compared) :]:
+        axes.remove()
+    for axes, row in zip(panels, [None, *compared]):
+        style_axes(axes)
+        title = "AP of the references" if row is None else f"{row['label']} - {row['reference']}"
+        axes.set_title(title, loc="left", fontsize=9, color=DARK, fontfamily=colors.font_families([title]))
+        axes.set_xticks(range(len(bins)), [name.removeprefix("AP ").removesuffix(" px") for name in bins], fontsize=6)
+        if row is None:
+            continue
+        axes.axhline(0, color=DARK, lw=1)
+        for x, change in enumerate(row["difference"][name] for name in bins):
+            if change["over_images"]:
+                low, high = change["over_images"]
+                color = PALE if low <= 0 <= high else plot_color(6)
+                axes.plot([x, x], [low, high], color=color, lw=2, solid_capstyle="round")
+                axes.plot(x, change["value"], "o", color=color, ms=4)
+    for i, row in enumerate(row for row in rows if not row["difference"]):
+        known = {x: row["measured"][name]["mean"] for x, name in enumerate(bins) if name in row["measured"]}
+        panels[0].plot(list(known), list(known.values()), "o-", color=plot_color(i), ms=3, label=row["label"])
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(frameon=False, fontsize=7)
+    figure.supxlabel("square root of the area (px); intervals over images, grey if they contain 0", fontsize=9)
     save_figure(figure, path)
 
 

@@ -27,6 +27,7 @@ NOT_MEASURED = "not measured"
 LABEL_WIDTH = 24  # characters of a row's label that the terminal does not break
 CITED = "cited"
 COST = "Cost"
+SEED_COLUMNS = {"mean": "mean", "low": "seeds_low", "high": "seeds_high"}
 
 
 class Sheet(NamedTuple):
@@ -38,8 +39,10 @@ class Sheet(NamedTuple):
 
 
 def make_sheets(summary: Summary) -> list[Sheet]:
-    """Make the tables of a summary: the metric with its differences, all metrics, cost."""
-    return [make_difference_sheet(summary), make_metric_sheet(summary), make_cost_sheet(summary)]
+    """Make the tables of a summary: the metric with its differences, size bins, all metrics, noise, cost."""
+    bins = [make_bin_sheet(summary)] if summary["size_bins"] else []
+    noise = [make_noise_sheet(summary)] if any(row.get("noise") for row in summary["rows"]) else []
+    return [make_difference_sheet(summary), *bins, make_metric_sheet(summary), *noise, make_cost_sheet(summary)]
 
 
 def make_difference_sheet(summary: Summary) -> Sheet:
@@ -94,6 +97,41 @@ def make_difference_sheet(summary: Summary) -> Sheet:
         rows.append(cells)
     seeds = "means over the seeds that finished" if summary["seeds"] > 1 else "one seed"
     return Sheet(f"{name} in percent, {seeds}", head, rows)
+
+
+def make_bin_sheet(summary: Summary) -> Sheet:
+    """Make the table of AP in each size bin: the mean, and the difference to the reference with both intervals."""
+    rows = []
+    for row in summary["rows"]:
+        cells = [row["label"]]
+        for name in summary["size_bins"]:
+            measured, change = ((row.get(key) or {}).get(name) for key in ("measured", "difference"))
+            cell = "" if measured is None else format_number(measured["mean"])
+            if measured and change:
+                images, seeds = (format_interval(change[f"over_{what}"], signed=True) for what in ("images", "seeds"))
+                cell += f": {format_difference(change['value'])} (images {images}, seeds {seeds})"
+            cells.append(cell)
+        rows.append(cells)
+    title = f"AP by the square root of the area: mean, and difference to the reference ({100 * summary['level']:g} %)"
+    return Sheet(title, ["row", *(name.removeprefix("AP ") for name in summary["size_bins"])], rows)
+
+
+def make_noise_sheet(summary: Summary) -> Sheet:
+    """Make the table of the noise between seeds and over images, and of the difference that it lets one see."""
+    columns = {
+        "seeds": ("seeds", 0),
+        "between seeds": ("between_seeds", 2),
+        "over images": ("over_images", 2),
+        "over images, of two seeds' difference": ("of_pairs", 2),
+        "visible difference": ("visible_difference", 1),
+    }
+    rows = [
+        [row["label"], *(format_number(row["noise"][key], digits) for key, digits in columns.values())]
+        for row in summary["rows"]
+        if row.get("noise")
+    ]
+    title = f"Noise of {summary['metric']}: standard deviations of one run in percent"
+    return Sheet(title, ["row", *columns], rows)
 
 
 def make_metric_sheet(summary: Summary) -> Sheet:
@@ -221,61 +259,35 @@ def format_markdown(summary: Summary) -> str:
 
 def format_csv(summary: Summary) -> str:
     """Format one line per row and one column per value; cells without a value are empty."""
-    text = io.StringIO(newline="")
-    names = list_shown_metrics(summary)
-    changes = compared_metrics(summary["metric"])
-    columns = [
-        "row",
-        "cited",
-        "seeds_finished",
-        *(f"published_{name}" for name in names),
-        "published_params_M",
-        "published_time_ms",
-    ]
-    for name in names:
-        columns += [f"{name}_mean", f"{name}_seeds_low", f"{name}_seeds_high", f"{name}_per_seed"]
-    columns += ["reference", *(f"published_{name}_difference" for name in changes)]
-    for name in changes:
-        columns += [
-            f"{name}_difference",
-            *(f"{name}_difference_{what}_{end}" for what in ("images", "seeds") for end in ("low", "high")),
-        ]
-    columns += ["trainable", "multiply_adds", "p50_ms", "p95_ms", "peak_MiB", "train_images_per_second", "conclusion"]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    names = [*list_shown_metrics(summary), *summary["size_bins"]]
+    changes = compared_metrics(summary["metric"], summary["size_bins"])
+    lines = []
     for row in summary["rows"]:
-        line = {
-            "row": row["label"],
-            "cited": row["cited"],
-            "published_params_M": row["params_M"],
-            "published_time_ms": row["time_ms"],
-        }
-        line |= {f"published_{name}": row["published"].get(name) for name in names}
-        line |= {"seeds_finished": None if row["cited"] else count_finished(row), "reference": row.get("reference")}
-        line |= {f"published_{name}_difference": row["published_difference"].get(name) for name in changes}
+        line = {"row": row["label"], "cited": row["cited"]}
+        line["seeds_finished"] = None if row["cited"] else count_finished(row)
+        line |= {f"published_{name}": row["published"].get(name) for name in list_shown_metrics(summary)}
+        line |= {"published_params_M": row["params_M"], "published_time_ms": row["time_ms"]}
         for name in names:
-            if measured := (row.get("measured") or {}).get(name):
-                line |= {
-                    f"{name}_mean": measured["mean"],
-                    f"{name}_seeds_low": measured["low"],
-                    f"{name}_seeds_high": measured["high"],
-                }
-                line[f"{name}_per_seed"] = " ".join(map(repr, measured["values"]))
+            measured = (row.get("measured") or {}).get(name) or {}
+            line |= {f"{name}_{end}": measured.get(key) for key, end in SEED_COLUMNS.items()}
+            line[f"{name}_per_seed"] = " ".join(map(repr, measured.get("values", ())))
+        line["reference"] = row.get("reference")
+        line |= {f"published_{name}_difference": row["published_difference"].get(name) for name in changes}
         for name in changes:
-            if change := (row.get("difference") or {}).get(name):
-                line[f"{name}_difference"] = change["value"]
-                for what in ("images", "seeds"):
-                    low, high = change[f"over_{what}"] or (None, None)
-                    line |= {f"{name}_difference_{what}_low": low, f"{name}_difference_{what}_high": high}
+            change = (row.get("difference") or {}).get(name) or {}
+            line[f"{name}_difference"] = change.get("value")
+            for what in ("images", "seeds"):
+                ends = change.get(f"over_{what}") or (None, None)
+                line |= {f"{name}_difference_{what}_{end}": value for end, value in zip(("low", "high"), ends)}
         cost = row.get("cost") or {}
-        speed, training = cost.get("prediction") or {}, cost.get("training") or {}
-        line |= {
-            "trainable": cost.get("trainable"),
-            "multiply_adds": cost.get("multiply_adds"),
-            "conclusion": row.get("conclusion"),
-        }
-        line |= {name: speed.get(name) for name in ("p50_ms", "p95_ms", "peak_MiB")}
-        writer.writerow(line | {"train_images_per_second": training.get("images_per_second")})
+        line |= {name: cost.get(name) for name in ("trainable", "multiply_adds")}
+        line |= {name: (cost.get("prediction") or {}).get(name) for name in ("p50_ms", "p95_ms", "peak_MiB")}
+        line["train_images_per_second"] = (cost.get("training") or {}).get("images_per_second")
+        lines.append(line | {"conclusion": row.get("conclusion")})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
 
 

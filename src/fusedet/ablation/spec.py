@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from fusedet import config
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS
 from fusedet.config import Config
+from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError, unknown
 from fusedet.evaluation import bootstrap
 from fusedet.models.detectors import build_meta_detector
@@ -98,6 +100,7 @@ class Table:
         metric: Metric that differences and conclusions are about, one of `METRICS`.
         split: Split of the published metrics of all rows.
         note: Remark for the reader of the table.
+        synthetic: Arguments of `data.synthetic.generate_dataset`, for the data of an ablation without data=PATH.
     """
 
     name: str
@@ -112,6 +115,7 @@ class Table:
     metric: str = "AP"
     split: str | None = None
     note: str | None = None
+    synthetic: Mapping[str, Any] | None = None
 
     @property
     def content(self) -> str:
@@ -182,6 +186,10 @@ def load_table(name: str | Path) -> Table:
     rows = tuple(_read_row(spec, i, source) for i, spec in enumerate(specs, start=1))
     keys = {"name": stem, "source": source, "folder": path.parent, "rows": rows}
     table = Table(**keys, **{"title": stem} | _typed(Table, tree, source, hidden=keys))
+    arguments = signature(generate_dataset).parameters
+    for name in table.synthetic or ():
+        if name not in arguments or name == "folder":
+            raise unknown(f"key in {source}: synthetic", name, [key for key in arguments if key != "folder"])
     labels = [row.label for row in rows]
     for i, label in enumerate(labels):
         if label in labels[:i]:

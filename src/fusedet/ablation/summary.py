@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusedet import evaluation
+from fusedet.ablation import power
 from fusedet.ablation.cost import measure_prediction, read_training_speed
 from fusedet.ablation.plan import FAILED, MARKER, TIMES, Plan, Run, State, read_json
 from fusedet.ablation.spec import DELTA, METRICS, RESAMPLED, Row, Table
@@ -21,10 +22,10 @@ BOXES, MASKS = "val.bbox.json", "val.segm.json"
 Tree = dict[str, Any]
 
 
-def compared_metrics(metric: str) -> tuple[str, ...]:
-    """List the metrics whose differences a table about `metric` shows: AP to APl, of masks for a mask metric."""
+def compared_metrics(metric: str, bins: Sequence[str] = ()) -> tuple[str, ...]:
+    """List the metrics whose differences a table about `metric` shows: AP to APl, of masks for a mask metric; bins."""
     kind = "mask_" if metric.startswith("mask_") else ""
-    names = tuple(f"{kind}{name}" for name in bootstrap.METRICS)
+    names = (*(f"{kind}{name}" for name in bootstrap.METRICS), *bins)
     return names if metric in names else (metric, *names)
 
 
@@ -46,6 +47,7 @@ def summarize(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 1000) -
         - difference: {metric: {value, over_images: [low, high], over_seeds: [low, high]}}, by the paired bootstrap of
           the mean over seeds and by Welch's t
         - classes: the same of each class
+        - noise: see `power.Noise`, of the table's metric; None where it is not resampled
         - cost: counts, prediction and training
         - conclusion: a sentence or two
     """
@@ -56,7 +58,12 @@ def summarize(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 1000) -
     device = pick_device(next(iter(plan.configs.values())).device)
     first = {plan.runs_of[label]: own[0] for label, own in finished.items() if own}
     speeds = measure_prediction(first, plan.val, device) if first else {}
-    samples = _resample(plan, finished, resamples)
+    samples = resample_runs(plan, finished, resamples)
+    bins = bootstrap.name_bins(plan.size_bins)
+    for label, own in finished.items():
+        for run, sample in zip(own, samples.get(plan.runs_of[label], ())):
+            on_dataset = dict(zip(sample.names, 100 * sample.metrics[:, 0]))
+            metrics[run.folder] |= {name: float(on_dataset[name]) for name in bins if not math.isnan(on_dataset[name])}
     rows = []
     for row in plan.table.rows:
         summary: Tree = {
@@ -78,13 +85,15 @@ def summarize(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 1000) -
                 "weights_of": None if weights == same else weights,
                 "reference": plan.reference(row.label),
                 "runs": [_describe_run(run, states[run.folder], metrics) for run in runs[row.label]],
-                "measured": _average_over_seeds([metrics[run.folder] for run in own]),
+                "measured": _average_over_seeds([metrics[run.folder] for run in own], (*METRICS, *bins)),
+                "noise": _describe_noise(plan, samples.get(same)),
                 "cost": {**costs[row.label], "prediction": speeds.get(same), "training": _average_speed(own)},
             }
-            summary |= _compute_differences(plan, row.label, finished, metrics, samples)
+            summary |= _compute_differences(plan, row.label, finished, metrics, samples, bins)
             summary["conclusion"] = draw_conclusion(summary, plan.table.metric, plan.runs_of)
         rows.append(summary)
-    return _describe_table(plan) | {"resamples": resamples, "level": LEVEL, "rows": rows}
+    table = _describe_table(plan) | {"resamples": resamples, "level": LEVEL, "size_bins": list(bins)}
+    return table | {"rows": rows}
 
 
 def published_differences(table: Table, row: Row) -> Tree:
@@ -135,12 +144,12 @@ def _describe_run(run: Run, state: State, metrics: Mapping[Path, Tree]) -> Tree:
     }
 
 
-def _average_over_seeds(runs: Sequence[Tree]) -> Tree | None:
+def _average_over_seeds(runs: Sequence[Tree], names: Sequence[str]) -> Tree | None:
     """Average every metric that all runs have."""
     if not runs:
         return None
     measured = {}
-    for name in METRICS:
+    for name in names:
         if all(name in run for run in runs):
             values = [run[name] for run in runs]
             mean, low, high = evaluation.compute_seed_interval(values)
@@ -160,27 +169,29 @@ def _average_speed(runs: Sequence[Run]) -> Tree | None:
     return {"images_per_second": sum(speeds) / len(speeds), "device": "; ".join(devices)}
 
 
-def _resample(
+def resample_runs(
     plan: Plan, finished: Mapping[str, Sequence[Run]], resamples: int
-) -> dict[str, bootstrap.ResampledMetrics]:
-    """Compute the mean over seeds of every compared row on the same resamples of the images."""
-    wanted: dict[str, Sequence[Run]] = {}
-    for label in finished:
-        for name in _measured_pair(plan, label, finished) or ():
-            wanted[plan.runs_of[name]] = finished[name]
-    if not wanted:
-        return {}
+) -> dict[str, list[bootstrap.ResampledMetrics]]:
+    """Compute the metrics of finished runs on the same resamples of the images, by the row that has the runs."""
+    wanted = {plan.runs_of[label]: runs for label, runs in finished.items() if runs}
     weights = bootstrap.draw_image_weights(len(plan.val), resamples, 0)
     masks = plan.table.metric.startswith("mask_")
 
-    def resample(runs: Sequence[Run]) -> bootstrap.ResampledMetrics:
+    def resample(runs: Sequence[Run]) -> list[bootstrap.ResampledMetrics]:
         stored = (evaluation.load_results(run.folder / (MASKS if masks else BOXES)) for run in runs)
-        return bootstrap.average_runs(
-            [bootstrap.resample_metrics(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
-        )
+        kind: Literal["bbox", "segm"] = "segm" if masks else "bbox"
+        return [bootstrap.resample_metrics(plan.val, one, weights, kind, plan.size_bins) for one in stored]
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(wanted, pool.map(resample, wanted.values())))
+
+
+def _describe_noise(plan: Plan, samples: Sequence[bootstrap.ResampledMetrics] | None) -> Tree | None:
+    """Describe the noise of the table's metric and the power that it leaves."""
+    if not samples or plan.table.metric not in RESAMPLED:
+        return None
+    noise = power.measure_noise(samples, plan.table.metric.removeprefix("mask_"))
+    return None if noise is None else power.describe_power(noise, len(samples))
 
 
 def _compute_differences(
@@ -188,18 +199,18 @@ def _compute_differences(
     label: str,
     finished: Mapping[str, Sequence[Run]],
     metrics: Mapping[Path, Tree],
-    samples: Mapping[str, bootstrap.ResampledMetrics],
+    samples: Mapping[str, Sequence[bootstrap.ResampledMetrics]],
+    bins: Sequence[str],
 ) -> Tree:
     """Compute the differences of a row to its reference by metric and by class; None without such runs."""
     pair = _measured_pair(plan, label, finished)
     if not pair:
         return {"difference": None, "classes": None}
-    over_images = bootstrap.compute_difference(
-        samples[plan.runs_of[pair[0]]], samples[plan.runs_of[pair[1]]], plan.val.names
-    )
+    reference, row = (bootstrap.average_runs(samples[plan.runs_of[name]]) for name in pair)
+    over_images = bootstrap.compute_difference(reference, row, plan.val.names)
     sides = [[metrics[run.folder] for run in finished[name]] for name in pair]
     changes = {}
-    for name in compared_metrics(plan.table.metric):
+    for name in compared_metrics(plan.table.metric, bins):
         values = [[run[name] for run in side if name in run] for side in sides]
         over_seeds = (
             evaluation.compute_seed_difference(*values, paired=False)
@@ -207,8 +218,8 @@ def _compute_differences(
             else Interval(math.nan, math.nan, math.nan)
         )
         change: Tree = {"value": _none_if_nan(over_seeds.value), "over_images": None}
-        if name in RESAMPLED:
-            change = _image_interval(over_images[name.removeprefix("mask_")])
+        if (resampled := over_images.get(name.removeprefix("mask_"))) is not None:
+            change = _image_interval(resampled)
         changes[name] = change | {"over_seeds": _interval_or_none(over_seeds.low, over_seeds.high, 1)}
     return {
         "difference": changes,

@@ -109,6 +109,16 @@ def describe_coverage(summary: Summary) -> list[str]:
         )
     else:
         lines.append(f"Over images: none. {summary['metric']} is not resampled, so other images are not covered.")
+    noise = next((row.get("noise") for row in summary["rows"] if row["label"] == summary["baseline"]), None)
+    if noise:
+        visible = noise["visible_difference"]
+        lines.append(
+            f"Power: with {noise['seeds']} seeds per row, a true difference of {noise['effect']:g} {summary['metric']} "
+            f"is concluded with a probability of {100 * noise['power']:.0f} %, "
+            f"{'none' if visible is None else f'one of {visible:.1f}'} with 80 %, by the noise of "
+            f"'{summary['baseline']}' between seeds ({noise['between_seeds']:.2f}) and of pairs of seeds over images "
+            f"({noise['of_pairs']:.2f})."
+        )
     if summary["best_weights"]:
         lines.append(
             "Each run has the weights of its best validation, chosen on the images that are scored here: levels may be "

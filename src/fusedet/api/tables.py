@@ -27,6 +27,9 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
         table.add_row(f"{name}AP", *(number(metrics[kind + k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
         recall = [number(metrics[kind + k]) for k in ("AR100", "ARs", "ARm", "ARl")]
         table.add_row(f"{name}AR", recall[0], "", "", *recall[1:])
+    bins = _table("size in pixels", "objects", "AP", "AR")
+    for row in metrics.get("size_bins", ()):
+        bins.add_row(f"{row['from']:g} to {row['to']:g}", f"{row['objects']:,}", number(row["AP"]), number(row["AR"]))
     extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in metrics]
     line = "  ".join(f"{name.replace('_', ' ')} {number(metrics[name])}" for name in extra)
     columns = ["AP", "AP50", *(["mask_AP", "mask_AP50"] if "mask_AP" in metrics else []), *extra]
@@ -34,7 +37,7 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
     for row in metrics["classes"]:
         values = (number(row[name]) for name in columns)
         classes.add_row(escape(row["name"]), str(row["images"]), str(row["objects"]), *values)
-    return Group(table, *([Text(line)] if line else []), classes)
+    return Group(table, *([bins] if bins.row_count else []), *([Text(line)] if line else []), classes)
 
 
 def comparison_table(report: Mapping[str, Any]) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def evaluate_detector(
     results = detect(detector, batches, dataset, device)
     if rank:
         return Evaluation(results, {})
-    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks)
+    bins = config.test.size_bins or ()
+    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks, size_bins=bins)
 
 
 def evaluate_results(
@@ -87,6 +88,7 @@ def evaluate_results(
     voc: bool = False,
     evaluator: str = evaluation.EVALUATORS[0],
     masks: bool | None = None,
+    size_bins: Sequence[float] = (),
 ) -> Evaluation:
     """Compute the metrics of results; without objects in the dataset only the number of detections.
 
@@ -96,13 +98,15 @@ def evaluate_results(
         voc: Whether VOC's AP is computed too; for VOC data it always is.
         evaluator: One of `evaluation.EVALUATORS`.
         masks: Whether metrics of masks are computed too; by default where all results have one.
+        size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
     """
     if not len(dataset.labels):
         return Evaluation(results, {"detections": len(results)})
     if masks is None:
         masks = bool(results) and all("segmentation" in result for result in results)
     voc = voc or dataset.dataset_format == "voc"
-    return Evaluation(results, compute_metrics(dataset, results, voc=voc, evaluator=evaluator, masks=masks))
+    options: dict[str, Any] = {"evaluator": evaluator, "masks": masks, "size_bins": size_bins}
+    return Evaluation(results, compute_metrics(dataset, results, voc=voc, **options))
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
@@ -152,20 +156,31 @@ def check_masks(dataset: DetectionDataset) -> None:
 
 
 def compute_mask_metrics(
-    dataset: DetectionDataset, results: list[Result], evaluator: str = evaluation.EVALUATORS[0]
+    dataset: DetectionDataset,
+    results: list[Result],
+    evaluator: str = evaluation.EVALUATORS[0],
+    size_bins: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Return COCO's metrics by the IoU of masks, each as mask_NAME."""
-    metrics = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator)
+    metrics = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator, size_bins=size_bins)
     return {f"mask_{name}": value for name, value in metrics.items()}
 
 
 def compute_metrics(
-    dataset: DetectionDataset, results: list[Result], *, voc: bool, evaluator: str, masks: bool = False
+    dataset: DetectionDataset,
+    results: list[Result],
+    *,
+    voc: bool,
+    evaluator: str,
+    masks: bool = False,
+    size_bins: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Return COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp."""
-    metrics = evaluation.evaluate_coco(dataset, results, evaluator=evaluator)
+    metrics = evaluation.evaluate_coco(dataset, results, evaluator=evaluator, size_bins=size_bins)
     if masks:
-        metrics |= compute_mask_metrics(dataset, results, evaluator)
+        metrics |= compute_mask_metrics(dataset, results, evaluator, size_bins)
+        for row, other in zip(metrics.get("size_bins", ()), metrics.pop("mask_size_bins", ())):
+            row |= {f"mask_{name}": other[name] for name in ("AP", "AR")}
         for row, other in zip(metrics["classes"], metrics.pop("mask_classes")):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
     if voc:

@@ -21,7 +21,7 @@ from fusedet.errors import InputError, unknown
 
 SETTABLE = ("data", "test", "device", "out")
 """What can be set where a trained model is validated."""
-SETTABLE_OF_RESULTS = ("data", "test.max_det", "out")
+SETTABLE_OF_RESULTS = ("data", "test.max_det", "test.size_bins", "out")
 """What can be set where stored results are validated."""
 
 
@@ -85,7 +85,8 @@ def validate(
             f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
         )
     if is_results:
-        evaluated = evaluate_results(dataset, evaluation.load_results(path), voc=voc, evaluator=evaluator)
+        stored, bins = evaluation.load_results(path), options.test.size_bins or ()
+        evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins)
     else:
         check_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):

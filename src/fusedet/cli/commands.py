@@ -184,6 +184,7 @@ def ablate(
     launcher: Launcher = "local",
     slurm: Slurm = None,
     resamples: Resamples = 1000,
+    power: Annotated[bool, Option("--power", help="Seeds and images that show +1 AP, by the baseline's runs.")] = False,
     json: cli.Json = False,
 ) -> None:
     """Train all rows of an ablation table and compare them.
@@ -192,7 +193,10 @@ def ablate(
     metrics with intervals. The same command goes on where it stopped.
     """
     settings = cli.settings_only(words, f"one table at a time, {table}")
-    options: dict[str, Any] = {"seeds": seeds, "rows": rows or (), "say": cli.say(json)}
+    options: dict[str, Any] = {"seeds": seeds, "say": cli.say(json)}
+    if power:
+        return cli.show(fusedet.estimate_power(table, *settings, resamples=resamples, **options), json)
+    options["rows"] = rows or ()
     if dry_run:
         return cli.show(fusedet.preview_ablation(table, *settings, **options), json)
     options |= {"budget": budget, "launcher": launcher, "slurm": slurm or (), "resamples": resamples, "quiet": json}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -260,9 +261,14 @@ class Test(Section):
     """Short sides for test-time augmentation, such as [600, 800, 1000]; null is that of `data.size`."""
     flip: bool = False
     """Whether test-time augmentation also sees every image flipped."""
+    size_bins: Floats | None = None
+    """Edges in pixels of size bins, such as [0, 16, 64, 256]: AP of objects by the square root of their area."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        edges = (0.0, 1.0) if self.size_bins is None else self.size_bins
+        is_valid = len(edges) > 1 and edges[0] >= 0 and all(a < b for a, b in pairwise(edges)) and edges[-1] <= 1e5
+        _need(is_valid, self, "size_bins", "increasing edges in 0..100000, such as [0, 16, 64, 256], or null")
         scales = (32,) if self.scales is None else self.scales
         is_valid = bool(scales) and min(scales) >= 32 and len(set(scales)) == len(scales)
         right = "different short sides of at least 32 pixels, such as [600, 800, 1000], or null"

@@ -82,6 +82,8 @@ def generate_dataset(
     seed: int = 0,
     size: tuple[int, int] = (224, 288),
     splits: Mapping[str, float] | None = None,
+    diameters: tuple[float, float] | None = None,
+    masks: bool = True,
 ) -> Path:
     """Generate a synthetic dataset in COCO format.
 
@@ -94,6 +96,9 @@ def generate_dataset(
         seed: Seed of the generator.
         size: Range in pixels from which each image's width and height are drawn.
         splits: Share of each split, by default train 0.8 and val 0.2.
+        diameters: Range in pixels of the log-uniform diameters of the circles around the shapes, by default 8 to 0.8 of
+            the image's shorter side.
+        masks: Whether instances have masks. Without them, an instance's area is that of its box.
 
     Returns:
         The folder.
@@ -102,8 +107,9 @@ def generate_dataset(
         InputError: An argument is invalid, or the folder holds anything else.
     """
     folder, shares = Path(folder), dict(splits or {"train": 0.8, "val": 0.2})
-    _check_arguments(images, seed, size, shares)
+    _check_arguments(images, seed, size, shares, diameters)
     parameters = {"version": VERSION, "images": images, "seed": seed, "size": list(size), "splits": shares}
+    parameters |= {} if diameters is None and masks else {"diameters": diameters and list(diameters), "masks": masks}
     if folder.exists():
         if _read_parameters(folder) == parameters:
             return folder
@@ -115,20 +121,26 @@ def generate_dataset(
     (part / "annotations").mkdir(parents=True)
     ends = np.rint(np.cumsum([0, *shares.values()]) / sum(shares.values()) * images).astype(int).tolist()
     for split, first, end in zip(shares, ends, ends[1:]):
-        _write_split(part, split, range(first, end), seed, size)
+        _write_split(part, split, range(first, end), seed, size, diameters, masks)
     (part / MARKER).write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rmdir()
     return part.rename(folder)
 
 
-def _check_arguments(images: int, seed: int, size: tuple[int, int], shares: Mapping[str, float]) -> None:
+def _check_arguments(
+    images: int, seed: int, size: tuple[int, int], shares: Mapping[str, float], diameters: tuple[float, float] | None
+) -> None:
     if images < len(shares):
         raise InputError(f"images must be at least {len(shares)}, one per split, got {images}")
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
     if len(size) != 2 or not 64 <= size[0] <= size[1]:
         raise InputError(f"size must be the smallest and the largest side, at least 64 pixels, got {tuple(size)}")
+    if diameters is not None and (len(diameters) != 2 or not 2 <= diameters[0] <= diameters[1] <= size[0]):
+        raise InputError(
+            f"diameters must be the smallest and the largest, from 2 to {size[0]} pixels, got {list(diameters)}"
+        )
     if min(shares.values()) <= 0:
         raise InputError(f"every split needs a share above 0, got {dict(shares)}")
 
@@ -141,45 +153,58 @@ def _read_parameters(folder: Path) -> Any:
         return None
 
 
-def _write_split(folder: Path, split: str, numbers: range, seed: int, size: tuple[int, int]) -> None:
+def _write_split(
+    folder: Path,
+    split: str,
+    numbers: range,
+    seed: int,
+    size: tuple[int, int],
+    diameters: tuple[float, float] | None,
+    masks: bool,
+) -> None:
     (folder / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in numbers:
-        pixels, instances = draw_image(
-            np.random.default_rng([seed, number]), size, empty=number % EMPTY_EVERY == EMPTY_EVERY // 2
-        )
+        is_empty = number % EMPTY_EVERY == EMPTY_EVERY // 2
+        pixels, instances = draw_image(np.random.default_rng([seed, number]), size, empty=is_empty, diameters=diameters)
         height, width = pixels.shape[:2]
         name = f"{number:06d}.jpg"
         Image.fromarray(pixels).save(folder / split / name, quality=92)
         images.append({"id": number + 1, "file_name": name, "height": height, "width": width})
         for label, mask in instances:
             ids = {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1, "iscrowd": 0}
-            annotations.append(ids | _encode_mask(mask))
+            annotations.append(ids | _encode_mask(mask, masks))
     categories = [{"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES)]
     text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
     (folder / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
 
 
-def _encode_mask(mask: Array) -> dict[str, Any]:
-    """The COCO bbox [x, y, width, height], area and RLE of a mask (H, W) bool."""
+def _encode_mask(mask: Array, with_rle: bool) -> dict[str, Any]:
+    """The COCO bbox [x, y, width, height], area and RLE of a mask (H, W) bool; the box and its area without RLE."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(xs[0]), int(ys[0])
+    width, height = int(xs[-1]) + 1 - x, int(ys[-1]) + 1 - y
+    if not with_rle:
+        return {"bbox": [x, y, width, height], "area": width * height}
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {
-        "bbox": [x, y, int(xs[-1]) + 1 - x, int(ys[-1]) + 1 - y],
+        "bbox": [x, y, width, height],
         "area": int(mask.sum()),
         "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
     }
 
 
-def draw_image(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple[Array, list[tuple[int, Array]]]:
+def draw_image(
+    rng: Rng, size: tuple[int, int], *, empty: bool = False, diameters: tuple[float, float] | None = None
+) -> tuple[Array, list[tuple[int, Array]]]:
     """Draw an image with random instances.
 
     Args:
         rng: The random generator.
         size: Range in pixels from which width and height are drawn.
         empty: Whether to draw the background only.
+        diameters: See `generate_dataset`.
 
     Returns:
         The image (H, W, 3) uint8, and per instance the label in 0..K-1 and the mask (H, W) bool of its visible pixels.
@@ -187,11 +212,12 @@ def draw_image(rng: Rng, size: tuple[int, int], *, empty: bool = False) -> tuple
     height, width = (int(side) for side in rng.integers(size[0], size[1] + 1, 2))
     canvas = _draw_background(rng, height, width)
     count = 0 if empty else int(rng.integers(1, MAX_INSTANCES + 1))
-    diameters = np.exp(rng.uniform(np.log(MIN_DIAMETER), np.log(MAX_DIAMETER * min(height, width)), count))
+    low, high = (MIN_DIAMETER, MAX_DIAMETER * min(height, width)) if diameters is None else diameters
+    sizes = np.exp(rng.uniform(np.log(low), np.log(high), count))
     labels: list[int] = []
     masks: list[Array] = []
     full_areas: list[float] = []  # pixels of each instance, unoccluded and not cut by the image's border
-    for radius in np.sort(diameters)[::-1] / 2:  # small ones in front of large ones
+    for radius in np.sort(sizes)[::-1] / 2:  # small ones in front of large ones
         for _ in range(MAX_ATTEMPTS):
             label = int(rng.integers(len(SHAPES)))
             patch = _make_patch(rng, label, radius, height, width)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -33,14 +34,25 @@ class ResampledMetrics:
     """AP of B resamples of the images, in 0..1; NaN where a resample has no instance.
 
     Attributes:
-        metrics: (6, B), the metrics `METRICS`.
+        names: The M metrics: `METRICS`, then one per size bin.
+        metrics: (M, B).
         classes: (K, B), AP of each class.
         images: Images in each resample.
     """
 
+    names: tuple[str, ...]
     metrics: np.ndarray
     classes: np.ndarray
     images: int
+
+
+def name_bins(size_bins: Sequence[float]) -> tuple[str, ...]:
+    """Name the metrics of the size bins between edges in pixels.
+
+    >>> name_bins([0, 32, 90.5])
+    ('AP 0-32 px', 'AP 32-90.5 px')
+    """
+    return tuple(f"AP {low:g}-{high:g} px" for low, high in pairwise(size_bins))
 
 
 def draw_image_weights(images: int, resamples: int, seed: int) -> np.ndarray:
@@ -67,6 +79,7 @@ def resample_metrics(
     results: Sequence[Result] | DetectionTable,
     weights: np.ndarray,
     iou_type: Literal["bbox", "segm"] = "bbox",
+    size_bins: Sequence[float] = (),
 ) -> ResampledMetrics:
     """Compute COCO's average precisions on each resample.
 
@@ -79,6 +92,7 @@ def resample_metrics(
         results: The detections; for "segm" the results themselves, each with an RLE.
         weights: (B, N), as `draw_image_weights` returns them.
         iou_type: "bbox" or "segm".
+        size_bins: Edges of size bins in pixels, as in `evaluate_coco`.
 
     Raises:
         InputError: The weights do not fit the dataset, or the results do not, as in `evaluate_coco`.
@@ -92,12 +106,13 @@ def resample_metrics(
         assert not isinstance(results, DetectionTable), "a detection table holds no masks"
         validate_masks(dataset, results)
         masks = results
-    pairs = match_detections(dataset, table, masks, coco_matching.THRESHOLDS, coco_matching.AREAS)
+    areas, names = coco_matching.extend_areas(size_bins), METRICS + name_bins(size_bins)
+    pairs = match_detections(dataset, table, masks, coco_matching.THRESHOLDS, areas)
     by_place = np.empty_like(weights)
     by_place[:, rank_by_image_id(dataset)] = weights
-    counts = ~(pairs.ground_truths.crowd | coco_matching.is_outside(pairs.ground_truths.area, coco_matching.AREAS))
-    inside = ~coco_matching.is_outside(pairs.detections.area, coco_matching.AREAS)
-    rows = np.empty((len(METRICS), classes, len(weights)))
+    counts = ~(pairs.ground_truths.crowd | coco_matching.is_outside(pairs.ground_truths.area, areas))
+    inside = ~coco_matching.is_outside(pairs.detections.area, areas)
+    rows = np.empty((len(names), classes, len(weights)))
     for k, (own, of_class) in enumerate(
         coco_matching.iterate_classes(pairs.detections, pairs.ground_truths, n, classes)
     ):
@@ -113,18 +128,17 @@ def resample_metrics(
                     ignored[:, a],
                     gt_images[counts[a, of_class]],
                 )
-                for a in range(len(coco_matching.AREAS))
+                for a in range(len(areas))
             ]
         )  # (A, T, B)
         rows[:, k] = ap[0].mean(axis=0), ap[0, 0], ap[0, 5], *ap[1:].mean(axis=1)
-    return ResampledMetrics(_mean(rows), rows[0], n)
+    return ResampledMetrics(names, _mean(rows), rows[0], n)
 
 
 def average_runs(runs: Sequence[ResampledMetrics]) -> ResampledMetrics:
     """Average runs, such as the seeds of one model, on the same resamples."""
-    return ResampledMetrics(
-        np.mean([run.metrics for run in runs], axis=0), np.mean([run.classes for run in runs], axis=0), runs[0].images
-    )
+    metrics, classes = (np.mean([getattr(run, name) for run in runs], axis=0) for name in ("metrics", "classes"))
+    return replace(runs[0], metrics=metrics, classes=classes)
 
 
 def compute_difference(
@@ -144,7 +158,7 @@ def compute_difference(
         columns = {"a": x[:, 0], "b": y[:, 0], "difference": change[:, 0], "low": low, "high": high}
         return [dict(zip(columns, map(float, row))) for row in zip(*columns.values())]
 
-    metrics: dict[str, Any] = dict(zip(METRICS, rows(a.metrics, b.metrics)))
+    metrics: dict[str, Any] = dict(zip(a.names, rows(a.metrics, b.metrics)))
     return metrics | {"classes": [{"name": name} | row for name, row in zip(names, rows(a.classes, b.classes))]}
 
 

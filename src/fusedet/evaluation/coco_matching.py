@@ -8,7 +8,7 @@ thresholds, A area ranges, K classes, R = 101 recall levels. A group is one clas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,12 @@ class PrecisionRecallCurves:
     recall: np.ndarray
     recall_1: np.ndarray
     recall_10: np.ndarray
+
+
+def extend_areas(size_bins: Sequence[float]) -> np.ndarray:
+    """Return `AREAS` and the area ranges of the size bins between edges in pixels: (4 + B, 2)."""
+    edges = np.asarray(size_bins, dtype=np.float64) ** 2
+    return np.concatenate([AREAS, np.stack([edges[:-1], edges[1:]], axis=1)])
 
 
 def rank_in_group(group: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ def evaluate_coco(
     iou_type: Literal["bbox", "segm"] = "bbox",
     per_class: bool = True,
     evaluator: str = "fusedet",
+    size_bins: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Compute the twelve COCO metrics: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, in 0..1.
 
@@ -38,6 +40,8 @@ def evaluate_coco(
         per_class: Whether to add classes, a list of {name, AP, AP50, images, objects} in label order; images and
             objects count what is not ignored.
         evaluator: One of EVALUATORS.
+        size_bins: B + 1 increasing edges in pixels. They add size_bins, a list of B bins {from, to, AP, AR, objects} of
+            the instances whose square root of the area lies between two edges, both included, as COCO's areaRng does.
 
     Raises:
         InputError: A result has an unknown image or category id or a bad number, the dataset has no masks for "segm",
@@ -53,12 +57,12 @@ def evaluate_coco(
     table = build_detection_table(dataset, results, boxes=iou_type == "bbox")
     if iou_type == "segm":
         validate_masks(dataset, results)
+    areas = coco_matching.extend_areas(size_bins)
     if evaluator == "fusedet":
-        curves = _evaluate(
-            dataset, table, results if iou_type == "segm" else None, coco_matching.THRESHOLDS, coco_matching.AREAS
-        )
+        masks = results if iou_type == "segm" else None
+        curves = _evaluate(dataset, table, masks, coco_matching.THRESHOLDS, areas)
     else:
-        curves = evaluate_with_package(evaluator, dataset, results, iou_type)
+        curves = evaluate_with_package(evaluator, dataset, results, iou_type, areas)
     precision, recall = curves.precision, curves.recall
     metrics: dict[str, Any] = {
         "AP": nan_mean(precision[..., 0]),
@@ -70,6 +74,18 @@ def evaluate_coco(
         "AR100": nan_mean(recall[..., 0]),
         **{f"AR{size}": nan_mean(recall[..., a]) for a, size in enumerate("sml", 1)},
     }
+    if size_bins:
+        counts = ~coco_matching.is_outside(dataset.area.numpy(), areas) & ~dataset.eval_ignore.numpy()
+        metrics["size_bins"] = [
+            {
+                "from": float(low),
+                "to": float(high),
+                "AP": nan_mean(precision[..., a]),
+                "AR": nan_mean(recall[..., a]),
+                "objects": int(counts[a].sum()),
+            }
+            for a, (low, high) in enumerate(pairwise(size_bins), len(coco_matching.AREAS))
+        ]
     if per_class:
         images, instances = count_per_class(dataset)
         metrics["classes"] = [

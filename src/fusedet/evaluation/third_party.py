@@ -19,9 +19,11 @@ from fusedet.evaluation.results import Result
 
 
 def evaluate_with_package(
-    evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str
+    evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str, areas: np.ndarray
 ) -> coco_matching.PrecisionRecallCurves:
     """Compute the curves with "faster-coco-eval" or "pycocotools", which share their interface.
+
+    The curves have the area ranges `areas` (A, 2), of which the first is all areas.
 
     Raises:
         InputError: The package is not installed.
@@ -51,6 +53,8 @@ def evaluate_with_package(
         ground_truth.createIndex()
         predictions.createIndex()
         run = evaluator_class(ground_truth, predictions, iou_type)
+        run.params.areaRng = areas.tolist()
+        run.params.areaRngLbl = [str(a) for a in range(len(areas))]
         run.evaluate()
         run.accumulate()
     class_order = np.argsort(np.argsort(dataset.category_ids))  # the packages sort the classes by id

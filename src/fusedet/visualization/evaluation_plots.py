@@ -105,30 +105,37 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | 
 
 
 def plot_ap_by_size(metrics: Mapping[str, Any], path: str | Path, title: str = "AP by object size") -> None:
-    """Plot APs, APm and APl as bars, and AP as a line.
+    """Plot APs, APm and APl, or AP of each size bin, as bars, and AP as a line.
 
     Args:
-        metrics: Result of `evaluation.evaluate_coco`: AP, APs, APm and APl in 0..1; NaN or None without such objects.
+        metrics: Result of `evaluation.evaluate_coco`: AP, APs, APm and APl, or size_bins, in 0..1; NaN or None without
+            such objects.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
     """
-    figure = new_figure(4.6, 3.2)
-    axes = new_axes(figure, title, "", "AP")
+    if bins := metrics.get("size_bins"):
+        label, bars = "square root of the area (px)", {f"{row['from']:g}-{row['to']:g}": row["AP"] for row in bins}
+    else:
+        names = {"small\n< 32² px": "APs", "medium": "APm", "large\n> 96² px": "APl"}
+        label, bars = "", {text: metrics[name] for text, name in names.items()}
+    values = [math.nan if value is None else value for value in bars.values()]
+    heights = np.nan_to_num(values)
+    figure = new_figure(max(4.6, 1.6 + 0.8 * len(values)), 3.2)
+    axes = new_axes(figure, title, label, "AP")
     axes.grid(False, axis="x")
     note_style: dict[str, Any] = {"textcoords": "offset points", "color": DARK, "annotation_clip": False}
-    values = [math.nan if metrics[key] is None else metrics[key] for key in ("APs", "APm", "APl")]
-    heights = np.nan_to_num(values)
-    axes.bar(range(3), heights, width=0.62, color=plot_color(6))
+    axes.bar(range(len(values)), heights, width=0.62, color=plot_color(6))
     for i, value in enumerate(values):
         text = "no objects" if math.isnan(value) else f"{value:.3f}"
         box = {"fc": "white", "ec": "none", "pad": 0.6}
         axes.annotate(text, (i, heights[i]), (0, 4), ha="center", bbox=box, **note_style)
     mean = metrics["AP"]
     axes.axhline(mean, color=DARK, lw=1.2, ls=(0, (4, 3)))
-    axes.annotate(f"AP {mean:.3f}", (2.45, mean), (4, 0), va="center", **note_style)
-    axes.set_xticks(range(3), ["small\n< 32² px", "medium", "large\n> 96² px"])
+    end = len(values) - 0.55
+    axes.annotate(f"AP {mean:.3f}", (end, mean), (4, 0), va="center", **note_style)
+    axes.set_xticks(range(len(values)), list(bars))
     top = max(mean, *heights)
-    axes.set(xlim=(-0.5, 2.45), ylim=(0, min(1.1, max(0.1, 1.25 * top))))
+    axes.set(xlim=(-0.5, end), ylim=(0, min(1.1, max(0.1, 1.25 * top))))
     save_figure(figure, path)
 
 

@@ -67,7 +67,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_ini
         )
         raise InputError(f"{source}: {reason}") from error
     if weights:
-        _check_loaded(model, state, weights)
+        _check_loaded(model, state, weights, name)
     if not set(STRIDES[1:]) <= set(model.feature_info.reduction()):
         raise InputError(
             f"timm's '{name}' gives strides {model.feature_info.reduction()}, a pyramid needs 8, 16 and 32"
@@ -144,18 +144,21 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str) -> None:
-    """Check that every parameter came from the file: timm loads models with feature extraction leniently."""
+def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name: str) -> None:
+    """Check that parameters and norm statistics came from the file: timm loads a backbone leniently.
+
+    Values are compared, because timm renames the tensors of some backbones.
+    """
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for tensor in state.values():
         by_shape.setdefault(tensor.shape, []).append(tensor)
+    wanted = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
     missing = [
-        k
-        for k, p in model.named_parameters()
-        if not any(torch.equal(t.to(p.dtype), p) for t in by_shape.get(p.shape, []))
+        k for k, v in wanted.items() if not any(torch.equal(t.to(v.dtype), v) for t in by_shape.get(v.shape, []))
     ]
     if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(
-            f"model.backbone.weights={weights} lacks {len(missing)} of the backbone's parameters, the first is "
-            f"'{missing[0]}': it must hold a state dict by timm's names"
+            f"model.backbone.weights={weights} lacks {len(missing)} of the {len(wanted)} tensors of '{name}': {first}; "
+            f"it holds {', '.join(list(state)[:3]) or 'no tensor'}, ...: give this model's state dict by timm's names"
         )
