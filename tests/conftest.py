@@ -1,38 +1,29 @@
 """Fixtures that all tests share."""
 
+import copy
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fusedet import cli
 from fusedet.data.synthetic import generate_dataset
+from fusedet.models.backbones import timm_backbone
+from fusedet.models.backbones.pretrained import create_timm_model
+from fusedet.models.modules import MSFMPlugin
 
 # how long an example takes says more about the machine than about the code
 settings.register_profile("fusedet", deadline=None)
 settings.load_profile("fusedet")
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = (
-    "together",
-    "ablate",
-    "kill",
-    "two_ranks",
-    "cli",
-    "contracts",
-    "flat_memory",
-    "together_two_stage",
-    "edge_cases",
-)
-"""Long files, first in the order of collection."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +48,53 @@ def no_initialization(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the weights of convolutions and linear layers as they lie in memory, for models that load all of them."""
     for name in ("kaiming_normal_", "kaiming_uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
+
+
+render = Figure.savefig
+
+
+def save_unrendered(figure: Figure, file: Path, **options: Any) -> None:
+    """Write an empty image in the place of a PNG; other formats are written as usual."""
+    if options.get("format") == "png":
+        Image.new("RGB", (8, 8)).save(file, format="png")
+    else:
+        render(figure, file, **options)
+
+
+@pytest.fixture(scope="module")
+def unrendered() -> Iterator[None]:
+    """Make plots, but do not render them: that takes half of the time of a small training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_unrendered)
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render plots in a module that does not."""
+    monkeypatch.setattr(Figure, "savefig", render)
+
+
+_built: dict[str, Any] = {}
+
+
+def _copying(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Build once per device and arguments, then copy."""
+
+    def copy_of(*args: Any) -> Any:
+        key = f"{build.__qualname__} {torch.get_default_device()} {args}"
+        if key not in _built:
+            _built[key] = build(*args)
+        return copy.deepcopy(_built[key])
+
+    return copy_of
+
+
+@pytest.fixture
+def copied_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy backbones and MSFM modules that were built before: they are most of the time of a build on the meta device."""
+    monkeypatch.setattr(timm_backbone, "create_timm_model", _copying(create_timm_model))
+    monkeypatch.setattr(MSFMPlugin, "make", _copying(MSFMPlugin.make))
 
 
 SMALL = [

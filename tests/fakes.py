@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.types import Batch, Detections, Features, Levels, Target
@@ -120,16 +121,41 @@ def swaps_branches(make: Callable[..., Any], features: Features) -> bool:
     return all(torch.equal(a, b) for name in ours for a, b in zip(ours[name], theirs[name], strict=True))
 
 
-def survives_no_objects(head: Any, features: Features, boxes: tuple[str, ...]) -> bool:
-    """Whether images without objects cost nothing by these losses, something by the scores, and still reach every parameter."""
-    losses = head.loss(head(features), [objects([])] * len(features[0]))
-    right = all(float(losses[name].detach()) == 0 for name in boxes) and float(losses["loss_cls"].detach()) > 0
-    right &= all(value.requires_grad for value in losses.values())
-    sum(losses.values()).backward()
-    return right and all(p.grad is not None and bool(p.grad.isfinite().all()) for p in head.parameters())
+class LargestTensor(TorchDispatchMode):
+    """Note the number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.elements = max(self.elements, tensor.numel() if isinstance(tensor, Tensor) else 0)
+        return result
 
 
-def survives_a_thousand_objects(head: Any, features: Features) -> bool:
-    """Whether a thousand objects in one image, and in the other one larger than it, give finite losses."""
-    losses = head.loss(head(features), [many(1000, 90, 60), objects([[-50, -50, 500, 400]])])
-    return all(bool(value.isfinite()) for value in losses.values())
+class Call(nn.Module):
+    """A function of a module as a module of its own, which torch can export."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.module, *inputs)
+
+
+def detect(detector: Any, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+    """Detect as a tuple of tensors."""
+    return tuple(x for x in detector.detect(images, sizes) if x is not None)
+
+
+def check_export(module: nn.Module, inputs: tuple[Any, ...], others: tuple[Any, ...], atol: float = 1e-4) -> Any:
+    """Export a module with some inputs, compare the program with it on others, and return the module's outputs."""
+    exported = torch.export.export(module, inputs, strict=False).module()
+    with torch.no_grad():
+        ours, theirs = module(*others), exported(*others)
+    pairs = [(ours, theirs)] if isinstance(ours, Tensor) else zip(ours, theirs, strict=True)
+    assert all(torch.allclose(a.float(), b.float(), atol=atol) for a, b in pairs)
+    return ours

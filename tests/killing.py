@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from conftest import save_unrendered
 from fusedet import cli
 from fusedet.api import train as command
 from fusedet.api import validate
@@ -97,6 +99,7 @@ def _work(words: list[str], env: dict[str, Any], log: str, fault: tuple[str, int
     os.dup2(out, 1)
     os.dup2(out, 2)
     torch.set_num_threads(1)
+    Figure.savefig = save_unrendered  # type: ignore[method-assign]
     multiprocessing.set_start_method(
         "fork", force=True
     )  # of its workers: this process's own would import everything once more

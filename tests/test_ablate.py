@@ -25,6 +25,8 @@ from fusedet.ablation.plan import Plan, Run
 from fusedet.config import Config
 from fusedet.errors import DivergenceError, InputError
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 TABLE = """
 title: Two rows <b>
 base: retinanet_tiny
@@ -244,10 +246,23 @@ def test_two_processes_train_as_one_does(plan: Plan, done: Path) -> None:
         assert "epoch 1/1" in Path(f"{run.folder}.log").read_text()
 
 
-def test_last_line_of_a_failed_process_is_reported(plan: Plan) -> None:
+def test_worker_ends_with_the_code_of_its_error(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = plan.runs("plain")[0]
-    broken = replace(run, config=run.config.replace(data=run.config.data.replace(path="/nowhere")))
-    queue = launcher.Queue([[broken]], estimate.Clock({}, {}))
+    config = run.config.replace(data=run.config.data.replace(path="/nowhere"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"label": run.label, "config": config.tree()})))
+    assert worker.main() == 2
+    assert capsys.readouterr().err.startswith("/nowhere does not exist")
+
+
+def test_last_line_of_a_failed_process_is_reported(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_worker.py").write_text(
+        "import sys\nprint('a line')\nprint('/nowhere does not exist')\nsys.exit(2)"
+    )
+    monkeypatch.setattr(worker, "__name__", "failing_worker")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    queue = launcher.Queue([[plan.runs("plain")[0]]], estimate.Clock({}, {}))
     message = r"row 'plain, 1 conv', seed 0, ended with exit code 2: /nowhere does not exist.*seed0\.log"
     with pytest.raises(InputError, match=message):
         launcher.run_local(queue, ["cpu", "cpu"], lambda text: None)

@@ -22,6 +22,8 @@ from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError
 from fusedet.evaluation.mask_iou import encode_rle
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def make_plan(folder: Path, text: str, data: Path, *more: str, seeds: int = 2) -> Plan:
     file = folder / "mine.yaml"

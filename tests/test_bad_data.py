@@ -26,6 +26,8 @@ from fusedet.data.validation import require_usable_images
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 BY_NAME = {kind.name: kind for kind in KINDS}
 REFUSED = [kind for kind in KINDS if kind.refused]
 SLOW = pytest.mark.slow

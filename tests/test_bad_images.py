@@ -27,6 +27,8 @@ from fusedet.errors import InputError
 from fusedet.types import Batch
 from killing import differences
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 TRANSFORM = TrainTransform([32, 64, 96], 192, resize="choice", photometric=True)  # batches of many sizes
 SIZES = [(40, 60), (45, 55), (30, 80), (48, 48), (60, 40), (70, 33)] * 4
 BAD = (3, 8, 17)

@@ -2,11 +2,8 @@
 
 import errno
 import json
-import pickle
 import shutil
 import signal
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +12,14 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from conftest import SMALL
 from fusedet import cli
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -76,30 +74,11 @@ def test_wrong_path_and_empty_folder(capsys: Capture, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ('{"a": 1}', "the key 'images' is missing"),
-        ("[1, 2]", "must be an object with 'images', 'annotations' and 'categories'"),
-        ('{"images": [', "line 1"),
-        ('{"images": [], "categories": []}', "has no classes"),
-        (
-            '{"images": [{"id": 1, "file_name": "a.jpg", "width": 9}], "categories": [{"id": 1, "name": "a"}]}',
-            "image 1 has no 'height'",
-        ),
-    ],
-)
-def test_json_that_is_not_coco(capsys: Capture, tmp_path: Path, text: str, right: str) -> None:
+def test_json_that_is_not_coco(capsys: Capture, tmp_path: Path) -> None:
     file = tmp_path / "some.json"
-    file.write_text(text)
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
-    has(complaint(capsys, *train(file, tmp_path / "out")), file, right)
+    file.write_text('{"images": [], "categories": []}')
+    has(complaint(capsys, *train(file, tmp_path / "out")), file, "has no classes")
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_key(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
-    data = edited(scenes, tmp_path, lambda content, _: content["annotations"][3].pop("bbox"))
-    has(complaint(capsys, *train(data, tmp_path / "out")), "instances_train.json", "annotation 4 has no 'bbox'")
 
 
 def test_unknown_category_id(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
@@ -125,41 +104,13 @@ def test_class_names_that_differ(capsys: Capture, scenes: Path, tmp_path: Path) 
 # -- images
 
 
-def absent(content: dict[str, Any], images: Path) -> None:
-    (images / content["images"][1]["file_name"]).unlink()
-
-
 def truncated(content: dict[str, Any], images: Path) -> None:
     file = images / content["images"][1]["file_name"]
     file.write_bytes(file.read_bytes()[:400])
 
 
-def text(content: dict[str, Any], images: Path) -> None:
-    (images / content["images"][1]["file_name"]).write_text("no image")
-
-
-def bomb(content: dict[str, Any], images: Path) -> None:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    side = 30_000
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    (images / "000001.jpg").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    )
-
-
-@pytest.mark.parametrize(
-    ("edit", "right"),
-    [
-        (absent, "does not exist"),
-        (truncated, "truncated or damaged"),
-        (text, "not an image"),
-        (bomb, "the limit against decompression bombs"),
-    ],
-)
-def test_an_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path, edit: Any, right: str) -> None:
-    data, out = edited(scenes, tmp_path, edit), tmp_path / "out"
+def test_an_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
+    data, out, right = edited(scenes, tmp_path, truncated), tmp_path / "out", "truncated or damaged"
     has(complaint(capsys, *train(data, out)), data / "train" / "000001.jpg", right)
     assert not out.exists() or (out / "last.ckpt").is_file(), (
         "once the image is mended: the same command, or --resume where steps were done"
@@ -170,11 +121,6 @@ def test_an_image_that_cannot_be_read(capsys: Capture, scenes: Path, tmp_path: P
     assert report["val"]["errors"] == []
     (error,) = report["train"]["errors"]
     has(error, data / "train" / "000001.jpg", right)
-
-
-def test_an_image_of_no_size(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
-    data = edited(scenes, tmp_path, lambda content, _: content["images"][0].update(width=0, height=0))
-    has(complaint(capsys, *train(data, tmp_path / "out")), "image 1 (000000.jpg) is 0x0 pixels")
 
 
 def test_predict_keeps_earlier_predictions_at_a_bad_image(
@@ -225,17 +171,6 @@ def test_a_class_without_objects_is_reported(capsys: Capture, scenes: Path, tmp_
     has(capsys.readouterr().out, "no annotation of class square")
 
 
-def test_empty_images_are_background(capsys: Capture, scenes: Path, tmp_path: Path) -> None:
-    def nearly_all_empty(content: dict[str, Any], _: Path) -> None:
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
-
-    data = edited(scenes, tmp_path, nearly_all_empty)
-    assert cli.run(train(data, tmp_path / "out", "train.batch=1", "train.base_batch=1")) == 0
-    capsys.readouterr()
-    assert cli.run(["doctor", f"data={data}"]) == 0
-    has(capsys.readouterr().out, "8 images (7 without annotations)")
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_without_any_object(capsys: Capture, scenes: Path, tmp_path: Path, split: str) -> None:
     data = edited(scenes, tmp_path, lambda content, _: content["annotations"].clear(), split)
@@ -260,44 +195,22 @@ def test_val_without_annotations(capsys: Capture, trained: Path, scenes: Path, t
 @pytest.mark.parametrize(
     ("override", "right"),
     [
-        ("train.epoch=3", "unknown config key 'train.epoch': did you mean 'train.epochs'?"),
         ("trian.epochs=3", "did you mean 'train'?"),
-        ("model.neck=fpm", "unknown model.neck 'fpm': did you mean 'fpn'?"),
-        ("model.head.conv=3", "did you mean 'convs'?"),
-        ("model.head.convs=-1", "convs=-1"),
-        ("model.head.ratios=[]", "ratios=[]"),
         ("model.head.norm=true", "norm=true needs channels in multiples of 32, got 16"),
-        ("model.head=null", "model.head must be a name"),
         ("model.neck=[]", "at least one neck"),
         ("model.roi=faster", "unknown key of model.roi: 'type'"),
-        ("model.backbone.name=resnet181", "did you mean 'resnet18'?"),
         ("model.backbone.name=vit_tiny_patch16_224", "a pyramid needs 8, 16 and 32"),
-        ("model.backbone.frozen_stages=9", "must be -1 (nothing) to 4"),
         ("model.pyramid.channels=0", "model.pyramid.channels=0 must be 1 or more"),
-        ("model.pyramid.finest=9", "model.pyramid.finest=9"),
-        ("epochs", "settings are written key=value"),
-        ("train.epochs=[1", "is not YAML"),
-        ("train.epochs=x", "train.epochs must be int, got 'x'"),
-        ("train.epochs=0", "train.epochs=0 must be 1 or more"),
-        ("train.lr=-1", "train.lr=-1 must be above 0"),
-        ("train.lr=1e400", "finite"),
-        ("train.momentum=1.5", "below 1"),
-        ("train.clip_norm=0", "train.clip_norm=0 must be above 0"),
-        ("train.patience=0", "1 or more"),
-        ("train.base_batch=0", "train.base_batch=0 must be 1 or more"),
-        ("train.seed=-1", "train.seed=-1 must be 0 or more"),
         ("train.monitor=APX", "did you mean 'AP'?"),
         ("train.loggers=[tensorbord]", "did you mean 'tensorboard'?"),
         ("train.precision=fp8", "did you mean 'fp32'?"),
         ("train.precision=fp16", "use bf16 or fp32"),
-        ("train.schedule=3x", "did you mean '2x'?"),
         ("data.size=[10,20]", "a short side of at least 32 pixels"),
         ("data.size=[96,64]", "short <= longest"),
         ("data.flip=2", "0 to 1"),
         ("data.images=/no/where", "/no/where"),
         ("data.val=tset", "has no split 'tset': it has train, val"),
         ("test.score=3", "test.score=3 must be 0 to 1"),
-        ("test.batch=0", "test.batch=0 must be 1 or more"),
         ("device=gpu", "write auto, cpu, cuda"),
     ],
 )
@@ -405,54 +318,6 @@ def test_a_checkpoint_of_other_classes(capsys: Capture, trained: Path, scenes: P
         "has the 2 classes",
         "same class names",
     )
-
-
-@pytest.mark.parametrize("name", ["last.ckpt", "best.safetensors"])
-def test_a_checkpoint_that_is_cut_short(
-    capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path, name: str
-) -> None:
-    file = run_copy / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    for words in (
-        ["val", file],
-        ["predict", file, scenes / "val"],
-        train(scenes, tmp_path / "out", f"train.weights={file}"),
-    ):
-        has(complaint(capsys, *words), file, "cut short", "copy it again")
-    if name == "last.ckpt":
-        has(complaint(capsys, "train", run_copy, "--resume", "train.epochs=2"), file, "cut short")
-
-
-class Code:
-    """What an untrusted pickle may hold: unpickling it would make a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.target), "w")
-
-
-@pytest.mark.parametrize("form", ["zip", "pickle"])
-def test_a_checkpoint_that_holds_code(capsys: Capture, scenes: Path, tmp_path: Path, form: str) -> None:
-    target, file = tmp_path / "was_run", tmp_path / "evil.ckpt"
-    if form == "zip":
-        torch.save({"model": {}, "x": Code(target)}, file)
-    else:
-        file.write_bytes(pickle.dumps(Code(target)))
-    right = "holds code" if form == "zip" else "is not a fusedet checkpoint"
-    for words in (
-        ["val", file],
-        ["predict", file, scenes / "val"],
-        train(scenes, tmp_path / "out", f"train.weights={file}"),
-    ):
-        has(complaint(capsys, *words), file, right)
-    has(
-        complaint(capsys, *train(scenes, tmp_path / "out", f"model.backbone.weights={file}")),
-        file,
-        "code in it is never run",
-    )
-    assert not target.exists()
 
 
 def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -266,30 +264,6 @@ def test_processes_share_the_images_each_once(
         monkeypatch.delenv(name)
     assert predict(model, *words) == 0
     assert read(tmp_path / "shared" / "predictions.json") == whole
-
-
-def test_two_processes_of_torchrun(model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fusedet.cli",
-    ]
-    words = ["predict", str(model), str(folder), f"out={tmp_path / 'shared'}", "--no-draw", "device=cpu"]
-    done = subprocess.run(
-        [*launch, *words, "data.workers=0"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert read(tmp_path / "shared" / "predictions.json") == whole
-    assert done.stdout.count("10 images, 50 detections") >= 1
 
 
 def test_each_process_says_what_it_cannot_read(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import generate_dataset
 from fusedet.visualization import images
 from test_cli import figures, spoken
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 
 def guesses(data: Path, split: str, *, recall: float, spread: float, seed: int) -> list[dict[str, Any]]:
@@ -44,17 +47,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture
-def runs(data: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Directories of two runs, as `fusedet val` writes them; the second one is much better."""
-    folders = tmp_path / "plain", tmp_path / "better"
+@pytest.fixture(scope="module")
+def scored(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs, as `fusedet val` writes them, and their results; the second one is much better."""
+    top = tmp_path_factory.mktemp("scored")
+    folders = top / "plain", top / "better"
     for folder, recall, spread in zip(folders, (0.6, 0.95), (0.15, 0.04), strict=True):
         results = guesses(data, "val", recall=recall, spread=spread, seed=1)
-        file = tmp_path / f"{folder.name}.json"
+        file = top / f"{folder.name}.json"
         file.write_text(json.dumps(results))
         assert cli.run(["val", str(file), f"data={data}", f"out={folder}"]) == 0
         (folder / "config.yaml").write_text(f"data: {{path: {data}, train: val}}\n")
-    return folders
+    return top
+
+
+@pytest.fixture
+def runs(scored: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the two run directories, with their results in `tmp_path`."""
+    shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "plain", tmp_path / "better"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -220,6 +231,7 @@ def test_drawn_counts_are_those_of_the_captions(data: Path, monkeypatch: pytest.
     assert confused == pairs.sum() - np.trace(pairs) > 0
 
 
+@pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_plot_of_differences(tmp_path: Path, count: int) -> None:
     mean = {"name": "all", "difference": 0.01, "low": -0.01, "high": 0.03}
@@ -233,6 +245,7 @@ def test_plot_of_differences(tmp_path: Path, count: int) -> None:
     assert (heights[2] > heights[0]) == (count > 0)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_plot_of_many_differences_is_no_larger(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 100)
     rows = [{"name": f"class {k}", "difference": v, "low": v - 0.05, "high": v + 0.04} for k, v in enumerate(values)]

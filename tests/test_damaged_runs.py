@@ -27,6 +27,8 @@ from fusedet.engine.checkpoint_validation import FIELDS
 from fusedet.engine.trainer import fit, setup
 from fusedet.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 State = dict[str, Any]
 RECIPE = Train(epochs=2, optimizer="adamw", lr=0.05, warmup_steps=0, ema=0.9)
 METRICS = {"AP": 0.5}
@@ -79,6 +81,7 @@ def put(key: str, value: Any) -> Callable[[State], None]:
 
 
 WRONG = {"none": None, "text": "x", "list": [], "mapping": {}, "tensor": torch.zeros(3), "absent": "-"}
+OFTEN = ("none", "tensor", "absent")
 FINE = {("best", "none"), ("metrics", "mapping"), ("scaler", "mapping"), ("made with", "mapping"), ("meta", "mapping")}
 NUMPY = ("MT19937", [0] * 624, 3, 0, 0.0)
 DAMAGES: dict[str, tuple[str, Callable[[State], None]]] = {
@@ -157,7 +160,13 @@ def changed(run: Path, out: Path, change: Callable[[State], None]) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.partition(" ")[2] not in WRONG.keys() - {*OFTEN} else pytest.mark.slow)
+        for name in DAMAGES
+    ],
+)
 def test_a_whole_but_wrong_checkpoint_is_refused(stopped: Path, tmp_path: Path, name: str) -> None:
     text, change = DAMAGES[name]
     out = changed(stopped, tmp_path / "run", change)
@@ -202,7 +211,7 @@ def test_the_seed_of_a_run_may_not_change(run_copy: Path, capsys: pytest.Capture
     assert "last.ckpt cannot be resumed: seed was 0 and is now 7" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("content", ["[]", '{"data": null}', '{"data": []}', "{}", '{"data"', "\udcff", "[" * 100_000])
+@pytest.mark.parametrize("content", ['{"data": null}', "{}", "\udcff", "[" * 100_000])
 def test_a_damaged_run_json(run_copy: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     (run_copy / "run.json").write_bytes(content.encode(errors="surrogateescape"))
     assert cli.run(["train", str(run_copy), "--resume"]) == 2

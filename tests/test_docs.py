@@ -1,13 +1,11 @@
 """The modules' pages and drawings: snippets run, tables say what the code has, links lead somewhere, texts stay in their boxes."""
 
-import copy
 import inspect
 import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 import yaml
 from torch import nn
 
-from fusedet.models.backbones.pretrained import create_timm_model
 from fusedet.models.detectors import create_model
 from fusedet.models.modules import INTERACTIONS, PLUGINS
 from fusedet.models.necks import NECKS
@@ -24,6 +21,7 @@ from fusedet.models.profiling import count_cost
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted((DOCS / "modules").glob("*.md"))
+pytestmark = pytest.mark.usefixtures("copied_parts")
 PARENT = {"levels", "channels", "finest", "coarsest", "top"}  # what the builder or model.pyramid gives
 Row = list[str]
 
@@ -62,27 +60,14 @@ def test_snippet_runs(code: str) -> None:
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 
-@cache
-def _body(*args: Any) -> nn.Module:
-    return create_timm_model(*args)
-
-
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
-    """A model without data; bodies are made once, not 60 times."""
-    monkeypatch.setattr(
-        "fusedet.models.backbones.timm_backbone.create_timm_model", lambda *args: copy.deepcopy(_body(*args))
-    )
-
-    def made(name: str, *overrides: str) -> nn.Module:
-        with torch.device("meta"):
-            return create_model(name, *overrides, "model.backbone.pretrained=false")
-
-    return made
+def make(name: str, *overrides: str) -> nn.Module:
+    """A model without memory."""
+    with torch.device("meta"):
+        return create_model(name, *overrides, "model.backbone.pretrained=false")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_commands_and_configs(page: Path, make: Callable[..., nn.Module], tmp_path: Path) -> None:
+def test_commands_and_configs(page: Path, tmp_path: Path) -> None:
     """What is said to be trained can be made."""
     commands = re.findall(r"^\$ fusedet train (.+)$", page.read_text(), re.MULTILINE)
     assert commands
@@ -95,7 +80,7 @@ def test_commands_and_configs(page: Path, make: Callable[..., nn.Module], tmp_pa
 
 
 @pytest.mark.parametrize(("name", "overrides", "printed"), counts())
-def test_printed_counts(name: str, overrides: tuple[str, ...], printed: int, make: Callable[..., nn.Module]) -> None:
+def test_printed_counts(name: str, overrides: tuple[str, ...], printed: int) -> None:
     model = make(name, *overrides)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == printed
 
@@ -138,7 +123,6 @@ def test_printed_multiply_adds(
     without: tuple[str, ...],
     overrides: tuple[str, ...],
     printed: str,
-    make: Callable[..., nn.Module],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the detector has more on an image of 800 x 1344 than that of the table's first row."""
@@ -146,13 +130,13 @@ def test_printed_multiply_adds(
     monkeypatch.setattr(
         "fusedet.models.modules.msfm.resize", lambda x, size, align_corners: x.new_empty(*x.shape[:2], *size)
     )
-    assert f"{(_multiply_adds(make, name, *overrides) - _multiply_adds(make, name, *without)) / 1e9:.2f}" == printed
+    assert f"{(_multiply_adds(name, *overrides) - _multiply_adds(name, *without)) / 1e9:.2f}" == printed
 
 
 _counted: dict[tuple[str, ...], int] = {}
 
 
-def _multiply_adds(make: Callable[..., nn.Module], *config: str) -> int:
+def _multiply_adds(*config: str) -> int:
     if config not in _counted:
         _counted[config] = count_cost(make(*config), 800, 1344)["multiply_adds"]
     return _counted[config]

@@ -17,6 +17,8 @@ import torch
 from conftest import SMALL
 from fusedet import cli, create_model
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",

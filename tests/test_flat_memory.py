@@ -4,44 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from conftest import SMALL
 from fusedet.data.synthetic import generate_dataset
-from large import write
-from resident import KIB, MIB, line, of_command, run
+from resident import KIB, line, of_command, run
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
-
-
-def noise(n: int, seed: int) -> np.ndarray:
-    """Memory as an allocator gives it: levels that last for a while, of some megabytes."""
-    chance = np.random.default_rng(seed)
-    return 400 * MIB + np.repeat(chance.uniform(0, 4 * MIB, -(-n // 10)), 10)[:n]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_line_detects_a_planted_leak(seed: int) -> None:
-    steps = np.arange(0, 2000, 5)
-    flat = line(steps, noise(len(steps), seed))
-    assert flat.low < 0 < flat.high
-    assert flat.high < 4 * KIB
-    leaking = line(steps, noise(len(steps), seed) + 18 * KIB * steps)
-    assert leaking.low < 18 * KIB < leaking.high
-    assert leaking.low > 4 * KIB
-
-
-def test_the_interval_holds_the_slope_as_often_as_it_says() -> None:
-    steps = np.arange(0, 2000, 5)
-    lines = [line(steps, noise(len(steps), seed)) for seed in range(400)]
-    assert 0.90 <= np.mean([fit.low < 0 < fit.high for fit in lines]) <= 0.99
-
-
-def test_what_comes_before_is_left_out() -> None:
-    steps = np.arange(1000)
-    assert line(steps, np.minimum(steps, 200) * MIB).high < 1
-    assert line(steps, np.minimum(steps, 200) * MIB, warm_up=0.0).slope > 10 * KIB
 
 
 LEAK = """
@@ -92,16 +61,3 @@ def test_training_and_prediction_keep_their_memory(trained: Path, tmp_path: Path
     fit = line(taken[:, 1], taken[:, 2], warm_up=0.4)
     assert taken[-1, 1] == 496
     assert fit.high < PER_IMAGE, fit
-
-
-@pytest.mark.slow
-def test_annotations_are_not_copied_by_workers(tmp_path: Path) -> None:
-    """A tenth of the soak test's images: annotations take a few bytes each, and two workers do not double them."""
-    large, small = (
-        run(Path(__file__).with_name("annotated.py"), write(tmp_path / str(n), "coco", n, 10), 2, "fork")
-        for n in (10_000, 100)
-    )
-    assert large["boxes"] == 100_000
-    assert large["dataset"] < 10 * MIB
-    assert large["peak"] - large["empty"] < 256 * MIB
-    assert large["fork"] - small["fork"] < 0.1 * large["alone"]  # as lists the boxes alone would be twice that

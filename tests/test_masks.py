@@ -21,6 +21,8 @@ from fusedet.data.transforms import EvalTransform
 from fusedet.models.roi.mask import crop_masks
 from fusedet.types import BatchDetections, Detections
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 SMALL_MASKS = [
     *(option for option in SMALL if not option.startswith("model.head")),
     "model.backbone.pretrained=false",

@@ -443,7 +443,8 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
     ],
 )
 def test_wrong_options_are_refused(name: str, options: dict, message: str) -> None:
-    backbone = TimmBackbone(name, pretrained=False)
+    with torch.device("meta"):
+        backbone = TimmBackbone(name, pretrained=False)
     keys = set(backbone.state_dict())
     with pytest.raises(InputError, match=message):
         insert_plugin(backbone, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))

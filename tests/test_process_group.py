@@ -15,8 +15,11 @@ import pytest
 
 from conftest import SMALL
 from fusedet import cli
+from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
 from killing import differences
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 JOBS = 20
 SCRIPT = """
@@ -51,17 +54,23 @@ def child_of_rank(launcher: int, rank: int) -> int:
 def test_two_processes_end_their_group_after_success_and_errors(scenes: Path, tmp_path: Path) -> None:
     """Several groups, one after the other, in the same two processes."""
     words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL]
+    predict = ["predict", str(tmp_path / "run"), str(scenes / "val"), "--no-draw"]
     commands = [
         ([*words, f"out={tmp_path / 'run'}"], 0),
         ([*words, f"out={tmp_path / 'run'}"], 2),  # nothing is overwritten
         (["val", str(tmp_path / "run"), f"out={tmp_path / 'scored'}"], 0),
+        ([*predict, f"out={tmp_path / 'shared'}"], 0),
     ]
     (tmp_path / "script.py").write_text(SCRIPT)
     done = run_two_processes(str(tmp_path / "script.py"), json.dumps(commands))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 images, " in done.stdout
     # the processes evaluate every image once, as one process does
     assert cli.run(["val", str(tmp_path / "run"), f"out={tmp_path / 'alone'}"]) == 0
     joint, alone = (tmp_path / name for name in ("scored", "alone"))
+    assert cli.run([*predict, f"out={tmp_path / 'one'}"]) == 0
+    one, shared = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("one", "shared"))
+    assert shared == one, "the processes predict every image once too, and the last one joins their files"
     ids = [{row["image_id"] for row in json.loads((out / "val.bbox.json").read_text())} for out in (joint, alone)]
     assert ids[0] == ids[1]
     metrics = [json.loads((out / "metrics.json").read_text()) for out in (joint, alone)]
@@ -83,12 +92,26 @@ def test_an_image_that_one_process_cannot_read_is_named(scenes: Path, tmp_path: 
         assert bad.name in done.stderr
 
 
+JOB = """
+import sys
+from matplotlib.figure import Figure
+from fusedet import cli
+
+Figure.savefig = lambda *_, **__: None
+sys.exit(cli.run(sys.argv[1:]))
+"""
+"""A command without rendered plots."""
+
+
 @pytest.mark.slow
-def test_twenty_jobs_in_a_row_exit_with_zero(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_twenty_jobs_in_a_row_exit_with_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One step on two images each."""
+    data = generate_dataset(tmp_path / "data", images=4, size=(64, 64), splits={"train": 0.5, "val": 0.5})
+    (tmp_path / "job.py").write_text(JOB)
     began, codes = time.monotonic(), []
     for i in range(JOBS):
-        words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL, f"out={tmp_path / str(i)}"]
-        codes.append(run_two_processes("-m", "fusedet.cli", *words).returncode)
+        words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.batch=2", f"out={tmp_path / str(i)}"]
+        codes.append(run_two_processes(str(tmp_path / "job.py"), *words).returncode)
     with capsys.disabled():
         print(f"\n{JOBS} jobs of two processes in {time.monotonic() - began:.0f} s, exit codes {sorted(set(codes))}")
     assert codes == [0] * JOBS
@@ -98,7 +121,7 @@ def test_twenty_jobs_in_a_row_exit_with_zero(scenes: Path, tmp_path: Path, capsy
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 def test_a_killed_rank_ends_the_job_and_the_run_resumes_bit_for_bit(scenes: Path, tmp_path: Path) -> None:
     """torchrun ends the other processes; last.ckpt is whole."""
-    words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL, "train.epochs=6", "train.checkpoint_every=1steps"]
+    words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL, "train.epochs=4", "train.checkpoint_every=1steps"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert run_two_processes("-m", "fusedet.cli", *words, f"out={whole}").returncode == 0
     with (tmp_path / "log").open("w") as log:
@@ -117,7 +140,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes_bit_for_bit(scenes: Path
             assert not Path(f"/proc/{survivor}").exists()
         finally:
             job.kill()
-    assert checkpoint.load(run / "last.ckpt")["step"] < 12
+    assert checkpoint.load(run / "last.ckpt")["step"] < 8
     done = run_two_processes("-m", "fusedet.cli", "train", str(run), "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert not differences(whole, run)

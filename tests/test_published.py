@@ -18,6 +18,7 @@ from fusedet.ablation import Row, Table, list_tables, load_table
 from fusedet.config import Config
 from fusedet.models.detectors.factory import build_detector
 
+pytestmark = pytest.mark.usefixtures("copied_parts")
 # SMSL trained with MMDetection 1.x, whose mask logits and box codes had a row for the background
 MASK_WITH_BACKGROUND = 44_175_349 - 44_170_992
 # 3.4 k short of the printed value by every reading of the module; the paper may have added rounded values (the specification, B.1)
@@ -283,6 +284,16 @@ def test_counts_of_the_parts_of_smsl() -> None:
         ("retinanet_r101", ["model.plugin=msfm"], 56_735_476 + 5_254_832),
         ("retinanet_r50", ["model.backbone.deformable_stages=[2,3,4]"], 37_743_348 + 580_842),
         ("reppoints_r50", ["model.plugin=msfm"], 38_938_878),
+        ("faster_rcnn_r50", [], 41_527_712),
+        ("dynamic_rcnn_r50", [], 41_527_712),
+        ("faster_rcnn_r101", [], 60_519_840),
+        ("faster_rcnn_r50_dcn", [], 42_108_554),
+        ("cascade_rcnn_r50", [], 69_169_422),
+        ("cascade_rcnn_r50", ["model.plugin=msfm"], 71_488_150),
+        ("mask_rcnn_r50", [], 44_170_992),
+        ("mask_rcnn_r50", ["model.plugin=msfm"], 46_489_720),
+        ("grid_rcnn_r50", [], 64_322_857),
+        ("grid_rcnn_r50", ["model.plugin=msfm"], 66_641_585),
     ],
 )
 def test_counts_of_the_specification_outside_the_tables(name: str, overrides: list[str], count: int) -> None:

@@ -24,6 +24,8 @@ from fusedet.models.detectors.tta import ImageDetections, merge_detections
 from fusedet.types import Batch, BatchDetections
 from small import DETECTORS, make
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 CPU = torch.device("cpu")
 
 
