@@ -1,7 +1,8 @@
 """Coverage of the bootstrap's intervals of a difference of AP, by the number of images.
 
 Two runs of known difference are simulated on new images each time, as in tests/test_bootstrap.py. fusedet's interval is
-compared with others from the same resamples. Prints one JSON object.
+compared with others from the same resamples, and with that of hotcoco on the same datasets where it is installed (pip
+install hotcoco). Prints one JSON object.
 Usage: python benchmarks/coverage.py [--images 20 50 100 200] [--datasets 2000] [--resamples 199]
 """
 
@@ -9,11 +10,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from common import print_report
 
+from fusedet import evaluation
+from fusedet.data.dataset import DetectionDataset
 from fusedet.evaluation.bootstrap import _average_precision, draw_image_weights
 from fusedet.evaluation.confidence_intervals import compute_percentile_interval
 from fusedet.evaluation.results import DetectionTable
@@ -31,10 +38,27 @@ def resampled_ap(run: DetectionTable, owner: np.ndarray, weights: np.ndarray) ->
     return _average_precision(weights, run.images[order], np.ones(len(order), bool), hit, np.zeros_like(hit), owner)[0]
 
 
+def compute_hotcoco_interval(
+    data: DetectionDataset, runs: Sequence[DetectionTable], resamples: int, seed: int
+) -> tuple[float, float]:
+    """Compute the 95 % interval of the difference of AP with `hotcoco.compare`."""
+    hotcoco = import_module("hotcoco")
+    ground_truth = hotcoco.COCO(evaluation.build_coco_ground_truth(data, masks=False))
+    evaluators = []
+    for run in runs:
+        rows = zip(run.images.tolist(), run.boxes.tolist(), run.scores.tolist())
+        results = [{"image_id": i + 1, "category_id": 1, "bbox": box, "score": score} for i, box, score in rows]
+        evaluators.append(hotcoco.COCOeval(ground_truth, ground_truth.load_res(results), "bbox"))
+        evaluators[-1].evaluate()
+    ends = hotcoco.compare(*evaluators, n_bootstrap=resamples, seed=seed)["ci"]["AP"]
+    return ends["lower"], ends["upper"]
+
+
 def measure_coverage(images: int, sets: int, resamples: int) -> dict[str, float]:
     """Compute the fraction of `sets` datasets whose interval contains the true value, for each kind of interval."""
     rng = np.random.default_rng(7)
-    covered = dict.fromkeys(("fusedet", "percentile", "basic", "normal"), 0)
+    others = ("hotcoco",) if find_spec("hotcoco") else ()
+    covered = dict.fromkeys(("fusedet", "percentile", "basic", "normal", *others), 0)
     for i in range(sets):
         data, a, b, true = draw(rng, images)
         owner = np.repeat(np.arange(images), np.diff(data.offsets.numpy()))
@@ -48,6 +72,7 @@ def measure_coverage(images: int, sets: int, resamples: int) -> dict[str, float]
             "basic": (2 * here - high, 2 * here - low),
             "normal": (here - spread, here + spread),
         }
+        ends |= {name: compute_hotcoco_interval(data, (a, b), resamples, i) for name in others}
         for name, (left, right) in ends.items():
             covered[name] += int(left <= true <= right)
     return {name: round(count / sets, 4) for name, count in covered.items()}
@@ -61,7 +86,12 @@ def main() -> None:
     options = parser.parse_args()
     coverage = {n: measure_coverage(n, options.datasets, options.resamples) for n in options.images}
     print_report(
-        benchmark="coverage", datasets=options.datasets, resamples=options.resamples, level=0.95, coverage=coverage
+        benchmark="coverage",
+        datasets=options.datasets,
+        resamples=options.resamples,
+        level=0.95,
+        coverage=coverage,
+        hotcoco=version("hotcoco") if find_spec("hotcoco") else None,
     )
 
 
