@@ -269,7 +269,7 @@ def test_val_without_annotations(capsys: Capture, trained: Path, scenes: Path, t
         ("model.head.norm=true", "norm=true needs channels in multiples of 32, got 16"),
         ("model.head=null", "model.head must be a name"),
         ("model.neck=[]", "at least one neck"),
-        ("model.roi=faster", "unknown key of model.roi: 'type'"),
+        ("model.roi=faster", "unknown key 'type' of model.roi"),
         ("model.backbone.name=resnet181", "did you mean 'resnet18'?"),
         ("model.backbone.name=vit_tiny_patch16_224", "a pyramid needs 8, 16 and 32"),
         ("model.backbone.frozen_stages=9", "must be -1 (nothing) to 4"),
@@ -354,12 +354,12 @@ def test_images_of_the_data_are_numbered(
     for words, said in (
         (["--images", "1"], "1 image: "),
         (["--images", "2"], "2 images: "),
-        (["--centres"], ""),
-        (["--centres"], ""),
+        (["--centers"], ""),
+        (["--centers"], ""),
     ):
         assert cli.run(["browse", f"data={scenes}", "data.workers=0", *words]) == 0
         assert said in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centres-2.png", "centres.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centers-2.png", "centers.png"]
 
 
 def test_names_are_checked_before_the_data(

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from fusedet import config
 from fusedet.ablation import experiment, plan, render, spec, summary_text
 from fusedet.ablation.estimate import format_duration, parse_duration
-from fusedet.api.results import Result, lines, list_files, names_of
+from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.errors import InputError, one_of
 
@@ -22,7 +22,7 @@ Launcher = Literal["local", "slurm"]
 
 
 @dataclass(frozen=True)
-class AblationResult(Result):
+class AblationResult(CommandResult):
     """A finished ablation.
 
     Attributes:
@@ -49,7 +49,7 @@ class AblationResult(Result):
 
 
 @dataclass(frozen=True)
-class AblationPreview(Result):
+class AblationPreview(CommandResult):
     """What an ablation would run.
 
     Attributes:
