@@ -517,7 +517,7 @@ def test_wrong_input(
     assert "row 'plain, 1 conv': " in (text := read_error(capsys, mine, data, out, "data.val=test"))
     assert "no split 'test'" in text
     assert "does not fit" in read_error(capsys, mine, data, out, "train.epoch=1")
-    assert "mine.yaml, row 'plain, 1 conv': unknown value of train.monitor" in read_error(
+    assert "mine.yaml, row 'plain, 1 conv': unknown value 'APX' of train.monitor" in read_error(
         capsys, mine, data, out, "train.monitor=APX"
     )
     assert "no masks" in read_error(capsys, mine, data, out, "train.monitor=mask_AP")
@@ -545,7 +545,7 @@ def test_row_that_cannot_be_built(scenes: Path, tmp_path: Path, capsys: pytest.C
         "base: retinanet_tiny\nrows:\n  - {label: a}\n  - {label: b, overrides: [model.neck.gait=cag, model.neck=mse_fpn]}\n"
     )
     text = read_error(capsys, str(file), f"data={scenes}", f"out={tmp_path / 'out'}", *SMALL)
-    assert "row 'b': unknown option of model.neck 'mse_fpn': 'gait'" in text
+    assert "row 'b': unknown option 'gait' of model.neck 'mse_fpn'" in text
 
 
 def test_foreign_output_directories_are_refused(

@@ -168,12 +168,12 @@ def test_unknown_tables(tmp_path: Path) -> None:
         (
             "{label: a, base: retinanet_tny}",
             "",
-            r"mine.yaml, row 'a': unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'",
+            r"mine.yaml, row 'a': unknown base 'retinanet_tny': did you mean 'retinanet_tiny'",
         ),
         (
             "{label: a}",
             "base: retinanet_tny\n",
-            r"mine.yaml: unknown base: 'retinanet_tny': did you mean 'retinanet_tiny'",
+            r"mine.yaml: unknown base 'retinanet_tny': did you mean 'retinanet_tiny'",
         ),
         (
             "{label: a}",
@@ -205,7 +205,7 @@ def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> No
     )
     assert table.rows[1].config(table).model.neck["gait"] == "cag"
     with pytest.raises(
-        InputError, match=r"mine.yaml, row 'b': unknown option of model.neck 'mse_fpn': 'gait': did you mean 'gate'"
+        InputError, match=r"mine.yaml, row 'b': unknown option 'gait' of model.neck 'mse_fpn': did you mean 'gate'"
     ):
         table.configs()
 

@@ -198,7 +198,7 @@ def test_val_without_annotations(capsys: Capture, trained: Path, scenes: Path, t
         ("trian.epochs=3", "did you mean 'train'?"),
         ("model.head.norm=true", "norm=true needs channels in multiples of 32, got 16"),
         ("model.neck=[]", "at least one neck"),
-        ("model.roi=faster", "unknown key of model.roi: 'type'"),
+        ("model.roi=faster", "unknown key 'type' of model.roi"),
         ("model.backbone.name=vit_tiny_patch16_224", "a pyramid needs 8, 16 and 32"),
         ("model.pyramid.channels=0", "model.pyramid.channels=0 must be 1 or more"),
         ("train.monitor=APX", "did you mean 'AP'?"),
@@ -267,12 +267,12 @@ def test_images_of_the_data_are_numbered(
     for words, said in (
         (["--images", "1"], "1 image: "),
         (["--images", "2"], "2 images: "),
-        (["--centres"], ""),
-        (["--centres"], ""),
+        (["--centers"], ""),
+        (["--centers"], ""),
     ):
         assert cli.run(["browse", f"data={scenes}", "data.workers=0", *words]) == 0
         assert said in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centres-2.png", "centres.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["browse-2.png", "browse.png", "centers-2.png", "centers.png"]
 
 
 def test_names_are_checked_before_the_data(

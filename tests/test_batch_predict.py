@@ -183,9 +183,10 @@ def test_a_killed_prediction_resumes_to_the_same_result(
     )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    for other in ("test.max_det=4", "test.batch=2"):
-        assert predict(model, *words, other) == 2
-        assert "was begun with options" in capsys.readouterr().err
+    for key, value in {"test.max_det": 4, "test.batch": 2}.items():
+        assert predict(model, *words, f"{key}={value}") == 2
+        before = 5 if key == "test.max_det" else batch
+        assert f"was begun with {key} {before}, now it is {value}: give" in " ".join(capsys.readouterr().err.split())
     (folder / "a" / "1.png").rename(folder / "a" / "0.png")
     assert predict(model, *words) == 2
     assert "predictions of other images than the sources" in capsys.readouterr().err

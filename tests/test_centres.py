@@ -1,4 +1,4 @@
-"""Distribution of box centres: quadrant counts by hand, normalised densities, and the command."""
+"""Distribution of box centers: quadrant counts by hand, normalized densities, and the command."""
 
 import json
 from pathlib import Path
@@ -53,8 +53,8 @@ def test_classes_without_annotations_have_no_panel(tmp_path: Path) -> None:
 def test_the_command_counts_all_annotations_but_ignored_ones(
     capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path
 ) -> None:
-    target = tmp_path / "centres.png"
-    assert cli.run(["browse", f"data={scenes}", "--centres", f"out={target}", "--json"]) == 0
+    target = tmp_path / "centers.png"
+    assert cli.run(["browse", f"data={scenes}", "--centers", f"out={target}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     dataset = read_dataset(scenes, "train")
     expected = {name: dict.fromkeys(QUADRANTS, 0) for name in dataset.names}
@@ -71,5 +71,5 @@ def test_the_command_counts_all_annotations_but_ignored_ones(
 def test_refused(capsys: pytest.CaptureFixture[str], scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "there.png").touch()
     for out, text in (("there.png", "exists: nothing is overwritten"), ("a.bmp", "must end in .png, .pdf or .svg")):
-        assert cli.run(["browse", f"data={scenes}", "--centres", f"out={tmp_path / out}"]) == 2
+        assert cli.run(["browse", f"data={scenes}", "--centers", f"out={tmp_path / out}"]) == 2
         assert text in capsys.readouterr().err

@@ -72,9 +72,10 @@ def test_a_model_with_nothing_to_train_is_refused():
 
 
 def test_rate_is_linear_in_the_batch():
-    assert scaled_lr(0.01, 16) == 0.01
-    assert scaled_lr(0.01, 4) == pytest.approx(0.0025)
-    assert scaled_lr(0.02, 64, base_batch=32) == pytest.approx(0.04)
+    assert scaled_lr(Train(lr=0.01, batch=16)) == 0.01
+    assert scaled_lr(Train(lr=0.01, batch=4)) == pytest.approx(0.0025)
+    assert scaled_lr(Train(lr=0.02, batch=64, base_batch=32)) == pytest.approx(0.04)
+    assert scaled_lr(Train(lr=0.02, batch=64, base_batch=None)) == 0.02
 
 
 @pytest.mark.parametrize(

@@ -242,8 +242,6 @@ def test_precision_names():
     assert [fabric_precision(name, "cpu") for name in ("auto", "fp32", "bf16")] == ["32-true", "32-true", "bf16-mixed"]
     with pytest.raises(InputError, match="fp16 needs a GPU"):
         fabric_precision("fp16", torch.device("cpu"))
-    with pytest.raises(InputError, match="did you mean 'bf16'"):
-        fabric_precision("bf", "cpu")
 
 
 # -- stopping
@@ -390,7 +388,7 @@ def test_resuming_what_cannot_be_resumed(tmp_path):
         train(tmp_path, settings(ema=0.9), resume=True)
     assert (tmp_path / "metrics.csv").read_text() == table
     checkpoint.save(tmp_path / "last.ckpt", {"model": {}})
-    with pytest.raises(InputError, match="cannot be resumed: it holds no best, epoch"):
+    with pytest.raises(InputError, match="cannot be resumed: it holds no best, ema, "):
         train(tmp_path, resume=True)
 
 
@@ -473,8 +471,10 @@ def test_loggers_that_are_absent_or_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="'wandb' is not installed: pip install wandb"):
         logging.make_loggers(["wandb"], tmp_path)
-    with pytest.raises(InputError, match="unknown logger 'tensorbord': did you mean 'tensorboard'"):
-        logging.make_loggers(["tensorbord"], tmp_path)
+    with pytest.raises(
+        InputError, match=r"unknown value 'tensorbord' of train\.loggers\.0: did you mean 'tensorboard'"
+    ):
+        Train(loggers=["tensorbord"])
 
 
 def test_services_get_every_row_and_their_end(tmp_path, monkeypatch):

@@ -395,7 +395,7 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
         (
             "resnet10t",
             {"positions": ["after_conv"]},
-            "unknown position in positions: 'after_conv': did you mean 'after_conv",
+            "unknown position 'after_conv' of positions: did you mean 'after_conv",
         ),
         ("resnet10t", {"positions": []}, "nothing would be inserted"),
         ("resnet10t", {"positions": ["after_conv2", "after_conv2"]}, "names a position twice"),
@@ -413,7 +413,7 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
         ),
         ("resnet10t", {"ratios": [64, 64, 64]}, "ratio=64 must make 128 channels .* groups=4: 32 would"),
         ("resnet10t", {"groups": {"after_conv2": 3}}, "groups=3"),
-        ("resnet10t", {"groups": {"after_conv4": 4}}, "unknown position in groups: 'after_conv4'"),
+        ("resnet10t", {"groups": {"after_conv4": 4}}, "unknown position 'after_conv4' of groups"),
         ("resnet10t", {"groups": {"after_conv2": "x"}}, "model.plugin.groups.after_conv2 must be int, got 'x'"),
         ("resnet10t", {"groups": "many"}, r"model.plugin.groups must be int \| Mapping\[str, int\], got 'many'"),
         ("resnet10t", {"scales": [0.5, 0]}, "must be one or more numbers above 0"),

@@ -200,8 +200,8 @@ def test_pre_conv_needs_sim(options: dict) -> None:
     [
         ("{type: msil, encoder_kernel: 2}", "model.interact 'msil': encoder_kernel=2 "),
         ("{type: msil, align: 2}", "model.interact.align must be bool"),
-        ("{type: msil, aling: true}", "unknown option of model.interact 'msil': 'aling'"),
-        ("{type: msil, norm: gns}", "unknown value of model.interact.norm: 'gns'"),
+        ("{type: msil, aling: true}", "unknown option 'aling' of model.interact 'msil'"),
+        ("{type: msil, norm: gns}", "unknown value 'gns' of model.interact.norm"),
         ("msli", "unknown model.interact 'msli'"),
     ],
 )

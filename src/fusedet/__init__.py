@@ -34,57 +34,36 @@ _PUBLIC = {
     "predict": "api.predict_files",
     "preview_ablation": "ablation.command",
     "resolve_config": "api.settings",
-    "progress_bar": "api.progress",
     "train": "api.train",
     "validate": "api.validate_run",
 }
 """Public names and the modules that define them."""
 
-__all__ = [
-    "DivergenceError",
-    "InputError",
-    "Prediction",
-    "Predictor",
-    "StorageError",
-    "__version__",
-    "ablate",
-    "browse",
-    "cam",
-    "check_dataset",
-    "compare",
-    "convert_dataset",
-    "convert_weights",
-    "create_model",
-    "demo",
-    "estimate_power",
-    "info",
-    "load",
-    "predict",
-    "preview_ablation",
-    "progress_bar",
-    "resolve_config",
-    "train",
-    "validate",
-]
+__all__ = ["__version__", *_PUBLIC]
 
-if TYPE_CHECKING:
-    from fusedet.ablation.command import ablate, estimate_power, preview_ablation
-    from fusedet.api.browse import browse
-    from fusedet.api.cam import cam
-    from fusedet.api.check_dataset import check_dataset
-    from fusedet.api.compare import compare
-    from fusedet.api.convert_dataset import convert_dataset
-    from fusedet.api.convert_weights import convert_weights
-    from fusedet.api.demo import demo
-    from fusedet.api.info import info
-    from fusedet.api.predict import Prediction, Predictor, load
-    from fusedet.api.predict_files import predict
-    from fusedet.api.progress import progress_bar
-    from fusedet.api.settings import resolve_config
-    from fusedet.api.train import train
-    from fusedet.api.validate_run import validate
-    from fusedet.errors import DivergenceError, InputError, StorageError
-    from fusedet.models.detectors import create_model
+if TYPE_CHECKING:  # the aliases mark public names
+    from fusedet.ablation.command import ablate as ablate
+    from fusedet.ablation.command import estimate_power as estimate_power
+    from fusedet.ablation.command import preview_ablation as preview_ablation
+    from fusedet.api.browse import browse as browse
+    from fusedet.api.cam import cam as cam
+    from fusedet.api.check_dataset import check_dataset as check_dataset
+    from fusedet.api.compare import compare as compare
+    from fusedet.api.convert_dataset import convert_dataset as convert_dataset
+    from fusedet.api.convert_weights import convert_weights as convert_weights
+    from fusedet.api.demo import demo as demo
+    from fusedet.api.info import info as info
+    from fusedet.api.predict import Prediction as Prediction
+    from fusedet.api.predict import Predictor as Predictor
+    from fusedet.api.predict import load as load
+    from fusedet.api.predict_files import predict as predict
+    from fusedet.api.settings import resolve_config as resolve_config
+    from fusedet.api.train import train as train
+    from fusedet.api.validate_run import validate as validate
+    from fusedet.errors import DivergenceError as DivergenceError
+    from fusedet.errors import InputError as InputError
+    from fusedet.errors import StorageError as StorageError
+    from fusedet.models.detectors import create_model as create_model
 
 
 def __getattr__(name: str) -> Any:

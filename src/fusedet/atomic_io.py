@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from fusedet.errors import StorageError
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Replace a file by one with these bytes.
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, which replaces the one at `path` after the block unless the block fails.
 
     Raises:
         StorageError: The file cannot be written, for example on a full disk; the previous one is still whole.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -28,6 +32,12 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replace a file by one with these bytes; raises as `open_atomically` does."""
+    with open_atomically(path) as file:
+        file.write(data)
 
 
 def list_leftovers(folder: Path) -> list[Path]:

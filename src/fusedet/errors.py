@@ -31,7 +31,7 @@ class StorageError(InputError):
 
 
 def unknown(
-    kind: str, name: object, known: Iterable[str], *, meant: Sequence[str] = (), lister: str = ""
+    kind: str, name: object, known: Iterable[str], *, of: str = "", meant: Sequence[str] = (), lister: str = ""
 ) -> InputError:
     """Make the error for an unknown name; it offers the nearest known name.
 
@@ -39,6 +39,7 @@ def unknown(
         kind: What the name is for, as the message begins.
         name: The unknown name.
         known: The known names.
+        of: What the name belongs to, such as a key.
         meant: Names to offer instead of the nearest.
         lister: The command that lists all known names, where they are too many for a message.
 
@@ -48,9 +49,10 @@ def unknown(
     names = sorted(known)
     near = meant or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    listed = f"Known: {', '.join(names) or 'none'}"
     if len(names) > _LISTED:
-        return InputError(f"unknown {kind} '{name}': {hint}Known are {nearest(name, names, lister)}")
-    return InputError(f"unknown {kind} '{name}': {hint}Known: {', '.join(names) or 'none'}")
+        listed = f"Known are {nearest(name, names, lister)}"
+    return InputError(f"unknown {kind} '{name}'{of and f' of {of}'}: {hint}{listed}")
 
 
 def nearest(name: object, known: Sequence[str], lister: str = "") -> str:
@@ -68,10 +70,17 @@ def plural(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 'es' if thing.endswith(('s', 'x')) else 's'}"
 
 
-def one_of(key: str, value: object, kind: Any) -> None:
+def at_least(least: int, **values: int) -> None:
+    """Raise InputError for a number, given with its name, that is too small."""
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"{name}={value} must be {least} or more")
+
+
+def one_of(kind: str, value: object, choices: Any) -> None:
     """Raise InputError, with the nearest value, for a value that a Literal type lacks.
 
     Configs are validated where they are built; constructors call this for Python users.
     """
-    if value not in get_args(kind):
-        raise unknown(key, value, map(str, get_args(kind)))
+    if value not in get_args(choices):
+        raise unknown(kind, value, map(str, get_args(choices)))

@@ -7,7 +7,7 @@ Labels are 0..K-1; background is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -122,7 +122,7 @@ class BatchDetections(NamedTuple):
     masks: Tensor | None = None
 
     def trimmed(self) -> BatchDetections:
-        """Drop the padding that no image needs; synchronises with the GPU."""
+        """Drop the padding that no image needs; synchronizes with the GPU."""
         most = int(self.counts.max())
         masks = None if self.masks is None else self.masks[:, :most]
         return BatchDetections(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts, masks)
@@ -132,24 +132,21 @@ class BatchDetections(NamedTuple):
 class _Moves:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy the data to a device."""
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (Tensor, _Moves)):
-                changed[field.name] = value.to(device, non_blocking=non_blocking)
-            elif isinstance(value, tuple) and value and isinstance(value[0], _Moves):
-                changed[field.name] = tuple(item.to(device, non_blocking=non_blocking) for item in value)
-        return replace(self, **changed)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Copy the data to page-locked memory; the data loader calls it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, copy: Callable[[Tensor], Tensor]) -> Self:
+        """Copy every tensor, those of nested data too."""
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, (Tensor, _Moves)):
-                changed[field.name] = value.pin_memory()
+            if isinstance(value, Tensor):
+                changed[field.name] = copy(value)
             elif isinstance(value, tuple) and value and isinstance(value[0], _Moves):
-                changed[field.name] = tuple(item.pin_memory() for item in value)
+                changed[field.name] = tuple(item._map(copy) for item in value)
         return replace(self, **changed)
 
 

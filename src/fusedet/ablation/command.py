@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from fusedet import config
 from fusedet.ablation import experiment, plan, power, render, spec, summary, summary_text
 from fusedet.ablation.estimate import format_duration, parse_duration
-from fusedet.api.results import Result, lines, list_files, names_of
+from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.data import synthetic
 from fusedet.errors import InputError, one_of
@@ -23,7 +23,7 @@ Launcher = Literal["local", "slurm"]
 
 
 @dataclass(frozen=True)
-class AblationResult(Result):
+class AblationResult(CommandResult):
     """A finished ablation.
 
     Attributes:
@@ -50,7 +50,7 @@ class AblationResult(Result):
 
 
 @dataclass(frozen=True)
-class AblationPreview(Result):
+class AblationPreview(CommandResult):
     """What an ablation would run.
 
     Attributes:
@@ -87,7 +87,7 @@ class AblationPreview(Result):
 
 
 @dataclass(frozen=True)
-class PowerEstimate(Result):
+class PowerEstimate(CommandResult):
     """How many seeds and images a table needs to show a difference of `power.EFFECT`.
 
     Attributes:

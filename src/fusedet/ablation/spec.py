@@ -76,7 +76,7 @@ class Row:
             )
         where = f"{table.source}, row '{self.label}'"
         try:
-            tree = config.load(base, table.overrides, kind="base:", folder=table.folder).tree()
+            tree = config.load(base, table.overrides, kind="base", folder=table.folder).tree()
         except InputError as error:
             raise InputError(f"{where if self.base else table.source}: {error}") from error
         tree = _apply_overrides(tree, self.overrides, where)

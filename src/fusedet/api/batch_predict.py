@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from torch import Tensor
 
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
+from fusedet.api.prediction_lines import Info, join_lines, list_line_files, open_lines, read_lines
 from fusedet.api.run_dir import create_run_dir
-from fusedet.atomic_io import flush_to_disk, write_atomically
+from fusedet.atomic_io import write_atomically
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, StorageError
 
-Info = dict[str, Any]
 T = TypeVar("T")
-COUNTS = ("images", "detections", "shown", "skipped", "left")
 _PATIENCE = 60.0  # seconds for the first process to make the directory
+COUNTS = ("images", "detections", "shown", "skipped", "left")
 _PLAIN_NAMES = 1000  # up to so many images, drawn copies are named after their image alone
 
 
@@ -63,7 +63,6 @@ class _Image:
     path: Path
     name: str
     is_done: bool
-    ends_batch: bool
 
 
 def predict(
@@ -101,12 +100,13 @@ def predict(
         StorageError: A file cannot be written.
     """
     config = predictor.config
-    seen = {"size": list(config.data.size), "antialias": config.data.antialias}
     request: Info = {
         "weights": _hash_file(predictor.source),
-        "options": {"test": config.tree()["test"], **seen, "precision": precision},
+        **{f"test.{key}": value for key, value in config.tree()["test"].items()},
+        "data.size": list(config.data.size),
+        "data.antialias": config.data.antialias,
+        "precision": precision,
         "images": sources.count(),
-        "batch": options.batch,
         "score": options.score,
         "drawn": options.drawn,
         "jsonl": options.jsonl,
@@ -120,7 +120,8 @@ def predict(
         _append(predictor, sources, target, options, request["images"], advance)
     except InputError:
         if options.world == 1 and not options.jsonl:
-            _join(target, request["categories"])
+            with ExitStack() as stack:
+                join_lines(open_lines(target, stack), target, request["categories"])
         raise
     return _finish(target, options, request)
 
@@ -188,87 +189,60 @@ def _append(
 ) -> None:
     """Append the missing lines of this process's batches to its file."""
     file = target / f"predictions-{options.rank}-of-{options.world}.jsonl"
-    file.touch()
-    _cut_torn_line(file)
     if options.drawn:
         (target / "images").mkdir(exist_ok=True)
-    with file.open("ab") as opened:
-        batch: list[tuple[_Image, Tensor | InputError]] = []
-        for image, pixels in prefetch(_decode, _missing(sources, target, options, total, advance), options.workers):
-            batch.append((image, pixels))
-            if not image.ends_batch:
-                continue
-            readable = [(image, pixels) for image, pixels in batch if not isinstance(pixels, InputError)]
-            predictions = predictor.together([(pixels, image.path) for image, pixels in readable])
+    with ExitStack() as stack:
+        opened = stack.enter_context(file.open("ab+"))
+        opened.seek(0)
+        opened.truncate(sum(len(line) for line in opened if line.endswith(b"\n")))  # the last one may be torn
+        missing = _missing(sources, open_lines(target, stack), target, options, total, advance)
+        decoded = prefetch(_decode, missing, options.workers)
+        while batch := list(islice(decoded, options.batch)):
+            readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
+            predictions = predictor.together(readable)
             try:
-                records, error = _to_records(batch, iter(predictions), target, options)
-                opened.write("".join(json.dumps(record) + "\n" for record in records).encode())
+                for image, pixels in batch:
+                    prediction = pixels if isinstance(pixels, InputError) else next(predictions)
+                    if not image.is_done:
+                        opened.write(_format_line(image, prediction, target, options))
                 opened.flush()
-            except OSError as problem:
-                raise StorageError(f"{file} cannot be written: {problem.strerror}; continue with --resume") from problem
-            if error:
-                raise InputError(f"{error}; with --on-bad-image skip the others are predicted") from error
+            except OSError as error:
+                raise StorageError(f"{file} cannot be written: {error.strerror}; continue with --resume") from error
             advance(len(batch))
-            batch = []
 
 
 def _missing(
-    sources: Sources, target: Path, options: Options, total: int, advance: Callable[[int], None]
+    sources: Sources,
+    lines: Sequence[BinaryIO],
+    target: Path,
+    options: Options,
+    total: int,
+    advance: Callable[[int], None],
 ) -> Iterator[_Image]:
-    """Yield the batches that lack a line, whole: a resumed prediction must form the same batches."""
-    records = _read_lines(target)
+    """Yield this process's images that lack a line, and all others of their batches, which must form again."""
+    records = read_lines(lines)
     record = next(records, None)
-    first_of_name: dict[str, int] = {}
+    names: set[str] = set()
     batch: list[_Image] = []
     for number, path in enumerate(sources, 1):
-        while record is not None and record["id"] < number:
-            record = next(records, None)
-        is_done = record is not None and record["id"] == number
-        if is_done and record is not None and record["file_name"] != str(path):
-            raise InputError(f"{target} holds predictions of other images than the sources now: choose another out")
-        is_plain = total <= _PLAIN_NAMES and first_of_name.setdefault(path.stem, number) == number
-        ends_batch = number % options.batch == 0 or number == total
-        batch.append(_Image(number, path, path.stem if is_plain else f"{path.stem}-{number}", is_done, ends_batch))
-        if ends_batch:
+        is_done = False
+        if record and record["id"] == number:
+            if record["file_name"] != str(path):
+                raise InputError(f"{target} holds predictions of other images than the sources now: choose another out")
+            is_done, record = True, next(records, None)
+        name = path.stem
+        if total > _PLAIN_NAMES or name in names:
+            name = f"{name}-{number}"
+        else:
+            names.add(name)
+        batch.append(_Image(number, path, name, is_done))
+        if len(batch) == options.batch or number == total:
             is_own = (number - 1) // options.batch % options.world == options.rank
             if is_own and not all(image.is_done for image in batch):
                 yield from batch
             else:
                 advance(len(batch))
             batch = []
-
-
-def _to_records(
-    batch: list[tuple[_Image, Tensor | InputError]], predictions: Iterator[Prediction], target: Path, options: Options
-) -> tuple[list[Info], InputError | None]:
-    """Return the missing records of a batch up to the first image that must not be skipped, and its error."""
-    records: list[Info] = []
-    for image, pixels in batch:
-        record: Info = {"id": image.number, "file_name": str(image.path)}
-        if isinstance(pixels, InputError):
-            if options.bad == "error" and not image.is_done:
-                return records, pixels
-            record["skipped"] = str(pixels)
-        else:
-            prediction = next(predictions)
-            if options.drawn and not image.is_done:
-                prediction.plot(target / "images" / f"{image.name}.jpg", options.score)
-            record |= _describe(prediction, image.number, options.score)
-        if not image.is_done:
-            records.append(record)
-    return records, None
-
-
-def _describe(prediction: Prediction, number: int, score: float) -> Info:
-    boxes, masks = prediction.boxes, prediction.masks
-    areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
-    assert prediction.image is not None
-    height, width = prediction.image.shape[1:]
-    annotations = [
-        {**result, "area": area, "iscrowd": 0} for result, area in zip(prediction.to_coco(number), areas.tolist())
-    ]
-    shown = int((prediction.scores >= score).sum())
-    return {"height": height, "width": width, "shown": shown, "annotations": annotations}
 
 
 def _decode(image: _Image) -> tuple[_Image, Tensor | InputError]:
@@ -278,112 +252,56 @@ def _decode(image: _Image) -> tuple[_Image, Tensor | InputError]:
         return image, error
 
 
+def _format_line(image: _Image, prediction: Prediction | InputError, target: Path, options: Options) -> bytes:
+    """Return an image's line, and draw its copy; raise InputError for an image that must not be skipped."""
+    record: Info = {"id": image.number, "file_name": str(image.path)}
+    if isinstance(prediction, InputError):
+        if options.bad == "error":
+            raise InputError(f"{prediction}; with --on-bad-image skip the others are predicted") from prediction
+        record["skipped"] = str(prediction)
+    else:
+        if options.drawn:
+            prediction.plot(target / "images" / f"{image.name}.jpg", options.score)
+        boxes, masks = prediction.boxes, prediction.masks
+        areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
+        results = zip(prediction.to_coco(image.number), areas.tolist())
+        assert prediction.image is not None
+        height, width = prediction.image.shape[1:]
+        record |= {
+            "height": height,
+            "width": width,
+            "shown": int((prediction.scores >= options.score).sum()),
+            "annotations": [{**result, "area": area, "iscrowd": 0} for result, area in results],
+        }
+    return (json.dumps(record) + "\n").encode()
+
+
 def _finish(target: Path, options: Options, request: Info) -> Info:
-    """Join the files if all images are done."""
-    begun = target / "predict.json"
-    files = _list_files(target)
+    """Join the files if all images are done, and return the summary."""
+    begun, files = target / "predict.json", list_line_files(target)
     counts = dict.fromkeys(COUNTS, 0)
-    try:
-        for record in _read_lines(target):
+    with ExitStack() as stack:
+        try:
+            lines = open_lines(target, stack)
+        except FileNotFoundError:
+            lines = []  # another process has joined and removed the files
+        for record in read_lines(lines):
             counts["skipped" if "skipped" in record else "images"] += 1
             counts["detections"] += len(record.get("annotations", ()))
             counts["shown"] += record.get("shown", 0)
         counts["left"] = request["images"] - counts["images"] - counts["skipped"]
-        if not counts["left"] and not options.jsonl:
-            _join(target, request["categories"])
-    except FileNotFoundError:
-        pass  # another process has joined and removed the files
-    if done := _read_begun(begun).get("done"):
-        return dict(done)
-    if counts["left"]:
-        return counts | {"files": {}}
+        if done := _read_begun(begun).get("done"):
+            return dict(done)
+        if counts["left"]:
+            return counts | {"files": {}}
+        if not options.jsonl:
+            join_lines(lines, target, request["categories"])
     written = {f.stem: str(f) for f in files} if options.jsonl else {"predictions": str(target / "predictions.json")}
-    done = counts | {"files": written | ({"images": str(target / "images")} if options.drawn else {})}
-    write_atomically(begun, json.dumps({"request": request, "done": done}, indent=2).encode())
+    summary = counts | {"files": written | ({"images": str(target / "images")} if options.drawn else {})}
+    write_atomically(begun, json.dumps({"request": request, "done": summary}, indent=2).encode())
     for file in () if options.jsonl else files:
         file.unlink(missing_ok=True)
-    return done
-
-
-def _join(target: Path, categories: list[Info]) -> None:
-    """Write predictions.json from the lines of all files, one line in memory at a time."""
-
-    def annotations() -> Iterator[Info]:
-        number = 0
-        for record in _read_lines(target):
-            for annotation in record.get("annotations", ()):
-                number += 1
-                yield {"id": number, **annotation}
-
-    keys = ("id", "file_name", "height", "width")
-    images = ({key: r[key] for key in keys} for r in _read_lines(target) if "skipped" not in r)
-    skipped = (
-        {"id": r["id"], "file_name": r["file_name"], "reason": r["skipped"]}
-        for r in _read_lines(target)
-        if "skipped" in r
-    )
-    joined = target / "predictions.json"
-    temporary = joined.with_name(f".{joined.name}.{time.monotonic_ns()}.part")
-    try:
-        with temporary.open("w") as file:
-            file.write('{"images": [')
-            file.writelines(_list_items(images))
-            file.write(f'], "categories": {json.dumps(categories)}, "annotations": [')
-            file.writelines(_list_items(annotations()))
-            for i, item in enumerate(_list_items(skipped)):
-                file.write(item if i else f'], "skipped": [{item}')
-            file.write("]}")
-        flush_to_disk(temporary)  # the lines are removed afterwards
-        temporary.replace(joined)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise  # see `_finish`
-        raise StorageError(f"{joined} cannot be written: {error.strerror}; continue with --resume") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _list_items(items: Iterable[Info]) -> Iterator[str]:
-    for i, item in enumerate(items):
-        yield (", " if i else "") + json.dumps(item)
-
-
-def _list_files(target: Path) -> list[Path]:
-    return sorted(target.glob("predictions-*-of-*.jsonl"))
-
-
-def _read_lines(target: Path) -> Iterator[Info]:
-    """Yield the records of all files by rising id, each once."""
-    last = 0
-    for record in heapq.merge(*map(_read_file, _list_files(target)), key=itemgetter("id")):
-        if record["id"] > last:
-            yield record
-            last = record["id"]
-
-
-def _read_file(file: Path) -> Iterator[Info]:
-    last = 0
-    with file.open("rb") as opened:
-        for number, line in enumerate(opened, 1):
-            if not line.endswith(b"\n"):
-                return  # torn when its process was killed, or being written
-            try:
-                record = json.loads(line)
-                is_whole = type(record["id"]) is int and record["id"] > last and isinstance(record["file_name"], str)
-                if "skipped" not in record:
-                    sizes = (record["height"], record["width"], record["shown"])
-                    is_whole &= all(type(size) is int for size in sizes) and isinstance(record["annotations"], list)
-            except (ValueError, TypeError, LookupError, RecursionError):
-                is_whole = False
-            if not is_whole:
-                raise InputError(f"{file}, line {number} is damaged: remove the file, and continue with --resume")
-            last = record["id"]
-            yield record
-
-
-def _cut_torn_line(file: Path) -> None:
-    with file.open("rb+") as opened:
-        opened.truncate(sum(len(line) for line in opened if line.endswith(b"\n")))
+    return summary
 
 
 def _hash_file(file: Path) -> str:

@@ -12,19 +12,22 @@ from rich.console import Group, RenderableType
 from fusedet import visualization
 from fusedet.api import run_dir
 from fusedet.api.predict import Predictor
-from fusedet.api.results import Result, lines
-from fusedet.api.settings import Settings, Source, resolve_config
+from fusedet.api.results import CommandResult, lines
+from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import centers_table
 from fusedet.api.train_inputs import train_transform
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
-from fusedet.errors import InputError, plural
+from fusedet.errors import InputError, at_least, plural
 from fusedet.visualization import object_centers
+
+SETTABLE = ("data", "train.schedule", "train.seed", "out")
+"""What can be set where images are drawn."""
 
 
 @dataclass(frozen=True)
-class BrowseResult(Result):
+class BrowseResult(CommandResult):
     """The written image.
 
     Attributes:
@@ -46,15 +49,15 @@ class BrowseResult(Result):
     def __rich__(self) -> RenderableType:
         if self.classes is None:
             return lines([f"{plural(self.images or 0, 'image')}: {self.image}"])
-        return Group(centers_table(self.classes), lines([f"centres: {self.image}"]))
+        return Group(centers_table(self.classes), lines([f"centers: {self.image}"]))
 
 
 def browse(
     *overrides: str,
     config: Source | None = None,
     split: str | None = None,
-    images: int = 16,
-    epoch: int = 0,
+    images: int | None = None,
+    epoch: int | None = None,
     centers: bool = False,
     **settings: Unpack[Settings],
 ) -> BrowseResult:
@@ -63,25 +66,31 @@ def browse(
     >>> fusedet.browse(data="data/coco", out="images.png")  # doctest: +SKIP
 
     Args:
-        overrides: "key=value" texts, such as "data=PATH". `out` is the file, by default browse.png or centres.png.
+        overrides: "key=value" texts, such as "data=PATH". `out` is the file, by default browse.png or centers.png.
         config: A config's name, a YAML file, a run directory or a `Config`, whose `data` section is used.
         split: The split, by default `data.train`.
-        images: How many images.
-        epoch: The epoch whose data augmentation is shown.
+        images: How many images, by default 16.
+        epoch: The epoch whose data augmentation is shown, by default the first one, 0.
         centers: Whether the centers of all objects are drawn, class by class, instead of images.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
         InputError: The data cannot be read, or the file exists or is of no image format.
     """
-    options = resolve_config(config, overrides, settings)
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="this command")
+    options = resolve_config(config, texts)
     if options.data.path is None:
         raise InputError("no data: write fusedet browse data=PATH")
-    name = "centres" if centers else "browse"
+    name = "centers" if centers else "browse"
     target = Path(options.out) if options.out else run_dir.find_free_path(".", name, ".png")
     split = split or options.data.train
     if centers:
+        if images is not None or epoch is not None:
+            raise InputError("centers are those of the whole split: leave out the number of images and the epoch")
         return BrowseResult(target, classes=_draw_centers(options, split, target))
+    images, epoch = 16 if images is None else images, epoch or 0
+    at_least(1, images=images)
+    at_least(0, epoch=epoch)
     return BrowseResult(target, images=_draw_images(options, split, images, epoch, target))
 
 
@@ -128,7 +137,7 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     points = ((boxes[:, :2] + boxes[:, 2:]) / 2 / dataset.sizes[owner].flip(1)).clamp(0, 1).numpy()
     groups = [points[labels == k] for k in range(len(dataset.names))]
     target.parent.mkdir(parents=True, exist_ok=True)
-    title = f"Where the objects' centres lie: {split} of {config.data.path}"
+    title = f"Where the objects' centers lie: {split} of {config.data.path}"
     object_centers.plot_centers(groups, dataset.names, target, title)
     counts = [dict(zip(object_centers.QUADRANTS, map(int, object_centers.count_quadrants(own)))) for own in groups]
     return [{"name": name, "objects": len(own), **parts} for name, own, parts in zip(dataset.names, groups, counts)]

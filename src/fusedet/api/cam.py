@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-from PIL import Image
 from rich.console import Group, RenderableType
-from torch import Tensor
 
-from fusedet import config as configs
-from fusedet import visualization
 from fusedet.api import run_dir
+from fusedet.api.cam_figures import UNITS, Job, draw_figures, join_captions, map_size, order_rows
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
-from fusedet.api.results import Result, lines, list_files
-from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.results import CommandResult, lines, list_files
+from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
-from fusedet.visualization import heat_maps
-from fusedet.visualization.activation_maps import (
-    PARTS,
-    ROWS,
-    ActivationMaps,
-    Row,
-    compute_activation_maps,
-    heat_share_inside,
-    resize_map,
-)
-from fusedet.visualization.annotators import to_pil_image
-
-LONG = 320  # pixels of a map's longer side
-UNITS = {
-    "classification": "contribution to the class's log-odds, summed over all candidates with their scores as weights",
-    "regression": "contribution to how far box sides lie outward, in box sizes, weighted alike",
-    "objectness": "contribution to the objectness log-odds, summed over all anchors with their scores as weights",
-    "proposals": "contribution to how far proposal sides lie outward, in box sizes, weighted alike",
-}
+from fusedet.visualization.activation_maps import PARTS, ActivationMaps, Row, compute_activation_maps, resize_map
 
 
 @dataclass(frozen=True)
-class CamResult(Result):
+class CamResult(CommandResult):
     """Numbers and files of a call of `cam`.
 
     Attributes:
@@ -62,16 +40,6 @@ class CamResult(Result):
 
     def __rich__(self) -> RenderableType:
         return Group(lines(format_report(self.images)), list_files(self.files))
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An image, the class to explain, and each run's detections of it."""
-
-    path: Path
-    image: Tensor
-    name: str
-    detections: dict[str, Prediction]
 
 
 def cam(
@@ -108,17 +76,14 @@ def cam(
             part of `only`.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
-    own = [text for text in texts if text.partition("=")[0] in ("device", "out")]
-    options = configs.parse(configs.apply_overrides({}, own))
-    of_model, out = [text for text in texts if text not in own], options.out
+    options, of_model = split_overrides(texts, "device", "out")
     images = Sources([str(sources)] if isinstance(sources, (str, Path)) else map(str, sources))
     if not images.words:
         raise InputError("which images? Write fusedet cam RUN IMAGE..., files, directories or globs")
     for part in only:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
-    if out is not None:
-        run_dir.check_new_dir(out)  # before the work starts
+    run_dir.check_new_dir(options.out)
     runs = {
         source: load(source, *of_model, device=options.device, trust=trust)
         for source in dict.fromkeys(str(source) for source in (run, beside) if source)
@@ -137,8 +102,8 @@ def cam(
             has = "has" if len(runs) == 1 else "have"
             raise InputError(f"--only {missing[0]}: {' and '.join(runs)} {has} only {', '.join(known)}")
         if target is None:
-            target = run_dir.create_run_dir(out) if out else run_dir.create_numbered_dir(run_dir.parent_of(run), "cam")
-        drawn, numbers = _draw(job, seen, set(only or PARTS), _stem(target, job.path))
+            target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(run), "cam"))
+        drawn, numbers = draw_figures(job, seen, set(only or PARTS), _stem(target, job.path))
         figures[str(job.path)] = {
             "class": job.name,
             **numbers,
@@ -163,29 +128,16 @@ def format_report(figures: Mapping[str, Any]) -> list[str]:
         lines.append(f"  heat inside the boxes, which cover {100 * numbers['area']:.0f} % of the image:")
         for kind in UNITS:
             heats = [own["heat"].get(kind, {}) for own in runs.values()]
-            for key in _ordered(row for heat in heats for row in heat):
+            for key in order_rows(row for heat in heats for row in heat):
                 rows = [heat.get(key) for heat in heats]
-                caption = _caption([row and row["caption"] for row in rows])
-                lines.append(f"  {kind}, {caption}: {' | '.join(map(_format_share, rows))}")
+                shares = [row["inside"] if row else None for row in rows]
+                texts = ["-" if share is None else f"{100 * share:.0f} %" for share in shares]
+                caption = join_captions([row and row["caption"] for row in rows])
+                lines.append(f"  {kind}, {caption}: {' | '.join(texts)}")
     return lines
 
 
-def _format_share(row: Mapping[str, Any] | None) -> str:
-    return "-" if row is None or row["inside"] is None else f"{100 * row['inside']:.0f} %"
-
-
-def _ordered(keys: Iterable[str]) -> list[str]:
-    """The distinct keys of rows, from the backbone to the head."""
-    return sorted(set(keys), key=lambda key: (ROWS.index(key.partition(" #")[0]), key))
-
-
-def _caption(own: Sequence[str | None]) -> str:
-    """One caption for a row from those of the runs; None for a run without the row."""
-    known = {text: letter for letter, text in zip("AB", own) if text}
-    return next(iter(known)) if len(known) == 1 else ", ".join(f"{text} ({letter})" for text, letter in known.items())
-
-
-def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: float) -> _Job:
+def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: float) -> Job:
     """Detect the class in an image with each run; by default the class of the first run's best detection."""
     image = to_tensor(path)
     detections: dict[str, Prediction] = {}
@@ -210,115 +162,20 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
             own, boxes=own.boxes[keep], scores=own.scores[keep], labels=own.labels[keep], masks=None
         )
     assert name is not None
-    return _Job(path, image, name, detections)
+    return Job(path, image, name, detections)
 
 
-def _compute(predictor: Predictor, job: _Job, best_only: bool) -> ActivationMaps:
+def _compute(predictor: Predictor, job: Job, best_only: bool) -> ActivationMaps:
     """A run's maps for an image, resized to it."""
     batch = replace(predictor.seen([job.image]), views=())
     label = predictor.names.index(job.name)
     maps = compute_activation_maps(predictor.detector, batch.to(predictor.device), label, best_only)
-    size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), _size(job.image)
+    size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), map_size(job.image)
 
     def resized(rows: list[Row]) -> list[Row]:
         return [row._replace(maps={s: resize_map(x, s, size, shown) for s, x in row.maps.items()}) for row in rows]
 
     return replace(maps, heat={kind: resized(rows) for kind, rows in maps.heat.items()}, gates=resized(maps.gates))
-
-
-def _draw(
-    job: _Job, runs: Mapping[str, ActivationMaps], only: set[str], stem: Path
-) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Write the figures; return the files by what they show, and the numbers."""
-    heat = {
-        kind: {source: [row for row in own.heat.get(kind, []) if row.part in only] for source, own in runs.items()}
-        for kind in UNITS
-    }
-    gates = {source: [row for row in own.gates if row.part in only] for source, own in runs.items()}
-    weights = {source: own.level_weights if "smsl" in only else [] for source, own in runs.items()}
-    boxes = next(iter(job.detections.values())).boxes * (LONG / max(job.image.shape[1:]))  # of the first run, for both
-    numbers: dict[str, Any] = {
-        "area": heat_share_inside(torch.zeros(_size(job.image)), boxes)[1] if len(boxes) else None,
-        "runs": {},
-    }
-    for source, own in runs.items():
-        numbers["runs"][source] = run_dir.to_plain(
-            {
-                "score": own.score,
-                "heat": {kind: {row.key: _numbers(row, boxes) for row in heat[kind][source]} for kind in own.heat},
-                "gates": {
-                    row.key: {"caption": row.caption, "mean": _per_level(row, Tensor.mean)} for row in gates[source]
-                },
-                "level_weights": [{"strides": w.strides, "weights": w.weights.mean(dim=2)} for w in weights[source]],
-                "missing": own.missing,
-            }
-        )
-    files: dict[str, Path] = {}
-    for kind, unit in UNITS.items():
-        if any(heat[kind].values()):
-            files[kind] = Path(f"{stem}-{kind}.png")
-            _sheet(job, heat[kind], files[kind], f"{kind}: {job.name} in {job.path.name}", f"{unit}, per pixel", True)
-    if any(gates.values()):
-        files["gates"] = Path(f"{stem}-gates.png")
-        _sheet(job, gates, files["gates"], f"gates: {job.path.name}", "mean over the channels", False)
-    if any(weights.values()):
-        files["level weights"] = Path(f"{stem}-smsl.png")
-        panels = [
-            heat_maps.WeightPanel(
-                source,
-                [f"stride {s}" for s in w.strides],
-                w.weights.mean(dim=2).numpy(),
-                w.weights.quantile(torch.tensor([0.1, 0.9]), dim=2).numpy(),
-            )
-            for source, own_weights in weights.items()
-            for w in own_weights
-        ]
-        title = f"SMSL's weights in {job.path.name}: mean over the channels, and the range of the middle 80 %"
-        heat_maps.draw_level_weights(panels, files["level weights"], title)
-    return files, numbers
-
-
-def _sheet(job: _Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit: str, is_heat: bool) -> None:
-    """Draw one figure: rows from the backbone to the head, a block of columns per run."""
-    own = [{row.key: row.caption for row in rows} for rows in runs.values()]
-    captions = {key: _caption([row.get(key) for row in own]) for key in _ordered(key for row in own for key in row)}
-    strides = sorted({s for rows in runs.values() for row in rows for s in row.maps})
-    panels = []
-    height, width = _size(job.image)
-    plain = to_pil_image(job.image).resize((width, height), Image.Resampling.LANCZOS)
-    image, scale = to_tensor(plain), LONG / max(job.image.shape[1:])
-    for (source, rows), letter in zip(runs.items(), "AB"):
-        if not rows:
-            continue
-        columns = {row.key: {f"stride {s}": x.numpy() for s, x in row.maps.items()} for row in rows}
-        if is_heat:
-            columns = {row.key: {"all levels": _sum_of_levels(row).numpy()} | columns[row.key] for row in rows}
-        detections = job.detections[source]
-        marked = visualization.draw_boxes(image, detections.boxes * scale, detections.labels, detections.names)
-        panels.append(heat_maps.Panel(f"{letter}: {source}" if len(runs) > 1 else source, marked, columns))
-    names = [*(["all levels"] if is_heat else []), *(f"stride {s}" for s in strides)]
-    heat_maps.draw_maps(plain, panels, captions, names, path, title, unit, None if is_heat else 1.0)
-
-
-def _numbers(row: Row, boxes: Tensor) -> dict[str, Any]:
-    """A row's peak per level, and the share of its heat inside the boxes, of all levels together."""
-    inside = heat_share_inside(_sum_of_levels(row), boxes)[0] if len(boxes) else None
-    return {"caption": row.caption, "peak": _per_level(row, Tensor.max), "inside": inside}
-
-
-def _per_level(row: Row, statistic: Callable[[Tensor], Tensor]) -> dict[int, float]:
-    """A statistic of every level's map, by its stride."""
-    return {stride: float(statistic(x)) for stride, x in row.maps.items()}
-
-
-def _sum_of_levels(row: Row) -> Tensor:
-    return torch.stack(list(row.maps.values())).sum(dim=0)
-
-
-def _size(image: Tensor) -> tuple[int, int]:
-    """Height and width of an image's maps."""
-    height, width = image.shape[1:]
-    return max(1, round(height * LONG / max(height, width))), max(1, round(width * LONG / max(height, width)))
 
 
 def _stem(target: Path, path: Path) -> Path:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from fusedet.api.progress import ShowProgress, no_progress, track
-from fusedet.api.results import Result
-from fusedet.api.settings import Settings, Source, resolve_config
+from fusedet.api.progress import track
+from fusedet.api.results import CommandResult
+from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import dataset_table
 from fusedet.data import validation
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import detect_format, read_dataset
 from fusedet.errors import InputError
 
+SETTABLE = ("data", "train.schedule")
+"""What can be set where data are checked."""
+
 
 @dataclass(frozen=True)
-class DatasetCheck(Result):
+class DatasetCheck(CommandResult):
     """What was checked.
 
     Attributes:
@@ -53,7 +56,7 @@ def check_dataset(
     *overrides: str,
     config: Source | None = None,
     read_images: bool = True,
-    progress: ShowProgress = no_progress,
+    progress: Console | None = None,
     **settings: Unpack[Settings],
 ) -> DatasetCheck:
     """Check the splits that a training would use, and that they agree.
@@ -64,7 +67,7 @@ def check_dataset(
         overrides: "key=value" texts, such as "data=PATH".
         config: A config's name, a YAML file, a run directory or a `Config`, whose `data` section is used.
         read_images: Whether every image is decoded, not only the annotations read.
-        progress: Shows how many images of a split are done.
+        progress: Shows how many images of a split are done, if it is a terminal.
         settings: The same settings as `overrides`, by keyword.
 
     Returns:
@@ -73,7 +76,8 @@ def check_dataset(
     Raises:
         InputError: `data` is not given or is no dataset.
     """
-    options = resolve_config(config, overrides, settings)
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="this command")
+    options = resolve_config(config, texts)
     if options.data.path is None:
         raise InputError("no data: write fusedet doctor data=PATH")
     path = options.data.path
@@ -86,11 +90,8 @@ def check_dataset(
         except InputError as error:
             reports[split] = validation.DatasetReport(errors=[str(error)])
             continue
-
-        def wrap(items: Iterable[Any], total: int, split: str = split) -> Iterable[Any]:
-            return track(progress, items, total, split)
-
+        bar = partial(track, label=split, console=progress)
         reports[split] = validation.validate_split(
-            splits[split], options.data.size, read_images=read_images, progress=wrap
+            splits[split], options.data.size, read_images=read_images, progress=bar
         )
     return DatasetCheck(reports, validation.compare_class_names(*splits.values()) if len(splits) == 2 else [])

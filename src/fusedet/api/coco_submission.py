@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fusedet.api.validate import shorten_list
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.mask_iou import compute_mask_area, validate_masks
-from fusedet.evaluation.results import build_detection_table
+from fusedet.evaluation.results import Result, build_detection_table
 
 SETS = ("test-dev2017", "test-challenge2017", "val2017")
 """Splits that the server evaluates; val2017 is for trying it."""
@@ -32,8 +33,6 @@ MOST = 100
 
 DECIMALS = {"bbox": 2, "score": 6}
 """COCO recommends a tenth of a pixel; for a box of ten pixels that is 1 %, so one more digit is kept."""
-
-Result = dict[str, Any]
 
 
 def server_split(dataset: DetectionDataset, max_det: int) -> str:
@@ -53,7 +52,7 @@ def server_split(dataset: DetectionDataset, max_det: int) -> str:
         different = sorted(CATEGORIES ^ set(dataset.category_ids))
         raise InputError(
             f"{dataset.source} has {len(dataset.names)} categories, but COCO's server wants COCO's 80: the ids differ "
-            f"in {_some(different)}"
+            f"in {shorten_list(map(str, different))}"
         )
     if max_det > MOST:
         raise InputError(f"test.max_det={max_det}: COCO's rules allow {MOST} detections of an image")
@@ -129,7 +128,3 @@ def _mask(code: dict[str, Any], i: int) -> dict[str, Any]:
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"results: the mask of result {i} is no run-length code ({error})") from error
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"]}
-
-
-def _some(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")

@@ -13,17 +13,17 @@ from rich.console import Group, RenderableType
 
 from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
-from fusedet.api.results import Result, lines, list_files, names_of
-from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import comparison_table
-from fusedet.api.validate import Result as Detection
 from fusedet.api.validate import make_painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read_dataset
-from fusedet.errors import InputError
+from fusedet.errors import InputError, at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
+from fusedet.evaluation.results import Result
 
 RESULTS, METRICS = "val.bbox.json", "metrics.json"
 SAME = "Nothing can be concluded: A and B are the same, detection by detection."
@@ -32,7 +32,7 @@ SETTABLE = ("data", "out")
 
 
 @dataclass(frozen=True)
-class Comparison(Result):
+class Comparison(CommandResult):
     """Two runs side by side.
 
     Attributes:
@@ -72,15 +72,17 @@ def compare(
         overrides: "key=value" texts for `data` and `out`. The data are those of the first run by default; `out` is
             compare-A in B's directory by default.
         split: The split whose results are compared, by default `data.val`.
-        resamples: How often the bootstrap draws the images.
+        resamples: How often the bootstrap draws the images, 40 or more.
         bootstrap_seed: Seed of these draws.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
         InputError: There are no stored results, or they are not of the same data.
     """
+    at_least(40, resamples=resamples)
+    at_least(0, bootstrap_seed=bootstrap_seed)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a comparison")
-    options = config.parse(config.apply_overrides({}, texts))
+    options = resolve_config(None, texts)
     a, b = str(a), str(b)
     runs = [run for run in map(_config_of, (a, b)) if run is not None]
     if options.data.path is None and not runs:
@@ -88,8 +90,7 @@ def compare(
     data = options.data if options.data.path is not None else runs[0].data
     scored = split or (runs[0].data.val if runs else data.val)
     stored = [_stored(source, scored) for source in (a, b)]
-    if options.out:
-        run_dir.check_new_dir(options.out)  # before the work, not after it
+    run_dir.check_new_dir(options.out)
     dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
     for file in stored:
@@ -110,8 +111,8 @@ def compare(
         "classes": figures["classes"],
         "errors": {side: evaluation.analyze_errors(dataset, table) for side, table in zip("ab", tables)},
     }
-    parent, name = run_dir.parent_of(b), f"compare-{Path(a).stem}"
-    out = run_dir.create_run_dir(options.out) if options.out else run_dir.create_numbered_dir(parent, name)
+    name = f"compare-{Path(a).stem}"
+    out = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(b), name))
     files = {
         "comparison": out / "compare.json",
         "differences by class": out / "classes.png",
@@ -188,9 +189,7 @@ def _same_data(file: Path, dataset: DetectionDataset) -> None:
         )
 
 
-def _differing(
-    dataset: DetectionDataset, results: list[list[Detection]], tables: list[Any], n: int = 8
-) -> Image | None:
+def _differing(dataset: DetectionDataset, results: list[list[Result]], tables: list[Any], n: int = 8) -> Image | None:
     """Return the n images on which the two differ most, A left and B right; None if they do not differ."""
     paint = [make_painter(dataset, detections) for detections in results]
     drawn, captions = [], []

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import RenderableType
 
-from fusedet.api.results import Result, lines
+from fusedet.api.results import CommandResult, lines
 from fusedet.data import conversion
 
 DatasetFormat = Literal["coco", "voc", "yolo"]
 
 
 @dataclass(frozen=True)
-class DatasetConversion(Result):
+class DatasetConversion(CommandResult):
     """The written dataset.
 
     Attributes:
@@ -25,10 +25,6 @@ class DatasetConversion(Result):
 
     out: Path
     splits: dict[str, dict[str, int]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields."""
-        return {"out": str(self.out), "splits": self.splits}
 
     def __rich__(self) -> RenderableType:
         rows = ((name, ", ".join(f"{n} {what}" for what, n in counts.items())) for name, counts in self.splits.items())

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from rich.console import RenderableType
 
 from fusedet import interop
 from fusedet.api import run_dir
-from fusedet.api.results import Result, lines
+from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 
 
 @dataclass(frozen=True)
-class WeightConversion(Result):
+class WeightConversion(CommandResult):
     """The written weights.
 
     Attributes:
@@ -32,10 +32,6 @@ class WeightConversion(Result):
     weights: Path
     classes: list[str]
     notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields."""
-        return {"out": str(self.out), "weights": str(self.weights), "classes": self.classes, "notes": self.notes}
 
     def __rich__(self) -> RenderableType:
         return lines([*(f"note: {note}" for note in self.notes), f"weights: {self.weights}"])

@@ -16,6 +16,7 @@ from fusedet.api.settings import Settings, to_overrides
 from fusedet.api.train import train
 from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
+from fusedet.errors import at_least
 
 MODEL = "retinanet_tiny"
 SHOWN = 16
@@ -34,7 +35,7 @@ def demo(
     Args:
         overrides: "key=value" texts for the model's config. `train.seed` is the seed of the images and of the training.
             `out` is the directory of data/, run/ and predictions.png, by default demo, demo-2, ...
-        images: How many images are generated.
+        images: How many images are generated, 10 or more.
         say: Takes lines of progress.
         quiet: Whether the progress bar is left out.
         settings: The same settings as `overrides`, by keyword.
@@ -42,9 +43,10 @@ def demo(
     Raises:
         InputError: A setting is wrong, or `out` is not empty.
     """
+    at_least(10, images=images)
     texts = to_overrides(overrides, settings)
     options = config.load(MODEL, texts)
-    target = run_dir.create_run_dir(options.out) if options.out else run_dir.create_numbered_dir(".", "demo")
+    target = run_dir.create_run_dir(options.out or run_dir.find_free_path(".", "demo"))
     data = synthetic.generate_dataset(target / "data", images=images, seed=options.train.seed)
     say(f"{images} generated images: {data}")
     trained = train(config.load(MODEL, [*texts, f"data={data}", f"out={target / 'run'}"]), say=say, quiet=quiet)

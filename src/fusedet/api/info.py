@@ -8,18 +8,22 @@ from typing import Any, Unpack
 
 from rich.console import RenderableType
 
+from fusedet import config as configs
 from fusedet.api.load_model import at_most, countable, rebuild, weights_file
-from fusedet.api.results import Result
-from fusedet.api.settings import Settings, Source, is_run_dir, resolve_config
+from fusedet.api.results import CommandResult, lines
+from fusedet.api.settings import Settings, Source, is_run_dir, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import cost_table
 from fusedet.config import Config
-from fusedet.errors import plural
+from fusedet.errors import InputError, plural
 from fusedet.models import profiling
 from fusedet.models.detectors import build_meta_detector
 
+SETTABLE = ("model", "data.size", "train.schedule")
+"""What can be set where a model's cost is counted."""
+
 
 @dataclass(frozen=True)
-class ModelInfo(Result):
+class ModelInfo(CommandResult):
     """What a model costs.
 
     Attributes:
@@ -41,16 +45,36 @@ class ModelInfo(Result):
         return cost_table(self.cost, f"{self.model}, {plural(self.classes, 'class')}")
 
 
+@dataclass(frozen=True)
+class ConfigNames(CommandResult):
+    """Names of the shipped configs.
+
+    Attributes:
+        models: Of the models.
+        schedules: Of the schedules (`train.schedule`).
+    """
+
+    models: list[str]
+    schedules: list[str]
+
+    def __rich__(self) -> RenderableType:
+        return lines(f"{kind}: {', '.join(names)}" for kind, names in vars(self).items())
+
+
 def info(
-    config: Source, *overrides: str, classes: int | None = None, trust: bool = False, **settings: Unpack[Settings]
-) -> ModelInfo:
+    config: Source | None = None,
+    *overrides: str,
+    classes: int | None = None,
+    trust: bool = False,
+    **settings: Unpack[Settings],
+) -> ModelInfo | ConfigNames:
     """Count parameters, trainable parameters and multiply-adds of a model, per part; no weights are loaded.
 
     >>> fusedet.info("retinanet_r50").cost["trainable"]  # doctest: +SKIP
     37743348
 
     Args:
-        config: A config's name, a YAML file, a run directory or a `Config`.
+        config: A config's name, a YAML file, a run directory or a `Config`; without one the shipped configs are listed.
         overrides: "key=value" texts.
         classes: Number of classes; by default a run's own, else COCO's 80.
         trust: Whether a run's config may name classes of other packages, whose code then runs.
@@ -59,7 +83,12 @@ def info(
     Raises:
         InputError: The model does not exist or cannot be built.
     """
-    options = resolve_config(config, overrides, settings, trust)
+    texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a model's cost")
+    if config is None:
+        if texts:
+            raise InputError(f"{texts[0]} belongs to a config: name one before it")
+        return ConfigNames(configs.names(), configs.names("schedules"))
+    options = resolve_config(config, texts, trust=trust)
     name = "model" if isinstance(config, Config) else str(config)
     limit = None
     if not isinstance(config, Config) and is_run_dir(config):

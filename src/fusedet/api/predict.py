@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fusedet import visualization
 from fusedet.api.load_model import rebuild, weights_file
-from fusedet.api.settings import Sections, refuse_other_keys, to_overrides
-from fusedet.config import Config, apply_overrides, parse
+from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
+from fusedet.config import Config
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
@@ -158,7 +158,7 @@ def load(
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file, trust)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
-    config = parse(apply_overrides(config.tree(), texts))
+    config = resolve_config(config, texts)
     return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
 
 

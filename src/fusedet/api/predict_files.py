@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 
-from fusedet import config as configs
 from fusedet.api import batch_predict, run_dir
 from fusedet.api.distributed import get_ranks, select_device
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
-from fusedet.api.progress import ShowProgress, no_progress
-from fusedet.api.results import Result, lines, list_files, names_of
-from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.progress import progress_bar
+from fusedet.api.results import CommandResult, lines, list_files, names_of
+from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.errors import InputError, one_of, plural
 
-SETTABLE = (*SETTABLE_OF_MODEL, "data.workers", "device", "out")
+SETTABLE_OF_FILES = ("data.workers", "device", "out")
+SETTABLE = (*SETTABLE_OF_MODEL, *SETTABLE_OF_FILES)
 """What can be set for a prediction; all else follows from the weights."""
 OnBadImage = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
-class PredictionSummary(Result):
+class PredictionSummary(CommandResult):
     """The written predictions.
 
     Attributes:
@@ -72,7 +72,7 @@ def predict(
     on_bad_image: OnBadImage = "error",
     jsonl: bool = False,
     trust: bool = False,
-    progress: ShowProgress = no_progress,
+    progress: Console | None = None,
     **settings: Unpack[Settings],
 ) -> PredictionSummary:
     """Predict the objects in image files and write them in COCO's format.
@@ -85,7 +85,7 @@ def predict(
         run: A run directory or a checkpoint.
         sources: Files, directories, globs, lists of paths (`@FILE`), and "-" for such a list on standard input.
         overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once,
-            `data.workers` threads read images ahead. `out` is the directory, by default predict, predict-2,
+            `data.workers` threads (2) read images ahead. `out` is the directory, by default predict, predict-2,
             ... in the run directory.
         score: The least score of the boxes that are drawn; all are written.
         precision: "fp32" or "bf16".
@@ -94,18 +94,16 @@ def predict(
         on_bad_image: "error": an image that cannot be read ends the prediction; "skip": it is counted and listed.
         jsonl: Whether the JSON-lines files, one per process, stay instead of one predictions.json.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
-        progress: Shows how many images are done.
+        progress: Shows how many images are done, if it is a terminal.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
         InputError: The run or a source does not exist, an image cannot be read, or the directory holds other files.
     """
     one_of("precision", precision, Precision)
-    one_of("value of --on-bad-image:", on_bad_image, OnBadImage)
+    one_of("value of --on-bad-image", on_bad_image, OnBadImage)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
-    of_model = [text for text in texts if text.partition("=")[0] not in ("data.workers", "device", "out")]
-    own = [text for text in texts if text not in of_model]
-    options = configs.parse(configs.apply_overrides({}, own))
+    options, of_model = split_overrides(texts, *SETTABLE_OF_FILES)
     rank, world, _ = get_ranks()
     if options.out is None and (world > 1 or resume):
         needed = "several processes need" if world > 1 else "--resume needs"
@@ -119,11 +117,9 @@ def predict(
         images = Sources(_store_stdin(stack) if word == "-" else word for word in words)
         predictor = load(run, *of_model, device=str(select_device(options.device)), precision=precision, trust=trust)
         target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
-        has_workers = any(text.startswith("data.workers=") for text in own)
-        workers = options.data.workers if has_workers else predictor.config.data.workers
-        batch = predictor.config.test.batch or 1
+        workers, batch = options.data.workers, predictor.config.test.batch or 1
         asked = batch_predict.Options(batch, score, draw, jsonl, on_bad_image, workers, rank, world)
-        with (no_progress if rank else progress)(images.count(), "images") as advance:
+        with progress_bar(None if rank else progress, images.count(), "images") as advance:
             written = batch_predict.predict(
                 predictor, images, target, asked, precision=precision, resume=resume, advance=advance
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +14,19 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from fusedet.api import tables
+from fusedet.api.run_dir import to_plain
 
 
-class Result(ABC):
+class CommandResult(ABC):
     """A command's result. `print(result)` shows it as text, `rich.print(result)` as tables."""
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain values, as `--json` prints it."""
+        """Return the result as plain values, as `--json` prints it: by default all fields."""
+        return dict(to_plain(vars(self)))
+
+    def to_json(self) -> str:
+        """Return the result as JSON text."""
+        return json.dumps(to_plain(self.to_dict()), indent=2, ensure_ascii=False)
 
     @abstractmethod
     def __rich__(self) -> RenderableType:
@@ -33,7 +39,7 @@ class Result(ABC):
 
 
 @dataclass(frozen=True)
-class RunResult(Result):
+class RunResult(CommandResult):
     """A trained or validated model.
 
     Attributes:

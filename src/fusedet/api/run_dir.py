@@ -27,7 +27,8 @@ def create_run_dir(folder: str | Path) -> Path:
     Raises:
         InputError: It exists and is not empty, or cannot be created.
     """
-    path = check_new_dir(folder)
+    path = Path(folder)
+    check_new_dir(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,21 +36,15 @@ def create_run_dir(folder: str | Path) -> Path:
     return path
 
 
-def check_new_dir(folder: str | Path) -> Path:
-    """Return the path, if nothing would be overwritten there. Temporary files of a killed process count as nothing.
+def check_new_dir(folder: str | Path | None) -> None:
+    """Check before the work, if a directory is given, that nothing would be overwritten there.
 
     Raises:
-        InputError: The directory exists and is not empty.
+        InputError: The directory exists and holds more than temporary files of a killed process.
     """
-    path = Path(folder)
-    if path.is_dir() and set(path.iterdir()) - set(list_leftovers(path)):
+    path = Path(folder or "")
+    if folder and path.is_dir() and set(path.iterdir()) - set(list_leftovers(path)):
         raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another directory")
-    return path
-
-
-def create_numbered_dir(parent: str | Path, name: str) -> Path:
-    """Create the directory that `find_free_path` names."""
-    return create_run_dir(find_free_path(parent, name))
 
 
 def find_free_path(parent: str | Path, name: str, ending: str = "") -> Path:
@@ -99,11 +94,13 @@ def read_fingerprints(run: Path) -> dict[str, Any] | None:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value without tensors, tuples and NaN, which JSON lacks."""
+    """Return a value without tensors, tuples, paths and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
     if hasattr(value, "tolist"):
         return to_plain(value.tolist())
     if isinstance(value, float) and value != value:

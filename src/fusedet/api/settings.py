@@ -137,6 +137,13 @@ def _resumed_config(name: str, overrides: Sequence[str]) -> Config:
     return options
 
 
+def split_overrides(overrides: Iterable[str], *keys: str) -> tuple[Config, list[str]]:
+    """Return a config that only the overrides of these keys set, and the other overrides."""
+    overrides = list(overrides)
+    own = [text for text in overrides if text.partition("=")[0] in keys]
+    return resolve_config(None, own), [text for text in overrides if text not in own]
+
+
 def is_run_dir(source: str | Path) -> bool:
     """Return whether a source is a directory and no shipped config's name."""
     return str(source) not in config.names() and Path(source).is_dir()

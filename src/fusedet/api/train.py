@@ -17,6 +17,7 @@ from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.run_dir import (
+    check_new_dir,
     create_run_dir,
     describe_environment,
     read_fingerprints,
@@ -44,7 +45,7 @@ from fusedet.data.loader import build_train_loader
 from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
-from fusedet.engine.train_state import TABLES
+from fusedet.engine.train_state import TABLES, Run
 from fusedet.errors import DivergenceError, InputError
 from fusedet.models.detectors import build_meta_detector
 
@@ -105,6 +106,8 @@ def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
     is_begun = resume and (out / "last.ckpt").is_file()
     if resume and not is_begun and not (out / "config.yaml").is_file():
         raise InputError(f"out={out} holds no run to resume: give the run's directory, fusedet train RUN --resume")
+    if not resume:
+        check_new_dir(out)
     check_monitor(config)
     build_meta_detector(config)  # a model that cannot be built is reported before the data are read
     return out, is_begun
@@ -139,7 +142,8 @@ def _fit(
         pin=fabric.device.type == "cuda",
         bad_image_log=bad_image_log,
     )
-    lr = _scaled_lr(config, say)
+    if (lr := optim.scaled_lr(settings)) != settings.lr:
+        say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.batch}")
     if config.data.check:
         max_bad = config.train.max_bad_images if config.train.on_bad_image == "skip" else 0.0
         run_on_first(fabric, lambda: require_usable_images(data, val, max_bad_share=max_bad, warn=say))
@@ -180,7 +184,7 @@ def _fit(
             fingerprints = {"data": {"train": data.fingerprint(), "val": val.fingerprint()}}
             about = describe_environment(str(fabric.device), fabric.world_size)
             write_json(out / "run.json", about | fingerprints | {"lr": lr, "seed": settings.seed})
-        with _described(config, out) if fabric.is_global_zero else nullcontext():
+        with _described(config, run) if fabric.is_global_zero else nullcontext():
             done = trainer.fit(run)
     except DivergenceError:
         raise  # metrics.csv shows how the run came to that
@@ -198,35 +202,20 @@ def _fit(
     return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
 
 
-def _scaled_lr(config: Config, say: Callable[[str], None]) -> float:
-    """Return the learning rate for the total batch, and say it where it differs from the config's."""
-    lr, batch, base_batch = config.train.lr, config.train.batch, config.train.base_batch
-    if not base_batch:
-        return lr
-    scaled = optim.scaled_lr(lr, batch, base_batch)
-    if scaled != lr:
-        say(f"learning rate {lr:g} is for a batch of {base_batch}: {scaled:g} for {batch}")
-    return scaled
-
-
 @contextmanager
-def _described(config: Config, out: Path) -> Iterator[None]:
+def _described(config: Config, run: Run) -> Iterator[None]:
     """Write config.yaml for the training inside; put the earlier one back unless last.ckpt is written.
 
     The next --resume then neither repeats settings that failed nor shows settings that never trained.
     """
-    file, saved = out / "config.yaml", out / "last.ckpt"
-    earlier, before = (file.read_bytes() if file.is_file() else None), _time_written(saved)
+    file, saved = run.out / "config.yaml", run.saved
+    earlier = file.read_bytes() if run.last.is_file() and file.is_file() else None
     write_atomically(file, config.to_yaml().encode())
     try:
         yield
     finally:
-        if earlier is not None and before is not None and _time_written(saved) == before:
+        if earlier is not None and run.saved == saved:
             write_atomically(file, earlier)
-
-
-def _time_written(file: Path) -> int | None:
-    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def _check_fingerprints(out: Path, data: DetectionDataset, val: DetectionDataset, say: Callable[[str], None]) -> None:

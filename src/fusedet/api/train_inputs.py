@@ -86,7 +86,7 @@ def class_tensors(config: Config) -> list[str]:
 def check_monitor(config: Config) -> None:
     """Raise InputError where train.monitor is not a metric of a validation."""
     if config.train.monitor not in BOX_METRICS + MASK_METRICS:
-        raise unknown("value of train.monitor:", config.train.monitor, BOX_METRICS + MASK_METRICS)
+        raise unknown("value", config.train.monitor, BOX_METRICS + MASK_METRICS, of="train.monitor")
 
 
 def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:

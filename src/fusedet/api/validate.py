@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from rich.console import Console
 from torch import distributed, nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.predict import find, views
-from fusedet.api.progress import ShowProgress, no_progress, track
+from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import read_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
+from fusedet.evaluation.results import Result
 from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
 
 BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 SHOWN = 0.3  # the least score of what is drawn
 MASK_METRICS = tuple(f"mask_{name}" for name in BOX_METRICS)
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def evaluate_detector(
     world: int = 1,
     voc: bool = False,
     evaluator: str = evaluation.EVALUATORS[0],
-    progress: ShowProgress = no_progress,
+    progress: Console | None = None,
 ) -> Evaluation:
     """Run a detector on every image of a split and compute its metrics.
 
@@ -61,7 +62,7 @@ def evaluate_detector(
         world: How many processes share the images.
         voc: Whether VOC's AP is computed too; for VOC data it always is.
         evaluator: One of `evaluation.EVALUATORS`.
-        progress: Shows how many batches the first process has done.
+        progress: Shows how many batches the first process has done, if it is a terminal.
 
     Returns:
         Results of all processes, and their metrics; without objects in the dataset only the number of detections.
@@ -73,7 +74,7 @@ def evaluate_detector(
     if (masks := has_mask_branch(detector)) and len(dataset.labels):
         check_masks(dataset)
     loader = build_val_loader(config, dataset, rank, world)
-    batches = loader if rank else track(progress, loader, len(loader), "images")
+    batches = loader if rank else track(loader, len(loader), label="images", console=progress)
     results = detect(detector, batches, dataset, device)
     if rank:
         return Evaluation(results, {})
@@ -226,7 +227,7 @@ def write_report(
 
 
 def draw_worst_images(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Image | None:
-    """Return the n images with the most errors: ground truth dashed, detections coloured; None without any error."""
+    """Return the n images with the most errors: ground truth dashed, detections colored; None without any error."""
     drawn, captions = [], []
     paint = make_painter(dataset, results)
     for i, quality, misses, false in evaluation.find_worst_images(dataset, results, n=n, score=SHOWN):

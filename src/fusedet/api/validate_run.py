@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
-from fusedet import config as configs
+from rich.console import Console
+
 from fusedet import evaluation
 from fusedet.api import coco_submission, run_dir
 from fusedet.api.distributed import get_ranks, join_processes
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
-from fusedet.api.progress import ShowProgress, no_progress, say_nothing
+from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
-from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, unknown
@@ -33,7 +34,7 @@ def validate(
     evaluator: str = evaluation.EVALUATORS[0],
     submission: bool = False,
     trust: bool = False,
-    progress: ShowProgress = no_progress,
+    progress: Console | None = None,
     say: Callable[[str], None] = say_nothing,
     **settings: Unpack[Settings],
 ) -> RunResult:
@@ -49,7 +50,7 @@ def validate(
         evaluator: One of `evaluation.EVALUATORS`.
         submission: Whether the files that COCO's test server takes are written.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
-        progress: Shows how many batches are done.
+        progress: Shows how many batches are done, if it is a terminal.
         say: Takes warnings.
         settings: The same settings as `overrides`, by keyword. The data are the run's own by default.
 
@@ -65,18 +66,17 @@ def validate(
     is_results = path.suffix == ".json"
     if is_results:
         refuse_other_keys(texts, *SETTABLE_OF_RESULTS, of="stored results")
-        options = configs.parse(configs.apply_overrides({}, texts))
+        options = resolve_config(None, texts)
         if options.data.path is None:
             raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
     else:
         file = weights_file(source)
         detector, saved, names, _ = rebuild(file, trust)
         refuse_other_keys(texts, *SETTABLE)
-        options = configs.parse(configs.apply_overrides(saved.tree() | {"out": None}, texts))
+        options = resolve_config(saved.replace(out=None), texts)
     scored = split or options.data.val
     dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
-    if options.out:
-        run_dir.check_new_dir(options.out)  # before the work, not after it
+    run_dir.check_new_dir(options.out)
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
     if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not get_ranks()[0]:
         say(warning)
@@ -98,11 +98,7 @@ def validate(
             return RunResult(path, {}, {})
     rows = coco_submission.format_results(dataset, evaluated.results) if submission else {}
     name = f"val-{Path(scored).stem}"
-    target = (
-        run_dir.create_run_dir(options.out)
-        if options.out
-        else run_dir.create_numbered_dir(run_dir.parent_of(path), name)
-    )
+    target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(path), name))
     files = {}
     if len(dataset.labels):
         files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=f"{path.name} on {scored}")

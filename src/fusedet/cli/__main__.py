@@ -1,5 +1,7 @@
-"""`python -m fusedet.cli`, for launchers such as torchrun."""
+"""The command line as a module: python -m fusedet.cli, which torchrun can start."""
 
-from fusedet.cli import main
+import sys
 
-main()
+from fusedet.cli import run
+
+sys.exit(run())

@@ -9,21 +9,21 @@ from typer import Argument, Exit, Option
 
 import fusedet
 from fusedet.cli import common as cli
-from fusedet.cli.settings_help import SettingsCommand
 
 TRAIN, USE, COMPARE, DATA = "Train and evaluate", "Use a model", "Compare and explain", "Data"
+CONVERT_HELP = "Convert a dataset to another format, or another project's weights."
+cli.app.add_typer(cli.converters, name="convert", help=CONVERT_HELP, rich_help_panel=DATA)
 Split = Annotated[str | None, Option(help="The split, by default data.val; of browse data.train.")]
 Source = Annotated[str, Argument(metavar="SOURCE", help="What is converted.")]
 Target = Annotated[str, Argument(metavar="TARGET", help="The new directory.")]
 Resamples = Annotated[int, Option(help="Bootstrap draws of the images.", min=40, rich_help_panel="Statistics")]
-Seed = Annotated[int, Option(help="Seed of the bootstrap draws.", min=0, rich_help_panel="Statistics")]
-Launcher = Annotated[
-    Literal["local", "slurm"], Option(help="Here on all GPUs, or a job per run.", rich_help_panel="Cluster")
-]
+Launcher = Annotated[Literal["local", "slurm"], Option(help="Here, or a job per run.", rich_help_panel="Cluster")]
 Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
 
 
-@cli.command("train", "train retinanet_r50 data=coco out=runs/a", "train runs/a --resume", TRAIN, cls=SettingsCommand)
+@cli.command(
+    "train", "train retinanet_r50 data=coco out=runs/a", "train runs/a --resume", TRAIN, cls=cli.SettingsCommand
+)
 def train(
     words: cli.ConfigAndSettings = None,
     resume: Annotated[bool, Option("--resume", help="Continue the given run, or the run in out=DIR.")] = False,
@@ -32,11 +32,10 @@ def train(
 ) -> None:
     """Train a detector and evaluate its best weights.
 
-    The dataset is data=PATH, in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default
-    runs/CONFIG. fusedet info lists the configs.
+    data=PATH is in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default runs/CONFIG.
     """
     name, settings = cli.split_config(words)
-    result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.say(json), quiet=json)
+    result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.console(json).print, quiet=json)
     if result.metrics:
         cli.show(result, json, f"next: fusedet predict {result.out} IMAGE_OR_DIR...")
 
@@ -56,12 +55,11 @@ def val(
 ) -> None:
     """Evaluate a run, a checkpoint or stored results.
 
-    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default val-SPLIT in the
-    run directory.
+    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default RUN/val-SPLIT.
     """
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
     options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
-    options |= {"trust": trust, "progress": cli.progress(json), "say": cli.say(True)}
+    options |= {"trust": trust, "progress": cli.console(json), "say": cli.err.print}
     result = fusedet.validate(source, *settings, **options)
     if result.metrics:
         cli.show(result, json)
@@ -75,11 +73,10 @@ def demo(
 ) -> None:
     """Train a small detector on synthetic images.
 
-    Nothing is downloaded, and two CPU cores need minutes. Data, run and drawn predictions go to out=DIR, by default
-    demo.
+    Nothing is downloaded. Data, run and drawn predictions go to out=DIR, by default demo.
     """
     settings = cli.settings_only(words, "demo takes no config")
-    result = fusedet.demo(*settings, images=images, say=cli.say(json), quiet=json)
+    result = fusedet.demo(*settings, images=images, say=cli.console(json).print, quiet=json)
     own = "or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine"
     cli.show(result, json, f"next: fusedet predict {result.out / 'run'} {result.out / 'data' / 'val'}", own)
 
@@ -92,9 +89,7 @@ def predict(
     precision: Annotated[Literal["fp32", "bf16"], Option(help="Floating-point format.")] = "fp32",
     draw: Annotated[bool, Option(help="Draw the boxes on copies of the images.")] = True,
     resume: Annotated[bool, Option("--resume", help="Continue the same prediction in out=DIR.")] = False,
-    on_bad_image: Annotated[
-        Literal["error", "skip"], Option(help="Stop at an image that cannot be read, or skip and list it.")
-    ] = "error",
+    on_bad_image: Annotated[Literal["error", "skip"], Option(help="Stop there, or list it and go on.")] = "error",
     jsonl: Annotated[bool, Option("--jsonl", help="Keep a JSON-lines file per process, no predictions.json.")] = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
@@ -107,7 +102,7 @@ def predict(
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
     options |= {"on_bad_image": on_bad_image, "jsonl": jsonl}
-    result = fusedet.predict(run, sources, *settings, **options, progress=cli.progress(json))
+    result = fusedet.predict(run, sources, *settings, **options, progress=cli.console(json))
     cli.show(result, json and not result.counts["left"])
 
 
@@ -122,16 +117,8 @@ def info(
 
     Without CONFIG all shipped configs and schedules are listed.
     """
-    from fusedet import config
-
     name, settings = cli.split_config(words)
-    if name is not None:
-        return cli.show(fusedet.info(name, *settings, classes=classes, trust=trust), json)
-    cli.settings_only([f"'{setting}'" for setting in settings], "settings belong to a CONFIG")
-    names = {"models": config.names(), "schedules": config.names("schedules")}
-    if json:
-        return cli.print_json(names)
-    return cli.out.print(*(f"{kind}: {', '.join(known)}" for kind, known in names.items()), sep="\n")
+    cli.show(fusedet.info(name, *settings, classes=classes, trust=trust), json)
 
 
 @cli.command("config", "config retinanet_r50 model.neck=bifpn > mine.yaml", "config --schema > schema.json", USE)
@@ -143,14 +130,12 @@ def config(
 
     The config is complete, with the given settings applied. A file of it can be used as CONFIG.
     """
-    if schema:
-        from fusedet.config import json_schema
+    from fusedet.config import schema_text
 
-        if words:
-            raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
-        return cli.print_json(json_schema())
     name, settings = cli.split_config(words)
-    sys.stdout.write(fusedet.resolve_config(name, settings).to_yaml())
+    if schema and words:
+        raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
+    sys.stdout.write(schema_text() if schema else fusedet.resolve_config(name, settings).to_yaml())
 
 
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
@@ -160,13 +145,12 @@ def compare(
     words: cli.Settings = None,
     split: Split = None,
     resamples: Resamples = 1000,
-    bootstrap_seed: Seed = 0,
+    bootstrap_seed: Annotated[int, Option(help="Seed of the draws.", min=0, rich_help_panel="Statistics")] = 0,
     json: cli.Json = False,
 ) -> None:
     """Compare two runs with confidence intervals.
 
-    Stored results of both on the same images give B - A with its interval over images, by metric and class, and the
-    errors by kind.
+    Their stored results on the same images give B - A with intervals over images, and the errors by kind.
     """
     settings = cli.settings_only(words, f"two runs are compared, {a} and {b}")
     result = fusedet.compare(a, b, *settings, split=split, resamples=resamples, bootstrap_seed=bootstrap_seed)
@@ -193,7 +177,7 @@ def ablate(
     metrics with intervals. The same command goes on where it stopped.
     """
     settings = cli.settings_only(words, f"one table at a time, {table}")
-    options: dict[str, Any] = {"seeds": seeds, "say": cli.say(json)}
+    options: dict[str, Any] = {"seeds": seeds, "say": cli.console(json).print}
     if power:
         return cli.show(fusedet.estimate_power(table, *settings, resamples=resamples, **options), json)
     options["rows"] = rows or ()
@@ -217,8 +201,7 @@ def cam(
 ) -> None:
     """Draw class activation maps, gates and level weights.
 
-    The maps are drawn level by level, before and after each module, into out=DIR, by default cam in the run
-    directory.
+    The maps are drawn level by level, before and after each module, into out=DIR, by default RUN/cam.
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"beside": beside, "class_name": class_name, "score": score, "only": only or ()}
@@ -236,18 +219,18 @@ def doctor(
     Counts what data=PATH holds and lists errors and warnings. The exit code is 1 if a training would stop.
     """
     name, settings = cli.split_config(words)
-    result = fusedet.check_dataset(*settings, config=name, read_images=images, progress=cli.progress(json))
+    result = fusedet.check_dataset(*settings, config=name, read_images=images, progress=cli.console(json))
     cli.show(result, json)
     raise Exit(0 if result.ok else 1)
 
 
-@cli.command("browse", "browse data=data/coco out=images.png", "browse data=data/coco --centres", DATA)
+@cli.command("browse", "browse data=data/coco out=images.png", "browse data=data/coco --centers", DATA)
 def browse(
     words: cli.ConfigAndSettings = None,
     split: Split = None,
-    images: Annotated[int, Option(help="Number of images.", min=1)] = 16,
-    epoch: Annotated[int, Option(help="Epoch whose data augmentation is shown.", min=0)] = 0,
-    centers: Annotated[bool, Option("--centres", help="Draw the centers of all objects instead, by class.")] = False,
+    images: Annotated[int | None, Option(help="Number of images, by default 16.", min=1)] = None,
+    epoch: Annotated[int | None, Option(help="Epoch whose data augmentation is shown, by default 0.", min=0)] = None,
+    centers: Annotated[bool, Option("--centers", help="Draw the centers of all objects instead, by class.")] = False,
     json: cli.Json = False,
 ) -> None:
     """Draw training images as the network sees them.
@@ -258,7 +241,7 @@ def browse(
     cli.show(fusedet.browse(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)
 
 
-@cli.converter("data", "convert data voc coco --to coco", "convert data voc yolo --to yolo --link")
+@cli.command("data", "convert data voc coco --to coco", "convert data voc yolo --to yolo --link")
 def convert_data(
     source: Source,
     target: Target,
@@ -271,10 +254,10 @@ def convert_data(
     All splits of SOURCE are written to the new directory TARGET. Boxes keep their values.
     """
     result = fusedet.convert_dataset(source, target, to, link=link)
-    cli.show(result, json, f"next: fusedet train retinanet_r50 data={target} out=runs/a")
+    cli.show(result, json, f"next: fusedet train retinanet_r50 data={target}")
 
 
-@cli.converter("weights", "convert weights retinanet.pth runs/a", "convert weights a.pth runs/a --config a.py")
+@cli.command("weights", "convert weights resnet.pth runs/a", "convert weights a.pth runs/a --config a.py")
 def convert_weights(
     source: Source,
     target: Target,
@@ -284,12 +267,8 @@ def convert_weights(
 ) -> None:
     """Convert weights of MMDetection or torchvision.
 
-    The checkpoint SOURCE becomes the new directory TARGET, which is used like a run directory. The model is
-    inferred from the checkpoint unless --config names it.
+    TARGET is a new run directory. The model is inferred from the checkpoint unless --config names it.
     """
     settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
     result = fusedet.convert_weights(source, target, *settings, config=config)
     cli.show(result, json, f"next: fusedet predict {target} IMAGE_OR_DIR...")
-
-
-cli.app.add_typer(cli.converters, name="convert", rich_help_panel=DATA)

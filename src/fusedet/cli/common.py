@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from rich.markup import escape
 from typer import Argument, Exit, Option, Typer
+from typer.core import TyperCommand
 
 from fusedet import __version__
 from fusedet.errors import InputError
 
 if TYPE_CHECKING:
-    from fusedet.api.progress import ShowProgress
-    from fusedet.api.results import Result
+    from fusedet.api.results import CommandResult
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 doctor reports errors; 2 wrong input; 3 the training diverged; 4 a file cannot be "
@@ -24,11 +24,10 @@ EXIT_CODES = (
 )
 COMMON: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
 
-out, err = (Console(stderr=is_err, soft_wrap=True, highlight=False, emoji=False) for is_err in (False, True))
+PLAIN: dict[str, Any] = {"soft_wrap": True, "highlight": False, "emoji": False, "markup": False}
+out, err = Console(**PLAIN), Console(stderr=True, **PLAIN)
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, epilog=EXIT_CODES, **COMMON)
-converters = Typer(
-    rich_markup_mode="rich", help="Convert a dataset to another format, or another project's weights.", **COMMON
-)
+converters = Typer(rich_markup_mode="rich", **COMMON)
 
 Settings = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Settings, such as test.score=0.1.")]
 ConfigAndSettings = Annotated[
@@ -42,12 +41,11 @@ Sources = Annotated[
 Run = Annotated[str, Argument(metavar="RUN", help="Run directory or checkpoint.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.", rich_help_panel="Output")]
 Trust = Annotated[
-    bool,
-    Option("--trust", help="Run code of other packages that a run's config names.", rich_help_panel="Security"),
+    bool, Option("--trust", help="Run other packages' code that a config names.", rich_help_panel="Security")
 ]
 
 
-def _print_version(is_asked: bool) -> None:
+def _version(is_asked: bool) -> None:
     if is_asked:
         out.print(__version__)
         raise Exit
@@ -55,9 +53,7 @@ def _print_version(is_asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
     """Object detection with feature pyramids: train, evaluate, compare and explain detectors.
 
@@ -66,33 +62,35 @@ def _root(
 
 
 def command(
-    name: str, first: str, second: str, panel: str | None, group: Typer = app, **options: Any
+    name: str, first: str, second: str, panel: str | None = None, **options: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command: its docstring is the help, which ends with two examples."""
+    """Register a function as a command, of `convert` without a panel. Its docstring and two examples are the help."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        paragraphs = (" ".join(paragraph.split()) for paragraph in (function.__doc__ or "").split("\n\n"))
-        epilog = "\n\n".join(["[bold]Examples[/]", *(f"[cyan]$ fusedet {escape(text)}[/]" for text in (first, second))])
-        texts: dict[str, Any] = {"help": "\n\n".join(paragraphs), "epilog": epilog, "rich_help_panel": panel}
-        return group.command(name, **texts, **options)(function)
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in (function.__doc__ or "").split("\n\n"))
+        epilog = "\n\n".join(["[bold]Examples[/]", *(f"[cyan]$ fusedet {escape(line)}[/]" for line in (first, second))])
+        group = app if panel else converters
+        return group.command(name, help=text, epilog=epilog, rich_help_panel=panel, **options)(function)
 
     return register
 
 
-def converter(name: str, first: str, second: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command of `fusedet convert`."""
-    return command(name, first, second, None, converters)
+class SettingsCommand(TyperCommand):
+    """A command whose help ends with the settings of the config."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, then key, type, default, meaning and range of every setting."""
+        from fusedet.config import settings_text
+
+        super().format_help(ctx, formatter)
+        print(settings_text(out.width))
 
 
 def split_words(words: Iterable[str] | None) -> tuple[list[str], list[str]]:
     """Return the words that are no settings, and the settings (key=value); the name of a file is no setting."""
-    others: list[str] = []
-    settings: list[str] = []
-    for word in words or ():
-        key, sign, _ = word.partition("=")
-        is_setting = sign and key.translate(dict.fromkeys(map(ord, "._[]"))).isalnum() and not Path(word).exists()
-        (settings if is_setting else others).append(word)
-    return others, settings
+    words = list(words or ())
+    settings = [word for word in words if re.match(r"[\w.\[\]]+=", word) and not Path(word).exists()]
+    return [word for word in words if word not in settings], settings
 
 
 def split_config(words: Iterable[str] | None) -> tuple[str | None, list[str]]:
@@ -109,32 +107,15 @@ def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
     return settings
 
 
-def say(json: bool) -> Callable[[str], None]:
-    """Return what prints a line; with --json to standard error."""
-    return lambda text: (err if json else out).print(escape(text))
+def console(json: bool) -> Console:
+    """Return where progress is shown; with --json standard error."""
+    return err if json else out
 
 
-def progress(json: bool) -> ShowProgress:
-    """Return what shows a progress bar; with --json on standard error."""
-    from fusedet.api.progress import progress_bar
-
-    return progress_bar(err if json else out)
-
-
-def show(result: Result, json: bool, *next_steps: str) -> None:
+def show(result: CommandResult, json: bool, *next_steps: str) -> None:
     """Print a result and which commands could follow; with --json its content."""
     if json:
-        return print_json(result.to_dict())
+        return print(result.to_json())
     # a terminal breaks wide tables, a file or a pipe never does
-    target = (
-        out if out.is_terminal else Console(file=out.file, width=1000, soft_wrap=True, highlight=False, emoji=False)
-    )
-    target.print(result)
-    return out.print("\n".join(map(escape, next_steps)), end="\n" * bool(next_steps))
-
-
-def print_json(content: dict[str, Any]) -> None:
-    """Print plain values as JSON."""
-    from fusedet.api.run_dir import to_plain
-
-    print(jsonlib.dumps(to_plain(content), indent=2, ensure_ascii=False))
+    target = out if out.is_terminal else Console(file=out.file, width=1000, **PLAIN)
+    target.print(result, *next_steps, sep="\n")

@@ -1,19 +1,11 @@
 """Configs: what they hold (`schema`) and how YAML, bases and overrides become one (`loading`)."""
 
 from fusedet.config.interval import Interval, parse_interval, to_seconds
-from fusedet.config.loading import (
-    BACKBONES,
-    apply_overrides,
-    find_file,
-    load,
-    names,
-    parse_yaml,
-    read_yaml,
-    refuse_foreign_classes,
-)
+from fusedet.config.loading import BACKBONES, apply_overrides, find_file, load, names
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
-from fusedet.config.settings import Setting, json_schema, settings
+from fusedet.config.settings import Setting, json_schema, schema_text, settings, settings_text
 from fusedet.config.validation import validate_value
+from fusedet.config.yaml_text import parse_yaml, read_yaml, refuse_foreign_classes
 
 __all__ = [
     "BACKBONES",
@@ -35,7 +27,9 @@ __all__ = [
     "parse_yaml",
     "read_yaml",
     "refuse_foreign_classes",
+    "schema_text",
     "settings",
+    "settings_text",
     "to_seconds",
     "validate_value",
 ]

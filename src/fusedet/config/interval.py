@@ -13,7 +13,7 @@ _PART = r"(\d+(?:\.\d+)?) ?(d|h|min|m|s)"
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of seconds or a number of steps."""
+    """A number of seconds or a number of steps; without both it never ends."""
 
     seconds: float | None = None
     steps: int | None = None
@@ -34,7 +34,7 @@ def parse_interval(text: object, key: str) -> Interval:
     """Parse an interval.
 
     Args:
-        text: A time as `to_seconds` takes it, or a number of steps.
+        text: A time as `to_seconds` takes it, a number of steps, or None.
         key: The setting's name, for the message.
 
     Raises:
@@ -45,6 +45,8 @@ def parse_interval(text: object, key: str) -> Interval:
     >>> parse_interval("500steps", "train.checkpoint_every")
     Interval(seconds=None, steps=500)
     """
+    if text is None:
+        return Interval()
     if seconds := to_seconds(str(text)):
         return Interval(seconds=seconds)
     if steps := re.fullmatch(r"0*([1-9]\d{0,17})(?:\.0*)? ?steps?", str(text)):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
-from fusedet.config.schema import Config, parse, paths, plain
+from fusedet.config.schema import Config, parse
+from fusedet.config.section import paths, plain
+from fusedet.config.yaml_text import parse_yaml, read_yaml, refuse_foreign_classes
 from fusedet.errors import InputError, nearest, unknown
 
 _SHIPPED = files("fusedet") / "configs"
@@ -23,8 +26,6 @@ BACKBONES = {
 """timm's names of backbones by alias: `retinanet_r101` is retinanet_BACKBONE.yaml with the backbone `r101`."""
 _PLACEHOLDER = "BACKBONE"
 _SLOTS = ("plugin", "neck", "interact", "head", "roi")
-LONGEST, LARGEST = 2**20, 100_000
-"""Limits of a YAML text: characters, and values with every alias written out; a shipped config has some hundred."""
 _RENAMED = {"data": "data.path", "model.backbone": "model.backbone.name"}
 
 
@@ -87,7 +88,7 @@ def find_file(name: str | Path, package: str, kind: str, folder: Any = None) -> 
         InputError: For a name without a file.
     """
     if not isinstance(name, (str, Path)):
-        raise InputError(f"the {kind.removesuffix(':')} must be a name or a YAML file, got {type(name).__name__}")
+        raise InputError(f"the {kind} must be a name or a YAML file, got {type(name).__name__}")
     path = Path(name)
     is_file = path.suffix in (".yaml", ".yml")
     if folder is not None and _exists(local := folder / (str(name) if is_file else f"{name}.yaml")):
@@ -134,82 +135,6 @@ def _exists(file: Any) -> bool:
         return False
 
 
-def read_yaml(path: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
-    """Read the mapping in a YAML file, as `parse_yaml` does."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    return parse_yaml(text, path, keys)
-
-
-def parse_yaml(text: str, source: Any, keys: str = "model, data, train, test or base") -> dict[str, Any]:
-    """Parse the mapping that a YAML text is. Nothing in it is resolved or built.
-
-    Args:
-        text: The YAML text.
-        source: Where it comes from, for messages.
-        keys: What it should have, for messages.
-
-    Raises:
-        InputError: For what is not YAML, is no mapping, or has more than `LARGEST` values with its aliases written out.
-    """
-    import yaml  # slow to import, and `--help` does not need it
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
-            limits = f"{LONGEST} characters or {LARGEST} values"
-            raise InputError(f"{source} is larger than any config: it has more than {limits}")
-        is_value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))
-        own: Any = None if is_value else OmegaConf.to_container(OmegaConf.create(text))  # which refuses single values
-    except InputError:
-        raise
-    except RecursionError as error:
-        raise InputError(f"{source} is not a config: its values are nested too deeply") from error
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OverflowError, TypeError, LookupError) as error:
-        raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(own, dict):
-        raise InputError(f"{source} must be a mapping with {keys}")
-    return own
-
-
-def count_values(node: Any, known: dict[int, int]) -> int:
-    """Count the values of a YAML node with its aliases written out; known: the counts by node."""
-    if id(node) not in known:
-        known[id(node)] = LARGEST + 1  # in case an anchor contains itself
-        inner = getattr(node, "value", None)
-        items = inner if isinstance(inner, list) else []
-        known[id(node)] = 1 + sum(
-            count_values(part, known) for item in items for part in (item if isinstance(item, tuple) else (item,))
-        )
-    return known[id(node)]
-
-
-def refuse_foreign_classes(tree: Mapping[str, Any], source: Any) -> None:
-    """Raise InputError for a config from elsewhere that names a class of another package: importing it runs code.
-
-    A class of another package has a ":" in its name, so every text of `model` with one is refused, but for the path
-    of a backbone's weights.
-    """
-    for key, text in _texts(tree.get("model"), "model"):
-        if ":" in text and key != "model.backbone.weights":
-            raise InputError(
-                f"{source}: {key} names {text[:200]!r}, a class that is not fusedet's: making it runs code of that "
-                "package; if you trust whom the file comes from, add --trust (in Python trust=True)"
-            )
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Iterate over the texts in a config with their keys."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _texts(item, f"{key}.{name}")
-
-
 def _read_tree(
     name: str | Path, package: str, kind: str, folder: Any = None, children: tuple[str, ...] = ()
 ) -> dict[str, Any]:
@@ -224,7 +149,7 @@ def _read_tree(
     bases = own.pop("base", None)
     tree: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
-        parent = _read_tree(base, package, f"base of {path}:", path.parent, (*children, str(path)))
+        parent = _read_tree(base, package, f"base of {path}", path.parent, (*children, str(path)))
         tree = _overlay(tree, parent)
     tree = _merge(tree, own, str(path))
     return _overlay(tree, {"model": {"backbone": {"name": backbone}}}) if backbone else tree
@@ -235,7 +160,7 @@ def _merge(tree: dict[str, Any], layer: dict[str, Any], source: str) -> dict[str
     layer = dict(layer)
     schedule = layer.get("train", {}).get("schedule") if isinstance(layer.get("train"), Mapping) else None
     if schedule is not None:
-        kind = f"schedule (train.schedule in {source})"
+        kind = "schedule" if "=" in source else f"schedule (train.schedule in {source})"
         tree = _overlay(tree, _read_tree(schedule, "schedules", kind))
         # a resolved config must not depend on a file of the user's: the schedule's values are in it
         layer["train"] = layer["train"] | {"schedule": schedule if schedule in names("schedules") else None}
@@ -276,22 +201,9 @@ def _parse(text: str) -> tuple[str, Any]:
         key = _RENAMED.get(key, key)
     if _takes_text(key):
         return key, None if raw in ("null", "") else raw
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    mistakes = (
-        OmegaConfBaseException,
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-    )
     try:
-        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]  # type: ignore[index, call-overload]
-    except mistakes as error:
+        return key, parse_yaml("value:\n" + indent(raw, "  "), text)["value"]
+    except InputError as error:
         raise InputError(f"the value of '{text}' is not YAML") from error
 
 

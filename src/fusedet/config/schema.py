@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, WithJsonSchema, model_validator
 
 from fusedet.config.interval import parse_interval
-from fusedet.config.validation import accept_sequences, deepest, refuse_huge_integers, to_input_error
-from fusedet.errors import InputError, unknown
+from fusedet.config.section import Section, plain, text_keys
+from fusedet.config.validation import accept_sequences
+from fusedet.errors import InputError
 
 Floats = Annotated[tuple[float, ...], accept_sequences(tuple)]
 Integers = Annotated[tuple[int, ...], accept_sequences(tuple)]
-Texts = Annotated[tuple[str, ...], accept_sequences(tuple)]
+Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], accept_sequences(tuple)]
 Pair = Annotated[tuple[int, int], accept_sequences(tuple)]
 Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "null"]})]
 """A slot: a name, {type: NAME, options}, for the neck also a list of these; checked when the part is built."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys and wrong values in one sentence."""
-
-    model_config = ConfigDict(
-        defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-    key: ClassVar[str] = ""
-    """Where the section stands in a config: model, model.pyramid, data, train or test."""
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise self._input_error(error, values) from None
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with other values, validated like new ones."""
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys_and_integers(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        for name in values:
-            if name not in cls.model_fields:
-                key = _join(cls.key, name)
-                raise unknown("config key", key, [_join(cls.key, n) for n in cls.model_fields], meant=_meant(key))
-        refuse_huge_integers(values, cls.key)
-        sections = {name for name, field in cls.model_fields.items() if is_section(field.annotation)}
-        return {name: _text_keys(value) if name in sections else value for name, value in values.items()}
-
-    @classmethod
-    def _input_error(cls, error: ValidationError, values: dict[str, Any]) -> InputError:
-        mistake = deepest(error, values)
-        name, *rest = mistake["loc"] or [""]
-        if name not in cls.model_fields:
-            return to_input_error(mistake, (), values, cls, cls.key)
-        field, key = cls.model_fields[name], _join(cls.key, name)
-        if mistake["type"] == "model_type":
-            names = ", ".join(field.annotation.model_fields)  # type: ignore[union-attr]
-            return InputError(f"{key} must be a mapping with {names}, got {mistake['input']!r}")
-        if not rest and (limits := describe_range(field)) and mistake["type"] in _RANGE_ERRORS:
-            finite = " and finite" if mistake["type"] == "finite_number" else ""
-            return InputError(f"{key}={mistake['input']} must be {limits}{finite}")
-        return to_input_error(mistake, rest, values[name], field.annotation, key)
-
-
-_RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
-
-
-def is_section(hint: Any) -> bool:
-    """Return whether a field is a section."""
-    return isinstance(hint, type) and issubclass(hint, Section)
-
-
-def _join(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name
-
-
-def _text_keys(values: Any) -> Any:
-    """Make a mapping's keys texts, as arguments have to be; a key 3 is then an unknown key '3'."""
-    return {str(name): value for name, value in values.items()} if isinstance(values, Mapping) else values
 
 
 def _need(condition: bool, section: Section, name: str, right: str) -> None:
@@ -229,15 +163,14 @@ class Train(Section):
     """Whether a GPU gives the same numbers twice, as far as torch can; slower."""
     compile: bool = False
     """Whether torch.compile compiles the forward pass."""
-    loggers: Texts = ()
-    """Experiment trackers to log to: tensorboard, wandb, mlflow."""
+    loggers: Loggers = ()
+    """Experiment trackers to log to."""
     weights: str | None = None
-    """A run directory or checkpoint to start from; tensors that depend on other classes are initialised."""
+    """A run directory or checkpoint to start from; tensors that depend on other classes are initialized."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.checkpoint_every is not None:
-            parse_interval(self.checkpoint_every, "train.checkpoint_every")
+        parse_interval(self.checkpoint_every, "train.checkpoint_every")
         _need(self.batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
         _need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
         return self
@@ -311,38 +244,4 @@ def parse(tree: Any) -> Config:
     """
     if not isinstance(tree, Mapping):
         raise InputError(f"a config must be a mapping with {', '.join(Config.model_fields)}, got {tree!r}")
-    return Config(**_text_keys(tree))
-
-
-def paths(section: type[Section] = Config) -> Iterator[tuple[str, FieldInfo]]:
-    """List the settings below a section by their keys, each section before its own settings."""
-    for name, field in section.model_fields.items():
-        yield _join(section.key, name), field
-        if is_section(field.annotation):
-            yield from paths(field.annotation)  # type: ignore[arg-type]
-
-
-def describe_range(field: FieldInfo) -> str:
-    """Describe the range of a number: "1 or more", "0 to 1", "above 0 and at most 1", or "" without one."""
-    limits = {type(limit).__name__.lower(): limit for limit in field.metadata}
-    if "ge" in limits and "le" in limits:
-        return f"{limits['ge'].ge} to {limits['le'].le}"
-    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
-    return " and ".join(text.format(getattr(limits[name], name)) for name, text in words.items() if name in limits)
-
-
-def plain(value: Any) -> Any:
-    """Convert mappings and sequences to dicts and lists (YAML has no tuples)."""
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _meant(key: str) -> list[str]:
-    """List the keys that an unknown one may stand for: those of nearly its last name, best in its own section."""
-    section, _, name = key.rpartition(".")
-    by_name: dict[str, list[str]] = {}
-    for path, _field in paths():
-        by_name.setdefault(path.rpartition(".")[2], []).append(path)
-    candidates = [path for near in get_close_matches(name, by_name, n=1, cutoff=0.8) for path in by_name[near]]
-    return [path for path in candidates if path.rpartition(".")[0] == section] or candidates
+    return Config(**text_keys(tree))

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from textwrap import wrap
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from fusedet.config.schema import Config, Section, describe_range, is_section, plain
+from fusedet.config.schema import Config
+from fusedet.config.section import Section, describe_range, is_section, plain
 from fusedet.config.validation import union_members
 
 
@@ -23,7 +25,6 @@ class Setting:
         type: Its type as a user writes it: "int", "[int, int] or null", "sgd | adamw".
         default: Its default as YAML: "null", "[8, 11]".
         range: Its range, "0 to 1", or "".
-        choices: Its values where it has a fixed set of these.
         help: One sentence.
     """
 
@@ -32,7 +33,6 @@ class Setting:
     type: str
     default: str
     range: str
-    choices: tuple[str, ...]
     help: str
 
 
@@ -75,6 +75,23 @@ def markdown_tables() -> str:
     return "\n".join(parts)
 
 
+def settings_text(width: int) -> str:
+    """Write the settings as plain text of that width: key, type, default and range, then the meaning."""
+    lines = []
+    for group, rows in groupby(settings(), key=lambda setting: setting.group):
+        lines.append(f"\nSettings: {group or 'run'}\n")
+        for row in rows:
+            limits = f" ({row.range})" if row.range else ""
+            lines.append(f"  {row.key:<27}{row.type} = {row.default}{limits}")
+            lines += wrap(row.help, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def schema_text() -> str:
+    """Write the JSON schema as the shipped file has it."""
+    return json.dumps(json_schema(), indent=1) + "\n"
+
+
 def _settings(section: type[Section]) -> Iterator[Setting]:
     nested = []
     for name, field in section.model_fields.items():
@@ -84,9 +101,8 @@ def _settings(section: type[Section]) -> Iterator[Setting]:
             continue
         key = f"{section.key}.{name}" if section.key else name
         default = json.dumps(plain(field.get_default(call_default_factory=True)))
-        choices = tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
         help_text = field.description or ""
-        yield Setting(key, section.key, _describe_type(kind), default, describe_range(field), choices, help_text)
+        yield Setting(key, section.key, _describe_type(kind), default, describe_range(field), help_text)
     for kind in nested:
         yield from _settings(kind)  # type: ignore[arg-type]
 
@@ -102,5 +118,5 @@ def _describe_member(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " | ".join(map(str, args))
     if get_origin(hint) is tuple:
-        return f"[{', '.join('...' if item is Ellipsis else item.__name__ for item in args)}]"
+        return f"[{', '.join('...' if item is Ellipsis else _describe_member(item) for item in args)}]"
     return {Any: "part", dict: "mapping"}.get(hint, getattr(hint, "__name__", str(hint)))

@@ -70,7 +70,7 @@ def to_input_error(mistake: Any, loc: Sequence[Any], value: Any, hint: Any, key:
     members = [member for member in union_members(hint) if member is not NoneType]
     hint = members[0] if len(members) == 1 else hint
     if mistake["type"] == "literal_error" and get_origin(hint) is Literal:
-        return unknown(f"value of {key}:", mistake["input"], map(str, get_args(hint)))
+        return unknown("value", mistake["input"], map(str, get_args(hint)), of=key)
     if mistake["type"] in ("missing", "too_long", "too_short"):
         return InputError(f"{key} must have {plural(len(get_args(hint)), 'item')}, got {list(mistake['input'])}")
     return _wrong_type(mistake["input"], hint, key)

@@ -162,5 +162,5 @@ def _existing(path: Path) -> Path:
             f"{path} is a folder, not a checkpoint: give a file in it, such as last.ckpt or best.safetensors"
         )
     if not path.is_file():
-        raise InputError(f"no checkpoint exists at {path}")
+        raise InputError(f"no checkpoint exists at {path}: give a run directory, a best.safetensors or a last.ckpt")
     return path

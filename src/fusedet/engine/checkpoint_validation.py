@@ -89,20 +89,6 @@ class TableState(TypedDict):
 
 
 Tables = TypedDict("Tables", {"metrics.csv": TableState, "speed.csv": TableState})
-Plan = TypedDict(
-    "Plan",
-    {
-        "batches per epoch": Count,
-        "images per batch": Count,
-        "accumulated batches": Count,
-        "precision": str,
-        "optimizer": str,
-        "decay of norms and biases": bool,
-        "groups of parameters": Count,
-        "averaging": bool,
-        "seed": NotRequired[Count | None],
-    },
-)
 
 
 class Checkpoint(BaseModel):
@@ -123,20 +109,13 @@ class Checkpoint(BaseModel):
     scaler: ByName[float]
     processes: list[ProcessState]
     tables: Tables
-    plan: Plan
+    plan: ByName[bool | int | str | None]
     made_with: ByName[str] = Field(alias="made with")
     meta: ByName[str]
 
 
-FIELDS = tuple(field.alias or name for name, field in Checkpoint.model_fields.items())
 MOMENTS = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
 """What an optimizer keeps of a weight that it has moved."""
-_OF_WEIGHTS = {
-    "model",
-    "ema",
-    "ema_updates",
-    "meta",
-}  # files of weights have these too, but no training goes on from them
 
 
 def damaged(path: Path, key: str) -> InputError:
@@ -153,13 +132,13 @@ def validate(content: Mapping[str, Any], path: Path) -> Checkpoint:
     Raises:
         InputError: It lacks what a training needs to go on, or holds something else in its place.
     """
-    if missing := set(FIELDS) - _OF_WEIGHTS - content.keys():
-        raise InputError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}")
     try:
         saved = Checkpoint.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise damaged(path, ".".join(str(part)[:100] for part in first["loc"])) from None
+        mistakes = error.errors(include_url=False, include_context=False, include_input=False)
+        if missing := [str(m["loc"][0]) for m in mistakes if m["type"] == "missing" and len(m["loc"]) == 1]:
+            raise InputError(f"{path} cannot be resumed: it holds no {', '.join(sorted(missing))}") from None
+        raise damaged(path, ".".join(str(part)[:100] for part in mistakes[0]["loc"])) from None
     meters = [process["meter"] for process in saved.processes]
     if len({(tuple(meter["names"]), meter["steps"]) for meter in meters}) != 1:
         raise damaged(path, "processes")

@@ -55,18 +55,13 @@ def build_optimizer(model: nn.Module, settings: Train, lr: float) -> torch.optim
     return torch.optim.AdamW(listed, lr=lr)
 
 
-def scaled_lr(lr: float, batch: int, base_batch: int = 16) -> float:
-    """Scale the learning rate linearly to a total batch (Goyal et al. 2017).
+def scaled_lr(settings: Train) -> float:
+    """Scale `lr` linearly from `base_batch` to the total batch `batch` (Goyal et al. 2017); null keeps it.
 
-    Args:
-        lr: The rate at a total batch of `base_batch`.
-        batch: Images per step, over all processes and accumulated batches.
-        base_batch: The batch that `lr` is for.
-
-    >>> scaled_lr(0.01, 4)
+    >>> scaled_lr(Train(lr=0.01, base_batch=16, batch=4))
     0.0025
     """
-    return lr * batch / base_batch
+    return settings.lr * settings.batch / settings.base_batch if settings.base_batch else settings.lr
 
 
 def lr_factor(step: int, settings: Train, *, total_steps: int, steps_per_epoch: int) -> float:

@@ -54,10 +54,10 @@ def preserved() -> Iterator[None]:
     A data loader draws a seed when it starts. A run that goes on in the middle of an epoch would draw once more than
     one that was never interrupted, and its dropout would differ.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(cpu)

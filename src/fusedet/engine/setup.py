@@ -81,7 +81,6 @@ def setup(
     if not len(loader):
         raise InputError("there is nothing to train on: the loader has no batch")
     is_first = fabric.is_global_zero
-    every = settings.checkpoint_every
     detector.to(fabric.device).train()
     ema = EMA(detector, settings.ema) if settings.ema else None
     display = Display(settings.epochs, math.ceil(len(loader) / settings.accumulate), quiet=quiet or not is_first)
@@ -104,7 +103,7 @@ def setup(
         interrupts=Interrupts(agreed=fabric.world_size > 1),
         loggers=list(loggers) if is_first else [],
         say=(say or display.say) if is_first else lambda text: None,
-        checkpoint_every=None if every is None else parse_interval(every, "train.checkpoint_every"),
+        checkpoint_every=parse_interval(settings.checkpoint_every, "train.checkpoint_every"),
         state={"step": 0, "epoch": 0, "position": 0, "best": None, "stale": 0, "metrics": {}},
     )
     if not resume and run.last.exists():

@@ -27,7 +27,6 @@ from fusedet.errors import InputError
 from fusedet.types import Batch
 
 TABLES = ("metrics.csv", "speed.csv")
-SEED = "seed"  # of the plan; older checkpoints do not have it
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
 """(detector in eval mode, the epoch's number from 1) -> metrics. Every process calls it; the first one's count."""
 
@@ -86,7 +85,7 @@ class Run:
     interrupts: Interrupts
     loggers: list[Logger]
     say: Callable[[str], None]
-    checkpoint_every: Interval | None
+    checkpoint_every: Interval
     tables: dict[str, Table] = field(default_factory=dict)
     process_states: list[ProcessState] | None = None
     saved: float = field(default_factory=time.monotonic)
@@ -123,9 +122,8 @@ class Run:
     @property
     def is_checkpoint_due(self) -> bool:
         """Whether a checkpoint is due by the first process's clock."""
-        every = self.checkpoint_every
-        due = every is not None and every.seconds is not None and time.monotonic() - self.saved >= every.seconds
-        return due and self.fabric.is_global_zero
+        seconds = self.checkpoint_every.seconds
+        return bool(seconds and time.monotonic() - self.saved >= seconds and self.fabric.is_global_zero)
 
     @property
     def eval_module(self) -> nn.Module:
@@ -184,8 +182,7 @@ def restore(run: Run) -> dict[str, Any]:
     """
     saved = checkpoint_validation.validate(checkpoint.load(run.last), run.last)
     for key, value in _plan(run).items():
-        then = saved.plan.get(key, value if key == SEED else None)
-        if then != value:
+        if (then := saved.plan.get(key)) != value:
             raise InputError(
                 f"{run.last} cannot be resumed: {key} was {then} and is now {value}; "
                 "use the same data, batch size and options"
@@ -220,14 +217,9 @@ def _restore_process(run: Run, saved: Checkpoint) -> None:
         run.meter.restore(processes[rank]["meter"], run.fabric.device)
     else:
         run.meter.restore(Meter.mean([process["meter"] for process in processes]), run.fabric.device)
-        chance = (
-            "some random numbers differ"
-            if world < len(processes)
-            else f"process {len(processes)} and later begin new random numbers"
-        )
         run.say(
-            f"{run.out} goes on in another number of processes: {len(processes)} until step {step}, "
-            f"{world} from now on; the batches stay the same {run.loader.batch} images in the same order, but {chance}"
+            f"{run.out} goes on in another number of processes: {len(processes)} until step {step}, {world} from now "
+            f"on; the batches stay the same {run.loader.batch} images in the same order, but some random numbers differ"
         )
     if rank < len(processes):
         try:
@@ -255,5 +247,5 @@ def _plan(run: Run) -> dict[str, Any]:
         "decay of norms and biases": run.settings.decay_norm_and_bias,
         "groups of parameters": len(run.optimizer.param_groups),
         "averaging": run.ema is not None,
-        SEED: getattr(run.loader, "seed", None),
+        "seed": getattr(run.loader, "seed", None),
     }

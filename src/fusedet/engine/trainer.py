@@ -90,7 +90,7 @@ def _interrupted(run: Run) -> Interrupted:
 def _train_epoch(run: Run) -> None:
     """Do the remaining steps of the epoch."""
     run.pace.start()
-    every = run.checkpoint_every
+    every = run.checkpoint_every.steps
     for batches in _accumulation_groups(run):
         norm, stop, due = _train_step(run, batches)
         run.state["step"] += 1
@@ -103,7 +103,7 @@ def _train_epoch(run: Run) -> None:
             run.interrupts.received = stop
             raise KeyboardInterrupt
         run.interrupts.check()
-        if due or (every and every.steps and run.state["step"] % every.steps == 0):
+        if due or (every and run.state["step"] % every == 0):
             save(run)
 
 
@@ -221,28 +221,14 @@ def _is_validated(settings: Train, epoch: int) -> bool:
 def _validate(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     """Return the metrics of the present weights."""
     if run.fabric.world_size > 1:
-        _broadcast_buffers(run.eval_module)
+        for buffer in run.eval_module.buffers():  # they differ, because each process has seen other images
+            distributed.broadcast(buffer, 0)
     with run.pace.validation(), rng.preserved(), _evaluating(run.eval_module), torch.no_grad(), run.interrupts.open():
         metrics = {name: float(value) for name, value in validate(run.eval_module, epoch).items()}
     metrics = run.fabric.broadcast(metrics)
     if run.settings.monitor not in metrics:
         raise unknown("metric to monitor", run.settings.monitor, metrics)
     return metrics
-
-
-def _broadcast_buffers(module: nn.Module) -> None:
-    """Give a module's buffers in all processes the first one's values, by one broadcast per dtype.
-
-    They differ, because each process has seen other images; best.safetensors keeps the first process's.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in module.buffers():
-        by_dtype.setdefault(buffer.dtype, []).append(buffer)
-    for buffers in by_dtype.values():
-        joined = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        distributed.broadcast(joined, 0)
-        for buffer, values in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
 
 
 def _keep_best(run: Run, metrics: dict[str, float]) -> None:

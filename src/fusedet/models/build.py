@@ -12,7 +12,7 @@ from fusedet.config.validation import validate_value
 from fusedet.errors import InputError, unknown
 
 # beginnings of messages that name a slot: only the innermost slot is named
-_NAMES_A_SLOT = re.compile(r"(unknown (option of |value of )?)?model\.")
+_NAMES_A_SLOT = re.compile(r"(unknown ((option|value) '.*' of )?)?model\.")
 
 
 def resolve_class(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def build(
         if key in passed:
             raise InputError(f"{kind}.{key} is not set here: the model passes {key} by itself")
         if key not in parameters:
-            raise unknown(f"option of {kind} '{name}':", key, set(parameters) - set(passed))
+            raise unknown("option", key, set(parameters) - set(passed), of=f"{kind} '{name}'")
         options[key] = validate_value(value, hints.get(key, Any), f"{kind}.{key}")
     try:
         return make(**passed, **options)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fusedet.config.loading import LARGEST, LONGEST, count_values
+from fusedet.config.yaml_text import LARGEST, LONGEST, count_values
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset, pack_segmentation
 from fusedet.data.image_files import (

@@ -153,7 +153,7 @@ def _build_roi(spec: Any, neck: Neck, num_classes: int) -> tuple[list[RoIStage],
         raise InputError(f"model.roi={spec!r} must be a mapping {{stages: [...], branches: [...]}}")
     for key, value in spec.items():
         if key not in ("stages", "branches"):
-            raise unknown("key of model.roi:", key, ("stages", "branches"))
+            raise unknown("key", key, ("stages", "branches"), of="model.roi")
         if value is not None and not isinstance(value, list):
             raise InputError(f"model.roi.{key}={value!r} must be a list")
     if not spec.get("stages"):

@@ -229,7 +229,7 @@ class MSFMPlugin:
         named = self.groups if isinstance(self.groups, Mapping) else {}
         for option, position in [*(("positions", p) for p in self.positions or ()), *(("groups", p) for p in named)]:
             if position not in GROUPS:
-                raise unknown(f"position in {option}:", position, GROUPS)
+                raise unknown("position", position, GROUPS, of=option)
         if len(self.ratios) != len(self.stages):
             raise InputError(f"ratios={list(self.ratios)} must hold one ratio for each of stages={list(self.stages)}")
 
