@@ -1,5 +1,6 @@
 """Malformed files for every parser, which may raise InputError and nothing else."""
 
+# ruff: noqa: SIM905  # a list of many short words is easier to read as a text
 from __future__ import annotations
 
 import copy
@@ -61,43 +62,8 @@ ATOMS: list[Any] = [
     ),
     *({"counts": [1], "size": [1, 1]}, {"counts": "X6", "size": [10, 20]}, {"counts": "~", "size": [10, 20]}),
 ]
-JUNK = [
-    b"",
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b",",
-    b":",
-    b'"',
-    b"\\",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"9" * 400,
-    b"-",
-    b"1e999",
-    b"NaN",
-    b"<",
-    b"&",
-]
-JUNK += [
-    b"&a;",
-    b"<!DOCTYPE a>",
-    b"<![CDATA[",
-    b"<?xml?>",
-    b"]]>",
-    b"/",
-    b"..",
-    b"\n",
-    b"\r",
-    b"\t",
-    b"\x85",
-    b"*a",
-    b"&a ",
-    b"!!int ",
-    b"'",
-]
+JUNK = rb"""[ ] { } , : " \ ' - 1e999 NaN < & &a; <!DOCTYPE <![CDATA[ <?xml?> ]]> / .. *a""".split()
+JUNK += [b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"9" * 400, b"\n", b"\r", b"\t", b"\x85", b"&a ", b"!!int "]
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(ATOMS),
@@ -196,18 +162,8 @@ def check_voc(seed: int, count: int) -> None:
     """A valid VOC folder with some bytes of its annotations and its list changed."""
     rng = random.Random(seed)
     one = xml(("dog", 1, 1, 10, 20, 0), ("cat", 5.5, 6.5, 8.5, 9.5, 1)).encode()
-    words = [
-        b"1",
-        b"nan",
-        b"-1e999",
-        b"",
-        b"<a>",
-        b"</object>",
-        b"<bndbox>",
-        b"<object><name>x</name></object>",
-        b"9" * 400,
-        b"\xd9\xa3",
-    ]
+    words = b"1 nan -1e999 <a> </object> <bndbox> <object><name>x</name></object> \xd9\xa3".split()
+    words += [b"", b"9" * 400]
     listed = b"a\nb\n"
     for _ in range(count):
         if rng.random() < 0.5 and one:
@@ -229,25 +185,7 @@ def check_voc(seed: int, count: int) -> None:
 def check_yolo(seed: int, count: int) -> None:
     """A valid YOLO folder with its labels, its yaml and its list changed."""
     rng = random.Random(seed)
-    tokens = [
-        "0",
-        "1",
-        "0.5",
-        "-0.5",
-        "1.7",
-        "nan",
-        "inf",
-        "-inf",
-        "1e400",
-        "1e9",
-        "x",
-        "",
-        "0x1",
-        "1_0",
-        "٣",
-        "0,5",
-        "1" * 400,
-    ]
+    tokens = ["", *"0 1 0.5 -0.5 1.7 nan inf -inf 1e400 1e9 x 0x1 1_0 ٣ 0,5".split(), "1" * 400]
     lines = [
         " ".join(rng.choice(tokens) for _ in range(rng.choice([1, 4, 5, 5, 5, 6, 7, 9])))
         for _ in range(rng.randrange(4))
@@ -336,43 +274,13 @@ def check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
 KEYS = st.sampled_from(
     [f"{section}.{key}" for section, part in configs.parse({}).tree().items() if isinstance(part, dict) for key in part]
     + [
-        "model",
-        "data",
-        "train",
-        "model.head.convs",
-        "model.neck.0",
-        "model.neck.0.type",
-        "model.pyramid.channels",
-        "device",
-        "out",
-        "x",
         "",
-        ".",
+        *"model data train model.head.convs model.neck.0 model.neck.0.type model.pyramid.channels device out x .".split(),
     ]
 )
 VALUES = st.sampled_from(
-    [
-        "null",
-        "true",
-        "1",
-        "-1",
-        "0",
-        "1e400",
-        "nan",
-        ".inf",
-        "[]",
-        "{}",
-        "[1,2]",
-        "{a: b}",
-        "x",
-        "'",
-        "[",
-        "${a}",
-        "${oc.env:HOME}",
-        "!!int",
-        "!!float x",
-        "&a [*a]",
-    ]
+    "null true 1 -1 0 1e400 nan .inf [] {} [1,2] {a:b} x ' [ ${a} ${oc.env:HOME} !!int".split()
+    + ["{a: b}", "!!float x", "&a [*a]"]
 )
 
 

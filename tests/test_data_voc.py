@@ -1,17 +1,12 @@
 """The VOC reader: valid folders, and the messages for malformed ones."""
 
-import random
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from fusedet.data import annotation_cleaning
 from fusedet.data.readers.voc import list_voc_splits, read_voc
 from fusedet.errors import InputError
 from tiny import image, write_voc, xml
@@ -75,12 +70,6 @@ def test_names_and_list_files_as_splits(tmp_path: Path) -> None:
     assert [r.path.name for r in read_voc(root, tmp_path / "mine.txt")] == ["b.jpg"]
 
 
-def test_images_listed_twice(tmp_path: Path) -> None:
-    dataset = read_voc(write_voc(tmp_path, lists={"train": "a\nb\na\n"}), "train")
-    assert len(dataset) == 2
-    assert dataset.problems == {annotation_cleaning.LISTED_TWICE: 1}
-
-
 def test_other_extensions_are_found(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     (root / "JPEGImages" / "a.jpg").unlink()
@@ -112,39 +101,14 @@ def test_folder_per_split(tmp_path: Path) -> None:
     assert dataset.path(0) == tmp_path / "valid" / "valid_1.rf.0a.jpg"
 
 
-@pytest.mark.parametrize(
-    ("box", "kept", "text"),
-    [
-        (("nan", 1, 2, 2), 0, annotation_cleaning.NOT_FINITE),
-        ((1, 1, "1e999", 2), 0, annotation_cleaning.NOT_FINITE),
-        ((5, 1, 2, 2), 0, annotation_cleaning.NEGATIVE),
-        ((5, 1, 4, 2), 1, annotation_cleaning.NO_AREA),
-        ((41, 1, 44, 2), 1, annotation_cleaning.OUTSIDE),
-        ((0, 1, 44, 2), 1, annotation_cleaning.CLIPPED),
-    ],
-)
-def test_bad_boxes_are_counted(tmp_path: Path, box: tuple[Any, ...], kept: int, text: str) -> None:
-    dataset = read_voc(write_voc(tmp_path, {"a": xml(("dog", *box, 0))}, {"train": "a"}), "train")
-    assert dataset.problems == {text: 1}
-    assert len(dataset.labels) == kept
-
-
 GOOD = xml(("dog", 1, 1, 10, 20, 0))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid xml"),
-        (GOOD[:-5], "not valid xml"),
-        (GOOD.replace("annotation>", "labels>"), "its root is <labels>"),
-        (GOOD.replace("<xmin>1<", "<xmin>one<"), "<xmin> must be a number, not 'one'"),
-        (GOOD.replace("<xmin>1</xmin>", ""), "<xmin> must be a number"),
-        (GOOD.replace("<name>dog</name>", ""), "has no <name>"),
-        (GOOD.replace("bndbox", "box"), "'dog' has no <bndbox>"),
         (GOOD.replace("<difficult>0", "<difficult>so"), "<difficult> must be a number"),
         (GOOD.replace("<width>40", "<width>wide"), "<width> must be a number"),
-        ('<!DOCTYPE a [<!ENTITY b "c">]>' + GOOD.replace("dog", "&b;"), "DOCTYPE"),
         ('<?xml version="1.0" encoding="klingon"?>' + GOOD, "not valid xml"),
     ],
 )
@@ -171,14 +135,8 @@ def test_missing_folder_is_named(tmp_path: Path, missing: str) -> None:
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:
-    root = write_voc(tmp_path, lists={"train": "a\nzz\n", "empty": " \n", "away": "../../a\n"})
-    with pytest.raises(InputError, match="lists zz, but its annotation"):
-        read_voc(root, "train")
-    with pytest.raises(InputError, match="lists no images"):
-        read_voc(root, "empty")
-    with pytest.raises(InputError, match="outside the data folder"):
-        read_voc(root, "away")
-    with pytest.raises(InputError, match=r"no split 'test': it has away, empty, train"):
+    root = write_voc(tmp_path)
+    with pytest.raises(InputError, match=r"no split 'test': it has train, val"):
         read_voc(root, "test")
     for file in (root / "JPEGImages").iterdir():
         file.unlink()
@@ -212,42 +170,3 @@ def test_real_data(shared: Path) -> None:
     assert sum(len(r.labels) for r in counts.values()) == sum(
         f.read_text().count("<object>") for f in (root / "Annotations").iterdir()
     )
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 4))
-def test_only_input_errors_whatever_the_bytes(seed: int, count: int) -> None:
-    rng = random.Random(seed)
-    texts = [xml(("dog", 1, 1, 10, 20, 0), ("cat", 2, 2, 3, 3, 1)).encode(), b"a\n", b"dog\ncat\n"]
-    which = rng.choice([0, 0, 0, 1, 2])
-    junk = [
-        b"",
-        b"<",
-        b">",
-        b"&",
-        b"&#0;",
-        b"\xff",
-        b"\0",
-        b"9" * 400,
-        b"-",
-        b"nan",
-        b"1e999",
-        b"/",
-        b"..",
-        b"\n",
-        b"</object>",
-        b"\x85",
-    ]
-    for _ in range(count):
-        at = rng.randrange(len(texts[which]) + 1)
-        texts[which] = texts[which][:at] + rng.choice(junk) + texts[which][at + rng.randrange(4) :]
-    with tempfile.TemporaryDirectory() as folder:
-        root = write_voc(Path(folder))
-        (root / "Annotations" / "a.xml").write_bytes(texts[0])
-        (root / "ImageSets" / "Main" / "train.txt").write_bytes(texts[1])
-        (root / "labels.txt").write_bytes(texts[2] + b"bird\n")
-        try:
-            dataset = read_voc(root, "train")
-        except InputError:
-            return
-        assert len(dataset.fingerprint()) == 16

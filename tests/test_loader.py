@@ -226,6 +226,7 @@ class Threads:
         return image, (float(torch.get_num_threads()), 1.0), empty
 
 
+@pytest.mark.slow
 def test_spawned_workers_with_one_thread(dataset):
     loader = build_train_loader(dataset, Threads(), batch=4, workers=1, start_method="spawn")
     batches = list(loader.epoch(0))

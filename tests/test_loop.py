@@ -392,18 +392,6 @@ def test_resuming_what_cannot_be_resumed(tmp_path):
         train(tmp_path, resume=True)
 
 
-def test_a_failing_validation_does_not_lose_the_epoch(tmp_path):
-    def failing(module, epoch):
-        raise RuntimeError("out of something")
-
-    with pytest.raises(RuntimeError, match="out of something"):
-        train(tmp_path / "b", validate=failing)
-    train(tmp_path / "b", validate=scores(1, 2, 3), resume=True)
-    train(tmp_path / "a", validate=scores(1, 2, 3))
-    a, b = (checkpoint.load(tmp_path / name / "last.ckpt") for name in "ab")
-    assert same(a["model"], b["model"])
-
-
 def test_a_held_section_ends_before_the_interruption():
     done = []
 

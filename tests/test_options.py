@@ -143,13 +143,50 @@ def scales(key: str) -> list[tuple[dict[str, float], str]]:
             RetinaHead,
             [*FOCAL, *OVERLAPS, *RATIOS, *scales("base_scale"), ({"scales_per_octave": 0}, "scales_per_octave=0")],
         ),
-        (FCOSHead, [*FOCAL, *scales("radius")]),
-        (VFNetHead, FOCAL),
-        (RepPointsHead, [*FOCAL, *OVERLAPS, *scales("base_scale")]),
+        (
+            FCOSHead,
+            [
+                *FOCAL,
+                *scales("radius"),
+                ({"ranges": (64.0, 128.0)}, r"ranges=\[64.0, 128.0\] must be 4 increasing numbers"),
+                ({"ranges": (64.0, 32.0, 128.0, 256.0)}, "increasing"),
+                ({"ranges": (0.0, 32.0, 128.0, 256.0)}, "above 0"),
+                ({"convs": -1}, "convs=-1"),
+                ({"convs": 0, "deformable_last": True}, "deformable_last=true"),
+                ({"channels": 20}, "multiples of 32"),
+            ],
+        ),
+        (
+            VFNetHead,
+            [
+                *FOCAL,
+                ({"convs": 0, "deformable_last": True}, "deformable_last=true needs convs"),
+                ({"gradient_mul": 1.5}, r"gradient_mul=1\.5 must be 0 to 1"),
+                ({"topk": 0}, "topk=0 must be 1 or more"),
+                ({"channels": 24}, "multiples of 32"),
+            ],
+        ),
+        (
+            RepPointsHead,
+            [
+                *FOCAL,
+                *OVERLAPS,
+                *scales("base_scale"),
+                ({"num_points": 8}, "num_points=8 must be the square of 3, 5, 7"),
+                ({"num_points": 16}, "num_points=16"),
+                ({"num_points": 1}, "num_points=1 "),
+                ({"num_points": -9}, "num_points=-9"),
+                ({"gradient_mul": 1.5}, r"gradient_mul=1\.5 must be 0 to 1"),
+                ({"moment_mul": -1.0}, r"moment_mul=-1\.0 must be 0 to 1"),
+                ({"beta": -0.1}, r"beta=-0\.1 must be 0 or more"),
+                ({"convs": -1}, "convs=-1"),
+                ({"channels": 24, "norm": True}, "multiples of 32"),
+            ],
+        ),
         (RPNHead, [*OVERLAPS, *RATIOS, *scales("scale")]),
     ],
 )
-def test_numbers_out_of_their_ranges(head: Callable[..., Any], mistakes: list[tuple[dict, str]]) -> None:
+def test_values_out_of_their_ranges(head: Callable[..., Any], mistakes: list[tuple[dict, str]]) -> None:
     for options, said in mistakes:
         with pytest.raises(InputError, match=said):
             head(PYRAMID, num_classes=3, **options)

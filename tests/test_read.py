@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from fusedet.data.readers.auto import detect_format, list_splits, read_dataset
 from fusedet.errors import InputError
-from tiny import coco_dict, image, write_coco, write_voc, write_yolo, xml
+from tiny import coco_dict, image, write_coco, write_voc, write_yolo
 
 
 def images(folder: Path) -> None:
@@ -158,13 +157,6 @@ def test_exported_yolo(tmp_path: Path) -> None:
     assert len(read_dataset(tmp_path / "data.yaml", "train").labels) == 1
 
 
-def test_exported_voc(tmp_path: Path) -> None:
-    image(tmp_path / "train" / "a.jpg")
-    (tmp_path / "train" / "a.xml").write_text(xml(("dog", 1, 1, 5, 5, 0)))
-    assert detect_format(tmp_path) == "voc"
-    assert len(read_dataset(tmp_path, "train").labels) == 1
-
-
 def test_refused_folders(tmp_path: Path) -> None:
     def error_of(path: Path) -> str:
         with pytest.raises(InputError) as error:
@@ -187,13 +179,6 @@ def test_refused_folders(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.json").write_text("")
     assert "not valid json" in error_of(tmp_path / "bad")
-
-
-def test_voc_without_lists(tmp_path: Path) -> None:
-    root = write_voc(tmp_path)
-    shutil.rmtree(root / "ImageSets")
-    with pytest.raises(InputError, match=r"ImageSets/Main/train\.txt"):
-        read_dataset(root, "train")
 
 
 def test_real_data(shared: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou, roi_align
 
+from fakes import objects
 from fusedet.errors import InputError
 from fusedet.models.ops.regression_losses import balanced_l1_loss, l1_loss, smooth_l1_loss
 from fusedet.models.ops.roi_align_cpu import roi_align_cpu
@@ -22,11 +23,6 @@ from fusedet.types import Levels, Proposals, Target
 
 LEVELS = Levels((8,) * 4, (4, 8, 16, 32))
 ALL = 10**6
-
-
-def objects(boxes: list, labels: list | None = None) -> Target:
-    boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Target(boxes, torch.tensor(labels or [0] * len(boxes), dtype=torch.int64))
 
 
 EMPTY = objects([])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from fakes import objects
 from fusedet.errors import InputError
 from fusedet.models.heads import RPNHead
 from fusedet.models.ops.boxes import MAX_RATIO
@@ -14,11 +15,6 @@ from fusedet.types import Levels, Outputs, Target
 
 LEVELS = Levels((8,) * 3, (4, 8, 16))
 ALL = 10**6
-
-
-def objects(boxes: list, labels: list | None = None) -> Target:
-    boxes = torch.tensor(boxes, dtype=torch.float).reshape(-1, 4)
-    return Target(boxes, torch.tensor(labels or [0] * len(boxes), dtype=torch.int64))
 
 
 EMPTY = objects([])
