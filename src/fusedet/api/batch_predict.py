@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from fusedet.api import prediction_exports
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
 from fusedet.api.run_dir import create_run_dir
@@ -39,6 +41,8 @@ class Options:
         score: The least score of what is drawn and counted as shown.
         drawn: Whether copies of the images with boxes are written.
         jsonl: Whether the JSON-lines files stay instead of one predictions.json.
+        save: Formats of `prediction_exports.FORMATS` that are written.
+        crops: Whether the parts of the images in the boxes are written.
         bad: What happens if an image cannot be read.
         workers: Threads that read images ahead.
         rank: This process's number.
@@ -49,10 +53,20 @@ class Options:
     score: float = 0.3
     drawn: bool = False
     jsonl: bool = False
+    save: tuple[str, ...] = ("coco",)
+    crops: bool = False
     bad: Literal["error", "skip"] = "error"
     workers: int = 2
     rank: int = 0
     world: int = 1
+
+
+_FOLDERS: dict[str, Callable[[Options], bool]] = {
+    "images": lambda options: options.drawn,
+    "labels": lambda options: "yolo" in options.save,
+    "crops": lambda options: options.crops,
+}
+"""Folders of files per image, and whether they are written."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ def predict(
         StorageError: A file cannot be written.
     """
     config = predictor.config
-    seen = {"size": list(config.data.size), "antialias": config.data.antialias}
+    seen = {"size": list(config.data.size), "antialias": config.data.antialias, "range": config.tree()["data"]["range"]}
     request: Info = {
         "weights": _hash_file(predictor.source),
         "options": {"test": config.tree()["test"], **seen, "precision": precision},
@@ -110,6 +124,8 @@ def predict(
         "score": options.score,
         "drawn": options.drawn,
         "jsonl": options.jsonl,
+        "save": list(options.save),
+        "crops": options.crops,
         "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)],
     }
     begun = _begin(target, request, options.rank, resume)
@@ -190,11 +206,13 @@ def _append(
     file = target / f"predictions-{options.rank}-of-{options.world}.jsonl"
     file.touch()
     _cut_torn_line(file)
-    if options.drawn:
-        (target / "images").mkdir(exist_ok=True)
+    for folder, is_written in _FOLDERS.items():
+        if is_written(options):
+            (target / folder).mkdir(exist_ok=True)
+    decode = partial(_decode, value_range=predictor.config.data.range)
     with file.open("ab") as opened:
         batch: list[tuple[_Image, Tensor | InputError]] = []
-        for image, pixels in prefetch(_decode, _missing(sources, target, options, total, advance), options.workers):
+        for image, pixels in prefetch(decode, _missing(sources, target, options, total, advance), options.workers):
             batch.append((image, pixels))
             if not image.ends_batch:
                 continue
@@ -251,12 +269,22 @@ def _to_records(
             record["skipped"] = str(pixels)
         else:
             prediction = next(predictions)
-            if options.drawn and not image.is_done:
-                prediction.plot(target / "images" / f"{image.name}.jpg", options.score)
+            if not image.is_done:
+                _export(prediction, image.name, target, options)
             record |= _describe(prediction, image.number, options.score)
         if not image.is_done:
             records.append(record)
     return records, None
+
+
+def _export(prediction: Prediction, name: str, target: Path, options: Options) -> None:
+    """Write the files of one image."""
+    if options.drawn:
+        prediction.plot(target / "images" / f"{name}.jpg", options.score)
+    if "yolo" in options.save:
+        prediction_exports.write_yolo_labels(prediction, target / "labels" / f"{name}.txt", options.score)
+    if options.crops:
+        prediction_exports.write_crops(prediction, target / "crops", name, options.score)
 
 
 def _describe(prediction: Prediction, number: int, score: float) -> Info:
@@ -271,9 +299,9 @@ def _describe(prediction: Prediction, number: int, score: float) -> Info:
     return {"height": height, "width": width, "shown": shown, "annotations": annotations}
 
 
-def _decode(image: _Image) -> tuple[_Image, Tensor | InputError]:
+def _decode(image: _Image, value_range: tuple[float, float] | None) -> tuple[_Image, Tensor | InputError]:
     try:
-        return image, to_tensor(image.path)
+        return image, to_tensor(image.path, value_range)
     except InputError as error:
         return image, error
 
@@ -289,6 +317,8 @@ def _finish(target: Path, options: Options, request: Info) -> Info:
             counts["detections"] += len(record.get("annotations", ()))
             counts["shown"] += record.get("shown", 0)
         counts["left"] = request["images"] - counts["images"] - counts["skipped"]
+        if not counts["left"] and "csv" in options.save:
+            prediction_exports.write_csv(target / "predictions.csv", _read_lines(target), request["categories"])
         if not counts["left"] and not options.jsonl:
             _join(target, request["categories"])
     except FileNotFoundError:
@@ -298,7 +328,13 @@ def _finish(target: Path, options: Options, request: Info) -> Info:
     if counts["left"]:
         return counts | {"files": {}}
     written = {f.stem: str(f) for f in files} if options.jsonl else {"predictions": str(target / "predictions.json")}
-    done = counts | {"files": written | ({"images": str(target / "images")} if options.drawn else {})}
+    if "csv" in options.save:
+        written["table"] = str(target / "predictions.csv")
+    written |= {folder: str(target / folder) for folder, is_written in _FOLDERS.items() if is_written(options)}
+    if "yolo" in options.save:
+        names = "".join(f"{category['name']}\n" for category in request["categories"])
+        write_atomically(target / "classes.txt", names.encode())
+    done = counts | {"files": written}
     write_atomically(begun, json.dumps({"request": request, "done": done}, indent=2).encode())
     for file in () if options.jsonl else files:
         file.unlink(missing_ok=True)

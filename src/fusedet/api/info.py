@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 from rich.console import RenderableType
 
 from fusedet.api.load_model import at_most, countable, rebuild, weights_file
 from fusedet.api.results import Result
-from fusedet.api.settings import Settings, Source, is_run_dir, resolve_config
+from fusedet.api.settings import Settings, Source, is_checkpoint, is_run_dir, resolve_config
 from fusedet.api.tables import cost_table
 from fusedet.config import Config
 from fusedet.errors import plural
@@ -50,24 +51,28 @@ def info(
     37743348
 
     Args:
-        config: A config's name, a YAML file, a run directory or a `Config`.
+        config: A config's name, a YAML file, a run directory, a checkpoint or a `Config`.
         overrides: "key=value" texts.
-        classes: Number of classes; by default a run's own, else COCO's 80.
-        trust: Whether a run's config may name classes of other packages, whose code then runs.
+        classes: Number of classes; by default those of a run or checkpoint, else COCO's 80.
+        trust: Whether the config of a run or checkpoint may name classes of other packages, whose code then runs.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
         InputError: The model does not exist or cannot be built.
     """
-    options = resolve_config(config, overrides, settings, trust)
     name = "model" if isinstance(config, Config) else str(config)
-    limit = None
-    if not isinstance(config, Config) and is_run_dir(config):
-        file = weights_file(config)
-        detector, _, names, _ = rebuild(file, trust)
+    limit, file = None, None
+    if not isinstance(config, Config) and (is_run_dir(config) or is_checkpoint(config)):
+        file = Path(config)
+    options = None if file and file.is_file() else resolve_config(config, overrides, settings, trust)
+    if file:
+        file = weights_file(file)
+        detector, saved, names, _ = rebuild(file, trust)
         # the config may be somebody else's: its model has no more weights than the file
         limit = at_most(len(detector.state_dict()), file)
         classes = len(names) if classes is None else classes
+        options = options or resolve_config(saved, overrides, settings)
+    assert options is not None
     classes = 80 if classes is None else classes
     with countable(name):
         with limit or nullcontext():

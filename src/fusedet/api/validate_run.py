@@ -14,9 +14,10 @@ from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
 from fusedet.api.progress import ShowProgress, no_progress, say_nothing
 from fusedet.api.results import RunResult
-from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
+from fusedet.api.settings import Settings, open_split, refuse_other_keys, to_overrides
 from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
-from fusedet.data.readers.auto import read_dataset
+from fusedet.data.split_checks import describe_crowded_images
+from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, unknown
 
 SETTABLE = ("data", "test", "device", "out")
@@ -74,7 +75,7 @@ def validate(
         refuse_other_keys(texts, *SETTABLE)
         options = configs.parse(configs.apply_overrides(saved.tree() | {"out": None}, texts))
     scored = split or options.data.val
-    dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
+    dataset = open_split(options.data, scored, need_images=not is_results)
     if options.out:
         run_dir.check_new_dir(options.out)  # before the work, not after it
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
@@ -84,12 +85,18 @@ def validate(
         raise InputError(
             f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
         )
+    if len(dataset.labels):
+        require_usable_targets(dataset, for_training=False)
+        if (crowded := describe_crowded_images(dataset, options.test.max_det)) and not get_ranks()[0]:
+            say(f"warning: {crowded.message}")
     if is_results:
-        evaluated = evaluate_results(dataset, evaluation.load_results(path), voc=voc, evaluator=evaluator)
+        evaluated = evaluate_results(
+            dataset, evaluation.load_results(path), voc=voc, evaluator=evaluator, max_det=options.test.max_det
+        )
     else:
         check_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
-            ready = tuned(detector.to(device), options)
+            ready = tuned(detector.to(device), options, names=names)
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
             )

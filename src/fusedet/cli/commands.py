@@ -96,6 +96,10 @@ def predict(
         Literal["error", "skip"], Option(help="Stop at an image that cannot be read, or skip and list it.")
     ] = "error",
     jsonl: Annotated[bool, Option("--jsonl", help="Keep a JSON-lines file per process, no predictions.json.")] = False,
+    crops: Annotated[bool, Option("--crops", help="Write the parts of the images in the boxes too.")] = False,
+    save: Annotated[
+        list[str] | None, Option(metavar="FORMAT,...", help="Write csv or yolo too, beside COCO's json.")
+    ] = None,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
@@ -106,7 +110,7 @@ def predict(
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
-    options |= {"on_bad_image": on_bad_image, "jsonl": jsonl}
+    options |= {"on_bad_image": on_bad_image, "jsonl": jsonl, "crops": crops, "save": save or ()}
     result = fusedet.predict(run, sources, *settings, **options, progress=cli.progress(json))
     cli.show(result, json and not result.counts["left"])
 
@@ -120,7 +124,8 @@ def info(
 ) -> None:
     """Count a model's parameters and multiply-adds.
 
-    Without CONFIG all shipped configs and schedules are listed.
+    The model is that of a config, a run directory or a checkpoint. Without CONFIG all shipped configs and schedules are
+    listed.
     """
     from fusedet import config
 
@@ -141,7 +146,8 @@ def config(
 ) -> None:
     """Print a config as YAML.
 
-    The config is complete, with the given settings applied. A file of it can be used as CONFIG.
+    The config is complete, with the given settings applied. A file of it can be used as CONFIG. What a training
+    would refuse is refused here too.
     """
     if schema:
         from fusedet.config import json_schema
@@ -150,7 +156,12 @@ def config(
             raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
         return cli.print_json(json_schema())
     name, settings = cli.split_config(words)
-    sys.stdout.write(fusedet.resolve_config(name, settings).to_yaml())
+    from fusedet.api.train_inputs import check_config
+
+    resolved = fusedet.resolve_config(name, settings)
+    if name is not None:
+        check_config(resolved)
+    sys.stdout.write(resolved.to_yaml())
 
 
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
@@ -225,15 +236,19 @@ def cam(
 def doctor(
     words: cli.ConfigAndSettings = None,
     images: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
+    report: Annotated[str | None, Option(metavar="FILE.html", help="Write a page with histograms and images.")] = None,
     json: cli.Json = False,
 ) -> None:
     """Check a dataset before a training.
 
-    Counts what data=PATH holds and lists errors and warnings. The exit code is 1 if a training would stop.
+    Counts what data=PATH holds, lists errors and warnings, and ends with a summary, the worst first. The exit code is 1
+    if a training would stop.
     """
     name, settings = cli.split_config(words)
-    result = fusedet.check_dataset(*settings, config=name, read_images=images, progress=cli.progress(json))
-    cli.show(result, json)
+    result = fusedet.check_dataset(
+        *settings, config=name, read_images=images, report=report, progress=cli.progress(json)
+    )
+    cli.show(result, json, *([f"page: {report}"] if report else []))
     raise Exit(0 if result.ok else 1)
 
 
