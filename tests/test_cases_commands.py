@@ -233,6 +233,15 @@ def test_config_refuses_what_train_refuses(words: tuple[str, ...], capsys: Captu
     assert capsys.readouterr().err == refused.err
 
 
+def test_config_builds_no_model_of_a_run(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A run may be somebody else's: a class that its config names is printed and not imported."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"neck: fpn|neck:\n    type: fpn", "neck: 'nowhere.at_all:Neck'", text))
+    assert cli.run(["config", str(run)]) == 0
+    assert "nowhere.at_all:Neck" in capsys.readouterr().out
+
+
 def test_config_prints_what_a_run_would_have(capsys: Capture) -> None:
     assert cli.run(["config", "retinanet_r18_small", "train.epochs=7"]) == 0
     assert "epochs: 7" in capsys.readouterr().out

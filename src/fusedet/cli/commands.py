@@ -156,10 +156,11 @@ def config(
             raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
         return cli.print_json(json_schema())
     name, settings = cli.split_config(words)
+    from fusedet.api.settings import is_run_dir
     from fusedet.api.train_inputs import check_config
 
     resolved = fusedet.resolve_config(name, settings)
-    if name is not None:
+    if name is not None and not is_run_dir(name):  # a run may be somebody else's: its model is not built
         check_config(resolved)
     sys.stdout.write(resolved.to_yaml())
 
