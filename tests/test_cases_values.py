@@ -177,6 +177,18 @@ def test_doctor_names_the_measured_range(tmp_path: Path) -> None:
     assert not any("16 bits" in w for w in fusedet.check_dataset(data=full).reports["train"].warnings)
 
 
+@pytest.mark.parametrize("mode", ["1", "P", "CMYK", "L", "YCbCr"])
+def test_values_are_those_of_what_is_shown(mode: str) -> None:
+    """Not the numbers of a palette's colors, nor of ink."""
+    file = io.BytesIO()
+    image = Image.new("RGB", (8, 6), "white")
+    image.paste("black", (0, 0, 4, 6))
+    image.convert(mode).save(file, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG")
+    values = inspect_image(file.getvalue())[1]
+    assert values is not None
+    assert (values.low, values.high, values.depth) == (0, 255, 8)
+
+
 def test_doctor_warns_of_dark_and_transparent_images(tmp_path: Path) -> None:
     mask = store((np.arange(1200).reshape(30, 40) % 2).astype(np.uint8))  # a mask of 0 and 1
     rgba = np.full((10, 20, 4), 255, np.uint8)

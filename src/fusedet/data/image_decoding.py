@@ -344,13 +344,14 @@ def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, na
 def _measure(image: Image.Image, is_deep: bool = False) -> ImageValues:
     """Measure the values of an image; those of colors of 16 bits by the 8 bits that Pillow keeps."""
     image.load()
-    values, transparent = np.asarray(image), 0.0
-    if image.mode in _ALPHA_MODES:
+    is_plain = image.mode in ("L", "RGB", "F", *_ALPHA_MODES[:2]) or image.mode.startswith("I")
+    values, transparent = np.asarray(image if is_plain else image.convert("RGB")), 0.0  # 1 bit, palette, CMYK
+    if is_plain and image.mode in _ALPHA_MODES:
         values = values[..., :-1]
     if "transparency" in image.info or image.mode in _ALPHA_MODES:
         transparent = float((np.asarray(image.convert("RGBA"))[..., 3] < 255).mean())
     depth = 32 if image.mode in ("F", "I") else 16 if is_deep or image.mode.startswith("I") else 8
-    finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values)] if image.mode == "F" else values
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     scale = 257 if is_deep else 1
     return ImageValues(low * scale, high * scale, depth, transparent)
