@@ -475,5 +475,5 @@ KINDS = [
     Kind("yolo-data-elsewhere", "yolo", move_data),
     Kind("yolo-image-bad", "yolo", overwrite("images/train/p0.jpg", b"no"), refused=("p0.jpg is empty or not an image",)),
     Kind("yolo-image-float", "yolo", store("F", "TIFF", "images/train/p0.jpg"), refused=("p0.jpg holds floating-point numbers",), replaced=1),
-    Kind("yolo-links-in-a-circle", "yolo", link_in_cycle),
+    Kind("yolo-links-in-a-circle", "yolo", link_in_cycle, {annotation_cleaning.NO_IMAGE_FILE: 1}),
 ]  # fmt: skip

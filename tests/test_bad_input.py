@@ -281,7 +281,7 @@ def test_names_are_checked_before_the_data(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr("fusedet.api.train_inputs.read_dataset", never)
+    monkeypatch.setattr("fusedet.api.train_inputs.open_split", never)
     for override in ("model.neck=fpm", "model.backbone.name=resnet51", "model.head.conv=2", "train.monitor=ap"):
         has(complaint(capsys, *train(scenes, tmp_path / "out", override)), "unknown")
 
@@ -341,7 +341,7 @@ def test_predict_without_images(capsys: Capture, trained: Path, scenes: Path, tm
     has(" ".join(capsys.readouterr().err.replace("│", " ").split()), "'fp16' is not one of 'fp32', 'bf16'")
     for command, more in (("predict", "data.workers, "), ("cam", "")):
         said = complaint(capsys, command, trained, scenes / "val", "model.neck=fpn")
-        settable = f"what can be set here is test, data.size, data.antialias, {more}device, out"
+        settable = f"what can be set here is test, data.size, data.antialias, data.range, {more}device, out"
         has(said, f"changes nothing for a trained model: {settable}")
 
 

@@ -114,13 +114,16 @@ def _load_predictor(run: Run, dataset: DetectionDataset, device: torch.device) -
     """Load a run's weights, or those that it scores, into the model of its row."""
     file = weights_file(run.weights_from or run.folder)
     detector = with_weights(run.config, len(dataset.names), file).to(device)
-    return Predictor(tuned(detector, run.config), run.config, dataset.names, dataset.category_ids, file)
+    return Predictor(
+        tuned(detector, run.config, names=dataset.names), run.config, dataset.names, dataset.category_ids, file
+    )
 
 
 def _make_batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
     """Preprocess image i as the network's input."""
     record = dataset[i]
-    return collate_views([make_samples(read_image(record.path), record, model.views)], model.views[1:])
+    image = read_image(record.path, dataset.value_range)
+    return collate_views([make_samples(image, record, model.views)], model.views[1:])
 
 
 @torch.no_grad()

@@ -258,7 +258,8 @@ def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str
     known: dict[tuple[Any, ...], Split] = {}
     splits = {}
     for label, options in configs.items():
-        key = (options.data.path, options.data.images, options.data.train, options.data.val)
+        data = options.data
+        key = (data.path, data.images, data.train, data.val, data.range)
         try:
             if options.data.path is None:
                 raise InputError("it has no data: add data=PATH")

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from torch import Tensor
 
+from fusedet.api import prediction_exports
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
 from fusedet.api.prediction_lines import Info, join_lines, list_line_files, open_lines, read_lines
@@ -39,6 +41,8 @@ class Options:
         score: The least score of what is drawn and counted as shown.
         drawn: Whether copies of the images with boxes are written.
         jsonl: Whether the JSON-lines files stay instead of one predictions.json.
+        save: Formats of `prediction_exports.FORMATS` that are written.
+        crops: Whether the parts of the images in the boxes are written.
         bad: What happens if an image cannot be read.
         workers: Threads that read images ahead.
         rank: This process's number.
@@ -49,10 +53,20 @@ class Options:
     score: float = 0.3
     drawn: bool = False
     jsonl: bool = False
+    save: tuple[str, ...] = ("coco",)
+    crops: bool = False
     bad: Literal["error", "skip"] = "error"
     workers: int = 2
     rank: int = 0
     world: int = 1
+
+
+_FOLDERS: dict[str, Callable[[Options], bool]] = {
+    "images": lambda options: options.drawn,
+    "labels": lambda options: "yolo" in options.save,
+    "crops": lambda options: options.crops,
+}
+"""Folders of files per image, and whether they are written."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +119,14 @@ def predict(
         **{f"test.{key}": value for key, value in config.tree()["test"].items()},
         "data.size": list(config.data.size),
         "data.antialias": config.data.antialias,
+        "data.range": config.tree()["data"]["range"],
         "precision": precision,
         "images": sources.count(),
         "score": options.score,
         "drawn": options.drawn,
         "jsonl": options.jsonl,
+        "save": list(options.save),
+        "crops": options.crops,
         "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)],
     }
     begun = _begin(target, request, options.rank, resume)
@@ -189,14 +206,16 @@ def _append(
 ) -> None:
     """Append the missing lines of this process's batches to its file."""
     file = target / f"predictions-{options.rank}-of-{options.world}.jsonl"
-    if options.drawn:
-        (target / "images").mkdir(exist_ok=True)
+    for folder, is_written in _FOLDERS.items():
+        if is_written(options):
+            (target / folder).mkdir(exist_ok=True)
+    decode = partial(_decode, value_range=predictor.config.data.range)
     with ExitStack() as stack:
         opened = stack.enter_context(file.open("ab+"))
         opened.seek(0)
         opened.truncate(sum(len(line) for line in opened if line.endswith(b"\n")))  # the last one may be torn
         missing = _missing(sources, open_lines(target, stack), target, options, total, advance)
-        decoded = prefetch(_decode, missing, options.workers)
+        decoded = prefetch(decode, missing, options.workers)
         while batch := list(islice(decoded, options.batch)):
             readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
             predictions = predictor.together(readable)
@@ -245,23 +264,32 @@ def _missing(
             batch = []
 
 
-def _decode(image: _Image) -> tuple[_Image, Tensor | InputError]:
+def _export(prediction: Prediction, name: str, target: Path, options: Options) -> None:
+    """Write the files of one image."""
+    if options.drawn:
+        prediction.plot(target / "images" / f"{name}.jpg", options.score)
+    if "yolo" in options.save:
+        prediction_exports.write_yolo_labels(prediction, target / "labels" / f"{name}.txt", options.score)
+    if options.crops:
+        prediction_exports.write_crops(prediction, target / "crops", name, options.score)
+
+
+def _decode(image: _Image, value_range: tuple[float, float] | None) -> tuple[_Image, Tensor | InputError]:
     try:
-        return image, to_tensor(image.path)
+        return image, to_tensor(image.path, value_range)
     except InputError as error:
         return image, error
 
 
 def _format_line(image: _Image, prediction: Prediction | InputError, target: Path, options: Options) -> bytes:
-    """Return an image's line, and draw its copy; raise InputError for an image that must not be skipped."""
+    """Return an image's line, and write its files; raise InputError for an image that must not be skipped."""
     record: Info = {"id": image.number, "file_name": str(image.path)}
     if isinstance(prediction, InputError):
         if options.bad == "error":
             raise InputError(f"{prediction}; with --on-bad-image skip the others are predicted") from prediction
         record["skipped"] = str(prediction)
     else:
-        if options.drawn:
-            prediction.plot(target / "images" / f"{image.name}.jpg", options.score)
+        _export(prediction, image.name, target, options)
         boxes, masks = prediction.boxes, prediction.masks
         areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
         results = zip(prediction.to_coco(image.number), areas.tolist())
@@ -294,10 +322,18 @@ def _finish(target: Path, options: Options, request: Info) -> Info:
             return dict(done)
         if counts["left"]:
             return counts | {"files": {}}
+        if "csv" in options.save:
+            prediction_exports.write_csv(target / "predictions.csv", read_lines(lines), request["categories"])
         if not options.jsonl:
             join_lines(lines, target, request["categories"])
     written = {f.stem: str(f) for f in files} if options.jsonl else {"predictions": str(target / "predictions.json")}
-    summary = counts | {"files": written | ({"images": str(target / "images")} if options.drawn else {})}
+    if "csv" in options.save:
+        written["table"] = str(target / "predictions.csv")
+    written |= {folder: str(target / folder) for folder, is_written in _FOLDERS.items() if is_written(options)}
+    if "yolo" in options.save:
+        names = "".join(f"{category['name']}\n" for category in request["categories"])
+        write_atomically(target / "classes.txt", names.encode())
+    summary = counts | {"files": written}
     write_atomically(begun, json.dumps({"request": request, "done": summary}, indent=2).encode())
     for file in () if options.jsonl else files:
         file.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,18 +28,21 @@ class CamResult(CommandResult):
         images: By image the class, the numbers of each run and the files, as cam.json holds them.
         out: The directory of the files.
         files: The files written, by what they show.
+        skipped: Why no map was drawn, by image without a detection.
     """
 
     images: dict[str, Any]
     out: Path
     files: dict[str, Path]
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the directory and the images."""
-        return {"out": str(self.out), "images": self.images}
+        """Return the directory, the images and those that were skipped."""
+        return {"out": str(self.out), "images": self.images, "skipped": self.skipped}
 
     def __rich__(self) -> RenderableType:
-        return Group(lines(format_report(self.images)), list_files(self.files))
+        skipped = [f"skipped: {reason}" for reason in self.skipped.values()]
+        return Group(lines([*format_report(self.images), *skipped]), list_files(self.files))
 
 
 def cam(
@@ -72,8 +75,8 @@ def cam(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A run does not know the class, an image has no detection and no class is given, or no run has a
-            part of `only`.
+        InputError: A run does not know the class, no image has a detection and no class is given, or no run has a
+            part of `only`. An image without a detection is skipped where another has one.
     """
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, "device", "out")
     options, of_model = split_overrides(texts, "device", "out")
@@ -91,7 +94,19 @@ def cam(
     for source, predictor in runs.items():
         if class_name is not None and class_name not in predictor.names:
             raise unknown(f"class of {source}", class_name, predictor.names)
-    jobs = [_job(runs, path, class_name, score) for path in images]
+    jobs: list[Job] = []
+    skipped: dict[str, str] = {}
+    for path in images:
+        job = _job(runs, path, class_name, score)
+        if isinstance(job, Job):
+            jobs.append(job)
+        else:
+            skipped[str(path)] = job
+    if not jobs:
+        first = next(iter(skipped.values()))
+        raise InputError(
+            first if len(skipped) == 1 else f"none of {len(skipped)} images has a detection, the first: {first}"
+        )
     target: Path | None = None
     figures: dict[str, Any] = {}
     files: dict[str, Path] = {}
@@ -112,7 +127,7 @@ def cam(
         files |= {f"{job.path.name}, {what}": file for what, file in drawn.items()}
     assert target is not None, "no image was given"
     run_dir.write_json(target / "cam.json", figures)
-    return CamResult(figures, target, files | {"figures": target / "cam.json"})
+    return CamResult(figures, target, files | {"figures": target / "cam.json"}, skipped)
 
 
 def format_report(figures: Mapping[str, Any]) -> list[str]:
@@ -137,9 +152,13 @@ def format_report(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: float) -> Job:
-    """Detect the class in an image with each run; by default the class of the first run's best detection."""
-    image = to_tensor(path)
+def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: float) -> Job | str:
+    """Detect the class in an image with each run; by default the class of the first run's best detection.
+
+    Returns:
+        The job, or why no map can be drawn: nothing is detected, and no class is given.
+    """
+    image = to_tensor(path, next(iter(runs.values())).config.data.range)
     detections: dict[str, Prediction] = {}
     for source, predictor in runs.items():
         own = predictor.predict(image)
@@ -147,7 +166,7 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
         if name is None:
             if not len(own) or own.scores[0] < score:
                 best = f"the highest score is {own.scores[0]:.2f}" if len(own) else "it detects nothing at all"
-                raise InputError(
+                return (
                     f"{path}: {source} detects nothing with a score of {score:g} or more, {best}: lower --score, or "
                     "name a --class"
                 )

@@ -14,12 +14,11 @@ from rich.console import Group, RenderableType
 from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
 from fusedet.api.results import CommandResult, lines, list_files, names_of
-from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import Settings, open_split, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import comparison_table
 from fusedet.api.validate import make_painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
@@ -91,7 +90,7 @@ def compare(
     scored = split or (runs[0].data.val if runs else data.val)
     stored = [_stored(source, scored) for source in (a, b)]
     run_dir.check_new_dir(options.out)
-    dataset = read_dataset(data.path or "", scored, images=data.images, need_images=False)
+    dataset = open_split(data, scored, need_images=False)
     results = [evaluation.load_results(file) for file in stored]
     for file in stored:
         _same_data(file, dataset)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fusedet.data.image_files import get_image_extensions
+from fusedet.data.image_files import get_image_extensions, is_unread_image_name
 from fusedet.errors import InputError
 
 Names = tuple[str, ...]
@@ -30,7 +31,8 @@ class Sources:
         self._sources = [_source(word) for word in self.words]
         for word, source in zip(self.words, self._sources):
             if next(iter(source), None) is None:
-                raise InputError(f"{word} matches no image")
+                left_out = describe_left_out(self.count_left_out())
+                raise InputError(f"{word} matches no image{f': {left_out}' if left_out else ''}")
 
     def __iter__(self) -> Iterator[Path]:
         for i, source in enumerate(self._sources):
@@ -41,6 +43,25 @@ class Sources:
     def count(self) -> int:
         """Count the files by walking all sources."""
         return sum(1 for _ in self)
+
+    def count_left_out(self) -> dict[str, int]:
+        """Count the images in directories whose formats are not read, by extension."""
+        folders = [source.folder for source in self._sources if isinstance(source, _Glob) and source.pattern == _ALL]
+        names = (name for folder in folders for _, _, files in os.walk(folder) for name in files)
+        return dict(Counter(os.path.splitext(name)[1].lower() for name in names if is_unread_image_name(name)))
+
+
+def describe_left_out(counts: Mapping[str, int]) -> str:
+    """Describe images whose formats are not read; "" without any.
+
+    >>> describe_left_out({".heic": 2, ".cr2": 1})
+    'not read, as Pillow does not know the format: .heic (2), .cr2 (1); pip install pillow-heif reads HEIC'
+    """
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{extension} ({count})" for extension, count in counts.items())
+    hint = "; pip install pillow-heif reads HEIC" if counts.keys() & {".heic", ".heif", ".hif"} else ""
+    return f"not read, as Pillow does not know the format: {kinds}{hint}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 from rich.console import RenderableType
@@ -11,7 +12,15 @@ from rich.console import RenderableType
 from fusedet import config as configs
 from fusedet.api.load_model import at_most, countable, rebuild, weights_file
 from fusedet.api.results import CommandResult, lines
-from fusedet.api.settings import Settings, Source, is_run_dir, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import (
+    Settings,
+    Source,
+    is_checkpoint,
+    is_run_dir,
+    refuse_other_keys,
+    resolve_config,
+    to_overrides,
+)
 from fusedet.api.tables import cost_table
 from fusedet.config import Config
 from fusedet.errors import InputError, plural
@@ -74,10 +83,11 @@ def info(
     37743348
 
     Args:
-        config: A config's name, a YAML file, a run directory or a `Config`; without one the shipped configs are listed.
+        config: A config's name, a YAML file, a run directory, a checkpoint or a `Config`; without one the shipped
+            configs are listed.
         overrides: "key=value" texts.
-        classes: Number of classes; by default a run's own, else COCO's 80.
-        trust: Whether a run's config may name classes of other packages, whose code then runs.
+        classes: Number of classes; by default those of a run or checkpoint, else COCO's 80.
+        trust: Whether the config of a run or checkpoint may name classes of other packages, whose code then runs.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
@@ -88,15 +98,19 @@ def info(
         if texts:
             raise InputError(f"{texts[0]} belongs to a config: name one before it")
         return ConfigNames(configs.names(), configs.names("schedules"))
-    options = resolve_config(config, texts, trust=trust)
     name = "model" if isinstance(config, Config) else str(config)
-    limit = None
-    if not isinstance(config, Config) and is_run_dir(config):
-        file = weights_file(config)
-        detector, _, names, _ = rebuild(file, trust)
+    limit, file = None, None
+    if not isinstance(config, Config) and (is_run_dir(config) or is_checkpoint(config)):
+        file = Path(config)
+    options = None if file and file.is_file() else resolve_config(config, texts, trust=trust)
+    if file:
+        file = weights_file(file)
+        detector, saved, names, _ = rebuild(file, trust)
         # the config may be somebody else's: its model has no more weights than the file
         limit = at_most(len(detector.state_dict()), file)
         classes = len(names) if classes is None else classes
+        options = options or resolve_config(saved, texts)
+    assert options is not None
     classes = 80 if classes is None else classes
     with countable(name):
         with limit or nullcontext():

@@ -27,7 +27,7 @@ from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
-SETTABLE = ("test", "data.size", "data.antialias")
+SETTABLE = ("test", "data.size", "data.antialias", "data.range")
 """What can be set for a trained detector; all else follows from its weights."""
 
 
@@ -50,6 +50,23 @@ class Prediction(Detections):
     def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return what `Detections.to_coco` returns, by default with the dataset's category ids."""
         return super().to_coco(image_id, category_ids or self.category_ids)
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame`, a row per detection: file, x1, y1, x2, y2, score, label, class, category_id.
+
+        Raises:
+            ImportError: pandas is not installed; the message has the command that installs it.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas() needs the package pandas: pip install pandas") from error
+        labels = self.labels.tolist()
+        corners = dict(zip(("x1", "y1", "x2", "y2"), self.boxes.float().cpu().numpy().T))
+        columns = {"file": str(self.path or ""), **corners, "score": self.scores.float().cpu().numpy(), "label": labels}
+        columns["class"] = [self.names[label] if self.names else "" for label in labels]
+        columns["category_id"] = [self.category_ids[label] if self.category_ids else label for label in labels]
+        return pandas.DataFrame(columns, index=range(len(labels)))
 
     def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
         """Draw boxes and masks of at least `score` on the image; save it if a path is given."""
@@ -106,7 +123,12 @@ class Predictor:
         group: list[tuple[Tensor, Path | None]] = []
         for source in sources:
             try:
-                group.append((to_tensor(source), Path(source) if isinstance(source, (str, Path)) else None))
+                group.append(
+                    (
+                        to_tensor(source, self.config.data.range),
+                        Path(source) if isinstance(source, (str, Path)) else None,
+                    )
+                )
             except InputError:
                 yield from self.together(group)  # the earlier images are not lost
                 raise
@@ -159,7 +181,8 @@ def load(
     detector, config, names, category_ids = rebuild(file, trust)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
     config = resolve_config(config, texts)
-    return Predictor(tuned(detector.to(pick_device(device)), config, precision), config, names, category_ids, file)
+    ready = tuned(detector.to(pick_device(device)), config, precision, names)
+    return Predictor(ready, config, names, category_ids, file)
 
 
 def pick_device(name: str) -> torch.device:
@@ -183,10 +206,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(detector: DetectorModule, config: Config, precision: Precision = "fp32") -> DetectorModule:
-    """Return the detector prepared for inference, with the thresholds of `config.test`."""
+def tuned(
+    detector: DetectorModule, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()
+) -> DetectorModule:
+    """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes."""
     ready = prepare_for_inference(detector, precision)
-    ready.selection = selection_options(config.test)
+    ready.selection = selection_options(config.test, names)
     return ready
 
 

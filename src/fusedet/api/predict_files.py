@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -14,9 +14,10 @@ from rich.console import Console, Group, RenderableType
 
 from fusedet.api import batch_predict, run_dir
 from fusedet.api.distributed import get_ranks, select_device
-from fusedet.api.image_sources import Sources
+from fusedet.api.image_sources import Sources, describe_left_out
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
+from fusedet.api.prediction_exports import parse_formats
 from fusedet.api.progress import progress_bar
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
@@ -38,16 +39,18 @@ class PredictionSummary(CommandResult):
         files: The files written, by what they show; empty while images are missing.
         score: The least score of the detections that are drawn.
         rank: This process's number.
+        left_out: Number of images in the directories whose formats are not read, by extension.
     """
 
     counts: dict[str, int]
     files: dict[str, Path]
     score: float
     rank: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts and the files."""
-        return self.counts | {"files": names_of(self.files)}
+        return self.counts | {"files": names_of(self.files), "left_out": self.left_out}
 
     def __rich__(self) -> RenderableType:
         if left := self.counts["left"]:
@@ -58,6 +61,8 @@ class PredictionSummary(CommandResult):
         text = [f"{images}, {detections}, {self.counts['shown']} of them with a score of {self.score:g} or more"]
         if skipped := self.counts["skipped"]:
             text.append(f'{plural(skipped, "image")} could not be read, listed under "skipped" in what was written')
+        if left_out := describe_left_out(self.left_out):
+            text.append(left_out)
         return Group(lines(text), list_files(self.files))
 
 
@@ -71,6 +76,8 @@ def predict(
     resume: bool = False,
     on_bad_image: OnBadImage = "error",
     jsonl: bool = False,
+    crops: bool = False,
+    save: str | Iterable[str] = (),
     trust: bool = False,
     progress: Console | None = None,
     **settings: Unpack[Settings],
@@ -93,6 +100,9 @@ def predict(
         resume: Whether the directory may hold a part of the same prediction, which is kept.
         on_bad_image: "error": an image that cannot be read ends the prediction; "skip": it is counted and listed.
         jsonl: Whether the JSON-lines files, one per process, stay instead of one predictions.json.
+        crops: Whether the parts of the images in the boxes of at least `score` are written, to crops/CLASS.
+        save: Formats beside COCO's json: "csv" (predictions.csv, a row per detection) and "yolo" (labels/NAME.txt, of
+            the boxes of at least `score`, and classes.txt); as a list or joined by commas.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
         progress: Shows how many images are done, if it is a terminal.
         settings: The same settings as `overrides`, by keyword.
@@ -100,6 +110,7 @@ def predict(
     Raises:
         InputError: The run or a source does not exist, an image cannot be read, or the directory holds other files.
     """
+    formats = parse_formats([save] if isinstance(save, str) else save)
     one_of("precision", precision, Precision)
     one_of("value of --on-bad-image", on_bad_image, OnBadImage)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
@@ -118,13 +129,15 @@ def predict(
         predictor = load(run, *of_model, device=str(select_device(options.device)), precision=precision, trust=trust)
         target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
         workers, batch = options.data.workers, predictor.config.test.batch or 1
-        asked = batch_predict.Options(batch, score, draw, jsonl, on_bad_image, workers, rank, world)
+        asked = batch_predict.Options(
+            batch, score, draw, jsonl, formats, crops, bad=on_bad_image, workers=workers, rank=rank, world=world
+        )
         with progress_bar(None if rank else progress, images.count(), "images") as advance:
             written = batch_predict.predict(
                 predictor, images, target, asked, precision=precision, resume=resume, advance=advance
             )
     files = {name: Path(path) for name, path in written.pop("files").items()}
-    return PredictionSummary(written, files, score, rank)
+    return PredictionSummary(written, files, score, rank, images.count_left_out())
 
 
 def _store_stdin(stack: ExitStack) -> str:

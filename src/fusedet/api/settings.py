@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from fusedet import config
 from fusedet.api import run_dir
-from fusedet.config import Config
+from fusedet.config import Config, Data
+from fusedet.data.dataset import DetectionDataset
+from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
 
 Source = str | Path | Config
@@ -137,6 +140,21 @@ def _resumed_config(name: str, overrides: Sequence[str]) -> Config:
     return options
 
 
+def open_split(data: Data, split: str, *, need_images: bool = True) -> DetectionDataset:
+    """Read a split as the `data` section of a config says.
+
+    Args:
+        data: The section; its `path` may be missing only where a split is a file.
+        split: The split's name or file.
+        need_images: As for `read_dataset`.
+
+    Raises:
+        InputError: As `read_dataset`.
+    """
+    dataset = read_dataset(data.path or "", split, images=data.images, need_images=need_images)
+    return replace(dataset, value_range=data.range)
+
+
 def split_overrides(overrides: Iterable[str], *keys: str) -> tuple[Config, list[str]]:
     """Return a config that only the overrides of these keys set, and the other overrides."""
     overrides = list(overrides)
@@ -147,6 +165,11 @@ def split_overrides(overrides: Iterable[str], *keys: str) -> tuple[Config, list[
 def is_run_dir(source: str | Path) -> bool:
     """Return whether a source is a directory and no shipped config's name."""
     return str(source) not in config.names() and Path(source).is_dir()
+
+
+def is_checkpoint(source: str | Path) -> bool:
+    """Return whether a source is a checkpoint's file."""
+    return Path(source).suffix in (".ckpt", ".safetensors") and Path(source).is_file()
 
 
 def config_file(directory: str | Path) -> Path:

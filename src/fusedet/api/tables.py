@@ -27,12 +27,17 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> RenderableType:
         table.add_row(f"{name}AP", *(number(metrics[kind + k]) for k in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
         recall = [number(metrics[kind + k]) for k in ("AR100", "ARs", "ARm", "ARl")]
         table.add_row(f"{name}AR", recall[0], "", "", *recall[1:])
+        for limit in [key.partition("@")[2] for key in metrics if key.startswith(f"{kind}AP@")]:
+            names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+            table.add_row(f"{name}AP@{limit}", *(number(metrics[f"{kind}{k}@{limit}"]) for k in names))
+            recall = [number(metrics[f"{kind}{k}@{limit}"]) for k in ("AR", "ARs", "ARm", "ARl")]
+            table.add_row(f"{name}AR@{limit}", recall[0], "", "", *recall[1:])
     bins = _table("size in pixels", "objects", "AP", "AR")
     for row in metrics.get("size_bins", ()):
         bins.add_row(f"{row['from']:g} to {row['to']:g}", f"{row['objects']:,}", number(row["AP"]), number(row["AR"]))
     extra = [name for name in ("VOC_AP", "VOC_AP_11_point") if name in metrics]
     line = "  ".join(f"{name.replace('_', ' ')} {number(metrics[name])}" for name in extra)
-    columns = ["AP", "AP50", *(["mask_AP", "mask_AP50"] if "mask_AP" in metrics else []), *extra]
+    columns = [key for key in (metrics["classes"] or [{}])[0] if key not in ("name", "images", "objects")]
     classes = _table("class", "images", "objects", *(name.replace("_", " ") for name in columns))
     for row in metrics["classes"]:
         values = (number(row[name]) for name in columns)

@@ -26,10 +26,8 @@ from fusedet.api.run_dir import (
     write_json,
 )
 from fusedet.api.settings import Settings, Source, training_config
-from fusedet.api.train_inputs import check_monitor, learns_masks, make_detector, open_data, train_transform
+from fusedet.api.train_inputs import check_config, learns_masks, make_detector, open_data, train_transform
 from fusedet.api.validate import (
-    BOX_METRICS,
-    MASK_METRICS,
     Evaluation,
     build_val_loader,
     compute_mask_metrics,
@@ -47,7 +45,6 @@ from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES, Run
 from fusedet.errors import DivergenceError, InputError
-from fusedet.models.detectors import build_meta_detector
 
 
 def train(
@@ -93,7 +90,14 @@ def train(
         files = write_report(dataset, evaluated.results, evaluated.metrics, out, title=out.name)
         files["training curves"] = out / "training.png"
         visualization.plot_training(out / "metrics.csv", files["training curves"])
-        return RunResult(out, evaluated.metrics, files, f"{out}: best weights on {options.data.val}")
+        weights = "best"
+        if not (out / "best.safetensors").is_file():
+            weights = "last"
+            say(
+                f"warning: train.monitor={options.train.monitor} had no value on {options.data.val}, so that no best "
+                "weights were kept: monitor a metric that the split has, such as AP"
+            )
+        return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {options.data.val}")
 
 
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
@@ -108,8 +112,7 @@ def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
         raise InputError(f"out={out} holds no run to resume: give the run's directory, fusedet train RUN --resume")
     if not resume:
         check_new_dir(out)
-    check_monitor(config)
-    build_meta_detector(config)  # a model that cannot be built is reported before the data are read
+    check_config(config)
     return out, is_begun
 
 
@@ -154,10 +157,10 @@ def _fit(
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, val_share, val, fabric.device)
-        metrics = evaluation.evaluate_coco(val, results, per_class=False)
+        metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
         if masks:
-            metrics |= compute_mask_metrics(val, results)
-        return {name: metrics[name] for name in BOX_METRICS + MASK_METRICS if name in metrics}
+            metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)
+        return {name: value for name, value in metrics.items() if name != "mask_classes"}
 
     meta = {
         "config": config.to_yaml(),

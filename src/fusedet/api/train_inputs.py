@@ -4,47 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from fusedet.api.load_model import class_names, weights_file
+from fusedet.api.settings import open_split
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
+from fusedet.data.class_names import compare_class_names, count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read_dataset
+from fusedet.data.split_checks import (
+    NO_ANNOTATIONS,
+    check_box_convention,
+    check_class_names,
+    check_targets,
+    describe_crowded_images,
+)
 from fusedet.data.transforms import TrainTransform
-from fusedet.data.validation import compare_class_names
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, plural, unknown
 from fusedet.models.backbones import TimmBackbone
-from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained
+from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained, selection_options
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
     """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
-    assert config.data.path is not None
-    data, val = (
-        read_dataset(config.data.path, split, images=config.data.images)
-        for split in (config.data.train, config.data.val)
-    )
+    data, val = (open_split(config.data, split) for split in (config.data.train, config.data.val))
     if different := compare_class_names(data, val):
         raise InputError(different[0])
-    for dataset in (data, val):
-        if not len(dataset.labels):
-            raise InputError(
-                f"{dataset.source} has no objects: a detector can neither learn nor be scored on background alone"
-            )
     for split, dataset in (("train", data), ("val", val)):
+        findings = check_targets(dataset, for_training=split == "train")
+        findings += [*check_box_convention(dataset), *check_class_names(dataset)]
+        if error := next((finding for finding in findings if finding.severity == "error"), None):
+            raise InputError(error.message)
+        if crowded := describe_crowded_images(dataset, config.test.max_det):
+            findings.append(crowded)
+        background = int((dataset.offsets.diff() == 0).sum())
         counts = (
-            plural(len(dataset), "image"),
+            f"{plural(len(dataset), 'image')} ({background} without objects)",
             plural(len(dataset.labels), "object"),
             plural(len(dataset.names), "class"),
         )
         say(f"{split}: {', '.join(counts)} from {dataset.source}")
         for text, count in dataset.problems.items():
-            say(f"  {text}: {count}")
-    present = torch.bincount(data.labels, minlength=len(data.names))
-    if absent := [name for name, n in zip(data.names, present.tolist()) if not n]:
+            say(f"  {text}: {count}{f', first {dataset.examples[text]}' if text in dataset.examples else ''}")
+        for finding in findings:
+            if finding.kind != NO_ANNOTATIONS:  # said below, of the training split only
+                say(f"  warning: {finding.message}")
+    if absent := [name for name, n in zip(label_classes(data), count_per_label(data)) if not n]:
         say(f"  no training object of {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} will not be found")
     return data, val
 
@@ -52,8 +58,11 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
     """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run."""
     if resume:  # its weights are in the checkpoint
-        return build_detector(disable_pretrained(config), len(dataset.names))
+        detector = build_detector(disable_pretrained(config), len(dataset.names))
+        detector.selection = selection_options(config.test, dataset.names)
+        return detector
     detector = build_detector(config, len(dataset.names))
+    detector.selection = selection_options(config.test, dataset.names)
     backbone = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
@@ -83,10 +92,19 @@ def class_tensors(config: Config) -> list[str]:
     return [key for key in of_one if of_one[key].shape != of_two[key].shape]
 
 
+def check_config(config: Config) -> None:
+    """Raise InputError where a training would refuse a config before it reads the data."""
+    check_monitor(config)
+    build_meta_detector(config)
+
+
 def check_monitor(config: Config) -> None:
     """Raise InputError where train.monitor is not a metric of a validation."""
-    if config.train.monitor not in BOX_METRICS + MASK_METRICS:
-        raise unknown("value", config.train.monitor, BOX_METRICS + MASK_METRICS, of="train.monitor")
+    known = (*BOX_METRICS, *MASK_METRICS)
+    if (limit := config.test.max_det) > 100:
+        known += tuple(f"{kind}{name}@{limit}" for kind in ("", "mask_") for name in ("AP", "AP50", "AP75", "AR"))
+    if config.train.monitor not in known:
+        raise unknown("value", config.train.monitor, known, of="train.monitor")
 
 
 def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
@@ -99,7 +117,7 @@ def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, va
     if masks:
         check_masks(data)
         check_masks(val)
-    elif config.train.monitor in MASK_METRICS:
+    elif config.train.monitor.startswith("mask_"):
         raise InputError(
             f"train.monitor={config.train.monitor}: this detector has no masks, monitor one of {', '.join(BOX_METRICS)}"
         )

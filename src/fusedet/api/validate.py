@@ -23,10 +23,11 @@ from fusedet.data.image_decoding import read_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.results import Result
+from fusedet.models.detectors import selection_options
 from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
 
-BOX_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+BOX_METRICS = evaluation.COCO_METRICS
 SHOWN = 0.3  # the least score of what is drawn
 MASK_METRICS = tuple(f"mask_{name}" for name in BOX_METRICS)
 
@@ -40,7 +41,7 @@ class Evaluation:
 
 
 def evaluate_detector(
-    detector: nn.Module,
+    detector: Any,
     config: Config,
     dataset: DetectionDataset,
     device: torch.device,
@@ -75,11 +76,12 @@ def evaluate_detector(
         check_masks(dataset)
     loader = build_val_loader(config, dataset, rank, world)
     batches = loader if rank else track(loader, len(loader), label="images", console=progress)
+    detector.selection = selection_options(config.test, dataset.names)
     results = detect(detector, batches, dataset, device)
     if rank:
         return Evaluation(results, {})
-    bins = config.test.size_bins or ()
-    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks, size_bins=bins)
+    options: dict[str, Any] = {"size_bins": config.test.size_bins or (), "max_det": config.test.max_det}
+    return evaluate_results(dataset, results, voc=voc, evaluator=evaluator, masks=masks, **options)
 
 
 def evaluate_results(
@@ -90,6 +92,7 @@ def evaluate_results(
     evaluator: str = evaluation.EVALUATORS[0],
     masks: bool | None = None,
     size_bins: Sequence[float] = (),
+    max_det: int = 100,
 ) -> Evaluation:
     """Compute the metrics of results; without objects in the dataset only the number of detections.
 
@@ -100,13 +103,14 @@ def evaluate_results(
         evaluator: One of `evaluation.EVALUATORS`.
         masks: Whether metrics of masks are computed too; by default where all results have one.
         size_bins: Edges of size bins in pixels, as in `evaluation.evaluate_coco`.
+        max_det: Detections of an image that the detector may have; above 100, metrics of so many are added (AP@300).
     """
     if not len(dataset.labels):
         return Evaluation(results, {"detections": len(results)})
     if masks is None:
         masks = bool(results) and all("segmentation" in result for result in results)
     voc = voc or dataset.dataset_format == "voc"
-    options: dict[str, Any] = {"evaluator": evaluator, "masks": masks, "size_bins": size_bins}
+    options: dict[str, Any] = {"evaluator": evaluator, "masks": masks, "size_bins": size_bins, "max_det": max_det}
     return Evaluation(results, compute_metrics(dataset, results, voc=voc, **options))
 
 
@@ -160,10 +164,10 @@ def compute_mask_metrics(
     dataset: DetectionDataset,
     results: list[Result],
     evaluator: str = evaluation.EVALUATORS[0],
-    size_bins: Sequence[float] = (),
+    **options: Any,
 ) -> dict[str, Any]:
-    """Return COCO's metrics by the IoU of masks, each as mask_NAME."""
-    metrics = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator, size_bins=size_bins)
+    """Return COCO's metrics by the IoU of masks, each as mask_NAME; options as for `evaluate_coco`."""
+    metrics = evaluation.evaluate_coco(dataset, results, iou_type="segm", evaluator=evaluator, **options)
     return {f"mask_{name}": value for name, value in metrics.items()}
 
 
@@ -175,21 +179,25 @@ def compute_metrics(
     evaluator: str,
     masks: bool = False,
     size_bins: Sequence[float] = (),
+    max_det: int = 100,
 ) -> dict[str, Any]:
     """Return COCO's metrics of a split, those of masks and VOC's if asked for, per class too, and the stamp."""
-    metrics = evaluation.evaluate_coco(dataset, results, evaluator=evaluator, size_bins=size_bins)
+    options: dict[str, Any] = {"evaluator": evaluator, "size_bins": size_bins, "max_det": max_det}
+    metrics = evaluation.evaluate_coco(dataset, results, **options)
     if masks:
-        metrics |= compute_mask_metrics(dataset, results, evaluator, size_bins)
+        metrics |= compute_mask_metrics(dataset, results, **options)
         for row, other in zip(metrics.get("size_bins", ()), metrics.pop("mask_size_bins", ())):
             row |= {f"mask_{name}": other[name] for name in ("AP", "AR")}
         for row, other in zip(metrics["classes"], metrics.pop("mask_classes")):
-            row |= {f"mask_{name}": other[name] for name in ("AP", "AP50")}
+            row |= {f"mask_{name}": value for name, value in other.items() if name.startswith("AP")}
     if voc:
         area, eleven = evaluation.evaluate_voc(dataset, results), evaluation.evaluate_voc(dataset, results, points=11)
         metrics |= {"VOC_AP": area["mAP"], "VOC_AP_11_point": eleven["mAP"]}
         for row, a, b in zip(metrics["classes"], area["classes"], eleven["classes"]):
             row |= {"VOC_AP": a["AP"], "VOC_AP_11_point": b["AP"]}
-    return metrics | {"stamp": evaluation.create_stamp(dataset, results, evaluator)}
+    return metrics | {
+        "stamp": evaluation.create_stamp(dataset, results, evaluator, max_dets=evaluation.extend_max_dets(max_det))
+    }
 
 
 def write_report(
@@ -262,7 +270,7 @@ def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )
         return visualization.draw_comparison(
-            read_image(record.path), truth, guess, dataset.names, score=SHOWN, ignore=ignore
+            read_image(record.path, dataset.value_range), truth, guess, dataset.names, score=SHOWN, ignore=ignore
         )
 
     return paint

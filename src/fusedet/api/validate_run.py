@@ -15,9 +15,10 @@ from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
-from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import Settings, open_split, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
-from fusedet.data.readers.auto import read_dataset
+from fusedet.data.split_checks import describe_crowded_images
+from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, unknown
 
 SETTABLE = ("data", "test", "device", "out")
@@ -75,7 +76,7 @@ def validate(
         refuse_other_keys(texts, *SETTABLE)
         options = resolve_config(saved.replace(out=None), texts)
     scored = split or options.data.val
-    dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
+    dataset = open_split(options.data, scored, need_images=not is_results)
     run_dir.check_new_dir(options.out)
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
     if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not get_ranks()[0]:
@@ -84,13 +85,18 @@ def validate(
         raise InputError(
             f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
         )
+    if len(dataset.labels):
+        require_usable_targets(dataset, for_training=False)
+        if (crowded := describe_crowded_images(dataset, options.test.max_det)) and not get_ranks()[0]:
+            say(f"warning: {crowded.message}")
     if is_results:
-        stored, bins = evaluation.load_results(path), options.test.size_bins or ()
-        evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins)
+        bins, max_det = options.test.size_bins or (), options.test.max_det
+        stored = evaluation.load_results(path)
+        evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
     else:
         check_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
-            ready = tuned(detector.to(device), options)
+            ready = tuned(detector.to(device), options, names=names)
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
             )

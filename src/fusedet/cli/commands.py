@@ -91,6 +91,10 @@ def predict(
     resume: Annotated[bool, Option("--resume", help="Continue the same prediction in out=DIR.")] = False,
     on_bad_image: Annotated[Literal["error", "skip"], Option(help="Stop there, or list it and go on.")] = "error",
     jsonl: Annotated[bool, Option("--jsonl", help="Keep a JSON-lines file per process, no predictions.json.")] = False,
+    crops: Annotated[bool, Option("--crops", help="Write the parts of the images in the boxes too.")] = False,
+    save: Annotated[
+        list[str] | None, Option(metavar="FORMAT,...", help="Write csv or yolo too, beside COCO's json.")
+    ] = None,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
@@ -101,7 +105,7 @@ def predict(
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
-    options |= {"on_bad_image": on_bad_image, "jsonl": jsonl}
+    options |= {"on_bad_image": on_bad_image, "jsonl": jsonl, "crops": crops, "save": save or ()}
     result = fusedet.predict(run, sources, *settings, **options, progress=cli.console(json))
     cli.show(result, json and not result.counts["left"])
 
@@ -115,7 +119,8 @@ def info(
 ) -> None:
     """Count a model's parameters and multiply-adds.
 
-    Without CONFIG all shipped configs and schedules are listed.
+    The model is that of a config, a run directory or a checkpoint. Without CONFIG all shipped configs and schedules are
+    listed.
     """
     name, settings = cli.split_config(words)
     cli.show(fusedet.info(name, *settings, classes=classes, trust=trust), json)
@@ -128,14 +133,24 @@ def config(
 ) -> None:
     """Print a config as YAML.
 
-    The config is complete, with the given settings applied. A file of it can be used as CONFIG.
+    The config is complete, with the given settings applied. A file of it can be used as CONFIG. What a training
+    would refuse is refused here too.
     """
     from fusedet.config import schema_text
 
     name, settings = cli.split_config(words)
+    from fusedet.api.settings import is_run_dir
+    from fusedet.api.train_inputs import check_config
+
     if schema and words:
         raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
-    sys.stdout.write(schema_text() if schema else fusedet.resolve_config(name, settings).to_yaml())
+    if schema:
+        sys.stdout.write(schema_text())
+        return
+    resolved = fusedet.resolve_config(name, settings)
+    if name is not None and not is_run_dir(name):  # a run may be somebody else's: its model is not built
+        check_config(resolved)
+    sys.stdout.write(resolved.to_yaml())
 
 
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
@@ -212,15 +227,18 @@ def cam(
 def doctor(
     words: cli.ConfigAndSettings = None,
     images: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
+    report: Annotated[str | None, Option(metavar="FILE.html", help="Write a page with histograms and images.")] = None,
     json: cli.Json = False,
 ) -> None:
     """Check a dataset before a training.
 
-    Counts what data=PATH holds and lists errors and warnings. The exit code is 1 if a training would stop.
+    Counts what data=PATH holds, lists errors and warnings, and ends with a summary, the worst first. The exit code is 1
+    if a training would stop.
     """
     name, settings = cli.split_config(words)
-    result = fusedet.check_dataset(*settings, config=name, read_images=images, progress=cli.console(json))
-    cli.show(result, json)
+    options: dict[str, Any] = {"read_images": images, "report": report, "progress": cli.console(json)}
+    result = fusedet.check_dataset(*settings, config=name, **options)
+    cli.show(result, json, *([f"page: {report}"] if report else []))
     raise Exit(0 if result.ok else 1)
 
 

@@ -17,6 +17,7 @@ Floats = Annotated[tuple[float, ...], accept_sequences(tuple)]
 Integers = Annotated[tuple[int, ...], accept_sequences(tuple)]
 Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], accept_sequences(tuple)]
 Pair = Annotated[tuple[int, int], accept_sequences(tuple)]
+FloatPair = Annotated[tuple[float, float], accept_sequences(tuple)]
 Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "null"]})]
 """A slot: a name, {type: NAME, options}, for the neck also a list of these; checked when the part is built."""
 
@@ -87,6 +88,8 @@ class Data(Section):
     """Whether training distorts brightness, contrast, saturation and hue."""
     antialias: bool = True
     """Whether downscaling is antialiased; false is OpenCV's, and so MMDetection's, plain bilinear resizing."""
+    range: FloatPair | None = None
+    """[low, high] values that become black and white in images of more than 8 bits; null is [0, 65535] of 16 bits."""
     workers: int = Field(default=2, ge=0)
     """Processes that load images, per training process."""
     check: bool = True
@@ -98,6 +101,8 @@ class Data(Section):
         _need(self.size[0] <= self.size[1], self, "size", "[short, longest] with short <= longest")
         short, long = self.multi_scale or (32, 32)
         _need(32 <= short <= long, self, "multi_scale", "[smallest, largest] short side")
+        low, high = self.range or (0, 1)
+        _need(low < high, self, "range", "[low, high] with low < high")
         return self
 
 
@@ -180,8 +185,8 @@ class Test(Section):
     """How a head's outputs become detections, in validation and prediction."""
 
     key: ClassVar[str] = "test"
-    score: float = Field(default=0.05, ge=0, le=1)
-    """The lowest score of a detection."""
+    score: float | dict[str, float] = 0.05
+    """The lowest score of a detection, 0 to 1; or one per class, such as {person: 0.5, default: 0.3}."""
     nms: float = Field(default=0.5, ge=0, le=1)
     """The IoU above which class-wise NMS suppresses the lower score."""
     max_det: int = Field(default=100, ge=1)
@@ -204,6 +209,10 @@ class Test(Section):
         _need(is_valid, self, "size_bins", "increasing edges in 0..100000, such as [0, 16, 64, 256], or null")
         scales = (32,) if self.scales is None else self.scales
         is_valid = bool(scales) and min(scales) >= 32 and len(set(scales)) == len(scales)
+        scores = self.score if isinstance(self.score, dict) else {"": self.score}
+        for name, score in scores.items():
+            if not 0 <= score <= 1:
+                raise InputError(f"{'.'.join(['test.score', name]).rstrip('.')}={score:g} must be 0 to 1")
         right = "different short sides of at least 32 pixels, such as [600, 800, 1000], or null"
         _need(is_valid, self, "scales", right)
         return self

@@ -59,6 +59,9 @@ class DetectionDataset:
         source: The file or folder that was read.
         dataset_format: "coco", "voc" or "yolo".
         problems: Number of malformed annotations by kind; the key says how they were treated.
+        examples: The first file of each kind of problem, where one is known.
+        value_range: The pixel values that become 0 and 255 in images of more than 8 bits per channel; None for the
+            whole range of 16 bits.
     """
 
     names: tuple[str, ...]
@@ -76,6 +79,8 @@ class DetectionDataset:
     paths: PackedBytes
     segmentations: PackedBytes
     problems: Mapping[str, int] = field(default_factory=dict)
+    examples: Mapping[str, str] = field(default_factory=dict)
+    value_range: tuple[float, float] | None = None
 
     @classmethod
     def build(
@@ -131,6 +136,7 @@ class DetectionDataset:
         source: str | Path,
         dataset_format: str,
         problems: Mapping[str, int] | None = None,
+        examples: Mapping[str, str] | None = None,
     ) -> DetectionDataset:
         """Build a dataset from flat columns of N images and M annotations.
 
@@ -152,6 +158,7 @@ class DetectionDataset:
             source: The file or folder that was read.
             dataset_format: "coco", "voc" or "yolo".
             problems: Number of malformed annotations by kind.
+            examples: The first file of each kind of problem.
         """
         order = np.argsort(image_indices, kind="stable")
         counts = np.bincount(image_indices, minlength=len(paths))
@@ -175,6 +182,7 @@ class DetectionDataset:
             paths=PackedBytes.pack([p.encode("utf-8", "surrogateescape") for p in paths]),
             segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
+            examples=dict(examples or {}),
         )
 
     def __len__(self) -> int:

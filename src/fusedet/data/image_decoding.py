@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
@@ -9,7 +10,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_png
 
 from fusedet.errors import InputError
 
 Source = str | os.PathLike[str] | bytes
+Range = tuple[float, float]
 
 _ORIENTATION = 0x0112  # the EXIF tag; values 1..8 as in EXIF 2.3, table 4.6.4
 _TRANSPOSE = {
@@ -52,16 +57,39 @@ _DAMAGE = (
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused before decoding; the environment variable FUSEDET_MAX_PIXELS overrides it."""
 
+_ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program; Pillow has no decoder for the others
 
 
-def read_image(source: Source) -> Tensor:
+@dataclass(frozen=True)
+class ImageValues:
+    """The pixel values of an image's file, before any conversion.
+
+    Attributes:
+        low: The lowest value of a pixel.
+        high: The highest value.
+        depth: Bits per channel: 8, 16 or 32.
+        transparent: The share of the pixels that are not opaque, in 0..1.
+    """
+
+    low: float
+    high: float
+    depth: int
+    transparent: float
+
+
+def read_image(source: Source, value_range: Range | None = None) -> Tensor:
     """Decode an image from its file or its bytes.
 
     - EXIF orientation is applied.
     - Only the first of several frames is read.
     - Transparent pixels are composited over white.
     - 16-bit grey is scaled to 8 bit.
+
+    Args:
+        source: The image's file or its bytes.
+        value_range: The values that become 0 and 255 in images of more than 8 bits per channel: 16 bits,
+            floating-point numbers and 32-bit integers. By default 0 and 65535, and the last two are refused.
 
     Returns:
         uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
@@ -70,27 +98,40 @@ def read_image(source: Source) -> Tensor:
         InputError: The image is missing, empty, truncated, not an image, has more than `get_max_pixels()` pixels, or
             pixels without an agreed range (floating-point numbers, 32-bit integers).
     """
+    return inspect_image(source, value_range, measure=False)[0]
+
+
+def inspect_image(
+    source: Source, value_range: Range | None = None, *, measure: bool = True
+) -> tuple[Tensor, ImageValues | None]:
+    """Decode an image as `read_image` does, and measure the values of its file unless `measure` is false."""
     with _opened(source) as image:
-        return _tensor(image, _name(source))
+        name, is_deep = _name(source), _is_deep_color(image)
+        if value_range is not None and is_deep:
+            tensor = _scale_deep_color(source, image, value_range, name)
+        else:
+            tensor = _tensor(image, name, value_range)
+        return tensor, _measure(image, is_deep) if measure else None
 
 
-def read_image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
+def read_image_size(source: Source, *, any_mode: bool = False, value_range: Range | None = None) -> tuple[int, int]:
     """Read (height, width), as `read_image` would return it, from an image's header.
 
     Args:
         source: The image's file or its bytes.
         any_mode: Whether to accept pixels without an agreed range, which `read_image` refuses.
+        value_range: As for `read_image`.
 
     Raises:
         InputError: As `read_image`, as far as the header shows it.
     """
     with _opened(source) as image:
         if not any_mode:
-            _refuse_mode(image, _name(source))
+            _refuse_mode(image, _name(source), value_range)
         return _upright_size(image)
 
 
-def to_tensor(image: Any) -> Tensor:
+def to_tensor(image: Any, value_range: Range | None = None) -> Tensor:
     """Convert an image to uint8 (3, H, W) in RGB.
 
     Args:
@@ -100,15 +141,16 @@ def to_tensor(image: Any) -> Tensor:
             - a PIL image;
             - a numpy array of uint8, (H, W, 3) in RGB or (H, W) in grey;
             - a tensor (3, H, W) of uint8, or of floats in 0..1.
+        value_range: As for `read_image`; for paths, bytes and PIL images.
 
     Raises:
         InputError: The image is anything else.
     """
     if isinstance(image, (str, os.PathLike, bytes)):
-        return read_image(image)
+        return read_image(image, value_range)
     if isinstance(image, Image.Image):
         with _explained("the PIL image"):
-            return _tensor(image, "the PIL image")
+            return _tensor(image, "the PIL image", value_range)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
             raise InputError(f"a numpy image must be uint8 (H, W, 3) or (H, W), got {image.dtype} {image.shape}")
@@ -198,8 +240,13 @@ def _too_large(name: str) -> InputError:
 
 @cache
 def get_image_formats() -> tuple[str, ...]:
-    """Return the supported image formats: all of Pillow's, except those that run a program."""
+    """Return the supported image formats: all of Pillow's, except those that run a program.
+
+    HEIF, the format of phones, is among them where the package pillow-heif is installed.
+    """
     Image.init()
+    with contextlib.suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in Image.ID if name not in _REFUSED)
 
 
@@ -212,7 +259,8 @@ def _explained(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{name} does not exist: an image was expected there") from None
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is empty or not an image in a format that Pillow reads") from error
+        hint = ": pip install pillow-heif" if name.lower().endswith((".heic", ".heif", ".hif")) else ""
+        raise InputError(f"{name} is empty or not an image in a format that Pillow reads{hint}") from error
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
     except _DAMAGE as error:
@@ -235,40 +283,99 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
-def _tensor(image: Image.Image, name: str) -> Tensor:
+def _tensor(image: Image.Image, name: str, value_range: Range | None) -> Tensor:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
     transpose = _TRANSPOSE.get(_orientation(image))
-    rgb = _rgb(image, name)
+    rgb = _rgb(image, name, value_range)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _rgb(image: Image.Image, name: str, value_range: Range | None) -> Image.Image:
     """Convert an image to mode RGB."""
     image.load()  # the `transparency` of a PNG is complete only after loading
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
-    _refuse_mode(image, name)
-    if mode.startswith("I"):
-        eight = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+    _refuse_mode(image, name, value_range)
+    if mode.startswith("I") or mode == "F":
+        values = np.asarray(image)
+        if value_range is None:
+            eight = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        else:
+            eight = _scale(values, value_range)
+        return Image.fromarray(eight).convert("RGB")
+    if "transparency" in image.info or mode in _ALPHA_MODES:
         over = image.convert("LA").convert("RGBA") if mode == "La" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return image.convert("RGB")
 
 
-def _refuse_mode(image: Image.Image, name: str) -> None:
+def _scale(values: np.ndarray, value_range: Range) -> np.ndarray:
+    """Map the range linearly to 0..255, clipped and rounded; NaN becomes 0."""
+    low, high = value_range
+    scaled = (values.astype(np.float64) - low) * 255 / (high - low)
+    return np.nan_to_num(np.rint(scaled.clip(0, 255))).astype(np.uint8)
+
+
+def _is_deep_color(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has several channels of 16 bits, which Pillow cuts to 8."""
+    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, name: str) -> Tensor:
+    """Scale colors of 16 bits by a range; torchvision decodes them whole."""
+    if image.format != "PNG" or image.mode not in ("RGB", "RGBA"):
+        raise InputError(
+            f"{name} has 16 bits per channel in color, of which Pillow reads 8, so that data.range cannot be applied: "
+            "save it as PNG, or with 8 bits"
+        )
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    rgb = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    turned = torch.from_numpy(_scale(rgb.permute(1, 2, 0).numpy(), value_range))
+    transpose = _TRANSPOSE.get(_orientation(image))
+    if transpose is not None:
+        turned = torch.from_numpy(np.array(Image.fromarray(turned.numpy()).transpose(transpose)))
+    return turned.permute(2, 0, 1)
+
+
+def _measure(image: Image.Image, is_deep: bool = False) -> ImageValues:
+    """Measure the values of an image; those of colors of 16 bits by the 8 bits that Pillow keeps."""
+    image.load()
+    is_plain = image.mode in ("L", "RGB", "F", *_ALPHA_MODES[:2]) or image.mode.startswith("I")
+    values, transparent = np.asarray(image if is_plain else image.convert("RGB")), 0.0  # 1 bit, palette, CMYK
+    if is_plain and image.mode in _ALPHA_MODES:
+        values = values[..., :-1]
+    if "transparency" in image.info or image.mode in _ALPHA_MODES:
+        transparent = float((np.asarray(image.convert("RGBA"))[..., 3] < 255).mean())
+    depth = 32 if image.mode in ("F", "I") else 16 if is_deep or image.mode.startswith("I") else 8
+    finite = values[np.isfinite(values)] if image.mode == "F" else values
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    scale = 257 if is_deep else 1
+    return ImageValues(low * scale, high * scale, depth, transparent)
+
+
+def _refuse_mode(image: Image.Image, name: str, value_range: Range | None) -> None:
     """Raise InputError for pixels without an agreed range, which the header shows."""
     mode = image.mode
     # Pillow before 11.1 reads 16-bit PNG and PPM as "I"
-    if mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM")):
+    if value_range is None and (mode == "F" or (mode == "I" and image.format not in ("PNG", "PPM"))):
         kind = "32-bit integers" if mode == "I" else "floating-point numbers"
+        values = _measure(image)
         raise InputError(
-            f"{name} holds {kind}, which have no agreed range of brightness: save it with 8 or 16 bit per channel"
+            f"{name} holds {kind} from {values.low:g} to {values.high:g}, which have no agreed range of brightness: "
+            f"set data.range to the values that are black and white, such as {_suggest_range(values)}, or save it with "
+            "8 or 16 bits per channel"
         )
     if mode == "LAB":
         raise InputError(f"{name} holds L*a*b* colours: save it as RGB")
+
+
+def _suggest_range(values: ImageValues) -> str:
+    """Return the likeliest range of values as text: 0 to 1, 255 or 2^n - 1, or as measured where some are negative."""
+    if values.low < 0:
+        return f"[{values.low:.10g},{values.high:.10g}]"
+    steps = (1, 255, *(2**bits - 1 for bits in range(9, 65)))
+    return f"[0,{next((high for high in steps if values.high <= high), f'{values.high:.10g}')}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,11 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _SAMPLE = 100  # files that are read first, to measure whether reading waits for the disk
+_UNREAD = re.compile(
+    r"\.(hei[cf]|hif|jxl|avif|jxr|wdp|raw|dng|cr[23w]|ne[fw]|nrw|arw|srf|sr2|orf|rw2|raf|pef|srw|x3f|3fr|iiq|erf|kdc|mrw|"
+    r"rwl|exr|hdr|dcm|svg|eps|xcf|flif|bpg|ecw|sid)"
+)
+"""Extensions of image formats that Pillow does not read, or only with a plug-in."""
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
 
 
@@ -47,13 +53,21 @@ def select_split(splits: Mapping[str, T], name: str, source: Path) -> T:
 @cache
 def get_image_extensions() -> frozenset[str]:
     """Return the file extensions, in lower case and with the dot, of all supported image formats."""
+    formats = get_image_formats()  # before the extensions: a plug-in may add its own
     registered = Image.registered_extensions()
-    return frozenset(e for e, name in registered.items() if name in get_image_formats()) | {".mpo"}
+    return frozenset(extension for extension, name in registered.items() if name in formats) | {".mpo"}
 
 
 def is_image_name(name: str) -> bool:
     """Return whether a file name has the extension of an image and is not hidden."""
     return os.path.splitext(name)[1].lower() in get_image_extensions() and not os.path.basename(name).startswith(".")
+
+
+def is_unread_image_name(name: str) -> bool:
+    """Return whether a file name has the extension of an image format that is not read here, and is not hidden."""
+    extension = os.path.splitext(name)[1].lower()
+    is_unread = _UNREAD.fullmatch(extension) and extension not in get_image_extensions()
+    return bool(is_unread) and not os.path.basename(name).startswith(".")
 
 
 def list_images(folder: Path) -> list[str]:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusedet.data.annotation_cleaning import HARMLESS, advise
 from fusedet.data.bad_images import count_allowed_bad_images
+from fusedet.data.class_names import count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_decoding import get_image_formats, read_image, read_image_size
+from fusedet.data.duplicate_images import ImagePrint, compute_print
+from fusedet.data.findings import Finding
+from fusedet.data.image_decoding import ImageValues, get_image_formats, inspect_image, read_image_size
 from fusedet.data.image_files import map_files
+from fusedet.data.image_values import describe_values
+from fusedet.data.split_checks import check_box_convention, check_class_names, check_targets, describe_crowded_images
 from fusedet.data.transforms import keep_ratio_size
 from fusedet.errors import InputError
 
 _SMALL, _MEDIUM = 32**2, 96**2  # COCO's limits of the area, in pixels
+_SAMPLE = 8  # images whose values are measured before a training
 _MIN_NETWORK_SIDE = 4  # pixels: a shorter side is hardly visible to the network
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -30,18 +38,53 @@ class DatasetReport:
     """The result of checking one split.
 
     Attributes:
-        errors: What would stop a training.
-        warnings: What a training works around.
+        findings: What would stop a training, and what it works around.
         statistics: Counts of images, annotations, classes and sizes; empty where the split cannot be read.
+        prints: What identifies each image, where all were decoded; None for an image that cannot be read.
     """
 
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+    prints: list[ImagePrint | None] = field(default_factory=list, repr=False)
+
+    @property
+    def errors(self) -> list[str]:
+        """What would stop a training."""
+        return [finding.message for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a training works around."""
+        return [finding.message for finding in self.findings if finding.severity == "warning"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return errors, warnings and statistics as plain values."""
+        return {"errors": self.errors, "warnings": self.warnings, "statistics": self.statistics}
+
+
+class _Inspection(NamedTuple):
+    """What the decoded image shows: its fault, or else its values and what identifies it."""
+
+    fault: _Fault | None
+    values: ImageValues | None = None
+    image_print: ImagePrint | None = None
+
+
+class _Fault(NamedTuple):
+    """The fault of an image: a sentence, and its kind."""
+
+    message: str
+    kind: str
 
 
 def validate_split(
-    dataset: DetectionDataset, size: tuple[int, int], *, read_images: bool = True, progress: Progress | None = None
+    dataset: DetectionDataset,
+    size: tuple[int, int],
+    *,
+    read_images: bool = True,
+    progress: Progress | None = None,
+    max_det: int = 100,
+    for_training: bool = True,
 ) -> DatasetReport:
     """Check the annotations of a split and, by default, decode every image as the loader does.
 
@@ -50,40 +93,57 @@ def validate_split(
         size: (short, long) side of the network's input; the statistics hold the smallest annotation after this resize.
         read_images: Whether to decode the images.
         progress: Wraps the iterable over the images.
+        max_det: Detections of an image that the evaluation looks at.
+        for_training: Whether the split is trained on, not only evaluated.
     """
     statistics = _count(dataset)
-    errors = [] if len(dataset) else [f"{dataset.source} has no images"]
-    warnings = [f"{text}: {count}" for text, count in dataset.problems.items()]
-    if absent := [name for name, count in statistics["classes"].items() if count == 0]:
-        warnings.append(f"no annotation of {'class' if len(absent) == 1 else 'classes'} {', '.join(absent)}")
-    if not len(dataset.labels):
-        errors.append(f"{dataset.source} has no annotations: a detector cannot be trained or evaluated without any")
-    elif smallest := _find_smallest(dataset, size):
-        statistics["smallest"] = smallest
-        if smallest["network_side"] < _MIN_NETWORK_SIDE:
-            warnings.append(
-                f"at data.size={list(size)} the shorter side of the smallest annotation is "
-                f"{smallest['network_side']:.1f} pixels: a larger data.size keeps it visible"
-            )
-    if read_images:
-        errors += _check_decoded_images(dataset, progress)
-    return DatasetReport(errors, warnings, statistics)
-
-
-def compare_class_names(train: DetectionDataset, val: DetectionDataset) -> list[str]:
-    """Describe how the class names of two splits differ; an empty list where they are equal, in order."""
-    if train.names == val.names:
-        return []
-    a, b = set(train.names), set(val.names)
-    only = [
-        f"only {split} has {', '.join(sorted(names))}" for split, names in (("train", a - b), ("val", b - a)) if names
+    findings = [
+        Finding(
+            "warning",
+            f"{text}: {count}",
+            text,
+            count,
+            dataset.examples.get(text, ""),
+            advise(text),
+            is_harmless=text in HARMLESS,
+        )
+        for text, count in dataset.problems.items()
     ]
-    return [f"the class names of {train.source} and {val.source} differ: {'; '.join(only) or 'their order differs'}"]
+    if not len(dataset):
+        findings.append(Finding("error", f"{dataset.source} has no images", "splits without images"))
+    findings += check_targets(dataset, for_training=for_training)
+    findings += check_box_convention(dataset)
+    findings += check_class_names(dataset)
+    if crowded := describe_crowded_images(dataset, max_det):
+        findings.append(crowded)
+    if smallest := _find_smallest(dataset, size):
+        statistics["smallest"] = smallest
+        if smallest["network_side"] < _MIN_NETWORK_SIDE and not any(f.severity == "error" for f in findings):
+            findings.append(
+                Finding(
+                    "warning",
+                    f"at data.size={list(size)} the shorter side of the smallest annotation is "
+                    f"{smallest['network_side']:.1f} pixels: a larger data.size keeps it visible",
+                    f"annotations under {_MIN_NETWORK_SIDE} pixels after the resize",
+                    smallest["count"],
+                    smallest["image"],
+                    "enlarge data.size, or leave them out",
+                )
+            )
+    prints: list[ImagePrint | None] = []
+    if read_images:
+        inspections = _inspect_images(dataset, progress)
+        findings += _describe_faults(dataset, inspections)
+        findings += describe_values(dataset, [inspection.values for inspection in inspections])
+        prints = [inspection.image_print for inspection in inspections]
+    return DatasetReport(findings, statistics, prints)
 
 
 def check_image_headers(dataset: DetectionDataset) -> list[str]:
     """List images whose header shows a fault: absent, not an image, too large, or not of the annotated size."""
-    return list(filter(None, map_files(partial(_check_image, dataset, read_image_size), range(len(dataset)))))
+    get_size = partial(read_image_size, value_range=dataset.value_range)
+    faults = map_files(lambda i: _check_size(dataset, i, get_size), range(len(dataset)))
+    return [fault.message for fault in faults if fault]
 
 
 def require_usable_images(
@@ -95,11 +155,15 @@ def require_usable_images(
         train: The training split.
         val: The validation split, in which no image may be bad.
         max_bad_share: Share of the training images that may be bad, because the loader replaces them; 0 allows none.
-        warn: Takes a sentence about the training images that will be replaced.
+        warn: Takes sentences about the training images that will be replaced, and about values of the first images
+            that are probably not meant as they are read.
 
     Raises:
         InputError: There are more bad images than allowed; the sentence names the first.
     """
+    sample = [_inspect_image(train, i, with_print=False).values for i in range(min(len(train), _SAMPLE))]
+    for finding in describe_values(train, sample):
+        warn(f"warning: of the first {len(sample)} training images: {finding.message}")
     for dataset in (train, val):
         bad = check_image_headers(dataset)
         limit = count_allowed_bad_images(len(train), max_bad_share) if dataset is train else 0
@@ -117,13 +181,12 @@ def require_usable_images(
 def _count(dataset: DetectionDataset) -> dict[str, Any]:
     area = _side_lengths(dataset).clip(0).prod(axis=1)
     per_image = np.diff(dataset.offsets.numpy())
-    per_class = np.bincount(dataset.labels.numpy(), minlength=len(dataset.names))
     return {
         "images": len(dataset),
         "annotations": len(dataset.labels),
         "empty_images": int((per_image == 0).sum()),
         "ignored_annotations": int(dataset.ignore.sum()),
-        "classes": dict(zip(dataset.names, per_class.tolist())),
+        "classes": dict(zip(label_classes(dataset), count_per_label(dataset), strict=True)),
         "sizes": {
             "small": int((area < _SMALL).sum()),
             "medium": int(((area >= _SMALL) & (area < _MEDIUM)).sum()),
@@ -153,30 +216,53 @@ def _find_smallest(dataset: DetectionDataset, size: tuple[int, int]) -> dict[str
         "image": str(dataset.path(int(image_index[i]))),
         "original": [float(v) for v in sides[i]],
         "network_side": float(shorter[i]),
+        "count": int((shorter < _MIN_NETWORK_SIDE).sum()),
     }
 
 
-def _check_decoded_images(dataset: DetectionDataset, progress: Progress | None) -> list[str]:
-    """Faults of images met while decoding, in threads: decoding releases the interpreter lock."""
+def _inspect_images(dataset: DetectionDataset, progress: Progress | None) -> list[_Inspection]:
+    """Decode all images, in threads: decoding releases the interpreter lock."""
     get_image_formats()  # fills its cache once, not in every thread
     with ThreadPoolExecutor() as pool:
-        results = pool.map(partial(_check_image, dataset, _decoded_size), range(len(dataset)))
-        return list(filter(None, progress(results, len(dataset)) if progress else results))
+        results = pool.map(partial(_inspect_image, dataset), range(len(dataset)))
+        return list(progress(results, len(dataset)) if progress else results)
 
 
-def _decoded_size(path: Path) -> tuple[int, ...]:
-    return tuple(read_image(path).shape[1:])
+def _inspect_image(dataset: DetectionDataset, i: int, *, with_print: bool = True) -> _Inspection:
+    path = dataset.path(i)
+    decoded: list[Any] = []
+
+    def decode(path: Path) -> tuple[int, ...]:
+        decoded[:] = inspect_image(path, dataset.value_range)
+        return tuple(decoded[0].shape[1:])
+
+    fault = _check_size(dataset, i, decode)
+    if not decoded:
+        return _Inspection(fault)
+    return _Inspection(fault, decoded[1], compute_print(path, decoded[0]) if with_print else None)
 
 
-def _check_image(dataset: DetectionDataset, get_size: Callable[[Path], tuple[int, ...]], i: int) -> str | None:
+def _check_size(dataset: DetectionDataset, i: int, get_size: Callable[[Path], tuple[int, ...]]) -> _Fault | None:
     """The fault of image i, or None; get_size gives a file's (height, width)."""
     path, (height, width) = dataset.path(i), dataset.sizes[i].tolist()
     try:
         actual = get_size(path)
     except InputError as error:
-        return str(error)
+        return _Fault(str(error), "images that cannot be read" if os.path.exists(path) else "images that do not exist")
     if 0 in actual:
-        return f"{path} has no pixels: it is {actual[1]} wide and {actual[0]} high"
+        return _Fault(
+            f"{path} has no pixels: it is {actual[1]} wide and {actual[0]} high", "images that cannot be read"
+        )
     if actual != (height, width):
-        return f"{path} is {actual[1]}x{actual[0]} pixels, but its annotation says {width}x{height}"
+        message = f"{path} is {actual[1]}x{actual[0]} pixels, but its annotation says {width}x{height}"
+        return _Fault(message, "images that are not of the annotated size")
     return None
+
+
+def _describe_faults(dataset: DetectionDataset, inspections: list[_Inspection]) -> list[Finding]:
+    """An error per image with a fault."""
+    return [
+        Finding("error", fault.message, fault.kind, 1, str(dataset.path(i)), "repair or remove them")
+        for i, (fault, *_) in enumerate(inspections)
+        if fault
+    ]

@@ -1,15 +1,16 @@
 """Evaluation: COCO and VOC metrics, confusion matrix, error breakdown and confidence intervals."""
 
 from fusedet.evaluation.bootstrap import paired_bootstrap
-from fusedet.evaluation.coco_metrics import compute_precision_recall, evaluate_coco
+from fusedet.evaluation.coco_metrics import COCO_METRICS, compute_precision_recall, evaluate_coco
 from fusedet.evaluation.confidence_intervals import compute_seed_difference, compute_seed_interval
 from fusedet.evaluation.confusion import compute_confusion_matrix, find_differing_images, find_worst_images
 from fusedet.evaluation.error_analysis import analyze_errors
 from fusedet.evaluation.ground_truth import build_coco_ground_truth
-from fusedet.evaluation.results import EVALUATORS, build_detection_table, create_stamp, load_results
+from fusedet.evaluation.results import EVALUATORS, build_detection_table, create_stamp, extend_max_dets, load_results
 from fusedet.evaluation.voc_metrics import evaluate_voc
 
 __all__ = [
+    "COCO_METRICS",
     "EVALUATORS",
     "analyze_errors",
     "build_coco_ground_truth",
@@ -21,6 +22,7 @@ __all__ = [
     "create_stamp",
     "evaluate_coco",
     "evaluate_voc",
+    "extend_max_dets",
     "find_differing_images",
     "find_worst_images",
     "load_results",

@@ -52,8 +52,12 @@ def match_detections(
     masks: Sequence[Result] | None,
     thresholds: np.ndarray,
     areas: np.ndarray,
+    max_det: int = MAX_DETS[-1],
 ) -> MatchResult:
-    """Match boxes, or masks if results with masks are given, at IoU thresholds (T,) in area ranges (A, 2)."""
+    """Match boxes, or masks if results with masks are given, at IoU thresholds (T,) in area ranges (A, 2).
+
+    Of each image and class the `max_det` best detections are matched.
+    """
     n, image_index, place = len(dataset), image_indices(dataset), rank_by_image_id(dataset)
     group = dataset.labels.numpy() * n + place[image_index]
     order = np.argsort(group, kind="stable")
@@ -63,7 +67,7 @@ def match_detections(
 
     group = table.labels * n + place[table.images]
     best = np.lexsort((-table.scores, group))
-    best = best[coco_matching.rank_in_group(group[best]) < MAX_DETS[-1]]
+    best = best[coco_matching.rank_in_group(group[best]) < max_det]
     group = group[best]
     if masks is None:
         boxes = table.boxes[best]

@@ -28,6 +28,16 @@ EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
 MAX_DETS = (1, 10, 100)
 """Detections per image and class that COCO metrics use."""
 
+
+def extend_max_dets(max_det: int) -> tuple[int, ...]:
+    """Return COCO's limits, with a larger one where detectors may have more detections per image.
+
+    >>> extend_max_dets(100), extend_max_dets(300)
+    ((1, 10, 100), (1, 10, 100, 300))
+    """
+    return (*MAX_DETS, max_det) if max_det > MAX_DETS[-1] else MAX_DETS
+
+
 LARGEST = 1e18
 """The bound of all coordinates of a result, in pixels."""
 

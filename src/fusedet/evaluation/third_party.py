@@ -15,15 +15,29 @@ from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching
 from fusedet.evaluation.ground_truth import build_coco_ground_truth
 from fusedet.evaluation.mask_iou import compute_mask_area
-from fusedet.evaluation.results import Result
+from fusedet.evaluation.results import MAX_DETS, Result
 
 
 def evaluate_with_package(
-    evaluator: str, dataset: DetectionDataset, results: Sequence[Result], iou_type: str, areas: np.ndarray
-) -> coco_matching.PrecisionRecallCurves:
+    evaluator: str,
+    dataset: DetectionDataset,
+    results: Sequence[Result],
+    iou_type: str,
+    areas: np.ndarray,
+    max_dets: Sequence[int] = MAX_DETS,
+) -> list[coco_matching.PrecisionRecallCurves]:
     """Compute the curves with "faster-coco-eval" or "pycocotools", which share their interface.
 
-    The curves have the area ranges `areas` (A, 2), of which the first is all areas.
+    Args:
+        evaluator: The package.
+        dataset: The ground truth.
+        results: The detections.
+        iou_type: "bbox" or "segm".
+        areas: Area ranges (A, 2), of which the first is all areas.
+        max_dets: 1, 10, and the limits of detections per image and class.
+
+    Returns:
+        The curves of each limit after 1 and 10.
 
     Raises:
         InputError: The package is not installed.
@@ -55,20 +69,20 @@ def evaluate_with_package(
         run = evaluator_class(ground_truth, predictions, iou_type)
         run.params.areaRng = areas.tolist()
         run.params.areaRngLbl = [str(a) for a in range(len(areas))]
+        run.params.maxDets = list(max_dets)
         run.evaluate()
         run.accumulate()
     class_order = np.argsort(np.argsort(dataset.category_ids))  # the packages sort the classes by id
     precision, scores, recall = (
         np.where(run.eval[key] < 0, np.nan, run.eval[key]) for key in ("precision", "scores", "recall")
     )
-    precision, scores, recall = (
-        precision[..., -1][:, :, class_order],
-        scores[..., -1][:, :, class_order],
-        recall[:, class_order],
-    )
-    return coco_matching.PrecisionRecallCurves(
-        precision, scores, recall[..., -1], recall[:, :, 0, 0], recall[:, :, 0, 1]
-    )
+    precision, scores, recall = precision[:, :, class_order], scores[:, :, class_order], recall[:, class_order]
+    return [
+        coco_matching.PrecisionRecallCurves(
+            precision[..., m], scores[..., m], recall[..., m], recall[:, :, 0, 0], recall[:, :, 0, 1]
+        )
+        for m in range(2, len(max_dets))
+    ]
 
 
 def _load(evaluator: str) -> tuple[Any, Any]:

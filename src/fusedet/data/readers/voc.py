@@ -16,6 +16,7 @@ from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import (
     is_image_name,
+    is_unread_image_name,
     list_files,
     normalize_split_name,
     read_bytes,
@@ -26,6 +27,7 @@ from fusedet.data.image_files import (
     resolve_inside,
     select_split,
 )
+from fusedet.data.readers.left_out_files import Problems, add_unread_images
 from fusedet.errors import InputError, unknown
 
 _CLASS_FILES = ("labels.txt", "classes.txt")
@@ -59,6 +61,8 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
     paths: list[str] = []
     rows: list[VocAnnotation] = []
     images: dict[str, dict[str, str]] = {}
+    problems = Problems()
+    problems.counts[annotation_cleaning.LISTED_TWICE] = len(listed) - len(names)
     for name in names:
         file = resolve_inside(folders.annotations, name + ".xml", root, source=source)
         if os.path.normpath(file) not in parsed:
@@ -67,13 +71,14 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
         stem = resolve_inside(folders.images, name, root, source=source)
         folder = os.path.dirname(stem)
         if folder not in images:
-            images[folder] = _list_images_by_stem(folder)
+            images[folder] = _list_images_by_stem(folder, problems)
         extension = os.path.splitext(rows[-1].file_name)[1] if is_image_name(rows[-1].file_name) else ".jpg"
         paths.append(
             os.path.join(folder, images[folder].get(os.path.basename(stem), os.path.basename(stem) + extension))
         )
     if need_images:
         require_any_image(paths, folders.images, source)
+    _find_left_out_images(problems, folders, images.get(str(folders.images), {}), parsed)
     label_of = {name: k for k, name in enumerate(classes)}
     for row in rows:
         if foreign := next((name for name in row.names if name not in label_of), None):
@@ -94,7 +99,8 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
         segmentations=[b""] * len(labels),
         source=source,
         dataset_format="voc",
-        problems={annotation_cleaning.LISTED_TWICE: len(listed) - len(names)},
+        problems=problems.counts,
+        examples=problems.examples,
     )
 
 
@@ -271,11 +277,31 @@ def _read_class_names(root: Path, parsed: dict[str, VocAnnotation]) -> list[str]
     return classes
 
 
-def _list_images_by_stem(folder: str) -> dict[str, str]:
-    """The images of a folder, by their names without extension."""
+def _list_images_by_stem(folder: str, problems: Problems) -> dict[str, str]:
+    """The images of a folder, by their names without extension; a format that is read goes before one that is not."""
     if not os.path.isdir(folder):
         return {}
-    return {os.path.splitext(e.name)[0]: e.name for e in os.scandir(folder) if is_image_name(e.name)}
+    images: dict[str, str] = {}
+    names = sorted(entry.name for entry in os.scandir(folder))
+    for name in filter(is_image_name, names):
+        stem = os.path.splitext(name)[0]
+        if stem in images:
+            problems.add(annotation_cleaning.SAME_STEM, [os.path.join(folder, name)])
+        images[stem] = name
+    for name in filter(is_unread_image_name, names):
+        images.setdefault(os.path.splitext(name)[0], name)
+    return images
+
+
+def _find_left_out_images(
+    problems: Problems, folders: _Folders, images: dict[str, str], parsed: dict[str, VocAnnotation]
+) -> None:
+    """Count the images of the split's folder that have no annotation file."""
+    for stem, name in images.items():
+        if os.path.normpath(folders.annotations / f"{stem}.xml") not in parsed:
+            if is_image_name(name):
+                problems.add(annotation_cleaning.NO_ANNOTATION_FILE, [str(folders.images / name)])
+            add_unread_images(problems, str(folders.images), [name])
 
 
 def _get_sizes(rows: list[VocAnnotation], paths: list[str]) -> np.ndarray:

@@ -26,6 +26,8 @@ from fusedet.data.image_files import (
     resolve_inside,
     select_split,
 )
+from fusedet.data.readers.key_points import read_key_point_values, require_key_points, resemble_key_points
+from fusedet.data.readers.left_out_files import Problems, find_left_out_yolo_files
 from fusedet.data.segmentation import is_drawable
 from fusedet.errors import InputError
 
@@ -38,6 +40,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
 
     - Label files are in folders `labels` beside the folders `images`, or beside the images.
     - Their lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised to the image after EXIF rotation.
+    - With `kpt_shape` in the data.yaml they are `class cx cy w h` and key points, which are left out.
     - An image without a label file is background.
     - Category ids are YOLO's class numbers; image ids count from 1.
 
@@ -51,6 +54,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     file = Path(yaml_file)
     data = load_data_yaml(file)
     names = _read_class_names(data, file)
+    key_points = read_key_point_values(data, file)
     root = _find_root(data, file)
     entry = split if split.endswith(".txt") else select_split(_list_entries(data), split, file)
     listed = _list_split_images(entry, root, file)
@@ -63,25 +67,39 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     labels: list[int] = []
     boxes: list[tuple[float, ...]] = []
     segmentations: list[bytes] = []
-    unlabeled = dropped = 0
+    problems = Problems()
+    problems.counts[annotation_cleaning.LISTED_TWICE] = len(listed) - len(paths)
+    polygons: list[list[float]] = []
+    image_of: dict[str, str] = {}  # by label file
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
         label_file = next(filter(os.path.isfile, (get_label_path(path), beside)), None)
         if label_file is None:
-            unlabeled += 1
+            problems.add(annotation_cleaning.NO_LABELS, [path])
             continue
+        if image_of.setdefault(label_file, path) != path:
+            problems.add(annotation_cleaning.SHARED_LABELS, [path])
         height, width = sizes[i].tolist()
-        for number, values, where in _parse_lines(Path(label_file)):
+        for number, values, where in _parse_lines(Path(label_file), key_points):
             if number not in labels_of:
                 raise InputError(
                     f"{where}: class {number} is not among the classes {min(names)} to {max(names)} of {file}"
                 )
+            if key_points:
+                problems.add(annotation_cleaning.KEY_POINTS, [label_file])
+                values = values[:4]
+            elif len(values) > 4:
+                polygons.append(values)
             box, polygon = _to_pixels(values, height, width)
             image_indices.append(i)
             labels.append(labels_of[number])
             boxes.append(box)
             segmentations.append(pack_segmentation(polygon and [polygon]))
-            dropped += len(values) > 4 and polygon is None
+            if len(values) > 4 and polygon is None:
+                problems.add(annotation_cleaning.BAD_SEGMENTATION, [label_file])
+    if resemble_key_points(polygons):
+        problems.counts[annotation_cleaning.LIKE_KEY_POINTS] = len(polygons)
+    find_left_out_yolo_files(problems, paths, _list_folders(entry, root, file), get_label_path)
     never = np.zeros(len(image_indices), dtype=bool)  # YOLO has no flag
     return annotation_cleaning.build_clean_dataset(
         names.values(),
@@ -97,11 +115,8 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
         segmentations=segmentations,
         source=f"{file} ({split})",
         dataset_format="yolo",
-        problems={
-            annotation_cleaning.LISTED_TWICE: len(listed) - len(paths),
-            annotation_cleaning.NO_LABELS: unlabeled,
-            annotation_cleaning.BAD_SEGMENTATION: dropped,
-        },
+        problems=problems.counts,
+        examples=problems.examples,
     )
 
 
@@ -208,6 +223,12 @@ def _list_split_images(entry: str | list[str], root: Path, file: Path) -> list[s
     return images
 
 
+def _list_folders(entry: str | list[str], root: Path, file: Path) -> list[str]:
+    """The folders of images that a split is given by."""
+    paths = [_resolve_entry(item, root, file) for item in ([entry] if isinstance(entry, str) else entry)]
+    return [str(path) for path in paths if path.is_dir()]
+
+
 def _resolve_entry(item: str, root: Path, file: Path) -> Path:
     """The path of an entry; "../train/images", as some tools export it, is relative to the yaml's folder."""
     if os.path.isabs(item):
@@ -237,7 +258,7 @@ def _read_list(list_file: Path, root: Path) -> list[str]:
     ]
 
 
-def _parse_lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
+def _parse_lines(file: Path, key_points: int | None) -> Iterator[tuple[int, list[float], str]]:
     """Yield the class number, the values and the position of each line of a label file."""
     for count, line in enumerate(read_text(file).splitlines(), 1):
         words = line.split()
@@ -250,9 +271,12 @@ def _parse_lines(file: Path) -> Iterator[tuple[int, list[float], str]]:
             raise InputError(f"{where}: {line[:60]!r} holds something that is not a number") from error
         if not number.is_integer():
             raise InputError(f"{where}: the class must be a whole number, not {words[0][:20]}")
-        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        if key_points:
+            require_key_points(len(words), key_points, where)
+        elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
             raise InputError(
-                f"{where}: {len(words)} values, but a line is 'class cx cy w h' or 'class x1 y1 x2 y2 x3 y3 ...'"
+                f"{where}: {len(words)} values, but a line is 'class cx cy w h' or 'class x1 y1 x2 y2 x3 y3 ...', and "
+                "key points need kpt_shape in the yaml"
             )
         yield int(number), values, where
 

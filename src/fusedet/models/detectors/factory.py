@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -94,9 +94,25 @@ def disable_pretrained(config: configs.Config) -> configs.Config:
     return config.replace(model=config.model.replace(backbone=backbone))
 
 
-def selection_options(test: configs.Test) -> dict[str, Any]:
-    """Return the config's test thresholds as options of `ops.boxes.select_detections`."""
-    return {"score": test.score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
+def selection_options(test: configs.Test, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the config's test thresholds as options of `ops.boxes.select_detections`.
+
+    Args:
+        test: The section. Its `score` may hold a threshold per class name, and one for the others as "default".
+        names: The K class names; without them, the lowest of several thresholds is that of all classes.
+
+    Raises:
+        InputError: A threshold is that of an unknown class.
+    """
+    score: float | list[float]
+    if isinstance(test.score, dict):
+        by_name = {"default": 0.05} | test.score
+        if wrong := [name for name in test.score if names and name not in ("default", *names)]:
+            raise unknown("class of test.score:", wrong[0], names)
+        score = [by_name.get(n, by_name["default"]) for n in names] if names else min(by_name.values())
+    else:
+        score = test.score
+    return {"score": score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
 
 
 def _check_slots(model: configs.Model) -> None:

@@ -136,7 +136,7 @@ def select_detections(
     sizes: Tensor,
     level_counts: Sequence[int],
     *,
-    score: float = 0.05,
+    score: float | Sequence[float] = 0.05,
     iou: float = 0.5,
     pre_nms: int = 1000,
     max_det: int = 100,
@@ -154,7 +154,7 @@ def select_detections(
         candidates: Boxes, scores and quality of P priors.
         sizes: Height and width of every image inside the padding.
         level_counts: Number of priors per level.
-        score: Minimum score.
+        score: Minimum score, or K of them, one per class.
         iou: IoU above which the box with the lower score is suppressed.
         pre_nms: Pairs per level that enter the suppression.
         max_det: Detections per image, D.
@@ -182,8 +182,10 @@ def select_detections(
     final = confidence if quality is None else confidence * quality.gather(1, rows)
     span = chosen.detach().amax() + 1  # shifts by a multiple of it keep classes from suppressing each other
     per_image = []
-    for b, c, s, k in zip(chosen.unbind(), confidence.unbind(), final.unbind(), labels.unbind()):
-        real = (c > score) & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
+    limits = score if isinstance(score, (int, float)) else confidence.new_tensor(score)[labels]
+    above = confidence > limits
+    for b, c, s, k in zip(chosen.unbind(), above.unbind(), final.unbind(), labels.unbind()):
+        real = c & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
         b, s, k = b[real], s[real], k[real]
         keep = _nms(b + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)

@@ -1,0 +1,93 @@
+"""What a prediction writes beside COCO's json: a CSV file, YOLO labels and crops of the detections."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from fusedet.api.predict import Prediction
+from fusedet.atomic_io import write_atomically
+from fusedet.errors import StorageError, unknown
+
+SaveFormat = Literal["coco", "csv", "yolo"]
+FORMATS: tuple[SaveFormat, ...] = ("coco", "csv", "yolo")
+COLUMNS = ("file", "width", "height", "class", "category_id", "score", "x1", "y1", "x2", "y2")
+
+
+def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
+    """Return formats given as words or as lists joined by commas, each once; COCO's json is always among them.
+
+    Raises:
+        InputError: A format is unknown.
+    """
+    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
+    for name in names:
+        if name not in FORMATS:
+            raise unknown("value of --save:", name, FORMATS)
+    return tuple(name for name in FORMATS if name == "coco" or name in names)
+
+
+def write_yolo_labels(prediction: Prediction, file: Path, score: float) -> None:
+    """Write the boxes of at least `score` as `class cx cy w h`, shares of the image, with class numbers from 0."""
+    assert prediction.image is not None
+    height, width = prediction.image.shape[1:]
+    lines = []
+    for (x1, y1, x2, y2), value, label in zip(
+        prediction.boxes.tolist(), prediction.scores.tolist(), prediction.labels.tolist(), strict=True
+    ):
+        if value >= score:
+            box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+            lines.append(f"{label} {' '.join(f'{v:.6f}' for v in box)}\n")
+    write_atomically(file, "".join(lines).encode())
+
+
+def write_crops(prediction: Prediction, folder: Path, name: str, score: float) -> None:
+    """Write the part of the image in each box of at least `score` to CLASS/NAME-NUMBER.jpg; numbers count from 1."""
+    assert prediction.image is not None
+    image = Image.fromarray(prediction.image.permute(1, 2, 0).contiguous().numpy())
+    rows = zip(prediction.boxes.tolist(), prediction.scores.tolist(), prediction.labels.tolist(), strict=True)
+    for number, ((x1, y1, x2, y2), value, label) in enumerate(rows, 1):
+        if value < score:
+            continue
+        left, top = max(0, int(x1)), max(0, int(y1))
+        right, bottom = min(image.width, -int(-x2 // 1)), min(image.height, -int(-y2 // 1))
+        if right > left and bottom > top:
+            # a class name may hold characters that no folder's name can
+            own = folder / (re.sub(r"[^\w .()+-]", "_", prediction.names[label]).strip(" .") or f"class {label}")
+            own.mkdir(parents=True, exist_ok=True)
+            image.crop((left, top, right, bottom)).save(own / f"{name}-{number}.jpg", quality=95)
+
+
+def write_csv(file: Path, records: Iterable[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]) -> None:
+    """Write a row per detection, with corners in pixels.
+
+    Args:
+        file: The file, which is written as a whole or not at all.
+        records: Per image `file_name`, `width`, `height` and `annotations` in COCO's form.
+        categories: `id` and `name` of each class.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    names = {category["id"]: category["name"] for category in categories}
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(COLUMNS)
+            for record in records:
+                for annotation in record.get("annotations", ()):
+                    x, y, w, h = annotation["bbox"]
+                    category = annotation["category_id"]
+                    image = (record["file_name"], record["width"], record["height"])
+                    writer.writerow((*image, names[category], category, annotation["score"], x, y, x + w, y + h))
+        part.replace(file)
+    except OSError as error:
+        raise StorageError(f"{file} cannot be written: {error.strerror}; continue with --resume") from error
+    finally:
+        part.unlink(missing_ok=True)

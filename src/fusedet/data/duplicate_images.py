@@ -1,0 +1,115 @@
+"""Images that are in two splits: the same file, the same content, or nearly the same pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+_GRID = 16  # pixels per side of the reduced image that is compared
+_MIN_CONTRAST = 4.0  # grey levels of standard deviation: flatter images all look alike
+_MIN_CORRELATION = 0.99
+_MAX_DIFFERENCE = 4.0  # mean difference in grey levels, after the means are made equal
+_BLOCK = 1 << 22  # pairs that are compared at a time, which bounds memory
+
+
+@dataclass(frozen=True)
+class ImagePrint:
+    """What identifies an image.
+
+    Attributes:
+        digest: Of the file's bytes.
+        grey: (16, 16) float16, the image reduced to grey levels: its perceptual hash.
+    """
+
+    digest: bytes
+    grey: np.ndarray
+
+
+def compute_print(path: Path, image: Tensor) -> ImagePrint:
+    """Return what identifies an image, given its file and its pixels (3, H, W) uint8."""
+    grey = image.float().mean(dim=0)[None, None]
+    small = interpolate(grey, size=(_GRID, _GRID), mode="area")[0, 0]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return ImagePrint(digest, small.numpy().astype(np.float16))
+
+
+@dataclass(frozen=True)
+class SharedImages:
+    """The images of one split that are in another.
+
+    Attributes:
+        same_file: Pairs of indices (in the one, in the other) of the same file.
+        same_content: Pairs of different files of the same bytes.
+        similar: Pairs of different files of nearly the same pixels.
+    """
+
+    same_file: list[tuple[int, int]]
+    same_content: list[tuple[int, int]]
+    similar: list[tuple[int, int]]
+
+
+def find_shared_images(
+    paths: Sequence[Path],
+    other_paths: Sequence[Path],
+    prints: Sequence[ImagePrint | None] = (),
+    other_prints: Sequence[ImagePrint | None] = (),
+) -> SharedImages:
+    """Find the images of one split that are in another; each is in the first group that it fits.
+
+    Nearly the same are images whose perceptual hashes, 16 x 16 grey levels, correlate by 0.99 and differ by few grey
+    levels: those of another size or compression, and neighbouring frames of a video.
+
+    Args:
+        paths: The files of the one split.
+        other_paths: Those of the other.
+        prints: What identifies the images of the one split, None for images that cannot be read; empty to compare
+            paths only.
+        other_prints: The same of the other split.
+    """
+    known = {os.path.realpath(path): j for j, path in enumerate(other_paths)}
+    same_file = [(i, known[real]) for i, path in enumerate(paths) if (real := os.path.realpath(path)) in known]
+    done = {i for i, _ in same_file}
+    digests = {own.digest: j for j, own in enumerate(other_prints) if own}
+    same_content = [
+        (i, digests[own.digest]) for i, own in enumerate(prints) if own and i not in done and own.digest in digests
+    ]
+    done |= {i for i, _ in same_content}
+    rest = [i for i, own in enumerate(prints) if own and i not in done and _has_contrast(own)]
+    others = [j for j, own in enumerate(other_prints) if own and _has_contrast(own)]
+    similar = []
+    if rest and others:
+        own_grey = np.stack([p.grey for i in rest if (p := prints[i])])
+        other_grey = np.stack([p.grey for j in others if (p := other_prints[j])])
+        similar = [(rest[i], others[j]) for i, j in _find_similar(own_grey, other_grey)]
+    return SharedImages(same_file, same_content, similar)
+
+
+def _has_contrast(own: ImagePrint) -> bool:
+    return float(own.grey.astype(np.float32).std()) >= _MIN_CONTRAST
+
+
+def _find_similar(grey: np.ndarray, other_grey: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of nearly equal reduced images (N, 16, 16) and (M, 16, 16), at most one per image of the first."""
+    centered, other_centered = (
+        torch.from_numpy(x.astype(np.float32)).flatten(1) - x.astype(np.float32).mean(axis=(1, 2))[:, None]
+        for x in (grey, other_grey)
+    )
+    other_units = normalize(other_centered)
+    pairs: list[tuple[int, int]] = []
+    size = max(1, _BLOCK // len(other_grey))
+    for start in range(0, len(grey), size):
+        part = centered[start : start + size]
+        for i, j in ((normalize(part) @ other_units.T) >= _MIN_CORRELATION).nonzero().tolist():
+            difference = float((part[i] - other_centered[j]).abs().mean())
+            if difference <= _MAX_DIFFERENCE and (not pairs or pairs[-1][0] != start + i):
+                pairs.append((start + i, j))
+    return pairs

@@ -1,0 +1,89 @@
+"""Files that a reader leaves out: labels without an image, images of formats that are not read."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from fusedet.data import annotation_cleaning
+from fusedet.data.image_files import is_image_name, is_unread_image_name
+
+_HEIF = (".heic", ".heif", ".hif")
+
+
+@dataclass
+class Problems:
+    """Problems that are counted while a dataset is read, each with its first file."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, text: str, files: Iterable[str]) -> None:
+        """Count files, which may be none, under a kind of problem."""
+        for file in files:
+            self.counts[text] = self.counts.get(text, 0) + 1
+            self.examples.setdefault(text, file)
+
+
+def find_left_out_yolo_files(
+    problems: Problems, images: Iterable[str], folders: Iterable[str], get_label_path: Callable[[str], str]
+) -> None:
+    """Count label files without an image, and images of formats that are not read.
+
+    Args:
+        problems: Where they are counted.
+        images: The images of the split.
+        folders: The folders that the split names.
+        get_label_path: Returns the label file of an image.
+    """
+    directories = {os.path.dirname(image) for image in images}
+    for folder in folders:
+        directories |= {directory for directory, _, _ in os.walk(folder)}
+    labels: defaultdict[str, set[str]] = defaultdict(set)  # of the images on the disk, by folder of the labels
+    for directory in sorted(directories):
+        names = _list_names(directory)
+        label_folder = os.path.dirname(get_label_path(os.path.join(directory, "image.jpg")))
+        labels[label_folder] |= {os.path.splitext(name)[0] for name in names if is_image_name(name)}
+        add_unread_images(problems, directory, names)
+    for label_folder, stems in labels.items():
+        names = _list_names(label_folder)
+        is_mixed = label_folder in directories
+        unpaired = (name for name in names if name.endswith(".txt") and name[:-4] not in stems)
+        paths = (os.path.join(label_folder, name) for name in unpaired)
+        problems.add(annotation_cleaning.NO_IMAGE_FILE, (path for path in paths if _is_label_file(path, not is_mixed)))
+
+
+def add_unread_images(problems: Problems, directory: str, names: Iterable[str]) -> None:
+    """Count the images of a directory whose formats are not read."""
+    for name in names:
+        if is_unread_image_name(name):
+            extension = os.path.splitext(name)[1].lower()
+            text = annotation_cleaning.UNREAD_HEIF if extension in _HEIF else annotation_cleaning.UNREAD
+            problems.add(text.format(extension=extension), [os.path.join(directory, name)])
+
+
+def _list_names(directory: str) -> list[str]:
+    """The names of the files in a directory, sorted; none where it does not exist."""
+    if not os.path.isdir(directory or "."):
+        return []
+    return sorted(entry.name for entry in os.scandir(directory or ".") if entry.is_file())
+
+
+def _is_label_file(path: str, may_be_empty: bool) -> bool:
+    """Whether a text file holds YOLO labels: other texts, like lists of classes, may lie beside them."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            words = next((line for line in file if line.strip()), "").split()
+        return all(map(_is_number, words)) and (len(words) >= 5 or (may_be_empty and not words))
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
