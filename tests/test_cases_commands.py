@@ -263,6 +263,7 @@ def test_val_refuses_words_that_it_does_not_know(trained: Path, scenes: Path, ca
     assert cli.run(["val", str(trained), str(scenes)]) == 2, "a path that exists is no dataset of val without data="
 
 
+@pytest.mark.slow
 def test_cam_goes_on_past_an_image_without_detections(
     trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +293,7 @@ def test_cam_goes_on_past_an_image_without_detections(
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_no_best_weights_without_a_value_of_the_metric(trained: Path, scenes: Path, tmp_path: Path) -> None:
     """A metric that the split does not have chooses no weights: the result is that of the last ones, and says so."""
     data = shutil.copytree(scenes, tmp_path / "data")
