@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,9 @@ def get_image_formats() -> tuple[str, ...]:
     """
     Image.init()
     with contextlib.suppress(ImportError):
-        import_module("pillow_heif").register_heif_opener()
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in Image.ID if name not in _REFUSED)
 
 
