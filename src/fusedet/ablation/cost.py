@@ -120,7 +120,9 @@ def _load_predictor(run: Run, dataset: DetectionDataset, device: torch.device) -
 def _make_batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
     """Preprocess image i as the network's input."""
     record = dataset[i]
-    return collate_views([make_samples(read_image(record.path), record, model.views)], model.views[1:])
+    return collate_views(
+        [make_samples(read_image(record.path, exif=dataset.exif), record, model.views)], model.views[1:]
+    )
 
 
 @torch.no_grad()

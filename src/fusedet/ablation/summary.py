@@ -107,7 +107,7 @@ def _read_metrics(run: Run, plan: Plan) -> Tree:
     """Read the metrics of a finished run in percent; compute VOC's from stored results if the table needs them."""
     metrics = read_json(run.folder / "metrics.json")
     if plan.table.metric.startswith("VOC_") and plan.table.metric not in metrics:
-        stored = evaluation.load_results(run.folder / BOXES)
+        stored = evaluation.load_results(run.folder / BOXES, plan.val)
         metrics["VOC_AP"] = evaluation.evaluate_voc(plan.val, stored)["mAP"]
         metrics["VOC_AP_11_point"] = evaluation.evaluate_voc(plan.val, stored, points=11)["mAP"]
     return {
@@ -174,7 +174,7 @@ def _resample(
     masks = plan.table.metric.startswith("mask_")
 
     def resample(runs: Sequence[Run]) -> bootstrap.ResampledMetrics:
-        stored = (evaluation.load_results(run.folder / (MASKS if masks else BOXES)) for run in runs)
+        stored = (evaluation.load_results(run.folder / (MASKS if masks else BOXES), plan.val) for run in runs)
         return bootstrap.average_runs(
             [bootstrap.resample_metrics(plan.val, results, weights, "segm" if masks else "bbox") for results in stored]
         )

@@ -18,7 +18,7 @@ from fusedet.api.tables import centers_table
 from fusedet.api.train_inputs import train_transform
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
-from fusedet.data.readers.auto import read_dataset
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError, plural
 from fusedet.visualization import object_centers
 
@@ -94,7 +94,7 @@ def draw_predictions(predictor: Predictor, images: list[Path], target: Path, sco
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
     """Draw the first images of an epoch with their boxes; return how many there were."""
     _check_target(target, (".png", ".jpg", ".webp", ".jpeg"))
-    dataset = read_dataset(config.data.path or "", split, images=config.data.images)
+    dataset = read_split(config.data, split)
     count = min(images, len(dataset))
     loader = build_train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
     drawn, captions = [], []
@@ -121,7 +121,7 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     The quadrants are those of Figure 5 of MSIL (Wang et al., 2023). Ignored objects are left out.
     """
     _check_target(target, (".png", ".pdf", ".svg"))
-    dataset = read_dataset(config.data.path or "", split, images=config.data.images, need_images=False)
+    dataset = read_split(config.data, split, need_images=False)
     counted = ~dataset.ignore
     owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]

@@ -16,7 +16,8 @@ from fusedet.api.settings import Settings, Source, resolve_config
 from fusedet.api.tables import dataset_table
 from fusedet.data import validation
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import detect_format, read_dataset
+from fusedet.data.readers.auto import detect_format
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError
 
 
@@ -80,9 +81,9 @@ def check_dataset(
     detect_format(path)
     reports: dict[str, validation.DatasetReport] = {}
     splits: dict[str, DetectionDataset] = {}
-    for split in dict.fromkeys((options.data.train, options.data.val)):
+    for split in dict.fromkeys((options.data.train, options.data.val_split)):
         try:
-            splits[split] = read_dataset(path, split, images=options.data.images, need_images=False)
+            splits[split] = read_split(options.data, split, need_images=False)
         except InputError as error:
             reports[split] = validation.DatasetReport(errors=[str(error)])
             continue

@@ -11,7 +11,7 @@ from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read_dataset
+from fusedet.data.splits import read_split
 from fusedet.data.transforms import TrainTransform
 from fusedet.data.validation import compare_class_names
 from fusedet.engine import checkpoint
@@ -23,10 +23,7 @@ from fusedet.models.detectors import build_detector, build_meta_detector, disabl
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
     """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
     assert config.data.path is not None
-    data, val = (
-        read_dataset(config.data.path, split, images=config.data.images)
-        for split in (config.data.train, config.data.val)
-    )
+    data, val = (read_split(config.data, split) for split in (config.data.train, config.data.val_split))
     if different := compare_class_names(data, val):
         raise InputError(different[0])
     for dataset in (data, val):

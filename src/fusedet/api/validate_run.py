@@ -16,7 +16,9 @@ from fusedet.api.progress import ShowProgress, no_progress, say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
-from fusedet.data.readers.auto import read_dataset
+from fusedet.config import Config
+from fusedet.data.dataset import DetectionDataset
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError, unknown
 
 SETTABLE = ("data", "test", "device", "out")
@@ -73,8 +75,10 @@ def validate(
         detector, saved, names, _ = rebuild(file, trust)
         refuse_other_keys(texts, *SETTABLE)
         options = configs.parse(configs.apply_overrides(saved.tree() | {"out": None}, texts))
-    scored = split or options.data.val
-    dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
+    scored = split or options.data.val_split
+    dataset = read_split(options.data, scored, need_images=not is_results)
+    if not is_results and options.data == saved.data and scored == options.data.val_split and path.is_dir():
+        _warn_of_other_images(path, options, dataset, say)
     if options.out:
         run_dir.check_new_dir(options.out)  # before the work, not after it
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
@@ -85,7 +89,7 @@ def validate(
             f"{dataset.source} has no objects to score by: use fusedet predict, or for COCO's server --submission"
         )
     if is_results:
-        evaluated = evaluate_results(dataset, evaluation.load_results(path), voc=voc, evaluator=evaluator)
+        evaluated = evaluate_results(dataset, evaluation.load_results(path, dataset), voc=voc, evaluator=evaluator)
     else:
         check_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
@@ -109,3 +113,13 @@ def validate(
         files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
     title = f"{source if is_results else file} on {scored} of {options.data.path}"
     return RunResult(target, evaluated.metrics, files, title)
+
+
+def _warn_of_other_images(run: Path, options: Config, dataset: DetectionDataset, say: Callable[[str], None]) -> None:
+    """Warn where a share is held out, but other images than in the training: some of them were trained on."""
+    known = run_dir.read_fingerprints(run) if isinstance(options.data.val, float) else None
+    if known and known.get("val") != dataset.fingerprint() and not get_ranks()[0]:
+        say(
+            f"warning: {options.data.path} has changed, so data.val={options.data.val} holds out other images than "
+            f"in the training, which saw some of them: {run / 'split.json'} lists those of the training"
+        )

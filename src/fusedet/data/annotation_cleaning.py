@@ -25,6 +25,9 @@ SAME_ID = "annotations with a duplicate id: kept"
 AS_TEXT = "boxes with quoted numbers: read as numbers"
 LISTED_TWICE = "images listed more than once: read once"
 NO_LABELS = "images without a label file: background"
+NO_ANNOTATION_FILE = "images in the data folder without an annotation file: left out"
+NO_IMAGE_FILE = "annotation files without an image: left out"
+NO_REGION = "shapes without an area (points, lines): left out"
 
 MARGIN = 0.1  # pixels: a box this far beyond the border is a rounding error
 ROUNDING = 1e-6  # pixels: a width or height this close to zero counts as zero
@@ -47,6 +50,8 @@ def build_clean_dataset(
     dataset_format: str,
     area: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
+    image_id_texts: Sequence[str] = (),
+    category_id_texts: Sequence[str] = (),
 ) -> DetectionDataset:
     """Build a dataset without the unusable boxes and count all faults.
 
@@ -75,6 +80,8 @@ def build_clean_dataset(
         source=source,
         dataset_format=dataset_format,
         problems={text: int(n) for text, n in counts.items() if n},
+        image_id_texts=image_id_texts,
+        category_id_texts=category_id_texts,
     )
 
 

@@ -59,6 +59,9 @@ class DetectionDataset:
         source: The file or folder that was read.
         dataset_format: "coco", "voc" or "yolo".
         problems: Number of malformed annotations by kind; the key says how they were treated.
+        image_id_texts: N ids of the images as the dataset has them, where these are texts; else none.
+        category_id_texts: The K category ids as the dataset has them, where these are texts; else none.
+        exif: Whether EXIF orientation is applied to the images.
     """
 
     names: tuple[str, ...]
@@ -76,6 +79,9 @@ class DetectionDataset:
     paths: PackedBytes
     segmentations: PackedBytes
     problems: Mapping[str, int] = field(default_factory=dict)
+    image_id_texts: PackedBytes | None = None
+    category_id_texts: tuple[str, ...] = ()
+    exif: bool = True
 
     @classmethod
     def build(
@@ -131,6 +137,8 @@ class DetectionDataset:
         source: str | Path,
         dataset_format: str,
         problems: Mapping[str, int] | None = None,
+        image_id_texts: Sequence[str] = (),
+        category_id_texts: Sequence[str] = (),
     ) -> DetectionDataset:
         """Build a dataset from flat columns of N images and M annotations.
 
@@ -152,6 +160,8 @@ class DetectionDataset:
             source: The file or folder that was read.
             dataset_format: "coco", "voc" or "yolo".
             problems: Number of malformed annotations by kind.
+            image_id_texts: N ids of the images, where these are texts.
+            category_id_texts: K ids of the categories, where these are texts.
         """
         order = np.argsort(image_indices, kind="stable")
         counts = np.bincount(image_indices, minlength=len(paths))
@@ -175,6 +185,8 @@ class DetectionDataset:
             paths=PackedBytes.pack([p.encode("utf-8", "surrogateescape") for p in paths]),
             segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
+            image_id_texts=PackedBytes.pack([text.encode() for text in image_id_texts]) if image_id_texts else None,
+            category_id_texts=tuple(category_id_texts),
         )
 
     def __len__(self) -> int:
@@ -204,6 +216,11 @@ class DetectionDataset:
             area=self.area[begin:end].numpy(),
             segmentations=[unpack_segmentation(self.segmentations[j]) for j in range(begin, end)],
         )
+
+    def list_image_ids(self) -> list[int] | list[str]:
+        """Return the images' ids as the dataset has them: integers or texts."""
+        texts = self.image_id_texts
+        return self.image_ids.tolist() if texts is None else [texts[i].decode() for i in range(len(self))]
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any image's name, size, box, label or class name."""

@@ -55,13 +55,17 @@ MAX_PIXELS = 178_956_970
 _REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program; Pillow has no decoder for the others
 
 
-def read_image(source: Source) -> Tensor:
+def read_image(source: Source, *, exif: bool = True) -> Tensor:
     """Decode an image from its file or its bytes.
 
     - EXIF orientation is applied.
     - Only the first of several frames is read.
     - Transparent pixels are composited over white.
     - 16-bit grey is scaled to 8 bit.
+
+    Args:
+        source: The image's file or its bytes.
+        exif: Whether EXIF orientation is applied.
 
     Returns:
         uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
@@ -71,15 +75,16 @@ def read_image(source: Source) -> Tensor:
             pixels without an agreed range (floating-point numbers, 32-bit integers).
     """
     with _opened(source) as image:
-        return _tensor(image, _name(source))
+        return _tensor(image, _name(source), exif)
 
 
-def read_image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int]:
+def read_image_size(source: Source, *, any_mode: bool = False, exif: bool = True) -> tuple[int, int]:
     """Read (height, width), as `read_image` would return it, from an image's header.
 
     Args:
         source: The image's file or its bytes.
         any_mode: Whether to accept pixels without an agreed range, which `read_image` refuses.
+        exif: Whether EXIF orientation is applied.
 
     Raises:
         InputError: As `read_image`, as far as the header shows it.
@@ -87,7 +92,7 @@ def read_image_size(source: Source, *, any_mode: bool = False) -> tuple[int, int
     with _opened(source) as image:
         if not any_mode:
             _refuse_mode(image, _name(source))
-        return _upright_size(image)
+        return _upright_size(image) if exif else (image.height, image.width)
 
 
 def to_tensor(image: Any) -> Tensor:
@@ -235,10 +240,10 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
-def _tensor(image: Image.Image, name: str) -> Tensor:
+def _tensor(image: Image.Image, name: str, exif: bool = True) -> Tensor:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
-    transpose = _TRANSPOSE.get(_orientation(image))
+    transpose = _TRANSPOSE.get(_orientation(image)) if exif else None
     rgb = _rgb(image, name)
     if transpose is not None:
         rgb = rgb.transpose(transpose)

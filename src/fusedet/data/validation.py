@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fusedet.data.annotation_cleaning import MARGIN
 from fusedet.data.bad_images import count_allowed_bad_images
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_decoding import get_image_formats, read_image, read_image_size
@@ -19,6 +20,7 @@ from fusedet.data.transforms import keep_ratio_size
 from fusedet.errors import InputError
 
 _SMALL, _MEDIUM = 32**2, 96**2  # COCO's limits of the area, in pixels
+_FAR = 0.1  # of a side: a box that leaves its image by more is no careless annotation
 _MIN_NETWORK_SIDE = 4  # pixels: a shorter side is hardly visible to the network
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
@@ -83,7 +85,8 @@ def compare_class_names(train: DetectionDataset, val: DetectionDataset) -> list[
 
 def check_image_headers(dataset: DetectionDataset) -> list[str]:
     """List images whose header shows a fault: absent, not an image, too large, or not of the annotated size."""
-    return list(filter(None, map_files(partial(_check_image, dataset, read_image_size), range(len(dataset)))))
+    check = partial(_check_image, dataset, partial(read_image_size, exif=dataset.exif))
+    return list(filter(None, map_files(check, range(len(dataset)))))
 
 
 def require_usable_images(
@@ -160,12 +163,13 @@ def _check_decoded_images(dataset: DetectionDataset, progress: Progress | None) 
     """Faults of images met while decoding, in threads: decoding releases the interpreter lock."""
     get_image_formats()  # fills its cache once, not in every thread
     with ThreadPoolExecutor() as pool:
-        results = pool.map(partial(_check_image, dataset, _decoded_size), range(len(dataset)))
+        check = partial(_check_image, dataset, partial(_decoded_size, exif=dataset.exif))
+        results = pool.map(check, range(len(dataset)))
         return list(filter(None, progress(results, len(dataset)) if progress else results))
 
 
-def _decoded_size(path: Path) -> tuple[int, ...]:
-    return tuple(read_image(path).shape[1:])
+def _decoded_size(path: Path, exif: bool) -> tuple[int, ...]:
+    return tuple(read_image(path, exif=exif).shape[1:])
 
 
 def _check_image(dataset: DetectionDataset, get_size: Callable[[Path], tuple[int, ...]], i: int) -> str | None:
@@ -178,5 +182,24 @@ def _check_image(dataset: DetectionDataset, get_size: Callable[[Path], tuple[int
     if 0 in actual:
         return f"{path} has no pixels: it is {actual[1]} wide and {actual[0]} high"
     if actual != (height, width):
-        return f"{path} is {actual[1]}x{actual[0]} pixels, but its annotation says {width}x{height}"
-    return None
+        is_stored = dataset.exif and actual == (width, height) and read_image_size(path, exif=False) == (height, width)
+        turned = ": its boxes were made on the pixels as stored, before EXIF turns them; add data.exif=false"
+        size = f"{path} is {actual[1]}x{actual[0]} pixels, but its annotation says {width}x{height}"
+        return size + (turned if is_stored else "")
+    return _check_boxes_of_turned_image(dataset, i)
+
+
+def _check_boxes_of_turned_image(dataset: DetectionDataset, i: int) -> str | None:
+    """Tell that the boxes of an image without an annotated size fit the pixels as stored, but not as turned by EXIF."""
+    begin, end = dataset.offsets[i : i + 2].tolist()
+    boxes, (height, width) = dataset.boxes[begin:end], dataset.sizes[i].tolist()
+    far = boxes.new_tensor([width, height]) * (1 + _FAR)
+    if not dataset.exif or not (boxes[:, 2:] > far).any():
+        return None
+    stored = read_image_size(path := dataset.path(i), exif=False)
+    if stored == (height, width) or (boxes[:, 2:] > boxes.new_tensor(stored[::-1]) + MARGIN).any():
+        return None
+    return (
+        f"{path} is {width}x{height} pixels, and boxes leave it: they were made on the pixels as stored "
+        f"({stored[1]}x{stored[0]}), before EXIF turns them; add data.exif=false"
+    )
