@@ -70,6 +70,9 @@ def find_images(names: list[str], folders: list[Path], root: Path | None, file: 
         return _find_by_last_part(names, folders[0], file)
     sample = names[:100]
     counts = [sum(os.path.exists(folder / name) for name in sample) for folder in folders]
+    if not any(counts):
+        for folder in filter(os.path.isdir, folders):
+            os.scandir(folder).close()  # raises where the reason is a folder that must not be read
     best = folders[int(np.argmax(counts))]
     paths = [resolve_inside(best, name, root or best, source=file) for name in names]
     if len(folders) > 1 and any(counts):  # images in several folders
