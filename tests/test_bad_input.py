@@ -281,7 +281,7 @@ def test_names_are_checked_before_the_data(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr("fusedet.api.train_inputs.open_split", never)
+    monkeypatch.setattr("fusedet.api.train_inputs.read_split", never)
     for override in ("model.neck=fpm", "model.backbone.name=resnet51", "model.head.conv=2", "train.monitor=ap"):
         has(complaint(capsys, *train(scenes, tmp_path / "out", override)), "unknown")
 

@@ -16,10 +16,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 import fusedet
 from fusedet.api.image_sources import Sources
-from fusedet.api.settings import open_split
 from fusedet.config import Config
 from fusedet.data import image_decoding
 from fusedet.data.image_decoding import inspect_image, read_image, read_image_size, to_tensor
+from fusedet.data.splits import read_split
 from fusedet.data.validation import require_usable_images
 from fusedet.errors import InputError
 from tiny import coco_dict
@@ -204,23 +204,23 @@ def test_the_loader_uses_the_range(tmp_path: Path) -> None:
     from fusedet.data.transforms import EvalTransform
 
     config = Config(data={"path": str(write_data(tmp_path, grey_16(1023))), "range": [0, 1023]})
-    dataset = open_split(config.data, "val")
+    dataset = read_split(config.data, "val")
     brightest = [int(b.images.max()) for b in build_eval_loader(dataset, EvalTransform(30, 40), batch=1)]
     assert min(brightest) > 250
-    plain = open_split(config.data.replace(range=None), "val")
+    plain = read_split(config.data.replace(range=None), "val")
     assert max(int(b.images.max()) for b in build_eval_loader(plain, EvalTransform(30, 40), batch=1)) <= 4
 
 
 def test_training_warns_of_the_measured_range(tmp_path: Path) -> None:
     config = Config(data={"path": str(write_data(tmp_path, grey_16(4095)))})
-    dataset = open_split(config.data, "train")
+    dataset = read_split(config.data, "train")
     said: list[str] = []
     require_usable_images(dataset, dataset, max_bad_share=0.0, warn=said.append)
     (line,) = said
     assert "of the first 2 training images: 2 images of 16 bits with values from 1 to 4093" in line
     assert "data.range=[0,4095]" in line
     said.clear()
-    ranged = open_split(config.data.replace(range=(0.0, 4095.0)), "train")
+    ranged = read_split(config.data.replace(range=(0.0, 4095.0)), "train")
     require_usable_images(ranged, ranged, max_bad_share=0.0, warn=said.append)
     assert not said
 

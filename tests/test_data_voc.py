@@ -148,8 +148,8 @@ def test_no_lists(tmp_path: Path) -> None:
     root = write_voc(tmp_path)
     for file in (root / "ImageSets" / "Main").iterdir():
         file.unlink()
-    with pytest.raises(InputError, match=r"VOC needs .*Main/train\.txt"):
-        read_voc(root, "train")
+    assert list_voc_splits(root) == {"train": str(root / "Annotations")}
+    assert [r.path.name for r in read_voc(root, "train")] == ["a.jpg", "b.jpg"]
 
 
 def test_no_annotations_at_all(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.readers.yolo import get_label_path, list_yolo_splits, read_yolo
+from fusedet.data.readers.yolo import get_label_path, list_yolo_splits, load_data_yaml, read_yolo
 from fusedet.errors import InputError
 from tiny import image, write_yolo
 
@@ -145,7 +145,7 @@ def test_several_folders_and_repeated_images(tmp_path: Path) -> None:
     dataset = read_yolo(file, "train")
     assert len(dataset) == 2
     assert dataset.problems[annotation_cleaning.LISTED_TWICE] == 2
-    assert set(list_yolo_splits(file)) == {"train"}
+    assert set(list_yolo_splits(load_data_yaml(file))) == {"train"}
 
 
 @pytest.mark.parametrize("key", ["val", "valid", "validation"])
@@ -175,13 +175,13 @@ def test_path_is_relative_to_the_yaml(tmp_path: Path) -> None:
         ("train: images/train\nnames: {a: b}", "'names' must be a list"),
         ("train: images/train\nnames: {0: b, 00: c}", "gives class 0 twice"),
         ("val: images/val\nnames: [a]", "no split 'train': it has val"),
-        ("train: nowhere\nnames: [a]", "neither a folder of images nor"),
+        ("train: nowhere\nnames: [a]", "does not exist: it must be a folder of images or a .txt list"),
         ("train: labels\nnames: [a]", "has no images"),
         ("train: up.txt\nnames: [a]", "outside the data folder"),
         ("train: gone.txt\nnames: [a]", "gone.jpg does not exist"),
         ("path: nowhere\ntrain: images\nnames: [a]", "its 'path' nowhere does not exist"),
         ("path: [x]\ntrain: images\nnames: [a]", "'path' must be the data folder"),
-        (f"train: {'x' * 300}\nnames: [a]", "neither a folder of images nor"),
+        (f"train: {'x' * 300}\nnames: [a]", "does not exist: it must be a folder of images or a .txt list"),
     ],
 )
 def test_malformed_yaml_is_refused(tmp_path: Path, yaml: str, text: str) -> None:

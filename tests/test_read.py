@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,14 @@ def test_refused_folders(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "train.json").write_text("")
     assert "not valid json" in error_of(tmp_path / "bad")
+
+
+def test_voc_without_lists(tmp_path: Path) -> None:
+    root = write_voc(tmp_path)
+    shutil.rmtree(root / "ImageSets")
+    assert len(read_dataset(root, "train")) == 2
+    with pytest.raises(InputError, match=r"no split 'val': it has train; data\.val=0\.2 holds out a fifth of it"):
+        read_dataset(root, "val")
 
 
 def test_real_data(shared: Path) -> None:

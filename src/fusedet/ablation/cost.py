@@ -122,7 +122,7 @@ def _load_predictor(run: Run, dataset: DetectionDataset, device: torch.device) -
 def _make_batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
     """Preprocess image i as the network's input."""
     record = dataset[i]
-    image = read_image(record.path, dataset.value_range)
+    image = read_image(record.path, dataset.value_range, exif=dataset.exif)
     return collate_views([make_samples(image, record, model.views)], model.views[1:])
 
 

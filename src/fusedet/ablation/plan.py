@@ -17,6 +17,7 @@ from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
+from fusedet.data.splits import read_key
 from fusedet.data.synthetic import SHAPES
 from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import build_meta_detector
@@ -258,8 +259,7 @@ def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str
     known: dict[tuple[Any, ...], Split] = {}
     splits = {}
     for label, options in configs.items():
-        data = options.data
-        key = (data.path, data.images, data.train, data.val, data.range)
+        key = read_key(options.data)
         try:
             if options.data.path is None:
                 raise InputError("it has no data: add data=PATH")

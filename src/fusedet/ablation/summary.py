@@ -116,7 +116,7 @@ def _read_metrics(run: Run, plan: Plan) -> Tree:
     """Read the metrics of a finished run in percent; compute VOC's from stored results if the table needs them."""
     metrics = read_json(run.folder / "metrics.json")
     if plan.table.metric.startswith("VOC_") and plan.table.metric not in metrics:
-        stored = evaluation.load_results(run.folder / BOXES)
+        stored = evaluation.load_results(run.folder / BOXES, plan.val)
         metrics["VOC_AP"] = evaluation.evaluate_voc(plan.val, stored)["mAP"]
         metrics["VOC_AP_11_point"] = evaluation.evaluate_voc(plan.val, stored, points=11)["mAP"]
     return {
@@ -178,7 +178,7 @@ def resample_runs(
     masks = plan.table.metric.startswith("mask_")
 
     def resample(runs: Sequence[Run]) -> list[bootstrap.ResampledMetrics]:
-        stored = (evaluation.load_results(run.folder / (MASKS if masks else BOXES)) for run in runs)
+        stored = (evaluation.load_results(run.folder / (MASKS if masks else BOXES), plan.val) for run in runs)
         kind: Literal["bbox", "segm"] = "segm" if masks else "bbox"
         return [bootstrap.resample_metrics(plan.val, one, weights, kind, plan.size_bins) for one in stored]
 

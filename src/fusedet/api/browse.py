@@ -13,11 +13,12 @@ from fusedet import visualization
 from fusedet.api import run_dir
 from fusedet.api.predict import Predictor
 from fusedet.api.results import CommandResult, lines
-from fusedet.api.settings import Settings, Source, open_split, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import centers_table
 from fusedet.api.train_inputs import train_transform
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError, at_least, plural
 from fusedet.visualization import object_centers
 
@@ -102,7 +103,7 @@ def draw_predictions(predictor: Predictor, images: list[Path], target: Path, sco
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
     """Draw the first images of an epoch with their boxes; return how many there were."""
     _check_target(target, (".png", ".jpg", ".webp", ".jpeg"))
-    dataset = open_split(config.data, split)
+    dataset = read_split(config.data, split)
     count = min(images, len(dataset))
     loader = build_train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
     drawn, captions = [], []
@@ -129,7 +130,7 @@ def _draw_centers(config: Config, split: str, target: Path) -> list[dict[str, An
     The quadrants are those of Figure 5 of MSIL (Wang et al., 2023). Ignored objects are left out.
     """
     _check_target(target, (".png", ".pdf", ".svg"))
-    dataset = open_split(config.data, split, need_images=False)
+    dataset = read_split(config.data, split, need_images=False)
     counted = ~dataset.ignore
     owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[counted]
     boxes, labels = dataset.boxes[counted], dataset.labels[counted]

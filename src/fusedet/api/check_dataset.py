@@ -17,7 +17,7 @@ from rich.text import Text
 from fusedet.api.dataset_page import write_page
 from fusedet.api.progress import track
 from fusedet.api.results import CommandResult
-from fusedet.api.settings import Settings, Source, open_split, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import dataset_table
 from fusedet.config import Data
 from fusedet.data import validation
@@ -26,6 +26,7 @@ from fusedet.data.findings import Finding, summarize_findings
 from fusedet.data.image_files import is_image_name, is_unread_image_name, list_files
 from fusedet.data.readers.auto import detect_format, list_splits
 from fusedet.data.split_checks import compare_splits
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError
 
 SETTABLE = ("data", "train.schedule", "test.max_det")
@@ -117,9 +118,9 @@ def check_dataset(
     detect_format(options.data.path)
     reports: dict[str, validation.DatasetReport] = {}
     splits: dict[str, DetectionDataset] = {}
-    for split in dict.fromkeys((options.data.train, options.data.val)):
+    for split in dict.fromkeys((options.data.train, options.data.val_split)):
         try:
-            splits[split] = open_split(options.data, split, need_images=False)
+            splits[split] = read_split(options.data, split, need_images=False)
         except InputError as error:
             finding = Finding("error", str(error), "splits that cannot be read", 1, options.data.path, str(error))
             reports[split] = validation.DatasetReport([finding])
@@ -137,10 +138,10 @@ def check_dataset(
     if len(splits) == 2:
         train, val = splits
         between = [*compare_splits(splits[train], splits[val], reports[train].prints, reports[val].prints), *between]
-    elif options.data.train == options.data.val and splits:
+    elif options.data.train == options.data.val_split and splits:
         kind, advice = "one split to train and to validate on", "choose another split as data.val"
-        message = f"data.train and data.val are both '{options.data.val}', so that metrics are too high"
-        count, example = len(splits[options.data.val]), splits[options.data.val].source
+        message = f"data.train and data.val are both '{options.data.train}', so that metrics are too high"
+        count, example = len(splits[options.data.train]), splits[options.data.train].source
         between.append(Finding("warning", message, kind, count, example, advice))
     result = DatasetCheck(reports, between, splits)
     if report is not None:
@@ -182,7 +183,7 @@ def _find_unlisted_files(data: Data, splits: Mapping[str, DetectionDataset]) -> 
     for split in list_splits(data.path or "") if unlisted else ():
         if split not in splits:
             with suppress(InputError):
-                unlisted -= list_listed(open_split(data, split, need_images=False))
+                unlisted -= list_listed(read_split(data, split, need_images=False))
     if not unlisted:
         return []
     first = min(unlisted)

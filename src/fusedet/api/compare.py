@@ -14,11 +14,12 @@ from rich.console import Group, RenderableType
 from fusedet import config, evaluation, visualization
 from fusedet.api import run_dir
 from fusedet.api.results import CommandResult, lines, list_files, names_of
-from fusedet.api.settings import Settings, open_split, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.tables import comparison_table
 from fusedet.api.validate import make_painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError, at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
@@ -81,17 +82,17 @@ def compare(
     at_least(40, resamples=resamples)
     at_least(0, bootstrap_seed=bootstrap_seed)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE, of="a comparison")
-    options = resolve_config(None, texts)
     a, b = str(a), str(b)
     runs = [run for run in map(_config_of, (a, b)) if run is not None]
-    if options.data.path is None and not runs:
+    options = config.parse(config.apply_overrides({"data": runs[0].tree()["data"]} if runs else {}, texts))
+    data = options.data
+    if data.path is None:
         raise InputError(f"{a} and {b} do not say on which data they were made: add data=PATH")
-    data = options.data if options.data.path is not None else runs[0].data
-    scored = split or (runs[0].data.val if runs else data.val)
+    scored = split or data.val_split
     stored = [_stored(source, scored) for source in (a, b)]
     run_dir.check_new_dir(options.out)
-    dataset = open_split(data, scored, need_images=False)
-    results = [evaluation.load_results(file) for file in stored]
+    dataset = read_split(data, scored, need_images=False)
+    results = [evaluation.load_results(file, dataset) for file in stored]
     for file in stored:
         _same_data(file, dataset)
     tables = [evaluation.build_detection_table(dataset, detections) for detections in results]
@@ -161,7 +162,7 @@ def _stored(source: str, split: str) -> Path:
             raise InputError(f"{source} is neither a run directory nor a results file (.json)")
         return path
     run = _config_of(source)
-    file = path / RESULTS if run is None or run.data.val == split else path / f"val-{Path(split).stem}" / RESULTS
+    file = path / RESULTS if run is None or run.data.val_split == split else path / f"val-{Path(split).stem}" / RESULTS
     if not file.is_file():
         what = f"fusedet val {source} --split {split}"
         raise InputError(f"{source} has no stored results on '{split}' ({file} is absent): make them with {what}")

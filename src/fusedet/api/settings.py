@@ -13,15 +13,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from fusedet import config
 from fusedet.api import run_dir
-from fusedet.config import Config, Data
-from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read_dataset
+from fusedet.config import Config
 from fusedet.errors import InputError
 
 Source = str | Path | Config
@@ -138,21 +135,6 @@ def _resumed_config(name: str, overrides: Sequence[str]) -> Config:
             f"{name} is not the model of the run in out={asked.out}: give the run directory, fusedet train RUN --resume"
         )
     return options
-
-
-def open_split(data: Data, split: str, *, need_images: bool = True) -> DetectionDataset:
-    """Read a split as the `data` section of a config says.
-
-    Args:
-        data: The section; its `path` may be missing only where a split is a file.
-        split: The split's name or file.
-        need_images: As for `read_dataset`.
-
-    Raises:
-        InputError: As `read_dataset`.
-    """
-    dataset = read_dataset(data.path or "", split, images=data.images, need_images=need_images)
-    return replace(dataset, value_range=data.range)
 
 
 def split_overrides(overrides: Iterable[str], *keys: str) -> tuple[Config, list[str]]:

@@ -90,14 +90,14 @@ def train(
         files = write_report(dataset, evaluated.results, evaluated.metrics, out, title=out.name)
         files["training curves"] = out / "training.png"
         visualization.plot_training(out / "metrics.csv", files["training curves"])
-        weights = "best"
+        weights, scored = "best", options.data.val_split
         if not (out / "best.safetensors").is_file():
             weights = "last"
             say(
-                f"warning: train.monitor={options.train.monitor} had no value on {options.data.val}, so that no best "
-                "weights were kept: monitor a metric that the split has, such as AP"
+                f"warning: train.monitor={options.train.monitor} had no value on {scored}, so that no best weights "
+                "were kept: monitor a metric that the split has, such as AP"
             )
-        return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {options.data.val}")
+        return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {scored}")
 
 
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
@@ -187,6 +187,9 @@ def _fit(
             fingerprints = {"data": {"train": data.fingerprint(), "val": val.fingerprint()}}
             about = describe_environment(str(fabric.device), fabric.world_size)
             write_json(out / "run.json", about | fingerprints | {"lr": lr, "seed": settings.seed})
+            if isinstance(config.data.val, float):
+                files = {name: [str(d.path(i)) for i in range(len(d))] for name, d in (("train", data), ("val", val))}
+                write_json(out / "split.json", {"share": config.data.val, "seed": config.data.split_seed} | files)
         with _described(config, run) if fabric.is_global_zero else nullcontext():
             done = trainer.fit(run)
     except DivergenceError:
@@ -195,7 +198,7 @@ def _fit(
         if get_ranks()[2]:  # only a machine's first process reports errors, and it may not have met this one
             print(f"error: process {fabric.global_rank}: {error}", file=sys.stderr, flush=True)
         if fabric.is_global_zero and not is_begun and not (out / "last.ckpt").exists():
-            remove_files(out, "config.yaml", "run.json", "skipped.csv", *TABLES)
+            remove_files(out, "config.yaml", "run.json", "split.json", "skipped.csv", *TABLES)
         raise
     if bad_image_log:
         bad_image_log.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from torch import nn
 
 from fusedet.api.load_model import class_names, weights_file
-from fusedet.api.settings import open_split
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
 from fusedet.data.class_names import compare_class_names, count_per_label, label_classes
@@ -19,6 +18,7 @@ from fusedet.data.split_checks import (
     check_targets,
     describe_crowded_images,
 )
+from fusedet.data.splits import read_split
 from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, plural, unknown
@@ -28,7 +28,7 @@ from fusedet.models.detectors import build_detector, build_meta_detector, disabl
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
     """Read the training and validation splits, compare them, and say what was wrong with their annotations."""
-    data, val = (open_split(config.data, split) for split in (config.data.train, config.data.val))
+    data, val = (read_split(config.data, split) for split in (config.data.train, config.data.val_split))
     if different := compare_class_names(data, val):
         raise InputError(different[0])
     for split, dataset in (("train", data), ("val", val)):

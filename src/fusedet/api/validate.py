@@ -212,12 +212,13 @@ def write_report(
         "AP by object size": out / "sizes.png",
         "worst images": out / "worst.png",
     }
-    boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in results]
+    stored = evaluation.to_dataset_ids(results, dataset)
+    boxes = [{name: value for name, value in result.items() if name != "segmentation"} for result in stored]
     files["results"].write_text(json.dumps(boxes))
     if "mask_AP" in metrics:
         files["mask results"] = out / "val.segm.json"
         files["mask results"].write_text(
-            json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in results])
+            json.dumps([{k: v for k, v in result.items() if k != "bbox"} for result in stored])
         )
     write_json(files["metrics"], metrics)
     visualization.plot_precision_recall(
@@ -270,7 +271,12 @@ def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )
         return visualization.draw_comparison(
-            read_image(record.path, dataset.value_range), truth, guess, dataset.names, score=SHOWN, ignore=ignore
+            read_image(record.path, dataset.value_range, exif=dataset.exif),
+            truth,
+            guess,
+            dataset.names,
+            score=SHOWN,
+            ignore=ignore,
         )
 
     return paint

@@ -15,9 +15,12 @@ from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
-from fusedet.api.settings import Settings, open_split, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
+from fusedet.config import Config
+from fusedet.data.dataset import DetectionDataset
 from fusedet.data.split_checks import describe_crowded_images
+from fusedet.data.splits import read_split
 from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, unknown
 
@@ -75,8 +78,10 @@ def validate(
         detector, saved, names, _ = rebuild(file, trust)
         refuse_other_keys(texts, *SETTABLE)
         options = resolve_config(saved.replace(out=None), texts)
-    scored = split or options.data.val
-    dataset = open_split(options.data, scored, need_images=not is_results)
+    scored = split or options.data.val_split
+    dataset = read_split(options.data, scored, need_images=not is_results)
+    if not is_results and options.data == saved.data and scored == options.data.val_split and path.is_dir():
+        _warn_of_other_images(path, options, dataset, say)
     run_dir.check_new_dir(options.out)
     server_split = coco_submission.server_split(dataset, options.test.max_det) if submission else None
     if server_split and (warning := coco_submission.warn_if_incomplete(dataset, server_split)) and not get_ranks()[0]:
@@ -91,7 +96,7 @@ def validate(
             say(f"warning: {crowded.message}")
     if is_results:
         bins, max_det = options.test.size_bins or (), options.test.max_det
-        stored = evaluation.load_results(path)
+        stored = evaluation.load_results(path, dataset)
         evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
     else:
         check_class_names(dataset, names, str(file))
@@ -112,3 +117,13 @@ def validate(
         files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
     title = f"{source if is_results else file} on {scored} of {options.data.path}"
     return RunResult(target, evaluated.metrics, files, title)
+
+
+def _warn_of_other_images(run: Path, options: Config, dataset: DetectionDataset, say: Callable[[str], None]) -> None:
+    """Warn where a share is held out, but other images than in the training: some of them were trained on."""
+    known = run_dir.read_fingerprints(run) if isinstance(options.data.val, float) else None
+    if known and known.get("val") != dataset.fingerprint() and not get_ranks()[0]:
+        say(
+            f"warning: {options.data.path} has changed, so data.val={options.data.val} holds out other images than "
+            f"in the training, which saw some of them: {run / 'split.json'} lists those of the training"
+        )

@@ -32,7 +32,8 @@ def train(
 ) -> None:
     """Train a detector and evaluate its best weights.
 
-    data=PATH is in COCO, VOC or YOLO format. Weights, metrics and plots go to out=DIR, by default runs/CONFIG.
+    data=PATH is in COCO, VOC, YOLO or another format of docs/data.md. Weights, metrics and plots go to out=DIR, by
+    default runs/CONFIG.
     """
     name, settings = cli.split_config(words)
     result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.console(json).print, quiet=json)
@@ -263,16 +264,20 @@ def browse(
 def convert_data(
     source: Source,
     target: Target,
-    to: Annotated[Literal["coco", "voc", "yolo"], Option(help="The format.")],
+    words: cli.Settings = None,
+    to: Annotated[Literal["coco", "voc", "yolo"], Option(help="The format.")] = ...,  # type: ignore[assignment]
+    split: Annotated[list[str] | None, Option(help="A split to write, by default all; may be repeated.")] = None,
     link: Annotated[bool, Option("--link", help="Make hard links to the images instead of copies.")] = False,
     json: cli.Json = False,
 ) -> None:
     """Convert a dataset to another format.
 
-    All splits of SOURCE are written to the new directory TARGET. Boxes keep their values.
+    The splits of SOURCE whose files exist are written to the new directory TARGET. Boxes keep their values.
+    data.classes and data.rename select classes, and data.val=0.2 holds out a share of the images.
     """
-    result = fusedet.convert_dataset(source, target, to, link=link)
-    cli.show(result, json, f"next: fusedet train retinanet_r50 data={target}")
+    settings = cli.settings_only(words, "convert data takes SOURCE and TARGET")
+    result = fusedet.convert_dataset(source, target, to, *settings, splits=split, link=link)
+    cli.show(result, json, f"next: {result.next_command}")
 
 
 @cli.command("weights", "convert weights resnet.pth runs/a", "convert weights a.pth runs/a --config a.py")

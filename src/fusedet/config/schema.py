@@ -18,6 +18,7 @@ Integers = Annotated[tuple[int, ...], accept_sequences(tuple)]
 Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], accept_sequences(tuple)]
 Pair = Annotated[tuple[int, int], accept_sequences(tuple)]
 FloatPair = Annotated[tuple[float, float], accept_sequences(tuple)]
+Texts = Annotated[tuple[str, ...], accept_sequences(tuple)]
 Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "null"]})]
 """A slot: a name, {type: NAME, options}, for the neck also a list of these; checked when the part is built."""
 
@@ -71,13 +72,21 @@ class Data(Section):
 
     key: ClassVar[str] = "data"
     path: str | None = None
-    """The dataset: a folder or a file in COCO, VOC or YOLO format, auto-detected."""
+    """The dataset: a folder or a file in one of the formats of docs/data.md, auto-detected."""
     train: str = "train"
     """The split to train on."""
-    val: str = "val"
-    """The split to validate on."""
+    val: str | float = "val"
+    """The split to validate on; or the share of the training images that is held out for it, stratified by class."""
+    split_seed: int = Field(default=0, ge=0)
+    """The seed that chooses the images held out, where `val` is a share."""
+    classes: Texts = ()
+    """The classes to keep, in this order, after `rename`; [] keeps all. Images without them are background."""
+    rename: dict[str, str] | None = None
+    """New names of classes: {truck: car}; null renames none. Classes of one name are joined."""
     images: str | None = None
-    """The folder of COCO's images, where it is not found by itself."""
+    """The folder of COCO's images, where it is not found by itself; they may be found by their last part there."""
+    exif: bool = True
+    """Whether EXIF orientation is applied; false reads images as stored, for boxes that fit those pixels."""
     size: Pair = (800, 1333)
     """[short, longest]: images are resized to that short side, or to that long side if it would be exceeded."""
     multi_scale: Pair | None = None
@@ -103,7 +112,18 @@ class Data(Section):
         _need(32 <= short <= long, self, "multi_scale", "[smallest, largest] short side")
         low, high = self.range or (0, 1)
         _need(low < high, self, "range", "[low, high] with low < high")
+        is_share = isinstance(self.val, float)
+        _need(not is_share or 0 < self.val < 1, self, "val", "a split, or a share above 0 and below 1")  # type: ignore[operator]
+        _need(len(set(self.classes)) == len(self.classes), self, "classes", "a list without repetitions")
+        _need(
+            not is_share or self.train != self.val_split, self, "train", "another split than the share data.val makes"
+        )
         return self
+
+    @property
+    def val_split(self) -> str:
+        """The name of the validation split; "val" where it is a share of the training split."""
+        return self.val if isinstance(self.val, str) else "val"
 
 
 class Train(Section):

@@ -119,4 +119,6 @@ def _describe_member(hint: Any) -> str:
         return " | ".join(map(str, args))
     if get_origin(hint) is tuple:
         return f"[{', '.join('...' if item is Ellipsis else _describe_member(item) for item in args)}]"
+    if get_origin(hint) is dict:
+        return "mapping"
     return {Any: "part", dict: "mapping"}.get(hint, getattr(hint, "__name__", str(hint)))

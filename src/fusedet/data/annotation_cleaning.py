@@ -33,6 +33,7 @@ SHARED_LABELS = "label files that belong to several images, which differ in thei
 SAME_STEM = "images whose names differ in their extension only: one of them taken"
 UNREAD = "images of a format that is not read ({extension}): left out"
 UNREAD_HEIF = "images of a format that is read where pillow-heif is installed ({extension}): left out"
+NO_REGION = "shapes without an area (points, lines): left out"
 
 HARMLESS = frozenset({NO_LABELS, KEY_POINTS})
 """Problems that are usually as they should be."""
@@ -59,6 +60,7 @@ _ADVICE = {
     SAME_STEM: "rename one of the images",
     UNREAD: "convert them to PNG or JPEG",
     UNREAD_HEIF: "pip install pillow-heif",
+    NO_REGION: "draw rectangles or polygons where they are objects",
 }
 
 MARGIN = 0.1  # pixels: a box this far beyond the border is a rounding error
@@ -92,6 +94,8 @@ def build_clean_dataset(
     area: np.ndarray | None = None,
     problems: Mapping[str, int] | None = None,
     examples: Mapping[str, str] | None = None,
+    image_id_texts: Sequence[str] = (),
+    category_id_texts: Sequence[str] = (),
 ) -> DetectionDataset:
     """Build a dataset without the unusable boxes and count all faults.
 
@@ -122,6 +126,8 @@ def build_clean_dataset(
         dataset_format=dataset_format,
         problems={text: int(n) for text, n in counts.items() if n},
         examples=dict(examples or {}) | firsts,
+        image_id_texts=image_id_texts,
+        category_id_texts=category_id_texts,
     )
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fusedet.config.schema import Data
 from fusedet.data import writers
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_files import get_image_extensions, normalize_split_name, select_split
-from fusedet.data.readers.auto import list_splits, read_dataset
+from fusedet.data.image_files import (
+    SPLIT_NAMES,
+    AbsentSplitError,
+    get_image_extensions,
+    normalize_split_name,
+    select_split,
+)
+from fusedet.data.readers.auto import list_splits
+from fusedet.data.splits import read_split
 from fusedet.errors import InputError, unknown
 
 _WRITERS: dict[str, Callable[[Path, dict[str, DetectionDataset], dict[str, list[str]]], dict[str, dict[str, int]]]] = {
@@ -21,16 +29,25 @@ _WRITERS: dict[str, Callable[[Path, dict[str, DetectionDataset], dict[str, list[
 
 
 def convert_dataset(
-    src: str | Path, dst: str | Path, dataset_format: str, *, splits: list[str] | None = None, link: bool = False
+    src: str | Path | Data,
+    dst: str | Path,
+    dataset_format: str,
+    *,
+    splits: Sequence[str] | None = None,
+    link: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, int]]:
     """Convert a dataset; boxes keep their float64 values, to rounding.
 
+    A split that the dataset names, but whose files do not exist, is left out unless it is one of `splits`.
+
     Args:
-        src: The dataset, as for `read_dataset`.
+        src: The dataset, as for `read_dataset`, or the section `data` of a config.
         dst: A new or empty folder; it appears completely or not at all.
         dataset_format: The format to write: "coco", "voc" or "yolo".
         splits: The splits to convert, by default all.
         link: Whether to make hard links to the images instead of copies.
+        note: Takes a sentence about each split that is left out.
 
     Returns:
         Per split the number of "images" and "annotations", and a count per loss and per problem of the annotations.
@@ -44,7 +61,7 @@ def convert_dataset(
     target = Path(os.path.abspath(dst))
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty folder: give a new one, nothing is overwritten")
-    data = _read_splits(src, splits, dataset_format)
+    data = _read_splits(src if isinstance(src, Data) else Data(path=str(src)), splits, dataset_format, note)
     images = writers.assign_file_names(data)
     part = target.with_name(f".{target.name}.half")
     try:
@@ -69,14 +86,32 @@ def convert_dataset(
     return report
 
 
-def _read_splits(src: str | Path, wanted: list[str] | None, dataset_format: str) -> dict[str, DetectionDataset]:
+def _read_splits(
+    source: Data, wanted: Sequence[str] | None, dataset_format: str, note: Callable[[str], None]
+) -> dict[str, DetectionDataset]:
     """Read the splits; raises InputError where their classes differ or an image is missing."""
-    available = list_splits(src)
+    src = source.path or ""
+    available = dict.fromkeys(map(normalize_split_name, list_splits(src)))
     if not available:
         raise InputError(f"{src} has no splits to convert")
+    if len(available) == 1 and not SPLIT_NAMES & available.keys():
+        available = {"train": None}  # the only split, whatever its name
+    if isinstance(source.val, float):
+        available |= {source.val_split: None}
     for name in wanted or []:
         select_split(available, name, Path(src))
-    data = {name: read_dataset(src, name) for name in dict.fromkeys(map(normalize_split_name, wanted or available))}
+    data: dict[str, DetectionDataset] = {}
+    reasons: list[str] = []
+    for name in dict.fromkeys(map(normalize_split_name, wanted or available)):
+        try:
+            data[name] = read_split(source, name)
+        except AbsentSplitError as error:
+            if wanted:
+                raise
+            reasons.append(f"the split '{name}' is left out: {error}")
+            note(reasons[-1])
+    if not data:
+        raise InputError("; ".join(reasons))
     (first, reference), *further = data.items()
     for name, dataset in further:
         if dataset.names != reference.names or dataset.category_ids != reference.category_ids:

@@ -62,6 +62,9 @@ class DetectionDataset:
         examples: The first file of each kind of problem, where one is known.
         value_range: The pixel values that become 0 and 255 in images of more than 8 bits per channel; None for the
             whole range of 16 bits.
+        image_id_texts: N ids of the images as the dataset has them, where these are texts; else none.
+        category_id_texts: The K category ids as the dataset has them, where these are texts; else none.
+        exif: Whether EXIF orientation is applied to the images.
     """
 
     names: tuple[str, ...]
@@ -81,6 +84,9 @@ class DetectionDataset:
     problems: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, str] = field(default_factory=dict)
     value_range: tuple[float, float] | None = None
+    image_id_texts: PackedBytes | None = None
+    category_id_texts: tuple[str, ...] = ()
+    exif: bool = True
 
     @classmethod
     def build(
@@ -137,6 +143,8 @@ class DetectionDataset:
         dataset_format: str,
         problems: Mapping[str, int] | None = None,
         examples: Mapping[str, str] | None = None,
+        image_id_texts: Sequence[str] = (),
+        category_id_texts: Sequence[str] = (),
     ) -> DetectionDataset:
         """Build a dataset from flat columns of N images and M annotations.
 
@@ -159,6 +167,8 @@ class DetectionDataset:
             dataset_format: "coco", "voc" or "yolo".
             problems: Number of malformed annotations by kind.
             examples: The first file of each kind of problem.
+            image_id_texts: N ids of the images, where these are texts.
+            category_id_texts: K ids of the categories, where these are texts.
         """
         order = np.argsort(image_indices, kind="stable")
         counts = np.bincount(image_indices, minlength=len(paths))
@@ -183,6 +193,8 @@ class DetectionDataset:
             segmentations=PackedBytes.pack([segmentations[i] for i in order.tolist()]),
             problems=dict(problems or {}),
             examples=dict(examples or {}),
+            image_id_texts=PackedBytes.pack([text.encode() for text in image_id_texts]) if image_id_texts else None,
+            category_id_texts=tuple(category_id_texts),
         )
 
     def __len__(self) -> int:
@@ -212,6 +224,11 @@ class DetectionDataset:
             area=self.area[begin:end].numpy(),
             segmentations=[unpack_segmentation(self.segmentations[j]) for j in range(begin, end)],
         )
+
+    def list_image_ids(self) -> list[int] | list[str]:
+        """Return the images' ids as the dataset has them: integers or texts."""
+        texts = self.image_id_texts
+        return self.image_ids.tolist() if texts is None else [texts[i].decode() for i in range(len(self))]
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with any image's name, size, box, label or class name."""

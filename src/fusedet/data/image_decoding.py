@@ -77,7 +77,7 @@ class ImageValues:
     transparent: float
 
 
-def read_image(source: Source, value_range: Range | None = None) -> Tensor:
+def read_image(source: Source, value_range: Range | None = None, *, exif: bool = True) -> Tensor:
     """Decode an image from its file or its bytes.
 
     - EXIF orientation is applied.
@@ -89,6 +89,7 @@ def read_image(source: Source, value_range: Range | None = None) -> Tensor:
         source: The image's file or its bytes.
         value_range: The values that become 0 and 255 in images of more than 8 bits per channel: 16 bits,
             floating-point numbers and 32-bit integers. By default 0 and 65535, and the last two are refused.
+        exif: Whether EXIF orientation is applied.
 
     Returns:
         uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
@@ -97,29 +98,32 @@ def read_image(source: Source, value_range: Range | None = None) -> Tensor:
         InputError: The image is missing, empty, truncated, not an image, has more than `get_max_pixels()` pixels, or
             pixels without an agreed range (floating-point numbers, 32-bit integers).
     """
-    return inspect_image(source, value_range, measure=False)[0]
+    return inspect_image(source, value_range, exif=exif, measure=False)[0]
 
 
 def inspect_image(
-    source: Source, value_range: Range | None = None, *, measure: bool = True
+    source: Source, value_range: Range | None = None, *, exif: bool = True, measure: bool = True
 ) -> tuple[Tensor, ImageValues | None]:
     """Decode an image as `read_image` does, and measure the values of its file unless `measure` is false."""
     with _opened(source) as image:
         name, is_deep = _name(source), _is_deep_color(image)
         if value_range is not None and is_deep:
-            tensor = _scale_deep_color(source, image, value_range, name)
+            tensor = _scale_deep_color(source, image, value_range, name, exif)
         else:
-            tensor = _tensor(image, name, value_range)
+            tensor = _tensor(image, name, value_range, exif)
         return tensor, _measure(image, is_deep) if measure else None
 
 
-def read_image_size(source: Source, *, any_mode: bool = False, value_range: Range | None = None) -> tuple[int, int]:
+def read_image_size(
+    source: Source, *, any_mode: bool = False, value_range: Range | None = None, exif: bool = True
+) -> tuple[int, int]:
     """Read (height, width), as `read_image` would return it, from an image's header.
 
     Args:
         source: The image's file or its bytes.
         any_mode: Whether to accept pixels without an agreed range, which `read_image` refuses.
         value_range: As for `read_image`.
+        exif: Whether EXIF orientation is applied.
 
     Raises:
         InputError: As `read_image`, as far as the header shows it.
@@ -127,7 +131,7 @@ def read_image_size(source: Source, *, any_mode: bool = False, value_range: Rang
     with _opened(source) as image:
         if not any_mode:
             _refuse_mode(image, _name(source), value_range)
-        return _upright_size(image)
+        return _upright_size(image) if exif else (image.height, image.width)
 
 
 def to_tensor(image: Any, value_range: Range | None = None) -> Tensor:
@@ -284,10 +288,10 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
-def _tensor(image: Image.Image, name: str, value_range: Range | None) -> Tensor:
+def _tensor(image: Image.Image, name: str, value_range: Range | None, exif: bool = True) -> Tensor:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
-    transpose = _TRANSPOSE.get(_orientation(image))
+    transpose = _TRANSPOSE.get(_orientation(image)) if exif else None
     rgb = _rgb(image, name, value_range)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
@@ -326,7 +330,7 @@ def _is_deep_color(image: Image.Image) -> bool:
     return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, name: str) -> Tensor:
+def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, name: str, exif: bool) -> Tensor:
     """Scale colors of 16 bits by a range; torchvision decodes them whole."""
     if image.format != "PNG" or image.mode not in ("RGB", "RGBA"):
         raise InputError(
@@ -336,7 +340,7 @@ def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, na
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     rgb = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     turned = torch.from_numpy(_scale(rgb.permute(1, 2, 0).numpy(), value_range))
-    transpose = _TRANSPOSE.get(_orientation(image))
+    transpose = _TRANSPOSE.get(_orientation(image)) if exif else None
     if transpose is not None:
         turned = torch.from_numpy(np.array(Image.fromarray(turned.numpy()).transpose(transpose)))
     return turned.permute(2, 0, 1)

@@ -27,6 +27,13 @@ _UNREAD = re.compile(
 )
 """Extensions of image formats that Pillow does not read, or only with a plug-in."""
 _ALIASES = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}
+SPLIT_NAMES = frozenset({"train", "val", "test", "trainval"})
+_SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+
+
+class AbsentSplitError(InputError):
+    """The files of a split do not exist, though the dataset names them."""
 
 
 def normalize_split_name(split: str) -> str:
@@ -35,11 +42,21 @@ def normalize_split_name(split: str) -> str:
     >>> normalize_split_name("valid")
     'val'
     """
-    return _ALIASES.get(split.lower(), split)
+    return _ALIASES.get(split.lower(), split.lower() if split.lower() in SPLIT_NAMES else split)
+
+
+def normalize_split_names(names: Sequence[str]) -> list[str]:
+    """Map the names of all splits of a dataset to those that fusedet uses; a name that would not be unique stays.
+
+    >>> normalize_split_names(["default", "valid"]), normalize_split_names(["default", "train"])
+    (['train', 'val'], ['default', 'train'])
+    """
+    normal = ["train" if name.lower() == "default" else normalize_split_name(name) for name in names]
+    return [short if normal.count(short) == 1 else name for name, short in zip(names, normal, strict=True)]
 
 
 def select_split(splits: Mapping[str, T], name: str, source: Path) -> T:
-    """Return the entry of a split, given its name or an alias.
+    """Return the entry of a split, given its name or an alias; the only one of an unknown name is `train`.
 
     Raises:
         InputError: The split does not exist; the sentence lists those that do.
@@ -47,7 +64,19 @@ def select_split(splits: Mapping[str, T], name: str, source: Path) -> T:
     for known, entry in splits.items():
         if known == name or normalize_split_name(known) == normalize_split_name(name):
             return entry
-    raise InputError(f"{source} has no split '{name}': it has {', '.join(sorted(splits)) or 'none'}")
+    if name == "train" and len(splits) == 1 and normalize_split_name(next(iter(splits))) not in SPLIT_NAMES:
+        return next(iter(splits.values()))
+    share = "; data.val=0.2 holds out a fifth of it" if name == "val" and len(splits) == 1 else ""
+    raise InputError(f"{source} has no split '{name}': it has {', '.join(sorted(splits)) or 'none'}{share}")
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether a file or folder is hidden or left by an operating system, and so no data.
+
+    >>> [is_system_file(name) for name in ("._a.xml", ".DS_Store", "Thumbs.db", "__MACOSX", "a.xml")]
+    [True, True, True, True, False]
+    """
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS | _SYSTEM_FILES
 
 
 @cache
@@ -71,12 +100,14 @@ def is_unread_image_name(name: str) -> bool:
 
 
 def list_images(folder: Path) -> list[str]:
-    """List all images in a folder and its subfolders, sorted by path."""
+    """List all images in a folder and its subfolders, sorted by path, without those of the system."""
     return sorted(path for path in list_files(folder) if is_image_name(path))
 
 
 def list_files(folder: Path) -> Iterator[str]:
     """Yield all files in a folder and its subfolders once, following links to folders elsewhere.
+
+    Hidden files and folders, and those that operating systems leave, are skipped.
 
     Raises:
         OSError: A folder cannot be read.
@@ -90,7 +121,8 @@ def list_files(folder: Path) -> Iterator[str]:
                 subfolders.clear()
                 continue
             followed.add(target)
-        yield from (os.path.join(directory, name) for name in names)
+        subfolders[:] = [name for name in subfolders if not is_system_file(name)]
+        yield from (os.path.join(directory, name) for name in names if not is_system_file(name))
 
 
 def _raise(error: OSError) -> None:
@@ -154,7 +186,7 @@ def is_inside(path: str, *folders: Path) -> bool:
 def require_any_image(paths: Sequence[str], folder: str | Path, source: str | Path) -> None:
     """Raise InputError where none of the first 100 images exists; `data.validation` checks them all."""
     if paths and not any(map(os.path.exists, paths[:100])):
-        raise InputError(
+        raise AbsentSplitError(
             f"none of the first images that {source} lists is in {folder}: {os.path.basename(paths[0])} is absent there"
         )
 
@@ -180,11 +212,15 @@ def map_files(read: Callable[[S], T], files: Sequence[S]) -> list[T]:
         return results + list(pool.map(read, files[_SAMPLE:]))
 
 
-def read_image_sizes(paths: Sequence[str]) -> np.ndarray:
+def read_image_sizes(paths: Sequence[str], *, exif: bool = True) -> np.ndarray:
     """Read the sizes of images from their headers.
 
+    Args:
+        paths: The files.
+        exif: Whether the sizes are those after EXIF rotation.
+
     Returns:
-        (N, 2) int64 heights and widths after EXIF rotation.
+        (N, 2) int64 heights and widths.
 
     Raises:
         InputError: Images cannot be read; the sentence counts them and names the first.
@@ -193,7 +229,7 @@ def read_image_sizes(paths: Sequence[str]) -> np.ndarray:
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
             # modes that cannot be trained on are reported later, with all other bad images
-            height, width = read_image_size(path, any_mode=True)
+            height, width = read_image_size(path, any_mode=True, exif=exif)
             if height and width:
                 return height, width
             return InputError(f"{path} has no pixels: it is {width} wide and {height} high")

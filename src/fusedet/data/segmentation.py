@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedet.data.dataset import pack_segmentation
+from fusedet.data.dataset import pack_segmentation, unpack_segmentation
 
 INVALID = b"?"  # the packed form of a malformed segmentation
 MAX_COORDINATE = 1e6  # pixels: the rasteriser walks every line pixel by pixel, so a distant point would hang it
@@ -54,6 +54,24 @@ def is_drawable(polygon: Sequence[float]) -> bool:
         TypeError: A coordinate is not a number.
     """
     return max(polygon) < MAX_COORDINATE and min(polygon) > -MAX_COORDINATE and math.isfinite(sum(polygon))
+
+
+def bound_segmentation(segmentation: bytes) -> list[float] | None:
+    """Return the bounding box [x, y, width, height] of a packed segmentation; None for a malformed or empty one."""
+    if not segmentation or segmentation == INVALID:
+        return None
+    value = unpack_segmentation(segmentation)
+    if isinstance(value, dict):
+        if count_rle_pixels(value["counts"]) != value["size"][0] * value["size"][1]:
+            return None
+        from faster_coco_eval.core import mask as coco_mask
+
+        rle = value if isinstance(value["counts"], str) else coco_mask.frPyObjects(value, *value["size"])
+        x, y, width, height = np.asarray(coco_mask.toBbox(rle)).ravel().tolist()
+        return [x, y, width, height]
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in value])
+    (x1, y1), (x2, y2) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
 def fits_image(segmentation: bytes, size: tuple[int, int]) -> bool:

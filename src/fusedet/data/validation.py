@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedet.data.annotation_cleaning import HARMLESS, advise
+from fusedet.data.annotation_cleaning import HARMLESS, MARGIN, advise
 from fusedet.data.bad_images import count_allowed_bad_images
 from fusedet.data.class_names import count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
@@ -27,7 +27,10 @@ from fusedet.errors import InputError
 
 _SMALL, _MEDIUM = 32**2, 96**2  # COCO's limits of the area, in pixels
 _SAMPLE = 8  # images whose values are measured before a training
+_FAR = 0.1  # of a side: a box that leaves its image by more is no careless annotation
 _MIN_NETWORK_SIDE = 4  # pixels: a shorter side is hardly visible to the network
+
+_AS_STORED = "images whose boxes fit the pixels as stored, before EXIF turns them"
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 """Wraps an iterable, given its length."""
@@ -71,10 +74,11 @@ class _Inspection(NamedTuple):
 
 
 class _Fault(NamedTuple):
-    """The fault of an image: a sentence, and its kind."""
+    """The fault of an image: a sentence, its kind, and what to do."""
 
     message: str
     kind: str
+    advice: str = "repair or remove them"
 
 
 def validate_split(
@@ -141,7 +145,7 @@ def validate_split(
 
 def check_image_headers(dataset: DetectionDataset) -> list[str]:
     """List images whose header shows a fault: absent, not an image, too large, or not of the annotated size."""
-    get_size = partial(read_image_size, value_range=dataset.value_range)
+    get_size = partial(read_image_size, value_range=dataset.value_range, exif=dataset.exif)
     faults = map_files(lambda i: _check_size(dataset, i, get_size), range(len(dataset)))
     return [fault.message for fault in faults if fault]
 
@@ -233,7 +237,7 @@ def _inspect_image(dataset: DetectionDataset, i: int, *, with_print: bool = True
     decoded: list[Any] = []
 
     def decode(path: Path) -> tuple[int, ...]:
-        decoded[:] = inspect_image(path, dataset.value_range)
+        decoded[:] = inspect_image(path, dataset.value_range, exif=dataset.exif)
         return tuple(decoded[0].shape[1:])
 
     fault = _check_size(dataset, i, decode)
@@ -255,14 +259,39 @@ def _check_size(dataset: DetectionDataset, i: int, get_size: Callable[[Path], tu
         )
     if actual != (height, width):
         message = f"{path} is {actual[1]}x{actual[0]} pixels, but its annotation says {width}x{height}"
+        if dataset.exif and actual == (width, height) and _read_stored_size(path) == (height, width):
+            turned = "its boxes were made on the pixels as stored, before EXIF turns them; add data.exif=false"
+            return _Fault(f"{message}: {turned}", _AS_STORED, "add data.exif=false")
         return _Fault(message, "images that are not of the annotated size")
-    return None
+    return _check_boxes_of_turned_image(dataset, i)
+
+
+def _check_boxes_of_turned_image(dataset: DetectionDataset, i: int) -> _Fault | None:
+    """The fault of an image without annotated size whose boxes fit the pixels as stored, but not as turned by EXIF."""
+    begin, end = dataset.offsets[i : i + 2].tolist()
+    boxes, (height, width) = dataset.boxes[begin:end], dataset.sizes[i].tolist()
+    far = boxes.new_tensor([width, height]) * (1 + _FAR)
+    if not dataset.exif or not (boxes[:, 2:] > far).any():
+        return None
+    stored = _read_stored_size(path := dataset.path(i))
+    if stored == (height, width) or (boxes[:, 2:] > boxes.new_tensor(stored[::-1]) + MARGIN).any():
+        return None
+    return _Fault(
+        f"{path} is {width}x{height} pixels, and boxes leave it: they were made on the pixels as stored "
+        f"({stored[1]}x{stored[0]}), before EXIF turns them; add data.exif=false",
+        _AS_STORED,
+        "add data.exif=false",
+    )
+
+
+def _read_stored_size(path: Path) -> tuple[int, int]:
+    return read_image_size(path, any_mode=True, exif=False)
 
 
 def _describe_faults(dataset: DetectionDataset, inspections: list[_Inspection]) -> list[Finding]:
     """An error per image with a fault."""
     return [
-        Finding("error", fault.message, fault.kind, 1, str(dataset.path(i)), "repair or remove them")
+        Finding("error", fault.message, fault.kind, 1, str(dataset.path(i)), fault.advice)
         for i, (fault, *_) in enumerate(inspections)
         if fault
     ]

@@ -126,7 +126,7 @@ class BatchReader(Dataset[Any]):
     def load_samples(self, epoch: int, index: int) -> list[Sample]:
         """Load an image as it is in an epoch, and in the further views."""
         annotations = self.dataset[index]
-        image = read_image(annotations.path, self.dataset.value_range)
+        image = read_image(annotations.path, self.dataset.value_range, exif=self.dataset.exif)
         with _seed_sample(self.seed, epoch, index):
             return make_samples(image, annotations, (self.transform, *self.views), self.masks)
 

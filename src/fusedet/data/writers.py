@@ -59,12 +59,13 @@ def write_coco(
     report = {}
     for split, dataset in data.items():
         annotations: list[dict[str, Any]] = []
-        for image in dataset:
+        image_ids, category_ids = dataset.list_image_ids(), dataset.category_id_texts or dataset.category_ids
+        for i, image in enumerate(dataset):
             for j, box in enumerate(image.boxes.tolist()):
                 annotation = {
                     "id": len(annotations) + 1,
-                    "image_id": image.image_id,
-                    "category_id": dataset.category_ids[image.labels[j]],
+                    "image_id": image_ids[i],
+                    "category_id": category_ids[image.labels[j]],
                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                     "area": float(image.area[j]),
                     "iscrowd": int(image.eval_ignore[j]),
@@ -75,10 +76,10 @@ def write_coco(
                 annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
         sizes = dataset.sizes.tolist()
         images = [
-            {"id": int(image_id), "file_name": name, "height": height, "width": width}
-            for image_id, name, (height, width) in zip(dataset.image_ids, file_names[split], sizes, strict=True)
+            {"id": image_id, "file_name": name, "height": height, "width": width}
+            for image_id, name, (height, width) in zip(image_ids, file_names[split], sizes, strict=True)
         ]
-        categories = [{"id": k, "name": name} for k, name in zip(dataset.category_ids, dataset.names, strict=True)]
+        categories = [{"id": k, "name": name} for k, name in zip(category_ids, dataset.names, strict=True)]
         whole = {"images": images, "annotations": annotations, "categories": categories}
         with open(folder / "annotations" / f"instances_{split}.json", "w", encoding="utf-8") as file:
             json.dump(whole, file)
@@ -199,7 +200,7 @@ def _require_one_annotation(
 
 def _require_annotated_sizes(dataset: DetectionDataset) -> None:
     """Refuse images that are not of the annotated size: YOLO's boxes are fractions of the image."""
-    actual = read_image_sizes([str(dataset.path(i)) for i in range(len(dataset))])
+    actual = read_image_sizes([str(dataset.path(i)) for i in range(len(dataset))], exif=dataset.exif)
     wrong = (actual != dataset.sizes.numpy()).any(axis=1)
     if wrong.any():
         i = int(wrong.argmax())

@@ -6,7 +6,14 @@ from fusedet.evaluation.confidence_intervals import compute_seed_difference, com
 from fusedet.evaluation.confusion import compute_confusion_matrix, find_differing_images, find_worst_images
 from fusedet.evaluation.error_analysis import analyze_errors
 from fusedet.evaluation.ground_truth import build_coco_ground_truth
-from fusedet.evaluation.results import EVALUATORS, build_detection_table, create_stamp, extend_max_dets, load_results
+from fusedet.evaluation.results import (
+    EVALUATORS,
+    build_detection_table,
+    create_stamp,
+    extend_max_dets,
+    load_results,
+    to_dataset_ids,
+)
 from fusedet.evaluation.voc_metrics import evaluate_voc
 
 __all__ = [
@@ -27,4 +34,5 @@ __all__ = [
     "find_worst_images",
     "load_results",
     "paired_bootstrap",
+    "to_dataset_ids",
 ]

@@ -94,8 +94,13 @@ def build_detection_table(
     )
 
 
-def load_results(path: str | Path) -> list[Result]:
+def load_results(path: str | Path, dataset: DetectionDataset | None = None) -> list[Result]:
     """Load and validate the results in a JSON file.
+
+    Args:
+        path: The file.
+        dataset: The dataset whose ids they carry, where these may be texts; they become its integers. Digits in quotes
+            count as integers.
 
     Raises:
         InputError: The file is absent, is not JSON or not a list, or a result lacks a key or holds NaN, an infinite
@@ -108,11 +113,41 @@ def load_results(path: str | Path) -> list[Result]:
         raise InputError(f"results file {path} is not json: {error}") from error
     if not isinstance(results, list):
         raise InputError(f"results file {path} must hold a list of results, it holds a {type(results).__name__}")
+    results = _to_integer_ids(results, dataset)
     validate_results(results, str(path), boxes=any(not isinstance(r, dict) or "segmentation" not in r for r in results))
     for i, result in enumerate(results):
         if isinstance(mask := result.get("segmentation"), dict) and not _drawable(mask):
             raise InputError(f"{path}: the mask of result {i} is no run-length code of its own size")
     return results
+
+
+def to_dataset_ids(results: Sequence[Result], dataset: DetectionDataset) -> Sequence[Result]:
+    """Return results with the ids that the dataset's files have, where these are texts."""
+    images = dict(zip(dataset.image_ids.tolist(), dataset.list_image_ids(), strict=True))
+    categories = dict(zip(dataset.category_ids, dataset.category_id_texts or dataset.category_ids, strict=True))
+    if dataset.image_id_texts is None and not dataset.category_id_texts:
+        return results
+    return [r | {"image_id": images[r["image_id"]], "category_id": categories[r["category_id"]]} for r in results]
+
+
+def _to_integer_ids(results: list[Result], dataset: DetectionDataset | None) -> list[Result]:
+    """Replace the ids that are texts by the dataset's integers; unknown ones stay and are refused by validation."""
+    known: dict[str, dict[str, int]] = {"image_id": {}, "category_id": {}}
+    if dataset is not None and dataset.image_id_texts is not None:
+        known["image_id"] = dict(zip(map(str, dataset.list_image_ids()), dataset.image_ids.tolist(), strict=True))
+    if dataset is not None and dataset.category_id_texts:
+        known["category_id"] = dict(zip(dataset.category_id_texts, dataset.category_ids, strict=True))
+
+    ids = (r.get(key) for r in results if isinstance(r, dict) for key in known)
+    if not any(known.values()) and str not in set(map(type, ids)):
+        return results  # by far the most frequent
+
+    def convert(key: str, value: Any) -> Any:
+        if known[key]:
+            return known[key].get(str(value), value)
+        return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else value
+
+    return [r | {key: convert(key, r[key]) for key in known if key in r} if isinstance(r, dict) else r for r in results]
 
 
 def validate_results(results: Sequence[Result], where: str, *, boxes: bool = True) -> None:

@@ -1,1 +1,1 @@
-"""Dataset readers: COCO, VOC and YOLO, and the detection of the format."""
+"""Dataset readers, one file per format, and the detection of the format."""

@@ -1,43 +1,201 @@
-"""Reading of a dataset whose format is auto-detected: COCO, VOC or YOLO."""
+"""Reading of a dataset whose format is auto-detected. `LAYOUTS` lists all that is read, in the order of detection."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_files import normalize_split_name, select_split
+from fusedet.data.readers import coco_layout, darknet
 from fusedet.data.readers.coco import read_coco
-from fusedet.data.readers.voc import find_split_folders, list_voc_splits, read_voc
-from fusedet.data.readers.yolo import list_yolo_splits, read_yolo
+from fusedet.data.readers.cvat import list_cvat_files, read_cvat
+from fusedet.data.readers.data_folder import DataFolder, file_mentions, identify_json
+from fusedet.data.readers.imagefolder import list_metadata_files, read_imagefolder
+from fusedet.data.readers.labelme import list_labelme_files, read_labelme
+from fusedet.data.readers.records import RecordSet, build_split
+from fusedet.data.readers.unrecognized import explain_unrecognized, list_voc_below
+from fusedet.data.readers.via import list_via_files, read_via
+from fusedet.data.readers.voc import list_voc_splits, read_voc
+from fusedet.data.readers.yolo import list_yolo_splits, load_data_yaml, read_yolo
 from fusedet.errors import InputError
 
 _YAML = (".yaml", ".yml")
-_OTHER_COCO = ("person_keypoints_", "captions_", "stuff_", "panoptic_")  # COCO files of other tasks
-_ROBOFLOW_COCO = "_annotations.coco.json"
-_HEAD = 1 << 16  # bytes that are searched for a keyword
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a split is read.
+
+    Attributes:
+        images: The image folder of a COCO json.
+        need_images: Whether none of the first 100 images may be absent.
+        exif: Whether EXIF orientation is applied to the images.
+    """
+
+    images: str | Path | None = None
+    need_images: bool = True
+    exif: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of files that is read.
+
+    Attributes:
+        dataset_format: The format's name: "coco", "voc", "yolo", "labelme", "cvat", "via" or "imagefolder".
+        is_present: Whether a folder or file has the layout.
+        list_splits: Returns the splits and the file or folder of each.
+        read: Reads a split, given its name.
+    """
+
+    dataset_format: str
+    is_present: Callable[[DataFolder], Any]
+    list_splits: Callable[[DataFolder], dict[str, str]]
+    read: Callable[[DataFolder, str, ReadOptions], DetectionDataset]
+
+
+def _read_coco(folder: DataFolder, split: str, options: ReadOptions) -> DetectionDataset:
+    file, folders, root = coco_layout.find_split(folder, split)
+    if options.images is not None:
+        if not os.path.isdir(options.images):
+            raise InputError(f"images={options.images} is not a folder")
+        folders = [Path(options.images)]
+    return read_coco(
+        file,
+        folders,
+        root=root,
+        need_images=options.need_images,
+        by_last_part=options.images is not None,
+        exif=options.exif,
+    )
+
+
+def _yolo(is_present: Callable[[DataFolder], Any], load: Callable[[DataFolder], tuple[Path, dict[str, Any]]]) -> Layout:
+    def read(folder: DataFolder, split: str, options: ReadOptions) -> DetectionDataset:
+        file, data = load(folder)
+        return read_yolo(file, split, data=data, exif=options.exif)
+
+    return Layout("yolo", is_present, lambda folder: list_yolo_splits(load(folder)[1]), read)
+
+
+def _records(
+    name: str, list_files: Callable[[DataFolder], list[str]], read: Callable[[DataFolder, str | None], RecordSet]
+) -> Layout:
+    def list_splits(folder: DataFolder) -> dict[str, str]:
+        splits = read(folder, None).splits
+        return {split: os.path.dirname(records[0].file) for split, records in splits.items()}
+
+    return Layout(
+        name,
+        list_files,
+        list_splits,
+        lambda folder, split, options: build_split(folder, read(folder, split), split, exif=options.exif),
+    )
+
+
+def _voc(is_present: Callable[[DataFolder], Any]) -> Layout:
+    return Layout(
+        "voc",
+        is_present,
+        lambda folder: list_voc_splits(folder.path),
+        lambda folder, split, options: read_voc(folder.path, split, need_images=options.need_images, exif=options.exif),
+    )
+
+
+def _load_yaml(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
+    file = _find_yaml(folder.path)
+    data = load_data_yaml(file)
+    if not list_yolo_splits(data) and "path" not in data:  # as supervision writes it
+        data |= folder.group_by_split(folder.images)
+    return file, data
+
+
+def _load_obj_data(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
+    files = folder.list_annotations(".data")
+    if len(files) > 1:
+        raise InputError(f"{folder.path} holds {' and '.join(files)}: give one of them instead of the folder")
+    return Path(files[0]), darknet.load_obj_data(Path(files[0]))
+
+
+def _load_class_list(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
+    file = darknet.find_class_list(folder)
+    assert file is not None
+    return file, darknet.load_class_list(folder, file)
+
+
+def _has_class_list(folder: DataFolder) -> bool:
+    """Whether a folder has a class list and label files of its images."""
+    return darknet.find_class_list(folder) is not None and any(
+        file_mentions(file, r"^\d+( +[-+.eE\d]+){4,}\s*$") for file in folder.list_annotations(".txt")[:100]
+    )
+
+
+def _has_voc_folders(folder: DataFolder) -> bool:
+    path = folder.path
+    return path.is_dir() and ((path / "ImageSets").is_dir() or any((path / "Annotations").glob("[!.]*.xml")))
+
+
+def _has_voc_xml(folder: DataFolder) -> bool:
+    return folder.path.is_dir() and any(
+        file_mentions(file, r"<annotation[\s>]") for file in folder.list_annotations(".xml")[:100]
+    )
+
+
+KNOWN = (
+    Layout("coco", coco_layout.has_usual_files, coco_layout.list_splits, _read_coco),
+    _voc(_has_voc_folders),
+    _yolo(lambda folder: _find_yamls(folder.path), _load_yaml),
+)
+"""Layouts with fixed names of files or folders."""
+
+OTHERS = (
+    _yolo(lambda folder: folder.list_annotations(".data"), _load_obj_data),
+    _records("imagefolder", list_metadata_files, read_imagefolder),
+    _records("cvat", list_cvat_files, read_cvat),
+    _voc(_has_voc_xml),
+    _records("labelme", list_labelme_files, read_labelme),
+    _records("via", list_via_files, read_via),
+    Layout("coco", coco_layout.has_files, coco_layout.list_splits, _read_coco),
+    _yolo(_has_class_list, _load_class_list),
+)
+"""Layouts that are recognised by the content of files in any folder, where none of `KNOWN` is present."""
 
 
 def read_dataset(
-    path: str | Path, split: str, *, images: str | Path | None = None, need_images: bool = True
+    path: str | Path,
+    split: str,
+    *,
+    images: str | Path | None = None,
+    need_images: bool = True,
+    exif: bool = True,
 ) -> DetectionDataset:
     """Read a split of a dataset.
 
     Args:
-        path: A folder, a COCO json or a YOLO yaml.
+        path: A folder, or an annotation file: a COCO json, a YOLO yaml, ...
         split: "train", "val", "test", ... or a file that is the split: a COCO json, or a list of images (.txt).
         images: The image folder of a COCO json, where the images are not in one of the usual folders.
         need_images: Whether to refuse COCO and VOC annotations where none of the first 100 images exists. YOLO always
             needs its images, to read their sizes.
+        exif: Whether EXIF orientation is applied to the images.
 
     Raises:
         InputError: The dataset or the split cannot be read; the sentence says what is wrong, with the known splits.
     """
     with explain_os_errors(path):
-        return _read_split(Path(path), split, images, need_images)
+        folder, layout = _detect(Path(path))
+        if split.endswith((".json", ".txt")):
+            split = _resolve_split_file(split, folder.root)
+        if images is not None and layout.dataset_format != "coco":
+            raise InputError(
+                f"images={images} goes with a COCO json only, but {path} is in {layout.dataset_format.upper()} format"
+            )
+        return dataclasses.replace(layout.read(folder, split, ReadOptions(images, need_images, exif)), exif=exif)
 
 
 @contextmanager
@@ -49,117 +207,71 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_split(path: Path, split: str, images: str | Path | None, need_images: bool) -> DetectionDataset:
-    dataset_format = detect_format(path)
-    is_file = split.endswith((".json", ".txt"))
-    if is_file:
-        split = _resolve_split_file(split, path)
-    if images is not None and dataset_format != "coco":
-        raise InputError(
-            f"images={images} goes with a COCO json only, but {path} is in {dataset_format.upper()} format"
-        )
-    if dataset_format == "yolo":
-        return read_yolo(_find_yaml(path), split)
-    if dataset_format == "voc":
-        return read_voc(path, split, need_images=need_images)
-    file = Path(split) if is_file else _find_coco_file(path, split)
-    root = path if path.is_dir() and path.resolve() in file.resolve().parents else _data_folder(file)
-    if images is None:
-        return read_coco(file, _list_image_folders(file, root, split), root=root, need_images=need_images)
-    if not os.path.isdir(images):
-        raise InputError(f"images={images} is not a folder")
-    return read_coco(file, images, root=root, need_images=need_images)
-
-
 def list_splits(path: str | Path) -> dict[str, str]:
     """Return the splits of a dataset and the file or folder of each; raises InputError."""
-    path, dataset_format = Path(path), detect_format(path)
     with explain_os_errors(path):
-        if dataset_format == "yolo":
-            return list_yolo_splits(_find_yaml(path))
-        if dataset_format == "voc":
-            return list_voc_splits(path)
-        return {name: str(file) for name, file in _find_coco_files(path).items()}
+        folder, layout = _detect(Path(path))
+        return layout.list_splits(folder)
 
 
 def detect_format(path: str | Path) -> str:
-    """Detect the dataset format: "coco", "voc" or "yolo".
+    """Detect the dataset format: "coco", "voc", "yolo", "labelme", "cvat", "via" or "imagefolder".
 
     Raises:
         InputError: The path is no dataset, or a folder holds datasets in several formats.
     """
     with explain_os_errors(path):
-        return _detect(Path(path))
+        return _detect(Path(path))[1].dataset_format
 
 
-def _detect(path: Path) -> str:
+def _detect(path: Path) -> tuple[DataFolder, Layout]:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
         raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml") from None
+    folder = DataFolder(path)
     if path.is_file():
-        if path.suffix.lower() in _YAML:
-            return "yolo"
-        if path.suffix.lower() == ".json":
-            return "coco"
-        raise InputError(f"{path} is neither a folder, a COCO .json nor a YOLO .yaml")
+        return folder, _detect_file(folder)
     if not any(path.iterdir()):
         raise InputError(
             f"{path} is an empty folder: data must be a folder in COCO, VOC or YOLO format, a COCO json or a YOLO yaml"
         )
-    voc = (
-        (path / "JPEGImages").is_dir()
-        or (path / "ImageSets").is_dir()
-        or _has_files(path / "Annotations", ".xml")
-        or find_split_folders(path)
-    )
-    candidates = (("coco", _find_coco_files(path)), ("voc", voc), ("yolo", _find_yamls(path)))
-    detected = [name for name, evidence in candidates if evidence]
-    if len(detected) > 1:
+    detected = [layout for layout in KNOWN if layout.is_present(folder)]
+    if not detected and not list_voc_below(folder):
+        detected = [layout for layout in OTHERS if layout.is_present(folder)]
+    if len(formats := dict.fromkeys(layout.dataset_format.upper() for layout in detected)) > 1:
         raise InputError(
-            f"{path} holds data in {' and '.join(name.upper() for name in detected)} format: give the json or yaml "
-            "file instead of the folder"
+            f"{path} holds data in {' and '.join(formats)} format: give the json or yaml file instead of the folder, "
+            "or move the other annotations elsewhere"
         )
-    if detected:
-        return detected[0]
-    if (path / "labels").is_dir() or any(path.glob("*/labels")):
-        raise InputError(f"{path} looks like YOLO data, but has no data.yaml with 'names', 'train' and 'val'")
-    inner = [str(f) for f in sorted(path.iterdir()) if f.is_dir() and (f / "ImageSets").is_dir()]
-    hint = f": did you mean {' or '.join(inner)}?" if inner else ""
-    raise InputError(
-        f"{path} holds no dataset in COCO (annotations/*.json), VOC (Annotations/*.xml) or YOLO (data.yaml) format"
-        f"{hint}"
-    )
+    if not detected:
+        raise InputError(explain_unrecognized(folder))
+    return folder, detected[0]
 
 
-def _resolve_split_file(split: str, path: Path) -> str:
+def _detect_file(folder: DataFolder) -> Layout:
+    path = folder.path
+    if path.suffix.lower() in _YAML:
+        return KNOWN[2]
+    if path.suffix.lower() == ".json" and identify_json(path) in (None, "coco"):
+        return KNOWN[0]
+    for layout in OTHERS:
+        if layout.is_present(folder):
+            return layout
+    raise InputError(explain_unrecognized(folder))
+
+
+def _resolve_split_file(split: str, folder: Path) -> str:
     """The file of a split, relative to the working directory or the data folder."""
-    folder = path if path.is_dir() else path.parent
     for file in (split, os.path.join(folder, split)):
         if os.path.isfile(file):
             return os.path.abspath(file) if split.endswith(".txt") else file
     raise InputError(f"the file {split} does not exist, neither here nor in {folder}")
 
 
-def _has_files(folder: Path, ending: str) -> bool:
-    return folder.is_dir() and any(entry.name.endswith(ending) for entry in os.scandir(folder))
-
-
-def _mentions(file: Path, *patterns: str) -> bool:
-    """Whether the beginning of a regular file matches one of the patterns."""
-    if not file.is_file():
-        return False
-    try:
-        with open(file, "rb") as stream:
-            head = stream.read(_HEAD)
-    except OSError:
-        return False  # reported when it is read
-    return any(re.search(pattern.encode(), head, re.MULTILINE) for pattern in patterns)
-
-
 def _find_yamls(folder: Path) -> list[Path]:
-    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in _YAML and f.is_file()]
-    return [f for f in files if _mentions(f, r"^['\"]?names['\"]?\s*:")]
+    files = [f for f in sorted(folder.glob("[!.]*")) if f.suffix.lower() in _YAML and f.is_file()]
+    return [f for f in files if file_mentions(f, r"^['\"]?names['\"]?\s*:")]
 
 
 def _find_yaml(path: Path) -> Path:
@@ -174,69 +286,3 @@ def _find_yaml(path: Path) -> Path:
             "the folder"
         )
     return (data_yaml or files)[0]
-
-
-def _find_coco_files(path: Path) -> dict[str, Path]:
-    """The splits of a COCO json ("train") or folder; a year is removed where the names stay unique."""
-    if path.is_file():
-        return {"train": path}
-    files: dict[str, Path] = {}
-    for folder in (path / "annotations", path):
-        for file in sorted(folder.glob("*.json")):
-            if not file.name.startswith(_OTHER_COCO) and (folder != path or _is_split(file)):
-                files.setdefault(file.stem.removeprefix("instances_").removeprefix("image_info_"), file)
-    for file in sorted(path.glob(f"*/{_ROBOFLOW_COCO}")):
-        files.setdefault(file.parent.name, file)
-    short = [normalize_split_name(re.sub(r"\d{4}$", "", name)) for name in files]
-    return {
-        s if s and short.count(s) == 1 else name: file for (name, file), s in zip(files.items(), short, strict=True)
-    }
-
-
-def _is_split(file: Path) -> bool:
-    is_split_name = normalize_split_name(re.sub(r"^instances_|\d{4}$", "", file.stem)) in (
-        "train",
-        "val",
-        "test",
-        "trainval",
-    )
-    return is_split_name or _mentions(file, r'"(images|annotations|categories)"\s*:\s*\[')
-
-
-def _find_coco_file(path: Path, split: str) -> Path:
-    files = _find_coco_files(path)
-    if path.is_file():
-        if normalize_split_name(split) != "train":
-            raise InputError(
-                f"{path} is one json file and has no split '{split}': give that as a file too, e.g. "
-                f"data.{split}=FILE.json"
-            )
-        return path
-    exact = [f for f in files.values() if f.stem.removeprefix("instances_").removeprefix("image_info_") == split]
-    if exact:
-        return exact[0]
-    pattern = re.escape(normalize_split_name(split)) + r"\d{4}"
-    several = [name for name in files if re.fullmatch(pattern, normalize_split_name(name))]
-    if split not in files and len(several) > 1:
-        raise InputError(f"{path} has several splits '{split}': give one of {', '.join(several)}")
-    return select_split(files, split, path)
-
-
-def _data_folder(file: Path) -> Path:
-    return file.parent.parent if file.parent.name == "annotations" else file.parent
-
-
-def _list_image_folders(file: Path, root: Path, split: str) -> list[Path]:
-    """Folders where the images of a COCO json may be, the likeliest first."""
-    stem = re.sub(r"^(instances|image_info)_", "", file.stem)
-    names = dict.fromkeys([stem, split, normalize_split_name(split), re.sub(r"\d{4}$", "", stem)])
-    bases = [root, root / "images"]
-    below = [f for base in bases if base.is_dir() for f in sorted(base.iterdir()) if f.is_dir()]
-    equal = [f for name in names for f in below if f.name == name]
-    similar = [
-        f
-        for name in names
-        for f in below
-        if name and normalize_split_name(f.name).startswith(normalize_split_name(name))
-    ]
-    return [f for f in dict.fromkeys([*equal, *similar, file.parent, *bases[::-1], *below]) if f.is_dir()]

@@ -1,10 +1,8 @@
-"""Reader of COCO json files: crowds, ignored annotations, polygons, RLE, category ids with gaps."""
+"""Reader of COCO json files: crowds, ignored annotations, polygons, RLE, category ids with gaps, ids that are texts."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -15,8 +13,14 @@ import numpy as np
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_files import read_text, require_any_image, require_valid_unicode, resolve_inside
-from fusedet.data.segmentation import fits_image, pack_coco_segmentation
+from fusedet.data.image_files import (
+    read_image_sizes,
+    require_any_image,
+    require_valid_unicode,
+)
+from fusedet.data.readers.coco_layout import find_images
+from fusedet.data.readers.json_values import load_json
+from fusedet.data.segmentation import bound_segmentation, fits_image, pack_coco_segmentation
 from fusedet.errors import InputError
 
 
@@ -26,6 +30,8 @@ def read_coco(
     *,
     root: str | Path | None = None,
     need_images: bool = True,
+    by_last_part: bool = False,
+    exif: bool = True,
 ) -> DetectionDataset:
     """Read a COCO json.
 
@@ -33,12 +39,18 @@ def read_coco(
     - Without the key `annotations` (test-dev), no image has annotations.
     - `iscrowd` and `ignore` set `ImageAnnotations.ignore`. Only `iscrowd` sets `eval_ignore`: pycocotools overwrites
       `ignore`.
+    - Texts as ids of images or categories are numbered from 1 in their sorted order and kept beside the numbers.
+    - A missing size comes from the image, and a missing `bbox` from the segmentation.
 
     Args:
         json_file: The json file.
-        image_dir: The folder that `file_name`s are relative to; of several, the one that holds most images is taken.
+        image_dir: The folder that `file_name`s are relative to; of several, the one that holds most images is taken,
+            and for images that it lacks the first that holds them.
         root: The folder that `file_name`s must not leave by "..", by default the image folder.
         need_images: Whether to refuse a folder where none of the first 100 images exists.
+        by_last_part: Whether an image that is not found by its whole `file_name` is found by the last part of it,
+            anywhere in the image folder.
+        exif: Whether missing sizes are those after EXIF rotation.
 
     Raises:
         InputError: The file is not valid COCO; the sentence names the entry and the key.
@@ -46,21 +58,23 @@ def read_coco(
     file = Path(json_file)
     folders = [Path(image_dir)] if isinstance(image_dir, str | Path) else list(image_dir)
     data = _load(file)
-    names, category_ids = _categories(data, file)
+    names, category_ids, category_texts = _categories(data, file)
     images = _rows(data, "images", file)
     if not images:
         raise InputError(f"{file} lists no images: its 'images' is empty")
     file_names = _strings(images, "file_name", "image", file)
-    folder = max(folders, key=lambda f: sum(os.path.exists(f / name) for name in file_names[:100]))
-    paths = [resolve_inside(folder, name, Path(root or folder), source=file) for name in file_names]
-    if need_images:
-        searched = " or ".join(map(str, folders[:3])) + (
-            f" or {len(folders) - 3} more folders" if len(folders) > 3 else ""
-        )
-        require_any_image(paths, searched, file)
-    image_ids = _integers(images, "id", "image", file)
-    sizes = np.column_stack([_integers(images, key, "image", file) for key in ("height", "width")])
-    _refuse_duplicates(image_ids, "image", file)
+    try:
+        paths = find_images(file_names, folders, Path(root) if root else None, file, by_last_part)
+        if need_images:
+            more = f" or {len(folders) - 3} more folders" if len(folders) > 3 else ""
+            require_any_image(paths, " or ".join(map(str, folders[:3])) + more, file)
+    except InputError as error:
+        hint = "" if by_last_part else "; data.images=FOLDER finds images by the last part of their names"
+        raise type(error)(f"{error}{hint}") from error
+    image_ids, image_texts = _ids(images, "image", file)
+    sizes = np.column_stack([_integers(images, key, "image", file, 0) for key in ("height", "width")])
+    missing = np.flatnonzero(((sizes == 0) | (sizes == -1)).any(axis=1))  # -1: VIA
+    sizes[missing] = read_image_sizes([paths[i] for i in missing.tolist()], exif=exif)
     if (sizes <= 0).any():
         i = int((sizes <= 0).any(axis=1).argmax())
         raise InputError(
@@ -73,11 +87,11 @@ def read_coco(
         annotation_cleaning.SAME_ID: _count_duplicate_ids(rows),
         annotation_cleaning.AS_TEXT: _count_quoted_boxes(rows),
     }
-    image_indices, listed = _find_positions(image_ids, _integers(rows, "image_id", "annotation", file))
+    image_indices, listed = _find_ids(rows, "image_id", image_ids, image_texts, file)
     rows = rows if listed.all() else [rows[i] for i in np.flatnonzero(listed).tolist()]
     image_indices = image_indices[listed]
     boxes = _boxes(rows, file)
-    labels = _labels(rows, category_ids, file)
+    labels = _labels(rows, category_ids, category_texts, file)
     is_crowd = _integers(rows, "iscrowd", "annotation", file, 0) != 0
     ignore = is_crowd | (_integers(rows, "ignore", "annotation", file, 0) != 0)
     area, bad_areas = _areas(rows, file)
@@ -110,19 +124,15 @@ def read_coco(
             annotation_cleaning.BAD_AREA: bad_areas,
             annotation_cleaning.BAD_SEGMENTATION: dropped,
         },
+        image_id_texts=image_texts,
+        category_id_texts=category_texts,
     )
 
 
 def _load(file: Path) -> dict[str, Any]:
     """Parse a COCO json, packing its segmentations; raises InputError where `images` or `categories` are missing."""
-    text = read_text(file)
-    try:
-        with _pause_garbage_collection():
-            data = json.loads(text, object_hook=_pack_entry)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not valid json: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not valid json: {error}") from error
+    with _pause_garbage_collection():
+        data = load_json(file, object_hook=_pack_entry)
     if not isinstance(data, dict):
         raise InputError(
             f"{file} is not COCO: it must be an object with 'images', 'annotations' and 'categories', not "
@@ -138,7 +148,9 @@ def _pack_entry(entry: dict[str, Any]) -> dict[str, Any]:
     """Pack a segmentation as soon as it is parsed: a large file's polygons take gigabytes as Python numbers."""
     segmentation = entry.get("segmentation")
     if segmentation is not None:
-        entry["segmentation"] = pack_coco_segmentation(segmentation)
+        packed = entry["segmentation"] = pack_coco_segmentation(segmentation)
+        if not entry.get("bbox") and (bounds := bound_segmentation(packed)):
+            entry["bbox"] = bounds
     return entry
 
 
@@ -169,14 +181,50 @@ def _rows(data: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _categories(data: dict[str, Any], file: Path) -> tuple[list[str], list[int]]:
+def _categories(data: dict[str, Any], file: Path) -> tuple[list[str], list[int], list[str]]:
+    """The names and ids of the categories in the order of the ids, and the ids that are texts."""
     rows = _rows(data, "categories", file)
     if not rows:
         raise InputError(f"{file} has no classes: its 'categories' is empty")
-    ids, names = _integers(rows, "id", "category", file), _strings(rows, "name", "category", file)
-    _refuse_duplicates(ids, "category", file)
+    ids, texts = _ids(rows, "category", file)
+    names = _strings(rows, "name", "category", file)
     order = np.argsort(ids).tolist()
-    return [names[i] for i in order], [int(ids[i]) for i in order]
+    return [names[i] for i in order], [int(ids[i]) for i in order], [texts[i] for i in order if texts]
+
+
+def _ids(rows: list[dict[str, Any]], noun: str, file: Path) -> tuple[np.ndarray, list[str]]:
+    """The ids as integers, and as texts where some are no digits: these are numbered from 1 in their sorted order.
+
+    pycocotools sorts ids in the same way.
+    """
+    values = _column(rows, "id", noun, file)
+    if not any(type(value) is str and not _is_digits(value) for value in values):
+        ids = _integers(rows, "id", noun, file)
+        _refuse_duplicates(ids, noun, file)
+        return ids, []
+    for row, value in zip(rows, values, strict=True):
+        if type(value) not in (str, int):
+            raise InputError(
+                f"{file}: 'id' of {_describe_entry(row, rows, noun)} must be an integer or a text, not {value!r:.60}"
+            )
+    texts = list(map(str, values))
+    require_valid_unicode(texts, file)
+    _refuse_duplicates(np.array(texts), noun, file)
+    number = {text: n for n, text in enumerate(sorted(texts), 1)}
+    return np.array([number[text] for text in texts], dtype=np.int64), texts
+
+
+def _find_ids(
+    rows: list[dict[str, Any]], key: str, ids: np.ndarray, texts: list[str], file: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """The position of each annotation's id among those of the images or categories, and whether it is there."""
+    if not texts:
+        return _find_positions(ids, _integers(rows, key, "annotation", file))
+    position = {text: i for i, text in enumerate(texts)}
+    wanted = np.array(
+        [position.get(str(value), -1) for value in _column(rows, key, "annotation", file)], dtype=np.int64
+    )
+    return np.maximum(wanted, 0), wanted >= 0
 
 
 def _describe_entry(row: dict[str, Any], rows: list[dict[str, Any]], noun: str) -> str:
@@ -188,7 +236,7 @@ def _describe_entry(row: dict[str, Any], rows: list[dict[str, Any]], noun: str) 
 
 def _column(rows: list[dict[str, Any]], key: str, noun: str, file: Path, default: Any = None) -> list[Any]:
     if default is not None:
-        return [row.get(key, default) for row in rows]
+        return [default if (value := row.get(key)) is None else value for row in rows]
     try:
         return [row[key] for row in rows]
     except KeyError as error:
@@ -222,9 +270,13 @@ def _parse_integer(value: Any, row: dict[str, Any], rows: list[dict[str, Any]], 
         return int(value)
     if type(value) is bool and key in ("iscrowd", "ignore"):
         return int(value)
-    if type(value) is str and value.strip().removeprefix("-").isdecimal() and len(value) < 20:
+    if type(value) is str and _is_digits(value):
         return int(value)
     raise InputError(f"{file}: '{key}' of {_describe_entry(row, rows, noun)} must be an integer, not {value!r:.60}")
+
+
+def _is_digits(value: str) -> bool:
+    return value.strip().removeprefix("-").isdecimal() and len(value) < 20
 
 
 def _parse_number(value: Any, key: str, row: dict[str, Any], rows: list[dict[str, Any]], file: Path) -> float:
@@ -279,9 +331,8 @@ def _find_positions(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, 
     return positions, known[positions] == wanted
 
 
-def _labels(rows: list[dict[str, Any]], category_ids: list[int], file: Path) -> np.ndarray:
-    ids = _integers(rows, "category_id", "annotation", file)
-    labels, known = _find_positions(np.array(category_ids), ids)
+def _labels(rows: list[dict[str, Any]], category_ids: list[int], texts: list[str], file: Path) -> np.ndarray:
+    labels, known = _find_ids(rows, "category_id", np.array(category_ids), texts, file)
     if not known.all():
         row = rows[int((~known).argmax())]
         raise InputError(

@@ -1,10 +1,11 @@
-"""Reader of VOC datasets: an xml per image, with lists of images in ImageSets/Main or a folder per split."""
+"""Reader of VOC datasets: an xml per image, with lists of images in ImageSets/Main or in folders of any name."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +16,37 @@ import numpy as np
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.image_files import (
+    SPLIT_NAMES,
     is_image_name,
+    is_system_file,
     is_unread_image_name,
     list_files,
-    normalize_split_name,
+    normalize_split_names,
     read_bytes,
-    read_image_sizes,
     read_text,
     require_any_image,
     require_valid_unicode,
     resolve_inside,
     select_split,
 )
+from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.left_out_files import Problems, add_unread_images
-from fusedet.errors import InputError, unknown
+from fusedet.data.readers.records import (
+    ImageRecord,
+    build_dataset,
+    build_split,
+    image_name_of,
+    read_annotation_files,
+    read_class_names,
+)
+from fusedet.errors import InputError
 
-_CLASS_FILES = ("labels.txt", "classes.txt")
-_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # labelling tools put these into labels.txt
+_OFFSET = np.array([1.0, 1.0, 0.0, 0.0])  # VOC counts pixels from 1 and includes the last
 
 
-def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images: bool = True) -> DetectionDataset:
+def read_voc(
+    root: str | Path, split: str | Path | Sequence[str], *, need_images: bool = True, exif: bool = True
+) -> DetectionDataset:
     """Read a split of a VOC dataset.
 
     - Boxes become x1 - 1, y1 - 1, x2, y2: VOC counts pixels from 1 and includes the last.
@@ -42,85 +54,71 @@ def read_voc(root: str | Path, split: str | Path | Sequence[str], *, need_images
     - Class names come from labels.txt or classes.txt, else sorted from the annotations of all splits, so that the
       splits agree.
     - Category ids are 1..K, image ids 1..N in the order of the list.
+    - Without lists of images, xml files and images may lie in folders of any name. A folder train, val or test is a
+      split; without such folders all are `train`.
 
     Args:
         root: The dataset's folder.
         split: The name of the split, a list file, or the names of its images without extension.
         need_images: Whether to refuse a folder where none of the first 100 images exists.
+        exif: Whether a missing size is that after EXIF rotation.
 
     Raises:
         InputError: The split or an annotation cannot be read; the sentence names the file.
     """
-    root = Path(root)
-    folders, listed, source = _find_split(root, split)
+    folder = DataFolder(root)
+    lists = _list_splits_of_lists(folder.root)
+    if isinstance(split, str | Path) and not str(split).endswith(".txt") and not lists:
+        files = folder.list_annotations(".xml")
+        records = read_annotation_files(folder, "voc", files, _parse_record, str(split))
+        return build_split(folder, records, str(split), exif=exif)
+    listed, source = _read_names(folder.root, split, lists)
     names = list(dict.fromkeys(listed))
     if not names:
         raise InputError(f"{source} lists no images")
-    parsed = {stem: parse_voc_xml(file) for stem, file in _list_annotations(root).items()}
-    classes = _read_class_names(root, parsed)
-    paths: list[str] = []
-    rows: list[VocAnnotation] = []
+    annotations, image_folder = folder.root / "Annotations", folder.root / "JPEGImages"
+    files = sorted(os.path.normpath(file) for file in list_files(annotations) if file.endswith(".xml"))
+    parsed = {file: parse_voc_xml(file) for file in files}
+    rows: list[ImageRecord] = []
     images: dict[str, dict[str, str]] = {}
     problems = Problems()
     problems.counts[annotation_cleaning.LISTED_TWICE] = len(listed) - len(names)
     for name in names:
-        file = resolve_inside(folders.annotations, name + ".xml", root, source=source)
-        if os.path.normpath(file) not in parsed:
+        file = os.path.normpath(resolve_inside(annotations, name + ".xml", folder.root, source=source))
+        if file not in parsed:
             raise InputError(f"{source} lists {name}, but its annotation {file} does not exist")
-        rows.append(parsed[os.path.normpath(file)])
-        stem = resolve_inside(folders.images, name, root, source=source)
-        folder = os.path.dirname(stem)
-        if folder not in images:
-            images[folder] = _list_images_by_stem(folder, problems)
-        extension = os.path.splitext(rows[-1].file_name)[1] if is_image_name(rows[-1].file_name) else ".jpg"
-        paths.append(
-            os.path.join(folder, images[folder].get(os.path.basename(stem), os.path.basename(stem) + extension))
+        annotation = parsed[file]
+        stem = resolve_inside(image_folder, name, folder.root, source=source)
+        directory = os.path.dirname(stem)
+        if directory not in images:
+            images[directory] = _list_images_by_stem(directory, problems)
+        extension = os.path.splitext(annotation.file_name)[1] if is_image_name(annotation.file_name) else ".jpg"
+        path = os.path.join(
+            directory, images[directory].get(os.path.basename(stem), os.path.basename(stem) + extension)
         )
+        rows.append(_to_record(annotation, path))
     if need_images:
-        require_any_image(paths, folders.images, source)
-    _find_left_out_images(problems, folders, images.get(str(folders.images), {}), parsed)
-    label_of = {name: k for k, name in enumerate(classes)}
-    for row in rows:
-        if foreign := next((name for name in row.names if name not in label_of), None):
-            raise InputError(f"{row.file}: {unknown('class', foreign, classes)}")
-    labels = np.array([label_of[name] for row in rows for name in row.names], dtype=np.int64)
-    difficult = np.concatenate([row.difficult for row in rows])
-    return annotation_cleaning.build_clean_dataset(
-        classes,
-        range(1, len(classes) + 1),
-        image_ids=np.arange(1, len(paths) + 1),
-        sizes=_get_sizes(rows, paths),
-        paths=paths,
-        image_indices=np.repeat(np.arange(len(rows)), [len(row.names) for row in rows]),
-        boxes=np.concatenate([row.boxes for row in rows]) - [1, 1, 0, 0],
-        labels=labels,
-        ignore=difficult,
-        eval_ignore=difficult,
-        segmentations=[b""] * len(labels),
+        require_any_image([record.path for record in rows], image_folder, source)
+    _find_left_out_images(problems, image_folder, annotations, images.get(str(image_folder), {}), parsed)
+    return build_dataset(
+        rows,
+        read_class_names(folder.root, (annotation.names for annotation in parsed.values())),
         source=source,
         dataset_format="voc",
-        problems=problems.counts,
-        examples=problems.examples,
+        problems=problems,
+        exif=exif,
     )
 
 
 def list_voc_splits(root: str | Path) -> dict[str, str]:
-    """Return the splits of a VOC folder and the list file or folder of each."""
-    root = Path(root)
-    lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
-    stems = {file.stem for file in lists}
-    # VOC's own folders also hold a list per class, like dog_train.txt
-    listed = {f.stem: str(f) for f in lists if not any(f.stem.endswith(f"_{stem}") for stem in stems)}
-    return {normalize_split_name(name): file for name, file in listed.items()} | {
-        normalize_split_name(f.name): str(f) for f in find_split_folders(root)
+    """Return the splits of a VOC folder and the list files or the first folder of each."""
+    folder = DataFolder(root)
+    if lists := _list_splits_of_lists(folder.root):
+        return {name: ", ".join(map(str, files)) for name, files in lists.items()}
+    return {
+        name: os.path.dirname(files[0])
+        for name, files in folder.group_by_split(folder.list_annotations(".xml")).items()
     }
-
-
-def find_split_folders(root: Path) -> list[Path]:
-    """Return the subfolders (train, val, ...) that hold xml files beside their images."""
-    skipped = {"Annotations", "ImageSets", "JPEGImages"}
-    folders = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name not in skipped] if root.is_dir() else []
-    return [f for f in folders if any(e.name.endswith(".xml") for e in os.scandir(f))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +150,8 @@ class _Builder(ElementTree.TreeBuilder):
         raise InputError("has a DOCTYPE, which an annotation must not have")
 
 
-def parse_voc_xml(file: str) -> VocAnnotation:
-    """Parse a VOC xml file; raises InputError that names it."""
+def parse_xml(file: str, root: str, kind: str) -> ElementTree.Element:
+    """Parse an xml file of a kind, with a given root; raises InputError that names it."""
     content = read_bytes(file)
     try:
         tree = ElementTree.fromstring(content, ElementTree.XMLParser(target=_Builder()))
@@ -161,8 +159,14 @@ def parse_voc_xml(file: str) -> VocAnnotation:
         raise InputError(f"{file} {error}") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise InputError(f"{file} is not valid xml: {error}") from error
-    if tree.tag != "annotation":
-        raise InputError(f"{file} is not a VOC annotation: its root is <{tree.tag}>, not <annotation>")
+    if tree.tag != root:
+        raise InputError(f"{file} is not {kind}: its root is <{tree.tag}>, not <{root}>")
+    return tree
+
+
+def parse_voc_xml(file: str) -> VocAnnotation:
+    """Parse a VOC xml file; raises InputError that names it."""
+    tree = parse_xml(file, "annotation", "a VOC annotation")
     size = tree.find("size")
     height, width = (0.0 if size is None else _parse_float(size, side, file, 0.0) for side in ("height", "width"))
     is_known = 0 < height < 2**31 and 0 < width < 2**31
@@ -211,36 +215,63 @@ def _parse_float(node: ElementTree.Element, tag: str, file: str, default: float 
         raise InputError(f"{file}: <{tag}> must be a number, not '{text.strip()[:40]}'") from error
 
 
-@dataclass(frozen=True)
-class _Folders:
-    annotations: Path
-    images: Path
+def _to_record(annotation: VocAnnotation, path: str) -> ImageRecord:
+    return ImageRecord(
+        annotation.file,
+        path,
+        annotation.names,
+        annotation.boxes - _OFFSET,
+        annotation.height,
+        annotation.width,
+        annotation.difficult,
+    )
 
 
-def _find_split(root: Path, split: str | Path | Sequence[str]) -> tuple[_Folders, list[str], str]:
-    """The folders of a split, the names of its images without extension, and its list file or folder."""
-    folders = _Folders(root / "Annotations", root / "JPEGImages")
+def _parse_record(folder: DataFolder, file: str, problems: Problems) -> ImageRecord | None:
+    """The record of an xml file: its image has the file's name, else the name that the file holds."""
+    annotation, own = parse_voc_xml(file), image_name_of(file)
+    written = [annotation.file_name] if annotation.file_name else []
+    is_own = written and image_name_of(annotation.file_name) == own  # then it tells a.jpg from a.png
+    path = folder.find_image(file, *([*written, own] if is_own else [own, *written]))
+    return _to_record(annotation, path) if path else None
+
+
+def _list_splits_of_lists(root: Path) -> dict[str, list[Path]]:
+    """The splits of ImageSets/Main and their list files.
+
+    VOC's own folders also hold a list per class, like dog_train.txt, beside train.txt. Other tools write these lists
+    only: those of all classes together are the split.
+    """
+    files = [file for file in sorted((root / "ImageSets" / "Main").glob("*.txt")) if not is_system_file(file.name)]
+    stems = {file.stem for file in files}
+    splits: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        _, is_of_class, ending = file.stem.rpartition("_")
+        if is_of_class and ending in stems:
+            continue
+        splits[ending if is_of_class and ending in SPLIT_NAMES else file.stem].append(file)
+    return dict(zip(normalize_split_names(list(splits)), splits.values(), strict=True))
+
+
+def _read_names(root: Path, split: str | Path | Sequence[str], lists: dict[str, list[Path]]) -> tuple[list[str], str]:
+    """The names of a split's images without extension, and the source of the list."""
     if not isinstance(split, str | Path):
-        return folders, list(split), str(root)
+        return list(split), str(root)
+    named = root / "ImageSets" / "Main" / f"{split}.txt"
     if str(split).endswith(".txt"):
-        file = Path(split)
+        files = [Path(split)]
     else:
-        splits = list_voc_splits(root)
-        main = root / "ImageSets" / "Main"
-        if not splits and not any(main.glob("*.txt")):
-            raise InputError(
-                f"{root} has no lists of images: VOC needs {main}/{split}.txt with an image's name in each line"
-            )
-        file = main / f"{split}.txt"
-        file = file if file.is_file() else Path(select_split(splits, str(split), root))
-    if file.is_dir():
-        return _Folders(file, file), sorted(e.name[:-4] for e in os.scandir(file) if e.name.endswith(".xml")), str(file)
-    for folder in (folders.annotations, folders.images):
-        if not folder.is_dir():
-            raise InputError(f"{root} is not a complete VOC dataset: the folder {folder.name} is missing")
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    require_valid_unicode(lines, file)
-    return folders, [_parse_list_line(line, folders.annotations) for line in lines], str(file)
+        files = [named] if named.is_file() else select_split(lists, str(split), root)
+    for folder in ("Annotations", "JPEGImages"):
+        if not (root / folder).is_dir():
+            raise InputError(f"{root} is not a complete VOC dataset: the folder {folder} is missing")
+    names: list[str] = []
+    for file in files:
+        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        require_valid_unicode(lines, file)
+        names += [_parse_list_line(line, root / "Annotations") for line in lines]
+    # lists per class each name all images
+    return list(dict.fromkeys(names)) if len(files) > 1 else names, ", ".join(map(str, files))
 
 
 def _parse_list_line(line: str, annotations: Path) -> str:
@@ -249,32 +280,6 @@ def _parse_list_line(line: str, annotations: Path) -> str:
         return line
     name = re.sub(r"\s+(-1|0|1)$", "", line)
     return os.path.splitext(name)[0] if is_image_name(name) else name
-
-
-def _list_annotations(root: Path) -> dict[str, str]:
-    """All xml files of the dataset, by normalised path."""
-    folder = root / "Annotations"
-    files = [file for file in list_files(folder) if file.endswith(".xml")] if folder.is_dir() else []
-    for folder in find_split_folders(root):
-        files += [e.path for e in os.scandir(folder) if e.name.endswith(".xml")]
-    return {os.path.normpath(file): file for file in sorted(files)}
-
-
-def _read_class_names(root: Path, parsed: dict[str, VocAnnotation]) -> list[str]:
-    for name in _CLASS_FILES:
-        if (root / name).is_file():
-            lines = [line.strip() for line in read_text(root / name).splitlines()]
-            classes = list(dict.fromkeys(line for line in lines if line and line not in _NO_CLASS))
-            if not classes:
-                raise InputError(f"{root / name} lists no classes")
-            return classes
-    classes = sorted({name for row in parsed.values() for name in row.names})
-    if not classes:
-        raise InputError(
-            f"no annotation file in {root} has an <object>, so there are no class names: list them in "
-            f"{root / 'labels.txt'}"
-        )
-    return classes
 
 
 def _list_images_by_stem(folder: str, problems: Problems) -> dict[str, str]:
@@ -294,19 +299,11 @@ def _list_images_by_stem(folder: str, problems: Problems) -> dict[str, str]:
 
 
 def _find_left_out_images(
-    problems: Problems, folders: _Folders, images: dict[str, str], parsed: dict[str, VocAnnotation]
+    problems: Problems, folder: Path, annotations: Path, images: dict[str, str], parsed: dict[str, VocAnnotation]
 ) -> None:
-    """Count the images of the split's folder that have no annotation file."""
+    """Count the images of a folder that have no annotation file."""
     for stem, name in images.items():
-        if os.path.normpath(folders.annotations / f"{stem}.xml") not in parsed:
+        if os.path.normpath(annotations / f"{stem}.xml") not in parsed:
             if is_image_name(name):
-                problems.add(annotation_cleaning.NO_ANNOTATION_FILE, [str(folders.images / name)])
-            add_unread_images(problems, str(folders.images), [name])
-
-
-def _get_sizes(rows: list[VocAnnotation], paths: list[str]) -> np.ndarray:
-    """(N, 2) heights and widths; where the xml has none, from the image."""
-    sizes = np.array([(row.height, row.width) for row in rows], dtype=np.int64).reshape(-1, 2)
-    missing = np.flatnonzero((sizes == 0).any(axis=1))
-    sizes[missing] = read_image_sizes([paths[i] for i in missing.tolist()])
-    return sizes
+                problems.add(annotation_cleaning.NO_ANNOTATION_FILE, [str(folder / name)])
+            add_unread_images(problems, str(folder), [name])

@@ -1,4 +1,4 @@
-"""Reader of YOLO datasets: a data.yaml, and per image a text file of normalised boxes or polygons."""
+"""Reader of YOLO datasets: a data.yaml or obj.data, and per image a text file of normalised boxes or polygons."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fusedet.config.yaml_text import LARGEST, LONGEST, count_values
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset, pack_segmentation
 from fusedet.data.image_files import (
+    AbsentSplitError,
+    is_image_name,
     is_inside,
     list_images,
     normalize_split_name,
@@ -35,7 +37,9 @@ _NOT_SPLITS = {"path", "names", "nc", "download", "roboflow", "kpt_shape", "flip
 _NULL = {"", "null", "~"}
 
 
-def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
+def read_yolo(
+    yaml_file: str | Path, split: str, *, data: dict[str, Any] | None = None, exif: bool = True
+) -> DetectionDataset:
     """Read a split of a YOLO dataset.
 
     - Label files are in folders `labels` beside the folders `images`, or beside the images.
@@ -47,12 +51,14 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     Args:
         yaml_file: The data.yaml.
         split: A split of the data.yaml, or a list of images that ends in .txt.
+        data: The content of the data.yaml, where another file stands in for it.
+        exif: Whether labels are normalised to the image after EXIF rotation, not as it is stored.
 
     Raises:
         InputError: The split cannot be read, or a line is malformed; the sentence names the file and the line.
     """
     file = Path(yaml_file)
-    data = load_data_yaml(file)
+    data = load_data_yaml(file) if data is None else data
     names = _read_class_names(data, file)
     key_points = read_key_point_values(data, file)
     root = _find_root(data, file)
@@ -61,7 +67,7 @@ def read_yolo(yaml_file: str | Path, split: str) -> DetectionDataset:
     if not listed:
         raise InputError(f"the split '{split}' of {file} has no images")
     paths = list(dict.fromkeys(listed))
-    sizes = read_image_sizes(paths)
+    sizes = read_image_sizes(paths, exif=exif)
     labels_of = {number: label for label, number in enumerate(names)}
     image_indices: list[int] = []
     labels: list[int] = []
@@ -142,9 +148,10 @@ def load_data_yaml(file: Path) -> dict[str, Any]:
     return data
 
 
-def list_yolo_splits(yaml_file: str | Path) -> dict[str, str]:
-    """Return the splits of a data.yaml and the paths of each; raises InputError."""
-    return {name: ", ".join(entries) for name, entries in _list_entries(load_data_yaml(Path(yaml_file))).items()}
+def list_yolo_splits(data: dict[str, Any]) -> dict[str, str]:
+    """Return the splits of a data.yaml's content and the paths of each."""
+    entries = _list_entries(data).items()
+    return {name: ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "") for name, paths in entries}
 
 
 def get_label_path(image: str) -> str:
@@ -218,6 +225,12 @@ def _list_split_images(entry: str | list[str], root: Path, file: Path) -> list[s
             images += list_images(path)
         elif path.suffix == ".txt" and os.path.isfile(path):
             images += _read_list(path, root)
+        elif is_image_name(path.name) and os.path.isfile(path):
+            images.append(str(path))
+        elif not os.path.exists(path):
+            raise AbsentSplitError(
+                f"{file} names {item}, but {path} does not exist: it must be a folder of images or a .txt list"
+            )
         else:
             raise InputError(f"{file} names {item}, but {path} is neither a folder of images nor a .txt list of images")
     return images
@@ -234,7 +247,7 @@ def _resolve_entry(item: str, root: Path, file: Path) -> Path:
     if os.path.isabs(item):
         return Path(item)
     inner = root / item.removeprefix("../")
-    if item.startswith("../") and os.path.exists(inner):
+    if item.startswith("../") and (os.path.exists(inner) or not os.path.exists(root / item)):
         item = item.removeprefix("../")
     return Path(resolve_inside(root, item, source=file))
 
@@ -249,9 +262,12 @@ def _read_list(list_file: Path, root: Path) -> list[str]:
             f"{list_file} names the file '{outside[0]}', which lies outside the data folder {root}: let the yaml's "
             "'path' name a folder that holds it"
         )
-    base = next(
-        (folder for folder in (list_file.parent, root) if relative and os.path.exists(folder / relative[0])), root
-    )
+    bases = (list_file.parent, root)
+    base = next((folder for folder in bases if relative and os.path.exists(folder / relative[0])), None)
+    if relative and base is None:  # Darknet's lists begin at its own folder: data/obj_train_data/a.jpg
+        base = next((folder for folder in bases if os.path.isfile(folder / relative[0].partition("/")[2])), None)
+        names = [name if base is None or os.path.isabs(name) else name.partition("/")[2] for name in names]
+    base = base or root
     return [
         name if os.path.isabs(name) else os.path.normpath(resolve_inside(base, name, root, source=list_file))
         for name in names
