@@ -15,6 +15,7 @@ from fusedet import cli, config
 from fusedet.api import batch_predict
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Predictor, load
+from fusedet.api.prediction_lines import read_lines
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector
@@ -151,7 +152,7 @@ def test_json_lines_stay_on_request(
     assert not (out / "predictions.json").exists()
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_killed_prediction_resumes_to_the_same_result(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, batch: int
 ) -> None:
@@ -208,16 +209,19 @@ def test_damaged_files_are_refused(model: Path, folder: Path, tmp_path: Path, ca
     assert predict(model, *words) == 0
     begun, file = out / "predict.json", out / "predictions-0-of-1.jsonl"
     good, content = read(begun), file.read_text().splitlines(keepends=True)
-    for bad in ("", "[", "[]", "1", "{}", '{"request": []}', f"{'[' * 100_000}"):
+    wrong = ([1], {"images": 1}, {**good["done"], "shown": "x"}, {**good["done"], "files": None})
+    texts = ["", "[", "[]", "1", "{}", '{"request": []}', "[" * 100_000]
+    for bad in [*texts, *(json.dumps({**good, "done": done}) for done in wrong)]:
         begun.write_text(bad)
-        refused(model, words, f"{begun} is damaged", capsys)
-    for done in ([1], {"images": 1}, {**good["done"], "shown": "x"}, {**good["done"], "files": None}):
-        begun.write_text(json.dumps({**good, "done": done}))
-        refused(model, words, f"{begun} is damaged", capsys)
+        with pytest.raises(InputError, match=f"{begun} is damaged"):
+            batch_predict._read_begun(begun)
+    refused(model, words, f"{begun} is damaged", capsys)
     begun.write_text(json.dumps({"request": good["request"]}))
     for bad in ("\n", "\0\0\n", "[]\n", '{"id": 3}\n', content[0], content[2].replace('"annotations"', '"x"')):
         file.write_text("".join([*content[:2], bad, *content[3:]]))
-        refused(model, words, f"{file}, line 3 is damaged", capsys)
+        with file.open("rb") as opened, pytest.raises(InputError, match=f"{file}, line 3 is damaged"):
+            list(read_lines([opened]))
+    refused(model, words, f"{file}, line 3 is damaged", capsys)
 
 
 def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:

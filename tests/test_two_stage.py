@@ -177,7 +177,10 @@ def test_a_branch_has_the_weight_of_its_stage() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["mask_rcnn_r18", *(pytest.param(f"{kind}_rcnn_r18", marks=pytest.mark.slow) for kind in ("cascade", "grid"))],
+    [
+        "faster_rcnn_r18",
+        *(pytest.param(f"{kind}_rcnn_r18", marks=pytest.mark.slow) for kind in ("mask", "cascade", "grid")),
+    ],
 )
 def test_detection_exports(name: str) -> None:
     made = prepare_for_inference(small(name))

@@ -254,7 +254,7 @@ def test_curves_name_the_iou(tmp_path, classes, iou, named):
     assert f"{named}: 5 best, 5 worst" in svg if classes > 10 else f"<!-- {named} -->" in svg
 
 
-@pytest.mark.parametrize("classes", [1, 10, 80])
+@pytest.mark.parametrize("classes", [1, 10, pytest.param(80, marks=pytest.mark.slow)])
 def test_plots_of_few_and_many_classes(tmp_path, classes):
     visualization.plot_precision_recall(precision_recall(classes), tmp_path / "curves.png")
     matrix = np.diag(np.arange(classes + 1))

@@ -74,6 +74,7 @@ def test_licence(wheel):
     assert packed.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.slow
 def test_command_without_the_source_tree(scripts, tmp_path):
     code = "import fusedet, json, sys; print(json.dumps([fusedet.__file__, *sys.path]))"
     home, *places = json.loads(called("-c", code, cwd=tmp_path, python=scripts / "python"))
