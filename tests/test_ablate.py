@@ -467,7 +467,7 @@ def test_all_files_agree(done: Path) -> None:
 
 
 def test_cited_rows_are_marked(done: Path) -> None:
-    first, _, cost_table = render.make_sheets(load(done))
+    first, *_, cost_table = render.make_sheets(load(done))
     assert first.rows[3][:3] == ["theirs", "41.0", "cited"]
     assert "cited" in cost_table.rows[3]
     assert "conclusion" not in load(done)["rows"][3]

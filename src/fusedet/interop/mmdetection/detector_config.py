@@ -95,8 +95,8 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
     if normalization is None:
         notes.append("the config has no image normalization: RGB and ImageNet's mean and std are assumed")
     else:
-        found = dict(zip(("mean", "std"), normalization))
-        backbone |= {} if all(_is_close(found[key], _IMAGENET[key]) for key in found) else found
+        statistics = dict(zip(("mean", "std"), normalization))
+        backbone |= {} if all(_is_close(statistics[key], _IMAGENET[key]) for key in statistics) else statistics
     tree["test"] = {
         "score": test.get_float("score_thr", 0.05),
         "nms": read_nms_threshold(test, 0.5),
