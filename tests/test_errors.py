@@ -88,7 +88,7 @@ def test_literals_suggest_the_nearest() -> None:
 
 def test_unknown_names() -> None:
     assert str(unknown("neck", "fpm", ["fpn", "bfp"])) == "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
-    assert str(unknown("neck", "zzz", [])) == "unknown neck 'zzz': Known: none"
+    assert str(unknown("neck", "zzz", [])) == "unknown neck 'zzz'. Known: none"
     assert (
         str(unknown("key", "a", ["b"], meant=["x.a", "y.a"]))
         == "unknown key 'a': did you mean 'x.a' or 'y.a'? Known: b"

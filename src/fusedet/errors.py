@@ -48,11 +48,11 @@ def unknown(
     """
     names = sorted(known)
     near = meant or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
     listed = f"Known: {', '.join(names) or 'none'}"
     if len(names) > _LISTED:
         listed = f"Known are {nearest(name, names, lister)}"
-    return InputError(f"unknown {kind} '{name}'{of and f' of {of}'}: {hint}{listed}")
+    return InputError(f"unknown {kind} '{name}'{of and f' of {of}'}{hint} {listed}")
 
 
 def nearest(name: object, known: Sequence[str], lister: str = "") -> str:

@@ -24,7 +24,7 @@ from fusedet.data import validation
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.findings import Finding, summarize_findings
 from fusedet.data.image_files import is_image_name, is_unread_image_name, list_files
-from fusedet.data.readers.auto import detect_format, list_splits
+from fusedet.data.readers.auto import detect_format, list_splits, read_dataset
 from fusedet.data.split_checks import compare_splits
 from fusedet.data.splits import read_split
 from fusedet.errors import InputError
@@ -164,7 +164,7 @@ def _find_unlisted_files(data: Data, splits: Mapping[str, DetectionDataset]) -> 
             if is_image_name(entry.name) or is_unread_image_name(entry.name)
         }
         kind, advice = "images in the data folder that no json lists", "add them to a json if they show objects"
-    elif formats == {"voc"} and (Path(data.path or "") / "Annotations").is_dir():
+    elif formats == {"voc"} and any((Path(data.path or "") / "ImageSets" / "Main").glob("[!.]*.txt")):
         present = {os.path.normpath(file) for file in list_files(Path(data.path or "") / "Annotations")}
         present = {file for file in present if file.endswith(".xml")}
         kind, advice = "annotation files that no list names", "add their names to a list in ImageSets/Main"
@@ -181,9 +181,9 @@ def _find_unlisted_files(data: Data, splits: Mapping[str, DetectionDataset]) -> 
 
     unlisted = present.difference(*map(list_listed, splits.values()))
     for split in list_splits(data.path or "") if unlisted else ():
-        if split not in splits:
+        if split not in splits or isinstance(data.val, float):
             with suppress(InputError):
-                unlisted -= list_listed(read_split(data, split, need_images=False))
+                unlisted -= list_listed(read_dataset(data.path or "", split, images=data.images, need_images=False))
     if not unlisted:
         return []
     first = min(unlisted)

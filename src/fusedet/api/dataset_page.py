@@ -143,7 +143,7 @@ def _object_figure(dataset: DetectionDataset, i: int, j: int, caption: str) -> s
     box = dataset.boxes[j].tolist()
     name = f"{caption}, in {dataset.path(i).name}"
     try:
-        image = to_pil_image(read_image(dataset.path(i), dataset.value_range))
+        image = to_pil_image(read_image(dataset.path(i), dataset.value_range, exif=dataset.exif))
     except InputError as error:
         return f"<figure><figcaption>{escape(f'{name}: {error}')}</figcaption></figure>"
     width, height = image.size
@@ -181,7 +181,7 @@ def _image_figure(dataset: DetectionDataset, i: int, caption: str) -> str:
     """An image with all its boxes; "" where it cannot be read."""
     record = dataset[i]
     try:
-        pixels = read_image(record.path, dataset.value_range)
+        pixels = read_image(record.path, dataset.value_range, exif=dataset.exif)
     except InputError:
         return ""
     image = to_pil_image(pixels)

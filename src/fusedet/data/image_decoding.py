@@ -131,7 +131,7 @@ def read_image_size(
     with _opened(source) as image:
         if not any_mode:
             _refuse_mode(image, _name(source), value_range)
-        return _upright_size(image) if exif else (image.height, image.width)
+        return _get_size(image, exif)
 
 
 def to_tensor(image: Any, value_range: Range | None = None) -> Tensor:
@@ -196,9 +196,9 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         _require_regular_file(source)
     with (
         _explained(name),
-        Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else Path(source), formats=get_image_formats()
-        ) as image,
+        # no path: Pillow would map an uncompressed TIFF into memory, and then turns it wrongly
+        io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
+        Image.open(file, formats=get_image_formats()) as image,
     ):
         if image.width * image.height > limit:
             raise _too_large(name)
@@ -275,23 +275,25 @@ def _explained(name: str) -> Iterator[None]:
         raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation that is still to be applied: Pillow rotates TIFF files itself."""
-    if image.format == "TIFF":
+def _orientation(image: Image.Image, exif: bool = True) -> int:
+    """The EXIF orientation that is still to be applied, or without `exif` undone: Pillow turns TIFF files itself."""
+    is_turned = image.format == "TIFF"
+    if is_turned == exif:
         return 1
     # PNG's own getexif would decode the whole image to look behind the pixels, where no writer puts it
-    return Image.Image.getexif(image).get(_ORIENTATION, 1)
+    own = int(Image.Image.getexif(image).get(_ORIENTATION, 1))
+    return {6: 8, 8: 6}.get(own, own) if is_turned else own
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _get_size(image: Image.Image, exif: bool) -> tuple[int, int]:
     width, height = image.size
-    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+    return (width, height) if _orientation(image, exif) in (5, 6, 7, 8) else (height, width)
 
 
 def _tensor(image: Image.Image, name: str, value_range: Range | None, exif: bool = True) -> Tensor:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
-    transpose = _TRANSPOSE.get(_orientation(image)) if exif else None
+    transpose = _TRANSPOSE.get(_orientation(image, exif))
     rgb = _rgb(image, name, value_range)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
@@ -340,7 +342,7 @@ def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, na
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     rgb = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     turned = torch.from_numpy(_scale(rgb.permute(1, 2, 0).numpy(), value_range))
-    transpose = _TRANSPOSE.get(_orientation(image)) if exif else None
+    transpose = _TRANSPOSE.get(_orientation(image, exif))
     if transpose is not None:
         turned = torch.from_numpy(np.array(Image.fromarray(turned.numpy()).transpose(transpose)))
     return turned.permute(2, 0, 1)

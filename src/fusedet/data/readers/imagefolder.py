@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from fusedet.config.yaml_text import LARGEST, LONGEST, count_values
 from fusedet.data import annotation_cleaning
 from fusedet.data.image_files import read_text
 from fusedet.data.readers.data_folder import DataFolder
@@ -119,9 +120,12 @@ def _read_class_label(file: Path) -> list[str]:
     if match is None:
         return []
     try:
-        content = yaml.load(match[1], yaml.BaseLoader)  # noqa: S506
+        is_large = len(match[1]) > LONGEST or count_values(yaml.compose(match[1], yaml.BaseLoader), {}) > LARGEST
+        content = None if is_large else yaml.load(match[1], yaml.BaseLoader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError):
         return []
+    if is_large:
+        raise InputError(f"{file}: its head has more than {LONGEST} characters or {LARGEST} values")
     pending = [content]
     while pending:
         node = pending.pop()
