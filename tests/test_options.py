@@ -68,7 +68,7 @@ def test_mistyped_names_are_refused(part: Callable[..., Any], option: str, value
 
 def test_values_of_a_literal() -> None:
     one_of("top", "on_input", Top)
-    with pytest.raises(InputError, match="unknown top 'None'. Known: max_pool, "):
+    with pytest.raises(InputError, match=r"unknown top 'None'\. Known: max_pool, "):
         one_of("top", None, Top)
 
 

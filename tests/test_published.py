@@ -329,6 +329,8 @@ def test_every_table_with_mse_fpn_has_both_readings_of_the_injection() -> None:
         if shipped.name.startswith("mse_fpn") or shipped.name in OURS:
             tables.setdefault(shipped.name, {})[row.label] = row.config(shipped)
     for name in tables:
+        if not any(neck.get("type") == "mse_fpn" for made in tables[name].values() for neck in necks(made)):
+            continue
         split = {label: made for label, made in tables[name].items() if is_split(made)}
         assert split, name
         assert all(label.endswith(" split") or "split +" in label for label in split)
