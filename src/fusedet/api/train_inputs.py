@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from fusedet.api.load_model import class_names, weights_file
+from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
 from fusedet.data.class_names import compare_class_names, count_per_label, label_classes
@@ -90,6 +91,20 @@ def class_tensors(config: Config) -> list[str]:
     """Return the names of the weights whose shapes depend on the number of classes."""
     of_one, of_two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
     return [key for key in of_one if of_one[key].shape != of_two[key].shape]
+
+
+def resolve_checked_config(source: str | None, overrides: Sequence[str]) -> Config:
+    """Return a config as `resolve_config` does, after the checks of a training.
+
+    A run may be somebody else's: its model is not built.
+
+    Raises:
+        InputError: As `resolve_config`, or a training would refuse the config.
+    """
+    config = resolve_config(source, overrides)
+    if source is not None and not is_run_dir(source):
+        check_config(config)
+    return config
 
 
 def check_config(config: Config) -> None:

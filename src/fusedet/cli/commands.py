@@ -137,21 +137,13 @@ def config(
     The config is complete, with the given settings applied. A file of it can be used as CONFIG. What a training
     would refuse is refused here too.
     """
+    from fusedet.api.train_inputs import resolve_checked_config
     from fusedet.config import schema_text
 
     name, settings = cli.split_config(words)
-    from fusedet.api.settings import is_run_dir
-    from fusedet.api.train_inputs import check_config
-
     if schema and words:
         raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
-    if schema:
-        sys.stdout.write(schema_text())
-        return
-    resolved = fusedet.resolve_config(name, settings)
-    if name is not None and not is_run_dir(name):  # a run may be somebody else's: its model is not built
-        check_config(resolved)
-    sys.stdout.write(resolved.to_yaml())
+    sys.stdout.write(schema_text() if schema else resolve_checked_config(name, settings).to_yaml())
 
 
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
