@@ -134,7 +134,9 @@ def test_start_skips_without_reading(dataset, workers, monkeypatch):
         from fusedet.data import worker_pool as module
 
         read, paths = module.read_image, []
-        monkeypatch.setattr(module, "read_image", lambda path, **options: paths.append(path) or read(path, **options))
+        monkeypatch.setattr(
+            module, "read_image", lambda path, *args, **options: paths.append(path) or read(path, *args, **options)
+        )
     assert_equal_lists(whole[2:], loader.epoch(2, start=2))
     if not workers:
         assert len(paths) == 8
