@@ -253,7 +253,7 @@ def test_difference_over_seeds_by_hand():
         evaluation.compute_seed_difference([], b, paired=False)
 
 
-@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("paired", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_interval_over_seeds_covers_as_often_as_it_says(paired):
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.3, 0.01, (400, 3)), rng.normal(0.32, 0.02, (400, 3))

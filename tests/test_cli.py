@@ -541,7 +541,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, error: BaseException, code:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("fusedet.api.settings.resolve_config", fail)
+    monkeypatch.setattr("fusedet.api.train_inputs.resolve_checked_config", fail)
     assert cli.run(["config"]) == code
 
 

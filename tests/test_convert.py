@@ -276,6 +276,7 @@ def test_background_images_survive(tmp_path: Path) -> None:
         assert [len(r.boxes) for r in read_dataset(tmp_path / to, "train")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_real_data_survives_a_round_trip(shared: Path, tmp_path: Path) -> None:
     for name in ("bccd", "coco_tiny"):
         src = previous = shared / "data" / name

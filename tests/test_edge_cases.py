@@ -30,7 +30,7 @@ POSITIVE = {  # the loss and the maps that show which priors are positive
 }
 
 
-REPRESENTATIVES = ("retinanet", "reppoints", "faster_rcnn", "cascade_rcnn")  # in the normal suite
+REPRESENTATIVES = ("retinanet", "reppoints", "faster_rcnn")  # in the normal suite
 
 
 @cache

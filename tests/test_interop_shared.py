@@ -17,7 +17,8 @@ from partners import partners
 
 @pytest.mark.usefixtures("no_initialization")
 @pytest.mark.parametrize(
-    "name", [pytest.param("faster_rcnn_r50", marks=pytest.mark.slow), "fcos_r50_caffe_gn", "retinanet_r18"]
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("faster_rcnn_r50", "fcos_r50_caffe_gn")), "retinanet_r18"],
 )
 def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     spec = json.loads((shared / "checkpoints" / f"{name}.json").read_text())

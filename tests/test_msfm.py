@@ -553,6 +553,7 @@ def test_copies_round_trips_and_folding(furnished: TimmBackbone) -> None:
                 assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
+@pytest.mark.slow
 def test_export_and_compile(furnished: TimmBackbone) -> None:
     block, other = furnished.body.layer4[0], torch.randn(1, 1024, 4, 6)
     exported = torch.export.export(block, (torch.randn(1, 1024, 4, 6),), strict=False).module()
