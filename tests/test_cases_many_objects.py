@@ -52,7 +52,7 @@ def disturb(dataset, seed: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("evaluator", evaluation.EVALUATORS)
-@pytest.mark.parametrize("limit", [150, 300])
+@pytest.mark.parametrize("limit", [pytest.param(150, marks=pytest.mark.slow), 300])
 def test_more_detections_equal_pycocotools(tmp_path: Path, evaluator: str, limit: int) -> None:
     """The oracle is pycocotools itself, given the limits by its own parameter."""
     from pycocotools.coco import COCO

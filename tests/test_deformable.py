@@ -140,6 +140,7 @@ def test_precision_and_gradients(modulated: bool) -> None:
     assert all(t.grad.isfinite().all() and t.grad.any() for t in (x, *pack.parameters()))
 
 
+@pytest.mark.slow
 def test_export_and_compile() -> None:
     pack, x = DeformPack(8, 12, modulated=True), torch.randn(1, 8, 6, 9)
     nn.init.normal_(pack.offset.weight)

@@ -364,6 +364,7 @@ def test_bfloat16() -> None:
             assert ((boxes - exact).abs() <= 0.05 * raw.priors.strides[:, None]).all()
 
 
+@pytest.mark.slow
 def test_exports() -> None:
     few = Levels((32,) * 2, (8, 16))
     decode = Call(spread(RepPointsHead(few, 3, convs=1)).eval(), lambda head, features: head.decode(head(features))[:2])

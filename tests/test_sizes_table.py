@@ -12,7 +12,8 @@ from fusedet.errors import InputError
 from test_ablate_rows import finish_runs, make_plan, make_results
 
 
-@pytest.mark.parametrize("name", [pytest.param("sizes", marks=pytest.mark.slow), "seed_noise"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sizes", "seed_noise"])
 def test_preview_counts_with_the_classes_of_the_synthetic_data(name):
     preview = fusedet.preview_ablation(name, say=lambda text: None)
     assert preview.classes == len(SHAPES)

@@ -24,6 +24,7 @@ OTHER_REPPOINTS = [case for case in product(NECKS, PLUGINS, INTERACTIONS) if cas
 TWO = [(name, neck, plugin) for name, neck, plugin in zip(cycle(TWO_STAGE), NECKS, cycle(PLUGINS))]
 TWO += [(name, "mse_fpn+smsl", "msfm") for name in TWO_STAGE if (name, "mse_fpn+smsl", "msfm") not in TWO]
 SLOW = [case for case in product(TWO_STAGE, NECKS, PLUGINS) if case not in TWO]
+COSTLY = ("cascade_rcnn", "grid_rcnn")  # without a plugin only in the slow suite
 ODD = (33, 47)
 SOME, EMPTY = target([[4, 4, 30, 30], [10, 20, 60, 44]]), target([])
 
@@ -77,7 +78,10 @@ def test_all_other_combinations_with_reppoints(neck: str, plugin: str, interact:
     check_contracts(assemble("reppoints", neck, plugin, interact), STRIDES)
 
 
-@pytest.mark.parametrize(("name", "neck", "plugin"), TWO)
+@pytest.mark.parametrize(
+    ("name", "neck", "plugin"),
+    [case if case[2] or case[0] not in COSTLY else pytest.param(*case, marks=pytest.mark.slow) for case in TWO],
+)
 def test_two_stage_with_every_neck(name: str, neck: str, plugin: str) -> None:
     check_contracts(assemble(name, neck, plugin, everything=True), (4, 8, 16, 32, 64))
 
