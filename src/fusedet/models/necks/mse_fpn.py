@@ -21,6 +21,7 @@ from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
 from fusedet.models.necks.gates import Gate, make_gate
 from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.models.ops.precision import without_autocast
+from fusedet.models.ops.pyramid_resize import resize_bilinear
 from fusedet.types import Features, Levels
 
 Enhancement = Literal["full", "channel", "spatial", "conv1x1", "none"]
@@ -114,15 +115,14 @@ class MSEFPN(nn.Module):
         cag_relu: bool = False,
     ) -> None:
         super().__init__()
-        named = {
-            "sem": sem,
-            "sim": sim,
-            "gate": gate,
-            "gate_place": gate_place,
-            "gate_source": gate_source,
-            "norm": norm,
-        }
-        for (key, value), kind in zip(named.items(), (Enhancement, Injection, Gate, GatePlace, GateSource, Norm)):
+        for key, value, kind in (
+            ("sem", sem, Enhancement),
+            ("sim", sim, Injection),
+            ("gate", gate, Gate),
+            ("gate_place", gate_place, GatePlace),
+            ("gate_source", gate_source, GateSource),
+            ("norm", norm, Norm),
+        ):
             one_of(key, value, kind)
         self.start, self.levels = pyramid_levels(levels, channels, finest, coarsest)
         inputs = levels.channels[self.start :]
@@ -311,9 +311,9 @@ class SIM(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Compute F_i (N, C, H_i, W_i) of x, of the same shape, and M' (N, inputs, H, W)."""
-        return self.local(x) * upsample_bilinear(self.gate(context).sigmoid(), x) + upsample_bilinear(
-            self.semantics(context), x
-        )
+        size = (x.shape[-2], x.shape[-1])
+        weights = resize_bilinear(self.gate(context).sigmoid(), size)
+        return self.local(x) * weights + resize_bilinear(self.semantics(context), size)
 
 
 class Add(nn.Module):
@@ -325,7 +325,7 @@ class Add(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Compute F_i (N, C, H_i, W_i) of x, of the same shape, and M' (N, inputs, H, W)."""
-        return x + upsample_bilinear(self.conv(context), x)
+        return x + resize_bilinear(self.conv(context), (x.shape[-2], x.shape[-1]))
 
 
 def make_sem(
@@ -339,11 +339,6 @@ def make_sem(
     return SEM(
         channels, embed, reduction, v_groups, gn1, pool_first, channel=kind != "spatial", spatial=kind != "channel"
     )
-
-
-def upsample_bilinear(x: Tensor, like: Tensor) -> Tensor:
-    """Resize x to the size of `like` by bilinear interpolation."""
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def level_indices(levels: Levels, context: tuple[int, ...]) -> list[int]:
