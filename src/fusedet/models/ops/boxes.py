@@ -181,12 +181,11 @@ def select_detections(
     chosen = clip_boxes(boxes.gather(1, indices[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
     final = confidence if quality is None else confidence * quality.gather(1, rows)
     span = chosen.detach().amax() + 1  # shifts by a multiple of it keep classes from suppressing each other
-    per_image = []
     limits = score if isinstance(score, (int, float)) else confidence.new_tensor(score)[labels]
-    above = confidence > limits
-    for b, c, s, k in zip(chosen.unbind(), above.unbind(), final.unbind(), labels.unbind()):
-        real = c & (b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])
-        b, s, k = b[real], s[real], k[real]
+    real = (confidence > limits) & (chosen[..., 2:] > chosen[..., :2]).all(dim=2)  # (N, M)
+    per_image = []
+    for b, s, k, r in zip(chosen.unbind(), final.unbind(), labels.unbind(), real.unbind()):
+        b, s, k = b[r], s[r], k[r]
         keep = _nms(b + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
         # unused entries read one of the two rows of zeros
