@@ -4,6 +4,7 @@ Trainable parameters, the stem and the first stage frozen, 80 classes.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from fusedet import config
 from fusedet.ablation import Row, Table, list_tables, load_table
+from fusedet.ablation.cost import count_costs
 from fusedet.config import Config
 from fusedet.models.detectors.factory import build_detector
 
@@ -364,11 +366,18 @@ def test_split_injection_adds_a_quarter_of_the_full_one() -> None:
 
 
 @pytest.mark.slow
-def test_notes_say_the_parameters() -> None:
+def test_notes_say_the_cost() -> None:
+    """Parameters and multiply-adds of the row and, behind "against", of the paper's row beside it."""
     noted = [(t, r) for t, r in rows() if r.note and "M trainable parameters" in r.note]
     assert len(noted) == 18
     for shipped, row in noted:
-        assert f"{trainable(row.config(shipped)) / 1e6:.2f} M trainable" in str(row.note), row.label
+        costs = re.findall(r"([\d.]+) M (?:trainable parameters,|and) ([\d.]+) G", str(row.note))
+        beside = row.label.replace(" split", "").partition(" with one convolution")[0]
+        made = {r.label: r.config(shipped) for r in shipped.rows if r.label in (row.label, beside)[: len(costs)]}
+        counted = count_costs(made, 80)
+        for label, cost in zip((row.label, beside), costs):
+            figures = counted[label]
+            assert cost == (f"{figures['trainable'] / 1e6:.2f}", f"{figures['multiply_adds'] / 1e9:.1f}"), row.label
 
 
 def test_single_scale_rows_are_the_others_without_scales() -> None:
