@@ -1,6 +1,7 @@
 """Gates for MSE-FPN: its own gated channel guidance (GCG) and the alternatives of its Table 6.
 
-Each scales a map (N, C, H, W) by weights in 0..1 that it computes from the same map; `weights` returns them.
+Each scales a map (N, C, H, W) by weights in 0..1 that it computes from the same map, GCG also from another one;
+`weights` returns them.
 
 References:
     "Multi-scale semantic enhancement network for object detection", Guo et al., 2023.
