@@ -106,9 +106,9 @@ def selection_options(test: configs.Test, names: Sequence[str] = ()) -> dict[str
     """
     score: float | list[float]
     if isinstance(test.score, dict):
-        by_name = {"default": 0.05} | test.score
+        by_name = {"default": configs.Test.model_fields["score"].default} | test.score
         if wrong := [name for name in test.score if names and name not in ("default", *names)]:
-            raise unknown("class of test.score:", wrong[0], names)
+            raise unknown("class", wrong[0], names, of="test.score")
         score = [by_name.get(n, by_name["default"]) for n in names] if names else min(by_name.values())
     else:
         score = test.score
