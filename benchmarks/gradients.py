@@ -1,4 +1,4 @@
-"""Gradient norms that reach the backbone, the neck and the head at initialization, for detectors trained from scratch.
+"""Gradient norms that reach neck and backbone at initialization, for detectors trained from scratch.
 
 Prints a Markdown row for each neck of the table `necks` under a recipe of small detectors, and for each config from
 scratch, then the smallest norm; exits with 1 if it is below 0.1. The batch is the first training batch of the config.
@@ -22,6 +22,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.models.detectors import build_detector
+from fusedet.types import Batch
 
 LEAST = 0.1
 RECIPE = [
@@ -32,38 +33,46 @@ RECIPE = [
     "train.batch=4",
 ]
 """The recipe of the necks: narrow towers learn with norm only."""
-FROM_SCRATCH = ("_small", "_tiny")
 
 
-def measure_gradients(settings: Config, dataset: DetectionDataset) -> dict[str, float]:
-    """Compute the gradient norm of each part's parameters for the total loss of the first training batch."""
-    torch.manual_seed(settings.train.seed)
-    detector: Any = build_detector(settings, len(dataset.names)).train()
-    loader = build_train_loader(
-        dataset, train_transform(settings), batch=settings.train.batch, seed=settings.train.seed
-    )
-    losses = detector.loss(next(iter(loader.epoch(0))))
+def list_configs() -> list[str]:
+    """List the shipped configs from scratch, without those that add a mask or grid branch to another one."""
+    names = (name for name in config.names() if name.endswith(("_small", "_tiny")))
+    return [name for name in names if not (config.load(name).model.roi or {}).get("branches")]
+
+
+def gradient_norms(detector: Any, batch: Batch) -> dict[str, float]:
+    """Compute the gradient norm of each part's parameters for the total loss of a batch."""
+    losses = detector.loss(batch)
     sum(value * detector.loss_weights[name] for name, value in losses.items()).backward()
 
     def norm(part: nn.Module) -> float:
         gradients = [p.grad.flatten() for p in part.parameters() if p.grad is not None]
         return float(torch.cat(gradients).norm())
 
-    return {name: norm(part) for name, part in (("backbone", detector.backbone), ("neck", detector.neck))}
+    return {"neck": norm(detector.neck), "backbone": norm(detector.backbone)}
+
+
+def measure_gradients(settings: Config, dataset: DetectionDataset) -> dict[str, float]:
+    """Compute the gradient norms of a config's detector for its first training batch."""
+    torch.manual_seed(settings.train.seed)
+    detector = build_detector(settings, len(dataset.names)).train()
+    loader = build_train_loader(
+        dataset, train_transform(settings), batch=settings.train.batch, seed=settings.train.seed
+    )
+    return gradient_norms(detector, next(iter(loader.epoch(0))))
 
 
 def main() -> int:
     """Print the table; return 1 if a norm is too small."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data/bccd"))
-    parser.add_argument("overrides", nargs="*", help="further settings of all rows, such as model.head.norm=false")
+    parser.add_argument("overrides", nargs="*", help="further settings of the necks, such as model.head.norm=false")
     args = parser.parse_args()
     dataset = read_dataset(args.data, "train")
     table = load_table("necks")
     rows = {f"`necks`: {row.label}": row.config(table, *RECIPE, *args.overrides) for row in table.rows}
-    for name in config.names():
-        if name.endswith(FROM_SCRATCH) and not (config.load(name).model.roi or {}).get("branches"):
-            rows[f"`{name}`"] = config.load(name, [*args.overrides])
+    rows |= {f"`{name}`": config.load(name) for name in list_configs()}
     smallest = float("inf")
     print("| | neck | backbone |\n|---|---|---|")
     for label, settings in rows.items():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.types import Batch, Detections, Features, Levels, Target
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    )
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class FakeDetector(nn.Module):

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
+from fakes import load_benchmark
 from fusedet import config
 from fusedet.ablation import load_table
 from fusedet.config import Config
 from fusedet.models.detectors import build_detector
 from fusedet.types import Batch, Target
 
-RECIPE = [
-    "model.backbone={name: resnet18.tv_in1k, pretrained: false, frozen_stages: -1, norm_eval: false}",
-    "model.pyramid.channels=64",
-    "model.head.norm=true",
-]
-SCRATCH = [
-    name
-    for name in config.names()
-    if name.endswith(("_small", "_tiny")) and not (config.load(name).model.roi or {}).get("branches")
-]
+gradients = load_benchmark("gradients")
 
 
 def gradient_norms(settings: Config) -> dict[str, float]:
@@ -31,20 +22,16 @@ def gradient_norms(settings: Config) -> dict[str, float]:
     boxes = torch.tensor([[10.0, 10, 50, 54], [60, 20, 130, 84], [20, 70, 44, 90]])
     targets = (Target(boxes, torch.tensor([0, 1, 2])), Target(boxes + 4, torch.tensor([2, 0, 0])))
     images = torch.randint(0, 256, (2, 3, 96, 160), dtype=torch.uint8)
-    losses = detector.loss(Batch(images, torch.tensor([[96, 160]] * 2), torch.arange(2), torch.ones(2, 2), targets))
-    sum(value * detector.loss_weights[name] for name, value in losses.items()).backward()
-
-    def norm(part: nn.Module) -> float:
-        return float(torch.cat([p.grad.flatten() for p in part.parameters() if p.grad is not None]).norm())
-
-    return {"neck": norm(detector.neck), "backbone": norm(detector.backbone)}
+    batch = Batch(images, torch.tensor([[96, 160]] * 2), torch.arange(2), torch.ones(2, 2), targets)
+    return gradients.gradient_norms(detector, batch)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if config.load(n).model.roi else ()) for n in SCRATCH]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if config.load(n).model.roi else ()) for n in gradients.list_configs()],
 )
 def test_configs_from_scratch_have_norm_where_their_heads_need_it(name: str) -> None:
-    assert min(gradient_norms(config.load(name)).values()) > 0.1
+    assert min(gradient_norms(config.load(name)).values()) > gradients.LEAST
 
 
 def test_without_norm_almost_nothing_reaches_neck_and_backbone() -> None:
@@ -56,4 +43,4 @@ def test_without_norm_almost_nothing_reaches_neck_and_backbone() -> None:
 def test_gradient_reaches_every_neck(label: str) -> None:
     table = load_table("necks")
     (row,) = (row for row in table.rows if row.label == label)
-    assert min(gradient_norms(row.config(table, *RECIPE)).values()) > 0.1
+    assert min(gradient_norms(row.config(table, *gradients.RECIPE)).values()) > gradients.LEAST

@@ -1,12 +1,12 @@
 """The schedule of the learning tests, and what their script reports of a run; docs/learning.md has the results."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from fakes import load_benchmark
 from fusedet import config
 from fusedet.errors import InputError
 
@@ -15,12 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def learning() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("learning")
 
 
 def test_every_detector_learns_under_one_recipe(learning: ModuleType, tmp_path: Path) -> None:
