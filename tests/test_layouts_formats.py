@@ -293,6 +293,14 @@ def test_via_file_per_split(tmp_path: Path) -> None:
     assert set(list_splits(tmp_path)) == {"train", "val"}
     assert {r.path.parent.name for r in read_dataset(tmp_path, "val")} == {"val"}
     assert contents(read_dataset(tmp_path, "val")) == IMAGES
+    shutil.rmtree(tmp_path / "val")
+    content = via()
+    for row in content.values():
+        row["filename"] = f"absent_{row['filename']}"
+    write_json(tmp_path / "val" / "via_region_data.json", content)
+    assert list_splits(tmp_path) == {"train": str(tmp_path / "train")}
+    with pytest.raises(InputError, match="has no split 'val': it has train"):
+        read_dataset(tmp_path, "val")
 
 
 def test_imagefolder_names_and_splits(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def read_via(folder: DataFolder, split: str | None = None) -> RecordSet:
     if not any(parsed.values()):
         raise InputError(f"{folder.path}: none of the images of {', '.join(files)} is there")
     splits = {name: [record for file in group for record in parsed[file]] for name, group in groups.items()}
-    return RecordSet("via", splits, (), problems)
+    return RecordSet("via", {name: records for name, records in splits.items() if records}, (), problems)
 
 
 def _parse_images(folder: DataFolder, file: str, problems: Problems) -> Iterator[ImageRecord]:
