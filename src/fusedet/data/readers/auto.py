@@ -14,7 +14,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers import coco_layout, darknet
 from fusedet.data.readers.coco import read_coco
 from fusedet.data.readers.cvat import list_cvat_files, read_cvat
-from fusedet.data.readers.data_folder import DataFolder, file_mentions, identify_json
+from fusedet.data.readers.data_folder import DataFolder, file_mentions
 from fusedet.data.readers.imagefolder import list_metadata_files, read_imagefolder
 from fusedet.data.readers.labelme import list_labelme_files, read_labelme
 from fusedet.data.readers.records import RecordSet, build_split
@@ -253,7 +253,7 @@ def _detect_file(folder: DataFolder) -> Layout:
     path = folder.path
     if path.suffix.lower() in _YAML:
         return KNOWN[2]
-    if path.suffix.lower() == ".json" and identify_json(path) in (None, "coco"):
+    if path.suffix.lower() == ".json" and folder.identify_json(path) in (None, "coco"):
         return KNOWN[0]
     for layout in OTHERS:
         if layout.is_present(folder):

@@ -18,7 +18,7 @@ from fusedet.data.image_files import (
     resolve_inside,
     select_split,
 )
-from fusedet.data.readers.data_folder import DataFolder, identify_json, last_part
+from fusedet.data.readers.data_folder import DataFolder, last_part
 from fusedet.errors import InputError
 
 _OTHER_TASKS = ("person_keypoints_", "captions_", "stuff_", "panoptic_")
@@ -32,7 +32,7 @@ def list_splits(folder: DataFolder) -> dict[str, str]:
 
 def has_usual_files(folder: DataFolder) -> bool:
     """Return whether a folder has json files where COCO's are, or is a json file."""
-    return bool(_find_usual_files(folder.path))
+    return bool(_find_usual_files(folder))
 
 
 def has_files(folder: DataFolder) -> bool:
@@ -102,15 +102,16 @@ def _find_by_last_part(names: list[str], folder: Path, file: Path) -> list[str]:
     return paths
 
 
-def _find_usual_files(path: Path) -> dict[str, Path]:
+def _find_usual_files(folder: DataFolder) -> dict[str, Path]:
     """The json files of a folder by the name of the split, with its year, or the file itself."""
+    path = folder.path
     if path.is_file():
-        is_coco = path.suffix.lower() == ".json" and identify_json(path) in (None, "coco")
+        is_coco = path.suffix.lower() == ".json" and folder.identify_json(path) in (None, "coco")
         return {"train": path} if is_coco else {}
     files: dict[str, Path] = {}
-    for folder in (path / "annotations", path):
-        for file in sorted(folder.glob("*.json")):
-            kind = identify_json(file)
+    for parent in (path / "annotations", path):
+        for file in sorted(parent.glob("*.json")):
+            kind = folder.identify_json(file)
             is_coco = kind == "coco" or (kind is None and _names_split(file))
             if is_coco and not file.name.startswith(_OTHER_TASKS) and not is_system_file(file.name):
                 files.setdefault(_split_of(file), file)
@@ -122,10 +123,9 @@ def _find_usual_files(path: Path) -> dict[str, Path]:
 
 def _find_files(folder: DataFolder) -> dict[str, Path]:
     """The splits of a COCO json ("train") or folder; a year is removed where the names stay unique."""
-    files = _find_usual_files(folder.path)
+    files = _find_usual_files(folder)
     if not files:
-        coco_files = [Path(file) for file in folder.list_annotations(".json") if identify_json(file) == "coco"]
-        for file in coco_files:
+        for file in map(Path, folder.list_json("coco")):
             parents = [
                 part for part in file.relative_to(folder.root).parts[:-1] if normalize_split_name(part) in SPLIT_NAMES
             ]

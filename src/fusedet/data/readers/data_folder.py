@@ -36,6 +36,7 @@ class DataFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.root = self.path if self.path.is_dir() else self.path.parent
+        self._json_formats: dict[str, str | None] = {}
 
     @cached_property
     def files(self) -> list[str]:
@@ -52,6 +53,16 @@ class DataFolder:
         if self.path.is_file():
             return [str(self.path)] if self.path.suffix.lower() in extensions else []
         return [file for file in self.files if os.path.splitext(file)[1].lower() in extensions]
+
+    def identify_json(self, file: str | Path) -> str | None:
+        """Tell the format of a json file, for example "coco" or "labelme"; None if unknown. Each is read once."""
+        if (path := str(file)) not in self._json_formats:
+            self._json_formats[path] = _identify_json(path)
+        return self._json_formats[path]
+
+    def list_json(self, *formats: str) -> list[str]:
+        """List the json files of some formats."""
+        return [file for file in self.list_annotations(".json") if self.identify_json(file) in formats]
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
@@ -140,8 +151,8 @@ def file_mentions(file: str | Path, pattern: str) -> bool:
     return re.search(pattern.encode(), _read_head(file), re.MULTILINE) is not None
 
 
-def identify_json(file: str | Path) -> str | None:
-    """Tell the format of a json file by the keys at its beginning, for example "coco" or "labelme"; None if unknown."""
+def _identify_json(file: str) -> str | None:
+    """The format of a json file by the keys at its beginning."""
     head = _read_head(file)
     kinds = (kind for kind, *keys in _JSON_KEYS if all(re.search(key.encode(), head) for key in keys))
     is_cut = len(head) == _HEAD and re.search(rb'"categories"\s*:\s*\[', head)  # more categories than fit

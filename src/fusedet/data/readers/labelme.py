@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.readers.data_folder import DataFolder, identify_json
+from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.json_values import Entry, load_json
 from fusedet.data.readers.left_out_files import Problems
 from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes, image_name_of, read_annotation_files
@@ -16,7 +16,7 @@ _POLYGONS = ("polygon", "rotation", None)  # old files have no `shape_type`
 
 def list_labelme_files(folder: DataFolder) -> list[str]:
     """List the json files of LabelMe."""
-    return [file for file in folder.list_annotations(".json") if identify_json(file) == "labelme"]
+    return folder.list_json("labelme")
 
 
 def read_labelme(folder: DataFolder, split: str | None = None) -> RecordSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fusedet.data.readers.data_folder import DataFolder, file_mentions, identify_json
+from fusedet.data.readers.data_folder import DataFolder, file_mentions
 
 _KNOWN = (
     "COCO (annotations/*.json), VOC (Annotations/*.xml), YOLO (data.yaml), LabelMe, CVAT for images, VIA or Hugging "
@@ -20,23 +20,24 @@ _LABEL = r"^\d+( +[-+.eE\d]+){4,}\s*$"
 def explain_unrecognized(folder: DataFolder) -> str:
     """Return the sentence: what is there, which layout it comes nearest to, and what that one lacks."""
     if folder.path.is_file():
-        return _explain_file(folder.path)
+        return _explain_file(folder)
     for count, explain in _HINTS:
         if files := count(folder):
             return f"{folder.path} {explain(folder, files)}"
     return f"{folder.path} holds no dataset: what is read is {_KNOWN}"
 
 
-def _explain_file(path: Path) -> str:
+def _explain_file(folder: DataFolder) -> str:
+    path = folder.path
     if path.suffix.lower() in _ARCHIVES:
         return f"{path} is an archive: unpack it, and give its folder"
-    if path.suffix.lower() == ".json" and (kind := identify_json(path)) in _EXPORTS:
+    if path.suffix.lower() == ".json" and (kind := folder.identify_json(path)) in _EXPORTS:
         return f"{path} is {kind}'s own json: export it as {_EXPORTS[kind]}"
     return f"{path} is neither a folder, a COCO .json nor a YOLO .yaml"
 
 
 def _foreign_json(folder: DataFolder) -> list[str]:
-    return [file for file in folder.list_annotations(".json") if identify_json(file) in _EXPORTS]
+    return folder.list_json(*_EXPORTS)
 
 
 def _labels(folder: DataFolder) -> list[str]:
@@ -49,7 +50,7 @@ def _tables(folder: DataFolder) -> list[str]:
 
 def list_voc_below(folder: DataFolder) -> list[str]:
     """List the subfolders with VOC's lists of images, which a reader of the whole folder would ignore."""
-    return [str(f) for f in sorted(folder.path.iterdir()) if f.is_dir() and (f / "ImageSets").is_dir()]
+    return sorted(str(f) for f in folder.path.iterdir() if f.is_dir() and (f / "ImageSets").is_dir())
 
 
 def _yaml_below(folder: DataFolder) -> list[str]:
@@ -66,8 +67,8 @@ _HINTS: tuple[tuple[Callable[[DataFolder], list[str]], Callable[[DataFolder, lis
     (
         _foreign_json,
         lambda folder, files: (
-            f"holds {identify_json(files[0])}'s own json ({files[0]}): export the project as "
-            f"{_EXPORTS[identify_json(files[0]) or '']}"
+            f"holds {folder.identify_json(files[0])}'s own json ({files[0]}): export the project as "
+            f"{_EXPORTS[folder.identify_json(files[0]) or '']}"
         ),
     ),
     (

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.readers.data_folder import DataFolder, identify_json
+from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.json_values import Entry, load_json
 from fusedet.data.readers.left_out_files import Problems
 from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes
@@ -21,7 +21,7 @@ _NO_CLASS = "object"  # of regions without any attribute
 
 def list_via_files(folder: DataFolder) -> list[str]:
     """List the json files of VIA: annotations and projects."""
-    return [file for file in folder.list_annotations(".json") if identify_json(file) == "via"]
+    return folder.list_json("via")
 
 
 def read_via(folder: DataFolder, split: str | None = None) -> RecordSet:
