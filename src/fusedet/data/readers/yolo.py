@@ -75,7 +75,8 @@ def read_yolo(
     segmentations: list[bytes] = []
     problems = Problems()
     problems.counts[annotation_cleaning.LISTED_TWICE] = len(listed) - len(paths)
-    polygons: list[list[float]] = []
+    polygons: list[list[float]] = []  # while all have one length: as Python numbers they take gigabytes
+    is_one_length = True
     image_of: dict[str, str] = {}  # by label file
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
@@ -94,8 +95,10 @@ def read_yolo(
             if key_points:
                 problems.add(annotation_cleaning.KEY_POINTS, [label_file])
                 values = values[:4]
-            elif len(values) > 4:
+            elif len(values) > 4 and is_one_length:
                 polygons.append(values)
+                if not (is_one_length := len(values) == len(polygons[0])):
+                    polygons.clear()
             box, polygon = _to_pixels(values, height, width)
             image_indices.append(i)
             labels.append(labels_of[number])
