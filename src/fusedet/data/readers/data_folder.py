@@ -15,7 +15,6 @@ from fusedet.data.image_files import (
     list_files,
     normalize_split_name,
     normalize_split_names,
-    select_split,
 )
 from fusedet.errors import InputError
 
@@ -110,13 +109,17 @@ class DataFolder:
     def _folders(self, path: str) -> list[str]:
         return os.path.relpath(os.path.dirname(path), self.root).split(os.sep)
 
-    def group_by_split(self, files: Iterable[str], *, by_file: bool = False) -> dict[str, list[str]]:
+    def group_by_split(
+        self, files: Iterable[str], wanted: str | None = None, *, by_file: bool = False
+    ) -> dict[str, list[str]]:
         """Group files by the name of a split among their folders; without such folders all are `train`.
 
         Args:
             files: The files.
+            wanted: A split that may also be a folder's name or path; its files are then a further group.
             by_file: Whether a file's own name may be that of a split too, as of files that hold many images.
         """
+        files = list(files)
 
         def find_name(file: str) -> str:
             names = [*self._folders(file), *([_stem(file)] if by_file else [])]
@@ -125,25 +128,12 @@ class DataFolder:
         groups = _group(files, find_name)
         rest = groups.pop("", [])
         splits = dict(zip(normalize_split_names(list(groups)), groups.values(), strict=True))
-        return splits | ({"rest" if "train" in splits else "train": rest} if rest else {})
-
-    def select_files(self, files: Iterable[str], split: str) -> list[str]:
-        """Return the files of a split: one of `group_by_split`, or a folder's name or path.
-
-        Raises:
-            InputError: There is no such split.
-        """
-        files = list(files)
-        splits = self.group_by_split(files)
-        wanted = os.path.normpath(split)
-        inside = [
-            file
-            for file in files
-            if f"{os.sep}{os.path.relpath(file, self.root)}".startswith(f"{os.sep}{wanted}{os.sep}")
-        ]
-        if normalize_split_name(split) not in splits and inside:
-            return inside
-        return select_split(splits, split, self.path)
+        splits |= {"rest" if "train" in splits else "train": rest} if rest else {}
+        if wanted is not None and normalize_split_name(wanted) not in splits:
+            folder = os.path.join(os.path.normpath(wanted), "")
+            inside = [file for file in files if os.path.relpath(file, self.root).startswith(folder)]
+            splits |= {wanted: inside} if inside else {}
+        return splits
 
 
 def file_mentions(file: str | Path, pattern: str) -> bool:

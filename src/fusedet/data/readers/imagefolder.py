@@ -49,9 +49,7 @@ def read_imagefolder(folder: DataFolder, split: str | None = None) -> RecordSet:
         names = sorted({name for record in records for name in record.names}, key=int)
     by_path = {record.path: record for record in records}
     problems.counts[annotation_cleaning.LISTED_TWICE] = len(records) - len(by_path)
-    splits = {name: [by_path[p] for p in group] for name, group in folder.group_by_split(by_path).items()}
-    if split is not None and split not in splits:
-        splits[split] = [by_path[p] for p in folder.select_files(by_path, split)]
+    splits = {name: [by_path[p] for p in group] for name, group in folder.group_by_split(by_path, split).items()}
     return RecordSet("imagefolder", splits, names, problems)
 
 

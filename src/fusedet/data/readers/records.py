@@ -12,7 +12,7 @@ import numpy as np
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset, pack_segmentation
-from fusedet.data.image_files import normalize_split_name, read_image_sizes, read_text, select_split
+from fusedet.data.image_files import read_image_sizes, read_text, select_split
 from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.left_out_files import Problems, add_unread_images
 from fusedet.data.segmentation import is_drawable
@@ -127,9 +127,7 @@ def read_annotation_files(
     problems.add(annotation_cleaning.NO_ANNOTATION_FILE, sorted(folder.images - used))
     for file in folder.files:
         add_unread_images(problems, os.path.dirname(file), [os.path.basename(file)])
-    splits = {name: [records[f] for f in group] for name, group in folder.group_by_split(records).items()}
-    if split is not None and normalize_split_name(split) not in splits:
-        splits[split] = [records[f] for f in folder.select_files(records, split)]
+    splits = {name: [records[f] for f in group] for name, group in folder.group_by_split(records, split).items()}
     return RecordSet(dataset_format, splits, (), problems)
 
 

@@ -31,9 +31,7 @@ def read_via(folder: DataFolder, split: str | None = None) -> RecordSet:
         InputError: A file is malformed, or it is unclear which attribute is the class.
     """
     files, problems = list_via_files(folder), Problems()
-    groups = folder.group_by_split(files, by_file=True)
-    if split is not None and split not in groups:
-        groups[split] = folder.select_files(files, split)
+    groups = folder.group_by_split(files, split, by_file=True)
     parsed = {file: list(_parse_images(folder, file, problems)) for file in files}
     if not any(parsed.values()):
         raise InputError(f"{folder.path}: none of the images of {', '.join(files)} is there")
