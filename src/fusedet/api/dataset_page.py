@@ -86,7 +86,7 @@ def _item(finding: Finding) -> str:
 def _describe_split(dataset: DetectionDataset) -> list[str]:
     """Counts, histograms, the smallest and largest objects, and the objects with a fault."""
     boxes, labels = dataset.boxes.numpy(), dataset.labels.numpy()
-    owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
+    owner = dataset.image_indices
     sides = (boxes[:, 2:] - boxes[:, :2]).clip(0)
     area = sides.prod(axis=1)
     counts = np.bincount(labels, minlength=len(dataset.names)).tolist()

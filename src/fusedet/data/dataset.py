@@ -203,6 +203,11 @@ class DetectionDataset:
     def __iter__(self) -> Iterator[ImageAnnotations]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def image_indices(self) -> np.ndarray:
+        """The index (M,) of the image of each annotation."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets.numpy()))
+
     def path(self, i: int) -> Path:
         """Return the file of image i."""
         return Path(self.paths[i].decode("utf-8", "surrogateescape"))

@@ -40,7 +40,7 @@ def check_box_convention(dataset: DetectionDataset) -> list[Finding]:
     boxes = dataset.boxes.numpy()
     if dataset.dataset_format != "coco" or not len(boxes):
         return []
-    owner = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
+    owner = dataset.image_indices
     limits = dataset.sizes.numpy()[owner][:, ::-1]
     corners = boxes[:, 2:] - boxes[:, :2]  # the last two values as they are written
     leaves = (boxes[:, 2:] > limits + MARGIN).any(axis=1)

@@ -75,9 +75,8 @@ def hold_out(dataset: DetectionDataset, share: float, seed: int) -> np.ndarray:
     unique, copy_of = np.unique(names, return_inverse=True)
     if (count := len(unique)) < 2:
         raise InputError(f"{dataset.source} has {plural(count, 'image')}: data.val={share:g} needs at least 2")
-    owner = np.repeat(copy_of, np.diff(dataset.offsets.numpy()))
     has_class = np.zeros((count, len(dataset.names)), dtype=bool)
-    has_class[owner, dataset.labels.numpy()] = True
+    has_class[copy_of[dataset.image_indices], dataset.labels.numpy()] = True
     order = np.random.default_rng(seed).permutation(count)
     shares = np.array([1 - share, share])
     lacking_images = shares * count
@@ -159,7 +158,7 @@ def select_classes(dataset: DetectionDataset, classes: Sequence[str], rename: Ma
     firsts = [renamed.index(name) for name in kept]
     labels = new_label[dataset.labels]
     at = torch.nonzero(labels >= 0).flatten()
-    owner = torch.repeat_interleave(torch.arange(len(dataset)), dataset.offsets.diff())[at]
+    owner = torch.from_numpy(dataset.image_indices)[at]
     offsets = torch.zeros(len(dataset) + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(owner, minlength=len(dataset)).cumsum(0)
     columns = _take_annotations(dataset, at) | {"labels": labels[at]}

@@ -37,7 +37,7 @@ def find_unusable_targets(dataset: DetectionDataset, *, for_training: bool = Tru
         dataset: The split.
         for_training: Whether targets of a training are meant, else those that evaluation counts.
     """
-    boxes, owner = dataset.boxes.numpy(), np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
+    boxes, owner = dataset.boxes.numpy(), dataset.image_indices
     limits = dataset.sizes.numpy()[owner][:, ::-1] if len(boxes) else np.zeros((0, 2))
     is_crowd, is_flagged = dataset.eval_ignore.numpy(), dataset.ignore.numpy() & for_training
     is_empty = (boxes[:, 2:] - boxes[:, :2] <= annotation_cleaning.ROUNDING).any(axis=1)

@@ -212,7 +212,7 @@ def _find_smallest(dataset: DetectionDataset, size: tuple[int, int]) -> dict[str
     has_area = sides.clip(0).prod(axis=1) > 0
     if not has_area.any():
         return None
-    image_index = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
+    image_index = dataset.image_indices
     scale = np.array([keep_ratio_size(int(h), int(w), *size)[0] / max(int(h), 1) for h, w in dataset.sizes.numpy()])
     shorter = np.where(has_area, sides.min(axis=1) * scale[image_index], np.inf)
     i = int(shorter.argmin())

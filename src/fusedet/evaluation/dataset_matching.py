@@ -9,7 +9,7 @@ import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
 from fusedet.evaluation import coco_matching
-from fusedet.evaluation.ground_truth import image_indices, xyxy_to_xywh
+from fusedet.evaluation.ground_truth import xyxy_to_xywh
 from fusedet.evaluation.mask_iou import compute_mask_area, encode_rle, find_mask_pairs
 from fusedet.evaluation.results import MAX_DETS, DetectionTable, Result
 
@@ -58,7 +58,7 @@ def match_detections(
 
     Of each image and class the `max_det` best detections are matched.
     """
-    n, image_index, place = len(dataset), image_indices(dataset), rank_by_image_id(dataset)
+    n, image_index, place = len(dataset), dataset.image_indices, rank_by_image_id(dataset)
     group = dataset.labels.numpy() * n + place[image_index]
     order = np.argsort(group, kind="stable")
     ground_truths = coco_matching.GroundTruths(

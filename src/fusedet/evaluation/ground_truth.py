@@ -15,7 +15,7 @@ def build_coco_ground_truth(dataset: DetectionDataset, *, masks: bool = True) ->
     `iscrowd` marks what evaluation ignores. `masks=False` leaves out the segmentations.
     """
     ids, labels = dataset.image_ids.tolist(), dataset.labels.tolist()
-    boxes, image_index = xyxy_to_xywh(dataset.boxes.numpy()).tolist(), image_indices(dataset).tolist()
+    boxes, image_index = xyxy_to_xywh(dataset.boxes.numpy()).tolist(), dataset.image_indices.tolist()
     annotations: list[dict[str, Any]] = [
         {
             "id": j + 1,
@@ -57,16 +57,11 @@ def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], sizes], axis=1)
 
 
-def image_indices(dataset: DetectionDataset) -> np.ndarray:
-    """Return the index (M,) of the image of each instance."""
-    return np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets.numpy()))
-
-
 def count_per_class(dataset: DetectionDataset) -> tuple[np.ndarray, np.ndarray]:
     """Count images with a class, and its instances, both (K,), without ignored instances."""
     keep = ~dataset.eval_ignore.numpy()
     labels = dataset.labels.numpy()[keep]
-    image_index = image_indices(dataset)[keep]
+    image_index = dataset.image_indices[keep]
     classes = len(dataset.names)
     once = np.unique(image_index * classes + labels) % max(classes, 1)
     return np.bincount(once, minlength=classes), np.bincount(labels, minlength=classes)

@@ -10,7 +10,7 @@ import numpy as np
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching
-from fusedet.evaluation.ground_truth import count_per_class, image_indices, xyxy_to_xywh
+from fusedet.evaluation.ground_truth import count_per_class, xyxy_to_xywh
 from fusedet.evaluation.results import Result, build_detection_table, nan_mean
 
 
@@ -43,7 +43,7 @@ def evaluate_voc(
         raise InputError(f"iou must lie in 0..1, it is {iou}")
     table = build_detection_table(dataset, results)
     n, classes = len(dataset), len(dataset.names)
-    group = dataset.labels.numpy() * n + image_indices(dataset)
+    group = dataset.labels.numpy() * n + dataset.image_indices
     order = np.argsort(group, kind="stable")
     difficult = dataset.eval_ignore.numpy()[order]
     boxes = xyxy_to_xywh(dataset.boxes.numpy()[order])
