@@ -18,7 +18,7 @@ from fusedet.data.splits import read_key, read_split
 from fusedet.errors import InputError
 from layouts import IMAGES, LAYOUTS, coco, labelme, put_images, put_xml, write_json
 from test_cases_values import png_16_bit
-from tiny import image
+from tiny import image, write_yolo
 
 
 def store_turned(path: Path, pixels: np.ndarray, orientation: int = 6) -> None:
@@ -45,6 +45,17 @@ def test_voc_without_lists_counts_what_it_leaves_out(tmp_path: Path) -> None:
     }
     assert dataset.problems == dict.fromkeys(expected, 1)
     assert {text: Path(file).name for text, file in dataset.examples.items()} == expected
+
+
+def test_hidden_folders_of_yolo_images_are_not_counted(tmp_path: Path) -> None:
+    root = write_yolo(tmp_path).parent
+    before = read_dataset(root, "train").problems
+    for name in ("@eaDir", ".thumbnails"):
+        for kind, file in (("images", "a.heic"), ("labels", "lost.txt")):
+            folder = root / kind / "train" / name
+            folder.mkdir(parents=True)
+            (folder / file).write_text("0 0.5 0.5 0.1 0.1")
+    assert read_dataset(root, "train").problems == before
 
 
 def test_shapes_without_area_have_an_example_and_advice(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ class ImageAnnotations:
     Attributes:
         image_id: The image's id in the dataset.
         path: The image's file.
-        height: Height in pixels, after EXIF rotation.
-        width: Width in pixels, after EXIF rotation.
+        height: Height in pixels, after EXIF rotation unless the dataset's `exif` is false.
+        width: Width in pixels, likewise.
         boxes: (G, 4) float64 xyxy in pixels, continuous with origin 0, not clipped to the image.
         labels: (G,) int64 in 0..K-1.
         ignore: (G,) bool, neither positive nor negative in training: `iscrowd` and `ignore` of COCO, difficult
@@ -57,7 +57,7 @@ class DetectionDataset:
         names: The K class names, in the order of the labels.
         category_ids: The K category ids of the dataset.
         source: The file or folder that was read.
-        dataset_format: "coco", "voc" or "yolo".
+        dataset_format: The format that was read, as `readers.auto.detect_format` names it.
         problems: Number of malformed annotations by kind; the key says how they were treated.
         examples: The first file of each kind of problem, where one is known.
         value_range: The pixel values that become 0 and 255 in images of more than 8 bits per channel; None for the
@@ -164,7 +164,7 @@ class DetectionDataset:
             area: (M,) in square pixels.
             segmentations: M segmentations as `pack_segmentation` returns them.
             source: The file or folder that was read.
-            dataset_format: "coco", "voc" or "yolo".
+            dataset_format: The format that was read.
             problems: Number of malformed annotations by kind.
             examples: The first file of each kind of problem.
             image_id_texts: N ids of the images, where these are texts.

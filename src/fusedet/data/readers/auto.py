@@ -14,7 +14,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers import coco_layout, darknet
 from fusedet.data.readers.coco import read_coco
 from fusedet.data.readers.cvat import list_cvat_files, read_cvat
-from fusedet.data.readers.data_folder import DataFolder, file_mentions
+from fusedet.data.readers.data_folder import DataFolder, file_mentions, has_yolo_labels, is_data_yaml
 from fusedet.data.readers.imagefolder import list_metadata_files, read_imagefolder
 from fusedet.data.readers.labelme import list_labelme_files, read_labelme
 from fusedet.data.readers.records import RecordSet, build_split
@@ -131,7 +131,7 @@ def _load_class_list(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
 def _has_class_list(folder: DataFolder) -> bool:
     """Whether a folder has a class list and label files of its images."""
     return darknet.find_class_list(folder) is not None and any(
-        file_mentions(file, r"^\d+( +[-+.eE\d]+){4,}\s*$") for file in folder.list_annotations(".txt")[:100]
+        map(has_yolo_labels, folder.list_annotations(".txt")[:100])
     )
 
 
@@ -146,10 +146,15 @@ def _has_voc_xml(folder: DataFolder) -> bool:
     )
 
 
+def _has_yaml(folder: DataFolder) -> bool:
+    path = folder.path
+    return path.suffix.lower() in _YAML if path.is_file() else bool(_find_yamls(path))
+
+
 KNOWN = (
     Layout("coco", coco_layout.has_usual_files, coco_layout.list_splits, _read_coco),
     _voc(_has_voc_folders),
-    _yolo(lambda folder: _find_yamls(folder.path), _load_yaml),
+    _yolo(_has_yaml, _load_yaml),
 )
 """Layouts with fixed names of files or folders."""
 
@@ -250,12 +255,7 @@ def _detect(path: Path) -> tuple[DataFolder, Layout]:
 
 
 def _detect_file(folder: DataFolder) -> Layout:
-    path = folder.path
-    if path.suffix.lower() in _YAML:
-        return KNOWN[2]
-    if path.suffix.lower() == ".json" and folder.identify_json(path) in (None, "coco"):
-        return KNOWN[0]
-    for layout in OTHERS:
+    for layout in (*KNOWN, *OTHERS):
         if layout.is_present(folder):
             return layout
     raise InputError(explain_unrecognized(folder))
@@ -271,7 +271,7 @@ def _resolve_split_file(split: str, folder: Path) -> str:
 
 def _find_yamls(folder: Path) -> list[Path]:
     files = [f for f in sorted(folder.glob("[!.]*")) if f.suffix.lower() in _YAML and f.is_file()]
-    return [f for f in files if file_mentions(f, r"^['\"]?names['\"]?\s*:")]
+    return list(filter(is_data_yaml, files))
 
 
 def _find_yaml(path: Path) -> Path:

@@ -136,6 +136,16 @@ class DataFolder:
         return splits
 
 
+def is_data_yaml(file: str | Path) -> bool:
+    """Return whether a yaml has class names, as that of a YOLO dataset."""
+    return file_mentions(file, r"^['\"]?names['\"]?\s*:")
+
+
+def has_yolo_labels(file: str | Path) -> bool:
+    """Return whether a text file has a line of YOLO's labels: a class number and at least four numbers."""
+    return file_mentions(file, r"^\d+( +[-+.eE\d]+){4,}\s*$")
+
+
 def file_mentions(file: str | Path, pattern: str) -> bool:
     """Return whether the first 64 KiB of a regular file match a pattern."""
     return re.search(pattern.encode(), _read_head(file), re.MULTILINE) is not None

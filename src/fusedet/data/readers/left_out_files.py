@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fusedet.data import annotation_cleaning
-from fusedet.data.image_files import is_image_name, is_unread_image_name
+from fusedet.data.image_files import is_image_name, is_system_file, is_unread_image_name
 
 _HEIF = (".heic", ".heif", ".hif")
 
@@ -40,7 +40,9 @@ def find_left_out_yolo_files(
     """
     directories = {os.path.dirname(image) for image in images}
     for folder in folders:
-        directories |= {directory for directory, _, _ in os.walk(folder)}
+        for directory, subfolders, _ in os.walk(folder):
+            subfolders[:] = [name for name in subfolders if not is_system_file(name)]
+            directories.add(directory)
     labels: defaultdict[str, set[str]] = defaultdict(set)  # of the images on the disk, by folder of the labels
     for directory in sorted(directories):
         names = _list_names(directory)
@@ -68,7 +70,8 @@ def _list_names(directory: str) -> list[str]:
     """The names of the files in a directory, sorted; none where it does not exist."""
     if not os.path.isdir(directory or "."):
         return []
-    return sorted(entry.name for entry in os.scandir(directory or ".") if entry.is_file())
+    entries = os.scandir(directory or ".")
+    return sorted(entry.name for entry in entries if entry.is_file() and not is_system_file(entry.name))
 
 
 def _is_label_file(path: str, may_be_empty: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fusedet.data.readers.data_folder import DataFolder, file_mentions
+from fusedet.data.readers.data_folder import DataFolder, file_mentions, has_yolo_labels, is_data_yaml
 
 _KNOWN = (
     "COCO (annotations/*.json), VOC (Annotations/*.xml), YOLO (data.yaml), LabelMe, CVAT for images, VIA or Hugging "
@@ -14,7 +14,6 @@ _KNOWN = (
 _EXPORTS = {"Label Studio": "COCO or YOLO", "Create ML": "COCO or VOC", "Datumaro": "COCO or VOC"}
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _OTHER_LABEL = r"^(\S+[ ,]+)*(-?\d+(\.\d+)?[ ,]+){4,}"  # of KITTI, DOTA, VisDrone
-_LABEL = r"^\d+( +[-+.eE\d]+){4,}\s*$"
 
 
 def explain_unrecognized(folder: DataFolder) -> str:
@@ -41,7 +40,7 @@ def _foreign_json(folder: DataFolder) -> list[str]:
 
 
 def _labels(folder: DataFolder) -> list[str]:
-    return [file for file in folder.list_annotations(".txt")[:1000] if file_mentions(file, _LABEL)]
+    return [file for file in folder.list_annotations(".txt")[:1000] if has_yolo_labels(file)]
 
 
 def _tables(folder: DataFolder) -> list[str]:
@@ -54,8 +53,7 @@ def list_voc_below(folder: DataFolder) -> list[str]:
 
 
 def _yaml_below(folder: DataFolder) -> list[str]:
-    yamls = folder.list_annotations(".yaml", ".yml")
-    return [file for file in yamls if file_mentions(file, r"^['\"]?names['\"]?\s*:")]
+    return [file for file in folder.list_annotations(".yaml", ".yml") if is_data_yaml(file)]
 
 
 _HINTS: tuple[tuple[Callable[[DataFolder], list[str]], Callable[[DataFolder, list[str]], str]], ...] = (
