@@ -23,9 +23,9 @@ from fusedet.visualization.activation_maps import (
     compute_activation_maps,
     heat_share_inside,
     layer_cam,
-    record_calls,
     resize_map,
 )
+from fusedet.visualization.module_calls import record_calls
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
 
 HEIGHT, WIDTH = 90, 120

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from fusedet import visualization
 from fusedet.ablation.summary_text import Summary
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, PALE, new_figure, plot_color, save_figure, style_axes
+from fusedet.visualization.figure import DARK, PALE, new_figure, plot_color, save_figure, set_title, style_axes
 
 RowSummary = Mapping[str, Any]
 COSTS = {
@@ -111,7 +111,7 @@ def plot_ap_by_size(rows: Sequence[RowSummary], baseline: str | None, path: Path
         name = ap + size
         style_axes(axes)
         axes.grid(False, axis="y")
-        axes.set_title(f"{name}: {title}", loc="left", fontsize=10, color=DARK)
+        set_title(axes, f"{name}: {title}", 10)
         for i, row in enumerate(rows):
             measured = row["measured"].get(name)
             if measured is None:
@@ -144,14 +144,15 @@ def plot_ap_by_bin(rows: Sequence[RowSummary], bins: Sequence[str], path: Path) 
         path: File to write.
     """
     compared = [row for row in rows if row["difference"]]
-    figure = new_figure(3.4 * PANELS, 2.6 * -(-(1 + len(compared)) // PANELS))
-    panels = figure.subplots(-(-(1 + len(compared)) // PANELS), PANELS, squeeze=False).ravel()
+    lines = math.ceil((1 + len(compared)) / PANELS)
+    figure = new_figure(3.4 * PANELS, 2.6 * lines)
+    panels = figure.subplots(lines, PANELS, squeeze=False).ravel()
     for axes in panels[1 + len(compared) :]:
         axes.remove()
     for axes, row in zip(panels, [None, *compared]):
         style_axes(axes)
         title = "AP of the references" if row is None else f"{row['label']} - {row['reference']}"
-        axes.set_title(title, loc="left", fontsize=9, color=DARK, fontfamily=colors.font_families([title]))
+        set_title(axes, title, 9)
         axes.set_xticks(range(len(bins)), [name.removeprefix("AP ").removesuffix(" px") for name in bins], fontsize=6)
         if row is None:
             continue

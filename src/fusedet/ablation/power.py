@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -102,35 +103,19 @@ def compute_power(noise: Noise, seeds: int, images: int, effect: float = EFFECT)
 
 def count_needed_seeds(noise: Noise, images: int) -> int | None:
     """Count the seeds of each row that show `EFFECT` with probability `TARGET`; None above `MOST_SEEDS`."""
-    if compute_power(noise, MOST_SEEDS, images) < TARGET:
-        return None
-    low, high = 1, MOST_SEEDS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if compute_power(noise, middle, images) >= TARGET else (middle, high)
-    return high
+    return _find_least(range(2, MOST_SEEDS + 1), lambda seeds: compute_power(noise, seeds, images))
 
 
 def count_needed_images(noise: Noise, seeds: int) -> int | None:
     """Count the images that show `EFFECT` with probability `TARGET`; None above `MOST_IMAGES`."""
-    if compute_power(noise, seeds, MOST_IMAGES) < TARGET:
-        return None
-    low, high = 1, MOST_IMAGES
-    while high - low > max(1, low // 100):
-        middle = (low + high) // 2
-        low, high = (low, middle) if compute_power(noise, seeds, middle) >= TARGET else (middle, high)
-    return high
+    return _find_least(range(2, MOST_IMAGES + 1), lambda images: compute_power(noise, seeds, images))
 
 
 def compute_visible_difference(noise: Noise, seeds: int) -> float | None:
-    """Compute the smallest difference in percent that these images show with probability `TARGET`, to 1 % or 0.001."""
-    if compute_power(noise, seeds, noise.images, 100.0) < TARGET:
-        return None
-    low, high = 0.0, 100.0
-    while high - low > max(0.001, 0.01 * high):
-        middle = (low + high) / 2
-        low, high = (low, middle) if compute_power(noise, seeds, noise.images, middle) >= TARGET else (middle, high)
-    return high
+    """Compute the smallest difference in percent that these images show with probability `TARGET`, to 0.001."""
+    effects = range(1, 100_001)
+    least = _find_least(effects, lambda effect: compute_power(noise, seeds, noise.images, effect / 1000))
+    return None if least is None else least / 1000
 
 
 def describe_power(noise: Noise, seeds: int) -> dict[str, Any] | None:
@@ -139,6 +124,12 @@ def describe_power(noise: Noise, seeds: int) -> dict[str, Any] | None:
         return None
     power, visible = compute_power(noise, seeds, noise.images), compute_visible_difference(noise, seeds)
     return asdict(noise) | {"seeds": seeds, "effect": EFFECT, "power": power, "visible_difference": visible}
+
+
+def _find_least(values: range, power: Callable[[int], float]) -> int | None:
+    """Return the least of ascending values with a power of at least `TARGET`; power ascends. None if it is none."""
+    place = bisect_left(values, TARGET, key=power)
+    return values[place] if place < len(values) else None
 
 
 def _root_mean_variance(values: np.ndarray) -> float:

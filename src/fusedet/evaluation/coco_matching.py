@@ -72,7 +72,7 @@ class PrecisionRecallCurves:
     Attributes:
         precision: (T, R, K, A).
         scores: (T, R, K, A).
-        recall: (T, K, A), with 100 detections.
+        recall: (T, K, A), with all detections.
         recall_1: (T, K), with one detection, all areas.
         recall_10: (T, K), with ten detections, all areas.
     """

@@ -172,7 +172,8 @@ def _evaluate(
     pairs = match_detections(dataset, table, masks, thresholds, areas, limits[-1])
     all_curves = []
     for limit in limits:
-        keep = pairs.detections.rank < limit  # a match depends on the better detections only
+        # A match depends on the better detections only. A slice of all of them copies nothing.
+        keep = slice(None) if limit == limits[-1] else pairs.detections.rank < limit
         detections = coco_matching.RankedDetections(*(column[keep] for column in vars(pairs.detections).values()))
         matched, ignored = pairs.matched[..., keep], pairs.ignored[..., keep]
         all_curves.append(

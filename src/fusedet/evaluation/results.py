@@ -123,10 +123,10 @@ def load_results(path: str | Path, dataset: DetectionDataset | None = None) -> l
 
 def to_dataset_ids(results: Sequence[Result], dataset: DetectionDataset) -> Sequence[Result]:
     """Return results with the ids that the dataset's files have, where these are texts."""
-    images = dict(zip(dataset.image_ids.tolist(), dataset.list_image_ids(), strict=True))
-    categories = dict(zip(dataset.category_ids, dataset.category_id_texts or dataset.category_ids, strict=True))
     if dataset.image_id_texts is None and not dataset.category_id_texts:
         return results
+    images = dict(zip(dataset.image_ids.tolist(), dataset.list_image_ids(), strict=True))
+    categories = dict(zip(dataset.category_ids, dataset.category_id_texts or dataset.category_ids, strict=True))
     return [r | {"image_id": images[r["image_id"]], "category_id": categories[r["category_id"]]} for r in results]
 
 

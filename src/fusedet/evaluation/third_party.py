@@ -15,7 +15,7 @@ from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching
 from fusedet.evaluation.ground_truth import build_coco_ground_truth
 from fusedet.evaluation.mask_iou import compute_mask_area
-from fusedet.evaluation.results import MAX_DETS, Result
+from fusedet.evaluation.results import Result
 
 
 def evaluate_with_package(
@@ -24,7 +24,7 @@ def evaluate_with_package(
     results: Sequence[Result],
     iou_type: str,
     areas: np.ndarray,
-    max_dets: Sequence[int] = MAX_DETS,
+    max_dets: Sequence[int],
 ) -> list[coco_matching.PrecisionRecallCurves]:
     """Compute the curves with "faster-coco-eval" or "pycocotools", which share their interface.
 

@@ -21,9 +21,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -38,7 +36,8 @@ from fusedet.models.modules import INTERACTIONS, MSFM, MSIL
 from fusedet.models.necks import MSEFPN, NECKS, SMSL
 from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
 from fusedet.models.ops.boxes import aligned_iou, clip_boxes
-from fusedet.types import Batch, Candidates, Features
+from fusedet.types import Batch, Candidates
+from fusedet.visualization.module_calls import Call, record_calls
 
 KINDS = ("classification", "regression", "objectness", "proposals")
 """Differentiated scores: the class, the boxes; in two-stage detectors also the objectness and the proposed boxes."""
@@ -198,41 +197,6 @@ def heat_share_inside(heat: Tensor, boxes: Tensor) -> tuple[float, float]:
     return float(heat[inside].sum()) / total if total else math.nan, float(inside.double().mean())
 
 
-class Call(NamedTuple):
-    """Input and output tensors of one call of a module, lists flattened."""
-
-    inputs: Features
-    outputs: Features
-
-
-@contextmanager
-def record_calls(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
-    """Record the calls of modules within the context, in order.
-
-    Each recorded tensor is in the autograd graph and is not overwritten later. A call's inputs are copies for this
-    module only, so that their gradient has passed through this module.
-    """
-    calls: dict[nn.Module, list[Call]] = defaultdict(list)
-    entered: dict[nn.Module, Features] = {}
-
-    def before(module: nn.Module, args: Any) -> Any:
-        inputs = _map_tensors(args, lambda x: _in_graph(x.clone()))
-        entered[module] = _flatten(inputs)
-        return _map_tensors(inputs, Tensor.clone)  # in-place operations change the second copy
-
-    def after(module: nn.Module, args: Any, outputs: Any) -> Any:
-        outputs = _map_tensors(outputs, _in_graph)
-        calls[module].append(Call(entered.pop(module), _flatten(outputs)))
-        return _map_tensors(outputs, Tensor.clone)
-
-    hooks = [hook for m in modules for hook in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 _NECKS, _INTERACTIONS = tuple(NECKS.values()), tuple(INTERACTIONS.values())
 _GATES = (GCG, CAG, CoordinateAttention, CAM)
 
@@ -350,23 +314,3 @@ def _lateral_gates(calls: dict[nn.Module, list[Call]]) -> list[Row]:
 def _type_name(module: nn.Module, table: Mapping[str, Any]) -> str:
     """A part's name in the config."""
     return next((name for name, kind in table.items() if type(module) is kind), type(module).__name__)
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `change` to every tensor in tuples and lists."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_map_tensors(x, change) for x in value)
-    return value
-
-
-def _flatten(value: Any) -> Features:
-    if isinstance(value, Tensor):
-        return [value]
-    return [x for part in value for x in _flatten(part)] if isinstance(value, (list, tuple)) else []
-
-
-def _in_graph(x: Tensor) -> Tensor:
-    """The tensor, or a leaf that requires a gradient if no parameter before it does."""
-    return x if x.requires_grad or not x.is_floating_point() else x.detach().requires_grad_()
