@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal, TypeVar
 
 from torch import Tensor
 
-from fusedet.api import prediction_exports
 from fusedet.api.image_sources import Sources
 from fusedet.api.predict import Prediction, Predictor
+from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import Info, join_lines, list_line_files, open_lines, read_lines
 from fusedet.api.run_dir import create_run_dir
 from fusedet.atomic_io import write_atomically
@@ -37,36 +37,22 @@ class Options:
     """How images become predictions.
 
     Attributes:
+        exports: What is written beside COCO's json.
         batch: Images predicted at once.
-        score: The least score of what is drawn and counted as shown.
-        drawn: Whether copies of the images with boxes are written.
         jsonl: Whether the JSON-lines files stay instead of one predictions.json.
-        save: Formats of `prediction_exports.FORMATS` that are written.
-        crops: Whether the parts of the images in the boxes are written.
         bad: What happens if an image cannot be read.
         workers: Threads that read images ahead.
         rank: This process's number.
         world: Number of processes that share the images.
     """
 
-    batch: int = 1
-    score: float = 0.3
-    drawn: bool = False
-    jsonl: bool = False
-    save: tuple[str, ...] = ("coco",)
-    crops: bool = False
-    bad: Literal["error", "skip"] = "error"
-    workers: int = 2
-    rank: int = 0
-    world: int = 1
-
-
-_FOLDERS: dict[str, Callable[[Options], bool]] = {
-    "images": lambda options: options.drawn,
-    "labels": lambda options: "yolo" in options.save,
-    "crops": lambda options: options.crops,
-}
-"""Folders of files per image, and whether they are written."""
+    exports: Exports
+    batch: int
+    jsonl: bool
+    bad: Literal["error", "skip"]
+    workers: int
+    rank: int
+    world: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ def predict(
         advance: Called with the number of further images that are done.
 
     Returns:
-        Numbers of images, detections, detections of at least `options.score` (shown), skipped images and images that
+        Numbers of images, detections, detections of at least `exports.score` (shown), skipped images and images that
         other processes still have to predict (left), and the files.
 
     Raises:
@@ -122,11 +108,8 @@ def predict(
         "data.range": config.tree()["data"]["range"],
         "precision": precision,
         "images": sources.count(),
-        "score": options.score,
-        "drawn": options.drawn,
         "jsonl": options.jsonl,
-        "save": list(options.save),
-        "crops": options.crops,
+        **options.exports.to_dict(),
         "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)],
     }
     begun = _begin(target, request, options.rank, resume)
@@ -206,9 +189,7 @@ def _append(
 ) -> None:
     """Append the missing lines of this process's batches to its file."""
     file = target / f"predictions-{options.rank}-of-{options.world}.jsonl"
-    for folder, is_written in _FOLDERS.items():
-        if is_written(options):
-            (target / folder).mkdir(exist_ok=True)
+    options.exports.create_folders(target)
     decode = partial(_decode, value_range=predictor.config.data.range)
     with ExitStack() as stack:
         opened = stack.enter_context(file.open("ab+"))
@@ -264,16 +245,6 @@ def _missing(
             batch = []
 
 
-def _export(prediction: Prediction, name: str, target: Path, options: Options) -> None:
-    """Write the files of one image."""
-    if options.drawn:
-        prediction.plot(target / "images" / f"{name}.jpg", options.score)
-    if "yolo" in options.save:
-        prediction_exports.write_yolo_labels(prediction, target / "labels" / f"{name}.txt", options.score)
-    if options.crops:
-        prediction_exports.write_crops(prediction, target / "crops", name, options.score)
-
-
 def _decode(image: _Image, value_range: tuple[float, float] | None) -> tuple[_Image, Tensor | InputError]:
     try:
         return image, to_tensor(image.path, value_range)
@@ -289,7 +260,7 @@ def _format_line(image: _Image, prediction: Prediction | InputError, target: Pat
             raise InputError(f"{prediction}; with --on-bad-image skip the others are predicted") from prediction
         record["skipped"] = str(prediction)
     else:
-        _export(prediction, image.name, target, options)
+        options.exports.write_image_files(prediction, image.name, target)
         boxes, masks = prediction.boxes, prediction.masks
         areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
         results = zip(prediction.to_coco(image.number), areas.tolist())
@@ -298,7 +269,7 @@ def _format_line(image: _Image, prediction: Prediction | InputError, target: Pat
         record |= {
             "height": height,
             "width": width,
-            "shown": int((prediction.scores >= options.score).sum()),
+            "shown": int((prediction.scores >= options.exports.score).sum()),
             "annotations": [{**result, "area": area, "iscrowd": 0} for result, area in results],
         }
     return (json.dumps(record) + "\n").encode()
@@ -322,18 +293,11 @@ def _finish(target: Path, options: Options, request: Info) -> Info:
             return dict(done)
         if counts["left"]:
             return counts | {"files": {}}
-        if "csv" in options.save:
-            prediction_exports.write_csv(target / "predictions.csv", read_lines(lines), request["categories"])
+        exported = options.exports.write_summary_files(target, read_lines(lines), request["categories"])
         if not options.jsonl:
             join_lines(lines, target, request["categories"])
     written = {f.stem: str(f) for f in files} if options.jsonl else {"predictions": str(target / "predictions.json")}
-    if "csv" in options.save:
-        written["table"] = str(target / "predictions.csv")
-    written |= {folder: str(target / folder) for folder, is_written in _FOLDERS.items() if is_written(options)}
-    if "yolo" in options.save:
-        names = "".join(f"{category['name']}\n" for category in request["categories"])
-        write_atomically(target / "classes.txt", names.encode())
-    summary = counts | {"files": written}
+    summary = counts | {"files": written | exported}
     write_atomically(begun, json.dumps({"request": request, "done": summary}, indent=2).encode())
     for file in () if options.jsonl else files:
         file.unlink(missing_ok=True)

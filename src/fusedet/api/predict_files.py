@@ -17,7 +17,7 @@ from fusedet.api.distributed import get_ranks, select_device
 from fusedet.api.image_sources import Sources, describe_left_out
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
-from fusedet.api.prediction_exports import parse_formats
+from fusedet.api.prediction_exports import Exports, parse_formats
 from fusedet.api.progress import progress_bar
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
@@ -129,9 +129,8 @@ def predict(
         predictor = load(run, *of_model, device=str(select_device(options.device)), precision=precision, trust=trust)
         target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
         workers, batch = options.data.workers, predictor.config.test.batch or 1
-        asked = batch_predict.Options(
-            batch, score, draw, jsonl, formats, crops, bad=on_bad_image, workers=workers, rank=rank, world=world
-        )
+        exports = Exports(score, draw, formats, crops)
+        asked = batch_predict.Options(exports, batch, jsonl, on_bad_image, workers, rank, world)
         with progress_bar(None if rank else progress, images.count(), "images") as advance:
             written = batch_predict.predict(
                 predictor, images, target, asked, precision=precision, resume=resume, advance=advance

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,58 @@ def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
         if name not in FORMATS:
             raise unknown("value of --save:", name, FORMATS)
     return tuple(name for name in FORMATS if name == "coco" or name in names)
+
+
+@dataclass(frozen=True)
+class Exports:
+    """What a prediction writes beside COCO's json.
+
+    Attributes:
+        score: The least score of what is drawn, cropped, labelled and counted as shown.
+        drawn: Whether copies of the images with boxes are written.
+        save: The `FORMATS` that are written.
+        crops: Whether the parts of the images in the boxes are written.
+    """
+
+    score: float
+    drawn: bool
+    save: tuple[str, ...]
+    crops: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON holds them."""
+        return vars(self) | {"save": list(self.save)}
+
+    def create_folders(self, target: Path) -> None:
+        """Create the folders of the files per image."""
+        for folder in self._list_folders():
+            (target / folder).mkdir(exist_ok=True)
+
+    def write_image_files(self, prediction: Prediction, name: str, target: Path) -> None:
+        """Write the files of one image."""
+        if self.drawn:
+            prediction.plot(target / "images" / f"{name}.jpg", self.score)
+        if "yolo" in self.save:
+            write_yolo_labels(prediction, target / "labels" / f"{name}.txt", self.score)
+        if self.crops:
+            write_crops(prediction, target / "crops", name, self.score)
+
+    def write_summary_files(
+        self, target: Path, records: Iterable[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """Write the files that concern all images; return all files and folders by what they show."""
+        written = {folder: str(target / folder) for folder in self._list_folders()}
+        if "csv" in self.save:
+            write_csv(target / "predictions.csv", records, categories)
+            written = {"table": str(target / "predictions.csv")} | written
+        if "yolo" in self.save:
+            names = "".join(f"{category['name']}\n" for category in categories)
+            write_atomically(target / "classes.txt", names.encode())
+        return written
+
+    def _list_folders(self) -> list[str]:
+        folders = {"images": self.drawn, "labels": "yolo" in self.save, "crops": self.crops}
+        return [folder for folder, is_written in folders.items() if is_written]
 
 
 def write_yolo_labels(prediction: Prediction, file: Path, score: float) -> None:
