@@ -345,6 +345,20 @@ def test_predict_without_images(capsys: Capture, trained: Path, scenes: Path, tm
         has(said, f"changes nothing for a trained model: {settable}")
 
 
+def test_an_empty_word_is_not_the_current_folder(
+    capsys: Capture, trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell makes one of "$IMAGES" where the variable is not set."""
+    image, out = next((scenes / "val").iterdir()), f"out={tmp_path / 'made'}"
+    monkeypatch.chdir(scenes)
+    for command in ("predict", "cam"):
+        has(complaint(capsys, command, trained, "", out), "no image, folder or pattern ''")
+    has(complaint(capsys, "cam", "", image, out), "no checkpoint")
+    has(complaint(capsys, "cam", trained, image, "--beside", "", out), "no checkpoint")
+    has(complaint(capsys, "val", trained, "data=", out), "add data=PATH")
+    assert not (tmp_path / "made").exists()
+
+
 def test_results_that_do_not_fit(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
     results = trained / "val.bbox.json"
     has(complaint(capsys, "val", results), "add data=PATH")

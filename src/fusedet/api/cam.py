@@ -89,7 +89,7 @@ def cam(
     run_dir.check_new_dir(options.out)
     runs = {
         source: load(source, *of_model, device=options.device, trust=trust)
-        for source in dict.fromkeys(str(source) for source in (run, beside) if source)
+        for source in dict.fromkeys(str(source) for source in (run, beside) if source is not None)
     }
     for source, predictor in runs.items():
         if class_name is not None and class_name not in predictor.names:

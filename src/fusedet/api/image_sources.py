@@ -110,7 +110,7 @@ _ALL = ("**",)
 
 def _source(word: str) -> _File | _Glob | _List:
     path = Path(word)
-    if path.is_dir():
+    if word and path.is_dir():  # "" is no folder, but Path("") is the current one
         return _Glob(path, _ALL)
     if path.is_file():
         return _File(path)
@@ -121,7 +121,7 @@ def _source(word: str) -> _File | _Glob | _List:
             )
         return _List(Path(word[1:]))
     if not any(c in word for c in "*?["):
-        raise InputError(f"there is no image, folder or pattern {word}")
+        raise InputError(f"there is no image, folder or pattern {word or repr(word)}")
     magic = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
     return _Glob(Path(*path.parts[:magic]), path.parts[magic:])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,12 @@ def read_split(data: Data, split: str, *, need_images: bool = True) -> Detection
         InputError: The dataset or the split cannot be read, or lacks a class that the section names.
     """
     is_held_out = isinstance(data.val, float) and split == data.val_split
+    name = data.train if is_held_out else split
+    if not data.path and not Path(name).is_file():  # "" would be the current folder
+        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO format")
     dataset = read_dataset(
         data.path or "",
-        data.train if is_held_out else split,
+        name,
         images=data.images,
         need_images=need_images,
         exif=data.exif,
