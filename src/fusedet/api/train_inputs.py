@@ -58,12 +58,10 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
     """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run."""
-    if resume:  # its weights are in the checkpoint
-        detector = build_detector(disable_pretrained(config), len(dataset.names))
-        detector.selection = selection_options(config.test, dataset.names)
-        return detector
-    detector = build_detector(config, len(dataset.names))
+    detector = build_detector(disable_pretrained(config) if resume else config, len(dataset.names))
     detector.selection = selection_options(config.test, dataset.names)
+    if resume:  # its weights are in the checkpoint
+        return detector
     backbone = detector.backbone
     if config.train.weights:
         file = weights_file(config.train.weights)
