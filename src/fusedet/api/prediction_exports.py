@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
 from fusedet.api.predict import Prediction
-from fusedet.atomic_io import write_atomically
-from fusedet.errors import StorageError, unknown
+from fusedet.atomic_io import open_atomically, write_atomically
+from fusedet.errors import unknown
 
-SaveFormat = Literal["coco", "csv", "yolo"]
-FORMATS: tuple[SaveFormat, ...] = ("coco", "csv", "yolo")
+FORMATS = ("coco", "csv", "yolo")
 COLUMNS = ("file", "width", "height", "class", "category_id", "score", "x1", "y1", "x2", "y2")
 
 
@@ -128,19 +128,12 @@ def write_csv(file: Path, records: Iterable[Mapping[str, Any]], categories: Sequ
         StorageError: The file cannot be written.
     """
     names = {category["id"]: category["name"] for category in categories}
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
-            writer = csv.writer(opened)
-            writer.writerow(COLUMNS)
-            for record in records:
-                for annotation in record.get("annotations", ()):
-                    x, y, w, h = annotation["bbox"]
-                    category = annotation["category_id"]
-                    image = (record["file_name"], record["width"], record["height"])
-                    writer.writerow((*image, names[category], category, annotation["score"], x, y, x + w, y + h))
-        part.replace(file)
-    except OSError as error:
-        raise StorageError(f"{file} cannot be written: {error.strerror}; continue with --resume") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with open_atomically(file) as opened:
+        writer = csv.writer(codecs.getwriter("utf-8")(opened, "surrogateescape"))
+        writer.writerow(COLUMNS)
+        for record in records:
+            for annotation in record.get("annotations", ()):
+                x, y, w, h = annotation["bbox"]
+                category = annotation["category_id"]
+                image = (record["file_name"], record["width"], record["height"])
+                writer.writerow((*image, names[category], category, annotation["score"], x, y, x + w, y + h))

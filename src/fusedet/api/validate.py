@@ -282,7 +282,7 @@ def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[
     return paint
 
 
-def check_class_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
+def require_class_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:
     """Check that the data's classes are those of the model, in the same order.
 
     Raises:

@@ -16,7 +16,7 @@ from fusedet.api.predict import tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
-from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
+from fusedet.api.validate import require_class_names, evaluate_detector, evaluate_results, write_report
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.split_checks import describe_crowded_images
@@ -99,7 +99,7 @@ def validate(
         stored = evaluation.load_results(path, dataset)
         evaluated = evaluate_results(dataset, stored, voc=voc, evaluator=evaluator, size_bins=bins, max_det=max_det)
     else:
-        check_class_names(dataset, names, str(file))
+        require_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
             ready = tuned(detector.to(device), options, names=names)
             evaluated = evaluate_detector(

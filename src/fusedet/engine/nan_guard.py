@@ -35,7 +35,7 @@ class NanGuard:
         self._norm: tuple[Tensor, int, tuple[int, ...]] = (torch.zeros((), device=device), 0, ())
 
     def check_losses(
-        self, names: Sequence[str], values: Tensor, step: int, ids: tuple[int, ...], stop: int = 0, save: bool = False
+        self, names: Sequence[str], values: Tensor, step: int, ids: tuple[int, ...], stop: int, save: bool
     ) -> None:
         """Begin to check one batch.
 
