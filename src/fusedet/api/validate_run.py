@@ -16,7 +16,7 @@ from fusedet.api.predict import tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
-from fusedet.api.validate import require_class_names, evaluate_detector, evaluate_results, write_report
+from fusedet.api.validate import evaluate_detector, evaluate_results, require_class_names, write_report
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.split_checks import describe_crowded_images
