@@ -66,7 +66,7 @@ class LevelPooling(nn.Module):
         """
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         level = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
-        pooled = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
+        pooled = features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
         if rois.is_meta:  # only shapes are computed
             return pooled
         for i, (feature, stride) in enumerate(zip(features, self.strides)):
