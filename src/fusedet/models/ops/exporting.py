@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.ops import nms
 
 _EXPORTING: ContextVar[bool] = ContextVar("fusedet_exporting", default=False)
@@ -75,18 +76,17 @@ def nms_over_images(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """Compute `fusedet::nms_keep_mask` by one call of torchvision's NMS, for any number of images.
 
     The images are moved apart in float64, so that boxes of different images never overlap and no coordinate loses
-    digits. Boxes with a negative score come last and have no area there.
+    digits. Boxes with a negative score have no area there and suppress nothing. Two more such boxes follow, because a
+    traced NMS needs at least two results.
     """
     n, m = scores.shape
-    real = (scores >= 0)[..., None]
-    corners = torch.where(real, boxes.double(), 0.0)
+    real = scores >= 0
+    corners = torch.where(real[..., None], boxes.double(), 0.0)
     span = corners.abs().amax(dim=(0, 1, 2)) * 2 + 1
     apart = corners + (torch.arange(n, device=boxes.device) * span)[:, None, None]
-    kept = nms(apart.flatten(0, 1), scores.flatten().double(), iou)
-    return (
-        torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, kept, True).unflatten(0, (n, m))
-        & real[..., 0]
-    )
+    kept = nms(F.pad(apart.flatten(0, 1), (0, 0, 0, 2)), F.pad(scores.flatten(), (0, 2), value=-2.0).double(), iou)
+    mask = torch.zeros(n * m + 2, dtype=torch.bool, device=boxes.device).index_fill(0, kept, True)
+    return mask[: n * m].unflatten(0, (n, m)) & real
 
 
 @torch.library.custom_op(
