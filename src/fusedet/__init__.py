@@ -28,6 +28,7 @@ _PUBLIC = {
     "convert_weights": "api.convert_weights",
     "create_model": "models.detectors",
     "demo": "api.demo",
+    "export": "api.export",
     "info": "api.info",
     "load": "api.predict",
     "predict": "api.predict_files",
@@ -55,6 +56,7 @@ __all__ = [
     "convert_weights",
     "create_model",
     "demo",
+    "export",
     "info",
     "load",
     "predict",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from fusedet.api.convert_dataset import convert_dataset
     from fusedet.api.convert_weights import convert_weights
     from fusedet.api.demo import demo
+    from fusedet.api.export import export
     from fusedet.api.info import info
     from fusedet.api.predict import Prediction, Predictor, load
     from fusedet.api.predict_files import predict

@@ -22,6 +22,7 @@ from fusedet.api.progress import ShowProgress, no_progress
 from fusedet.api.results import Result, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.errors import InputError, one_of, plural
+from fusedet.exporters import find_export
 
 SETTABLE = (*SETTABLE_OF_MODEL, "data.workers", "device", "out")
 """What can be set for a prediction; all else follows from the weights."""
@@ -117,7 +118,8 @@ def predict(
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     with ExitStack() as stack:
         images = Sources(_store_stdin(stack) if word == "-" else word for word in words)
-        predictor = load(run, *of_model, device=str(select_device(options.device)), precision=precision, trust=trust)
+        device = options.device if find_export(run) else str(select_device(options.device))
+        predictor = load(run, *of_model, device=device, precision=precision, trust=trust)
         target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
         has_workers = any(text.startswith("data.workers=") for text in own)
         workers = options.data.workers if has_workers else predictor.config.data.workers

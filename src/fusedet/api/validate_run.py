@@ -8,7 +8,7 @@ from typing import Unpack
 
 from fusedet import config as configs
 from fusedet import evaluation
-from fusedet.api import coco_submission, run_dir
+from fusedet.api import coco_submission, exported, run_dir
 from fusedet.api.distributed import get_ranks, join_processes
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
@@ -18,6 +18,8 @@ from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.validate import check_class_names, evaluate_detector, evaluate_results, write_report
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError, unknown
+from fusedet.exporters import ExportedDetector
+from fusedet.models.detectors import DetectorModule
 
 SETTABLE = ("data", "test", "device", "out")
 """What can be set where a trained model is validated."""
@@ -42,7 +44,7 @@ def validate(
     >>> fusedet.validate("runs/a").metrics["AP"]  # doctest: +SKIP
 
     Args:
-        source: A run directory, a checkpoint, or a file of results in COCO's format (.json).
+        source: A run directory, a checkpoint, an exported model, or a file of results in COCO's format (.json).
         overrides: "key=value" texts for `data`, `test`, `device` and `out`.
         split: The split, by default `data.val`.
         voc: Whether VOC's AP is computed too; for VOC data it always is.
@@ -69,10 +71,18 @@ def validate(
         if options.data.path is None:
             raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
     else:
-        file = weights_file(source)
-        detector, saved, names, _ = rebuild(file, trust)
-        refuse_other_keys(texts, *SETTABLE)
+        detector: DetectorModule | ExportedDetector
+        if (model := exported.load_exported(source, trust)) is not None:
+            refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
+            detector, saved, names, _, file = model
+        else:
+            refuse_other_keys(texts, *SETTABLE)
+            file = weights_file(source)
+            detector, saved, names, _ = rebuild(file, trust)
         options = configs.parse(configs.apply_overrides(saved.tree() | {"out": None}, texts))
+        if isinstance(detector, ExportedDetector):
+            exported.check_device(options.device)
+            options = options.replace(device="cpu")
     scored = split or options.data.val
     dataset = read_dataset(options.data.path or "", scored, images=options.data.images, need_images=not is_results)
     if options.out:
@@ -89,7 +99,7 @@ def validate(
     else:
         check_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
-            ready = tuned(detector.to(device), options)
+            ready = detector if isinstance(detector, ExportedDetector) else tuned(detector.to(device), options)
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
             )

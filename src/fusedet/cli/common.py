@@ -109,6 +109,15 @@ def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
     return settings
 
 
+def split_sides(text: str | None) -> list[int] | None:
+    """Return the sides of "800,1216"; raise InputError for another text."""
+    if text is None:
+        return None
+    if not all(side.isdecimal() for side in text.split(",")):
+        raise InputError(f"--size {text}: write height,width, such as 800,1216")
+    return [int(side) for side in text.split(",")]
+
+
 def say(json: bool) -> Callable[[str], None]:
     """Return what prints a line; with --json to standard error."""
     return lambda text: (err if json else out).print(escape(text))
