@@ -11,7 +11,7 @@ RANKS = [
     {"models.build", "models.ops", "models.profiling"},
     {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},
     {"models.detectors"},
-    {"engine", "evaluation", "visualization", "interop"},
+    {"engine", "evaluation", "visualization", "interop", "exporters"},
     {"api"},
     {"ablation"},
     {"cli"},

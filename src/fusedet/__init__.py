@@ -29,6 +29,7 @@ _PUBLIC = {
     "create_model": "models.detectors",
     "demo": "api.demo",
     "estimate_power": "ablation.command",
+    "export": "api.export",
     "info": "api.info",
     "load": "api.predict",
     "predict": "api.predict_files",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.convert_dataset import convert_dataset as convert_dataset
     from fusedet.api.convert_weights import convert_weights as convert_weights
     from fusedet.api.demo import demo as demo
+    from fusedet.api.export import export as export
     from fusedet.api.info import info as info
     from fusedet.api.predict import Prediction as Prediction
     from fusedet.api.predict import Predictor as Predictor

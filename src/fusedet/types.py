@@ -63,7 +63,7 @@ class Priors:
 
     def __post_init__(self) -> None:
         _need(self.boxes.ndim == 2 and self.boxes.shape[1] == 4, f"boxes must be (P, 4), got {tuple(self.boxes.shape)}")
-        _need(len(self.boxes) == len(self.strides), "one stride per prior")
+        _need(self.boxes.shape[0] == self.strides.shape[0], "one stride per prior")
 
     def __len__(self) -> int:
         return len(self.boxes)

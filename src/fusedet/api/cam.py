@@ -17,6 +17,7 @@ from fusedet.api.results import CommandResult, lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
+from fusedet.exporters import ExportedDetector, find_export
 from fusedet.visualization.activation_maps import PARTS, ActivationMaps, Row, compute_activation_maps, resize_map
 
 
@@ -87,6 +88,11 @@ def cam(
         if part not in PARTS:
             raise unknown("part", part, PARTS)
     run_dir.check_new_dir(options.out)
+    for source in (run, beside):
+        if source is not None and find_export(source):
+            raise InputError(
+                f"{source} is an exported model, whose layers cannot be seen: give the run that it is from"
+            )
     runs = {
         source: load(source, *of_model, device=options.device, trust=trust)
         for source in dict.fromkeys(str(source) for source in (run, beside) if source is not None)
@@ -188,6 +194,7 @@ def _compute(predictor: Predictor, job: Job, best_only: bool) -> ActivationMaps:
     """A run's maps for an image, resized to it."""
     batch = replace(predictor.seen([job.image]), views=())
     label = predictor.names.index(job.name)
+    assert not isinstance(predictor.detector, ExportedDetector)
     maps = compute_activation_maps(predictor.detector, batch.to(predictor.device), label, best_only)
     size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), map_size(job.image)
 

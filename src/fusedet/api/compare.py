@@ -24,6 +24,7 @@ from fusedet.errors import InputError, at_least
 from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
 from fusedet.evaluation.results import Result
+from fusedet.exporters import find_export
 
 RESULTS, METRICS = "val.bbox.json", "metrics.json"
 SAME = "Nothing can be concluded: A and B are the same, detection by detection."
@@ -162,7 +163,10 @@ def _stored(source: str, split: str) -> Path:
             raise InputError(f"{source} is neither a run directory nor a results file (.json)")
         return path
     run = _config_of(source)
-    file = path / RESULTS if run is None or run.data.val_split == split else path / f"val-{Path(split).stem}" / RESULTS
+    is_own = (run is None or run.data.val_split == split) and not find_export(
+        path
+    )  # an exported model has what val wrote
+    file = path / RESULTS if is_own else path / f"val-{Path(split).stem}" / RESULTS
     if not file.is_file():
         what = f"fusedet val {source} --split {split}"
         raise InputError(f"{source} has no stored results on '{split}' ({file} is absent): make them with {what}")

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusedet import visualization
+from fusedet.api import exported
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
@@ -21,6 +22,7 @@ from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
+from fusedet.exporters import ExportedDetector
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
 from fusedet.models.detectors.tta import detect_view, merge_detections
 from fusedet.models.roi.mask import paste_masks
@@ -92,16 +94,28 @@ class Predictor:
     """
 
     def __init__(
-        self, detector: DetectorModule, config: Config, names: Sequence[str], category_ids: Sequence[int], source: Path
+        self,
+        detector: DetectorModule | ExportedDetector,
+        config: Config,
+        names: Sequence[str],
+        category_ids: Sequence[int],
+        source: Path,
     ) -> None:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
-        self.views = views(config)
+        self.views = views(config, self.canvas)
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """The device of the weights; an exported model runs on the CPU."""
+        if isinstance(self.detector, ExportedDetector):
+            return self.detector.device
         return self.detector.backbone.scale.device
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """Height and width that an image must fit, of an exported model of fixed size."""
+        return self.detector.canvas if isinstance(self.detector, ExportedDetector) else None
 
     def predict(self, source: Any, batch: int = 1) -> Prediction | list[Prediction]:
         """Predict an image, or each image of a list, `batch` of them at once.
@@ -161,12 +175,13 @@ def load(
     trust: bool = False,
     **settings: Unpack[Sections],
 ) -> Predictor:
-    """Load a trained detector, ready to predict, from a run directory or a checkpoint.
+    """Load a trained detector, ready to predict, from a run directory, a checkpoint or an exported model.
 
     >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
 
     Args:
-        path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt.
+        path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt;
+            or a directory of `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
         overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "fp32" or "bf16".
@@ -177,6 +192,12 @@ def load(
     Raises:
         InputError: The file is not a checkpoint, is cut short, or holds code.
     """
+    if (model := exported.load_exported(path, trust)) is not None:
+        texts = refuse_other_keys(to_overrides(overrides, settings), "test.batch", of="an exported model")
+        exported.check_device(device)
+        if precision != "fp32":
+            raise InputError(f"precision={precision}: an exported model has its own precision, leave it out")
+        return Predictor(model.detector, resolve_config(model.config, texts), *model[2:])
     file = weights_file(path, which)
     detector, config, names, category_ids = rebuild(file, trust)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
@@ -215,12 +236,19 @@ def tuned(
     return ready
 
 
-def views(config: Config) -> tuple[EvalTransform, ...]:
-    """Return the TTA views: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored."""
+def views(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTransform, ...]:
+    """Return the TTA views: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored.
+
+    Args:
+        config: The config.
+        canvas: Height and width that every view must fit; None for no limit.
+    """
     short, long = config.data.size
     sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
     return tuple(
-        EvalTransform(*size, flip=flip, antialias=config.data.antialias)
+        exported.CanvasTransform(*size, flip=flip, antialias=config.data.antialias, canvas=canvas)
+        if canvas
+        else EvalTransform(*size, flip=flip, antialias=config.data.antialias)
         for flip in (False, True)[: 1 + config.test.flip]
         for size in sizes
     )

@@ -22,6 +22,7 @@ from fusedet.api.progress import progress_bar
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.errors import InputError, one_of, plural
+from fusedet.exporters import find_export
 
 SETTABLE_OF_FILES = ("data.workers", "device", "out")
 SETTABLE = (*SETTABLE_OF_MODEL, *SETTABLE_OF_FILES)
@@ -126,7 +127,8 @@ def predict(
         raise InputError("several processes cannot share standard input: write the list to a file, and give @FILE")
     with ExitStack() as stack:
         images = Sources(_store_stdin(stack) if word == "-" else word for word in words)
-        predictor = load(run, *of_model, device=str(select_device(options.device)), precision=precision, trust=trust)
+        device = options.device if find_export(run) else str(select_device(options.device))
+        predictor = load(run, *of_model, device=device, precision=precision, trust=trust)
         target = Path(options.out) if options.out else run_dir.find_free_path(run_dir.parent_of(run), "predict")
         workers, batch = options.data.workers, predictor.config.test.batch or 1
         exports = Exports(score, draw, formats, crops)

@@ -23,6 +23,7 @@ from fusedet.data.image_decoding import read_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.results import Result
+from fusedet.exporters import ExportedDetector
 from fusedet.models.detectors import selection_options
 from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
@@ -74,9 +75,11 @@ def evaluate_detector(
     """
     if (masks := has_mask_branch(detector)) and len(dataset.labels):
         check_masks(dataset)
-    loader = build_val_loader(config, dataset, rank, world)
+    canvas = detector.canvas if isinstance(detector, ExportedDetector) else None
+    loader = build_val_loader(config, dataset, rank, world, canvas)
     batches = loader if rank else track(loader, len(loader), label="images", console=progress)
-    detector.selection = selection_options(config.test, dataset.names)
+    if not isinstance(detector, ExportedDetector):  # its thresholds are part of the file
+        detector.selection = selection_options(config.test, dataset.names)
     results = detect(detector, batches, dataset, device)
     if rank:
         return Evaluation(results, {})
@@ -114,11 +117,16 @@ def evaluate_results(
     return Evaluation(results, compute_metrics(dataset, results, voc=voc, **options))
 
 
-def build_val_loader(config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1) -> Any:
-    """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes."""
+def build_val_loader(
+    config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1, canvas: tuple[int, int] | None = None
+) -> Any:
+    """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes.
+
+    `canvas` is the height and width that images must fit, None for no limit.
+    """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
-    first, *others = views(config)
+    first, *others = views(config, canvas)
     return build_eval_loader(
         dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others
     )
@@ -144,6 +152,8 @@ def detect(
 
 def has_mask_branch(detector: nn.Module) -> bool:
     """Return whether a detector predicts masks too; it then needs data with masks."""
+    if isinstance(detector, ExportedDetector):
+        return detector.has_masks
     return any(isinstance(part, MaskBranch) for part in detector.modules())
 
 

@@ -9,7 +9,7 @@ from typing import Unpack
 from rich.console import Console
 
 from fusedet import evaluation
-from fusedet.api import coco_submission, run_dir
+from fusedet.api import coco_submission, exported, run_dir
 from fusedet.api.distributed import get_ranks, join_processes
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
@@ -23,6 +23,8 @@ from fusedet.data.split_checks import describe_crowded_images
 from fusedet.data.splits import read_split
 from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, unknown
+from fusedet.exporters import ExportedDetector
+from fusedet.models.detectors import DetectorModule
 
 SETTABLE = ("data", "test", "device", "out")
 """What can be set where a trained model is validated."""
@@ -47,7 +49,7 @@ def validate(
     >>> fusedet.validate("runs/a").metrics["AP"]  # doctest: +SKIP
 
     Args:
-        source: A run directory, a checkpoint, or a file of results in COCO's format (.json).
+        source: A run directory, a checkpoint, an exported model, or a file of results in COCO's format (.json).
         overrides: "key=value" texts for `data`, `test`, `device` and `out`.
         split: The split, by default `data.val`.
         voc: Whether VOC's AP is computed too; for VOC data it always is.
@@ -74,10 +76,18 @@ def validate(
         if options.data.path is None:
             raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
     else:
-        file = weights_file(source)
-        detector, saved, names, _ = rebuild(file, trust)
-        refuse_other_keys(texts, *SETTABLE)
+        detector: DetectorModule | ExportedDetector
+        if (model := exported.load_exported(source, trust)) is not None:
+            refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
+            detector, saved, names, _, file = model
+        else:
+            refuse_other_keys(texts, *SETTABLE)
+            file = weights_file(source)
+            detector, saved, names, _ = rebuild(file, trust)
         options = resolve_config(saved.replace(out=None), texts)
+        if isinstance(detector, ExportedDetector):
+            exported.check_device(options.device)
+            options = options.replace(device="cpu")
     scored = split or options.data.val_split
     dataset = read_split(options.data, scored, need_images=not is_results)
     if not is_results and options.data == saved.data and scored == options.data.val_split and path.is_dir():
@@ -101,7 +111,9 @@ def validate(
     else:
         require_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
-            ready = tuned(detector.to(device), options, names=names)
+            ready = (
+                detector if isinstance(detector, ExportedDetector) else tuned(detector.to(device), options, names=names)
+            )
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
             )

@@ -111,6 +111,33 @@ def predict(
     cli.show(result, json and not result.counts["left"])
 
 
+@cli.command("export", "export runs/a", "export runs/a --format onnx,openvino --size 800,1216 out=exported", USE)
+def export(
+    source: Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or config name.")],
+    words: cli.Settings = None,
+    formats: Annotated[str, Option("--format", help="torch, onnx, openvino; several with commas.")] = "onnx",
+    size: Annotated[str | None, Option(metavar="H,W", help="A fixed input size, multiples of 32.")] = None,
+    dynamic: Annotated[bool, Option("--dynamic", help="Any input size; the default without --size.")] = False,
+    batch: Annotated[int | None, Option(help="Images per input; by default any, 1 with --size.", min=1)] = None,
+    precision: Annotated[Literal["fp32"], Option(help="Floating-point format of the weights.")] = "fp32",
+    opset: Annotated[int, Option(help="ONNX's operator set.", min=18)] = 18,
+    raw: Annotated[bool, Option("--raw", help="Leave NMS out: boxes and scores of all candidates.")] = False,
+    trust: cli.Trust = False,
+    json: cli.Json = False,
+) -> None:
+    """Export a model to files that run without fusedet.
+
+    Each file is compared with PyTorch on several images; one that differs is not written. Files, their description and
+    an example script go to out=DIR, by default to export in the run directory.
+    """
+    settings = cli.settings_only(words, "export takes one run, checkpoint or config")
+    options: dict[str, Any] = {"formats": formats, "size": cli.split_sides(size), "dynamic": dynamic, "batch": batch}
+    options |= {"precision": precision, "opset": opset, "raw": raw, "trust": trust, "say": cli.say(True)}
+    result = fusedet.export(source, *settings, **options)
+    example = [] if raw else [f"next: python {result.out / 'example.py'} IMAGE"]
+    cli.show(result, json, *example)
+
+
 @cli.command("info", "info", "info retinanet_r50 model.neck=bifpn", USE)
 def info(
     words: cli.ConfigAndSettings = None,

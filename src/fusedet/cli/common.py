@@ -107,6 +107,15 @@ def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
     return settings
 
 
+def split_sides(text: str | None) -> list[int] | None:
+    """Return the sides of "800,1216"; raise InputError for another text."""
+    if text is None:
+        return None
+    if not all(side.isdecimal() for side in text.split(",")):
+        raise InputError(f"--size {text}: write height,width, such as 800,1216")
+    return [int(side) for side in text.split(",")]
+
+
 def console(json: bool) -> Console:
     """Return where progress is shown; with --json standard error."""
     return err if json else out

@@ -182,7 +182,7 @@ class RPNHead(nn.Module):
         levels = zip(outputs.maps["cls"], outputs.maps["reg"], outputs.priors.boxes.split(list(outputs.priors.counts)))
         for cls, reg, priors in levels:
             logits = flatten_maps([cls], 1).squeeze(2)  # (N, P)
-            best, index = logits.topk(min(most, len(priors)), dim=1)  # (N, M)
+            best, index = logits.topk(torch.sym_min(most, priors.shape[0]), dim=1)  # (N, M)
             deltas = flatten_maps([reg], 4).gather(1, index[..., None].expand(-1, -1, 4))
             proposed = clip_boxes(decode_boxes(priors[index], deltas.float()), sizes)  # (N, M, 4)
             valid = (proposed[..., 2] > proposed[..., 0]) & (proposed[..., 3] > proposed[..., 1])
@@ -190,7 +190,7 @@ class RPNHead(nn.Module):
             boxes.append(proposed)
             scores.append(score.masked_fill(~nms_keep_mask(proposed, score, self.nms), -1))
         all_scores = torch.cat(scores, dim=1)
-        best, index = all_scores.topk(min(limit, all_scores.shape[1]), dim=1)  # (N, R)
+        best, index = all_scores.topk(torch.sym_min(limit, all_scores.shape[1]), dim=1)  # (N, R)
         chosen = torch.cat(boxes, dim=1).gather(1, index[..., None].expand(-1, -1, 4))
         real = best >= 0
         return Proposals(chosen * real[..., None], best.clamp(min=0), real.sum(dim=1))

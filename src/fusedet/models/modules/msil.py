@@ -110,7 +110,8 @@ class MSIL(nn.Module):
         if not (self.to_cls or self.to_reg):
             return None, None
         # the encoder is shared, so both branches pass it as one batch
-        aligned_reg, aligned_cls = self.align(torch.cat([reg, cls])).chunk(2)
+        both = self.align(torch.cat([reg, cls]))
+        aligned_reg, aligned_cls = both[: cls.shape[0]], both[cls.shape[0] :]
         if self.fuse:
             aligned_cls = aligned_reg = self.fuse(torch.cat([aligned_reg, aligned_cls], dim=1))  # U
         squash = F.hardsigmoid if self.gate == "hard_sigmoid" else torch.sigmoid

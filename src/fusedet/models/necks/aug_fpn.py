@@ -6,12 +6,15 @@ References:
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
+from fusedet.models.ops.exporting import average_pool_to, is_exporting, is_symbolic
 from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
 
@@ -112,9 +115,8 @@ class Context(nn.Module):
     def forward(self, c5: Tensor) -> Tensor:
         """Compute M6 (N, channels, H, W) of C5 (N, inputs, H, W)."""
         size = (c5.shape[-2], c5.shape[-1])
-        pooled = [
-            reduce(F.adaptive_avg_pool2d(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)
-        ]
+        pool = average_pool_to if is_exporting() else F.adaptive_avg_pool2d
+        pooled = [reduce(pool(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)]
         # each (N, channels, H, W)
         contexts = [F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled]
         weights = self.weigh(torch.cat(contexts, dim=1)).sigmoid()  # (N, ratios, H, W)
@@ -127,4 +129,8 @@ def pooled_size(size: tuple[int, int], ratio: float) -> tuple[int, int]:
     >>> pooled_size((25, 42), 0.1), pooled_size((25, 42), 0.3), pooled_size((2, 3), 0.1)
     ((2, 4), (7, 12), (1, 1))
     """
+    if is_symbolic(*size):  # a product with a float would be a constant in the exported file
+        part = Fraction(ratio).limit_denominator(1000)
+        height, width = (torch.sym_max(1, side * part.numerator // part.denominator) for side in size)
+        return height, width  # type: ignore[return-value]
     return max(1, int(size[0] * ratio)), max(1, int(size[1] * ratio))

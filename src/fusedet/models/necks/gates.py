@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.models.ops.attention import ChannelAttention
+from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.layers import conv
 
 Gate = Literal["gcg", "cag", "ca", "cam", "none"]
@@ -47,6 +48,8 @@ def pool_rows_and_columns(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Pooling, since `mean` is slow in channels_last (benchmarks/operators.py).
     """
+    if is_exporting():
+        return x.mean(dim=3, keepdim=True), x.mean(dim=2, keepdim=True)
     height, width = x.shape[-2:]
     return F.avg_pool2d(x, (1, width)), F.avg_pool2d(x, (height, 1))
 

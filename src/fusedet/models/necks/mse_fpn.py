@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fusedet.errors import InputError, one_of
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
 from fusedet.models.necks.gates import Gate, make_gate
+from fusedet.models.ops.exporting import average_pool_to, is_exporting
 from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
 from fusedet.models.ops.precision import without_autocast
 from fusedet.models.ops.pyramid_resize import resize_bilinear
@@ -208,7 +209,8 @@ class MSEFPN(nn.Module):
         """
         height, width = features[-1].shape[-2:]
         size = ((height + 1) // 2, (width + 1) // 2)
-        return torch.cat([F.adaptive_avg_pool2d(features[i], size) for i in self.sources], dim=1)
+        pool = average_pool_to if is_exporting() else F.adaptive_avg_pool2d
+        return torch.cat([pool(features[i], size) for i in self.sources], dim=1)
 
 
 class SEM(nn.Module):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels
+from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.models.ops.pyramid_resize import NonLocal, Resizing, gather_levels, scatter_level
 from fusedet.types import Features, Levels
@@ -193,7 +194,7 @@ def combine(D: Features, weights: Tensor) -> Tensor:
 def add_resized(p: Tensor, f: Tensor, index: int, level: int, resizing: Resizing = "pool") -> Tensor:
     """Add f (N, C, H, W), of level number `level`, in the size of level number `index`, p (N, C, H_l, W_l)."""
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
-    if resizing != "bilinear" and index < level and height % h == 0 and width % w == 0:
+    if not is_exporting() and resizing != "bilinear" and index < level and height % h == 0 and width % w == 0:
         # nearest neighbours repeat f in blocks: added by broadcasting, the upsampled map is never written
         # (N, C, h, blocks of rows, w, of columns)
         blocks = p.unflatten(2, (h, height // h)).unflatten(4, (w, width // w))

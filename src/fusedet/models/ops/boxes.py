@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
+from fusedet.models.ops.exporting import is_exporting
 from fusedet.types import BatchDetections, Candidates, Features, Levels, Priors
 
 MAX_RATIO = abs(math.log(16 / 1000))
@@ -180,9 +182,11 @@ def select_detections(
         indices = rows
     chosen = clip_boxes(boxes.gather(1, indices[..., None].expand(-1, -1, 4)), sizes)  # (N, M, 4)
     final = confidence if quality is None else confidence * quality.gather(1, rows)
-    span = chosen.detach().amax() + 1  # shifts by a multiple of it keep classes from suppressing each other
     limits = score if isinstance(score, (int, float)) else confidence.new_tensor(score)[labels]
     real = (confidence > limits) & (chosen[..., 2:] > chosen[..., :2]).all(dim=2)  # (N, M)
+    if is_exporting():
+        return _select_exported(chosen, real, final, labels, iou, max_det)
+    span = chosen.detach().amax() + 1  # shifts by a multiple of it keep classes from suppressing each other
     per_image = []
     for b, s, k, r in zip(chosen.unbind(), final.unbind(), labels.unbind(), real.unbind()):
         b, s, k = b[r], s[r], k[r]
@@ -194,6 +198,20 @@ def select_detections(
     return BatchDetections(*(torch.stack(column) for column in zip(*per_image)))
 
 
+def _select_exported(
+    boxes: Tensor, real: Tensor, scores: Tensor, labels: Tensor, iou: float, max_det: int
+) -> BatchDetections:
+    """Select as `select_detections` does, without a shape that depends on the data: boxes (N, M, 4), others (N, M)."""
+    scores = torch.where(real, scores, -1.0)
+    span = boxes.amax(dim=(0, 1, 2)) + 1
+    keep = nms_keep_mask(boxes + (labels * span)[..., None], scores, iou)
+    best, index = F.pad(torch.where(keep, scores, -1.0), (0, max_det), value=-1.0).topk(max_det, dim=1)
+    real = best >= 0
+    chosen = F.pad(boxes, (0, 0, 0, max_det)).gather(1, index[..., None].expand(-1, -1, 4))
+    classes = F.pad(labels, (0, max_det)).gather(1, index)
+    return BatchDetections(chosen * real[..., None], best * real, classes * real, real.sum(dim=1))
+
+
 @torch.no_grad()
 def nms_keep_mask(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """Compute which boxes survive non-maximum suppression, image by image.
@@ -203,6 +221,8 @@ def nms_keep_mask(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """
     if boxes.is_meta:  # only shapes matter on the meta device
         return torch.ones_like(scores, dtype=torch.bool)
+    if is_exporting():
+        return torch.ops.fusedet.nms_keep_mask(boxes.float(), scores.float(), iou)
     none = torch.zeros(boxes.shape[1] + 2, dtype=torch.bool, device=boxes.device)
     alive = [none.scatter(0, _nms(b, s, iou), True)[:-2] for b, s in zip(boxes.unbind(), scores.unbind())]
     return torch.stack(alive)
@@ -225,7 +245,7 @@ def _best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     A pair among the best `limit` has its prior among the best `limit` by their best class, so only those are sorted.
     """
     classes = scores.shape[2]
-    rows = scores.amax(dim=2).topk(min(limit, scores.shape[1]), dim=1).indices  # (N, R)
+    rows = scores.amax(dim=2).topk(torch.sym_min(limit, scores.shape[1]), dim=1).indices  # (N, R)
     few = scores.gather(1, rows[..., None].expand(-1, -1, classes)).flatten(1)  # (N, R * K)
-    values, pairs = few.topk(min(limit, few.shape[1]), dim=1)
+    values, pairs = few.topk(torch.sym_min(limit, few.shape[1]), dim=1)
     return values, rows.gather(1, pairs // classes), pairs % classes

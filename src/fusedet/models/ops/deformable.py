@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
+from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.precision import without_autocast
 
 
@@ -54,6 +55,8 @@ class DeformConv(nn.Module):
         bias = None if self.bias is None else self.bias.float()
         # both compute the same: on a CPU torchvision's kernel is slower than sampling rows (benchmarks/operators.py)
         convolve = deform_conv2d_by_rows if x.device.type == "cpu" else deform_conv2d
+        if is_exporting():
+            convolve = deform_conv2d_by_grid
         with without_autocast(x):
             y = convolve(
                 x.float(),
@@ -164,3 +167,34 @@ def sample_rows(
         torch.stack(indices, dim=-1).view(-1, 4), table, mode="sum", per_sample_weights=corner_weights.view(-1, 4)
     )
     return samples.view(n, rows * columns, kernel**2, channels)
+
+
+def deform_conv2d_by_grid(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Compute what `deform_conv2d_by_rows` does by `grid_sample`, which all exported formats have.
+
+    OpenVINO reads neither an embedding bag nor ONNX's DeformConv.
+    """
+    kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
+    (height, width), (rows, columns) = x.shape[2:], offset.shape[2:]
+    steps = torch.arange(kernel, device=x.device) * dilation - padding
+    moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 1, 3, 4)  # (2, N, K, H', W'), dy and dx
+    tall = (torch.arange(rows, device=x.device) * stride)[:, None] + steps.repeat_interleave(kernel)[:, None, None]
+    wide = torch.arange(columns, device=x.device) * stride + steps.repeat(kernel)[:, None, None]
+    # without aligned corners cell i lies at (2 i + 1) / length - 1
+    grid = torch.stack([(2 * (moves[1] + wide) + 1) / width - 1, (2 * (moves[0] + tall) + 1) / height - 1], dim=-1)
+    samples = F.grid_sample(x, grid.flatten(2, 3), align_corners=False)  # (N, C, K, H' * W')
+    if mask is not None:
+        samples = samples * mask.flatten(2)[:, None]
+    samples = samples.unflatten(1, (groups, -1)).flatten(2, 3)  # (N, groups, C / groups * K, H' * W')
+    weights = weight.flatten(2).unflatten(0, (groups, -1)).flatten(2)  # (groups, outputs / groups, C / groups * K)
+    out = (weights @ samples).flatten(1, 2).unflatten(2, (rows, columns))
+    return out if bias is None else out + bias[:, None, None]

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedet.models.ops.exporting import is_exporting, is_symbolic, max_pool_windows
 from fusedet.models.ops.layers import conv
 from fusedet.types import Features
 
@@ -21,6 +22,8 @@ and "bilinear" do both by interpolation."""
 def max_pool_to(x: Tensor, size: Size) -> Tensor:
     """Max-pool x (N, C, H, W) to a size; where the sizes divide, plain pooling is the same and much faster."""
     (height, width), (h, w) = x.shape[-2:], size
+    if is_symbolic(height, width) or (is_exporting() and (height % h or width % w)):
+        return max_pool_windows(x, size)
     if height % h == 0 and width % w == 0:
         return F.max_pool2d(x, (height // h, width // w))
     return F.adaptive_max_pool2d(x, size)
@@ -82,5 +85,7 @@ class NonLocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to x (N, C, H, W)."""
         query, key, value = (m(x).flatten(2).transpose(1, 2) for m in (self.theta, self.phi, self.g))  # (N, H * W, C)
+        if is_exporting():  # ONNX's attention has a dimension of heads
+            query, key, value = query[:, None], key[:, None], value[:, None]
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        return x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+        return x + self.out(mixed.transpose(-1, -2).reshape(x.shape))

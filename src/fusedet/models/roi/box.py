@@ -182,14 +182,14 @@ class BoxStage(nn.Module):
             rois (N * R, 5), of each image the first counts (N,) real; result: boxes (N, R, 4), or class-specific ones
             (N, R, K, 4), and scores (N, R, K), 0 for padding.
         """
-        scores = raw[0].float().softmax(dim=1)[:, :-1].unflatten(0, (len(counts), -1))  # (N, R, K)
+        scores = raw[0].float().softmax(dim=1)[:, :-1].unflatten(0, (counts.shape[0], -1))  # (N, R, K)
         boxes = rois[:, 1:]
         if raw[1] is not None:
             deltas = raw[1].float().unflatten(1, (-1, 4)) * self.stds  # (N * R, 1 or K, 4)
             boxes = decode_boxes(boxes[:, None], deltas)
             boxes = boxes.squeeze(1) if self.class_agnostic else boxes
         real = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-        return Candidates(boxes.unflatten(0, (len(counts), -1)), scores * real[..., None])
+        return Candidates(boxes.unflatten(0, (counts.shape[0], -1)), scores * real[..., None])
 
     def refine(self, raw: StageOutputs, rois: Tensor, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
         """Refine the boxes for the next stage, without gradient.
@@ -211,4 +211,4 @@ class BoxStage(nn.Module):
 
 def _select_class(deltas: Tensor, classes: Tensor) -> Tensor:
     """Of class-specific deltas (M, K * 4) those of classes (M,): (M, 4)."""
-    return deltas.unflatten(1, (-1, 4))[torch.arange(len(deltas), device=deltas.device), classes]
+    return deltas.unflatten(1, (-1, 4))[torch.arange(deltas.shape[0], device=deltas.device), classes]

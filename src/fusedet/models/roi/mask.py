@@ -104,7 +104,7 @@ class MaskBranch(nn.Module):
         `paste_masks` puts them into the image.
         """
         logits = self(features, boxes_to_rois(detections.boxes))
-        own = logits[torch.arange(len(logits), device=logits.device), detections.labels.flatten()]
+        own = logits[torch.arange(logits.shape[0], device=logits.device), detections.labels.flatten()]
         return own.float().sigmoid().unflatten(0, detections.labels.shape)
 
 

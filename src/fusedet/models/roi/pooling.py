@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
+from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.precision import without_autocast
 from fusedet.models.ops.roi_align_cpu import roi_align_cpu
 from fusedet.models.protocols import RoIPooling
@@ -66,14 +68,27 @@ class LevelPooling(nn.Module):
         """
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         level = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
-        pooled = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
+        pooled = features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
         if rois.is_meta:  # only shapes are computed
             return pooled
+        if is_exporting():
+            return self._pool_exported(features, rois, level, pooled)
         for i, (feature, stride) in enumerate(zip(features, self.strides)):
             rows = (level == i).nonzero().squeeze(1)
             own = align_level(feature, rois[rows], self.size, stride, self.samples, self.aligned)
             pooled = pooled.index_copy(0, rows, own)
         return pooled
+
+    def _pool_exported(self, features: Features, rois: Tensor, level: Tensor, pooled: Tensor) -> Tensor:
+        """Pool with two more RoIs on every level: a traced program refuses levels with fewer."""
+        count = rois.shape[0]
+        rois, pooled = F.pad(rois, (0, 0, 0, 2)), F.pad(pooled, (0, 0, 0, 0, 0, 0, 0, 2))
+        more = count + torch.arange(2, device=rois.device)
+        for i, (feature, stride) in enumerate(zip(features, self.strides)):
+            rows = torch.cat([(level == i).nonzero().squeeze(1), more])
+            own = align_level(feature, rois[rows], self.size, stride, self.samples, self.aligned)
+            pooled = pooled.index_copy(0, rows, own)
+        return pooled[:count]
 
 
 class AllLevelPooling(nn.Module):

@@ -1,0 +1,91 @@
+"""A detector as an exported program, with fixed or dynamic sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fusedet.models.detectors import DetectorModule, OneStage
+from fusedet.models.ops.exporting import exporting
+from fusedet.types import MULTIPLE, BatchDetections
+
+INPUTS = ("images", "sizes")
+OUTPUTS = BatchDetections._fields
+"""Names of the outputs, in order; `masks` exists where the detector has a mask branch."""
+RAW_OUTPUTS = ("boxes", "scores", "quality")
+"""Names of the outputs without the final selection; `quality` exists where the head predicts it."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What sizes an exported file takes.
+
+    Attributes:
+        size: Height and width of the images; None for any multiple of 32.
+        batch: Number of images; None for any.
+    """
+
+    size: tuple[int, int] | None = None
+    batch: int | None = None
+
+
+class _Graph(nn.Module):
+    """A detector whose forward is the exported function."""
+
+    def __init__(self, detector: DetectorModule, raw: bool) -> None:
+        super().__init__()
+        self.detector, self.raw = detector, raw
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor | None, ...]
+        if self.raw:
+            outputs = decode_candidates(self.detector, images, sizes)
+        else:
+            outputs = self.detector.detect(images, sizes)
+        return tuple(output for output in outputs if output is not None)
+
+
+def decode_candidates(detector: DetectorModule, images: Tensor, sizes: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute boxes, scores and quality before the final selection, as `Candidates` describes them."""
+    outputs = detector(images, sizes)
+    if isinstance(detector, OneStage):
+        return detector.head.decode(outputs)
+    return detector.stages[-1].decode(outputs.raw, outputs.rois, outputs.counts)
+
+
+def smallest_side(detector: DetectorModule) -> int:
+    """Return the smallest side that a program of dynamic size takes: its coarsest level has at least two cells."""
+    return detector.neck.levels.strides[-1] + MULTIPLE
+
+
+def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Trace a detector; images go in as uint8, and normalisation and NMS are in the program.
+
+    Args:
+        detector: In eval mode, on the CPU.
+        shapes: The sizes that the program takes.
+        raw: Leave the final selection out.
+
+    Returns:
+        The program, and the names of its outputs.
+    """
+    stride = detector.neck.levels.strides[-1]
+    # a program of dynamic size must not take one of the example's sizes for a constant: no level of it has one cell
+    height, width = shapes.size or (2 * stride + MULTIPLE, 3 * stride + MULTIPLE)
+    batch = shapes.batch or 2
+    images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+    sizes = torch.tensor([[height, width]]).repeat(batch, 1)
+    dynamic: dict[str, Any] = {"images": {}, "sizes": {}}
+    if shapes.batch is None:
+        count = Dim("batch")
+        dynamic = {"images": {0: count}, "sizes": {0: count}}
+    if shapes.size is None:
+        dynamic["images"] |= {2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
+    with exporting(), torch.no_grad():
+        program = torch.export.export(_Graph(detector, raw), (images, sizes), dynamic_shapes=dynamic, strict=False)
+    count_outputs = len(program.graph_signature.user_outputs)
+    return program, (RAW_OUTPUTS if raw else OUTPUTS)[:count_outputs]

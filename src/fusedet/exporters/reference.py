@@ -1,0 +1,59 @@
+"""PyTorch's outputs, with which those of an exported file are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedet.exporters.graph import decode_candidates
+from fusedet.exporters.metadata import Metadata
+from fusedet.exporters.verification import Case
+from fusedet.models.detectors import DetectorModule, TwoStage
+from fusedet.types import Outputs
+
+
+@torch.no_grad()
+def compute_outputs(detector: DetectorModule, case: Case, metadata: Metadata) -> dict[str, Any]:
+    """Compute PyTorch's outputs by name, as `fusedet predict` computes them."""
+    images, sizes = torch.from_numpy(case.images), torch.from_numpy(case.sizes)
+    outputs = decode_candidates(detector, images, sizes) if metadata.raw else detector.detect(images, sizes)
+    tensors = (output for output in outputs if output is not None)
+    return {name: tensor.numpy() for name, tensor in zip(metadata.outputs, tensors, strict=True)}
+
+
+def compute_nudged_outputs(detector: DetectorModule, case: Case, metadata: Metadata) -> list[dict[str, Any]]:
+    """Compute PyTorch's outputs with outputs of head and stages that differ in the sixth digit, four times."""
+    results = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+
+        def nudge(*arguments: Any, generator: torch.Generator = generator) -> Any:
+            return _add_noise(arguments[-1], generator)
+
+        parts: list[Any] = [detector.head, *(detector.stages if isinstance(detector, TwoStage) else ())]
+        hooks = [part.register_forward_hook(nudge) for part in parts]
+        results.append(compute_outputs(detector, case, metadata))
+        for hook in hooks:
+            hook.remove()
+    return results
+
+
+def _add_noise(value: Any, generator: torch.Generator) -> Any:
+    """Return maps, logits and deltas with relative noise; priors stay."""
+    if isinstance(value, Tensor):
+        return value + 1e-5 * torch.randn(value.shape, generator=generator) * value.abs().clamp(min=0.1)
+    if isinstance(value, Outputs):
+        return value._replace(maps=_add_noise(value.maps, generator))
+    if isinstance(value, dict):
+        return {key: _add_noise(item, generator) for key, item in value.items()}
+    return type(value)(_add_noise(item, generator) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def spread_scores(detector: DetectorModule) -> None:
+    """Widen the random weights of the heads, so that scores differ by more than rounding."""
+    for key, parameter in detector.named_parameters():
+        if parameter.ndim >= 2 and key.startswith(("head.", "stages.", "branches.")):
+            fan_in = parameter[0].numel()
+            parameter.data.mul_(0.3 / (parameter.data.std().clamp(min=1e-6) * fan_in**0.5))

@@ -1,0 +1,415 @@
+"""Exported files: equal to PyTorch or not written, read back only as they were written, and used without fusedet."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import nms
+
+import exporting
+import fusedet
+from fusedet import cli, exporters
+from fusedet.errors import InputError, StorageError
+from fusedet.exporters import compare_outputs, make_cases, read_export
+from fusedet.exporters.formats import FORMATS
+from fusedet.exporters.verification import Case, Tolerance
+from fusedet.models.ops.boxes import nms_keep_mask
+from fusedet.models.ops.exporting import average_pool_to, max_pool_windows, nms_over_images
+from fusedet.models.ops.exporting import exporting as export_forms
+
+FAST = ["retinanet", "faster_rcnn"]
+QUICK = ("onnx,openvino", *exporting.TWO_LEVELS)
+SLOW = ["fcos", "vfnet", "reppoints", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
+
+
+def need(*formats: str) -> None:
+    """Skip a test whose packages are absent; in CI they must be there."""
+    if os.environ.get("CI") == "true":
+        return
+    for package in dict.fromkeys(package for name in formats for package in FORMATS[name]):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'fusedet[export]'")
+
+
+@pytest.fixture(scope="session")
+def make_export(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that exports a detector once per session to ONNX and OpenVINO; its run is the parent."""
+    folder, made = tmp_path_factory.mktemp("exports"), {}
+
+    def make(name: str, formats: str = "onnx,openvino", *overrides: str, **options: Any) -> Path:
+        need(*formats.split(","))
+        key = (name, formats, overrides, *sorted(options.items()))
+        if key not in made:
+            run = exporting.save_run(folder / str(len(made)), name, *overrides, data=scenes)
+            made[key] = fusedet.export(run, formats=formats, **options).out
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def exported(make_export: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of an export, to be changed."""
+    return Path(shutil.copytree(make_export("retinanet", *QUICK, size=(64, 96)), tmp_path / "copied"))
+
+
+# -- forms of operations
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 4), (13, 17)])
+def test_pooling_forms_are_adaptive_pooling(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 13, 17)
+    torch.testing.assert_close(average_pool_to(x, size), torch.nn.functional.adaptive_avg_pool2d(x, size))
+    assert torch.equal(max_pool_windows(x, size), torch.nn.functional.adaptive_max_pool2d(x, size))
+
+
+def test_nms_forms_are_nms_of_each_image() -> None:
+    corners = torch.rand(3, 40, 2) * 80
+    boxes, scores = torch.cat([corners, corners + 5 + 40 * torch.rand(3, 40, 2)], dim=2), torch.rand(3, 40)
+    scores[0, :7], scores[2] = -1, -1
+    expected = torch.zeros(3, 40, dtype=torch.bool)
+    for i in range(3):
+        real = (scores[i] >= 0).nonzero().squeeze(1)
+        expected[i, real[nms(boxes[i, real], scores[i, real], 0.4)]] = True
+    assert torch.equal(torch.ops.fusedet.nms_keep_mask(boxes, scores, 0.4), expected)
+    assert torch.equal(nms_over_images(boxes, scores, 0.4), expected)
+    assert torch.equal(nms_keep_mask(boxes, scores, 0.4) & (scores >= 0), expected)
+    with export_forms():
+        assert torch.equal(nms_keep_mask(boxes, scores, 0.4), expected)
+
+
+# -- equal or not written
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_export_equals_pytorch(name: str, make_export: Callable[..., Path]) -> None:
+    check_export(make_export(name, *QUICK, size=(64, 96)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_every_detector_exports(name: str, make_export: Callable[..., Path]) -> None:
+    check_export(make_export(name, size=(64, 96)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_dynamic_export_equals_pytorch(name: str, make_export: Callable[..., Path]) -> None:
+    check_export(make_export(name, "torch,onnx,openvino"))
+
+
+MODULES = {
+    "all modules": ("retinanet", "model.neck=[mse_fpn,smsl]", "model.interact=msil"),
+    "AugFPN": ("retinanet", "model.neck=aug_fpn"),
+    "BFP": ("faster_rcnn", "model.neck=[fpn,bfp]"),
+    "BiFPN": ("retinanet", "model.neck=bifpn"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MODULES)
+def test_modules_export_with_dynamic_sizes(case: str, make_export: Callable[..., Path]) -> None:
+    name, *overrides = MODULES[case]
+    check_export(make_export(name, "torch,onnx,openvino", *overrides))
+
+
+def check_export(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    for row in report["formats"].values():
+        assert len(row["cases"]) == 8
+        assert sum(case["detections"] for case in row["cases"]) > 20
+        assert sum(case["undecided"] for case in row["cases"]) <= 2
+        assert max(case["box"] for case in row["cases"]) < 0.05
+        (none,) = [case for case in row["cases"] if case["case"] == "no detection"]
+        assert none["detections"] == 0
+    assert set(report["formats"]) == set(read_export(folder)[1])
+
+
+def detections(**changes: Any) -> dict[str, np.ndarray]:
+    boxes = np.array([[[0, 0, 10, 10], [20, 20, 40, 40]]], np.float32)
+    scores, labels, counts = np.array([[0.9, 0.5]], np.float32), np.array([[0, 1]]), np.array([2])
+    return {"boxes": boxes, "scores": scores, "labels": labels, "counts": counts} | changes
+
+
+def test_differences_are_refused() -> None:
+    case, tolerance, expected = Case("noise", np.zeros((1, 3, 32, 32)), np.zeros((1, 2))), Tolerance(), detections()
+    swapped = {name: value[:, ::-1].copy() if value.ndim > 1 else value for name, value in expected.items()}
+    assert compare_outputs(case, expected, swapped, tolerance, "a.onnx").box == 0, "the order does not count"
+    moved = expected["boxes"] + np.float32(0.04)
+    assert compare_outputs(case, expected, detections(boxes=moved), tolerance, "f").box == pytest.approx(0.04, abs=1e-5)
+    wrong = {
+        "boxes": expected["boxes"] + np.float32([0, 0, 0, 1]),
+        "scores": np.array([[0.9, 0.498]], np.float32),
+        "labels": np.array([[0, 2]]),
+        "counts": np.array([1]),
+    }
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=r"a.onnx differs from PyTorch in 'noise', image 0: .*has no partner"):
+            compare_outputs(case, expected, detections(**{name: value}), tolerance, "a.onnx")
+    with pytest.raises(InputError, match="by one too many"):
+        compare_outputs(case, detections(counts=np.array([1])), expected, tolerance, "a.onnx")
+
+
+def test_what_rounding_decides_is_counted() -> None:
+    """PyTorch itself loses the second detection in one of two runs with noise."""
+    case, expected, fewer = Case("noise", np.zeros((1, 3, 32, 32)), np.zeros((1, 2))), detections(), detections()
+    fewer["counts"] = np.array([1])
+    result = compare_outputs(case, expected, fewer, Tolerance(), "f", lambda: [expected, fewer])
+    assert result.undecided == 1
+    with pytest.raises(InputError, match="has no partner"):
+        compare_outputs(case, expected, fewer, Tolerance(), "f", lambda: [expected, expected])
+
+
+def test_nothing_is_written_where_a_file_differs(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is one whose boxes are all a pixel off."""
+    run = exporting.save_run(tmp_path / "run", "retinanet", data=scenes)
+    detector = fusedet.load(run).detector
+
+    def session(images: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            outputs = detector.detect(torch.from_numpy(images), torch.from_numpy(sizes))
+        return dict(zip(("boxes", "scores", "labels", "counts"), (x.numpy() for x in outputs[:4]))) | {
+            "boxes": outputs.boxes.numpy() + 1
+        }
+
+    def write(name: str, program: Any, outputs: Any, folder: Path, metadata: Any) -> list[Path]:
+        (folder / "model.pt2").write_bytes(b"written")
+        return [folder / "model.pt2"]
+
+    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts")))
+    monkeypatch.setattr(exporters, "write_format", write)
+    monkeypatch.setattr(exporters, "open_session", lambda *_: session)
+    with pytest.raises(InputError, match=r"model.pt2 differs from PyTorch in .*nothing was written"):
+        fusedet.export(run, formats="torch", size=(64, 96), out=tmp_path / "out" / "a")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_cases() -> None:
+    cases = {case.name: case for case in make_cases(64, 96)}
+    assert len(cases) == 8
+    assert {case.images.shape[1] for case in cases.values()} == {3}
+    assert all(side % 32 == 0 for case in cases.values() for side in case.images.shape[2:])
+    assert len({case.images.shape[2:] for case in cases.values()}) >= 3
+    assert len(cases["batch of three"].images) == 3
+    assert not cases["black"].images.any()
+    assert not cases["no detection"].sizes.any()
+    for case in make_cases(64, 96, canvas=(64, 64), batch=2):
+        assert case.images.shape == (2, 3, 64, 64)
+        assert (case.sizes <= 64).all()
+
+
+# -- use of exported files
+
+
+def test_metadata(make_export: Callable[..., Path]) -> None:
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
+    metadata, files = read_export(folder)
+    assert {name: [path.name for path in paths] for name, paths in files.items()} == {
+        "onnx": ["model.onnx"],
+        "openvino": ["model.xml", "model.bin"],
+    }
+    assert metadata.names == exporting.NAMES
+    assert (metadata.size, metadata.batch, metadata.strides) == ([64, 96], 1, [16, 32])
+    assert metadata.outputs == ["boxes", "scores", "labels", "counts"]
+    assert metadata.thresholds.max_det == 100
+    assert metadata.training_data == "data"
+    assert len(metadata.weights_sha256 or "") == 64
+    import onnx
+
+    inside = onnx.load(folder / "model.onnx").metadata_props[0]
+    assert inside.key == "fusedet"
+    assert json.loads(inside.value) == json.loads(metadata.to_json())
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.xml"])
+def test_predictions_are_those_of_the_run(file: str, make_export: Callable[..., Path], scenes: Path) -> None:
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
+    images = [path for path in sorted((scenes / "val").glob("*.jpg")) if landscape(path)][:3]  # padded as in the run
+    ours, theirs = (fusedet.load(source).predict(images, batch=2) for source in (folder.parent, folder / file))
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a) == len(b)
+        assert b.names == a.names
+        assert b.category_ids == a.category_ids
+        torch.testing.assert_close(b.scores, a.scores, atol=1e-4, rtol=0)
+
+
+def landscape(path: Path) -> bool:
+    """Whether an image of short side 64 is padded to 64x96."""
+    width, height = Image.open(path).size
+    return height <= width
+
+
+BLOCK = """
+import runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "fusedet", "timm"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("format_", ["onnx", "openvino"])
+def test_example_needs_neither_torch_nor_fusedet(format_: str, exported: Path, scenes: Path) -> None:
+    assert len((exported / "example.py").read_text().splitlines()) <= 40
+    image = min(path for path in (scenes / "val").glob("*.jpg") if landscape(path))
+    ours = fusedet.load(exported).predict(image)
+    if format_ == "openvino":
+        (exported / "model.onnx").unlink()
+    command = [sys.executable, "-c", BLOCK, str(exported / "example.py"), str(image), "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows
+    assert {row[0] for row in rows} <= set(exporting.NAMES)
+    assert all(float(row[1]) >= 0.01 and len(row) == 6 for row in rows)
+    assert len(rows) == pytest.approx(int((ours.scores >= 0.01).sum()), abs=2), "Pillow rounds pixels differently"
+    assert float(rows[0][1]) == pytest.approx(float(ours.scores[0]), abs=0.01)
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"size": (60, 96)}, r"size=60,96 must be height,width in multiples of 32, such as 64,96"),
+        ({"size": (64,)}, r"size=64 must be height,width in multiples of 32, such as 800,1344"),
+        ({"size": (64, 96), "dynamic": True}, "size=64,96 is a fixed size"),
+        ({"formats": "onxx"}, "unknown format 'onxx': did you mean 'onnx'"),
+        ({"formats": "torch", "batch": 0}, "batch=0 must be at least 1"),
+        ({"formats": "torch", "opset": 12}, "opset=12 must be 18 to 23"),
+        ({"formats": "torch", "precision": "int3"}, "unknown precision 'int3'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], sentence: str, trained: Path) -> None:
+    with pytest.raises(InputError, match=sentence):
+        fusedet.export(trained, **({"formats": "torch"} | options))
+
+
+def test_a_missing_package_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "onnx", ("onnx_that_is_absent",))
+    with pytest.raises(InputError, match=r"needs onnx_that_is_absent: pip install 'fusedet\[export\]'"):
+        fusedet.export(trained)
+
+
+def test_settings_of_the_training_are_refused(trained: Path) -> None:
+    with pytest.raises(InputError, match=r"train.epochs=3 changes nothing for a trained model"):
+        fusedet.export(trained, "train.epochs=3", formats="torch")
+
+
+def edit(folder: Path, key: str, value: Any) -> None:
+    content = json.loads((folder / "model.json").read_text())
+    content["model"][key] = value
+    (folder / "model.json").write_text(json.dumps(content))
+
+
+def test_tampered_files_are_refused(exported: Path, tmp_path: Path) -> None:
+    def fails(sentence: str) -> None:
+        with pytest.raises(InputError, match=sentence):
+            fusedet.load(exported)
+
+    whole = (exported / "model.json").read_text()
+    for key, value, sentence in (
+        ("names", exporting.NAMES[::-1], r"describe different models"),
+        ("names", 3, r"model.json: names is not as exported"),
+        ("extra", 3, r"model.json: extra is not as exported"),
+        ("version", 2, r"has version 2, but this fusedet reads version 1"),
+    ):
+        edit(exported, key, value)
+        fails(sentence)
+        (exported / "model.json").write_text(whole)
+    (exported / "model.json").write_text(whole[:-30])
+    fails("model.json is damaged")
+    (exported / "model.json").write_text(whole)
+    file = exported / "model.bin"
+    content = bytearray(file.read_bytes())
+    content[7] ^= 1
+    file.write_bytes(content)
+    fails("model.bin was changed after the export")
+    file.unlink()
+    fails("model.bin is missing")
+    with pytest.raises(InputError, match="is exported already"):
+        fusedet.export(exported)
+
+
+def test_settings_inside_the_file_are_refused(make_export: Callable[..., Path]) -> None:
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
+    for words in (("test.score=0.5",), ("data.size=[64,64]",)):
+        with pytest.raises(InputError, match="changes nothing for an exported model"):
+            fusedet.load(folder, *words)
+    with pytest.raises(InputError, match="an exported model runs on the CPU"):
+        fusedet.load(folder, device="cuda")
+
+
+def test_a_failure_of_the_exporter_is_one_sentence(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = exporting.save_run(tmp_path / "run", "retinanet", data=scenes)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operator x is unknown\nand more")
+
+    monkeypatch.setattr(exporters, "trace", fail)
+    with pytest.raises(
+        InputError, match=r"cannot be traced by torch.export: operator x is unknown; nothing was written"
+    ):
+        fusedet.export(run, formats="torch", out=tmp_path / "out" / "a")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_leaves_nothing(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = exporting.save_run(tmp_path / "run", "retinanet", data=scenes)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts")))
+    monkeypatch.setattr(exporters, "write_format", fail)
+    with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+        fusedet.export(run, formats="torch", out=tmp_path / "out" / "a")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["export", str(trained), "--format", "torch", "--size", "64,9x"]) == 2
+    assert "--size 64,9x: write height,width, such as 800,1216" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torch_format_needs_trust(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = exporting.save_run(tmp_path / "run", "retinanet", *exporting.TWO_LEVELS, data=scenes)
+    words = ["export", str(run), "--format", "torch", "--size", "64,96", "--json", f"out={tmp_path / 'a'}"]
+    assert cli.run(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["formats"]) == ["torch"]
+    with pytest.raises(InputError, match="add --trust"):
+        fusedet.load(report["out"])
+    predictor = fusedet.load(report["out"], trust=True)
+    image = next((scenes / "val").glob("*.jpg"))
+    assert len(predictor.predict(image)) == len(fusedet.load(run).predict(image)) > 0
+    done = subprocess.run(
+        [sys.executable, tmp_path / "a" / "example.py", image, "0.01"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_raw_outputs_are_the_candidates(name: str, make_export: Callable[..., Path]) -> None:
+    folder = make_export(name, *QUICK, size=(64, 96), raw=True)
+    assert read_export(folder)[0].outputs == ["boxes", "scores"]
+    assert not (folder / "example.py").exists()
+    with pytest.raises(InputError, match="was exported with --raw"):
+        fusedet.load(folder)
