@@ -126,7 +126,8 @@ def export(
     shapes = _check_shapes(size, dynamic, batch)
     texts = to_overrides(overrides, settings)
     model, out = _load(source, texts, trust, say)
-    target = run_dir.check_new_dir(out)
+    run_dir.check_new_dir(out)
+    target = Path(out)
     metadata = _describe(model, Path(source).name, shapes, names, precision, opset, raw)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

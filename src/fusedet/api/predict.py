@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
+AnyDetector = TypeVar("AnyDetector", bound=DetectorModule | ExportedDetector)
 SETTABLE = ("test", "data.size", "data.antialias", "data.range")
 """What can be set for a trained detector; all else follows from its weights."""
 
@@ -228,9 +229,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def tuned(
-    detector: DetectorModule, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()
-) -> DetectorModule:
-    """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes."""
+    detector: AnyDetector, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()
+) -> AnyDetector:
+    """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes.
+
+    An exported model stays as it is: its thresholds are part of the file.
+    """
+    if isinstance(detector, ExportedDetector):
+        return detector
     ready = prepare_for_inference(detector, precision)
     ready.selection = selection_options(config.test, names)
     return ready

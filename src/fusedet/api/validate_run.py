@@ -111,9 +111,7 @@ def validate(
     else:
         require_class_names(dataset, names, str(file))
         with join_processes(options.device) as (rank, world, device):
-            ready = (
-                detector if isinstance(detector, ExportedDetector) else tuned(detector.to(device), options, names=names)
-            )
+            ready = tuned(detector.to(device), options, names=names)
             evaluated = evaluate_detector(
                 ready, options, dataset, device, rank=rank, world=world, voc=voc, evaluator=evaluator, progress=progress
             )

@@ -132,7 +132,7 @@ def export(
     """
     settings = cli.settings_only(words, "export takes one run, checkpoint or config")
     options: dict[str, Any] = {"formats": formats, "size": cli.split_sides(size), "dynamic": dynamic, "batch": batch}
-    options |= {"precision": precision, "opset": opset, "raw": raw, "trust": trust, "say": cli.say(True)}
+    options |= {"precision": precision, "opset": opset, "raw": raw, "trust": trust, "say": cli.err.print}
     result = fusedet.export(source, *settings, **options)
     example = [] if raw else [f"next: python {result.out / 'example.py'} IMAGE"]
     cli.show(result, json, *example)
