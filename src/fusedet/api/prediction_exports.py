@@ -29,7 +29,7 @@ def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     for name in names:
         if name not in FORMATS:
-            raise unknown("value of --save:", name, FORMATS)
+            raise unknown("format", name, FORMATS, of="--save")
     return tuple(name for name in FORMATS if name == "coco" or name in names)
 
 
