@@ -95,6 +95,7 @@ rows:
 """
 
 
+@pytest.mark.slow
 def test_table_about_masks(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(tmp_path, MASKS, scenes)
     share = {"boxes": (0.4, 0.5), "more recall": (0.1, 0.5), "better boxes": (0.4, 0.0)}
@@ -188,6 +189,7 @@ def test_unknown_reference_of_a_row(tmp_path: Path) -> None:
         ablation.load_table(tmp_path / "mine.yaml")
 
 
+@pytest.mark.slow
 def test_metric_without_a_value_is_left_out(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A metric that is NaN in every run has no point in the plot."""
     plan = make_plan(tmp_path, FOUR.replace("metric: VOC_AP\n", ""), scenes, *SMALL)
