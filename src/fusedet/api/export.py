@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Unpack
 
-import torch
 from rich.console import RenderableType
 
 import fusedet
 from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api import run_dir
-from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.load_model import build_untrained, rebuild, weights_file
 from fusedet.api.predict import SETTABLE, tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import CommandResult, lines
@@ -29,15 +28,14 @@ from fusedet.errors import InputError, StorageError, one_of, plural, unknown
 from fusedet.exporters.formats import check_packages, package_versions
 from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file
-from fusedet.exporters.reference import compute_nudged_outputs, compute_outputs, spread_scores
+from fusedet.exporters.reference import compute_nudged_outputs, compute_outputs
 from fusedet.exporters.verification import MAX_UNDECIDED, TOLERANCES
-from fusedet.models.detectors import DetectorModule, build_detector, disable_pretrained
+from fusedet.models.detectors import DetectorModule
 from fusedet.models.roi import MaskBranch
 from fusedet.types import MULTIPLE
 
 Precision = Literal["fp32"]
 OPSETS = range(18, 24)
-COCO_CLASSES = 80
 EXAMPLES = Path(exporters.__file__).parent
 
 
@@ -166,13 +164,18 @@ def _check_shapes(size: Sequence[int] | None, dynamic: bool, batch: int | None) 
         return exporters.Shapes(None, batch)
     if dynamic:
         raise InputError(f"size={','.join(map(str, size))} is a fixed size: leave it out, or leave out --dynamic")
+    return exporters.Shapes(check_size(size), batch or 1)
+
+
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of an input; raise InputError unless they are multiples of 32."""
     if len(size) != 2 or min(size) < MULTIPLE or any(side % MULTIPLE for side in size):
         near = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in size]
         raise InputError(
             f"size={','.join(map(str, size))} must be height,width in multiples of {MULTIPLE}, such as "
             + ",".join(map(str, near if len(near) == 2 else (800, 1344)))
         )
-    return exporters.Shapes((size[0], size[1]), batch or 1)
+    return size[0], size[1]
 
 
 def _load(
@@ -180,13 +183,8 @@ def _load(
 ) -> tuple[_Source, str | Path]:
     """Return the detector and the directory to write."""
     if str(source) in configs.names() or Path(source).suffix in (".yaml", ".yml"):
-        config = disable_pretrained(configs.load(source, texts))
+        detector, config, names = build_untrained(source, texts)
         say(f"{source} is a config: its weights are random, not trained")
-        names = [f"class {i}" for i in range(COCO_CLASSES)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            detector = build_detector(config, len(names))
-        spread_scores(detector)
         model = _Source(tuned(detector, config, names=names), config, names, list(range(len(names))), None)
         return model, config.out or run_dir.find_free_path("exports", Path(source).stem)
     if exporters.find_export(source):
