@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +12,7 @@ from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.class_names import compare_class_names, count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.split_checks import (
@@ -140,12 +143,17 @@ def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, va
 def train_transform(config: Config) -> TrainTransform:
     """Return the transform of the training images."""
     data = config.data
-    sizes = data.multi_scale or data.size[:1]
-    return TrainTransform(
-        sizes,
-        data.size[1],
-        resize="range" if data.multi_scale else "choice",
-        flip=data.flip,
-        photometric=data.photometric,
-        antialias=data.antialias,
-    )
+    basic: dict[str, Any] = {
+        "sizes": data.multi_scale or data.size[:1],
+        "max_size": data.size[1],
+        "resize": "range" if data.multi_scale else "choice",
+        "flip": data.flip,
+        "photometric": data.photometric,
+        "antialias": data.antialias,
+    }
+    names = ("scale_jitter", "crop", "rotate", "shear", "right_angles", "mosaic", "mixup", "copy_paste")
+    further = {name: value for name in names if (value := getattr(data, name))}
+    if not further:
+        return TrainTransform(**basic)
+    epochs = math.ceil(data.mosaic_until * config.train.epochs)
+    return AugmentedTransform(**basic, **further, min_visible=data.min_visible, mixing_epochs=epochs)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.bad_images import BadImageLog, ReplacedImage
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.transforms import EvalTransform, Transform
@@ -103,9 +104,12 @@ def build_train_loader(
             batch is taken.
 
     Raises:
-        InputError: The dataset is empty, or `batch` is no multiple of `world`; while iterating, an image is bad.
+        InputError: The dataset is empty or lacks masks that the transform needs, or `batch` is no multiple of `world`;
+            while iterating, an image is bad.
     """
     _check_arguments(dataset, batch, workers, rank, world)
+    if isinstance(transform, AugmentedTransform):
+        transform.check_dataset(dataset)
     pool = WorkerPool(dataset, transform, seed, masks, workers, pin, start_method, replace=bad_image_log is not None)
     return TrainLoader(dataset, batch, seed, rank, world, pool, bad_image_log)
 

@@ -158,15 +158,21 @@ def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
         raise InputError(f"max_size must be at least the short side: it is {max_size}, the short side {max(sizes)}")
 
 
-def _apply(
-    image: Tensor, annotations: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
-) -> tuple[Tensor, tuple[float, float], Target]:
+def check_image_size(image: Tensor, annotations: ImageAnnotations) -> None:
+    """Raise InputError where an image (C, H, W) is not of the annotated size."""
     height, width = image.shape[1:]
     if (height, width) != (annotations.height, annotations.width):
         raise InputError(
             f"{annotations.path} is {width}x{height} pixels, but its annotation says "
             f"{annotations.width}x{annotations.height}: correct the annotation"
         )
+
+
+def _apply(
+    image: Tensor, annotations: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
+) -> tuple[Tensor, tuple[float, float], Target]:
+    check_image_size(image, annotations)
+    height, width = image.shape[1:]
     boxes: Tensor = tv_tensors.BoundingBoxes(
         torch.from_numpy(annotations.boxes), format="XYXY", canvas_size=(height, width)
     )

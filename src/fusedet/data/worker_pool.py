@@ -7,16 +7,19 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.collate import Sample, collate_views, make_samples
-from fusedet.data.dataset import DetectionDataset
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.image_decoding import read_image
 from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.errors import InputError
@@ -125,10 +128,32 @@ class BatchReader(Dataset[Any]):
 
     def load_samples(self, epoch: int, index: int) -> list[Sample]:
         """Load an image as it is in an epoch, and in the further views."""
-        annotations = self.dataset[index]
-        image = read_image(annotations.path, self.dataset.value_range, exif=self.dataset.exif)
+        image, annotations = self.read(index)
         with _seed_sample(self.seed, epoch, index):
-            return make_samples(image, annotations, (self.transform, *self.views), self.masks)
+            return make_samples(image, annotations, (self.transform_in(epoch, index), *self.views), self.masks)
+
+    def read(self, index: int) -> tuple[Tensor, ImageAnnotations]:
+        """Decode an image, and return its annotations."""
+        annotations = self.dataset[index]
+        return read_image(annotations.path, self.dataset.value_range, exif=self.dataset.exif), annotations
+
+    def read_other(self, index: int) -> tuple[Tensor, ImageAnnotations]:
+        """Read a random image other than `index`, drawn from torch's global generator.
+
+        Where bad images are replaced, the next one that can be read stands in for it.
+        """
+        count = len(self.dataset)
+        drawn = (index + 1 + int(torch.randint(max(1, count - 1), ()))) % count
+        for step in range(min(_MAX_ATTEMPTS, count) if self.replace else 0):
+            with suppress(InputError):
+                return self.read((drawn + step) % count)
+        return self.read(drawn)
+
+    def transform_in(self, epoch: int, index: int) -> Transform:
+        """Return the transform of an image in an epoch."""
+        if isinstance(self.transform, AugmentedTransform):
+            return self.transform.in_epoch(epoch, partial(self.read_other, index))
+        return self.transform
 
     def largest_size(self, epoch: int, indices: Iterable[int]) -> tuple[int, int]:
         """Return the largest height and width of images in an epoch, by their annotated sizes, without reading them."""
@@ -138,7 +163,7 @@ class BatchReader(Dataset[Any]):
     def network_size(self, epoch: int, index: int) -> tuple[int, int]:
         """Return an image's (height, width) for the network in an epoch."""
         with _seed_sample(self.seed, epoch, index):
-            return self.transform.network_size(*self.dataset.sizes[index].tolist())
+            return self.transform_in(epoch, index).network_size(*self.dataset.sizes[index].tolist())
 
 
 class WorkerPool:
