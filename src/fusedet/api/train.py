@@ -44,7 +44,7 @@ from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES, Run
-from fusedet.errors import DivergenceError, InputError
+from fusedet.errors import DivergenceError, InputError, plural
 
 
 def train(
@@ -144,7 +144,11 @@ def _fit(
         masks=masks,
         pin=fabric.device.type == "cuda",
         bad_image_log=bad_image_log,
+        balance=settings.balance,
     )
+    if settings.balance is not None:
+        epoch = plural(len(loader) * loader.batch, "image")
+        say(f"train.balance={settings.balance:g}: an epoch has {epoch}, those of rare classes several times")
     if (lr := optim.scaled_lr(settings)) != settings.lr:
         say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.batch}")
     if config.data.check:

@@ -113,6 +113,8 @@ class Train(Section):
     """What happens at an image that cannot be read."""
     max_bad_images: float = Field(default=0.01, ge=0, le=1)
     """The share of training images that may be skipped."""
+    balance: float | None = Field(default=None, gt=0, le=1)
+    """The share of images below which a class is rare, such as 0.001; its images are repeated. null repeats none."""
     seed: int = Field(default=0, ge=0)
     """The seed of the initial weights, of the order of the images and of their augmentation."""
     deterministic: bool = False

@@ -33,8 +33,8 @@ class BatchRequest(NamedTuple):
 
     Attributes:
         epoch: The epoch, from 0.
-        own: Indices of the images that this process loads.
-        joint: Indices of the images of all processes, which are padded alike.
+        own: Indices of the images that this process loads; i + k N is the k-th repetition of image i of N.
+        joint: The same of all processes, whose images are padded alike.
     """
 
     epoch: int
@@ -94,7 +94,7 @@ class BatchReader(Dataset[Any]):
                 except InputError as error:
                     if not self.replace:
                         raise
-                    bad.append((index, str(error)))
+                    bad.append((index % len(self.dataset), str(error)))
                     images.append(self.load_replacement(request, index, str(error)))
             # other processes do not know of the replacement: all pad as if the bad image were in the batch
             unread = set(request.joint) if bad else set(request.joint) - set(request.own)
@@ -112,7 +112,7 @@ class BatchReader(Dataset[Any]):
             InputError: No image can replace it; the sentence begins with `reason`.
         """
         order = shuffle_indices(len(self.dataset), self.seed, request.epoch)
-        position, failed = order.index(index), 0
+        position, failed = order.index(index % len(self.dataset)), 0
         limit = [-(-side // MULTIPLE) * MULTIPLE for side in self.largest_size(request.epoch, set(request.joint))]
         for candidate in order[position + 1 :] + order[:position]:
             height, width = self.network_size(request.epoch, candidate)
@@ -128,7 +128,7 @@ class BatchReader(Dataset[Any]):
 
     def load_samples(self, epoch: int, index: int) -> list[Sample]:
         """Load an image as it is in an epoch, and in the further views."""
-        image, annotations = self.read(index)
+        image, annotations = self.read(index % len(self.dataset))
         with _seed_sample(self.seed, epoch, index):
             return make_samples(image, annotations, (self.transform_in(epoch, index), *self.views), self.masks)
 
@@ -162,8 +162,9 @@ class BatchReader(Dataset[Any]):
 
     def network_size(self, epoch: int, index: int) -> tuple[int, int]:
         """Return an image's (height, width) for the network in an epoch."""
+        size = self.dataset.sizes[index % len(self.dataset)].tolist()
         with _seed_sample(self.seed, epoch, index):
-            return self.transform_in(epoch, index).network_size(*self.dataset.sizes[index].tolist())
+            return self.transform_in(epoch, index).network_size(*size)
 
 
 class WorkerPool:
