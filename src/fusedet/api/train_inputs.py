@@ -23,6 +23,7 @@ from fusedet.data.split_checks import (
     describe_crowded_images,
 )
 from fusedet.data.splits import read_split
+from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, plural, unknown
@@ -111,7 +112,13 @@ def resolve_checked_config(source: str | None, overrides: Sequence[str]) -> Conf
 def check_config(config: Config) -> None:
     """Raise InputError where a training would refuse a config before it reads the data."""
     check_monitor(config)
-    build_meta_detector(config)
+    detector = build_meta_detector(config)
+    strides, size = detector.neck.levels.strides, config.data.tiles.size
+    if size is not None and size < strides[-1]:
+        raise InputError(
+            f"data.tiles.size={size} is smaller than the largest stride of the feature pyramid, {strides[-1]} pixels: "
+            f"take tiles of at least {strides[-1]}, or a smaller model.pyramid.coarsest"
+        )
 
 
 def check_monitor(config: Config) -> None:
@@ -138,6 +145,14 @@ def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, va
             f"train.monitor={config.train.monitor}: this detector has no masks, monitor one of {', '.join(BOX_METRICS)}"
         )
     return masks
+
+
+def training_images(config: Config, dataset: DetectionDataset) -> DetectionDataset:
+    """Return the images that training sees: those of a split, or their tiles."""
+    tiles = config.data.tiles
+    if tiles.size is None:
+        return dataset
+    return tile_dataset(dataset, tiles.size, tiles.overlap, config.data.min_visible)
 
 
 def train_transform(config: Config) -> TrainTransform:

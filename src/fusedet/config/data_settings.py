@@ -11,6 +11,16 @@ from fusedet.config.section import Section, plain
 from fusedet.errors import InputError
 
 
+class Tiles(Section):
+    """The tiles that training cuts out of large images."""
+
+    key: ClassVar[str] = "data.tiles"
+    size: int | None = Field(default=None, ge=32)
+    """The side of a tile in pixels of the original image; null trains on whole images."""
+    overlap: float = Field(default=0.2, ge=0, lt=1)
+    """The least overlap of neighboring tiles, as a share of their size."""
+
+
 class Data(Section):
     """The dataset and its preprocessing."""
 
@@ -56,7 +66,9 @@ class Data(Section):
     copy_paste: float = Field(default=0, ge=0, le=1)
     """The probability that objects of another image are pasted by their masks, which every object needs."""
     min_visible: float = Field(default=0.25, ge=0, le=1)
-    """The share of an object that a crop, mosaic or paste must leave visible; with less it is an ignored region."""
+    """The share of an object that a crop, tile, mosaic or paste must leave; with less it is an ignored region."""
+    tiles: Tiles = Field(default_factory=lambda: Tiles())
+    """The tiles that training cuts out of large images."""
     photometric: bool = False
     """Whether training distorts brightness, contrast, saturation and hue."""
     antialias: bool = True

@@ -65,8 +65,8 @@ class Train(Section):
     """A schedule, which sets epochs, milestones and image sizes: 1x, 2x, 2x_ms, short, tiny."""
     epochs: int = Field(default=12, ge=1)
     """Passes over the training split."""
-    batch: int = Field(default=16, ge=1)
-    """Images per step in total: over all processes and accumulated batches."""
+    batch: int | Literal["auto"] = 16
+    """Images per step in total: over all processes and accumulated batches; auto is what fits into memory, up to 64."""
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients make one step; `batch` must be a multiple of it."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -103,6 +103,8 @@ class Train(Section):
     """The precision of the forward pass; auto is bf16 on a GPU that computes in it, else fp32; fp16 needs a GPU."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; the last epoch is always validated."""
+    validation_loss: bool = False
+    """Whether a validation also computes the loss; it takes a second forward pass. A rising one shows over-fitting."""
     checkpoint_every: str | int | None = None
     """How often last.ckpt is also written within an epoch: 30min, 2h, 90s or 500steps."""
     monitor: str = "AP"
@@ -129,9 +131,18 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         parse_interval(self.checkpoint_every, "train.checkpoint_every")
-        need(self.batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
+        batch = self.accumulate if self.batch == "auto" else self.batch
+        need(batch >= 1, self, "batch", "1 or more")
+        need(batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
         need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
         return self
+
+    @property
+    def total_batch(self) -> int:
+        """Images per step in total; raises InputError where a training has not chosen the number yet."""
+        if self.batch == "auto":
+            raise InputError("train.batch=auto is chosen when a training starts: give a number here")
+        return self.batch
 
 
 class Test(Section):

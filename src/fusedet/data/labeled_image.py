@@ -49,8 +49,8 @@ class LabeledImage:
         Raises:
             InputError: The image is not of the annotated size, or an annotation has no valid segmentation for its mask.
         """
-        check_image_size(image, annotations)
         height, width = image.shape[1:]
+        check_image_size(annotations.path, (height, width), (annotations.height, annotations.width))
         ignore = torch.from_numpy(annotations.ignore)
         decoded = None
         if masks:
