@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusedet.data import class_names, usable_targets
+from fusedet.data import class_balance, class_names, usable_targets
 from fusedet.data.annotation_cleaning import MARGIN
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, find_shared_images
@@ -15,6 +15,8 @@ from fusedet.errors import plural
 
 NO_ANNOTATIONS = "classes without annotations"
 
+_IMBALANCE = 20  # times as many images of the most frequent class
+_REPEATED = 3  # times that images of the rarest class are seen with the advised balance
 _SHOWN = 3  # examples that a sentence names
 
 
@@ -73,6 +75,27 @@ def check_class_names(dataset: DetectionDataset) -> list[Finding]:
         advice = "add annotations, or remove the class"
         findings.append(Finding("warning", message, NO_ANNOTATIONS, len(absent), dataset.source, advice))
     return findings
+
+
+def describe_rare_classes(dataset: DetectionDataset) -> Finding | None:
+    """Return a note about classes that are in far fewer images than the most frequent one; None without any.
+
+    It says when `train.balance` helps, and the value that shows images of the rarest class about three times.
+    """
+    counts = class_balance.count_images_per_class(dataset)
+    used = counts[counts > 0]
+    if not len(used) or used.max() < _IMBALANCE * used.min():
+        return None
+    rare = (counts > 0) & (counts * _IMBALANCE <= counts.max())
+    least = int(np.where(rare, counts, counts.max()).argmin())
+    threshold = float(f"{min(1.0, _REPEATED**2 * used.min() / len(dataset)):.1g}")
+    names = [dataset.names[k] for k in np.flatnonzero(rare)]
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    advice = f"train.balance={threshold:g} repeats their images"
+    frequent = f"{dataset.names[int(counts.argmax())]} in {int(counts.max())}"
+    fewest = f"{dataset.names[least]} is in {plural(int(used.min()), 'image')}"
+    message = f"{plural(len(names), 'rare class')} ({shown}): {fewest}, {frequent}; {advice}"
+    return Finding("warning", message, "rare classes", len(names), dataset.source, advice, is_harmless=True)
 
 
 def describe_crowded_images(dataset: DetectionDataset, max_det: int) -> Finding | None:
