@@ -60,7 +60,7 @@ class Layout:
 
 
 def _read_coco(folder: DataFolder, split: str, options: ReadOptions) -> DetectionDataset:
-    file, folders, root = coco_layout.find_split(folder, split)
+    file, folders, likely, root = coco_layout.find_split(folder, split)
     if options.images is not None:
         if not os.path.isdir(options.images):
             raise InputError(f"images={options.images} is not a folder")
@@ -72,6 +72,7 @@ def _read_coco(folder: DataFolder, split: str, options: ReadOptions) -> Detectio
         need_images=options.need_images,
         by_last_part=options.images is not None,
         exif=options.exif,
+        likely=likely,
     )
 
 

@@ -1,0 +1,126 @@
+"""Inputs as tools write them: each is read with the values written here by hand, counted, or refused in a sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusedet.data import annotation_cleaning
+from fusedet.data.dataset import DetectionDataset
+from fusedet.data.readers.auto import read_dataset
+from fusedet.errors import InputError
+from layouts import write_json
+from tiny import image
+
+CAT = ("cat", (4.0, 3.0, 20.0, 15.0))
+DOG = ("dog", (0.0, 0.0, 20.0, 15.0))
+CAT_LINE, DOG_LINE = "0 0.3 0.3 0.4 0.4\n", "1 0.25 0.25 0.5 0.5\n"  # of an image of 40 x 30
+YAML = "names: [cat, dog]\ntrain: images\nval: images\n"
+
+
+def objects(dataset: DetectionDataset) -> dict[str, list[tuple[str, tuple[float, ...]]]]:
+    """Class and corners of the annotations by the image's name."""
+    return {
+        record.path.name: [
+            (dataset.names[label], tuple(round(value, 4) for value in box))
+            for label, box in zip(record.labels.tolist(), record.boxes.tolist(), strict=True)
+        ]
+        for record in dataset
+    }
+
+
+def put(file: Path, text: str, encoding: str = "utf-8") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text.encode(encoding))
+
+
+def coco(names: list[str], category: int = 1, box: tuple[int, int, int, int] = (4, 3, 16, 12)) -> dict[str, Any]:
+    return {
+        "images": [{"id": i, "file_name": name, "width": 40, "height": 30} for i, name in enumerate(names, 1)],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": category, "bbox": box} for i in range(1, len(names) + 1)
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+
+
+def cvat(images: dict[str, str], labels: str) -> str:
+    rows = [f'<image id="0" name="{name}" width="40" height="30">{shapes}</image>' for name, shapes in images.items()]
+    return f"<annotations><meta><project><labels>{labels}</labels></project></meta>{''.join(rows)}</annotations>"
+
+
+def cvat_box(label: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<box label="{label}" xtl="{x1}" ytl="{y1}" xbr="{x2}" ybr="{y2}"/>'
+
+
+def labelme(*shapes: tuple[str, str, list[list[float]]], data: str | None = None) -> dict[str, Any]:
+    rows = [{"label": label, "shape_type": kind, "points": points} for label, kind, points in shapes]
+    return {"shapes": rows, "imageData": data, "imagePath": "a.jpg", "imageHeight": 30, "imageWidth": 40}
+
+
+def region(label: str, x: int, y: int, width: int, height: int) -> dict[str, Any]:
+    shape = {"name": "rect", "x": x, "y": y, "width": width, "height": height}
+    return {"shape_attributes": shape, "region_attributes": {"label": label}}
+
+
+def test_two_exports_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        image(tmp_path / folder / "images" / f"{folder}.jpg")
+        write_json(tmp_path / folder / "result.json", coco([f"images/{folder}.jpg"]))
+    with pytest.raises(InputError, match=r"first/result\.json and .*second/result\.json are both the split 'result'"):
+        read_dataset(tmp_path, "train")
+    assert objects(read_dataset(tmp_path / "second" / "result.json", "train")) == {"second.jpg": [CAT]}
+
+
+def test_two_files_of_a_coco_split_are_refused(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    for name in ("instances_train", "train"):
+        write_json(tmp_path / "annotations" / f"{name}.json", coco(["a.jpg"]))
+    with pytest.raises(InputError, match="are both the split 'train' by their names: join them"):
+        read_dataset(tmp_path, "train")
+    (tmp_path / "annotations" / "train.json").unlink()
+    (tmp_path / "annotations" / "train.json").symlink_to("instances_train.json")  # one file
+    write_json(tmp_path / "train.json", {"epochs": 3})  # not COCO
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+
+
+def test_an_absent_image_is_not_taken_from_another_split(tmp_path: Path) -> None:
+    for split, category in (("train", 1), ("val", 2)):
+        write_json(tmp_path / "annotations" / f"{split}.json", coco(["1.jpg", "2.jpg"], category))
+        image(tmp_path / "images" / split / "1.jpg")
+    image(tmp_path / "images" / "train" / "2.jpg")
+    for split in ("train", "val"):
+        paths = [record.path for record in read_dataset(tmp_path, split)]
+        assert paths == [tmp_path / "images" / split / name for name in ("1.jpg", "2.jpg")]
+    assert not paths[1].exists()
+    (tmp_path / "images" / "val" / "1.jpg").unlink()
+    with pytest.raises(InputError, match=r"none of the first images.*data\.images=FOLDER"):
+        read_dataset(tmp_path, "val")
+    (tmp_path / "images" / "val").rmdir()  # both splits are in one folder
+    assert objects(read_dataset(tmp_path, "val")) == {"1.jpg": [("dog", CAT[1])], "2.jpg": [("dog", CAT[1])]}
+
+
+def test_image_folders_that_fit_equally_are_refused(tmp_path: Path) -> None:
+    for split, folder in (("train", "part_a"), ("val", "part_b")):
+        write_json(tmp_path / f"{split}.json", coco(["1.jpg"]))
+        image(tmp_path / folder / "1.jpg")
+    with pytest.raises(InputError, match=r"may mean the images of .*part_a or of .*part_b; data\.images"):
+        read_dataset(tmp_path, "val")
+    assert read_dataset(tmp_path, "val", images=tmp_path / "part_b")[0].path == tmp_path / "part_b" / "1.jpg"
+    for name in ("part_b/0.jpg", "part_b/3.jpg", "part_a/2.jpg", "part_c/2.jpg"):
+        image(tmp_path / name)
+    write_json(tmp_path / "val.json", coco(["0.jpg", "1.jpg", "2.jpg", "3.jpg"]))  # part_b holds three of them
+    with pytest.raises(InputError, match=r"may mean the images of .*part_a.2\.jpg or of .*part_c.2\.jpg; data\.images"):
+        read_dataset(tmp_path, "val")
+    write_json(tmp_path / "val.json", coco(["1.jpg"]))
+    image(tmp_path / "images" / "1.jpg")  # the usual folder goes before others, such as previews
+    assert read_dataset(tmp_path, "val")[0].path == tmp_path / "images" / "1.jpg"
+
+
+def test_a_file_under_two_image_ids_is_counted(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    write_json(tmp_path / "annotations" / "instances_train.json", coco(["a.jpg", "a.jpg"]))
+    dataset = read_dataset(tmp_path, "train")
+    assert dataset.problems == {annotation_cleaning.SAME_FILE: 1}
+    assert dataset.examples == {annotation_cleaning.SAME_FILE: str(tmp_path / "images" / "a.jpg")}
+    assert len(dataset) == 2
