@@ -1,16 +1,20 @@
 """Inputs as tools write them: each is read with the values written here by hand, counted, or refused in a sentence."""
 
+import base64
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
 from layouts import write_json
-from tiny import image
+from tiny import image, xml
 
 CAT = ("cat", (4.0, 3.0, 20.0, 15.0))
 DOG = ("dog", (0.0, 0.0, 20.0, 15.0))
@@ -61,6 +65,26 @@ def labelme(*shapes: tuple[str, str, list[list[float]]], data: str | None = None
 def region(label: str, x: int, y: int, width: int, height: int) -> dict[str, Any]:
     shape = {"name": "rect", "x": x, "y": y, "width": width, "height": height}
     return {"shape_attributes": shape, "region_attributes": {"label": label}}
+
+
+def test_labels_with_tabs_and_byte_order_marks(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    put(tmp_path / "a.txt", "0\t0.3\t0.3\t0.4\t0.4\r\n", "utf-8-sig")
+    put(tmp_path / "classes.txt", "cat\r\ndog\r\n", "utf-8-sig")
+    assert objects(read_dataset(tmp_path, "train")) == {"a.png": [CAT]}
+
+
+def test_the_first_labels_are_empty(tmp_path: Path) -> None:
+    for i in range(101):
+        put(tmp_path / "labels" / f"empty{i:03}.txt", "")
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("L", (2, 2)).save(tmp_path / "images" / f"empty{i:03}.png")
+    image(tmp_path / "images" / "full.jpg")
+    put(tmp_path / "labels" / "full.txt", CAT_LINE)
+    put(tmp_path / "classes.txt", "cat\n")
+    dataset = read_dataset(tmp_path, "train")
+    assert len(dataset) == 102
+    assert objects(dataset)["full.jpg"] == [CAT]
 
 
 def test_two_exports_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -124,3 +148,48 @@ def test_a_file_under_two_image_ids_is_counted(tmp_path: Path) -> None:
     assert dataset.problems == {annotation_cleaning.SAME_FILE: 1}
     assert dataset.examples == {annotation_cleaning.SAME_FILE: str(tmp_path / "images" / "a.jpg")}
     assert len(dataset) == 2
+
+
+def test_coordinates_of_a_place_are_not_those_of_boxes(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    content = coco(["a.jpg"])
+    content["images"][0]["coordinates"] = {"lat": 48.1, "lon": 11.5}
+    write_json(tmp_path / "annotations" / "instances_train.json", content)
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+
+
+def test_utf_16_is_named(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    put(tmp_path / "export.json", json.dumps(coco(["a.jpg"])), "utf-16")
+    with pytest.raises(InputError, match=r"^[^:]*export\.json is not UTF-8 text: save it as UTF-8"):
+        read_dataset(tmp_path, "train")
+    (tmp_path / "export.json").unlink()
+    put(
+        tmp_path / "a.xml",
+        '<?xml version="1.0" encoding="utf-16"?>' + xml(("cat", 5, 4, 20, 15, 0), name="a"),
+        "utf-16",
+    )
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+
+
+def test_images_inside_of_labelme_files_stand_first(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    data = base64.b64encode(random.Random(0).randbytes(70_000)).decode()
+    content = labelme(("cat", "rectangle", [[20, 15], [4, 3]]), data=data)
+    put(tmp_path / "a.json", json.dumps(content, sort_keys=True))
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("_annotations.train.jsonl", {"image": "a.jpg", "suffix": "<loc0100> cat"}, "lack 'file_name' and 'objects'"),
+        ("train.jsonl", {"file_name": "a.jpg", "objects": {}}, "must be called metadata.jsonl"),
+        ("ann/a.jpg.json", {"objects": [{"classTitle": "cat"}]}, "Supervisely's own json .*: export the project as"),
+    ],
+)
+def test_what_is_not_read_is_named(tmp_path: Path, file: str, content: dict[str, Any], message: str) -> None:
+    image(tmp_path / "a.jpg")
+    write_json(tmp_path / file, content)
+    with pytest.raises(InputError, match=message):
+        read_dataset(tmp_path, "train")

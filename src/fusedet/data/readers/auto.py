@@ -131,9 +131,7 @@ def _load_class_list(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
 
 def _has_class_list(folder: DataFolder) -> bool:
     """Whether a folder has a class list and label files of its images."""
-    return darknet.find_class_list(folder) is not None and any(
-        map(has_yolo_labels, folder.list_annotations(".txt")[:100])
-    )
+    return darknet.find_class_list(folder) is not None and any(map(has_yolo_labels, folder.list_annotations(".txt")))
 
 
 def _has_voc_folders(folder: DataFolder) -> bool:
