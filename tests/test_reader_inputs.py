@@ -67,6 +67,56 @@ def region(label: str, x: int, y: int, width: int, height: int) -> dict[str, Any
     return {"shape_attributes": shape, "region_attributes": {"label": label}}
 
 
+def test_extensions_of_labels_in_capitals(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.JPG")
+    image(tmp_path / "images" / "b.JPG")
+    put(tmp_path / "labels" / "a.txt", CAT_LINE)
+    put(tmp_path / "labels" / "b.TXT", DOG_LINE)
+    put(tmp_path / "labels" / "c.TXT", DOG_LINE)
+    put(tmp_path / "data.yaml", YAML)
+    dataset = read_dataset(tmp_path, "train")
+    assert objects(dataset) == {"a.JPG": [CAT], "b.JPG": [DOG]}
+    assert dataset.problems == {annotation_cleaning.NO_IMAGE_FILE: 1}
+
+
+@pytest.mark.parametrize(("images", "labels"), [("Images", "Labels"), ("IMAGES", "LABELS")])
+def test_folders_of_yolo_in_capitals(tmp_path: Path, images: str, labels: str) -> None:
+    image(tmp_path / images / "train" / "a.jpg")
+    put(tmp_path / labels / "train" / "a.txt", CAT_LINE)
+    put(tmp_path / "data.yaml", f"names: [cat]\ntrain: {images}/train\n")
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+
+
+def test_windows_separators_in_a_yaml(tmp_path: Path) -> None:
+    for split, name, line in (("train", "a", CAT_LINE), ("valid", "b", DOG_LINE)):
+        image(tmp_path / split / "images" / f"{name}.jpg")
+        put(tmp_path / split / "labels" / f"{name}.txt", line)
+    text = "names: [cat, dog]\r\ntrain: ..\\train\\images\r\nval: .\\valid\\images\r\n"
+    put(tmp_path / "data.yaml", text, "utf-8-sig")  # the byte order mark is before `names`
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+    assert objects(read_dataset(tmp_path, "val")) == {"b.jpg": [DOG]}
+
+
+def test_windows_separators_and_capitals_of_darknet(tmp_path: Path) -> None:
+    for name in "ab":
+        image(tmp_path / "obj" / f"{name}.jpg")
+    put(tmp_path / "obj" / "a.txt", CAT_LINE)
+    put(tmp_path / "obj" / "b.txt", "")
+    put(tmp_path / "obj.names", "cat\r\n")
+    put(tmp_path / "train.txt", "data\\obj\\a.jpg\r\ndata\\obj\\b.jpg\r\n")
+    put(tmp_path / "obj.data", "Classes = 1\r\nTrain = data\\train.txt\r\nNames = data\\obj.names\r\n")
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT], "b.jpg": []}
+
+
+def test_windows_separators_never_leave_the_folder(tmp_path: Path) -> None:
+    image(tmp_path / "secret" / "a.jpg")
+    put(tmp_path / "data" / "data.yaml", "names: [cat]\ntrain: list.txt\nval: ..\\..\\secret\n")
+    put(tmp_path / "data" / "list.txt", "..\\secret\\a.jpg\n")
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=r"leaves the data folder|outside|relative to the data folder"):
+            read_dataset(tmp_path / "data", split)
+
+
 def test_labels_with_tabs_and_byte_order_marks(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     put(tmp_path / "a.txt", "0\t0.3\t0.3\t0.4\t0.4\r\n", "utf-8-sig")
@@ -85,6 +135,17 @@ def test_the_first_labels_are_empty(tmp_path: Path) -> None:
     dataset = read_dataset(tmp_path, "train")
     assert len(dataset) == 102
     assert objects(dataset)["full.jpg"] == [CAT]
+
+
+def test_label_folders_without_an_image_folder_are_counted(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "first" / "a.jpg")
+    put(tmp_path / "labels" / "first" / "a.txt", CAT_LINE)
+    put(tmp_path / "labels" / "second" / "b.txt", CAT_LINE)
+    put(tmp_path / "labels" / "second" / "deep" / "c.txt", "")
+    put(tmp_path / "data.yaml", YAML)
+    dataset = read_dataset(tmp_path, "train")
+    assert dataset.problems == {annotation_cleaning.NO_IMAGE_FILE: 2}
+    assert dataset.examples[annotation_cleaning.NO_IMAGE_FILE] == str(tmp_path / "labels" / "second" / "b.txt")
 
 
 def test_two_exports_of_one_name_are_refused(tmp_path: Path) -> None:
