@@ -241,6 +241,83 @@ def test_images_inside_of_labelme_files_stand_first(tmp_path: Path) -> None:
     assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
 
 
+def test_names_that_end_alike_are_not_one_image(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "left" / "1.jpg")
+    images = {"left/1.jpg": cvat_box("cat", 4, 3, 20, 15), "right/1.jpg": cvat_box("dog", 0, 0, 20, 15)}
+    put(tmp_path / "annotations.xml", cvat(images, "<label><name>cat</name></label><label><name>dog</name></label>"))
+    with pytest.raises(InputError, match=r"several entries with different objects for the image .*left/1\.jpg: join"):
+        read_dataset(tmp_path, "train")
+    image(tmp_path / "images" / "right" / "1.jpg")
+    assert [record.path.parent.name for record in read_dataset(tmp_path, "train")] == ["left", "right"]
+
+
+def test_entries_of_one_image_in_via(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    first = {"filename": "a.jpg", "regions": [region("cat", 4, 3, 16, 12)], "file_attributes": {}}
+    second = first | {"regions": [region("dog", 0, 0, 20, 15)]}
+    write_json(tmp_path / "via.json", {"a.jpg100": first, "a.jpg222": second})
+    with pytest.raises(InputError, match="several entries with different objects"):
+        read_dataset(tmp_path, "train")
+    write_json(tmp_path / "via.json", {"a.jpg100": first, "a.jpg222": first})
+    dataset = read_dataset(tmp_path, "train")
+    assert objects(dataset) == {"a.jpg": [CAT]}
+    assert dataset.problems == {annotation_cleaning.LISTED_TWICE: 1}
+    assert len(dataset) == 1
+
+
+def test_a_line_per_object_of_an_imagefolder_is_refused(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    rows = [{"bbox": [[4, 3, 16, 12]], "categories": ["cat"]}, {"bbox": [[0, 0, 20, 15]], "categories": ["dog"]}]
+    lines = [json.dumps({"file_name": "a.jpg", "objects": row}) + "\n" for row in rows]
+    put(tmp_path / "metadata.jsonl", "".join(lines))
+    with pytest.raises(InputError, match=r"metadata\.jsonl has several entries with different objects"):
+        read_dataset(tmp_path, "train")
+    put(tmp_path / "metadata.jsonl", lines[0] * 2)
+    dataset = read_dataset(tmp_path, "train")
+    assert objects(dataset) == {"a.jpg": [CAT]}
+    assert dataset.problems == {annotation_cleaning.LISTED_TWICE: 1}
+
+
+OBJECTS = """
+  - name: objects
+    struct:
+    - name: color
+      list: {class_label: {names: [red, blue]}}
+    - name: category
+      list: {class_label: {names: {'1': dog, '0': cat}}}"""
+SCENE = """
+  - name: scene
+    dtype: {class_label: {names: {'0': indoor, '1': outdoor}}}"""
+
+
+@pytest.mark.parametrize("features", [OBJECTS, OBJECTS + SCENE, SCENE + OBJECTS])
+def test_class_names_of_an_imagefolder_are_those_of_the_objects(tmp_path: Path, features: str) -> None:
+    image(tmp_path / "a.jpg")
+    put(tmp_path / "README.md", f"---\ndataset_info:\n  features:{features}\n---\n")
+    line = {"file_name": "a.jpg", "caption": "two\u2028lines", "objects": {"bbox": [[4, 3, 16, 12]], "category": [1]}}
+    put(tmp_path / "metadata.jsonl", json.dumps(line, ensure_ascii=False) + "\r\n")
+    dataset = read_dataset(tmp_path, "train")
+    assert list(dataset.names) == ["cat", "dog"]
+    assert objects(dataset) == {"a.jpg": [("dog", CAT[1])]}
+    put(tmp_path / "README.md", f"---\ndataset_info:\n  features:{SCENE}\n---\n")  # numbers then are the names
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [("1", CAT[1])]}
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (OBJECTS.replace("'1': dog", "'2': dog"), "must be numbered from 0, not 2, 0"),
+        (OBJECTS + OBJECTS.replace("dog", "cow"), "several lists of class names"),
+    ],
+)
+def test_unclear_class_names_of_an_imagefolder(tmp_path: Path, features: str, message: str) -> None:
+    image(tmp_path / "a.jpg")
+    put(tmp_path / "README.md", f"---\ndataset_info:\n  features:{features}\n---\n")
+    put(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.jpg", "objects": {"bbox": [], "category": []}}))
+    with pytest.raises(InputError, match=message):
+        read_dataset(tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

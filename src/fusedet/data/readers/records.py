@@ -161,12 +161,9 @@ def build_dataset(
     """Build a dataset from records; category ids are 1..K, image ids 1..N in the order of the records.
 
     Raises:
-        InputError: Two files annotate one image, a class is not in the list, or a size is missing with its image.
+        InputError: An image is annotated twice, a class is not in the list, or a size is missing with its image.
     """
-    files: dict[str, str] = {}
-    for record in records:
-        if files.setdefault(record.path, record.file) != record.file:
-            raise InputError(f"{files[record.path]} and {record.file} both annotate the image {record.path}: keep one")
+    records = _drop_repeated_records(records, problems)
     label_of = {name: k for k, name in enumerate(classes)}
     for record in records:
         if foreign := next((name for name in record.names if name not in label_of), None):
@@ -193,6 +190,24 @@ def build_dataset(
         problems=problems.counts,
         examples=problems.examples,
     )
+
+
+def _drop_repeated_records(records: Sequence[ImageRecord], problems: Problems) -> list[ImageRecord]:
+    """Drop records that equal an earlier one of their image and file, and refuse others of one image."""
+    firsts: dict[str, ImageRecord] = {}
+    for record in records:
+        first = firsts.setdefault(record.path, record)
+        if first is record:
+            continue
+        if first.file != record.file:
+            raise InputError(f"{first.file} and {record.file} both annotate the image {record.path}: keep one")
+        if list(first.names) != list(record.names) or not np.array_equal(first.boxes, record.boxes, equal_nan=True):
+            raise InputError(
+                f"{record.file} has several entries with different objects for the image {record.path}: join them, or "
+                "add the other images if their names only end alike"
+            )
+        problems.add(annotation_cleaning.LISTED_TWICE, [record.path])
+    return list(firsts.values())
 
 
 def read_class_names(root: Path, names: Iterable[Sequence[str]], given: Sequence[str] = ()) -> list[str]:
