@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.readers.auto import read_dataset
+from fusedet.data.readers.auto import list_splits, read_dataset
 from fusedet.errors import InputError
 from layouts import write_json
 from tiny import image, xml
@@ -241,6 +242,57 @@ def test_images_inside_of_labelme_files_stand_first(tmp_path: Path) -> None:
     assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
 
 
+def test_labelme_quadrilaterals(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    shapes = ("cat", "quadrilateral", [[4, 5], [10, 3], [20, 9], [8, 15]]), ("dog", "point", [[1, 1]])
+    write_json(tmp_path / "a.json", labelme(*shapes))
+    dataset = read_dataset(tmp_path, "train")
+    assert objects(dataset) == {"a.jpg": [CAT]}
+    assert dataset.problems == {annotation_cleaning.NO_REGION: 1}
+
+
+def test_shapes_of_nan_and_huge_numbers_are_counted(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    shapes = (
+        ("cat", "rectangle", [[4, 3], [20, 15]]),
+        ("cat", "rectangle", [[math.nan, 3], [20, 15]]),
+        ("cat", "rectangle", [[4, 3], [20, math.nan]]),
+        ("cat", "polygon", [[1, 1], [math.nan, 4], [9, 9]]),
+        ("cat", "circle", [[10, 10], [1e300, 1e300]]),
+    )
+    write_json(tmp_path / "a.json", labelme(*shapes))
+    dataset = read_dataset(tmp_path, "train")
+    assert objects(dataset) == {"a.jpg": [CAT]}
+    assert dataset.problems == {annotation_cleaning.NOT_FINITE: 4}
+
+
+@pytest.mark.parametrize(("theta", "kept"), [(0, 1), (math.pi / 2, 1), (math.inf, 0)])
+def test_rotations_of_via(tmp_path: Path, theta: float, kept: int) -> None:
+    image(tmp_path / "a.jpg")
+    ellipse = {"name": "ellipse", "cx": 12, "cy": 9, "rx": 6, "ry": 6, "theta": theta}
+    regions = [{"shape_attributes": ellipse, "region_attributes": {"label": "cat"}}]
+    write_json(tmp_path / "via.json", {"a": {"filename": "a.jpg", "regions": regions, "file_attributes": {}}})
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [("cat", (6, 3, 18, 15))] * kept}
+    ellipse["theta"] = "turned"
+    write_json(tmp_path / "via.json", {"a": {"filename": "a.jpg", "regions": regions, "file_attributes": {}}})
+    with pytest.raises(InputError, match="'theta' must be a number, not 'turned'"):
+        read_dataset(tmp_path, "train")
+
+
+def test_parts_of_skeletons_are_no_classes(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    labels = (
+        "<label><name>dog</name></label><label><name>cat</name></label>"
+        "<label><name>nose</name><type>points</type><parent>dog</parent></label>"
+    )
+    skeleton = '<skeleton label="dog"><points label="nose" points="3,3"/></skeleton><tag label="cat"/>'
+    put(tmp_path / "annotations.xml", cvat({"a.jpg": cvat_box("cat", 4, 3, 20, 15) + skeleton}, labels))
+    dataset = read_dataset(tmp_path, "train")
+    assert list(dataset.names) == ["dog", "cat"]
+    assert objects(dataset) == {"a.jpg": [CAT]}
+    assert dataset.problems == {annotation_cleaning.NO_REGION: 1}
+
+
 def test_names_that_end_alike_are_not_one_image(tmp_path: Path) -> None:
     image(tmp_path / "images" / "left" / "1.jpg")
     images = {"left/1.jpg": cvat_box("cat", 4, 3, 20, 15), "right/1.jpg": cvat_box("dog", 0, 0, 20, 15)}
@@ -318,6 +370,25 @@ def test_unclear_class_names_of_an_imagefolder(tmp_path: Path, features: str, me
         read_dataset(tmp_path, "train")
 
 
+def test_only_the_images_lie_in_folders_of_splits(tmp_path: Path) -> None:
+    for split, name, label in (("train", "a", "cat"), ("valid", "b", "dog")):
+        image(tmp_path / "images" / split / f"{name}.jpg")
+        put(tmp_path / "annotations" / f"{name}.xml", xml((label, 5, 4, 20, 15, 0), name=name))
+    assert sorted(list_splits(tmp_path)) == ["train", "val"]
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT]}
+    assert objects(read_dataset(tmp_path, "val")) == {"b.jpg": [("dog", CAT[1])]}
+
+
+def test_a_mask_is_not_taken_for_the_image(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    image(tmp_path / "labels" / "masks" / "a.png")
+    put(tmp_path / "labels" / "xml" / "a.xml", xml(("cat", 5, 4, 20, 15, 0), name="a"))
+    assert read_dataset(tmp_path, "train")[0].path.name == "a.jpg"  # by <filename>
+    put(tmp_path / "labels" / "xml" / "a.xml", xml(("cat", 5, 4, 20, 15, 0), name="a").replace("a.jpg", ""))
+    with pytest.raises(InputError, match=r"there are several: .*a\.(png|jpg) and .*a\.(jpg|png)"):
+        read_dataset(tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -331,3 +402,14 @@ def test_what_is_not_read_is_named(tmp_path: Path, file: str, content: dict[str,
     write_json(tmp_path / file, content)
     with pytest.raises(InputError, match=message):
         read_dataset(tmp_path, "train")
+
+
+def test_scans_with_an_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    (tmp_path / "scans").mkdir()
+    Image.new("L", (40, 30)).save(tmp_path / "scans" / "P1.TIF", format="TIFF", exif=exif)
+    put(tmp_path / "xml" / "P1.XML", xml(("stamp", 5, 4, 20, 35, 0), name="P1", width=30, height=40))
+    dataset = read_dataset(tmp_path, "train")
+    assert objects(dataset) == {"P1.TIF": [("stamp", (4, 3, 20, 35))]}
+    assert (dataset[0].width, dataset[0].height) == (30, 40)

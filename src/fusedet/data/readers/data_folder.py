@@ -101,7 +101,9 @@ class DataFolder:
         own = Counter(self._folders(annotation)) + Counter(name.split("/")[:-1])
         scores = [sum((own & Counter(self._folders(path))).values()) for path in candidates]
         beside = [path for path in candidates if os.path.dirname(path) == os.path.dirname(annotation)]
-        best = beside or [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
+        nearest = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
+        # folders cannot tell an image from a mask of another extension
+        best = beside or (nearest if len(set(map(os.path.basename, candidates))) == 1 else candidates)
         if len(best) > 1:
             raise InputError(
                 f"{annotation} belongs to an image '{name}', but there are several: {best[0]} and {best[1]}"

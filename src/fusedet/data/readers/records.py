@@ -58,11 +58,13 @@ class Shapes:
     def add_box(self, name: str, x1: float, y1: float, x2: float, y2: float) -> None:
         """Add a rectangle, given by any two opposite corners."""
         self.names.append(name)
-        self.boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+        is_nan = math.isnan(x1 + y1 + x2 + y2)  # min and max would return the other corner
+        self.boxes.append((math.nan,) * 4 if is_nan else (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
         self.segmentations.append(b"")
 
     def add_ellipse(self, name: str, x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> None:
         """Add the bounds of an ellipse, given by its centre, radii and rotation in radians."""
+        angle = angle if math.isfinite(angle) else math.nan  # a box of NaN is counted
         w = math.hypot(rx * math.cos(angle), ry * math.sin(angle))
         h = math.hypot(rx * math.sin(angle), ry * math.cos(angle))
         self.add_box(name, x - w, y - h, x + w, y + h)
@@ -127,7 +129,13 @@ def read_annotation_files(
     problems.add(annotation_cleaning.NO_ANNOTATION_FILE, sorted(folder.images - used))
     for file in folder.files:
         add_unread_images(problems, os.path.dirname(file), [os.path.basename(file)])
-    splits = {name: [records[f] for f in group] for name, group in folder.group_by_split(records, split).items()}
+    groups = folder.group_by_split(records, split)
+    if set(groups) == {"train"}:  # only the images may lie in folders of splits
+        file_of = {record.path: file for file, record in records.items()}
+        if len(file_of) == len(records):  # else two files annotate one image, which is refused
+            by_image = folder.group_by_split(file_of, split)
+            groups = {name: [file_of[path] for path in group] for name, group in by_image.items()}
+    splits = {name: [records[f] for f in group] for name, group in groups.items()}
     return RecordSet(dataset_format, splits, (), problems)
 
 
