@@ -13,6 +13,7 @@ from PIL import Image
 from fusedet.data import annotation_cleaning
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import list_splits, read_dataset
+from fusedet.data.split_checks import check_box_convention
 from fusedet.errors import InputError
 from layouts import write_json
 from tiny import image, xml
@@ -368,6 +369,23 @@ def test_unclear_class_names_of_an_imagefolder(tmp_path: Path, features: str, me
     put(tmp_path / "metadata.jsonl", json.dumps({"file_name": "a.jpg", "objects": {"bbox": [], "category": []}}))
     with pytest.raises(InputError, match=message):
         read_dataset(tmp_path, "train")
+
+
+def test_corners_in_place_of_a_size(tmp_path: Path) -> None:
+    corners = [[20, 12, 36, 28], [4, 3, 30, 25]]
+    shares = [[x1 / 40, y1 / 30, x2 / 40, y2 / 30] for x1, y1, x2, y2 in corners]
+    image(tmp_path / "huggingface" / "a.jpg")
+    row = {"file_name": "a.jpg", "objects": {"bbox": corners, "categories": ["cat", "dog"]}}
+    put(tmp_path / "huggingface" / "metadata.jsonl", json.dumps(row))
+    image(tmp_path / "yolo" / "images" / "a.jpg")
+    put(tmp_path / "yolo" / "labels" / "a.txt", "".join(f"0 {' '.join(map(str, share))}\n" for share in shares))
+    put(tmp_path / "yolo" / "data.yaml", YAML)
+    for folder, advice in (("huggingface", "write x, y, width, height"), ("yolo", "write the centre, width and")):
+        (finding,) = check_box_convention(read_dataset(tmp_path / folder, "train"))
+        assert finding.message.startswith("boxes that look like x1, y1, x2, y2: ")
+        assert advice in finding.message
+    put(tmp_path / "yolo" / "labels" / "a.txt", "0 0.5 0.5 0.9 0.9\n0 0.4 0.5 0.5 0.6\n")  # large, but all inside
+    assert check_box_convention(read_dataset(tmp_path / "yolo", "train")) == []
 
 
 def test_only_the_images_lie_in_folders_of_splits(tmp_path: Path) -> None:
