@@ -17,6 +17,11 @@ NO_ANNOTATIONS = "classes without annotations"
 
 _IMBALANCE = 20  # times as many images of the most frequent class
 _REPEATED = 3  # times that images of the rarest class are seen with the advised balance
+_BOX_CONVENTIONS = {
+    "coco": "x, y, width, height, as COCO does",
+    "imagefolder": "x, y, width, height, as COCO does",
+    "yolo": "the centre, width and height, as YOLO does",
+}
 _SHOWN = 3  # examples that a sentence names
 
 
@@ -35,22 +40,24 @@ def check_targets(dataset: DetectionDataset, *, for_training: bool = True) -> li
 
 
 def check_box_convention(dataset: DetectionDataset) -> list[Finding]:
-    """Return a warning where COCO's boxes are rather x1, y1, x2, y2 than x, y, width, height.
+    """Return a warning where boxes are rather x1, y1, x2, y2 than what their format holds.
 
-    All boxes then lie in their image when read so, and more than a fifth leaves it when read as COCO's.
+    All boxes then lie in their image when read so, and more than a fifth leaves it when read as the format's.
     """
     boxes = dataset.boxes.numpy()
-    if dataset.dataset_format != "coco" or not len(boxes):
+    if dataset.dataset_format not in _BOX_CONVENTIONS or not len(boxes):
         return []
     owner = dataset.image_indices
     limits = dataset.sizes.numpy()[owner][:, ::-1]
-    corners = boxes[:, 2:] - boxes[:, :2]  # the last two values as they are written
-    leaves = (boxes[:, 2:] > limits + MARGIN).any(axis=1)
-    is_pair = ((corners > boxes[:, :2]) & (corners <= limits + MARGIN) & (boxes[:, :2] >= -MARGIN)).all(axis=1)
+    is_centre = dataset.dataset_format == "yolo"
+    start = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) / 2 * is_centre  # the first two values as they are written
+    end = boxes[:, 2:] - boxes[:, :2]  # the last two
+    leaves = ((boxes[:, :2] < -MARGIN) | (boxes[:, 2:] > limits + MARGIN)).any(axis=1)
+    is_pair = ((end > start) & (end <= limits + MARGIN) & (start >= -MARGIN)).all(axis=1)
     if not is_pair.all() or leaves.mean() <= usable_targets.MOST_UNUSABLE:
         return []
     example = str(dataset.path(int(owner[leaves.argmax()])))
-    kind, advice = "boxes that look like x1, y1, x2, y2", "write x, y, width, height, as COCO does"
+    kind, advice = "boxes that look like x1, y1, x2, y2", f"write {_BOX_CONVENTIONS[dataset.dataset_format]}"
     message = (
         f"{kind}: {int(leaves.sum())} of {len(boxes)} leave their image, and none if read so; {advice} ({example})"
     )
