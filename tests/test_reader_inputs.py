@@ -197,7 +197,7 @@ def test_image_folders_that_fit_equally_are_refused(tmp_path: Path) -> None:
     for name in ("part_b/0.jpg", "part_b/3.jpg", "part_a/2.jpg", "part_c/2.jpg"):
         image(tmp_path / name)
     write_json(tmp_path / "val.json", coco(["0.jpg", "1.jpg", "2.jpg", "3.jpg"]))  # part_b holds three of them
-    with pytest.raises(InputError, match=r"may mean the images of .*part_a.2\.jpg or of .*part_c.2\.jpg; data\.images"):
+    with pytest.raises(InputError, match=r"may mean the images of .*part_a or of .*part_b; data\.images"):
         read_dataset(tmp_path, "val")
     write_json(tmp_path / "val.json", coco(["1.jpg"]))
     image(tmp_path / "images" / "1.jpg")  # the usual folder goes before others, such as previews

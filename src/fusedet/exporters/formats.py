@@ -116,7 +116,9 @@ def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, me
 
 def _onnx_nms(boxes: Any, scores: Any, iou: float) -> Any:
     """Translate `fusedet::nms_keep_mask` to one NonMaxSuppression, whose rows (image, class, box) become a mask."""
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     limit = op.Shape(scores, start=1, end=2)
     by_class = op.Unsqueeze(scores, op.Constant(value_ints=[1]))  # (N, 1, M): one class

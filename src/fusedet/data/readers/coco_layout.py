@@ -77,25 +77,17 @@ def find_images(
         for folder in filter(os.path.isdir, folders):
             os.scandir(folder).close()  # raises where the reason is a folder that must not be read
     best = folders[int(np.argmax(counts))]
-    same = [str(folder) for folder, count in zip(folders, counts, strict=True) if count == max(counts) > 0]
-    if best not in folders[:likely]:
-        _require_one(same, file)
     paths = [resolve_inside(best, name, root or best, source=file) for name in names]
     if len(folders) > 1 and any(counts):  # images in several folders
+        is_likely = best in folders[:likely]
         for i, name in enumerate(names):
-            if ".." not in name and not os.path.exists(paths[i]):
-                elsewhere = [os.path.join(folder, name.replace("\\", "/")) for folder in folders]
-                found_paths = list(filter(os.path.exists, elsewhere))
-                if not any(map(os.path.exists, elsewhere[:likely])):
-                    _require_one(found_paths, file)
-                paths[i] = next(iter(found_paths), paths[i])
+            if ".." not in name and not (is_likely and os.path.exists(paths[i])):
+                places = [folder for folder in folders if os.path.exists(folder / name.replace("\\", "/"))]
+                if len(places) > 1 and places[0] not in folders[:likely]:
+                    raise InputError(f"{file} may mean the images of {places[0]} or of {places[1]}")
+                if places and best not in places:
+                    paths[i] = os.path.join(places[0], name.replace("\\", "/"))
     return paths
-
-
-def _require_one(places: list[str], file: Path) -> None:
-    """Refuse several places of images where neither name nor place tells which is meant."""
-    if len(places) > 1:
-        raise InputError(f"{file} may mean the images of {places[0]} or of {places[1]}")
 
 
 def _find_by_last_part(names: list[str], folder: Path, file: Path) -> list[str]:
