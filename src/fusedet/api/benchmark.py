@@ -20,7 +20,7 @@ from fusedet.api.progress import progress_bar, say_nothing
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, split_overrides, to_overrides
 from fusedet.api.timing import describe_machine, interleave, summarize_spans
-from fusedet.errors import InputError, at_least, unknown
+from fusedet.errors import InputError, at_least, split_names
 
 BATCHES = (1, 8)
 RUNS = 10
@@ -111,11 +111,11 @@ def benchmark(
         InputError: A source does not exist, a format is unknown, or a number is wrong. An engine that cannot run here
             is no error: its row says why.
     """
-    names = _check_formats(formats)
+    names = split_names("format", formats, ENGINES)
     paths = [sources] if isinstance(sources, (str, Path)) else list(sources)
     batches = sorted(set(batch))
-    if not paths or not batches:
-        raise InputError("name at least one run, checkpoint, config or exported model, and one number of images")
+    if not (paths and batches and names):
+        raise InputError("name at least one run, checkpoint, config or exported model, format and number of images")
     at_least(1, runs=runs, batch=batches[0])
     shape = None if size is None else check_size(size)
     own, texts = split_overrides(to_overrides(overrides, settings), "out")
@@ -217,15 +217,6 @@ def _list_points(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, float
         for row in rows
         if row["ap"] is not None and row["batches"]
     ]
-
-
-def _check_formats(formats: str | Iterable[str]) -> list[str]:
-    """Return the names of engines without duplicates, in the order of the table."""
-    asked = formats.split(",") if isinstance(formats, str) else list(formats)
-    for name in asked:
-        if name not in ENGINES:
-            raise unknown("format", name, ENGINES)
-    return [name for name in ENGINES if name in asked]
 
 
 def _default_directory(source: str | Path) -> Path:

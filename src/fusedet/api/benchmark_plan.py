@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ def plan_engines(
         size = size or sizes[0]
         image = _draw_image(size, scratch / "image.jpg")
         task = partial(Task, image=str(image), size=size, threads=torch.get_num_threads())
-        settings = tuple(text for text in texts if not text.startswith("model."))
+        settings = tuple(text for text in texts if not re.match(r"model[.=]", text))
         candidates: list[Candidate] = []
         for i, (source, file, export) in enumerate(zip(map(str, sources), files, exports)):
             if export is not None:

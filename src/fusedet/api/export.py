@@ -24,7 +24,7 @@ from fusedet.api.progress import say_nothing
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
-from fusedet.errors import InputError, StorageError, one_of, plural, unknown
+from fusedet.errors import InputError, StorageError, one_of, plural, split_names
 from fusedet.exporters.formats import check_packages, package_versions
 from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file
@@ -147,14 +147,12 @@ def export(
 
 def _check_formats(formats: str | Iterable[str]) -> list[str]:
     """Return the formats without duplicates, ONNX before OpenVINO, which is made from it."""
-    asked = list(dict.fromkeys(formats.split(",") if isinstance(formats, str) else formats))
-    for name in asked:
-        if name not in exporters.FORMATS:
-            raise unknown("format", name, exporters.FORMATS)
-        check_packages(name, exporters.FORMATS[name])
-    if not asked:
+    names = split_names("format", formats, exporters.FORMATS)
+    if not names:
         raise InputError(f"formats=[]: name at least one of {', '.join(exporters.FORMATS)}")
-    return [name for name in exporters.FORMATS if name in asked]
+    for name in names:
+        check_packages(name, exporters.FORMATS[name])
+    return names
 
 
 def _check_shapes(size: Sequence[int] | None, dynamic: bool, batch: int | None) -> exporters.Shapes:

@@ -26,21 +26,15 @@ def join_quadrants(parts: Sequence[LabeledImage]) -> LabeledImage:
     (top, left), (bottom, right) = parts[0].size, parts[3].size
     size = (top + bottom, left + right)
     image = torch.empty(*size, len(parts[0].image), dtype=torch.uint8).permute(2, 0, 1)
-    boxes, masks = [], []
+    placed = []
     for part, (y, x) in zip(parts, ((0, 0), (0, left), (top, 0), (top, left)), strict=True):
         height, width = part.size
         image[:, y : y + height, x : x + width] = part.image
-        boxes.append(part.boxes.as_subclass(Tensor) + torch.tensor([x, y, x, y]))
-        if part.masks is not None:
-            masks.append(F.pad(part.masks, [x, y, size[1] - x - width, size[0] - y - height]).as_subclass(Tensor))
-    return LabeledImage(
-        image=tv_tensors.Image(image),
-        boxes=to_boxes(torch.cat(boxes), size),
-        labels=torch.cat([part.labels for part in parts]),
-        ignore=torch.cat([part.ignore for part in parts]),
-        visible=torch.cat([part.visible for part in parts]),
-        masks=tv_tensors.Mask(torch.cat(masks)) if masks else None,
-    )
+        boxes = to_boxes(part.boxes.as_subclass(Tensor) + torch.tensor([x, y, x, y]), size)
+        padding = [x, y, size[1] - x - width, size[0] - y - height]
+        masks = None if part.masks is None else F.pad(part.masks, padding)
+        placed.append(replace(part, boxes=boxes, masks=masks))
+    return _join_objects(placed, image)
 
 
 def blend(first: LabeledImage, second: LabeledImage, share: float) -> LabeledImage:
@@ -55,7 +49,7 @@ def blend(first: LabeledImage, second: LabeledImage, share: float) -> LabeledIma
         Zhang et al., Bag of Freebies for Training Object Detection Neural Networks, 2019, section 3.1.
     """
     pixels = first.image.as_subclass(Tensor).float().lerp(second.image.as_subclass(Tensor).float(), 1 - share)
-    return _join_objects(first, second, pixels.round_().to(torch.uint8))
+    return _join_objects((first, second), pixels.round_().to(torch.uint8))
 
 
 def paste(onto: LabeledImage, source: LabeledImage) -> LabeledImage:
@@ -81,19 +75,18 @@ def paste(onto: LabeledImage, source: LabeledImage) -> LabeledImage:
         visible=onto.visible * torch.where(is_covered, after / before.clamp(min=1), torch.ones(len(before))),
         masks=tv_tensors.Mask(remaining),
     )
-    return _join_objects(below.without_empty(), source, image)
+    return _join_objects((below.without_empty(), source), image)
 
 
-def _join_objects(first: LabeledImage, second: LabeledImage, image: Tensor) -> LabeledImage:
-    """Return an image with the objects of two."""
-    masks = None
-    if first.masks is not None and second.masks is not None:
-        masks = tv_tensors.Mask(torch.cat([first.masks, second.masks]))
+def _join_objects(parts: Sequence[LabeledImage], image: Tensor) -> LabeledImage:
+    """Return an image with the objects of several of its size."""
+    size = (image.shape[1], image.shape[2])
+    masks = [part.masks for part in parts if part.masks is not None]
     return LabeledImage(
         image=tv_tensors.Image(image),
-        boxes=to_boxes(torch.cat([first.boxes.as_subclass(Tensor), second.boxes.as_subclass(Tensor)]), first.size),
-        labels=torch.cat([first.labels, second.labels]),
-        ignore=torch.cat([first.ignore, second.ignore]),
-        visible=torch.cat([first.visible, second.visible]),
-        masks=masks,
+        boxes=to_boxes(torch.cat([part.boxes.as_subclass(Tensor) for part in parts]), size),
+        labels=torch.cat([part.labels for part in parts]),
+        ignore=torch.cat([part.ignore for part in parts]),
+        visible=torch.cat([part.visible for part in parts]),
+        masks=tv_tensors.Mask(torch.cat(masks)) if len(masks) == len(parts) else None,
     )

@@ -31,11 +31,12 @@ class ValidationLoss:
         self.sums = torch.zeros(0, device=device, dtype=torch.float64)  # of the terms, the total and the images
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches with targets, after adding the losses of each."""
+        """Yield batches with targets, on the device, after adding the losses of each."""
         buffers = {name: buffer.clone() for name, buffer in self.detector.named_buffers()}
         for number, batch in enumerate(batches):
-            self._add(batch, number)
-            yield batch
+            own = batch.to(self.device)
+            self._add(own, number)
+            yield own
         for name, buffer in self.detector.named_buffers():
             buffer.copy_(buffers[name])
 
@@ -44,7 +45,7 @@ class ValidationLoss:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), normalizing_locally():
             torch.manual_seed(number)
-            terms: dict[str, Tensor] = self.detector.loss(batch.to(self.device))  # type: ignore[operator]
+            terms: dict[str, Tensor] = self.detector.loss(batch)  # type: ignore[operator]
         weights: dict[str, float] = self.detector.loss_weights  # type: ignore[assignment]
         total = torch.stack([value.double() * weights[name] for name, value in terms.items()]).sum()
         values = torch.stack([*(value.double() for value in terms.values()), total, torch.ones_like(total)])
