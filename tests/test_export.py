@@ -309,6 +309,14 @@ def test_bad_options(options: dict[str, Any], sentence: str, trained: Path) -> N
         fusedet.export(trained, **({"formats": "torch"} | options))
 
 
+def test_a_misspelt_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="unknown run, checkpoint or config 'retinanet_tinny': did you mean 'retinanet_tiny'"
+    ):
+        fusedet.export("retinanet_tinny", out=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_missing_package_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "onnx", ("onnx_that_is_absent",))
     with pytest.raises(InputError, match=r"needs onnx_that_is_absent: pip install 'fusedet\[export\]'"):

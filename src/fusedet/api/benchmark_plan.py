@@ -19,12 +19,12 @@ import fusedet
 from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api.engines import PYTORCH, Task, resize_settings
-from fusedet.api.load_model import build_untrained, rebuild, weights_file
+from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
 from fusedet.api.progress import say_nothing
 from fusedet.api.settings import refuse_other_keys
 from fusedet.data.synthetic import draw_image
 from fusedet.engine.checkpoint import save_weights
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError
 from fusedet.exporters.formats import check_packages
 from fusedet.exporters.metadata import hash_file
 from fusedet.exporters.runtime import choose_file
@@ -146,8 +146,7 @@ def _find_checkpoint(source: str | Path, texts: Sequence[str], target: Path, say
         save_weights(target, detector.state_dict(), meta)
         return target
     refuse_other_keys(texts, *SETTABLE, of=of)
-    if not Path(source).exists() and Path(source).name == str(source) and not Path(source).suffix:
-        raise unknown("run, checkpoint or config", source, configs.names(), lister="fusedet info")
+    require_known_source(source)
     return weights_file(source)
 
 

@@ -18,7 +18,7 @@ import fusedet
 from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api import run_dir
-from fusedet.api.load_model import build_untrained, rebuild, weights_file
+from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
 from fusedet.api.predict import SETTABLE, tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import CommandResult, lines
@@ -188,6 +188,7 @@ def _load(
     if exporters.find_export(source):
         raise InputError(f"{source} is exported already: give the run that it came from")
     texts = refuse_other_keys(texts, *SETTABLE, "out")
+    require_known_source(source)
     file = weights_file(source)
     detector, config, names, ids = rebuild(file, trust)
     config = resolve_config(config.replace(out=None), texts)

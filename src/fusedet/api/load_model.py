@@ -13,12 +13,24 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fusedet.config import Config, load, parse, parse_yaml, refuse_foreign_classes
+from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError
+from fusedet.errors import InputError, unknown
 from fusedet.exporters.reference import spread_scores
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
 COCO_CLASSES = 80
+
+
+def require_known_source(source: str | Path) -> None:
+    """Check a word where a run, a checkpoint or a config may stand.
+
+    Raises:
+        InputError: It is no path and no config; the sentence offers the nearest config.
+    """
+    path = Path(source)
+    if not (path.exists() or path.suffix or path.name != str(source) or str(source) in config_names()):
+        raise unknown("run, checkpoint or config", source, config_names(), lister="fusedet info")
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
