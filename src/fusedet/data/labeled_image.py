@@ -200,7 +200,8 @@ def mask_bounds(masks: Tensor) -> Tensor:
     """Return the boxes (G, 4) float64 that enclose masks (G, H, W) of 0 and 1; zeros for an empty one."""
     occupied = _to_bool(masks)
     bounds = []
-    for line in (occupied.any(axis=1), occupied.any(axis=2)):  # columns (G, W), rows (G, H)
+    for axis in (1, 2):  # columns (G, W), rows (G, H)
+        line = np.asarray(occupied.any(axis=axis))
         bounds.append((line.argmax(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1)))
     (left, right), (top, bottom) = bounds
     boxes = np.stack([left, top, right, bottom], axis=1) * occupied.any(axis=(1, 2))[:, None]

@@ -57,11 +57,11 @@ def blend(first: LabeledImage, second: LabeledImage, share: float) -> LabeledIma
         Zhang et al., Bag of Freebies for Training Object Detection Neural Networks, 2019, section 3.1.
     """
     height, width = first.size
-    rows = [
+    below, above = (
         Image.fromarray(part.image.as_subclass(Tensor).permute(1, 2, 0).contiguous().view(height, -1).numpy())
         for part in (first, second)
-    ]  # any number of channels side by side, as one grey image: Pillow blends bytes without floating-point copies
-    pixels = torch.from_numpy(np.array(Image.blend(*rows, 1 - share)))
+    )  # any number of channels side by side, as one grey image: Pillow blends bytes without floating-point copies
+    pixels = torch.from_numpy(np.array(Image.blend(below, above, 1 - share)))
     return _join_objects(first, second, pixels.view(height, width, -1).permute(2, 0, 1))
 
 
