@@ -204,7 +204,8 @@ def mask_bounds(masks: Tensor) -> Tensor:
         line = np.asarray(occupied.any(axis=axis))
         bounds.append((line.argmax(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1)))
     (left, right), (top, bottom) = bounds
-    boxes = np.stack([left, top, right, bottom], axis=1) * occupied.any(axis=(1, 2))[:, None]
+    is_drawn = np.asarray(occupied.any(axis=(1, 2)))
+    boxes = np.stack([left, top, right, bottom], axis=1) * is_drawn[:, None]
     return torch.from_numpy(boxes.astype(np.float64))
 
 
