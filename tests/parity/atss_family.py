@@ -31,7 +31,7 @@ RENAMES = {
         (r"^tood_(cls|reg)\.", r"\1."),
     ],
     "DDODHead": [*TOWERS, (r"^atss_(cls|reg)\.", r"\1."), (r"^atss_(centerness|iou)\.", "quality.")],
-    "GFLHead": [*TOWERS, (r"^gfl_(cls|reg)\.", r"\1.")],
+    "GFLHead": [*TOWERS, (r"^gfl_(cls|reg)\.", r"\1."), (r"^integral\.project$", "distances")],
 }
 
 
@@ -77,7 +77,6 @@ def atss(case: Case, compare: Compare) -> Compared:
 def gfl(case: Case, compare: Compare) -> Compared:
     """Compare GFL's head."""
     c = case.config["head"]
-    del case.tensors["state.integral.project"]  # 0 to reg_max
     head: nn.Module = GFLHead(
         levels_of(case),
         c["num_classes"],

@@ -41,6 +41,7 @@ class ATSSHead(QualityAnchorHead):
         prior: Initial score of every anchor.
         box_weight: Weight of the box loss.
         centerness_weight: Weight of the centerness' loss.
+        kernel: Side of the last convolutions' kernels (pred_kernel_size).
 
     Raises:
         InputError: An option is out of its range.
@@ -62,10 +63,24 @@ class ATSSHead(QualityAnchorHead):
         prior: float = 0.01,
         box_weight: float = 2.0,
         centerness_weight: float = 1.0,
+        kernel: int = 3,
     ) -> None:
         weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_centerness": centerness_weight}
         super().__init__(
-            levels, num_classes, interact, convs, channels, norm, bias, False, base_scale, alpha, gamma, prior, weights
+            levels,
+            num_classes,
+            interact,
+            convs,
+            channels,
+            norm,
+            bias,
+            False,
+            base_scale,
+            alpha,
+            gamma,
+            prior,
+            weights,
+            kernel,
         )
         self.assigner = ATSSAssigner(topk)
 

@@ -96,7 +96,7 @@ class GFLHead(nn.Module):
         self.assigner = ATSSAssigner(topk)
         shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])  # (L, 1, 4)
         self.register_buffer("shapes", shapes, persistent=False)
-        self.register_buffer("distances", torch.arange(bins + 1.0), persistent=False)  # of the bins
+        self.register_buffer("distances", torch.arange(bins + 1.0))  # of the bins; MMDetection saves them too
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4 * (bins + 1), 3)

@@ -25,6 +25,7 @@ from fusedet.types import BatchDetections, Candidates, Levels, Losses, Outputs, 
 
 VOTING_VARIANCE = 0.025  # sigma_t of eq. 12
 VOTING_IOU = 0.01  # from which a candidate votes
+PAIRS = 10  # pairs of anchor and class of a level that enter NMS, in units of pre_nms
 LEAST_SUM = 1e-6  # lower bound of the sum of the positives' IoU
 
 
@@ -127,13 +128,16 @@ class PAAHead(QualityAnchorHead):
     ) -> BatchDetections:
         """Select as `select_detections` does, but the `pre_nms` best anchors of a level, and vote for the boxes.
 
+        An anchor counts with all its classes. NMS takes the best `PAIRS` * pre_nms pairs of a level; MMDetection takes
+        all, with the same result unless so many pairs leave fewer than `max_det` detections.
+
         Shape:
             sizes (N, 2); result: boxes (N, D, 4), scores (N, D), labels (N, D), counts (N,).
         """
         limit = options.pop("pre_nms", 1000)
         candidates, counts = best_priors(candidates, level_counts, limit)
         boxes, scores = clip_boxes(candidates.boxes, sizes), candidates.scores
-        chosen = select_detections(candidates, sizes, counts, pre_nms=limit * self.num_classes, **options)
+        chosen = select_detections(candidates, sizes, counts, pre_nms=limit * min(PAIRS, self.num_classes), **options)
         if not self.voting or boxes.is_meta:
             return chosen
         least = options.get("score", 0.05)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_weight
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import IGNORED, Positives, gather_positives
@@ -37,6 +38,7 @@ class QualityAnchorHead(nn.Module):
         gamma: Exponent of the focal loss.
         prior: Initial score of every anchor.
         loss_weights: Weight in the total of every loss.
+        kernel: Side of the last convolutions' kernels.
 
     Raises:
         InputError: An option is out of its range.
@@ -59,9 +61,12 @@ class QualityAnchorHead(nn.Module):
         gamma: float,
         prior: float,
         loss_weights: dict[str, float],
+        kernel: int = 3,
     ) -> None:
         super().__init__()
         check_focal(alpha, gamma, prior)
+        if kernel < 1 or kernel % 2 == 0:
+            raise InputError(f"kernel={kernel} must be odd, such as 1 or 3")
         check_anchors("base_scale", base_scale, (1.0,))
         for name, weight in loss_weights.items():
             check_weight(name.replace("loss_", "") + "_weight", weight)
@@ -73,9 +78,9 @@ class QualityAnchorHead(nn.Module):
         self.towers = TwinTowers(
             levels.channels[0], channels, convs, norm, interact, bias, deformable_first=deformable_first
         )
-        self.cls = conv(channels, num_classes, 3)
-        self.reg = conv(channels, 4, 3)
-        self.quality = conv(channels, 1, 3)
+        self.cls = conv(channels, num_classes, kernel)
+        self.reg = conv(channels, 4, kernel)
+        self.quality = conv(channels, 1, kernel)
         self.scales = nn.Parameter(torch.ones(len(levels)))
         init_normal(self)
         init_prior_bias(self.cls.bias, prior)
