@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou, deform_conv2d
 
+from fakes import Call, batch, check_export, detect, objects
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import DDODHead, PAAHead, TOODHead
 from fusedet.models.heads.gfl import distribution_focal_loss
@@ -23,6 +24,7 @@ from fusedet.models.ops.quality_losses import (
 from fusedet.models.ops.task_aligned import TaskAlignedAssigner
 from fusedet.models.protocols import EpochDependent, SelectingHead
 from fusedet.types import Candidates, Levels, Priors, Target
+from small import ATSS_FAMILY, make
 
 LEVELS = Levels((32, 32), (8, 16))
 COUNTS = {
@@ -43,6 +45,16 @@ def test_trainable_parameters(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, "model.backbone.pretrained=false")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == COUNTS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATSS_FAMILY)
+def test_detection_exports(name: str) -> None:
+    model = make(name).eval()
+    model.head.cls.bias.data += 4
+    first, second = (batch(objects([])).images for _ in range(2))
+    sizes = torch.tensor([[64, 96]])
+    assert int(check_export(Call(model, detect), (first, sizes), (second, sizes))[3]) > 0
 
 
 # -- PAA

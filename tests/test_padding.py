@@ -181,7 +181,7 @@ def make_head(name: str) -> tuple[Any, Outputs, list[Target]]:
     """Make a head, random maps of the batch of SIZES that need gradients, and instances in both images."""
     torch.manual_seed(3)
     options = {"rpn": {"num": 10**6, "scale": 4.0}, "vfnet": {"norm": False}, "fcos": {"norm": False}}
-    options |= dict.fromkeys(("atss", "gfl"), {"norm": False})
+    options |= {key: {"norm": False} for key in ("atss", "gfl")}
     head = HEADS[name](LEVELS, num_classes=3, **options.get(name, {}))
     raw = head([torch.zeros_like(m) for m in maps(LEVELS, (128, 160))])
     values = {k: [torch.randn_like(m) for m in levels] for k, levels in raw.maps.items()}
