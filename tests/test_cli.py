@@ -525,7 +525,8 @@ def test_train_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_choices_are_those_of_the_functions(command: str, option: str, choices: tuple[str, ...]) -> None:
-    assert get_args(get_type_hints(getattr(cli.commands, command))[option]) == choices
+    module = cli.conversions if command.startswith("convert") else cli.commands
+    assert get_args(get_type_hints(getattr(module, command))[option]) == choices
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +188,12 @@ def test_unknown_names_have_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
         assert "did you mean 'torchvision/fasterrcnn_resnet50_fpn_v2'?" in error
 
 
+def test_a_source_that_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fasterrcnn_resnet50_fpn_v2", "torchvison/fasterrcnn_resnet50_fpn_v2"):
+        for words in (["train", name, "data=x"], ["export", name, "--format", "torch"], ["config", name]):
+            assert "the published weights 'torchvision/fasterrcnn_resnet50_fpn_v2'?" in error_of(capsys, *words)
+
+
 def test_a_file_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_published_name(Path("mmdet/run"))
@@ -226,6 +234,30 @@ def test_two_at_a_time_fetch_once(
     assert weights_file(NAME) == files[0], "without a server"
     left = {path.name for path in files[0].parent.iterdir()}
     assert left - {"fcos_resnet50_fpn.safetensors.lock"} == {"fcos_resnet50_fpn.safetensors"}, weights.file
+
+
+PROCESS = """
+import dataclasses, sys
+from fusedet.api.load_model import weights_file
+from fusedet.interop.published_weights import list_published_weights
+name, address = sys.argv[1:]
+known = list_published_weights()
+known[name] = dataclasses.replace(known[name], address=address)
+print(weights_file(name))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fetch_once(publish: Publish, published: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = publish(published)
+    with serve(published) as server:
+        monkeypatch.setenv("FUSEDET_WEIGHTS_MIRROR", server.url("slow", ""))
+        command = [sys.executable, "-c", PROCESS, NAME, weights.address]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        written = [process.communicate(timeout=300)[0].strip() for process in running]
+        assert [process.returncode for process in running] == [0, 0]
+        assert len(server.requests) == 1
+    assert written == [str(weights_cache.cached_checkpoint(weights))] * 2
 
 
 def test_put_by_hand(publish: Publish, published: bytes, cache: Path) -> None:
@@ -334,6 +366,8 @@ def test_config_of_a_training(fetched: PublishedWeights, tmp_path: Path, resume:
     assert options.out == (str(out) if resume else str(Path("runs") / "fcos_resnet50_fpn"))
     assert (options.train.weights, options.train.schedule) == (NAME, "finetune")
     assert (options.train.lr, options.train.warmup_steps, options.train.epochs) == (0.005, 50, 7)
+    of_2x = resolve_config(NAME, ["train.schedule=2x"]).train
+    assert (of_2x.epochs, of_2x.lr, of_2x.warmup_steps) == (24, 0.01, 500), "the detector's own rate"
     stored = resolve_config(NAME).model
     assert options.model == stored
     assert (stored.backbone["frozen_stages"], stored.backbone["pretrained"]) == (1, False)

@@ -15,7 +15,7 @@ from fusedet.api.weights_cache import fetch_weights
 from fusedet.config import Config, parse, parse_yaml, refuse_foreign_classes
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
-from fusedet.interop.published_weights import is_published_name
+from fusedet.interop.published_weights import is_published_name, require_source
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
 
@@ -31,6 +31,8 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
         return fetch_weights(path)
     path = Path(path)
     if not path.is_dir():
+        if not path.exists():
+            require_source(path)
         return path
     order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]
     for name in order:

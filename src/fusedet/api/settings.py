@@ -21,7 +21,7 @@ from fusedet.api import run_dir
 from fusedet.api.load_model import stored_config, weights_file
 from fusedet.config import Config
 from fusedet.errors import InputError
-from fusedet.interop.published_weights import is_published_name
+from fusedet.interop.published_weights import is_published_name, require_source
 
 Source = str | Path | Config
 
@@ -94,9 +94,12 @@ def resolve_config(
 def _load_named(source: str | Path, overrides: Sequence[str]) -> Config:
     """Return the config of a shipped name or a file; of published weights, the config that trains from them."""
     if not is_published_name(source):
+        if str(source) not in config.names() and not os.path.exists(source):
+            require_source(source)
         return config.load(source, overrides)
     stored = stored_config(weights_file(source))
-    start = ["train.schedule=finetune", f"train.weights={source}"]
+    has_schedule = any(text.startswith("train.schedule=") for text in overrides)
+    start = [f"train.weights={source}", *([] if has_schedule else ["train.schedule=finetune"])]
     return config.parse(config.apply_overrides(stored.tree(), [*start, *overrides]))
 
 

@@ -87,6 +87,17 @@ def find_published_weights(name: str | Path) -> PublishedWeights:
     return known[text]
 
 
+def require_source(name: str | Path) -> None:
+    """Raise InputError for a name of published weights whose source is left out or misspelt.
+
+    Args:
+        name: A name that is no file, directory or config.
+    """
+    last = Path(name).name
+    if meant := [known for known in list_published_weights() if known.partition("/")[2] == last]:
+        raise InputError(f"'{name}' does not exist: did you mean the published weights '{meant[0]}'?")
+
+
 def _list_torchvision() -> list[PublishedWeights]:
     """List torchvision's COCO detection weights; names, addresses, AP and sizes are its own."""
     from torchvision.models import detection, get_model_weights, list_models
