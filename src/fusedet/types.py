@@ -122,10 +122,11 @@ class BatchDetections(NamedTuple):
     masks: Tensor | None = None
 
     def trimmed(self) -> BatchDetections:
-        """Drop the padding that no image needs; synchronizes with the GPU."""
-        most = int(self.counts.max())
+        """Drop the padding that no image needs; a GPU is waited for once, and `counts` of the result is on the CPU."""
+        counts = self.counts.cpu()
+        most = int(counts.max())
         masks = None if self.masks is None else self.masks[:, :most]
-        return BatchDetections(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], self.counts, masks)
+        return BatchDetections(self.boxes[:, :most], self.scores[:, :most], self.labels[:, :most], counts, masks)
 
 
 @dataclass(frozen=True)

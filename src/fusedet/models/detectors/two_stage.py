@@ -190,7 +190,8 @@ class TwoStage(nn.Module):
             if i + 1 < len(self.stages):
                 assert samples.is_ground_truth is not None
                 boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
-                proposed = ~samples.is_ground_truth  # the next stage adds the ground-truth boxes by itself
+                # the next stage adds the ground-truth boxes by itself
+                proposed = (~samples.is_ground_truth).nonzero().squeeze(1)
                 proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(batch))
         return losses
 
@@ -252,12 +253,17 @@ class TwoStage(nn.Module):
         Masks (D, H, W) have the image's size, inside the padding.
         """
         padded = self.detect(batch.images, batch.sizes, padded=False)
-        results = []
-        for i, (n, (height, width)) in enumerate(zip(padded.counts.tolist(), batch.sizes.tolist())):
-            boxes = padded.boxes[i, :n]
-            masks = None if padded.masks is None else paste_masks(padded.masks[i, :n], boxes, (height, width))
-            results.append(Detections(boxes, padded.scores[i, :n], padded.labels[i, :n], masks))
-        return results
+        boxes, scores, labels = (
+            [x[:n] for x, n in zip(column, padded.counts.tolist())]
+            for column in (padded.boxes, padded.scores, padded.labels)
+        )
+        masks: list[Tensor | None] = [None] * len(boxes)
+        if padded.masks is not None:
+            masks = [
+                paste_masks(m[: len(b)], b, (height, width))
+                for m, b, (height, width) in zip(padded.masks, boxes, batch.sizes.tolist())
+            ]
+        return [Detections(*image) for image in zip(boxes, scores, labels, masks)]
 
 
 def _module_list(parts: Sequence[Any]) -> nn.ModuleList:

@@ -25,7 +25,7 @@ from fusedet.models.ops.boxes import (
     encode_boxes,
     grid_priors,
     make_base_anchors,
-    nms_keep_mask,
+    nms_keep_mask_by_level,
 )
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal
 from fusedet.models.ops.losses import mean_over_ranks
@@ -150,11 +150,14 @@ class RPNHead(nn.Module):
         positive = sampled & (assigned >= 0)
         counts = [mask.sum(dim=1).clamp(min=1) for mask in (positive, sampled & ~positive)]  # (N,) each
         count = mean_over_ranks(torch.cat(counts).sum())
-        logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2)[sampled].float()
+        # all anchors with a weight, not a selection of them, for which a GPU would be waited for
+        logits = flatten_maps(outputs.maps["cls"], 1).squeeze(2).float().masked_fill(~sampled, 0)
         image, prior, boxes, _ = gather_positives(assigned.masked_fill(~sampled, IGNORED), targets)
         deltas = flatten_maps(outputs.maps["reg"], 4)[image, prior].float()
         return {
-            "loss_rpn_cls": F.binary_cross_entropy_with_logits(logits, positive[sampled].float(), reduction="sum")
+            "loss_rpn_cls": F.binary_cross_entropy_with_logits(
+                logits, positive.float(), weight=sampled.float(), reduction="sum"
+            )
             / count,
             "loss_rpn_box": self.regression_loss(deltas, encode_boxes(priors.boxes[prior], boxes)).sum() / count,
         }
@@ -188,8 +191,8 @@ class RPNHead(nn.Module):
             valid = (proposed[..., 2] > proposed[..., 0]) & (proposed[..., 3] > proposed[..., 1])
             score = best.float().sigmoid().masked_fill(~valid, -1)
             boxes.append(proposed)
-            scores.append(score.masked_fill(~nms_keep_mask(proposed, score, self.nms), -1))
-        all_scores = torch.cat(scores, dim=1)
+            scores.append(score)
+        all_scores = torch.cat(scores, dim=1).masked_fill(~nms_keep_mask_by_level(boxes, scores, self.nms), -1)
         best, index = all_scores.topk(torch.sym_min(limit, all_scores.shape[1]), dim=1)  # (N, R)
         chosen = torch.cat(boxes, dim=1).gather(1, index[..., None].expand(-1, -1, 4))
         real = best >= 0

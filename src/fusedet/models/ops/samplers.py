@@ -58,7 +58,7 @@ class Sampler:
         if self.balanced:
             # a positive in excess of its instance's share is sampled after all others
             share = (
-                torch.tensor(float(limit), device=assigned.device) / _count_instances(assigned, positive).clamp(min=1)
+                torch.full((), float(limit), device=assigned.device) / _count_instances(assigned, positive).clamp(min=1)
             ).round() + 1
             keys = torch.where(positive, keys + (_group_ranks(assigned, keys, positive) >= share[:, None]), keys)
         sampled = _take_smallest(keys, positive, positive.sum(dim=1), limit)

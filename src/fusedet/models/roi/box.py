@@ -154,7 +154,7 @@ class BoxStage(nn.Module):
             regression_loss: Replaces the constructor's loss of deltas.
         """
         logits = raw[0].float()
-        count = mean_over_ranks(logits.new_tensor(len(logits)))
+        count = mean_over_ranks(logits.new_full((), len(logits)))
         losses = {"loss_cls": F.cross_entropy(logits, self.classes(samples, targets), reduction="sum") / count}
         if raw[1] is not None:
             compute_loss = regression_loss or self.regression_loss

@@ -131,7 +131,7 @@ class GridBranch(nn.Module):
             F.binary_cross_entropy_with_logits(self.heat_maps(y).float(), wanted, reduction="sum")
             for y in (self.fuse(x), x)
         ]
-        count = mean_over_ranks(wanted.new_tensor(len(wanted))) * self.points * self.cells**2
+        count = mean_over_ranks(wanted.new_full((), len(wanted))) * self.points * self.cells**2
         return {"loss_grid": sum(losses, wanted.new_zeros(())) / count}
 
     def jitter_boxes(self, boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class MaskBranch(nn.Module):
         _, labels = samples.gather(targets)
         own = logits[torch.arange(len(rois), device=rois.device), labels].float()  # (R, size, size)
         wanted = crop_masks(targets, rois[:, 1:], image, instances, self.size)
-        count = mean_over_ranks(own.new_tensor(len(own))) * self.size**2
+        count = mean_over_ranks(own.new_full((), len(own))) * self.size**2
         return {"loss_mask": F.binary_cross_entropy_with_logits(own, wanted, reduction="sum") / count}
 
     def predict(self, features: Features, detections: BatchDetections) -> Tensor:
@@ -139,14 +139,15 @@ def crop_masks(targets: Sequence[Target], boxes: Tensor, image: Tensor, instance
         return crops
     stacked = torch.cat(masks)  # (G, H, W), the instances of all images
     height, width = stacked.shape[1:]
-    first = torch.tensor([0, *accumulate(map(len, targets))], device=boxes.device)
+    first = torch.stack([instances.new_full((), i) for i in accumulate(map(len, targets), initial=0)])
     index = first[image] + instances  # (R,), into `stacked`
-    limit = boxes.new_tensor([width, height, width, height])
-    rois = torch.cat([index[:, None].to(boxes.dtype), torch.minimum(boxes.clamp(min=0), limit)], dim=1).float()
+    xs, ys = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
+    inside = torch.stack([xs, ys], dim=2).flatten(1)
+    rois = torch.cat([index[:, None].to(boxes.dtype), inside], dim=1).float()
     chunk = max(1, _CROP_PIXELS // (height * width))
     for i, part in enumerate(stacked.split(chunk)):
         rows = (index // chunk == i).nonzero().squeeze(1)
-        shifted = rois[rows] - rois.new_tensor([i * chunk, 0, 0, 0, 0])
+        shifted = torch.cat([rois[rows, :1] - i * chunk, rois[rows, 1:]], dim=1)
         crops[rows] = roi_align(part[:, None].float(), shifted, size, aligned=True)[:, 0].to(crops.dtype)
     return (crops >= 0.5).to(crops.dtype)
 

@@ -68,21 +68,25 @@ class LevelPooling(nn.Module):
         """
         sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         level = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
-        pooled = features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
         if rois.is_meta:  # only shapes are computed
-            return pooled
-        if is_exporting():
-            return self._pool_exported(features, rois, level, pooled)
-        for i, (feature, stride) in enumerate(zip(features, self.strides)):
-            rows = (level == i).nonzero().squeeze(1)
-            own = align_level(feature, rois[rows], self.size, stride, self.samples, self.aligned)
-            pooled = pooled.index_copy(0, rows, own)
-        return pooled
+            return features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
+        if is_exporting() or torch.compiler.is_compiling():
+            return self._pool_exported(features, rois, level)
+        order = level.argsort(stable=True)
+        counts = (level == torch.arange(len(self.strides), device=level.device)[:, None]).sum(dim=1)
+        own_rois = rois[order].split(counts.tolist())  # a GPU is waited for once
+        by_level = [
+            align_level(feature, own, self.size, stride, self.samples, self.aligned)
+            for feature, own, stride in zip(features, own_rois, self.strides)
+        ]
+        pooled = torch.cat(by_level)
+        return torch.empty_like(pooled).index_copy(0, order, pooled)
 
-    def _pool_exported(self, features: Features, rois: Tensor, level: Tensor, pooled: Tensor) -> Tensor:
+    def _pool_exported(self, features: Features, rois: Tensor, level: Tensor) -> Tensor:
         """Pool with two more RoIs on every level: a traced program refuses levels with fewer."""
         count = rois.shape[0]
-        rois, pooled = F.pad(rois, (0, 0, 0, 2)), F.pad(pooled, (0, 0, 0, 0, 0, 0, 0, 2))
+        rois = F.pad(rois, (0, 0, 0, 2))
+        pooled = features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
         more = count + torch.arange(2, device=rois.device)
         for i, (feature, stride) in enumerate(zip(features, self.strides)):
             rows = torch.cat([(level == i).nonzero().squeeze(1), more])

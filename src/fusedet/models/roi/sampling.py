@@ -73,7 +73,7 @@ def match_proposals(proposals: Proposals, targets: Sequence[Target], positive: f
     real = torch.arange(instances.shape[1], device=instances.device) < proposals.counts[:, None]
     gt_boxes = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)
     gt_index = torch.arange(gt_boxes.shape[1], device=instances.device)
-    gt_real = gt_index < torch.tensor([len(t) for t in targets], device=instances.device)[:, None]
+    gt_real = pad_sequence([torch.ones_like(t.labels, dtype=torch.bool) for t in targets], batch_first=True)  # (N, G)
     return MatchedProposals(
         torch.cat([gt_boxes, proposals.boxes], dim=1),
         torch.cat([torch.where(gt_real, gt_index, IGNORED), torch.where(real, instances, IGNORED)], dim=1),
@@ -93,6 +93,6 @@ def sample_rois(matched: MatchedProposals, sampler: Sampler) -> RoISamples:
 
 def pad_to_proposals(boxes: Tensor, image: Tensor, images: int) -> Proposals:
     """Pad boxes (S, 4), ordered by their image (S,), to the proposals of a batch of `images`."""
-    counts = torch.bincount(image, minlength=images)
+    counts = (image == torch.arange(images, device=image.device)[:, None]).sum(dim=1)
     padded = pad_sequence(boxes.split(counts.tolist()), batch_first=True)
     return Proposals(padded, padded.new_zeros(padded.shape[:2]), counts)
