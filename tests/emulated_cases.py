@@ -20,12 +20,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning_fabric import Fabric
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fusedet
+from conftest import save_unrendered
 from emulated_device import EmulatedDevice
 from fusedet.api.predict import find
 from fusedet.config import Train
@@ -159,7 +162,7 @@ def run_trainer() -> dict[str, Any]:
     options = {"epochs": 1, "batch": 4, "accumulate": 2, "ema": 0.99, "clip_norm": 1.0, "warmup_steps": 0}
     with tempfile.TemporaryDirectory() as folder, EmulatedDevice(ROOT, strict=False) as device:
         fabric = Fabric(accelerator="cuda", devices=1, precision="16-mixed")
-        detector = make_detector("retinanet", BACKBONE)
+        detector = make_detector("retinanet", *SMALL)  # fp16 is slow on a CPU
         loader = Batches(make_batch(2, seed=0), make_batch(2, seed=1))
         settings = Train(**options)  # type: ignore[arg-type]
         run = trainer.setup(fabric, detector, loader, settings, out=Path(folder), quiet=True)
@@ -221,7 +224,7 @@ def run_evaluation() -> dict[str, Any]:
 
 def run_commands() -> dict[str, Any]:
     """Train, resume, validate and predict on 16 generated images, on the CPU and on the emulated device."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(Figure, "savefig", save_unrendered):
         folder = Path(name)
         data = generate_dataset(folder / "data", images=16, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
         expected = train_and_predict(folder / "cpu", data, "cpu")

@@ -169,11 +169,12 @@ class EmulatedDevice(TorchDispatchMode):
     Args:
         root: The directory of the package whose lines are named.
         strict: Raise RuntimeError where CUDA would; otherwise count it in `faults`.
+        trace: Name the line of the forward pass for what happens in the backward pass; slower.
     """
 
-    def __init__(self, root: str | Path, *, strict: bool = True) -> None:
+    def __init__(self, root: str | Path, *, strict: bool = True, trace: bool = False) -> None:
         super().__init__()
-        self.root, self.strict = str(root), strict
+        self.root, self.strict, self.trace = str(root), strict, trace
         self.occurrences: list[Occurrence] = []
         self.faults: Counter[str] = Counter()
         self._pending: list[tuple[Tensor, Tensor]] = []  # copies to the host that have not arrived
@@ -211,8 +212,8 @@ class EmulatedDevice(TorchDispatchMode):
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") is dispatched here
         enter(torch.autograd.set_multithreading_enabled(False))
-        # a node of the backward pass then knows its line of the forward pass
-        enter(torch.autograd.set_detect_anomaly(True, check_nan=False))
+        if self.trace:
+            enter(torch.autograd.set_detect_anomaly(True, check_nan=False))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -220,7 +221,7 @@ class EmulatedDevice(TorchDispatchMode):
         self._stack.close()
 
     def where(self) -> str:
-        """Return the innermost line of the package; in the backward pass, the line of the forward pass."""
+        """Return the innermost line of the package; in the backward pass, the node or, traced, its line."""
         node, frame = torch._C._current_autograd_node(), inspect.currentframe()
         if node is not None:
             lines = [line for line in node.metadata.get("traceback_", ()) if self.root in line]

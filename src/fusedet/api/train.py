@@ -153,7 +153,7 @@ def _fit(
     if not resume:
         run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
-    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size)
+    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size, pin=fabric.device.type == "cuda")
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         results = detect(module, val_share, val, fabric.device)

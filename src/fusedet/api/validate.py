@@ -76,7 +76,7 @@ def evaluate_detector(
     if (masks := has_mask_branch(detector)) and len(dataset.labels):
         check_masks(dataset)
     canvas = detector.canvas if isinstance(detector, ExportedDetector) else None
-    loader = build_val_loader(config, dataset, rank, world, canvas)
+    loader = build_val_loader(config, dataset, rank, world, canvas, pin=device.type == "cuda")
     batches = loader if rank else track(loader, len(loader), label="images", console=progress)
     if not isinstance(detector, ExportedDetector):  # its thresholds are part of the file
         detector.selection = selection_options(config.test, dataset.names)
@@ -118,17 +118,24 @@ def evaluate_results(
 
 
 def build_val_loader(
-    config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1, canvas: tuple[int, int] | None = None
+    config: Config,
+    dataset: DetectionDataset,
+    rank: int = 0,
+    world: int = 1,
+    canvas: tuple[int, int] | None = None,
+    *,
+    pin: bool = False,
 ) -> Any:
     """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes.
 
-    `canvas` is the height and width that images must fit, None for no limit.
+    `canvas` is the height and width that images must fit, None for no limit. With `pin`, batches are in page-locked
+    memory, from which a GPU copies without a wait.
     """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
     first, *others = views(config, canvas)
     return build_eval_loader(
-        dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others
+        dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, pin=pin, views=others
     )
 
 
