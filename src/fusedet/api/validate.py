@@ -135,17 +135,8 @@ def build_val_loader(
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
     first, *others = views(config, canvas)
-    return build_eval_loader(
-        dataset,
-        first,
-        batch=batch,
-        workers=config.data.workers,
-        rank=rank,
-        world=world,
-        pin=pin,
-        views=others,
-        masks=masks,
-    )
+    options: dict[str, Any] = {"batch": batch, "workers": config.data.workers, "rank": rank, "world": world}
+    return build_eval_loader(dataset, first, **options, pin=pin, views=others, masks=masks)
 
 
 def detect(
