@@ -139,6 +139,21 @@ def test_the_first_labels_are_empty(tmp_path: Path) -> None:
     assert objects(dataset)["full.jpg"] == [CAT]
 
 
+def test_masks_beside_the_images_are_not_background(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        image(tmp_path / "images" / f"{name}.jpg")
+    put(tmp_path / "labels" / "a.txt", CAT_LINE)
+    put(tmp_path / "classes.txt", "cat\n")
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT], "b.jpg": []}
+    image(tmp_path / "background" / "c.jpg")  # another image
+    assert len(read_dataset(tmp_path, "train")) == 3
+    image(tmp_path / "masks" / "a.png")
+    with pytest.raises(InputError, match=r"masks/a\.png has no label file"):
+        read_dataset(tmp_path, "train")
+    put(tmp_path / "data.yaml", YAML)
+    assert len(read_dataset(tmp_path, "train")) == 2
+
+
 def test_label_folders_without_an_image_folder_are_counted(tmp_path: Path) -> None:
     image(tmp_path / "images" / "first" / "a.jpg")
     put(tmp_path / "labels" / "first" / "a.txt", CAT_LINE)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other adapters, however this file is run
+from atss_family import ATSS_FAMILY
 from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
 from roi import ROI_ADAPTERS
@@ -97,7 +98,8 @@ def compare_dense(
             errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head_eval.{i}")))
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}
-        chosen = select_detections(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
+        select = getattr(head, "select", select_detections)
+        chosen = select(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
     wrong, total = 0, 0
     for i, n in enumerate(chosen.counts.tolist()):
         reference = [case.tensors[f"out.pred.{i}.{k}"] for k in ("bboxes", "scores", "labels")]
@@ -293,6 +295,18 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
     )
 
 
+def atss_family(
+    compare: Callable[..., tuple[Errors, dict[str, int]]],
+) -> Callable[[Case], tuple[Errors, dict[str, int]]]:
+    """Give an adapter of the ATSS family what it compares with."""
+
+    def adapter(case: Case) -> tuple[Errors, dict[str, int]]:
+        stack_scales(case, "scales")
+        return compare(case, compare_dense)
+
+    return adapter
+
+
 def agrees(errors: Errors) -> bool:
     """Check that every error is within its limit."""
     return all(value <= LIMITS[kind] for kind, value in errors.items())
@@ -306,6 +320,7 @@ ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
     "FCOSHead": fcos,
     "VFNetHead": vfnet,
     "RepPointsHead": reppoints,
+    **{kind: atss_family(compare) for kind, compare in ATSS_FAMILY.items()},
     **ROI_ADAPTERS,
     **BRANCH_ADAPTERS,
 }

@@ -37,6 +37,26 @@ def test_golden_numbers_agree(shared: Path) -> None:
     assert set(verdicts) == {p.stem for p in (shared / "golden").glob("*.json")}
 
 
+ATSS_FAMILY = [
+    "atss_head",
+    "ddod_head",
+    "gfl_head",
+    "paa_head",
+    "paa_head_no_voting",
+    "tood_head",
+    "tood_head_anchor_based",
+    "tood_head_dcn",
+    "tood_head_initial",
+]
+
+
+def test_the_atss_family_agrees(shared: Path, tmp_path: Path) -> None:
+    for name in ATSS_FAMILY:
+        for end in ("json", "safetensors"):
+            (tmp_path / f"{name}.{end}").symlink_to(shared / "golden_more" / f"{name}.{end}")
+    assert compare(tmp_path) == dict.fromkeys(ATSS_FAMILY, "ok")
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
