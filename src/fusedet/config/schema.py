@@ -123,6 +123,8 @@ class Train(Section):
     """Whether a GPU gives the same numbers twice, as far as torch can; slower."""
     compile: bool = False
     """Whether torch.compile compiles the forward pass."""
+    checkpoint_backbone: bool = False
+    """Whether the backward pass computes the stages of the backbone again, which needs less memory and more time."""
     loggers: Loggers = ()
     """Experiment trackers to log to."""
     weights: str | None = None
