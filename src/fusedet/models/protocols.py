@@ -193,6 +193,17 @@ class DenseHead(Protocol):
 
 
 @runtime_checkable
+class InsetHead(DenseHead, Protocol):
+    """A dense head whose boxes are clipped inside the image's edge (FoveaBox).
+
+    Attributes:
+        inset: Pixels inside the right and the lower edge.
+    """
+
+    inset: float
+
+
+@runtime_checkable
 class ProposalHead(DenseHead, Protocol):
     """A dense head that proposes regions of interest (RPN)."""
 
