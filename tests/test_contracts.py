@@ -225,6 +225,7 @@ FORMS: list[tuple[str, dict[str, object]]] = [
     ("fcos", {"center_sampling": True, "normalize_boxes": True, "centerness_on_box": True, "box_loss": "giou"}),
     ("fcos", {"deformable_last": True}),
     ("fcos", {"norm": False, "bias": False, "channels": 16}),
+    ("fovea", {"align": True, "norm": True}),
     ("vfnet", {"deformable_last": True}),
     ("reppoints", {"norm": True, "num_points": 25}),
     ("reppoints", {"transform_method": "minmax"}),

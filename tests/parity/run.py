@@ -15,12 +15,14 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other adapters, however this file is run
+from anchor_free import DENSE, OTHERS
 from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
 from roi import ROI_ADAPTERS
@@ -29,6 +31,7 @@ from fusedet.models.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
 from fusedet.models.necks import BFP, FPN, PAFPN
 from fusedet.models.ops.boxes import select_detections
 from fusedet.models.ops.point_assigner import PointAssigner
+from fusedet.models.protocols import InsetHead
 from fusedet.types import Detections, Levels
 
 
@@ -97,6 +100,8 @@ def compare_dense(
             errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head_eval.{i}")))
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}
+        if isinstance(head, InsetHead):
+            options["inset"] = head.inset
         chosen = select_detections(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
     wrong, total = 0, 0
     for i, n in enumerate(chosen.counts.tolist()):
@@ -306,6 +311,8 @@ ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
     "FCOSHead": fcos,
     "VFNetHead": vfnet,
     "RepPointsHead": reppoints,
+    **{kind: partial(adapter, compare=compare_dense) for kind, adapter in DENSE.items()},
+    **OTHERS,
     **ROI_ADAPTERS,
     **BRANCH_ADAPTERS,
 }
@@ -318,7 +325,12 @@ def run(folder: Path) -> dict[str, str]:
     for path in cases:
         case = Case(path)
         kind = next(
-            iter(case.config.get(k, {}).get("type") for k in ("neck", "head", "roi_head") if k in case.config), None
+            iter(
+                case.config.get(k, {}).get("type")
+                for k in ("neck", "head", "roi_head", "op", "layer")
+                if k in case.config
+            ),
+            None,
         )
         if "mask_head" in case.config.get("roi_head", {}):
             kind = f"{kind} with masks"

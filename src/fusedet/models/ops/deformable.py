@@ -48,11 +48,19 @@ class DeformConv(nn.Module):
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Convolve at the sampling points moved by `offset`, the samples scaled by `mask`.
 
+        Several sets of offsets move the samples of as many equal groups of input channels.
+
         Shape:
-            x (N, C, H, W); offset (N, 2 * kernel^2, H', W'), in cells, (dy, dx) pairs row by row; mask
-            (N, kernel^2, H', W') or None; result (N, outputs, H', W').
+            x (N, C, H, W); offset (N, sets * 2 * kernel^2, H', W'), in cells, (dy, dx) pairs row by row; mask
+            (N, kernel^2, H', W') or None, with one set only; result (N, outputs, H', W').
         """
-        bias = None if self.bias is None else self.bias.float()
+        sets = offset.shape[1] // (2 * self.kernel**2)
+        if sets > 1:
+            parts = zip(x.chunk(sets, dim=1), offset.chunk(sets, dim=1), self.weight.chunk(sets, dim=1))
+            return torch.stack([self._convolve(*part, None, None) for part in parts]).sum(dim=0)
+        return self._convolve(x, offset, self.weight, self.bias, mask)
+
+    def _convolve(self, x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
         # both compute the same: on a CPU torchvision's kernel is slower than sampling rows (benchmarks/operators.py)
         convolve = deform_conv2d_by_rows if x.device.type == "cpu" else deform_conv2d
         if is_exporting():
@@ -61,8 +69,8 @@ class DeformConv(nn.Module):
             y = convolve(
                 x.float(),
                 offset.float(),
-                self.weight.float(),
-                bias,
+                weight.float(),
+                None if bias is None else bias.float(),
                 stride=self.stride,
                 padding=self.padding,
                 dilation=self.dilation,
