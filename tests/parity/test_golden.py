@@ -38,6 +38,28 @@ def test_golden_numbers_agree(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "free_anchor_head",
+        "fovea_head",
+        "fovea_head_align",
+        "fsaf_head",
+        "yolof_head",
+        "autoassign_head",
+        "soft_nms",
+        "faster_roi_head_soft_nms",
+        "double_roi_head",
+        "dyhead",
+        "nas_fpn",
+    ],
+)
+def test_more_golden_numbers_agree(shared: Path, tmp_path: Path, name: str) -> None:
+    for suffix in ("json", "safetensors"):
+        (tmp_path / f"{name}.{suffix}").symlink_to(shared / "golden_more" / f"{name}.{suffix}")
+    assert compare(tmp_path) == {name: "ok"}
+
+
+@pytest.mark.parametrize(
     ("name", "key"),
     [
         ("retina_head", "out.head.0.1"),
