@@ -50,7 +50,12 @@ def without_cls(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 # -- every kind of batch
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+LIKE_FASTER_RCNN = ("dynamic_rcnn", "libra_rcnn", "cascade_rcnn")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_FASTER_RCNN else n for n in DETECTORS]
+)
 def test_all_kinds_of_batches_train_and_predict(name: str) -> None:
     detector = make(name).train()
     kinds = ((EMPTY,), (EMPTY, EMPTY), (ONE,), (EMPTY, SOME), (thousand(), EMPTY), (HUGE, ONE))

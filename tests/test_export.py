@@ -26,9 +26,10 @@ from fusedet.models.ops.boxes import nms_keep_mask
 from fusedet.models.ops.exporting import average_pool_to, max_pool_windows, nms_over_images
 from fusedet.models.ops.exporting import exporting as export_forms
 
-FAST = ["retinanet", "faster_rcnn"]
+FAST = ["retinanet", "fcos", "faster_rcnn"]
+"""The others take six to thirteen seconds each, which `make test` has no room for."""
 QUICK = ("onnx,openvino", *exporting.TWO_LEVELS)
-SLOW = ["fcos", "vfnet", "reppoints", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
+SLOW = ["vfnet", "reppoints", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
 
 
 def need(*formats: str) -> None:
@@ -107,7 +108,18 @@ def test_dynamic_export_equals_pytorch(name: str, make_export: Callable[..., Pat
 
 
 MODULES = {
-    "all modules": ("retinanet", "model.neck=[mse_fpn,smsl]", "model.interact=msil"),
+    "all modules": (
+        "retinanet",
+        "model.plugin=msfm",
+        "model.neck=[mse_fpn,smsl]",
+        "model.interact=msil",
+        "model.backbone={name: resnet18, pretrained: false}",
+    ),
+    "modules of two stages": ("faster_rcnn", "model.neck=[mse_fpn,smsl]"),
+    "deformable stages": (
+        "retinanet",
+        "model.backbone={name: resnet18, pretrained: false, deformable_stages: [2, 3, 4], modulated: true}",
+    ),
     "AugFPN": ("retinanet", "model.neck=aug_fpn"),
     "BFP": ("faster_rcnn", "model.neck=[fpn,bfp]"),
     "BiFPN": ("retinanet", "model.neck=bifpn"),
@@ -297,6 +309,14 @@ def test_bad_options(options: dict[str, Any], sentence: str, trained: Path) -> N
         fusedet.export(trained, **({"formats": "torch"} | options))
 
 
+def test_a_misspelt_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="unknown run, checkpoint or config 'retinanet_tinny': did you mean 'retinanet_tiny'"
+    ):
+        fusedet.export("retinanet_tinny", out=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_missing_package_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "onnx", ("onnx_that_is_absent",))
     with pytest.raises(InputError, match=r"needs onnx_that_is_absent: pip install 'fusedet\[export\]'"):
@@ -408,8 +428,9 @@ def test_torch_format_needs_trust(scenes: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_raw_outputs_are_the_candidates(name: str, make_export: Callable[..., Path]) -> None:
-    folder = make_export(name, *QUICK, size=(64, 96), raw=True)
-    assert read_export(folder)[0].outputs == ["boxes", "scores"]
+    folder = make_export(name, "torch,onnx,openvino", *exporting.TWO_LEVELS, size=(64, 96), raw=True)
+    quality = ["quality"] if name == "fcos" else []
+    assert read_export(folder)[0].outputs == ["boxes", "scores", *quality]
     assert not (folder / "example.py").exists()
     with pytest.raises(InputError, match="was exported with --raw"):
         fusedet.load(folder)

@@ -338,7 +338,8 @@ def test_bf16_channels_last_and_autocast() -> None:
     assert all(a.dtype == torch.float32 and torch.allclose(a, b, atol=2.0) for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("options", [TRICKS, pytest.param({"deformable_last": True}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [TRICKS, {"deformable_last": True}])
 def test_export(options: dict) -> None:
     wide = Levels((64,) * 5, LEVELS.strides)  # GroupNorm needs several values per group on a map of 1 x 1
 

@@ -96,11 +96,8 @@ def predict(converted: ConvertedCheckpoint, image: Tensor) -> Detections:
 
 @pytest.mark.parametrize(
     "name",
-    # Version 2 of Mask R-CNN has all parts of that of Faster R-CNN, and version 1 likewise.
-    [
-        pytest.param(n, marks=pytest.mark.slow) if n in ("fasterrcnn_v2", "maskrcnn", "retinanet_v2") else n
-        for n in MODELS
-    ],
+    # Mask R-CNN has all parts of Faster R-CNN; those of version 2 are among the slow tests.
+    [pytest.param(n, marks=pytest.mark.slow) if n == "fasterrcnn" or n.endswith("_v2") else n for n in MODELS],
 )
 @torch.no_grad()
 def test_same_detections(tmp_path: Path, name: str) -> None:

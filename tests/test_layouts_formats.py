@@ -508,7 +508,7 @@ def _text(name: str, content: str) -> Callable[[Path], None]:
         (_text("x.xml", "<root/>"), r"x\.xml is no annotation of VOC \(<annotation>\) or CVAT"),
         (_text("x.json", '{"dm_format_version": "1.0", "items": []}'), "Datumaro's own json"),
         (_text("a.txt", "Car 0.00 0 -1.57 599.41 156.40 629.75 189.25 2.85 2.63"), r"a\.txt, are no labels of YOLO"),
-        (_text("data.jsonl", "{}"), r"must be called metadata\.jsonl"),
+        (_text("data.jsonl", '{"file_name": "a.jpg"}'), r"must be called metadata\.jsonl"),
         (_text("x.zip", ""), r"but the archive .*x\.zip: unpack it"),
         (_text("annotations.xml", "<annotations><track id='0'/></annotations>"), "CVAT's format for video, which names no images"),
         (lambda root: write_voc(root / "VOC2007"), r"did you mean .*VOC2007\?"),

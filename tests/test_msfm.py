@@ -270,7 +270,10 @@ def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large
             assert size(plugin.make(c, stage, position)) == parameters(c, m, len(scales), convs, fusion == "cat")
 
 
-@pytest.mark.parametrize(("name", "count", "blocks"), [("resnet50", 2_318_728, 13), ("resnet101", 5_254_832, 30)])
+@pytest.mark.parametrize(
+    ("name", "count", "blocks"),
+    [("resnet50", 2_318_728, 13), pytest.param("resnet101", 5_254_832, 30, marks=pytest.mark.slow)],
+)
 def test_default_counts(name: str, count: int, blocks: int) -> None:
     with torch.device("meta"):
         backbone = TimmBackbone(name, pretrained=False, frozen_stages=1)
@@ -326,7 +329,9 @@ def test_backbones_keep_their_keys_and_their_maps(name: str) -> None:
     assert {m.squeeze[0].out_channels % m.squeeze[1].num_groups for m in modules(backbone)} == {0}
 
 
-@pytest.mark.parametrize("name", ["resnetblur18", "resnetaa50", "resnet26t"])
+@pytest.mark.parametrize(
+    "name", ["resnetblur18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnetaa50", "resnet26t"))]
+)
 def test_positions_of_the_paper(name: str) -> None:
     """after_conv1 / 2 take what norm and ReLU give and feed the next convolution, the last one comes before the
     residual sum."""
@@ -563,6 +568,7 @@ def test_export_and_compile(furnished: TimmBackbone) -> None:
         assert torch.allclose(module(x), torch.compile(module, backend="eager", fullgraph=True)(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exported_sizes_can_be_free() -> None:
     side = torch.export.Dim("side", min=8, max=64)
     module = moved(MSFM(32, ratio=2)).eval()

@@ -247,6 +247,7 @@ def test_wrong_masks_are_refused(dataset: DetectionDataset, mask: Any, message: 
 # -- VOC
 
 
+@pytest.mark.slow
 def test_voc_data_are_evaluated_both_ways(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As in table 5 of MSIL: VOC's AP beside COCO's, after a training and from stored results."""
     data, out = tmp_path / "VOC2012", tmp_path / "run"

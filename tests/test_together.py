@@ -122,7 +122,10 @@ def check_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
         assert_close(copy.deepcopy(model).to(memory_format=torch.contiguous_format)(images), expected)
 
 
-@pytest.mark.parametrize(("head", "neck", "plugin", "interact"), PAIRS)
+@pytest.mark.parametrize(
+    ("head", "neck", "plugin", "interact"),
+    [row if row[2] or row[3] else pytest.param(*row, marks=pytest.mark.slow) for row in PAIRS],
+)
 def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
     check_contracts(head, neck, plugin, interact)
 
@@ -177,5 +180,6 @@ def check_compiled(head: str, neck: str, plugin: str, interact: str) -> None:
         assert_close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
 
 
+@pytest.mark.slow
 def test_the_raw_forward_compiles() -> None:
     check_compiled(*TRACED[0])

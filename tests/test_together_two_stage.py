@@ -67,7 +67,10 @@ def check_contracts(detector: OneStage | TwoStage, strides: tuple[int, ...]) -> 
         )
 
 
-@pytest.mark.parametrize(("neck", "plugin", "interact"), REPPOINTS)
+@pytest.mark.parametrize(
+    ("neck", "plugin", "interact"),
+    [row if row[1] or row[2] else pytest.param(*row, marks=pytest.mark.slow) for row in REPPOINTS],
+)
 def test_reppoints_with_every_neck(neck: str, plugin: str, interact: str) -> None:
     check_contracts(assemble("reppoints", neck, plugin, interact), STRIDES)
 
@@ -80,7 +83,7 @@ def test_all_other_combinations_with_reppoints(neck: str, plugin: str, interact:
 
 @pytest.mark.parametrize(
     ("name", "neck", "plugin"),
-    [case if case[2] or case[0] not in COSTLY else pytest.param(*case, marks=pytest.mark.slow) for case in TWO],
+    [case if case[1] == "mse_fpn+smsl" else pytest.param(*case, marks=pytest.mark.slow) for case in TWO],
 )
 def test_two_stage_with_every_neck(name: str, neck: str, plugin: str) -> None:
     check_contracts(assemble(name, neck, plugin, everything=True), (4, 8, 16, 32, 64))

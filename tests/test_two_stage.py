@@ -175,13 +175,8 @@ def test_a_branch_has_the_weight_of_its_stage() -> None:
         assert [weights[f"s{i}_{term}"] for i in range(3)] == [1.0, 0.5, 0.25]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "faster_rcnn_r18",
-        *(pytest.param(f"{kind}_rcnn_r18", marks=pytest.mark.slow) for kind in ("mask", "cascade", "grid")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"{kind}_rcnn_r18" for kind in ("faster", "mask", "cascade", "grid")])
 def test_detection_exports(name: str) -> None:
     made = prepare_for_inference(small(name))
     images, others, sizes = batch(EMPTY).images, batch(EMPTY).images, torch.tensor([[64, 96]])

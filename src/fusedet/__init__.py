@@ -20,6 +20,7 @@ _PUBLIC = {
     "Predictor": "api.predict",
     "StorageError": "errors",
     "ablate": "ablation.command",
+    "benchmark": "api.benchmark",
     "browse": "api.browse",
     "cam": "api.cam",
     "check_dataset": "api.check_dataset",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.ablation.command import ablate as ablate
     from fusedet.ablation.command import estimate_power as estimate_power
     from fusedet.ablation.command import preview_ablation as preview_ablation
+    from fusedet.api.benchmark import benchmark as benchmark
     from fusedet.api.browse import browse as browse
     from fusedet.api.cam import cam as cam
     from fusedet.api.check_dataset import check_dataset as check_dataset

@@ -55,6 +55,24 @@ def unknown(
     return InputError(f"unknown {kind} '{name}'{of and f' of {of}'}{hint} {listed}")
 
 
+def split_names(kind: str, names: str | Iterable[str], known: Iterable[str], *, of: str = "") -> list[str]:
+    """Return names, each alone or joined with others by commas, without duplicates and in the order of `known`.
+
+    >>> split_names("format", ["csv,yolo", "csv"], ["coco", "yolo", "csv"])
+    ['yolo', 'csv']
+
+    Raises:
+        InputError: A name is not among the known ones.
+    """
+    known = list(known)
+    words = [names] if isinstance(names, str) else names
+    asked = [name.strip() for word in words for name in word.split(",") if name.strip()]
+    for name in asked:
+        if name not in known:
+            raise unknown(kind, name, known, of=of)
+    return [name for name in known if name in asked]
+
+
 def nearest(name: object, known: Sequence[str], lister: str = "") -> str:
     """Describe the known names: their number, the five nearest to a name, and the command that lists all."""
     some = ", ".join(difflib.get_close_matches(str(name), known, n=5, cutoff=0))

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from fusedet.ablation.plan import Run
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.predict import Predictor, find, tuned
+from fusedet.api.timing import compute_percentiles, time_call
 from fusedet.config import Config
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset
@@ -81,17 +83,15 @@ def measure_prediction(
             break
         for label, model in models.items():
             batch = _make_batch(model, dataset, i)
-            start = time.perf_counter()
-            find(model.detector, batch, device)  # its result is on the CPU, so that no GPU work is pending
-            times[label].append(1000 * (time.perf_counter() - start))
+            # its result is on the CPU, so that no GPU work is pending
+            times[label].append(1000 * time_call(partial(find, model.detector, batch, device))[1].wall)
     if device.type == "cuda":
         device_name = torch.cuda.get_device_name(device)
     else:
         device_name = f"{device}, {torch.get_num_threads()} threads"
     return {
         label: {
-            "p50_ms": float(np.percentile(values, 50)),
-            "p95_ms": float(np.percentile(values, 95)),
+            **compute_percentiles(values),
             "images": len(values),
             "peak_MiB": peaks[label],
             "device": device_name,

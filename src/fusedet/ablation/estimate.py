@@ -111,7 +111,7 @@ def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Cloc
     """Set the clock's rate by timing one training step and one prediction of a row's model with random weights."""
     options, data = plan.configs[label], plan.data[label]
     device = pick_device(options.device)
-    count = max(1, options.train.batch // options.train.accumulate)
+    count = max(1, options.train.total_batch // options.train.accumulate)
     count = count if device.type == "cuda" else min(MAX_CPU_IMAGES, count)
     step, prediction = _measure_seconds(plan, label, data, device, count)
     # Step and prediction have a rate each; a run mixes them as `count_work` does.

@@ -8,13 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fusedet import visualization
 from fusedet.ablation.summary_text import Summary
 from fusedet.visualization import colors
-from fusedet.visualization.figure import DARK, PALE, new_figure, plot_color, save_figure, set_title, style_axes
+from fusedet.visualization.figure import (
+    DARK,
+    PALE,
+    add_legend,
+    new_figure,
+    plot_color,
+    save_figure,
+    set_title,
+    style_axes,
+)
 
 RowSummary = Mapping[str, Any]
 COSTS = {
@@ -92,7 +100,7 @@ def plot_metric_against_cost(rows: Sequence[RowSummary], baseline: str | None, p
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(useOffset=False)
     figure.axes[0].set_ylabel(name, color=DARK)
-    _add_legend(figure, handles)
+    add_legend(figure, handles)
     save_figure(figure, path)
 
 
@@ -203,7 +211,7 @@ def plot_learning_curves(rows: Sequence[RowSummary], baseline: str | None, path:
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _add_legend(figure, handles)
+    add_legend(figure, handles)
     save_figure(figure, path)
 
 
@@ -226,12 +234,6 @@ def _row_color(i: int, row: RowSummary, rows: Sequence[RowSummary], baseline: st
     if row["label"] == baseline:
         return DARK
     return plot_color(i) if len(rows) <= MOST_COLORS else plot_color(6) if i < MOST_COLORS else PALE
-
-
-def _add_legend(figure: Figure, handles: Sequence[Any]) -> None:
-    labels = [handle.get_label() for handle in handles]
-    font = {"family": colors.font_families(labels), "size": 9}
-    figure.legend(handles, labels, loc="outside right center", frameon=False, prop=font, labelcolor=DARK)
 
 
 def _flatten_interval(row: RowSummary) -> dict[str, Any]:

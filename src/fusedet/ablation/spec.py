@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from hashlib import sha256
 from inspect import signature
@@ -189,7 +189,7 @@ def load_table(name: str | Path) -> Table:
     arguments = signature(generate_dataset).parameters
     for name in table.synthetic or ():
         if name not in arguments or name == "folder":
-            raise unknown(f"key in {source}: synthetic", name, [key for key in arguments if key != "folder"])
+            raise unknown("key", name, [key for key in arguments if key != "folder"], of=f"synthetic in {source}")
     labels = [row.label for row in rows]
     for i, label in enumerate(labels):
         if label in labels[:i]:
@@ -213,7 +213,7 @@ def _read_row(spec: Any, number: int, source: str) -> Row:
         raise InputError(f"{where}: label must not be empty")
     for name in row.published:
         if name.removeprefix(DELTA) not in METRICS:
-            raise unknown(f"metric in {where}: published", name, METRICS)
+            raise unknown("metric", name, METRICS, of=f"published in {where}")
     if row.cited and (row.overrides or row.base):
         raise InputError(
             f"{where}: a cited row is not run, leave out {'overrides' if row.overrides else 'base'}, or cited"
@@ -223,26 +223,27 @@ def _read_row(spec: Any, number: int, source: str) -> Row:
     return row
 
 
-def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Mapping[str, Any] = {}) -> dict[str, Any]:
+def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Iterable[str] = ()) -> dict[str, Any]:
     """Check a mapping against the types of a dataclass; `hidden` fields must not be in the file."""
     hints = {key: hint for key, hint in get_type_hints(schema).items() if key not in hidden}
     for key in tree:
         if key not in hints:
-            raise unknown(f"key in {where}:", key, hints)
-    for one in fields(schema):
-        if one.name in hints and one.default is MISSING and one.default_factory is MISSING and one.name not in tree:
-            raise InputError(f"{where} has no {one.name}")
+            raise unknown("key", key, hints, of=where)
+    for entry in fields(schema):
+        is_required = entry.name in hints and entry.default is MISSING and entry.default_factory is MISSING
+        if is_required and entry.name not in tree:
+            raise InputError(f"{where} has no {entry.name}")
     return {key: config.validate_value(value, hints[key], f"{where}: {key}") for key, value in tree.items()}
 
 
 def _check_reference(table: Table, labels: Sequence[str]) -> None:
     if table.reference is not None and table.reference not in labels:
-        raise unknown(f"row in {table.source}: reference", table.reference, labels)
+        raise unknown("reference", table.reference, labels, of=table.source)
     if table.metric not in METRICS:
-        raise unknown(f"metric in {table.source}: metric", table.metric, METRICS)
+        raise unknown("metric", table.metric, METRICS, of=table.source)
     for row in table.rows:
         if row.reference is not None and row.reference not in labels:
-            raise unknown(f"row in {table.source}, row '{row.label}': reference", row.reference, labels)
+            raise unknown("reference", row.reference, labels, of=f"{table.source}, row '{row.label}'")
         if table.reference is row.reference is None and any(name.startswith(DELTA) for name in row.published):
             raise InputError(
                 f"{table.source}, row '{row.label}': a published difference needs reference: LABEL, above the rows or "

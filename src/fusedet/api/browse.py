@@ -15,7 +15,7 @@ from fusedet.api.predict import Predictor
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, Source, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.tables import centers_table
-from fusedet.api.train_inputs import train_transform
+from fusedet.api.train_inputs import train_transform, training_images
 from fusedet.config import Config
 from fusedet.data.loader import build_train_loader
 from fusedet.data.splits import read_split
@@ -103,7 +103,7 @@ def draw_predictions(predictor: Predictor, images: list[Path], target: Path, sco
 def _draw_images(config: Config, split: str, images: int, epoch: int, target: Path) -> int:
     """Draw the first images of an epoch with their boxes; return how many there were."""
     _check_target(target, (".png", ".jpg", ".webp", ".jpeg"))
-    dataset = read_split(config.data, split)
+    dataset = training_images(config, read_split(config.data, split))
     count = min(images, len(dataset))
     loader = build_train_loader(dataset, train_transform(config), batch=1, seed=config.train.seed)
     drawn, captions = [], []

@@ -12,32 +12,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Unpack
 
-import torch
 from rich.console import RenderableType
 
 import fusedet
 from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api import run_dir
-from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
 from fusedet.api.predict import SETTABLE, tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
-from fusedet.errors import InputError, StorageError, one_of, plural, unknown
+from fusedet.errors import InputError, StorageError, one_of, plural, split_names
 from fusedet.exporters.formats import check_packages, package_versions
 from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file
-from fusedet.exporters.reference import compute_nudged_outputs, compute_outputs, spread_scores
+from fusedet.exporters.reference import compute_nudged_outputs, compute_outputs
 from fusedet.exporters.verification import MAX_UNDECIDED, TOLERANCES
-from fusedet.models.detectors import DetectorModule, build_detector, disable_pretrained
+from fusedet.models.detectors import DetectorModule
 from fusedet.models.roi import MaskBranch
 from fusedet.types import MULTIPLE
 
 Precision = Literal["fp32"]
 OPSETS = range(18, 24)
-COCO_CLASSES = 80
 EXAMPLES = Path(exporters.__file__).parent
 
 
@@ -149,14 +147,12 @@ def export(
 
 def _check_formats(formats: str | Iterable[str]) -> list[str]:
     """Return the formats without duplicates, ONNX before OpenVINO, which is made from it."""
-    asked = list(dict.fromkeys(formats.split(",") if isinstance(formats, str) else formats))
-    for name in asked:
-        if name not in exporters.FORMATS:
-            raise unknown("format", name, exporters.FORMATS)
-        check_packages(name, exporters.FORMATS[name])
-    if not asked:
+    names = split_names("format", formats, exporters.FORMATS)
+    if not names:
         raise InputError(f"formats=[]: name at least one of {', '.join(exporters.FORMATS)}")
-    return [name for name in exporters.FORMATS if name in asked]
+    for name in names:
+        check_packages(name, exporters.FORMATS[name])
+    return names
 
 
 def _check_shapes(size: Sequence[int] | None, dynamic: bool, batch: int | None) -> exporters.Shapes:
@@ -166,13 +162,18 @@ def _check_shapes(size: Sequence[int] | None, dynamic: bool, batch: int | None) 
         return exporters.Shapes(None, batch)
     if dynamic:
         raise InputError(f"size={','.join(map(str, size))} is a fixed size: leave it out, or leave out --dynamic")
+    return exporters.Shapes(check_size(size), batch or 1)
+
+
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of an input; raise InputError unless they are multiples of 32."""
     if len(size) != 2 or min(size) < MULTIPLE or any(side % MULTIPLE for side in size):
         near = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in size]
         raise InputError(
             f"size={','.join(map(str, size))} must be height,width in multiples of {MULTIPLE}, such as "
             + ",".join(map(str, near if len(near) == 2 else (800, 1344)))
         )
-    return exporters.Shapes((size[0], size[1]), batch or 1)
+    return size[0], size[1]
 
 
 def _load(
@@ -180,18 +181,14 @@ def _load(
 ) -> tuple[_Source, str | Path]:
     """Return the detector and the directory to write."""
     if str(source) in configs.names() or Path(source).suffix in (".yaml", ".yml"):
-        config = disable_pretrained(configs.load(source, texts))
+        detector, config, names = build_untrained(source, texts)
         say(f"{source} is a config: its weights are random, not trained")
-        names = [f"class {i}" for i in range(COCO_CLASSES)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            detector = build_detector(config, len(names))
-        spread_scores(detector)
         model = _Source(tuned(detector, config, names=names), config, names, list(range(len(names))), None)
         return model, config.out or run_dir.find_free_path("exports", Path(source).stem)
     if exporters.find_export(source):
         raise InputError(f"{source} is exported already: give the run that it came from")
     texts = refuse_other_keys(texts, *SETTABLE, "out")
+    require_known_source(source)
     file = weights_file(source)
     detector, config, names, ids = rebuild(file, trust)
     config = resolve_config(config.replace(out=None), texts)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from rich.console import RenderableType
 
 from fusedet import config as configs
-from fusedet.api.load_model import at_most, countable, rebuild, weights_file
+from fusedet.api.load_model import COCO_CLASSES, at_most, countable, rebuild, weights_file
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import (
     Settings,
@@ -111,7 +111,7 @@ def info(
         classes = len(names) if classes is None else classes
         options = options or resolve_config(saved, texts)
     assert options is not None
-    classes = 80 if classes is None else classes
+    classes = COCO_CLASSES if classes is None else classes
     with countable(name):
         with limit or nullcontext():
             detector = build_meta_detector(options, classes)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fusedet.config import Config, parse, parse_yaml, refuse_foreign_classes
+from fusedet.config import Config, load, parse, parse_yaml, refuse_foreign_classes
+from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError
+from fusedet.errors import InputError, unknown
+from fusedet.exporters.reference import spread_scores
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
+
+COCO_CLASSES = 80
+
+
+def require_known_source(source: str | Path) -> None:
+    """Check a word where a run, a checkpoint or a config may stand.
+
+    Raises:
+        InputError: It is no path and no config; the sentence offers the nearest config.
+    """
+    path = Path(source)
+    if not (path.exists() or path.suffix or path.name != str(source) or str(source) in config_names()):
+        raise unknown("run, checkpoint or config", source, config_names(), lister="fusedet info")
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
@@ -69,6 +85,24 @@ def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
     detector = build_detector(disable_pretrained(config), classes)
     checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)
     return detector
+
+
+def build_untrained(source: str | Path, texts: Sequence[str]) -> tuple[DetectorModule, Config, list[str]]:
+    """Return the detector of a config with random weights, its config and names of 80 classes.
+
+    The weights depend on `train.seed` only, and those of the heads are spread, so that there are detections.
+
+    Args:
+        source: A shipped config's name or a YAML file.
+        texts: "key=value" settings.
+    """
+    config = disable_pretrained(load(source, texts))
+    names = [f"class {i}" for i in range(COCO_CLASSES)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        detector = build_detector(config, len(names))
+    spread_scores(detector)
+    return detector, config, names
 
 
 def class_names(meta: Mapping[str, str], file: Path | str) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fusedet.api.predict import Prediction
 from fusedet.atomic_io import open_atomically, write_atomically
-from fusedet.errors import unknown
+from fusedet.errors import split_names
 
 FORMATS = ("coco", "csv", "yolo")
 COLUMNS = ("file", "width", "height", "class", "category_id", "score", "x1", "y1", "x2", "y2")
@@ -26,11 +26,7 @@ def parse_formats(words: Iterable[str]) -> tuple[str, ...]:
     Raises:
         InputError: A format is unknown.
     """
-    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
-    for name in names:
-        if name not in FORMATS:
-            raise unknown("value of --save:", name, FORMATS)
-    return tuple(name for name in FORMATS if name == "coco" or name in names)
+    return tuple(split_names("format", ["coco", *words], FORMATS, of="--save"))
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,23 @@ def cost_table(cost: Mapping[str, Any], title: str) -> RenderableType:
     return Group(table, *([Text(note)] if cost["parts"].get("branches", {}).get("parameters") else []))
 
 
+def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
+    """Return latency, throughput, memory and size of each engine that ran, by number of images at once."""
+    several = len({row["model"] for row in rows}) > 1
+    times = [f"{part}, ms" for part in ("network", "p95", "processor", "file to boxes", "p95", "processor")]
+    names = ["engine", *["model"] * several, "precision", "images", *times, "images/s", "peak MiB", "start s", "MB"]
+    table = _table(*names, title=title)
+    for row in rows:
+        for part in row["batches"]:
+            keys = ("p50_ms", "p95_ms", "processor_ms")
+            cells = [f"{part[name][key]:,.1f}" for name in ("network", "file") for key in keys]
+            peak = "-" if part["peak_MiB"] is None else f"{part['peak_MiB']:,.0f}"
+            about = [row["engine"], *[row["model"]] * several, row["precision"], str(part["batch"])]
+            size = [f"{row['start_seconds']:.1f}", f"{row['megabytes']:.1f}"]
+            table.add_row(*map(escape, about), *cells, f"{part['file']['images_per_second']:.2f}", peak, *size)
+    return table
+
+
 def dataset_table(split: str, report: DatasetReport) -> RenderableType:
     """Return what a split holds, its warnings and its errors."""
     text = [_content(split, report.statistics)] if report.statistics else [f"[bold]{escape(split)}[/]: cannot be read"]

@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from fusedet import evaluation, visualization
+from fusedet.api.choose_batch import choose_batch
 from fusedet.api.distributed import get_ranks, process_group, run_on_first
 from fusedet.api.load_model import weights_file, with_weights
 from fusedet.api.progress import say_nothing
@@ -26,7 +27,14 @@ from fusedet.api.run_dir import (
     write_json,
 )
 from fusedet.api.settings import Settings, Source, training_config
-from fusedet.api.train_inputs import check_config, learns_masks, make_detector, open_data, train_transform
+from fusedet.api.train_inputs import (
+    check_config,
+    learns_masks,
+    make_detector,
+    open_data,
+    train_transform,
+    training_images,
+)
 from fusedet.api.validate import (
     Evaluation,
     build_val_loader,
@@ -44,7 +52,8 @@ from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES, Run
-from fusedet.errors import DivergenceError, InputError
+from fusedet.engine.validation_loss import ValidationLoss
+from fusedet.errors import DivergenceError, InputError, plural
 
 
 def train(
@@ -130,13 +139,17 @@ def _fit(
     rng.seed(settings.seed)
     detector = make_detector(config, val, say, is_begun)
     masks = learns_masks(config, detector, data, val)
+    images, transform = training_images(config, data), train_transform(config)
+    if settings.batch == "auto":
+        config = choose_batch(fabric, config, detector, images, masks, say)
+        settings = config.train
     bad_image_log = None
     if settings.on_bad_image == "skip":
         bad_image_log = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank, fabric.world_size)
     loader = build_train_loader(
-        data,
-        train_transform(config),
-        batch=settings.batch // settings.accumulate,
+        images,
+        transform,
+        batch=settings.total_batch // settings.accumulate,
         seed=settings.seed,
         workers=config.data.workers,
         rank=fabric.global_rank,
@@ -144,22 +157,31 @@ def _fit(
         masks=masks,
         pin=fabric.device.type == "cuda",
         bad_image_log=bad_image_log,
+        balance=settings.balance,
     )
+    if len(images) != len(data):
+        say(f"data.tiles.size={config.data.tiles.size}: an epoch has {plural(len(images), 'tile')}")
+    if settings.balance is not None:
+        epoch = plural(len(loader) * loader.batch, "image")
+        say(f"train.balance={settings.balance:g}: an epoch has {epoch}, those of rare classes several times")
     if (lr := optim.scaled_lr(settings)) != settings.lr:
-        say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.batch}")
+        say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.total_batch}")
     if config.data.check:
         max_bad = config.train.max_bad_images if config.train.on_bad_image == "skip" else 0.0
         run_on_first(fabric, lambda: require_usable_images(data, val, max_bad_share=max_bad, warn=say))
     if not resume:
         run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
-    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size)
+    has_loss = settings.validation_loss
+    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size, masks=masks and has_loss)
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
-        results = detect(module, val_share, val, fabric.device)
+        losses = ValidationLoss(module, fabric.device)
+        results = detect(module, losses.watch(val_share) if has_loss else val_share, val, fabric.device)
         metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
         if masks:
             metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)
+        metrics |= losses.means() if has_loss else {}
         return {name: value for name, value in metrics.items() if name != "mask_classes"}
 
     meta = {

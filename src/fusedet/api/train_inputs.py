@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +12,7 @@ from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.class_names import compare_class_names, count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.split_checks import (
@@ -20,6 +23,7 @@ from fusedet.data.split_checks import (
     describe_crowded_images,
 )
 from fusedet.data.splits import read_split
+from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, plural, unknown
@@ -108,7 +112,13 @@ def resolve_checked_config(source: str | None, overrides: Sequence[str]) -> Conf
 def check_config(config: Config) -> None:
     """Raise InputError where a training would refuse a config before it reads the data."""
     check_monitor(config)
-    build_meta_detector(config)
+    detector = build_meta_detector(config)
+    strides, size = detector.neck.levels.strides, config.data.tiles.size
+    if size is not None and size < strides[-1]:
+        raise InputError(
+            f"data.tiles.size={size} is smaller than the largest stride of the feature pyramid, {strides[-1]} pixels: "
+            f"take tiles of at least {strides[-1]}, or a smaller model.pyramid.coarsest"
+        )
 
 
 def check_monitor(config: Config) -> None:
@@ -137,15 +147,28 @@ def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, va
     return masks
 
 
+def training_images(config: Config, dataset: DetectionDataset) -> DetectionDataset:
+    """Return the images that training sees: those of a split, or their tiles."""
+    tiles = config.data.tiles
+    if tiles.size is None:
+        return dataset
+    return tile_dataset(dataset, tiles.size, tiles.overlap, config.data.min_visible)
+
+
 def train_transform(config: Config) -> TrainTransform:
     """Return the transform of the training images."""
     data = config.data
-    sizes = data.multi_scale or data.size[:1]
-    return TrainTransform(
-        sizes,
-        data.size[1],
-        resize="range" if data.multi_scale else "choice",
-        flip=data.flip,
-        photometric=data.photometric,
-        antialias=data.antialias,
-    )
+    basic: dict[str, Any] = {
+        "sizes": data.multi_scale or data.size[:1],
+        "max_size": data.size[1],
+        "resize": "range" if data.multi_scale else "choice",
+        "flip": data.flip,
+        "photometric": data.photometric,
+        "antialias": data.antialias,
+    }
+    names = ("scale_jitter", "crop", "rotate", "shear", "right_angles", "mosaic", "mixup", "copy_paste")
+    further = {name: value for name in names if (value := getattr(data, name))}
+    if not further:
+        return TrainTransform(**basic)
+    epochs = math.ceil(data.mosaic_until * config.train.epochs)
+    return AugmentedTransform(**basic, **further, min_visible=data.min_visible, mixing_epochs=epochs)

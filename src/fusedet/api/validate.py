@@ -118,17 +118,22 @@ def evaluate_results(
 
 
 def build_val_loader(
-    config: Config, dataset: DetectionDataset, rank: int = 0, world: int = 1, canvas: tuple[int, int] | None = None
+    config: Config,
+    dataset: DetectionDataset,
+    rank: int = 0,
+    world: int = 1,
+    canvas: tuple[int, int] | None = None,
+    masks: bool = False,
 ) -> Any:
     """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes.
 
-    `canvas` is the height and width that images must fit, None for no limit.
+    `canvas` is the height and width that images must fit, None for no limit. With `masks`, targets have masks.
     """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
-    batch = max(world, (config.test.batch or config.train.batch // config.train.accumulate) // world * world)
+    batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
     first, *others = views(config, canvas)
     return build_eval_loader(
-        dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others
+        dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others, masks=masks
     )
 
 

@@ -109,11 +109,14 @@ def settings_only(words: Iterable[str] | None, context: str) -> list[str]:
 
 def split_sides(text: str | None) -> list[int] | None:
     """Return the sides of "800,1216"; raise InputError for another text."""
-    if text is None:
-        return None
-    if not all(side.isdecimal() for side in text.split(",")):
-        raise InputError(f"--size {text}: write height,width, such as 800,1216")
-    return [int(side) for side in text.split(",")]
+    return None if text is None else split_numbers(text, "--size", "height,width, such as 800,1216")
+
+
+def split_numbers(text: str, option: str, right: str) -> list[int]:
+    """Return the numbers of "1,8"; raise InputError, which names the option and what is right, for another text."""
+    if not all(number.isdecimal() for number in text.split(",")):
+        raise InputError(f"{option} {text}: write {right}")
+    return [int(number) for number in text.split(",")]
 
 
 def console(json: bool) -> Console:

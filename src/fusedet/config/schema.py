@@ -1,31 +1,21 @@
-"""The settings of a config: each one declared once, with its type, default, range and help."""
+"""The settings of a config: each one declared once, with its type, default, range and help.
+
+Those of `data` stand in `data_settings`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 
+from fusedet.config.data_settings import Data
+from fusedet.config.fields import Floats, Integers, Loggers, Part, need
 from fusedet.config.interval import parse_interval
 from fusedet.config.section import Section, plain, text_keys
-from fusedet.config.validation import accept_sequences
 from fusedet.errors import InputError
-
-Floats = Annotated[tuple[float, ...], accept_sequences(tuple)]
-Integers = Annotated[tuple[int, ...], accept_sequences(tuple)]
-Loggers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], accept_sequences(tuple)]
-Pair = Annotated[tuple[int, int], accept_sequences(tuple)]
-FloatPair = Annotated[tuple[float, float], accept_sequences(tuple)]
-Texts = Annotated[tuple[str, ...], accept_sequences(tuple)]
-Part = Annotated[Any, WithJsonSchema({"type": ["string", "object", "array", "null"]})]
-"""A slot: a name, {type: NAME, options}, for the neck also a list of these; checked when the part is built."""
-
-
-def _need(condition: bool, section: Section, name: str, right: str) -> None:
-    if not condition:
-        raise InputError(f"{section.key}.{name}={plain(getattr(section, name))} must be {right}")
 
 
 class Pyramid(Section):
@@ -43,7 +33,7 @@ class Pyramid(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _need(self.finest <= self.coarsest, self, "finest", f"at most model.pyramid.coarsest={self.coarsest}")
+        need(self.finest <= self.coarsest, self, "finest", f"at most model.pyramid.coarsest={self.coarsest}")
         return self
 
 
@@ -67,65 +57,6 @@ class Model(Section):
     """The feature pyramid that the first neck makes."""
 
 
-class Data(Section):
-    """The dataset and its preprocessing."""
-
-    key: ClassVar[str] = "data"
-    path: str | None = None
-    """The dataset: a folder or a file in one of the formats of docs/data.md, auto-detected."""
-    train: str = "train"
-    """The split to train on."""
-    val: str | float = "val"
-    """The split to validate on; or the share of the training images that is held out for it, stratified by class."""
-    split_seed: int = Field(default=0, ge=0)
-    """The seed that chooses the images held out, where `val` is a share."""
-    classes: Texts = ()
-    """The classes to keep, in this order, after `rename`; [] keeps all. Images without them are background."""
-    rename: dict[str, str] | None = None
-    """New names of classes: {truck: car}; null renames none. Classes of one name are joined."""
-    images: str | None = None
-    """The folder of COCO's images, where it is not found by itself; they may be found by their last part there."""
-    exif: bool = True
-    """Whether EXIF orientation is applied; false reads images as stored, for boxes that fit those pixels."""
-    size: Pair = (800, 1333)
-    """[short, longest]: images are resized to that short side, or to that long side if it would be exceeded."""
-    multi_scale: Pair | None = None
-    """[smallest, largest] short side: training draws one for every image."""
-    flip: float = Field(default=0.5, ge=0, le=1)
-    """The probability of a horizontal flip in training."""
-    photometric: bool = False
-    """Whether training distorts brightness, contrast, saturation and hue."""
-    antialias: bool = True
-    """Whether downscaling is antialiased; false is OpenCV's, and so MMDetection's, plain bilinear resizing."""
-    range: FloatPair | None = None
-    """[low, high] values that become black and white in images of more than 8 bits; null is [0, 65535] of 16 bits."""
-    workers: int = Field(default=2, ge=0)
-    """Processes that load images, per training process."""
-    check: bool = True
-    """Whether every image's header is read before training starts."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _need(self.size[0] >= 32, self, "size", "[short, longest] with a short side of at least 32 pixels")
-        _need(self.size[0] <= self.size[1], self, "size", "[short, longest] with short <= longest")
-        short, long = self.multi_scale or (32, 32)
-        _need(32 <= short <= long, self, "multi_scale", "[smallest, largest] short side")
-        low, high = self.range or (0, 1)
-        _need(low < high, self, "range", "[low, high] with low < high")
-        is_share = isinstance(self.val, float)
-        _need(not is_share or 0 < self.val < 1, self, "val", "a split, or a share above 0 and below 1")  # type: ignore[operator]
-        _need(len(set(self.classes)) == len(self.classes), self, "classes", "a list without repetitions")
-        _need(
-            not is_share or self.train != self.val_split, self, "train", "another split than the share data.val makes"
-        )
-        return self
-
-    @property
-    def val_split(self) -> str:
-        """The name of the validation split; "val" where it is a share of the training split."""
-        return self.val if isinstance(self.val, str) else "val"
-
-
 class Train(Section):
     """The training recipe."""
 
@@ -134,8 +65,8 @@ class Train(Section):
     """A schedule, which sets epochs, milestones and image sizes: 1x, 2x, 2x_ms, short, tiny."""
     epochs: int = Field(default=12, ge=1)
     """Passes over the training split."""
-    batch: int = Field(default=16, ge=1)
-    """Images per step in total: over all processes and accumulated batches."""
+    batch: int | Literal["auto"] = 16
+    """Images per step in total: over all processes and accumulated batches; auto is what fits into memory, up to 64."""
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients make one step; `batch` must be a multiple of it."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -172,6 +103,8 @@ class Train(Section):
     """The precision of the forward pass; auto is bf16 on a GPU that computes in it, else fp32; fp16 needs a GPU."""
     validate_every: int = Field(default=1, ge=1)
     """Epochs between validations; the last epoch is always validated."""
+    validation_loss: bool = False
+    """Whether a validation also computes the loss; it takes a second forward pass. A rising one shows over-fitting."""
     checkpoint_every: str | int | None = None
     """How often last.ckpt is also written within an epoch: 30min, 2h, 90s or 500steps."""
     monitor: str = "AP"
@@ -182,6 +115,8 @@ class Train(Section):
     """What happens at an image that cannot be read."""
     max_bad_images: float = Field(default=0.01, ge=0, le=1)
     """The share of training images that may be skipped."""
+    balance: float | None = Field(default=None, gt=0, le=1)
+    """The share of images below which a class is rare, such as 0.001; its images are repeated. null repeats none."""
     seed: int = Field(default=0, ge=0)
     """The seed of the initial weights, of the order of the images and of their augmentation."""
     deterministic: bool = False
@@ -196,9 +131,18 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         parse_interval(self.checkpoint_every, "train.checkpoint_every")
-        _need(self.batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
-        _need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
+        batch = self.accumulate if self.batch == "auto" else self.batch
+        need(batch >= 1, self, "batch", "1 or more")
+        need(batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
+        need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
         return self
+
+    @property
+    def total_batch(self) -> int:
+        """Images per step in total; raises InputError where a training has not chosen the number yet."""
+        if self.batch == "auto":
+            raise InputError("train.batch=auto is chosen when a training starts: give a number here")
+        return self.batch
 
 
 class Test(Section):
@@ -232,7 +176,7 @@ class Test(Section):
     def _check(self) -> Self:
         edges = (0.0, 1.0) if self.size_bins is None else self.size_bins
         is_valid = len(edges) > 1 and edges[0] >= 0 and all(a < b for a, b in pairwise(edges)) and edges[-1] <= 1e5
-        _need(is_valid, self, "size_bins", "increasing edges in 0..100000, such as [0, 16, 64, 256], or null")
+        need(is_valid, self, "size_bins", "increasing edges in 0..100000, such as [0, 16, 64, 256], or null")
         scales = (32,) if self.scales is None else self.scales
         is_valid = bool(scales) and min(scales) >= 32 and len(set(scales)) == len(scales)
         scores = self.score if isinstance(self.score, dict) else {"": self.score}
@@ -240,7 +184,7 @@ class Test(Section):
             if not 0 <= score <= 1:
                 raise InputError(f"{'.'.join(['test.score', name]).rstrip('.')}={score:g} must be 0 to 1")
         right = "different short sides of at least 32 pixels, such as [600, 800, 1000], or null"
-        _need(is_valid, self, "scales", right)
+        need(is_valid, self, "scales", right)
         return self
 
 

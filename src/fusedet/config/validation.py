@@ -77,7 +77,12 @@ def to_input_error(mistake: Any, loc: Sequence[Any], value: Any, hint: Any, key:
 
 
 def type_name(hint: Any) -> str:
-    """Name a type hint as a message does: int, dict[str, int], int | Mapping[str, int]."""
+    """Name a type hint as a message does: int, dict[str, int], int | Mapping[str, int], int | 'auto'."""
+    members = union_members(hint)
+    if len(members) > 1:
+        return " | ".join(map(type_name, members))
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
     if not get_args(hint):
         return getattr(hint, "__name__", str(hint))
     return str(hint).replace("typing.", "").replace("collections.abc.", "")

@@ -24,6 +24,7 @@ BAD_SEGMENTATION = (
 SAME_ID = "annotations with a duplicate id: kept"
 AS_TEXT = "boxes with quoted numbers: read as numbers"
 LISTED_TWICE = "images listed more than once: read once"
+SAME_FILE = "image files that are listed under several ids: kept, each with the annotations of its id"
 NO_LABELS = "images without a label file: background"
 KEY_POINTS = "annotations with key points: the key points left out, the boxes kept"
 LIKE_KEY_POINTS = "polygons that look like a box and key points: set kpt_shape in the yaml if they are"
@@ -51,6 +52,7 @@ _ADVICE = {
     SAME_ID: "give each annotation its own id",
     AS_TEXT: "write numbers without quotes",
     LISTED_TWICE: "list each image once",
+    SAME_FILE: "give the annotations of a file one image id: objects of the others are background to it",
     NO_LABELS: "nothing, if they show no object",
     KEY_POINTS: "nothing: a detector learns the boxes",
     LIKE_KEY_POINTS: "set kpt_shape in the yaml if they are key points",

@@ -11,16 +11,32 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+class Tile(NamedTuple):
+    """Where a tile lies in its image.
+
+    Attributes:
+        left: Its first column.
+        top: Its first row.
+        image_height: Height of the whole image, in pixels.
+        image_width: Width of the whole image.
+    """
+
+    left: int
+    top: int
+    image_height: int
+    image_width: int
+
+
 @dataclass(frozen=True)
 class ImageAnnotations:
-    """One image and its G annotations.
+    """One image, or a tile of one, and its G annotations.
 
     Attributes:
         image_id: The image's id in the dataset.
@@ -35,6 +51,8 @@ class ImageAnnotations:
         segmentations: Per annotation polygons [[x, y, ...], ...], a COCO RLE dict, or None.
         eval_ignore: (G,) bool, ignored in evaluation: `iscrowd` of COCO, difficult annotations of VOC. Annotations with
             COCO's `ignore` count in evaluation, as in pycocotools.
+        tile: Where a tile lies, None for a whole image. Sizes and boxes are those of the tile, segmentations those of
+            the whole image.
     """
 
     image_id: int
@@ -47,6 +65,7 @@ class ImageAnnotations:
     area: np.ndarray
     segmentations: list[Any]
     eval_ignore: np.ndarray
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,7 @@ class DetectionDataset:
         image_id_texts: N ids of the images as the dataset has them, where these are texts; else none.
         category_id_texts: The K category ids as the dataset has them, where these are texts; else none.
         exif: Whether EXIF orientation is applied to the images.
+        windows: (N, 4) int64, the `Tile` of each image; None for whole images.
     """
 
     names: tuple[str, ...]
@@ -87,6 +107,7 @@ class DetectionDataset:
     image_id_texts: PackedBytes | None = None
     category_id_texts: tuple[str, ...] = ()
     exif: bool = True
+    windows: Tensor | None = None
 
     @classmethod
     def build(
@@ -228,6 +249,7 @@ class DetectionDataset:
             eval_ignore=self.eval_ignore[begin:end].numpy(),
             area=self.area[begin:end].numpy(),
             segmentations=[unpack_segmentation(self.segmentations[j]) for j in range(begin, end)],
+            tile=None if self.windows is None else Tile(*self.windows[i].tolist()),
         )
 
     def list_image_ids(self) -> list[int] | list[str]:

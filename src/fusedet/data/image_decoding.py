@@ -25,6 +25,8 @@ from fusedet.errors import InputError
 
 Source = str | os.PathLike[str] | bytes
 Range = tuple[float, float]
+Window = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part of an image in pixels, after EXIF rotation."""
 
 _ORIENTATION = 0x0112  # the EXIF tag; values 1..8 as in EXIF 2.3, table 4.6.4
 _TRANSPOSE = {
@@ -56,6 +58,8 @@ _DAMAGE = (
 MAX_PIXELS = 178_956_970
 """Images with more pixels are refused before decoding; the environment variable FUSEDET_MAX_PIXELS overrides it."""
 
+_BYTES = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 2, "I;16B": 2}
+"""Bytes per pixel of uncompressed rows, by Pillow's raw mode."""
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program; Pillow has no decoder for the others
 
@@ -77,7 +81,9 @@ class ImageValues:
     transparent: float
 
 
-def read_image(source: Source, value_range: Range | None = None, *, exif: bool = True) -> Tensor:
+def read_image(
+    source: Source, value_range: Range | None = None, *, exif: bool = True, window: Window | None = None
+) -> Tensor:
     """Decode an image from its file or its bytes.
 
     - EXIF orientation is applied.
@@ -90,6 +96,8 @@ def read_image(source: Source, value_range: Range | None = None, *, exif: bool =
         value_range: The values that become 0 and 255 in images of more than 8 bits per channel: 16 bits,
             floating-point numbers and 32-bit integers. By default 0 and 65535, and the last two are refused.
         exif: Whether EXIF orientation is applied.
+        window: The part to read, which lies inside the image; None reads all of it. Uncompressed images (TIFF, BMP)
+            are decoded there only.
 
     Returns:
         uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
@@ -98,7 +106,39 @@ def read_image(source: Source, value_range: Range | None = None, *, exif: bool =
         InputError: The image is missing, empty, truncated, not an image, has more than `get_max_pixels()` pixels, or
             pixels without an agreed range (floating-point numbers, 32-bit integers).
     """
-    return inspect_image(source, value_range, exif=exif, measure=False)[0]
+    if window is None:
+        return inspect_image(source, value_range, exif=exif, measure=False)[0]
+    left, top, right, bottom = window
+    with _opened(source) as image:
+        if _orientation(image, exif) == 1 and not (value_range is not None and _is_deep_color(image)):
+            return _tensor(_cut(image, window), _name(source), value_range, exif)
+    return inspect_image(source, value_range, exif=exif, measure=False)[0][:, top:bottom, left:right]
+
+
+def _cut(image: Image.Image, window: Window) -> Image.Image:
+    """Return a part of an image that is not loaded yet; of uncompressed images, only its rows are decoded."""
+    parts = getattr(image, "tile", [])
+    is_upright = Image.Image.getexif(image).get(_ORIENTATION, 1) == 1  # else Pillow turns a TIFF while it loads
+    if parts and is_upright and all(part[0] == "raw" for part in parts):
+        left, top, right, bottom = window
+        image.tile = [  # type: ignore[attr-defined]
+            _take_rows(part, top, bottom)
+            for part in parts
+            if part[1][0] < right and part[1][2] > left and part[1][1] < bottom and part[1][3] > top
+        ]
+    cut = image.crop(window)
+    cut.format = image.format  # it decides how 16 bits are read
+    return cut
+
+
+def _take_rows(part: Any, top: int, bottom: int) -> Any:
+    """Return the rows top..bottom of an uncompressed strip as Pillow describes it, or all where rows are unknown."""
+    codec, (x1, y1, x2, y2), offset, arguments = part
+    if not isinstance(arguments, tuple) or arguments[0] not in _BYTES or arguments[2:] != (1,):
+        return part
+    low, high = max(top, y1), min(bottom, y2)
+    row = arguments[1] or (x2 - x1) * _BYTES[arguments[0]]
+    return (codec, (x1, low, x2, high), offset + (low - y1) * row, arguments)
 
 
 def inspect_image(

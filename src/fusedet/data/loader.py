@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.bad_images import BadImageLog, ReplacedImage
+from fusedet.data.class_balance import compute_repeat_factors, count_entries, draw_entries
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.data.worker_pool import BatchRequest, WorkerPool, shuffle_indices
@@ -26,20 +28,22 @@ class TrainLoader:
         world: int,
         workers: WorkerPool,
         bad_image_log: BadImageLog | None,
+        repeat_factors: np.ndarray | None = None,
     ) -> None:
         self.dataset, self.batch, self.seed = dataset, batch, seed
         self.rank, self.world = rank, world
         self.workers, self.bad_image_log = workers, bad_image_log
         height, width = dataset.sizes.numpy().T
-        self.portrait = height > width
+        self.portrait, self.repeat_factors = height > width, repeat_factors
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch)
+        images = len(self.dataset) if self.repeat_factors is None else count_entries(self.repeat_factors)
+        return -(-images // self.batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this rank's batches of an epoch from step `start` on; earlier steps are not read."""
         own = slice(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world)
-        plan = plan_epoch(self.portrait, self.batch, self.seed, epoch)[start:]
+        plan = plan_epoch(self.portrait, self.batch, self.seed, epoch, self.repeat_factors)[start:]
         if self.bad_image_log:
             self.bad_image_log.begin(epoch, start)
         requests = [BatchRequest(epoch, joint[own], joint) for joint in plan]
@@ -81,12 +85,13 @@ def build_train_loader(
     pin: bool = False,
     start_method: str | None = None,
     bad_image_log: BadImageLog | None = None,
+    balance: float | None = None,
 ) -> TrainLoader:
     """Build the training loader: shuffled batches of images of similar orientation.
 
     Every epoch has ceil(N / batch) full steps, see `plan_epoch`. The data augmentation of an image (size, flip,
-    colours) is a function of the seed, the epoch and the image's index. So the number of workers and a resume change
-    nothing.
+    colours) is a function of the seed, the epoch, the image's index and how often the epoch has seen it. So the number
+    of workers and a resume change nothing.
 
     Args:
         dataset: The training images and their annotations.
@@ -101,13 +106,18 @@ def build_train_loader(
         start_method: The start method of `multiprocessing`; None takes the system's default.
         bad_image_log: Where given, bad images are replaced, see `BatchReader.load_replacement`, and logged when their
             batch is taken.
+        balance: The threshold of `compute_repeat_factors`; None sees each image once per epoch.
 
     Raises:
-        InputError: The dataset is empty, or `batch` is no multiple of `world`; while iterating, an image is bad.
+        InputError: The dataset is empty or lacks masks that the transform needs, or `batch` is no multiple of `world`;
+            while iterating, an image is bad.
     """
     _check_arguments(dataset, batch, workers, rank, world)
+    if isinstance(transform, AugmentedTransform):
+        transform.check_dataset(dataset)
     pool = WorkerPool(dataset, transform, seed, masks, workers, pin, start_method, replace=bad_image_log is not None)
-    return TrainLoader(dataset, batch, seed, rank, world, pool, bad_image_log)
+    factors = None if balance is None else compute_repeat_factors(dataset, balance)
+    return TrainLoader(dataset, batch, seed, rank, world, pool, bad_image_log, factors)
 
 
 def build_eval_loader(
@@ -138,7 +148,9 @@ def build_eval_loader(
     return EvalLoader(pool, [BatchRequest(0, own, own) for own in batches[rank::world]])
 
 
-def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+def plan_epoch(
+    portrait: np.ndarray, batch: int, seed: int, epoch: int, repeat_factors: np.ndarray | None = None
+) -> list[tuple[int, ...]]:
     """Plan the joint batches of an epoch: ceil(N / batch) full batches of image indices.
 
     In shuffled order, the portrait and the other images each form batches. The remaining images of both groups form
@@ -150,12 +162,15 @@ def plan_epoch(portrait: np.ndarray, batch: int, seed: int, epoch: int) -> list[
         batch: Images per joint batch.
         seed: Seed of the order.
         epoch: The epoch, from 0.
+        repeat_factors: (N,) how often each image is seen on average; the indices are then those of `draw_entries`, and
+            N is their number.
     """
-    order = shuffle_indices(len(portrait), seed, epoch)
+    count = len(portrait)
+    order = shuffle_indices(count, seed, epoch) if repeat_factors is None else draw_entries(repeat_factors, seed, epoch)
     groups: tuple[list[int], list[int]] = ([], [])
     plan = []
     for i in order:
-        group = groups[int(portrait[i])]
+        group = groups[int(portrait[i % count])]
         group.append(i)
         if len(group) == batch:
             plan.append(tuple(group))

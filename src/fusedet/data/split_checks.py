@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusedet.data import class_names, usable_targets
+from fusedet.data import class_balance, class_names, usable_targets
 from fusedet.data.annotation_cleaning import MARGIN
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, find_shared_images
@@ -15,6 +15,13 @@ from fusedet.errors import plural
 
 NO_ANNOTATIONS = "classes without annotations"
 
+_IMBALANCE = 20  # times as many images of the most frequent class
+_REPEATED = 3  # times that images of the rarest class are seen with the advised balance
+_BOX_CONVENTIONS = {
+    "coco": "x, y, width, height, as COCO does",
+    "imagefolder": "x, y, width, height, as COCO does",
+    "yolo": "the centre, width and height, as YOLO does",
+}
 _SHOWN = 3  # examples that a sentence names
 
 
@@ -33,22 +40,24 @@ def check_targets(dataset: DetectionDataset, *, for_training: bool = True) -> li
 
 
 def check_box_convention(dataset: DetectionDataset) -> list[Finding]:
-    """Return a warning where COCO's boxes are rather x1, y1, x2, y2 than x, y, width, height.
+    """Return a warning where boxes are rather x1, y1, x2, y2 than what their format holds.
 
-    All boxes then lie in their image when read so, and more than a fifth leaves it when read as COCO's.
+    All boxes then lie in their image when read so, and more than a fifth leaves it when read as the format's.
     """
     boxes = dataset.boxes.numpy()
-    if dataset.dataset_format != "coco" or not len(boxes):
+    if dataset.dataset_format not in _BOX_CONVENTIONS or not len(boxes):
         return []
     owner = dataset.image_indices
     limits = dataset.sizes.numpy()[owner][:, ::-1]
-    corners = boxes[:, 2:] - boxes[:, :2]  # the last two values as they are written
-    leaves = (boxes[:, 2:] > limits + MARGIN).any(axis=1)
-    is_pair = ((corners > boxes[:, :2]) & (corners <= limits + MARGIN) & (boxes[:, :2] >= -MARGIN)).all(axis=1)
+    is_centre = dataset.dataset_format == "yolo"
+    start = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) / 2 * is_centre  # the first two values as they are written
+    end = boxes[:, 2:] - boxes[:, :2]  # the last two
+    leaves = ((boxes[:, :2] < -MARGIN) | (boxes[:, 2:] > limits + MARGIN)).any(axis=1)
+    is_pair = ((end > start) & (end <= limits + MARGIN) & (start >= -MARGIN)).all(axis=1)
     if not is_pair.all() or leaves.mean() <= usable_targets.MOST_UNUSABLE:
         return []
     example = str(dataset.path(int(owner[leaves.argmax()])))
-    kind, advice = "boxes that look like x1, y1, x2, y2", "write x, y, width, height, as COCO does"
+    kind, advice = "boxes that look like x1, y1, x2, y2", f"write {_BOX_CONVENTIONS[dataset.dataset_format]}"
     message = (
         f"{kind}: {int(leaves.sum())} of {len(boxes)} leave their image, and none if read so; {advice} ({example})"
     )
@@ -73,6 +82,27 @@ def check_class_names(dataset: DetectionDataset) -> list[Finding]:
         advice = "add annotations, or remove the class"
         findings.append(Finding("warning", message, NO_ANNOTATIONS, len(absent), dataset.source, advice))
     return findings
+
+
+def describe_rare_classes(dataset: DetectionDataset) -> Finding | None:
+    """Return a note about classes that are in far fewer images than the most frequent one; None without any.
+
+    It says when `train.balance` helps, and the value that shows images of the rarest class about three times.
+    """
+    counts = class_balance.count_images_per_class(dataset)
+    used = counts[counts > 0]
+    if not len(used) or used.max() < _IMBALANCE * used.min():
+        return None
+    rare = (counts > 0) & (counts * _IMBALANCE <= counts.max())
+    least = int(np.where(rare, counts, counts.max()).argmin())
+    threshold = float(f"{min(1.0, _REPEATED**2 * used.min() / len(dataset)):.1g}")
+    names = [dataset.names[k] for k in np.flatnonzero(rare)]
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    advice = f"train.balance={threshold:g} repeats their images"
+    frequent = f"{dataset.names[int(counts.argmax())]} in {int(counts.max())}"
+    fewest = f"{dataset.names[least]} is in {plural(int(used.min()), 'image')}"
+    message = f"{plural(len(names), 'rare class')} ({shown}): {fewest}, {frequent}; {advice}"
+    return Finding("warning", message, "rare classes", len(names), dataset.source, advice, is_harmless=True)
 
 
 def describe_crowded_images(dataset: DetectionDataset, max_det: int) -> Finding | None:

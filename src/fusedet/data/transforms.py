@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -158,15 +159,20 @@ def _check_sizes(sizes: Sequence[int], max_size: int) -> None:
         raise InputError(f"max_size must be at least the short side: it is {max_size}, the short side {max(sizes)}")
 
 
+def check_image_size(path: Path, actual: Sequence[int], annotated: Sequence[int]) -> None:
+    """Raise InputError where the (height, width) of an image is not the annotated one."""
+    if tuple(actual) != tuple(annotated):
+        raise InputError(
+            f"{path} is {actual[1]}x{actual[0]} pixels, but its annotation says {annotated[1]}x{annotated[0]}: "
+            "correct the annotation"
+        )
+
+
 def _apply(
     image: Tensor, annotations: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
 ) -> tuple[Tensor, tuple[float, float], Target]:
     height, width = image.shape[1:]
-    if (height, width) != (annotations.height, annotations.width):
-        raise InputError(
-            f"{annotations.path} is {width}x{height} pixels, but its annotation says "
-            f"{annotations.width}x{annotations.height}: correct the annotation"
-        )
+    check_image_size(annotations.path, (height, width), (annotations.height, annotations.width))
     boxes: Tensor = tv_tensors.BoundingBoxes(
         torch.from_numpy(annotations.boxes), format="XYXY", canvas_size=(height, width)
     )
@@ -203,15 +209,18 @@ def decode_mask(annotations: ImageAnnotations, i: int) -> np.ndarray:
     segmentation: Any = annotations.segmentations[i]
     if not segmentation:
         raise InputError(f"{annotations.path}: annotation {i} has no segmentation, but masks are needed")
+    tile = annotations.tile
+    height, width = (tile.image_height, tile.image_width) if tile else (annotations.height, annotations.width)
     try:
-        mask = coco_mask.decode(coco_mask.segmToRle(segmentation, annotations.width, annotations.height))
+        mask = coco_mask.decode(coco_mask.segmToRle(segmentation, width, height))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{annotations.path}: the segmentation of annotation {i} is neither polygons nor an RLE ({error})"
         ) from error
-    if mask.shape != (annotations.height, annotations.width):
+    if mask.shape != (height, width):
         raise InputError(
-            f"{annotations.path}: the segmentation of annotation {i} is {mask.shape} instead of "
-            f"{(annotations.height, annotations.width)}"
+            f"{annotations.path}: the segmentation of annotation {i} is {mask.shape} instead of {(height, width)}"
         )
+    if tile:
+        mask = mask[tile.top : tile.top + annotations.height, tile.left : tile.left + annotations.width]
     return mask

@@ -21,7 +21,13 @@ from fusedet.data.findings import Finding
 from fusedet.data.image_decoding import ImageValues, get_image_formats, inspect_image, read_image_size
 from fusedet.data.image_files import map_files
 from fusedet.data.image_values import describe_values
-from fusedet.data.split_checks import check_box_convention, check_class_names, check_targets, describe_crowded_images
+from fusedet.data.split_checks import (
+    check_box_convention,
+    check_class_names,
+    check_targets,
+    describe_crowded_images,
+    describe_rare_classes,
+)
 from fusedet.data.transforms import keep_ratio_size
 from fusedet.errors import InputError
 
@@ -120,6 +126,8 @@ def validate_split(
     findings += check_class_names(dataset)
     if crowded := describe_crowded_images(dataset, max_det):
         findings.append(crowded)
+    if for_training and (rare := describe_rare_classes(dataset)):
+        findings.append(rare)
     if smallest := _find_smallest(dataset, size):
         statistics["smallest"] = smallest
         if smallest["network_side"] < _MIN_NETWORK_SIDE and not any(f.severity == "error" for f in findings):

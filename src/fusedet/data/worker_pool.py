@@ -7,18 +7,21 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.collate import Sample, collate_views, make_samples
-from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_decoding import read_image
-from fusedet.data.transforms import EvalTransform, Transform
+from fusedet.data.dataset import DetectionDataset, ImageAnnotations
+from fusedet.data.image_decoding import read_image, read_image_size
+from fusedet.data.transforms import EvalTransform, Transform, check_image_size
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch
 
@@ -30,8 +33,8 @@ class BatchRequest(NamedTuple):
 
     Attributes:
         epoch: The epoch, from 0.
-        own: Indices of the images that this process loads.
-        joint: Indices of the images of all processes, which are padded alike.
+        own: Indices of the images that this process loads; i + k N is the k-th repetition of image i of N.
+        joint: The same of all processes, whose images are padded alike.
     """
 
     epoch: int
@@ -91,7 +94,7 @@ class BatchReader(Dataset[Any]):
                 except InputError as error:
                     if not self.replace:
                         raise
-                    bad.append((index, str(error)))
+                    bad.append((index % len(self.dataset), str(error)))
                     images.append(self.load_replacement(request, index, str(error)))
             # other processes do not know of the replacement: all pad as if the bad image were in the batch
             unread = set(request.joint) if bad else set(request.joint) - set(request.own)
@@ -109,7 +112,7 @@ class BatchReader(Dataset[Any]):
             InputError: No image can replace it; the sentence begins with `reason`.
         """
         order = shuffle_indices(len(self.dataset), self.seed, request.epoch)
-        position, failed = order.index(index), 0
+        position, failed = order.index(index % len(self.dataset)), 0
         limit = [-(-side // MULTIPLE) * MULTIPLE for side in self.largest_size(request.epoch, set(request.joint))]
         for candidate in order[position + 1 :] + order[:position]:
             height, width = self.network_size(request.epoch, candidate)
@@ -125,10 +128,37 @@ class BatchReader(Dataset[Any]):
 
     def load_samples(self, epoch: int, index: int) -> list[Sample]:
         """Load an image as it is in an epoch, and in the further views."""
-        annotations = self.dataset[index]
-        image = read_image(annotations.path, self.dataset.value_range, exif=self.dataset.exif)
+        image, annotations = self.read(index % len(self.dataset))
         with _seed_sample(self.seed, epoch, index):
-            return make_samples(image, annotations, (self.transform, *self.views), self.masks)
+            return make_samples(image, annotations, (self.transform_in(epoch, index), *self.views), self.masks)
+
+    def read(self, index: int) -> tuple[Tensor, ImageAnnotations]:
+        """Decode an image or a tile, and return its annotations."""
+        annotations, exif, value_range = self.dataset[index], self.dataset.exif, self.dataset.value_range
+        path, tile, window = annotations.path, annotations.tile, None
+        if tile:
+            actual = read_image_size(path, any_mode=True, exif=exif)
+            check_image_size(path, actual, (tile.image_height, tile.image_width))
+            window = (tile.left, tile.top, tile.left + annotations.width, tile.top + annotations.height)
+        return read_image(path, value_range, exif=exif, window=window), annotations
+
+    def read_other(self, index: int) -> tuple[Tensor, ImageAnnotations]:
+        """Read a random image other than `index`, drawn from torch's global generator.
+
+        Where bad images are replaced, the next one that can be read stands in for it.
+        """
+        count = len(self.dataset)
+        drawn = (index + 1 + int(torch.randint(max(1, count - 1), ()))) % count
+        for step in range(min(_MAX_ATTEMPTS, count) if self.replace else 0):
+            with suppress(InputError):
+                return self.read((drawn + step) % count)
+        return self.read(drawn)
+
+    def transform_in(self, epoch: int, index: int) -> Transform:
+        """Return the transform of an image in an epoch."""
+        if isinstance(self.transform, AugmentedTransform):
+            return self.transform.in_epoch(epoch, partial(self.read_other, index))
+        return self.transform
 
     def largest_size(self, epoch: int, indices: Iterable[int]) -> tuple[int, int]:
         """Return the largest height and width of images in an epoch, by their annotated sizes, without reading them."""
@@ -137,8 +167,9 @@ class BatchReader(Dataset[Any]):
 
     def network_size(self, epoch: int, index: int) -> tuple[int, int]:
         """Return an image's (height, width) for the network in an epoch."""
+        size = self.dataset.sizes[index % len(self.dataset)].tolist()
         with _seed_sample(self.seed, epoch, index):
-            return self.transform.network_size(*self.dataset.sizes[index].tolist())
+            return self.transform_in(epoch, index).network_size(*size)
 
 
 class WorkerPool:

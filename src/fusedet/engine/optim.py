@@ -61,7 +61,7 @@ def scaled_lr(settings: Train) -> float:
     >>> scaled_lr(Train(lr=0.01, base_batch=16, batch=4))
     0.0025
     """
-    return settings.lr * settings.batch / settings.base_batch if settings.base_batch else settings.lr
+    return settings.lr * settings.total_batch / settings.base_batch if settings.base_batch else settings.lr
 
 
 def lr_factor(step: int, settings: Train, *, total_steps: int, steps_per_epoch: int) -> float:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from fusedet.errors import InputError, StorageError
 from fusedet.exporters.graph import INPUTS
 from fusedet.exporters.metadata import Metadata
 from fusedet.models.ops.exporting import nms_over_images
+from fusedet.quiet import quiet
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "torch": (),
@@ -28,6 +26,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
 """The formats, and the packages that each needs."""
+
+_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")  # their remarks are on their own defaults
 KEY = "fusedet"
 """Name of the metadata inside a file."""
 
@@ -85,7 +85,7 @@ def _write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> Pa
     """Write a .pt2 file that needs torch and torchvision only."""
     operator = torch.ops.fusedet.nms_keep_mask.default
     buffer = io.BytesIO()
-    with _quiet():
+    with quiet(*_LOGGERS):
         plain = program.run_decompositions({operator: nms_over_images})
         torch.export.save(plain, buffer, extra_files={KEY: metadata.to_json()})
     write_atomically(path, buffer.getbuffer())
@@ -95,7 +95,7 @@ def _write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> Pa
 def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, metadata: Metadata) -> Path:
     import onnx
 
-    with _quiet():
+    with quiet(*_LOGGERS):
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -116,7 +116,9 @@ def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, me
 
 def _onnx_nms(boxes: Any, scores: Any, iou: float) -> Any:
     """Translate `fusedet::nms_keep_mask` to one NonMaxSuppression, whose rows (image, class, box) become a mask."""
-    from onnxscript import opset18 as op
+    import onnxscript
+
+    op: Any = onnxscript.opset18
 
     limit = op.Shape(scores, start=1, end=2)
     by_class = op.Unsqueeze(scores, op.Constant(value_ints=[1]))  # (N, 1, M): one class
@@ -140,19 +142,3 @@ def _write_openvino(source: Path, path: Path, metadata: Metadata) -> list[Path]:
     except RuntimeError as error:
         raise StorageError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from error
     return [path, path.with_suffix(".bin")]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks on its own defaults."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

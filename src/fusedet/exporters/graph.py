@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import padding
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -62,6 +65,25 @@ def smallest_side(detector: DetectorModule) -> int:
     return detector.neck.levels.strides[-1] + MULTIPLE
 
 
+@contextmanager
+def _constant_padding() -> Iterator[None]:
+    """Let timm pad by constants in models of TensorFlow's "same" padding, such as tf_efficientnet_lite0.
+
+    Every stride divides the sides that it meets, as the input's are multiples of 32: what timm computes from the side
+    is a constant. As an expression of a dynamic side it grows with every layer, until tracing does not end.
+    """
+    compute = padding.get_same_padding
+
+    def compute_constant(x: int, kernel_size: int, stride: int, dilation: int) -> int:
+        return max((kernel_size - 1) * dilation + 1 - stride, 0)
+
+    padding.get_same_padding = compute_constant
+    try:
+        yield
+    finally:
+        padding.get_same_padding = compute
+
+
 def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Trace a detector; images go in as uint8, and normalisation and NMS are in the program.
 
@@ -85,7 +107,7 @@ def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[
         dynamic = {"images": {0: count}, "sizes": {0: count}}
     if shapes.size is None:
         dynamic["images"] |= {2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
-    with exporting(), torch.no_grad():
+    with exporting(), _constant_padding(), torch.no_grad():
         program = torch.export.export(_Graph(detector, raw), (images, sizes), dynamic_shapes=dynamic, strict=False)
     count_outputs = len(program.graph_signature.user_outputs)
     return program, (RAW_OUTPUTS if raw else OUTPUTS)[:count_outputs]

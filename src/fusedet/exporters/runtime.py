@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -118,13 +117,8 @@ class ExportedDetector(nn.Module):
         super().__init__()
         self.session, self.metadata = session, metadata
         self.device = torch.device("cpu")
-        limits = metadata.thresholds
-        self.selection: Mapping[str, Any] = {
-            "score": limits.score,
-            "iou": limits.nms,
-            "pre_nms": limits.pre_nms,
-            "max_det": limits.max_det,
-        }
+        # what merges the views of test-time augmentation
+        self.selection = {"iou": metadata.thresholds.nms, "max_det": metadata.thresholds.max_det}
 
     @property
     def num_classes(self) -> int:

@@ -8,6 +8,7 @@ from fusedet.visualization.evaluation_plots import (
     plot_precision_recall,
 )
 from fusedet.visualization.images import draw_boxes, draw_comparison, draw_image_grid
+from fusedet.visualization.latency_plot import plot_latency
 from fusedet.visualization.training_curves import plot_training
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "plot_ap_by_size",
     "plot_confusion_matrix",
     "plot_differences",
+    "plot_latency",
     "plot_precision_recall",
     "plot_training",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,6 +48,13 @@ def style_axes(axes: Axes) -> None:
     axes.grid(True, color="#ebebeb", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(color="#8c8c8c", labelcolor=DARK, labelsize=9, length=3)
+
+
+def add_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Add a legend at the right of a figure, in fonts that have its letters."""
+    labels = [handle.get_label() for handle in handles]
+    font = {"family": colors.font_families(labels), "size": 9}
+    figure.legend(handles, labels, loc="outside right center", frameon=False, prop=font, labelcolor=DARK)
 
 
 def plot_color(k: int) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
 
     Args:
         metrics_csv: A run's metrics.csv with the columns epoch, step, lr, loss, loss terms (loss_...) and validation
-            metrics (AP..., AR..., mAP...); cells may be empty.
+            metrics (AP..., AR..., mAP..., val_loss); cells may be empty.
         path: File to write; its suffix names the format: png, pdf or svg.
         title: Title of the plot.
 
@@ -31,7 +31,7 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
     x = table[x_name] if x_name in table else np.arange(len(next(iter(table.values()))), dtype=float)
     scores = [name for name in table if name.startswith(("AP", "mAP", "AR"))]
     terms = loss_terms(table)
-    drawn = [group for group in ([*terms, "loss"], scores, ["lr"]) if any(name in table for name in group)]
+    drawn = [group for group in ([*terms, "loss", "val_loss"], scores, ["lr"]) if any(name in table for name in group)]
     if not drawn:
         raise InputError(f"{metrics_csv} has no columns to draw: it must hold some of loss, lr, AP")
     ratios = [0.55 if group == ["lr"] else 1.0 for group in drawn]
@@ -48,6 +48,9 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
             color = DARK if name in ("loss", "lr") or (group is scores and i == 0) else plot_color(i)
             if group is scores:
                 axes.plot(at, value, "o-", ms=3, lw=1.8, color=color, label=name)
+                continue
+            if name == "val_loss":
+                axes.plot(at, value, "s--", ms=3, lw=1.4, color=DARK, label="validation loss")
                 continue
             if len(value) > 100 and name != "lr":
                 axes.plot(at, value, lw=0.5, color=color, alpha=0.25)

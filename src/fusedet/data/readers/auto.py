@@ -60,7 +60,7 @@ class Layout:
 
 
 def _read_coco(folder: DataFolder, split: str, options: ReadOptions) -> DetectionDataset:
-    file, folders, root = coco_layout.find_split(folder, split)
+    file, folders, likely, root = coco_layout.find_split(folder, split)
     if options.images is not None:
         if not os.path.isdir(options.images):
             raise InputError(f"images={options.images} is not a folder")
@@ -72,6 +72,7 @@ def _read_coco(folder: DataFolder, split: str, options: ReadOptions) -> Detectio
         need_images=options.need_images,
         by_last_part=options.images is not None,
         exif=options.exif,
+        likely=likely,
     )
 
 
@@ -130,9 +131,7 @@ def _load_class_list(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
 
 def _has_class_list(folder: DataFolder) -> bool:
     """Whether a folder has a class list and label files of its images."""
-    return darknet.find_class_list(folder) is not None and any(
-        map(has_yolo_labels, folder.list_annotations(".txt")[:100])
-    )
+    return darknet.find_class_list(folder) is not None and any(map(has_yolo_labels, folder.list_annotations(".txt")))
 
 
 def _has_voc_folders(folder: DataFolder) -> bool:

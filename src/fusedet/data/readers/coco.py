@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -32,6 +33,7 @@ def read_coco(
     need_images: bool = True,
     by_last_part: bool = False,
     exif: bool = True,
+    likely: int = 1,
 ) -> DetectionDataset:
     """Read a COCO json.
 
@@ -51,6 +53,7 @@ def read_coco(
         by_last_part: Whether an image that is not found by its whole `file_name` is found by the last part of it,
             anywhere in the image folder.
         exif: Whether missing sizes are those after EXIF rotation.
+        likely: How many of the folders have a name or a place that fits; of the others, only one may hold the images.
 
     Raises:
         InputError: The file is not valid COCO; the sentence names the entry and the key.
@@ -64,7 +67,7 @@ def read_coco(
         raise InputError(f"{file} lists no images: its 'images' is empty")
     file_names = _strings(images, "file_name", "image", file)
     try:
-        paths = find_images(file_names, folders, Path(root) if root else None, file, by_last_part)
+        paths = find_images(file_names, folders, Path(root) if root else None, file, by_last_part, likely)
         if need_images:
             more = f" or {len(folders) - 3} more folders" if len(folders) > 3 else ""
             require_any_image(paths, " or ".join(map(str, folders[:3])) + more, file)
@@ -82,6 +85,8 @@ def read_coco(
             "0"
         )
 
+    counts = Counter(paths)
+    repeated = [path for path, count in counts.items() for _ in range(count - 1)]
     rows = _rows(data, "annotations", file) if "annotations" in data else []
     problems = {
         annotation_cleaning.SAME_ID: _count_duplicate_ids(rows),
@@ -120,10 +125,12 @@ def read_coco(
         dataset_format="coco",
         problems=problems
         | {
+            annotation_cleaning.SAME_FILE: len(repeated),
             annotation_cleaning.NO_IMAGE: int((~listed).sum()),
             annotation_cleaning.BAD_AREA: bad_areas,
             annotation_cleaning.BAD_SEGMENTATION: dropped,
         },
+        examples={annotation_cleaning.SAME_FILE: repeated[0]} if repeated else None,
         image_id_texts=image_texts,
         category_id_texts=category_texts,
     )

@@ -40,8 +40,8 @@ def has_files(folder: DataFolder) -> bool:
     return bool(_find_files(folder))
 
 
-def find_split(folder: DataFolder, split: str) -> tuple[Path, list[Path], Path]:
-    """Find the json file of a split, the folders where its images may be, and the data folder.
+def find_split(folder: DataFolder, split: str) -> tuple[Path, list[Path], int, Path]:
+    """Find the json file of a split, the folders where its images may be, how many of these fit, and the data folder.
 
     Raises:
         InputError: There is no such split, or several have the name.
@@ -49,10 +49,12 @@ def find_split(folder: DataFolder, split: str) -> tuple[Path, list[Path], Path]:
     file = Path(split) if split.endswith(".json") else _find_file(folder, split)
     path = folder.path
     root = path if path.is_dir() and path.resolve() in file.resolve().parents else _data_folder(file)
-    return file, _list_image_folders(file, root, split), root
+    return file, *_list_image_folders(file, root, split), root
 
 
-def find_images(names: list[str], folders: list[Path], root: Path | None, file: Path, by_last_part: bool) -> list[str]:
+def find_images(
+    names: list[str], folders: list[Path], root: Path | None, file: Path, by_last_part: bool, likely: int = 1
+) -> list[str]:
     """Find the files of images.
 
     Args:
@@ -62,9 +64,10 @@ def find_images(names: list[str], folders: list[Path], root: Path | None, file: 
         root: The folder that names must not leave by "..", by default that folder.
         file: The json file, for messages.
         by_last_part: Whether images are also found by the last part of their names, anywhere in the first folder.
+        likely: How many of the folders have a name or a place that fits; of the others, only one may hold the images.
 
     Raises:
-        InputError: A name leaves the folders, or two names end in the same image.
+        InputError: A name leaves the folders, two names end in the same image, or several folders hold the images.
     """
     if by_last_part:
         return _find_by_last_part(names, folders[0], file)
@@ -76,10 +79,14 @@ def find_images(names: list[str], folders: list[Path], root: Path | None, file: 
     best = folders[int(np.argmax(counts))]
     paths = [resolve_inside(best, name, root or best, source=file) for name in names]
     if len(folders) > 1 and any(counts):  # images in several folders
+        is_likely = best in folders[:likely]
         for i, name in enumerate(names):
-            if ".." not in name and not os.path.exists(paths[i]):
-                elsewhere = (os.path.join(folder, name.replace("\\", "/")) for folder in folders)
-                paths[i] = next(filter(os.path.exists, elsewhere), paths[i])
+            if ".." not in name and not (is_likely and os.path.exists(paths[i])):
+                places = [folder for folder in folders if os.path.exists(folder / name.replace("\\", "/"))]
+                if len(places) > 1 and places[0] not in folders[:likely]:
+                    raise InputError(f"{file} may mean the images of {places[0]} or of {places[1]}")
+                if places and best not in places:
+                    paths[i] = os.path.join(places[0], name.replace("\\", "/"))
     return paths
 
 
@@ -114,11 +121,22 @@ def _find_usual_files(folder: DataFolder) -> dict[str, Path]:
             kind = folder.identify_json(file)
             is_coco = kind == "coco" or (kind is None and _names_split(file))
             if is_coco and not file.name.startswith(_OTHER_TASKS) and not is_system_file(file.name):
-                files.setdefault(_split_of(file), file)
+                _add_split(files, _split_of(file), file, folder)
     for file in sorted(path.glob(f"*/{_ROBOFLOW}")):
         if not is_system_file(file.parent.name):
-            files.setdefault(file.parent.name, file)
+            _add_split(files, file.parent.name, file, folder)
     return files
+
+
+def _add_split(files: dict[str, Path], split: str, file: Path, folder: DataFolder) -> None:
+    """Add a json file, and refuse a second one of a split: none of the two is to vanish."""
+    first = files.setdefault(split, file)
+    is_coco = folder.identify_json(first) == folder.identify_json(file) == "coco"
+    if is_coco and not first.samefile(file):
+        raise InputError(
+            f"{first} and {file} are both the split '{split}' by their names: join them, move one elsewhere, or give "
+            "one of them instead of the folder"
+        )
 
 
 def _find_files(folder: DataFolder) -> dict[str, Path]:
@@ -129,7 +147,7 @@ def _find_files(folder: DataFolder) -> dict[str, Path]:
             parents = [
                 part for part in file.relative_to(folder.root).parts[:-1] if normalize_split_name(part) in SPLIT_NAMES
             ]
-            files.setdefault(parents[-1] if parents and not _names_split(file) else _split_of(file), file)
+            _add_split(files, parents[-1] if parents and not _names_split(file) else _split_of(file), file, folder)
     short = normalize_split_names([re.sub(r"\d{4}$", "", name) for name in files])
     return {
         s if s and short.count(s) == 1 else name: file for (name, file), s in zip(files.items(), short, strict=True)
@@ -167,8 +185,12 @@ def _data_folder(file: Path) -> Path:
     return file.parent.parent if file.parent.name == "annotations" else file.parent
 
 
-def _list_image_folders(file: Path, root: Path, split: str) -> list[Path]:
-    """Folders where the images of a COCO json may be, the likeliest first."""
+def _list_image_folders(file: Path, root: Path, split: str) -> tuple[list[Path], int]:
+    """Folders where the images of a COCO json may be, and how many of them, the first, have a fitting name or place.
+
+    Where a folder has the name of the json's split, those of other splits are left out: numbers as file names often
+    begin again in each split.
+    """
     stem = re.sub(r"^(instances|image_info)_", "", file.stem)
     names = dict.fromkeys([stem, split, normalize_split_name(split), re.sub(r"\d{4}$", "", stem)])
     bases = [root, root / "images"]
@@ -176,6 +198,10 @@ def _list_image_folders(file: Path, root: Path, split: str) -> list[Path]:
         [file.parent, file.parent / "images", file.parent.parent / "images"] if root in file.parents else [file.parent]
     )
     below = [f for base in dict.fromkeys([*bases, *near[:1]]) for f in _list_subfolders(base)]
+    own, parent = _split_of_folder(stem), normalize_split_name(file.parent.name)
+    own = own or (parent if parent in SPLIT_NAMES else "")
+    if own and own in {_split_of_folder(f.name) for f in below}:
+        below = [f for f in below if _split_of_folder(f.name) in (own, "")]
     equal = [f for name in names for f in below if f.name == name]
     similar = [
         f
@@ -183,7 +209,14 @@ def _list_image_folders(file: Path, root: Path, split: str) -> list[Path]:
         for f in below
         if name and normalize_split_name(f.name).startswith(normalize_split_name(name))
     ]
-    return [f for f in dict.fromkeys([*equal, *similar, *near, *bases[::-1], *below]) if os.path.isdir(f)]
+    likely = [f for f in dict.fromkeys([*equal, *similar, *near, *bases[::-1]]) if os.path.isdir(f)]
+    return list(dict.fromkeys([*likely, *below])), len(likely)
+
+
+def _split_of_folder(name: str) -> str:
+    """The split that a folder's name begins with: train2017, val_images; "" for any other, such as trainval."""
+    match = re.match(r"(train(ing)?|val(id(ation)?)?|test(ing)?)(?![a-z])", name.lower())
+    return normalize_split_name(match[1]) if match else ""
 
 
 def _list_subfolders(folder: Path) -> list[Path]:

@@ -40,7 +40,8 @@ def read_cvat(folder: DataFolder, split: str | None = None) -> RecordSet:
             raise InputError(
                 f"{file} is CVAT's format for video, which names no images: export it as 'CVAT for images 1.1' or COCO"
             )
-        classes |= dict.fromkeys(filter(None, (n.text for n in root.iterfind("meta//labels/label/name"))))
+        labels = (label for label in root.iterfind("meta//labels/label") if label.find("parent") is None)
+        classes |= dict.fromkeys(filter(None, (label.findtext("name") for label in labels)))  # no parts of skeletons
         for subset, record in _parse_images(folder, file, root, problems):
             groups[subset or by_folder[file]].append(record)
     if not groups:

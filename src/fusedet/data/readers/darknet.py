@@ -25,7 +25,7 @@ def load_obj_data(file: Path) -> dict[str, Any]:
         InputError: The file has no `names`, or a file that it names does not exist.
     """
     lines = [line.partition("#")[0].partition("=") for line in read_text(file).splitlines()]
-    values = {key.strip(): value.strip() for key, sign, value in lines if sign}
+    values = {key.strip().lower(): value.strip() for key, sign, value in lines if sign}
     if "names" not in values:
         raise InputError(f"{file} is not Darknet's data file: it must hold 'names', 'train' and 'valid'")
     data: dict[str, Any] = {
@@ -74,6 +74,7 @@ def read_class_list(file: Path) -> list[str]:
 
 def _find_file(source: Path, name: str) -> Path:
     """A file that obj.data names: relative to it, with or without the first folder of the name."""
+    name = name.replace("\\", "/")
     for part in (name, name.partition("/")[2], os.path.basename(name)):
         if (
             part

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import mmap
 import os
 import re
 from collections import Counter, defaultdict
@@ -99,7 +101,9 @@ class DataFolder:
         own = Counter(self._folders(annotation)) + Counter(name.split("/")[:-1])
         scores = [sum((own & Counter(self._folders(path))).values()) for path in candidates]
         beside = [path for path in candidates if os.path.dirname(path) == os.path.dirname(annotation)]
-        best = beside or [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
+        nearest = [path for path, score in zip(candidates, scores, strict=True) if score == max(scores)]
+        # folders cannot tell an image from a mask of another extension
+        best = beside or (nearest if len(set(map(os.path.basename, candidates))) == 1 else candidates)
         if len(best) > 1:
             raise InputError(
                 f"{annotation} belongs to an image '{name}', but there are several: {best[0]} and {best[1]}"
@@ -143,7 +147,7 @@ def is_data_yaml(file: str | Path) -> bool:
 
 def has_yolo_labels(file: str | Path) -> bool:
     """Return whether a text file has a line of YOLO's labels: a class number and at least four numbers."""
-    return file_mentions(file, r"^\d+( +[-+.eE\d]+){4,}\s*$")
+    return file_mentions(file, r"^[ \t]*\d+(\.0*)?([ \t]+[-+.eE\d]+){4,}\s*$")
 
 
 def file_mentions(file: str | Path, pattern: str) -> bool:
@@ -152,11 +156,20 @@ def file_mentions(file: str | Path, pattern: str) -> bool:
 
 
 def _identify_json(file: str) -> str | None:
-    """The format of a json file by the keys at its beginning."""
-    head = _read_head(file)
-    kinds = (kind for kind, *keys in _JSON_KEYS if all(re.search(key.encode(), head) for key in keys))
-    is_cut = len(head) == _HEAD and re.search(rb'"categories"\s*:\s*\[', head)  # more categories than fit
-    return next(kinds, "coco" if is_cut else None)
+    """The format of a json file by the keys at its beginning, else by those of the whole file."""
+    kind = _match_json_keys(_read_head(file))
+    if kind is not None or not os.path.isfile(file) or os.path.getsize(file) <= _HEAD:
+        return kind
+    try:  # an image in the file (LabelMe's imageData) or many categories may stand before the keys
+        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _match_json_keys(content)
+    except (OSError, ValueError):
+        return None  # reported when it is read
+
+
+def _match_json_keys(content: bytes | mmap.mmap) -> str | None:
+    kinds = (kind for kind, *keys in _JSON_KEYS if all(re.search(key.encode(), content) for key in keys))
+    return next(kinds, None)
 
 
 _JSON_KEYS = (
@@ -165,21 +178,26 @@ _JSON_KEYS = (
     ("via", r'"_via_img_metadata"\s*:'),
     ("Label Studio", r'"(from_name|annotation_results|completed_by)"\s*:'),
     ("Datumaro", r'"dm_format_version"\s*:'),
-    ("Create ML", r'"coordinates"\s*:\s*\{'),
+    ("Create ML", r'"coordinates"\s*:\s*\{\s*"(x|y|width|height)"'),
+    ("Supervisely", r'"classTitle"\s*:'),
     ("coco", r'"images"\s*:\s*\['),
     ("coco", r'"annotations"\s*:\s*\[', r'"(image_id|categories)"\s*:'),
 )
-"""Formats and the patterns that the beginning of their files must all match."""
+"""Formats and the patterns that their files must all match."""
 
 
 def _read_head(file: str | Path) -> bytes:
+    """The first bytes of a file, as UTF-8 without a byte order mark."""
     if not os.path.isfile(file):  # a pipe, whose reading might never end
         return b""
     try:
         with open(file, "rb") as stream:
-            return stream.read(_HEAD)
+            head = stream.read(_HEAD)
     except OSError:
         return b""  # reported when it is read
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return head.decode("utf-16", "ignore").encode("utf-8", "ignore")
+    return head.removeprefix(codecs.BOM_UTF8)
 
 
 def last_part(name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,16 @@ def read_imagefolder(folder: DataFolder, split: str | None = None) -> RecordSet:
         raise InputError(f"{folder.path}: none of the images of {', '.join(files)} is there")
     if not names and all(name.isdecimal() for record in records for name in record.names):
         names = sorted({name for record in records for name in record.names}, key=int)
-    by_path = {record.path: record for record in records}
-    problems.counts[annotation_cleaning.LISTED_TWICE] = len(records) - len(by_path)
-    splits = {name: [by_path[p] for p in group] for name, group in folder.group_by_split(by_path, split).items()}
+    by_path: dict[str, list[ImageRecord]] = defaultdict(list)
+    for record in records:
+        by_path[record.path].append(record)
+    groups = folder.group_by_split(by_path, split)
+    splits = {name: [record for path in group for record in by_path[path]] for name, group in groups.items()}
     return RecordSet("imagefolder", splits, names, problems)
 
 
 def _parse_lines(folder: DataFolder, file: str, names: list[str], problems: Problems) -> Iterator[ImageRecord]:
-    for i, line in enumerate(read_text(Path(file)).splitlines(), 1):
+    for i, line in enumerate(read_text(Path(file)).split("\n"), 1):  # texts may hold other line separators
         if not line.strip():
             continue
         where = f"{file}, line {i}"
@@ -113,7 +116,10 @@ def _class_name(category: Any, names: list[str], where: str) -> str:
 
 
 def _read_class_label(file: Path) -> list[str]:
-    """The names of the first class_label in the head of a README.md; none where there is no such list."""
+    """The names of the class_label of the objects in the head of a README.md; none where there is no such list.
+
+    Other features, such as the class of the whole image, may have a class_label too.
+    """
     match = re.match(r"---\s*\n(.*?)\n---", read_text(file), re.DOTALL) if file.is_file() else None
     if match is None:
         return []
@@ -124,11 +130,29 @@ def _read_class_label(file: Path) -> list[str]:
         return []
     if is_large:
         raise InputError(f"{file}: its head has more than {LONGEST} characters or {LARGEST} values")
-    pending = [content]
+    labels: list[tuple[set[str], Any]] = []  # the features around each class_label, and its names
+    pending: list[tuple[Any, set[str]]] = [(content, set())]
     while pending:
-        node = pending.pop()
-        if isinstance(node, dict) and isinstance(label := node.get("class_label"), dict):
-            names = label.get("names")
-            return list(map(str, names.values() if isinstance(names, dict) else names or []))
-        pending += list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
-    return []
+        node, features = pending.pop()
+        if isinstance(node, dict):
+            features = features | {str(node.get("name"))}
+            if isinstance(label := node.get("class_label"), dict):
+                labels.append((features, label.get("names")))
+            pending += [(value, features | {key}) for key, value in node.items()]
+        elif isinstance(node, list):
+            pending += [(value, features) for value in node]
+    labels = [(features, names) for features, names in labels if "objects" in features]
+    labels = [(features, names) for features, names in labels if features & set(_CLASSES)] or labels
+    if len({str(names) for _, names in labels}) > 1:
+        raise InputError(f"{file} has several lists of class names (class_label) for objects: keep that of these data")
+    return _order_names(labels[0][1], file) if labels else []
+
+
+def _order_names(names: Any, file: Path) -> list[str]:
+    """The names of a class_label: a list, or a mapping from numbers."""
+    if not isinstance(names, dict):
+        return list(map(str, names or []))
+    numbers = [str(number) for number in range(len(names))]
+    if set(names) != set(numbers):
+        raise InputError(f"{file}: the names of class_label must be numbered from 0, not {', '.join(names)[:60]}")
+    return [str(names[number]) for number in numbers]

@@ -23,8 +23,9 @@ def load_json(file: str | Path, object_hook: Callable[[dict[str, Any]], Any] | N
     Raises:
         InputError: It is not valid json; the sentence names the line.
     """
+    text = read_text(Path(file))
     try:
-        return json.loads(read_text(Path(file)), object_hook=object_hook)
+        return json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not valid json: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 from fusedet.data import annotation_cleaning
@@ -11,7 +12,7 @@ from fusedet.data.readers.left_out_files import Problems
 from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes, image_name_of, read_annotation_files
 from fusedet.errors import InputError
 
-_POLYGONS = ("polygon", "rotation", None)  # old files have no `shape_type`
+_POLYGONS = ("polygon", "rotation", "quadrilateral", None)  # old files have no `shape_type`
 
 
 def list_labelme_files(folder: DataFolder) -> list[str]:
@@ -60,7 +61,7 @@ def _to_polygon(shape: Entry) -> list[list[float]] | None:
             raise InputError(f"{shape.where}: a {kind} has 2 points, not {len(points)}")
         (x1, y1), (x2, y2) = points
         if kind == "circle":  # its centre and a point of its edge
-            radius = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
+            radius = math.hypot(x2 - x1, y2 - y1)
             x1, y1, x2, y2 = x1 - radius, y1 - radius, x1 + radius, y1 + radius
         return [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]
     return None

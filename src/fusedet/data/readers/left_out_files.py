@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fusedet.data import annotation_cleaning
@@ -38,21 +38,23 @@ def find_left_out_yolo_files(
         folders: The folders that the split names.
         get_label_path: Returns the label file of an image.
     """
-    directories = {os.path.dirname(image) for image in images}
-    for folder in folders:
-        for directory, subfolders, _ in os.walk(folder):
-            subfolders[:] = [name for name in subfolders if not is_system_file(name)]
-            directories.add(directory)
+
+    def get_label_folder(directory: str) -> str:
+        return os.path.dirname(get_label_path(os.path.join(directory, "image.jpg")))
+
+    folders = list(folders)
+    directories = {os.path.dirname(image) for image in images} | set(_walk_folders(folders))
     labels: defaultdict[str, set[str]] = defaultdict(set)  # of the images on the disk, by folder of the labels
+    for directory in _walk_folders(map(get_label_folder, folders)):
+        labels[directory] = set()
     for directory in sorted(directories):
         names = _list_names(directory)
-        label_folder = os.path.dirname(get_label_path(os.path.join(directory, "image.jpg")))
-        labels[label_folder] |= {os.path.splitext(name)[0] for name in names if is_image_name(name)}
+        labels[get_label_folder(directory)] |= {os.path.splitext(name)[0] for name in names if is_image_name(name)}
         add_unread_images(problems, directory, names)
-    for label_folder, stems in labels.items():
+    for label_folder, stems in sorted(labels.items()):
         names = _list_names(label_folder)
         is_mixed = label_folder in directories
-        unpaired = (name for name in names if name.endswith(".txt") and name[:-4] not in stems)
+        unpaired = (name for name in names if name.lower().endswith(".txt") and name[:-4] not in stems)
         paths = (os.path.join(label_folder, name) for name in unpaired)
         problems.add(annotation_cleaning.NO_IMAGE_FILE, (path for path in paths if _is_label_file(path, not is_mixed)))
 
@@ -64,6 +66,14 @@ def add_unread_images(problems: Problems, directory: str, names: Iterable[str]) 
             extension = os.path.splitext(name)[1].lower()
             text = annotation_cleaning.UNREAD_HEIF if extension in _HEIF else annotation_cleaning.UNREAD
             problems.add(text.format(extension=extension), [os.path.join(directory, name)])
+
+
+def _walk_folders(folders: Iterable[str]) -> Iterator[str]:
+    """Yield folders and all their subfolders, without those of the system."""
+    for folder in folders:
+        for directory, subfolders, _ in os.walk(folder):
+            subfolders[:] = [name for name in subfolders if not is_system_file(name)]
+            yield directory
 
 
 def _list_names(directory: str) -> list[str]:

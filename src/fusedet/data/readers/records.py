@@ -58,11 +58,13 @@ class Shapes:
     def add_box(self, name: str, x1: float, y1: float, x2: float, y2: float) -> None:
         """Add a rectangle, given by any two opposite corners."""
         self.names.append(name)
-        self.boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+        is_nan = math.isnan(x1 + y1 + x2 + y2)  # min and max would return the other corner
+        self.boxes.append((math.nan,) * 4 if is_nan else (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
         self.segmentations.append(b"")
 
     def add_ellipse(self, name: str, x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> None:
         """Add the bounds of an ellipse, given by its centre, radii and rotation in radians."""
+        angle = angle if math.isfinite(angle) else math.nan  # a box of NaN is counted
         w = math.hypot(rx * math.cos(angle), ry * math.sin(angle))
         h = math.hypot(rx * math.sin(angle), ry * math.cos(angle))
         self.add_box(name, x - w, y - h, x + w, y + h)
@@ -127,7 +129,13 @@ def read_annotation_files(
     problems.add(annotation_cleaning.NO_ANNOTATION_FILE, sorted(folder.images - used))
     for file in folder.files:
         add_unread_images(problems, os.path.dirname(file), [os.path.basename(file)])
-    splits = {name: [records[f] for f in group] for name, group in folder.group_by_split(records, split).items()}
+    groups = folder.group_by_split(records, split)
+    if set(groups) == {"train"}:  # only the images may lie in folders of splits
+        file_of = {record.path: file for file, record in records.items()}
+        if len(file_of) == len(records):  # else two files annotate one image, which is refused
+            by_image = folder.group_by_split(file_of, split)
+            groups = {name: [file_of[path] for path in group] for name, group in by_image.items()}
+    splits = {name: [records[f] for f in group] for name, group in groups.items()}
     return RecordSet(dataset_format, splits, (), problems)
 
 
@@ -161,12 +169,9 @@ def build_dataset(
     """Build a dataset from records; category ids are 1..K, image ids 1..N in the order of the records.
 
     Raises:
-        InputError: Two files annotate one image, a class is not in the list, or a size is missing with its image.
+        InputError: An image is annotated twice, a class is not in the list, or a size is missing with its image.
     """
-    files: dict[str, str] = {}
-    for record in records:
-        if files.setdefault(record.path, record.file) != record.file:
-            raise InputError(f"{files[record.path]} and {record.file} both annotate the image {record.path}: keep one")
+    records = _drop_repeated_records(records, problems)
     label_of = {name: k for k, name in enumerate(classes)}
     for record in records:
         if foreign := next((name for name in record.names if name not in label_of), None):
@@ -193,6 +198,24 @@ def build_dataset(
         problems=problems.counts,
         examples=problems.examples,
     )
+
+
+def _drop_repeated_records(records: Sequence[ImageRecord], problems: Problems) -> list[ImageRecord]:
+    """Drop records that equal an earlier one of their image and file, and refuse others of one image."""
+    firsts: dict[str, ImageRecord] = {}
+    for record in records:
+        first = firsts.setdefault(record.path, record)
+        if first is record:
+            continue
+        if first.file != record.file:
+            raise InputError(f"{first.file} and {record.file} both annotate the image {record.path}: keep one")
+        if list(first.names) != list(record.names) or not np.array_equal(first.boxes, record.boxes, equal_nan=True):
+            raise InputError(
+                f"{record.file} has several entries with different objects for the image {record.path}: join them, or "
+                "add the other images if their names only end alike"
+            )
+        problems.add(annotation_cleaning.LISTED_TWICE, [record.path])
+    return list(firsts.values())
 
 
 def read_class_names(root: Path, names: Iterable[Sequence[str]], given: Sequence[str] = ()) -> list[str]:

@@ -11,7 +11,12 @@ _KNOWN = (
     "COCO (annotations/*.json), VOC (Annotations/*.xml), YOLO (data.yaml), LabelMe, CVAT for images, VIA or Hugging "
     "Face's imagefolder (metadata.jsonl)"
 )
-_EXPORTS = {"Label Studio": "COCO or YOLO", "Create ML": "COCO or VOC", "Datumaro": "COCO or VOC"}
+_EXPORTS = {
+    "Label Studio": "COCO or YOLO",
+    "Create ML": "COCO or VOC",
+    "Datumaro": "COCO or VOC",
+    "Supervisely": "COCO or VOC",
+}
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _OTHER_LABEL = r"^(\S+[ ,]+)*(-?\d+(\.\d+)?[ ,]+){4,}"  # of KITTI, DOTA, VisDrone
 
@@ -86,6 +91,8 @@ _HINTS: tuple[tuple[Callable[[DataFolder], list[str]], Callable[[DataFolder, lis
         lambda folder: folder.list_annotations(".jsonl"),
         lambda folder, files: (
             f"looks like Hugging Face's imagefolder, but its {Path(files[0]).name} must be called metadata.jsonl"
+            if file_mentions(files[0], r'"file_name"')
+            else f"holds no dataset: the lines of {files[0]} lack 'file_name' and 'objects', those of an imagefolder"
         ),
     ),
     (

@@ -97,7 +97,7 @@ def _add_region(shapes: Shapes, region: Entry, attribute: str | None, path: str,
     elif kind in ("circle", "ellipse"):
         x, y = shape.number("cx"), shape.number("cy")
         rx, ry = (shape.number(key) for key in (("r", "r") if kind == "circle" else ("rx", "ry")))
-        shapes.add_ellipse(name, x, y, rx, ry, float(shape.values.get("theta") or 0.0))
+        shapes.add_ellipse(name, x, y, rx, ry, shape.number("theta") if shape.values.get("theta") else 0.0)
     elif kind in ("polygon", "polyline") and len(xs := shape.numbers("all_points_x")) > 2:
         ys = shape.numbers("all_points_y")
         if len(xs) != len(ys):

@@ -115,10 +115,8 @@ def list_voc_splits(root: str | Path) -> dict[str, str]:
     folder = DataFolder(root)
     if lists := _list_splits_of_lists(folder.root):
         return {name: ", ".join(map(str, files)) for name, files in lists.items()}
-    return {
-        name: os.path.dirname(files[0])
-        for name, files in folder.group_by_split(folder.list_annotations(".xml")).items()
-    }
+    records = read_annotation_files(folder, "voc", folder.list_annotations(".xml"), _parse_record)
+    return {name: os.path.dirname(group[0].file) for name, group in records.splits.items()}
 
 
 @dataclass(frozen=True, slots=True)

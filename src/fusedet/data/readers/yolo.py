@@ -35,6 +35,7 @@ from fusedet.errors import InputError
 
 _NOT_SPLITS = {"path", "names", "nc", "download", "roboflow", "kpt_shape", "flip_idx", "channels"}
 _NULL = {"", "null", "~"}
+_LABEL_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS"}
 
 
 def read_yolo(
@@ -80,7 +81,8 @@ def read_yolo(
     image_of: dict[str, str] = {}  # by label file
     for i, path in enumerate(paths):
         beside = os.path.splitext(path)[0] + ".txt"
-        label_file = next(filter(os.path.isfile, (get_label_path(path), beside)), None)
+        candidates = [own + ending for own in (get_label_path(path)[:-4], beside[:-4]) for ending in (".txt", ".TXT")]
+        label_file = next(filter(os.path.isfile, candidates), None)
         if label_file is None:
             problems.add(annotation_cleaning.NO_LABELS, [path])
             continue
@@ -160,13 +162,13 @@ def list_yolo_splits(data: dict[str, Any]) -> dict[str, str]:
 def get_label_path(image: str) -> str:
     """Return the label file of an image: its last folder `images` becomes `labels`, its extension `.txt`.
 
-    >>> get_label_path("d/images/val/a.jpg")
-    'd/labels/val/a.txt'
+    >>> get_label_path("d/images/val/a.jpg"), get_label_path("d/Images/a.JPG")
+    ('d/labels/val/a.txt', 'd/Labels/a.txt')
     """
     parts = os.path.splitext(image)[0].split(os.sep)
-    at = next((i for i in range(len(parts) - 2, -1, -1) if parts[i] == "images"), None)
+    at = next((i for i in range(len(parts) - 2, -1, -1) if parts[i] in _LABEL_FOLDERS), None)
     if at is not None:
-        parts[at] = "labels"
+        parts[at] = _LABEL_FOLDERS[parts[at]]
     return os.sep.join(parts) + ".txt"
 
 
@@ -211,7 +213,8 @@ def _find_root(data: dict[str, Any], file: Path) -> Path:
         raise InputError(f"{file}: 'path' must be the data folder, not {reprlib.repr(value)}")
     if value in _NULL:
         return file.parent
-    for folder in (file.parent / value, Path(value)):
+    written = value.replace("\\", "/")  # on Windows
+    for folder in (file.parent / written, Path(written)):
         if os.path.isdir(folder):
             return folder
     raise InputError(
@@ -247,6 +250,7 @@ def _list_folders(entry: str | list[str], root: Path, file: Path) -> list[str]:
 
 def _resolve_entry(item: str, root: Path, file: Path) -> Path:
     """The path of an entry; "../train/images", as some tools export it, is relative to the yaml's folder."""
+    item = item.replace("\\", "/")  # written on Windows
     if os.path.isabs(item):
         return Path(item)
     inner = root / item.removeprefix("../")
@@ -257,7 +261,7 @@ def _resolve_entry(item: str, root: Path, file: Path) -> Path:
 
 def _read_list(list_file: Path, root: Path) -> list[str]:
     """The images of a text list: relative to the list or the data folder, or absolute and inside one of them."""
-    names = [line.strip() for line in read_text(list_file).splitlines() if line.strip()]
+    names = [line.strip().replace("\\", "/") for line in read_text(list_file).splitlines() if line.strip()]
     require_valid_unicode(names, list_file)
     relative = [name for name in names if not os.path.isabs(name)]
     if outside := [name for name in names if os.path.isabs(name) and not is_inside(name, root, list_file.parent)]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,8 +15,10 @@ from torch import Tensor, nn
 
 from fusedet import safe_load
 from fusedet.errors import InputError, unknown
+from fusedet.quiet import quiet
 
 STRIDES = (4, 8, 16, 32)
+_LOGGERS = ("timm", "huggingface_hub")  # an InputError says what is wrong with weights
 
 
 def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
@@ -41,7 +39,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_ini
     overlay = {"file": weights} if weights else None
     options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
     try:
-        with _silent():
+        with quiet(*_LOGGERS):
             loaded = pretrained or bool(weights)
             model: Any = timm.create_model(
                 name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options
@@ -104,7 +102,7 @@ def _read_state_dict(weights: str) -> dict[str, Tensor]:
         raise InputError(f"model.backbone.weights={weights}: there is no such file")
     try:
         safe_load.check_file(Path(weights))
-        with _silent():
+        with quiet(*_LOGGERS):
             state = load_state_dict(weights)
         safe_load.check_tensors(state, Path(weights))
     except InputError as error:
@@ -126,22 +124,6 @@ def _read_state_dict(weights: str) -> dict[str, Tensor]:
             ".safetensors or .pth file of tensors by timm's names"
         ) from error
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Silence the warnings of timm, the hub and torch: an InputError of our own says what is wrong with weights."""
-    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
 
 
 def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name: str) -> None:

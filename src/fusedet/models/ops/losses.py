@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,12 +15,24 @@ from torchvision.ops import box_area
 
 from fusedet.models.ops.boxes import aligned_iou
 
+_is_local: ContextVar[bool] = ContextVar("_is_local", default=False)
+
+
+@contextmanager
+def normalizing_locally() -> Iterator[None]:
+    """Let `mean_over_ranks` return this process's count, for processes that do not compute losses in lockstep."""
+    token = _is_local.set(True)
+    try:
+        yield
+    finally:
+        _is_local.reset(token)
+
 
 @torch.no_grad()
 def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
     """Average a count over all ranks; float, at least `least`. Without distributed training it is the count itself."""
     count = count.detach().float().clone()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _is_local.get():
         dist.all_reduce(count)
         count /= dist.get_world_size()
     return count.clamp(min=least)

@@ -1,0 +1,70 @@
+"""The detector's loss on the validation split, computed while its batches go to the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fusedet.models.ops.losses import normalizing_locally
+from fusedet.types import Batch
+
+PREFIX = "val_"
+"""Begins the name of a validation loss: val_loss, val_loss_cls, ..."""
+
+
+class ValidationLoss:
+    """The mean losses over the images of a split.
+
+    The detector is left as it was: modules that count batches or draw samples, as Dynamic R-CNN and two-stage detectors
+    do, get their buffers back, and the random generators their states. Every validation draws the same samples.
+
+    Args:
+        detector: In eval mode, with `loss` and `loss_weights`.
+        device: Where the images go.
+    """
+
+    def __init__(self, detector: nn.Module, device: torch.device) -> None:
+        self.detector, self.device = detector, device
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, device=device, dtype=torch.float64)  # of the terms, the total and the images
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches with targets, on the device, after adding the losses of each."""
+        buffers = {name: buffer.clone() for name, buffer in self.detector.named_buffers()}
+        for number, batch in enumerate(batches):
+            own = batch.to(self.device)
+            self._add(own, number)
+            yield own
+        for name, buffer in self.detector.named_buffers():
+            buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def _add(self, batch: Batch, number: int) -> None:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), normalizing_locally():
+            torch.manual_seed(number)
+            terms: dict[str, Tensor] = self.detector.loss(batch)  # type: ignore[operator]
+        weights: dict[str, float] = self.detector.loss_weights  # type: ignore[assignment]
+        total = torch.stack([value.double() * weights[name] for name, value in terms.items()]).sum()
+        values = torch.stack([*(value.double() for value in terms.values()), total, torch.ones_like(total)])
+        self.names = [*terms, "loss"]
+        self.sums = self.sums + len(batch) * values if len(self.sums) else len(batch) * values
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each term and of the total over the images of all processes, as val_NAME.
+
+        Every process calls it.
+        """
+        own = dict(zip([*self.names, "images"], self.sums.tolist(), strict=False))
+        shares = [own]
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            shares = [own] * distributed.get_world_size()
+            distributed.all_gather_object(shares, own)
+        sums: dict[str, float] = {}
+        for share in shares:  # empty for a process without an image
+            for name, value in share.items():
+                sums[name] = sums.get(name, 0.0) + value
+        images = sums.pop("images")
+        return {f"{PREFIX}{name}": value / images for name, value in sums.items()}
