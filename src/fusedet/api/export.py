@@ -192,6 +192,10 @@ def _load(
     file = weights_file(source)
     detector, config, names, ids = rebuild(file, trust)
     config = resolve_config(config.replace(out=None), texts)
+    if config.data.channels != 3:
+        raise InputError(
+            f"{source} takes images of {config.data.channels} channels: exported files take RGB images only"
+        )
     out = config.out or run_dir.find_free_path(run_dir.parent_of(source), "export")
     return _Source(tuned(detector, config, names=names), config, names, ids, file), out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fusedet.api import exported
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
+from fusedet.data.channel_decoding import is_array_file, read_channels
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
@@ -140,7 +142,7 @@ class Predictor:
             try:
                 group.append(
                     (
-                        to_tensor(source, self.config.data.range),
+                        self.decode(source),
                         Path(source) if isinstance(source, (str, Path)) else None,
                     )
                 )
@@ -152,8 +154,24 @@ class Predictor:
                 group = []
         yield from self.together(group)
 
+    def decode(self, source: Any) -> Tensor:
+        """Decode an image as `predict` takes it, uint8 (C, H, W)."""
+        channels, value_range = self.config.data.channels, self.config.data.range
+        is_file = isinstance(source, (str, os.PathLike, bytes))
+        if channels == 3 and not (is_file and is_array_file(source)):
+            return to_tensor(source, value_range)
+        if is_file:
+            return read_channels(source, channels, value_range)
+        image = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != channels:
+            raise InputError(
+                f"an image of {channels} channels must be a path, a numpy array (H, W, {channels}) or a tensor "
+                f"({channels}, H, W) of uint8, got {type(source).__name__}"
+            )
+        return image
+
     def seen(self, images: Sequence[Tensor]) -> Batch:
-        """Return images (3, H, W) uint8 preprocessed for the network, in all TTA views."""
+        """Return images (C, H, W) uint8 preprocessed for the network, in all TTA views."""
         return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:

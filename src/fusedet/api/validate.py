@@ -19,7 +19,7 @@ from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_decoding import read_image
+from fusedet.data.dataset_images import read_dataset_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.results import Result
@@ -286,7 +286,7 @@ def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )
         return visualization.draw_comparison(
-            read_image(record.path, dataset.value_range, exif=dataset.exif),
+            read_dataset_image(dataset, record),
             truth,
             guess,
             dataset.names,

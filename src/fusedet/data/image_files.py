@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from fusedet.data.channel_decoding import is_array_file, read_array_size
 from fusedet.data.image_decoding import get_image_formats, is_pipe_or_device, read_image_size
 from fusedet.errors import InputError
 
@@ -229,7 +230,8 @@ def read_image_sizes(paths: Sequence[str], *, exif: bool = True) -> np.ndarray:
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
             # modes that cannot be trained on are reported later, with all other bad images
-            height, width = read_image_size(path, any_mode=True, exif=exif)
+            is_array = is_array_file(path)
+            height, width = read_array_size(path) if is_array else read_image_size(path, any_mode=True, exif=exif)
             if height and width:
                 return height, width
             return InputError(f"{path} has no pixels: it is {width} wide and {height} high")

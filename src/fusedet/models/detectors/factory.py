@@ -67,7 +67,9 @@ def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
     _check_slots(model)
-    backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
+    backbone = build(
+        "model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {}, {"data": {"channels": config.data.channels}}
+    )
     if model.plugin:
         insert_plugin(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     neck = _build_neck(model, backbone.levels)
