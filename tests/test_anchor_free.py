@@ -14,14 +14,7 @@ from fakes import maps, objects
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import FoveaHead, FreeAnchorHead, FSAFHead
-from fusedet.models.ops.boxes import (
-    box_centres,
-    decode_boxes,
-    encode_boxes,
-    grid_priors,
-    make_base_points,
-    select_detections,
-)
+from fusedet.models.ops.boxes import box_centres, decode_boxes, encode_boxes, grid_priors, make_base_points
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.region_assigners import CenterRegionAssigner, FoveaAssigner
 from fusedet.types import Candidates, Levels, Outputs, Priors, Target
@@ -162,7 +155,7 @@ def test_fovea_loss_is_its_literal_form(align: bool) -> None:
 
 def test_fovea_boxes_end_one_pixel_inside_the_image() -> None:
     candidates = Candidates(torch.tensor([[[-5.0, -5, 70, 70]]]), torch.full((1, 1, 1), 0.9))
-    detections = select_detections(candidates, torch.tensor([[64, 48]]), (1,), inset=FoveaHead.inset)
+    detections = FoveaHead(LEVELS, 1, convs=1).select(candidates, torch.tensor([[64, 48]]), (1,))
     assert detections.boxes[0, 0].tolist() == [0, 0, 47, 63]
 
 

@@ -37,26 +37,14 @@ def test_golden_numbers_agree(shared: Path) -> None:
     assert set(verdicts) == {p.stem for p in (shared / "golden").glob("*.json")}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "free_anchor_head",
-        "fovea_head",
-        "fovea_head_align",
-        "fsaf_head",
-        "yolof_head",
-        "autoassign_head",
-        "soft_nms",
-        "faster_roi_head_soft_nms",
-        "double_roi_head",
-        "dyhead",
-        "nas_fpn",
-    ],
-)
-def test_more_golden_numbers_agree(shared: Path, tmp_path: Path, name: str) -> None:
-    for suffix in ("json", "safetensors"):
-        (tmp_path / f"{name}.{suffix}").symlink_to(shared / "golden_more" / f"{name}.{suffix}")
-    assert compare(tmp_path) == {name: "ok"}
+ABSENT = {"pisa_roi_head", "sabl_retina_head", "sabl_roi_head", "trident_layer"}
+"""Cases of parts that are not in this version."""
+
+
+def test_more_golden_numbers_agree(shared: Path) -> None:
+    folder = shared / "golden_more"
+    names = {p.stem for p in folder.glob("*.json")}
+    assert compare(folder) == dict.fromkeys(names - ABSENT, "ok") | dict.fromkeys(names & ABSENT, "absent")
 
 
 @pytest.mark.parametrize(

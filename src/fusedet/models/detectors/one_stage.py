@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
 from fusedet.models.ops.boxes import select_detections
 from fusedet.models.ops.image_normalization import normalise_images
-from fusedet.models.protocols import Backbone, DenseHead, InsetHead, Neck
+from fusedet.models.protocols import Backbone, DenseHead, Neck, SelectingHead
 from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
 
@@ -36,7 +36,6 @@ class OneStage(nn.Module):
         super().__init__()
         self.backbone, self.neck, self.head = backbone, neck, head
         self.selection = dict(selection or {})
-        self.inset = head.inset if isinstance(head, InsetHead) else 0.0
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -87,8 +86,8 @@ class OneStage(nn.Module):
             padded: Pad to max_det, which exports; otherwise to the largest count in the batch.
         """
         outputs = self(images, sizes)
-        candidates, counts = self.head.decode(outputs), outputs.priors.counts
-        detections = select_detections(candidates, sizes, counts, inset=self.inset, **self.selection)
+        select = self.head.select if isinstance(self.head, SelectingHead) else select_detections
+        detections = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
         return detections if padded else detections.trimmed()
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,20 @@ from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_length
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
 from fusedet.models.ops.assigners import assign_batch, gather_positives
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_base_points
+from fusedet.models.ops.boxes import (
+    box_centres,
+    boxes_to_distances,
+    distances_to_boxes,
+    grid_priors,
+    make_base_points,
+    select_detections,
+)
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import GroupNorm, conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
 from fusedet.models.ops.region_assigners import FoveaAssigner
 from fusedet.models.ops.regression_losses import smooth_l1_loss
-from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
+from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Target
 
 TARGET_RANGE = (1 / 16, 16.0)  # of distances, in base sizes of the level
 OFFSET_SETS = 4  # groups of channels with offsets of their own in the alignment
@@ -51,15 +59,11 @@ class FoveaHead(nn.Module):
         beta: Transition point of the boxes' smooth L1 loss.
         prior: Initial score of every cell.
 
-    Attributes:
-        inset: Boxes are clipped this many pixels inside the image's right and lower edge.
-
     Raises:
         InputError: `align` with `interact`, `ranges` do not fit the levels, or an option is out of its range.
     """
 
     shapes: Tensor
-    inset = 1.0
 
     def __init__(
         self,
@@ -152,6 +156,12 @@ class FoveaHead(nn.Module):
         distances = flatten_maps(outputs.maps["reg"], 4).exp() * (self.base_scale * priors.strides[:, None])
         scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
         return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores)
+
+    def select(
+        self, candidates: Candidates, sizes: Tensor, level_counts: Sequence[int], **options: Any
+    ) -> BatchDetections:
+        """Select as `select_detections` does; boxes end a pixel inside the image, and those without an area stay."""
+        return select_detections(candidates, sizes - 1, level_counts, keep_empty=True, **options)
 
 
 class Alignment(nn.Module):

@@ -150,7 +150,8 @@ def select_detections(
     pre_nms: int = 1000,
     max_det: int = 100,
     soft: SoftNMS | None = None,
-    inset: float = 0.0,
+    clip: bool = True,
+    keep_empty: bool = False,
 ) -> BatchDetections:
     """Select the final detections by score and class-wise non-maximum suppression.
 
@@ -170,8 +171,8 @@ def select_detections(
         pre_nms: Pairs per level that enter the suppression.
         max_det: Detections per image, D.
         soft: Decay scores instead of suppressing boxes.
-        inset: Pixels inside the right and the lower edge at which boxes are clipped (FoveaBox: 1). Above 0, boxes
-            without an area stay, as in MMDetection's FoveaBox.
+        clip: Clip the boxes to the images first.
+        keep_empty: Keep boxes without an area.
 
     Shape:
         sizes (N, 2); result: boxes (N, D, 4), scores (N, D), labels (N, D), counts (N,).
@@ -192,24 +193,25 @@ def select_detections(
         indices, boxes = rows * scores.shape[2] + labels, boxes.flatten(1, 2)
     else:
         indices = rows
-    corners = sizes - inset if inset else sizes
-    chosen = clip_boxes(boxes.gather(1, indices[..., None].expand(-1, -1, 4)), corners)  # (N, M, 4)
+    chosen = boxes.gather(1, indices[..., None].expand(-1, -1, 4))  # (N, M, 4)
+    chosen = clip_boxes(chosen, sizes) if clip else chosen
     final = confidence if quality is None else confidence * quality.gather(1, rows)
     limits = score if isinstance(score, (int, float)) else confidence.new_tensor(score)[labels]
     real = confidence > limits  # (N, M)
-    if not inset:
+    if not keep_empty:
         real &= (chosen[..., 2:] > chosen[..., :2]).all(dim=2)
     if soft is not None:
         best, index = soft.select(chosen, torch.where(real, final, -1.0), labels, iou, max_det)
         return _gather_selected(chosen, labels, best, index)
     if is_exporting():
         return _select_exported(chosen, real, final, labels, iou, max_det)
-    span = chosen.detach().amax() + 1  # shifts by a multiple of it keep classes from suppressing each other
+    least = chosen.detach().amin().clamp(max=0)  # below 0 only without clipping; NMS has its place for no box there
+    span = chosen.detach().amax() - least + 1  # shifts by a multiple of it keep classes from suppressing each other
     per_image = []
     for b, s, k, r in zip(chosen.unbind(), final.unbind(), labels.unbind(), real.unbind()):
         index = r.nonzero().squeeze(1)  # once: a GPU is waited for
         b, s, k = b[index], s[index], k[index]
-        keep = _nms(b + (k * span)[:, None], s, iou)
+        keep = _nms(b - least + (k * span)[:, None], s, iou)
         count = (torch.ones_like(keep).sum() - 2).clamp(max=max_det)
         # unused entries read one of the two rows of zeros
         index = keep[torch.minimum(torch.arange(max_det, device=keep.device), count)]
@@ -222,7 +224,7 @@ def _select_exported(
 ) -> BatchDetections:
     """Select as `select_detections` does, without a shape that depends on the data: boxes (N, M, 4), others (N, M)."""
     scores = torch.where(real, scores, -1.0)
-    span = boxes.amax(dim=(0, 1, 2)) + 1
+    span = boxes.amax(dim=(0, 1, 2)) - boxes.amin(dim=(0, 1, 2)).clamp(max=0) + 1
     keep = nms_keep_mask(boxes + (labels * span)[..., None], scores, iou)
     best, index = F.pad(torch.where(keep, scores, -1.0), (0, max_det), value=-1.0).topk(max_det, dim=1)
     return _gather_selected(F.pad(boxes, (0, 0, 0, max_det)), F.pad(labels, (0, max_det)), best, index)
