@@ -498,7 +498,7 @@ def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[
         assert paragraph
         said = " ".join(spoken(capsys, *words.split(), "-h").split())
         assert summary in said
-        examples = re.findall(r"\$ fusedet (.+?)(?= \$ fusedet|$)", said)
+        examples = re.findall(r"\$ fusedet (.+?)(?= \$ fusedet| Settings: |$)", said)
         assert len(examples) == 2
         for example in examples:
             assert example.startswith(words)
