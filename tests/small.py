@@ -16,6 +16,7 @@ from fusedet.types import Batch, Losses, Target
 
 ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
+ATSS_FAMILY = ["atss", "gfl", "gflv2", "paa", "tood", "ddod"]
 DETECTORS = ONE_STAGE + TWO_STAGE
 BRANCHES = {
     "mask": {"type": "mask", "convs": 1, "channels": 8},
@@ -39,7 +40,7 @@ def make(name: str, *overrides: str, everything: bool = False, norm_eval: bool =
         "backbone": {"name": "resnet10t", "pretrained": False, "frozen_stages": -1, "norm_eval": norm_eval},
         "pyramid": {"channels": 32},
     }
-    if name in ONE_STAGE:
+    if name not in TWO_STAGE:
         model["head"] = {"convs": 1, "norm": True}
     else:
         few = {"proposals": 50, "train_proposals": 100, "train_pre_nms": 200}

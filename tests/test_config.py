@@ -245,7 +245,7 @@ def test_mappings_and_overrides_are_equivalent() -> None:
         ("epoch=3", "did you mean 'train.epochs'"),
         ("batch=3", "did you mean 'train.batch' or 'test.batch'"),
         ("train.bach=3", "did you mean 'train.batch'? "),
-        ("channels=3", "did you mean 'model.pyramid.channels'"),
+        ("channels=3", "did you mean 'data.channels' or 'model.pyramid.channels'"),
         ("zzz=3", "unknown config key 'zzz'. Known: data"),
         ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
         ("train.batch=aut", "train.batch must be int | 'auto', got 'aut'"),

@@ -1,4 +1,4 @@
-"""Images with 0, 1 and 1000 instances, larger than the image and smaller than a pixel, for all ten detectors."""
+"""Images with 0, 1 and 1000 instances, larger than the image and smaller than a pixel, for all detectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from torch.nn import functional as F
 from fakes import batch
 from fusedet.models.detectors import TwoStage
 from fusedet.types import Batch, Target
-from small import DETECTORS, ONE_STAGE, TWO_STAGE, float64, livelier, make, target, weighted, without_gradient
+from small import (
+    ATSS_FAMILY,
+    DETECTORS,
+    ONE_STAGE,
+    TWO_STAGE,
+    float64,
+    livelier,
+    make,
+    target,
+    weighted,
+    without_gradient,
+)
 
 SMALL = (32, 48)
 EMPTY = target([])
@@ -30,6 +41,8 @@ POSITIVE = {  # the loss and the maps that show which priors are positive
 }
 
 
+# the weights of DDOD's levels depend on all batches before
+STATELESS = [name for name in ATSS_FAMILY if name != "ddod"]
 REPRESENTATIVES = ("retinanet", "reppoints", "faster_rcnn")  # in the normal suite
 
 
@@ -54,7 +67,7 @@ LIKE_FASTER_RCNN = ("dynamic_rcnn", "libra_rcnn", "cascade_rcnn")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_FASTER_RCNN else n for n in DETECTORS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_FASTER_RCNN else n for n in DETECTORS + ATSS_FAMILY]
 )
 def test_all_kinds_of_batches_train_and_predict(name: str) -> None:
     detector = make(name).train()
@@ -106,7 +119,7 @@ BATCHES = {"empty": (SOME, EMPTY), "huge": (HUGE, ONE)}
     ("name", "kind"),
     [
         pytest.param(name, kind, marks=() if name in REPRESENTATIVES and (i + k) % 2 == 0 else pytest.mark.slow)
-        for i, name in enumerate(DETECTORS)
+        for i, name in enumerate(DETECTORS + STATELESS)
         for k, kind in enumerate(BATCHES)
     ],
 )
@@ -219,11 +232,11 @@ def test_rois_of_an_empty_image_are_background(name: str) -> None:
         assert deltas is None or not deltas.grad[empty].any()
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", DETECTORS + STATELESS)
 def test_loss_is_additive_over_images(name: str) -> None:
     """Numerator and divisor of a batch's loss are the sums of those of its images; the divisor is at least 1.
 
-    An empty image counts for one in RetinaNet, RepPoints and the RPN, for none in FCOS and VFNet.
+    An empty image counts for one in RetinaNet, RepPoints, ATSS, GFL and the RPN, for none in FCOS, VFNet, PAA and TOOD.
     """
     with float64() as patch:
         detector = make(name, everything=True, norm_eval=True).double().train()
@@ -256,4 +269,4 @@ def test_loss_is_additive_over_images(name: str) -> None:
             assert any(torch.allclose(whole[key].data * d, value) for d in divisors.clamp(min=1)), key
         if name != "dynamic_rcnn":  # its statistics are means over images
             assert torch.allclose(divisors, sum(d for _, d in separate), rtol=1e-9)
-        assert separate[1][1][0] == (name not in ("fcos", "vfnet")) or name in TWO_STAGE
+        assert separate[1][1][0] == (name not in ("fcos", "vfnet", "paa", "tood")) or name in TWO_STAGE

@@ -14,11 +14,20 @@ import fusedet
 from fusedet import cli
 from partners import partners
 
+SLOW = [
+    "faster_rcnn_r50",
+    "fcos_r50_caffe_gn",
+    "atss_r50_fpn_1x_coco",
+    "gfl_r50_fpn_1x_coco",
+    "paa_r50_fpn_1x_coco",
+    "tood_r50_fpn_1x_coco",
+]
+
 
 @pytest.mark.usefixtures("no_initialization")
 @pytest.mark.parametrize(
     "name",
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("faster_rcnn_r50", "fcos_r50_caffe_gn")), "retinanet_r18"],
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in SLOW), "retinanet_r18"],
 )
 def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     spec = json.loads((shared / "checkpoints" / f"{name}.json").read_text())

@@ -181,6 +181,7 @@ def make_head(name: str) -> tuple[Any, Outputs, list[Target]]:
     """Make a head, random maps of the batch of SIZES that need gradients, and instances in both images."""
     torch.manual_seed(3)
     options = {"rpn": {"num": 10**6, "scale": 4.0}, "vfnet": {"norm": False}, "fcos": {"norm": False}}
+    options |= {key: {"norm": False} for key in ("atss", "gfl")}
     head = HEADS[name](LEVELS, num_classes=3, **options.get(name, {}))
     raw = head([torch.zeros_like(m) for m in maps(LEVELS, (128, 160))])
     values = {k: [torch.randn_like(m) for m in levels] for k, levels in raw.maps.items()}
@@ -226,7 +227,7 @@ def ratio(outer: dict[str, list[torch.Tensor]], inner: dict[str, list[torch.Tens
     return float(a.flatten()[b.abs().argmax()] / b.abs().max() * b.flatten()[b.abs().argmax()].sign())
 
 
-@pytest.mark.parametrize("name", ["retina", "rpn", "reppoints", "vfnet"])
+@pytest.mark.parametrize("name", ["retina", "rpn", "reppoints", "vfnet", "atss", "gfl"])
 def test_batch_equals_images_on_their_own_canvas(name: str) -> None:
     """An image's gradients in a batch are those of the single image, times its share of the batch's divisor.
 

@@ -20,7 +20,7 @@ from fusedet.models.ops.assigners import BACKGROUND
 from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import aligned_iou, box_centres, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv, DeformPack
-from fusedet.models.ops.varifocal import varifocal_loss
+from fusedet.models.ops.quality_losses import varifocal_loss
 from fusedet.types import Features, Levels, Outputs, Priors, Target
 
 LEVELS = Levels((32,) * 5, (8, 16, 32, 64, 128))

@@ -15,12 +15,15 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other adapters, however this file is run
+from anchor_free import DENSE, OTHERS
+from atss_family import ATSS_FAMILY
 from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
 from roi import ROI_ADAPTERS
@@ -97,7 +100,8 @@ def compare_dense(
             errors["raw"] = max(errors["raw"], largest(ours, case.levels(f"out.head_eval.{i}")))
         nms = test["nms"]["iou_threshold"]
         options = {"score": test["score_thr"], "iou": nms, "pre_nms": test["nms_pre"], "max_det": test["max_per_img"]}
-        chosen = select_detections(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
+        select = getattr(head, "select", select_detections)
+        chosen = select(head.decode(outputs), case.sizes, outputs.priors.counts, **options)
     wrong, total = 0, 0
     for i, n in enumerate(chosen.counts.tolist()):
         reference = [case.tensors[f"out.pred.{i}.{k}"] for k in ("bboxes", "scores", "labels")]
@@ -293,6 +297,18 @@ def reppoints(case: Case) -> tuple[Errors, dict[str, int]]:
     )
 
 
+def atss_family(
+    compare: Callable[..., tuple[Errors, dict[str, int]]],
+) -> Callable[[Case], tuple[Errors, dict[str, int]]]:
+    """Give an adapter of the ATSS family what it compares with."""
+
+    def adapter(case: Case) -> tuple[Errors, dict[str, int]]:
+        stack_scales(case, "scales")
+        return compare(case, compare_dense)
+
+    return adapter
+
+
 def agrees(errors: Errors) -> bool:
     """Check that every error is within its limit."""
     return all(value <= LIMITS[kind] for kind, value in errors.items())
@@ -306,6 +322,9 @@ ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
     "FCOSHead": fcos,
     "VFNetHead": vfnet,
     "RepPointsHead": reppoints,
+    **{kind: atss_family(compare) for kind, compare in ATSS_FAMILY.items()},
+    **{kind: partial(adapter, compare=compare_dense) for kind, adapter in DENSE.items()},
+    **OTHERS,
     **ROI_ADAPTERS,
     **BRANCH_ADAPTERS,
 }
@@ -318,10 +337,17 @@ def run(folder: Path) -> dict[str, str]:
     for path in cases:
         case = Case(path)
         kind = next(
-            iter(case.config.get(k, {}).get("type") for k in ("neck", "head", "roi_head") if k in case.config), None
+            iter(
+                case.config.get(k, {}).get("type")
+                for k in ("neck", "head", "roi_head", "op", "layer")
+                if k in case.config
+            ),
+            None,
         )
         if "mask_head" in case.config.get("roi_head", {}):
             kind = f"{kind} with masks"
+        if kind == "StandardRoIHead" and case.config["roi_head"]["bbox_head"]["type"] == "SABLHead":
+            kind = "SABLHead"
         if kind not in ADAPTERS:
             verdicts[path.stem] = "absent"
             print(f"{path.stem:20} absent  ({kind} is not in this version)")

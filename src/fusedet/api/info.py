@@ -117,4 +117,5 @@ def info(
     with countable(name):
         with limit or nullcontext():
             detector = build_meta_detector(options, classes)
-        return ModelInfo(name, classes, profiling.count_cost(detector, *profiling.network_size(options.data.size)))
+        size = profiling.network_size(options.data.size)
+        return ModelInfo(name, classes, profiling.count_cost(detector, *size, options.data.channels))

@@ -174,7 +174,14 @@ def _fit(
         run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
     has_loss = settings.validation_loss
-    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size, masks=masks and has_loss)
+    val_share = build_val_loader(
+        config,
+        val,
+        fabric.global_rank,
+        fabric.world_size,
+        masks=masks and has_loss,
+        pin=fabric.device.type == "cuda",
+    )
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         losses = ValidationLoss(module, fabric.device)

@@ -69,6 +69,11 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
     overwritten = resume or config.train.weights is not None
     detector = build_detector(disable_pretrained(config) if overwritten else config, len(dataset.names))
     detector.selection = selection_options(config.test, dataset.names)
+    if config.train.checkpoint_backbone:
+        if not isinstance(detector.backbone, TimmBackbone):
+            name = type(detector.backbone).__name__
+            raise InputError(f"train.checkpoint_backbone=true needs a backbone of timm, not {name}: leave it out")
+        detector.backbone.checkpoint_stages()
     if resume:  # its weights are in the checkpoint
         return detector
     backbone = detector.backbone

@@ -117,9 +117,13 @@ def export(
     size: Annotated[str | None, Option(metavar="H,W", help="A fixed input size, multiples of 32.")] = None,
     dynamic: Annotated[bool, Option("--dynamic", help="Any input size; the default without --size.")] = False,
     batch: Annotated[int | None, Option(help="Images per input; by default any, 1 with --size.", min=1)] = None,
-    precision: Annotated[Literal["fp32"], Option(help="Floating-point format of the weights.")] = "fp32",
+    precision: Annotated[Literal["fp32", "fp16", "bf16", "int8"], Option(help="Number format.")] = "fp32",
     opset: Annotated[int, Option(help="ONNX's operator set.", min=18)] = 18,
     raw: Annotated[bool, Option("--raw", help="Leave NMS out: boxes and scores of all candidates.")] = False,
+    aot: Annotated[bool, Option("--aot", help="Compile the format torch for this CPU too.")] = False,
+    calibrate: Annotated[bool, Option("--calibrate", help="Calibrate int8 on images of data=PATH.")] = False,
+    calibration_images: Annotated[int, Option(help="Number of these images.", min=1)] = 300,
+    max_drop: Annotated[float, Option(help="Largest loss of AP by int8, 0 to 1.", min=0, max=1)] = 0.01,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
@@ -131,6 +135,8 @@ def export(
     settings = cli.settings_only(words, "export takes one run, checkpoint or config")
     options: dict[str, Any] = {"formats": formats, "size": cli.split_sides(size), "dynamic": dynamic, "batch": batch}
     options |= {"precision": precision, "opset": opset, "raw": raw, "trust": trust, "say": cli.err.print}
+    options |= {"aot": aot, "calibrate": calibrate, "calibration_images": calibration_images, "max_drop": max_drop}
+    options["progress"] = cli.err
     result = fusedet.export(source, *settings, **options)
     example = [] if raw else [f"next: python {result.out / 'example.py'} IMAGE"]
     cli.show(result, json, *example)

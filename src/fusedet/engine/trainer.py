@@ -23,6 +23,7 @@ from fusedet.engine.setup import setup
 from fusedet.engine.signals import Interrupted
 from fusedet.engine.train_state import TABLES, Loader, Run, Validate, gather_process_states, save
 from fusedet.errors import DivergenceError, unknown
+from fusedet.models.protocols import EpochDependent
 from fusedet.types import Batch, Losses
 
 __all__ = ["Interrupted", "Loader", "Run", "Validate", "fit", "setup"]
@@ -89,6 +90,9 @@ def _interrupted(run: Run) -> Interrupted:
 
 def _train_epoch(run: Run) -> None:
     """Do the remaining steps of the epoch."""
+    for part in run.detector.modules():
+        if isinstance(part, EpochDependent):
+            part.set_epoch(run.state["epoch"])
     run.pace.start()
     every = run.checkpoint_every.steps
     for batches in _accumulation_groups(run):

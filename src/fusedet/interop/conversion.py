@@ -44,6 +44,11 @@ _CLASS_LAYERS = {
     "fcos": ("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight"),
     "vfnet": ("bbox_head.vfnet_cls.weight",),
     "reppoints": ("bbox_head.reppoints_cls_out.weight",),
+    "atss": ("bbox_head.atss_cls.weight",),
+    "paa": ("bbox_head.atss_cls.weight",),
+    "ddod": ("bbox_head.atss_cls.weight",),
+    "gfl": ("bbox_head.gfl_cls.weight",),
+    "tood": ("bbox_head.tood_cls.weight",),
     "rpn": ("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"),
 }
 """Names of the layer with a row per class, by the type of the head; with proposals (rpn) it has one more."""
@@ -207,6 +212,7 @@ def convert_mmdetection_weights(state: Weights, options: Config, count: int, fil
         renamed[name], sources[name] = value, key
     wanted = detector.state_dict()
     unsaved = tuple(key for key in wanted if key.startswith("stages.") and key.rpartition(".")[2] in DYNAMIC)
+    unsaved += ("head.level_counts",)
     return match_weights(renamed, sources, wanted, file, unsaved)
 
 

@@ -193,6 +193,26 @@ class DenseHead(Protocol):
 
 
 @runtime_checkable
+class SelectingHead(DenseHead, Protocol):
+    """A dense head with a selection of its own, such as PAA's score voting."""
+
+    def select(
+        self, candidates: Candidates, sizes: Tensor, level_counts: Sequence[int], **options: Any
+    ) -> BatchDetections:
+        """Select the final detections in place of `ops.boxes.select_detections`, with its arguments and options."""
+        ...
+
+
+@runtime_checkable
+class EpochDependent(Protocol):
+    """A part whose losses depend on the epoch (TOOD's assignment)."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the training, counted from 0; called before its first step, also after a resumption."""
+        ...
+
+
+@runtime_checkable
 class ProposalHead(DenseHead, Protocol):
     """A dense head that proposes regions of interest (RPN)."""
 

@@ -24,7 +24,8 @@ _IMAGENET = {
     "mean": [255 * value for value in IMAGENET_DEFAULT_MEAN],
     "std": [255 * value for value in IMAGENET_DEFAULT_STD],
 }
-_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", "SingleStageDetector")
+_ATSS_FAMILY = ("ATSS", "GFL", "PAA", "TOOD", "DDOD")
+_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", *_ATSS_FAMILY, "SingleStageDetector")
 DETECTORS = (*_DENSE, "FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
 _ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
 _ROI_KEYS_OF_1X = (

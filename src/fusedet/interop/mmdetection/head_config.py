@@ -42,6 +42,36 @@ _RPN_TRAINING = {
 }
 
 
+_PAA = {
+    "box_weight": ("loss_bbox.loss_weight", 1.3),
+    "iou_weight": ("loss_centerness.loss_weight", 0.5),
+    "voting": ("score_voting", True),
+    "topk": ("topk", 9),
+}
+_DDOD = {
+    "box_weight": ("loss_bbox.loss_weight", 2.0),
+    "iou_weight": ("loss_iou.loss_weight", 1.0),
+    "deformable_first": ("use_dcn", True),
+}
+_TOOD = {
+    "alpha": ("initial_loss_cls.alpha", 0.25),
+    "gamma": ("initial_loss_cls.gamma", 2.0),
+    "beta": ("loss_cls.beta", 2.0),
+    "box_weight": ("loss_bbox.loss_weight", 2.0),
+    "deformable": ("num_dcn", 0, 0, MAX_CONVS),
+}
+_TOOD_TRAINING = {
+    "initial_epochs": ("initial_epoch", 4),
+    "topk": ("initial_assigner.topk", 9),
+    "aligned_topk": ("assigner.topk", 13),
+    "metric_alpha": ("alpha", 1.0),
+    "metric_beta": ("beta", 6.0),
+}
+_TOPK = {"topk": ("assigner.topk", 9)}
+ANCHOR_STDS = [0.1, 0.1, 0.2, 0.2]
+"""Standard deviations of the box deltas of ATSS and the heads built on it."""
+
+
 def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree, keys: Keys) -> Tree:
     """Convert the head of a one-stage detector.
 
@@ -57,7 +87,7 @@ def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree,
     convert, norm = _HEADS[kind]
     towers: Tree = {"convs": reader.get_int("stacked_convs", 4, 0, MAX_CONVS)} | _convert_width(reader, pyramid)
     towers["norm"] = reader.require_norm("norm_cfg", norm, None, "GN") == "GN"
-    if kind != "RepPointsHead" and (towers["norm"] or norm):
+    if kind not in ("RepPointsHead", "TOODHead") and (towers["norm"] or norm):
         # MMDetection's rule for these biases changed, so the checkpoint decides.
         towers["bias"] = any(key in keys for key in ("bbox_head.cls_convs.0.conv.bias", "bbox_head.cls_convs.0.bias"))
     options = convert(reader, train, pyramid) | towers
@@ -114,11 +144,73 @@ def _convert_reppoints_head(reader: ConfigReader, train: ConfigReader, pyramid: 
     return options | train.get_section("refine").get_options(_MATCHING)
 
 
+def _convert_square_anchors(reader: ConfigReader, pyramid: Tree) -> Tree:
+    """Convert the single square anchor of each cell to its side in strides."""
+    anchors = convert_anchors(reader, pyramid, "scale")
+    if unsupported := {key: anchors[key] for key in ("offset", "round_anchors") if key in anchors}:
+        raise InputError(f"MMDetection's {reader.path}.anchor_generator has {unsupported}: this head has neither")
+    if anchors["ratios"] != [1.0]:
+        raise InputError(
+            f"MMDetection's {reader.path} has anchors of the ratios {anchors['ratios']}: only [1.0] is supported"
+        )
+    reader.require_value("pred_kernel_size", 3)
+    return {"base_scale": anchors["scale"]}
+
+
+def _convert_atss_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
+    read_box_stds(reader, ANCHOR_STDS)
+    weights = {
+        "box_weight": ("loss_bbox.loss_weight", 2.0),
+        "centerness_weight": ("loss_centerness.loss_weight", 1.0),
+    }
+    options: Tree = {"type": "atss"} | _convert_square_anchors(reader, pyramid)
+    options |= reader.get_changes({"kernel": ("pred_kernel_size", 3, 1, 15)})
+    return options | reader.get_options(_FOCAL_LOSS | weights) | train.get_options(_TOPK)
+
+
+def _convert_gfl_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
+    weights = {
+        "bins": ("reg_max", 16, 4, 1000),
+        "beta": ("loss_cls.beta", 2.0),
+        "box_weight": ("loss_bbox.loss_weight", 2.0),
+        "dfl_weight": ("loss_dfl.loss_weight", 0.25),
+    }
+    options: Tree = {"type": "gfl"} | _convert_square_anchors(reader, pyramid)
+    return options | reader.get_options(weights) | train.get_options(_TOPK)
+
+
+def _convert_paa_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
+    read_box_stds(reader, ANCHOR_STDS)
+    options: Tree = {"type": "paa"} | _convert_square_anchors(reader, pyramid)
+    options |= reader.get_options(_FOCAL_LOSS | _PAA) | train.get_options({"positive": ("assigner.pos_iou_thr", 0.1)})
+    reader.read_keys |= {"reg_decoded_bbox", "covariance_type"}
+    return options
+
+
+def _convert_ddod_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
+    read_box_stds(reader, ANCHOR_STDS)
+    exponents = {"cls_exponent": ("assigner.alpha", 0.8), "box_exponent": ("reg_assigner.alpha", 0.5)}
+    options: Tree = {"type": "ddod"} | _convert_square_anchors(reader, pyramid)
+    return options | reader.get_options(_FOCAL_LOSS | _DDOD) | train.get_options(_TOPK | exponents)
+
+
+def _convert_tood_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
+    anchor_based = reader.require_value("anchor_type", "anchor_free", "anchor_based") == "anchor_based"
+    read_box_stds(reader, ANCHOR_STDS)
+    options: Tree = {"type": "tood", "anchor_based": anchor_based} | _convert_square_anchors(reader, pyramid)
+    return options | reader.get_options(_TOOD) | train.get_options(_TOOD_TRAINING)
+
+
 _HEADS: dict[str, tuple[Callable[[ConfigReader, ConfigReader, Tree], Tree], str | None]] = {
     "RetinaHead": (_convert_retina_head, None),
     "FCOSHead": (_convert_fcos_head, "GN"),
     "VFNetHead": (_convert_vfnet_head, "GN"),
     "RepPointsHead": (_convert_reppoints_head, None),
+    "ATSSHead": (_convert_atss_head, "GN"),
+    "GFLHead": (_convert_gfl_head, "GN"),
+    "PAAHead": (_convert_paa_head, "GN"),
+    "DDODHead": (_convert_ddod_head, "GN"),
+    "TOODHead": (_convert_tood_head, "GN"),
 }
 """Conversion and default normalization of each head."""
 

@@ -16,6 +16,7 @@ Weights = Mapping[str, Tensor]
 _DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 _DEEP: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 """Depths of ResNets by the blocks of their stages, with basic blocks and with bottlenecks."""
+_ATSS_FAMILY = ("ATSSHead", "GFLHead", "TOODHead", "DDODHead")
 
 
 def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
@@ -30,7 +31,7 @@ def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]
     """
     notes: list[str] = []
     if head := _infer_dense_head(state, notes, legacy):
-        nms = 0.6 if head["type"] == "VFNetHead" else 0.5  # of MMDetection's configs
+        nms = 0.6 if head["type"] == "VFNetHead" or head["type"] in _ATSS_FAMILY else 0.5  # of MMDetection's configs
         model: Tree = {"type": "SingleStageDetector", "bbox_head": head, "test_cfg": {"nms": {"iou_threshold": nms}}}
     elif "rpn_head.rpn_cls.weight" in state and any(k.startswith("roi_head.bbox_head.") for k in state):
         roi_head = _infer_roi_head(state, notes)
@@ -39,11 +40,12 @@ def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]
             model["test_cfg"] = {"rcnn": {"score_thr": 0.03, "nms": {"iou_threshold": 0.3}}}
     else:
         raise InputError(
-            "the weights are of no supported detector (RetinaNet, FCOS, VFNet, RepPoints, Faster, Mask, Cascade "
-            f"and Grid R-CNN): the first is '{next(iter(state))}'; use --config, or another checkpoint"
+            "the weights are of no supported detector (RetinaNet, FCOS, VFNet, RepPoints, ATSS, GFL, TOOD, DDOD, "
+            f"Faster, Mask, Cascade and Grid R-CNN): the first is '{next(iter(state))}'; use --config, or another "
+            "checkpoint"
         )
     model["backbone"] = infer_backbone(state)
-    model["neck"] = _infer_neck(state, relu="bbox_head.scales.0.scale" in state)
+    model["neck"] = _infer_neck(state, relu=bool(head) and head["type"] in ("FCOSHead", "VFNetHead"))
     if model["backbone"]["depth"] >= 50:
         notes.append(
             "the weights do not show which convolution of a bottleneck has the stride: style=pytorch is assumed, use "
@@ -131,6 +133,8 @@ def _infer_dense_head(state: Weights, notes: list[str], legacy: bool) -> Tree:
             )
         scales = {"octave_base_scale": 4, "scales_per_octave": 3}
         return config | {"type": "RetinaHead"} | (scales if legacy else _make_anchors(**scales))
+    if family := _infer_atss_family(state, notes):
+        return config | family
     if "bbox_head.vfnet_cls.weight" in state:
         return config | {"type": "VFNetHead", "dcn_on_last_conv": last}
     if "bbox_head.reppoints_cls_out.weight" in state:
@@ -150,6 +154,30 @@ def _infer_dense_head(state: Weights, notes: list[str], legacy: bool) -> Tree:
             "otherwise"
         )
         return config | {"type": "FCOSHead", "dcn_on_last_conv": last}
+    return {}
+
+
+def _infer_atss_family(state: Weights, notes: list[str]) -> Tree:
+    """Infer the head of ATSS, GFL, TOOD or DDOD; empty for another."""
+    anchors = _make_anchors(octave_base_scale=8, scales_per_octave=1, ratios=[1.0])
+    if "bbox_head.gfl_cls.weight" in state:
+        return anchors | {"type": "GFLHead", "reg_max": axis_size(state, "bbox_head.gfl_reg.weight") // 4 - 1}
+    if "bbox_head.tood_cls.weight" in state:
+        notes.append("TOOD's weights do not show anchor_type: anchor_free is assumed, use --config otherwise")
+        offsets = r"bbox_head\.inter_convs\.(\d+)\.conv\.conv_offset\."
+        return anchors | {
+            "type": "TOODHead",
+            "stacked_convs": _count_layers(state, r"bbox_head\.inter_convs\.(\d+)\."),
+            "num_dcn": _count_layers(state, offsets),
+            "norm_cfg": {"type": "GN", "num_groups": 32},
+            "feat_channels": axis_size(state, "bbox_head.inter_convs.0.conv.weight"),
+        }
+    if "bbox_head.atss_iou.weight" in state:
+        offset = "bbox_head.cls_convs.0.conv.conv_offset.weight"
+        return anchors | {"type": "DDODHead", "use_dcn": offset in state}
+    if "bbox_head.atss_cls.weight" in state:
+        notes.append("PAA has the same weights as ATSS, which is assumed: use --config for PAA")
+        return anchors | {"type": "ATSSHead", "pred_kernel_size": axis_size(state, "bbox_head.atss_cls.weight", 2)}
     return {}
 
 

@@ -70,7 +70,7 @@ def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
     if kind == "rpn":
         return RPN
     # A tower layer is convolution, normalization if any, ReLU.
-    step = 3 if spec.get("norm", kind in ("fcos", "vfnet")) else 2
+    step = 3 if spec.get("norm", kind in NORMALIZED) else 2
     tower = r"^bbox_head\.(cls|reg)_convs\.(\d+)\."
 
     def rename(suffix: str, shift: int = 0) -> Callable[[re.Match[str]], str]:
@@ -84,6 +84,13 @@ def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
     ]
 
 
+NORMALIZED = ("fcos", "vfnet", "atss", "gfl", "paa", "ddod", "tood")
+"""Heads whose towers have GroupNorm by default."""
+_ANCHORS: list[Rule] = [
+    (r"^bbox_head\.atss_(cls|reg)\.", r"head.\1."),
+    (r"^bbox_head\.atss_(?:centerness|iou)\.", "head.quality."),
+    (r"^bbox_head\.(scales)$", r"head.\1"),
+]
 OUTPUTS: dict[str, list[Rule]] = {
     "retina": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
     "fcos": [
@@ -98,6 +105,25 @@ OUTPUTS: dict[str, list[Rule]] = {
         (r"^bbox_head\.vfnet_reg_refine\.", "head.refine."),
         (r"^bbox_head\.vfnet_(cls|reg)\.", r"head.\1."),
         (r"^bbox_head\.(scales|scales_refine)$", r"head.\1"),
+    ],
+    "atss": _ANCHORS,
+    "paa": _ANCHORS,
+    "ddod": _ANCHORS,
+    "gfl": [
+        (r"^bbox_head\.gfl_(cls|reg)\.", r"head.\1."),
+        (r"^bbox_head\.integral\.project$", "head.distances"),
+        (r"^bbox_head\.(scales)$", r"head.\1"),
+    ],
+    "tood": [
+        (r"^bbox_head\.inter_convs\.(\d+)\.conv\.conv_offset\.", r"head.shared.\1.0.offset."),
+        (r"^bbox_head\.inter_convs\.(\d+)\.conv\.", r"head.shared.\1.0."),
+        (r"^bbox_head\.inter_convs\.(\d+)\.gn\.", r"head.shared.\1.1."),
+        (r"^bbox_head\.(cls|reg)_decomp\.layer_attention\.", r"head.\1_task.attention."),
+        (r"^bbox_head\.(cls|reg)_decomp\.reduction_conv\.conv\.", r"head.\1_task.reduce."),
+        (r"^bbox_head\.(cls|reg)_decomp\.reduction_conv\.gn\.", r"head.\1_task.norm."),
+        (r"^bbox_head\.(cls|reg)_(?:prob|offset)_module\.", r"head.\1_alignment."),
+        (r"^bbox_head\.tood_(cls|reg)\.", r"head.\1."),
+        (r"^bbox_head\.(scales)$", r"head.\1"),
     ],
     "reppoints": [
         (r"^bbox_head\.reppoints_(cls|pts_init|pts_refine)_conv\.", r"head.\1_conv."),

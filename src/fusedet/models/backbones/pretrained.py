@@ -21,7 +21,9 @@ STRIDES = (4, 8, 16, 32)
 _LOGGERS = ("timm", "huggingface_hub")  # an InputError says what is wrong with weights
 
 
-def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_init: bool = True) -> Any:
+def create_timm_model(
+    name: str, pretrained: bool, weights: str | None, zero_init: bool = True, channels: int = 3
+) -> Any:
     """Create a timm model with feature extraction, with timm's weights or those of a file.
 
     Args:
@@ -29,6 +31,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_ini
         pretrained: Fetch timm's weights.
         weights: Local file of weights instead.
         zero_init: See `TimmBackbone`.
+        channels: Channels of the images.
 
     Raises:
         InputError: The name is unknown, the model is unfit for a pyramid, or the weights cannot be loaded.
@@ -38,6 +41,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_ini
     state = _read_state_dict(weights) if weights else {}
     overlay = {"file": weights} if weights else None
     options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
+    options |= {} if channels == 3 else {"in_chans": channels}
     try:
         with quiet(*_LOGGERS):
             loaded = pretrained or bool(weights)
@@ -65,7 +69,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, zero_ini
         )
         raise InputError(f"{source}: {reason}") from error
     if weights:
-        _check_loaded(model, state, weights, name)
+        _check_loaded(model, state, weights, name, channels)
     if not set(STRIDES[1:]) <= set(model.feature_info.reduction()):
         raise InputError(
             f"timm's '{name}' gives strides {model.feature_info.reduction()}, a pyramid needs 8, 16 and 32"
@@ -126,7 +130,7 @@ def _read_state_dict(weights: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name: str) -> None:
+def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name: str, channels: int) -> None:
     """Check that parameters and norm statistics came from the file: timm loads a backbone leniently.
 
     Values are compared, because timm renames the tensors of some backbones.
@@ -135,9 +139,14 @@ def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name
     for tensor in state.values():
         by_shape.setdefault(tensor.shape, []).append(tensor)
     wanted = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    missing = [
-        k for k, v in wanted.items() if not any(torch.equal(t.to(v.dtype), v) for t in by_shape.get(v.shape, []))
-    ]
+
+    def is_loaded(value: Tensor) -> bool:
+        if any(torch.equal(tensor.to(value.dtype), value) for tensor in by_shape.get(value.shape, [])):
+            return True
+        is_first = channels != 3 and value.ndim == 4 and value.shape[1] == channels  # timm has converted it from RGB
+        return is_first and torch.Size((value.shape[0], 3, *value.shape[2:])) in by_shape
+
+    missing = [key for key, value in wanted.items() if not is_loaded(value)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
 from fusedet.models.ops.boxes import select_detections
 from fusedet.models.ops.image_normalization import normalise_images
-from fusedet.models.protocols import Backbone, DenseHead, Neck
+from fusedet.models.protocols import Backbone, DenseHead, Neck, SelectingHead
 from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
 
@@ -22,7 +22,8 @@ class OneStage(nn.Module):
         backbone: Feature extractor.
         neck: Feature pyramid on the backbone's levels.
         head: Dense head on the neck's levels.
-        selection: Options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det); its defaults where missing.
+        selection: Options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det, soft); its defaults where
+            missing.
     """
 
     backbone: Backbone
@@ -85,7 +86,8 @@ class OneStage(nn.Module):
             padded: Pad to max_det, which exports; otherwise to the largest count in the batch.
         """
         outputs = self(images, sizes)
-        detections = select_detections(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
+        select = self.head.select if isinstance(self.head, SelectingHead) else select_detections
+        detections = select(self.head.decode(outputs), sizes, outputs.priors.counts, **self.selection)
         return detections if padded else detections.trimmed()
 
     @torch.no_grad()

@@ -63,3 +63,13 @@ def check_weight(name: str, weight: float) -> None:
     """
     if not 0 <= weight < math.inf:
         raise InputError(f"{name}={weight} must be 0 or more")
+
+
+def check_topk(topk: int) -> None:
+    """Check a number of candidates.
+
+    Raises:
+        InputError: It is below 1.
+    """
+    if topk < 1:
+        raise InputError(f"topk={topk} must be 1 or more")

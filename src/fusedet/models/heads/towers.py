@@ -16,7 +16,14 @@ InteractionFactory = Callable[[int], BranchInteraction]
 
 
 def make_tower(
-    inputs: int, channels: int, convs: int, norm: bool = False, bias: bool = True, deformable_last: bool = False
+    inputs: int,
+    channels: int,
+    convs: int,
+    norm: bool = False,
+    bias: bool = True,
+    deformable_last: bool = False,
+    deformable_first: bool = False,
+    offset_groups: int = 1,
 ) -> nn.Sequential:
     """Stack `convs` times a 3x3 convolution, GroupNorm(32) with `norm`, and ReLU, shared by all levels.
 
@@ -27,6 +34,8 @@ def make_tower(
         norm: Use GroupNorm(32).
         bias: Give the convolutions a bias.
         deformable_last: Make the last convolution deformable and modulated.
+        deformable_first: Make the first convolution deformable, without modulation.
+        offset_groups: Groups of channels with offsets of their own in a deformable convolution.
 
     Raises:
         InputError: An option is out of its range.
@@ -43,9 +52,10 @@ def make_tower(
     for i in range(convs):
         width = inputs if i == 0 else channels
         last = deformable_last and i == convs - 1
-        layers.append(
-            DeformPack(width, channels, bias=bias, modulated=True) if last else conv(width, channels, 3, bias=bias)
-        )
+        if last or (deformable_first and i == 0):
+            layers.append(DeformPack(width, channels, bias=bias, modulated=last, offset_groups=offset_groups))
+        else:
+            layers.append(conv(width, channels, 3, bias=bias))
         if norm:
             layers.append(GroupNorm(32, channels))
         layers.append(nn.ReLU(inplace=True))
@@ -63,6 +73,7 @@ class TwinTowers(nn.Module):
         interact: Makes the interaction of the branches; None for no interaction.
         bias: As in `make_tower`.
         deformable_last: As in `make_tower`.
+        deformable_first: As in `make_tower`.
 
     Raises:
         InputError: An option is out of its range.
@@ -77,10 +88,11 @@ class TwinTowers(nn.Module):
         interact: InteractionFactory | None = None,
         bias: bool = True,
         deformable_last: bool = False,
+        deformable_first: bool = False,
     ) -> None:
         super().__init__()
-        self.cls = make_tower(inputs, channels, convs, norm, bias, deformable_last)
-        self.reg = make_tower(inputs, channels, convs, norm, bias, deformable_last)
+        options = (inputs, channels, convs, norm, bias, deformable_last, deformable_first)
+        self.cls, self.reg = make_tower(*options), make_tower(*options)
         self.interact = interact(channels) if interact else None
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:

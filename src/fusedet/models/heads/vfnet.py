@@ -22,7 +22,7 @@ from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxe
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
-from fusedet.models.ops.varifocal import varifocal_loss
+from fusedet.models.ops.quality_losses import varifocal_loss
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 PRIOR_SCALE = 8.0  # side of the square priors that ATSS compares with instances, in strides (ATSS, 2020)

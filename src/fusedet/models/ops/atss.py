@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +44,28 @@ class ATSSAssigner:
         if self.topk < 1:
             raise InputError(f"topk={self.topk} must be 1 or more")
 
-    @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
         """Assign the priors of an image, as `protocols.Assigner` says."""
+        return self.assign_by(
+            lambda indices, instances: aligned_iou(priors.boxes[indices], instances), priors, target, valid
+        )
+
+    @torch.no_grad()
+    def assign_by(
+        self,
+        similarity: Callable[[Tensor, Tensor], Tensor],
+        priors: Priors,
+        target: Target,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Assign the priors of an image by another similarity than the IoU of their boxes.
+
+        Args:
+            similarity: Function from indices of priors (G, M) and the instances' boxes (G, 1, 4) to (G, M).
+            priors: As in `assign`.
+            target: As in `assign`.
+            valid: As in `assign`.
+        """
         instances = target.boxes.to(priors.boxes.dtype)[:, None]  # (G, 1, 4)
         points = box_centres(priors.boxes)
         if valid is not None:
@@ -53,7 +73,7 @@ class ATSSAssigner:
         indices = self._candidates(points, priors.counts, box_centres(instances))  # (G, M)
         real = points[indices].isfinite().all(dim=2)  # (G, M)
         candidates = priors.boxes[indices]  # (G, M, 4)
-        ious = aligned_iou(candidates, instances)  # (G, M)
+        ious = similarity(indices, instances)  # (G, M)
         number = real.sum(dim=1, keepdim=True)  # (G, 1)
         mean = (ious * real).sum(dim=1, keepdim=True) / number
         variance = ((ious - mean).square() * real).sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)

@@ -49,8 +49,8 @@ class DeformConv(nn.Module):
         """Convolve at the sampling points moved by `offset`, the samples scaled by `mask`.
 
         Shape:
-            x (N, C, H, W); offset (N, 2 * kernel^2, H', W'), in cells, (dy, dx) pairs row by row; mask
-            (N, kernel^2, H', W') or None; result (N, outputs, H', W').
+            x (N, C, H, W); offset (N, G * 2 * kernel^2, H', W'), in cells, (dy, dx) pairs row by row for each of G
+            groups of channels; mask (N, G * kernel^2, H', W') or None; result (N, outputs, H', W').
         """
         bias = None if self.bias is None else self.bias.float()
         # both compute the same: on a CPU torchvision's kernel is slower than sampling rows (benchmarks/operators.py)
@@ -87,9 +87,10 @@ class DeformPack(DeformConv):
         dilation: int = 1,
         bias: bool = False,
         modulated: bool = False,
+        offset_groups: int = 1,
     ) -> None:
         super().__init__(inputs, outputs, kernel, stride, groups, dilation, bias)
-        self.modulated, self.points = modulated, kernel**2
+        self.modulated, self.points = modulated, offset_groups * kernel**2
         self.offset = nn.Conv2d(inputs, (3 if modulated else 2) * self.points, kernel, stride, self.padding, dilation)
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
@@ -118,13 +119,15 @@ def deform_conv2d_by_rows(
     dilation: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute `torchvision.ops.deform_conv2d` of one offset group and square kernels by torch's own operations.
+    """Compute `torchvision.ops.deform_conv2d` of square kernels by torch's own operations.
 
     A feature map in channels_last is a table of rows of C numbers, and a sample is a weighted sum of four rows: an
     embedding bag. The samples, 9 C numbers per cell for a 3x3 kernel, are saved for the backward pass.
     """
     kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
-    samples = sample_rows(x, offset, kernel, stride, padding, dilation, mask)  # (N, H' * W', K, C)
+    offset_groups, parts = split_offset_groups(x, offset, mask, kernel)
+    samples = sample_rows(*parts, kernel, stride, padding, dilation)  # (N * G, H' * W', K, C / G)
+    samples = samples.unflatten(0, (-1, offset_groups)).permute(0, 2, 3, 1, 4).flatten(3)  # (N, H' * W', K, C)
     if groups == 1:
         out = samples.flatten(2) @ weight.permute(2, 3, 1, 0).flatten(0, 2)  # (N, H' * W', outputs)
     else:
@@ -137,8 +140,23 @@ def deform_conv2d_by_rows(
     return out.transpose(1, 2).unflatten(2, offset.shape[2:])
 
 
+def split_offset_groups(
+    x: Tensor, offset: Tensor, mask: Tensor | None, kernel: int
+) -> tuple[int, tuple[Tensor, Tensor, Tensor | None]]:
+    """Make images of the groups of channels that have offsets of their own: their number G, and x, offset and mask.
+
+    Shape:
+        x (N, C, H, W) to (N * G, C / G, H, W); offset and mask likewise.
+    """
+    number = offset.shape[1] // (2 * kernel**2)
+    if number == 1:
+        return 1, (x, offset, mask)
+    split = [None if part is None else part.unflatten(1, (number, -1)).flatten(0, 1) for part in (x, offset, mask)]
+    return number, (split[0], split[1], split[2])  # type: ignore[return-value]
+
+
 def sample_rows(
-    x: Tensor, offset: Tensor, kernel: int, stride: int, padding: int, dilation: int, mask: Tensor | None
+    x: Tensor, offset: Tensor, mask: Tensor | None, kernel: int, stride: int, padding: int, dilation: int
 ) -> Tensor:
     """Sample x (N, C, H, W) at every cell's kernel points plus offsets: (N, H' * W', kernel^2, C).
 
@@ -184,6 +202,7 @@ def deform_conv2d_by_grid(
     OpenVINO reads neither an embedding bag nor ONNX's DeformConv.
     """
     kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
+    offset_groups, (x, offset, mask) = split_offset_groups(x, offset, mask, kernel)
     (height, width), (rows, columns) = x.shape[2:], offset.shape[2:]
     steps = torch.arange(kernel, device=x.device) * dilation - padding
     moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 1, 3, 4)  # (2, N, K, H', W'), dy and dx
@@ -191,9 +210,10 @@ def deform_conv2d_by_grid(
     wide = torch.arange(columns, device=x.device) * stride + steps.repeat(kernel)[:, None, None]
     # without aligned corners cell i lies at (2 i + 1) / length - 1
     grid = torch.stack([(2 * (moves[1] + wide) + 1) / width - 1, (2 * (moves[0] + tall) + 1) / height - 1], dim=-1)
-    samples = F.grid_sample(x, grid.flatten(2, 3), align_corners=False)  # (N, C, K, H' * W')
+    samples = F.grid_sample(x, grid.flatten(2, 3), align_corners=False)  # (N * G, C / G, K, H' * W')
     if mask is not None:
         samples = samples * mask.flatten(2)[:, None]
+    samples = samples.unflatten(0, (-1, offset_groups)).flatten(1, 2)  # (N, C, K, H' * W')
     samples = samples.unflatten(1, (groups, -1)).flatten(2, 3)  # (N, groups, C / groups * K, H' * W')
     weights = weight.flatten(2).unflatten(0, (groups, -1)).flatten(2)  # (groups, outputs / groups, C / groups * K)
     out = (weights @ samples).flatten(1, 2).unflatten(2, (rows, columns))

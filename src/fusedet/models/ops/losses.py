@@ -38,6 +38,12 @@ def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
     return count.clamp(min=least)
 
 
+def bounded_log_loss(p: Tensor) -> Tensor:
+    """Compute -log p of probabilities, at most 100 as in `binary_cross_entropy`; a p of 0 has no gradient."""
+    least = torch.finfo(p.dtype).tiny
+    return torch.where(p > least, -p.clamp(min=least).log(), 100.0)
+
+
 def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute -log IoU (R,) of boxes and targets (R, 4), row by row; an IoU counts as at least eps.
 
@@ -74,14 +80,14 @@ def sigmoid_focal_loss(
 
     Args:
         logits: One row per prior, all classes.
-        counted: Rows with a loss; the others are ignored.
+        counted: Rows with a loss, or the weight of every row; the others are ignored.
         rows: Indices of the positive rows, each counted and each once.
         labels: Class of each positive row.
         alpha: Weight of the positives; the negatives' is 1 - alpha.
         gamma: Exponent of the modulating factor.
 
     Shape:
-        logits (R, K); counted (R,) bool; rows and labels (R+,) int64; result: scalar.
+        logits (R, K); counted (R,) bool or float; rows and labels (R+,) int64; result: scalar.
 
     References:
         "Focal Loss for Dense Object Detection", Lin et al., 2017, eq. 5.
@@ -89,23 +95,33 @@ def sigmoid_focal_loss(
     positive = logits[rows, labels].float()  # (R+,)
     p = positive.sigmoid()
     replacement = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
-    return negative_focal_loss(logits, counted, 1 - alpha, gamma) + replacement.sum()
+    return negative_focal_loss(logits, counted, 1 - alpha, gamma) + (replacement * counted[rows]).sum()
+
+
+def focal_loss_rows(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Compute the sigmoid focal loss (R,) of every positive row of logits (R, K) with its class (R,)."""
+    x = logits.float()
+    p = x.sigmoid()
+    negative = (1 - alpha) * p**gamma * F.softplus(x)  # (R, K)
+    p, positive = (v.gather(1, labels[:, None]).squeeze(1) for v in (p, x))
+    replaced = negative.gather(1, labels[:, None]).squeeze(1)
+    return negative.sum(dim=1) - replaced + alpha * (1 - p) ** gamma * F.softplus(-positive)
 
 
 def negative_focal_loss(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
     """Compute the focal loss of logits as if all were negatives.
 
-    It is the sum of weight * p^gamma * BCE(p, 0) over the counted rows.
+    It is the sum of weight * p^gamma * BCE(p, 0) over the counted rows or entries, or of it times their weights.
 
     Shape:
-        logits (R, K); counted (R,) bool; result: scalar.
+        logits (R, K); counted (R,) or (R, K), bool or float; result: scalar.
     """
     total: Tensor = _NegativeFocal.apply(logits, counted, weight, gamma)
     return total
 
 
 class _NegativeFocal(torch.autograd.Function):
-    """Sum over the counted rows of weight * sigmoid(x)^gamma * softplus(x).
+    """Sum over the counted rows or entries of weight * sigmoid(x)^gamma * softplus(x).
 
     The forward pass computes the gradient, so that nothing else is saved for the backward pass.
     """
@@ -115,7 +131,7 @@ class _NegativeFocal(torch.autograd.Function):
         x = logits.float()
         p, cost = x.sigmoid(), F.softplus(x)
         scale = p**gamma
-        scale *= counted[:, None] * weight
+        scale *= (counted if counted.ndim == 2 else counted[:, None]) * weight
         total = torch.dot(scale.flatten(), cost.flatten())
         if ctx.needs_input_grad[0]:
             # d/dx p^g s = p^g (g (1 - p) s + p)

@@ -1,0 +1,109 @@
+"""ATSS's head, with the semantics of MMDetection 3.x.
+
+References:
+    "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection",
+    Zhang et al., 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusedet.models.heads.fcos import centerness
+from fusedet.models.heads.quality_anchors import QualityAnchorHead, count_positives
+from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.ops.assigners import assign_batch, valid_prior_mask
+from fusedet.models.ops.atss import ATSSAssigner
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances
+from fusedet.models.ops.losses import giou_loss, mean_over_ranks
+from fusedet.types import Levels, Losses, Outputs, Target
+
+
+class ATSSHead(QualityAnchorHead):
+    """RetinaNet's structure with one square anchor per cell, ATSS's assignment, and FCOS's centerness.
+
+    Args:
+        levels: Levels of the pyramid.
+        num_classes: K.
+        interact: Makes the interaction between the branches; None for no interaction.
+        convs: Number of convolutions in each tower.
+        channels: Channels of the towers; those of the pyramid by default.
+        norm: Use GroupNorm(32) in the towers.
+        bias: Give the towers' convolutions a bias.
+        base_scale: Side of the anchors, in strides.
+        topk: Candidates per level of ATSS.
+        alpha: Weight of the positives in the focal loss.
+        gamma: Exponent of the focal loss.
+        prior: Initial score of every anchor.
+        box_weight: Weight of the box loss.
+        centerness_weight: Weight of the centerness' loss.
+        kernel: Side of the last convolutions' kernels (pred_kernel_size).
+
+    Raises:
+        InputError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        num_classes: int,
+        interact: InteractionFactory | None = None,
+        convs: int = 4,
+        channels: int | None = None,
+        norm: bool = True,
+        bias: bool = False,
+        base_scale: float = 8.0,
+        topk: int = 9,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        prior: float = 0.01,
+        box_weight: float = 2.0,
+        centerness_weight: float = 1.0,
+        kernel: int = 3,
+    ) -> None:
+        weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_centerness": centerness_weight}
+        super().__init__(
+            levels,
+            num_classes,
+            interact,
+            convs,
+            channels,
+            norm,
+            bias,
+            False,
+            base_scale,
+            alpha,
+            gamma,
+            prior,
+            weights,
+            kernel,
+        )
+        self.assigner = ATSSAssigner(topk)
+
+    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
+        """Compute the focal loss, the GIoU loss and the centerness' binary cross-entropy.
+
+        The focal loss and the cross-entropy are divided by the positives of the batch, at least one per image. The GIoU
+        loss is weighted with the anchors' centerness and divided by its sum, at least 1. Anchors beyond an image's own
+        padding do not count.
+
+        Shape:
+            sizes (N, 2), height and width of every image inside the padding, None for no padding.
+        """
+        valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
+        assigned = assign_batch(self.assigner, outputs.priors, targets, valid)  # (N, P)
+        positives, number = count_positives(assigned, targets)
+        centres = box_centres(outputs.priors.boxes)[positives.prior]  # (R, 2)
+        central = centerness(boxes_to_distances(centres, positives.boxes))  # (R,)
+        count, weight = mean_over_ranks(torch.stack([number, central.sum()]))
+        box_losses = giou_loss(self.boxes_at(outputs, positives), positives.boxes) * central
+        quality = self.quality_at(outputs, positives)
+        return {
+            "loss_cls": self.focal_loss(outputs, assigned, positives) / count,
+            "loss_box": box_losses.sum() / weight,
+            "loss_centerness": F.binary_cross_entropy_with_logits(quality, central, reduction="sum") / count,
+        }
