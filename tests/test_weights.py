@@ -366,8 +366,9 @@ def test_config_of_a_training(fetched: PublishedWeights, tmp_path: Path, resume:
     assert options.out == (str(out) if resume else str(Path("runs") / "fcos_resnet50_fpn"))
     assert (options.train.weights, options.train.schedule) == (NAME, "finetune")
     assert (options.train.lr, options.train.warmup_steps, options.train.epochs) == (0.005, 50, 7)
-    of_2x = resolve_config(NAME, ["train.schedule=2x"]).train
-    assert (of_2x.epochs, of_2x.lr, of_2x.warmup_steps) == (24, 0.01, 500), "the detector's own rate"
+    for text in ("train.schedule=2x", "train={schedule: 2x}"):
+        of_2x = resolve_config(NAME, [text]).train
+        assert (of_2x.schedule, of_2x.lr, of_2x.warmup_steps) == ("2x", 0.01, 500), "the detector's own rate"
     stored = resolve_config(NAME).model
     assert options.model == stored
     assert (stored.backbone["frozen_stages"], stored.backbone["pretrained"]) == (1, False)
@@ -506,6 +507,9 @@ def test_every_command(whole: str, shared: Path, tmp_path: Path, capsys: pytest.
     assert cli.run(["val", whole, coco, *small]) == 0
     assert json.loads((results / "val-val" / "metrics.json").read_text())["stamp"]["images"] == 80
     assert cli.run(["compare", whole, whole, coco]) == 0
+    brief = ["--formats", "eager", "--size", "64,96", "--batch", "1", "--runs", "1"]
+    assert cli.run(["benchmark", whole, *brief]) == 0
+    assert json.loads((results / "benchmark" / "benchmark.json").read_text())["rows"][0]["model"] == whole
     assert cli.run(["cam", whole, image, *small, "--score", "0", "--class", "person"]) == 0
     assert cli.run(["export", whole, "--format", "torch", "--size", "64,96", "test.score=0.001"]) == 0
     assert json.loads((results / "export" / "model.json").read_text())["licence"]["weights"]

@@ -98,7 +98,7 @@ def _load_named(source: str | Path, overrides: Sequence[str]) -> Config:
             require_source(source)
         return config.load(source, overrides)
     stored = stored_config(weights_file(source))
-    has_schedule = any(text.startswith("train.schedule=") for text in overrides)
+    has_schedule = "schedule" in config.apply_overrides({}, overrides).get("train", {})
     start = [f"train.weights={source}", *([] if has_schedule else ["train.schedule=finetune"])]
     return config.parse(config.apply_overrides(stored.tree(), [*start, *overrides]))
 

@@ -201,7 +201,7 @@ def weights(
 
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
 def compare(
-    a: Annotated[str, Argument(metavar="RUN_A", help="Baseline: run directory or COCO results (.json).")],
+    a: Annotated[str, Argument(metavar="RUN_A", help="Baseline: run directory, published weights or results (.json).")],
     b: Annotated[str, Argument(metavar="RUN_B", help="The same; compared with the baseline.")],
     words: cli.Settings = None,
     split: Split = None,
