@@ -22,7 +22,7 @@ from fusedet.errors import InputError, unknown
 Result = dict[str, Any]
 """{image_id, category_id, score, bbox [x, y, width, height] in original pixels and / or segmentation (RLE)}."""
 
-EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
+EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools", "hotcoco")
 """The evaluators of COCO metrics; all agree to rounding, the first is the fastest."""
 
 MAX_DETS = (1, 10, 100)
