@@ -25,6 +25,7 @@ from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector
+from fusedet.host_copy import copy_to_host
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
 from fusedet.models.detectors.tta import detect_view, merge_detections
 from fusedet.models.roi.mask import paste_masks
@@ -194,13 +195,14 @@ def load(
     trust: bool = False,
     **settings: Unpack[Sections],
 ) -> Predictor:
-    """Load a trained detector, ready to predict, from a run directory, a checkpoint or an exported model.
+    """Load a trained detector, ready to predict.
 
     >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
 
     Args:
         path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt;
-            or a directory of `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
+            a name of published weights (`fusedet.list_weights`), which are fetched once; or a directory of
+            `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
         overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "fp32" or "bf16".
@@ -283,20 +285,25 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     """Return the detections of each image of a batch by descending score, in original pixels, on the CPU.
 
     Masks are pasted at the original size, not resized. Detections of further views are merged by the detector's
-    thresholds. One view is on the device at a time.
+    thresholds. One view is on the device at a time. Its detections are copied once per batch; with masks, which need
+    much memory, once per image.
     """
     seen = [
-        detect_view(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)
+        detect_view(detector, replace(view, views=(), targets=None).to(device, non_blocking=True))
+        for view in (batch, *batch.views)
     ]
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
-    results = []
+    results: list[tuple[Tensor | None, ...]] = []
     shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
     for views_of_image, (height, width) in zip(zip(*seen), sizes):
         many = len(views_of_image) > 1
         one = merge_detections(views_of_image, **shared) if many else views_of_image[0]
-        masks = None if one.masks is None else paste_masks(one.masks, one.boxes, (height, width))
-        results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
-    return results
+        if one.masks is None:
+            results.append((one.boxes, one.scores, one.labels, None))
+        else:
+            masks = paste_masks(one.masks, one.boxes, (height, width))
+            results.append(copy_to_host((one.boxes, one.scores, one.labels, masks)))
+    return [Detections(*columns) for columns in copy_to_host(results)]  # type: ignore[arg-type]
 
 
 def _empty(image: Tensor) -> ImageAnnotations:

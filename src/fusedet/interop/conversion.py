@@ -79,7 +79,7 @@ class ConvertedCheckpoint:
 
 
 def convert_checkpoint(
-    file: str | Path, config: str | None = None, overrides: Sequence[str] = ()
+    file: str | Path, config: str | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> ConvertedCheckpoint:
     """Convert a checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision.
 
@@ -87,7 +87,8 @@ def convert_checkpoint(
         file: The checkpoint.
         config: MMDetection's config, a .py file; or the name or YAML file of a config of this project, to which the
             checkpoint's own copy of MMDetection's config adds style, mean, channel order and resizing. By default that
-            copy is converted, or the config is inferred from names and shapes of the weights.
+            copy is converted, or the config is inferred from names and shapes of the weights. A mapping is
+            MMDetection's config of 2.x or later, whatever the checkpoint says about itself.
         overrides: "key=value" overrides of the converted config.
 
     Raises:
@@ -102,9 +103,12 @@ def convert_checkpoint(
                 f"--config={config}: {file} is of torchvision, whose weights need no config: leave --config out"
             )
         return _convert_torchvision(state, file, overrides)
-    own = config if config is not None and not config.endswith(".py") else None
-    source, notes = _read_mmdetection_config(None if own else config, meta, file, required=own is None)
-    legacy = is_1x_checkpoint(source, state, str(meta.get("mmdet_version", "")))
+    own = config if isinstance(config, str) and not config.endswith(".py") else None
+    notes: list[str] = []
+    source, legacy = config, False
+    if not isinstance(source, Mapping):
+        source, notes = _read_mmdetection_config(None if own else source, meta, file, required=own is None)
+        legacy = is_1x_checkpoint(source, state, str(meta.get("mmdet_version", "")))
     state = legacy_1x.convert_1x_weights(state) if legacy else state
     if own:
         forced = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
@@ -121,7 +125,7 @@ def convert_checkpoint(
         options = configs.parse(configs.apply_overrides(translated.tree, overrides))
     notes += translated.notes
     if legacy:
-        notes += _note_1x_differences(options, config or "its own config")
+        notes += _note_1x_differences(options, str(config or "its own config"))
     count = count_classes(state, options)
     weights = convert_mmdetection_weights(flip_stem_channels(state) if translated.bgr else state, options, count, file)
     names, category_ids = resolve_class_names(meta, count, notes)

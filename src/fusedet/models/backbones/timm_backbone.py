@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal, Self
 
 import timm
 import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.backbones.pretrained import STRIDES, create_timm_model
@@ -125,6 +129,22 @@ class TimmBackbone(nn.Module):
             norm.eval()
         return self
 
+    def checkpoint_stages(self) -> None:
+        """Keep no activations inside the stages; the backward pass computes each stage again (gradient checkpointing).
+
+        Outputs, gradients and running statistics stay the same.
+
+        Raises:
+            InputError: The model does not split into stages.
+
+        References:
+            "Training Deep Nets with Sublinear Memory Cost", Chen et al., 2016.
+        """
+        for stage in split_stages(self.body, self.stage_modules, "train.checkpoint_backbone"):
+            for module in stage:
+                if any(parameter.requires_grad for parameter in module.parameters()):
+                    module.forward = partial(_run_checkpointed, module, module.forward)
+
     def stages(self, option: str, numbers: tuple[int, ...]) -> dict[int, list[nn.Module]]:
         """Return the modules of stages by ResNet's layer numbers.
 
@@ -145,6 +165,35 @@ class TimmBackbone(nn.Module):
 
 def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _run_checkpointed(module: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    contexts = partial(_checkpoint_contexts, module)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _checkpoint_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of the first and of the second computation."""
+    return nullcontext(), _unchanged_statistics(module)
+
+
+@contextmanager
+def _unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of BatchNorm in train mode, which the first computation has updated.
+
+    Copies take their place meanwhile: without any, autograd would save other tensors than the first time.
+    """
+    norms = [m for m in module.modules() if _is_batch_norm(m) and m.training]
+    buffers = [dict(norm._buffers) for norm in norms]
+    for norm, own in zip(norms, buffers):
+        norm._buffers.update({name: None if value is None else value.clone() for name, value in own.items()})
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers):
+            norm._buffers.update(own)
 
 
 def _channel_values(of_rgb: tuple[float, ...], channels: int) -> Tensor:
