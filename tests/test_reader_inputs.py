@@ -154,6 +154,21 @@ def test_masks_beside_the_images_are_not_background(tmp_path: Path) -> None:
     assert len(read_dataset(tmp_path, "train")) == 2
 
 
+def test_numbers_with_underscores_are_refused(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    put(tmp_path / "labels" / "a.txt", "0 0_5 0.5 0.2 0.2\n")
+    put(tmp_path / "data.yaml", YAML)
+    with pytest.raises(InputError, match=r"a\.txt, line 1: .*not a number"):
+        read_dataset(tmp_path, "train")
+
+
+def test_sidecar_files_of_gdal_are_no_annotations(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    put(tmp_path / "a.xml", xml(("cat", 5, 4, 20, 15, 0)))
+    put(tmp_path / "a.jpg.aux.xml", "<PAMDataset><PAMRasterBand band='1'/></PAMDataset>")
+    assert list(objects(read_dataset(tmp_path, "train"))) == ["a.jpg"]
+
+
 def test_label_folders_without_an_image_folder_are_counted(tmp_path: Path) -> None:
     image(tmp_path / "images" / "first" / "a.jpg")
     put(tmp_path / "labels" / "first" / "a.txt", CAT_LINE)

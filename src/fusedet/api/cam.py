@@ -62,7 +62,7 @@ def cam(
     >>> fusedet.cam("runs/a", "street.jpg", beside="runs/b")  # doctest: +SKIP
 
     Args:
-        run: A run directory or a checkpoint.
+        run: A run directory, a checkpoint or a name of published weights.
         sources: Files, directories, globs, and lists of paths (`@FILE`).
         overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run
             directory.

@@ -29,6 +29,7 @@ from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file
 from fusedet.exporters.quantization import PACKAGES
 from fusedet.exporters.runtime import check_bf16
+from fusedet.interop.published_weights import find_published_weights, is_published_name
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.roi import MaskBranch
 from fusedet.types import MULTIPLE
@@ -101,6 +102,7 @@ class _Source(NamedTuple):
     names: list[str]
     category_ids: list[int]
     file: Path | None
+    licence: str | None = None
 
 
 def export(
@@ -127,7 +129,8 @@ def export(
     >>> fusedet.export("runs/a", formats=["onnx", "openvino"]).out  # doctest: +SKIP
 
     Args:
-        source: A run directory, a checkpoint, or the name of a config, which is exported untrained.
+        source: A run directory, a checkpoint, a name of published weights, or the name of a config, which is exported
+            untrained.
         overrides: "key=value" texts for `test`, `data.size`, `data.antialias` and `out`; of a config, for `model` too.
             `out` is the directory, by default export, export-2, ... in the run directory. With `calibrate`, all of
             `data`.
@@ -275,7 +278,8 @@ def _load(
             f"{source} takes images of {config.data.channels} channels: exported files take RGB images only"
         )
     out = config.out or run_dir.find_free_path(run_dir.parent_of(source), "export")
-    return _Source(tuned(detector, config, names=names), config, names, ids, file), out
+    licence = find_published_weights(source).licence if is_published_name(source) else None
+    return _Source(tuned(detector, config, names=names), config, names, ids, file, licence), out
 
 
 def _describe(
@@ -310,7 +314,7 @@ def _describe(
         outputs=["boxes", "scores", *quality],
         weights_sha256=None if model.file is None else hash_file(model.file),
         training_data=None if path is None or model.file is None else Path(path).name,
-        licence=Licence(code="Apache-2.0", weights=None),
+        licence=Licence(code="Apache-2.0", weights=model.licence),
         versions=package_versions(names),
         config=config.replace(out=None).tree(),
     )

@@ -195,13 +195,14 @@ def load(
     trust: bool = False,
     **settings: Unpack[Sections],
 ) -> Predictor:
-    """Load a trained detector, ready to predict, from a run directory, a checkpoint or an exported model.
+    """Load a trained detector, ready to predict.
 
     >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
 
     Args:
         path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt;
-            or a directory of `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
+            a name of published weights (`fusedet.list_weights`), which are fetched once; or a directory of
+            `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
         overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "fp32" or "bf16".

@@ -70,7 +70,8 @@ def train(
     >>> fusedet.train("retinanet_r50", data="data/coco", train={"epochs": 24}, out="runs/a")  # doctest: +SKIP
 
     Args:
-        config: A config's name, a YAML file, a run directory or a `Config`.
+        config: A config's name, a YAML file, a run directory, a name of published weights, from which the training
+            starts, or a `Config`.
         overrides: "key=value" texts. `out` is the directory of the run, by default runs/NAME, runs/NAME-2, ...
         resume: Whether the run in `out`, or the given run directory, is continued. A run that was killed before its
             first checkpoint starts from the beginning.

@@ -72,12 +72,12 @@ def select_split(splits: Mapping[str, T], name: str, source: Path) -> T:
 
 
 def is_system_file(name: str) -> bool:
-    """Return whether a file or folder is hidden or left by an operating system, and so no data.
+    """Return whether a file or folder is hidden or left by an operating system or by GDAL, and so no data.
 
-    >>> [is_system_file(name) for name in ("._a.xml", ".DS_Store", "Thumbs.db", "__MACOSX", "a.xml")]
-    [True, True, True, True, False]
+    >>> [is_system_file(name) for name in ("._a.xml", ".DS_Store", "Thumbs.db", "__MACOSX", "a.png.aux.xml", "a.xml")]
+    [True, True, True, True, True, False]
     """
-    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS | _SYSTEM_FILES
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS | _SYSTEM_FILES or name.endswith(".aux.xml")
 
 
 @cache

@@ -55,8 +55,8 @@ def create_timm_model(
     except OSError as error:
         raise InputError(
             f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): "
-            "connect to the network, give a local file with model.backbone.weights=FILE, or train from scratch with "
-            "model.backbone.pretrained=false"
+            "connect to the network, give a local file with model.backbone.weights=FILE, start from a detector with "
+            "train.weights=CHECKPOINT, or train from scratch with model.backbone.pretrained=false"
         ) from error
     except (RuntimeError, AttributeError, KeyError, UnpicklingError, SafetensorError) as error:
         # the first line of torch's list of differences is enough

@@ -3,8 +3,11 @@
 from fusedet.models.necks.aug_fpn import AugFPN
 from fusedet.models.necks.bfp import BFP
 from fusedet.models.necks.bifpn import BiFPN
+from fusedet.models.necks.dilated_encoder import DilatedEncoder
+from fusedet.models.necks.dyhead import DyHead
 from fusedet.models.necks.fpn import FPN
 from fusedet.models.necks.mse_fpn import MSEFPN
+from fusedet.models.necks.nas_fpn import NASFPN
 from fusedet.models.necks.pafpn import PAFPN
 from fusedet.models.necks.smsl import SMSL
 from fusedet.models.protocols import Neck
@@ -15,8 +18,11 @@ NECKS: dict[str, type[Neck]] = {
     "bfp": BFP,
     "bifpn": BiFPN,
     "aug_fpn": AugFPN,
+    "dilated_encoder": DilatedEncoder,
+    "dyhead": DyHead,
+    "nas_fpn": NASFPN,
     "mse_fpn": MSEFPN,
     "smsl": SMSL,
 }
 
-__all__ = ["BFP", "FPN", "MSEFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN"]
+__all__ = ["BFP", "FPN", "MSEFPN", "NASFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN", "DilatedEncoder", "DyHead"]
