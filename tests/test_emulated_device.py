@@ -27,6 +27,11 @@ STEP = {
     "gfl": (1, 0),
     "gflv2": (1, 0),
     "tood": (1, 0),
+    "freeanchor": (1, 0),
+    "autoassign": (1, 0),
+    "foveabox": (1, 0),
+    "fsaf": (1, 0),
+    "yolof": (1, 0),
     "ddod": (2, 0),  # assigns twice
     "paa": (3, 0),  # assigns twice, and fits mixtures on the CPU in between
     "faster_rcnn": (4, 1),
