@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from inspect import signature
 from itertools import product
 
 import pytest
@@ -160,7 +161,8 @@ def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:
     """The neck on a backbone's maps; one that refines a pyramid, on an FPN's."""
     shape = {"channels": 32, "finest": finest, "coarsest": coarsest, "top": top}
     if name not in ON_A_PYRAMID:
-        return NECKS[name](LEVELS, **shape)
+        known = signature(NECKS[name]).parameters
+        return NECKS[name](LEVELS, **{k: v for k, v in shape.items() if k in known})
     fpn = FPN(LEVELS, **shape)
     return NeckChain([fpn, NECKS[name](fpn.levels)])
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.backbones.pretrained import STRIDES, create_timm_model
-from fusedet.models.backbones.stages import make_deformable, select_stages, split_stages, stride_in_conv1
+from fusedet.models.backbones.pretrained import STRIDES, create_timm_model, to_channels_first
+from fusedet.models.backbones.stages import (
+    drop_first_pool,
+    make_deformable,
+    select_stages,
+    split_stages,
+    stride_in_conv1,
+)
+from fusedet.models.ops.layers import Norm
 from fusedet.types import Features, Levels
 
 Style = Literal["pytorch", "caffe"]
@@ -38,6 +46,12 @@ class TimmBackbone(nn.Module):
         std: Standard deviation per RGB channel in 0..255; timm's by default.
         zero_init: Without weights, initialise the last norm of every residual block with 0, as timm and MMDetection do;
             false: with 1, as torchvision does.
+        norm: "gn" replaces every BatchNorm of a ResNet by GroupNorm of 32 groups; `frozen_stages` freezes its scales.
+        branch_maps: Of an HRNet, the maps of its four branches as they are (C, 2C, 4C and 8C channels), as detection
+            papers use them; by default timm's, widened to 128 to 1024 channels.
+        pool_first: Of a Res2Net, average-pool the last split of stage 1's first block, as timm and the authors do;
+            false: leave it as it is, as MMDetection does.
+        output_norm: LayerNorm over the channels of every map, as detectors have it on Swin and ConvNeXt.
 
     Attributes:
         levels: Channels and strides of the feature maps.
@@ -65,9 +79,14 @@ class TimmBackbone(nn.Module):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         zero_init: bool = True,
+        norm: Norm = "bn",
+        branch_maps: bool = False,
+        pool_first: bool = True,
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         one_of("style", style, Style)
+        one_of("norm", norm, Norm)
         if modulated and not deformable_stages:
             raise InputError(
                 "modulated=true needs deformable convolutions: set deformable_stages, such as [2, 3, 4], or leave it "
@@ -75,7 +94,10 @@ class TimmBackbone(nn.Module):
             )
         self.name, self.norm_eval = name, norm_eval
         # the attribute's name is part of every checkpoint's keys (torchvision's too)
-        self.body = create_timm_model(name, pretrained, weights, zero_init)
+        options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
+        options |= {"norm_layer": "groupnorm"} if norm == "gn" else {}
+        options |= {"feature_location": ""} if branch_maps else {}
+        self.body = create_timm_model(name, pretrained, weights, options)
         info = self.body.feature_info
         self.map_indices = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
         self.stage_modules = [info.module_name()[i] for i in self.map_indices]
@@ -89,6 +111,11 @@ class TimmBackbone(nn.Module):
         std_255 = 255 * torch.tensor(config.std) if std is None else torch.tensor(std)
         self.register_buffer("scale", (1 / std_255).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean_255 / std_255).view(3, 1, 1), persistent=False)
+        self.output_norms = nn.ModuleList(
+            _channel_norm(self.body, c) if output_norm else nn.Identity() for c in self.levels.channels
+        )
+        if not pool_first:
+            drop_first_pool(self.body, name)
         if style == "caffe":
             stride_in_conv1(self.body, name)
         if deformable_stages:
@@ -108,8 +135,8 @@ class TimmBackbone(nn.Module):
         Shape:
             images (N, 3, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level.
         """
-        maps = self.body(images)
-        return [maps[i] for i in self.map_indices]
+        maps = to_channels_first(self.body, self.body(images))
+        return [norm(maps[i]) for norm, i in zip(self.output_norms, self.map_indices)]
 
     def train(self, mode: bool = True) -> Self:
         """Set train mode, except for frozen BatchNorm."""
@@ -134,6 +161,12 @@ class TimmBackbone(nn.Module):
             return []
         stages = split_stages(self.body, self.stage_modules, f"frozen_stages={count}")[: count + 1]
         return [module for stage in stages for module in stage]
+
+
+def _channel_norm(model: nn.Module, channels: int) -> nn.Module:
+    """Make a LayerNorm over channels with the epsilon of a model's own."""
+    own = next((m for m in model.modules() if isinstance(m, nn.LayerNorm)), None)
+    return LayerNorm2d(channels, eps=1e-6 if own is None else own.eps)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

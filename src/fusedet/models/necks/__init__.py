@@ -4,6 +4,7 @@ from fusedet.models.necks.aug_fpn import AugFPN
 from fusedet.models.necks.bfp import BFP
 from fusedet.models.necks.bifpn import BiFPN
 from fusedet.models.necks.fpn import FPN
+from fusedet.models.necks.hrfpn import HRFPN
 from fusedet.models.necks.mse_fpn import MSEFPN
 from fusedet.models.necks.pafpn import PAFPN
 from fusedet.models.necks.smsl import SMSL
@@ -14,9 +15,10 @@ NECKS: dict[str, type[Neck]] = {
     "pafpn": PAFPN,
     "bfp": BFP,
     "bifpn": BiFPN,
+    "hrfpn": HRFPN,
     "aug_fpn": AugFPN,
     "mse_fpn": MSEFPN,
     "smsl": SMSL,
 }
 
-__all__ = ["BFP", "FPN", "MSEFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN"]
+__all__ = ["BFP", "FPN", "HRFPN", "MSEFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN"]
