@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from common import print_report, read_peak_memory
+from common import print_report
 from evaluate import dataset, detections
 
+from fusedet.api.timing import read_peak_memory
 from fusedet.evaluation import evaluate_coco, paired_bootstrap
 
 

@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import print_report, read_peak_memory
+from common import print_report
 
 from fusedet import evaluation
+from fusedet.api.timing import read_peak_memory
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 
 CLASSES, HEIGHT, WIDTH = 80, 480, 640

@@ -4,7 +4,8 @@
 
 Both sides read the same 640x480 images, flip half of them, resize to 800/1333, normalise and pad, in one process and
 one thread, in turn batch by batch. The output is JSON: median milliseconds per image, the ratio of the medians (above
-1: fusedet is faster), and the peak memory of each side in a separate process.
+1: fusedet is faster), and the peak memory of each side in a separate process. Then the same for each data augmentation
+of fusedet, applied to every image, with its ratio to the loader without it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from fusedet.data import synthetic
+from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.loader import build_train_loader
 from fusedet.data.transforms import TrainTransform
@@ -133,6 +137,42 @@ SIDES: dict[str, Callable[[Path, int], Iterator[object]]] = {
 }
 
 
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "photometric": {"photometric": True},
+    "scale_jitter": {"scale_jitter": (0.1, 2.0)},
+    "crop": {"crop": (0.5, 1.0)},
+    "right_angles": {"right_angles": True},
+    "mosaic": {"mosaic": 1.0},
+    "mixup": {"mixup": 1.0},
+    "rotate (masks)": {"rotate": 15.0},
+    "copy_paste (masks)": {"copy_paste": 1.0},
+}
+"""Options of `AugmentedTransform` by what they do, each applied to every image."""
+
+
+def augmented_side(name: str, path: Path, batch: int) -> Iterator[object]:
+    options = AUGMENTATIONS[name]
+    transform = AugmentedTransform([SHORT], LONG, **options) if options else TrainTransform([SHORT], LONG)
+    yield from build_train_loader(fusedet_records(path), transform, batch=batch).epoch(0)
+
+
+def time_sides(
+    sides: dict[str, Callable[[Path, int], Iterator[object]]], path: Path, images: int, batch: int
+) -> dict[str, float]:
+    """Median milliseconds per image of each side, in turn batch by batch."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for warm in (True, False):
+        running = {name: side(path, batch) for name, side in sides.items()}
+        for _ in range(images // batch if not warm else 2):
+            for name, side in running.items():
+                begin = time.perf_counter()
+                next(side)
+                if not warm:
+                    times[name].append((time.perf_counter() - begin) * 1e3 / batch)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def peak_mib(name: str, path: Path, batch: int) -> float | None:
     """Measure by how much one side raises the resident memory above that of the imports; None if it is unknown."""
     torch.set_num_threads(1)
@@ -159,27 +199,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         path = write_images(Path(folder), options.images)
-        for warm in (True, False):
-            running = {name: side(path, options.batch) for name, side in SIDES.items()}
-            for _ in range(options.images // options.batch if not warm else 2):
-                for name, side in running.items():
-                    begin = time.perf_counter()
-                    next(side)
-                    if not warm:
-                        times[name].append((time.perf_counter() - begin) * 1e3 / options.batch)
+        medians = time_sides(SIDES, path, options.images, options.batch)
+        augmented = time_sides(
+            {name: partial(augmented_side, name) for name in AUGMENTATIONS}, path, options.images, options.batch
+        )
         peaks = {}
         for name in SIDES:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 peaks[name] = pool.submit(peak_mib, name, path, options.batch).result()
-    medians = {name: statistics.median(values) for name, values in times.items()}
     print_report(
         benchmark="loader",
         milliseconds_per_image={name: round(value, 2) for name, value in medians.items()},
         torchvision_over_fusedet=round(medians["torchvision"] / medians["fusedet"], 2),
         peak_memory_over_imports_mib=peaks,
+        augmentation={
+            name: {"milliseconds_per_image": round(value, 2), "times_none": round(value / augmented["none"], 2)}
+            for name, value in augmented.items()
+        },
         includes=INCLUDES,
         images=options.images,
         batch=options.batch,

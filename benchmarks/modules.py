@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import interleave, measure_peak_memory, print_report, read_peak_memory
+from common import interleave, measure_peak_memory, print_report
 
 from fusedet import create_model
+from fusedet.api.timing import read_peak_memory
 from fusedet.models.detectors import DetectorModule, prepare_for_inference
 from fusedet.models.profiling import count_cost
 from fusedet.types import Batch

@@ -1,4 +1,4 @@
-"""Prediction: fusedet's RetinaNet-R50 and torchvision's, one 800x1216 image, CPU, interleaved in one run.
+"""Prediction: every engine of fusedet's RetinaNet-R50 and torchvision's, one 800x1216 image, CPU, in turn in one run.
 
 Both have the same weights, get the same uint8 image and return boxes after NMS; neither resizes.
 """
@@ -6,19 +6,21 @@ Both have the same weights, get the same uint8 image and return boxes after NMS;
 from __future__ import annotations
 
 import argparse
-import functools
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from common import copy_weights, interleave, measure_peak_memory, print_report, read_peak_memory, summarize_times
+from common import copy_weights, measure_prediction, print_report, serve_call
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from fusedet import create_model
-from fusedet.models.detectors import prepare_for_inference
-from fusedet.types import Batch
+from fusedet.api.benchmark_plan import draw_scene
+from fusedet.data.image_decoding import to_tensor
 
-HEIGHT, WIDTH = 800, 1216
+SIZE = HEIGHT, WIDTH = 800, 1216
+OVERRIDES = ["model.backbone.pretrained=false", "model.pyramid.top=on_output"]
 CANDIDATES = 4000
 """Candidates above the score threshold, about as many as a trained detector has in an image with many objects."""
 
@@ -37,19 +39,12 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
     last = theirs.head.classification_head.cls_logits
     for final in (last, theirs.head.regression_head.bbox_reg):
         torch.nn.init.normal_(final.weight, std=0.05)
-    ours = create_model("retinanet_r50", "model.backbone.pretrained=false", "model.pyramid.top=on_output").eval()
+    ours = create_model("retinanet_r50", *OVERRIDES).eval()
     copy_weights(ours, theirs)
     logits = torch.cat([m.flatten() for m in ours(image[None]).maps["cls"]])
     last.bias += math.log(0.05 / 0.95) - logits.topk(CANDIDATES).values[-1]
     ours.head.cls.bias.copy_(last.bias)
     return theirs, ours
-
-
-def fusedet(image: torch.Tensor, precision: str) -> Callable[[], object]:
-    """Fusedet's detector as `fusedet.load` prepares it."""
-    model = prepare_for_inference(trained(image)[1], precision)
-    batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
-    return functools.partial(model.predict, batch)
 
 
 def torchvision(image: torch.Tensor) -> Callable[[], object]:
@@ -58,31 +53,19 @@ def torchvision(image: torch.Tensor) -> Callable[[], object]:
     return torch.inference_mode()(lambda: model([image.float() / 255]))
 
 
-MAKERS = {
-    "torchvision": torchvision,
-    "fusedet": functools.partial(fusedet, precision="fp32"),
-    "fusedet_bf16": functools.partial(fusedet, precision="bf16"),
-}
-
-
 def main() -> None:
     """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=MAKERS)
+    parser.add_argument("--serve", metavar="IMAGE", help="torchvision's detector, as an engine")
     options = parser.parse_args()
-    image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    if options.only:
-        call = MAKERS[options.only](image)
-        call(), call()
-        print(read_peak_memory())
+    if options.serve:
+        serve_call(torchvision, options.serve)
         return
-    figures = summarize_times(
-        interleave({k: make(image) for k, make in MAKERS.items()}, options.repeats), "torchvision"
-    )
-    for side in MAKERS:
-        figures[side]["peak_MiB"] = round(measure_peak_memory(__file__, side))
-    print_report(benchmark="predict", image=[HEIGHT, WIDTH], detector="RetinaNet R50 FPN, 80 classes", **figures)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = trained(to_tensor(draw_scene(SIZE, Path(folder) / "image.jpg")))[1]
+    engines = measure_prediction(__file__, "retinanet_r50", OVERRIDES, ours, SIZE, options.repeats)
+    print_report(benchmark="predict", image=SIZE, detector="RetinaNet R50 FPN, 80 classes", **engines)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import print_report, read_peak_memory
+from common import print_report
 from PIL import Image
 
 from fusedet import config
+from fusedet.api.timing import read_peak_memory
 from fusedet.data.readers.auto import read_dataset
 from fusedet.engine import checkpoint
 from fusedet.models.detectors import build_detector

@@ -10,12 +10,13 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import interleave, measure_peak_memory, print_report, read_peak_memory, summarize_times
+from common import interleave, measure_peak_memory, print_report, summarize_times
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from fusedet import create_model
+from fusedet.api.timing import read_peak_memory
 from fusedet.types import Batch, Target
 
 HEIGHT, WIDTH = 800, 1216

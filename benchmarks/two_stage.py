@@ -1,6 +1,6 @@
 """Compare prediction and a training step of fusedet's and torchvision's Faster R-CNN R50, interleaved.
 
-One 800x1216 image, CPU, float32.
+One 800x1216 image, CPU; prediction in every engine, the training step in float32.
 
 For prediction both have the same weights, get the same uint8 image and return final boxes; neither resizes. In
 training both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same
@@ -11,18 +11,17 @@ torchvision two.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
 
 import torch
-from common import copy_weights, interleave, print_report, summarize_times
+from common import copy_weights, interleave, measure_prediction, print_report, serve_call, summarize_times
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fusedet import create_model
-from fusedet.models.detectors import prepare_for_inference
 from fusedet.types import Batch, Target
 
 HEIGHT, WIDTH = 800, 1216
+CONFIG, OVERRIDES = "faster_rcnn_r50", ["model.backbone.pretrained=false"]
 
 
 def models() -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -37,20 +36,16 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     rpn, box = theirs.rpn.head, theirs.roi_heads.box_predictor
     for layer, std in ((rpn.cls_logits, 0.05), (rpn.bbox_pred, 0.01), (box.cls_score, 0.05), (box.bbox_pred, 0.001)):
         torch.nn.init.normal_(layer.weight, std=std)
-    ours = create_model("faster_rcnn_r50", "model.backbone.pretrained=false")
+    ours = create_model(CONFIG, *OVERRIDES)
     copy_weights(ours, theirs)
     return theirs, ours
 
 
-def prediction(image: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Return both sides' prediction."""
-    theirs, ours = (side.eval() for side in models())
-    ready = prepare_for_inference(ours)
-    batch = Batch(image[None], torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
-    return {
-        "torchvision": torch.inference_mode()(lambda: theirs([image.float() / 255])),
-        "fusedet": functools.partial(ready.predict, batch),
-    }
+def torchvision(image: torch.Tensor) -> Callable[[], object]:
+    """Torchvision's prediction."""
+    torch.manual_seed(0)
+    theirs = models()[0].eval()
+    return torch.inference_mode()(lambda: theirs([image.float() / 255]))
 
 
 def step(loss: Callable[[], dict[str, torch.Tensor]], made: torch.nn.Module) -> Callable[[], None]:
@@ -85,18 +80,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", choices=["predict", "train_step"])
+    parser.add_argument("--serve", metavar="IMAGE", help="torchvision's detector, as an engine")
     options = parser.parse_args()
+    if options.serve:
+        serve_call(torchvision, options.serve)
+        return
+    about = {"image": [HEIGHT, WIDTH], "detector": "Faster R-CNN R50 FPN, 80 classes"}
     torch.manual_seed(0)
-    image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
-    for name, make in {"predict": prediction, "train_step": training}.items():
-        if options.only in (None, name):
-            figures = summarize_times(interleave(make(image), options.repeats), "torchvision")
-            print_report(
-                benchmark=f"two_stage {name}",
-                image=[HEIGHT, WIDTH],
-                detector="Faster R-CNN R50 FPN, 80 classes",
-                **figures,
-            )
+    if options.only in (None, "predict"):
+        ours = models()[1]
+        engines = measure_prediction(__file__, CONFIG, OVERRIDES, ours, (HEIGHT, WIDTH), options.repeats)
+        print_report(benchmark="two_stage predict", **about, **engines)
+    if options.only in (None, "train_step"):
+        image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)
+        figures = summarize_times(interleave(training(image), options.repeats), "torchvision")
+        print_report(benchmark="two_stage train_step", **about, **figures)
 
 
 if __name__ == "__main__":

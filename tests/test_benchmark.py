@@ -286,7 +286,7 @@ def describe(**changes: Any) -> Metadata:
         "training_data": None,
         "licence": Licence(code="Apache-2.0", weights=None),
         "versions": {},
-        "config": {},
+        "config": {"data": {"size": [64, 96]}},
     }
     return Metadata(**known | changes)
 
@@ -325,9 +325,13 @@ def test_the_ap_of_an_exported_model_is_its_own_or_that_of_its_run(run: Path, tm
     (own / "metrics.json").write_text('{"AP": 0.5}')
     same = write_export(own / "export", weights_sha256=hash_file(weights))
     other = write_export(own / "other", weights_sha256="0" * 64)
+    with plan_engines([own], ["eager"], texts=["test.score=0.5"]) as (rows, _):
+        assert [row.ap for row in rows] == [None], "its AP was measured with another threshold"
     with plan_engines([own, same, other], ["eager", "bf16", "onnx"]) as (rows, _):
         known = [(row.engine, row.precision, row.ap) for row in rows]
     assert known == [("eager", "fp32", 0.5), ("bf16", "bf16", None), ("onnx", "fp32", 0.5), ("onnx", "fp32", None)]
+    with plan_engines([own, same], ["eager", "onnx"], (32, 32)) as (rows, _):
+        assert [row.ap for row in rows] == [None, None], "its AP was measured at another size"
     (same / "val-val").mkdir()
     (same / "val-val" / "metrics.json").write_text('{"AP": 0.25}')
     with plan_engines([same], ["onnx"]) as (rows, _):

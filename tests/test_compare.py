@@ -156,7 +156,9 @@ def test_wrong_input(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path]
     a, b = runs
     files = [tmp_path / f"{run.name}.json" for run in runs]
     assert "do not say on which data they were made: add data=PATH" in refused(capsys, "compare", *files)
-    assert "neither a run directory nor a results file" in refused(capsys, "compare", a, tmp_path / "no")
+    assert "neither a run directory, a name of published weights nor a results file" in refused(
+        capsys, "compare", a, tmp_path / "no"
+    )
     assert "one too many" in refused(capsys, "compare", a, b, "third")
     assert "changes nothing" in refused(capsys, "compare", a, b, "model.neck=fpn")
     assert "not empty" in refused(capsys, "compare", a, b, f"out={a}")

@@ -94,7 +94,7 @@ def load_leaves(name: str) -> dict[str, Any]:
     return leaves(config.load(name).tree())
 
 
-@pytest.mark.parametrize("schedule", config.names("schedules"))
+@pytest.mark.parametrize("schedule", [name for name in config.names("schedules") if name != "finetune"])
 def test_a_schedule_sets_epochs_milestones_and_scales_only(schedule: str) -> None:
     allowed = {"train.schedule", "train.epochs", "train.milestones", "data.size", "data.multi_scale"}
     for name in ONE_BACKBONE:
@@ -102,6 +102,15 @@ def test_a_schedule_sets_epochs_milestones_and_scales_only(schedule: str) -> Non
         scheduled = leaves(config.load(name, [f"train.schedule={schedule}"]).tree())
         changed = {key for key in default | scheduled if default.get(key) != scheduled.get(key)}
         assert changed <= allowed, name
+
+
+def test_fine_tuning_has_a_rate_and_a_warm_up_for_every_detector() -> None:
+    recipes = [config.load(name, ["train.schedule=finetune"]).train for name in ONE_BACKBONE]
+    assert {(t.optimizer, t.lr, t.base_batch, t.warmup_steps, t.warmup_ratio) for t in recipes} == {
+        ("sgd", 0.005, 16, 50, 0.1)
+    }
+    frozen = config.load("retinanet_r50", ["train.schedule=finetune"]).model.backbone
+    assert (frozen["frozen_stages"], frozen["norm_eval"]) == (1, True)
 
 
 def test_a_schedule_keeps_the_warm_up_of_mmdetection() -> None:
@@ -236,7 +245,7 @@ def test_mappings_and_overrides_are_equivalent() -> None:
         ("epoch=3", "did you mean 'train.epochs'"),
         ("batch=3", "did you mean 'train.batch' or 'test.batch'"),
         ("train.bach=3", "did you mean 'train.batch'? "),
-        ("channels=3", "did you mean 'model.pyramid.channels'"),
+        ("channels=3", "did you mean 'data.channels' or 'model.pyramid.channels'"),
         ("zzz=3", "unknown config key 'zzz'. Known: data"),
         ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
         ("train.batch=aut", "train.batch must be int | 'auto', got 'aut'"),

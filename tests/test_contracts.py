@@ -153,13 +153,16 @@ def test_unfit_backbones_are_refused() -> None:
 # -- necks
 
 
-ON_A_PYRAMID = {"bfp", "smsl"}
+ON_A_PYRAMID = {"bfp", "dyhead", "smsl"}
+FIVE_LEVELS = {"nas_fpn"}  # and levels of its own above the backbone's
 BEFORE_ZERO_INIT = {"smsl": ("non_local.theta", "non_local.phi", "non_local.g.")}  # no gradient at the start
 
 
 def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:
     """The neck on a backbone's maps; one that refines a pyramid, on an FPN's."""
     shape = {"channels": 32, "finest": finest, "coarsest": coarsest, "top": top}
+    if name in FIVE_LEVELS:
+        return NECKS[name](LEVELS, 32, finest, finest + 4)
     if name not in ON_A_PYRAMID:
         known = signature(NECKS[name]).parameters
         return NECKS[name](LEVELS, **{k: v for k, v in shape.items() if k in known})
@@ -170,6 +173,7 @@ def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:
 def check_neck(name: str, pyramid: tuple[int, int, str], size: tuple[int, int]) -> None:
     """Levels and shapes as promised, finite gradients everywhere, unchanged inputs."""
     finest, coarsest, top = pyramid
+    coarsest = finest + 4 if name in FIVE_LEVELS else coarsest
     neck = neck_of(name, finest, coarsest, top)
     inputs = [m.requires_grad_() for m in maps(LEVELS, size)]
     kept = [m.detach().clone() for m in inputs]
@@ -223,6 +227,7 @@ FORMS: list[tuple[str, dict[str, object]]] = [
     ("fcos", {"center_sampling": True, "normalize_boxes": True, "centerness_on_box": True, "box_loss": "giou"}),
     ("fcos", {"deformable_last": True}),
     ("fcos", {"norm": False, "bias": False, "channels": 16}),
+    ("fovea", {"align": True, "norm": True}),
     ("vfnet", {"deformable_last": True}),
     ("gfl", {"quality_channels": 8}),
     ("tood", {"anchor_based": True}),

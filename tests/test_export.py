@@ -13,15 +13,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import Conv2dSame, padding
+from timm.layers.pool2d_same import MaxPool2dSame
 from torchvision.ops import nms
 
 import exporting
 import fusedet
 from fusedet import cli, exporters
+from fusedet.api import quantize
+from fusedet.api.quantize import CalibrationData, quantize_format, read_calibration_data
+from fusedet.config import parse
+from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError, StorageError
-from fusedet.exporters import compare_outputs, make_cases, read_export
+from fusedet.exporters import compare_outputs, make_cases, quantization, read_export
 from fusedet.exporters.formats import FORMATS
-from fusedet.exporters.verification import Case, Tolerance
+from fusedet.exporters.graph import constant_padding
+from fusedet.exporters.metadata import Metadata
+from fusedet.exporters.verification import Case, Tolerance, compute_similarity
 from fusedet.models.ops.boxes import nms_keep_mask
 from fusedet.models.ops.exporting import average_pool_to, max_pool_windows, nms_over_images
 from fusedet.models.ops.exporting import exporting as export_forms
@@ -85,6 +93,17 @@ def test_nms_forms_are_nms_of_each_image() -> None:
     assert torch.equal(nms_keep_mask(boxes, scores, 0.4) & (scores >= 0), expected)
     with export_forms():
         assert torch.equal(nms_keep_mask(boxes, scores, 0.4), expected)
+
+
+def test_constant_padding_is_that_of_timm() -> None:
+    convolution, pool = Conv2dSame(3, 4, 5, stride=2), MaxPool2dSame(3, stride=2)
+    x = torch.randn(1, 3, 32, 96)
+    with torch.no_grad():
+        expected = convolution(x), pool(x)
+        with constant_padding():
+            torch.testing.assert_close((convolution(x), pool(x)), expected)
+            assert padding.get_same_padding(31, 3, 2, 1) == 1, "for 31 it would be 2"
+    assert padding.get_same_padding(31, 3, 2, 1) == 2
 
 
 # -- equal or not written
@@ -218,6 +237,150 @@ def test_cases() -> None:
         assert (case.sizes <= 64).all()
 
 
+# -- number formats
+
+
+def test_similarity_of_detections() -> None:
+    expected = detections()
+    assert compute_similarity(expected, expected) == pytest.approx(1)
+    assert compute_similarity(expected, detections(counts=np.array([0]))) == 0
+    assert compute_similarity(detections(counts=np.array([0])), expected) == 1
+    # the first box has an IoU of 1 / 3, the second half of its score: (0.9 / 3 + 0.5 / 2) / 1.4
+    changed = detections(scores=np.array([[0.9, 0.25]], np.float32))
+    changed["boxes"] = expected["boxes"] + np.float32([[[5, 0, 5, 0], [0, 0, 0, 0]]])
+    assert compute_similarity(expected, changed) == pytest.approx((0.9 / 3 + 0.25) / 1.4)
+    relabelled = detections(labels=np.array([[0, 0]]))
+    assert compute_similarity(expected, relabelled) == pytest.approx(0.9 / 1.4)
+
+
+@pytest.fixture
+def calibration(make_export: Callable[..., Path]) -> tuple[Path, Metadata, CalibrationData]:
+    """An fp32 ONNX file, the description of its int8 form, and data."""
+    need("onnx", "openvino")
+    pytest.importorskip("nncf", reason="needs nncf: pip install 'fusedet[export]'")
+    folder = make_export("retinanet", *QUICK, size=(64, 96))
+    metadata = read_export(folder)[0].model_copy(update={"precision": "int8"})
+    data = read_calibration_data(parse(metadata.config), metadata.names, "run", 6, 1.0, None)
+    session = exporters.open_session("onnx", folder / "model.onnx", read_export(folder)[0])
+    data.evaluate_fp32(session, metadata)
+    return folder / "model.onnx", metadata, data
+
+
+INT8 = ["onnx", pytest.param("openvino", marks=pytest.mark.slow)]
+"""NNCF takes ten seconds and more."""
+
+
+@pytest.mark.parametrize("format_", INT8)
+def test_int8_detects_as_fp32(
+    format_: str, calibration: tuple[Path, Metadata, CalibrationData], tmp_path: Path
+) -> None:
+    """Detections of random weights are at least 0.75 alike, and box decoding stays in floating point."""
+    source, metadata, data = calibration
+    files, row = quantize_format(format_, source, tmp_path, metadata, data)
+    assert row["floating_point"] == []
+    assert set(row["price"]) == {"AP", "AP50", "AP75", "APs", "APm", "APl"}
+    plain, int8 = (
+        exporters.open_session("onnx", source, read_export(source.parent)[0]),
+        exporters.open_session(format_, files[0], metadata),
+    )
+    cases = make_cases(64, 96, (64, 96), 1)
+    alike = [compute_similarity(plain(case.images, case.sizes), int8(case.images, case.sizes)) for case in cases]
+    assert min(alike) > 0.75
+    assert min(alike) < 1, "something was quantized"
+    if format_ == "onnx":
+        import onnx
+
+        nodes = onnx.load(files[0]).graph.node
+        quantized = {tensor for node in nodes if node.op_type == "DequantizeLinear" for tensor in node.output}
+        users = {node.op_type for node in nodes if quantized & set(node.input)}
+        assert "Conv" in users
+        assert not users & {"Exp", "Sub", "Concat", "NonMaxSuppression", "TopK", "Sigmoid"}
+    else:
+        import openvino
+
+        model = openvino.Core().read_model(files[0])
+        fake = [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
+        users = {use.get_node().get_type_name() for node in fake for use in node.output(0).get_target_inputs()}
+        assert "Convolution" in users
+        assert not users & set(quantization.FLOATING_POINT)
+
+
+def test_int8_that_loses_too_much_is_refused(
+    calibration: tuple[Path, Metadata, CalibrationData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, metadata, data = calibration
+    monkeypatch.setattr(quantize, "SHARES", (0.0, 0.4))
+    data.ap, data.max_drop = 0.9, 0.01
+    with pytest.raises(InputError, match=r"model.onnx in int8 loses 0.\d+ AP of 0.9000 .* max_drop=0.01, even with"):
+        quantize_format("onnx", source, tmp_path, metadata, data)
+    assert data.ranking is not None
+    import onnx
+
+    names = {node.name for node in onnx.load(source).graph.node if node.op_type == "Conv"}
+    assert sorted(name for group in data.ranking for name in group) == sorted(names)
+
+
+@pytest.mark.parametrize("format_", INT8)
+def test_convolutions_in_floating_point_are_restored(
+    format_: str, calibration: tuple[Path, Metadata, CalibrationData], tmp_path: Path
+) -> None:
+    """With all convolutions excluded, the quantizer returns the fp32 detections."""
+    import onnx
+
+    source, metadata, data = calibration
+    names = [node.name for node in onnx.load(source).graph.node if node.op_type == "Conv"]
+    case = make_cases(64, 96, (64, 96), 1)[0]
+    plain = exporters.open_session("onnx", source, read_export(source.parent)[0])(case.images, case.sizes)
+    files = quantize._quantize(format_, source, tmp_path, metadata, data.inputs(metadata), names)
+    outputs = exporters.open_session(format_, files[0], metadata)(case.images, case.sizes)
+    assert compute_similarity(plain, outputs) > 0.999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAST)
+def test_half_precision_keeps_its_tolerance(name: str, make_export: Callable[..., Path]) -> None:
+    folder = make_export(name, *QUICK, precision="fp16")
+    report, plain = (json.loads((x / "report.json").read_text()) for x in (folder, make_export(name, *QUICK)))
+    for format_, row in report["formats"].items():
+        assert row["megabytes"] < 0.6 * plain["formats"][format_]["megabytes"] + 0.2
+        assert max(case["score"] for case in row["cases"]) <= report["tolerance"]["score"]
+
+
+@pytest.mark.slow
+def test_bf16_is_a_hint_of_openvino(make_export: Callable[..., Path]) -> None:
+    import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU does not compute in bf16")
+    folder = make_export("retinanet", "openvino", *exporting.TWO_LEVELS, precision="bf16")
+    report = json.loads((folder / "report.json").read_text())
+    assert max(case["score"] for case in report["formats"]["openvino"]["cases"]) > 1e-5, "bf16 rounds"
+
+
+@pytest.mark.slow
+def test_compiled_package(make_export: Callable[..., Path], scenes: Path) -> None:
+    folder = make_export("retinanet", "torch", *exporting.TWO_LEVELS, size=(64, 96), aot=True)
+    assert {path.name for path in read_export(folder)[1]["aot"]} == {"model.aot.pt2"}
+    image = next((scenes / "val").glob("*.jpg"))
+    ours, theirs = (fusedet.load(folder / name, trust=True).predict(image) for name in ("model.pt2", "model.aot.pt2"))
+    torch.testing.assert_close(theirs.scores, ours.scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_int8_command(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = exporting.save_run(tmp_path / "run", "faster_rcnn", *exporting.TWO_LEVELS)
+    words = ["export", str(run), "--format", "onnx,openvino", "--precision", "int8", "--calibrate", f"data={scenes}"]
+    assert cli.run([*words, "--calibration-images", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["calibration"]["images"] == 4
+    for row in report["formats"].values():
+        assert row["price"]["AP"]["a"] == pytest.approx(report["calibration"]["AP"])
+        assert row["price"]["AP"]["a"] - row["price"]["AP"]["b"] <= 0.01
+    assert fusedet.validate(report["out"]).metrics["AP"] == pytest.approx(
+        report["formats"]["openvino"]["price"]["AP"]["b"], abs=1e-6
+    )
+
+
 # -- use of exported files
 
 
@@ -302,9 +465,20 @@ def test_example_needs_neither_torch_nor_fusedet(format_: str, exported: Path, s
         ({"formats": "torch", "batch": 0}, "batch=0 must be at least 1"),
         ({"formats": "torch", "opset": 12}, "opset=12 must be 18 to 23"),
         ({"formats": "torch", "precision": "int3"}, "unknown precision 'int3'"),
+        ({"precision": "fp16"}, "precision=fp16 does not exist for the format torch: it is for onnx and openvino"),
+        ({"formats": "openvino", "precision": "int8"}, "int8 needs images to calibrate on: add --calibrate data=PATH"),
+        ({"formats": "openvino", "calibrate": True}, "--calibrate is for --precision int8, not for fp32"),
+        (
+            {"formats": "onnx", "precision": "bf16"},
+            "ONNX Runtime does not compute in bf16 on a CPU; it is for openvino",
+        ),
+        ({"formats": "onnx", "aot": True}, "--aot compiles the format torch: add --format torch"),
+        ({"formats": "onnx", "precision": "int8", "calibrate": True, "raw": True}, "leave out --raw or int8"),
+        ({"formats": "onnx", "precision": "int8", "calibrate": True, "max_drop": 2.0}, "max_drop=2 must be 0 to 1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], sentence: str, trained: Path) -> None:
+    need("onnx", "openvino")
     with pytest.raises(InputError, match=sentence):
         fusedet.export(trained, **({"formats": "torch"} | options))
 
@@ -317,10 +491,44 @@ def test_a_misspelt_config_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_a_missing_compiler_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"--aot needs a C\+\+ compiler, but g\+\+, clang\+\+, c\+\+ are not on PATH"):
+        fusedet.export(trained, formats="torch", aot=True)
+
+
+def test_a_cpu_without_bf16_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("openvino")
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(InputError, match="precision=bf16: this CPU does not compute in bf16"):
+        fusedet.export(trained, formats="openvino", precision="bf16")
+
+
+def test_int8_needs_the_classes_of_the_model(trained: Path, tmp_path: Path) -> None:
+    need("onnx")
+    other = generate_dataset(tmp_path / "data", images=4, seed=0, size=(64, 96), splits={"train": 0.5, "val": 0.5})
+    for file in other.rglob("*.json"):
+        file.write_text(file.read_text().replace(exporting.NAMES[0], "other"))
+    with pytest.raises(InputError, match="use data with the same class names"):
+        fusedet.export(trained, formats="onnx", precision="int8", calibrate=True, data=str(other))
+
+
 def test_a_missing_package_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "onnx", ("onnx_that_is_absent",))
     with pytest.raises(InputError, match=r"needs onnx_that_is_absent: pip install 'fusedet\[export\]'"):
         fusedet.export(trained)
+
+
+def test_int8_names_a_missing_quantizer(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("openvino")
+    monkeypatch.setitem(quantization.PACKAGES, "openvino", ("nncf_that_is_absent",))
+    with pytest.raises(
+        InputError, match=r"openvino in int8 needs nncf_that_is_absent: pip install 'fusedet\[export\]'"
+    ):
+        fusedet.export(trained, formats="openvino", precision="int8", calibrate=True)
 
 
 def test_settings_of_the_training_are_refused(trained: Path) -> None:
@@ -404,6 +612,23 @@ def test_a_full_disk_leaves_nothing(scenes: Path, tmp_path: Path, monkeypatch: p
 def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["export", str(trained), "--format", "torch", "--size", "64,9x"]) == 2
     assert "--size 64,9x: write height,width, such as 800,1216" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_metrics_of_an_export_are_those_of_the_run(make_export: Callable[..., Path], tmp_path: Path) -> None:
+    """With a threshold per class, and compared as stored results."""
+    score = f"test.score={{default: 0.005, {exporting.NAMES[0]}: 0.02}}"
+    folder = make_export("retinanet", *QUICK, score)
+    assert read_export(folder)[0].thresholds.score == {"default": 0.005, exporting.NAMES[0]: 0.02}
+    run, metrics = folder.parent, {}
+    for name, source in {"run": run, "onnx": folder / "model.onnx", "openvino": folder}.items():
+        out = tmp_path / name if name != "openvino" else None
+        metrics[name] = fusedet.validate(source, out=out).metrics
+    for name in ("onnx", "openvino"):
+        for key in ("AP", "AP50", "APs", "APm", "AR100"):
+            assert metrics[name][key] == pytest.approx(metrics["run"][key], abs=1e-4, nan_ok=True)
+    compared = fusedet.compare(tmp_path / "run", folder, data=str(parse(read_export(folder)[0].config).data.path))
+    assert compared.report["figures"]["AP"]["difference"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.slow

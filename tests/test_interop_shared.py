@@ -24,6 +24,9 @@ SLOW = [
     "fcos_hrnetv2p-w18-gn-head_4xb4-1x_coco",
     "retinanet_regnetx-800MF_fpn_1x_coco",
     "mask-rcnn_swin-t-p4-w7_fpn_1x_coco",
+    "fovea_r50_fpn_4xb4-1x_coco",
+    "freeanchor_r50_fpn_1x_coco",
+    "fsaf_r50_fpn_1x_coco",
 ]
 
 

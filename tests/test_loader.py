@@ -131,7 +131,7 @@ def test_start_skips_without_reading(dataset, workers, monkeypatch):
     assert len(loader) == 4
     whole = list(loader.epoch(2))
     if not workers:
-        from fusedet.data import worker_pool as module
+        from fusedet.data import dataset_images as module
 
         read, paths = module.read_image, []
         monkeypatch.setattr(

@@ -139,6 +139,36 @@ def test_the_first_labels_are_empty(tmp_path: Path) -> None:
     assert objects(dataset)["full.jpg"] == [CAT]
 
 
+def test_masks_beside_the_images_are_not_background(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        image(tmp_path / "images" / f"{name}.jpg")
+    put(tmp_path / "labels" / "a.txt", CAT_LINE)
+    put(tmp_path / "classes.txt", "cat\n")
+    assert objects(read_dataset(tmp_path, "train")) == {"a.jpg": [CAT], "b.jpg": []}
+    image(tmp_path / "background" / "c.jpg")  # another image
+    assert len(read_dataset(tmp_path, "train")) == 3
+    image(tmp_path / "masks" / "a.png")
+    with pytest.raises(InputError, match=r"masks/a\.png has no label file"):
+        read_dataset(tmp_path, "train")
+    put(tmp_path / "data.yaml", YAML)
+    assert len(read_dataset(tmp_path, "train")) == 2
+
+
+def test_numbers_with_underscores_are_refused(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.jpg")
+    put(tmp_path / "labels" / "a.txt", "0 0_5 0.5 0.2 0.2\n")
+    put(tmp_path / "data.yaml", YAML)
+    with pytest.raises(InputError, match=r"a\.txt, line 1: .*not a number"):
+        read_dataset(tmp_path, "train")
+
+
+def test_sidecar_files_of_gdal_are_no_annotations(tmp_path: Path) -> None:
+    image(tmp_path / "a.jpg")
+    put(tmp_path / "a.xml", xml(("cat", 5, 4, 20, 15, 0)))
+    put(tmp_path / "a.jpg.aux.xml", "<PAMDataset><PAMRasterBand band='1'/></PAMDataset>")
+    assert list(objects(read_dataset(tmp_path, "train"))) == ["a.jpg"]
+
+
 def test_label_folders_without_an_image_folder_are_counted(tmp_path: Path) -> None:
     image(tmp_path / "images" / "first" / "a.jpg")
     put(tmp_path / "labels" / "first" / "a.txt", CAT_LINE)

@@ -23,7 +23,7 @@ def detections() -> Detections:
         lambda: Target(torch.zeros(2, 4), torch.zeros(2), masks=torch.zeros(1, 5, 5)),
         lambda: Detections(torch.zeros(2, 4), torch.zeros(2), torch.zeros(1)),
         lambda: Batch(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),  # not uint8
-        lambda: Batch(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),
+        lambda: Batch(torch.zeros(1, 0, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),
         lambda: Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2)),
         lambda: Batch(
             torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2), (0,), torch.zeros(1, 2), targets=()

@@ -110,5 +110,5 @@ def test_counts_are_local(monkeypatch):
     single.load_state_dict(losses.detector.state_dict())
     monkeypatch.undo()
     assert losses.sums[-1] == 1
-    expected = {f"val_{name}": float(value) for name, value in single.loss(make_batch(2)).items()}
+    expected = {f"val_{name}": value.item() for name, value in single.loss(make_batch(2)).items()}
     assert dict(zip(["val_loss_box", "val_loss_score"], losses.sums.tolist())) == pytest.approx(expected)

@@ -31,8 +31,11 @@ _PUBLIC = {
     "demo": "api.demo",
     "estimate_power": "ablation.command",
     "export": "api.export",
+    "get_weights": "api.weights",
     "info": "api.info",
+    "list_weights": "api.weights",
     "load": "api.predict",
+    "locate_weights": "api.weights",
     "predict": "api.predict_files",
     "preview_ablation": "ablation.command",
     "resolve_config": "api.settings",
@@ -64,6 +67,9 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.settings import resolve_config as resolve_config
     from fusedet.api.train import train as train
     from fusedet.api.validate_run import validate as validate
+    from fusedet.api.weights import get_weights as get_weights
+    from fusedet.api.weights import list_weights as list_weights
+    from fusedet.api.weights import locate_weights as locate_weights
     from fusedet.errors import DivergenceError as DivergenceError
     from fusedet.errors import InputError as InputError
     from fusedet.errors import StorageError as StorageError

@@ -250,7 +250,7 @@ class Batch(_Moves):
     """A batch of preprocessed images.
 
     Attributes:
-        images: (N, 3, H, W) uint8, padded with zeros at the right and the bottom.
+        images: (N, C, H, W) uint8, padded with zeros at the right and the bottom; C is 3 for RGB.
         sizes: (N, 2) int64, height and width of each image inside the padding.
         ids: The images' ids in the dataset.
         scales: (N, 2) float32, network pixels per original pixel along x and y.
@@ -270,8 +270,8 @@ class Batch(_Moves):
     def __post_init__(self) -> None:
         n = len(self.images)
         _need(
-            self.images.ndim == 4 and self.images.shape[1] == 3,
-            f"images must be (N, 3, H, W), got {tuple(self.images.shape)}",
+            self.images.ndim == 4 and self.images.shape[1] > 0,
+            f"images must be (N, C, H, W), got {tuple(self.images.shape)}",
         )
         _need(self.images.dtype == torch.uint8, f"images must be uint8, got {self.images.dtype}")
         _need(

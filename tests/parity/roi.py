@@ -10,11 +10,13 @@ import torch
 from cases import Case, Errors, largest, relative, renamed, unmatched
 from torch import Tensor, nn
 
+from fusedet.interop.mmdetection.weight_names import STAGE, rename_weight
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import RPNHead
 from fusedet.models.ops.assigners import BACKGROUND, gather_positives
 from fusedet.models.ops.layers import flatten_maps
-from fusedet.models.roi import BoxStage, DynamicStage
+from fusedet.models.ops.soft_nms import SoftNMS
+from fusedet.models.roi import BoxStage, DoubleHeadStage, DynamicStage
 from fusedet.types import Detections, Levels, Losses, Outputs, Proposals
 
 LOSSES = {"L1Loss": "l1", "SmoothL1Loss": "smooth_l1", "BalancedL1Loss": "balanced_l1"}
@@ -80,6 +82,30 @@ def standard(case: Case) -> tuple[Errors, dict[str, int]]:
     return compare_stages(
         case, [stage], renames, [case.spec["losses"]], {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
     )
+
+
+def double_head(case: Case) -> tuple[Errors, dict[str, int]]:
+    """Compare Double-Head's stage."""
+    c = case.config["roi_head"]
+    head = c["bbox_head"]
+    stage = box_stage(
+        c,
+        head,
+        case.config["train_cfg"],
+        DoubleHeadStage,
+        layers=head["num_fcs"],
+        blocks=head["num_convs"],
+        box_channels=head["conv_out_channels"],
+        enlarge=c["reg_roi_scale_factor"],
+        loss=LOSSES[head["loss_bbox"]["type"]],
+        beta=head["loss_bbox"]["beta"],
+        cls_weight=head["loss_cls"]["loss_weight"],
+        box_weight=head["loss_bbox"]["loss_weight"],
+    )
+    renames = [(r"^bbox_head\.(.+)$", lambda m: f"0.{rename_weight(m[1], STAGE)}")]
+    losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
+    # BatchNorm in channels_last sums its statistics on a CPU with an error that closes other ReLUs; float64 agrees
+    return compare_stages(case, [stage], renames, [case.spec["losses"]], losses, torch.contiguous_format)
 
 
 def cascade(case: Case) -> tuple[Errors, dict[str, int]]:
@@ -159,6 +185,7 @@ def compare_stages(
     renames: list[tuple[str, Any]],
     steps: list[dict[str, float]],
     names: dict[str, str],
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> tuple[Errors, dict[str, int]]:
     """Compare losses, gradients of the last step, and detections; names: our loss -> MMDetection's."""
     features = [f.requires_grad_() for f in case.levels("in.features")]
@@ -168,8 +195,11 @@ def compare_stages(
     given = Given(features, proposals)
     test = case.config["test_cfg"]
     options = {"score": test["score_thr"], "iou": test["nms"]["iou_threshold"], "max_det": test["max_per_img"]}
+    if test["nms"]["type"] == "soft_nms":
+        options["soft"] = SoftNMS(**{k: v for k, v in test["nms"].items() if k not in ("type", "iou_threshold")})
     model = TwoStage(given, given, given, parts, [], options)
     model.stages.load_state_dict(case.state(renames))
+    model.stages.to(memory_format=memory_format)
     batch = case.batch()
     errors = {"losses": 0.0}
     for wanted in steps:
@@ -177,6 +207,7 @@ def compare_stages(
         errors["losses"] = max(errors["losses"], wrong_losses(losses, wanted, names))
     errors |= gradients(case, model.stages, features, losses, renames)
     wrong, total = 0, 0
+    model.eval()
     for i, detections in enumerate(model.predict(batch)):
         wrong += unmatched(detections, *predicted(case, i))
         total += len(detections)
@@ -219,4 +250,5 @@ ROI_ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
     "StandardRoIHead": standard,
     "CascadeRoIHead": cascade,
     "DynamicRoIHead": dynamic,
+    "DoubleHeadRoIHead": double_head,
 }

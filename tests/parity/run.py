@@ -15,12 +15,14 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other adapters, however this file is run
+from anchor_free import DENSE, OTHERS
 from atss_family import ATSS_FAMILY
 from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
@@ -321,6 +323,8 @@ ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
     "VFNetHead": vfnet,
     "RepPointsHead": reppoints,
     **{kind: atss_family(compare) for kind, compare in ATSS_FAMILY.items()},
+    **{kind: partial(adapter, compare=compare_dense) for kind, adapter in DENSE.items()},
+    **OTHERS,
     **ROI_ADAPTERS,
     **BRANCH_ADAPTERS,
 }
@@ -333,10 +337,17 @@ def run(folder: Path) -> dict[str, str]:
     for path in cases:
         case = Case(path)
         kind = next(
-            iter(case.config.get(k, {}).get("type") for k in ("neck", "head", "roi_head") if k in case.config), None
+            iter(
+                case.config.get(k, {}).get("type")
+                for k in ("neck", "head", "roi_head", "op", "layer")
+                if k in case.config
+            ),
+            None,
         )
         if "mask_head" in case.config.get("roi_head", {}):
             kind = f"{kind} with masks"
+        if kind == "StandardRoIHead" and case.config["roi_head"]["bbox_head"]["type"] == "SABLHead":
+            kind = "SABLHead"
         if kind not in ADAPTERS:
             verdicts[path.stem] = "absent"
             print(f"{path.stem:20} absent  ({kind} is not in this version)")

@@ -24,8 +24,8 @@ from fusedet.interop.conversion import convert_mmdetection_weights, count_classe
 from fusedet.interop.mmdetection.detector_config import convert_config
 
 
-def convert(model: dict[str, Any]) -> None:
-    """Convert a model of the list.
+def convert(model: dict[str, Any]) -> config.Config:
+    """Convert a model of the list and return its config.
 
     Raises:
         InputError: The model is not supported.
@@ -34,6 +34,7 @@ def convert(model: dict[str, Any]) -> None:
         state = {name: torch.empty(shape) for name, shape in model["keys"].items()}
         options = config.parse(convert_config({"model": model["model"]}, state).tree)
         convert_mmdetection_weights(state, options, count_classes(state, options), model["name"])
+    return options
 
 
 def run(file: Path, step: int = 1) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,7 @@ from fusedet.api.timing import compute_percentiles, time_call
 from fusedet.config import Config
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_decoding import read_image
+from fusedet.data.dataset_images import read_dataset_image
 from fusedet.models import profiling
 from fusedet.models.detectors import build_meta_detector
 from fusedet.types import Batch
@@ -42,10 +42,12 @@ def count_costs(configs: Mapping[str, Config], classes: int) -> dict[str, dict[s
     known: dict[str, dict[str, Any]] = {}
     costs = {}
     for label, options in configs.items():
-        key = repr((options.model, options.data.size))
+        key = repr((options.model, options.data.size, options.data.channels))
         if key not in known:
             counts = profiling.count_cost(
-                build_meta_detector(options, classes), *profiling.network_size(options.data.size)
+                build_meta_detector(options, classes),
+                *profiling.network_size(options.data.size),
+                options.data.channels,
             )
             known[key] = {name: value for name, value in counts.items() if name != "parts"}
         costs[label] = known[key]
@@ -122,7 +124,7 @@ def _load_predictor(run: Run, dataset: DetectionDataset, device: torch.device) -
 def _make_batch(model: Predictor, dataset: DetectionDataset, i: int) -> Batch:
     """Preprocess image i as the network's input."""
     record = dataset[i]
-    image = read_image(record.path, dataset.value_range, exif=dataset.exif)
+    image = read_dataset_image(dataset, record)
     return collate_views([make_samples(image, record, model.views)], model.views[1:])
 
 

@@ -23,7 +23,6 @@ from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import Info, join_lines, list_line_files, open_lines, read_lines
 from fusedet.api.run_dir import create_run_dir
 from fusedet.atomic_io import write_atomically
-from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, StorageError
 
 T = TypeVar("T")
@@ -190,7 +189,7 @@ def _append(
     """Append the missing lines of this process's batches to its file."""
     file = target / f"predictions-{options.rank}-of-{options.world}.jsonl"
     options.exports.create_folders(target)
-    decode = partial(_decode, value_range=predictor.config.data.range)
+    decode = partial(_decode, predictor=predictor)
     with ExitStack() as stack:
         opened = stack.enter_context(file.open("ab+"))
         opened.seek(0)
@@ -245,9 +244,9 @@ def _missing(
             batch = []
 
 
-def _decode(image: _Image, value_range: tuple[float, float] | None) -> tuple[_Image, Tensor | InputError]:
+def _decode(image: _Image, predictor: Predictor) -> tuple[_Image, Tensor | InputError]:
     try:
-        return image, to_tensor(image.path, value_range)
+        return image, predictor.decode(image.path)
     except InputError as error:
         return image, error
 

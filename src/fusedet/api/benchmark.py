@@ -94,8 +94,9 @@ def benchmark(
     'openvino'
 
     Args:
-        sources: A run directory, a checkpoint, the name of a config (random weights) or an exported model, or several
-            of these. Without an exported model among them, the others are exported in fp32 to a temporary directory.
+        sources: A run directory, a checkpoint, a name of published weights, the name of a config (random weights) or an
+            exported model, or several of these. Without an exported model among them, the others are exported in fp32
+            to a temporary directory.
         overrides: "key=value" texts for `benchmark_plan.SETTABLE` and `out`; of a config, for `model` too. `out` is the
             directory of the results, by default benchmark, benchmark-2, ... in the directory of the first source.
         size: Height and width of the image, multiples of 32; by default the largest input of the first source.

@@ -22,7 +22,9 @@ from fusedet.api.engines import PYTORCH, Task, resize_settings
 from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
 from fusedet.api.progress import say_nothing
 from fusedet.api.settings import refuse_other_keys
+from fusedet.config import Config, parse
 from fusedet.data.synthetic import draw_image
+from fusedet.data.transforms import keep_ratio_size
 from fusedet.engine.checkpoint import save_weights
 from fusedet.errors import InputError
 from fusedet.exporters.formats import check_packages
@@ -47,7 +49,7 @@ class Candidate:
         command: The command line of its process; None for an engine that cannot run here.
         reason: Why it cannot.
         megabytes: Size of the model's files, in units of 1e6 bytes.
-        ap: AP of these weights in this precision, where it was measured.
+        ap: AP of these weights in this precision, where it was measured with images of this size and these settings.
     """
 
     model: str
@@ -92,17 +94,22 @@ def plan_engines(
             for i, (source, export) in enumerate(zip(sources, exports))
         ]
         # also refuses what is no checkpoint, before anything is measured
-        sizes = [_largest_input(file, export, trust) for file, export in zip(files, exports)]
-        size = size or sizes[0]
-        image = _draw_image(size, scratch / "image.jpg")
+        saved = [
+            rebuild(file, trust)[1] if export is None else parse(exporters.read_export(export)[0].config)
+            for file, export in zip(files, exports)
+        ]
+        size = size or _largest_input(saved[0], exports[0])
+        image = draw_scene(size, scratch / "image.jpg")
         task = partial(Task, image=str(image), size=size, threads=torch.get_num_threads())
         settings = tuple(text for text in texts if not re.match(r"model[.=]", text))
         candidates: list[Candidate] = []
-        for i, (source, file, export) in enumerate(zip(map(str, sources), files, exports)):
+        for i, (source, file, export, config) in enumerate(zip(map(str, sources), files, exports, saved)):
+            is_scored = not settings and _is_as_validated(config, size)
             if export is not None:
-                candidates += _list_exported(source, file, export, formats, partial(task, settings=(), trust=trust))
+                rows = _list_exported(source, file, export, formats, partial(task, settings=(), trust=trust))
+                candidates += [replace(row, ap=_read_exported_ap(export) if is_scored else None) for row in rows]
                 continue
-            ap = _read_ap(Path(source) / "metrics.json")
+            ap = _read_ap(Path(source) / "metrics.json") if is_scored else None
             make = partial(task, path=str(file), settings=settings, trust=trust)
             candidates += [
                 Candidate(
@@ -150,18 +157,20 @@ def _find_checkpoint(source: str | Path, texts: Sequence[str], target: Path, say
     return weights_file(source)
 
 
-def _largest_input(file: Path, export: Path | None, trust: bool) -> Size:
-    """Return height and width of the largest input of a checkpoint, or of an exported model."""
-    if export is None:
-        return network_size(rebuild(file, trust)[1].data.size)
-    metadata, _ = exporters.read_export(export)
-    if metadata.size is not None:
-        return metadata.size[0], metadata.size[1]
-    return network_size((metadata.resize.short, metadata.resize.long))
+def _largest_input(config: Config, export: Path | None) -> Size:
+    """Return height and width of the largest input of a model: of a fixed size, that size."""
+    fixed = exporters.read_export(export)[0].size if export is not None else None
+    return network_size(config.data.size) if fixed is None else (fixed[0], fixed[1])
 
 
-def _draw_image(size: Size, path: Path) -> Path:
-    """Write a scene of a height and width as JPEG."""
+def _is_as_validated(config: Config, size: Size) -> bool:
+    """Return whether an image of that size is predicted as in validation: not resized, without other views."""
+    seen = network_size(keep_ratio_size(*size, *config.data.size))
+    return seen == size and config.test.scales is None and not config.test.flip
+
+
+def draw_scene(size: Size, path: Path) -> Path:
+    """Write the scene that is predicted, of a height and width, as JPEG; return its path."""
     pixels, _ = draw_image(np.random.default_rng(0), (max(size), max(size)))
     Image.fromarray(pixels[: size[0], : size[1]]).save(path, quality=95)
     return path
@@ -180,7 +189,6 @@ def _list_exported(source: str, asked: Path, folder: Path, formats: Sequence[str
             precision=metadata.precision,
             command=task(engine=name, path=str(files[name][0])).command,
             megabytes=sum(path.stat().st_size for path in files[name]) / 1e6,
-            ap=_read_exported_ap(folder, metadata),
         )
         for name in names
     ]
@@ -216,11 +224,12 @@ def _export(
     return {name: results[name] for name in formats}
 
 
-def _read_exported_ap(folder: Path, metadata: exporters.Metadata) -> float | None:
+def _read_exported_ap(folder: Path) -> float | None:
     """Return the AP of an exported model: of its last `val`, else in fp32 that of the run with the same weights."""
     validations = sorted(folder.glob("val-*/metrics.json"), key=lambda path: path.stat().st_mtime)
     if validations:
         return _read_ap(validations[-1])
+    metadata, _ = exporters.read_export(folder)
     weights = folder.parent / "best.safetensors"
     if metadata.precision != "fp32" or not weights.is_file() or hash_file(weights) != metadata.weights_sha256:
         return None

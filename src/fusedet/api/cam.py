@@ -15,7 +15,6 @@ from fusedet.api.image_sources import Sources
 from fusedet.api.predict import SETTABLE, Prediction, Predictor, load
 from fusedet.api.results import CommandResult, lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
-from fusedet.data.image_decoding import to_tensor
 from fusedet.errors import InputError, unknown
 from fusedet.exporters import ExportedDetector, find_export
 from fusedet.visualization.activation_maps import PARTS, ActivationMaps, Row, compute_activation_maps, resize_map
@@ -63,7 +62,7 @@ def cam(
     >>> fusedet.cam("runs/a", "street.jpg", beside="runs/b")  # doctest: +SKIP
 
     Args:
-        run: A run directory or a checkpoint.
+        run: A run directory, a checkpoint or a name of published weights.
         sources: Files, directories, globs, and lists of paths (`@FILE`).
         overrides: "key=value" texts for `api.predict.SETTABLE`, `device` and `out`. `out` is by default cam in the run
             directory.
@@ -164,7 +163,7 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
     Returns:
         The job, or why no map can be drawn: nothing is detected, and no class is given.
     """
-    image = to_tensor(path, next(iter(runs.values())).config.data.range)
+    image = next(iter(runs.values())).decode(path)
     detections: dict[str, Prediction] = {}
     for source, predictor in runs.items():
         own = predictor.predict(image)

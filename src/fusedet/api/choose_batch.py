@@ -41,7 +41,8 @@ def choose_batch(
     limit = max(1, min(MAX_BATCH, len(images) // _STEPS) // (world * train.accumulate))
     states = (1 if train.optimizer == "sgd" else 2) + (train.ema is not None)
     detector.to(fabric.device).train()
-    own = find_batch(fabric, detector, find_largest_size(config, images), states=states, masks=masks, limit=limit)
+    size, channels = find_largest_size(config, images), config.data.channels
+    own = find_batch(fabric, detector, size, states=states, masks=masks, limit=limit, channels=channels)
     fitting = int(fabric.all_reduce(torch.tensor(float(own), device=fabric.device), reduce_op="min"))  # type: ignore[arg-type]
     batch = fitting * world * train.accumulate
     reason = "more do not fit into memory" if fitting < limit else f"the most for {plural(len(images), 'image')}"

@@ -25,6 +25,7 @@ from fusedet.evaluation.bootstrap import METRICS as BOOTSTRAP_METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL, choose_decimals
 from fusedet.evaluation.results import Result
 from fusedet.exporters import find_export
+from fusedet.interop.published_weights import is_published_name
 
 RESULTS, METRICS = "val.bbox.json", "metrics.json"
 SAME = "Nothing can be concluded: A and B are the same, detection by detection."
@@ -68,7 +69,8 @@ def compare(
     >>> fusedet.compare("runs/a", "runs/b").report["conclusion"]  # doctest: +SKIP
 
     Args:
-        a: A run directory, or a file of results in COCO's format; the baseline.
+        a: A run directory, a name of published weights whose results `validate` wrote, or a file of results in COCO's
+            format; the baseline.
         b: The same; what is compared with the baseline.
         overrides: "key=value" texts for `data` and `out`. The data are those of the first run by default; `out` is
             compare-A in B's directory by default.
@@ -157,18 +159,20 @@ def _config_of(source: str) -> Config | None:
 
 def _stored(source: str, split: str) -> Path:
     """Return the file of a run's stored results on a split."""
-    path = Path(source)
-    if not path.is_dir():
+    is_name = is_published_name(source)
+    path = run_dir.parent_of(source) if is_name else Path(source)
+    if not (path.is_dir() or is_name):
         if path.suffix != ".json":
-            raise InputError(f"{source} is neither a run directory nor a results file (.json)")
+            raise InputError(
+                f"{source} is neither a run directory, a name of published weights nor a results file (.json)"
+            )
         return path
     run = _config_of(source)
-    is_own = (run is None or run.data.val_split == split) and not find_export(
-        path
-    )  # an exported model has what val wrote
+    # of an exported model and of published weights there is only what val wrote
+    is_own = (run is None or run.data.val_split == split) and not (is_name or find_export(path))
     file = path / RESULTS if is_own else path / f"val-{Path(split).stem}" / RESULTS
     if not file.is_file():
-        what = f"fusedet val {source} --split {split}"
+        what = f"fusedet val {source} --split {split}{' data=PATH' * is_name}"
         raise InputError(f"{source} has no stored results on '{split}' ({file} is absent): make them with {what}")
     return file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -13,7 +12,7 @@ from fusedet import interop
 from fusedet.api import run_dir
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, to_overrides
-from fusedet.engine import checkpoint
+from fusedet.api.weights_cache import save_converted
 from fusedet.errors import InputError
 
 
@@ -67,14 +66,12 @@ def convert_weights(
     converted = interop.convert_checkpoint(
         source, None if config is None else str(config), to_overrides(overrides, settings)
     )
-    lists = {"names": json.dumps(converted.names), "category_ids": json.dumps(converted.category_ids)}
-    meta = {"config": converted.config.to_yaml(), "format": "fusedet", **lists}
     if is_file:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = target
     else:
         file = run_dir.create_run_dir(target) / "best.safetensors"
-    checkpoint.save_weights(file, converted.weights, meta)
+    save_converted(file, converted)
     if not is_file:
         (target / "config.yaml").write_text(converted.config.to_yaml(), encoding="utf-8")
         about = {

@@ -15,8 +15,8 @@ from PIL import Image
 from fusedet.data.annotation_cleaning import find_faults
 from fusedet.data.class_names import label_classes
 from fusedet.data.dataset import DetectionDataset
+from fusedet.data.dataset_images import read_dataset_image
 from fusedet.data.findings import Finding
-from fusedet.data.image_decoding import read_image
 from fusedet.data.validation import DatasetReport
 from fusedet.errors import InputError, plural
 from fusedet.visualization.annotators import BoxAnnotation, LineStyle, draw_annotations, to_pil_image
@@ -143,7 +143,7 @@ def _object_figure(dataset: DetectionDataset, i: int, j: int, caption: str) -> s
     box = dataset.boxes[j].tolist()
     name = f"{caption}, in {dataset.path(i).name}"
     try:
-        image = to_pil_image(read_image(dataset.path(i), dataset.value_range, exif=dataset.exif))
+        image = to_pil_image(read_dataset_image(dataset, dataset[i]))
     except InputError as error:
         return f"<figure><figcaption>{escape(f'{name}: {error}')}</figcaption></figure>"
     width, height = image.size
@@ -181,7 +181,7 @@ def _image_figure(dataset: DetectionDataset, i: int, caption: str) -> str:
     """An image with all its boxes; "" where it cannot be read."""
     record = dataset[i]
     try:
-        pixels = read_image(record.path, dataset.value_range, exif=dataset.exif)
+        pixels = read_dataset_image(dataset, record)
     except InputError:
         return ""
     image = to_pil_image(pixels)

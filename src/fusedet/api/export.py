@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Unpack
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 import fusedet
 from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api import run_dir
+from fusedet.api.export_files import write_files
 from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
 from fusedet.api.predict import SETTABLE, tuned
 from fusedet.api.progress import say_nothing
+from fusedet.api.quantize import CalibrationData, read_calibration_data
 from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
-from fusedet.errors import InputError, StorageError, one_of, plural, split_names
-from fusedet.exporters.formats import check_packages, package_versions
+from fusedet.errors import InputError, StorageError, at_least, one_of, plural, split_names
+from fusedet.exporters.formats import AOT, check_compiler, check_packages, package_versions
 from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file
-from fusedet.exporters.reference import compute_nudged_outputs, compute_outputs
-from fusedet.exporters.verification import MAX_UNDECIDED, TOLERANCES
+from fusedet.exporters.quantization import PACKAGES
+from fusedet.exporters.runtime import check_bf16
+from fusedet.interop.published_weights import find_published_weights, is_published_name
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.roi import MaskBranch
 from fusedet.types import MULTIPLE
 
-Precision = Literal["fp32"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+FORMATS_OF = {
+    "fp32": tuple(exporters.FORMATS),
+    "fp16": ("onnx", "openvino"),
+    "bf16": ("openvino",),
+    "int8": ("onnx", "openvino"),
+}
+"""The formats of each precision."""
 OPSETS = range(18, 24)
-EXAMPLES = Path(exporters.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,9 @@ class ExportResult(CommandResult):
         rows = []
         for name, row in self.report["formats"].items():
             cases = row["cases"]
+            if "price" in row:
+                rows += self._describe_price(name, row)
+                continue
             compared = plural(sum(case["detections"] for case in cases), "detection")
             box, score = (max(case[key] for case in cases) for key in ("box", "score"))
             rows.append(
@@ -67,6 +76,22 @@ class ExportResult(CommandResult):
                 f"{plural(len(cases), 'input')} ({compared}): boxes within {box:.2g} pixels, scores within {score:.2g}"
             )
         return lines([*rows, f"report: {self.out / 'report.json'}"])
+
+    def _describe_price(self, name: str, row: dict[str, Any]) -> list[str]:
+        """Return what int8 costs, as lines."""
+        data, kept = self.report["calibration"], len(row["floating_point"])
+        layers = f", {plural(kept, 'convolution')} in floating point" if kept else ""
+        interval = f"{100 * data['level']:g} % interval"
+        return [
+            f"{name}: {self.out / row['files'][0]}, {row['megabytes']:.1f} MB, int8 calibrated on "
+            f"{plural(data['images'], 'image')} of {data['split']}{layers}; price on "
+            f"{plural(data['val_images'], 'image')} of {data['val']}:",
+            *(
+                f"  {metric}: {price['a']:.4f} -> {price['b']:.4f}, {price['difference']:+.4f}, {interval} "
+                f"{price['low']:+.4f} to {price['high']:+.4f}"
+                for metric, price in row["price"].items()
+            ),
+        ]
 
 
 class _Source(NamedTuple):
@@ -77,6 +102,7 @@ class _Source(NamedTuple):
     names: list[str]
     category_ids: list[int]
     file: Path | None
+    licence: str | None = None
 
 
 def export(
@@ -89,7 +115,12 @@ def export(
     precision: Precision = "fp32",
     opset: int = 18,
     raw: bool = False,
+    aot: bool = False,
+    calibrate: bool = False,
+    calibration_images: int = 300,
+    max_drop: float = 0.01,
     trust: bool = False,
+    progress: Console | None = None,
     say: Callable[[str], None] = say_nothing,
     **settings: Unpack[Settings],
 ) -> ExportResult:
@@ -98,34 +129,52 @@ def export(
     >>> fusedet.export("runs/a", formats=["onnx", "openvino"]).out  # doctest: +SKIP
 
     Args:
-        source: A run directory, a checkpoint, or the name of a config, which is exported untrained.
+        source: A run directory, a checkpoint, a name of published weights, or the name of a config, which is exported
+            untrained.
         overrides: "key=value" texts for `test`, `data.size`, `data.antialias` and `out`; of a config, for `model` too.
-            `out` is the directory, by default export, export-2, ... in the run directory.
+            `out` is the directory, by default export, export-2, ... in the run directory. With `calibrate`, all of
+            `data`.
         formats: Names of `fusedet.exporters.FORMATS`, or one text with commas.
         size: Height and width of the input, multiples of 32; images that are larger after the usual resize are resized
             to fit. By default any height and width.
         dynamic: Any height and width, which is the default; not with `size`.
         batch: Images per input; by default 1 with `size`, and otherwise any number.
-        precision: Floating-point format of the weights.
+        precision: "fp32"; "fp16", weights in fp16 and computation in fp32; "bf16", OpenVINO's computation in bf16; or
+            "int8", convolutions in int8.
         opset: ONNX's operator set.
         raw: Leave out the final selection: boxes and scores of all candidates.
+        aot: Compile the format torch for this CPU too, with AOTInductor.
+        calibrate: For int8: take the ranges of activations from images of `data.train`, and measure the loss of AP on
+            `data.val`.
+        calibration_images: How many images, chosen by a fixed seed.
+        max_drop: The largest loss of AP by int8, in 0..1. Where it is larger, the most sensitive convolutions stay in
+            floating point; where that does not help, nothing is written.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
+        progress: Shows how far the evaluation of int8 is, if it is a terminal.
         say: Takes warnings.
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A package is missing, a size is no multiple of 32, or a file differs from PyTorch.
+        InputError: A package is missing, a size is no multiple of 32, a file differs from PyTorch, or int8 loses more
+            AP than `max_drop`.
         StorageError: A file cannot be written.
     """
-    names = _check_formats(formats)
     one_of("precision", precision, Precision)
+    names = _check_formats(formats, precision)
+    if aot:
+        names = _add_aot(names)
+    _check_calibration(precision, calibrate, raw, calibration_images, max_drop)
     if opset not in OPSETS:
         raise InputError(f"opset={opset} must be {OPSETS[0]} to {OPSETS[-1]}")
     shapes = _check_shapes(size, dynamic, batch)
     texts = to_overrides(overrides, settings)
-    model, out = _load(source, texts, trust, say)
+    model, out = _load(source, texts, calibrate, trust, say)
     run_dir.check_new_dir(out)
     target = Path(out)
+    data: CalibrationData | None = None
+    if calibrate:
+        names_of_model, file = model.names, str(model.file or source)
+        data = read_calibration_data(model.config, names_of_model, file, calibration_images, max_drop, progress)
     metadata = _describe(model, Path(source).name, shapes, names, precision, opset, raw)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +182,7 @@ def export(
     except OSError as error:
         raise InputError(f"out={target} cannot be created: {error.strerror}") from error
     try:
-        report = _write(model.detector, shapes, metadata, names, scratch)
+        report = write_files(model.detector, shapes, metadata, names, scratch, data)
         if target.is_dir():
             target.rmdir()  # it is empty
         scratch.chmod(0o755)
@@ -145,14 +194,46 @@ def export(
     return ExportResult(target, report)
 
 
-def _check_formats(formats: str | Iterable[str]) -> list[str]:
+def _check_formats(formats: str | Iterable[str], precision: str) -> list[str]:
     """Return the formats without duplicates, ONNX before OpenVINO, which is made from it."""
     names = split_names("format", formats, exporters.FORMATS)
     if not names:
         raise InputError(f"formats=[]: name at least one of {', '.join(exporters.FORMATS)}")
     for name in names:
+        if name not in FORMATS_OF[precision]:
+            reason = "ONNX Runtime does not compute in bf16 on a CPU; " if (name, precision) == ("onnx", "bf16") else ""
+            raise InputError(
+                f"precision={precision} does not exist for the format {name}: {reason}it is for "
+                f"{' and '.join(FORMATS_OF[precision])}"
+            )
         check_packages(name, exporters.FORMATS[name])
+        if precision == "int8":
+            check_packages(f"{name} in int8", PACKAGES[name])
+    if precision == "bf16":
+        check_bf16()
     return names
+
+
+def _add_aot(names: list[str]) -> list[str]:
+    if "torch" not in names:
+        raise InputError("--aot compiles the format torch: add --format torch, or leave --aot out")
+    check_compiler()
+    return ["torch", AOT, *names[1:]]
+
+
+def _check_calibration(precision: str, calibrate: bool, raw: bool, images: int, max_drop: float) -> None:
+    """Check the options of int8."""
+    if precision != "int8":
+        if calibrate:
+            raise InputError(f"--calibrate is for --precision int8, not for {precision}: leave it out")
+        return
+    if not calibrate:
+        raise InputError("precision=int8 needs images to calibrate on: add --calibrate data=PATH")
+    if raw:
+        raise InputError("--raw leaves out the detections by whose AP int8 is judged: leave out --raw or int8")
+    at_least(1, calibration_images=images)
+    if not 0 <= max_drop <= 1:
+        raise InputError(f"max_drop={max_drop:g} must be 0 to 1, such as 0.01 for one percent of AP")
 
 
 def _check_shapes(size: Sequence[int] | None, dynamic: bool, batch: int | None) -> exporters.Shapes:
@@ -177,7 +258,7 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def _load(
-    source: str | Path, texts: Sequence[str], trust: bool, say: Callable[[str], None]
+    source: str | Path, texts: Sequence[str], calibrate: bool, trust: bool, say: Callable[[str], None]
 ) -> tuple[_Source, str | Path]:
     """Return the detector and the directory to write."""
     if str(source) in configs.names() or Path(source).suffix in (".yaml", ".yml"):
@@ -187,13 +268,18 @@ def _load(
         return model, config.out or run_dir.find_free_path("exports", Path(source).stem)
     if exporters.find_export(source):
         raise InputError(f"{source} is exported already: give the run that it came from")
-    texts = refuse_other_keys(texts, *SETTABLE, "out")
+    texts = refuse_other_keys(texts, *SETTABLE, *(["data"] if calibrate else []), "out")
     require_known_source(source)
     file = weights_file(source)
     detector, config, names, ids = rebuild(file, trust)
     config = resolve_config(config.replace(out=None), texts)
+    if config.data.channels != 3:
+        raise InputError(
+            f"{source} takes images of {config.data.channels} channels: exported files take RGB images only"
+        )
     out = config.out or run_dir.find_free_path(run_dir.parent_of(source), "export")
-    return _Source(tuned(detector, config, names=names), config, names, ids, file), out
+    licence = find_published_weights(source).licence if is_published_name(source) else None
+    return _Source(tuned(detector, config, names=names), config, names, ids, file, licence), out
 
 
 def _describe(
@@ -228,76 +314,7 @@ def _describe(
         outputs=["boxes", "scores", *quality],
         weights_sha256=None if model.file is None else hash_file(model.file),
         training_data=None if path is None or model.file is None else Path(path).name,
-        licence=Licence(code="Apache-2.0", weights=None),
+        licence=Licence(code="Apache-2.0", weights=model.licence),
         versions=package_versions(names),
         config=config.replace(out=None).tree(),
     )
-
-
-def _write(
-    detector: DetectorModule, shapes: exporters.Shapes, metadata: Metadata, names: Sequence[str], folder: Path
-) -> dict[str, Any]:
-    """Write all formats into a directory, compare each with PyTorch, and return the report."""
-    start = time.perf_counter()
-    with _named("the model cannot be traced by torch.export"):
-        program, outputs = exporters.trace(detector, shapes, metadata.raw)
-    traced = time.perf_counter() - start
-    metadata = metadata.model_copy(update={"outputs": list(outputs)})
-    least = metadata.smallest if "torch" in names else MULTIPLE
-    cases = exporters.make_cases(metadata.resize.short, metadata.resize.long, shapes.size, shapes.batch, least)
-    expected = [compute_outputs(detector, case, metadata) for case in cases]
-    if not metadata.raw and not sum(int(tensors["counts"].sum()) for tensors in expected):
-        raise InputError(
-            "the model detects nothing in any of the images that are compared, so that nothing could be compared: "
-            f"lower test.score={metadata.thresholds.score:g}, or train longer"
-        )
-    tolerance = TOLERANCES[metadata.precision]
-    formats, files = {}, {}
-    for name in names:
-        start = time.perf_counter()
-        with _named(f"the model cannot be converted to the format {name}"):
-            files[name] = exporters.write_format(name, program, outputs, folder, metadata)
-        seconds = time.perf_counter() - start + traced
-        session = exporters.open_session(name, files[name][0], metadata)
-        rows = []
-        for case, ours in zip(cases, expected):
-            with _named(f"{files[name][0].name} fails in '{case.name}'"):
-                theirs = session(case.images, case.sizes)
-            nudged = partial(compute_nudged_outputs, detector, case, metadata)
-            rows.append(exporters.compare_outputs(case, ours, theirs, tolerance, files[name][0].name, nudged))
-        _check_decided(rows, files[name][0].name)
-        formats[name] = {
-            "files": [path.name for path in files[name]],
-            "megabytes": sum(path.stat().st_size for path in files[name]) / 1e6,
-            "seconds": seconds,
-            "cases": [row.to_dict() for row in rows],
-        }
-    report = {"tolerance": vars(tolerance), "formats": formats}
-    exporters.write_description(folder, metadata, files)
-    run_dir.write_json(folder / "report.json", report)
-    if not metadata.raw:
-        script = EXAMPLES / ("example_torch.py" if names == ["torch"] else "example.py")
-        shutil.copyfile(script, folder / "example.py")
-    return report
-
-
-@contextmanager
-def _named(failure: str) -> Iterator[None]:
-    """Turn what an exporter or a runtime raises into an InputError that begins with `failure`."""
-    try:
-        yield
-    except (InputError, OSError):
-        raise
-    except Exception as error:
-        lines_of_error = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{failure}: {lines_of_error[0][:300]}; nothing was written") from error
-
-
-def _check_decided(rows: Sequence[exporters.Comparison], source: str) -> None:
-    """Raise InputError where rounding decides about so many detections that the comparison shows nothing."""
-    undecided, count = sum(row.undecided for row in rows), sum(row.detections for row in rows)
-    if undecided > MAX_UNDECIDED * count:
-        raise InputError(
-            f"{source} cannot be compared with PyTorch: rounding decides which {undecided} of {count} detections are "
-            "kept, so alike are the scores; train longer, or raise test.score; nothing was written"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Unpack
 
 from rich.console import RenderableType
@@ -24,6 +23,7 @@ from fusedet.api.settings import (
 from fusedet.api.tables import cost_table
 from fusedet.config import Config
 from fusedet.errors import InputError, plural
+from fusedet.interop.published_weights import is_published_name
 from fusedet.models import profiling
 from fusedet.models.detectors import build_meta_detector
 
@@ -83,8 +83,8 @@ def info(
     37743348
 
     Args:
-        config: A config's name, a YAML file, a run directory, a checkpoint or a `Config`; without one the shipped
-            configs are listed.
+        config: A config's name, a YAML file, a run directory, a checkpoint, a name of published weights or a `Config`;
+            without one the shipped configs are listed.
         overrides: "key=value" texts.
         classes: Number of classes; by default those of a run or checkpoint, else COCO's 80.
         trust: Whether the config of a run or checkpoint may name classes of other packages, whose code then runs.
@@ -99,12 +99,14 @@ def info(
             raise InputError(f"{texts[0]} belongs to a config: name one before it")
         return ConfigNames(configs.names(), configs.names("schedules"))
     name = "model" if isinstance(config, Config) else str(config)
-    limit, file = None, None
-    if not isinstance(config, Config) and (is_run_dir(config) or is_checkpoint(config)):
-        file = Path(config)
-    options = None if file and file.is_file() else resolve_config(config, texts, trust=trust)
-    if file:
-        file = weights_file(file)
+    limit, is_trained = None, False
+    if not isinstance(config, Config):
+        is_trained = is_run_dir(config) or is_checkpoint(config) or is_published_name(config)
+    options = None
+    if not is_trained or is_run_dir(name):
+        options = resolve_config(config, texts, trust=trust)
+    if is_trained:
+        file = weights_file(name)
         detector, saved, names, _ = rebuild(file, trust)
         # the config may be somebody else's: its model has no more weights than the file
         limit = at_most(len(detector.state_dict()), file)
@@ -115,4 +117,5 @@ def info(
     with countable(name):
         with limit or nullcontext():
             detector = build_meta_detector(options, classes)
-        return ModelInfo(name, classes, profiling.count_cost(detector, *profiling.network_size(options.data.size)))
+        size = profiling.network_size(options.data.size)
+        return ModelInfo(name, classes, profiling.count_cost(detector, *size, options.data.channels))

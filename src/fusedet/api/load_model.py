@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fusedet.api.weights_cache import fetch_weights
 from fusedet.config import Config, load, parse, parse_yaml, refuse_foreign_classes
 from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, unknown
 from fusedet.exporters.reference import spread_scores
+from fusedet.interop.published_weights import is_published_name, require_source
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
 COCO_CLASSES = 80
@@ -26,27 +28,45 @@ def require_known_source(source: str | Path) -> None:
     """Check a word where a run, a checkpoint or a config may stand.
 
     Raises:
-        InputError: It is no path and no config; the sentence offers the nearest config.
+        InputError: It is no path and no config; the sentence offers the published weights or config that was meant.
     """
     path = Path(source)
-    if not (path.exists() or path.suffix or path.name != str(source) or str(source) in config_names()):
+    if path.exists() or is_published_name(source) or str(source) in config_names():
+        return
+    require_source(source)
+    if not path.suffix and path.name == str(source):
         raise unknown("run, checkpoint or config", source, config_names(), lister="fusedet info")
 
 
 def weights_file(path: str | Path, which: str = "best") -> Path:
-    """Return the checkpoint file of a run directory, or the file itself.
+    """Return the checkpoint file of a run directory or of a name of published weights, or the file itself.
+
+    Published weights are fetched and converted unless they are in the cache.
 
     Raises:
-        InputError: The run directory has no checkpoint.
+        InputError: The run directory has no checkpoint, the name is unknown, or its file cannot be fetched.
     """
+    if is_published_name(path):
+        return fetch_weights(path)
     path = Path(path)
     if not path.is_dir():
+        if not path.exists():
+            require_source(path)
         return path
     order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]
     for name in order:
         if (path / name).is_file():
             return path / name
     raise InputError(f"{path} holds no checkpoint: {' or '.join(order)} is missing, nothing was trained there yet")
+
+
+def stored_config(file: Path, trust: bool = False) -> Config:
+    """Return the config in a checkpoint.
+
+    Raises:
+        InputError: The file is no checkpoint, or its config names a class of another package without `trust`.
+    """
+    return _parse_config(checkpoint.load_weights(file)[1], file, trust)
 
 
 def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, list[str], list[int]]:
@@ -62,12 +82,8 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
         InputError: The file is no checkpoint, names such a class, or its weights do not fit the config's model.
     """
     state, meta = checkpoint.load_weights(file)
-    if lacking := {"config", "names", "category_ids"} - meta.keys():
-        raise InputError(f"{file} is not a fusedet checkpoint: its description lacks {', '.join(sorted(lacking))}")
-    tree = parse_yaml(meta["config"], f"the config in {file}", "model, data, train and test")
-    if not trust:
-        refuse_foreign_classes(tree, file)
-    config, names = disable_pretrained(parse(tree)), class_names(meta, file)  # the weights come from the checkpoint
+    config, names = _parse_config(meta, file, trust), class_names(meta, file)
+    config = disable_pretrained(config)  # the weights come from the checkpoint
     ids = _list(meta["category_ids"], int, f"{file}: its category_ids")
     if len(ids) != len(names):
         raise InputError(
@@ -78,6 +94,15 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
     detector = build_detector(config, len(names))
     checkpoint.load_into(detector, state, file)
     return detector, config, names, ids
+
+
+def _parse_config(meta: Mapping[str, str], file: Path, trust: bool) -> Config:
+    if lacking := {"config", "names", "category_ids"} - meta.keys():
+        raise InputError(f"{file} is not a fusedet checkpoint: its description lacks {', '.join(sorted(lacking))}")
+    tree = parse_yaml(meta["config"], f"the config in {file}", "model, data, train and test")
+    if not trust:
+        refuse_foreign_classes(tree, file)
+    return parse(tree)
 
 
 def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from fusedet.api import exported
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
+from fusedet.data.channel_decoding import is_array_file, read_channels
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector
+from fusedet.host_copy import copy_to_host
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
 from fusedet.models.detectors.tta import detect_view, merge_detections
 from fusedet.models.roi.mask import paste_masks
@@ -140,7 +143,7 @@ class Predictor:
             try:
                 group.append(
                     (
-                        to_tensor(source, self.config.data.range),
+                        self.decode(source),
                         Path(source) if isinstance(source, (str, Path)) else None,
                     )
                 )
@@ -152,8 +155,24 @@ class Predictor:
                 group = []
         yield from self.together(group)
 
+    def decode(self, source: Any) -> Tensor:
+        """Decode an image as `predict` takes it, uint8 (C, H, W)."""
+        channels, value_range = self.config.data.channels, self.config.data.range
+        is_file = isinstance(source, (str, os.PathLike, bytes))
+        if channels == 3 and not (is_file and is_array_file(source)):
+            return to_tensor(source, value_range)
+        if is_file:
+            return read_channels(source, channels, value_range)
+        image = torch.from_numpy(source).permute(2, 0, 1) if isinstance(source, np.ndarray) else source
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != channels:
+            raise InputError(
+                f"an image of {channels} channels must be a path, a numpy array (H, W, {channels}) or a tensor "
+                f"({channels}, H, W) of uint8, got {type(source).__name__}"
+            )
+        return image
+
     def seen(self, images: Sequence[Tensor]) -> Batch:
-        """Return images (3, H, W) uint8 preprocessed for the network, in all TTA views."""
+        """Return images (C, H, W) uint8 preprocessed for the network, in all TTA views."""
         return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
     def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
@@ -176,13 +195,14 @@ def load(
     trust: bool = False,
     **settings: Unpack[Sections],
 ) -> Predictor:
-    """Load a trained detector, ready to predict, from a run directory, a checkpoint or an exported model.
+    """Load a trained detector, ready to predict.
 
     >>> fusedet.load("runs/a", test={"score": 0.3}).predict("street.jpg")  # doctest: +SKIP
 
     Args:
         path: A run directory (its best weights, or the last where there are no best), best.safetensors or last.ckpt;
-            or a directory of `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
+            a name of published weights (`fusedet.list_weights`), which are fetched once; or a directory of
+            `fusedet.export`, or one of its files, which then runs in its own runtime on the CPU.
         overrides: "key=value" texts for the run's config; what follows from the weights (all but `SETTABLE`) stays.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "fp32" or "bf16".
@@ -265,20 +285,25 @@ def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
     """Return the detections of each image of a batch by descending score, in original pixels, on the CPU.
 
     Masks are pasted at the original size, not resized. Detections of further views are merged by the detector's
-    thresholds. One view is on the device at a time.
+    thresholds. One view is on the device at a time. Its detections are copied once per batch; with masks, which need
+    much memory, once per image.
     """
     seen = [
-        detect_view(detector, replace(view, views=()).to(device, non_blocking=True)) for view in (batch, *batch.views)
+        detect_view(detector, replace(view, views=(), targets=None).to(device, non_blocking=True))
+        for view in (batch, *batch.views)
     ]
     sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
-    results = []
+    results: list[tuple[Tensor | None, ...]] = []
     shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
     for views_of_image, (height, width) in zip(zip(*seen), sizes):
         many = len(views_of_image) > 1
         one = merge_detections(views_of_image, **shared) if many else views_of_image[0]
-        masks = None if one.masks is None else paste_masks(one.masks, one.boxes, (height, width))
-        results.append(Detections(one.boxes, one.scores, one.labels, masks).to("cpu"))
-    return results
+        if one.masks is None:
+            results.append((one.boxes, one.scores, one.labels, None))
+        else:
+            masks = paste_masks(one.masks, one.boxes, (height, width))
+            results.append(copy_to_host((one.boxes, one.scores, one.labels, masks)))
+    return [Detections(*columns) for columns in copy_to_host(results)]  # type: ignore[arg-type]
 
 
 def _empty(image: Tensor) -> ImageAnnotations:

@@ -90,7 +90,7 @@ def predict(
     >>> fusedet.predict("runs/a", "images/", out="predictions")  # doctest: +SKIP
 
     Args:
-        run: A run directory or a checkpoint.
+        run: A run directory, a checkpoint or a name of published weights.
         sources: Files, directories, globs, lists of paths (`@FILE`), and "-" for such a list on standard input.
         overrides: "key=value" texts for the keys of `SETTABLE`. `test.batch` images (1) are predicted at once,
             `data.workers` threads (2) read images ahead. `out` is the directory, by default predict, predict-2,

@@ -9,7 +9,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 def say_nothing(text: str) -> None:
@@ -17,13 +25,22 @@ def say_nothing(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(console: Console | None, total: int, label: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    console: Console | None, total: int | None, label: str, in_bytes: bool = False
+) -> Iterator[Callable[[int], None]]:
     """Show a bar with the time left inside the block, if the console is a terminal.
+
+    Args:
+        console: The console.
+        total: Number of items; None if it is unknown.
+        label: What stands before the bar.
+        in_bytes: Whether the items are bytes of a download, whose speed is shown too.
 
     Yields:
         A function that takes the number of further items that are done.
     """
-    columns = (TextColumn(escape(label)), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn(escape(label)), BarColumn(), *done, TimeRemainingColumn())
     is_hidden = console is None or not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=is_hidden) as bar:
         yield partial(bar.advance, bar.add_task(label, total=total))

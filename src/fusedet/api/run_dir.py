@@ -19,6 +19,7 @@ import torch
 from fusedet.atomic_io import list_leftovers, write_atomically
 from fusedet.data.bad_images import BadImageLog, format_replacement_summary
 from fusedet.errors import InputError
+from fusedet.interop.published_weights import is_published_name
 
 
 def create_run_dir(folder: str | Path) -> Path:
@@ -54,7 +55,9 @@ def find_free_path(parent: str | Path, name: str, ending: str = "") -> Path:
 
 
 def parent_of(source: str | Path) -> Path:
-    """Return where results of a source go by default: into a run directory, beside a file."""
+    """Return where results of a source go by default: into a run directory, beside a file, of a name into runs/NAME."""
+    if is_published_name(source):
+        return Path("runs") / source
     path = Path(source)
     return path if path.is_dir() else path.parent
 

@@ -18,8 +18,10 @@ from typing import Any, TypedDict
 
 from fusedet import config
 from fusedet.api import run_dir
+from fusedet.api.load_model import stored_config, weights_file
 from fusedet.config import Config
 from fusedet.errors import InputError
+from fusedet.interop.published_weights import is_published_name, require_source
 
 Source = str | Path | Config
 
@@ -71,21 +73,34 @@ def resolve_config(
     """Return the config of a source with settings laid over it.
 
     Args:
-        source: A shipped config's name, a YAML file, a run directory (without its `out`), a `Config`, or None for the
-            defaults.
+        source: A shipped config's name, a YAML file, a run directory (without its `out`), a name of published weights
+            (the config that trains from them), a `Config`, or None for the defaults.
         overrides: "key=value" texts.
         settings: Sections, device and output directory by keyword.
         trust: Whether a run directory's config may name classes of other packages, whose code then runs.
 
     Raises:
         InputError: The source or a key does not exist, or a value is wrong.
+        StorageError: Weights cannot be written to the cache.
     """
     texts = to_overrides(overrides, settings or {})
     if source is None or isinstance(source, Config):
         return config.parse(config.apply_overrides(source.tree() if source else {}, texts))
     if is_run_dir(source):
         return config.load(config_file(source), ["out=null", *texts], trust=trust)
-    return config.load(source, texts)
+    return _load_named(source, texts)
+
+
+def _load_named(source: str | Path, overrides: Sequence[str]) -> Config:
+    """Return the config of a shipped name or a file; of published weights, the config that trains from them."""
+    if not is_published_name(source):
+        if str(source) not in config.names() and not os.path.exists(source):
+            require_source(source)
+        return config.load(source, overrides)
+    stored = stored_config(weights_file(source))
+    has_schedule = "schedule" in config.apply_overrides({}, overrides).get("train", {})
+    start = [f"train.weights={source}", *([] if has_schedule else ["train.schedule=finetune"])]
+    return config.parse(config.apply_overrides(stored.tree(), [*start, *overrides]))
 
 
 def training_config(
@@ -94,7 +109,7 @@ def training_config(
     """Return the config of a training, always with an output directory.
 
     A `Config` keeps its `out`. For a name or a file, `out` is runs/NAME by default. A run directory is trained again in
-    runs/NAME, or continued where it is with `resume`.
+    runs/NAME, or continued where it is with `resume`. With a name of published weights, the training starts from them.
 
     Raises:
         InputError: As `resolve_config`; no source is given; with `resume`, `out` holds no run of this model.
@@ -102,7 +117,7 @@ def training_config(
     if source is None:
         raise InputError(
             f"which config? Write fusedet train CONFIG data=PATH, with CONFIG one of the {len(config.names())} that "
-            "fusedet info lists, such as retinanet_r50, a YAML file or a run directory"
+            "fusedet info lists, such as retinanet_r50, a YAML file, a run directory or a name of fusedet weights"
         )
     if isinstance(source, Config):
         return resolve_config(source, overrides, settings)
@@ -112,19 +127,24 @@ def training_config(
     elif resume:
         options = _resumed_config(str(source), texts)
     else:
-        options = config.load(source, texts)
+        options = _load_named(source, texts)
     if options.out is not None:
         return options
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("several processes need one output directory: add out=DIR")
-    return options.replace(out=str(run_dir.find_free_path("runs", path.name if path.is_dir() else path.stem)))
+    return options.replace(out=str(run_dir.find_free_path("runs", _run_name(source))))
+
+
+def _run_name(source: str | Path) -> str:
+    path = Path(source)
+    return path.name if path.is_dir() or is_published_name(source) else path.stem
 
 
 def _resumed_config(name: str, overrides: Sequence[str]) -> Config:
     """Return the config of the run in `out`, which must be a run of the model `name`."""
-    if name not in config.names() and not Path(name).exists():
+    if name not in config.names() and not Path(name).exists() and not is_published_name(name):
         raise InputError(f"{name} does not exist: there is no run to resume")
-    asked = config.load(name, overrides)
+    asked = _load_named(name, overrides)
     if asked.out is None:
         raise InputError("--resume needs a run: give its directory, fusedet train RUN --resume, or add out=DIR")
     if not (Path(asked.out) / "config.yaml").is_file():

@@ -90,6 +90,24 @@ def cost_table(cost: Mapping[str, Any], title: str) -> RenderableType:
     return Group(table, *([Text(note)] if cost["parts"].get("branches", {}).get("parameters") else []))
 
 
+def published_weights_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return a row per name of published weights, and a line that says what the columns are."""
+    table = Table()
+    for name in ("name", "family", "backbone", "dataset"):
+        table.add_column(name, overflow="fold")
+    for name in ("box AP", "mask AP", "MB"):
+        table.add_column(name, justify="right")
+    for name in ("licence", "cached"):
+        table.add_column(name)
+    for row in rows:
+        texts = [escape(row[key]) for key in ("name", "family", "backbone", "dataset")]
+        precision = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("box_ap", "mask_ap")]
+        cached = "yes" if row["is_cached"] else ""
+        table.add_row(*texts, *precision, f"{row['megabytes']:.0f}", row["licence"], cached)
+    note = "AP in percent, as the weights' source publishes it for the dataset; licence of the project that publishes."
+    return Group(table, Text(f"{plural(len(rows), 'name')}. {note}"))
+
+
 def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """Return latency, throughput, memory and size of each engine that ran, by number of images at once."""
     several = len({row["model"] for row in rows}) > 1

@@ -70,7 +70,8 @@ def train(
     >>> fusedet.train("retinanet_r50", data="data/coco", train={"epochs": 24}, out="runs/a")  # doctest: +SKIP
 
     Args:
-        config: A config's name, a YAML file, a run directory or a `Config`.
+        config: A config's name, a YAML file, a run directory, a name of published weights, from which the training
+            starts, or a `Config`.
         overrides: "key=value" texts. `out` is the directory of the run, by default runs/NAME, runs/NAME-2, ...
         resume: Whether the run in `out`, or the given run directory, is continued. A run that was killed before its
             first checkpoint starts from the beginning.
@@ -173,7 +174,14 @@ def _fit(
         run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
     has_loss = settings.validation_loss
-    val_share = build_val_loader(config, val, fabric.global_rank, fabric.world_size, masks=masks and has_loss)
+    val_share = build_val_loader(
+        config,
+        val,
+        fabric.global_rank,
+        fabric.world_size,
+        masks=masks and has_loss,
+        pin=fabric.device.type == "cuda",
+    )
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         losses = ValidationLoss(module, fabric.device)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
+from fusedet.api.starting_weights import adapt_class_rows, describe_matches, match_class_names
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS, check_masks, has_mask_branch, shorten_list
 from fusedet.config import Config
 from fusedet.data.augmentation import AugmentedTransform
@@ -61,9 +62,18 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
 
 
 def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
-    """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run."""
-    detector = build_detector(disable_pretrained(config) if resume else config, len(dataset.names))
+    """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run.
+
+    Of train.weights with other classes, the rows of classes with equal names are kept.
+    """
+    overwritten = resume or config.train.weights is not None
+    detector = build_detector(disable_pretrained(config) if overwritten else config, len(dataset.names))
     detector.selection = selection_options(config.test, dataset.names)
+    if config.train.checkpoint_backbone:
+        if not isinstance(detector.backbone, TimmBackbone):
+            name = type(detector.backbone).__name__
+            raise InputError(f"train.checkpoint_backbone=true needs a backbone of timm, not {name}: leave it out")
+        detector.backbone.checkpoint_stages()
     if resume:  # its weights are in the checkpoint
         return detector
     backbone = detector.backbone
@@ -72,13 +82,15 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
         state, meta = checkpoint.load_weights(file)
         names = class_names(meta, file) if "names" in meta else list(dataset.names)
         if names != list(dataset.names):
-            own = detector.state_dict()
-            new = {key: own[key] for key in class_tensors(config)}
-            state = {key: value for key, value in state.items() if key not in new} | new
+            matches = match_class_names(dataset.names, names)
+            state, keys = adapt_class_rows(state, detector.state_dict(), config, len(names), matches)
             classes = [f"{len(of)} classes {shorten_list(of)}" for of in (names, dataset.names)]
+            what = "are initialized again"
+            if matches:
+                what = f"are taken over by name: {describe_matches(dataset.names, names, matches)}"
             say(
-                f"{file} has the {classes[0]}, the data has the {classes[1]}: "
-                f"the weights that depend on classes are initialized again ({', '.join(new)})"
+                f"{config.train.weights} has the {classes[0]}, the data has the {classes[1]}: "
+                f"the weights that depend on classes {what} ({', '.join(keys)})"
             )
         checkpoint.load_into(detector, state, file)
     elif isinstance(backbone, TimmBackbone) and not backbone.has_weights and (backbone.frozen or backbone.norm_eval):
@@ -87,12 +99,6 @@ def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str]
             "model.backbone.frozen_stages=-1 model.backbone.norm_eval=false to train all of it"
         )
     return detector
-
-
-def class_tensors(config: Config) -> list[str]:
-    """Return the names of the weights whose shapes depend on the number of classes."""
-    of_one, of_two = (build_meta_detector(config, count).state_dict() for count in (1, 2))
-    return [key for key in of_one if of_one[key].shape != of_two[key].shape]
 
 
 def resolve_checked_config(source: str | None, overrides: Sequence[str]) -> Config:

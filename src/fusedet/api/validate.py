@@ -19,7 +19,7 @@ from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.image_decoding import read_image
+from fusedet.data.dataset_images import read_dataset_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.results import Result
@@ -76,7 +76,7 @@ def evaluate_detector(
     if (masks := has_mask_branch(detector)) and len(dataset.labels):
         check_masks(dataset)
     canvas = detector.canvas if isinstance(detector, ExportedDetector) else None
-    loader = build_val_loader(config, dataset, rank, world, canvas)
+    loader = build_val_loader(config, dataset, rank, world, canvas, pin=device.type == "cuda")
     batches = loader if rank else track(loader, len(loader), label="images", console=progress)
     if not isinstance(detector, ExportedDetector):  # its thresholds are part of the file
         detector.selection = selection_options(config.test, dataset.names)
@@ -124,17 +124,19 @@ def build_val_loader(
     world: int = 1,
     canvas: tuple[int, int] | None = None,
     masks: bool = False,
+    *,
+    pin: bool = False,
 ) -> Any:
     """Return a loader of every image of a split once, preprocessed as for `predict`, divided among the processes.
 
-    `canvas` is the height and width that images must fit, None for no limit. With `masks`, targets have masks.
+    `canvas` is the height and width that images must fit, None for no limit. With `masks`, targets have masks. With
+    `pin`, batches are in page-locked memory, from which a GPU copies without a wait.
     """
     # a batch no larger than the rank's share keeps every process busy; one image per process is the least
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
     first, *others = views(config, canvas)
-    return build_eval_loader(
-        dataset, first, batch=batch, workers=config.data.workers, rank=rank, world=world, views=others, masks=masks
-    )
+    options: dict[str, Any] = {"batch": batch, "workers": config.data.workers, "rank": rank, "world": world}
+    return build_eval_loader(dataset, first, **options, pin=pin, views=others, masks=masks)
 
 
 def detect(
@@ -286,7 +288,7 @@ def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[
             (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
         )
         return visualization.draw_comparison(
-            read_image(record.path, dataset.value_range, exif=dataset.exif),
+            read_dataset_image(dataset, record),
             truth,
             guess,
             dataset.names,

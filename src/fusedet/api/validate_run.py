@@ -49,7 +49,8 @@ def validate(
     >>> fusedet.validate("runs/a").metrics["AP"]  # doctest: +SKIP
 
     Args:
-        source: A run directory, a checkpoint, an exported model, or a file of results in COCO's format (.json).
+        source: A run directory, a checkpoint, a name of published weights, an exported model, or a file of results in
+            COCO's format (.json).
         overrides: "key=value" texts for `data`, `test`, `device` and `out`.
         split: The split, by default `data.val`.
         voc: Whether VOC's AP is computed too; for VOC data it always is.

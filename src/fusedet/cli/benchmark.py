@@ -15,7 +15,7 @@ from fusedet.cli.commands import USE
 def benchmark(
     words: Annotated[
         list[str] | None,
-        Argument(metavar="RUN|KEY=VALUE", help="Runs, checkpoints, config names, exported directories; settings."),
+        Argument(metavar="RUN|KEY=VALUE", help="Runs, checkpoints, published weights, configs, exports; settings."),
     ] = None,
     size: Annotated[str | None, Option(metavar="H,W", help="Size of the image, multiples of 32.")] = None,
     formats: Annotated[

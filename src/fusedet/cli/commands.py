@@ -11,11 +11,7 @@ import fusedet
 from fusedet.cli import common as cli
 
 TRAIN, USE, COMPARE, DATA = "Train and evaluate", "Use a model", "Compare and explain", "Data"
-CONVERT_HELP = "Convert a dataset to another format, or another project's weights."
-cli.app.add_typer(cli.converters, name="convert", help=CONVERT_HELP, rich_help_panel=DATA)
 Split = Annotated[str | None, Option(help="The split, by default data.val; of browse data.train.")]
-Source = Annotated[str, Argument(metavar="SOURCE", help="What is converted.")]
-Target = Annotated[str, Argument(metavar="TARGET", help="The new directory.")]
 Resamples = Annotated[int, Option(help="Bootstrap draws of the images.", min=40, rich_help_panel="Statistics")]
 Launcher = Annotated[Literal["local", "slurm"], Option(help="Here, or a job per run.", rich_help_panel="Cluster")]
 Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
@@ -43,7 +39,9 @@ def train(
 
 @cli.command("val", "val runs/a", "val runs/a/val.bbox.json data=data/coco --evaluator pycocotools", TRAIN)
 def val(
-    source: Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or COCO results (.json).")],
+    source: Annotated[
+        str, Argument(metavar="RUN", help="Run directory, checkpoint, published weights or results (.json).")
+    ],
     words: cli.Settings = None,
     split: Split = None,
     voc: Annotated[bool, Option("--voc", help="Compute VOC's AP too; for VOC data it always is.")] = False,
@@ -113,15 +111,19 @@ def predict(
 
 @cli.command("export", "export runs/a", "export runs/a --format onnx,openvino --size 800,1216 out=exported", USE)
 def export(
-    source: Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or config name.")],
+    source: Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint, published weights or config.")],
     words: cli.Settings = None,
     formats: Annotated[str, Option("--format", help="torch, onnx, openvino; several with commas.")] = "onnx",
     size: Annotated[str | None, Option(metavar="H,W", help="A fixed input size, multiples of 32.")] = None,
     dynamic: Annotated[bool, Option("--dynamic", help="Any input size; the default without --size.")] = False,
     batch: Annotated[int | None, Option(help="Images per input; by default any, 1 with --size.", min=1)] = None,
-    precision: Annotated[Literal["fp32"], Option(help="Floating-point format of the weights.")] = "fp32",
+    precision: Annotated[Literal["fp32", "fp16", "bf16", "int8"], Option(help="Number format.")] = "fp32",
     opset: Annotated[int, Option(help="ONNX's operator set.", min=18)] = 18,
     raw: Annotated[bool, Option("--raw", help="Leave NMS out: boxes and scores of all candidates.")] = False,
+    aot: Annotated[bool, Option("--aot", help="Compile the format torch for this CPU too.")] = False,
+    calibrate: Annotated[bool, Option("--calibrate", help="Calibrate int8 on images of data=PATH.")] = False,
+    calibration_images: Annotated[int, Option(help="Number of these images.", min=1)] = 300,
+    max_drop: Annotated[float, Option(help="Largest loss of AP by int8, 0 to 1.", min=0, max=1)] = 0.01,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
@@ -133,6 +135,8 @@ def export(
     settings = cli.settings_only(words, "export takes one run, checkpoint or config")
     options: dict[str, Any] = {"formats": formats, "size": cli.split_sides(size), "dynamic": dynamic, "batch": batch}
     options |= {"precision": precision, "opset": opset, "raw": raw, "trust": trust, "say": cli.err.print}
+    options |= {"aot": aot, "calibrate": calibrate, "calibration_images": calibration_images, "max_drop": max_drop}
+    options["progress"] = cli.err
     result = fusedet.export(source, *settings, **options)
     example = [] if raw else [f"next: python {result.out / 'example.py'} IMAGE"]
     cli.show(result, json, *example)
@@ -173,9 +177,31 @@ def config(
     sys.stdout.write(schema_text() if schema else resolve_checked_config(name, settings).to_yaml())
 
 
+@cli.command("weights", "weights vfnet", "weights get torchvision/fasterrcnn_resnet50_fpn_v2", USE)
+def weights(
+    words: Annotated[
+        list[str] | None, Argument(metavar="[FILTER]|get NAME|where NAME", help="A part of names; or what to do.")
+    ] = None,
+    json: cli.Json = False,
+) -> None:
+    """List, fetch or locate published detection weights.
+
+    Each name can stand where a run or checkpoint can, and is fetched when it is used first. FILTER is a part of a name,
+    family, backbone or dataset; "get NAME" fetches the weights now; "where NAME" says where they are kept.
+    """
+    first, *rest = words or [""]
+    if first in ("get", "where"):
+        if len(rest) != 1:
+            raise fusedet.InputError(f"weights {first} takes one name, such as fusedet weights {first} {cli.EXAMPLE}")
+        return cli.show((fusedet.get_weights if first == "get" else fusedet.locate_weights)(rest[0]), json)
+    if rest:
+        raise fusedet.InputError(f"{rest[0]} is one too many: weights takes one FILTER, get NAME or where NAME")
+    return cli.show(fusedet.list_weights(first), json)
+
+
 @cli.command("compare", "compare runs/a runs/b", "compare a.json b.json data=data/coco --resamples 2000", COMPARE)
 def compare(
-    a: Annotated[str, Argument(metavar="RUN_A", help="Baseline: run directory or COCO results (.json).")],
+    a: Annotated[str, Argument(metavar="RUN_A", help="Baseline: run directory, published weights or results (.json).")],
     b: Annotated[str, Argument(metavar="RUN_B", help="The same; compared with the baseline.")],
     words: cli.Settings = None,
     split: Split = None,
@@ -277,40 +303,3 @@ def browse(
     """
     name, settings = cli.split_config(words)
     cli.show(fusedet.browse(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)
-
-
-@cli.command("data", "convert data voc coco --to coco", "convert data voc yolo --to yolo --link")
-def convert_data(
-    source: Source,
-    target: Target,
-    words: cli.Settings = None,
-    to: Annotated[Literal["coco", "voc", "yolo"], Option(help="The format.")] = ...,  # type: ignore[assignment]
-    split: Annotated[list[str] | None, Option(help="A split to write, by default all; may be repeated.")] = None,
-    link: Annotated[bool, Option("--link", help="Make hard links to the images instead of copies.")] = False,
-    json: cli.Json = False,
-) -> None:
-    """Convert a dataset to another format.
-
-    The splits of SOURCE whose files exist are written to the new directory TARGET. Boxes keep their values.
-    data.classes and data.rename select classes, and data.val=0.2 holds out a share of the images.
-    """
-    settings = cli.settings_only(words, "convert data takes SOURCE and TARGET")
-    result = fusedet.convert_dataset(source, target, to, *settings, splits=split, link=link)
-    cli.show(result, json, f"next: {result.next_command}")
-
-
-@cli.command("weights", "convert weights resnet.pth runs/a", "convert weights a.pth runs/a --config a.py")
-def convert_weights(
-    source: Source,
-    target: Target,
-    words: cli.Settings = None,
-    config: Annotated[str | None, Option(help="MMDetection's config file, or a config of fusedet.")] = None,
-    json: cli.Json = False,
-) -> None:
-    """Convert weights of MMDetection or torchvision.
-
-    TARGET is a new run directory. The model is inferred from the checkpoint unless --config names it.
-    """
-    settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
-    result = fusedet.convert_weights(source, target, *settings, config=config)
-    cli.show(result, json, f"next: fusedet predict {target} IMAGE_OR_DIR...")

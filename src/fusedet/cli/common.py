@@ -24,6 +24,7 @@ EXIT_CODES = (
 )
 COMMON: dict[str, Any] = {"no_args_is_help": True, "context_settings": {"help_option_names": ["-h", "--help"]}}
 
+EXAMPLE = "torchvision/fasterrcnn_resnet50_fpn_v2"
 PLAIN: dict[str, Any] = {"soft_wrap": True, "highlight": False, "emoji": False, "markup": False}
 out, err = Console(**PLAIN), Console(stderr=True, **PLAIN)
 app = Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, epilog=EXIT_CODES, **COMMON)
@@ -32,13 +33,13 @@ converters = Typer(rich_markup_mode="rich", **COMMON)
 Settings = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Settings, such as test.score=0.1.")]
 ConfigAndSettings = Annotated[
     list[str] | None,
-    Argument(metavar="CONFIG|KEY=VALUE", help="Config name, YAML file or run directory; settings as data=PATH."),
+    Argument(metavar="CONFIG|KEY=VALUE", help="Config, YAML file, run directory, published weights; data=PATH, ..."),
 ]
 Sources = Annotated[
     list[str] | None,
     Argument(metavar="SOURCE|KEY=VALUE", help='Files, directories, globs, @FILE (a path per line), "-"; settings.'),
 ]
-Run = Annotated[str, Argument(metavar="RUN", help="Run directory or checkpoint.")]
+Run = Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or published weights.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.", rich_help_panel="Output")]
 Trust = Annotated[
     bool, Option("--trust", help="Run other packages' code that a config names.", rich_help_panel="Security")

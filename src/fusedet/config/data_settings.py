@@ -75,6 +75,8 @@ class Data(Section):
     """Whether downscaling is antialiased; false is OpenCV's, and so MMDetection's, plain bilinear resizing."""
     range: FloatPair | None = None
     """[low, high] values that become black and white in images of more than 8 bits; null is [0, 65535] of 16 bits."""
+    channels: int = Field(default=3, ge=1)
+    """The channels of the images; other numbers than 3 take the channels of TIFF and npy files as they are."""
     workers: int = Field(default=2, ge=0)
     """Processes that load images, per training process."""
     check: bool = True
@@ -95,6 +97,7 @@ class Data(Section):
         self._refuse_both("scale_jitter", "multi_scale", "both draw the size of the image")
         self._refuse_both("scale_jitter", "crop", "both crop the image")
         self._refuse_both("mixup", "copy_paste", "one blends whole images, the other pastes objects")
+        need(self.channels == 3 or not self.photometric, self, "photometric", "false where data.channels is not 3")
         is_share = isinstance(self.val, float)
         need(not is_share or 0 < self.val < 1, self, "val", "a split, or a share above 0 and below 1")  # type: ignore[operator]
         need(len(set(self.classes)) == len(self.classes), self, "classes", "a list without repetitions")

@@ -62,7 +62,7 @@ class Train(Section):
 
     key: ClassVar[str] = "train"
     schedule: str | None = None
-    """A schedule, which sets epochs, milestones and image sizes: 1x, 2x, 2x_ms, short, tiny."""
+    """A schedule, which sets epochs, milestones and image sizes: 1x, 2x, 2x_ms, short, tiny; finetune: the rate too."""
     epochs: int = Field(default=12, ge=1)
     """Passes over the training split."""
     batch: int | Literal["auto"] = 16
@@ -123,10 +123,12 @@ class Train(Section):
     """Whether a GPU gives the same numbers twice, as far as torch can; slower."""
     compile: bool = False
     """Whether torch.compile compiles the forward pass."""
+    checkpoint_backbone: bool = False
+    """Whether the backward pass computes the stages of the backbone again, which needs less memory and more time."""
     loggers: Loggers = ()
     """Experiment trackers to log to."""
     weights: str | None = None
-    """A run directory or checkpoint to start from; tensors that depend on other classes are initialized."""
+    """A run, checkpoint or name of published weights to start from; classes with equal names keep their rows."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,6 +155,12 @@ class Test(Section):
     """The lowest score of a detection, 0 to 1; or one per class, such as {person: 0.5, default: 0.3}."""
     nms: float = Field(default=0.5, ge=0, le=1)
     """The IoU above which class-wise NMS suppresses the lower score."""
+    soft_nms: Literal["linear", "gaussian"] | None = None
+    """Soft-NMS: boxes lose score where NMS would suppress them; null is hard NMS."""
+    soft_sigma: float = Field(default=0.5, gt=0)
+    """The width of Soft-NMS's gaussian."""
+    soft_min_score: float = Field(default=0.001, ge=0, le=1)
+    """The score below which Soft-NMS drops a box."""
     max_det: int = Field(default=100, ge=1)
     """Detections per image."""
     pre_nms: int = Field(default=1000, ge=1)

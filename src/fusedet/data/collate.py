@@ -41,7 +41,8 @@ def collate_samples(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1))
     """
     sizes = [tuple(s.image.shape[1:]) for s in samples]
     height, width = (-(-max(side) // MULTIPLE) * MULTIPLE for side in zip(canvas, *sizes))
-    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    channels = len(samples[0].image)
+    images = torch.zeros(len(samples), height, width, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
     for into, sample in zip(images, samples):
         h, w = sample.image.shape[1:]
         into[:, :h, :w] = sample.image

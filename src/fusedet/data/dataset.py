@@ -19,14 +19,7 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Where a tile lies in its image.
-
-    Attributes:
-        left: Its first column.
-        top: Its first row.
-        image_height: Height of the whole image, in pixels.
-        image_width: Width of the whole image.
-    """
+    """Where a tile lies in its image: its first column and row, and the size of the whole image, in pixels."""
 
     left: int
     top: int
@@ -84,6 +77,7 @@ class DetectionDataset:
         image_id_texts: N ids of the images as the dataset has them, where these are texts; else none.
         category_id_texts: The K category ids as the dataset has them, where these are texts; else none.
         exif: Whether EXIF orientation is applied to the images.
+        channels: Channels of the images: 3 for RGB.
         windows: (N, 4) int64, the `Tile` of each image; None for whole images.
     """
 
@@ -107,6 +101,7 @@ class DetectionDataset:
     image_id_texts: PackedBytes | None = None
     category_id_texts: tuple[str, ...] = ()
     exif: bool = True
+    channels: int = 3
     windows: Tensor | None = None
 
     @classmethod

@@ -29,7 +29,7 @@ Window = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of an image in pixels, after EXIF rotation."""
 
 _ORIENTATION = 0x0112  # the EXIF tag; values 1..8 as in EXIF 2.3, table 4.6.4
-_TRANSPOSE = {
+TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -109,9 +109,9 @@ def read_image(
     if window is None:
         return inspect_image(source, value_range, exif=exif, measure=False)[0]
     left, top, right, bottom = window
-    with _opened(source) as image:
-        if _orientation(image, exif) == 1 and not (value_range is not None and _is_deep_color(image)):
-            return _tensor(_cut(image, window), _name(source), value_range, exif)
+    with open_image(source) as image:
+        if get_orientation(image, exif) == 1 and not (value_range is not None and has_deep_color(image)):
+            return _tensor(_cut(image, window), name_source(source), value_range, exif)
     return inspect_image(source, value_range, exif=exif, measure=False)[0][:, top:bottom, left:right]
 
 
@@ -145,8 +145,8 @@ def inspect_image(
     source: Source, value_range: Range | None = None, *, exif: bool = True, measure: bool = True
 ) -> tuple[Tensor, ImageValues | None]:
     """Decode an image as `read_image` does, and measure the values of its file unless `measure` is false."""
-    with _opened(source) as image:
-        name, is_deep = _name(source), _is_deep_color(image)
+    with open_image(source) as image:
+        name, is_deep = name_source(source), has_deep_color(image)
         if value_range is not None and is_deep:
             tensor = _scale_deep_color(source, image, value_range, name, exif)
         else:
@@ -168,9 +168,9 @@ def read_image_size(
     Raises:
         InputError: As `read_image`, as far as the header shows it.
     """
-    with _opened(source) as image:
+    with open_image(source) as image:
         if not any_mode:
-            _refuse_mode(image, _name(source), value_range)
+            _refuse_mode(image, name_source(source), value_range)
         return _get_size(image, exif)
 
 
@@ -224,14 +224,15 @@ def _not_empty(image: Tensor) -> Tensor:
     return image
 
 
-def _name(source: Source) -> str:
+def name_source(source: Source) -> str:
+    """Name an image for messages."""
     return f"the image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def open_image(source: Source) -> Iterator[Image.Image]:
     """Open an image and read its header; faults while it is open become InputErrors."""
-    name, limit = _name(source), get_max_pixels()
+    name, limit = name_source(source), get_max_pixels()
     if not isinstance(source, bytes):
         _require_regular_file(source)
     with (
@@ -315,8 +316,11 @@ def _explained(name: str) -> Iterator[None]:
         raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
 
 
-def _orientation(image: Image.Image, exif: bool = True) -> int:
-    """The EXIF orientation that is still to be applied, or without `exif` undone: Pillow turns TIFF files itself."""
+def get_orientation(image: Image.Image, exif: bool = True) -> int:
+    """Return the EXIF orientation that is still to be applied, or without `exif` undone.
+
+    Pillow turns TIFF files itself.
+    """
     is_turned = image.format == "TIFF"
     if is_turned == exif:
         return 1
@@ -327,13 +331,13 @@ def _orientation(image: Image.Image, exif: bool = True) -> int:
 
 def _get_size(image: Image.Image, exif: bool) -> tuple[int, int]:
     width, height = image.size
-    return (width, height) if _orientation(image, exif) in (5, 6, 7, 8) else (height, width)
+    return (width, height) if get_orientation(image, exif) in (5, 6, 7, 8) else (height, width)
 
 
 def _tensor(image: Image.Image, name: str, value_range: Range | None, exif: bool = True) -> Tensor:
     if 0 in image.size:
         raise InputError(f"{name} has no pixels: it is {image.width} wide and {image.height} high")
-    transpose = _TRANSPOSE.get(_orientation(image, exif))
+    transpose = TRANSPOSE.get(get_orientation(image, exif))
     rgb = _rgb(image, name, value_range)
     if transpose is not None:
         rgb = rgb.transpose(transpose)
@@ -352,7 +356,7 @@ def _rgb(image: Image.Image, name: str, value_range: Range | None) -> Image.Imag
         if value_range is None:
             eight = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
         else:
-            eight = _scale(values, value_range)
+            eight = scale_values(values, value_range)
         return Image.fromarray(eight).convert("RGB")
     if "transparency" in image.info or mode in _ALPHA_MODES:
         over = image.convert("LA").convert("RGBA") if mode == "La" else image.convert("RGBA")
@@ -360,15 +364,15 @@ def _rgb(image: Image.Image, name: str, value_range: Range | None) -> Image.Imag
     return image.convert("RGB")
 
 
-def _scale(values: np.ndarray, value_range: Range) -> np.ndarray:
+def scale_values(values: np.ndarray, value_range: Range) -> np.ndarray:
     """Map the range linearly to 0..255, clipped and rounded; NaN becomes 0."""
     low, high = value_range
     scaled = (values.astype(np.float64) - low) * 255 / (high - low)
     return np.nan_to_num(np.rint(scaled.clip(0, 255))).astype(np.uint8)
 
 
-def _is_deep_color(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has several channels of 16 bits, which Pillow cuts to 8."""
+def has_deep_color(image: Image.Image) -> bool:
+    """Return whether an image that is not loaded yet has several channels of 16 bits, which Pillow cuts to 8."""
     return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
@@ -381,8 +385,8 @@ def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, na
         )
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     rgb = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    turned = torch.from_numpy(_scale(rgb.permute(1, 2, 0).numpy(), value_range))
-    transpose = _TRANSPOSE.get(_orientation(image, exif))
+    turned = torch.from_numpy(scale_values(rgb.permute(1, 2, 0).numpy(), value_range))
+    transpose = TRANSPOSE.get(get_orientation(image, exif))
     if transpose is not None:
         turned = torch.from_numpy(np.array(Image.fromarray(turned.numpy()).transpose(transpose)))
     return turned.permute(2, 0, 1)

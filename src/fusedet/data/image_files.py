@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from fusedet.data.channel_decoding import is_array_file, read_array_size
 from fusedet.data.image_decoding import get_image_formats, is_pipe_or_device, read_image_size
 from fusedet.errors import InputError
 
@@ -71,12 +72,12 @@ def select_split(splits: Mapping[str, T], name: str, source: Path) -> T:
 
 
 def is_system_file(name: str) -> bool:
-    """Return whether a file or folder is hidden or left by an operating system, and so no data.
+    """Return whether a file or folder is hidden or left by an operating system or by GDAL, and so no data.
 
-    >>> [is_system_file(name) for name in ("._a.xml", ".DS_Store", "Thumbs.db", "__MACOSX", "a.xml")]
-    [True, True, True, True, False]
+    >>> [is_system_file(name) for name in ("._a.xml", ".DS_Store", "Thumbs.db", "__MACOSX", "a.png.aux.xml", "a.xml")]
+    [True, True, True, True, True, False]
     """
-    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS | _SYSTEM_FILES
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS | _SYSTEM_FILES or name.endswith(".aux.xml")
 
 
 @cache
@@ -229,7 +230,8 @@ def read_image_sizes(paths: Sequence[str], *, exif: bool = True) -> np.ndarray:
     def attempt(path: str) -> tuple[int, int] | InputError:
         try:
             # modes that cannot be trained on are reported later, with all other bad images
-            height, width = read_image_size(path, any_mode=True, exif=exif)
+            is_array = is_array_file(path)
+            height, width = read_array_size(path) if is_array else read_image_size(path, any_mode=True, exif=exif)
             if height and width:
                 return height, width
             return InputError(f"{path} has no pixels: it is {width} wide and {height} high")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from fusedet.data.labeled_image import LabeledImage, mask_bounds, to_boxes
+from fusedet.data.labeled_image import LabeledImage, count_pixels, mask_bounds, to_boxes
 
 
 def join_quadrants(parts: Sequence[LabeledImage]) -> LabeledImage:
@@ -38,7 +40,7 @@ def join_quadrants(parts: Sequence[LabeledImage]) -> LabeledImage:
 
 
 def blend(first: LabeledImage, second: LabeledImage, share: float) -> LabeledImage:
-    """Blend two images of one size; the objects of both are targets.
+    """Blend two images of one size, rounded down; the objects of both are targets.
 
     Args:
         first: An image.
@@ -48,8 +50,13 @@ def blend(first: LabeledImage, second: LabeledImage, share: float) -> LabeledIma
     References:
         Zhang et al., Bag of Freebies for Training Object Detection Neural Networks, 2019, section 3.1.
     """
-    pixels = first.image.as_subclass(Tensor).float().lerp(second.image.as_subclass(Tensor).float(), 1 - share)
-    return _join_objects((first, second), pixels.round_().to(torch.uint8))
+    height, width = first.size
+    below, above = (
+        Image.fromarray(part.image.as_subclass(Tensor).permute(1, 2, 0).contiguous().view(height, -1).numpy())
+        for part in (first, second)
+    )  # any number of channels side by side, as one grey image: Pillow blends bytes without floating-point copies
+    pixels = torch.from_numpy(np.array(Image.blend(below, above, 1 - share)))
+    return _join_objects((first, second), pixels.view(height, width, -1).permute(2, 0, 1))
 
 
 def paste(onto: LabeledImage, source: LabeledImage) -> LabeledImage:
@@ -66,7 +73,7 @@ def paste(onto: LabeledImage, source: LabeledImage) -> LabeledImage:
     image = torch.where(pasted, source.image.as_subclass(Tensor), onto.image.as_subclass(Tensor))
     masks = onto.masks.as_subclass(Tensor)
     remaining = masks * ~pasted
-    before, after = masks.flatten(1).sum(1), remaining.flatten(1).sum(1)
+    before, after = count_pixels(masks), count_pixels(remaining)
     is_covered = after < before
     boxes = torch.where(is_covered[:, None], mask_bounds(remaining), onto.boxes.as_subclass(Tensor))
     below = replace(

@@ -45,12 +45,24 @@ def read_split(data: Data, split: str, *, need_images: bool = True) -> Detection
         part = "held out by" if is_held_out else "left by"
         source = f"{dataset.source}, {part} data.val={data.val:g}"
         dataset = take_images(dataset, np.flatnonzero(held_out == is_held_out), source)
-    return select_classes(dataclasses.replace(dataset, value_range=data.range), data.classes, data.rename or {})
+    return select_classes(
+        dataclasses.replace(dataset, value_range=data.range, channels=data.channels), data.classes, data.rename or {}
+    )
 
 
 def read_key(data: Data) -> tuple[Any, ...]:
     """Return what the splits of a config depend on: two configs of one key have the same splits."""
-    settings = (data.path, data.images, data.train, data.val, data.split_seed, data.classes, data.exif, data.range)
+    settings = (
+        data.path,
+        data.images,
+        data.train,
+        data.val,
+        data.split_seed,
+        data.classes,
+        data.exif,
+        data.range,
+        data.channels,
+    )
     return (*settings, *(data.rename or {}).items())
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusedet.data.annotation_cleaning import HARMLESS, MARGIN, advise
 from fusedet.data.bad_images import count_allowed_bad_images
+from fusedet.data.channel_decoding import is_array_file, read_array_size, read_channels
 from fusedet.data.class_names import count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, compute_print
@@ -153,7 +154,12 @@ def validate_split(
 
 def check_image_headers(dataset: DetectionDataset) -> list[str]:
     """List images whose header shows a fault: absent, not an image, too large, or not of the annotated size."""
-    get_size = partial(read_image_size, value_range=dataset.value_range, exif=dataset.exif)
+
+    def get_size(path: Path) -> tuple[int, int]:
+        if is_array_file(path):
+            return read_array_size(path)
+        return read_image_size(path, value_range=dataset.value_range, exif=dataset.exif, any_mode=dataset.channels != 3)
+
     faults = map_files(lambda i: _check_size(dataset, i, get_size), range(len(dataset)))
     return [fault.message for fault in faults if fault]
 
@@ -245,7 +251,10 @@ def _inspect_image(dataset: DetectionDataset, i: int, *, with_print: bool = True
     decoded: list[Any] = []
 
     def decode(path: Path) -> tuple[int, ...]:
-        decoded[:] = inspect_image(path, dataset.value_range, exif=dataset.exif)
+        if dataset.channels == 3 and not is_array_file(path):
+            decoded[:] = inspect_image(path, dataset.value_range, exif=dataset.exif)
+        else:
+            decoded[:] = read_channels(path, dataset.channels, dataset.value_range, exif=dataset.exif), None
         return tuple(decoded[0].shape[1:])
 
     fault = _check_size(dataset, i, decode)

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.collate import Sample, collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.image_decoding import read_image, read_image_size
-from fusedet.data.transforms import EvalTransform, Transform, check_image_size
+from fusedet.data.dataset_images import read_dataset_image
+from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch
 
@@ -134,13 +134,8 @@ class BatchReader(Dataset[Any]):
 
     def read(self, index: int) -> tuple[Tensor, ImageAnnotations]:
         """Decode an image or a tile, and return its annotations."""
-        annotations, exif, value_range = self.dataset[index], self.dataset.exif, self.dataset.value_range
-        path, tile, window = annotations.path, annotations.tile, None
-        if tile:
-            actual = read_image_size(path, any_mode=True, exif=exif)
-            check_image_size(path, actual, (tile.image_height, tile.image_width))
-            window = (tile.left, tile.top, tile.left + annotations.width, tile.top + annotations.height)
-        return read_image(path, value_range, exif=exif, window=window), annotations
+        annotations = self.dataset[index]
+        return read_dataset_image(self.dataset, annotations), annotations
 
     def read_other(self, index: int) -> tuple[Tensor, ImageAnnotations]:
         """Read a random image other than `index`, drawn from torch's global generator.

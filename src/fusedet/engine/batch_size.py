@@ -45,7 +45,14 @@ def find_largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def find_batch(
-    fabric: Fabric, detector: nn.Module, size: tuple[int, int], *, states: int, masks: bool, limit: int
+    fabric: Fabric,
+    detector: nn.Module,
+    size: tuple[int, int],
+    *,
+    states: int,
+    masks: bool,
+    limit: int,
+    channels: int = 3,
 ) -> int:
     """Return how many images per process fit into a training step; the detector stays as it is.
 
@@ -59,10 +66,11 @@ def find_batch(
         states: Tensors that the optimizer and the averaged weights keep per weight.
         masks: Whether targets have masks.
         limit: The largest number that is tried.
+        channels: Channels of the images.
     """
 
     def step(count: int) -> None:
-        batch = _make_batch(count, size, masks).to(fabric.device)
+        batch = _make_batch(count, (channels, *size), masks).to(fabric.device)
         with fabric.autocast(), normalizing_locally():
             terms: dict[str, Tensor] = detector.loss(batch)  # type: ignore[operator]
         torch.stack([value.float() for value in terms.values()]).sum().backward()
@@ -106,16 +114,16 @@ def _measure_activations(step: Callable[[int], None], detector: nn.Module) -> in
     return max(1, sum(kept.values()))
 
 
-def _make_batch(count: int, size: tuple[int, int], masks: bool) -> Batch:
+def _make_batch(count: int, shape: tuple[int, int, int], masks: bool) -> Batch:
     """Return random images with as many objects as usual, of mixed sizes."""
-    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in size)
+    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in shape[1:])
     corners = torch.rand(_OBJECTS, 2) * torch.tensor([width, height]) * 0.75
     sides = torch.logspace(-1.2, -0.6, _OBJECTS)[:, None] * min(height, width)
     boxes = torch.cat([corners, corners + sides], dim=1)
     own = torch.ones(_OBJECTS, height, width, dtype=torch.bool) if masks else None
     target = Target(boxes, torch.zeros(_OBJECTS, dtype=torch.int64), own, boxes[:0])
     return Batch(
-        images=torch.randint(256, (count, 3, height, width), dtype=torch.uint8),
+        images=torch.randint(256, (count, shape[0], height, width), dtype=torch.uint8),
         sizes=torch.tensor([[height, width]] * count),
         ids=tuple(range(count)),
         scales=torch.ones(count, 2),

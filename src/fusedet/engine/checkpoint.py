@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fusedet import safe_load
 from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
+from fusedet.host_copy import copy_to_host
 
 Weights = dict[str, Tensor]
 DAMAGE = (
@@ -44,14 +45,16 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         StorageError: The file cannot be written (a full disk); the previous one is still whole.
     """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    on_host = all(tensor.device.type == "cpu" for tensor in state["model"].values())
+    torch.save(dict(state) if on_host else copy_to_host(dict(state)), buffer)
     write_atomically(Path(path), buffer.getbuffer())
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
     """Write weights and their description as safetensors; raises as `save` does."""
     # safetensors refuses views and shared memory, so each tensor is copied.
-    tensors = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state_dict.items()}
+    tensors = {k: v.detach() for k, v in state_dict.items()}
+    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in copy_to_host(tensors).items()}
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata=dict(meta)))
 
 

@@ -17,7 +17,7 @@ from fusedet.models.ops.deformable import offset_convolutions
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def build_optimizer(model: nn.Module, settings: Train, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: Train, lr: float, *, fused: bool = False) -> torch.optim.Optimizer:
     """Build SGD or AdamW over every trainable parameter of the model, each in exactly one group.
 
     Args:
@@ -25,6 +25,7 @@ def build_optimizer(model: nn.Module, settings: Train, lr: float) -> torch.optim
         settings: `optimizer`, `momentum` (of SGD; AdamW keeps betas of (0.9, 0.999)), `weight_decay`,
             `decay_norm_and_bias`, `decay_bias` and `bias_lr` are read.
         lr: The learning rate after the warm-up, already scaled to the total batch (see `scaled_lr`).
+        fused: Update all parameters of a group in one kernel, on a GPU.
 
     Returns:
         The optimizer. A group's "factor" multiplies its learning rate in every step.
@@ -51,8 +52,8 @@ def build_optimizer(model: nn.Module, settings: Train, lr: float) -> torch.optim
         {"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()
     ]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(listed, lr=lr, momentum=settings.momentum)
-    return torch.optim.AdamW(listed, lr=lr)
+        return torch.optim.SGD(listed, lr=lr, momentum=settings.momentum, fused=fused or None)
+    return torch.optim.AdamW(listed, lr=lr, fused=fused or None)
 
 
 def scaled_lr(settings: Train) -> float:

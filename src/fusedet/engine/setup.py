@@ -85,11 +85,13 @@ def setup(
     ema = EMA(detector, settings.ema) if settings.ema else None
     display = Display(settings.epochs, math.ceil(len(loader) / settings.accumulate), quiet=quiet or not is_first)
     lr = settings.lr if lr is None else lr
+    # A fused optimizer unscales fp16's gradients by itself, and Fabric then refuses to clip them.
+    fused = fabric.device.type == "cuda" and getattr(fabric.strategy.precision, "scaler", None) is None
     run = Run(
         fabric=fabric,
         detector=detector,
         model=fabric.setup_module(LossModule(detector)),
-        optimizer=fabric.setup_optimizers(build_optimizer(detector, settings, lr)),
+        optimizer=fabric.setup_optimizers(build_optimizer(detector, settings, lr, fused=fused)),
         ema=ema,
         loader=loader,
         settings=settings,

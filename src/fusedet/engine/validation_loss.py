@@ -34,7 +34,7 @@ class ValidationLoss:
         """Yield batches with targets, on the device, after adding the losses of each."""
         buffers = {name: buffer.clone() for name, buffer in self.detector.named_buffers()}
         for number, batch in enumerate(batches):
-            own = batch.to(self.device)
+            own = batch.to(self.device, non_blocking=True)
             self._add(own, number)
             yield own
         for name, buffer in self.detector.named_buffers():

@@ -17,7 +17,7 @@ if (folder / "model.onnx").is_file():
 else:
     import openvino  # pip install openvino
 
-    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if meta["precision"] == "bf16" else "f32"}
     run = openvino.Core().compile_model(openvino.Core().read_model(folder / "model.xml"), "CPU", hint)
 
 image, least = Image.open(sys.argv[1]).convert("RGB"), float(sys.argv[2]) if len(sys.argv) > 2 else 0.3

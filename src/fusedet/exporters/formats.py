@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
+import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
@@ -26,6 +30,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
 """The formats, and the packages that each needs."""
+AOT = "aot"
+"""The format `torch` compiled by AOTInductor, which is written beside it."""
+LEAST_COMPRESSED = 256
+"""Weights of fewer numbers stay in fp32 when a file is compressed to fp16: they are scales and constants."""
 
 _LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")  # their remarks are on their own defaults
 KEY = "fusedet"
@@ -45,7 +53,9 @@ def check_packages(name: str, packages: Sequence[str]) -> None:
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:
     """Return the versions of the packages that write the formats."""
-    packages = dict.fromkeys(["torch", "torchvision", *(package for name in names for package in FORMATS[name])])
+    packages = dict.fromkeys(
+        ["torch", "torchvision", *(package for name in names for package in FORMATS.get(name, ()))]
+    )
     return {package: version(package) for package in packages}
 
 
@@ -55,10 +65,10 @@ def write_format(
     """Write an exported program in one format.
 
     Args:
-        name: A name of `FORMATS`.
+        name: A name of `FORMATS`, or `AOT`.
         program: The program of `trace`.
         outputs: Names of its outputs.
-        folder: Where the files go: model.pt2, model.onnx, or model.xml and model.bin.
+        folder: Where the files go: model.pt2, model.aot.pt2, model.onnx, or model.xml and model.bin.
         metadata: The text inside the file.
 
     Returns:
@@ -68,9 +78,11 @@ def write_format(
         InputError: A package is missing.
         StorageError: A file cannot be written.
     """
-    check_packages(name, FORMATS[name])
+    check_packages(name, FORMATS.get(name, ()))
     if name == "torch":
         return [_write_torch(program, folder / "model.pt2", metadata)]
+    if name == AOT:
+        return [_write_aot(program, folder / "model.aot.pt2", metadata)]
     if name == "onnx":
         return [_write_onnx(program, outputs, folder / "model.onnx", metadata)]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -78,23 +90,46 @@ def write_format(
         source = existing if existing.is_file() else Path(scratch) / "model.onnx"
         if source is not existing:
             _write_onnx(program, outputs, source, metadata)
-        return _write_openvino(source, folder / "model.xml", metadata)
+        import openvino
+
+        return save_openvino(openvino.convert_model(source), folder / "model.xml", metadata)
 
 
 def _write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> Path:
     """Write a .pt2 file that needs torch and torchvision only."""
-    operator = torch.ops.fusedet.nms_keep_mask.default
     buffer = io.BytesIO()
     with quiet(*_LOGGERS):
-        plain = program.run_decompositions({operator: nms_over_images})
-        torch.export.save(plain, buffer, extra_files={KEY: metadata.to_json()})
+        torch.export.save(_without_own_operators(program), buffer, extra_files={KEY: metadata.to_json()})
     write_atomically(path, buffer.getbuffer())
     return path
 
 
-def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, metadata: Metadata) -> Path:
-    import onnx
+def _write_aot(program: ExportedProgram, path: Path, metadata: Metadata) -> Path:
+    """Compile a program for this CPU with AOTInductor."""
+    from torch._inductor import aoti_compile_and_package
 
+    check_compiler()
+    options = {"aot_inductor.metadata": {KEY: metadata.to_json()}}
+    with quiet(*_LOGGERS), torch.no_grad():
+        aoti_compile_and_package(_without_own_operators(program), package_path=str(path), inductor_configs=options)
+    return path
+
+
+def check_compiler() -> None:
+    """Raise InputError without a C++ compiler, which AOTInductor calls."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name]
+    if not any(map(shutil.which, names)):
+        raise InputError(
+            f"--aot needs a C++ compiler, but {', '.join(names)} are not on PATH: install g++ or clang++, or set CXX"
+        )
+
+
+def _without_own_operators(program: ExportedProgram) -> ExportedProgram:
+    """Replace fusedet's operators by torchvision's."""
+    return program.run_decompositions({torch.ops.fusedet.nms_keep_mask.default: nms_over_images})
+
+
+def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, metadata: Metadata) -> Path:
     with quiet(*_LOGGERS):
         converted = torch.onnx.export(
             program,
@@ -107,11 +142,38 @@ def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, me
         )
     assert converted is not None
     model = converted.model_proto
-    entry = model.metadata_props.add()
+    if metadata.precision == "fp16":
+        _compress_weights(model)
+    save_onnx(model, path, metadata)
+    return path
+
+
+def save_onnx(model: Any, path: Path, metadata: Metadata) -> None:
+    """Write an ONNX model with the metadata inside, and check it."""
+    import onnx
+
+    entry = next((entry for entry in model.metadata_props if entry.key == KEY), None) or model.metadata_props.add()
     entry.key, entry.value = KEY, metadata.to_json()
     write_atomically(path, model.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
-    return path
+
+
+def _compress_weights(model: Any) -> None:
+    """Store the weights of an ONNX model in fp16, each followed by a cast: all computation stays in fp32."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < LEAST_COMPRESSED:
+            continue
+        values, name = numpy_helper.to_array(tensor), tensor.name
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *(node.__class__.FromString(node.SerializeToString()) for node in model.graph.node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _onnx_nms(boxes: Any, scores: Any, iou: float) -> Any:
@@ -131,14 +193,13 @@ def _onnx_nms(boxes: Any, scores: Any, iou: float) -> Any:
     return op.Greater(op.ScatterND(zeros, rows, ones), op.Constant(value_float=0.5))
 
 
-def _write_openvino(source: Path, path: Path, metadata: Metadata) -> list[Path]:
-    """Convert an ONNX file; the weights go to a .bin file beside the .xml file."""
+def save_openvino(model: Any, path: Path, metadata: Metadata) -> list[Path]:
+    """Write OpenVINO's model with the metadata inside; the weights go to a .bin file beside the .xml file."""
     import openvino
 
-    model = openvino.convert_model(source)
     model.set_rt_info(metadata.to_json(), KEY)
     try:
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(model, path, compress_to_fp16=metadata.precision == "fp16")
     except RuntimeError as error:
         raise StorageError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from error
     return [path, path.with_suffix(".bin")]

@@ -66,7 +66,7 @@ def smallest_side(detector: DetectorModule) -> int:
 
 
 @contextmanager
-def _constant_padding() -> Iterator[None]:
+def constant_padding() -> Iterator[None]:
     """Let timm pad by constants in models of TensorFlow's "same" padding, such as tf_efficientnet_lite0.
 
     Every stride divides the sides that it meets, as the input's are multiples of 32: what timm computes from the side
@@ -107,7 +107,7 @@ def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[
         dynamic = {"images": {0: count}, "sizes": {0: count}}
     if shapes.size is None:
         dynamic["images"] |= {2: MULTIPLE * Dim("rows"), 3: MULTIPLE * Dim("columns")}
-    with exporting(), _constant_padding(), torch.no_grad():
+    with exporting(), constant_padding(), torch.no_grad():
         program = torch.export.export(_Graph(detector, raw), (images, sizes), dynamic_shapes=dynamic, strict=False)
     count_outputs = len(program.graph_signature.user_outputs)
     return program, (RAW_OUTPUTS if raw else OUTPUTS)[:count_outputs]

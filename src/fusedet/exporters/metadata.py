@@ -63,7 +63,7 @@ class Metadata(_Strict):
         thresholds: The settings of the selection inside the file.
         strides: Strides of the feature levels.
         mask_size: Cells per side of a mask; None without a mask branch.
-        precision: Floating-point format of the weights.
+        precision: "fp32", "fp16" (weights only), "bf16" (computation only) or "int8" (convolutions).
         raw: Whether the final selection is left out.
         opset: ONNX's operator set.
         outputs: Names of the outputs, in order.

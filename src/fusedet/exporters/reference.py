@@ -23,14 +23,16 @@ def compute_outputs(detector: DetectorModule, case: Case, metadata: Metadata) ->
     return {name: tensor.numpy() for name, tensor in zip(metadata.outputs, tensors, strict=True)}
 
 
-def compute_nudged_outputs(detector: DetectorModule, case: Case, metadata: Metadata) -> list[dict[str, Any]]:
-    """Compute PyTorch's outputs with outputs of head and stages that differ in the sixth digit, four times."""
+def compute_nudged_outputs(
+    detector: DetectorModule, case: Case, metadata: Metadata, noise: float
+) -> list[dict[str, Any]]:
+    """Compute PyTorch's outputs with outputs of head and stages that differ by relative noise, four times."""
     results = []
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
 
         def nudge(*arguments: Any, generator: torch.Generator = generator) -> Any:
-            return _add_noise(arguments[-1], generator)
+            return _add_noise(arguments[-1], generator, noise)
 
         parts: list[Any] = [detector.head, *(detector.stages if isinstance(detector, TwoStage) else ())]
         hooks = [part.register_forward_hook(nudge) for part in parts]
@@ -40,15 +42,17 @@ def compute_nudged_outputs(detector: DetectorModule, case: Case, metadata: Metad
     return results
 
 
-def _add_noise(value: Any, generator: torch.Generator) -> Any:
+def _add_noise(value: Any, generator: torch.Generator, noise: float) -> Any:
     """Return maps, logits and deltas with relative noise; priors stay."""
     if isinstance(value, Tensor):
-        return value + 1e-5 * torch.randn(value.shape, generator=generator) * value.abs().clamp(min=0.1)
+        return value + noise * torch.randn(value.shape, generator=generator) * value.abs().clamp(min=0.1)
     if isinstance(value, Outputs):
-        return value._replace(maps=_add_noise(value.maps, generator))
+        return value._replace(maps=_add_noise(value.maps, generator, noise))
     if isinstance(value, dict):
-        return {key: _add_noise(item, generator) for key, item in value.items()}
-    return type(value)(_add_noise(item, generator) for item in value) if isinstance(value, (list, tuple)) else value
+        return {key: _add_noise(item, generator, noise) for key, item in value.items()}
+    return (
+        type(value)(_add_noise(item, generator, noise) for item in value) if isinstance(value, (list, tuple)) else value
+    )
 
 
 def spread_scores(detector: DetectorModule) -> None:

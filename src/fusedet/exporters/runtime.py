@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.exporters.formats import FORMATS, KEY, check_packages
+from fusedet.exporters.formats import AOT, KEY, check_packages
 from fusedet.exporters.graph import INPUTS
 from fusedet.exporters.metadata import Metadata
 from fusedet.types import MULTIPLE, BatchDetections
@@ -21,7 +21,7 @@ from fusedet.types import MULTIPLE, BatchDetections
 Array = np.ndarray
 Session = Callable[[Array, Array], dict[str, Array]]
 """Function of images (N, 3, H, W) uint8 and sizes (N, 2) int64 to the outputs by name."""
-RUNTIMES = {"torch": ("torch",), "onnx": ("onnxruntime",), "openvino": ("openvino",)}
+RUNTIMES = {"torch": ("torch",), AOT: ("torch",), "onnx": ("onnxruntime",), "openvino": ("openvino",)}
 """The packages that run each format."""
 
 
@@ -29,7 +29,7 @@ def open_session(name: str, path: Path, metadata: Metadata) -> Session:
     """Open an exported file in the runtime of its format, on the CPU.
 
     Args:
-        name: A name of `FORMATS`.
+        name: A name of `RUNTIMES`.
         path: The file: .pt2, .onnx or .xml. A .pt2 file is unpickled by torch: only open trusted ones.
         metadata: What model.json says; the text inside the file must be the same.
 
@@ -38,7 +38,9 @@ def open_session(name: str, path: Path, metadata: Metadata) -> Session:
     """
     check_packages(name, RUNTIMES[name])
     try:
-        session, text = {"torch": _open_torch, "onnx": _open_onnx, "openvino": _open_openvino}[name](path, metadata)
+        session, text = OPENERS[name](path, metadata)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, OSError, LookupError) as error:
         raise InputError(f"{path} cannot be read: it is damaged ({' '.join(str(error).split())[:200]})") from error
     except Exception as error:
@@ -68,6 +70,20 @@ def _open_torch(path: Path, metadata: Metadata) -> tuple[Session, str | None]:
     return run, texts[KEY]
 
 
+def _open_aot(path: Path, metadata: Metadata) -> tuple[Session, str | None]:
+    import torchvision  # noqa: F401  (registers the operators)
+    from torch._inductor import aoti_load_package
+
+    model = aoti_load_package(str(path))
+
+    def run(images: Array, sizes: Array) -> dict[str, Array]:
+        with torch.no_grad():
+            outputs = model(torch.from_numpy(images), torch.from_numpy(sizes))
+        return {name: output.numpy() for name, output in zip(metadata.outputs, outputs)}
+
+    return run, model.loader.get_metadata().get(KEY)
+
+
 def _open_onnx(path: Path, metadata: Metadata) -> tuple[Session, str | None]:
     import onnxruntime
 
@@ -89,8 +105,10 @@ def _open_openvino(path: Path, metadata: Metadata) -> tuple[Session, str | None]
     core = openvino.Core()
     model = core.read_model(path)
     text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
+    if metadata.precision == "bf16":
+        check_bf16()
     # OpenVINO computes in bfloat16 by itself on CPUs that have it
-    precision = {"fp32": "f32"}[metadata.precision]
+    precision = "bf16" if metadata.precision == "bf16" else "f32"
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
     compiled = core.compile_model(model, "CPU", threads)
 
@@ -99,6 +117,17 @@ def _open_openvino(path: Path, metadata: Metadata) -> tuple[Session, str | None]
         return {name: np.array(outputs[name]) for name in metadata.outputs}
 
     return run, text
+
+
+OPENERS = {"torch": _open_torch, AOT: _open_aot, "onnx": _open_onnx, "openvino": _open_openvino}
+
+
+def check_bf16() -> None:
+    """Raise InputError on a CPU that does not compute in bf16, as OpenVINO tells it."""
+    import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise InputError("precision=bf16: this CPU does not compute in bf16, use a model of precision fp32 or int8")
 
 
 class ExportedDetector(nn.Module):
@@ -142,6 +171,17 @@ class ExportedDetector(nn.Module):
         Raises:
             InputError: The images are larger than the file takes, or of a size that is no multiple of 32.
         """
+        parts = [self.session(*arrays) for arrays in self.split_batch(images, sizes)]
+        joined = [torch.from_numpy(np.concatenate([part[name] for part in parts]))[: len(images)] for name in parts[0]]
+        detections = BatchDetections(*joined)
+        return detections if padded else detections.trimmed()
+
+    def split_batch(self, images: Tensor, sizes: Tensor) -> list[tuple[Array, Array]]:
+        """Cut a batch into inputs of the file: of its number of images, the last one filled, and padded to its size.
+
+        Raises:
+            InputError: As `detect`.
+        """
         count, _, height, width = images.shape
         target = self.canvas or (height, width)
         if height % MULTIPLE or width % MULTIPLE or height > target[0] or width > target[1]:
@@ -153,13 +193,10 @@ class ExportedDetector(nn.Module):
         step = self.metadata.batch or count
         missing = -count % step
         images, sizes = F.pad(images, (0, 0) * 3 + (0, missing)), F.pad(sizes, (0, 0, 0, missing), value=1)
-        parts = [
-            self.session(np.ascontiguousarray(i.numpy()), np.ascontiguousarray(s.numpy()))
+        return [
+            (np.ascontiguousarray(i.numpy()), np.ascontiguousarray(s.numpy()))
             for i, s in zip(images.split(step), sizes.split(step))
         ]
-        joined = [torch.from_numpy(np.concatenate([part[name] for part in parts]))[:count] for name in parts[0]]
-        detections = BatchDetections(*joined)
-        return detections if padded else detections.trimmed()
 
 
 def choose_file(files: Mapping[str, Sequence[Path]], asked: Path) -> tuple[str, Path]:
@@ -168,13 +205,13 @@ def choose_file(files: Mapping[str, Sequence[Path]], asked: Path) -> tuple[str, 
     Raises:
         InputError: The file is not of this export, or no runtime is installed.
     """
-    models = {name: paths[0] for name, paths in files.items() if name in FORMATS}
+    models = {name: paths[0] for name, paths in files.items() if name in RUNTIMES}
     if not asked.is_dir():
         for name, path in models.items():
             if os.path.samefile(path, asked):
                 return name, path
         raise InputError(f"{asked} is none of the exported models: {', '.join(p.name for p in models.values())}")
-    for name in ("openvino", "onnx", "torch"):
+    for name in ("openvino", "onnx", AOT, "torch"):
         if name in models:
             try:
                 check_packages(name, RUNTIMES[name])

@@ -30,16 +30,22 @@ class Tolerance:
         iou: Least IoU of the boxes.
         score: Largest difference of scores.
         mask: Largest difference of a mask's probabilities.
+        noise: Relative change of the outputs of PyTorch's head that shows which detections rounding decides.
     """
 
     corner: float = 0.05
     iou: float = 0.99
     score: float = 1e-3
     mask: float = 1e-2
+    noise: float = 1e-5
 
 
-TOLERANCES = {"fp32": Tolerance()}
-"""The tolerance of each precision."""
+TOLERANCES = {
+    "fp32": Tolerance(),
+    "fp16": Tolerance(corner=0.5, iou=0.97, score=0.01, mask=0.05, noise=2e-3),
+    "bf16": Tolerance(corner=2.0, iou=0.9, score=0.05, mask=0.2, noise=2e-2),
+}
+"""The tolerance of each precision. int8 has its price in AP instead."""
 MAX_UNDECIDED = 0.5
 """The largest share of all detections that rounding may decide."""
 
@@ -149,7 +155,7 @@ def compare_outputs(
 
     Every detection needs a partner of the same label, with a box and a score within the tolerance; order does not
     count. Where two scores are equal up to rounding, or one lies at a threshold, PyTorch itself detects something else
-    after a change in the sixth digit. A detection without partner that appears or disappears in such a run is
+    after a small change. A detection without partner that appears or disappears in such a run is
     undecided. Without the final selection, candidates are compared one by one.
 
     Args:
@@ -202,6 +208,24 @@ def compare_outputs(
     reached = bool((expected["counts"] == expected["scores"].shape[1]).any())
     shape = list(case.images.shape)
     return Comparison(case.name, shape, count, undecided, worst["box"], worst["score"], mask, reached)
+
+
+def compute_similarity(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> float:
+    """Compute how alike two sets of detections of the same images are: 0 to 1, for equal ones.
+
+    Every expected detection has a best partner of its label, by IoU times the ratio of the smaller to the larger score.
+    The result is the mean of these products, weighted by the expected scores; 1 where nothing is expected.
+    """
+    total, weight = 0.0, 0.0
+    for i in range(len(expected["counts"])):
+        ours, theirs = _detections(expected, i), _detections(actual, i)
+        weight += float(ours["scores"].sum())
+        if len(ours["scores"]) and len(theirs["scores"]):
+            a, b = ours["scores"][:, None], theirs["scores"]
+            alike = box_iou(ours["boxes"], theirs["boxes"]) * torch.minimum(a, b) / torch.maximum(a, b)
+            alike = torch.where(ours["labels"][:, None] == theirs["labels"], alike, 0.0)
+            total += float((alike.amax(dim=1) * ours["scores"]).sum())
+    return total / weight if weight else 1.0
 
 
 def _detections(outputs: Mapping[str, Array], i: int) -> dict[str, Tensor]:

@@ -50,6 +50,11 @@ _CLASS_LAYERS = {
     "ddod": ("bbox_head.atss_cls.weight",),
     "gfl": ("bbox_head.gfl_cls.weight",),
     "tood": ("bbox_head.tood_cls.weight",),
+    "free_anchor": ("bbox_head.retina_cls.weight",),
+    "fsaf": ("bbox_head.retina_cls.weight",),
+    "fovea": ("bbox_head.conv_cls.weight",),
+    "yolof": ("bbox_head.cls_score.weight",),
+    "autoassign": ("bbox_head.conv_cls.weight",),
     "rpn": ("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"),
 }
 """Names of the layer with a row per class, by the type of the head; with proposals (rpn) it has one more."""
@@ -75,7 +80,7 @@ class ConvertedCheckpoint:
 
 
 def convert_checkpoint(
-    file: str | Path, config: str | None = None, overrides: Sequence[str] = ()
+    file: str | Path, config: str | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> ConvertedCheckpoint:
     """Convert a checkpoint of MMDetection (1.x, 2.x, 3.x) or torchvision.
 
@@ -83,7 +88,8 @@ def convert_checkpoint(
         file: The checkpoint.
         config: MMDetection's config, a .py file; or the name or YAML file of a config of this project, to which the
             checkpoint's own copy of MMDetection's config adds style, mean, channel order and resizing. By default that
-            copy is converted, or the config is inferred from names and shapes of the weights.
+            copy is converted, or the config is inferred from names and shapes of the weights. A mapping is
+            MMDetection's config of 2.x or later, whatever the checkpoint says about itself.
         overrides: "key=value" overrides of the converted config.
 
     Raises:
@@ -98,9 +104,12 @@ def convert_checkpoint(
                 f"--config={config}: {file} is of torchvision, whose weights need no config: leave --config out"
             )
         return _convert_torchvision(state, file, overrides)
-    own = config if config is not None and not config.endswith(".py") else None
-    source, notes = _read_mmdetection_config(None if own else config, meta, file, required=own is None)
-    legacy = is_1x_checkpoint(source, state, str(meta.get("mmdet_version", "")))
+    own = config if isinstance(config, str) and not config.endswith(".py") else None
+    notes: list[str] = []
+    source, legacy = config, False
+    if not isinstance(source, Mapping):
+        source, notes = _read_mmdetection_config(None if own else source, meta, file, required=own is None)
+        legacy = is_1x_checkpoint(source, state, str(meta.get("mmdet_version", "")))
     state = legacy_1x.convert_1x_weights(state) if legacy else state
     if own:
         forced = [*overrides, "model.backbone.pretrained=false", "model.backbone.weights=null"]
@@ -117,7 +126,7 @@ def convert_checkpoint(
         options = configs.parse(configs.apply_overrides(translated.tree, overrides))
     notes += translated.notes
     if legacy:
-        notes += _note_1x_differences(options, config or "its own config")
+        notes += _note_1x_differences(options, str(config or "its own config"))
     count = count_classes(state, options)
     weights = convert_mmdetection_weights(flip_stem_channels(state) if translated.bgr else state, options, count, file)
     names, category_ids = resolve_class_names(meta, count, notes)
@@ -172,8 +181,9 @@ def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
     kind = as_mapping(options.model.head).get("type")
     if kind == "rpn" and not options.model.roi:
         return 1
-    deltas = "bbox_head.retina_reg.weight"
-    rows_per_class = max(axis_size(state, deltas) // 4, 1) if kind == "retina" and deltas in state else 1
+    deltas = {"yolof": "bbox_head.bbox_pred.weight"}.get(str(kind), "bbox_head.retina_reg.weight")
+    has_anchors = kind in ("retina", "free_anchor", "yolof") and deltas in state
+    rows_per_class = max(axis_size(state, deltas) // 4, 1) if has_anchors else 1
     names = _CLASS_LAYERS.get(str(kind), ())
     layer = next((name for name in names if name in state), None)
     count = 0 if layer is None else axis_size(state, layer) // rows_per_class - (kind == "rpn")

@@ -30,7 +30,7 @@ def network_size(size: tuple[int, int]) -> tuple[int, int]:
     return short, long
 
 
-def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
+def count_cost(detector: nn.Module, height: int, width: int, channels: int = 3) -> dict[str, Any]:
     """Count the parameters, trainable parameters and multiply-adds of a detector and of each part.
 
     Multiply-adds are those of convolutions and matrix products of one image through `detect`, counted without computing
@@ -41,6 +41,7 @@ def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
         detector: The detector; it is not changed.
         height: Height of the image, in pixels.
         width: Width of the image.
+        channels: Channels of the image.
 
     Returns:
         `parameters`, `trainable`, `multiply_adds`, `image` [height, width], and `parts`: the first three per part's
@@ -48,7 +49,7 @@ def count_cost(detector: nn.Module, height: int, width: int) -> dict[str, Any]:
     """
     shadow: Any = copy.deepcopy(detector).to("meta").eval()
     with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad():
-        images = torch.zeros(1, 3, height, width, dtype=torch.uint8, device="meta")
+        images = torch.zeros(1, channels, height, width, dtype=torch.uint8, device="meta")
         shadow.detect(images, torch.tensor([[height, width]], device="meta"))
     flops = counter.get_flop_counts()
     root = type(shadow).__name__

@@ -194,7 +194,7 @@ class DenseHead(Protocol):
 
 @runtime_checkable
 class SelectingHead(DenseHead, Protocol):
-    """A dense head with a selection of its own (PAA's score voting)."""
+    """A dense head with a selection of its own, such as PAA's score voting."""
 
     def select(
         self, candidates: Candidates, sizes: Tensor, level_counts: Sequence[int], **options: Any

@@ -51,14 +51,15 @@ class LineStyle:
 
 
 def to_pil_image(image: Tensor) -> Image.Image:
-    """Convert a uint8 (3, H, W) tensor to a PIL image.
+    """Convert a uint8 (C, H, W) tensor to a PIL image: the first three channels as RGB, or the first one as grey.
 
     Raises:
         InputError: The tensor has another type or shape.
     """
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise InputError(f"an image to draw on must be uint8 (3, H, W), it is {image.dtype} {tuple(image.shape)}")
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    if image.dtype != torch.uint8 or image.ndim != 3 or not len(image):
+        raise InputError(f"an image to draw on must be uint8 (C, H, W), it is {image.dtype} {tuple(image.shape)}")
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return Image.fromarray(shown.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def draw_annotations(image: Image.Image, annotations: Sequence[BoxAnnotation], style: LineStyle) -> Image.Image:

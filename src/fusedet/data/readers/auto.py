@@ -21,7 +21,7 @@ from fusedet.data.readers.records import RecordSet, build_split
 from fusedet.data.readers.unrecognized import explain_unrecognized, list_voc_below
 from fusedet.data.readers.via import list_via_files, read_via
 from fusedet.data.readers.voc import list_voc_splits, read_voc
-from fusedet.data.readers.yolo import list_yolo_splits, load_data_yaml, read_yolo
+from fusedet.data.readers.yolo import get_label_path, list_yolo_splits, load_data_yaml, read_yolo
 from fusedet.errors import InputError
 
 _YAML = (".yaml", ".yml")
@@ -112,7 +112,7 @@ def _load_yaml(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
     file = _find_yaml(folder.path)
     data = load_data_yaml(file)
     if not list_yolo_splits(data) and "path" not in data:  # as supervision writes it
-        data |= folder.group_by_split(folder.images)
+        data |= _group_images(folder)
     return file, data
 
 
@@ -126,7 +126,33 @@ def _load_obj_data(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
 def _load_class_list(folder: DataFolder) -> tuple[Path, dict[str, Any]]:
     file = darknet.find_class_list(folder)
     assert file is not None
-    return file, darknet.load_class_list(folder, file)
+    return file, darknet.load_class_list(folder, file) | _group_images(folder)
+
+
+def _group_images(folder: DataFolder) -> dict[str, list[str]]:
+    """Group the images of a YOLO folder by split.
+
+    Raises:
+        InputError: A folder without labels has images of the same names as one with labels: masks or the like, which
+            would be background.
+    """
+    splits = folder.group_by_split(folder.images)
+    labels = {os.path.splitext(file)[0] for file in folder.list_annotations(".txt")}
+
+    def is_labeled(image: str) -> bool:
+        return get_label_path(image)[:-4] in labels or os.path.splitext(image)[0] in labels
+
+    for images in splits.values():
+        labeled = {Path(image).stem: image for image in filter(is_labeled, images)}
+        with_labels = set(map(os.path.dirname, labeled.values()))
+        for image in images:
+            named_like = labeled.get(Path(image).stem)
+            if named_like and os.path.dirname(image) not in with_labels:
+                raise InputError(
+                    f"{image} has no label file, but {named_like} of the same name has: move masks and copies out of"
+                    f" {folder.root}, or name the folders of the images in a data.yaml"
+                )
+    return splits
 
 
 def _has_class_list(folder: DataFolder) -> bool:

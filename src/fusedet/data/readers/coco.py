@@ -21,6 +21,7 @@ from fusedet.data.image_files import (
 )
 from fusedet.data.readers.coco_layout import find_images
 from fusedet.data.readers.json_values import load_json
+from fusedet.data.readers.number_text import parse_number
 from fusedet.data.segmentation import bound_segmentation, fits_image, pack_coco_segmentation
 from fusedet.errors import InputError
 
@@ -289,7 +290,7 @@ def _is_digits(value: str) -> bool:
 def _parse_number(value: Any, key: str, row: dict[str, Any], rows: list[dict[str, Any]], file: Path) -> float:
     if type(value) in (int, float, str):
         try:
-            return float(value)
+            return parse_number(value)
         except (ValueError, OverflowError):
             pass  # refused below
     raise InputError(

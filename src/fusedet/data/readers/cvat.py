@@ -11,6 +11,7 @@ from fusedet.data import annotation_cleaning
 from fusedet.data.image_files import normalize_split_names
 from fusedet.data.readers.data_folder import DataFolder, file_mentions
 from fusedet.data.readers.left_out_files import Problems
+from fusedet.data.readers.number_text import parse_number
 from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes
 from fusedet.data.readers.voc import parse_xml
 from fusedet.errors import InputError
@@ -108,7 +109,7 @@ def _rotated(w: float, h: float, degrees: float) -> tuple[float, float]:
 
 def _number(node: ElementTree.Element, key: str, where: str, default: str | None = None) -> float:
     try:
-        value = float(node.get(key, default or ""))
+        value = parse_number(node.get(key, default or ""))
         if not math.isfinite(value):
             raise ValueError
         return value

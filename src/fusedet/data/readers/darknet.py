@@ -44,7 +44,7 @@ def find_class_list(folder: DataFolder) -> Path | None:
 
 
 def load_class_list(folder: DataFolder, file: Path) -> dict[str, Any]:
-    """Make the mapping of a data.yaml from a class list and the images of the folder, by split.
+    """Make the mapping of a data.yaml, without splits, from a class list.
 
     Raises:
         InputError: The class lists of the folder differ.
@@ -55,7 +55,7 @@ def load_class_list(folder: DataFolder, file: Path) -> dict[str, Any]:
             raise InputError(
                 f"{file} and {other} list different classes: {', '.join(names)} and {', '.join(found_names)}"
             )
-    return {"names": names, "path": str(folder.root)} | folder.group_by_split(folder.images)
+    return {"names": names, "path": str(folder.root)}
 
 
 def read_class_list(file: Path) -> list[str]:

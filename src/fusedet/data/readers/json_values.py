@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedet.data.image_files import read_text, require_valid_unicode
+from fusedet.data.readers.number_text import parse_number
 from fusedet.errors import InputError
 
 
@@ -107,7 +108,7 @@ class Entry:
     def _parse(self, value: Any, key: str) -> float:
         try:
             if isinstance(value, int | float | str) and not isinstance(value, bool):
-                return float(value)
+                return parse_number(value)
         except (ValueError, OverflowError):
             pass
         raise self._wrong(key, "a number" if value is self.values.get(key) else "a list of numbers")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fusedet.data import annotation_cleaning
 from fusedet.data.image_files import is_image_name, is_system_file, is_unread_image_name
+from fusedet.data.readers.number_text import parse_number
 
 _HEIF = (".heic", ".heif", ".hif")
 
@@ -96,7 +97,7 @@ def _is_label_file(path: str, may_be_empty: bool) -> bool:
 
 def _is_number(word: str) -> bool:
     try:
-        float(word)
+        parse_number(word)
     except ValueError:
         return False
     return True

@@ -31,6 +31,7 @@ from fusedet.data.image_files import (
 )
 from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.left_out_files import Problems, add_unread_images
+from fusedet.data.readers.number_text import parse_number
 from fusedet.data.readers.records import (
     ImageRecord,
     build_dataset,
@@ -206,7 +207,7 @@ def _get_text(node: ElementTree.Element, tag: str) -> str:
 def _parse_float(node: ElementTree.Element, tag: str, file: str, default: float | None = None) -> float:
     text = node.findtext(tag) or ""
     try:
-        return float(text)
+        return parse_number(text)
     except ValueError as error:
         if default is not None and not text.strip():
             return default

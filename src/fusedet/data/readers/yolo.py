@@ -30,6 +30,7 @@ from fusedet.data.image_files import (
 )
 from fusedet.data.readers.key_points import read_key_point_values, require_key_points, resemble_key_points
 from fusedet.data.readers.left_out_files import Problems, find_left_out_yolo_files
+from fusedet.data.readers.number_text import parse_number
 from fusedet.data.segmentation import is_drawable
 from fusedet.errors import InputError
 
@@ -289,7 +290,7 @@ def _parse_lines(file: Path, key_points: int | None) -> Iterator[tuple[int, list
             continue
         where = f"{file}, line {count}"
         try:
-            number, *values = map(float, words)
+            number, *values = map(parse_number, words)
         except ValueError as error:
             raise InputError(f"{where}: {line[:60]!r} holds something that is not a number") from error
         if not number.is_integer():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.weight_tables import Rule
 
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 _BODY = "backbone.body."
 STEMS = (
     "backbone.conv1.weight",

@@ -63,8 +63,8 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, options:
     except OSError as error:
         raise InputError(
             f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): "
-            "connect to the network, give a local file with model.backbone.weights=FILE, or train from scratch with "
-            "model.backbone.pretrained=false"
+            "connect to the network, give a local file with model.backbone.weights=FILE, start from a detector with "
+            "train.weights=CHECKPOINT, or train from scratch with model.backbone.pretrained=false"
         ) from error
     except (RuntimeError, AttributeError, KeyError, UnpicklingError, SafetensorError) as error:
         # the first line of torch's list of differences is enough
@@ -77,7 +77,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, options:
         )
         raise InputError(f"{source}: {reason}") from error
     if weights:
-        _check_loaded(model, state, weights, name)
+        _check_loaded(model, state, weights, name, options.get("in_chans", 3))
     if not set(STRIDES[1:]) <= set(model.feature_info.reduction()):
         raise InputError(
             f"timm's '{name}' gives strides {model.feature_info.reduction()}, a pyramid needs 8, 16 and 32"
@@ -144,7 +144,7 @@ def _read_state_dict(weights: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name: str) -> None:
+def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name: str, channels: int) -> None:
     """Check that parameters and norm statistics came from the file: timm loads a backbone leniently.
 
     Values are compared, because timm renames the tensors of some backbones.
@@ -153,9 +153,14 @@ def _check_loaded(model: nn.Module, state: dict[str, Tensor], weights: str, name
     for tensor in state.values():
         by_shape.setdefault(tensor.shape, []).append(tensor)
     wanted = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    missing = [
-        k for k, v in wanted.items() if not any(torch.equal(t.to(v.dtype), v) for t in by_shape.get(v.shape, []))
-    ]
+
+    def is_loaded(value: Tensor) -> bool:
+        if any(torch.equal(tensor.to(value.dtype), value) for tensor in by_shape.get(value.shape, [])):
+            return True
+        is_first = channels != 3 and value.ndim == 4 and value.shape[1] == channels  # timm has converted it from RGB
+        return is_first and torch.Size((value.shape[0], 3, *value.shape[2:])) in by_shape
+
+    missing = [key for key, value in wanted.items() if not is_loaded(value)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(

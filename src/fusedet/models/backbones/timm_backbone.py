@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, Self
 
 import timm
@@ -9,6 +12,7 @@ import torch
 from timm.layers import LayerNorm2d
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.backbones.pretrained import STRIDES, create_timm_model, to_channels_first
@@ -42,8 +46,9 @@ class TimmBackbone(nn.Module):
         modulated: Deformable convolutions v2, which predict a mask too and start as half of the plain convolutions.
         style: Where a ResNet's bottlenecks halve the map: "pytorch" in the 3x3 convolution, "caffe" in the first 1x1
             convolution, as in the paper's code and in MMDetection's caffe models.
-        mean: Mean per RGB channel in 0..255 that the weights expect; timm's for this model by default.
-        std: Standard deviation per RGB channel in 0..255; timm's by default.
+        mean: Mean per channel in 0..255 that the weights expect; timm's for this model by default, or the average of
+            these for other channels than RGB.
+        std: Standard deviation per channel in 0..255; timm's by default, likewise.
         zero_init: Without weights, initialise the last norm of every residual block with 0, as timm and MMDetection do;
             false: with 1, as torchvision does.
         norm: "gn" replaces every BatchNorm of a ResNet by GroupNorm of 32 groups; `frozen_stages` freezes its scales.
@@ -52,11 +57,13 @@ class TimmBackbone(nn.Module):
         pool_first: Of a Res2Net, average-pool the last split of stage 1's first block, as timm and the authors do;
             false: leave it as it is, as MMDetection does.
         output_norm: LayerNorm over the channels of every map, as detectors have it on Swin and ConvNeXt.
+        channels: C, the channels of the images. Other numbers than 3 fold or repeat the weights of the first
+            convolution, as timm's `in_chans` does.
 
     Attributes:
         levels: Channels and strides of the feature maps.
-        scale: (3, 1, 1). Images in 0..255 times `scale` plus `shift` are what the weights expect.
-        shift: (3, 1, 1).
+        scale: (C, 1, 1). Images in 0..255 times `scale` plus `shift` are what the weights expect.
+        shift: (C, 1, 1).
 
     Raises:
         InputError: The name is unknown; the model has no feature maps of these strides, or no blocks that an option
@@ -76,13 +83,14 @@ class TimmBackbone(nn.Module):
         deformable_stages: tuple[int, ...] = (),
         modulated: bool = False,
         style: Style = "pytorch",
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         zero_init: bool = True,
         norm: Norm = "bn",
         branch_maps: bool = False,
         pool_first: bool = True,
         output_norm: bool = False,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         one_of("style", style, Style)
@@ -97,6 +105,7 @@ class TimmBackbone(nn.Module):
         options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
         options |= {"norm_layer": "groupnorm"} if norm == "gn" else {}
         options |= {"feature_location": ""} if branch_maps else {}
+        options |= {} if channels == 3 else {"in_chans": channels}
         self.body = create_timm_model(name, pretrained, weights, options)
         info = self.body.feature_info
         self.map_indices = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
@@ -107,10 +116,13 @@ class TimmBackbone(nn.Module):
         config = timm.get_pretrained_cfg(name) or PretrainedCfg()
         if std is not None and min(std) <= 0:
             raise InputError(f"std={list(std)} must be above 0")
-        mean_255 = 255 * torch.tensor(config.mean) if mean is None else torch.tensor(mean)
-        std_255 = 255 * torch.tensor(config.std) if std is None else torch.tensor(std)
-        self.register_buffer("scale", (1 / std_255).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean_255 / std_255).view(3, 1, 1), persistent=False)
+        for key, given in (("mean", mean), ("std", std)):
+            if given is not None and len(given) != channels:
+                raise InputError(f"{key}={list(given)} must have a number for each of the {channels} channels")
+        mean_255 = _channel_values(config.mean, channels) if mean is None else torch.tensor(mean)
+        std_255 = _channel_values(config.std, channels) if std is None else torch.tensor(std)
+        self.register_buffer("scale", (1 / std_255).view(channels, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean_255 / std_255).view(channels, 1, 1), persistent=False)
         self.output_norms = nn.ModuleList(
             _channel_norm(self.body, c) if output_norm else nn.Identity() for c in self.levels.channels
         )
@@ -133,7 +145,7 @@ class TimmBackbone(nn.Module):
         """Compute the feature maps C2 to C5.
 
         Shape:
-            images (N, 3, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level.
+            images (N, C, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level.
         """
         maps = to_channels_first(self.body, self.body(images))
         return [norm(maps[i]) for norm, i in zip(self.output_norms, self.map_indices)]
@@ -144,6 +156,22 @@ class TimmBackbone(nn.Module):
         for norm in self.eval_norms:
             norm.eval()
         return self
+
+    def checkpoint_stages(self) -> None:
+        """Keep no activations inside the stages; the backward pass computes each stage again (gradient checkpointing).
+
+        Outputs, gradients and running statistics stay the same.
+
+        Raises:
+            InputError: The model does not split into stages.
+
+        References:
+            "Training Deep Nets with Sublinear Memory Cost", Chen et al., 2016.
+        """
+        for stage in split_stages(self.body, self.stage_modules, "train.checkpoint_backbone"):
+            for module in stage:
+                if any(parameter.requires_grad for parameter in module.parameters()):
+                    module.forward = partial(_run_checkpointed, module, module.forward)
 
     def stages(self, option: str, numbers: tuple[int, ...]) -> dict[int, list[nn.Module]]:
         """Return the modules of stages by ResNet's layer numbers.
@@ -171,3 +199,38 @@ def _channel_norm(model: nn.Module, channels: int) -> nn.Module:
 
 def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _run_checkpointed(module: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    contexts = partial(_checkpoint_contexts, module)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _checkpoint_contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return the contexts of the first and of the second computation."""
+    return nullcontext(), _unchanged_statistics(module)
+
+
+@contextmanager
+def _unchanged_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of BatchNorm in train mode, which the first computation has updated.
+
+    Copies take their place meanwhile: without any, autograd would save other tensors than the first time.
+    """
+    norms = [m for m in module.modules() if _is_batch_norm(m) and m.training]
+    buffers = [dict(norm._buffers) for norm in norms]
+    for norm, own in zip(norms, buffers):
+        norm._buffers.update({name: None if value is None else value.clone() for name, value in own.items()})
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers):
+            norm._buffers.update(own)
+
+
+def _channel_values(of_rgb: tuple[float, ...], channels: int) -> Tensor:
+    """Return a statistic per channel in 0..255: timm's of RGB, or the average of these for other channels."""
+    values = 255 * torch.tensor(of_rgb)
+    return values if channels == len(values) else values.mean().repeat(channels)

@@ -18,6 +18,7 @@ from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import HEADS
 from fusedet.models.modules import INTERACTIONS, PLUGINS
 from fusedet.models.necks import NECKS
+from fusedet.models.ops.soft_nms import SoftNMS
 from fusedet.models.protocols import (
     AuxiliaryNeck,
     BranchInteraction,
@@ -66,7 +67,9 @@ def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
     if num_classes < 1:
         raise InputError(f"num_classes={num_classes}: a detector needs at least one class")
     _check_slots(model)
-    backbone = build("model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {})
+    backbone = build(
+        "model.backbone", {"type": "timm"} | model.backbone, BACKBONES, {}, {"data": {"channels": config.data.channels}}
+    )
     if model.plugin:
         insert_plugin(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
     neck = _build_neck(model, backbone.levels)
@@ -112,7 +115,9 @@ def selection_options(test: configs.Test, names: Sequence[str] = ()) -> dict[str
         score = [by_name.get(n, by_name["default"]) for n in names] if names else min(by_name.values())
     else:
         score = test.score
-    return {"score": score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
+    options = {"score": score, "iou": test.nms, "pre_nms": test.pre_nms, "max_det": test.max_det}
+    soft = SoftNMS(test.soft_nms, test.soft_sigma, test.soft_min_score) if test.soft_nms else None
+    return options | ({"soft": soft} if soft else {})
 
 
 def _check_slots(model: configs.Model) -> None:

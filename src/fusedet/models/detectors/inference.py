@@ -25,7 +25,9 @@ def prepare_for_inference(detector: ModuleT, precision: Literal["fp32", "bf16"] 
     detector = copy.deepcopy(detector).eval()
     backbone: Any = detector.backbone
     try:
-        detector.backbone = fold_batch_norm(backbone, torch.rand(1, 3, 64, 96, device=backbone.scale.device))
+        detector.backbone = fold_batch_norm(
+            backbone, torch.rand(1, len(backbone.scale), 64, 96, device=backbone.scale.device)
+        )
     except RuntimeError as error:
         warnings.warn(f"{error}; predictions are the same without it, only slower", stacklevel=2)
     if precision == "bf16":

@@ -22,7 +22,8 @@ class OneStage(nn.Module):
         backbone: Feature extractor.
         neck: Feature pyramid on the backbone's levels.
         head: Dense head on the neck's levels.
-        selection: Options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det); its defaults where missing.
+        selection: Options of `ops.boxes.select_detections` (score, iou, pre_nms, max_det, soft); its defaults where
+            missing.
     """
 
     backbone: Backbone

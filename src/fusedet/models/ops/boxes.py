@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from fusedet.models.ops.exporting import is_exporting
+from fusedet.models.ops.soft_nms import SoftNMS
 from fusedet.types import BatchDetections, Candidates, Features, Levels, Priors
 
 MAX_RATIO = abs(math.log(16 / 1000))
@@ -79,14 +80,20 @@ def encode_boxes(priors: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat([shift, (target_wh / wh).log()], dim=1)
 
 
-def decode_boxes(priors: Tensor, deltas: Tensor) -> Tensor:
+def decode_boxes(priors: Tensor, deltas: Tensor, most_shift: float | None = None) -> Tensor:
     """Decode deltas (..., P, 4) on priors (P, 4) or (..., P, 4) to boxes (..., P, 4), the inverse of `encode_boxes`.
 
-    `MAX_RATIO` bounds the change of size.
+    `MAX_RATIO` bounds the change of size. With `most_shift` in pixels, it bounds growth only, and the centre moves by
+    at most `most_shift` along x and y (YOLOF).
     """
     wh = priors[..., 2:] - priors[..., :2]
-    centre = (priors[..., :2] + priors[..., 2:]) / 2 + deltas[..., :2] * wh
-    half = wh * deltas[..., 2:].clamp(-MAX_RATIO, MAX_RATIO).exp() / 2
+    shift, ratio = deltas[..., :2] * wh, deltas[..., 2:].clamp(max=MAX_RATIO)
+    if most_shift is None:
+        ratio = ratio.clamp(min=-MAX_RATIO)
+    else:
+        shift = shift.clamp(-most_shift, most_shift)
+    centre = (priors[..., :2] + priors[..., 2:]) / 2 + shift
+    half = wh * ratio.exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -142,7 +149,9 @@ def select_detections(
     iou: float = 0.5,
     pre_nms: int = 1000,
     max_det: int = 100,
+    soft: SoftNMS | None = None,
     clip: bool = True,
+    keep_empty: bool = False,
 ) -> BatchDetections:
     """Select the final detections by score and class-wise non-maximum suppression.
 
@@ -161,7 +170,9 @@ def select_detections(
         iou: IoU above which the box with the lower score is suppressed.
         pre_nms: Pairs per level that enter the suppression.
         max_det: Detections per image, D.
+        soft: Decay scores instead of suppressing boxes.
         clip: Clip the boxes to the images first.
+        keep_empty: Keep boxes without an area.
 
     Shape:
         sizes (N, 2); result: boxes (N, D, 4), scores (N, D), labels (N, D), counts (N,).
@@ -186,7 +197,12 @@ def select_detections(
     chosen = clip_boxes(chosen, sizes) if clip else chosen
     final = confidence if quality is None else confidence * quality.gather(1, rows)
     limits = score if isinstance(score, (int, float)) else confidence.new_tensor(score)[labels]
-    real = (confidence > limits) & (chosen[..., 2:] > chosen[..., :2]).all(dim=2)  # (N, M)
+    real = confidence > limits  # (N, M)
+    if not keep_empty:
+        real &= (chosen[..., 2:] > chosen[..., :2]).all(dim=2)
+    if soft is not None:
+        best, index = soft.select(chosen, torch.where(real, final, -1.0), labels, iou, max_det)
+        return _gather_selected(chosen, labels, best, index)
     if is_exporting():
         return _select_exported(chosen, real, final, labels, iou, max_det)
     least = chosen.detach().amin().clamp(max=0)  # below 0 only without clipping; NMS has its place for no box there
@@ -211,10 +227,14 @@ def _select_exported(
     span = boxes.amax(dim=(0, 1, 2)) - boxes.amin(dim=(0, 1, 2)).clamp(max=0) + 1
     keep = nms_keep_mask(boxes + (labels * span)[..., None], scores, iou)
     best, index = F.pad(torch.where(keep, scores, -1.0), (0, max_det), value=-1.0).topk(max_det, dim=1)
-    real = best >= 0
-    chosen = F.pad(boxes, (0, 0, 0, max_det)).gather(1, index[..., None].expand(-1, -1, 4))
-    classes = F.pad(labels, (0, max_det)).gather(1, index)
-    return BatchDetections(chosen * real[..., None], best * real, classes * real, real.sum(dim=1))
+    return _gather_selected(F.pad(boxes, (0, 0, 0, max_det)), F.pad(labels, (0, max_det)), best, index)
+
+
+def _gather_selected(boxes: Tensor, labels: Tensor, scores: Tensor, index: Tensor) -> BatchDetections:
+    """Gather detections by index (N, D) from boxes (N, M, 4) and labels (N, M); a negative score (N, D) is padding."""
+    real = scores >= 0
+    chosen = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    return BatchDetections(chosen * real[..., None], scores * real, labels.gather(1, index) * real, real.sum(dim=1))
 
 
 @torch.no_grad()

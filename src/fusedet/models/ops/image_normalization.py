@@ -12,8 +12,8 @@ def normalise_images(
     """Normalise uint8 images to images * scale + shift, in channels_last; the padding is 0 afterwards.
 
     Shape:
-        images (N, 3, H, W) uint8; scale and shift (3, 1, 1); sizes (N, 2), height and width inside the padding, None
-        for no padding; result (N, 3, H, W) of `dtype`.
+        images (N, C, H, W) uint8; scale and shift (C, 1, 1); sizes (N, 2), height and width inside the padding, None
+        for no padding; result (N, C, H, W) of `dtype`.
     """
     x = torch.addcmul(shift, images.to(scale.dtype, memory_format=torch.channels_last), scale).to(dtype)
     if sizes is None:

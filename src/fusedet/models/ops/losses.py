@@ -38,6 +38,12 @@ def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
     return count.clamp(min=least)
 
 
+def bounded_log_loss(p: Tensor) -> Tensor:
+    """Compute -log p of probabilities, at most 100 as in `binary_cross_entropy`; a p of 0 has no gradient."""
+    least = torch.finfo(p.dtype).tiny
+    return torch.where(p > least, -p.clamp(min=least).log(), 100.0)
+
+
 def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute -log IoU (R,) of boxes and targets (R, 4), row by row; an IoU counts as at least eps.
 
@@ -105,17 +111,17 @@ def focal_loss_rows(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: 
 def negative_focal_loss(logits: Tensor, counted: Tensor, weight: float, gamma: float) -> Tensor:
     """Compute the focal loss of logits as if all were negatives.
 
-    It is the sum of weight * p^gamma * BCE(p, 0) over the counted rows, or of it times the rows' weights.
+    It is the sum of weight * p^gamma * BCE(p, 0) over the counted rows or entries, or of it times their weights.
 
     Shape:
-        logits (R, K); counted (R,) bool or float; result: scalar.
+        logits (R, K); counted (R,) or (R, K), bool or float; result: scalar.
     """
     total: Tensor = _NegativeFocal.apply(logits, counted, weight, gamma)
     return total
 
 
 class _NegativeFocal(torch.autograd.Function):
-    """Sum over the counted rows of weight * sigmoid(x)^gamma * softplus(x).
+    """Sum over the counted rows or entries of weight * sigmoid(x)^gamma * softplus(x).
 
     The forward pass computes the gradient, so that nothing else is saved for the backward pass.
     """
@@ -125,7 +131,7 @@ class _NegativeFocal(torch.autograd.Function):
         x = logits.float()
         p, cost = x.sigmoid(), F.softplus(x)
         scale = p**gamma
-        scale *= counted[:, None] * weight
+        scale *= (counted if counted.ndim == 2 else counted[:, None]) * weight
         total = torch.dot(scale.flatten(), cost.flatten())
         if ctx.needs_input_grad[0]:
             # d/dx p^g s = p^g (g (1 - p) s + p)

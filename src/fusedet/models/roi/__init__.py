@@ -2,13 +2,14 @@
 
 from fusedet.models.protocols import BoxRefiner, MaskPredictor, RoIPooling, RoIStage
 from fusedet.models.roi.box import BoxStage
+from fusedet.models.roi.double_head import DoubleHeadStage
 from fusedet.models.roi.dynamic import DynamicStage
 from fusedet.models.roi.grid import GridBranch
 from fusedet.models.roi.mask import MaskBranch
 from fusedet.models.roi.pooling import LevelPooling
 from fusedet.models.roi.soft_pooling import SoftPooling
 
-STAGES: dict[str, type[RoIStage]] = {"box": BoxStage, "dynamic": DynamicStage}
+STAGES: dict[str, type[RoIStage]] = {"box": BoxStage, "double_head": DoubleHeadStage, "dynamic": DynamicStage}
 BRANCHES: dict[str, type[MaskPredictor] | type[BoxRefiner]] = {"mask": MaskBranch, "grid": GridBranch}
 POOLINGS: dict[str, type[RoIPooling]] = {"level": LevelPooling, "soft": SoftPooling}
 
@@ -17,6 +18,7 @@ __all__ = [
     "POOLINGS",
     "STAGES",
     "BoxStage",
+    "DoubleHeadStage",
     "DynamicStage",
     "GridBranch",
     "LevelPooling",

@@ -71,7 +71,6 @@ class BoxStage(nn.Module):
         channels: int = 1024,
         layers: int = 2,
         convs: int = 0,
-        norm: Norm | None = None,
         class_agnostic: bool = False,
         regress: bool = True,
         stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2),
@@ -82,6 +81,7 @@ class BoxStage(nn.Module):
         loss: RegressionLossName = "l1",
         beta: float = 1.0,
         weight: float = 1.0,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         one_of("sampling", sampling, Sampling)

@@ -51,8 +51,8 @@ class MaskBranch(nn.Module):
         size: int = 14,
         convs: int = 4,
         channels: int = 256,
-        norm: Norm | None = None,
         weight: float = 1.0,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         if size < 1 or convs < 0 or channels < 1:

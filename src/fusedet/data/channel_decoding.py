@@ -1,0 +1,141 @@
+"""Images of any number of channels, such as multispectral TIFF files and numpy arrays."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedet.data.image_decoding import (
+    TRANSPOSE,
+    Range,
+    Source,
+    Window,
+    get_max_pixels,
+    get_orientation,
+    has_deep_color,
+    name_source,
+    open_image,
+    scale_values,
+)
+from fusedet.errors import InputError, plural
+
+_MAGIC = b"\x93NUMPY"
+
+
+def is_array_file(source: Source) -> bool:
+    """Return whether a source is a numpy file (.npy), by its name or its first bytes."""
+    return source[:6] == _MAGIC if isinstance(source, bytes) else os.fspath(source).lower().endswith(".npy")
+
+
+def read_channels(
+    source: Source,
+    channels: int,
+    value_range: Range | None = None,
+    *,
+    exif: bool = True,
+    window: Window | None = None,
+) -> Tensor:
+    """Decode all channels of an image as they are stored.
+
+    - A numpy file is (H, W) or (H, W, C).
+    - The pages of a TIFF file are joined: it may have one page with all channels, or one per channel.
+    - Nothing is composited: a fourth channel is no transparency.
+    - 16-bit values are scaled to 8 bits.
+
+    Args:
+        source: The image's file or its bytes.
+        channels: C, the number of channels that it must have.
+        value_range: The values that become 0 and 255 where there are more than 8 bits; by default 0 and 65535 of 16
+            bits. Other types of numbers need it.
+        exif: Whether EXIF orientation is applied.
+        window: The part to read, which lies inside the image; None reads all of it. Of a numpy file, only this part is
+            read.
+
+    Returns:
+        uint8 (C, H, W), channels-last in memory.
+
+    Raises:
+        InputError: The file cannot be read, or has another number of channels.
+    """
+    name = name_source(source)
+    values = _load_array(source) if is_array_file(source) else _load_pages(source, value_range, exif)
+    if values.shape[2] != channels:
+        raise InputError(
+            f"{name} has {plural(values.shape[2], 'channel')}, but data.channels={channels}: set data.channels to what "
+            "all images have"
+        )
+    if window:
+        left, top, right, bottom = window
+        values = values[top:bottom, left:right]
+    return torch.from_numpy(_to_bytes(values, value_range, name)).permute(2, 0, 1)
+
+
+def read_array_size(source: Source) -> tuple[int, int]:
+    """Return (height, width) of a numpy file, from its header."""
+    height, width = _load_array(source).shape[:2]
+    return height, width
+
+
+def _load_array(source: Source) -> np.ndarray:
+    """Open a numpy file as (H, W, C), mapped into memory where it is a file."""
+    name = name_source(source)
+    try:
+        if isinstance(source, bytes):
+            array = np.load(io.BytesIO(source), allow_pickle=False)
+        else:
+            array = np.load(Path(source), mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist: an image was expected there") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{name} is no whole numpy file of numbers: {str(error).rstrip('.')}") from error
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
+        shape = getattr(array, "shape", type(array).__name__)
+        raise InputError(f"{name} must be an array (H, W) or (H, W, C), it is {shape}")
+    if array.shape[0] * array.shape[1] > get_max_pixels():
+        raise InputError(
+            f"{name} has more than {get_max_pixels()} pixels: set the environment variable FUSEDET_MAX_PIXELS"
+        )
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _load_pages(source: Source, value_range: Range | None, exif: bool) -> np.ndarray:
+    """Decode all pages of an image file as (H, W, C)."""
+    name, planes = name_source(source), []
+    with open_image(source) as image:
+        for page in range(getattr(image, "n_frames", 1)):
+            image.seek(page)
+            if value_range is not None and has_deep_color(image):
+                raise InputError(
+                    f"{name} has 16 bits per channel in color, of which Pillow reads 8, so that data.range cannot be "
+                    "applied: save it as npy, or with one channel per page"
+                )
+            transpose = TRANSPOSE.get(get_orientation(image, exif))
+            image.load()
+            whole: Any = (
+                image.convert("RGB") if image.mode == "P" else image.convert("L") if image.mode == "1" else image
+            )
+            values = np.asarray(whole if transpose is None else whole.transpose(transpose))
+            planes.append(values if values.ndim == 3 else values[..., None])
+        if len({plane.shape[:2] for plane in planes}) > 1:
+            raise InputError(f"{name} has pages of several sizes: its channels must have the same")
+        return np.concatenate(planes, axis=2)
+
+
+def _to_bytes(values: np.ndarray, value_range: Range | None, name: str) -> np.ndarray:
+    """Convert values (H, W, C) to contiguous uint8."""
+    if values.dtype == np.uint8:
+        return np.array(values, order="C")
+    if value_range is not None and values.dtype.kind in "biuf":
+        return scale_values(np.asarray(values), value_range)
+    if values.dtype in (np.dtype("<u2"), np.dtype(">u2")):
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    raise InputError(
+        f"{name} holds {values.dtype} numbers, which have no agreed range of brightness: set data.range to the values "
+        "that are black and white"
+    )

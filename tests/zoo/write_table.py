@@ -1,0 +1,74 @@
+"""Write the table of MMDetection's published weights that can be converted, which is part of the wheel.
+
+    python tests/zoo/write_table.py ../shared/zoo/zoo.jsonl.gz
+
+writes `src/fusedet/interop/mmdetection/published.jsonl.gz` from the same list that `run.py` converts: one JSON per
+line with name, family, address, box and mask AP as MMDetection publishes them, dataset, backbone, megabytes of the
+weights, MMDetection's config of the model and the resizing of its test pipeline.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from run import convert
+
+from fusedet.errors import InputError
+
+TABLE = Path(__file__).resolve().parents[2] / "src/fusedet/interop/mmdetection/published.jsonl.gz"
+DATASETS = r"(coco|lvis-v[\d.]+|objects365v\d|openimages(_challenge)?)$"
+
+
+def make_rows(file: Path, names: set[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the table's row of every model that converts; of two with one name the first.
+
+    Args:
+        file: The list of models.
+        names: Only these.
+    """
+    seen = set()
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            model = json.loads(line)
+            if model["name"] in seen or (names is not None and model["name"] not in names):
+                continue
+            try:
+                options = convert(model)
+            except InputError:
+                continue
+            seen.add(model["name"])
+            dataset = re.search(DATASETS, model["name"])
+            yield {
+                "name": model["name"],
+                "family": model["family"],
+                "address": model["weights"],
+                "box_ap": model["box"],
+                "mask_ap": model["mask"],
+                "dataset": dataset[0] if dataset else "coco",
+                "backbone": options.model.backbone["name"].partition(".")[0],
+                "megabytes": round(sum(4 * math.prod(shape) for shape in model["keys"].values()) / 1e6, 1),
+                "model": model["model"],
+                "resize": model["resize"],
+            }
+
+
+def write(rows: Iterator[dict[str, Any]], file: Path) -> int:
+    """Write the table, the same bytes for the same rows, and return the number of rows."""
+    lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as packed:
+        packed.write("".join(lines).encode())
+    file.write_bytes(buffer.getvalue())
+    return len(lines)
+
+
+if __name__ == "__main__":
+    print(f"{write(make_rows(Path(sys.argv[1])), TABLE)} models in {TABLE}")
