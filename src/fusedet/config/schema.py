@@ -44,7 +44,7 @@ class Model(Section):
     backbone: dict = Field(default_factory=dict)
     """The timm backbone: {name, pretrained, frozen_stages, norm_eval, ...}."""
     plugin: Part = None
-    """The module in the backbone's blocks: msfm."""
+    """The module in the backbone's blocks: msfm, context_block."""
     neck: Part = "fpn"
     """The neck, or a list of necks, each on the maps of the one before."""
     interact: Part = None

@@ -16,6 +16,7 @@ from fusedet.interop import torchvision
 from fusedet.interop.class_names import resolve_class_names
 from fusedet.interop.mmdetection import legacy_1x, load_checkpoint
 from fusedet.interop.mmdetection.backbone_config import read_resizing
+from fusedet.interop.mmdetection.backbone_weights import reorder_weights
 from fusedet.interop.mmdetection.detector_config import (
     convert_config,
     is_1x_checkpoint,
@@ -178,6 +179,8 @@ def _read_mmdetection_config(
 def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
     """Count the classes K by the rows of the classification layer."""
     kind = as_mapping(options.model.head).get("type")
+    if kind == "rpn" and not options.model.roi:
+        return 1
     deltas = {"yolof": "bbox_head.bbox_pred.weight"}.get(str(kind), "bbox_head.retina_reg.weight")
     has_anchors = kind in ("retina", "free_anchor", "yolof") and deltas in state
     rows_per_class = max(axis_size(state, deltas) // 4, 1) if has_anchors else 1
@@ -209,7 +212,9 @@ def convert_mmdetection_weights(state: Weights, options: Config, count: int, fil
     rules = build_rules(options.model, levels)
     renamed: Weights = {}
     sources: dict[str, str] = {}
-    for key, value in join_weights(state).items():
+    for key, value in join_weights(reorder_weights(state)).items():
+        if key.startswith("bbox_head.loss_"):  # statistics of a loss (GHM), state of its training only
+            continue
         name = rename_weight(key, rules)
         if name in renamed:
             raise InputError(

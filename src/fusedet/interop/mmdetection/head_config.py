@@ -105,6 +105,10 @@ def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree,
 
 def _convert_retina_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     reader.get_section("loss_cls").require_value("use_sigmoid", True)
+    if (kind := reader.get_type("loss_cls", "FocalLoss")) != "FocalLoss":
+        reader.notes.append(f"further training has the focal loss where MMDetection's {reader.path} has {kind}")
+    if str(reader.get("type")).endswith("PISARetinaHead"):
+        reader.notes.append("further training is without PISA's weights of the samples (ISR, CARL)")
     options: Tree = {"type": "retina"} | reader.get_options(_FOCAL_LOSS) | convert_anchors(reader, pyramid, "octaves")
     read_box_stds(reader, [1.0] * 4)
     convert_box_loss(reader, "l1")
@@ -198,6 +202,7 @@ def _convert_tood_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree)
 
 _HEADS: dict[str, tuple[Callable[[ConfigReader, ConfigReader, Tree], Tree], str | None]] = {
     "RetinaHead": (_convert_retina_head, None),
+    "PISARetinaHead": (_convert_retina_head, None),
     "FCOSHead": (_convert_fcos_head, "GN"),
     "VFNetHead": (_convert_vfnet_head, "GN"),
     "RepPointsHead": (_convert_reppoints_head, None),

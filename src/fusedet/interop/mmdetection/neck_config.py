@@ -1,4 +1,4 @@
-"""Convert MMDetection's NAS-FPN, DyHead and dilated encoder."""
+"""Convert MMDetection's HRFPN, NAS-FPN, DyHead and dilated encoder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,17 @@ def _convert_dilated_encoder(reader: ConfigReader) -> tuple[Any, Tree]:
     return neck, {"channels": channels, "finest": 5, "coarsest": 5}
 
 
+def _convert_hrfpn(reader: ConfigReader) -> tuple[Any, Tree]:
+    reader.require_value("pooling_type", "AVG")
+    reader.require_norm("norm_cfg", None, None)
+    first = 2 if reader.require_value("stride", 1, 2) == 1 else 3
+    last = first + reader.get_int("num_outs", 5, 4, 16) - 1
+    reader.note_unread()
+    return "hrfpn", {"channels": reader.get_int("out_channels", 256), "finest": first, "coarsest": last}
+
+
 FURTHER_NECKS: dict[str, Callable[[ConfigReader], tuple[Any, Tree]]] = {
+    "HRFPN": _convert_hrfpn,
     "NASFPN": _convert_nas_fpn,
     "DilatedEncoder": _convert_dilated_encoder,
 }

@@ -47,8 +47,10 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
         legacy: Whether RoIAlign is that of MMDetection 1.x unless the config says otherwise.
     """
     kind = reader.require_type(
-        "StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead", "DoubleHeadRoIHead"
+        "StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead", "DoubleHeadRoIHead", "PISARoIHead"
     )
+    if kind == "PISARoIHead":
+        reader.notes.append("further training is without PISA's weights of the samples (ISR, CARL)")
     reader.require_value("shared_head", None)
     heads = reader.get_sections("bbox_head")
     if kind == "CascadeRoIHead" and len(heads) == 1:
@@ -91,20 +93,19 @@ def _convert_stage(head: ConfigReader, weight: float, train: ConfigReader, kind:
     convs, layers = {"Shared4Conv1FCBBoxHead": (4, 1), "ConvFCBBoxHead": (0, 0)}.get(theirs, (0, 2))
     convs = head.get_int("num_shared_convs", convs)
     layers = head.get_int(head.find_key("num_shared_fcs", "num_fcs"), layers)
-    if (convs, layers) not in ((0, 2), (4, 1)):
-        raise InputError(
-            f"MMDetection's {head.path} has {convs} shared convolutions and {layers} shared layers: only none "
-            "and two, or four and one are supported"
-        )
+    if layers < 1:
+        raise InputError(f"MMDetection's {head.path} has no shared fully connected layer: at least one is needed")
     for key in ("num_cls_convs", "num_cls_fcs", "num_reg_convs", "num_reg_fcs"):
         head.require_value(key, 0)
-    head.require_norm("norm_cfg", None, None)
+    norm = head.require_norm("norm_cfg", None, None, "GN", "BN")
     head.require_value("with_avg_pool", False)
     for key in ("reg_predictor_cfg", "cls_predictor_cfg"):
         head.get_section(key).require_type("Linear")
     head.get_section("loss_cls").require_value("use_sigmoid", False)
     options: Tree = {"type": "box", "channels": head.get_int("fc_out_channels", 1024)}
-    options |= {"convs": convs, "layers": layers} if convs else {}
+    options |= {"convs": convs} if convs else {}
+    options |= {"layers": layers} if convs or layers != 2 else {}
+    options |= {"norm": norm.lower()} if convs and norm else {}
     options |= {"stds": read_box_stds(head, None)} | train.get_options(_TRAINING)
     options |= head.get_changes({"class_agnostic": ("reg_class_agnostic", False)})
     options |= {"weight": weight} if weight != 1.0 else {}
@@ -166,14 +167,14 @@ def _convert_pooling(extractors: list[ConfigReader], legacy: bool, size: int) ->
 
 def _convert_mask_head(head: ConfigReader) -> Tree:
     head.require_type("FCNMaskHead")
-    head.require_norm("norm_cfg", None, None)
+    norm = head.require_norm("norm_cfg", None, None, "GN", "BN")
     head.require_value("class_agnostic", False)
     head.require_value("conv_kernel_size", 3)
     head.require_value("upsample_method", "deconv")
     upsample = head.get_section("upsample_cfg")
     upsample.require_type("deconv")
     upsample.require_value("scale_factor", 2)
-    options: Tree = {"type": "mask"} | head.get_options(_MASK)
+    options: Tree = {"type": "mask"} | head.get_options(_MASK) | ({"norm": norm.lower()} if norm else {})
     options |= head.get_changes({"weight": ("loss_mask.loss_weight", 1.0)})
     head.note_unread()
     return options

@@ -11,20 +11,15 @@ from torch import Tensor
 
 from fusedet.config import Model
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.backbone_weights import STEMS, backbone_rules
 from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS, OUTPUTS, Rule
 
 Weights = dict[str, Tensor]
 
-BACKBONE: list[Rule] = [
-    # Offsets of deformable convolutions: 1.0 has them beside the convolution, later versions inside it, and modulated
-    # ones had another name for some time.
-    (r"^backbone\.(.*\.conv2)(?:_offset|\.conv_offset(?:_mask)?)\.", r"backbone.body.\1.offset."),
-    (r"^backbone\.", "backbone.body."),
-]
 RPN: list[Rule] = [
-    (r"^rpn_head\.rpn_conv\.(weight|bias)$", r"head.tower.0.\1"),
-    (r"^rpn_head\.rpn_conv\.(\d+)\.conv\.", lambda m: f"head.tower.{2 * int(m[1])}."),
-    (r"^rpn_head\.rpn_(cls|reg)\.", r"head.\1."),
+    (r"^(?:rpn|bbox)_head\.rpn_conv\.(weight|bias)$", r"head.tower.0.\1"),
+    (r"^(?:rpn|bbox)_head\.rpn_conv\.(\d+)\.conv\.", lambda m: f"head.tower.{2 * int(m[1])}."),
+    (r"^(?:rpn|bbox)_head\.rpn_(cls|reg)\.", r"head.\1."),
 ]
 
 
@@ -40,7 +35,8 @@ def build_rules(model: Model, levels: int) -> list[Rule]:
         model: Model section of the config.
         levels: Number of feature levels from the backbone to the first neck.
     """
-    rules = BACKBONE + dense_head_rules(as_mapping(model.head)) + (_roi_rules(model.roi) if model.roi else [])
+    rules = backbone_rules(model.backbone) + dense_head_rules(as_mapping(model.head))
+    rules += _roi_rules(model.roi) if model.roi else []
     necks = model.neck if isinstance(model.neck, list) else [model.neck]
     for i, neck in enumerate(map(as_mapping, necks)):
         theirs, ours = (rf"^neck\.{i}\.", f"neck.necks.{i}.") if len(necks) > 1 else (r"^neck\.", "neck.")
@@ -104,13 +100,25 @@ NORMALIZED = ("fcos", "vfnet", "atss", "gfl", "paa", "ddod", "tood", "autoassign
 def _roi_rules(spec: Mapping[str, Any]) -> list[Rule]:
     kinds = [as_mapping(stage)["type"] for stage in spec.get("stages", [])]
     rules: list[Rule] = []
-    for i, kind in enumerate(kinds):
+    for i, (kind, stage) in enumerate(zip(kinds, spec.get("stages", []))):
         number = rf"(?:{i}\.)" if len(kinds) > 1 else ""
-        rules += _prefix_rules(rf"^roi_head\.bbox_head\.{number}", f"stages.{i}.{'box.' * (kind == 'dynamic')}", STAGE)
+        convolutions = _convolution_rules("shared_", as_mapping(stage))
+        ours = f"stages.{i}.{'box.' * (kind == 'dynamic')}"
+        rules += _prefix_rules(rf"^roi_head\.bbox_head\.{number}", ours, convolutions + STAGE)
         for k, branch in enumerate(map(as_mapping, spec.get("branches") or [])):
             theirs = rf"^roi_head\.{branch['type']}_head\.{number}"
-            rules += _prefix_rules(theirs, f"branches.{k}.{i}.", BRANCHES.get(branch["type"], []))
+            own = BRANCHES.get(branch["type"], [])
+            own = _convolution_rules("", branch) + own if branch["type"] == "mask" else own
+            rules += _prefix_rules(theirs, f"branches.{k}.{i}.", own)
     return rules
+
+
+def _convolution_rules(prefix: str, options: Mapping[str, Any]) -> list[Rule]:
+    first = "0." if options.get("norm") else ""
+    return [
+        (rf"{prefix}convs\.(\d+)\.conv\.", rf"convs.\1.{first}"),
+        (rf"{prefix}convs\.(\d+)\.(?:gn|bn)\.", r"convs.\1.1."),
+    ]
 
 
 def _prefix_rules(theirs: str, ours: str, rules: list[Rule]) -> list[Rule]:
@@ -122,7 +130,6 @@ def _prefix_rules(theirs: str, ours: str, rules: list[Rule]) -> list[Rule]:
 
 STAGE: list[Rule] = [
     (r"shared_fcs\.", "shared."),
-    (r"shared_convs\.(\d+)\.conv\.", r"convs.\1."),
     (r"fc_(cls|reg)\.", r"\1."),
     # Double-Head
     (r"fc_branch\.", "shared."),
@@ -134,7 +141,7 @@ STAGE: list[Rule] = [
     ),
 ]
 BRANCHES: dict[str, list[Rule]] = {
-    "mask": [(r"convs\.(\d+)\.conv\.", r"convs.\1."), (r"conv_logits\.", "logits."), (r"upsample\.", "upsample.")],
+    "mask": [(r"conv_logits\.", "logits."), (r"upsample\.", "upsample.")],
     "grid": [
         (r"convs\.(\d+)\.conv\.", lambda m: f"convs.{3 * int(m[1])}."),
         (r"convs\.(\d+)\.gn\.", lambda m: f"convs.{3 * int(m[1]) + 1}."),
@@ -186,8 +193,8 @@ def join_weights(state: Weights) -> Weights:
 
 def flip_stem_channels(state: Weights) -> Weights:
     """Convert weights for BGR images to RGB: reverse the input channels of the first convolution."""
-    stem = "backbone.conv1.weight"
-    return state | {stem: state[stem].flip(1)} if stem in state and state[stem].ndim == 4 else state
+    stem = next((name for name in STEMS if name in state and state[name].ndim == 4), None)
+    return state | {stem: state[stem].flip(1)} if stem else state
 
 
 def match_weights(

@@ -76,6 +76,7 @@ OUTPUTS: dict[str, list[Rule]] = {
     ],
 }
 FURTHER_NECKS: dict[str, list[Rule]] = {
+    "hrfpn": [(r"reduction_conv\.conv\.", "reduction."), (r"fpn_convs\.(\d+)\.conv\.", r"output.\1.")],
     "dyhead": [
         (r"dyhead_blocks\.(\d+)\.spatial_conv_high\.", r"blocks.\1.coarser."),
         (r"dyhead_blocks\.(\d+)\.spatial_conv_mid\.", r"blocks.\1.own."),
