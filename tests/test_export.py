@@ -49,6 +49,9 @@ DETECTORS = [
     "libra_rcnn",
 ]
 
+DEAR = ("cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn")
+"""Detectors whose parts the others have in other numbers, or that take long to convert."""
+
 
 def need(*formats: str) -> None:
     """Skip a test whose packages are absent; in CI they must be there."""
@@ -123,7 +126,9 @@ def test_constant_padding_is_that_of_timm() -> None:
 # -- equal or not written
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in DEAR else name for name in DETECTORS]
+)
 def test_every_detector_exports(name: str, make_export: Callable[..., Path]) -> None:
     """As few operators as the detector has: converting them to ONNX takes most of the time."""
     neck = ["model.neck=[fpn,{type: bfp, refine_level: 0}]"] if name == "libra_rcnn" else []

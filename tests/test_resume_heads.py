@@ -46,7 +46,7 @@ def train(out: Path, name: str, broken: bool = False, resume: bool = False) -> N
     fit(setup(fabric, detector, loader, settings(warmup_steps=0), **options))
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("name", ["tood", pytest.param("ddod", marks=pytest.mark.slow)])
 def test_an_interrupted_training_goes_on_exactly(tmp_path: Path, name: str) -> None:
     train(tmp_path / "a", name)
     with pytest.raises(StorageError, match="cannot be read"):

@@ -83,7 +83,7 @@ def readers(path: Path) -> dict[str, Callable[[], Any]]:
     return {
         "checkpoint": lambda: checkpoint.load_weights(path),
         "convert": lambda: load_checkpoint.read_checkpoint(path),
-        "backbone": lambda: create_timm_model("lcnet_050", False, str(path)),
+        "backbone": lambda: create_timm_model("lcnet_050", False, str(path), {}),
     }
 
 
