@@ -305,6 +305,7 @@ def test_int8_detects_as_fp32(
         assert not users & set(quantization.FLOATING_POINT)
 
 
+@pytest.mark.slow
 def test_int8_that_loses_too_much_is_refused(
     calibration: tuple[Path, Metadata, CalibrationData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

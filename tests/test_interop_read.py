@@ -255,7 +255,7 @@ def test_refused_configs(tmp_path: Path, refuse: Refuse) -> None:
         ("model = dict(type='DETR')", "detector DETR is not supported: supported detectors are RetinaNet"),
         (RETINA.replace("'ResNet'", "'SwinTransformer'"), "SwinTransformer is not supported"),
         (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not supported"),
-        (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not supported"),
+        (RETINA.replace("'FPN'", "'FPN_CARAFE'"), "FPN_CARAFE is not supported"),
         (RETINA.replace("'RetinaHead'", "'YOLOV3Head'"), "unknown bbox_head of MMDetection 'YOLOV3Head'"),
         (RETINA.replace("num_classes=5", coder), "target_stds"),
         (RETINA.replace("'on_input'", "'on_lateral'"), "on_lateral"),

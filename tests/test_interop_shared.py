@@ -21,6 +21,9 @@ SLOW = [
     "gfl_r50_fpn_1x_coco",
     "paa_r50_fpn_1x_coco",
     "tood_r50_fpn_1x_coco",
+    "fovea_r50_fpn_4xb4-1x_coco",
+    "freeanchor_r50_fpn_1x_coco",
+    "fsaf_r50_fpn_1x_coco",
 ]
 
 

@@ -49,6 +49,11 @@ _CLASS_LAYERS = {
     "ddod": ("bbox_head.atss_cls.weight",),
     "gfl": ("bbox_head.gfl_cls.weight",),
     "tood": ("bbox_head.tood_cls.weight",),
+    "free_anchor": ("bbox_head.retina_cls.weight",),
+    "fsaf": ("bbox_head.retina_cls.weight",),
+    "fovea": ("bbox_head.conv_cls.weight",),
+    "yolof": ("bbox_head.cls_score.weight",),
+    "autoassign": ("bbox_head.conv_cls.weight",),
     "rpn": ("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"),
 }
 """Names of the layer with a row per class, by the type of the head; with proposals (rpn) it has one more."""
@@ -173,8 +178,9 @@ def _read_mmdetection_config(
 def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
     """Count the classes K by the rows of the classification layer."""
     kind = as_mapping(options.model.head).get("type")
-    deltas = "bbox_head.retina_reg.weight"
-    rows_per_class = max(axis_size(state, deltas) // 4, 1) if kind == "retina" and deltas in state else 1
+    deltas = {"yolof": "bbox_head.bbox_pred.weight"}.get(str(kind), "bbox_head.retina_reg.weight")
+    has_anchors = kind in ("retina", "free_anchor", "yolof") and deltas in state
+    rows_per_class = max(axis_size(state, deltas) // 4, 1) if has_anchors else 1
     names = _CLASS_LAYERS.get(str(kind), ())
     layer = next((name for name in names if name in state), None)
     count = 0 if layer is None else axis_size(state, layer) // rows_per_class - (kind == "rpn")

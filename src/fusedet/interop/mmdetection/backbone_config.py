@@ -10,12 +10,13 @@ import timm
 from fusedet.config import BACKBONES
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.config_reader import ConfigReader
+from fusedet.interop.mmdetection.neck_config import FURTHER_NECKS, convert_dyhead
 
 Tree = dict[str, Any]
 _TAGGED = {name.partition(".")[0]: name for name in (*BACKBONES.values(), "resnet34.tv_in1k", "resnet152.tv_in1k")}
 _FIXED = {
     "num_stages": (4,),
-    "out_indices": ([0, 1, 2, 3],),
+    "out_indices": ([0, 1, 2, 3], [3]),
     "strides": ([1, 2, 2, 2],),
     "dilations": ([1, 1, 1, 1],),
     "deep_stem": (False,),
@@ -67,10 +68,14 @@ def _convert_deformable(reader: ConfigReader) -> Tree:
     return {"deformable_stages": stages, "modulated": modulated} if stages else {}
 
 
-def convert_necks(readers: list[ConfigReader]) -> tuple[Any, Tree]:
-    """Convert one neck or several to `model.neck` and `model.pyramid`."""
+def convert_necks(readers: list[ConfigReader], last_only: bool = False) -> tuple[Any, Tree]:
+    """Convert one neck or several to `model.neck` and `model.pyramid`; last_only: the backbone has only C5."""
     first, *others = readers
-    kind = first.require_type("FPN", "PAFPN")
+    if last_only:
+        first.require_type("DilatedEncoder")
+    kind = first.require_type("FPN", "PAFPN", "NASFPN", "DilatedEncoder")
+    if kind in FURTHER_NECKS and not others:
+        return FURTHER_NECKS[kind](first)
     first.require_value("end_level", -1)
     first.require_value("no_norm_on_lateral", False)
     first.get_section("upsample_cfg").require_value("mode", "nearest")
@@ -85,7 +90,9 @@ def convert_necks(readers: list[ConfigReader]) -> tuple[Any, Tree]:
     pyramid["top"] = _convert_top(first, count - (4 - start))
     specs: list[Any] = [{"type": kind.lower()} | ({"norm": True} if norm else {})]
     for reader in others:
-        reader.require_type("BFP")
+        if reader.require_type("BFP", "DyHead") == "DyHead":
+            specs.append(convert_dyhead(reader))
+            continue
         reader.require_value("num_levels", count)
         reader.require_norm("norm_cfg", None, None)
         refine = reader.require_value("refine_type", "none", "conv", "non_local")

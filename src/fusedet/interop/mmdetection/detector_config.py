@@ -16,7 +16,12 @@ from fusedet.interop.mmdetection.backbone_config import (
     read_resizing,
 )
 from fusedet.interop.mmdetection.config_reader import ConfigReader
-from fusedet.interop.mmdetection.head_config import convert_dense_head, convert_rpn_head, read_nms_threshold
+from fusedet.interop.mmdetection.head_config import (
+    convert_dense_head,
+    convert_rpn_head,
+    read_nms_threshold,
+    read_soft_nms,
+)
 from fusedet.interop.mmdetection.roi_config import convert_roi_head
 
 Tree = dict[str, Any]
@@ -25,7 +30,8 @@ _IMAGENET = {
     "std": [255 * value for value in IMAGENET_DEFAULT_STD],
 }
 _ATSS_FAMILY = ("ATSS", "GFL", "PAA", "TOOD", "DDOD")
-_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", *_ATSS_FAMILY, "SingleStageDetector")
+_MATCHING = ("FOVEA", "FSAF", "YOLOF", "AutoAssign")
+_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", *_ATSS_FAMILY, *_MATCHING, "SingleStageDetector")
 DETECTORS = (*_DENSE, "FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
 _ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
 _ROI_KEYS_OF_1X = (
@@ -80,7 +86,8 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
         if not values.get(key):
             raise InputError(f"MMDetection's config has no model.{key}: use the complete config")
     backbone = convert_backbone(model.get_section("backbone"))
-    necks, pyramid = convert_necks(model.get_sections("neck"))
+    outputs = model.get_section("backbone").get("out_indices")
+    necks, pyramid = convert_necks(model.get_sections("neck"), outputs is not None and list(outputs) == [3])
     train, test = model.get_section("train_cfg"), model.get_section("test_cfg")
     tree: Tree = {"model": {"backbone": backbone, "pyramid": pyramid, "neck": necks}}
     if kind in _DENSE:
@@ -100,9 +107,10 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
         backbone |= {} if all(_is_close(given[key], _IMAGENET[key]) for key in given) else given
     tree["test"] = {
         "score": test.get_float("score_thr", 0.05),
-        "nms": read_nms_threshold(test, 0.5),
+        "nms": read_nms_threshold(test, 0.5, soft=True),
         "max_det": _read_count(test, "max_per_img", "max_num", default=100),
         "pre_nms": _read_count(test, "nms_pre", default=1000),
+        **read_soft_nms(test),
     }
     model.note_unread("data_preprocessor", "rpn_head", "roi_head", "bbox_head")
     tree["data"] = read_resizing(config, notes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.anchor_config import MAX_CONVS, convert_box_loss, read_box_stds
 from fusedet.interop.mmdetection.config_reader import ConfigReader
-from fusedet.interop.mmdetection.head_config import MAX_CONVS, convert_box_loss, read_box_stds
 
 Tree = dict[str, Any]
 _TRAINING = {
@@ -27,6 +27,14 @@ _GRID = {
     "point_channels": ("point_feat_channels", 64),
     "weight": ("loss_grid.loss_weight", 15.0),
 }
+_DOUBLE = {
+    "blocks": ("num_convs", 4, 0, MAX_CONVS),
+    "layers": ("num_fcs", 2, 1, MAX_CONVS),
+    "box_channels": ("conv_out_channels", 1024),
+    "channels": ("fc_out_channels", 1024),
+    "cls_weight": ("loss_cls.loss_weight", 2.0),
+    "box_weight": ("loss_bbox.loss_weight", 2.0),
+}
 _MASK = {"convs": ("num_convs", 4, 0, MAX_CONVS), "channels": ("conv_out_channels", 256)}
 
 
@@ -38,7 +46,9 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
         trains: Readers of `train_cfg.rcnn`, one for all stages or one per stage.
         legacy: Whether RoIAlign is that of MMDetection 1.x unless the config says otherwise.
     """
-    kind = reader.require_type("StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead")
+    kind = reader.require_type(
+        "StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead", "DoubleHeadRoIHead"
+    )
     reader.require_value("shared_head", None)
     heads = reader.get_sections("bbox_head")
     if kind == "CascadeRoIHead" and len(heads) == 1:
@@ -61,6 +71,8 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
     stages = [
         _convert_stage(h, w, t, kind) | _convert_pooling(pooled, legacy, 7) for h, w, t in zip(heads, weights, trains)
     ]
+    if kind == "DoubleHeadRoIHead":
+        stages[0]["enlarge"] = reader.get_float("reg_roi_scale_factor", 1.3)
     branches = [
         _convert_mask_head(head) | convert_branch_pooling("mask_roi_extractor")
         for head in reader.get_sections("mask_head")[:1]
@@ -73,6 +85,8 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
 
 
 def _convert_stage(head: ConfigReader, weight: float, train: ConfigReader, kind: str) -> Tree:
+    if kind == "DoubleHeadRoIHead":
+        return _convert_double_stage(head, train)
     theirs = head.require_type("Shared2FCBBoxHead", "ConvFCBBoxHead", "SharedFCBBoxHead", "Shared4Conv1FCBBoxHead")
     convs, layers = {"Shared4Conv1FCBBoxHead": (4, 1), "ConvFCBBoxHead": (0, 0)}.get(theirs, (0, 2))
     convs = head.get_int("num_shared_convs", convs)
@@ -101,6 +115,18 @@ def _convert_stage(head: ConfigReader, weight: float, train: ConfigReader, kind:
         options |= convert_box_loss(head, "l1", "smooth_l1", "balanced_l1")
         options |= _convert_sampling(train.get_section("sampler"))
     head.note_unread("loss_bbox", "num_shared_fcs", "conv_out_channels")
+    return options
+
+
+def _convert_double_stage(head: ConfigReader, train: ConfigReader) -> Tree:
+    head.require_type("DoubleConvFCBBoxHead")
+    head.require_norm("norm_cfg", "BN", "BN")
+    head.get_section("loss_cls").require_value("use_sigmoid", False)
+    options: Tree = {"type": "double_head"} | head.get_options(_DOUBLE) | {"stds": read_box_stds(head, None)}
+    options |= train.get_options(_TRAINING) | head.get_changes({"class_agnostic": ("reg_class_agnostic", False)})
+    options |= convert_box_loss(head, "smooth_l1", "l1", "balanced_l1")
+    options |= _convert_sampling(train.get_section("sampler"))
+    head.note_unread("loss_bbox", "with_avg_pool")
     return options
 
 

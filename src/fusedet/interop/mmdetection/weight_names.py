@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fusedet.config import Model
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS, OUTPUTS, Rule
 
 Weights = dict[str, Tensor]
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
 BACKBONE: list[Rule] = [
     # Offsets of deformable convolutions: 1.0 has them beside the convolution, later versions inside it, and modulated
@@ -40,22 +40,27 @@ def build_rules(model: Model, levels: int) -> list[Rule]:
         model: Model section of the config.
         levels: Number of feature levels from the backbone to the first neck.
     """
-    rules = BACKBONE + _dense_head_rules(as_mapping(model.head)) + (_roi_rules(model.roi) if model.roi else [])
+    rules = BACKBONE + dense_head_rules(as_mapping(model.head)) + (_roi_rules(model.roi) if model.roi else [])
     necks = model.neck if isinstance(model.neck, list) else [model.neck]
     for i, neck in enumerate(map(as_mapping, necks)):
         theirs, ours = (rf"^neck\.{i}\.", f"neck.necks.{i}.") if len(necks) > 1 else (r"^neck\.", "neck.")
-        rules += [(theirs + pattern, ours + name) for pattern, name in _neck_rules(neck["type"], neck, levels)]
+        rules += _prefix_rules(theirs, ours, _neck_rules(neck["type"], neck, levels))
     return rules
 
 
-def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[tuple[str, str]]:
+def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[Rule]:
+    if kind in FURTHER_NECKS:
+        return FURTHER_NECKS[kind]
     if kind == "bfp":
-        non_local = [(r"refine\.conv_out\.conv\.", "refine.out."), (r"refine\.(g|theta|phi)\.conv\.", r"refine.\1.")]
-        return [(r"refine\.conv\.", "refine.0.")] if options.get("refine") == "conv" else non_local
+        if options.get("refine") == "conv":
+            return [(r"refine\.conv\.", "refine.0.")]
+        return [(r"refine\.conv_out\.conv\.", "refine.out."), (r"refine\.(g|theta|phi)\.conv\.", r"refine.\1.")]
     if kind not in ("fpn", "pafpn"):
-        raise InputError(f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn and bfp do")
+        raise InputError(
+            f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn, bfp, {', '.join(FURTHER_NECKS)} do"
+        )
     inner = "fpn." if kind == "pafpn" else ""
-    rules = []
+    rules: list[Rule] = []
     for theirs, ours in ((r"\.conv\.", ".0." if options.get("norm") else "."), (r"\.gn\.", ".1.")):
         rules += [(rf"fpn_convs\.{levels + i}{theirs}", f"top.convs.{i}{ours}") for i in range(4)]
         rules += [
@@ -65,7 +70,8 @@ def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[tupl
     return [*rules, (r"downsample_convs\.(\d+)\.conv\.", r"down.\1."), (r"pafpn_convs\.(\d+)\.conv\.", r"output.\1.")]
 
 
-def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
+def dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
+    """Build the renaming rules of a dense head, from `bbox_head` or `rpn_head` to `head`."""
     kind = spec["type"]
     if kind == "rpn":
         return RPN
@@ -76,7 +82,14 @@ def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
     def rename(suffix: str, shift: int = 0) -> Callable[[re.Match[str]], str]:
         return lambda m: f"head.towers.{m[1]}.{step * int(m[2]) + shift}.{suffix}"
 
+    aligned: list[Rule] = []
+    if spec.get("align"):  # of FoveaBox
+        aligned = [
+            (r"^bbox_head\.cls_convs\.(\d+)\.conv\.", lambda m: f"head.align.tower.{step * int(m[1])}."),
+            (r"^bbox_head\.cls_convs\.(\d+)\.gn\.", lambda m: f"head.align.tower.{step * int(m[1]) + 1}."),
+        ]
     return [
+        *aligned,
         (tower + r"conv\.conv_offset\.", rename("offset.")),
         (tower + r"(?:conv\.)?(?=(weight|bias)$)", rename("")),
         (tower + r"gn\.", rename("", 1)),
@@ -84,53 +97,8 @@ def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
     ]
 
 
-NORMALIZED = ("fcos", "vfnet", "atss", "gfl", "paa", "ddod", "tood")
+NORMALIZED = ("fcos", "vfnet", "atss", "gfl", "paa", "ddod", "tood", "autoassign")
 """Heads whose towers have GroupNorm by default."""
-_ANCHORS: list[Rule] = [
-    (r"^bbox_head\.atss_(cls|reg)\.", r"head.\1."),
-    (r"^bbox_head\.atss_(?:centerness|iou)\.", "head.quality."),
-    (r"^bbox_head\.(scales)$", r"head.\1"),
-]
-OUTPUTS: dict[str, list[Rule]] = {
-    "retina": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
-    "fcos": [
-        (r"^bbox_head\.(?:conv|fcos)_(cls|reg|centerness)\.", r"head.\1."),
-        (r"^bbox_head\.(scales)$", r"head.\1"),
-    ],
-    "vfnet": [
-        (r"^bbox_head\.vfnet_reg_conv\.conv\.", "head.reg_conv.0."),
-        (r"^bbox_head\.vfnet_reg_conv\.gn\.", "head.reg_conv.1."),
-        (r"^bbox_head\.vfnet_reg_refine_dconv\.", "head.refine_star."),
-        (r"^bbox_head\.vfnet_cls_dconv\.", "head.cls_star."),
-        (r"^bbox_head\.vfnet_reg_refine\.", "head.refine."),
-        (r"^bbox_head\.vfnet_(cls|reg)\.", r"head.\1."),
-        (r"^bbox_head\.(scales|scales_refine)$", r"head.\1"),
-    ],
-    "atss": _ANCHORS,
-    "paa": _ANCHORS,
-    "ddod": _ANCHORS,
-    "gfl": [
-        (r"^bbox_head\.gfl_(cls|reg)\.", r"head.\1."),
-        (r"^bbox_head\.integral\.project$", "head.distances"),
-        (r"^bbox_head\.(scales)$", r"head.\1"),
-    ],
-    "tood": [
-        (r"^bbox_head\.inter_convs\.(\d+)\.conv\.conv_offset\.", r"head.shared.\1.0.offset."),
-        (r"^bbox_head\.inter_convs\.(\d+)\.conv\.", r"head.shared.\1.0."),
-        (r"^bbox_head\.inter_convs\.(\d+)\.gn\.", r"head.shared.\1.1."),
-        (r"^bbox_head\.(cls|reg)_decomp\.layer_attention\.", r"head.\1_task.attention."),
-        (r"^bbox_head\.(cls|reg)_decomp\.reduction_conv\.conv\.", r"head.\1_task.reduce."),
-        (r"^bbox_head\.(cls|reg)_decomp\.reduction_conv\.gn\.", r"head.\1_task.norm."),
-        (r"^bbox_head\.(cls|reg)_(?:prob|offset)_module\.", r"head.\1_alignment."),
-        (r"^bbox_head\.tood_(cls|reg)\.", r"head.\1."),
-        (r"^bbox_head\.(scales)$", r"head.\1"),
-    ],
-    "reppoints": [
-        (r"^bbox_head\.reppoints_(cls|pts_init|pts_refine)_conv\.", r"head.\1_conv."),
-        (r"^bbox_head\.reppoints_(cls|pts_init|pts_refine)_out\.", r"head.\1."),
-        (r"^bbox_head\.moment_transfer$", "head.moment_transfer"),
-    ],
-}
 
 
 def _roi_rules(spec: Mapping[str, Any]) -> list[Rule]:
@@ -156,6 +124,14 @@ STAGE: list[Rule] = [
     (r"shared_fcs\.", "shared."),
     (r"shared_convs\.(\d+)\.conv\.", r"convs.\1."),
     (r"fc_(cls|reg)\.", r"\1."),
+    # Double-Head
+    (r"fc_branch\.", "shared."),
+    (r"res_block\.conv_identity\.(conv|bn)\.", lambda m: f"widen.shortcut.{int(m[1] == 'bn')}."),
+    (r"res_block\.conv(\d)\.(conv|bn)\.", lambda m: f"widen.layers.{int(m[1]) - 1}.{int(m[2] == 'bn')}."),
+    (
+        r"conv_branch\.(\d+)\.(conv|bn)(\d)\.",
+        lambda m: f"blocks.{m[1]}.layers.{int(m[3]) - 1}.{int(m[2] == 'bn')}.",
+    ),
 ]
 BRANCHES: dict[str, list[Rule]] = {
     "mask": [(r"convs\.(\d+)\.conv\.", r"convs.\1."), (r"conv_logits\.", "logits."), (r"upsample\.", "upsample.")],
