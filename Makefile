@@ -1,11 +1,11 @@
-# make demo | test | test-all | soak | lint | schema | bench | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
+# make demo | test | test-all | soak | lint | schema | bench | docs | dist | clean. The first call makes .venv; a change of pyproject.toml brings it up to date.
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap loader scale
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak lint schema bench clean
+.PHONY: help demo test test-all soak lint schema bench docs dist clean
 
 help:
 	@echo "make demo   generate images, train a small detector on them, score it and draw what it finds"
@@ -15,6 +15,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make schema  write the JSON schema of configs and the settings tables of docs/config.md"
 	@echo "make bench  the benchmarks, JSON each"
+	@echo "make docs   build the documentation site into build/site, without network; a warning is an error"
+	@echo "make dist   build the source distribution and the wheel into dist/ and check their metadata"
 	@echo "make clean  remove caches and build products; .venv, demos and runs stay"
 
 demo: .venv/.ready
@@ -41,6 +43,15 @@ schema: .venv/.ready
 
 bench: .venv/.ready
 	@for name in $(BENCHMARKS); do echo "== $$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+docs: .venv/.ready
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	@echo "build/site/index.html"
+
+dist: .venv/.ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import fusedet
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fusedet"
@@ -72,6 +75,25 @@ def test_licence(wheel):
     packed = zipfile.ZipFile(wheel)
     (name,) = [name for name in packed.namelist() if name.endswith("/licenses/LICENSE")]
     assert packed.read(name) == (ROOT / "LICENSE").read_bytes()
+
+
+def test_version_stands_in_one_place(wheel):
+    version = fusedet.__version__
+    assert wheel.name == f"fusedet-{version}-py3-none-any.whl"
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    first = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first
+    assert first[1] == version
+
+
+@pytest.mark.slow
+def test_distributions_are_accepted(tmp_path):
+    """The package index renders the README and accepts the metadata of both files."""
+    pytest.importorskip("twine")
+    called("-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert [file.suffix for file in files] == [".whl", ".gz"]
+    assert called("-m", "twine", "check", "--strict", *map(str, files), cwd=tmp_path).count("PASSED") == 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ Every command of the command line is a function here with the same name and the 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "DivergenceError": "errors",
