@@ -20,7 +20,7 @@ import fusedet
 from conftest import save_unrendered
 from emulated_cases import BACKBONE, ROOT, SMALL, describe, difference, listed, make_batch, make_detector
 from emulated_device import EmulatedDevice
-from fusedet.api.predict import find
+from fusedet.api.detection import find
 from fusedet.config import Train
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint, trainer

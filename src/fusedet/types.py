@@ -257,6 +257,9 @@ class Batch(_Moves):
         targets: One per image, or None.
         flipped: Whether the images are flipped horizontally; set in testing only.
         views: The same images at other sizes or flipped, for test-time augmentation.
+        windows: (N, 4) int64 where the images are windows of others, in testing only: left and top of each window, and
+            height and width of its image, in original pixels.
+        is_last: Whether each window is the last one of its image.
     """
 
     images: Tensor
@@ -266,6 +269,8 @@ class Batch(_Moves):
     targets: tuple[Target, ...] | None = None
     flipped: bool = False
     views: tuple[Batch, ...] = ()
+    windows: Tensor | None = None
+    is_last: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.images)
@@ -280,6 +285,8 @@ class Batch(_Moves):
         )
         _need(self.targets is None or len(self.targets) == n, "one target per image")
         _need(all(view.ids == self.ids for view in self.views), "views are of the same images")
+        is_windowed = self.windows is not None
+        _need(len(self.is_last) == n * is_windowed, "windows need to know which one is the last of its image")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -18,8 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fusedet.ablation.plan import Run
+from fusedet.api.detection import find
 from fusedet.api.load_model import weights_file, with_weights
-from fusedet.api.predict import Predictor, find, tuned
+from fusedet.api.predict import Predictor, tuned
 from fusedet.api.timing import compute_percentiles, time_call
 from fusedet.config import Config
 from fusedet.data.collate import collate_views, make_samples

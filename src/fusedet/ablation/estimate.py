@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from fusedet.ablation.plan import TIMES, Plan, Run, Split, read_json
-from fusedet.api.predict import pick_device, views
+from fusedet.api.detection import views
+from fusedet.api.predict import pick_device
 from fusedet.api.train_inputs import make_detector, train_transform
 from fusedet.api.validate import build_val_loader, detect, has_mask_branch
 from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader
+from fusedet.data.tiling import count_windows
 from fusedet.errors import InputError
 
 MAX_CPU_IMAGES = 2  # batch of a timed step on a CPU
@@ -102,9 +104,10 @@ def count_work(plan: Plan, label: str, multiply_adds: float) -> float:
     """
     options, (train, val) = plan.configs[label], plan.data[label]
     view_area = sum((view.size / options.data.size[0]) ** 2 for view in views(options))
+    validation = view_area * sum(count_windows(val, options.test.tiles))
     if plan.runs_of[label] != plan.weights_of[label]:
-        return multiply_adds * view_area * len(val)
-    return multiply_adds * (3 * options.train.epochs * len(train) + _count_validations(options) * view_area * len(val))
+        return multiply_adds * validation
+    return multiply_adds * (3 * options.train.epochs * len(train) + _count_validations(options) * validation)
 
 
 def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Clock) -> None:
@@ -114,8 +117,9 @@ def time_training_step(plan: Plan, label: str, multiply_adds: float, clock: Cloc
     count = max(1, options.train.total_batch // options.train.accumulate)
     count = count if device.type == "cuda" else min(MAX_CPU_IMAGES, count)
     step, prediction = _measure_seconds(plan, label, data, device, count)
+    windows = sum(count_windows(data[1], options.test.tiles))
     # Step and prediction have a rate each; a run mixes them as `count_work` does.
-    seconds = options.train.epochs * len(data[0]) * step + _count_validations(options) * len(data[1]) * prediction
+    seconds = options.train.epochs * len(data[0]) * step + _count_validations(options) * windows * prediction
     # The rate is that of a training, even if this row only uses another row's weights.
     all_trained = replace(plan, weights_of=plan.runs_of)
     clock.rate = seconds / count_work(all_trained, label, multiply_adds)

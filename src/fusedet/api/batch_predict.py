@@ -23,6 +23,7 @@ from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import Info, join_lines, list_line_files, open_lines, read_lines
 from fusedet.api.run_dir import create_run_dir
 from fusedet.atomic_io import write_atomically
+from fusedet.data.large_images import LargeImage
 from fusedet.errors import InputError, StorageError
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Options:
 
     Attributes:
         exports: What is written beside COCO's json.
-        batch: Images predicted at once.
+        batch: Images predicted at once; with `test.tiles`, tiles.
         jsonl: Whether the JSON-lines files stay instead of one predictions.json.
         bad: What happens if an image cannot be read.
         workers: Threads that read images ahead.
@@ -198,7 +199,7 @@ def _append(
         decoded = prefetch(decode, missing, options.workers)
         while batch := list(islice(decoded, options.batch)):
             readable = [(pixels, image.path) for image, pixels in batch if not isinstance(pixels, InputError)]
-            predictions = predictor.together(readable)
+            predictions = predictor.together(readable, options.batch)
             try:
                 for image, pixels in batch:
                     prediction = pixels if isinstance(pixels, InputError) else next(predictions)
@@ -244,9 +245,9 @@ def _missing(
             batch = []
 
 
-def _decode(image: _Image, predictor: Predictor) -> tuple[_Image, Tensor | InputError]:
+def _decode(image: _Image, predictor: Predictor) -> tuple[_Image, Tensor | LargeImage | InputError]:
     try:
-        return image, predictor.decode(image.path)
+        return image, predictor.open(image.path)
     except InputError as error:
         return image, error
 

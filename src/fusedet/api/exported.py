@@ -12,7 +12,7 @@ from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector, find_export, open_session, read_export
 from fusedet.exporters.runtime import choose_file
 
-SETTABLE = ("data", "test.batch", "device", "out")
+SETTABLE = ("data", "test.batch", "test.tiles", "device", "out")
 """What can be set for an exported model; thresholds and the resize rule are part of the file."""
 
 

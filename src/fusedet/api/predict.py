@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Unpack
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fusedet import visualization
 from fusedet.api import exported
+from fusedet.api.detection import check_tile_size, detect_images, get_strides, views
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
@@ -22,13 +24,11 @@ from fusedet.data.channel_decoding import is_array_file, read_channels
 from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
-from fusedet.data.transforms import EvalTransform
+from fusedet.data.large_images import LargeImage, crop_image, open_large_image
+from fusedet.data.tiling import list_windows
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector
-from fusedet.host_copy import copy_to_host
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
-from fusedet.models.detectors.tta import detect_view, merge_detections
-from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
 
 Precision = Literal["fp32", "bf16"]
@@ -42,13 +42,13 @@ class Prediction(Detections):
     """Detections in pixels of the given image, with the class names and the image itself.
 
     Attributes:
-        image: (3, H, W) uint8.
+        image: (3, H, W) uint8; with `test.tiles`, a `LargeImage` where the file is too large for memory.
         names: (K,) class names.
         category_ids: (K,) category ids of the dataset.
         path: The file of the image, if it came from a file.
     """
 
-    image: Tensor | None = None
+    image: Tensor | LargeImage | None = None
     names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()
     path: Path | None = None
@@ -80,8 +80,9 @@ class Prediction(Detections):
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
+        image = self.image.read() if isinstance(self.image, LargeImage) else self.image
         drawn = visualization.draw_boxes(
-            self.image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
+            image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
         )
         if path is not None:
             drawn.save(path)
@@ -108,6 +109,7 @@ class Predictor:
         self.detector, self.config, self.source = detector, config, source
         self.names, self.category_ids = tuple(names), tuple(category_ids)
         self.views = views(config, self.canvas)
+        check_tile_size("test.tiles.size", config.test.tiles.size, get_strides(detector))
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +129,7 @@ class Predictor:
         Args:
             source: A path, bytes of a file, a PIL image, an RGB array (H, W, 3) or (H, W) of uint8, or a tensor
                 (3, H, W) of uint8 or of floats in 0..1; or a list of these.
-            batch: Images at once.
+            batch: Images at once; with `test.tiles`, tiles at once.
 
         Raises:
             InputError: An image cannot be read.
@@ -138,22 +140,31 @@ class Predictor:
 
     def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
         """Yield the predictions of any number of images, in their order."""
-        group: list[tuple[Tensor, Path | None]] = []
+        group: list[tuple[Tensor | LargeImage, Path | None]] = []
         for source in sources:
             try:
                 group.append(
                     (
-                        self.decode(source),
+                        self.open(source),
                         Path(source) if isinstance(source, (str, Path)) else None,
                     )
                 )
             except InputError:
-                yield from self.together(group)  # the earlier images are not lost
+                yield from self.together(group, batch)  # the earlier images are not lost
                 raise
             if len(group) == batch:
-                yield from self.together(group)
+                yield from self.together(group, batch)
                 group = []
-        yield from self.together(group)
+        yield from self.together(group, batch)
+
+    def open(self, source: Any) -> Tensor | LargeImage:
+        """Decode an image as `decode` does; with `test.tiles`, a file too large for memory is read tile by tile."""
+        is_path = isinstance(source, (str, os.PathLike))
+        if is_path and self.config.test.tiles.size is not None:
+            data = self.config.data
+            if (large := open_large_image(Path(source), data.channels, data.range)) is not None:
+                return large
+        return self.decode(source)
 
     def decode(self, source: Any) -> Tensor:
         """Decode an image as `predict` takes it, uint8 (C, H, W)."""
@@ -171,16 +182,36 @@ class Predictor:
             )
         return image
 
-    def seen(self, images: Sequence[Tensor]) -> Batch:
+    def seen(self, images: Sequence[Tensor | LargeImage]) -> Batch:
         """Return images (C, H, W) uint8 preprocessed for the network, in all TTA views."""
         return collate_views([make_samples(image, _empty(image), self.views) for image in images], self.views[1:])
 
-    def together(self, group: Sequence[tuple[Tensor, Path | None]]) -> Iterator[Prediction]:
-        """Yield the predictions of images (3, H, W) uint8, given with their paths, computed in one batch."""
+    def tiled(self, images: Iterable[Tensor | LargeImage], batch: int) -> Iterator[Batch]:
+        """Yield the windows of images that `test.tiles` asks for, preprocessed as by `seen`, in batches."""
+        windows = (
+            (image, window, is_last)
+            for image in images
+            for own in [list_windows(image.shape[1], image.shape[2], self.config.test.tiles)]
+            for window, is_last in zip(own.tolist(), [False] * (len(own) - 1) + [True])
+        )
+        while group := list(islice(windows, batch)):
+            seen = self.seen([crop_image(image, tuple(window)) for image, window, _ in group])
+            corners = torch.tensor([[*window[:2], *image.shape[1:]] for image, window, _ in group])
+            yield replace(seen, windows=corners, is_last=tuple(is_last for *_, is_last in group))
+
+    def together(
+        self, group: Sequence[tuple[Tensor | LargeImage, Path | None]], batch: int | None = None
+    ) -> Iterator[Prediction]:
+        """Yield the predictions of images (3, H, W) uint8, given with their paths, computed in one batch.
+
+        With `test.tiles`, `batch` tiles are computed at once, by default as many as there are images.
+        """
         if not group:
             return
-        batch = self.seen([image for image, _ in group])
-        for detections, (image, path) in zip(find(self.detector, batch, self.device), group):
+        images, tiles = [image for image, _ in group], self.config.test.tiles
+        batches = [self.seen(images)] if tiles.size is None else self.tiled(images, batch or len(images))
+        detected = detect_images(self.detector, batches, self.device, tiles.ios)
+        for (_, detections), (image, path) in zip(detected, group):
             yield Prediction(
                 **vars(detections), image=image, names=self.names, category_ids=self.category_ids, path=path
             )
@@ -214,7 +245,7 @@ def load(
         InputError: The file is not a checkpoint, is cut short, or holds code.
     """
     if (model := exported.load_exported(path, trust)) is not None:
-        texts = refuse_other_keys(to_overrides(overrides, settings), "test.batch", of="an exported model")
+        texts = refuse_other_keys(to_overrides(overrides, settings), "test.batch", "test.tiles", of="an exported model")
         exported.check_device(device)
         if precision != "fp32":
             raise InputError(f"precision={precision}: an exported model has its own precision, leave it out")
@@ -262,51 +293,7 @@ def tuned(
     return ready
 
 
-def views(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTransform, ...]:
-    """Return the TTA views: each of `test.scales`, with the aspect ratio of `data.size`, then each mirrored.
-
-    Args:
-        config: The config.
-        canvas: Height and width that every view must fit; None for no limit.
-    """
-    short, long = config.data.size
-    sizes = [(scale, round(scale * long / short)) for scale in config.test.scales or (short,)]
-    return tuple(
-        exported.CanvasTransform(*size, flip=flip, antialias=config.data.antialias, canvas=canvas)
-        if canvas
-        else EvalTransform(*size, flip=flip, antialias=config.data.antialias)
-        for flip in (False, True)[: 1 + config.test.flip]
-        for size in sizes
-    )
-
-
-@torch.no_grad()
-def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
-    """Return the detections of each image of a batch by descending score, in original pixels, on the CPU.
-
-    Masks are pasted at the original size, not resized. Detections of further views are merged by the detector's
-    thresholds. One view is on the device at a time. Its detections are copied once per batch; with masks, which need
-    much memory, once per image.
-    """
-    seen = [
-        detect_view(detector, replace(view, views=(), targets=None).to(device, non_blocking=True))
-        for view in (batch, *batch.views)
-    ]
-    sizes = (batch.sizes / batch.scales.flip(1)).round().long().tolist()
-    results: list[tuple[Tensor | None, ...]] = []
-    shared = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
-    for views_of_image, (height, width) in zip(zip(*seen), sizes):
-        many = len(views_of_image) > 1
-        one = merge_detections(views_of_image, **shared) if many else views_of_image[0]
-        if one.masks is None:
-            results.append((one.boxes, one.scores, one.labels, None))
-        else:
-            masks = paste_masks(one.masks, one.boxes, (height, width))
-            results.append(copy_to_host((one.boxes, one.scores, one.labels, masks)))
-    return [Detections(*columns) for columns in copy_to_host(results)]  # type: ignore[arg-type]
-
-
-def _empty(image: Tensor) -> ImageAnnotations:
+def _empty(image: Tensor | LargeImage) -> ImageAnnotations:
     none = np.zeros(0)
     height, width = image.shape[1:]
     flags = none.astype(bool)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fusedet.api.predict import Prediction
 from fusedet.atomic_io import open_atomically, write_atomically
+from fusedet.data.large_images import LargeImage, crop_image
 from fusedet.errors import split_names
 
 FORMATS = ("coco", "csv", "yolo")
@@ -98,18 +99,21 @@ def write_yolo_labels(prediction: Prediction, file: Path, score: float) -> None:
 def write_crops(prediction: Prediction, folder: Path, name: str, score: float) -> None:
     """Write the part of the image in each box of at least `score` to CLASS/NAME-NUMBER.jpg; numbers count from 1."""
     assert prediction.image is not None
-    image = Image.fromarray(prediction.image.permute(1, 2, 0).contiguous().numpy())
+    image = prediction.image
+    height, width = image.shape[1:]
     rows = zip(prediction.boxes.tolist(), prediction.scores.tolist(), prediction.labels.tolist(), strict=True)
     for number, ((x1, y1, x2, y2), value, label) in enumerate(rows, 1):
         if value < score:
             continue
         left, top = max(0, int(x1)), max(0, int(y1))
-        right, bottom = min(image.width, -int(-x2 // 1)), min(image.height, -int(-y2 // 1))
+        right, bottom = min(width, -int(-x2 // 1)), min(height, -int(-y2 // 1))
         if right > left and bottom > top:
             # a class name may hold characters that no folder's name can
             own = folder / (re.sub(r"[^\w .()+-]", "_", prediction.names[label]).strip(" .") or f"class {label}")
             own.mkdir(parents=True, exist_ok=True)
-            image.crop((left, top, right, bottom)).save(own / f"{name}-{number}.jpg", quality=95)
+            part = crop_image(image, (left, top, right, bottom))
+            pixels = part.read() if isinstance(part, LargeImage) else part
+            Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(own / f"{name}-{number}.jpg", quality=95)
 
 
 def write_csv(file: Path, records: Iterable[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]) -> None:

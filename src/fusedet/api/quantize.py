@@ -18,6 +18,7 @@ from fusedet.api.validate import build_val_loader, evaluate_detector, require_cl
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_split, take_images
+from fusedet.data.tiling import count_windows
 from fusedet.errors import InputError
 from fusedet.evaluation.bootstrap import METRICS
 from fusedet.evaluation.confidence_intervals import LEVEL
@@ -113,7 +114,7 @@ class CalibrationInputs:
         self.detector = ExportedDetector(lambda *_: {}, metadata)
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch)
+        return -(-sum(count_windows(self.images, self.config.test.tiles)) // self.batch)
 
     def __iter__(self) -> Iterator[Inputs]:
         for batch in build_val_loader(self.config, self.images, canvas=self.detector.canvas):

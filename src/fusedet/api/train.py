@@ -185,7 +185,8 @@ def _fit(
 
     def validate(module: nn.Module, epoch: int) -> dict[str, float]:
         losses = ValidationLoss(module, fabric.device)
-        results = detect(module, losses.watch(val_share) if has_loss else val_share, val, fabric.device)
+        seen = losses.watch(val_share) if has_loss else val_share
+        results = detect(module, seen, val, fabric.device, config.test.tiles.ios)
         metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
         if masks:
             metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)

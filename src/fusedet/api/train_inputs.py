@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fusedet.api.detection import check_tile_size, get_strides
 from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
 from fusedet.api.starting_weights import adapt_class_rows, describe_matches, match_class_names
@@ -119,12 +120,8 @@ def check_config(config: Config) -> None:
     """Raise InputError where a training would refuse a config before it reads the data."""
     check_monitor(config)
     detector = build_meta_detector(config)
-    strides, size = detector.neck.levels.strides, config.data.tiles.size
-    if size is not None and size < strides[-1]:
-        raise InputError(
-            f"data.tiles.size={size} is smaller than the largest stride of the feature pyramid, {strides[-1]} pixels: "
-            f"take tiles of at least {strides[-1]}, or a smaller model.pyramid.coarsest"
-        )
+    for key, tiles in (("data.tiles.size", config.data.tiles), ("test.tiles.size", config.test.tiles)):
+        check_tile_size(key, tiles.size, get_strides(detector))
 
 
 def check_monitor(config: Config) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import distributed, nn
 
 from fusedet import evaluation, visualization
-from fusedet.api.predict import find, views
+from fusedet.api.detection import check_tile_size, detect_images, get_strides, views
 from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.config import Config
@@ -75,12 +75,13 @@ def evaluate_detector(
     """
     if (masks := has_mask_branch(detector)) and len(dataset.labels):
         check_masks(dataset)
+    check_tile_size("test.tiles.size", config.test.tiles.size, get_strides(detector))
     canvas = detector.canvas if isinstance(detector, ExportedDetector) else None
     loader = build_val_loader(config, dataset, rank, world, canvas, pin=device.type == "cuda")
     batches = loader if rank else track(loader, len(loader), label="images", console=progress)
     if not isinstance(detector, ExportedDetector):  # its thresholds are part of the file
         detector.selection = selection_options(config.test, dataset.names)
-    results = detect(detector, batches, dataset, device)
+    results = detect(detector, batches, dataset, device, config.test.tiles.ios)
     if rank:
         return Evaluation(results, {})
     options: dict[str, Any] = {"size_bins": config.test.size_bins or (), "max_det": config.test.max_det}
@@ -136,20 +137,24 @@ def build_val_loader(
     batch = max(world, (config.test.batch or config.train.total_batch // config.train.accumulate) // world * world)
     first, *others = views(config, canvas)
     options: dict[str, Any] = {"batch": batch, "workers": config.data.workers, "rank": rank, "world": world}
-    return build_eval_loader(dataset, first, **options, pin=pin, views=others, masks=masks)
+    options |= {"pin": pin, "views": others, "masks": masks, "tiles": config.test.tiles}
+    return build_eval_loader(dataset, first, **options, min_visible=config.data.min_visible)
 
 
 def detect(
-    detector: nn.Module, loader: Iterable[Batch], dataset: DetectionDataset, device: torch.device
+    detector: nn.Module,
+    loader: Iterable[Batch],
+    dataset: DetectionDataset,
+    device: torch.device,
+    ios: float | None = None,
 ) -> list[Result]:
     """Return detections of a split in COCO's result format, of all processes.
 
-    Boxes are in pixels of the original images; ids and categories are the dataset's.
+    Boxes are in pixels of the original images; ids and categories are the dataset's. `ios` is that of `test.tiles`.
     """
     results: list[Result] = []
-    for batch in loader:
-        for detections, image_id in zip(find(detector, batch, device), batch.ids):
-            results += detections.to_coco(image_id, dataset.category_ids)
+    for image_id, detections in detect_images(detector, loader, device, ios):
+        results += detections.to_coco(image_id, dataset.category_ids)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         shares: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(shares, results)

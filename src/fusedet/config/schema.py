@@ -5,6 +5,7 @@ Those of `data` stand in `data_settings`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
@@ -150,6 +151,28 @@ class Train(Section):
         return self.batch
 
 
+class PredictionTiles(Section):
+    """The tiles in which validation and prediction see large images."""
+
+    key: ClassVar[str] = "test.tiles"
+    size: int | None = Field(default=None, ge=32)
+    """The side of a tile in pixels of the original image; null sees whole images."""
+    overlap: float = Field(default=0.2, ge=0, lt=1)
+    """The least overlap of neighboring tiles, as a share of their size."""
+    whole: bool = True
+    """Whether the whole image is seen beside its tiles, for objects larger than a tile."""
+    ios: float | None = Field(default=None, gt=0, le=1)
+    """The intersection over the smaller box (IoS) from which an object cut by a tile is joined; null joins none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, is_default in (("whole", self.whole), ("ios", self.ios is None)):
+            if self.size is None and not is_default:
+                value = json.dumps(getattr(self, name))
+                raise InputError(f"test.tiles.{name}={value} needs tiles: set test.tiles.size, such as 640")
+        return self
+
+
 class Test(Section):
     """How a head's outputs become detections, in validation and prediction."""
 
@@ -176,6 +199,8 @@ class Test(Section):
     """Whether test-time augmentation also sees every image flipped."""
     size_bins: Floats | None = None
     """Edges in pixels of size bins, such as [0, 16, 64, 256]: AP of objects by the square root of their area."""
+    tiles: PredictionTiles = Field(default_factory=lambda: PredictionTiles())
+    """The tiles in which large images are seen."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +56,9 @@ def collate_samples(samples: Sequence[Sample], canvas: tuple[int, int] = (1, 1))
 
 
 def make_samples(
-    image: Tensor, annotations: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False
+    image: Any, annotations: ImageAnnotations, transforms: Iterable[Transform], masks: bool = False
 ) -> list[Sample]:
-    """Apply each transform to an image (3, H, W) uint8."""
+    """Apply each transform to an image (3, H, W) uint8; those of evaluation take a `LargeImage` too."""
     results = [transform(image, annotations, masks) for transform in transforms]
     return [Sample(changed, scale, annotations.image_id, target) for changed, scale, target in results]
 

@@ -96,8 +96,8 @@ def read_image(
         value_range: The values that become 0 and 255 in images of more than 8 bits per channel: 16 bits,
             floating-point numbers and 32-bit integers. By default 0 and 65535, and the last two are refused.
         exif: Whether EXIF orientation is applied.
-        window: The part to read, which lies inside the image; None reads all of it. Uncompressed images (TIFF, BMP)
-            are decoded there only.
+        window: The part to read, which lies inside the image; None reads all of it. Of uncompressed TIFF, only its
+            rows are decoded.
 
     Returns:
         uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
@@ -115,15 +115,33 @@ def read_image(
     return inspect_image(source, value_range, exif=exif, measure=False)[0][:, top:bottom, left:right]
 
 
-def _cut(image: Image.Image, window: Window) -> Image.Image:
-    """Return a part of an image that is not loaded yet; of uncompressed images, only its rows are decoded."""
+def decodes_windows(source: Source, value_range: Range | None = None, *, exif: bool = True) -> bool:
+    """Return whether `read_image` decodes a window of an image without the rest, by the image's header."""
+    with open_image(source) as image:
+        is_plain = get_orientation(image, exif) == 1 and not (value_range is not None and has_deep_color(image))
+        return is_plain and _is_raw(image) and all(_has_known_rows(part) for part in image.tile)  # type: ignore[attr-defined]
+
+
+def _is_raw(image: Image.Image) -> bool:
+    """Return whether an image that is not loaded yet is uncompressed, and stays as it is stored."""
     parts = getattr(image, "tile", [])
     is_upright = Image.Image.getexif(image).get(_ORIENTATION, 1) == 1  # else Pillow turns a TIFF while it loads
-    if parts and is_upright and all(part[0] == "raw" for part in parts):
+    return bool(parts) and is_upright and all(part[0] == "raw" for part in parts)
+
+
+def _has_known_rows(part: Any) -> bool:
+    """Return whether the rows of an uncompressed strip, as Pillow describes it, can be found in the file."""
+    arguments = part[3]
+    return isinstance(arguments, tuple) and arguments[0] in _BYTES and arguments[2:] == (1,)
+
+
+def _cut(image: Image.Image, window: Window) -> Image.Image:
+    """Return a part of an image that is not loaded yet; of uncompressed images, only its rows are decoded."""
+    if _is_raw(image):
         left, top, right, bottom = window
         image.tile = [  # type: ignore[attr-defined]
             _take_rows(part, top, bottom)
-            for part in parts
+            for part in image.tile  # type: ignore[attr-defined]
             if part[1][0] < right and part[1][2] > left and part[1][1] < bottom and part[1][3] > top
         ]
     cut = image.crop(window)
@@ -134,11 +152,12 @@ def _cut(image: Image.Image, window: Window) -> Image.Image:
 def _take_rows(part: Any, top: int, bottom: int) -> Any:
     """Return the rows top..bottom of an uncompressed strip as Pillow describes it, or all where rows are unknown."""
     codec, (x1, y1, x2, y2), offset, arguments = part
-    if not isinstance(arguments, tuple) or arguments[0] not in _BYTES or arguments[2:] != (1,):
+    if not _has_known_rows(part):
         return part
     low, high = max(top, y1), min(bottom, y2)
     row = arguments[1] or (x2 - x1) * _BYTES[arguments[0]]
-    return (codec, (x1, low, x2, high), offset + (low - y1) * row, arguments)
+    own = (codec, (x1, low, x2, high), offset + (low - y1) * row, arguments)
+    return part._make(own) if hasattr(part, "_make") else own  # Pillow before 11 has plain tuples
 
 
 def inspect_image(

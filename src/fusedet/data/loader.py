@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
+from fusedet.config.schema import PredictionTiles
 from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.bad_images import BadImageLog, ReplacedImage
 from fusedet.data.class_balance import compute_repeat_factors, count_entries, draw_entries
 from fusedet.data.dataset import DetectionDataset
+from fusedet.data.dataset_images import TileReader
+from fusedet.data.tiling import count_windows, view_dataset
 from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.data.worker_pool import BatchRequest, WorkerPool, shuffle_indices
 from fusedet.errors import InputError
@@ -62,14 +67,25 @@ class TrainLoader:
 class EvalLoader:
     """Every image of this rank once, see `build_eval_loader`; it can be iterated again."""
 
-    def __init__(self, workers: WorkerPool, plan: list[BatchRequest]) -> None:
-        self.workers, self.plan = workers, plan
+    def __init__(
+        self,
+        workers: WorkerPool,
+        plan: list[BatchRequest],
+        windows: Tensor | None = None,
+        is_last: Sequence[bool] = (),
+    ) -> None:
+        self.workers, self.plan, self.windows, self.is_last = workers, plan, windows, is_last
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for batch, _ in self.workers.run(self.plan))
+        for request, (batch, _) in zip(self.plan, self.workers.run(self.plan), strict=True):
+            if self.windows is None:
+                yield batch
+            else:
+                is_last = tuple(self.is_last[i] for i in request.own)
+                yield replace(batch, windows=self.windows[list(request.own)], is_last=is_last)
 
 
 def build_train_loader(
@@ -132,20 +148,38 @@ def build_eval_loader(
     pin: bool = False,
     start_method: str | None = None,
     views: Sequence[EvalTransform] = (),
+    tiles: PredictionTiles | None = None,
+    min_visible: float = 0.0,
 ) -> EvalLoader:
     """Build the evaluation loader: each image once, sorted by aspect ratio to save padding.
 
     Batches of batch / world images go to the processes in turn; the last one may be smaller. Arguments are those of
     `build_train_loader`; each image is read once and transformed for every entry of `views`, in the order of
     `Batch.views`.
+
+    With `tiles`, the images of a batch are windows of the dataset's images: first the whole image, then its tiles, all
+    in one process, see `Batch.windows`. An object of which less than `min_visible` lies in a window is ignored there.
     """
     _check_arguments(dataset, batch, workers, rank, world)
     height, width = dataset.sizes.numpy().T
     order = np.argsort(width / np.maximum(height, 1), kind="stable").tolist()
     size = batch // world
-    batches = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
-    pool = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, views)
-    return EvalLoader(pool, [BatchRequest(0, own, own) for own in batches[rank::world]])
+    own_batches = _split(order, size)[rank::world]
+    if tiles is None or tiles.size is None:
+        pool = WorkerPool(dataset, transform, 0, masks, workers, pin, start_method, views)
+        return EvalLoader(pool, [BatchRequest(0, own, own) for own in own_batches])
+    tiled, counts = view_dataset(dataset, tiles, min_visible), count_windows(dataset, tiles)
+    ends = np.cumsum(counts).tolist()
+    own_windows = [w for own in own_batches for i in own for w in range(ends[i] - counts[i], ends[i])]
+    pool = WorkerPool(tiled, transform, 0, masks, workers, pin, start_method, views, tile_reader=TileReader())
+    plan = [BatchRequest(0, own, own) for own in _split(own_windows, size)]
+    last = {end - 1 for end in ends}
+    return EvalLoader(pool, plan, tiled.windows, [i in last for i in range(len(tiled))])
+
+
+def _split(indices: list[int], size: int) -> list[tuple[int, ...]]:
+    """Split indices into batches; the last one may be smaller."""
+    return [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
 
 
 def plan_epoch(

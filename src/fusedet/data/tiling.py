@@ -1,13 +1,15 @@
-"""Tiles of large images: where they lie, and a dataset of them to train on."""
+"""Tiles of large images: where they lie, and datasets of them to train on and to validate on."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from fusedet.config.schema import PredictionTiles
 from fusedet.data.dataset import DetectionDataset, PackedBytes
 from fusedet.data.transforms import MIN_SIDE
 
@@ -42,6 +44,36 @@ def tile_windows(height: int, width: int, size: int, overlap: float) -> np.ndarr
     return np.stack([left, top, np.minimum(left + size, width), np.minimum(top + size, height)], axis=1)
 
 
+def list_windows(height: int, width: int, tiles: PredictionTiles) -> np.ndarray:
+    """List the windows of an image that validation and prediction see, the whole image first.
+
+    An image that is no longer than a tile has one window, itself. Without `tiles.size` every image has.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image.
+        tiles: Size and overlap of the tiles, and whether the whole image is seen too.
+
+    Returns:
+        (T, 4) int64 xyxy in pixels.
+    """
+    whole = np.array([[0, 0, width, height]])
+    if tiles.size is None or max(height, width) <= tiles.size:
+        return whole
+    own = tile_windows(height, width, tiles.size, tiles.overlap)
+    return np.concatenate([whole, own]) if tiles.whole else own
+
+
+def count_windows(dataset: DetectionDataset, tiles: PredictionTiles) -> list[int]:
+    """Count the windows of each image that validation sees."""
+    return [len(list_windows(height, width, tiles)) for height, width in dataset.sizes.tolist()]
+
+
+def view_dataset(dataset: DetectionDataset, tiles: PredictionTiles, min_visible: float) -> DetectionDataset:
+    """Return a dataset of the windows that validation sees, image by image; arguments as for `tile_dataset`."""
+    return _cut_dataset(dataset, lambda height, width: list_windows(height, width, tiles), min_visible)
+
+
 def tile_dataset(dataset: DetectionDataset, size: int, overlap: float, min_visible: float) -> DetectionDataset:
     """Return a dataset whose images are the tiles of another's, cut when they are read.
 
@@ -54,10 +86,17 @@ def tile_dataset(dataset: DetectionDataset, size: int, overlap: float, min_visib
         overlap: Least overlap of neighbors, as a share of `size`, in [0, 1).
         min_visible: The share of a box that a tile must hold, in 0..1.
     """
+    return _cut_dataset(dataset, lambda height, width: tile_windows(height, width, size, overlap), min_visible)
+
+
+def _cut_dataset(
+    dataset: DetectionDataset, windows_of: Callable[[int, int], np.ndarray], min_visible: float
+) -> DetectionDataset:
+    """Return a dataset of the windows that a function gives for each (height, width)."""
     owners, windows, rows, boxes, counts, shares = [], [], [], [], [], []
     offsets, all_boxes = dataset.offsets.numpy(), dataset.boxes.numpy()
     for i, (height, width) in enumerate(dataset.sizes.tolist()):
-        own = tile_windows(height, width, size, overlap)
+        own = windows_of(height, width)
         image_boxes = _clip(all_boxes[offsets[i] : offsets[i + 1]], np.array([[0, 0, width, height]]))[0]
         clipped = _clip(image_boxes, own)
         is_inside = ((clipped[..., 2:] - clipped[..., :2]) >= MIN_SIDE).all(axis=-1)  # (T, G)

@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from fusedet.data.dataset import ImageAnnotations
+from fusedet.data.large_images import LargeImage, resize_image
 from fusedet.errors import InputError
 from fusedet.types import Target
 
@@ -72,7 +73,7 @@ class EvalTransform:
         return keep_ratio_size(height, width, self.size, self.max_size)
 
     def __call__(
-        self, image: Tensor, annotations: ImageAnnotations, masks: bool = False
+        self, image: Tensor | LargeImage, annotations: ImageAnnotations, masks: bool = False
     ) -> tuple[Tensor, tuple[float, float], Target]:
         """Transform an image as `TrainTransform` does, without data augmentation."""
         return _apply(
@@ -169,17 +170,23 @@ def check_image_size(path: Path, actual: Sequence[int], annotated: Sequence[int]
 
 
 def _apply(
-    image: Tensor, annotations: ImageAnnotations, masks: bool, *, size: tuple[int, int], flip: bool, antialias: bool
+    image: Tensor | LargeImage,
+    annotations: ImageAnnotations,
+    masks: bool,
+    *,
+    size: tuple[int, int],
+    flip: bool,
+    antialias: bool,
 ) -> tuple[Tensor, tuple[float, float], Target]:
     height, width = image.shape[1:]
     check_image_size(annotations.path, (height, width), (annotations.height, annotations.width))
     boxes: Tensor = tv_tensors.BoundingBoxes(
         torch.from_numpy(annotations.boxes), format="XYXY", canvas_size=(height, width)
     )
-    image = F.resize(tv_tensors.Image(image), list(size), antialias=antialias)
+    pixels = resize_image(image, size, antialias)
     boxes = F.resize(boxes, list(size))
     if flip:
-        image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
+        pixels, boxes = F.horizontal_flip(pixels), F.horizontal_flip(boxes)
     boxes = F.clamp_bounding_boxes(boxes).as_subclass(Tensor).float()
 
     visible = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
@@ -191,7 +198,7 @@ def _apply(
         masks=_masks(annotations, kept.nonzero()[:, 0].tolist(), size, flip) if masks else None,
         ignore=boxes[visible & ignored],
     )
-    return image.as_subclass(Tensor), (size[1] / width, size[0] / height), target
+    return pixels.as_subclass(Tensor), (size[1] / width, size[0] / height), target
 
 
 def _masks(annotations: ImageAnnotations, kept: list[int], size: tuple[int, int], flip: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.collate import Sample, collate_views, make_samples
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.dataset_images import read_dataset_image
+from fusedet.data.dataset_images import TileReader, read_dataset_image
 from fusedet.data.transforms import EvalTransform, Transform
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE, Batch
@@ -76,6 +76,7 @@ class BatchReader(Dataset[Any]):
         masks: Whether targets have masks.
         views: Further transforms of each image, for test-time augmentation.
         replace: Whether bad images are replaced.
+        tile_reader: Reads the tiles of a dataset that are seen image by image; None reads each by itself.
     """
 
     dataset: DetectionDataset
@@ -84,6 +85,7 @@ class BatchReader(Dataset[Any]):
     masks: bool
     views: tuple[EvalTransform, ...] = ()
     replace: bool = False
+    tile_reader: TileReader | None = None
 
     def __getitem__(self, request: BatchRequest) -> LoadedBatch | InputError:
         try:
@@ -128,7 +130,12 @@ class BatchReader(Dataset[Any]):
 
     def load_samples(self, epoch: int, index: int) -> list[Sample]:
         """Load an image as it is in an epoch, and in the further views."""
-        image, annotations = self.read(index % len(self.dataset))
+        image: Any
+        if self.tile_reader is None:
+            image, annotations = self.read(index % len(self.dataset))
+        else:
+            annotations = self.dataset[index]
+            image = self.tile_reader.read(self.dataset, annotations)
         with _seed_sample(self.seed, epoch, index):
             return make_samples(image, annotations, (self.transform_in(epoch, index), *self.views), self.masks)
 
@@ -180,6 +187,7 @@ class WorkerPool:
         start_method: The start method of `multiprocessing`; None takes the system's default.
         views: Further transforms of each image, for test-time augmentation.
         replace: Whether bad images are replaced.
+        tile_reader: As in `BatchReader`.
     """
 
     def __init__(
@@ -193,10 +201,11 @@ class WorkerPool:
         start_method: str | None,
         views: Sequence[EvalTransform] = (),
         replace: bool = False,
+        tile_reader: TileReader | None = None,
     ) -> None:
         self.plan: list[BatchRequest] = []  # refilled for every run
         self.loader = DataLoader(
-            BatchReader(dataset, transform, seed, masks, tuple(views), replace),
+            BatchReader(dataset, transform, seed, masks, tuple(views), replace, tile_reader),
             sampler=self.plan,
             batch_size=None,
             num_workers=workers,

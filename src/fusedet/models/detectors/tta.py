@@ -1,4 +1,4 @@
-"""Test-time augmentation (TTA): detections of resized and flipped copies of an image, merged by NMS."""
+"""Detections of several views of an image, merged by NMS: of resized and flipped copies (TTA), and of its tiles."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ class ImageDetections(NamedTuple):
     """Detections of one image in the pixels of its file, highest score first.
 
     Shape:
-        boxes (D, 4); scores (D,); labels (D,); masks (D, m, m), probabilities inside the boxes, or None.
+        boxes (D, 4); scores (D,); labels (D,); masks (D, m, m), probabilities inside the boxes, or None; cut_by (D,)
+        int64, the number of the tile at whose border a box ends, -1 for whole objects, or None without tiles.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None
+    cut_by: Tensor | None = None
 
 
 def detect_view(detector: Detector, batch: Batch) -> list[ImageDetections]:
-    """Detect instances in one augmented copy of every image, and undo its resizing and flipping."""
+    """Detect instances in one augmented copy of every image, and undo its resizing, flipping and cutting."""
     padded = detector.detect(batch.images, batch.sizes, padded=False)
     results = []
     for i, n in enumerate(padded.counts.tolist()):
@@ -38,12 +40,14 @@ def detect_view(detector: Detector, batch: Batch) -> list[ImageDetections]:
             boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
             masks = None if masks is None else masks.flip(-1)
         boxes = boxes / batch.scales[i].repeat(2)
+        if batch.windows is not None:
+            boxes = boxes + batch.windows[i, :2].repeat(2)
         results.append(ImageDetections(boxes, padded.scores[i, :n], padded.labels[i, :n], masks))
     return results
 
 
-def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det: int = 100) -> ImageDetections:
-    """Merge the detections of an image's augmented copies by class-wise NMS.
+def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det: int | None = 100) -> ImageDetections:
+    """Merge the detections of an image's augmented copies and tiles by class-wise NMS.
 
     A detection keeps the mask of its own copy. Of equal scores, the earlier copy's comes first. This is MMDetection
     3.x's DetTTAModel, which has no masks.
@@ -51,7 +55,7 @@ def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det
     Args:
         views: Detections of each copy of the image.
         iou: Overlap from which NMS removes the lower score.
-        max_det: Detections to keep, the highest scores.
+        max_det: Detections to keep, the highest scores; None keeps all.
     """
     boxes, scores, labels = (torch.cat(column) for column in list(zip(*views))[:3])
     masks = [view.masks for view in views if view.masks is not None]
@@ -61,4 +65,11 @@ def merge_detections(views: Sequence[ImageDetections], iou: float = 0.5, max_det
     shifted = positive + (labels * (positive.amax() + 1))[:, None]  # so that boxes of two classes never overlap
     kept = nms_keep_mask(shifted[None], scores[None], iou)[0].nonzero().squeeze(1)
     best = kept[scores[kept].argsort(descending=True, stable=True)[:max_det]]
-    return ImageDetections(boxes[best], scores[best], labels[best], torch.cat(masks)[best] if masks else None)
+    cut_by = [view.cut_by for view in views if view.cut_by is not None]
+    return ImageDetections(
+        boxes[best],
+        scores[best],
+        labels[best],
+        torch.cat(masks)[best] if masks else None,
+        torch.cat(cut_by)[best] if cut_by else None,
+    )

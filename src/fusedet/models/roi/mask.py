@@ -182,6 +182,19 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
         return torch.cat(parts)
 
 
+def stretch_masks(masks: Tensor, boxes: Tensor, around: Tensor) -> Tensor:
+    """Resample masks from their boxes to another box, by bilinear interpolation; outside its box a mask is 0.
+
+    Shape:
+        masks (D, m, m), probabilities; boxes (D, 4); around (4,); result (D, m, m).
+    """
+    cells = masks.shape[-1]
+    scale = cells / (around[2:] - around[:2]).clamp(min=1e-6).repeat(2)
+    x1, y1, x2, y2 = ((boxes - around[:2].repeat(2)) * scale).unbind(1)  # in cells of `around`
+    rows, columns = (_interpolation_weights(low, high, cells, cells) for low, high in ((y1, y2), (x1, x2)))
+    return rows @ masks.float() @ columns.mT
+
+
 def _interpolation_weights(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
     """Linear weights (D, length, cells) of `cells` between low and high (D,) for each of `length` pixels."""
     centres = torch.arange(length, device=low.device) + 0.5
