@@ -5,14 +5,14 @@ Both have the same weights, get the same uint8 image and return boxes after NMS;
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import copy_weights, measure_prediction, print_report, serve_call
+from common import copy_weights, print_report
+from engines import measure_prediction, parse_options, serve_call
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from fusedet import create_model
@@ -37,8 +37,8 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
     ).eval()
     theirs.detections_per_img = 100
     last = theirs.head.classification_head.cls_logits
-    for final in (last, theirs.head.regression_head.bbox_reg):
-        torch.nn.init.normal_(final.weight, std=0.05)
+    for final, std in ((last, 0.05), (theirs.head.regression_head.bbox_reg, 0.005)):
+        torch.nn.init.normal_(final.weight, std=std)
     ours = create_model("retinanet_r50", *OVERRIDES).eval()
     copy_weights(ours, theirs)
     logits = torch.cat([m.flatten() for m in ours(image[None]).maps["cls"]])
@@ -55,16 +55,13 @@ def torchvision(image: torch.Tensor) -> Callable[[], object]:
 
 def main() -> None:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--serve", metavar="IMAGE", help="torchvision's detector, as an engine")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     if options.serve:
         serve_call(torchvision, options.serve)
         return
     with tempfile.TemporaryDirectory() as folder:
         ours = trained(to_tensor(draw_scene(SIZE, Path(folder) / "image.jpg")))[1]
-    engines = measure_prediction(__file__, "retinanet_r50", OVERRIDES, ours, SIZE, options.repeats)
+    engines = measure_prediction(__file__, "retinanet_r50", OVERRIDES, ours, SIZE, options)
     print_report(benchmark="predict", image=SIZE, detector="RetinaNet R50 FPN, 80 classes", **engines)
 
 

@@ -1,5 +1,7 @@
 """One training step: fusedet's RetinaNet-R50 and torchvision's, 800x1216, CPU, float32, interleaved in one run.
 
+`--bf16` adds fusedet with autocast to bf16.
+
 Both freeze the stem and the first stage, keep the batch norms' statistics, and take one SGD step on the same image
 and boxes.
 """
@@ -34,13 +36,18 @@ def step(loss: Callable[[], dict[str, torch.Tensor]], parameters: list[torch.nn.
     return run
 
 
-def fusedet(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """Return fusedet's training step."""
+def fusedet(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, bf16: bool = False) -> Callable[[], None]:
+    """Return fusedet's training step, in float32 or with autocast to bf16 as `train.precision=bf16`."""
     model = create_model("retinanet_r50", "model.backbone.pretrained=false").train()
     n = len(image)
-    sizes = torch.tensor([[HEIGHT, WIDTH]] * n)
+    sizes = torch.tensor([list(image.shape[2:])] * n)
     batch = Batch(image, sizes, tuple(range(n)), torch.ones(n, 2), tuple(Target(boxes, labels) for _ in range(n)))
-    return step(lambda: model.loss(batch), [p for p in model.parameters() if p.requires_grad])
+
+    def loss() -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return model.loss(batch)
+
+    return step(loss, [p for p in model.parameters() if p.requires_grad])
 
 
 def torchvision(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -52,7 +59,7 @@ def torchvision(image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor) 
         returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(2048, 256),
     )
-    model = RetinaNet(backbone, num_classes=80, min_size=HEIGHT, max_size=WIDTH).train()
+    model = RetinaNet(backbone, num_classes=80, min_size=image.shape[2], max_size=image.shape[3]).train()
     targets = [{"boxes": boxes, "labels": labels} for _ in image]
     return step(
         lambda: model([p.float() / 255 for p in image], targets), [p for p in model.parameters() if p.requires_grad]
@@ -64,28 +71,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--only", choices=["fusedet", "torchvision"])
+    parser.add_argument("--size", type=int, nargs=2, default=[HEIGHT, WIDTH], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--bf16", action="store_true", help="measure fusedet in bf16 too")
+    parser.add_argument("--only", choices=["fusedet", "fusedet-bf16", "torchvision"])
     options = parser.parse_args()
     torch.manual_seed(0)
-    image = torch.randint(0, 256, (options.batch, 3, HEIGHT, WIDTH), dtype=torch.uint8)
-    corner = torch.rand(20, 2) * torch.tensor([WIDTH - 220, HEIGHT - 220])
+    height, width = options.size
+    image = torch.randint(0, 256, (options.batch, 3, height, width), dtype=torch.uint8)
+    corner = torch.rand(20, 2) * torch.tensor([width - 220, height - 220])
     boxes, labels = torch.cat([corner, corner + 20 + 200 * torch.rand(20, 2)], dim=1), torch.randint(0, 80, (20,))
     makers = {
         "torchvision": lambda: torchvision(image, boxes, labels),
         "fusedet": lambda: fusedet(image, boxes, labels),
+        "fusedet-bf16": lambda: fusedet(image, boxes, labels, bf16=True),
     }
+    if not options.bf16 and options.only != "fusedet-bf16":
+        del makers["fusedet-bf16"]
     if options.only:
         run = makers[options.only]()
         run(), run()
         print(read_peak_memory())
         return
     figures = summarize_times(interleave({k: make() for k, make in makers.items()}, options.repeats), "torchvision")
+    sizes = ["--batch", str(options.batch), "--size", str(height), str(width)]
     for side in makers:
-        figures[side]["peak_MiB"] = round(measure_peak_memory(__file__, side, "--batch", str(options.batch)))
+        figures[side]["peak_MiB"] = round(measure_peak_memory(__file__, side, *sizes))
     figures["fusedet"]["peak_ratio"] = round(figures["fusedet"]["peak_MiB"] / figures["torchvision"]["peak_MiB"], 3)
     print_report(
         benchmark="train_step",
-        image=[HEIGHT, WIDTH],
+        image=[height, width],
         batch=options.batch,
         detector="RetinaNet R50 FPN, 80 classes",
         **figures,

@@ -10,11 +10,11 @@ torchvision two.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from common import copy_weights, interleave, measure_prediction, print_report, serve_call, summarize_times
+from common import copy_weights, interleave, print_report, summarize_times
+from engines import measure_prediction, parse_options, serve_call
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from fusedet import create_model
@@ -77,11 +77,7 @@ def training(image: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", choices=["predict", "train_step"])
-    parser.add_argument("--serve", metavar="IMAGE", help="torchvision's detector, as an engine")
-    options = parser.parse_args()
+    options = parse_options(__doc__, only=["predict", "train_step"])
     if options.serve:
         serve_call(torchvision, options.serve)
         return
@@ -89,7 +85,7 @@ def main() -> None:
     torch.manual_seed(0)
     if options.only in (None, "predict"):
         ours = models()[1]
-        engines = measure_prediction(__file__, CONFIG, OVERRIDES, ours, (HEIGHT, WIDTH), options.repeats)
+        engines = measure_prediction(__file__, CONFIG, OVERRIDES, ours, (HEIGHT, WIDTH), options)
         print_report(benchmark="two_stage predict", **about, **engines)
     if options.only in (None, "train_step"):
         image = torch.randint(0, 256, (3, HEIGHT, WIDTH), dtype=torch.uint8)

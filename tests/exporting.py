@@ -28,6 +28,12 @@ TWO_STAGE = ["model.head.proposals=50"]
 
 TWO_LEVELS = ["model.pyramid.finest=4", "model.pyramid.coarsest=5"]
 """Fewer operators: converting them to ONNX takes most of an export's time."""
+ONE_LEVEL = [
+    "model.pyramid.finest=5",
+    "model.pyramid.coarsest=5",
+    "model.backbone={name: test_resnet, pretrained: false}",
+]
+"""Even fewer."""
 
 
 def save_run(folder: Path, name: str, *overrides: str, data: Path | None = None) -> Path:

@@ -17,6 +17,7 @@ from fusedet.types import Batch, Losses, Target
 ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
 ATSS_FAMILY = ["atss", "gfl", "gflv2", "paa", "tood", "ddod"]
+MATCHING = ["freeanchor", "foveabox", "fsaf", "autoassign", "yolof"]
 DETECTORS = ONE_STAGE + TWO_STAGE
 BRANCHES = {
     "mask": {"type": "mask", "convs": 1, "channels": 8},
@@ -41,7 +42,7 @@ def make(name: str, *overrides: str, everything: bool = False, norm_eval: bool =
         "pyramid": {"channels": 32},
     }
     if name not in TWO_STAGE:
-        model["head"] = {"convs": 1, "norm": True}
+        model["head"] = {"convs": 1} | ({"norm": True} if name != "yolof" else {})  # which has BatchNorm
     else:
         few = {"proposals": 50, "train_proposals": 100, "train_pre_nms": 200}
         all_anchors = {

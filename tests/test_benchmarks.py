@@ -1,6 +1,10 @@
 """The benchmark scripts use names that the package has; `make bench` is too slow to run them here."""
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,3 +37,20 @@ def test_a_benchmark_uses_names_that_the_package_has(script: Path) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = names.get(node.value.id)
             assert not isinstance(module, ModuleType) or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_on_the_cpu(tmp_path: Path) -> None:
+    """Every case at tiny sizes, so that the script does not fail on a machine with a GPU."""
+    script, table = SCRIPTS[0].parent / "gpu.py", tmp_path / "table.md"
+    command = [sys.executable, "-W", "ignore", str(script), "--tiny", "--table", str(table)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout)
+    assert len(report["rows"]) == 16
+    assert report["left_out"] == []
+    assert not [row["errors"] for row in report["rows"] if "errors" in row]
+    assert all(values["median_ms"] > 0 for row in report["rows"] for values in row["sides"].values())
+    assert report["training"]["runs"].keys() == {f"{p} seed {s}" for p in ("fp32", "bf16") for s in (0, 1)}
+    assert len(table.read_text().splitlines()) == 4 + sum(len(row["sides"]) for row in report["rows"])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from inspect import signature
 from itertools import product
 
 import pytest
@@ -163,7 +164,8 @@ def neck_of(name: str, finest: int, coarsest: int, top: str) -> nn.Module:
     if name in FIVE_LEVELS:
         return NECKS[name](LEVELS, 32, finest, finest + 4)
     if name not in ON_A_PYRAMID:
-        return NECKS[name](LEVELS, **shape)
+        known = signature(NECKS[name]).parameters
+        return NECKS[name](LEVELS, **{k: v for k, v in shape.items() if k in known})
     fpn = FPN(LEVELS, **shape)
     return NeckChain([fpn, NECKS[name](fpn.levels)])
 

@@ -18,6 +18,7 @@ from fusedet.types import Batch, Target
 from small import (
     ATSS_FAMILY,
     DETECTORS,
+    MATCHING,
     ONE_STAGE,
     TWO_STAGE,
     float64,
@@ -43,6 +44,10 @@ POSITIVE = {  # the loss and the maps that show which priors are positive
 
 # the weights of DDOD's levels depend on all batches before
 STATELESS = [name for name in ATSS_FAMILY if name != "ddod"]
+DISCRETE = ["foveabox", "fsaf", "yolof"]  # others have weights without a gradient that depend on the predictions
+ADDITIVE = ["freeanchor", "foveabox"]
+# not FSAF, where an image without positives counts only if all have none, AutoAssign, whose last loss is a mean over
+# images, and YOLOF, whose BatchNorm joins the images
 REPRESENTATIVES = ("retinanet", "reppoints", "faster_rcnn")  # in the normal suite
 
 
@@ -57,7 +62,7 @@ def thousand() -> Target:
 
 def without_cls(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """The terms that are 0 without instances."""
-    return {k: v for k, v in terms.items() if not k.endswith("cls")}
+    return {k: v for k, v in terms.items() if not k.endswith(("cls", "negative"))}
 
 
 # -- every kind of batch
@@ -67,7 +72,11 @@ LIKE_FASTER_RCNN = ("dynamic_rcnn", "libra_rcnn", "cascade_rcnn")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_FASTER_RCNN else n for n in DETECTORS + ATSS_FAMILY]
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in LIKE_FASTER_RCNN else n
+        for n in DETECTORS + ATSS_FAMILY + MATCHING
+    ],
 )
 def test_all_kinds_of_batches_train_and_predict(name: str) -> None:
     detector = make(name).train()
@@ -81,7 +90,7 @@ def test_all_kinds_of_batches_train_and_predict(name: str) -> None:
         for key, value in without_cls(terms).items():
             assert (float(value.detach()) > 0) is has_instances, key
             assert value.requires_grad
-        assert all(float(v.detach()) > 0 for k, v in terms.items() if k.endswith("cls"))
+        assert all(float(v.detach()) > 0 for k, v in terms.items() if k.endswith(("cls", "negative")))
         last = (
             [p for part in (detector.stages, detector.branches) for p in part.parameters()] if name in TWO_STAGE else []
         )
@@ -119,7 +128,7 @@ BATCHES = {"empty": (SOME, EMPTY), "huge": (HUGE, ONE)}
     ("name", "kind"),
     [
         pytest.param(name, kind, marks=() if name in REPRESENTATIVES and (i + k) % 2 == 0 else pytest.mark.slow)
-        for i, name in enumerate(DETECTORS + STATELESS)
+        for i, name in enumerate(DETECTORS + STATELESS + DISCRETE)
         for k, kind in enumerate(BATCHES)
     ],
 )
@@ -232,11 +241,12 @@ def test_rois_of_an_empty_image_are_background(name: str) -> None:
         assert deltas is None or not deltas.grad[empty].any()
 
 
-@pytest.mark.parametrize("name", DETECTORS + STATELESS)
+@pytest.mark.parametrize("name", DETECTORS + STATELESS + ADDITIVE)
 def test_loss_is_additive_over_images(name: str) -> None:
     """Numerator and divisor of a batch's loss are the sums of those of its images; the divisor is at least 1.
 
-    An empty image counts for one in RetinaNet, RepPoints, ATSS, GFL and the RPN, for none in FCOS, VFNet, PAA and TOOD.
+    An empty image counts for one in RetinaNet, RepPoints, ATSS, GFL and the RPN, for none in FCOS, VFNet, PAA,
+    TOOD, FreeAnchor and the boxes of FoveaBox.
     """
     with float64() as patch:
         detector = make(name, everything=True, norm_eval=True).double().train()
@@ -269,4 +279,5 @@ def test_loss_is_additive_over_images(name: str) -> None:
             assert any(torch.allclose(whole[key].data * d, value) for d in divisors.clamp(min=1)), key
         if name != "dynamic_rcnn":  # its statistics are means over images
             assert torch.allclose(divisors, sum(d for _, d in separate), rtol=1e-9)
-        assert separate[1][1][0] == (name not in ("fcos", "vfnet", "paa", "tood")) or name in TWO_STAGE
+        none = ("fcos", "vfnet", "paa", "tood", "freeanchor", "foveabox")
+        assert separate[1][1][0] == (name not in none) or name in TWO_STAGE

@@ -253,9 +253,9 @@ def test_refused_configs(tmp_path: Path, refuse: Refuse) -> None:
     coder = "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1, 1, 2, 2])"
     for text, what in (
         ("model = dict(type='DETR')", "detector DETR is not supported: supported detectors are RetinaNet"),
-        (RETINA.replace("'ResNet'", "'SwinTransformer'"), "SwinTransformer is not supported"),
+        (RETINA.replace("'ResNet'", "'MobileNetV2'"), "MobileNetV2 is not supported"),
         (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not supported"),
-        (RETINA.replace("'FPN'", "'NASFPN'"), "NASFPN is not supported"),
+        (RETINA.replace("'FPN'", "'YOLOXPAFPN'"), "YOLOXPAFPN is not supported"),
         (RETINA.replace("'RetinaHead'", "'YOLOV3Head'"), "unknown bbox_head of MMDetection 'YOLOV3Head'"),
         (RETINA.replace("num_classes=5", coder), "target_stds"),
         (RETINA.replace("'on_input'", "'on_lateral'"), "on_lateral"),

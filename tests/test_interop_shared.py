@@ -21,6 +21,12 @@ SLOW = [
     "gfl_r50_fpn_1x_coco",
     "paa_r50_fpn_1x_coco",
     "tood_r50_fpn_1x_coco",
+    "fcos_hrnetv2p-w18-gn-head_4xb4-1x_coco",
+    "retinanet_regnetx-800MF_fpn_1x_coco",
+    "mask-rcnn_swin-t-p4-w7_fpn_1x_coco",
+    "fovea_r50_fpn_4xb4-1x_coco",
+    "freeanchor_r50_fpn_1x_coco",
+    "fsaf_r50_fpn_1x_coco",
 ]
 
 

@@ -96,8 +96,7 @@ def predict(converted: ConvertedCheckpoint, image: Tensor) -> Detections:
 
 @pytest.mark.parametrize(
     "name",
-    # Mask R-CNN has all parts of Faster R-CNN; those of version 2 are among the slow tests.
-    [pytest.param(n, marks=pytest.mark.slow) if n == "fasterrcnn" or n.endswith("_v2") else n for n in MODELS],
+    [pytest.param(n, marks=pytest.mark.slow) if "rcnn" in n or n.endswith("_v2") else n for n in MODELS],
 )
 @torch.no_grad()
 def test_same_detections(tmp_path: Path, name: str) -> None:

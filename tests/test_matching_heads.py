@@ -215,11 +215,13 @@ def test_detection_exports(name: str, overrides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_interaction_reaches_the_loss(name: str) -> None:
-    model = create_model(f"{name}_r18", *SMALL, "model.pyramid.channels=32", "model.interact=msil", num_classes=3)
+def test_modules_reach_the_loss(name: str) -> None:
+    modules = ("model.interact=msil", "model.plugin=msfm", "model.neck=mse_fpn")
+    model = create_model(f"{name}_r18", *SMALL, "model.pyramid.channels=32", *modules, num_classes=3)
     losses = model.train().loss(batch(TARGETS[0], TARGETS[1]))
     assert set(losses) == set(model.loss_weights)
     sum(losses.values()).backward()
     trained = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     assert not [k for k, p in trained if p.grad is None or not p.grad.isfinite().all()]
-    assert any("interact" in k and p.grad.any() for k, p in trained)
+    for module in ("interact", "plugin"):
+        assert any(module in k and p.grad.any() for k, p in trained), module

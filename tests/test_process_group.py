@@ -51,6 +51,7 @@ def child_of_rank(launcher: int, rank: int) -> int:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_end_their_group_after_success_and_errors(scenes: Path, tmp_path: Path) -> None:
     """Several groups, one after the other, in the same two processes."""
     words = ["train", "retinanet_tiny", f"data={scenes}", *SMALL]

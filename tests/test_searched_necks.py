@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.weight_names import rename_weight
+from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS
 from fusedet.models.necks import NASFPN, DilatedEncoder, DyHead
 from fusedet.models.necks.dyhead import DynamicReLU
 from fusedet.models.necks.nas_fpn import _resize
@@ -56,3 +59,41 @@ def test_neck_options_are_checked() -> None:
         DyHead(Levels((16,), (8,)), blocks=0)
     with pytest.raises(InputError, match="dilations"):
         DilatedEncoder(levels, 16, 4, 4, dilations=(0,))
+
+
+def test_the_dilated_encoder_by_mmdetections_names() -> None:
+    """The weights of a checkpoint of YOLOF, applied one after the other as its paper's figure 5 shows."""
+    torch.manual_seed(0)
+    neck = DilatedEncoder(Levels((4, 6), (16, 32)), 8, dilations=(1, 3)).eval()
+    shapes = {"lateral_conv": (8, 6, 1, 1), "fpn_conv": (8, 8, 3, 3)}
+    state = {}
+    for name, shape in shapes.items():
+        state |= {f"{name}.weight": torch.randn(shape) / 4, f"{name}.bias": torch.randn(shape[0])}
+    blocks = [f"dilated_encoder_blocks.{i}.conv{j}" for i in (0, 1) for j in (1, 2, 3)]
+    for block, shape in zip(blocks, [(2, 8, 1, 1), (2, 2, 3, 3), (8, 2, 1, 1)] * 2):
+        state[f"{block}.conv.weight"] = torch.randn(shape)
+    norms = {"lateral_norm": 8, "fpn_norm": 8} | {f"{block}.bn": 8 if block[-1] == "3" else 2 for block in blocks}
+    for name, width in norms.items():
+        state |= {f"{name}.{key}": torch.rand(width) + 0.5 for key in ("weight", "bias", "running_mean", "running_var")}
+    renamed = {rename_weight(key, FURTHER_NECKS["dilated_encoder"]): x for key, x in state.items()}
+    missing, unexpected = neck.load_state_dict(renamed, strict=False)
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, weight, bias)
+
+    last = torch.randn(1, 6, 5, 7)
+    x = norm(F.conv2d(last, state["lateral_conv.weight"], state["lateral_conv.bias"]), "lateral_norm")
+    x = norm(F.conv2d(x, state["fpn_conv.weight"], state["fpn_conv.bias"], padding=1), "fpn_norm")
+    for i, dilation in enumerate((1, 3)):
+        y = x
+        for j in (1, 2, 3):
+            layer, spread = f"dilated_encoder_blocks.{i}.conv{j}", dilation if j == 2 else 1
+            padding = spread if j == 2 else 0
+            y = F.conv2d(y, state[f"{layer}.conv.weight"], padding=padding, dilation=spread)
+            y = F.relu(norm(y, f"{layer}.bn"))
+        x = x + y
+    with torch.no_grad():
+        assert torch.allclose(neck([torch.randn(1, 4, 10, 14), last])[0], x, atol=1e-4)

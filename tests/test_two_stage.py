@@ -149,12 +149,9 @@ def test_half_precision() -> None:
     assert detections.boxes.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "score"),
-    [
-        ("mask_rcnn_r18", 0.3),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mask_rcnn_r18", 1.0), ("grid_rcnn_r18", 0.3))),
-    ],
+    ("name", "score"), [("mask_rcnn_r18", 0.3), ("mask_rcnn_r18", 1.0), ("grid_rcnn_r18", 0.3)]
 )  # some detections, and none
 def test_padding_of_detections_changes_nothing(name: str, score: float) -> None:
     made, images = small(name).eval(), batch(EMPTY, EMPTY)

@@ -45,7 +45,9 @@ def test_weights_are_loaded_without_code() -> None:
     texts = {str(path): path.read_text() for path in SOURCES}
     calls = {name: text.count("torch.load") for name, text in texts.items() if "torch.load" in text}
     assert calls == {name: len(re.findall(r"torch\.load\([^()]*weights_only=True\)", texts[name])) for name in calls}
-    assert not [name for name, text in texts.items() if re.search(r"allow_pickle=True|torch\.(hub\.|jit\.load|package)", text)]
+    assert not [
+        name for name, text in texts.items() if re.search(r"allow_pickle=True|torch\.(hub\.|jit\.load|package)", text)
+    ]
 
 
 def test_modules_that_import_by_name() -> None:
@@ -81,7 +83,7 @@ def readers(path: Path) -> dict[str, Callable[[], Any]]:
     return {
         "checkpoint": lambda: checkpoint.load_weights(path),
         "convert": lambda: load_checkpoint.read_checkpoint(path),
-        "backbone": lambda: create_timm_model("lcnet_050", False, str(path)),
+        "backbone": lambda: create_timm_model("lcnet_050", False, str(path), {}),
     }
 
 

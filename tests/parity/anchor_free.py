@@ -10,6 +10,8 @@ import torch
 from cases import Case, Errors, largest, relative
 from torch import Tensor, nn
 
+from fusedet.interop.mmdetection.weight_names import dense_head_rules, rename_weight
+from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS
 from fusedet.models.heads import AutoAssignHead, FoveaHead, FreeAnchorHead, FSAFHead, YOLOFHead
 from fusedet.models.necks import NASFPN, DyHead
 from fusedet.models.ops.boxes import nms_keep_mask
@@ -25,13 +27,15 @@ def dense_levels(c: dict[str, Any]) -> Levels:
     return Levels((c["in_channels"],) * len(strides), tuple(strides))
 
 
-def towers(step: int, *outputs: tuple[str, str]) -> list[tuple[str, Any]]:
-    """Return the renames of towers, whose layers have `step` modules, and of outputs."""
-    return [
-        (r"^(cls|reg)_convs\.(\d+)\.conv\.", lambda m: f"towers.{m[1]}.{step * int(m[2])}."),
-        (r"^(cls|reg)_convs\.(\d+)\.gn\.", lambda m: f"towers.{m[1]}.{step * int(m[2]) + 1}."),
-        *outputs,
-    ]
+def head_names(**spec: Any) -> list[tuple[str, Any]]:
+    """Return the renames of a dense head: those of the conversion of checkpoints."""
+    rules = dense_head_rules(spec)
+    return [(r"^.+$", lambda m: rename_weight(f"bbox_head.{m[0]}", rules).removeprefix("head."))]
+
+
+def neck_names(kind: str) -> list[tuple[str, Any]]:
+    """Return the renames of a neck: those of the conversion of checkpoints."""
+    return [(r"^.+$", lambda m: rename_weight(m[0], FURTHER_NECKS[kind]))]
 
 
 def two_maps(m: dict[str, list[Tensor]]) -> list[list[Tensor]]:
@@ -58,7 +62,7 @@ def free_anchor(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str,
         box_weight=c["loss_bbox"]["loss_weight"],
     )
     losses = {"loss_positive": "positive_bag_loss", "loss_negative": "negative_bag_loss"}
-    return compare(case, head, towers(2, (r"^retina_(cls|reg)\.", r"\1.")), losses, two_maps)
+    return compare(case, head, head_names(type="free_anchor"), losses, two_maps)
 
 
 def fovea(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]:
@@ -80,17 +84,7 @@ def fovea(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]
         gamma=c["loss_cls"]["gamma"],
         beta=c["loss_bbox"]["beta"],
     )
-    renames: list[tuple[str, Any]] = []
-    if c["with_deform"]:
-        step = 3 if norm else 2
-        renames = [
-            (r"^cls_convs\.(\d+)\.conv\.", lambda m: f"align.tower.{step * int(m[1])}."),
-            (r"^cls_convs\.(\d+)\.gn\.", lambda m: f"align.tower.{step * int(m[1]) + 1}."),
-            (r"^feature_adaption\.conv_offset\.", "align.offset."),
-            (r"^feature_adaption\.conv_adaption\.", "align.conv."),
-        ]
-    renames += towers(3 if norm else 2, (r"^conv_(cls|reg)\.", r"\1."))
-    return compare(case, head, renames, BOTH, two_maps)
+    return compare(case, head, head_names(type="fovea", norm=norm, align=c["with_deform"]), BOTH, two_maps)
 
 
 def fsaf(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]:
@@ -105,7 +99,7 @@ def fsaf(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]:
         alpha=c["loss_cls"]["alpha"],
         gamma=c["loss_cls"]["gamma"],
     )
-    return compare(case, head, towers(2, (r"^retina_(cls|reg)\.", r"\1.")), BOTH, two_maps)
+    return compare(case, head, head_names(type="fsaf"), BOTH, two_maps)
 
 
 def yolof(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]:
@@ -121,15 +115,7 @@ def yolof(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]
         alpha=c["loss_cls"]["alpha"],
         gamma=c["loss_cls"]["gamma"],
     )
-    tower = {"cls": "cls", "bbox": "reg"}
-    renames = [
-        (r"^(cls|bbox)_subnet\.(\d+)\.conv\.", lambda m: f"{tower[m[1]]}_tower.{3 * int(m[2])}."),
-        (r"^(cls|bbox)_subnet\.(\d+)\.bn\.", lambda m: f"{tower[m[1]]}_tower.{3 * int(m[2]) + 1}."),
-        (r"^cls_score\.", "cls."),
-        (r"^bbox_pred\.", "reg."),
-        (r"^object_pred\.", "objectness."),
-    ]
-    return compare(case, head, renames, BOTH, two_maps)
+    return compare(case, head, head_names(type="yolof"), BOTH, two_maps)
 
 
 def autoassign(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, int]]:
@@ -146,14 +132,12 @@ def autoassign(case: Case, compare: DenseComparison) -> tuple[Errors, dict[str, 
         channels=c["feat_channels"],
         box_weight=c["loss_bbox"]["loss_weight"],
     )
-    outputs = [(r"^conv_(cls|reg|centerness)\.", r"\1."), (r"^center_prior\.mean", "center")]
     losses = {f"loss_{ours}": f"loss_{theirs}" for ours, theirs in (("positive", "pos"), ("negative", "neg"))}
 
     def maps(m: dict[str, list[Tensor]]) -> list[list[Tensor]]:
         return [m["cls"], [r * stride for r, stride in zip(m["reg"], c["strides"])], m["centerness"]]
 
-    renames = towers(3, *outputs, (r"^center_prior\.sigma", "width"))
-    return compare(case, head, renames, losses | {"loss_center": "loss_center"}, maps)
+    return compare(case, head, head_names(type="autoassign"), losses | {"loss_center": "loss_center"}, maps)
 
 
 DENSE = {
@@ -202,16 +186,7 @@ def dyhead(case: Case) -> tuple[Errors, dict[str, int]]:
     c = case.config["neck"]
     strides = tuple(8 * 2**i for i in range(len(case.levels("in.features"))))
     neck = DyHead(Levels((c["in_channels"],) * len(strides), strides), c["num_blocks"])
-    names = {"high": "coarser", "mid": "own", "low": "finer"}
-    renames = [
-        (r"^dyhead_blocks\.", "blocks."),
-        (r"spatial_conv_(high|mid|low)\.", lambda m: f"{names[m[1]]}."),
-        (r"spatial_conv_offset\.", "offset."),
-        (r"scale_attn_module\.1\.", "scale."),
-        (r"task_attn_module\.conv1\.conv\.", "relu.squeeze."),
-        (r"task_attn_module\.conv2\.conv\.", "relu.expand."),
-    ]
-    return compare_neck(case, neck, renames)
+    return compare_neck(case, neck, neck_names("dyhead"))
 
 
 def nas_fpn(case: Case) -> tuple[Errors, dict[str, int]]:
@@ -220,14 +195,7 @@ def nas_fpn(case: Case) -> tuple[Errors, dict[str, int]]:
     finest = 2 + c["start_level"]
     levels = Levels(tuple(c["in_channels"]), tuple(4 * 2**i for i in range(len(c["in_channels"]))))
     neck = NASFPN(levels, c["out_channels"], finest, finest + c["num_outs"] - 1, c["stack_times"])
-    renames = [
-        (r"^lateral_convs\.(\d+)\.", r"lateral.\1."),
-        (r"^extra_downsamples\.(\d+)\.0\.", r"top.\1."),
-        (r"^fpn_stages\.(\d+)\.(\w+)\.out_conv\.", r"stacks.\1.\2."),
-        (r"\.conv\.(?=\w+$)", ".0."),
-        (r"\.bn\.(?=\w+$)", ".1."),
-    ]
-    return compare_neck(case, neck, renames)
+    return compare_neck(case, neck, neck_names("nas_fpn"))
 
 
 OTHERS = {"soft_nms": soft_nms, "DyHead": dyhead, "NASFPN": nas_fpn}

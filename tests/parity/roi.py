@@ -10,6 +10,7 @@ import torch
 from cases import Case, Errors, largest, relative, renamed, unmatched
 from torch import Tensor, nn
 
+from fusedet.interop.mmdetection.weight_names import STAGE, rename_weight
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import RPNHead
 from fusedet.models.ops.assigners import BACKGROUND, gather_positives
@@ -101,19 +102,7 @@ def double_head(case: Case) -> tuple[Errors, dict[str, int]]:
         cls_weight=head["loss_cls"]["loss_weight"],
         box_weight=head["loss_bbox"]["loss_weight"],
     )
-    renames = [
-        (r"^bbox_head\.fc_branch\.", "0.shared."),
-        (r"^bbox_head\.fc_(cls|reg)\.", r"0.\1."),
-        (r"^bbox_head\.res_block\.conv_identity\.(conv|bn)\.", lambda m: f"0.widen.shortcut.{int(m[1] == 'bn')}."),
-        (
-            r"^bbox_head\.res_block\.conv(\d)\.(conv|bn)\.",
-            lambda m: f"0.widen.layers.{int(m[1]) - 1}.{int(m[2] == 'bn')}.",
-        ),
-        (
-            r"^bbox_head\.conv_branch\.(\d+)\.(conv|bn)(\d)\.",
-            lambda m: f"0.blocks.{m[1]}.layers.{int(m[3]) - 1}.{int(m[2] == 'bn')}.",
-        ),
-    ]
+    renames = [(r"^bbox_head\.(.+)$", lambda m: f"0.{rename_weight(m[1], STAGE)}")]
     losses = {"loss_cls": "loss_cls", "loss_box": "loss_bbox"}
     # BatchNorm in channels_last sums its statistics on a CPU with an error that closes other ReLUs; float64 agrees
     return compare_stages(case, [stage], renames, [case.spec["losses"]], losses, torch.contiguous_format)

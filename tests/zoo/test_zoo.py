@@ -11,7 +11,7 @@ run = runpy.run_path(str(Path(__file__).with_name("run.py")))["run"]
 
 
 @pytest.mark.usefixtures("no_initialization")
-@pytest.mark.parametrize(("step", "least"), [(20, 7), pytest.param(1, 187, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("step", "least"), [(20, 12), pytest.param(1, 308, marks=pytest.mark.slow)])
 def test_published_models(shared: Path, step: int, least: int) -> None:
     """Every model of the list, or each 20th."""
     verdicts = dict(run(shared / "zoo" / "zoo.jsonl.gz", step))

@@ -126,7 +126,7 @@ def build_untrained(source: str | Path, texts: Sequence[str]) -> tuple[DetectorM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         detector = build_detector(config, len(names))
-    spread_scores(detector)
+        spread_scores(detector)
     return detector, config, names
 
 

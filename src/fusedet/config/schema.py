@@ -45,7 +45,7 @@ class Model(Section):
     backbone: dict = Field(default_factory=dict)
     """The timm backbone: {name, pretrained, frozen_stages, norm_eval, ...}."""
     plugin: Part = None
-    """The module in the backbone's blocks: msfm."""
+    """The module in the backbone's blocks: msfm, context_block."""
     neck: Part = "fpn"
     """The neck, or a list of necks, each on the maps of the one before."""
     interact: Part = None
@@ -123,7 +123,9 @@ class Train(Section):
     deterministic: bool = False
     """Whether a GPU gives the same numbers twice, as far as torch can; slower."""
     compile: bool = False
-    """Whether torch.compile compiles the forward pass."""
+    """Whether torch.compile compiles the forward pass; of a two-stage detector, up to the proposal head."""
+    cuda_graphs: bool = False
+    """Whether the compiled forward pass replays CUDA graphs on a GPU; for images of one size, with `compile`."""
     checkpoint_backbone: bool = False
     """Whether the backward pass computes the stages of the backbone again, which needs less memory and more time."""
     loggers: Loggers = ()
@@ -137,6 +139,7 @@ class Train(Section):
         batch = self.accumulate if self.batch == "auto" else self.batch
         need(batch >= 1, self, "batch", "1 or more")
         need(batch % self.accumulate == 0, self, "batch", f"a multiple of train.accumulate={self.accumulate}")
+        need(self.compile or not self.cuda_graphs, self, "cuda_graphs", "false without train.compile=true")
         need(list(self.milestones) == sorted(self.milestones), self, "milestones", "increasing epochs")
         return self
 

@@ -23,6 +23,7 @@ from fusedet.engine.setup import setup
 from fusedet.engine.signals import Interrupted
 from fusedet.engine.train_state import TABLES, Loader, Run, Validate, gather_process_states, save
 from fusedet.errors import DivergenceError, unknown
+from fusedet.models.detectors import TwoStage
 from fusedet.models.protocols import EpochDependent
 from fusedet.types import Batch, Losses
 
@@ -46,7 +47,7 @@ def fit(run: Run) -> dict[str, Any]:
         Exception: Any other failure of a step or a validation. In one process, last.ckpt is written first.
     """
     status = "failed"
-    with run.interrupts, run.display, _compiled(run.detector, run.settings.compile):
+    with run.interrupts, run.display, _compiled(run.detector, run.settings):
         try:
             with run.interrupts.held():
                 while not run.is_finished:
@@ -271,12 +272,19 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compiled(detector: nn.Module, wanted: bool) -> Iterator[None]:
-    """Compile the detector's `forward` inside, not its loss; restore it afterwards."""
-    if wanted:
-        detector.forward = torch.compile(detector.forward)
+def _compiled(detector: nn.Module, settings: Train) -> Iterator[None]:
+    """Compile the forward pass inside, not the loss; restore it afterwards.
+
+    Of a two-stage detector, backbone, neck and proposal head are compiled, whose loss does not call `forward`.
+    """
+    parts: list[nn.Module] = []
+    if settings.compile:
+        names = ("backbone", "neck", "head") if isinstance(detector, TwoStage) else ("",)
+        parts = [detector.get_submodule(name) for name in names]
+    for part in parts:
+        part.forward = torch.compile(part.forward, mode="reduce-overhead" if settings.cuda_graphs else None)
     try:
         yield
     finally:
-        if wanted:
-            del detector.forward
+        for part in parts:
+            del part.forward

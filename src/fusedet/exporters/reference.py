@@ -56,8 +56,10 @@ def _add_noise(value: Any, generator: torch.Generator, noise: float) -> Any:
 
 
 def spread_scores(detector: DetectorModule) -> None:
-    """Widen the random weights of the heads, so that scores differ by more than rounding."""
+    """Widen the random weights of the heads and shift all layers, so that scores differ by more than rounding."""
     for key, parameter in detector.named_parameters():
-        if parameter.ndim >= 2 and key.startswith(("head.", "stages.", "branches.")):
+        if parameter.ndim < 2:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+        elif key.startswith(("head.", "stages.", "branches.")):
             fan_in = parameter[0].numel()
             parameter.data.mul_(0.3 / (parameter.data.std().clamp(min=1e-6) * fan_in**0.5))

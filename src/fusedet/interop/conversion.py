@@ -16,6 +16,7 @@ from fusedet.interop import torchvision
 from fusedet.interop.class_names import resolve_class_names
 from fusedet.interop.mmdetection import legacy_1x, load_checkpoint
 from fusedet.interop.mmdetection.backbone_config import read_resizing
+from fusedet.interop.mmdetection.backbone_weights import reorder_weights
 from fusedet.interop.mmdetection.detector_config import (
     convert_config,
     is_1x_checkpoint,
@@ -49,6 +50,11 @@ _CLASS_LAYERS = {
     "ddod": ("bbox_head.atss_cls.weight",),
     "gfl": ("bbox_head.gfl_cls.weight",),
     "tood": ("bbox_head.tood_cls.weight",),
+    "free_anchor": ("bbox_head.retina_cls.weight",),
+    "fsaf": ("bbox_head.retina_cls.weight",),
+    "fovea": ("bbox_head.conv_cls.weight",),
+    "yolof": ("bbox_head.cls_score.weight",),
+    "autoassign": ("bbox_head.conv_cls.weight",),
     "rpn": ("roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.0.fc_cls.weight"),
 }
 """Names of the layer with a row per class, by the type of the head; with proposals (rpn) it has one more."""
@@ -173,8 +179,11 @@ def _read_mmdetection_config(
 def count_classes(state: Mapping[str, Tensor], options: Config) -> int:
     """Count the classes K by the rows of the classification layer."""
     kind = as_mapping(options.model.head).get("type")
-    deltas = "bbox_head.retina_reg.weight"
-    rows_per_class = max(axis_size(state, deltas) // 4, 1) if kind == "retina" and deltas in state else 1
+    if kind == "rpn" and not options.model.roi:
+        return 1
+    deltas = {"yolof": "bbox_head.bbox_pred.weight"}.get(str(kind), "bbox_head.retina_reg.weight")
+    has_anchors = kind in ("retina", "free_anchor", "yolof") and deltas in state
+    rows_per_class = max(axis_size(state, deltas) // 4, 1) if has_anchors else 1
     names = _CLASS_LAYERS.get(str(kind), ())
     layer = next((name for name in names if name in state), None)
     count = 0 if layer is None else axis_size(state, layer) // rows_per_class - (kind == "rpn")
@@ -203,7 +212,9 @@ def convert_mmdetection_weights(state: Weights, options: Config, count: int, fil
     rules = build_rules(options.model, levels)
     renamed: Weights = {}
     sources: dict[str, str] = {}
-    for key, value in join_weights(state).items():
+    for key, value in join_weights(reorder_weights(state)).items():
+        if key.startswith("bbox_head.loss_"):  # statistics of a loss (GHM), state of its training only
+            continue
         name = rename_weight(key, rules)
         if name in renamed:
             raise InputError(

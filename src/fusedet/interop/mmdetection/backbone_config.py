@@ -10,17 +10,18 @@ import timm
 from fusedet.config import BACKBONES
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.config_reader import ConfigReader
+from fusedet.interop.mmdetection.neck_config import FURTHER_NECKS, convert_dyhead
+from fusedet.interop.mmdetection.timm_backbones import FAMILIES
 
 Tree = dict[str, Any]
 _TAGGED = {name.partition(".")[0]: name for name in (*BACKBONES.values(), "resnet34.tv_in1k", "resnet152.tv_in1k")}
 _FIXED = {
     "num_stages": (4,),
-    "out_indices": ([0, 1, 2, 3],),
+    "out_indices": ([0, 1, 2, 3], [3]),
     "strides": ([1, 2, 2, 2],),
     "dilations": ([1, 1, 1, 1],),
     "deep_stem": (False,),
     "avg_down": (False,),
-    "plugins": (None, False),
     "gcb": (None, False),
     "gen_attention": (None, False),
     "in_channels": (3,),
@@ -34,8 +35,12 @@ _TOPS |= {("on_output", True): "on_output", ("on_output", False): "on_output_pla
 
 
 def convert_backbone(reader: ConfigReader) -> Tree:
-    """Convert a ResNet or ResNeXt to `model.backbone`."""
-    kind = reader.require_type("ResNet", "ResNeXt")
+    """Convert a backbone to `model.backbone`."""
+    kind = reader.require_type("ResNet", "ResNeXt", *FAMILIES)
+    if kind in FAMILIES:
+        family = FAMILIES[kind](reader) | {"pretrained": False} | _convert_deformable(reader)
+        reader.note_unread()
+        return family
     depth, groups = reader.get_int("depth", 50), reader.get_int("groups", 1)
     name = f"resnet{depth}"
     if kind == "ResNeXt" or groups != 1:
@@ -44,14 +49,37 @@ def convert_backbone(reader: ConfigReader) -> Tree:
         raise InputError(f"MMDetection's {reader.path}: the backbone {name} is not supported")
     for key, values in _FIXED.items():
         reader.require_value(key, *values)
-    reader.require_norm("norm_cfg", "BN", "BN")
     options: Tree = {"name": _TAGGED.get(name, name), "pretrained": False}
+    options |= {"norm": "gn"} if reader.require_norm("norm_cfg", "BN", "BN", "GN") == "GN" else {}
     options |= reader.get_options({"frozen_stages": ("frozen_stages", -1), "norm_eval": ("norm_eval", True)})
     if reader.require_value("style", "pytorch", "caffe") == "caffe" and depth >= 50:
         options["style"] = "caffe"
     options |= _convert_deformable(reader)
-    reader.note_unread("base_width")
+    reader.note_unread("base_width", "plugins")
     return options
+
+
+def convert_plugins(reader: ConfigReader) -> Tree | None:
+    """Convert a backbone's plugins to `model.plugin`: GCNet's context block or none."""
+    plugins = reader.get_sections("plugins") if reader.values.get("plugins") else []
+    if not plugins:
+        return None
+    first = plugins[0]
+    block = first.get_section("cfg")
+    block.require_type("ContextBlock")
+    block.require_value("pooling_type", "att")
+    block.require_value("fusion_types", ["channel_add"])
+    position = first.require_value("position", "after_conv3")
+    if len(plugins) > 1:
+        raise InputError(f"MMDetection's {reader.path}.plugins has {len(plugins)} items: only one is supported")
+    used = first.get_typed("stages", list[bool], [True] * 4)
+    stages = [i for i, inserted in enumerate(used, start=1) if inserted]
+    return {
+        "type": "context_block",
+        "positions": [position],
+        "stages": stages,
+        "ratio": block.get_float("ratio", 1 / 16),
+    }
 
 
 def _convert_deformable(reader: ConfigReader) -> Tree:
@@ -67,10 +95,14 @@ def _convert_deformable(reader: ConfigReader) -> Tree:
     return {"deformable_stages": stages, "modulated": modulated} if stages else {}
 
 
-def convert_necks(readers: list[ConfigReader]) -> tuple[Any, Tree]:
-    """Convert one neck or several to `model.neck` and `model.pyramid`."""
+def convert_necks(readers: list[ConfigReader], last_only: bool = False) -> tuple[Any, Tree]:
+    """Convert one neck or several to `model.neck` and `model.pyramid`; last_only: the backbone has only C5."""
     first, *others = readers
-    kind = first.require_type("FPN", "PAFPN")
+    if last_only:
+        first.require_type("DilatedEncoder")
+    kind = first.require_type("FPN", "PAFPN", *FURTHER_NECKS)
+    if kind in FURTHER_NECKS and not others:
+        return FURTHER_NECKS[kind](first)
     first.require_value("end_level", -1)
     first.require_value("no_norm_on_lateral", False)
     first.get_section("upsample_cfg").require_value("mode", "nearest")
@@ -85,7 +117,9 @@ def convert_necks(readers: list[ConfigReader]) -> tuple[Any, Tree]:
     pyramid["top"] = _convert_top(first, count - (4 - start))
     specs: list[Any] = [{"type": kind.lower()} | ({"norm": True} if norm else {})]
     for reader in others:
-        reader.require_type("BFP")
+        if reader.require_type("BFP", "DyHead") == "DyHead":
+            specs.append(convert_dyhead(reader))
+            continue
         reader.require_value("num_levels", count)
         reader.require_norm("norm_cfg", None, None)
         refine = reader.require_value("refine_type", "none", "conv", "non_local")

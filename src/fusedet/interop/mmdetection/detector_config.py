@@ -12,11 +12,17 @@ from fusedet.errors import InputError
 from fusedet.interop.mmdetection.backbone_config import (
     convert_backbone,
     convert_necks,
+    convert_plugins,
     read_normalization,
     read_resizing,
 )
 from fusedet.interop.mmdetection.config_reader import ConfigReader
-from fusedet.interop.mmdetection.head_config import convert_dense_head, convert_rpn_head, read_nms_threshold
+from fusedet.interop.mmdetection.head_config import (
+    convert_dense_head,
+    convert_rpn_head,
+    read_nms_threshold,
+    read_soft_nms,
+)
 from fusedet.interop.mmdetection.roi_config import convert_roi_head
 
 Tree = dict[str, Any]
@@ -25,8 +31,9 @@ _IMAGENET = {
     "std": [255 * value for value in IMAGENET_DEFAULT_STD],
 }
 _ATSS_FAMILY = ("ATSS", "GFL", "PAA", "TOOD", "DDOD")
-_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", *_ATSS_FAMILY, "SingleStageDetector")
-DETECTORS = (*_DENSE, "FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
+_MATCHING = ("FOVEA", "FSAF", "YOLOF", "AutoAssign")
+_DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", *_ATSS_FAMILY, *_MATCHING, "SingleStageDetector")
+DETECTORS = (*_DENSE, "RPN", "FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
 _ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
 _ROI_KEYS_OF_1X = (
     "bbox_roi_extractor",
@@ -76,22 +83,30 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
         raise InputError(
             f"MMDetection's detector {kind} is not supported: supported detectors are {', '.join(DETECTORS)}"
         )
-    for key in ("backbone", "neck", *(("bbox_head",) if kind in _DENSE else ("rpn_head", "roi_head"))):
+    heads = ("bbox_head",) if kind in _DENSE else ("rpn_head",) if kind == "RPN" else ("rpn_head", "roi_head")
+    for key in ("backbone", "neck", *heads):
         if not values.get(key):
             raise InputError(f"MMDetection's config has no model.{key}: use the complete config")
     backbone = convert_backbone(model.get_section("backbone"))
-    necks, pyramid = convert_necks(model.get_sections("neck"))
+    outputs = model.get_section("backbone").get("out_indices")
+    necks, pyramid = convert_necks(model.get_sections("neck"), outputs is not None and list(outputs) == [3])
     train, test = model.get_section("train_cfg"), model.get_section("test_cfg")
     tree: Tree = {"model": {"backbone": backbone, "pyramid": pyramid, "neck": necks}}
+    if plugin := convert_plugins(model.get_section("backbone")):
+        tree["model"]["plugin"] = plugin
     if kind in _DENSE:
         tree["model"]["head"] = convert_dense_head(model.get_section("bbox_head"), train, pyramid, keys)
     else:
         rpn, proposal, proposals = train.get_section("rpn"), train.get_section("rpn_proposal"), test.get_section("rpn")
         tree["model"]["head"] = convert_rpn_head(model.get_section("rpn_head"), rpn, proposal, proposals, pyramid)
-        tree["model"]["roi"] = convert_roi_head(model.get_section("roi_head"), train.get_sections("rcnn"), legacy)
         tree["train"] = {"lr": 0.02}
-        test = test.get_section("rcnn")
-        test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
+        if kind == "RPN":
+            defaults, test = {"score_thr": 0.0, "max_per_img": 1000, "nms": {"iou_threshold": 0.7}}, proposals
+            test.values = defaults | test.values
+        else:
+            tree["model"]["roi"] = convert_roi_head(model.get_section("roi_head"), train.get_sections("rcnn"), legacy)
+            test = test.get_section("rcnn")
+            test.values.setdefault("nms_pre", proposals.values.get("nms_pre"))
     normalization = read_normalization({**config, "model": values}, notes)
     if normalization is None:
         notes.append("the config has no image normalization: RGB and ImageNet's mean and std are assumed")
@@ -100,9 +115,10 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
         backbone |= {} if all(_is_close(given[key], _IMAGENET[key]) for key in given) else given
     tree["test"] = {
         "score": test.get_float("score_thr", 0.05),
-        "nms": read_nms_threshold(test, 0.5),
+        "nms": read_nms_threshold(test, 0.5, soft=True),
         "max_det": _read_count(test, "max_per_img", "max_num", default=100),
         "pre_nms": _read_count(test, "nms_pre", default=1000),
+        **read_soft_nms(test),
     }
     model.note_unread("data_preprocessor", "rpn_head", "roi_head", "bbox_head")
     tree["data"] = read_resizing(config, notes)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fusedet.errors import InputError, unknown
+from fusedet.errors import unknown
+from fusedet.interop.mmdetection.anchor_config import (
+    MAX_CONVS,
+    check_strides,
+    convert_anchors,
+    convert_box_loss,
+    convert_square_anchors,
+    read_box_stds,
+)
 from fusedet.interop.mmdetection.config_reader import ConfigReader
+from fusedet.interop.mmdetection.matching_head_config import MATCHING_HEADS
 
 Tree = dict[str, Any]
 Keys = Mapping[str, Any]
-MAX_CONVS = 100
-"""Most convolutions of a head; it bounds the size of the model that an untrusted config builds."""
-_BOX_LOSSES = {"L1Loss": "l1", "SmoothL1Loss": "smooth_l1", "BalancedL1Loss": "balanced_l1"}
 _FOCAL_LOSS = {"alpha": ("loss_cls.alpha", 0.25), "gamma": ("loss_cls.gamma", 2.0)}
 _MATCHING = {"positive": ("assigner.pos_iou_thr", 0.5), "negative": ("assigner.neg_iou_thr", 0.4)}
 _VFNET = {
@@ -85,18 +90,25 @@ def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree,
     if kind not in _HEADS:
         raise unknown("bbox_head of MMDetection", kind, _HEADS)
     convert, norm = _HEADS[kind]
-    towers: Tree = {"convs": reader.get_int("stacked_convs", 4, 0, MAX_CONVS)} | _convert_width(reader, pyramid)
-    towers["norm"] = reader.require_norm("norm_cfg", norm, None, "GN") == "GN"
-    if kind not in ("RepPointsHead", "TOODHead") and (towers["norm"] or norm):
-        # MMDetection's rule for these biases changed, so the checkpoint decides.
-        towers["bias"] = any(key in keys for key in ("bbox_head.cls_convs.0.conv.bias", "bbox_head.cls_convs.0.bias"))
-    options = convert(reader, train, pyramid) | towers
+    options = convert(reader, train, pyramid)
+    if norm != "BN":
+        options["convs"] = reader.get_int("stacked_convs", 4, 0, MAX_CONVS)
+        options |= _convert_width(reader, pyramid)
+        options["norm"] = reader.require_norm("norm_cfg", norm, None, "GN") == "GN"
+        if kind not in ("RepPointsHead", "TOODHead") and (options["norm"] or norm):
+            # MMDetection's rule for these biases changed, so the checkpoint decides.
+            names = ("bbox_head.cls_convs.0.conv.bias", "bbox_head.cls_convs.0.bias")
+            options["bias"] = any(key in keys for key in names)
     reader.note_unread("loss_centerness", "loss_cls_fl", "use_vfl", "conv_bias")
     return options
 
 
 def _convert_retina_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     reader.get_section("loss_cls").require_value("use_sigmoid", True)
+    if (kind := reader.get_type("loss_cls", "FocalLoss")) != "FocalLoss":
+        reader.notes.append(f"further training has the focal loss where MMDetection's {reader.path} has {kind}")
+    if str(reader.get("type")).endswith("PISARetinaHead"):
+        reader.notes.append("further training is without PISA's weights of the samples (ISR, CARL)")
     options: Tree = {"type": "retina"} | reader.get_options(_FOCAL_LOSS) | convert_anchors(reader, pyramid, "octaves")
     read_box_stds(reader, [1.0] * 4)
     convert_box_loss(reader, "l1")
@@ -104,7 +116,7 @@ def _convert_retina_head(reader: ConfigReader, train: ConfigReader, pyramid: Tre
 
 
 def _convert_fcos_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    _check_strides(reader, "strides", pyramid)
+    check_strides(reader, "strides", pyramid)
     changes = {
         "center_sampling": ("center_sampling", False),
         "normalize_boxes": ("norm_on_bbox", False),
@@ -124,7 +136,7 @@ def _convert_fcos_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree)
 
 
 def _convert_vfnet_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    _check_strides(reader, "strides", pyramid)
+    check_strides(reader, "strides", pyramid)
     reader.require_value("use_atss", True)
     reader.require_value("sync_num_pos", True, False)
     reader.get_section("anchor_generator").require_value("center_offset", 0.0)
@@ -135,7 +147,7 @@ def _convert_vfnet_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree
 
 
 def _convert_reppoints_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    _check_strides(reader, "point_strides", pyramid)
+    check_strides(reader, "point_strides", pyramid)
     reader.require_value("use_grid_points", False)
     reader.require_value("center_init", True)
     reader.get_section("loss_cls").require_value("use_sigmoid", True)
@@ -144,26 +156,13 @@ def _convert_reppoints_head(reader: ConfigReader, train: ConfigReader, pyramid: 
     return options | train.get_section("refine").get_options(_MATCHING)
 
 
-def _convert_square_anchors(reader: ConfigReader, pyramid: Tree) -> Tree:
-    """Convert the single square anchor of each cell to its side in strides."""
-    anchors = convert_anchors(reader, pyramid, "scale")
-    if unsupported := {key: anchors[key] for key in ("offset", "round_anchors") if key in anchors}:
-        raise InputError(f"MMDetection's {reader.path}.anchor_generator has {unsupported}: this head has neither")
-    if anchors["ratios"] != [1.0]:
-        raise InputError(
-            f"MMDetection's {reader.path} has anchors of the ratios {anchors['ratios']}: only [1.0] is supported"
-        )
-    reader.require_value("pred_kernel_size", 3)
-    return {"base_scale": anchors["scale"]}
-
-
 def _convert_atss_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     read_box_stds(reader, ANCHOR_STDS)
     weights = {
         "box_weight": ("loss_bbox.loss_weight", 2.0),
         "centerness_weight": ("loss_centerness.loss_weight", 1.0),
     }
-    options: Tree = {"type": "atss"} | _convert_square_anchors(reader, pyramid)
+    options: Tree = {"type": "atss"} | convert_square_anchors(reader, pyramid, plain=False)
     options |= reader.get_changes({"kernel": ("pred_kernel_size", 3, 1, 15)})
     return options | reader.get_options(_FOCAL_LOSS | weights) | train.get_options(_TOPK)
 
@@ -175,13 +174,13 @@ def _convert_gfl_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) 
         "box_weight": ("loss_bbox.loss_weight", 2.0),
         "dfl_weight": ("loss_dfl.loss_weight", 0.25),
     }
-    options: Tree = {"type": "gfl"} | _convert_square_anchors(reader, pyramid)
+    options: Tree = {"type": "gfl"} | convert_square_anchors(reader, pyramid)
     return options | reader.get_options(weights) | train.get_options(_TOPK)
 
 
 def _convert_paa_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     read_box_stds(reader, ANCHOR_STDS)
-    options: Tree = {"type": "paa"} | _convert_square_anchors(reader, pyramid)
+    options: Tree = {"type": "paa"} | convert_square_anchors(reader, pyramid)
     options |= reader.get_options(_FOCAL_LOSS | _PAA) | train.get_options({"positive": ("assigner.pos_iou_thr", 0.1)})
     reader.read_keys |= {"reg_decoded_bbox", "covariance_type"}
     return options
@@ -190,19 +189,20 @@ def _convert_paa_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) 
 def _convert_ddod_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     read_box_stds(reader, ANCHOR_STDS)
     exponents = {"cls_exponent": ("assigner.alpha", 0.8), "box_exponent": ("reg_assigner.alpha", 0.5)}
-    options: Tree = {"type": "ddod"} | _convert_square_anchors(reader, pyramid)
+    options: Tree = {"type": "ddod"} | convert_square_anchors(reader, pyramid)
     return options | reader.get_options(_FOCAL_LOSS | _DDOD) | train.get_options(_TOPK | exponents)
 
 
 def _convert_tood_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     anchor_based = reader.require_value("anchor_type", "anchor_free", "anchor_based") == "anchor_based"
     read_box_stds(reader, ANCHOR_STDS)
-    options: Tree = {"type": "tood", "anchor_based": anchor_based} | _convert_square_anchors(reader, pyramid)
+    options: Tree = {"type": "tood", "anchor_based": anchor_based} | convert_square_anchors(reader, pyramid)
     return options | reader.get_options(_TOOD) | train.get_options(_TOOD_TRAINING)
 
 
 _HEADS: dict[str, tuple[Callable[[ConfigReader, ConfigReader, Tree], Tree], str | None]] = {
     "RetinaHead": (_convert_retina_head, None),
+    "PISARetinaHead": (_convert_retina_head, None),
     "FCOSHead": (_convert_fcos_head, "GN"),
     "VFNetHead": (_convert_vfnet_head, "GN"),
     "RepPointsHead": (_convert_reppoints_head, None),
@@ -211,8 +211,9 @@ _HEADS: dict[str, tuple[Callable[[ConfigReader, ConfigReader, Tree], Tree], str 
     "PAAHead": (_convert_paa_head, "GN"),
     "DDODHead": (_convert_ddod_head, "GN"),
     "TOODHead": (_convert_tood_head, "GN"),
+    **MATCHING_HEADS,
 }
-"""Conversion and default normalization of each head."""
+"""Conversion and default normalization of each head; towers with BN convert their own options."""
 
 
 def convert_rpn_head(
@@ -242,84 +243,29 @@ def convert_rpn_head(
     return options
 
 
-def read_nms_threshold(test: ConfigReader, default: float) -> float:
-    """Return the IoU threshold of a test_cfg's NMS."""
+def read_nms_threshold(test: ConfigReader, default: float, soft: bool = False) -> float:
+    """Return the IoU threshold of a test_cfg's NMS; soft: whether the detector also takes Soft-NMS."""
     inner = test.get_section("nms")
     kind = str(inner.get("type", "nms"))
-    if kind != "nms":
+    if kind != "nms" and not (soft and kind == "soft_nms"):
         test.notes.append(f"{test.path}.nms is {kind}, here hard NMS with the same IoU threshold: detections differ")
-    return inner.get_float(inner.find_key("iou_threshold", "iou_thr"), test.get_float("nms_thr", default))
+    default = 0.3 if kind == "soft_nms" and soft else test.get_float("nms_thr", default)  # of mmcv's soft_nms
+    return inner.get_float(inner.find_key("iou_threshold", "iou_thr"), default)
+
+
+def read_soft_nms(test: ConfigReader) -> Tree:
+    """Convert the Soft-NMS of a test_cfg to settings of `test`; empty without."""
+    inner = test.get_section("nms")
+    if inner.get("type", "nms") != "soft_nms":
+        return {}
+    options = {"soft_nms": inner.require_value("method", "linear", "gaussian")}
+    return options | inner.get_options({"soft_sigma": ("sigma", 0.5), "soft_min_score": ("min_score", 0.001)})
 
 
 def _read_max_proposals(test: ConfigReader, default: int) -> int:
     return test.get_int(test.find_key("max_per_img", "max_num", "nms_post"), default)
 
 
-def convert_anchors(reader: ConfigReader, pyramid: Tree, kind: str) -> Tree:
-    """Convert an AnchorGenerator to the "octaves" (base_scale, scales_per_octave) or the one "scale" of a head."""
-    generator, prefix, legacy, offset = reader, "anchor_", True, 0.5  # 1.x has them in the head
-    if section := reader.get_section("anchor_generator"):
-        generator, prefix = section, ""
-        legacy = section.require_type("AnchorGenerator", "LegacyAnchorGenerator") == "LegacyAnchorGenerator"
-        offset = section.get_float("center_offset", 0.0)
-        for key, value in (("base_sizes", None), ("centers", None), ("scale_major", True)):
-            section.require_value(key, value)
-    _check_strides(generator, f"{prefix}strides", pyramid)
-    options: Tree = {"ratios": generator.get_floats(f"{prefix}ratios", (0.5, 1.0, 2.0))}
-    scales = generator.get_floats(f"{prefix}scales")
-    base = generator.get_float("octave_base_scale", scales[0] if scales else 4.0)
-    count = generator.get_int("scales_per_octave", len(scales) or 3, 1, 100)
-    octaves = [base * 2 ** (i / count) for i in range(count)]
-    if any(abs(a - b) > 1e-4 * b for a, b in zip(scales, octaves)) or (kind == "scale" and count != 1):
-        supported = (
-            "one scale" if kind == "scale" else "the scales of octaves, octave_base_scale * 2^(i / scales_per_octave)"
-        )
-        raise InputError(f"MMDetection's {generator.path} has the scales {scales}: only {supported} can be converted")
-    options |= {"scale": base} if kind == "scale" else {"base_scale": base, "scales_per_octave": count}
-    return options | ({"offset": offset} if offset else {}) | ({"round_anchors": True} if legacy else {})
-
-
-def read_box_stds(reader: ConfigReader, stds: list[float] | None) -> list[float]:
-    """Return the standard deviations of a head's box deltas, which must be `stds` if given."""
-    if coder := reader.get_section("bbox_coder"):
-        coder.require_type("DeltaXYWHBBoxCoder", "LegacyDeltaXYWHBBoxCoder")
-        coder.require_value("add_ctr_clamp", False)
-    source = coder or reader
-    means = source.get_floats("target_means", [0.0] * 4)
-    values = source.get_floats("target_stds", stds or [0.1, 0.1, 0.2, 0.2])
-    if any(means):
-        raise InputError(f"MMDetection's {reader.path} has target_means={means}: only zeros are supported")
-    if stds and values != stds:
-        raise InputError(f"MMDetection's {reader.path} has target_stds={values}: only {stds} is supported")
-    return values
-
-
-def convert_box_loss(reader: ConfigReader, *kinds: str) -> Tree:
-    """Convert the loss of box deltas to the options loss and beta; another loss gives a note and the first kind."""
-    loss, theirs = reader.get_section("loss_bbox"), reader.get_type("loss_bbox", "L1Loss")
-    ours = _BOX_LOSSES.get(theirs)
-    if ours not in kinds:
-        reader.notes.append(
-            f"further training has the box loss {kinds[0]} where MMDetection's {reader.path} has {theirs}"
-        )
-        ours = kinds[0]
-    shape = loss.get_options({"alpha": ("alpha", 0.5), "gamma": ("gamma", 1.5), "beta": ("beta", 1.0)})
-    if ours == "balanced_l1" and tuple(shape.values()) != (0.5, 1.5, 1.0):
-        given = ", ".join(f"{name}={value}" for name, value in shape.items())
-        reader.notes.append(
-            "further training has the balanced L1 loss with alpha=0.5, gamma=1.5, beta=1.0 where MMDetection's "
-            f"{reader.path} has {given}"
-        )
-    return {} if len(kinds) == 1 else {"loss": ours} | ({"beta": shape["beta"]} if ours == "smooth_l1" else {})
-
-
 def _convert_width(reader: ConfigReader, pyramid: Tree) -> Tree:
     channels = reader.get_int("feat_channels", 256)
     return {} if channels == pyramid["channels"] else {"channels": channels}
-
-
-def _check_strides(reader: ConfigReader, key: str, pyramid: Tree) -> None:
-    expected = [2.0**i for i in range(pyramid["finest"], pyramid["coarsest"] + 1)]
-    strides = reader.get_floats(key, expected)
-    if len(strides) != len(expected) or not all(map(math.isclose, strides, expected)):
-        raise InputError(f"MMDetection's {reader.path}.{key}={strides} must be the neck's strides {expected}")

@@ -16,7 +16,10 @@ Weights = Mapping[str, Tensor]
 _DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 _DEEP: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 """Depths of ResNets by the blocks of their stages, with basic blocks and with bottlenecks."""
-_ATSS_FAMILY = ("ATSSHead", "GFLHead", "TOODHead", "DDODHead")
+_NMS_06 = ("VFNetHead", "ATSSHead", "GFLHead", "TOODHead", "DDODHead", "YOLOFHead", "AutoAssignHead")
+"""Heads whose NMS has an IoU threshold of 0.6."""
+_RELU = ("FCOSHead", "VFNetHead", "AutoAssignHead")
+"""Heads whose pyramids have a ReLU before P7."""
 
 
 def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]:
@@ -31,7 +34,7 @@ def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]
     """
     notes: list[str] = []
     if head := _infer_dense_head(state, notes, legacy):
-        nms = 0.6 if head["type"] == "VFNetHead" or head["type"] in _ATSS_FAMILY else 0.5  # of MMDetection's configs
+        nms = 0.6 if head["type"] in _NMS_06 else 0.5  # of MMDetection's configs
         model: Tree = {"type": "SingleStageDetector", "bbox_head": head, "test_cfg": {"nms": {"iou_threshold": nms}}}
     elif "rpn_head.rpn_cls.weight" in state and any(k.startswith("roi_head.bbox_head.") for k in state):
         roi_head = _infer_roi_head(state, notes)
@@ -41,11 +44,12 @@ def infer_config(state: Weights, legacy: bool = False) -> tuple[Tree, list[str]]
     else:
         raise InputError(
             "the weights are of no supported detector (RetinaNet, FCOS, VFNet, RepPoints, ATSS, GFL, TOOD, DDOD, "
-            f"Faster, Mask, Cascade and Grid R-CNN): the first is '{next(iter(state))}'; use --config, or another "
+            f"FoveaBox, FSAF, YOLOF, AutoAssign, Faster, Mask, Cascade, Grid and Double-Head R-CNN): the first is "
+            f"'{next(iter(state))}'; use --config, or another "
             "checkpoint"
         )
     model["backbone"] = infer_backbone(state)
-    model["neck"] = _infer_neck(state, relu=bool(head) and head["type"] in ("FCOSHead", "VFNetHead"))
+    model["neck"] = _infer_neck(state, bool(head) and head["type"] in _RELU, notes)
     if model["backbone"]["depth"] >= 50:
         notes.append(
             "the weights do not show which convolution of a bottleneck has the stride: style=pytorch is assumed, use "
@@ -88,8 +92,10 @@ def infer_backbone(state: Weights) -> Tree:
     return config
 
 
-def _infer_neck(state: Weights, relu: bool) -> Any:
+def _infer_neck(state: Weights, relu: bool, notes: list[str]) -> Any:
     """Infer an FPN or PAFPN, and a BFP after it; relu: whether a ReLU precedes P7."""
+    if "neck.dilated_encoder_blocks.0.conv1.conv.weight" in state:
+        return _infer_dilated_encoder(state, notes)
     many = "neck.0.lateral_convs.0.conv.weight" in state
     prefix = "neck.0." if many else "neck."
     laterals = _count_layers(state, rf"{re.escape(prefix)}lateral_convs\.(\d+)\.")
@@ -111,10 +117,24 @@ def _infer_neck(state: Weights, relu: bool) -> Any:
         config |= {"add_extra_convs": "on_input" if on_input else "on_output", "relu_before_extra_convs": relu}
     if not many:
         return config
+    if blocks := _count_layers(state, r"neck\.1\.dyhead_blocks\.(\d+)\."):
+        return [config, {"type": "DyHead", "num_blocks": blocks}]
     refine = next((k for k in state if k.startswith("neck.1.refine.")), "")
     kind = "conv" if refine.startswith("neck.1.refine.conv.") else "non_local" if refine else None
     level = 1 if laterals == 3 else 2  # Libra's RetinaNet and Faster R-CNN
     return [config, {"type": "BFP", "num_levels": config["num_outs"], "refine_level": level, "refine_type": kind}]
+
+
+def _infer_dilated_encoder(state: Weights, notes: list[str]) -> Tree:
+    blocks = _count_layers(state, r"neck\.dilated_encoder_blocks\.(\d+)\.")
+    notes.append("the weights do not show the dilations of YOLOF's encoder: 2, 4, 6, ... are assumed")
+    return {
+        "type": "DilatedEncoder",
+        "out_channels": axis_size(state, "neck.lateral_conv.weight"),
+        "block_mid_channels": axis_size(state, "neck.dilated_encoder_blocks.0.conv1.conv.weight"),
+        "num_residual_blocks": blocks,
+        "block_dilations": [2 * i for i in range(1, blocks + 1)],
+    }
 
 
 def _infer_dense_head(state: Weights, notes: list[str], legacy: bool) -> Tree:
@@ -127,12 +147,17 @@ def _infer_dense_head(state: Weights, notes: list[str], legacy: bool) -> Tree:
     last = f"bbox_head.cls_convs.{convs - 1}.conv.conv_offset.weight" in state
     if "bbox_head.retina_cls.weight" in state:
         anchors = axis_size(state, "bbox_head.retina_reg.weight") // 4
+        if anchors == 1:
+            single = _make_anchors(octave_base_scale=1, scales_per_octave=1, ratios=[1.0])
+            return config | single | {"type": "FSAFHead", "bbox_coder": {"type": "TBLRBBoxCoder"}}
         if anchors != 9:
             raise InputError(
                 f"RetinaNet with {anchors} anchors per cell: the weights do not show scales and ratios, use --config"
             )
         scales = {"octave_base_scale": 4, "scales_per_octave": 3}
         return config | {"type": "RetinaHead"} | (scales if legacy else _make_anchors(**scales))
+    if head := _infer_matching_head(state):
+        return config | head
     if family := _infer_atss_family(state, notes):
         return config | family
     if "bbox_head.vfnet_cls.weight" in state:
@@ -154,6 +179,28 @@ def _infer_dense_head(state: Weights, notes: list[str], legacy: bool) -> Tree:
             "otherwise"
         )
         return config | {"type": "FCOSHead", "dcn_on_last_conv": last}
+    return {}
+
+
+def _infer_matching_head(state: Weights) -> Tree:
+    """Infer the head of AutoAssign, FoveaBox or YOLOF; empty for another."""
+    if "bbox_head.center_prior.mean" in state:
+        return {"type": "AutoAssignHead"}
+    if "bbox_head.conv_reg.weight" in state and "bbox_head.conv_centerness.weight" not in state:
+        convs = _count_layers(state, r"bbox_head\.reg_convs\.(\d+)\.")
+        width = axis_size(state, "bbox_head.conv_reg.weight", 1)
+        align = "bbox_head.feature_adaption.conv_offset.weight" in state
+        return {"type": "FoveaHead", "with_deform": align, "stacked_convs": convs, "feat_channels": width}
+    if "bbox_head.object_pred.weight" in state:
+        anchors = axis_size(state, "bbox_head.object_pred.weight")
+        return {
+            "type": "YOLOFHead",
+            "num_cls_convs": _count_layers(state, r"bbox_head\.cls_subnet\.(\d+)\."),
+            "num_reg_convs": _count_layers(state, r"bbox_head\.bbox_subnet\.(\d+)\."),
+            "norm_cfg": {"type": "BN"},
+            "bbox_coder": {"add_ctr_clamp": True},
+            **_make_anchors(ratios=[1.0], scales=[2.0**i for i in range(anchors)]),
+        }
     return {}
 
 
@@ -224,16 +271,28 @@ def _infer_roi_head(state: Weights, notes: list[str]) -> Tree:
         convs = _count_layers(state, r"roi_head\.grid_head\.convs\.(\d+)\.")
         grid = {"type": "GridHead", "grid_points": points, "point_feat_channels": width // points, "num_convs": convs}
         config |= {"type": "GridRoIHead", "grid_head": grid}
+    elif "roi_head.bbox_head.res_block.conv1.conv.weight" in state:
+        config["type"] = "DoubleHeadRoIHead"
     elif not stages:
         notes.append("Dynamic and Libra R-CNN have the same weights as Faster R-CNN, which is assumed")
     return config
 
 
 def _infer_stage(state: Weights, prefix: str) -> Tree:
+    deltas = f"{prefix}fc_reg.weight"
+    if f"{prefix}res_block.conv1.conv.weight" in state:
+        return {
+            "type": "DoubleConvFCBBoxHead",
+            "num_convs": _count_layers(state, rf"{re.escape(prefix)}conv_branch\.(\d+)\."),
+            "num_fcs": _count_layers(state, rf"{re.escape(prefix)}fc_branch\.(\d+)\."),
+            "fc_out_channels": axis_size(state, f"{prefix}fc_cls.weight", 1),
+            "conv_out_channels": axis_size(state, deltas, 1),
+            "reg_class_agnostic": axis_size(state, deltas) == 4,
+            "loss_bbox": {"type": "SmoothL1Loss"},
+        }
     convs = _count_layers(state, rf"{re.escape(prefix)}shared_convs\.(\d+)\.")
     config: Tree = {"type": "Shared4Conv1FCBBoxHead" if convs else "Shared2FCBBoxHead"}
     config["fc_out_channels"] = axis_size(state, f"{prefix}fc_cls.weight", 1)
-    deltas = f"{prefix}fc_reg.weight"
     return config | {
         "with_reg": deltas in state,
         "reg_class_agnostic": deltas in state and axis_size(state, deltas) == 4,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.anchor_config import MAX_CONVS, convert_box_loss, read_box_stds
 from fusedet.interop.mmdetection.config_reader import ConfigReader
-from fusedet.interop.mmdetection.head_config import MAX_CONVS, convert_box_loss, read_box_stds
 
 Tree = dict[str, Any]
 _TRAINING = {
@@ -27,6 +27,14 @@ _GRID = {
     "point_channels": ("point_feat_channels", 64),
     "weight": ("loss_grid.loss_weight", 15.0),
 }
+_DOUBLE = {
+    "blocks": ("num_convs", 4, 0, MAX_CONVS),
+    "layers": ("num_fcs", 2, 1, MAX_CONVS),
+    "box_channels": ("conv_out_channels", 1024),
+    "channels": ("fc_out_channels", 1024),
+    "cls_weight": ("loss_cls.loss_weight", 2.0),
+    "box_weight": ("loss_bbox.loss_weight", 2.0),
+}
 _MASK = {"convs": ("num_convs", 4, 0, MAX_CONVS), "channels": ("conv_out_channels", 256)}
 
 
@@ -38,7 +46,11 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
         trains: Readers of `train_cfg.rcnn`, one for all stages or one per stage.
         legacy: Whether RoIAlign is that of MMDetection 1.x unless the config says otherwise.
     """
-    kind = reader.require_type("StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead")
+    kind = reader.require_type(
+        "StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead", "DoubleHeadRoIHead", "PISARoIHead"
+    )
+    if kind == "PISARoIHead":
+        reader.notes.append("further training is without PISA's weights of the samples (ISR, CARL)")
     reader.require_value("shared_head", None)
     heads = reader.get_sections("bbox_head")
     if kind == "CascadeRoIHead" and len(heads) == 1:
@@ -61,6 +73,8 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
     stages = [
         _convert_stage(h, w, t, kind) | _convert_pooling(pooled, legacy, 7) for h, w, t in zip(heads, weights, trains)
     ]
+    if kind == "DoubleHeadRoIHead":
+        stages[0]["enlarge"] = reader.get_float("reg_roi_scale_factor", 1.3)
     branches = [
         _convert_mask_head(head) | convert_branch_pooling("mask_roi_extractor")
         for head in reader.get_sections("mask_head")[:1]
@@ -73,24 +87,25 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
 
 
 def _convert_stage(head: ConfigReader, weight: float, train: ConfigReader, kind: str) -> Tree:
+    if kind == "DoubleHeadRoIHead":
+        return _convert_double_stage(head, train)
     theirs = head.require_type("Shared2FCBBoxHead", "ConvFCBBoxHead", "SharedFCBBoxHead", "Shared4Conv1FCBBoxHead")
     convs, layers = {"Shared4Conv1FCBBoxHead": (4, 1), "ConvFCBBoxHead": (0, 0)}.get(theirs, (0, 2))
     convs = head.get_int("num_shared_convs", convs)
     layers = head.get_int(head.find_key("num_shared_fcs", "num_fcs"), layers)
-    if (convs, layers) not in ((0, 2), (4, 1)):
-        raise InputError(
-            f"MMDetection's {head.path} has {convs} shared convolutions and {layers} shared layers: only none "
-            "and two, or four and one are supported"
-        )
+    if layers < 1:
+        raise InputError(f"MMDetection's {head.path} has no shared fully connected layer: at least one is needed")
     for key in ("num_cls_convs", "num_cls_fcs", "num_reg_convs", "num_reg_fcs"):
         head.require_value(key, 0)
-    head.require_norm("norm_cfg", None, None)
+    norm = head.require_norm("norm_cfg", None, None, "GN", "BN")
     head.require_value("with_avg_pool", False)
     for key in ("reg_predictor_cfg", "cls_predictor_cfg"):
         head.get_section(key).require_type("Linear")
     head.get_section("loss_cls").require_value("use_sigmoid", False)
     options: Tree = {"type": "box", "channels": head.get_int("fc_out_channels", 1024)}
-    options |= {"convs": convs, "layers": layers} if convs else {}
+    options |= {"convs": convs} if convs else {}
+    options |= {"layers": layers} if convs or layers != 2 else {}
+    options |= {"norm": norm.lower()} if convs and norm else {}
     options |= {"stds": read_box_stds(head, None)} | train.get_options(_TRAINING)
     options |= head.get_changes({"class_agnostic": ("reg_class_agnostic", False)})
     options |= {"weight": weight} if weight != 1.0 else {}
@@ -101,6 +116,18 @@ def _convert_stage(head: ConfigReader, weight: float, train: ConfigReader, kind:
         options |= convert_box_loss(head, "l1", "smooth_l1", "balanced_l1")
         options |= _convert_sampling(train.get_section("sampler"))
     head.note_unread("loss_bbox", "num_shared_fcs", "conv_out_channels")
+    return options
+
+
+def _convert_double_stage(head: ConfigReader, train: ConfigReader) -> Tree:
+    head.require_type("DoubleConvFCBBoxHead")
+    head.require_norm("norm_cfg", "BN", "BN")
+    head.get_section("loss_cls").require_value("use_sigmoid", False)
+    options: Tree = {"type": "double_head"} | head.get_options(_DOUBLE) | {"stds": read_box_stds(head, None)}
+    options |= train.get_options(_TRAINING) | head.get_changes({"class_agnostic": ("reg_class_agnostic", False)})
+    options |= convert_box_loss(head, "smooth_l1", "l1", "balanced_l1")
+    options |= _convert_sampling(train.get_section("sampler"))
+    head.note_unread("loss_bbox", "with_avg_pool")
     return options
 
 
@@ -140,14 +167,14 @@ def _convert_pooling(extractors: list[ConfigReader], legacy: bool, size: int) ->
 
 def _convert_mask_head(head: ConfigReader) -> Tree:
     head.require_type("FCNMaskHead")
-    head.require_norm("norm_cfg", None, None)
+    norm = head.require_norm("norm_cfg", None, None, "GN", "BN")
     head.require_value("class_agnostic", False)
     head.require_value("conv_kernel_size", 3)
     head.require_value("upsample_method", "deconv")
     upsample = head.get_section("upsample_cfg")
     upsample.require_type("deconv")
     upsample.require_value("scale_factor", 2)
-    options: Tree = {"type": "mask"} | head.get_options(_MASK)
+    options: Tree = {"type": "mask"} | head.get_options(_MASK) | ({"norm": norm.lower()} if norm else {})
     options |= head.get_changes({"weight": ("loss_mask.loss_weight", 1.0)})
     head.note_unread()
     return options

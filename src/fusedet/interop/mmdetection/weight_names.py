@@ -11,20 +11,15 @@ from torch import Tensor
 
 from fusedet.config import Model
 from fusedet.errors import InputError
+from fusedet.interop.mmdetection.backbone_weights import STEMS, backbone_rules
+from fusedet.interop.mmdetection.weight_tables import FURTHER_NECKS, OUTPUTS, Rule
 
 Weights = dict[str, Tensor]
-Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 
-BACKBONE: list[Rule] = [
-    # Offsets of deformable convolutions: 1.0 has them beside the convolution, later versions inside it, and modulated
-    # ones had another name for some time.
-    (r"^backbone\.(.*\.conv2)(?:_offset|\.conv_offset(?:_mask)?)\.", r"backbone.body.\1.offset."),
-    (r"^backbone\.", "backbone.body."),
-]
 RPN: list[Rule] = [
-    (r"^rpn_head\.rpn_conv\.(weight|bias)$", r"head.tower.0.\1"),
-    (r"^rpn_head\.rpn_conv\.(\d+)\.conv\.", lambda m: f"head.tower.{2 * int(m[1])}."),
-    (r"^rpn_head\.rpn_(cls|reg)\.", r"head.\1."),
+    (r"^(?:rpn|bbox)_head\.rpn_conv\.(weight|bias)$", r"head.tower.0.\1"),
+    (r"^(?:rpn|bbox)_head\.rpn_conv\.(\d+)\.conv\.", lambda m: f"head.tower.{2 * int(m[1])}."),
+    (r"^(?:rpn|bbox)_head\.rpn_(cls|reg)\.", r"head.\1."),
 ]
 
 
@@ -40,22 +35,28 @@ def build_rules(model: Model, levels: int) -> list[Rule]:
         model: Model section of the config.
         levels: Number of feature levels from the backbone to the first neck.
     """
-    rules = BACKBONE + _dense_head_rules(as_mapping(model.head)) + (_roi_rules(model.roi) if model.roi else [])
+    rules = backbone_rules(model.backbone) + dense_head_rules(as_mapping(model.head))
+    rules += _roi_rules(model.roi) if model.roi else []
     necks = model.neck if isinstance(model.neck, list) else [model.neck]
     for i, neck in enumerate(map(as_mapping, necks)):
         theirs, ours = (rf"^neck\.{i}\.", f"neck.necks.{i}.") if len(necks) > 1 else (r"^neck\.", "neck.")
-        rules += [(theirs + pattern, ours + name) for pattern, name in _neck_rules(neck["type"], neck, levels)]
+        rules += _prefix_rules(theirs, ours, _neck_rules(neck["type"], neck, levels))
     return rules
 
 
-def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[tuple[str, str]]:
+def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[Rule]:
+    if kind in FURTHER_NECKS:
+        return FURTHER_NECKS[kind]
     if kind == "bfp":
-        non_local = [(r"refine\.conv_out\.conv\.", "refine.out."), (r"refine\.(g|theta|phi)\.conv\.", r"refine.\1.")]
-        return [(r"refine\.conv\.", "refine.0.")] if options.get("refine") == "conv" else non_local
+        if options.get("refine") == "conv":
+            return [(r"refine\.conv\.", "refine.0.")]
+        return [(r"refine\.conv_out\.conv\.", "refine.out."), (r"refine\.(g|theta|phi)\.conv\.", r"refine.\1.")]
     if kind not in ("fpn", "pafpn"):
-        raise InputError(f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn and bfp do")
+        raise InputError(
+            f"model.neck '{kind}' does not exist in MMDetection: fpn, pafpn, bfp, {', '.join(FURTHER_NECKS)} do"
+        )
     inner = "fpn." if kind == "pafpn" else ""
-    rules = []
+    rules: list[Rule] = []
     for theirs, ours in ((r"\.conv\.", ".0." if options.get("norm") else "."), (r"\.gn\.", ".1.")):
         rules += [(rf"fpn_convs\.{levels + i}{theirs}", f"top.convs.{i}{ours}") for i in range(4)]
         rules += [
@@ -65,7 +66,8 @@ def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[tupl
     return [*rules, (r"downsample_convs\.(\d+)\.conv\.", r"down.\1."), (r"pafpn_convs\.(\d+)\.conv\.", r"output.\1.")]
 
 
-def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
+def dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
+    """Build the renaming rules of a dense head, from `bbox_head` or `rpn_head` to `head`."""
     kind = spec["type"]
     if kind == "rpn":
         return RPN
@@ -76,7 +78,14 @@ def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
     def rename(suffix: str, shift: int = 0) -> Callable[[re.Match[str]], str]:
         return lambda m: f"head.towers.{m[1]}.{step * int(m[2]) + shift}.{suffix}"
 
+    aligned: list[Rule] = []
+    if spec.get("align"):  # of FoveaBox
+        aligned = [
+            (r"^bbox_head\.cls_convs\.(\d+)\.conv\.", lambda m: f"head.align.tower.{step * int(m[1])}."),
+            (r"^bbox_head\.cls_convs\.(\d+)\.gn\.", lambda m: f"head.align.tower.{step * int(m[1]) + 1}."),
+        ]
     return [
+        *aligned,
         (tower + r"conv\.conv_offset\.", rename("offset.")),
         (tower + r"(?:conv\.)?(?=(weight|bias)$)", rename("")),
         (tower + r"gn\.", rename("", 1)),
@@ -84,65 +93,32 @@ def _dense_head_rules(spec: Mapping[str, Any]) -> list[Rule]:
     ]
 
 
-NORMALIZED = ("fcos", "vfnet", "atss", "gfl", "paa", "ddod", "tood")
+NORMALIZED = ("fcos", "vfnet", "atss", "gfl", "paa", "ddod", "tood", "autoassign")
 """Heads whose towers have GroupNorm by default."""
-_ANCHORS: list[Rule] = [
-    (r"^bbox_head\.atss_(cls|reg)\.", r"head.\1."),
-    (r"^bbox_head\.atss_(?:centerness|iou)\.", "head.quality."),
-    (r"^bbox_head\.(scales)$", r"head.\1"),
-]
-OUTPUTS: dict[str, list[Rule]] = {
-    "retina": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
-    "fcos": [
-        (r"^bbox_head\.(?:conv|fcos)_(cls|reg|centerness)\.", r"head.\1."),
-        (r"^bbox_head\.(scales)$", r"head.\1"),
-    ],
-    "vfnet": [
-        (r"^bbox_head\.vfnet_reg_conv\.conv\.", "head.reg_conv.0."),
-        (r"^bbox_head\.vfnet_reg_conv\.gn\.", "head.reg_conv.1."),
-        (r"^bbox_head\.vfnet_reg_refine_dconv\.", "head.refine_star."),
-        (r"^bbox_head\.vfnet_cls_dconv\.", "head.cls_star."),
-        (r"^bbox_head\.vfnet_reg_refine\.", "head.refine."),
-        (r"^bbox_head\.vfnet_(cls|reg)\.", r"head.\1."),
-        (r"^bbox_head\.(scales|scales_refine)$", r"head.\1"),
-    ],
-    "atss": _ANCHORS,
-    "paa": _ANCHORS,
-    "ddod": _ANCHORS,
-    "gfl": [
-        (r"^bbox_head\.gfl_(cls|reg)\.", r"head.\1."),
-        (r"^bbox_head\.integral\.project$", "head.distances"),
-        (r"^bbox_head\.(scales)$", r"head.\1"),
-    ],
-    "tood": [
-        (r"^bbox_head\.inter_convs\.(\d+)\.conv\.conv_offset\.", r"head.shared.\1.0.offset."),
-        (r"^bbox_head\.inter_convs\.(\d+)\.conv\.", r"head.shared.\1.0."),
-        (r"^bbox_head\.inter_convs\.(\d+)\.gn\.", r"head.shared.\1.1."),
-        (r"^bbox_head\.(cls|reg)_decomp\.layer_attention\.", r"head.\1_task.attention."),
-        (r"^bbox_head\.(cls|reg)_decomp\.reduction_conv\.conv\.", r"head.\1_task.reduce."),
-        (r"^bbox_head\.(cls|reg)_decomp\.reduction_conv\.gn\.", r"head.\1_task.norm."),
-        (r"^bbox_head\.(cls|reg)_(?:prob|offset)_module\.", r"head.\1_alignment."),
-        (r"^bbox_head\.tood_(cls|reg)\.", r"head.\1."),
-        (r"^bbox_head\.(scales)$", r"head.\1"),
-    ],
-    "reppoints": [
-        (r"^bbox_head\.reppoints_(cls|pts_init|pts_refine)_conv\.", r"head.\1_conv."),
-        (r"^bbox_head\.reppoints_(cls|pts_init|pts_refine)_out\.", r"head.\1."),
-        (r"^bbox_head\.moment_transfer$", "head.moment_transfer"),
-    ],
-}
 
 
 def _roi_rules(spec: Mapping[str, Any]) -> list[Rule]:
     kinds = [as_mapping(stage)["type"] for stage in spec.get("stages", [])]
     rules: list[Rule] = []
-    for i, kind in enumerate(kinds):
+    for i, (kind, stage) in enumerate(zip(kinds, spec.get("stages", []))):
         number = rf"(?:{i}\.)" if len(kinds) > 1 else ""
-        rules += _prefix_rules(rf"^roi_head\.bbox_head\.{number}", f"stages.{i}.{'box.' * (kind == 'dynamic')}", STAGE)
+        convolutions = _convolution_rules("shared_", as_mapping(stage))
+        ours = f"stages.{i}.{'box.' * (kind == 'dynamic')}"
+        rules += _prefix_rules(rf"^roi_head\.bbox_head\.{number}", ours, convolutions + STAGE)
         for k, branch in enumerate(map(as_mapping, spec.get("branches") or [])):
             theirs = rf"^roi_head\.{branch['type']}_head\.{number}"
-            rules += _prefix_rules(theirs, f"branches.{k}.{i}.", BRANCHES.get(branch["type"], []))
+            own = BRANCHES.get(branch["type"], [])
+            own = _convolution_rules("", branch) + own if branch["type"] == "mask" else own
+            rules += _prefix_rules(theirs, f"branches.{k}.{i}.", own)
     return rules
+
+
+def _convolution_rules(prefix: str, options: Mapping[str, Any]) -> list[Rule]:
+    first = "0." if options.get("norm") else ""
+    return [
+        (rf"{prefix}convs\.(\d+)\.conv\.", rf"convs.\1.{first}"),
+        (rf"{prefix}convs\.(\d+)\.(?:gn|bn)\.", r"convs.\1.1."),
+    ]
 
 
 def _prefix_rules(theirs: str, ours: str, rules: list[Rule]) -> list[Rule]:
@@ -154,11 +130,18 @@ def _prefix_rules(theirs: str, ours: str, rules: list[Rule]) -> list[Rule]:
 
 STAGE: list[Rule] = [
     (r"shared_fcs\.", "shared."),
-    (r"shared_convs\.(\d+)\.conv\.", r"convs.\1."),
     (r"fc_(cls|reg)\.", r"\1."),
+    # Double-Head
+    (r"fc_branch\.", "shared."),
+    (r"res_block\.conv_identity\.(conv|bn)\.", lambda m: f"widen.shortcut.{int(m[1] == 'bn')}."),
+    (r"res_block\.conv(\d)\.(conv|bn)\.", lambda m: f"widen.layers.{int(m[1]) - 1}.{int(m[2] == 'bn')}."),
+    (
+        r"conv_branch\.(\d+)\.(conv|bn)(\d)\.",
+        lambda m: f"blocks.{m[1]}.layers.{int(m[3]) - 1}.{int(m[2] == 'bn')}.",
+    ),
 ]
 BRANCHES: dict[str, list[Rule]] = {
-    "mask": [(r"convs\.(\d+)\.conv\.", r"convs.\1."), (r"conv_logits\.", "logits."), (r"upsample\.", "upsample.")],
+    "mask": [(r"conv_logits\.", "logits."), (r"upsample\.", "upsample.")],
     "grid": [
         (r"convs\.(\d+)\.conv\.", lambda m: f"convs.{3 * int(m[1])}."),
         (r"convs\.(\d+)\.gn\.", lambda m: f"convs.{3 * int(m[1]) + 1}."),
@@ -210,8 +193,8 @@ def join_weights(state: Weights) -> Weights:
 
 def flip_stem_channels(state: Weights) -> Weights:
     """Convert weights for BGR images to RGB: reverse the input channels of the first convolution."""
-    stem = "backbone.conv1.weight"
-    return state | {stem: state[stem].flip(1)} if stem in state and state[stem].ndim == 4 else state
+    stem = next((name for name in STEMS if name in state and state[name].ndim == 4), None)
+    return state | {stem: state[stem].flip(1)} if stem else state
 
 
 def match_weights(

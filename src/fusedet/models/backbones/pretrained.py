@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,23 +16,24 @@ from torch import Tensor, nn
 
 from fusedet import safe_load
 from fusedet.errors import InputError, unknown
+from fusedet.models.backbones.swin import pad_before_shift, size_options
 from fusedet.quiet import quiet
+from fusedet.types import Features
 
 STRIDES = (4, 8, 16, 32)
+OPTIONS = {"zero_init_last": "zero_init=false", "norm_layer": "norm=gn", "feature_location": "branch_maps=true"}
+"""Settings of `TimmBackbone` by the arguments of timm's models that they set."""
 _LOGGERS = ("timm", "huggingface_hub")  # an InputError says what is wrong with weights
 
 
-def create_timm_model(
-    name: str, pretrained: bool, weights: str | None, zero_init: bool = True, channels: int = 3
-) -> Any:
+def create_timm_model(name: str, pretrained: bool, weights: str | None, options: Mapping[str, Any]) -> Any:
     """Create a timm model with feature extraction, with timm's weights or those of a file.
 
     Args:
         name: timm's name of the model, with or without the tag of its weights.
         pretrained: Fetch timm's weights.
         weights: Local file of weights instead.
-        zero_init: See `TimmBackbone`.
-        channels: Channels of the images.
+        options: Further arguments of timm's model.
 
     Raises:
         InputError: The name is unknown, the model is unfit for a pyramid, or the weights cannot be loaded.
@@ -40,18 +42,24 @@ def create_timm_model(
         raise unknown("timm model", name, timm.list_models())
     state = _read_state_dict(weights) if weights else {}
     overlay = {"file": weights} if weights else None
-    options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
-    options |= {} if channels == 3 else {"in_chans": channels}
     try:
         with quiet(*_LOGGERS):
             loaded = pretrained or bool(weights)
             model: Any = timm.create_model(
-                name, features_only=True, pretrained=loaded, pretrained_cfg_overlay=overlay, **options
+                name,
+                features_only=True,
+                pretrained=loaded,
+                pretrained_cfg_overlay=overlay,
+                **size_options(name),
+                **options,
             )
     except TypeError as error:
-        if zero_init or "zero_init_last" not in str(error):
+        given = next((key for key in options if key in str(error)), None)
+        if given is None:
             raise
-        raise InputError(f"model.backbone.zero_init=false: timm's '{name}' has no such option, leave it out") from error
+        raise InputError(
+            f"model.backbone.{OPTIONS[given]}: timm's '{name}' has no such option, leave it out"
+        ) from error
     except OSError as error:
         raise InputError(
             f"model.backbone.pretrained=true: the weights of '{name}' could not be fetched ({type(error).__name__}): "
@@ -69,14 +77,20 @@ def create_timm_model(
         )
         raise InputError(f"{source}: {reason}") from error
     if weights:
-        _check_loaded(model, state, weights, name, channels)
+        _check_loaded(model, state, weights, name, options.get("in_chans", 3))
     if not set(STRIDES[1:]) <= set(model.feature_info.reduction()):
         raise InputError(
             f"timm's '{name}' gives strides {model.feature_info.reduction()}, a pyramid needs 8, 16 and 32"
         )
+    pad_before_shift(model)
     if fault := _feature_map_fault(name):
         raise InputError(f"timm's '{name}' {fault}: choose a convolutional backbone")
     return model
+
+
+def to_channels_first(model: Any, maps: Features) -> Features:
+    """Permute the maps of a model that gives (N, H, W, C) to (N, C, H, W)."""
+    return [x.permute(0, 3, 1, 2) for x in maps] if getattr(model, "output_fmt", "NCHW") == "NHWC" else maps
 
 
 @cache
@@ -87,9 +101,9 @@ def _feature_map_fault(name: str) -> str | None:
     shows it. The result depends on the name only and the pass is most of a construction's time, so it is cached.
     """
     with torch.device("meta"):
-        probe: Any = timm.create_model(name, features_only=True, pretrained=False).eval()
+        probe: Any = timm.create_model(name, features_only=True, pretrained=False, **size_options(name)).eval()
         try:
-            maps = probe(torch.zeros(1, 3, 96, 160))
+            maps = to_channels_first(probe, probe(torch.zeros(1, 3, 96, 160)))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             return f"does not take images of any size ({reason})"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+from timm.models.regnet import Bottleneck as RegNetBottleneck
+from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -59,8 +61,20 @@ def stride_in_conv1(model: nn.Module, name: str) -> None:
         block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
+def drop_first_pool(model: nn.Module, name: str) -> None:
+    """Remove the average pooling of stride 1 from the first block of a Res2Net.
+
+    Raises:
+        InputError: The model is no Res2Net.
+    """
+    blocks: list[Any] = [m for m in model.modules() if isinstance(m, Bottle2neck)]
+    if not blocks:
+        raise InputError(f"pool_first=false: '{name}' is no Res2Net, leave the option out")
+    blocks[0].pool = None
+
+
 def make_deformable(stages: dict[int, list[nn.Module]], name: str, modulated: bool) -> None:
-    """Make the 3x3 convolution of every ResNet block in these stages deformable; its weights stay.
+    """Make the 3x3 convolution of every ResNet or RegNet block in these stages deformable; its weights stay.
 
     In a basic block it is the second one.
 
@@ -69,14 +83,18 @@ def make_deformable(stages: dict[int, list[nn.Module]], name: str, modulated: bo
     """
     for number, modules in stages.items():
         blocks: list[Any] = [
-            m for module in modules for m in module.modules() if isinstance(m, (BasicBlock, Bottleneck))
+            m
+            for module in modules
+            for m in module.modules()
+            if isinstance(m, (BasicBlock, Bottleneck, RegNetBottleneck))
         ]
         if not blocks:
             raise InputError(
                 f"deformable_stages: stage {number} of '{name}' has no blocks of a ResNet, leave the option out"
             )
         for block in blocks:
-            block.conv2 = _to_deformable(block.conv2, modulated)
+            holder, key = (block.conv2, "conv") if isinstance(block, RegNetBottleneck) else (block, "conv2")
+            setattr(holder, key, _to_deformable(getattr(holder, key), modulated))
 
 
 def _to_deformable(conv: nn.Conv2d, modulated: bool) -> DeformPack:

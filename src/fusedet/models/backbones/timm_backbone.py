@@ -9,13 +9,21 @@ from typing import Any, Literal, Self
 
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.backbones.pretrained import STRIDES, create_timm_model
-from fusedet.models.backbones.stages import make_deformable, select_stages, split_stages, stride_in_conv1
+from fusedet.models.backbones.pretrained import STRIDES, create_timm_model, to_channels_first
+from fusedet.models.backbones.stages import (
+    drop_first_pool,
+    make_deformable,
+    select_stages,
+    split_stages,
+    stride_in_conv1,
+)
+from fusedet.models.ops.layers import Norm
 from fusedet.types import Features, Levels
 
 Style = Literal["pytorch", "caffe"]
@@ -43,6 +51,12 @@ class TimmBackbone(nn.Module):
         std: Standard deviation per channel in 0..255; timm's by default, likewise.
         zero_init: Without weights, initialise the last norm of every residual block with 0, as timm and MMDetection do;
             false: with 1, as torchvision does.
+        norm: "gn" replaces every BatchNorm of a ResNet by GroupNorm of 32 groups; `frozen_stages` freezes its scales.
+        branch_maps: Of an HRNet, the maps of its four branches as they are (C, 2C, 4C and 8C channels), as detection
+            papers use them; by default timm's, widened to 128 to 1024 channels.
+        pool_first: Of a Res2Net, average-pool the last split of stage 1's first block, as timm and the authors do;
+            false: leave it as it is, as MMDetection does.
+        output_norm: LayerNorm over the channels of every map, as detectors have it on Swin and ConvNeXt.
         channels: C, the channels of the images. Other numbers than 3 fold or repeat the weights of the first
             convolution, as timm's `in_chans` does.
 
@@ -72,10 +86,15 @@ class TimmBackbone(nn.Module):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         zero_init: bool = True,
+        norm: Norm = "bn",
+        branch_maps: bool = False,
+        pool_first: bool = True,
+        output_norm: bool = False,
         channels: int = 3,
     ) -> None:
         super().__init__()
         one_of("style", style, Style)
+        one_of("norm", norm, Norm)
         if modulated and not deformable_stages:
             raise InputError(
                 "modulated=true needs deformable convolutions: set deformable_stages, such as [2, 3, 4], or leave it "
@@ -83,7 +102,11 @@ class TimmBackbone(nn.Module):
             )
         self.name, self.norm_eval = name, norm_eval
         # the attribute's name is part of every checkpoint's keys (torchvision's too)
-        self.body = create_timm_model(name, pretrained, weights, zero_init, channels)
+        options: dict[str, Any] = {} if zero_init else {"zero_init_last": False}
+        options |= {"norm_layer": "groupnorm"} if norm == "gn" else {}
+        options |= {"feature_location": ""} if branch_maps else {}
+        options |= {} if channels == 3 else {"in_chans": channels}
+        self.body = create_timm_model(name, pretrained, weights, options)
         info = self.body.feature_info
         self.map_indices = [i for i, stride in enumerate(info.reduction()) if stride in STRIDES]
         self.stage_modules = [info.module_name()[i] for i in self.map_indices]
@@ -100,6 +123,11 @@ class TimmBackbone(nn.Module):
         std_255 = _channel_values(config.std, channels) if std is None else torch.tensor(std)
         self.register_buffer("scale", (1 / std_255).view(channels, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean_255 / std_255).view(channels, 1, 1), persistent=False)
+        self.output_norms = nn.ModuleList(
+            _channel_norm(self.body, c) if output_norm else nn.Identity() for c in self.levels.channels
+        )
+        if not pool_first:
+            drop_first_pool(self.body, name)
         if style == "caffe":
             stride_in_conv1(self.body, name)
         if deformable_stages:
@@ -119,8 +147,8 @@ class TimmBackbone(nn.Module):
         Shape:
             images (N, C, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level.
         """
-        maps = self.body(images)
-        return [maps[i] for i in self.map_indices]
+        maps = to_channels_first(self.body, self.body(images))
+        return [norm(maps[i]) for norm, i in zip(self.output_norms, self.map_indices)]
 
     def train(self, mode: bool = True) -> Self:
         """Set train mode, except for frozen BatchNorm."""
@@ -161,6 +189,12 @@ class TimmBackbone(nn.Module):
             return []
         stages = split_stages(self.body, self.stage_modules, f"frozen_stages={count}")[: count + 1]
         return [module for stage in stages for module in stage]
+
+
+def _channel_norm(model: nn.Module, channels: int) -> nn.Module:
+    """Make a LayerNorm over channels with the epsilon of a model's own."""
+    own = next((m for m in model.modules() if isinstance(m, nn.LayerNorm)), None)
+    return LayerNorm2d(channels, eps=1e-6 if own is None else own.eps)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -158,9 +158,10 @@ def _build_head(model: configs.Model, levels: Levels, num_classes: int) -> Dense
     head = build("model.head", model.head, HEADS, given)
     if model.roi and not isinstance(head, ProposalHead):
         raise InputError(f"model.head={model.head} makes no proposals: with model.roi it must be rpn")
-    if not model.roi and isinstance(head, ProposalHead):
+    if not model.roi and isinstance(head, ProposalHead) and num_classes > 1:
         raise InputError(
-            "model.roi=null: model.head=rpn only makes proposals, set model.roi={stages: [box]} or another head"
+            "model.roi=null: model.head=rpn only makes proposals, which suits data of one class, not of "
+            f"{num_classes}: set model.roi={{stages: [box]}} or another head"
         )
     return head
 

@@ -42,6 +42,8 @@ class ATSSHead(QualityAnchorHead):
         box_weight: Weight of the box loss.
         centerness_weight: Weight of the centerness' loss.
         kernel: Side of the last convolutions' kernels (pred_kernel_size).
+        offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in the authors'
+            code).
 
     Raises:
         InputError: An option is out of its range.
@@ -64,6 +66,7 @@ class ATSSHead(QualityAnchorHead):
         box_weight: float = 2.0,
         centerness_weight: float = 1.0,
         kernel: int = 3,
+        offset: float = 0.0,
     ) -> None:
         weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_centerness": centerness_weight}
         super().__init__(
@@ -81,6 +84,7 @@ class ATSSHead(QualityAnchorHead):
             prior,
             weights,
             kernel,
+            offset,
         )
         self.assigner = ATSSAssigner(topk)
 

@@ -7,7 +7,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ from torchvision.ops import box_iou
 from fusedet.models.heads.argument_checks import check_weight
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.towers import InteractionFactory
-from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, gather_instances
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes
+from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
+from fusedet.models.ops.boxes import box_centres, distances_to_boxes
+from fusedet.models.ops.inside_pairs import Pairs, inside_pairs
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Priors, Target
@@ -25,24 +25,6 @@ from fusedet.types import Levels, Losses, Outputs, Priors, Target
 BOX_BIAS = 4.0  # initial distance, in strides
 SHARPNESS = 3.0  # of the confidence weighting, exp(3 p) in eq. 5
 EPS = 1e-12
-
-
-class Pairs(NamedTuple):
-    """The M pairs of an instance and a point inside its box, ordered by image, instance and point.
-
-    Attributes:
-        image: (M,) index of the image.
-        prior: (M,) index of the point.
-        row: (M,) index of the instance in the batch, of R rows.
-        boxes: (M, 4) ground-truth box.
-        labels: (M,) ground-truth class.
-    """
-
-    image: Tensor
-    prior: Tensor
-    row: Tensor
-    boxes: Tensor
-    labels: Tensor
 
 
 class AutoAssignHead(FCOSHead):
@@ -124,7 +106,7 @@ class AutoAssignHead(FCOSHead):
         distances = flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None]
         points = box_centres(priors.boxes)
         predicted = distances_to_boxes(points, distances)  # (N, P, 4)
-        pairs = _inside_pairs(points, targets, most)
+        pairs = inside_pairs(points, targets, most)
         place = (pairs.image, pairs.prior)
         weights = self._center_prior(pairs, points, priors)  # (M,)
         likelihood = (
@@ -175,18 +157,6 @@ class AutoAssignHead(FCOSHead):
         last = order.new_full((shape.numel(),), -1).scatter_reduce(0, entry, order, "amax")
         factors = torch.ones(shape, dtype=fit.dtype, device=fit.device)
         return factors.view(-1).index_copy(0, entry, 1 - fit[last[entry]]).view(shape)
-
-
-def _inside_pairs(points: Tensor, targets: Sequence[Target], most: int) -> Pairs:
-    """Collect the pairs of instances and points (P, 2) inside their boxes; a GPU is waited for once."""
-    inside = torch.zeros(len(targets), most, len(points), dtype=torch.bool, device=points.device)
-    for i, target in enumerate(targets):
-        for first in range(0, len(target), INSTANCES_AT_ONCE):
-            boxes = target.boxes[first : first + INSTANCES_AT_ONCE].to(points.dtype)
-            own = boxes_to_distances(points, boxes[:, None]).amin(dim=2) > 0  # (G', P)
-            inside[i, first : first + len(boxes)] = own
-    image, instance, prior = inside.nonzero(as_tuple=True)
-    return Pairs(image, prior, image * most + instance, *gather_instances(targets, image, instance))
 
 
 def _largest_iou(predicted: Tensor, target: Target) -> Tensor:

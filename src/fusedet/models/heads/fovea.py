@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_length
+from fusedet.models.heads.feature_alignment import WIDER, Alignment
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
 from fusedet.models.ops.assigners import assign_batch, gather_positives
 from fusedet.models.ops.boxes import (
@@ -25,16 +25,13 @@ from fusedet.models.ops.boxes import (
     make_base_points,
     select_detections,
 )
-from fusedet.models.ops.deformable import DeformConv
-from fusedet.models.ops.layers import GroupNorm, conv, flatten_maps, init_normal, init_prior_bias
+from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
 from fusedet.models.ops.region_assigners import FoveaAssigner
 from fusedet.models.ops.regression_losses import smooth_l1_loss
 from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Target
 
 TARGET_RANGE = (1 / 16, 16.0)  # of distances, in base sizes of the level
-OFFSET_SETS = 4  # groups of channels with offsets of their own in the alignment
-WIDER = 4  # channels of the classification branch behind the alignment, in those of the towers
 
 
 class FoveaHead(nn.Module):
@@ -162,31 +159,6 @@ class FoveaHead(nn.Module):
     ) -> BatchDetections:
         """Select as `select_detections` does; boxes end a pixel inside the image, and those without an area stay."""
         return select_detections(candidates, sizes - 1, level_counts, keep_empty=True, **options)
-
-
-class Alignment(nn.Module):
-    """The classification branch behind the predicted box: deformable convolution, then 3x3 and 1x1 convolutions."""
-
-    def __init__(self, inputs: int, channels: int, norm: bool, bias: bool) -> None:
-        super().__init__()
-        self.offset = nn.Conv2d(4, OFFSET_SETS * 18, 1, bias=False)
-        self.conv = DeformConv(inputs, channels)
-        layers: list[nn.Module] = []
-        for width, kernel in ((channels, 3), (channels * WIDER, 1)):
-            layers.append(conv(width, channels * WIDER, kernel, bias=bias))
-            layers += [GroupNorm(32, channels * WIDER)] if norm else []
-            layers.append(nn.ReLU(inplace=True))
-        self.tower = nn.Sequential(*layers)
-
-    def init_weights(self) -> None:
-        """Initialise the offsets and the deformable convolution as MMDetection does."""
-        nn.init.normal_(self.offset.weight, std=0.1)
-        nn.init.normal_(self.conv.weight, std=0.01)
-
-    def forward(self, feature: Tensor, box: Tensor) -> Tensor:
-        """Compute features (N, 4 * channels, H, W) from a level (N, C, H, W) and its boxes (N, 4, H, W)."""
-        offset = self.offset(box.exp().to(feature.dtype))
-        return self.tower(F.relu(self.conv(feature, offset)))
 
 
 def _default_ranges(strides: Sequence[int]) -> list[tuple[float, float]]:

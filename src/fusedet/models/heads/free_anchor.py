@@ -44,6 +44,8 @@ class FreeAnchorHead(RetinaHead):
         base_scale: As in `RetinaHead`.
         scales_per_octave: As in `RetinaHead`.
         ratios: As in `RetinaHead`.
+        offset: As in `RetinaHead`.
+        round_anchors: As in `RetinaHead`.
         topk: Anchors in a bag (section 4.1: 50).
         threshold: IoU of a predicted box with an instance from which its anchor may count as matched (t in eq. 5).
         alpha: Weight of the bags' loss; that of the negatives is 1 - alpha.
@@ -70,6 +72,8 @@ class FreeAnchorHead(RetinaHead):
         base_scale: float = 4.0,
         scales_per_octave: int = 3,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        offset: float = 0.0,
+        round_anchors: bool = False,
         topk: int = 50,
         threshold: float = 0.6,
         alpha: float = 0.5,
@@ -95,6 +99,8 @@ class FreeAnchorHead(RetinaHead):
             base_scale=base_scale,
             scales_per_octave=scales_per_octave,
             ratios=ratios,
+            offset=offset,
+            round_anchors=round_anchors,
             prior=prior,
         )
         self.topk, self.threshold, self.alpha, self.gamma = topk, threshold, alpha, gamma

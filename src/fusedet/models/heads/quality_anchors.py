@@ -39,6 +39,7 @@ class QualityAnchorHead(nn.Module):
         prior: Initial score of every anchor.
         loss_weights: Weight in the total of every loss.
         kernel: Side of the last convolutions' kernels.
+        offset: Position of an anchor's centre in its cell, in strides, 0 at the upper left corner.
 
     Raises:
         InputError: An option is out of its range.
@@ -62,6 +63,7 @@ class QualityAnchorHead(nn.Module):
         prior: float,
         loss_weights: dict[str, float],
         kernel: int = 3,
+        offset: float = 0.0,
     ) -> None:
         super().__init__()
         check_focal(alpha, gamma, prior)
@@ -72,6 +74,7 @@ class QualityAnchorHead(nn.Module):
             check_weight(name.replace("loss_", "") + "_weight", weight)
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
+        self.offset = offset
         self.loss_weights = loss_weights
         shapes = torch.stack([make_base_anchors(stride, base_scale, 1, (1.0,)) for stride in levels.strides])
         self.register_buffer("shapes", shapes, persistent=False)  # (L, 1, 4)
@@ -98,7 +101,7 @@ class QualityAnchorHead(nn.Module):
             maps["cls"].append(self.cls(cls))
             maps["reg"].append(self.reg(reg).float() * scale)
             maps["quality"].append(self.quality(reg))
-        return Outputs(maps, grid_priors(features, self.levels, self.shapes))
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
     def decode_all(self, outputs: Outputs) -> Tensor:
         """Decode the boxes (N, P, 4) of all anchors."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,13 @@ from fusedet.models.ops.boxes import (
     grid_priors,
     make_base_anchors,
     nms_keep_mask_by_level,
+    select_detections,
 )
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.regression_losses import l1_loss, smooth_l1_loss
 from fusedet.models.ops.samplers import Sampler
-from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Proposals, Target
+from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Proposals, Target
 
 RegressionLoss = Literal["l1", "smooth_l1"]
 
@@ -166,6 +167,21 @@ class RPNHead(nn.Module):
         """Decode boxes (N, P, 4) and scores (N, P, 1)."""
         scores = flatten_maps(outputs.maps["cls"], 1).float().sigmoid()
         return Candidates(decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
+
+    def select(
+        self, candidates: Candidates, sizes: Tensor, level_counts: Sequence[int], **options: Any
+    ) -> BatchDetections:
+        """Select the detections of an RPN without RoI stages: NMS among those of one level, as between classes.
+
+        Args and options are those of `ops.boxes.select_detections`.
+        """
+        levels = torch.arange(len(level_counts), device=sizes.device)
+        level = torch.cat([n.expand(count) for n, count in zip(levels, level_counts)])  # (P,)
+        by_level = candidates.scores * (level[:, None] == levels)  # (N, P, L)
+        score = options.get("score", 0.0)
+        options["score"] = score if isinstance(score, (int, float)) else score[0]  # that of the one class
+        selected = select_detections(candidates._replace(scores=by_level), sizes, level_counts, **options)
+        return selected._replace(labels=torch.zeros_like(selected.labels))
 
     @torch.no_grad()
     def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:

@@ -6,6 +6,7 @@ from fusedet.models.necks.bifpn import BiFPN
 from fusedet.models.necks.dilated_encoder import DilatedEncoder
 from fusedet.models.necks.dyhead import DyHead
 from fusedet.models.necks.fpn import FPN
+from fusedet.models.necks.hrfpn import HRFPN
 from fusedet.models.necks.mse_fpn import MSEFPN
 from fusedet.models.necks.nas_fpn import NASFPN
 from fusedet.models.necks.pafpn import PAFPN
@@ -17,6 +18,7 @@ NECKS: dict[str, type[Neck]] = {
     "pafpn": PAFPN,
     "bfp": BFP,
     "bifpn": BiFPN,
+    "hrfpn": HRFPN,
     "aug_fpn": AugFPN,
     "dilated_encoder": DilatedEncoder,
     "dyhead": DyHead,
@@ -25,4 +27,17 @@ NECKS: dict[str, type[Neck]] = {
     "smsl": SMSL,
 }
 
-__all__ = ["BFP", "FPN", "MSEFPN", "NASFPN", "NECKS", "PAFPN", "SMSL", "AugFPN", "BiFPN", "DilatedEncoder", "DyHead"]
+__all__ = [
+    "BFP",
+    "FPN",
+    "HRFPN",
+    "MSEFPN",
+    "NASFPN",
+    "NECKS",
+    "PAFPN",
+    "SMSL",
+    "AugFPN",
+    "BiFPN",
+    "DilatedEncoder",
+    "DyHead",
+]

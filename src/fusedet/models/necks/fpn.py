@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.ops.layers import GroupNorm, conv, init_xavier
+from fusedet.models.ops.layers import Norm, conv_norm, init_xavier
 from fusedet.types import Features, Levels
 
 Top = Literal["max_pool", "on_input", "on_output", "on_input_relu", "on_output_plain"]
@@ -64,8 +64,9 @@ class FPN(nn.Module):
                 f"norm=true needs channels in multiples of 32, got {channels}: set norm=false, or other channels"
             )
         inputs = levels.channels[self.start :]
-        self.lateral = nn.ModuleList(_layer(c, channels, 1, norm) for c in inputs)  # C_i -> channels
-        self.output = nn.ModuleList(_layer(channels, channels, 3, norm) for _ in inputs)
+        kind: Norm | None = "gn" if norm else None
+        self.lateral = nn.ModuleList(conv_norm(c, channels, 1, kind) for c in inputs)  # C_i -> channels
+        self.output = nn.ModuleList(conv_norm(channels, channels, 3, kind) for _ in inputs)
         self.top = TopLevels(inputs[-1], channels, len(self.levels) - len(inputs), top, norm)
         init_xavier(self)
 
@@ -103,7 +104,7 @@ class TopLevels(nn.Module):
         self.count, self.kind = count, top
         sources = [inputs if top.startswith("on_input") else channels] + [channels] * (count - 1)
         self.convs = (
-            nn.ModuleList(_layer(c, channels, 3, norm, 2) for c in sources[:count])
+            nn.ModuleList(conv_norm(c, channels, 3, "gn" if norm else None, stride=2) for c in sources[:count])
             if top != "max_pool"
             else nn.ModuleList()
         )
@@ -119,11 +120,6 @@ class TopLevels(nn.Module):
                 x = self.convs[i](F.relu(x) if self.kind in ("on_output", "on_input_relu") and i > 0 else x)
             levels.append(x)
         return levels
-
-
-def _layer(inputs: int, channels: int, kernel: int, norm: bool, stride: int = 1) -> nn.Module:
-    layer = conv(inputs, channels, kernel, stride, bias=not norm)
-    return nn.Sequential(layer, GroupNorm(32, channels)) if norm else layer
 
 
 def pyramid_levels(levels: Levels, channels: int, finest: int, coarsest: int) -> tuple[int, Levels]:

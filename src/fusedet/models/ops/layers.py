@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fusedet.errors import InputError, one_of
 from fusedet.models.ops.deformable import DeformConv, offset_convolutions
 from fusedet.types import Features
 
@@ -18,12 +20,31 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = T
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias)
 
 
+Norm = Literal["gn", "bn"]
+"""GroupNorm of 32 groups, or BatchNorm."""
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that also takes groups of a single value, as in a 1x1 map; their output is the shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, ...)."""
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None, stride: int = 1) -> nn.Module:
+    """Make a convolution with bias, or one without and a norm after it.
+
+    Raises:
+        InputError: `norm` is unknown, or 32 groups do not divide the outputs.
+    """
+    if norm is None:
+        return conv(inputs, outputs, kernel, stride)
+    one_of("norm", norm, Norm)
+    if norm == "gn" and outputs % 32:
+        raise InputError(f"norm=gn needs channels in multiples of 32, got {outputs}")
+    after = GroupNorm(32, outputs) if norm == "gn" else nn.BatchNorm2d(outputs)
+    return nn.Sequential(conv(inputs, outputs, kernel, stride, bias=False), after)
 
 
 def init_xavier(module: nn.Module) -> None:

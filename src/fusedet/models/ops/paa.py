@@ -16,7 +16,7 @@ from fusedet.models.ops.assigners import BACKGROUND, INSTANCES_AT_ONCE
 from fusedet.types import Priors, Target
 
 STEPS = 100  # most steps of the expectation maximisation (scikit-learn's default, as in the authors' code)
-CHECK_EVERY = 10  # steps between two looks at whether all mixtures have converged: a GPU is waited for
+CHECK_EVERY = 10  # steps between two checks of whether all mixtures have converged
 TOLERANCE = 1e-3  # change of the mean log-likelihood below which a mixture has converged
 LEAST_VARIANCE = 1e-6  # added to each variance
 
@@ -46,8 +46,9 @@ def separate_positives(
         _lowest_costs(own, own_costs, priors.counts, len(target), topk)
         for own, own_costs, target in zip(assigned, costs, targets, strict=True)
     ]
-    values, order = torch.cat([v for v, _ in candidates]).double().sort(dim=1, stable=True)  # (G, M)
-    kept = select_low_costs(values)
+    values, order = torch.cat([v for v, _ in candidates]).sort(dim=1, stable=True)  # (G, M)
+    # on the CPU, so that a GPU is waited for once, and not in every check of the mixtures
+    kept = select_low_costs(values.cpu().double()).to(values.device, non_blocking=True)
     image = torch.cat([assigned.new_full((len(v),), i) for i, (v, _) in enumerate(candidates)])[:, None]
     rows = torch.cat([index for _, index in candidates]).gather(1, order) + image * assigned.shape[1]
     last = assigned.numel()  # where what is not kept is written

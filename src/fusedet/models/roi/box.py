@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.ops.boxes import clip_boxes, decode_boxes, encode_boxes
-from fusedet.models.ops.layers import conv, init_kaiming
+from fusedet.models.ops.layers import Norm, conv_norm, init_kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.regression_losses import balanced_l1_loss, l1_loss, smooth_l1_loss
 from fusedet.models.ops.samplers import Sampler
@@ -44,6 +44,7 @@ class BoxStage(nn.Module):
         layers: Number of fully connected layers.
         convs: Number of 3x3 convolutions before them (4 before one layer in MMDetection's Shared4Conv1FC and
             torchvision's v2).
+        norm: Norm after each of these convolutions, which have no bias then: "gn", GroupNorm of 32 groups, or "bn".
         class_agnostic: Predict one box for all classes (Cascade R-CNN).
         regress: Predict box deltas; without, boxes stay as they were proposed (Grid R-CNN).
         stds: Standard deviations that normalise the deltas.
@@ -80,6 +81,7 @@ class BoxStage(nn.Module):
         loss: RegressionLossName = "l1",
         beta: float = 1.0,
         weight: float = 1.0,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         one_of("sampling", sampling, Sampling)
@@ -103,7 +105,7 @@ class BoxStage(nn.Module):
         self.register_buffer("stds", torch.tensor(stds), persistent=False)
         self.pooling = pooling(size) if pooling else LevelPooling(levels, size)
         width = levels.channels[0]
-        self.convs = nn.ModuleList(conv(width, width, 3) for _ in range(convs))
+        self.convs = nn.ModuleList(conv_norm(width, width, 3, norm) for _ in range(convs))
         shared = [nn.Linear(channels if i else width * size * size, channels) for i in range(layers)]
         self.shared = nn.ModuleList(shared)
         init_kaiming(self.convs)

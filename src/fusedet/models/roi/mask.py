@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import conv, init_kaiming
+from fusedet.models.ops.layers import Norm, conv, conv_norm, init_kaiming
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.precision import without_autocast
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory, boxes_to_rois
@@ -36,6 +36,7 @@ class MaskBranch(nn.Module):
         size: Size of the pooled features, in cells per side; masks have twice as many.
         convs: Number of 3x3 convolutions.
         channels: Their width.
+        norm: Norm after each of them, which have no bias then: "gn", GroupNorm of 32 groups, or "bn".
         weight: Weight of the loss, relative to the stage's.
 
     Raises:
@@ -51,6 +52,7 @@ class MaskBranch(nn.Module):
         convs: int = 4,
         channels: int = 256,
         weight: float = 1.0,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
         if size < 1 or convs < 0 or channels < 1:
@@ -59,7 +61,7 @@ class MaskBranch(nn.Module):
         self.loss_weights = {"loss_mask": weight}
         self.pooling = pooling(size) if pooling else LevelPooling(levels, size)
         widths = [levels.channels[0], *[channels] * convs]
-        self.convs = nn.ModuleList(conv(a, b, 3) for a, b in pairwise(widths))
+        self.convs = nn.ModuleList(conv_norm(a, b, 3, norm) for a, b in pairwise(widths))
         self.upsample = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
         self.logits = conv(channels, num_classes, 1)
         init_kaiming(self)
