@@ -160,11 +160,11 @@ def test_a_killed_prediction_resumes_to_the_same_result(
     assert predict(model, folder, f"out={tmp_path / 'uninterrupted'}", size) == 0
     out, seen, together = tmp_path / "stopped", [], Predictor.together
 
-    def dies(self: Predictor, group: Any) -> Any:
+    def dies(self: Predictor, group: Any, batch: Any = None) -> Any:
         seen.extend(path for _, path in group)
         if len(seen) > 7:
             os._exit(9)
-        return together(self, group)
+        return together(self, group, batch)
 
     words = [folder, f"out={out}", size, "--resume"]
     if not (child := os.fork()):
@@ -180,7 +180,9 @@ def test_a_killed_prediction_resumes_to_the_same_result(
     content = file.read_bytes()
     file.write_bytes(content[:-5])  # a torn last line
     monkeypatch.setattr(
-        Predictor, "together", lambda self, group: (seen.extend(path for _, path in group), together(self, group))[1]
+        Predictor,
+        "together",
+        lambda self, group, batch: (seen.extend(path for _, path in group), together(self, group, batch))[1],
     )
     assert predict(model, *words[:-1]) == 2
     assert "exists and is not empty" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from exporting import TWO_LEVELS, save_run
 from fusedet import cli
 from fusedet.api.detection import detect_images
 from fusedet.api.predict import Prediction, Predictor, load
+from fusedet.api.tiles_help import conclude
 from fusedet.api.train_inputs import check_config
 from fusedet.config import apply_overrides, parse
 from fusedet.config import load as load_config
@@ -489,6 +490,50 @@ def test_train_val_and_predict_agree(scenes: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "predicted" / "predictions.json").read_text())
     scored = [r["score"] for r in results if r["image_id"] == int(dataset.image_ids[0])]
     assert sorted(a["score"] for a in written["annotations"]) == pytest.approx(sorted(scored), abs=1e-4)
+
+
+def test_tiles_help(tmp_path: Path, scenes: Path, capsys: Any) -> None:
+    run = save_run(tmp_path / "run", "retinanet", *TWO_LEVELS, data=scenes)
+    words = ["val", str(run), "--tiles-help", "--resamples", "40", "test.tiles.size=48", "device=cpu", "--json"]
+    assert cli.run([*words, "test.size_bins=[0,16,1000]"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["figures"]) >= {"AP", "APs", "APm", "APl", "AP 0-16 px"}
+    assert report["tiles"]["per_image"] > 2
+    assert report["seconds_per_image"]["b"] > 0
+    assert "an image takes" in report["conclusion"]
+    for side, tiles, name in (("a", "{size: null}", "whole"), ("b", "{size: 48}", "tiles")):
+        assert cli.run(["val", str(run), f"out={tmp_path / side}", f"test.tiles={tiles}", "device=cpu"]) == 0
+        metrics = json.loads((tmp_path / side / "metrics.json").read_text())
+        assert report["figures"]["AP"][side] == pytest.approx(metrics["AP"], abs=1e-9)
+        stored = json.loads((run / "val-tiles" / f"{name}.bbox.json").read_text())
+        assert len(stored) == len(json.loads((tmp_path / side / "val.bbox.json").read_text()))
+    capsys.readouterr()
+    for wrong, message in (
+        (["test.tiles.size=200"], "is longer than a tile of test.tiles.size=200: the longest has"),
+        (["test.tiles.size=32", "--voc"], "leave out --voc, --submission and --evaluator"),
+    ):
+        assert cli.run(["val", str(run), "--tiles-help", *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_conclusions() -> None:
+    def row(low: float, high: float) -> dict[str, float]:
+        return {"difference": (low + high) / 2, "low": low, "high": high}
+
+    sizes = {"APs": row(0.1, 0.3), "APm": row(-0.1, 0.1), "APl": row(-0.3, -0.1)}
+    for bounds, begin in (
+        (
+            (0.1, 0.2),
+            "Tiles help here: AP +0.150, 95 % interval over the 9 images +0.100 to +0.200; an image takes 5.0",
+        ),
+        ((-0.2, -0.1), "Tiles harm here: AP -0.150"),
+        ((-0.1, 0.2), "It is open whether tiles help here: AP +0.050"),
+    ):
+        text = conclude({"AP": row(*bounds)} | sizes, 5, 9)
+        assert text.startswith(begin)
+        assert text.endswith("times as long. Small objects gain. Large objects lose.") or "holds 0" in text
+    nothing = row(float("nan"), float("nan"))
+    assert conclude({"AP": nothing}, 2, 9).startswith("Nothing can be concluded about tiles: the data hold no object")
 
 
 @pytest.mark.slow

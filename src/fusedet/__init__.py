@@ -36,6 +36,7 @@ _PUBLIC = {
     "list_weights": "api.weights",
     "load": "api.predict",
     "locate_weights": "api.weights",
+    "measure_tiles": "api.tiles_help",
     "predict": "api.predict_files",
     "preview_ablation": "ablation.command",
     "resolve_config": "api.settings",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.predict import load as load
     from fusedet.api.predict_files import predict as predict
     from fusedet.api.settings import resolve_config as resolve_config
+    from fusedet.api.tiles_help import measure_tiles as measure_tiles
     from fusedet.api.train import train as train
     from fusedet.api.validate_run import validate as validate
     from fusedet.api.weights import get_weights as get_weights

@@ -69,6 +69,21 @@ def comparison_table(report: Mapping[str, Any]) -> RenderableType:
     return Group(Text(f"A: {report['a']}\nB: {report['b']}"), *tables, errors)
 
 
+def tiles_table(report: Mapping[str, Any]) -> RenderableType:
+    """Return metrics without and with tiles and the difference's interval, then the time of an image."""
+    tiles, seconds = report["tiles"], report["seconds_per_image"]
+    title = f"tiles of {tiles['size']} pixels, {tiles['per_image']:.1f} windows per image"
+    table = _table("", "whole", "tiles", "difference", f"{100 * report['level']:g} % over images", title=title)
+    for name, row in report["figures"].items():
+        digits = choose_decimals(row["difference"], row["low"], row["high"], least=3)
+        interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
+        change = "-" if math.isnan(row["difference"]) else f"{row['difference']:+.{digits}f}"
+        table.add_row(name, number(row["a"]), number(row["b"]), change, interval)
+    times = [f"{1000 * seconds[side]:,.0f} ms" for side in "ab"]
+    table.add_row("time per image", *times, f"x {seconds['b'] / seconds['a']:.1f}", "")
+    return table
+
+
 def centers_table(classes: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Return per class which share of its objects lies in each quarter of the image."""
     quarters = [name for name in classes[0] if name not in ("name", "objects")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 from rich.console import Console
 
@@ -77,18 +77,7 @@ def validate(
         if options.data.path is None:
             raise InputError(f"{source} holds results: add data=PATH, the dataset that they were made on")
     else:
-        detector: DetectorModule | ExportedDetector
-        if (model := exported.load_exported(source, trust)) is not None:
-            refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
-            detector, saved, names, _, file = model
-        else:
-            refuse_other_keys(texts, *SETTABLE)
-            file = weights_file(source)
-            detector, saved, names, _ = rebuild(file, trust)
-        options = resolve_config(saved.replace(out=None), texts)
-        if isinstance(detector, ExportedDetector):
-            exported.check_device(options.device)
-            options = options.replace(device="cpu")
+        detector, saved, options, names, file = open_model(source, texts, trust)
     scored = split or options.data.val_split
     dataset = read_split(options.data, scored, need_images=not is_results)
     if not is_results and options.data == saved.data and scored == options.data.val_split and path.is_dir():
@@ -128,6 +117,33 @@ def validate(
         files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
     title = f"{source if is_results else file} on {scored} of {options.data.path}"
     return RunResult(target, evaluated.metrics, files, title)
+
+
+class OpenedModel(NamedTuple):
+    """A trained or exported model, its own config, the config with the overrides, class names and file."""
+
+    detector: DetectorModule | ExportedDetector
+    saved: Config
+    options: Config
+    names: list[str]
+    file: Path
+
+
+def open_model(source: str | Path, texts: list[str], trust: bool) -> OpenedModel:
+    """Open the model of a run, checkpoint, name of published weights or export, to validate it.
+
+    Raises:
+        InputError: There is no model, or an override changes nothing for it.
+    """
+    if (model := exported.load_exported(source, trust)) is None:
+        refuse_other_keys(texts, *SETTABLE)
+        file = weights_file(source)
+        detector, saved, names, _ = rebuild(file, trust)
+        return OpenedModel(detector, saved, resolve_config(saved.replace(out=None), texts), names, file)
+    refuse_other_keys(texts, *exported.SETTABLE, of="an exported model")
+    options = resolve_config(model.config.replace(out=None), texts)
+    exported.check_device(options.device)
+    return OpenedModel(model.detector, model.config, options.replace(device="cpu"), model.names, model.file)
 
 
 def _warn_of_other_images(run: Path, options: Config, dataset: DetectionDataset, say: Callable[[str], None]) -> None:

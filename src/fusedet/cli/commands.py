@@ -49,6 +49,8 @@ def val(
         Literal["fusedet", "faster-coco-eval", "pycocotools", "hotcoco"], Option(help="What computes COCO's metrics.")
     ] = "fusedet",
     submission: Annotated[bool, Option("--submission", help="Write the files that COCO's test server takes.")] = False,
+    tiles_help: Annotated[bool, Option("--tiles-help", help="Say whether tiles help, with and without them.")] = False,
+    resamples: Resamples = 1000,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
@@ -57,11 +59,17 @@ def val(
     The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default RUN/val-SPLIT.
     """
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
+    if tiles_help:
+        if voc or submission or evaluator != "fusedet":
+            raise fusedet.InputError("--tiles-help compares COCO's AP: leave out --voc, --submission and --evaluator")
+        own: dict[str, Any] = {"split": split, "resamples": resamples, "trust": trust}
+        return cli.show(fusedet.measure_tiles(source, *settings, **own, progress=cli.console(json)), json)
     options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
     options |= {"trust": trust, "progress": cli.console(json), "say": cli.err.print}
     result = fusedet.validate(source, *settings, **options)
     if result.metrics:
         cli.show(result, json)
+    return None
 
 
 @cli.command("demo", "demo", "demo --images 200 train.seed=1 out=small_demo", TRAIN)

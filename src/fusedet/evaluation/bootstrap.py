@@ -171,6 +171,7 @@ def paired_bootstrap(
     seed: int = 0,
     level: float = LEVEL,
     iou_type: Literal["bbox", "segm"] = "bbox",
+    size_bins: Sequence[float] = (),
 ) -> Mapping[str, Any]:
     """Compare two runs by a paired bootstrap over images: metrics of b minus a, with confidence intervals.
 
@@ -187,6 +188,7 @@ def paired_bootstrap(
         seed: Seed of the resampling.
         level: Confidence level.
         iou_type: "bbox" or "segm", as in `evaluate_coco`.
+        size_bins: Edges of size bins in pixels, as in `evaluate_coco`.
 
     Returns:
         The rows of `compute_difference`.
@@ -199,7 +201,9 @@ def paired_bootstrap(
     """
     weights = draw_image_weights(len(dataset), resamples, seed)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda results: resample_metrics(dataset, results, weights, iou_type), (a, b))
+        first, second = pool.map(
+            lambda results: resample_metrics(dataset, results, weights, iou_type, size_bins), (a, b)
+        )
     return compute_difference(first, second, dataset.names, level)
 
 
