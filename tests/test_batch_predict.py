@@ -168,10 +168,12 @@ def test_a_killed_prediction_resumes_to_the_same_result(
 
     words = [folder, f"out={out}", size, "--resume"]
     if not (child := os.fork()):
-        torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork: a parallel region would wait for them
-        monkeypatch.setattr(Predictor, "together", dies)
-        predict(model, *words)
-        os._exit(1)
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a parallel region would wait for them
+            monkeypatch.setattr(Predictor, "together", dies)
+            predict(model, *words)
+        finally:
+            os._exit(1)  # else an exception would return the child to pytest, as a second worker
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (out / "predictions.json").exists()
     file = out / "predictions-0-of-1.jsonl"

@@ -17,7 +17,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 import fusedet
 from fusedet.api.image_sources import Sources
 from fusedet.config import Config
-from fusedet.data import image_decoding
+from fusedet.data import image_opening
 from fusedet.data.image_decoding import inspect_image, read_image, read_image_size, to_tensor
 from fusedet.data.splits import read_split
 from fusedet.data.validation import require_usable_images
@@ -242,7 +242,7 @@ def test_range_for_images_in_memory() -> None:
 
 
 def test_heic_without_its_plug_in(tmp_path: Path) -> None:
-    if ".heic" in image_decoding.Image.registered_extensions():
+    if ".heic" in image_opening.Image.registered_extensions():
         pytest.skip("pillow-heif is installed")
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     with pytest.raises(InputError, match="not an image in a format that Pillow reads: pip install pillow-heif"):
@@ -262,7 +262,7 @@ def test_heic_is_read_by_its_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("pillow_heif")
     module.register_heif_opener = lambda: called.append(True)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    assert "PNG" in image_decoding.get_image_formats.__wrapped__()
+    assert "PNG" in image_opening.get_image_formats.__wrapped__()
     assert called == [True]
 
 
@@ -271,6 +271,6 @@ def test_heic_image(tmp_path: Path) -> None:
     heif.register_heif_opener()
     rgb = np.full((40, 64, 3), (200, 40, 90), np.uint8)
     Image.fromarray(rgb).save(tmp_path / "a.heic", quality=95)
-    image_decoding.get_image_formats.cache_clear()
+    image_opening.get_image_formats.cache_clear()
     assert read_image_size(tmp_path / "a.heic") == (40, 64)
     assert (read_image(tmp_path / "a.heic").float().mean((1, 2)) - torch.tensor([200.0, 40, 90])).abs().max() < 5

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fusedet import cli, evaluation, visualization
 from fusedet.api.compare import conclusion
-from fusedet.api.validate import make_painter
+from fusedet.api.worst_images import make_painter
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.synthetic import generate_dataset
 from fusedet.visualization import images

@@ -27,7 +27,8 @@ from fusedet.config import load as load_config
 from fusedet.config.schema import PredictionTiles
 from fusedet.data import dataset_images, large_images
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.image_decoding import decodes_windows, read_image
+from fusedet.data.image_decoding import read_image
+from fusedet.data.image_windows import decodes_windows
 from fusedet.data.large_images import LargeImage, open_large_image, resize_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset

@@ -16,7 +16,7 @@ from fusedet.api import run_dir
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, to_overrides
 from fusedet.api.tables import comparison_table
-from fusedet.api.validate import make_painter
+from fusedet.api.worst_images import make_painter
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_split

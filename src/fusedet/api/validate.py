@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from rich.console import Console
 from torch import distributed, nn
 
@@ -17,9 +16,9 @@ from fusedet import evaluation, visualization
 from fusedet.api.detection import check_tile_size, detect_images, get_strides, views
 from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
+from fusedet.api.worst_images import draw_worst_images
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.dataset_images import read_dataset_image
 from fusedet.data.loader import build_eval_loader
 from fusedet.errors import InputError, plural
 from fusedet.evaluation.results import Result
@@ -29,7 +28,6 @@ from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
 
 BOX_METRICS = evaluation.COCO_METRICS
-SHOWN = 0.3  # the least score of what is drawn
 MASK_METRICS = tuple(f"mask_{name}" for name in BOX_METRICS)
 
 
@@ -255,53 +253,6 @@ def write_report(
     else:
         grid.save(files["worst images"])
     return files
-
-
-def draw_worst_images(dataset: DetectionDataset, results: list[Result], n: int = 12) -> Image | None:
-    """Return the n images with the most errors: ground truth dashed, detections colored; None without any error."""
-    drawn, captions = [], []
-    paint = make_painter(dataset, results)
-    for i, quality, misses, false in evaluation.find_worst_images(dataset, results, n=n, score=SHOWN):
-        if (image := paint(i)) is not None:
-            drawn.append(image)
-            captions.append(f"{dataset.path(i).name}: F1 {quality:.2f}, {misses} missed, {false} false")
-    return visualization.draw_image_grid(drawn, captions) if drawn else None
-
-
-def make_painter(dataset: DetectionDataset, results: list[Result]) -> Callable[[int], Image | None]:
-    """Return a function that draws the ground truth and detections of at least `SHOWN` in image i."""
-    by_image: dict[int, list[Result]] = {}
-    for result in results:
-        if result["score"] >= SHOWN:
-            by_image.setdefault(result["image_id"], []).append(result)
-    labels = {c: k for k, c in enumerate(dataset.category_ids)}
-
-    def paint(i: int) -> Image | None:
-        record = dataset[i]
-        if not record.path.is_file():  # results can be scored without the images
-            return None
-        detections = by_image.get(record.image_id, [])
-        boxes = torch.tensor([r["bbox"] for r in detections]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        guess = (
-            boxes,
-            torch.tensor([labels[r["category_id"]] for r in detections]),
-            torch.tensor([r["score"] for r in detections]),
-        )
-        counts = ~record.eval_ignore
-        truth, ignore = (
-            (torch.from_numpy(record.boxes[k]), torch.from_numpy(record.labels[k])) for k in (counts, ~counts)
-        )
-        return visualization.draw_comparison(
-            read_dataset_image(dataset, record),
-            truth,
-            guess,
-            dataset.names,
-            score=SHOWN,
-            ignore=ignore,
-        )
-
-    return paint
 
 
 def require_class_names(dataset: DetectionDataset, names: Iterable[str], source: str) -> None:

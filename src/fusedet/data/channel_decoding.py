@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedet.data.image_decoding import (
+from fusedet.data.image_decoding import scale_values
+from fusedet.data.image_opening import (
     TRANSPOSE,
     Range,
     Source,
-    Window,
     get_max_pixels,
     get_orientation,
     has_deep_color,
     name_source,
     open_image,
-    scale_values,
 )
+from fusedet.data.image_windows import Window
 from fusedet.errors import InputError, plural
 
 _MAGIC = b"\x93NUMPY"

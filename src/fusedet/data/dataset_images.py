@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fusedet.data.channel_decoding import is_array_file, read_array_size, read_channels
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
-from fusedet.data.image_decoding import Window, read_image, read_image_size
+from fusedet.data.image_decoding import read_image, read_image_size
+from fusedet.data.image_windows import Window
 from fusedet.data.large_images import LargeImage, crop_image, open_large_image
 from fusedet.data.transforms import check_image_size
 

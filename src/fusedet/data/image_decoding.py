@@ -2,66 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import stat
-import struct
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
+from fusedet.data.image_opening import (
+    TRANSPOSE,
+    Range,
+    Source,
+    explain_faults,
+    get_orientation,
+    has_deep_color,
+    name_source,
+    open_image,
+)
+from fusedet.data.image_windows import Window, cut_window
 from fusedet.errors import InputError
 
-Source = str | os.PathLike[str] | bytes
-Range = tuple[float, float]
-Window = tuple[int, int, int, int]
-"""Left, top, right and bottom of a part of an image in pixels, after EXIF rotation."""
-
-_ORIENTATION = 0x0112  # the EXIF tag; values 1..8 as in EXIF 2.3, table 4.6.4
-TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_DAMAGE = (
-    *(
-        OSError,
-        EOFError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        RuntimeError,
-        AssertionError,
-        AttributeError,
-    ),
-    *(MemoryError, struct.error, zlib.error),
-)
-"""Exceptions that Pillow's decoders raise on damaged files."""
-
-MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused before decoding; the environment variable FUSEDET_MAX_PIXELS overrides it."""
-
-_BYTES = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 2, "I;16B": 2}
-"""Bytes per pixel of uncompressed rows, by Pillow's raw mode."""
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
-_REFUSED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # EPS runs a program; Pillow has no decoder for the others
 
 
 @dataclass(frozen=True)
@@ -111,53 +76,8 @@ def read_image(
     left, top, right, bottom = window
     with open_image(source) as image:
         if get_orientation(image, exif) == 1 and not (value_range is not None and has_deep_color(image)):
-            return _tensor(_cut(image, window), name_source(source), value_range, exif)
+            return _tensor(cut_window(image, window), name_source(source), value_range, exif)
     return inspect_image(source, value_range, exif=exif, measure=False)[0][:, top:bottom, left:right]
-
-
-def decodes_windows(source: Source, value_range: Range | None = None, *, exif: bool = True) -> bool:
-    """Return whether `read_image` decodes a window of an image without the rest, by the image's header."""
-    with open_image(source) as image:
-        is_plain = get_orientation(image, exif) == 1 and not (value_range is not None and has_deep_color(image))
-        return is_plain and _is_raw(image) and all(_has_known_rows(part) for part in image.tile)  # type: ignore[attr-defined]
-
-
-def _is_raw(image: Image.Image) -> bool:
-    """Return whether an image that is not loaded yet is uncompressed, and stays as it is stored."""
-    parts = getattr(image, "tile", [])
-    is_upright = Image.Image.getexif(image).get(_ORIENTATION, 1) == 1  # else Pillow turns a TIFF while it loads
-    return bool(parts) and is_upright and all(part[0] == "raw" for part in parts)
-
-
-def _has_known_rows(part: Any) -> bool:
-    """Return whether the rows of an uncompressed strip, as Pillow describes it, can be found in the file."""
-    arguments = part[3]
-    return isinstance(arguments, tuple) and arguments[0] in _BYTES and arguments[2:] == (1,)
-
-
-def _cut(image: Image.Image, window: Window) -> Image.Image:
-    """Return a part of an image that is not loaded yet; of uncompressed images, only its rows are decoded."""
-    if _is_raw(image):
-        left, top, right, bottom = window
-        image.tile = [  # type: ignore[attr-defined]
-            _take_rows(part, top, bottom)
-            for part in image.tile  # type: ignore[attr-defined]
-            if part[1][0] < right and part[1][2] > left and part[1][1] < bottom and part[1][3] > top
-        ]
-    cut = image.crop(window)
-    cut.format = image.format  # it decides how 16 bits are read
-    return cut
-
-
-def _take_rows(part: Any, top: int, bottom: int) -> Any:
-    """Return the rows top..bottom of an uncompressed strip as Pillow describes it, or all where rows are unknown."""
-    codec, (x1, y1, x2, y2), offset, arguments = part
-    if not _has_known_rows(part):
-        return part
-    low, high = max(top, y1), min(bottom, y2)
-    row = arguments[1] or (x2 - x1) * _BYTES[arguments[0]]
-    own = (codec, (x1, low, x2, high), offset + (low - y1) * row, arguments)
-    return part._make(own) if hasattr(part, "_make") else own  # Pillow before 11 has plain tuples
 
 
 def inspect_image(
@@ -211,7 +131,7 @@ def to_tensor(image: Any, value_range: Range | None = None) -> Tensor:
     if isinstance(image, (str, os.PathLike, bytes)):
         return read_image(image, value_range)
     if isinstance(image, Image.Image):
-        with _explained("the PIL image"):
+        with explain_faults("the PIL image"):
             return _tensor(image, "the PIL image", value_range)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
@@ -241,111 +161,6 @@ def _not_empty(image: Tensor) -> Tensor:
     if image.numel() == 0:
         raise InputError(f"the image has no pixels: its shape is {tuple(image.shape)}")
     return image
-
-
-def name_source(source: Source) -> str:
-    """Name an image for messages."""
-    return f"the image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
-
-
-@contextmanager
-def open_image(source: Source) -> Iterator[Image.Image]:
-    """Open an image and read its header; faults while it is open become InputErrors."""
-    name, limit = name_source(source), get_max_pixels()
-    if not isinstance(source, bytes):
-        _require_regular_file(source)
-    with (
-        _explained(name),
-        # no path: Pillow would map an uncompressed TIFF into memory, and then turns it wrongly
-        io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
-        Image.open(file, formats=get_image_formats()) as image,
-    ):
-        if image.width * image.height > limit:
-            raise _too_large(name)
-        yield image
-
-
-def _require_regular_file(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for a pipe or a device, whose reading might never end."""
-    with _explained(os.fspath(path)):
-        if is_pipe_or_device(path):
-            raise InputError(f"{os.fspath(path)} is a pipe or a device: an image file was expected there")
-
-
-def is_pipe_or_device(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is neither a file nor a folder, so that reading it might never end.
-
-    Raises:
-        OSError: The path does not exist.
-    """
-    mode = os.stat(path).st_mode
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def get_max_pixels() -> int:
-    """Return the maximum number of pixels of an image; raises InputError for a malformed FUSEDET_MAX_PIXELS."""
-    value = os.environ.get("FUSEDET_MAX_PIXELS")
-    if value is None:
-        return MAX_PIXELS
-    if not value.isdecimal():
-        raise InputError(f"the environment variable FUSEDET_MAX_PIXELS={value} must be a whole number of pixels")
-    if Image.MAX_IMAGE_PIXELS and int(value) > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = int(value)  # else Pillow's own limit would apply first
-    return int(value)
-
-
-def _too_large(name: str) -> InputError:
-    return InputError(
-        f"{name} has more than {get_max_pixels()} pixels, the limit against decompression bombs: if the image is "
-        "valid, set the environment variable FUSEDET_MAX_PIXELS"
-    )
-
-
-@cache
-def get_image_formats() -> tuple[str, ...]:
-    """Return the supported image formats: all of Pillow's, except those that run a program.
-
-    HEIF, the format of phones, is among them where the package pillow-heif is installed.
-    """
-    Image.init()
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    return tuple(name for name in Image.ID if name not in _REFUSED)
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist: an image was expected there") from None
-    except UnidentifiedImageError as error:
-        hint = ": pip install pillow-heif" if name.lower().endswith((".heic", ".heif", ".hif")) else ""
-        raise InputError(f"{name} is empty or not an image in a format that Pillow reads{hint}") from error
-    except Image.DecompressionBombError as error:
-        raise _too_large(name) from error
-    except _DAMAGE as error:
-        # errors of the operating system have a number, Pillow's own have none
-        if isinstance(error, OSError) and error.errno is not None and error.strerror:
-            raise InputError(f"{name} cannot be opened: {error.strerror}") from error
-        raise InputError(f"{name} is truncated or damaged: {str(error).rstrip('.') or type(error).__name__}") from error
-
-
-def get_orientation(image: Image.Image, exif: bool = True) -> int:
-    """Return the EXIF orientation that is still to be applied, or without `exif` undone.
-
-    Pillow turns TIFF files itself.
-    """
-    is_turned = image.format == "TIFF"
-    if is_turned == exif:
-        return 1
-    # PNG's own getexif would decode the whole image to look behind the pixels, where no writer puts it
-    own = int(Image.Image.getexif(image).get(_ORIENTATION, 1))
-    return {6: 8, 8: 6}.get(own, own) if is_turned else own
 
 
 def _get_size(image: Image.Image, exif: bool) -> tuple[int, int]:
@@ -388,11 +203,6 @@ def scale_values(values: np.ndarray, value_range: Range) -> np.ndarray:
     low, high = value_range
     scaled = (values.astype(np.float64) - low) * 255 / (high - low)
     return np.nan_to_num(np.rint(scaled.clip(0, 255))).astype(np.uint8)
-
-
-def has_deep_color(image: Image.Image) -> bool:
-    """Return whether an image that is not loaded yet has several channels of 16 bits, which Pillow cuts to 8."""
-    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def _scale_deep_color(source: Source, image: Image.Image, value_range: Range, name: str, exif: bool) -> Tensor:

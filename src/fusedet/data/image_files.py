@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from fusedet.data.channel_decoding import is_array_file, read_array_size
-from fusedet.data.image_decoding import get_image_formats, is_pipe_or_device, read_image_size
+from fusedet.data.image_decoding import read_image_size
+from fusedet.data.image_opening import get_image_formats, is_pipe_or_device
 from fusedet.errors import InputError
 
 S = TypeVar("S")

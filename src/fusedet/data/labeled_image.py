@@ -216,7 +216,7 @@ def _to_bool(masks: Tensor) -> np.ndarray:
 def _warp(channels: Tensor, angle: float, shear: float, interpolation: InterpolationMode, fill: int) -> Tensor:
     """Warp channels (C, H, W) uint8 one by one, as Pillow's images.
 
-    torchvision warps twenty masks so 3 to 7 times as fast as in one tensor, and the colors of an image alike.
+    torchvision warps many masks faster so than in one tensor, and the colors of an image alike.
     """
     warped = [
         np.asarray(

@@ -12,7 +12,9 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from fusedet.data.channel_decoding import is_array_file, read_array_size, read_channels
-from fusedet.data.image_decoding import Range, Window, decodes_windows, read_image, read_image_size
+from fusedet.data.image_decoding import read_image, read_image_size
+from fusedet.data.image_opening import Range
+from fusedet.data.image_windows import Window, decodes_windows
 
 LARGE = 2**24
 """Images of more pixels are decoded window by window, where their format allows it."""

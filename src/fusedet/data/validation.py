@@ -19,8 +19,9 @@ from fusedet.data.class_names import count_per_label, label_classes
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.duplicate_images import ImagePrint, compute_print
 from fusedet.data.findings import Finding
-from fusedet.data.image_decoding import ImageValues, get_image_formats, inspect_image, read_image_size
+from fusedet.data.image_decoding import ImageValues, inspect_image, read_image_size
 from fusedet.data.image_files import map_files
+from fusedet.data.image_opening import get_image_formats
 from fusedet.data.image_values import describe_values
 from fusedet.data.split_checks import (
     check_box_convention,
