@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fakes import batch, objects
 from fusedet.config import Train
+from fusedet.config import names as config_names
 from fusedet.engine import trainer
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model
@@ -33,9 +34,12 @@ DETECTORS = (
     "paa",
     "ddod",
     "tood",
+    "freeanchor",
+    "foveabox",
+    "fsaf",
+    "yolof",
+    "autoassign",
 )
-NOT_TINY = DETECTORS[-6:]
-"""The detectors without a config named tiny."""
 LAYOUT = "traced, a view of the heat maps expects another memory layout than the CPU's kernel gives"
 IMAGES = [objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), objects([[8, 8, 40, 50]], [1])]
 
@@ -51,9 +55,10 @@ def dynamo() -> Iterator[None]:
 
 def make(name: str) -> Any:
     torch.manual_seed(0)
-    small = ("model.pyramid.channels=64", "model.head.convs=2") if name in NOT_TINY else ()
+    has_tiny = f"{name}_tiny" in config_names()
+    small = () if has_tiny else ("model.pyramid.channels=64", "model.head.convs=2")
     fixed = ("model.backbone.pretrained=false", "model.backbone.name=resnet10t", "test.score=0.001")
-    return create_model(f"{name}_r50" if name in NOT_TINY else f"{name}_tiny", *fixed, *small, num_classes=3)
+    return create_model(f"{name}_tiny" if has_tiny else f"{name}_r50", *fixed, *small, num_classes=3)
 
 
 def tensors(outputs: Any) -> list[Tensor]:

@@ -96,6 +96,12 @@ def test_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         download(gone.url("whole"), tmp_path / "file.pth", "00000000")
 
 
+@pytest.mark.parametrize("address", ["http://[::1/file.pth", "http://a b/file.pth", "http://127.0.0.1:port/file.pth"])
+def test_malformed_address(address: str, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError):
+        download(address, tmp_path / "file.pth", "00000000")
+
+
 def test_a_file_that_cannot_be_written(server: FileServer, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"file\.pth\.part cannot be written: No such file or directory"):
         download(server.url("whole"), tmp_path / "absent" / "file.pth", server.sha256)

@@ -54,6 +54,14 @@ def test_means_by_hand():
     assert detector.drawn[:2] == detector.drawn[2:], "every validation draws the same samples"
 
 
+def test_an_interrupted_validation_leaves_the_buffers():
+    detector = CountingDetector()
+    batches = ValidationLoss(detector, torch.device("cpu")).watch([make_batch(1), make_batch(2)])
+    next(batches)
+    assert len(detector.drawn) == 1
+    assert detector.calls == 0
+
+
 def test_no_gradient_is_kept():
     detector = FakeDetector().eval()
     losses = ValidationLoss(detector, torch.device("cpu"))

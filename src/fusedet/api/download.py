@@ -37,7 +37,8 @@ def download(address: str, target: Path, sha256: str, console: Console | None = 
         console: Shows the progress, if it is a terminal.
 
     Raises:
-        DownloadError: There is no connection, the server refuses, or the connection breaks without bringing a byte.
+        DownloadError: The address is malformed, there is no connection, the server refuses, or the connection breaks
+            without bringing a byte.
         InputError: The file has another hash; it is deleted.
         StorageError: The file cannot be written.
     """
@@ -85,13 +86,16 @@ def _append(address: str, part: Path, console: Console | None) -> None:
         OSError: The connection fails or breaks; what came before is in the file.
     """
     start = _size(part)
-    request = Request(address, headers={"User-Agent": "fusedet"} | ({"Range": f"bytes={start}-"} if start else {}))
+    headers = {"User-Agent": "fusedet"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
+        request = Request(address, headers=headers)
         response = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         if error.code == 416 and start:  # nothing is left to fetch; the hash tells whether the file is right
             return
         raise
+    except ValueError as error:
+        raise DownloadError(str(error)) from error  # a malformed address
     with response:
         place = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
         is_rest = response.status == 206 and place is not None and int(place[1]) == start

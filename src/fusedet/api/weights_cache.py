@@ -51,8 +51,8 @@ def fetch_weights(name: str | Path) -> Path:
 def cache_folder() -> Path:
     """Return the folder of the published weights in the user's cache, which may not exist yet."""
     if own := os.environ.get(CACHE):
-        return Path(own).expanduser() / "weights"
-    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(os.path.expanduser(own)) / "weights"  # pathlib's raises for an unknown user
+    parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(parent) / "fusedet" / "weights"
 
 
@@ -77,7 +77,7 @@ def find_address(weights: PublishedWeights) -> str:
         return weights.address
     if mirror.startswith(("http://", "https://")):
         return f"{mirror.rstrip('/')}/{quote(weights.file)}"
-    folder = Path(mirror).expanduser()
+    folder = Path(os.path.expanduser(mirror))
     if not folder.is_dir():
         raise InputError(f"{MIRROR}={mirror} is neither a folder nor an address that begins with http:// or https://")
     return str(folder / weights.file)

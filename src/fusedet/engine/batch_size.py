@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from fusedet.engine import rng
+from fusedet.engine.buffers import preserved_buffers
 from fusedet.models.ops.losses import normalizing_locally
 from fusedet.types import MULTIPLE, Batch, Target
 
@@ -134,15 +134,13 @@ def _make_batch(count: int, shape: tuple[int, int, int], masks: bool) -> Batch:
 @contextmanager
 def _unchanged(detector: nn.Module) -> Iterator[None]:
     """Restore the buffers of a detector and the random generators afterwards, and drop its gradients."""
-    buffers = {name: buffer.clone() for name, buffer in detector.named_buffers()}
-    states: Any = rng.capture()
+    states = rng.capture()
     try:
-        yield
+        with preserved_buffers(detector):
+            yield
     finally:
         detector.zero_grad(set_to_none=True)
         rng.restore(states)
-        for name, buffer in detector.named_buffers():
-            buffer.copy_(buffers[name])
 
 
 def read_available_memory() -> int:

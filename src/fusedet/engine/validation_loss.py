@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, distributed, nn
 
+from fusedet.engine.buffers import preserved_buffers
 from fusedet.models.ops.losses import normalizing_locally
 from fusedet.types import Batch
 
@@ -17,8 +18,9 @@ PREFIX = "val_"
 class ValidationLoss:
     """The mean losses over the images of a split.
 
-    The detector is left as it was: modules that count batches or draw samples, as Dynamic R-CNN and two-stage detectors
-    do, get their buffers back, and the random generators their states. Every validation draws the same samples.
+    Each batch leaves the detector as it was: modules that count batches or draw samples, as Dynamic R-CNN and two-stage
+    detectors do, get their buffers back, and the random generators their states. A checkpoint that an interrupt saves
+    in the middle of a validation depends on that. Every validation draws the same samples.
 
     Args:
         detector: In eval mode, with `loss` and `loss_weights`.
@@ -32,18 +34,15 @@ class ValidationLoss:
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches with targets, on the device, after adding the losses of each."""
-        buffers = {name: buffer.clone() for name, buffer in self.detector.named_buffers()}
         for number, batch in enumerate(batches):
             own = batch.to(self.device, non_blocking=True)
             self._add(own, number)
             yield own
-        for name, buffer in self.detector.named_buffers():
-            buffer.copy_(buffers[name])
 
     @torch.no_grad()
     def _add(self, batch: Batch, number: int) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), normalizing_locally():
+        with torch.random.fork_rng(devices=devices), preserved_buffers(self.detector), normalizing_locally():
             torch.manual_seed(number)
             terms: dict[str, Tensor] = self.detector.loss(batch)  # type: ignore[operator]
         weights: dict[str, float] = self.detector.loss_weights  # type: ignore[assignment]
