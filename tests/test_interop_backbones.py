@@ -82,6 +82,13 @@ def test_other_forms_are_refused_by_name(values: dict[str, Any], message: str) -
         convert_backbone(reader(values))
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(-1, -1), (0, -1), (1, 1), (4, 4)])
+def test_frozen_stages_of_convnext(theirs: int, ours: int) -> None:
+    """There k freezes the stem and k stages, as here, but 0 nothing."""
+    values = {"type": "mmpretrain.ConvNeXt", "arch": "tiny", "frozen_stages": theirs}
+    assert convert_backbone(reader(values))["frozen_stages"] == ours
+
+
 def test_plugins_other_than_a_context_block_are_refused() -> None:
     assert convert_plugins(reader({})) is None
     attention = {"cfg": {"type": "GeneralizedAttention"}, "position": "after_conv2"}

@@ -83,6 +83,7 @@ def test_options_of_the_heads() -> None:
     ("head", "others", "message"),
     [
         ({"type": "FoveaHead", "base_edge_list": [16, 32, 64, 128, 200]}, {}, "base_edge_list"),
+        ({"type": "FoveaHead", "base_edge_list": []}, {}, r"base_edge_list=\[\]"),
         ({"type": "FSAFHead", "bbox_coder": {"type": "TBLRBBoxCoder", "normalizer": 2.0}}, {}, "normalizer=2.0"),
         ({"type": "AutoAssignHead", "force_topk": True}, {}, "force_topk=True"),
         ({"type": "YOLOFHead", "anchor_generator": {"ratios": [2.0]}, "bbox_coder": CODER}, {}, "ratios"),

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou, generalized_box_iou
 from fakes import Call, batch, check_export, detect, maps, objects
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model, prepare_for_inference
-from fusedet.models.heads import AutoAssignHead, YOLOFHead
+from fusedet.models.heads import AutoAssignHead, GFLHead, TOODHead, YOLOFHead
 from fusedet.models.ops.boxes import box_centres, distances_to_boxes
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.uniform_assigner import UniformMatcher
@@ -168,6 +168,8 @@ def test_an_instance_without_a_point_costs_100() -> None:
         (YOLOFHead, {"most_shift": 0.0}, "most_shift=0.0"),
         (AutoAssignHead, {"box_weight": -1.0}, "box_weight=-1.0"),
         (AutoAssignHead, {"center_weight": -1.0}, "center_weight=-1.0"),
+        (GFLHead, {"beta": -1.0}, "beta=-1.0"),
+        (TOODHead, {"beta": -1.0}, "beta=-1.0"),
     ],
 )
 def test_wrong_options_are_refused(make: Any, options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Convert what MMDetection's heads share: anchors, and the encoding and loss of boxes."""
+"""Convert what MMDetection's heads share: anchors, the encoding and loss of boxes, and the focal loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from fusedet.interop.mmdetection.config_reader import ConfigReader
 Tree = dict[str, Any]
 MAX_CONVS = 100
 """Most convolutions of a head; it bounds the size of the model that an untrusted config builds."""
+FOCAL_LOSS = {"alpha": ("loss_cls.alpha", 0.25), "gamma": ("loss_cls.gamma", 2.0)}
+BOX_STDS = [0.1, 0.1, 0.2, 0.2]
+"""Standard deviations of the box deltas of an RoI head, of ATSS and the heads built on it, and of FreeAnchor."""
 _BOX_LOSSES = {"L1Loss": "l1", "SmoothL1Loss": "smooth_l1", "BalancedL1Loss": "balanced_l1"}
 
 
@@ -45,7 +48,7 @@ def read_box_stds(reader: ConfigReader, stds: list[float] | None) -> list[float]
         coder.require_value("add_ctr_clamp", False)
     source = coder or reader
     means = source.get_floats("target_means", [0.0] * 4)
-    values = source.get_floats("target_stds", stds or [0.1, 0.1, 0.2, 0.2])
+    values = source.get_floats("target_stds", stds or BOX_STDS)
     if any(means):
         raise InputError(f"MMDetection's {reader.path} has target_means={means}: only zeros are supported")
     if stds and values != stds:
@@ -87,9 +90,10 @@ def convert_square_anchors(reader: ConfigReader, pyramid: Tree, plain: bool = Tr
     return {"base_scale": anchors["scale"]} | ({"offset": anchors["offset"]} if "offset" in anchors else {})
 
 
-def check_strides(reader: ConfigReader, key: str, pyramid: Tree) -> None:
-    """Check that a head's strides are those of the pyramid."""
+def check_strides(reader: ConfigReader, key: str, pyramid: Tree) -> list[float]:
+    """Return a head's strides, which must be those of the pyramid."""
     expected = [2.0**i for i in range(pyramid["finest"], pyramid["coarsest"] + 1)]
     strides = reader.get_floats(key, expected)
     if len(strides) != len(expected) or not all(map(math.isclose, strides, expected)):
         raise InputError(f"MMDetection's {reader.path}.{key}={strides} must be the neck's strides {expected}")
+    return expected

@@ -7,6 +7,8 @@ from typing import Any
 
 from fusedet.errors import unknown
 from fusedet.interop.mmdetection.anchor_config import (
+    BOX_STDS,
+    FOCAL_LOSS,
     MAX_CONVS,
     check_strides,
     convert_anchors,
@@ -19,7 +21,6 @@ from fusedet.interop.mmdetection.matching_head_config import MATCHING_HEADS
 
 Tree = dict[str, Any]
 Keys = Mapping[str, Any]
-_FOCAL_LOSS = {"alpha": ("loss_cls.alpha", 0.25), "gamma": ("loss_cls.gamma", 2.0)}
 _MATCHING = {"positive": ("assigner.pos_iou_thr", 0.5), "negative": ("assigner.neg_iou_thr", 0.4)}
 _VFNET = {
     "gradient_mul": ("gradient_mul", 0.1),
@@ -73,8 +74,6 @@ _TOOD_TRAINING = {
     "metric_beta": ("beta", 6.0),
 }
 _TOPK = {"topk": ("assigner.topk", 9)}
-ANCHOR_STDS = [0.1, 0.1, 0.2, 0.2]
-"""Standard deviations of the box deltas of ATSS and the heads built on it."""
 
 
 def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree, keys: Keys) -> Tree:
@@ -109,7 +108,7 @@ def _convert_retina_head(reader: ConfigReader, train: ConfigReader, pyramid: Tre
         reader.notes.append(f"further training has the focal loss where MMDetection's {reader.path} has {kind}")
     if str(reader.get("type")).endswith("PISARetinaHead"):
         reader.notes.append("further training is without PISA's weights of the samples (ISR, CARL)")
-    options: Tree = {"type": "retina"} | reader.get_options(_FOCAL_LOSS) | convert_anchors(reader, pyramid, "octaves")
+    options: Tree = {"type": "retina"} | reader.get_options(FOCAL_LOSS) | convert_anchors(reader, pyramid, "octaves")
     read_box_stds(reader, [1.0] * 4)
     convert_box_loss(reader, "l1")
     return options | train.get_options(_MATCHING)
@@ -124,7 +123,7 @@ def _convert_fcos_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree)
         "deformable_last": ("dcn_on_last_conv", False),
         "radius": ("center_sample_radius", 1.5),
     }
-    options: Tree = {"type": "fcos"} | reader.get_changes(changes) | reader.get_options(_FOCAL_LOSS)
+    options: Tree = {"type": "fcos"} | reader.get_changes(changes) | reader.get_options(FOCAL_LOSS)
     if ranges := reader.get_typed("regress_ranges", list[tuple[float, float]], []):
         options["ranges"] = [high for _, high in ranges[:-1]]
     losses = {"IoULoss": "iou", "GIoULoss": "giou"}
@@ -151,20 +150,20 @@ def _convert_reppoints_head(reader: ConfigReader, train: ConfigReader, pyramid: 
     reader.require_value("use_grid_points", False)
     reader.require_value("center_init", True)
     reader.get_section("loss_cls").require_value("use_sigmoid", True)
-    options: Tree = {"type": "reppoints"} | reader.get_options(_REPPOINTS | _FOCAL_LOSS)
+    options: Tree = {"type": "reppoints"} | reader.get_options(_REPPOINTS | FOCAL_LOSS)
     options["transform_method"] = reader.require_value("transform_method", "moment", "minmax", "partial_minmax")
     return options | train.get_section("refine").get_options(_MATCHING)
 
 
 def _convert_atss_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    read_box_stds(reader, ANCHOR_STDS)
+    read_box_stds(reader, BOX_STDS)
     weights = {
         "box_weight": ("loss_bbox.loss_weight", 2.0),
         "centerness_weight": ("loss_centerness.loss_weight", 1.0),
     }
     options: Tree = {"type": "atss"} | convert_square_anchors(reader, pyramid, plain=False)
     options |= reader.get_changes({"kernel": ("pred_kernel_size", 3, 1, 15)})
-    return options | reader.get_options(_FOCAL_LOSS | weights) | train.get_options(_TOPK)
+    return options | reader.get_options(FOCAL_LOSS | weights) | train.get_options(_TOPK)
 
 
 def _convert_gfl_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
@@ -179,23 +178,23 @@ def _convert_gfl_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) 
 
 
 def _convert_paa_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    read_box_stds(reader, ANCHOR_STDS)
+    read_box_stds(reader, BOX_STDS)
     options: Tree = {"type": "paa"} | convert_square_anchors(reader, pyramid)
-    options |= reader.get_options(_FOCAL_LOSS | _PAA) | train.get_options({"positive": ("assigner.pos_iou_thr", 0.1)})
+    options |= reader.get_options(FOCAL_LOSS | _PAA) | train.get_options({"positive": ("assigner.pos_iou_thr", 0.1)})
     reader.read_keys |= {"reg_decoded_bbox", "covariance_type"}
     return options
 
 
 def _convert_ddod_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    read_box_stds(reader, ANCHOR_STDS)
+    read_box_stds(reader, BOX_STDS)
     exponents = {"cls_exponent": ("assigner.alpha", 0.8), "box_exponent": ("reg_assigner.alpha", 0.5)}
     options: Tree = {"type": "ddod"} | convert_square_anchors(reader, pyramid)
-    return options | reader.get_options(_FOCAL_LOSS | _DDOD) | train.get_options(_TOPK | exponents)
+    return options | reader.get_options(FOCAL_LOSS | _DDOD) | train.get_options(_TOPK | exponents)
 
 
 def _convert_tood_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
     anchor_based = reader.require_value("anchor_type", "anchor_free", "anchor_based") == "anchor_based"
-    read_box_stds(reader, ANCHOR_STDS)
+    read_box_stds(reader, BOX_STDS)
     options: Tree = {"type": "tood", "anchor_based": anchor_based} | convert_square_anchors(reader, pyramid)
     return options | reader.get_options(_TOOD) | train.get_options(_TOOD_TRAINING)
 

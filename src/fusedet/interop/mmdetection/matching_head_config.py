@@ -7,6 +7,8 @@ from typing import Any
 
 from fusedet.errors import InputError
 from fusedet.interop.mmdetection.anchor_config import (
+    BOX_STDS,
+    FOCAL_LOSS,
     MAX_CONVS,
     check_strides,
     convert_anchors,
@@ -31,7 +33,6 @@ _FOVEA = {
     "gamma": ("loss_cls.gamma", 1.5),
     "beta": ("loss_bbox.beta", 0.11),
 }
-_FOCAL_LOSS = {"alpha": ("loss_cls.alpha", 0.25), "gamma": ("loss_cls.gamma", 2.0)}
 _YOLOF = {
     "cls_convs": ("num_cls_convs", 2, 1, MAX_CONVS),
     "convs": ("num_reg_convs", 4, 1, MAX_CONVS),
@@ -51,15 +52,14 @@ _AUTOASSIGN = {
 
 
 def _convert_free_anchor_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    read_box_stds(reader, [0.1, 0.1, 0.2, 0.2])
+    read_box_stds(reader, BOX_STDS)
     return {"type": "free_anchor"} | convert_anchors(reader, pyramid, "octaves") | reader.get_options(_FREE_ANCHOR)
 
 
 def _convert_fovea_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
-    check_strides(reader, "strides", pyramid)
-    strides = [2.0**i for i in range(pyramid["finest"], pyramid["coarsest"] + 1)]
+    strides = check_strides(reader, "strides", pyramid)
     sizes = reader.get_floats("base_edge_list", [2 * stride for stride in strides])
-    if sizes != [stride * sizes[0] / strides[0] for stride in strides]:
+    if not sizes or sizes != [stride * sizes[0] / strides[0] for stride in strides]:
         raise InputError(
             f"MMDetection's {reader.path}.base_edge_list={sizes} must be one multiple of the strides {strides}"
         )
@@ -80,7 +80,7 @@ def _convert_fsaf_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree)
     scale = assigner.get_float("pos_scale", 0.2)
     if assigner.get_float("neg_scale", scale) != scale:
         train.notes.append(f"further training has MMDetection's {assigner.path}.neg_scale equal to pos_scale={scale}")
-    return {"type": "fsaf", "scale": scale} | reader.get_options(_FOCAL_LOSS)
+    return {"type": "fsaf", "scale": scale} | reader.get_options(FOCAL_LOSS)
 
 
 def _convert_yolof_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:
@@ -95,7 +95,7 @@ def _convert_yolof_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree
         raise InputError(f"MMDetection's {anchors.path}.ratios={ratios} must be [1.0]")
     anchors.require_value("center_offset", 0.0)
     options: Tree = {"type": "yolof", "scales": anchors.get_floats("scales")}
-    return options | reader.get_options(_YOLOF | _FOCAL_LOSS) | train.get_options(_YOLOF_TRAINING)
+    return options | reader.get_options(_YOLOF | FOCAL_LOSS) | train.get_options(_YOLOF_TRAINING)
 
 
 def _convert_autoassign_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree) -> Tree:

@@ -187,7 +187,7 @@ def _convert_convnext(reader: ConfigReader) -> Tree:
     return {
         "name": f"convnext_{arch}",
         "output_norm": True,
-        "frozen_stages": {0: -1}.get(stages := reader.get_int("frozen_stages", 0), stages - 1),
+        "frozen_stages": reader.get_int("frozen_stages", 0) or -1,  # 0 freezes nothing there
     }
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]
 """A pattern of MMDetection's names, and the name here, or a function of the match that makes it."""
 
+_RETINA: list[Rule] = [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")]
 _ANCHORS: list[Rule] = [
     (r"^bbox_head\.atss_(cls|reg)\.", r"head.\1."),
     (r"^bbox_head\.atss_(?:centerness|iou)\.", "head.quality."),
     (r"^bbox_head\.(scales)$", r"head.\1"),
 ]
 OUTPUTS: dict[str, list[Rule]] = {
-    "retina": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
+    "retina": _RETINA,
     "fcos": [
         (r"^bbox_head\.(?:conv|fcos)_(cls|reg|centerness)\.", r"head.\1."),
         (r"^bbox_head\.(scales)$", r"head.\1"),
@@ -47,8 +48,8 @@ OUTPUTS: dict[str, list[Rule]] = {
         (r"^bbox_head\.tood_(cls|reg)\.", r"head.\1."),
         (r"^bbox_head\.(scales)$", r"head.\1"),
     ],
-    "free_anchor": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
-    "fsaf": [(r"^bbox_head\.retina_(cls|reg)\.", r"head.\1.")],
+    "free_anchor": _RETINA,
+    "fsaf": _RETINA,
     "fovea": [
         (r"^bbox_head\.conv_(cls|reg)\.", r"head.\1."),
         (r"^bbox_head\.feature_adaption\.conv_offset\.", "head.align.offset."),

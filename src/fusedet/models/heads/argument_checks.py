@@ -16,8 +16,16 @@ def check_focal(alpha: float, gamma: float, prior: float) -> None:
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha={alpha} must be 0 to 1")
-    if not 0 <= gamma < math.inf:
-        raise InputError(f"gamma={gamma} must be 0 or more")
+    check_weight("gamma", gamma)
+    check_prior(prior)
+
+
+def check_prior(prior: float) -> None:
+    """Check the initial score.
+
+    Raises:
+        InputError: It is out of its range.
+    """
     if not 0 < prior < 1:
         raise InputError(f"prior={prior} must be above 0 and below 1")
 
@@ -56,20 +64,10 @@ def check_length(name: str, strides: float) -> None:
 
 
 def check_weight(name: str, weight: float) -> None:
-    """Check the weight of a loss.
+    """Check the weight or the exponent of a loss.
 
     Raises:
         InputError: It is negative or not finite.
     """
     if not 0 <= weight < math.inf:
         raise InputError(f"{name}={weight} must be 0 or more")
-
-
-def check_topk(topk: int) -> None:
-    """Check a number of candidates.
-
-    Raises:
-        InputError: It is below 1.
-    """
-    if topk < 1:
-        raise InputError(f"topk={topk} must be 1 or more")

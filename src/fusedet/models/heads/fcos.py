@@ -22,7 +22,7 @@ from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import PointInBoxAssigner, assign_batch, gather_positives
 from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_base_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
-from fusedet.models.ops.losses import giou_loss, iou_loss, mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, iou_loss, mean_over_ranks
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 BOX_LOSSES = {"iou": iou_loss, "giou": giou_loss}
@@ -139,8 +139,8 @@ class FCOSHead(nn.Module):
         distances = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         central_logits = flatten_maps(outputs.maps["centerness"], 1).squeeze(2)  # (N, P)
         assigned = assign_batch(self.assigner, priors, targets)  # (N, P)
-        image, prior, boxes, classes = gather_positives(assigned, targets)
-        rows = image * len(priors) + prior
+        positives = gather_positives(assigned, targets)
+        image, prior, boxes, _ = positives
         count = mean_over_ranks((assigned >= 0).sum())
         wanted = boxes_to_distances(box_centres(priors.boxes)[prior], boxes)  # (R, 4)
         central = centerness(wanted)
@@ -150,13 +150,11 @@ class FCOSHead(nn.Module):
         box_losses = self.box_loss(
             distances_to_boxes(origin, distances[image, prior]), distances_to_boxes(origin, wanted)
         )
-        counted = torch.ones_like(assigned, dtype=torch.bool).flatten()
         central_loss = F.binary_cross_entropy_with_logits(
             central_logits[image, prior].float(), central, reduction="sum"
         )
         return {
-            "loss_cls": sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma)
-            / count,
+            "loss_cls": assigned_focal_loss(logits, assigned, positives, self.alpha, self.gamma) / count,
             "loss_box": (box_losses * central).sum() / mean_over_ranks(central.sum(), least=1e-6),
             "loss_centerness": central_loss / count,
         }

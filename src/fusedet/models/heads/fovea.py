@@ -26,7 +26,7 @@ from fusedet.models.ops.boxes import (
     select_detections,
 )
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.losses import assigned_focal_loss, mean_over_ranks
 from fusedet.models.ops.region_assigners import FoveaAssigner
 from fusedet.models.ops.regression_losses import smooth_l1_loss
 from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Target
@@ -133,18 +133,17 @@ class FoveaHead(nn.Module):
         `sizes` is unused: cells beyond an image's edge count as background, as in MMDetection 3.x.
         """
         priors = outputs.priors
-        logits = flatten_maps(outputs.maps["cls"], self.num_classes).flatten(0, 1)  # (N * P, K)
+        logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         assigned = assign_batch(self.assigner, priors, targets)  # (N, P)
-        image, prior, boxes, classes = gather_positives(assigned, targets)
+        positives = gather_positives(assigned, targets)
+        image, prior, boxes, _ = positives
         distances = boxes_to_distances(box_centres(priors.boxes)[prior], boxes)
         base = self.base_scale * priors.strides[prior, None]
         wanted = (distances / base).clamp(*TARGET_RANGE).log()
         box_loss = smooth_l1_loss(flatten_maps(outputs.maps["reg"], 4)[image, prior], wanted, self.beta).sum()
-        positives = (assigned >= 0).sum()
-        count, divisor = mean_over_ranks(torch.stack([positives, positives + len(targets)]))
-        counted = torch.ones_like(assigned, dtype=torch.bool).flatten()
-        rows = image * len(priors) + prior
-        cls_loss = sigmoid_focal_loss(logits, counted, rows, classes, self.alpha, self.gamma)
+        number = (assigned >= 0).sum()
+        count, divisor = mean_over_ranks(torch.stack([number, number + len(targets)]))
+        cls_loss = assigned_focal_loss(logits, assigned, positives, self.alpha, self.gamma)
         return {"loss_cls": cls_loss / divisor, "loss_box": box_loss / count}
 
     def decode(self, outputs: Outputs) -> Candidates:

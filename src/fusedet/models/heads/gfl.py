@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
+from fusedet.models.heads.argument_checks import check_length, check_prior, check_weight
 from fusedet.models.heads.quality_anchors import count_positives
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import IGNORED, assign_batch, valid_prior_mask
@@ -84,7 +84,8 @@ class GFLHead(nn.Module):
         dfl_weight: float = 0.25,
     ) -> None:
         super().__init__()
-        check_focal(0.5, beta, prior)
+        check_prior(prior)
+        check_weight("beta", beta)
         check_length("base_scale", base_scale)
         check_weight("box_weight", box_weight)
         check_weight("dfl_weight", dfl_weight)

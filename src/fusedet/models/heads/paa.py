@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedet.models.heads.argument_checks import check_iou_thresholds, check_topk
+from fusedet.errors import InputError
+from fusedet.models.heads.argument_checks import check_iou_thresholds
 from fusedet.models.heads.quality_anchors import QualityAnchorHead, decode_deltas
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
@@ -74,7 +75,8 @@ class PAAHead(QualityAnchorHead):
         voting: bool = True,
     ) -> None:
         check_iou_thresholds(positive, positive)
-        check_topk(topk)
+        if topk < 1:
+            raise InputError(f"topk={topk} must be 1 or more")
         weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_iou": iou_weight}
         super().__init__(
             levels, num_classes, interact, convs, channels, norm, bias, False, base_scale, alpha, gamma, prior, weights
@@ -95,12 +97,12 @@ class PAAHead(QualityAnchorHead):
         positives = gather_positives(assigned, targets)
         boxes = self.boxes_at(outputs, positives)
         iou = aligned_iou(boxes.detach(), positives.boxes)
-        number = (assigned >= 0).sum()
+        number, overlap = mean_over_ranks(torch.stack([(assigned >= 0).sum(), iou.sum()]), LEAST_SUM)
         quality = self.quality_at(outputs, positives)
         return {
-            "loss_cls": self.focal_loss(outputs, assigned, positives) / mean_over_ranks(number, len(targets)),
-            "loss_box": (giou_loss(boxes, positives.boxes) * iou).sum() / mean_over_ranks(iou.sum(), LEAST_SUM),
-            "loss_iou": F.binary_cross_entropy_with_logits(quality, iou, reduction="sum") / mean_over_ranks(number),
+            "loss_cls": self.focal_loss(outputs, assigned, positives) / number.clamp(min=len(targets)),
+            "loss_box": (giou_loss(boxes, positives.boxes) * iou).sum() / overlap,
+            "loss_iou": F.binary_cross_entropy_with_logits(quality, iou, reduction="sum") / number.clamp(min=1),
         }
 
     @torch.no_grad()

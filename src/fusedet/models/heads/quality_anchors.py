@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_weight
+from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
-from fusedet.models.ops.assigners import IGNORED, Positives, gather_positives
-from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_base_anchors
+from fusedet.models.ops.assigners import Positives, gather_positives
+from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_base_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
-from fusedet.models.ops.losses import sigmoid_focal_loss
+from fusedet.models.ops.losses import assigned_focal_loss
 from fusedet.types import Candidates, Features, Levels, Outputs, Target
 
 SHIFT_UNIT, SIZE_UNIT = 0.1, 0.2  # of the box deltas: the centre's shift in anchors, and the log of the size ratio
@@ -69,14 +69,14 @@ class QualityAnchorHead(nn.Module):
         check_focal(alpha, gamma, prior)
         if kernel < 1 or kernel % 2 == 0:
             raise InputError(f"kernel={kernel} must be odd, such as 1 or 3")
-        check_anchors("base_scale", base_scale, (1.0,))
+        check_length("base_scale", base_scale)
         for name, weight in loss_weights.items():
             check_weight(name.replace("loss_", "") + "_weight", weight)
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.offset = offset
         self.loss_weights = loss_weights
-        shapes = torch.stack([make_base_anchors(stride, base_scale, 1, (1.0,)) for stride in levels.strides])
+        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])
         self.register_buffer("shapes", shapes, persistent=False)  # (L, 1, 4)
         self.towers = TwinTowers(
             levels.channels[0], channels, convs, norm, interact, bias, deformable_first=deformable_first
@@ -129,11 +129,8 @@ class QualityAnchorHead(nn.Module):
 
         weights (P,): of the anchors, None for 1.
         """
-        logits = flatten_maps(outputs.maps["cls"], self.num_classes).flatten(0, 1)  # (N * P, K)
-        rows = positives.image * assigned.shape[1] + positives.prior
-        counted = assigned != IGNORED
-        counted = (counted if weights is None else counted * weights).flatten()
-        return sigmoid_focal_loss(logits, counted, rows, positives.labels, self.alpha, self.gamma)
+        logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
+        return assigned_focal_loss(logits, assigned, positives, self.alpha, self.gamma, weights)
 
 
 def decode_deltas(anchors: Tensor, deltas: Tensor) -> Tensor:

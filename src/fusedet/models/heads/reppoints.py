@@ -18,7 +18,6 @@ from fusedet.errors import InputError, one_of
 from fusedet.models.heads.argument_checks import check_focal, check_iou_thresholds, check_length
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import (
-    IGNORED,
     MaxIoUAssigner,
     Positives,
     assign_batch,
@@ -28,7 +27,7 @@ from fusedet.models.ops.assigners import (
 from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.losses import assigned_focal_loss, mean_over_ranks
 from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Priors, Target
 
@@ -192,8 +191,7 @@ class RepPointsHead(nn.Module):
         first, second = gather_positives(assigned_init, targets), gather_positives(assigned, targets)
         counts = torch.stack([(a >= 0).sum(dim=1).clamp(min=1).sum() for a in (assigned_init, assigned)])
         count_init, count = mean_over_ranks(counts)
-        rows, counted = second.image * len(priors) + second.prior, (assigned != IGNORED).flatten()
-        cls_loss = sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, second.labels, self.alpha, self.gamma)
+        cls_loss = assigned_focal_loss(logits, assigned, second, self.alpha, self.gamma)
         return {
             "loss_cls": cls_loss / count,
             "loss_init": self._box_loss(priors, init, first) / count_init,

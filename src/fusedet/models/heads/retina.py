@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_iou_thresholds, check_weight
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
-from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
+from fusedet.models.ops.assigners import MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, encode_boxes, grid_priors, make_base_anchors
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
-from fusedet.models.ops.losses import mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.losses import assigned_focal_loss, mean_over_ranks
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 
@@ -124,14 +124,12 @@ class RetinaHead(nn.Module):
         deltas = flatten_maps(outputs.maps["reg"], 4)  # (N, P, 4)
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
         assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
-        image, prior, boxes, classes = gather_positives(assigned, targets)
-        rows = image * len(priors) + prior
-        counted = (assigned != IGNORED).flatten()
+        positives = gather_positives(assigned, targets)
+        image, prior, boxes, _ = positives
         count = mean_over_ranks((assigned >= 0).sum(dim=1).clamp(min=1).sum())
         wanted = encode_boxes(priors.boxes[prior], boxes)
         return {
-            "loss_cls": sigmoid_focal_loss(logits.flatten(0, 1), counted, rows, classes, self.alpha, self.gamma)
-            / count,
+            "loss_cls": assigned_focal_loss(logits, assigned, positives, self.alpha, self.gamma) / count,
             "loss_box": F.l1_loss(deltas[image, prior].float(), wanted, reduction="sum") / count,
         }
 

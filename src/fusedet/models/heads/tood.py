@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_weight
+from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.heads.fcos import centerness
 from fusedet.models.heads.quality_anchors import decode_deltas
 from fusedet.models.heads.task_decomposition import TaskDecomposition, make_alignment, sample_boxes
@@ -26,7 +26,7 @@ from fusedet.models.ops.boxes import (
     boxes_to_distances,
     distances_to_boxes,
     grid_priors,
-    make_base_anchors,
+    make_base_points,
     select_detections,
 )
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
@@ -93,8 +93,8 @@ class TOODHead(nn.Module):
     ) -> None:
         super().__init__()
         check_focal(alpha, gamma, prior)
-        check_focal(alpha, beta, prior)
-        check_anchors("base_scale", base_scale, (1.0,))
+        check_weight("beta", beta)
+        check_length("base_scale", base_scale)
         check_weight("box_weight", box_weight)
         if not 0 <= deformable <= convs or convs < 1:
             raise InputError(f"convs={convs} must be 1 or more, and deformable={deformable} 0 to convs")
@@ -105,7 +105,7 @@ class TOODHead(nn.Module):
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight}
         self.assigner = ATSSAssigner(topk)
         self.aligned_assigner = TaskAlignedAssigner(aligned_topk, metric_alpha, metric_beta)
-        shapes = torch.stack([make_base_anchors(stride, base_scale, 1, (1.0,)) for stride in levels.strides])
+        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])
         self.register_buffer("shapes", shapes, persistent=False)  # (L, 1, 4)
         self.shared = nn.ModuleList(
             make_tower(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_length
 from fusedet.models.heads.towers import InteractionFactory
-from fusedet.models.ops.assigners import IGNORED, gather_positives, valid_prior_mask
+from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_base_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
-from fusedet.models.ops.losses import giou_loss, mean_over_ranks, sigmoid_focal_loss
+from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, mean_over_ranks
 from fusedet.models.ops.uniform_assigner import UniformMatcher
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
@@ -121,7 +121,7 @@ class YOLOFHead(nn.Module):
             sizes (N, 2), height and width of every image inside the padding, None for no padding.
         """
         anchors = outputs.priors.boxes
-        logits = flatten_maps(outputs.maps["cls"], self.num_classes).flatten(0, 1)  # (N * P, K)
+        logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         predicted = decode_boxes(anchors, flatten_maps(outputs.maps["reg"], 4).float(), self.most_shift)  # (N, P, 4)
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
         matches = [self.matcher.match(anchors, *image) for image in zip(predicted, targets, valid)]
@@ -132,9 +132,8 @@ class YOLOFHead(nn.Module):
             matched.dtype
         )
         box_losses = giou_loss(matched, wanted) * torch.cat([m.positive.flatten() for m in matches])
-        image, prior, _, classes = gather_positives(assigned, targets)
-        rows, counted = image * len(anchors) + prior, (assigned != IGNORED).flatten()
-        cls_loss = sigmoid_focal_loss(logits, counted, rows, classes, self.alpha, self.gamma)
+        positives = gather_positives(assigned, targets)
+        cls_loss = assigned_focal_loss(logits, assigned, positives, self.alpha, self.gamma)
         return {"loss_cls": cls_loss / count, "loss_box": box_losses.sum() / count}
 
     def decode(self, outputs: Outputs) -> Candidates:
@@ -147,6 +146,6 @@ class YOLOFHead(nn.Module):
 def _tower(inputs: int, channels: int, convs: int) -> nn.Sequential:
     """Stack `convs` times a 3x3 convolution, BatchNorm and ReLU."""
     layers: list[nn.Module] = []
-    for width in [inputs, *[channels] * (convs - 1)][:convs]:
+    for width in [inputs, *[channels] * (convs - 1)]:
         layers += [conv(width, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.necks.fpn import pyramid_levels
-from fusedet.models.ops.layers import conv, init_xavier
+from fusedet.models.ops.layers import conv, conv_norm, init_xavier
 from fusedet.types import Features, Levels
 
 MERGED = ("gp_64_4", "sum_44_4", "sum_43_3", "sum_34_4", "sum_55_5", "sum_77_7", "gp_75_6")
@@ -50,10 +50,13 @@ class NASFPN(nn.Module):
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be at least 1")
         inputs = levels.channels[self.start :]
-        self.lateral = nn.ModuleList(_layer(c, channels, 1, bias=False) for c in inputs)
-        self.top = nn.ModuleList(_layer(channels, channels, 1, bias=False) for _ in range(5 - len(inputs)))
+        self.lateral = nn.ModuleList(conv_norm(c, channels, 1, "bn") for c in inputs)
+        self.top = nn.ModuleList(conv_norm(channels, channels, 1, "bn") for _ in range(5 - len(inputs)))
         self.stacks = nn.ModuleList(
-            nn.ModuleDict({name: _layer(channels, channels, 3) for name in MERGED}) for _ in range(repeats)
+            nn.ModuleDict(
+                {name: nn.Sequential(conv(channels, channels, 3), nn.BatchNorm2d(channels)) for name in MERGED}
+            )
+            for _ in range(repeats)
         )
         init_xavier(self)
 
@@ -95,7 +98,3 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
     if rows or columns:
         x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return F.max_pool2d(x, kernel) if kernel != (1, 1) else x
-
-
-def _layer(inputs: int, channels: int, kernel: int, bias: bool = True) -> nn.Sequential:
-    return nn.Sequential(conv(inputs, channels, kernel, bias=bias), nn.BatchNorm2d(channels))

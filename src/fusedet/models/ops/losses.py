@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_area
 
+from fusedet.models.ops.assigners import IGNORED, Positives
 from fusedet.models.ops.boxes import aligned_iou
 
 _is_local: ContextVar[bool] = ContextVar("_is_local", default=False)
@@ -96,6 +97,33 @@ def sigmoid_focal_loss(
     p = positive.sigmoid()
     replacement = alpha * (1 - p) ** gamma * F.softplus(-positive) - (1 - alpha) * p**gamma * F.softplus(positive)
     return negative_focal_loss(logits, counted, 1 - alpha, gamma) + (replacement * counted[rows]).sum()
+
+
+def assigned_focal_loss(
+    logits: Tensor,
+    assigned: Tensor,
+    positives: Positives,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Compute the sigmoid focal loss of an assignment, summed over all priors that are not ignored.
+
+    Args:
+        logits: One row per prior, all classes.
+        assigned: Assignment of every image, as of `protocols.Assigner`.
+        positives: Its positives.
+        alpha: As in `sigmoid_focal_loss`.
+        gamma: As in `sigmoid_focal_loss`.
+        weights: Weight of every prior; None for 1.
+
+    Shape:
+        logits (N, P, K); assigned (N, P) int64; weights (P,); result: scalar.
+    """
+    counted = assigned != IGNORED
+    counted = counted if weights is None else counted * weights
+    rows = positives.image * assigned.shape[1] + positives.prior
+    return sigmoid_focal_loss(logits.flatten(0, 1), counted.flatten(), rows, positives.labels, alpha, gamma)
 
 
 def focal_loss_rows(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 from fusedet.errors import InputError
 from fusedet.models.ops.assigners import BACKGROUND, IGNORED, INSTANCES_AT_ONCE, ignore_invalid
@@ -75,7 +75,8 @@ class UniformMatcher:
         overlap, nearest = anchors.new_zeros(len(anchors)), []
         for some in instances.split(INSTANCES_AT_ONCE) if len(instances) else ():
             overlap = torch.maximum(overlap, box_iou(predicted, some).amax(dim=1))
-            distances = [torch.cdist(_centre_form(some), _centre_form(b), p=1) + far for b in (predicted, anchors)]
+            own, *all_ = (box_convert(b, "xyxy", "cxcywh") for b in (some, predicted, anchors))
+            distances = [torch.cdist(own, b, p=1) + far for b in all_]
             nearest.append(torch.stack([d.topk(k, dim=1, largest=False).indices for d in distances], dim=2))
         assigned = torch.where(overlap > self.negative, IGNORED, BACKGROUND)
         count = len(instances)
@@ -92,8 +93,3 @@ class UniformMatcher:
             assigned = torch.where(last >= 0, claimed, assigned)
         positive = positive.view(k, 2, count).permute(2, 0, 1).flatten(1) & valid[matches.flatten(1)]
         return UniformMatches(ignore_invalid(assigned, valid), matches.flatten(1), positive)
-
-
-def _centre_form(boxes: Tensor) -> Tensor:
-    """Convert boxes (M, 4) to centres and sizes (M, 4)."""
-    return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)

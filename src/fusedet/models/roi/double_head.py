@@ -6,12 +6,14 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import conv
+from fusedet.models.ops.layers import conv_norm
 from fusedet.models.protocols import StageOutputs
 from fusedet.models.roi.box import BoxStage, RegressionLossName, Sampling
 from fusedet.models.roi.pooling import LevelPooling, PoolingFactory
@@ -102,12 +104,17 @@ class DoubleHeadStage(BoxStage):
         inputs = levels.channels[0]
         quarter = box_channels // 4
         self.widen = Residual(
-            [_layer(inputs, inputs, 3), _layer(inputs, box_channels, 1)], _layer(inputs, box_channels, 1)
+            [conv_norm(inputs, inputs, 3, "bn"), conv_norm(inputs, box_channels, 1, "bn")],
+            conv_norm(inputs, box_channels, 1, "bn"),
         )
         self.blocks = nn.Sequential(
             *(
                 Residual(
-                    [_layer(box_channels, quarter, 1), _layer(quarter, quarter, 3), _layer(quarter, box_channels, 1)]
+                    [
+                        conv_norm(box_channels, quarter, 1, "bn"),
+                        conv_norm(quarter, quarter, 3, "bn"),
+                        conv_norm(quarter, box_channels, 1, "bn"),
+                    ]
                 )
                 for _ in range(blocks)
             )
@@ -130,7 +137,7 @@ class DoubleHeadStage(BoxStage):
 class Residual(nn.Module):
     """ReLU of x, or its projection, plus layers of convolution and BatchNorm with ReLUs between them."""
 
-    def __init__(self, layers: list[nn.Sequential], shortcut: nn.Module | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], shortcut: nn.Module | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.shortcut = shortcut or nn.Identity()
@@ -141,7 +148,3 @@ class Residual(nn.Module):
         for layer in self.layers[1:]:
             y = layer(F.relu(y))
         return F.relu(y + self.shortcut(x))
-
-
-def _layer(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(conv(inputs, outputs, kernel, bias=False), nn.BatchNorm2d(outputs))
