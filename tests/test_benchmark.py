@@ -466,6 +466,19 @@ def test_bad_input_is_refused_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("text", "of_run", "of_export"),
+    [
+        ("test.score=7", "test.score=7 must be 0 to 1", "test.score=7 changes nothing for exported models"),
+        ("tset.score=0.1", "unknown config key 'tset", "unknown config key 'tset"),
+    ],
+)
+def test_wrong_settings_are_refused(text: str, of_run: str, of_export: str, run: Path, tmp_path: Path) -> None:
+    for source, sentence in ((run, of_run), (write_export(tmp_path / "export"), of_export)):
+        with pytest.raises(InputError, match=sentence), plan_engines([source], engines.ENGINES, texts=[text]):
+            pytest.fail("planned")
+
+
 def test_an_existing_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(InputError, match="exists and is not empty"):

@@ -517,6 +517,14 @@ def test_a_misspelt_config_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_a_file_is_no_output_directory(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("keep me")
+    with pytest.raises(InputError, match=r"file is a file: choose another directory"):
+        fusedet.export(trained, formats="torch", out=file)
+    assert file.read_text() == "keep me"
+
+
 def test_a_missing_compiler_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

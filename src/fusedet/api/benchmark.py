@@ -12,10 +12,11 @@ from rich.console import Console, Group, RenderableType
 
 from fusedet import visualization
 from fusedet.api import run_dir, tables
-from fusedet.api.benchmark_plan import Candidate, is_config, plan_engines
+from fusedet.api.benchmark_plan import Candidate, plan_engines
 from fusedet.api.engine_process import EngineProcess, Measurement
 from fusedet.api.engines import ENGINES
 from fusedet.api.export import check_size
+from fusedet.api.load_model import is_config
 from fusedet.api.progress import progress_bar, say_nothing
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, split_overrides, to_overrides

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 
 import fusedet
-from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api.engines import PYTORCH, Task, resize_settings
-from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
+from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
 from fusedet.api.progress import say_nothing
-from fusedet.api.settings import refuse_other_keys
+from fusedet.api.settings import refuse_other_keys, resolve_config
 from fusedet.config import Config, parse
 from fusedet.data.synthetic import draw_image
 from fusedet.data.transforms import keep_ratio_size
@@ -93,15 +92,19 @@ def plan_engines(
             _find_checkpoint(source, texts, scratch / f"{i}.safetensors", say) if export is None else Path(source)
             for i, (source, export) in enumerate(zip(sources, exports))
         ]
-        # also refuses what is no checkpoint, before anything is measured
+        settings = tuple(text for text in texts if not re.match(r"model[.=]", text))
+        if all(exports):
+            refuse_other_keys(texts, "out", of="exported models")
+        # also refuses what is no checkpoint, and wrong settings, before anything is measured
         saved = [
-            rebuild(file, trust)[1] if export is None else parse(exporters.read_export(export)[0].config)
+            resolve_config(
+                rebuild(file, trust)[1] if export is None else parse(exporters.read_export(export)[0].config), settings
+            )
             for file, export in zip(files, exports)
         ]
         size = size or _largest_input(saved[0], exports[0])
         image = draw_scene(size, scratch / "image.jpg")
         task = partial(Task, image=str(image), size=size, threads=torch.get_num_threads())
-        settings = tuple(text for text in texts if not re.match(r"model[.=]", text))
         candidates: list[Candidate] = []
         for i, (source, file, export, config) in enumerate(zip(map(str, sources), files, exports, saved)):
             is_scored = not settings and _is_as_validated(config, size)
@@ -134,11 +137,6 @@ def plan_engines(
                     rows = _list_exported(source, result, result, [engine], trusted)
                     candidates += [replace(row, ap=ap) for row in rows]
         yield candidates, size
-
-
-def is_config(source: str | Path) -> bool:
-    """Return whether a source is a shipped config's name or a YAML file."""
-    return str(source) in configs.names() or Path(source).suffix in (".yaml", ".yml")
 
 
 def _find_checkpoint(source: str | Path, texts: Sequence[str], target: Path, say: Callable[[str], None]) -> Path:

@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple, Unpack
 from rich.console import Console, RenderableType
 
 import fusedet
-from fusedet import config as configs
 from fusedet import exporters
 from fusedet.api import run_dir
 from fusedet.api.export_files import write_files
-from fusedet.api.load_model import build_untrained, rebuild, require_known_source, weights_file
+from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
 from fusedet.api.predict import SETTABLE, tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.quantize import CalibrationData, read_calibration_data
@@ -261,7 +260,7 @@ def _load(
     source: str | Path, texts: Sequence[str], calibrate: bool, trust: bool, say: Callable[[str], None]
 ) -> tuple[_Source, str | Path]:
     """Return the detector and the directory to write."""
-    if str(source) in configs.names() or Path(source).suffix in (".yaml", ".yml"):
+    if is_config(source):
         detector, config, names = build_untrained(source, texts)
         say(f"{source} is a config: its weights are random, not trained")
         model = _Source(tuned(detector, config, names=names), config, names, list(range(len(names))), None)

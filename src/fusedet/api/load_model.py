@@ -112,6 +112,11 @@ def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
     return detector
 
 
+def is_config(source: str | Path) -> bool:
+    """Return whether a source is a shipped config's name or a YAML file."""
+    return str(source) in config_names() or Path(source).suffix in (".yaml", ".yml")
+
+
 def build_untrained(source: str | Path, texts: Sequence[str]) -> tuple[DetectorModule, Config, list[str]]:
     """Return the detector of a config with random weights, its config and names of 80 classes.
 

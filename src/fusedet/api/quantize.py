@@ -157,7 +157,7 @@ def quantize_format(
 
     Returns:
         The files, and for the report: `price`, rows of the metrics with interval, and `floating_point`, the names of
-        the convolutions that stay in floating point.
+        the convolutions that stay in floating point, besides those of `find_regression`.
 
     Raises:
         InputError: The loss is larger with all numbers of convolutions.

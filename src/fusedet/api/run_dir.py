@@ -41,9 +41,11 @@ def check_new_dir(folder: str | Path | None) -> None:
     """Check before the work, if a directory is given, that nothing would be overwritten there.
 
     Raises:
-        InputError: The directory exists and holds more than temporary files of a killed process.
+        InputError: It is a file, or a directory that holds more than temporary files of a killed process.
     """
     path = Path(folder or "")
+    if path.is_file():
+        raise InputError(f"out={path} is a file: choose another directory")
     if folder and path.is_dir() and set(path.iterdir()) - set(list_leftovers(path)):
         raise InputError(f"out={path} exists and is not empty: nothing is overwritten, choose another directory")
 

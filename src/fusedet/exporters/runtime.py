@@ -61,13 +61,7 @@ def _open_torch(path: Path, metadata: Metadata) -> tuple[Session, str | None]:
 
     texts = {KEY: ""}
     module = torch.export.load(path, extra_files=texts).module()
-
-    def run(images: Array, sizes: Array) -> dict[str, Array]:
-        with torch.no_grad():
-            outputs = module(torch.from_numpy(images), torch.from_numpy(sizes))
-        return {name: output.numpy() for name, output in zip(metadata.outputs, outputs)}
-
-    return run, texts[KEY]
+    return _make_torch_session(module, metadata), texts[KEY]
 
 
 def _open_aot(path: Path, metadata: Metadata) -> tuple[Session, str | None]:
@@ -75,13 +69,16 @@ def _open_aot(path: Path, metadata: Metadata) -> tuple[Session, str | None]:
     from torch._inductor import aoti_load_package
 
     model = aoti_load_package(str(path))
+    return _make_torch_session(model, metadata), model.loader.get_metadata().get(KEY)
 
+
+def _make_torch_session(module: Callable[[Tensor, Tensor], Sequence[Tensor]], metadata: Metadata) -> Session:
     def run(images: Array, sizes: Array) -> dict[str, Array]:
         with torch.no_grad():
-            outputs = model(torch.from_numpy(images), torch.from_numpy(sizes))
+            outputs = module(torch.from_numpy(images), torch.from_numpy(sizes))
         return {name: output.numpy() for name, output in zip(metadata.outputs, outputs)}
 
-    return run, model.loader.get_metadata().get(KEY)
+    return run
 
 
 def _open_onnx(path: Path, metadata: Metadata) -> tuple[Session, str | None]:

@@ -66,7 +66,7 @@ class Comparison:
         case: Name of the input.
         shape: Its shape.
         detections: Detections in PyTorch; without the final selection, candidates.
-        undecided: Detections without partner that PyTorch itself loses or adds after a change in the sixth digit.
+        undecided: Detections without partner that PyTorch itself loses or adds after a change by `Tolerance.noise`.
         box: Largest difference of a corner of partners, in pixels.
         score: Largest difference of their scores.
         mask: Largest difference of their masks' probabilities; None without masks.
@@ -164,7 +164,7 @@ def compare_outputs(
         actual: The file's outputs by name.
         tolerance: What counts as equal.
         source: The file, for messages.
-        nudged: Computes PyTorch's outputs after changes in the sixth digit; called only where a partner is missing.
+        nudged: Computes PyTorch's outputs after changes by `tolerance.noise`; called only where a partner is missing.
 
     Raises:
         InputError: A detection has no partner.
