@@ -494,6 +494,7 @@ def test_example_needs_neither_torch_nor_fusedet(format_: str, exported: Path, s
         ({"precision": "fp16"}, "precision=fp16 does not exist for the format torch: it is for onnx and openvino"),
         ({"formats": "openvino", "precision": "int8"}, "int8 needs images to calibrate on: add --calibrate data=PATH"),
         ({"formats": "openvino", "calibrate": True}, "--calibrate is for --precision int8, not for fp32"),
+        ({"formats": "openvino", "max_drop": 0.01}, "--max-drop is for --precision int8, not for fp32"),
         (
             {"formats": "onnx", "precision": "bf16"},
             "ONNX Runtime does not compute in bf16 on a CPU; it is for openvino",

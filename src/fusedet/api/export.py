@@ -116,8 +116,8 @@ def export(
     raw: bool = False,
     aot: bool = False,
     calibrate: bool = False,
-    calibration_images: int = 300,
-    max_drop: float = 0.01,
+    calibration_images: int | None = None,
+    max_drop: float | None = None,
     trust: bool = False,
     progress: Console | None = None,
     say: Callable[[str], None] = say_nothing,
@@ -145,9 +145,9 @@ def export(
         aot: Compile the format torch for this CPU too, with AOTInductor.
         calibrate: For int8: take the ranges of activations from images of `data.train`, and measure the loss of AP on
             `data.val`.
-        calibration_images: How many images, chosen by a fixed seed.
-        max_drop: The largest loss of AP by int8, in 0..1. Where it is larger, the most sensitive convolutions stay in
-            floating point; where that does not help, nothing is written.
+        calibration_images: How many images, chosen by a fixed seed, by default 300.
+        max_drop: The largest loss of AP by int8, in 0..1, by default 0.01. Where it is larger, the most sensitive
+            convolutions stay in floating point; where that does not help, nothing is written.
         trust: Whether the checkpoint's config may name classes of other packages, whose code then runs.
         progress: Shows how far the evaluation of int8 is, if it is a terminal.
         say: Takes warnings.
@@ -220,18 +220,20 @@ def _add_aot(names: list[str]) -> list[str]:
     return ["torch", AOT, *names[1:]]
 
 
-def _check_calibration(precision: str, calibrate: bool, raw: bool, images: int, max_drop: float) -> None:
+def _check_calibration(precision: str, calibrate: bool, raw: bool, images: int | None, max_drop: float | None) -> None:
     """Check the options of int8."""
     if precision != "int8":
-        if calibrate:
-            raise InputError(f"--calibrate is for --precision int8, not for {precision}: leave it out")
+        options = {"--calibrate": calibrate or None, "--calibration-images": images, "--max-drop": max_drop}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise InputError(f"{given[0]} is for --precision int8, not for {precision}: leave it out")
         return
     if not calibrate:
         raise InputError("precision=int8 needs images to calibrate on: add --calibrate data=PATH")
     if raw:
         raise InputError("--raw leaves out the detections by whose AP int8 is judged: leave out --raw or int8")
-    at_least(1, calibration_images=images)
-    if not 0 <= max_drop <= 1:
+    if images is not None:
+        at_least(1, calibration_images=images)
+    if max_drop is not None and not 0 <= max_drop <= 1:
         raise InputError(f"max_drop={max_drop:g} must be 0 to 1, such as 0.01 for one percent of AP")
 
 

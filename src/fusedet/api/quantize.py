@@ -37,6 +37,10 @@ from fusedet.exporters.quantization import (
 from fusedet.exporters.runtime import Session
 from fusedet.exporters.verification import compute_similarity
 
+CALIBRATION_IMAGES = 300
+"""Images that the ranges are taken from by default."""
+MAX_DROP = 0.01
+"""The largest loss of AP that is accepted by default."""
 SEED = 0
 """Seed of the choice of the images."""
 SHARES = (0.0, 0.1, 0.2, 0.4)
@@ -123,7 +127,7 @@ class CalibrationInputs:
 
 
 def read_calibration_data(
-    config: Config, names: list[str], source: str, count: int, max_drop: float, progress: Console | None
+    config: Config, names: list[str], source: str, count: int | None, max_drop: float | None, progress: Console | None
 ) -> CalibrationData:
     """Read the data of int8: a seeded choice of images of `data.train`, and all of `data.val`.
 
@@ -136,8 +140,9 @@ def read_calibration_data(
         require_class_names(dataset, names, source)
     if not len(val.labels):
         raise InputError(f"{val.source} has no objects, so that the loss of AP by int8 cannot be measured")
-    order = np.random.default_rng(SEED).permutation(len(train))[:count]
-    return CalibrationData(config, take_images(train, np.sort(order), train.source), val, max_drop, progress)
+    order = np.random.default_rng(SEED).permutation(len(train))[: count or CALIBRATION_IMAGES]
+    drop = MAX_DROP if max_drop is None else max_drop
+    return CalibrationData(config, take_images(train, np.sort(order), train.source), val, drop, progress)
 
 
 def quantize_format(

@@ -130,8 +130,10 @@ def export(
     raw: Annotated[bool, Option("--raw", help="Leave NMS out: boxes and scores of all candidates.")] = False,
     aot: Annotated[bool, Option("--aot", help="Compile the format torch for this CPU too.")] = False,
     calibrate: Annotated[bool, Option("--calibrate", help="Calibrate int8 on images of data=PATH.")] = False,
-    calibration_images: Annotated[int, Option(help="Number of these images.", min=1)] = 300,
-    max_drop: Annotated[float, Option(help="Largest loss of AP by int8, 0 to 1.", min=0, max=1)] = 0.01,
+    calibration_images: Annotated[int | None, Option(help="Number of these images.", min=1, show_default="300")] = None,
+    max_drop: Annotated[
+        float | None, Option(help="Largest loss of AP by int8, 0 to 1.", min=0, max=1, show_default="0.01")
+    ] = None,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
