@@ -22,6 +22,8 @@ REFERENCE = "retinanet"
 CONFIGS = (
     REFERENCE,
     "fcos",
+    "vfnet",
+    "reppoints",
     "atss",
     "gfl",
     "gflv2",
