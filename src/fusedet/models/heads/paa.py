@@ -97,12 +97,12 @@ class PAAHead(QualityAnchorHead):
         positives = gather_positives(assigned, targets)
         boxes = self.boxes_at(outputs, positives)
         iou = aligned_iou(boxes.detach(), positives.boxes)
-        number, overlap = mean_over_ranks(torch.stack([(assigned >= 0).sum(), iou.sum()]), LEAST_SUM)
+        number = (assigned >= 0).sum()
         quality = self.quality_at(outputs, positives)
         return {
-            "loss_cls": self.focal_loss(outputs, assigned, positives) / number.clamp(min=len(targets)),
-            "loss_box": (giou_loss(boxes, positives.boxes) * iou).sum() / overlap,
-            "loss_iou": F.binary_cross_entropy_with_logits(quality, iou, reduction="sum") / number.clamp(min=1),
+            "loss_cls": self.focal_loss(outputs, assigned, positives) / mean_over_ranks(number, len(targets)),
+            "loss_box": (giou_loss(boxes, positives.boxes) * iou).sum() / mean_over_ranks(iou.sum(), LEAST_SUM),
+            "loss_iou": F.binary_cross_entropy_with_logits(quality, iou, reduction="sum") / mean_over_ranks(number),
         }
 
     @torch.no_grad()
