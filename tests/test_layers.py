@@ -12,6 +12,7 @@ RANKS = [
     {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},
     {"models.detectors"},
     {"engine", "evaluation", "visualization", "interop", "exporters"},
+    {"report"},
     {"api"},
     {"ablation"},
     {"cli"},

@@ -27,6 +27,7 @@ from fusedet.api.run_dir import (
     remove_files,
     write_json,
 )
+from fusedet.api.run_report import write_run_page
 from fusedet.api.settings import Settings, Source, to_overrides, training_config
 from fusedet.api.train_inputs import (
     check_config,
@@ -113,7 +114,19 @@ def train(
                 f"warning: train.monitor={options.train.monitor} had no value on {scored}, so that no best weights "
                 "were kept: monitor a metric that the split has, such as AP"
             )
-        return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {scored}")
+        title = f"{out}: {weights} weights on {scored}"
+        files |= write_run_page(
+            out,
+            dataset,
+            evaluated,
+            title=f"{out.name} on {scored}",
+            scored=title,
+            device=options.device,
+            say=say,
+            size_bins=options.test.size_bins or (),
+            run=out,
+        )
+        return RunResult(out, evaluated.metrics, files, title)
 
 
 def _require_data(path: str | None) -> None:
