@@ -13,7 +13,7 @@ RANKS = [
     {"models.detectors"},
     {"engine", "evaluation", "visualization", "interop", "exporters"},
     {"api"},
-    {"ablation"},
+    {"ablation", "app"},
     {"cli"},
 ]
 RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}
