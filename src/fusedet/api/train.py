@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ from fusedet.api.run_dir import (
     remove_files,
     write_json,
 )
-from fusedet.api.settings import Settings, Source, training_config
+from fusedet.api.settings import Settings, Source, to_overrides, training_config
 from fusedet.api.train_inputs import (
     check_config,
     learns_masks,
@@ -44,7 +45,7 @@ from fusedet.api.validate import (
     write_report,
 )
 from fusedet.atomic_io import write_atomically
-from fusedet.config import Config
+from fusedet.config import Config, apply_overrides
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
@@ -54,6 +55,7 @@ from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES, Run
 from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.errors import DivergenceError, InputError, plural
+from fusedet.interop.published_weights import find_published_weights, is_published_name
 
 
 def train(
@@ -89,6 +91,10 @@ def train(
         StorageError: A file cannot be written.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
+    if isinstance(config, (str, Path)) and is_published_name(config):
+        find_published_weights(config)
+        texts = to_overrides(overrides, settings)
+        _require_data(apply_overrides({}, texts).get("data", {}).get("path"))  # before the weights are fetched
     options = training_config(config, overrides, settings, resume, trust)
     with deterministic(options.train.deterministic):
         out, is_begun = _check_config(options, resume)
@@ -110,10 +116,16 @@ def train(
         return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {scored}")
 
 
+def _require_data(path: str | None) -> None:
+    if path is None:
+        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
+
+
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
     """Return the run directory, and whether it has a checkpoint to resume."""
-    if config.data.path is None:
-        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
+    _require_data(config.data.path)
     if config.out is None:
         raise InputError("no output directory: add out=FOLDER")
     out = Path(config.out)
