@@ -14,7 +14,7 @@ RANKS = [
     {"engine", "evaluation", "visualization", "interop", "exporters"},
     {"report"},
     {"api"},
-    {"ablation"},
+    {"ablation", "app"},
     {"cli"},
 ]
 RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}

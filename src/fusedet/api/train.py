@@ -95,7 +95,10 @@ def train(
     if isinstance(config, (str, Path)) and is_published_name(config):
         find_published_weights(config)
         texts = to_overrides(overrides, settings)
-        _require_data(apply_overrides({}, texts).get("data", {}).get("path"))  # before the weights are fetched
+        path = apply_overrides({}, texts).get("data", {}).get("path")
+        _require_data(path)  # before the weights are fetched
+        if not os.path.exists(path):
+            raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
     options = training_config(config, overrides, settings, resume, trust)
     with deterministic(options.train.deterministic):
         out, is_begun = _check_config(options, resume)
@@ -132,8 +135,6 @@ def train(
 def _require_data(path: str | None) -> None:
     if path is None:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
 
 
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
