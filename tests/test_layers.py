@@ -12,8 +12,9 @@ RANKS = [
     {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},
     {"models.detectors"},
     {"engine", "evaluation", "visualization", "interop", "exporters"},
+    {"report"},
     {"api"},
-    {"ablation"},
+    {"ablation", "app"},
     {"cli"},
 ]
 RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}
