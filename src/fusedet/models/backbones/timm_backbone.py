@@ -204,6 +204,7 @@ class TimmBackbone(nn.Module):
             self.levels.strides[-1] // self.levels.strides[-2],
             [norm for norm in self.eval_norms if norm in inside],
         )
+        self.eval_norms = [norm for norm in self.eval_norms if norm not in inside]
         self.levels = Levels(self.levels.channels[:-1], self.levels.strides[:-1])
         self.output_norms, self.copies = self.output_norms[:-1], self.copies[:-1]
         return stage

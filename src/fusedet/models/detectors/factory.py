@@ -25,6 +25,7 @@ from fusedet.models.ops.scale_ranges import ScaleRange
 from fusedet.models.ops.soft_nms import SoftNMS
 from fusedet.models.protocols import (
     AuxiliaryNeck,
+    BranchedBackbone,
     BranchInteraction,
     DenseHead,
     Neck,
@@ -80,7 +81,7 @@ def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
     last_stage = _take_last_stage(model.roi, backbone)
     neck = _build_neck(model, backbone.levels)
     if not model.roi:
-        if getattr(backbone, "branches", 1) > 1:
+        if isinstance(backbone, BranchedBackbone) and backbone.branches > 1:
             raise InputError("model.backbone.trident_stages: a one-stage detector has no branches, set model.roi")
         return OneStage(backbone, neck, _build_head(model, neck.levels, num_classes), selection_options(config.test))
     stages, branches, auxiliary_stages = _build_roi(model.roi, neck, num_classes, last_stage)
