@@ -5,7 +5,10 @@ import http.client
 import io
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
 import fusedet
@@ -24,10 +28,6 @@ from fusedet.app import command, server
 from fusedet.app.metrics import Metrics
 from fusedet.app.prediction_queue import PredictionQueue, QueueFullError
 from serving import make_image, serve_in_thread
-
-pytest.importorskip("fastapi")
-pytest.importorskip("python_multipart")
-testclient = pytest.importorskip("fastapi.testclient")
 
 PHOTO = make_image(120, 80)
 MB = 10**6
@@ -51,7 +51,7 @@ def client(app: Any) -> Any:
 
 
 def connect(app: Any) -> Any:
-    return testclient.TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
 
 
 def post(client: Any, route: str, content: bytes = PHOTO, **parameters: Any) -> Any:
@@ -490,8 +490,13 @@ def test_command(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(uvicorn.Server, "run", run_once)
+    attempts: list[Any] = []
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, lambda _, *arguments: attempts.append(arguments))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: attempts.append(arguments) or [])
     words = ["app", str(runs["first"]), str(runs["masked"]), "test.score=0.07", "device=cpu", "--port", "0"]
     assert cli.run([*words, "--max-size-mb", "2", "--queue", "5"]) == 0
+    assert attempts == []  # it starts without internet
     state = served["app"].state.served
     assert served["address"][0] == "127.0.0.1"
     assert [model.lowest for model in state.models.values()] == [0.07, 0.07]
@@ -549,3 +554,16 @@ def test_errors_of_the_command(
     monkeypatch.setitem(command.PACKAGES, "no_such_module", "fastapi-and-more")
     assert cli.run(["app", run]) == 2
     assert 'the app needs fastapi-and-more: pip install "fusedet[app]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_served_process(runs: dict[str, Path]) -> None:
+    """The command itself answers over HTTP, and Ctrl-C ends it without a traceback."""
+    command_line = [sys.executable, "-m", "fusedet.cli", "app", str(runs["first"]), "--port", "0", "device=cpu"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        assert send(address, PHOTO)[0] == 200
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")

@@ -15,8 +15,6 @@ import fusedet
 from exporting import NAMES, TWO_LEVELS, save_run
 from serving import make_image, serve_in_thread
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
 playwright = pytest.importorskip("playwright.sync_api")
 
 FLAGS = [

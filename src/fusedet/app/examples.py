@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -60,8 +60,9 @@ class Examples:
         return self.files[number]
 
 
+@lru_cache(maxsize=MOST)
 def make_thumbnail(file: Path) -> bytes:
-    """Return a small JPEG of an image file.
+    """Return a small JPEG of an image file, which is decoded once.
 
     Raises:
         InputError: The file cannot be read.

@@ -19,7 +19,7 @@ class Metrics:
         self.buckets: dict[str, list[int]] = {}
 
     def count_request(self, method: str, path: str, status: int) -> None:
-        """Count a request by method, route and status; an unknown route is "other"."""
+        """Count a request by method, route and status; static files and unknown routes are "other"."""
         self.requests[method, path, str(status)] += 1
 
     def count_prediction(self, model: str, seconds: float) -> None:

@@ -131,7 +131,8 @@ def list_models(request: Request) -> replies.ServerReply:
 def list_examples(request: Request) -> list[replies.ExampleReply]:
     """List the example images by number and file name."""
     files = _get_state(request).examples.files
-    return [replies.ExampleReply(number=i, name=file.name) for i, file in enumerate(files)]
+    names = [file.name.encode(errors="replace").decode() for file in files]  # a name may be no valid Unicode
+    return [replies.ExampleReply(number=i, name=name) for i, name in enumerate(names)]
 
 
 @router.get("/examples/{number}", summary="Get an example image", responses=UNKNOWN, response_class=FileResponse)

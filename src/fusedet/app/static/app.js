@@ -50,7 +50,7 @@ function refresh() {
     say(`${counts.join(", ")} detections with a score of ${least} or more in ${state.file.name}`);
   }
   showClasses(find("classes"), state, listShown, refresh);
-  showTables(find("tables"), state, listShown, refresh);
+  showTables(find("tables"), state, listShown, choose);
   const isReady = state.results.size > 0;
   find("no-classes").hidden = isReady;
   find("class-buttons").hidden = !isReady;
@@ -58,6 +58,13 @@ function refresh() {
   for (const id of ["save-json", "save-png"]) find(id).disabled = !isReady;
   find("predict-again").disabled = !state.file;
   heat.setReady(isReady);
+}
+
+/** Mark a detection, or none, and show where it is. */
+function choose(chosen) {
+  state.chosen = chosen;
+  if (chosen) camera.reveal(chosen.detection.box);
+  refresh();
 }
 
 function describeTime({ wait, decode, detect }) {

@@ -33,23 +33,20 @@ export function showClasses(list, state, listShown, refresh) {
 }
 
 /** A table per model; the name of a row marks its box in the image. */
-export function showTables(area, state, listShown, refresh) {
+export function showTables(area, state, listShown, choose) {
   const focused = area.contains(document.activeElement) ? document.activeElement.dataset.row : null;
-  area.replaceChildren(...[...state.results.keys()].map((name) => makeTable(name, state, listShown(name), refresh)));
+  area.replaceChildren(...[...state.results.keys()].map((name) => makeTable(name, state, listShown(name), choose)));
   if (focused) [...area.querySelectorAll("button")].find((button) => button.dataset.row === focused)?.focus();
 }
 
-function makeTable(name, state, detections, refresh) {
+function makeTable(name, state, detections, choose) {
   const heads = ["class", "score", "x1", "y1", "x2", "y2"].map((text) => make("th", { scope: "col", textContent: text }));
   const rows = detections.slice(0, MOST_ROWS).map((detection, i) => {
     const isChosen = state.chosen?.detection === detection;
     const button = make("button", { type: "button", textContent: detection.class_name });
     button.dataset.row = `${name} ${i}`;
     button.setAttribute("aria-pressed", isChosen);
-    button.addEventListener("click", () => {
-      state.chosen = isChosen ? null : { model: name, detection };
-      refresh();
-    });
+    button.addEventListener("click", () => choose(isChosen ? null : { model: name, detection }));
     const numbers = [detection.score.toFixed(3), ...detection.box.map((value) => value.toFixed(0))];
     const cells = numbers.map((textContent) => make("td", { textContent }));
     return make("tr", { className: isChosen ? "chosen" : "" }, make("td", {}, button), ...cells);

@@ -41,6 +41,16 @@ export class Camera {
     this.redraw();
   }
 
+  /** Move to a box that is not whole in sight, and zoom out if it is too large. */
+  reveal([x1, y1, x2, y2]) {
+    const stage = this.views[0].canvas;
+    const [dx, dy] = [stage.clientWidth / 2 / this.scale, stage.clientHeight / 2 / this.scale];
+    if (x1 >= this.x - dx && x2 <= this.x + dx && y1 >= this.y - dy && y2 <= this.y + dy) return;
+    const room = 0.8 * Math.min(stage.clientWidth / (x2 - x1), stage.clientHeight / (y2 - y1));
+    Object.assign(this, { x: (x1 + x2) / 2, y: (y1 + y2) / 2, scale: Math.min(this.scale, room) });
+    this.move(0, 0);
+  }
+
   redraw() {
     for (const view of this.views) view.redraw();
   }
