@@ -1,7 +1,8 @@
 """Time and peak memory of evaluation: fusedet and the packages for COCO metrics on synthetic COCO-like detections.
 
 Each measurement is a separate process, from the results in memory to all metrics with every class; the evaluators
-take turns. hotcoco, an optional package, runs as documented and behind fusedet. Prints one JSON object.
+take turns. hotcoco and vernier[tables] take part where they are installed. Processor seconds are those of all threads.
+Prints one JSON object.
 
 Usage: python benchmarks/evaluate.py [--images 5000] [--detections 500000] [--repeats 2]
 """
@@ -16,21 +17,26 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import print_report
 
 from fusedet import evaluation
-from fusedet.api.timing import read_peak_memory
+from fusedet.api.timing import read_peak_memory, time_call
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 
 CLASSES, HEIGHT, WIDTH = 80, 480, 640
-OWN = {"fusedet": "fusedet", "fusedet-hotcoco": "hotcoco"}
-"""The sides that run through `fusedet.evaluation`, and their evaluators; hotcoco by itself is used as documented."""
-PACKAGES = ("faster-coco-eval", "pycocotools", "hotcoco")
-SIDES = [name for name in (*OWN, *PACKAGES) if "hotcoco" not in name or importlib.util.find_spec("hotcoco")]
+OPTIONAL = ("hotcoco", "vernier")
+SIDES = [
+    "fusedet",
+    "faster-coco-eval",
+    "pycocotools",
+    *(name for name in OPTIONAL if importlib.util.find_spec(name)),
+]
+"""All but fusedet are used as their documentation shows."""
 
 
 def dataset(images: int, objects: int, seed: int) -> DetectionDataset:
@@ -96,26 +102,47 @@ def measure(evaluator: str, images: int, count: int, objects: int, seed: int) ->
     """Evaluate once in this process and print seconds, the growth of the peak memory in MiB, and the metrics."""
     data = dataset(images, objects, seed)
     results = detections(data, count, seed)
-    evaluation.evaluate_coco(data, [], evaluator=OWN.get(evaluator, evaluator))  # so that imports are not measured
-    truth = evaluation.build_coco_ground_truth(data) if evaluator not in OWN else {}
+    evaluate = EVALUATE.get(evaluator, partial(evaluate_with_cocoeval, evaluator))
+    few = dataset(2, 20, seed)
+    evaluate(build_truth(evaluator, few), detections(few, 20, seed))  # so that imports are not measured
+    truth = build_truth(evaluator, data)
     before = read_peak_memory()
-    began = time.perf_counter()
-    if evaluator in OWN:
-        figures = evaluation.evaluate_coco(data, results, evaluator=OWN[evaluator])
-        stats, classes = [figures[name] for name in list(figures)[:12]], [row["AP"] for row in figures["classes"]]
-    else:
-        stats, classes = by_package(evaluator, truth, results)
-    seconds = time.perf_counter() - began
-    peak = read_peak_memory()
-    print(json.dumps({"seconds": seconds, "peak_mib": peak, "grown_mib": peak - before, "figures": [*stats, *classes]}))
+    figures, span = time_call(partial(evaluate, truth, results))
+    memory = {"peak_mib": read_peak_memory(), "grown_mib": read_peak_memory() - before}
+    print(json.dumps({"seconds": span.wall, "processor_seconds": span.processor, **memory, "figures": figures}))
 
 
-def by_package(evaluator: str, truth: dict, results: list[dict]) -> tuple[list[float], list[float]]:
-    """Compute the twelve metrics and the classes' AP as the package's documentation shows."""
-    if evaluator == "pycocotools":
+def build_truth(evaluator: str, data: DetectionDataset) -> Any:
+    """Return the ground truth as the evaluator takes it."""
+    if evaluator == "fusedet":
+        return data
+    truth = evaluation.build_coco_ground_truth(data, masks=False)
+    return json.dumps(truth).encode() if evaluator == "vernier" else truth
+
+
+def evaluate_with_fusedet(data: DetectionDataset, results: list[dict]) -> list[float]:
+    """Compute the twelve metrics and the classes' AP."""
+    metrics = evaluation.evaluate_coco(data, results)
+    return [metrics[name] for name in list(metrics)[:12]] + [row["AP"] for row in metrics["classes"]]
+
+
+def evaluate_with_vernier(truth: bytes, results: list[dict]) -> list[float]:
+    """Compute the same with pycocotools' rules; the ground truth is JSON text, which vernier reads."""
+    from vernier.instance import Bbox, CocoDataset, Evaluator
+
+    gold = CocoDataset.from_json(truth)
+    done = Evaluator(iou=Bbox(), parity_mode="strict").evaluate(gold, results, tables=("per_class",))
+    rows = done.per_class
+    rows = rows if "ap" in rows.columns else rows.unnest(rows.columns)  # polars may read the table as one column
+    return [*done.summary.stats, *(float("nan") if ap is None else ap for ap in rows["ap"])]
+
+
+def evaluate_with_cocoeval(package: str, truth: dict, results: list[dict]) -> list[float]:
+    """Compute the same with a package that has pycocotools' interface."""
+    if package == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    elif evaluator == "hotcoco":
+    elif package == "hotcoco":
         from hotcoco import COCO, COCOeval
     else:
         from faster_coco_eval import COCO
@@ -130,9 +157,13 @@ def by_package(evaluator: str, truth: dict, results: list[dict]) -> tuple[list[f
         run.summarize()
     precision = run.eval["precision"][..., 0, -1]
     own = (precision[:, :, k] for k in range(precision.shape[2]))
-    return [float(v) for v in run.stats[:12]], [
-        float(p[p > -1].mean()) if (p > -1).any() else float("nan") for p in own
+    return [
+        *(float(v) for v in run.stats[:12]),
+        *(float(p[p > -1].mean()) if (p > -1).any() else float("nan") for p in own),
     ]
+
+
+EVALUATE = {"fusedet": evaluate_with_fusedet, "vernier": evaluate_with_vernier}
 
 
 def main() -> None:
@@ -165,7 +196,10 @@ def main() -> None:
         "evaluators": {
             name: {
                 "seconds": [round(run["seconds"], 3) for run in done],
-                "median_seconds": round(statistics.median(run["seconds"] for run in done), 3),
+                **{
+                    f"median_{key}": round(statistics.median(run[key] for run in done), 3)
+                    for key in ("seconds", "processor_seconds")
+                },
                 "peak_mib": round(max(run["peak_mib"] for run in done)),
                 "grown_mib": round(max(run["grown_mib"] for run in done)),
                 "AP": done[0]["figures"][0],
@@ -179,6 +213,7 @@ def main() -> None:
             other = figures["evaluators"][name]
             figures[f"fusedet_over_{name}"] = {
                 "times_as_fast": round(other["median_seconds"] / own["median_seconds"], 2),
+                "processor": round(other["median_processor_seconds"] / own["median_processor_seconds"], 2),
                 "memory": round(own["peak_mib"] / other["peak_mib"], 3),
                 "largest_difference": _difference(runs["fusedet"][0]["figures"], runs[name][0]["figures"]),
             }

@@ -279,6 +279,9 @@ def test_equal_overlaps_prefer_the_own_class():
         ({"bbox": [0, 0, 1]}, "'bbox' of result 1"),
         ({"image_id": "1"}, "'image_id' of result 1"),
         ({"score": None}, "'score' of result 1"),
+        ({"score": True}, "'score' of result 1"),
+        ({"image_id": True}, "'image_id' of result 1"),
+        ({"bbox": [0, 0, "1", 1]}, "'bbox' of result 1"),
     ],
 )
 def test_bad_results_are_named(change, text):
@@ -374,3 +377,21 @@ def test_stamp_changes_with_what_is_evaluated():
 def test_stamp_refuses_an_unknown_evaluator():
     with pytest.raises(InputError, match="unknown evaluator"):
         evaluation.create_stamp(dataset([[]]), [], "coco")
+
+
+def test_numbers_of_numpy_and_integers_are_those_of_python():
+    data = dataset([[((1, 2, 30, 40), 0, False)], [((5, 5, 50, 50), 0, False)]])
+    plain = [result(1, 7, (1.0, 2.0, 30.0, 40.0), 1.0), result(2, 7, (5.0, 5.0, 50.0, 48.0), 0.0)]
+    other = [
+        {
+            "image_id": np.int32(r["image_id"]),
+            "category_id": np.int64(r["category_id"]),
+            "bbox": np.array(r["bbox"], dtype=np.float32),
+            "score": int(r["score"]),
+        }
+        for r in plain
+    ]
+    tables = [evaluation.build_detection_table(data, rows) for rows in (plain, other)]
+    for name, column in vars(tables[0]).items():
+        np.testing.assert_array_equal(getattr(tables[1], name), column)
+        assert getattr(tables[1], name).dtype == column.dtype

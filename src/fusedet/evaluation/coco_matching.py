@@ -21,7 +21,7 @@ AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 MAX_THRESHOLD = 1 - 1e-10
 """The largest IoU threshold in effect, as in pycocotools."""
 
-BLOCK = 1 << 20  # pairs whose IoU is computed at a time, which bounds memory
+BLOCK = 1 << 17  # pairs whose IoU is computed at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,21 @@ class RankedDetections:
 
 @dataclass(frozen=True)
 class OverlapPairs:
-    """Detections and ground truths of the same group that overlap: indices det (P,) and gt (P,), and iou (P,)."""
+    """Detections and ground truths of the same group that overlap.
+
+    Attributes:
+        det: (P,), indices of detections, ascending.
+        gt: (P,), indices of ground truths.
+        iou: (P,).
+    """
 
     det: np.ndarray
     gt: np.ndarray
     iou: np.ndarray
+
+    def select(self, keep: np.ndarray) -> OverlapPairs:
+        """Return the pairs where `keep` (P,) is true."""
+        return OverlapPairs(self.det[keep], self.gt[keep], self.iou[keep])
 
 
 @dataclass(frozen=True)
@@ -158,9 +168,23 @@ def match_groups(
     matched, ignored = np.zeros((T, A, D), dtype=bool), np.zeros((T, A, D), dtype=bool)
     gt_matched = np.zeros((T, A, len(ground_truths.group)), dtype=bool)
     gt_ignored = ground_truths.crowd | is_outside(ground_truths.area, areas)  # (A, G)
-    min_iou = np.minimum(thresholds, MAX_THRESHOLD)[:, None, None]
-    for det, gt, iou, first in iterate_rounds(detections.group, pairs):
-        free = (iou >= min_iou) & (ground_truths.crowd[gt] | ~gt_matched[:, :, gt])  # (T, A, p)
+    effective = np.minimum(thresholds, MAX_THRESHOLD)
+    pairs = pairs.select(pairs.iou >= effective.min(initial=1))
+    has_choice = _find_choices(pairs, D, len(ground_truths.group))
+
+    # Without a choice the best detection that overlaps enough takes the ground truth, whatever the area range.
+    simple = pairs.select(~has_choice)
+    order = np.argsort(simple.gt, kind="stable")
+    det, gt, iou = simple.det[order], simple.gt[order], simple.iou[order]
+    for least, is_matched, is_ignored, is_gt_matched in zip(effective, matched, ignored, gt_matched):
+        near = np.flatnonzero(iou >= least)
+        own = gt[near]
+        near = near[ground_truths.crowd[own] | np.r_[True, own[1:] != own[:-1]][: len(own)]]
+        is_matched[:, det[near]] = is_gt_matched[:, gt[near]] = True
+        is_ignored[:, det[near]] = gt_ignored[:, gt[near]]
+
+    for det, gt, iou, first in iterate_rounds(detections.group, pairs.select(has_choice)):
+        free = (iou >= effective[:, None, None]) & (ground_truths.crowd[gt] | ~gt_matched[:, :, gt])  # (T, A, p)
         p = len(gt)
         # (A, p): in a detection's run, later is better
         priority = np.arange(1, p + 1) + np.where(gt_ignored[:, gt], 0, p)
@@ -170,7 +194,19 @@ def match_groups(
         gt_matched[t, a, gt[(best[t, a, d] - 1) % p]] = True
         matched[:, :, det[first]] = has_match
         ignored[:, :, det[first]] = has_match & (best <= p)
-    return matched, ignored | (~matched & is_outside(detections.area, areas)), gt_matched
+
+    outside = is_outside(detections.area, areas)
+    for is_matched, is_ignored in zip(matched, ignored):
+        is_ignored |= outside & ~is_matched
+    return matched, ignored, gt_matched
+
+
+def _find_choices(pairs: OverlapPairs, detections: int, ground_truths: int) -> np.ndarray:
+    """Return which pairs (P,) hold a ground truth that a detection with several ground truths overlaps."""
+    is_choosing = np.bincount(pairs.det, minlength=detections) > 1
+    is_chosen_from = np.zeros(ground_truths, dtype=bool)
+    is_chosen_from[pairs.gt[is_choosing[pairs.det]]] = True
+    return is_chosen_from[pairs.gt]
 
 
 def is_outside(area: np.ndarray, areas: np.ndarray) -> np.ndarray:
@@ -223,26 +259,49 @@ def accumulate_curves(
     T, A, _ = matched.shape
     precision, scores = np.full((2, T, len(RECALLS), classes, A), np.nan)
     recall, limited_recall = np.full((T, classes, A), np.nan), np.full((2, T, classes), np.nan)
+    parts = list(iterate_classes(detections, ground_truths, images, classes))
+    order = np.concatenate([np.zeros(0, dtype=int), *(own for own, _ in parts)])  # by class, then descending score
+    label = np.repeat(np.arange(classes), [len(own) for own, _ in parts])
+    start = np.searchsorted(label, np.arange(classes))
     counts = ~(ground_truths.crowd | is_outside(ground_truths.area, areas))  # (A, G)
-    for k, (own, of_class) in enumerate(iterate_classes(detections, ground_truths, images, classes)):
-        total = counts[:, of_class].sum(axis=1)  # (A,)
-        is_true_positive = matched[:, :, own] & ~ignored[:, :, own]
-        false = np.cumsum(~matched[:, :, own] & ~ignored[:, :, own], axis=2, dtype=np.int32)
-        for a in np.flatnonzero(total):
-            recall[:, k, a] = is_true_positive[:, a].sum(axis=1) / total[a]
-            for t in range(T):
-                at = np.flatnonzero(is_true_positive[t, a])  # precision has its peaks, recall its steps, at the hits
-                hits = np.arange(1.0, len(at) + 1)
-                curve = hits / (false[t, a, at] + hits + np.spacing(1))
-                curve = np.maximum.accumulate(curve[::-1])[::-1]
-                place = np.searchsorted(hits / total[a], RECALLS, side="left")
-                reached = place < len(at)
-                place = place[reached]
-                precision[t, :, k, a] = scores[t, :, k, a] = 0
-                precision[t, reached, k, a] = curve[place]
-                scores[t, reached, k, a] = detections.scores[own[at[place]]]
-        if total[0]:
-            for m, most in enumerate((1, 10)):
-                counted = is_true_positive[:, 0] & (detections.rank[own] < most)
-                limited_recall[m, :, k] = counted.sum(axis=1) / total[0]
+    for a in range(A):
+        total = np.array([np.count_nonzero(counts[a, of_class]) for _, of_class in parts], dtype=int)  # (K,)
+        known = np.flatnonzero(total)
+        needed = find_recall_steps(total[known])  # (K', R)
+        for t in range(T):
+            counted = ~ignored[t, a].take(order)
+            # Precision has its peaks, and recall its steps, at the hits.
+            at = np.flatnonzero(counted & matched[t, a].take(order))
+            seen = np.r_[0, np.cumsum(counted)]
+            hits_per_class = np.bincount(label[at], minlength=classes)
+            first_hit = np.cumsum(hits_per_class) - hits_per_class
+            recall[t, known, a] = hits_per_class[known] / total[known]
+            if a == 0:
+                for m, most in enumerate((1, 10)):
+                    limited = np.bincount(label[at[detections.rank[order[at]] < most]], minlength=classes)
+                    limited_recall[m, t, known] = limited[known] / total[known]
+            precision[t, :, known, a] = scores[t, :, known, a] = 0
+            is_hit = hits_per_class[known] > 0
+            hit = known[is_hit]
+            if not len(hit):
+                continue
+            hits = np.arange(1.0, len(at) + 1) - first_hit[label[at]]
+            curve = hits / (seen[at + 1] - seen[start[label[at]]] + np.spacing(1))
+            reached = needed[is_hit] < hits_per_class[hit, None]
+            place = first_hit[hit, None] + np.where(reached, needed[is_hit], hits_per_class[hit, None] - 1)
+            # The maximum between the places of two levels, then of all later ones of the class.
+            between = np.maximum.reduceat(curve, place.ravel()).reshape(place.shape)
+            best = np.maximum.accumulate(between[:, ::-1], axis=1)[:, ::-1]
+            precision[t, :, hit, a] = np.where(reached, best, 0)
+            scores[t, :, hit, a] = np.where(reached, detections.scores[order[at[place]]], 0)
     return PrecisionRecallCurves(precision, scores, recall, *limited_recall)
+
+
+def find_recall_steps(total: np.ndarray) -> np.ndarray:
+    """Return how many hits come before the one that reaches each recall level, for (K,) numbers of instances: (K, R).
+
+    >>> find_recall_steps(np.array([1, 4]))[:, [0, 25, 26, 100]].tolist()
+    [[0, 0, 0, 0], [0, 0, 1, 3]]
+    """
+    steps = [np.searchsorted(np.arange(1, n + 1) / n, RECALLS, side="left") for n in total.tolist()]
+    return np.array(steps, dtype=int).reshape(-1, len(RECALLS))

@@ -66,7 +66,7 @@ def match_detections(
     )
 
     group = table.labels * n + place[table.images]
-    best = np.lexsort((-table.scores, group))
+    best = _sort_by_group(group, table.scores)
     best = best[coco_matching.rank_in_group(group[best]) < max_det]
     group = group[best]
     if masks is None:
@@ -93,3 +93,12 @@ def match_detections(
         order,
         *coco_matching.match_groups(detections, ground_truths, pairs, thresholds, areas),
     )
+
+
+def _sort_by_group(group: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the stable order (D,) by group, then descending score; faster than `np.lexsort`."""
+    by_score = np.argsort(-scores, kind="stable")
+    count = max(len(scores), 1)
+    keys = group[by_score] * count + np.arange(len(scores))
+    keys.sort()  # all keys differ, so that an unstable sort, which numpy vectorizes, gives the stable order
+    return by_score[keys % count]
