@@ -88,10 +88,10 @@ def demo(
     cli.show(result, json, f"next: fusedet predict {result.out / 'run'} {result.out / 'data' / 'val'}", own)
 
 
-@cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a @paths.txt out=found --resume", USE)
+@cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a street.mp4 --from 1:30 --track", USE)
 def predict(
     run: cli.Run,
-    words: cli.Sources = None,
+    words: cli.ImagesAndVideos = None,
     score: Annotated[float, Option(help="Least score of the boxes drawn; the json holds all.")] = 0.3,
     precision: Annotated[Literal["fp32", "bf16"], Option(help="Floating-point format.")] = "fp32",
     draw: Annotated[bool, Option(help="Draw the boxes on copies of the images.")] = True,
@@ -102,17 +102,22 @@ def predict(
     save: Annotated[
         list[str] | None, Option(metavar="FORMAT,...", help="Write csv or yolo too, beside COCO's json.")
     ] = None,
+    every: cli.Every = 1,
+    start: cli.From = "0",
+    end: cli.To = None,
+    track: cli.Track = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
-    """Detect objects in image files.
+    """Detect objects in images and videos.
 
-    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are
-    predicted at once, and data.workers threads read images ahead.
+    Predictions go to out=DIR, by default predict in the run directory: of images in COCO's format, of videos as JSON
+    lines. test.batch images are predicted at once, and data.workers threads read images ahead.
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
     options |= {"on_bad_image": on_bad_image, "jsonl": jsonl, "crops": crops, "save": save or ()}
+    options |= {"every": every, "start": start, "end": end, "track": track}
     result = fusedet.predict(run, sources, *settings, **options, progress=cli.console(json))
     cli.show(result, json and not result.counts["left"])
 

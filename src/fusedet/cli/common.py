@@ -39,6 +39,17 @@ Sources = Annotated[
     list[str] | None,
     Argument(metavar="SOURCE|KEY=VALUE", help='Files, directories, globs, @FILE (a path per line), "-"; settings.'),
 ]
+ImagesAndVideos = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="SOURCE|KEY=VALUE",
+        help='Images, videos, directories, globs, @FILE (a path per line), "-", rtsp://..., cameras (0); settings.',
+    ),
+]
+Every = Annotated[int, Option(help="Predict the first of so many frames.", min=1, rich_help_panel="Videos")]
+From = Annotated[str, Option("--from", metavar="TIME", help="In seconds, or as 1:30.", rich_help_panel="Videos")]
+To = Annotated[str | None, Option("--to", metavar="TIME", help="By default the end.", rich_help_panel="Videos")]
+Track = Annotated[bool, Option("--track", help="Number the objects by ByteTrack.", rich_help_panel="Videos")]
 Run = Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or published weights.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.", rich_help_panel="Output")]
 Trust = Annotated[
