@@ -13,8 +13,6 @@ from fusedet.cli import common as cli
 TRAIN, USE, COMPARE, DATA = "Train and evaluate", "Use a model", "Compare and explain", "Data"
 Split = Annotated[str | None, Option(help="The split, by default data.val; of browse data.train.")]
 Resamples = Annotated[int, Option(help="Bootstrap draws of the images.", min=40, rich_help_panel="Statistics")]
-Launcher = Annotated[Literal["local", "slurm"], Option(help="Here, or a job per run.", rich_help_panel="Cluster")]
-Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
 
 
 @cli.command(
@@ -28,8 +26,8 @@ def train(
 ) -> None:
     """Train a detector and evaluate its best weights.
 
-    data=PATH is in COCO, VOC, YOLO or another format of docs/data.md. Weights, metrics and plots go to out=DIR, by
-    default runs/CONFIG.
+    data=PATH is in COCO, VOC, YOLO or another format of docs/data.md. Weights, metrics, plots and the page report.html
+    go to out=DIR, by default runs/CONFIG.
     """
     name, settings = cli.split_config(words)
     result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.console(json).print, quiet=json)
@@ -51,17 +49,20 @@ def val(
     submission: Annotated[bool, Option("--submission", help="Write the files that COCO's test server takes.")] = False,
     tiles_help: Annotated[bool, Option("--tiles-help", help="Say whether tiles help, with and without them.")] = False,
     resamples: Resamples = 1000,
+    open_page: Annotated[bool, Option("--open", help="Open the page report.html in the browser.")] = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
     """Evaluate a run, a checkpoint or stored results.
 
-    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default RUN/val-SPLIT.
+    The data are the run's own or data=PATH. Results, metrics, plots and the page report.html go to out=DIR, by default
+    RUN/val-SPLIT.
     """
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
     if tiles_help:
-        if voc or submission or evaluator != "fusedet":
-            raise fusedet.InputError("--tiles-help compares COCO's AP: leave out --voc, --submission and --evaluator")
+        if voc or submission or open_page or evaluator != "fusedet":
+            others = "--voc, --submission, --open and --evaluator"
+            raise fusedet.InputError(f"--tiles-help compares COCO's AP: leave out {others}")
         own: dict[str, Any] = {"split": split, "resamples": resamples, "trust": trust}
         return cli.show(fusedet.measure_tiles(source, *settings, **own, progress=cli.console(json)), json)
     options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
@@ -69,6 +70,8 @@ def val(
     result = fusedet.validate(source, *settings, **options)
     if result.metrics:
         cli.show(result, json)
+        if open_page:
+            cli.open_in_browser(result.files.get("report"))
     return None
 
 
@@ -99,9 +102,7 @@ def predict(
     on_bad_image: Annotated[Literal["error", "skip"], Option(help="Stop there, or list it and go on.")] = "error",
     jsonl: Annotated[bool, Option("--jsonl", help="Keep a JSON-lines file per process, no predictions.json.")] = False,
     crops: Annotated[bool, Option("--crops", help="Write the parts of the images in the boxes too.")] = False,
-    save: Annotated[
-        list[str] | None, Option(metavar="FORMAT,...", help="Write csv or yolo too, beside COCO's json.")
-    ] = None,
+    save: cli.Save = None,
     every: cli.Every = 1,
     start: cli.From = "0",
     end: cli.To = None,
@@ -241,8 +242,8 @@ def ablate(
     rows: Annotated[list[str] | None, Option(metavar="LABEL,...", help="Rows to run, by default all.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check only; with data=PATH estimate the time too.")] = False,
     budget: Annotated[str | None, Option(metavar="TIME", help="Start no run that would not fit, such as 2h.")] = None,
-    launcher: Launcher = "local",
-    slurm: Slurm = None,
+    launcher: cli.Launcher = "local",
+    slurm: cli.Slurm = None,
     resamples: Resamples = 1000,
     power: Annotated[bool, Option("--power", help="Seeds and images that show +1 AP, by the baseline's runs.")] = False,
     json: cli.Json = False,
