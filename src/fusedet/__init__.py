@@ -16,7 +16,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "DivergenceError": "errors",
     "InputError": "errors",
-    "Prediction": "api.predict",
+    "Prediction": "api.prediction",
     "Predictor": "api.predict",
     "StorageError": "errors",
     "ablate": "ablation.command",
@@ -63,10 +63,10 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.demo import demo as demo
     from fusedet.api.export import export as export
     from fusedet.api.info import info as info
-    from fusedet.api.predict import Prediction as Prediction
     from fusedet.api.predict import Predictor as Predictor
     from fusedet.api.predict import load as load
     from fusedet.api.predict_files import predict as predict
+    from fusedet.api.prediction import Prediction as Prediction
     from fusedet.api.settings import resolve_config as resolve_config
     from fusedet.api.tiles_help import measure_tiles as measure_tiles
     from fusedet.api.train import train as train

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO, Literal, TypeVar
 from torch import Tensor
 
 from fusedet.api.image_sources import Sources
-from fusedet.api.predict import Prediction, Predictor
+from fusedet.api.predict import Predictor
+from fusedet.api.prediction import Prediction
 from fusedet.api.prediction_exports import Exports
-from fusedet.api.prediction_lines import Info, join_lines, list_line_files, open_lines, read_lines
+from fusedet.api.prediction_lines import Info, describe_prediction, join_lines, list_line_files, open_lines, read_lines
 from fusedet.api.run_dir import create_run_dir
 from fusedet.atomic_io import write_atomically
 from fusedet.data.large_images import LargeImage
@@ -110,7 +111,7 @@ def predict(
         "images": sources.count(),
         "jsonl": options.jsonl,
         **options.exports.to_dict(),
-        "categories": [{"id": c, "name": name} for c, name in zip(predictor.category_ids, predictor.names)],
+        "categories": predictor.categories,
     }
     begun = _begin(target, request, options.rank, resume)
     if begun.get("done"):
@@ -261,17 +262,7 @@ def _format_line(image: _Image, prediction: Prediction | InputError, target: Pat
         record["skipped"] = str(prediction)
     else:
         options.exports.write_image_files(prediction, image.name, target)
-        boxes, masks = prediction.boxes, prediction.masks
-        areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
-        results = zip(prediction.to_coco(image.number), areas.tolist())
-        assert prediction.image is not None
-        height, width = prediction.image.shape[1:]
-        record |= {
-            "height": height,
-            "width": width,
-            "shown": int((prediction.scores >= options.exports.score).sum()),
-            "annotations": [{**result, "area": area, "iscrowd": 0} for result, area in results],
-        }
+        record |= describe_prediction(prediction, image.number, options.exports.score)
     return (json.dumps(record) + "\n").encode()
 
 

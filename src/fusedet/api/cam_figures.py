@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fusedet import visualization
-from fusedet.api.predict import Prediction
+from fusedet.api.prediction import Prediction
 from fusedet.api.run_dir import to_plain
 from fusedet.data.image_decoding import to_tensor
 from fusedet.visualization import heat_maps

@@ -1,44 +1,61 @@
-"""Image files from files, directories, globs and lists, listed lazily."""
+"""Image and video files from files, directories, globs and lists, listed lazily."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal, Self
 
 from fusedet.data.image_files import get_image_extensions, is_unread_image_name
+from fusedet.data.video_parts import is_video_name
 from fusedet.errors import InputError
 
 Names = tuple[str, ...]
+Kind = Literal["image", "video"]
 
 
 class Sources:
-    """The image files of files, directories (recursively), globs and lists (`@FILE`, a path per line), in order.
+    """The files of files, directories (recursively), globs and lists (`@FILE`, a path per line), in order.
 
     It can be iterated many times; each time directories are walked and lists are read. The names of one directory at a
     time are in memory. Each file comes once, except from lists, which are taken as they are. Links to directories are
     not followed.
 
+    Args:
+        words: The sources.
+        kinds: Which files: by their extensions videos, and all others as images.
+
     Raises:
-        InputError: A source does not exist or holds no image.
+        InputError: A source does not exist or holds no such file.
     """
 
-    def __init__(self, words: Iterable[str]) -> None:
-        self.words = tuple(words)
+    def __init__(self, words: Iterable[str], kinds: tuple[Kind, ...] = ("image",)) -> None:
+        self.words, self.kinds = tuple(words), kinds
         self._sources = [_source(word) for word in self.words]
         for word, source in zip(self.words, self._sources):
-            if next(iter(source), None) is None:
+            if next(filter(self._is_kind, source), None) is None:
                 left_out = describe_left_out(self.count_left_out())
-                raise InputError(f"{word} matches no image{f': {left_out}' if left_out else ''}")
+                raise InputError(f"{word} matches no {' or '.join(kinds)}{f': {left_out}' if left_out else ''}")
 
     def __iter__(self) -> Iterator[Path]:
         for i, source in enumerate(self._sources):
-            for path in source:
+            for path in filter(self._is_kind, source):
                 if not any(earlier.covers(path) for earlier in self._sources[:i]):
                     yield path
+
+    def only(self, kind: Kind) -> Self:
+        """Return the files of one kind, which may be none."""
+        chosen = copy(self)
+        chosen.kinds = (kind,)
+        return chosen
+
+    def _is_kind(self, path: Path) -> bool:
+        return ("video" if is_video_name(path.name) else "image") in self.kinds
 
     def count(self) -> int:
         """Count the files by walking all sources."""
@@ -77,7 +94,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Glob:
-    """The files below a directory whose names match the parts of a pattern; for the pattern "**", all images."""
+    """The files below a directory whose names match the parts of a pattern; for "**", all images and videos."""
 
     folder: Path
     pattern: Names
@@ -148,7 +165,8 @@ def _below(folder: Path, names: Names, pattern: Names) -> Iterator[Path]:
 def _fits(names: Names, pattern: Names, begun: bool = False) -> bool:
     """Return whether names match the parts of a pattern; with `begun`, whether further names can complete a match."""
     if pattern == _ALL:
-        return begun or os.path.splitext(names[-1])[1].lower() in get_image_extensions()
+        name = names[-1]
+        return begun or os.path.splitext(name)[1].lower() in get_image_extensions() or is_video_name(name)
     if not names or not pattern:
         return bool(pattern) if begun and not names else not names and not pattern
     if pattern[0] == "**":

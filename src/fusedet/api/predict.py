@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fusedet import visualization
 from fusedet.api import exported
 from fusedet.api.detection import check_tile_size, detect_images, get_strides, views
 from fusedet.api.load_model import rebuild, weights_file
+from fusedet.api.prediction import Prediction as Prediction
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
+from fusedet.api.video_stream import predict_frames
 from fusedet.config import Config
 from fusedet.data.channel_decoding import is_array_file, read_channels
 from fusedet.data.collate import collate_views, make_samples
@@ -26,67 +26,17 @@ from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.image_decoding import to_tensor
 from fusedet.data.large_images import LargeImage, crop_image, open_large_image
 from fusedet.data.tiling import list_windows
+from fusedet.data.video_parts import Part
+from fusedet.data.videos import Frame, Video
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector
 from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
-from fusedet.types import Batch, Detections
+from fusedet.types import Batch
 
 Precision = Literal["fp32", "bf16"]
 AnyDetector = TypeVar("AnyDetector", bound=DetectorModule | ExportedDetector)
 SETTABLE = ("test", "data.size", "data.antialias", "data.range")
 """What can be set for a trained detector; all else follows from its weights."""
-
-
-@dataclass(frozen=True)
-class Prediction(Detections):
-    """Detections in pixels of the given image, with the class names and the image itself.
-
-    Attributes:
-        image: (3, H, W) uint8; with `test.tiles`, a `LargeImage` where the file is too large for memory.
-        names: (K,) class names.
-        category_ids: (K,) category ids of the dataset.
-        path: The file of the image, if it came from a file.
-    """
-
-    image: Tensor | LargeImage | None = None
-    names: tuple[str, ...] = ()
-    category_ids: tuple[int, ...] = ()
-    path: Path | None = None
-
-    def to_coco(self, image_id: int = 0, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Return what `Detections.to_coco` returns, by default with the dataset's category ids."""
-        return super().to_coco(image_id, category_ids or self.category_ids)
-
-    def to_pandas(self) -> Any:
-        """Return a `pandas.DataFrame`, a row per detection: file, x1, y1, x2, y2, score, label, class, category_id.
-
-        Raises:
-            ImportError: pandas is not installed; the message has the command that installs it.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_pandas() needs the package pandas: pip install pandas") from error
-        labels = self.labels.tolist()
-        corners = dict(zip(("x1", "y1", "x2", "y2"), self.boxes.float().cpu().numpy().T))
-        columns = {"file": str(self.path or ""), **corners, "score": self.scores.float().cpu().numpy(), "label": labels}
-        columns["class"] = [self.names[label] if self.names else "" for label in labels]
-        columns["category_id"] = [self.category_ids[label] if self.category_ids else label for label in labels]
-        return pandas.DataFrame(columns, index=range(len(labels)))
-
-    def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
-        """Draw boxes and masks of at least `score` on the image; save it if a path is given."""
-        if self.image is None:
-            raise ValueError("this prediction holds no image to draw on")
-        keep = self.scores >= score
-        masks = None if self.masks is None else self.masks[keep]
-        image = self.image.read() if isinstance(self.image, LargeImage) else self.image
-        drawn = visualization.draw_boxes(
-            image, self.boxes[keep], self.labels[keep], self.names, self.scores[keep], masks
-        )
-        if path is not None:
-            drawn.save(path)
-        return drawn
 
 
 class Predictor:
@@ -119,6 +69,11 @@ class Predictor:
         return self.detector.backbone.scale.device
 
     @property
+    def categories(self) -> list[dict[str, Any]]:
+        """Id and name of each class, as COCO lists them."""
+        return [{"id": number, "name": name} for number, name in zip(self.category_ids, self.names)]
+
+    @property
     def canvas(self) -> tuple[int, int] | None:
         """Height and width that an image must fit, of an exported model of fixed size."""
         return self.detector.canvas if isinstance(self.detector, ExportedDetector) else None
@@ -138,17 +93,60 @@ class Predictor:
             return list(self.stream(source, batch))
         return next(self.stream([source], 1))
 
-    def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]:
-        """Yield the predictions of any number of images, in their order."""
+    @overload
+    def stream(
+        self,
+        sources: str | Path,
+        batch: int = 1,
+        *,
+        every: int = 1,
+        start: float | str = 0,
+        end: float | str | None = None,
+        track: float | None = None,
+    ) -> Iterator[tuple[Frame, Prediction]]: ...
+
+    @overload
+    def stream(self, sources: Iterable[Any], batch: int = 1) -> Iterator[Prediction]: ...
+
+    def stream(self, sources: Any, batch: int = 1, **options: Any) -> Iterator[Any]:
+        """Yield the predictions of any number of images, or of the frames of a video, in their order.
+
+        >>> for frame, detections in model.stream("video.mp4", every=5):  # doctest: +SKIP
+        ...     print(frame.index, float(frame.time), detections.boxes)
+
+        Args:
+            sources: Images as `predict` takes them; or a video file, the number of a camera ("0") or an address such as
+                "rtsp://...", whose predictions come in pairs with a `Frame`: `index`, `time` in seconds, `image`.
+            batch: Images at once; with `test.tiles`, tiles at once.
+            options: Of a video. `every`: of each `every` frames, the first one is predicted. `start`, `end`: the part
+                of the video, in seconds or as "1:30". `track`: the least score of a detection that starts a track
+                (ByteTrack), by default nothing is tracked.
+
+        Raises:
+            InputError: An image or video cannot be read; what comes before it is predicted.
+        """
+        if not isinstance(sources, (str, Path)):
+            return self._stream_images(sources, batch)
+        return self._stream_video(sources, batch, **options)
+
+    def _stream_video(
+        self,
+        source: str | Path,
+        batch: int,
+        every: int = 1,
+        start: float | str = 0,
+        end: float | str | None = None,
+        track: float | None = None,
+    ) -> Iterator[tuple[Frame, Prediction]]:
+        part = Part.parse(every, start, end)
+        with Video(source) as video:
+            yield from predict_frames(video, self.together, part, batch, track)
+
+    def _stream_images(self, sources: Iterable[Any], batch: int) -> Iterator[Prediction]:
         group: list[tuple[Tensor | LargeImage, Path | None]] = []
         for source in sources:
             try:
-                group.append(
-                    (
-                        self.open(source),
-                        Path(source) if isinstance(source, (str, Path)) else None,
-                    )
-                )
+                group.append((self.open(source), Path(source) if isinstance(source, (str, Path)) else None))
             except InputError:
                 yield from self.together(group, batch)  # the earlier images are not lost
                 raise

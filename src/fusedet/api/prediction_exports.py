@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from fusedet.api.predict import Prediction
+from fusedet.api.prediction import Prediction
 from fusedet.atomic_io import open_atomically, write_atomically
 from fusedet.data.large_images import LargeImage, crop_image
 from fusedet.errors import split_names
@@ -73,13 +73,17 @@ class Exports:
             write_csv(target / "predictions.csv", records, categories)
             written = {"table": str(target / "predictions.csv")} | written
         if "yolo" in self.save:
-            names = "".join(f"{category['name']}\n" for category in categories)
-            write_atomically(target / "classes.txt", names.encode())
+            write_class_names(target / "classes.txt", categories)
         return written
 
     def _list_folders(self) -> list[str]:
         folders = {"images": self.drawn, "labels": "yolo" in self.save, "crops": self.crops}
         return [folder for folder, is_written in folders.items() if is_written]
+
+
+def write_class_names(file: Path, categories: Sequence[Mapping[str, Any]]) -> None:
+    """Write the name of a class per line."""
+    write_atomically(file, "".join(f"{category['name']}\n" for category in categories).encode())
 
 
 def write_yolo_labels(prediction: Prediction, file: Path, score: float) -> None:
@@ -116,13 +120,21 @@ def write_crops(prediction: Prediction, folder: Path, name: str, score: float) -
             Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(own / f"{name}-{number}.jpg", quality=95)
 
 
-def write_csv(file: Path, records: Iterable[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(
+    file: Path,
+    records: Iterable[Mapping[str, Any]],
+    categories: Sequence[Mapping[str, Any]],
+    keys: Sequence[str] = (),
+    own_keys: Sequence[str] = (),
+) -> None:
     """Write a row per detection, with corners in pixels.
 
     Args:
         file: The file, which is written as a whole or not at all.
         records: Per image `file_name`, `width`, `height` and `annotations` in COCO's form.
         categories: `id` and `name` of each class.
+        keys: Further keys of a record that have a column.
+        own_keys: Further keys of a detection that have a column, empty where it lacks them.
 
     Raises:
         StorageError: The file cannot be written.
@@ -130,10 +142,12 @@ def write_csv(file: Path, records: Iterable[Mapping[str, Any]], categories: Sequ
     names = {category["id"]: category["name"] for category in categories}
     with open_atomically(file) as opened:
         writer = csv.writer(codecs.getwriter("utf-8")(opened, "surrogateescape"))
-        writer.writerow(COLUMNS)
+        writer.writerow((*COLUMNS, *keys, *own_keys))
         for record in records:
             for annotation in record.get("annotations", ()):
                 x, y, w, h = annotation["bbox"]
                 category = annotation["category_id"]
                 image = (record["file_name"], record["width"], record["height"])
-                writer.writerow((*image, names[category], category, annotation["score"], x, y, x + w, y + h))
+                further = (*(record[key] for key in keys), *(annotation.get(key, "") for key in own_keys))
+                corners = (x, y, x + w, y + h)
+                writer.writerow((*image, names[category], category, annotation["score"], *corners, *further))

@@ -12,10 +12,33 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fusedet.api.prediction import Prediction
 from fusedet.atomic_io import open_atomically
 from fusedet.errors import InputError
 
 Info = dict[str, Any]
+
+
+def describe_prediction(prediction: Prediction, number: int, score: float) -> Info:
+    """Return what a line holds of an image's prediction: its size, COCO results and the number of at least `score`.
+
+    Args:
+        prediction: The prediction, with its image.
+        number: The image's id.
+        score: The least score of detections that are counted as shown.
+    """
+    boxes, masks = prediction.boxes, prediction.masks
+    areas = (boxes[:, 2:] - boxes[:, :2]).double().prod(dim=1) if masks is None else masks.sum(dim=(1, 2))
+    assert prediction.image is not None
+    height, width = prediction.image.shape[1:]
+    return {
+        "height": height,
+        "width": width,
+        "shown": int((prediction.scores >= score).sum()),
+        "annotations": [
+            {**result, "area": area, "iscrowd": 0} for result, area in zip(prediction.to_coco(number), areas.tolist())
+        ],
+    }
 
 
 def join_lines(lines: Sequence[BinaryIO], target: Path, categories: list[Info]) -> None:

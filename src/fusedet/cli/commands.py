@@ -13,8 +13,6 @@ from fusedet.cli import common as cli
 TRAIN, USE, COMPARE, DATA = "Train and evaluate", "Use a model", "Compare and explain", "Data"
 Split = Annotated[str | None, Option(help="The split, by default data.val; of browse data.train.")]
 Resamples = Annotated[int, Option(help="Bootstrap draws of the images.", min=40, rich_help_panel="Statistics")]
-Launcher = Annotated[Literal["local", "slurm"], Option(help="Here, or a job per run.", rich_help_panel="Cluster")]
-Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
 
 
 @cli.command(
@@ -93,10 +91,10 @@ def demo(
     cli.show(result, json, f"next: fusedet predict {result.out / 'run'} {result.out / 'data' / 'val'}", own)
 
 
-@cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a @paths.txt out=found --resume", USE)
+@cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a street.mp4 --from 1:30 --track", USE)
 def predict(
     run: cli.Run,
-    words: cli.Sources = None,
+    words: cli.ImagesAndVideos = None,
     score: Annotated[float, Option(help="Least score of the boxes drawn; the json holds all.")] = 0.3,
     precision: Annotated[Literal["fp32", "bf16"], Option(help="Floating-point format.")] = "fp32",
     draw: Annotated[bool, Option(help="Draw the boxes on copies of the images.")] = True,
@@ -104,20 +102,23 @@ def predict(
     on_bad_image: Annotated[Literal["error", "skip"], Option(help="Stop there, or list it and go on.")] = "error",
     jsonl: Annotated[bool, Option("--jsonl", help="Keep a JSON-lines file per process, no predictions.json.")] = False,
     crops: Annotated[bool, Option("--crops", help="Write the parts of the images in the boxes too.")] = False,
-    save: Annotated[
-        list[str] | None, Option(metavar="FORMAT,...", help="Write csv or yolo too, beside COCO's json.")
-    ] = None,
+    save: cli.Save = None,
+    every: cli.Every = 1,
+    start: cli.From = "0",
+    end: cli.To = None,
+    track: cli.Track = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
-    """Detect objects in image files.
+    """Detect objects in images and videos.
 
-    Predictions go to out=DIR in COCO's format, by default to predict in the run directory. test.batch images are
-    predicted at once, and data.workers threads read images ahead.
+    Predictions go to out=DIR, by default predict in the run directory: of images in COCO's format, of videos as JSON
+    lines. test.batch images are predicted at once, and data.workers threads read images ahead.
     """
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"score": score, "precision": precision, "draw": draw, "resume": resume, "trust": trust}
     options |= {"on_bad_image": on_bad_image, "jsonl": jsonl, "crops": crops, "save": save or ()}
+    options |= {"every": every, "start": start, "end": end, "track": track}
     result = fusedet.predict(run, sources, *settings, **options, progress=cli.console(json))
     cli.show(result, json and not result.counts["left"])
 
@@ -241,8 +242,8 @@ def ablate(
     rows: Annotated[list[str] | None, Option(metavar="LABEL,...", help="Rows to run, by default all.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check only; with data=PATH estimate the time too.")] = False,
     budget: Annotated[str | None, Option(metavar="TIME", help="Start no run that would not fit, such as 2h.")] = None,
-    launcher: Launcher = "local",
-    slurm: Slurm = None,
+    launcher: cli.Launcher = "local",
+    slurm: cli.Slurm = None,
     resamples: Resamples = 1000,
     power: Annotated[bool, Option("--power", help="Seeds and images that show +1 AP, by the baseline's runs.")] = False,
     json: cli.Json = False,

@@ -6,7 +6,7 @@ import re
 import webbrowser
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -40,7 +40,21 @@ Sources = Annotated[
     list[str] | None,
     Argument(metavar="SOURCE|KEY=VALUE", help='Files, directories, globs, @FILE (a path per line), "-"; settings.'),
 ]
+ImagesAndVideos = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="SOURCE|KEY=VALUE",
+        help='Images, videos, directories, globs, @FILE (a path per line), "-", rtsp://..., cameras (0); settings.',
+    ),
+]
+Save = Annotated[list[str] | None, Option(metavar="FORMAT,...", help="Write csv or yolo too, beside COCO's json.")]
+Every = Annotated[int, Option(help="Predict the first of so many frames.", min=1, rich_help_panel="Videos")]
+From = Annotated[str, Option("--from", metavar="TIME", help="In seconds, or as 1:30.", rich_help_panel="Videos")]
+To = Annotated[str | None, Option("--to", metavar="TIME", help="By default the end.", rich_help_panel="Videos")]
+Track = Annotated[bool, Option("--track", help="Number the objects by ByteTrack.", rich_help_panel="Videos")]
 Run = Annotated[str, Argument(metavar="RUN", help="Run directory, checkpoint or published weights.")]
+Launcher = Annotated[Literal["local", "slurm"], Option(help="Here, or a job per run.", rich_help_panel="Cluster")]
+Slurm = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help="Of submitit's jobs.", rich_help_panel="Cluster")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.", rich_help_panel="Output")]
 Trust = Annotated[
     bool, Option("--trust", help="Run other packages' code that a config names.", rich_help_panel="Security")

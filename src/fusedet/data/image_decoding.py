@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png
+from torchvision.io import ImageReadMode, decode_image, decode_png, read_file
 
 from fusedet.data.image_opening import (
     TRANSPOSE,
@@ -26,6 +26,8 @@ from fusedet.data.image_opening import (
 from fusedet.data.image_windows import Window, cut_window
 from fusedet.errors import InputError
 
+_LARGE = 2**24
+"""JPEG and PNG of more pixels are decoded by torchvision: equal pixels in a third of Pillow's memory."""
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -61,8 +63,8 @@ def read_image(
         value_range: The values that become 0 and 255 in images of more than 8 bits per channel: 16 bits,
             floating-point numbers and 32-bit integers. By default 0 and 65535, and the last two are refused.
         exif: Whether EXIF orientation is applied.
-        window: The part to read, which lies inside the image; None reads all of it. Of uncompressed TIFF, only its
-            rows are decoded.
+        window: The part to read, which lies inside the image; None reads all of it. Of TIFF, only its rows, strips or
+            tiles are decoded.
 
     Returns:
         uint8 (3, H, W) in RGB, channels-last in memory, as decoders write it.
@@ -88,6 +90,8 @@ def inspect_image(
         name, is_deep = name_source(source), has_deep_color(image)
         if value_range is not None and is_deep:
             tensor = _scale_deep_color(source, image, value_range, name, exif)
+        elif not measure and not is_deep and _is_large(image, exif):
+            tensor = _decode_large(source)
         else:
             tensor = _tensor(image, name, value_range, exif)
         return tensor, _measure(image, is_deep) if measure else None
@@ -176,6 +180,24 @@ def _tensor(image: Image.Image, name: str, value_range: Range | None, exif: bool
     if transpose is not None:
         rgb = rgb.transpose(transpose)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def _is_large(image: Image.Image, exif: bool) -> bool:
+    """Return whether an image that is not loaded yet is a large JPEG or PNG, whose pixels stay as they are stored."""
+    is_plain = image.mode == "RGB" and "transparency" not in image.info and get_orientation(image, exif) == 1
+    is_known = image.format in ("JPEG", "PNG") and not getattr(image, "is_animated", False)
+    return is_plain and is_known and image.width * image.height > _LARGE
+
+
+def _decode_large(source: Source) -> Tensor:
+    try:
+        if isinstance(source, bytes):
+            content = torch.frombuffer(bytearray(source), dtype=torch.uint8)
+        else:
+            content = read_file(os.fspath(source))
+        return decode_image(content, ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise OSError(str(error).rpartition(", ")[2]) from error  # without the line of the C++ code
 
 
 def _rgb(image: Image.Image, name: str, value_range: Range | None) -> Image.Image:

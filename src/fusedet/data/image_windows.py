@@ -1,4 +1,4 @@
-"""Windows of images: of uncompressed files, only the rows of a window are decoded."""
+"""Windows of images: of TIFF, only the rows, strips or tiles of a window are decoded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 from PIL import Image
 
 from fusedet.data.image_opening import ORIENTATION, Range, Source, get_orientation, has_deep_color, open_image
+from fusedet.data.tiff_parts import Window, decode_window, read_layout
 
-Window = tuple[int, int, int, int]
-"""Left, top, right and bottom of a part of an image in pixels, after EXIF rotation."""
 _BYTES = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 2, "I;16B": 2}
 """Bytes per pixel of uncompressed rows, by Pillow's raw mode."""
 
@@ -17,15 +16,22 @@ _BYTES = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 2, "I;16B": 2}
 def decodes_windows(source: Source, value_range: Range | None = None, *, exif: bool = True) -> bool:
     """Return whether `read_image` decodes a window of an image without the rest, by the image's header."""
     with open_image(source) as image:
-        is_plain = get_orientation(image, exif) == 1 and not (value_range is not None and has_deep_color(image))
-        return is_plain and _is_raw(image) and all(_has_known_rows(part) for part in image.tile)  # type: ignore[attr-defined]
+        if get_orientation(image, exif) != 1 or (value_range is not None and has_deep_color(image)):
+            return False
+        if _is_raw(image):
+            return all(_has_known_rows(part) for part in image.tile)  # type: ignore[attr-defined]
+        return _is_upright(image) and read_layout(image) is not None
+
+
+def _is_upright(image: Image.Image) -> bool:
+    """Return whether an image stays as it is stored; else Pillow turns a TIFF while it loads."""
+    return bool(Image.Image.getexif(image).get(ORIENTATION, 1) == 1)
 
 
 def _is_raw(image: Image.Image) -> bool:
-    """Return whether an image that is not loaded yet is uncompressed, and stays as it is stored."""
+    """Return whether an image that is not loaded yet is uncompressed and upright."""
     parts = getattr(image, "tile", [])
-    is_upright = Image.Image.getexif(image).get(ORIENTATION, 1) == 1  # else Pillow turns a TIFF while it loads
-    return bool(parts) and is_upright and all(part[0] == "raw" for part in parts)
+    return bool(parts) and _is_upright(image) and all(part[0] == "raw" for part in parts)
 
 
 def _has_known_rows(part: Any) -> bool:
@@ -35,7 +41,12 @@ def _has_known_rows(part: Any) -> bool:
 
 
 def cut_window(image: Image.Image, window: Window) -> Image.Image:
-    """Return a part of an image that is not loaded yet; of uncompressed images, only its rows are decoded."""
+    """Return a part of an image that is not loaded yet; of TIFF, only its rows, strips or tiles are decoded."""
+    layout = read_layout(image) if _is_upright(image) else None
+    if layout is not None:
+        cut = decode_window(image, layout, window)
+        cut.format = image.format
+        return cut
     if _is_raw(image):
         left, top, right, bottom = window
         image.tile = [  # type: ignore[attr-defined]

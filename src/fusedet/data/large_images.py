@@ -1,4 +1,4 @@
-"""Images too large for memory: uncompressed files, which are decoded window by window."""
+"""Images too large for memory, which are decoded window by window."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fusedet.data.image_windows import Window, decodes_windows
 LARGE = 2**24
 """Images of more pixels are decoded window by window, where their format allows it."""
 _STRIP = 2**24  # pixels of a strip, 64 MiB in Pillow
+_KEPT = 2**26  # pixels of the rows that are kept for the windows beside, 192 MiB
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def open_large_image(
 ) -> LargeImage | None:
     """Open a file of more than `LARGE` pixels whose windows can be decoded without the rest; None for any other.
 
-    These are numpy files, and TIFF without compression. Arguments are those of `read_channels`.
+    These are numpy files, and TIFF whose rows, strips or tiles can be decoded. Arguments are those of `read_channels`.
 
     Raises:
         InputError: The file cannot be read.
@@ -72,7 +73,32 @@ def open_large_image(
         )
     if channels != 3 or not decodes_windows(path, value_range, exif=exif):
         return None
-    return LargeImage((3, height, width), lambda window: read_image(path, value_range, exif=exif, window=window))
+    rows = _Rows(width, lambda window: read_image(path, value_range, exif=exif, window=window))
+    return LargeImage((3, height, width), rows.crop)
+
+
+@dataclass
+class _Rows:
+    """Decodes windows; the rows of the last one stay for those beside it, since decoders decode whole rows.
+
+    Attributes:
+        width: The image's width.
+        decode: Decodes a window.
+    """
+
+    width: int
+    decode: Callable[[Window], Tensor]
+    kept: tuple[int, int] | None = None
+    pixels: Tensor | None = None
+
+    def crop(self, window: Window) -> Tensor:
+        left, top, right, bottom = window
+        if self.width * (bottom - top) > _KEPT:
+            return self.decode(window)
+        if self.kept != (top, bottom) or self.pixels is None:
+            self.pixels = None  # before the next ones are decoded
+            self.kept, self.pixels = (top, bottom), self.decode((0, top, self.width, bottom))
+        return self.pixels[:, :, left:right].permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def crop_image(image: Tensor | LargeImage, window: Window) -> Tensor | LargeImage:

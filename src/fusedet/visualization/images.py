@@ -24,8 +24,9 @@ def draw_boxes(
     masks: Tensor | None = None,
     ignore: Tensor | None = None,
     width: int | None = None,
+    track_ids: Tensor | None = None,
 ) -> Image.Image:
-    """Draw instances: one color per class, and a tag with the class name and the score if given.
+    """Draw instances: one color per class, and a tag with the class name, and track and score if given.
 
     Tags stay inside the image. A tag that would hide another one is left out, the best scores first.
 
@@ -38,6 +39,7 @@ def draw_boxes(
         masks: (N, H, W) bool.
         ignore: (I, 4) boxes of ignored regions, drawn grey and dashed.
         width: Line width in pixels; by default in proportion to the image.
+        track_ids: (N,) numbers of tracks, -1 for none.
 
     Raises:
         InputError: A label has no name, or shapes do not fit.
@@ -49,6 +51,8 @@ def draw_boxes(
     order = (sides.prod(dim=1) if scores is None else -scores).argsort(stable=True)
     corners, classes = boxes[order].tolist(), labels.to(order.device)[order].tolist()
     tags = [names[k] for k in classes]
+    if track_ids is not None:
+        tags = [f"{name} #{track}" if track >= 0 else name for name, track in zip(tags, track_ids[order].tolist())]
     if scores is not None:
         tags = [f"{name} {score:.2f}" for name, score in zip(tags, scores[order].tolist(), strict=True)]
     if masks is not None:
