@@ -155,6 +155,7 @@ def test_unfit_backbones_are_refused() -> None:
 
 ON_A_PYRAMID = {"bfp", "dyhead", "smsl"}
 FIVE_LEVELS = {"nas_fpn"}  # and levels of its own above the backbone's
+PYRAMID_NECKS = [name for name in NECKS if name != "identity"]  # which makes no pyramid
 BEFORE_ZERO_INIT = {"smsl": ("non_local.theta", "non_local.phi", "non_local.g.")}  # no gradient at the start
 
 
@@ -193,13 +194,13 @@ def check_neck(name: str, pyramid: tuple[int, int, str], size: tuple[int, int]) 
     assert all(torch.equal(a, b) for a, b in zip(kept, inputs))
 
 
-@pytest.mark.parametrize(("name", "pyramid", "size"), pairwise(NECKS, PYRAMIDS, SIZES))
+@pytest.mark.parametrize(("name", "pyramid", "size"), pairwise(PYRAMID_NECKS, PYRAMIDS, SIZES))
 def test_necks_keep_their_contract(name: str, pyramid: tuple[int, int, str], size: tuple[int, int]) -> None:
     check_neck(name, pyramid, size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pyramid", "size"), list(product(NECKS, PYRAMIDS, SIZES)))
+@pytest.mark.parametrize(("name", "pyramid", "size"), list(product(PYRAMID_NECKS, PYRAMIDS, SIZES)))
 def test_necks_keep_their_contract_in_every_combination(
     name: str, pyramid: tuple[int, int, str], size: tuple[int, int]
 ) -> None:
