@@ -133,8 +133,8 @@ def test_convolutions_of_the_box_head() -> None:
         x = F.conv2d(x, layer.weight, layer.bias, padding=1).relu()
     x = (x.flatten(1) @ stage.shared[0].weight.T + stage.shared[0].bias).relu()
     assert torch.allclose(stage(features, rois)[0], stage.cls(x), atol=1e-5)
-    with pytest.raises(InputError, match=r"layers=0 must be at least 1"):
-        BoxStage(Levels((8,), (4,)), 3, layers=0)
+    with pytest.raises(InputError, match=r"layers=-1 and convs=0 at least 0"):
+        BoxStage(Levels((8,), (4,)), 3, layers=-1)
 
 
 def test_padding_is_zero_after_normalization() -> None:

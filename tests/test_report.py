@@ -377,6 +377,9 @@ def test_val_writes_and_opens_the_page(
     run_copy: Path, capsys: Any, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (run_copy / "report.html").is_file(), "train writes it too"
+    about = json.loads((run_copy / "run.json").read_text())
+    about["command"] = ["/usr/bin/fusedet", "train", "retinanet_tiny"]
+    (run_copy / "run.json").write_text(json.dumps(about))
     command = ["val", str(run_copy), "--open", "--json", "device=cpu", "test.size_bins=[0,16,64]"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/fusedet", *command])
     assert cli.run(command) == 0
