@@ -319,4 +319,4 @@ def test_detectors_pass_the_sizes_to_their_heads(name: str, neck: str, monkeypat
     pair = Batch(pair.images, torch.tensor([[64, 96], [30, 40]]), pair.ids, pair.scales, pair.targets)
     assert all(v.isfinite() for v in model.loss(pair).values())
     assert len(calls) == (2 if neck == "aug_fpn" else 1)
-    assert all(sizes is pair.sizes for sizes in calls)
+    assert all(torch.equal(sizes, pair.sizes) for sizes in calls)
