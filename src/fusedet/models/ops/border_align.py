@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -38,56 +39,50 @@ def border_align(features: Tensor, boxes: Tensor, points: int = 10, both_ends: b
     n, channels, height, width = features.shape
     with without_autocast(features):
         table = features.float().unflatten(1, (BORDERS, -1))  # (N, 4, C, H, W)
-        start, step = _border_points(boxes.detach().to(table.dtype), height, width, points)
-        count = points + both_ends
+        places = _border_points(boxes.detach().to(table.dtype), height, width, points, points + both_ends)
         if is_exporting():
-            best = _sample_by_grid(table, start, step, count)  # (N, 4, C, B)
+            best = _sample_by_grid(table, places)  # (N, 4, C, B)
         else:
             rows = table.permute(0, 1, 3, 4, 2).reshape(-1, channels // BORDERS)  # (N * 4 * H * W, C)
-            best = _MaxOverPoints.apply(rows, start, step, count, height, width)  # (N * 4 * B, C)
+            best = _MaxOverPoints.apply(rows, *_corner_cells(places, height, width))  # (N * 4 * B, C)
             best = best.view(n, BORDERS, -1, channels // BORDERS).mT
     return best.flatten(1, 2).to(features.dtype)
 
 
-def _border_points(boxes: Tensor, height: int, width: int, points: int) -> tuple[Tensor, Tensor]:
-    """Return the first point and the step to the next one of every border, (N, 4, B, 2), x and y, in cells."""
+def _border_points(boxes: Tensor, height: int, width: int, points: int, count: int) -> Tensor:
+    """Return the first `count` points of every border, (count, N, 4, B, 2), x and y, in cells."""
     x = boxes[..., 0::2].clamp(0, width - 1)  # (N, B, 2)
     y = boxes[..., 1::2].clamp(0, height - 1)
     (x1, x2), (y1, y2) = x.unbind(dim=2), y.unbind(dim=2)
     wide, tall, zero = (x2 - x1) / points, (y2 - y1) / points, torch.zeros_like(x1)
     start = torch.stack([torch.stack(p, dim=2) for p in ((x1, y1), (x1, y1), (x2, y1), (x1, y2))], dim=1)
     step = torch.stack([torch.stack(p, dim=2) for p in ((zero, tall), (wide, zero), (zero, tall), (wide, zero))], dim=1)
-    return start, step
+    return start + torch.arange(count, device=boxes.device).view(-1, 1, 1, 1, 1) * step
 
 
-def _sample_by_grid(table: Tensor, start: Tensor, step: Tensor, count: int) -> Tensor:
+def _sample_by_grid(table: Tensor, places: Tensor) -> Tensor:
     """Sample by `grid_sample`, which all exported formats have: maxima (N, 4, C, B)."""
     height, width = table.shape[3:]
+    x, y = places.unbind(dim=4)
+    # without aligned corners cell i lies at (2 i + 1) / length - 1
+    grids = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1).flatten(1, 2)[:, :, None]
     maps = table.flatten(0, 1)  # (N * 4, C, H, W)
-    best = None
-    for k in range(count):
-        x, y = (start + k * step).flatten(0, 1).unbind(dim=2)  # (N * 4, B)
-        # without aligned corners cell i lies at (2 i + 1) / length - 1
-        grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)[:, None]
-        values = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)  # (N * 4, C, 1, B)
-        best = values if best is None else torch.maximum(best, values)
-    assert best is not None
-    return best.squeeze(2).unflatten(0, (-1, BORDERS))
+    samples = (F.grid_sample(maps, grid, padding_mode="border", align_corners=False) for grid in grids.unbind())
+    return reduce(torch.maximum, samples).squeeze(2).unflatten(0, (-1, BORDERS))  # of (N * 4, C, 1, B)
 
 
 class _MaxOverPoints(torch.autograd.Function):
-    """Maxima (N * 4 * B, C) over the borders' points of rows (N * 4 * H * W, C).
+    """Maxima (R, C) over R borders' points of rows (N * 4 * H * W, C), with cells and weights (points, R, 4).
 
     A sample is a weighted sum of four rows, an embedding bag. Only the index of the largest point is saved: the samples
-    of all points would need `count` times the memory of the result.
+    of all points would need many times the memory of the result.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, start: Tensor, step: Tensor, count: int, height: int, width: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
         best = chosen = rows.new_empty(0)
-        for k in range(count):
-            cells, weights = _corner_cells(start + k * step, height, width)
-            values = F.embedding_bag(cells, rows, mode="sum", per_sample_weights=weights)
+        for k in range(len(cells)):
+            values = F.embedding_bag(cells[k], rows, mode="sum", per_sample_weights=weights[k])
             if k == 0:
                 best, chosen = values, torch.zeros_like(values, dtype=torch.uint8)
                 continue
@@ -95,28 +90,30 @@ class _MaxOverPoints(torch.autograd.Function):
                 # the largest k so far; on a CPU faster than a selection by mask
                 chosen = torch.maximum(chosen, (values > best).view(torch.uint8) * k, out=chosen)
             best = torch.maximum(best, values, out=best)
-        ctx.save_for_backward(start, step, chosen)
-        ctx.sizes = count, height, width, len(rows)
+        ctx.save_for_backward(cells, weights, chosen)
+        ctx.length = len(rows)
         return best
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        start, step, chosen = ctx.saved_tensors
-        count, height, width, length = ctx.sizes
-        total = gradient.new_zeros(length, gradient.shape[1])
-        for k in range(count):
-            cells, weights = _corner_cells(start + k * step, height, width)
+        cells, weights, chosen = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.length, gradient.shape[1])
+        for k in range(len(cells)):
             own = gradient * (chosen == k)
             for corner in range(4):
-                total.index_add_(0, cells[:, corner], own * weights[:, corner, None])
-        return total, None, None, None, None, None
+                total.index_add_(0, cells[k, :, corner], own * weights[k, :, corner, None])
+        return total, None, None
 
 
-def _corner_cells(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of the four rows around each of R points (N, 4, B, 2), and their weights, (R, 4) both."""
-    x, y = points.unbind(dim=3)  # (N, 4, B)
+def _corner_cells(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of the four rows around every point (points, N, 4, B, 2), and their weights.
+
+    Shape:
+        both results (points, N * 4 * B, 4).
+    """
+    x, y = places.unbind(dim=4)  # (points, N, 4, B)
     left, top = x.floor(), y.floor()
-    map_index = torch.arange(points.shape[0] * BORDERS, device=points.device).view(-1, BORDERS, 1)
+    map_index = torch.arange(places.shape[1] * BORDERS, device=places.device).view(-1, BORDERS, 1)
     first = map_index * height * width
     cells, weights = [], []
     for row, weight_y in ((top, top + 1 - y), (top + 1, y - top)):
@@ -126,4 +123,4 @@ def _corner_cells(points: Tensor, height: int, width: int) -> tuple[Tensor, Tens
             column_index = column.nan_to_num().clamp(0, width - 1).long()
             cells.append(first + row_index * width + column_index)
             weights.append(weight_y * weight_x)
-    return torch.stack(cells, dim=-1).view(-1, 4), torch.stack(weights, dim=-1).view(-1, 4)
+    return torch.stack(cells, dim=-1).flatten(1, 3), torch.stack(weights, dim=-1).flatten(1, 3)
