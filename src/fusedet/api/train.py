@@ -27,6 +27,7 @@ from fusedet.api.run_dir import (
     remove_files,
     write_json,
 )
+from fusedet.api.run_report import write_run_page
 from fusedet.api.settings import Settings, Source, to_overrides, training_config
 from fusedet.api.train_inputs import (
     check_config,
@@ -94,7 +95,10 @@ def train(
     if isinstance(config, (str, Path)) and is_published_name(config):
         find_published_weights(config)
         texts = to_overrides(overrides, settings)
-        _require_data(apply_overrides({}, texts).get("data", {}).get("path"))  # before the weights are fetched
+        path = apply_overrides({}, texts).get("data", {}).get("path")
+        _require_data(path)  # before the weights are fetched
+        if not os.path.exists(path):
+            raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
     options = training_config(config, overrides, settings, resume, trust)
     with deterministic(options.train.deterministic):
         out, is_begun = _check_config(options, resume)
@@ -113,14 +117,24 @@ def train(
                 f"warning: train.monitor={options.train.monitor} had no value on {scored}, so that no best weights "
                 "were kept: monitor a metric that the split has, such as AP"
             )
-        return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {scored}")
+        title = f"{out}: {weights} weights on {scored}"
+        files |= write_run_page(
+            out,
+            dataset,
+            evaluated,
+            title=f"{out.name} on {scored}",
+            scored=title,
+            device=options.device,
+            say=say,
+            size_bins=options.test.size_bins or (),
+            run=out,
+        )
+        return RunResult(out, evaluated.metrics, files, title)
 
 
 def _require_data(path: str | None) -> None:
     if path is None:
         raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
-    if not os.path.exists(path):
-        raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
 
 
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:

@@ -159,7 +159,7 @@ def match_groups(
     gt_matched = np.zeros((T, A, len(ground_truths.group)), dtype=bool)
     gt_ignored = ground_truths.crowd | is_outside(ground_truths.area, areas)  # (A, G)
     min_iou = np.minimum(thresholds, MAX_THRESHOLD)[:, None, None]
-    for det, gt, iou, first in _rounds(detections.group, pairs):
+    for det, gt, iou, first in iterate_rounds(detections.group, pairs):
         free = (iou >= min_iou) & (ground_truths.crowd[gt] | ~gt_matched[:, :, gt])  # (T, A, p)
         p = len(gt)
         # (A, p): in a detection's run, later is better
@@ -178,7 +178,9 @@ def is_outside(area: np.ndarray, areas: np.ndarray) -> np.ndarray:
     return (area < areas[:, :1]) | (area > areas[:, 1:])
 
 
-def _rounds(group: np.ndarray, pairs: OverlapPairs) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def iterate_rounds(
+    group: np.ndarray, pairs: OverlapPairs
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the pairs in rounds: round n holds the n-th best overlapping detection of every group.
 
     Each round is (det, gt, iou, first), where first holds the start of each detection's run. Within a run IoU ascends,
