@@ -73,13 +73,13 @@ def _describe_origin(
     dataset: DetectionDataset, metrics: dict[str, Any], scored: str, device: str, run: Path | None
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return rows and commands that say how the numbers were made."""
-    now = describe_environment(device, 1)
-    trained = _read_json(run / "run.json") if run else {}
-    commands = []
-    if trained.get("command"):
-        commands.append(("The training:", _format_command(trained["command"])))
-    if trained.get("command") != now["command"] and now["command"][0] not in ("", "-", "-c"):
-        commands.append(("The evaluation:", _format_command(now["command"])))
+    trained, now = _read_json(run / "run.json") if run else {}, describe_environment(device, 1)
+    made = {"training": trained, "evaluation": {} if trained.get("command") == now["command"] else now}
+    commands = [
+        (f"The {name}:", _format_command(about["command"]))
+        for name, about in made.items()
+        if about.get("command") and about["command"][0] not in ("", "-", "-c")
+    ]
     rows = [("evaluated", scored), ("annotations", dataset.source)]
     if stamp := metrics.get("stamp"):
         rows.append(("evaluator", str(stamp["evaluator"])))
@@ -87,7 +87,7 @@ def _describe_origin(
         rows.append(
             ("detections", f"{stamp['detections']:,}, at most {stamp['max_dets'][-1]} per image and class count")
         )
-    for name, about in (("training", trained), ("evaluation", now)):
+    for name, about in made.items():
         if about.get("versions"):
             versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
             rows.append((f"versions, {name}", f"{versions}, Python {about.get('python')}"))

@@ -106,9 +106,12 @@ def make_classes(analysis: Analysis) -> str:
         f'<table id="classes"><thead><tr>{cells}</tr></thead><tbody>{"".join(row for _, row in rows)}</tbody></table>'
     )
     note = "Precision and recall are those at the threshold above. F1 is highest at the best threshold."
-    return make_section(
-        "Classes", f'<div class="scroll tall" tabindex="0">{table}</div>{make_faint(note)}', "per-class"
-    )
+    return make_section("Classes", _make_scroll("Classes", table, "tall") + make_faint(note), "per-class")
+
+
+def _make_scroll(label: str, content: str, kind: str = "") -> str:
+    """Return a part that scrolls by itself, which the keyboard reaches."""
+    return f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{escape(label)}">{content}</div>'
 
 
 def _make_number(value: float, text: str, role: str = "") -> str:
@@ -141,9 +144,7 @@ def make_confusion(analysis: Analysis) -> str:
         "Rows are the objects' classes, columns the predicted ones, at IoU 0.5; the last row has the false detections."
     )
     more = f" The {len(counts.rows) - 1} classes with the most errors; the others share a row and a column." * grouped
-    return make_section(
-        "Confusion matrix", f'<div class="scroll" tabindex="0">{table}</div>{make_faint(note + more)}', "matrix"
-    )
+    return make_section("Confusion matrix", _make_scroll("Confusion matrix", table) + make_faint(note + more), "matrix")
 
 
 def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
@@ -166,7 +167,8 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
             f'<details{"" if kind == CORRECT else " open"} data-group="{kind}"><summary>{title}: '
             f'<span data-count="{kind}">{count:,}</span> <span class="faint">({escape(meaning)}; '
             f'<span data-shown="{kind}">{len(by_kind[kind])}</span> shown)</span></summary>'
-            f'<div class="thumbs" tabindex="0">{"".join(by_kind[kind])}</div></details>'
+            f'<div class="thumbs" tabindex="0" role="region" aria-label="{title}">'
+            f"{''.join(by_kind[kind])}</div></details>"
         )
     key = (
         '<p class="faint">Boxes: <span class="swatch truth"></span> the object, <span class="swatch detection"></span> '
