@@ -16,6 +16,7 @@ from fusedet.types import Batch, Losses, Target
 
 ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
+DOUBLE_HEAD = "double_head_rcnn"
 ATSS_FAMILY = ["atss", "gfl", "gflv2", "paa", "tood", "ddod"]
 MATCHING = ["freeanchor", "foveabox", "fsaf", "autoassign", "yolof"]
 ON_FCOS = ["ota", "dw", "borderdet"]
@@ -42,7 +43,7 @@ def make(name: str, *overrides: str, everything: bool = False, norm_eval: bool =
         "backbone": {"name": "resnet10t", "pretrained": False, "frozen_stages": -1, "norm_eval": norm_eval},
         "pyramid": {"channels": 32},
     }
-    if name not in TWO_STAGE:
+    if name not in (*TWO_STAGE, DOUBLE_HEAD):
         model["head"] = {"convs": 1} | ({"norm": True} if name != "yolof" else {})  # which has BatchNorm
     else:
         few = {"proposals": 50, "train_proposals": 100, "train_pre_nms": 200}
@@ -56,6 +57,8 @@ def make(name: str, *overrides: str, everything: bool = False, norm_eval: bool =
         all_proposals = {"nms": 1.0, "train_proposals": EVERYTHING, "train_pre_nms": EVERYTHING}
         model["head"] = all_anchors | all_proposals if everything else few
         stage = {"channels": 32} | ({"num": EVERYTHING, "fraction": 1.0} if everything else {"num": 64})
+        if name == DOUBLE_HEAD:
+            stage |= {"box_channels": 32, "blocks": 1}
         branches = [BRANCHES[kind] for kind in config.model.roi.get("branches") or []]
         if everything:
             branches = [b | {"num": EVERYTHING, "jitter": 0.0} if b["type"] == "grid" else b for b in branches]

@@ -14,7 +14,7 @@ from fusedet.models.heads import RPNHead
 from fusedet.models.modules import MSFM, MSIL
 from fusedet.models.roi import GridBranch
 from fusedet.types import Levels
-from small import TWO_STAGE, livelier, make, target, total, without_gradient
+from small import DOUBLE_HEAD, TWO_STAGE, livelier, make, target, total, without_gradient
 from test_together import INTERACTIONS, NECKS, PLUGINS, STRIDES, assert_close
 
 # every neck once, and all pairs of plug-in and interaction
@@ -23,7 +23,8 @@ OTHER_REPPOINTS = [case for case in product(NECKS, PLUGINS, INTERACTIONS) if cas
 # every neck with one detector each, and every detector with all modules
 TWO = [(name, neck, plugin) for name, neck, plugin in zip(cycle(TWO_STAGE), NECKS, cycle(PLUGINS))]
 TWO += [(name, "mse_fpn+smsl", "msfm") for name in TWO_STAGE if (name, "mse_fpn+smsl", "msfm") not in TWO]
-SLOW = [case for case in product(TWO_STAGE, NECKS, PLUGINS) if case not in TWO]
+TWO.append((DOUBLE_HEAD, "mse_fpn+smsl", "msfm"))
+SLOW = [case for case in product([*TWO_STAGE, DOUBLE_HEAD], NECKS, PLUGINS) if case not in TWO]
 COSTLY = ("cascade_rcnn", "grid_rcnn")  # without a plugin only in the slow suite
 ODD = (33, 47)
 SOME, EMPTY = target([[4, 4, 30, 30], [10, 20, 60, 44]]), target([])
@@ -136,4 +137,4 @@ def test_rpn_refuses_an_interaction() -> None:
 def test_every_part_occurs() -> None:
     assert {neck for neck, *_ in REPPOINTS} == {neck for _, neck, _ in TWO} == set(NECKS)
     assert {(plugin, interact) for _, plugin, interact in REPPOINTS} == set(product(PLUGINS, INTERACTIONS))
-    assert {name for name, _, plugin in TWO if plugin} == {name for name, *_ in TWO} == set(TWO_STAGE)
+    assert {name for name, _, plugin in TWO if plugin} == {name for name, *_ in TWO} == {*TWO_STAGE, DOUBLE_HEAD}

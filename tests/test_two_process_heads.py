@@ -1,0 +1,80 @@
+"""The gradients of two processes, averaged, are those of one process on the joint batch, for every further detector."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes have no conftest
+
+from fakes import batch
+from fusedet.types import Batch
+from small import ATSS_FAMILY, DOUBLE_HEAD, MATCHING, make, target
+
+# not GFL: with its first scores the sum of the weights is below 1, and counts as 1 in each process
+NAMES = [*(name for name in ATSS_FAMILY if not name.startswith("gfl")), *MATCHING, DOUBLE_HEAD]
+FIRST = [target([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), target([[20, 8, 70, 60]], [1])]
+SECOND = [target([[30, 2, 62, 40], [2, 30, 22, 60], [50, 20, 90, 50]], [1, 1, 0]), target([[8, 8, 40, 50]], [2])]
+"""The instances of the images of each process."""
+
+
+def images() -> Tensor:
+    return torch.randint(0, 256, (4, 3, 64, 96), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def part(rank: int | None) -> Batch:
+    """Return the images of a process, or all of them for None."""
+    first, last, targets = {None: (0, 4, FIRST + SECOND), 0: (0, 2, FIRST), 1: (2, 4, SECOND)}[rank]
+    made: Any = batch(*targets)
+    made.images.copy_(images()[first:last])
+    return made
+
+
+def gradients(name: str, rank: int | None) -> dict[str, Tensor]:
+    """Compute a detector's gradients of a process's batch; all BatchNorm is in eval mode."""
+    torch.manual_seed(0)
+    detector = make(name, everything=name == DOUBLE_HEAD).train()
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    losses = detector.loss(part(rank))
+    sum(losses[key] * weight for key, weight in detector.loss_weights.items()).backward()
+    return {key: p.grad for key, p in detector.named_parameters() if p.grad is not None}
+
+
+def run_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        for name in NAMES:
+            own = gradients(name, rank)
+            for value in own.values():
+                distributed.all_reduce(value)
+                value /= 2
+            if rank == 0:
+                torch.save(own, Path(folder, f"{name}.pt"))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the averaged gradients of two processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(run_process, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_have_the_gradients_of_one(name: str, averaged: Path) -> None:
+    joint, mean = gradients(name, None), torch.load(averaged / f"{name}.pt")
+    assert joint.keys() == mean.keys()
+    for key, value in joint.items():
+        assert torch.allclose(value, mean[key], rtol=1e-3, atol=1e-5 * max(1.0, float(value.abs().max()))), key
