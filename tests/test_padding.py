@@ -312,7 +312,9 @@ def test_detectors_pass_the_sizes_to_their_heads(name: str, neck: str, monkeypat
     calls = []
     real = model.head.loss
     monkeypatch.setattr(
-        model.head, "loss", lambda outs, targets, sizes=None, *rest: calls.append(sizes) or real(outs, targets, sizes, *rest)
+        model.head,
+        "loss",
+        lambda outs, targets, sizes=None, *rest: calls.append(sizes) or real(outs, targets, sizes, *rest),
     )
     target = objects([[4, 4, 30, 30]])
     pair = batch(target, target)
