@@ -119,6 +119,7 @@ def test_upload_and_threshold(page: Any, run: Path) -> None:
     assert re.search(r"\d\.\d\d s \(read", page.inner_text(".time"))
 
 
+@pytest.mark.slow
 def test_classes_and_layers(page: Any) -> None:
     """A class that is switched off leaves table and image; so do boxes, tags and masks."""
     upload(page, make_image(120, 80))
@@ -159,6 +160,7 @@ def test_boxes_are_drawn_where_they_are(page: Any) -> None:
     assert np.abs(near.astype(int) - wanted).sum(axis=1).min() < 30
 
 
+@pytest.mark.slow
 def test_tiles_predict_again(page: Any, run: Path) -> None:
     content = make_image(300, 200)
     upload(page, content)
@@ -172,6 +174,7 @@ def test_tiles_predict_again(page: Any, run: Path) -> None:
     page.wait_for_function("count => document.querySelectorAll('#tables tbody tr').length === count", arg=len(expected))
 
 
+@pytest.mark.slow
 def test_heat_maps(page: Any) -> None:
     """They are computed on request, chosen by level without a request, and can be removed."""
     upload(page, make_image(120, 80))
@@ -192,6 +195,7 @@ def test_heat_maps(page: Any) -> None:
     assert np.array_equal(canvas_pixels(page), before)
 
 
+@pytest.mark.slow
 def test_downloads(page: Any) -> None:
     """JSON has what is shown; the PNG has the size of the image."""
     upload(page, make_image(120, 80))
@@ -227,6 +231,7 @@ def test_errors(page: Any, content: bytes, sentence: str) -> None:
     assert page.is_hidden("#error")
 
 
+@pytest.mark.slow
 def test_examples_and_files_that_browsers_cannot_show(page: Any) -> None:
     page.click("#examples li:first-child button")
     page.wait_for_selector("#tables table")
@@ -240,6 +245,7 @@ def test_examples_and_files_that_browsers_cannot_show(page: Any) -> None:
     assert not np.array_equal(canvas_pixels(page), blank)
 
 
+@pytest.mark.slow
 def test_keys_and_labels(page: Any) -> None:
     """All controls have names, the file field and the zoom work by keyboard, and the wheel zooms at the pointer."""
     upload(page, make_image(120, 80))
@@ -268,6 +274,7 @@ def test_keys_and_labels(page: Any) -> None:
     assert not np.array_equal(canvas_pixels(page), fitted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_schemes_and_narrow_windows(browser: Any, address: str, scheme: str) -> None:
     """The page fits 390 pixels, follows the reader's color scheme, and its text contrasts with its background."""
@@ -283,6 +290,7 @@ def test_schemes_and_narrow_windows(browser: Any, address: str, scheme: str) -> 
     own.close()
 
 
+@pytest.mark.slow
 def test_two_models(browser: Any, run: Path, tmp_path: Path) -> None:
     """Both see the image, with their own tables, the same colors of classes, and one zoom."""
     other = save_run(tmp_path / "second", "retinanet", *TWO_LEVELS)
@@ -300,6 +308,7 @@ def test_two_models(browser: Any, run: Path, tmp_path: Path) -> None:
         page.close()
 
 
+@pytest.mark.slow
 def test_reference(browser: Any, address: str) -> None:
     """/docs shows every route of the OpenAPI description, without another host."""
     page = browser.new_page()

@@ -69,13 +69,26 @@ def without_cls(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 # -- every kind of batch
 
 
-LIKE_FASTER_RCNN = ("dynamic_rcnn", "libra_rcnn", "cascade_rcnn")
+# their matching or their losses are those of another detector of the list
+SIMILAR = (
+    "dynamic_rcnn",
+    "libra_rcnn",
+    "cascade_rcnn",
+    "vfnet",
+    "gfl",
+    "gflv2",
+    "ddod",
+    "foveabox",
+    "fsaf",
+    "dw",
+    "borderdet",
+)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow) if n in LIKE_FASTER_RCNN else n
+        pytest.param(n, marks=pytest.mark.slow) if n in SIMILAR else n
         for n in DETECTORS + ATSS_FAMILY + MATCHING + ON_FCOS
     ],
 )
@@ -243,7 +256,13 @@ def test_rois_of_an_empty_image_are_background(name: str) -> None:
         assert deltas is None or not deltas.grad[empty].any()
 
 
-@pytest.mark.parametrize("name", DETECTORS + STATELESS + ADDITIVE + ON_FCOS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in SIMILAR else n
+        for n in DETECTORS + STATELESS + ADDITIVE + ON_FCOS
+    ],
+)
 def test_loss_is_additive_over_images(name: str) -> None:
     """Numerator and divisor of a batch's loss are the sums of those of its images; the divisor is at least 1.
 

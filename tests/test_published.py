@@ -126,10 +126,8 @@ def agrees(paper: str, count: int, value: float) -> bool:
 @pytest.mark.parametrize(
     ("table", "row"),
     [
-        pytest.param(
-            t, r, id=f"{t.name}-{r.label}", marks=() if r.params_M and "101" not in r.label else pytest.mark.slow
-        )
-        for t, r in rows()
+        pytest.param(t, r, id=f"{t.name}-{r.label}", marks=() if i % 4 == 0 and r.params_M else pytest.mark.slow)
+        for i, (t, r) in enumerate(rows())
     ],
 )
 def test_every_row_is_built_and_has_the_printed_parameters(table: Table, row: Row) -> None:

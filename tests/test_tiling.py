@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -41,6 +41,7 @@ def test_windows_by_hand(length, size, overlap, starts):
     assert tile_windows(length, 50, size, overlap)[:, 1].tolist() == starts
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 200), st.floats(0, 0.9))
 def test_windows_cover_the_image(height, width, size, overlap):
     windows = tile_windows(height, width, size, overlap)

@@ -124,7 +124,10 @@ def check_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
 
 @pytest.mark.parametrize(
     ("head", "neck", "plugin", "interact"),
-    [row if row[2] or row[3] else pytest.param(*row, marks=pytest.mark.slow) for row in PAIRS],
+    [
+        row if i % 2 and (row[2] or row[3]) else pytest.param(*row, marks=pytest.mark.slow)
+        for i, row in enumerate(PAIRS)
+    ],
 )
 def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
     check_contracts(head, neck, plugin, interact)
