@@ -35,6 +35,9 @@ CONFIGS = (
     "fsaf",
     "autoassign",
     "yolof",
+    "ota",
+    "dw",
+    "borderdet",
 )
 
 

@@ -100,10 +100,20 @@ def describe_weights() -> str:
 
 
 def _describe_family(family: str, rows: list) -> str:
-    head = "| name | backbone | dataset | AP, boxes | AP, masks | licence |\n|---|---|---|---|---|---|"
+    columns = (
+        "name",
+        "backbone",
+        "dataset",
+        "AP, boxes",
+        "AP, masks",
+        "parameters (M)",
+        "multiply-adds (G)",
+        "licence",
+    )
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     lines = [
         f"| `{row.name}` | {row.backbone} | {row.dataset} | {_number(row.box_ap)} | {_number(row.mask_ap)} "
-        f"| {row.licence or ''} |"
+        f"| {row.parameters / 1e6:.2f} | {row.multiply_adds / 1e9:.1f} | {row.licence} |"
         for row in rows
     ]
     return "\n".join([f"## {family}\n", head, *lines, ""])

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fusedet import cli
+from fusedet.api import run_report
 from fusedet.data.synthetic import generate_dataset
 from fusedet.models.backbones import timm_backbone
 from fusedet.models.backbones.pretrained import create_timm_model
@@ -66,6 +67,7 @@ def unrendered() -> Iterator[None]:
     """Make plots, but do not render them: that takes half of the time of a small training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", save_unrendered)
+        patch.setattr(run_report, "write_page", lambda file, *_, **__: file.write_text("", encoding="utf-8"))
         yield
 
 

@@ -18,6 +18,7 @@ ONE_STAGE = ["retinanet", "fcos", "vfnet", "reppoints"]
 TWO_STAGE = ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn"]
 ATSS_FAMILY = ["atss", "gfl", "gflv2", "paa", "tood", "ddod"]
 MATCHING = ["freeanchor", "foveabox", "fsaf", "autoassign", "yolof"]
+ON_FCOS = ["ota", "dw", "borderdet"]
 DETECTORS = ONE_STAGE + TWO_STAGE
 BRANCHES = {
     "mask": {"type": "mask", "convs": 1, "channels": 8},

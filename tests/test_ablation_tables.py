@@ -113,7 +113,10 @@ def test_configs_of_all_rows_that_are_not_cited(mine: Table) -> None:
         ("{label: a, published: {AP: high}}", "row 'a': published.AP must be float, got 'high'"),
         ("{label: a, published: {delta_AP: 1.2}}", "row 'a': a published difference needs reference"),
         ("{label: a, cited: true}", "row 'a': a cited row needs published metrics"),
-        ("{label: a, cited: true, overrides: [train.epochs=1], published: {AP: 3}}", "row 'a': a cited row is not run"),
+        (
+            "{label: a, cited: true, overrides: [train.epochs=1], published: {AP: 3}}",
+            "row 'a': a cited row without a base is not run, leave out overrides",
+        ),
     ],
 )
 def test_wrong_rows(tmp_path: Path, rows: str, message: str) -> None:
@@ -213,6 +216,28 @@ def test_options_of_parts_are_checked_before_anything_runs(tmp_path: Path) -> No
 def test_cited_rows_are_not_run(mine: Table) -> None:
     with pytest.raises(InputError, match=r"mine.yaml, row 'theirs' is cited"):
         mine.rows[-1].config(mine)
+
+
+def test_cited_rows_with_a_base_are_run(tmp_path: Path) -> None:
+    """They keep the published metrics; the table's base, first row and differences are those of the other rows."""
+    cited = "{label: theirs, cited: true, base: fcos_tiny, overrides: [train.epochs=2], published: {AP: 41}}"
+    named = "{label: named, cited: true, base: fcos_tiny, reference: plain, published: {AP: 43}}"
+    rows = f"{cited} | {{label: plain, published: {{AP: 40}}}} | {named} | {{label: shown, cited: true, published: {{AP: 1}}}}"
+    table = ablation.load_table(with_rows(tmp_path, rows))
+    configs = table.configs()
+    assert {label: (c.model.head["type"], c.train.epochs) for label, c in configs.items()} == {
+        "theirs": ("fcos", 2),
+        "plain": ("retina", 7),
+        "named": ("fcos", 10),
+    }
+    assert (table.rows[0].cited, table.rows[0].published) == (True, {"AP": 41.0})
+    plan = ablation.make_plan(table, need_data=False)
+    assert plan.selected == ("theirs", "plain", "named")
+    assert (plan.baseline, [plan.reference(label) for label in plan.selected]) == (
+        "plain",
+        ["theirs", "plain", "plain"],
+    )
+    assert table.content == ablation.load_table(with_rows(tmp_path, rows.replace("AP: 41", "AP: 42"))).content
 
 
 # -- shipped

@@ -177,7 +177,7 @@ def test_contested_cells_lose_the_other_class_only() -> None:
     large, small = [0, 0, 64, 56], [24, 20, 40, 36]
     assigner = CenterRegionAssigner(3)
     assigned, contested = assigner.assign_with_contested(priors, objects([large, small], [2, 1]))
-    alone = [assigner.assign(priors, objects([box])) == 0 for box in (large, small)]
+    alone = [assigner.assign_with_contested(priors, objects([box]))[0] == 0 for box in (large, small)]
     assert torch.equal(assigned == 1, alone[1])  # the smaller one wins
     assert torch.equal(contested[:, 2], alone[0] & alone[1])
     assert not contested[:, :2].any()

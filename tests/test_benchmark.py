@@ -318,6 +318,13 @@ def test_an_exported_directory_has_an_engine_per_format(tmp_path: Path) -> None:
         assert size == (32, 64)
 
 
+def test_a_format_that_the_export_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_export(tmp_path / "export", precision="fp32", size=None)
+    assert cli.run(["benchmark", str(folder), "--formats", "torch,eager"]) == 2
+    assert f"nothing to measure: no format of {folder} is among eager, torch" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.name == "benchmark"]
+
+
 def test_the_ap_of_an_exported_model_is_its_own_or_that_of_its_run(run: Path, tmp_path: Path) -> None:
     own = tmp_path / "run"
     weights = own / "best.safetensors"

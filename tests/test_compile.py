@@ -39,6 +39,9 @@ DETECTORS = (
     "fsaf",
     "yolof",
     "autoassign",
+    "ota",
+    "dw",
+    "borderdet",
 )
 LAYOUT = "traced, a view of the heat maps expects another memory layout than the CPU's kernel gives"
 IMAGES = [objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), objects([[8, 8, 40, 50]], [1])]

@@ -155,6 +155,7 @@ def test_unfit_backbones_are_refused() -> None:
 
 ON_A_PYRAMID = {"bfp", "dyhead", "smsl"}
 FIVE_LEVELS = {"nas_fpn"}  # and levels of its own above the backbone's
+PYRAMID_NECKS = [name for name in NECKS if name != "identity"]  # which makes no pyramid
 BEFORE_ZERO_INIT = {"smsl": ("non_local.theta", "non_local.phi", "non_local.g.")}  # no gradient at the start
 
 
@@ -193,13 +194,13 @@ def check_neck(name: str, pyramid: tuple[int, int, str], size: tuple[int, int]) 
     assert all(torch.equal(a, b) for a, b in zip(kept, inputs))
 
 
-@pytest.mark.parametrize(("name", "pyramid", "size"), pairwise(NECKS, PYRAMIDS, SIZES))
+@pytest.mark.parametrize(("name", "pyramid", "size"), pairwise(PYRAMID_NECKS, PYRAMIDS, SIZES))
 def test_necks_keep_their_contract(name: str, pyramid: tuple[int, int, str], size: tuple[int, int]) -> None:
     check_neck(name, pyramid, size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pyramid", "size"), list(product(NECKS, PYRAMIDS, SIZES)))
+@pytest.mark.parametrize(("name", "pyramid", "size"), list(product(PYRAMID_NECKS, PYRAMIDS, SIZES)))
 def test_necks_keep_their_contract_in_every_combination(
     name: str, pyramid: tuple[int, int, str], size: tuple[int, int]
 ) -> None:
@@ -242,10 +243,10 @@ FORMS: list[tuple[str, dict[str, object]]] = [
 @pytest.mark.parametrize(("name", "options"), FORMS)
 def test_heads_keep_their_contract(name: str, options: dict[str, object], size: tuple[int, int]) -> None:
     levels = Levels((32,) * 5, (8, 16, 32, 64, 128))
-    # the RPN's default anchors are larger than these instances: none would be positive
-    options = {"scale": 4.0} if name == "rpn" else options
+    # the RPN's default anchors are larger than these instances, and the first boxes do not fit: none would be positive
+    options = {"rpn": {"scale": 4.0}, "borderdet": {"positive": 0.05}}.get(name, options)
     head = HEADS[name](levels, num_classes=3, **{"convs": 1, **options})
-    if "normalize_boxes" in options:
+    if "normalize_boxes" in options or name == "borderdet":
         nn.init.constant_(head.reg.bias, 0.5)  # so that no ReLU of distances is closed
     features = maps(levels, size)
     kept = [f.clone() for f in features]

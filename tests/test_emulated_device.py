@@ -32,6 +32,9 @@ STEP = {
     "foveabox": (1, 0),
     "fsaf": (1, 0),
     "yolof": (1, 0),
+    "dw": (1, 0),
+    "ota": (2, 0),  # its pairs of instances and points, and its positives
+    "borderdet": (2, 0),  # positives of points and of boxes
     "ddod": (2, 0),  # assigns twice
     "paa": (3, 0),  # assigns twice, and fits mixtures on the CPU in between
     "faster_rcnn": (4, 1),

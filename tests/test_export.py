@@ -47,9 +47,12 @@ DETECTORS = [
     "dynamic_rcnn",
     "grid_rcnn",
     "libra_rcnn",
+    "ota",
+    "dw",
+    "borderdet",
 ]
 
-DEAR = ("cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn")
+DEAR = ("cascade_rcnn", "dynamic_rcnn", "grid_rcnn", "libra_rcnn", "ota", "dw", "borderdet")
 """Detectors whose parts the others have in other numbers, or that take long to convert."""
 
 

@@ -39,6 +39,7 @@ ALLOWED = {
     r"\boutline=|\.outline\b": "Pillow's and matplotlib's own name of a border",
     r"\w+(\(\w*\))?\\?\.body\b|\\?\.body\\?\.": "timm's model inside the backbone, part of checkpoint keys as in torchvision; ast's field",
     r"\bbody=": "ast's field",
+    r"\bget\(\"body\"": "ASGI's field",
     r"</?body\b|\bbody[ ,{]+(\.|font|margin)": "HTML's element",
 }
 """Fragments that may stand, each with its reason."""

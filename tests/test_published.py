@@ -90,7 +90,7 @@ def table(name: str) -> Table:
 
 def rows() -> Iterator[tuple[Table, Row]]:
     """Every row of a shipped table that can be run."""
-    return ((table(name), row) for name in list_tables() for row in table(name).rows if not row.cited)
+    return ((table(name), row) for name in list_tables() for row in table(name).rows if not row.is_only_cited)
 
 
 def pairs() -> list[Any]:

@@ -374,6 +374,16 @@ def test_config_of_a_training(fetched: PublishedWeights, tmp_path: Path, resume:
     assert (stored.backbone["frozen_stages"], stored.backbone["pretrained"]) == (1, False)
 
 
+@pytest.mark.parametrize(
+    ("words", "text"), [(["data=nowhere"], "nowhere does not exist"), ([], "no data: add data=PATH")]
+)
+def test_nothing_is_fetched_for_a_training_without_data(
+    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fusedet.api.settings.weights_file", lambda *_: pytest.fail("fetched"))
+    assert text in error_of(capsys, "train", "torchvision/retinanet_resnet50_fpn", *words)
+
+
 def test_a_training_starts_from_the_weights(fetched: PublishedWeights, scenes: Path) -> None:
     options = training_config(
         NAME, [f"data={scenes}", "data.rename={circle: Class-3, square: class_0s}"], {}, False, False

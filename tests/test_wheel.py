@@ -64,7 +64,7 @@ def called(*command: str, cwd: Path, python: str | Path = sys.executable) -> str
 
 def test_content_is_the_source_tree(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fusedet/")}
-    kinds = (".py", ".yaml", ".json", ".css", ".typed", ".gz")
+    kinds = (".py", ".yaml", ".json", ".css", ".html", ".js", ".svg", ".typed", ".gz")
     assert held == {f"fusedet/{p.relative_to(SOURCE).as_posix()}" for p in SOURCE.rglob("*") if p.suffix in kinds}
     assert "fusedet/py.typed" in held
     for package in ("models", "schedules", "ablations"):

@@ -27,6 +27,7 @@ _PUBLIC = {
     "compare": "api.compare",
     "convert_dataset": "api.convert_dataset",
     "convert_weights": "api.convert_weights",
+    "create_app": "app.command",
     "create_model": "models.detectors",
     "demo": "api.demo",
     "estimate_power": "ablation.command",
@@ -40,6 +41,7 @@ _PUBLIC = {
     "predict": "api.predict_files",
     "preview_ablation": "ablation.command",
     "resolve_config": "api.settings",
+    "serve_app": "app.command",
     "train": "api.train",
     "validate": "api.validate_run",
 }
@@ -72,6 +74,8 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.weights import get_weights as get_weights
     from fusedet.api.weights import list_weights as list_weights
     from fusedet.api.weights import locate_weights as locate_weights
+    from fusedet.app.command import create_app as create_app
+    from fusedet.app.command import serve_app as serve_app
     from fusedet.errors import DivergenceError as DivergenceError
     from fusedet.errors import InputError as InputError
     from fusedet.errors import StorageError as StorageError

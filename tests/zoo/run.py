@@ -24,8 +24,8 @@ from fusedet.interop.conversion import convert_mmdetection_weights, count_classe
 from fusedet.interop.mmdetection.detector_config import convert_config
 
 
-def convert(model: dict[str, Any]) -> config.Config:
-    """Convert a model of the list and return its config.
+def convert(model: dict[str, Any]) -> tuple[config.Config, int]:
+    """Convert a model of the list and return its config and number of classes.
 
     Raises:
         InputError: The model is not supported.
@@ -33,8 +33,9 @@ def convert(model: dict[str, Any]) -> config.Config:
     with torch.device("meta"):
         state = {name: torch.empty(shape) for name, shape in model["keys"].items()}
         options = config.parse(convert_config({"model": model["model"]}, state).tree)
-        convert_mmdetection_weights(state, options, count_classes(state, options), model["name"])
-    return options
+        count = count_classes(state, options)
+        convert_mmdetection_weights(state, options, count, model["name"])
+    return options, count
 
 
 def run(file: Path, step: int = 1) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,8 @@
 
 writes `src/fusedet/interop/mmdetection/published.jsonl.gz` from the same list that `run.py` converts: one JSON per
 line with name, family, address, box and mask AP as MMDetection publishes them, dataset, backbone, megabytes of the
-weights, MMDetection's config of the model and the resizing of its test pipeline.
+weights, parameters, multiply-adds of an image of `SIZE`, MMDetection's config of the model and the resizing of its test
+pipeline.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from typing import Any
 from run import convert
 
 from fusedet.errors import InputError
+from fusedet.models.detectors import build_meta_detector
+from fusedet.models.profiling import count_cost
 
+SIZE = (800, 1280)
+"""Height and width for which MMDetection counts multiply-adds."""
 TABLE = Path(__file__).resolve().parents[2] / "src/fusedet/interop/mmdetection/published.jsonl.gz"
 DATASETS = r"(coco|lvis-v[\d.]+|objects365v\d|openimages(_challenge)?)$"
 
@@ -41,9 +46,10 @@ def make_rows(file: Path, names: set[str] | None = None) -> Iterator[dict[str, A
             if model["name"] in seen or (names is not None and model["name"] not in names):
                 continue
             try:
-                options = convert(model)
+                options, classes = convert(model)
             except InputError:
                 continue
+            cost = count_cost(build_meta_detector(options, classes), *SIZE)
             seen.add(model["name"])
             dataset = re.search(DATASETS, model["name"])
             yield {
@@ -55,6 +61,8 @@ def make_rows(file: Path, names: set[str] | None = None) -> Iterator[dict[str, A
                 "dataset": dataset[0] if dataset else "coco",
                 "backbone": options.model.backbone["name"].partition(".")[0],
                 "megabytes": round(sum(4 * math.prod(shape) for shape in model["keys"].values()) / 1e6, 1),
+                "parameters": cost["parameters"],
+                "multiply_adds": cost["multiply_adds"],
                 "model": model["model"],
                 "resize": model["resize"],
             }

@@ -114,7 +114,7 @@ def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]],
         rows.append(
             {
                 "label": row.label,
-                "cited": row.cited,
+                "cited": row.is_only_cited,
                 "published": dict(row.published),
                 "params_M": row.params_M,
                 "time_ms": row.time_ms,

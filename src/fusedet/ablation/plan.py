@@ -136,13 +136,18 @@ class Plan:
 
     @property
     def baseline(self) -> str | None:
-        """Label of the table's reference, or of its first row; None if that row is only cited."""
-        label = self.table.reference or next(iter(self.configs), None)
+        """Label of the table's reference, or of its first row whose metrics are not cited; None if it has no config."""
+        own = (row.label for row in self.table.rows if row.label in self.configs and not row.cited)
+        label = self.table.reference or next(own, None)
         return label if label in self.configs else None
 
     def reference(self, label: str) -> str | None:
-        """Return the label of the row to compare with, its own reference or the baseline; None if that is cited."""
-        own = next(row.reference for row in self.table.rows if row.label == label)
+        """Return the label of the row to compare with, its own reference or the baseline; None if that is only cited.
+
+        A row with cited metrics and without a reference is compared with itself only: it is another detector.
+        """
+        row = next(row for row in self.table.rows if row.label == label)
+        own = label if row.cited and row.reference is None else row.reference
         return self.baseline if own is None else own if own in self.configs else None
 
     def runs(self, label: str) -> list[Run]:
@@ -212,7 +217,7 @@ def make_plan(
         InputError: Any row is invalid.
     """
     labels = _parse_labels(table, rows)
-    resolved = {row.label: row.config(table, *overrides) for row in table.rows if not row.cited}
+    resolved = {row.label: row.config(table, *overrides) for row in table.rows if not row.is_only_cited}
     if not resolved:
         raise InputError(f"{table.source}: all rows are cited from the literature, there is nothing to run")
     data: dict[str, Split] = {}
@@ -288,7 +293,7 @@ def _parse_labels(table: Table, rows: Iterable[str]) -> list[str]:
                 raise unknown(f"row of {table.source}", text, known)
             label = max(starts, key=len)
             text = text[len(label) + 1 :]
-            if known[label].cited:
+            if known[label].is_only_cited:
                 raise InputError(f"{table.source}, row '{label}' is cited from the literature: it has no config to run")
             labels.append(label)
     return list(dict.fromkeys(labels))

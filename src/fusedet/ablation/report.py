@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from fusedet.ablation.estimate import format_duration
@@ -14,6 +13,7 @@ from fusedet.ablation.plots import draw_plots, validation_metric
 from fusedet.ablation.render import CITED, COST, NOT_MEASURED, Sheet, format_csv, format_markdown, make_sheets
 from fusedet.ablation.summary_text import Summary, collect_notes, describe_cost, describe_coverage, shorten_path
 from fusedet.api.run_dir import write_json
+from fusedet.visualization.page import make_faint, make_page, make_plain_table, make_section
 
 PAGE_COLORS = {"#ffffff": "none", "#262626": "currentColor", "#ebebeb": "var(--grid)", "#d4d4d4": "var(--rest)"}
 """Colors of a plot that are replaced by those of the page, light or dark."""
@@ -31,11 +31,11 @@ def write_report(summary: Summary, out: Path) -> dict[str, Path]:
     written["spreadsheet"].write_text(format_csv(summary), encoding="utf-8")
     write_json(written["data"], summary)
     plots = draw_plots(summary, out / "plots")
-    written["page"].write_text(make_page(summary, plots), encoding="utf-8")
+    written["page"].write_text(make_report_page(summary, plots), encoding="utf-8")
     return written
 
 
-def make_page(summary: Summary, plots: Mapping[str, Path]) -> str:
+def make_report_page(summary: Summary, plots: Mapping[str, Path]) -> str:
     """Make the page: tables, conclusions, inlined plots and how they were made."""
     first, *others = make_sheets(summary)
     images = {name: inline_svg(file, name, i) for i, (name, file) in enumerate(plots.items())}
@@ -44,32 +44,26 @@ def make_page(summary: Summary, plots: Mapping[str, Path]) -> str:
     parts = [
         f"<h1>{escape(summary['title'])}</h1>",
         f'<p class="faint">{escape(summary["paper"])}</p>' if summary["paper"] else "",
-        _make_section(first.title, _make_table(first)),
-        _make_section(
+        make_section(first.title, _make_table(first)),
+        make_section(
             "Conclusions",
-            _make_plain_table([(row["label"], row["conclusion"]) for row in summary["rows"] if not row["cited"]]),
+            make_plain_table([(row["label"], row["conclusion"]) for row in summary["rows"] if not row["cited"]]),
         ),
-        _make_section(
+        make_section(
             "What the intervals cover",
             "".join(f"<p>{escape(line)}</p>" for line in [*describe_coverage(summary), *collect_notes(summary)]),
         ),
-        *(_make_section(name, f"<figure>{svg}</figure>{_make_caption(name, summary)}") for name, svg in main.items()),
-        _make_section("Differences by class", _make_folded_plots(classes)) if classes else "",
+        *(make_section(name, f"<figure>{svg}</figure>{_make_caption(name, summary)}") for name, svg in main.items()),
+        make_section("Differences by class", _make_folded_plots(classes)) if classes else "",
         *(
-            _make_section(
-                sheet.title, _make_table(sheet) + (_make_faint(describe_cost(summary)) if sheet.title == COST else "")
+            make_section(
+                sheet.title, _make_table(sheet) + (make_faint(describe_cost(summary)) if sheet.title == COST else "")
             )
             for sheet in others
         ),
-        _make_section("How it was made", _describe_origin(summary)),
+        make_section("How it was made", _describe_origin(summary)),
     ]
-    css = (files("fusedet.ablation") / "report.css").read_text(encoding="utf-8")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(summary['title'])}</title>"
-    # A browser requests an icon unless the page names an empty one.
-    head += f'<link rel="icon" href="data:,"><style>{css}</style>'
-    content = "".join(f"{part}\n" for part in parts if part)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}</body></html>\n'
+    return make_page(summary["title"], parts)
 
 
 def inline_svg(file: Path, name: str, number: int) -> str:
@@ -80,10 +74,6 @@ def inline_svg(file: Path, name: str, number: int) -> str:
         text = text.replace(color, replacement)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>p{number}-", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
-
-
-def _make_section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def _make_table(sheet: Sheet) -> str:
@@ -100,11 +90,6 @@ def _make_cell(text: str) -> str:
     )
 
 
-def _make_plain_table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>\n" for name, text in rows)
-    return f'<div class="scroll"><table class="plain"><tbody>\n{lines}</tbody></table></div>'
-
-
 def _make_folded_plots(images: Mapping[str, str]) -> str:
     text = "<p>Intervals are over images; grey if they contain 0.</p>"
     return text + "".join(
@@ -114,19 +99,15 @@ def _make_folded_plots(images: Mapping[str, str]) -> str:
 
 def _make_caption(name: str, summary: Summary) -> str:
     if name == "Learning curves":
-        return _make_faint(
+        return make_faint(
             f"{validation_metric(summary['metric'])} of each validation: thin lines are seeds, thick ones their mean. "
             "The tables have each run's best weights."
         )
-    return _make_faint(
+    return make_faint(
         "Points are means over seeds, ticks the seeds, lines the t intervals; the baseline is dark."
         if name.endswith("by object size")
         else "Points are means over seeds, lines their t intervals."
     )
-
-
-def _make_faint(text: str) -> str:
-    return f'<p class="faint">{escape(text)}</p>'
 
 
 def _describe_origin(summary: Summary) -> str:
@@ -158,7 +139,7 @@ def _describe_origin(summary: Summary) -> str:
     commands = "\n".join(shlex.join(command) for command in summary["commands"])
     folders = dict.fromkeys(shorten_path(run["folder"], keep=2) for run in runs if run["folder"] in trained)
     again = "\n".join(shlex.join(["fusedet", "train", f"{folder}/config.yaml", "out=FOLDER"]) for folder in folders)
-    text = _make_plain_table(rows) + f"<p>The table:</p><pre><code>{escape(commands)}</code></pre>"
+    text = make_plain_table(rows) + f"<p>The table:</p><pre><code>{escape(commands)}</code></pre>"
     return text + (
         f"<details><summary>Repeat one run</summary><pre><code>{escape(again)}</code></pre></details>" if again else ""
     )

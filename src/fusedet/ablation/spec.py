@@ -38,7 +38,8 @@ class Row:
         params_M: Published number of trainable parameters, in millions.
         time_ms: Published inference time per image, on the paper's machine.
         split: Split of the published metrics, as the paper names it.
-        cited: Whether the row is only shown and never run.
+        cited: Whether the published metrics are cited from the literature. Without a base the row is only shown; with
+            one it is run like the others, and compared with another row only if `reference` names it.
         note: Remark for the reader of the table.
     """
 
@@ -53,6 +54,11 @@ class Row:
     cited: bool = False
     note: str | None = None
 
+    @property
+    def is_only_cited(self) -> bool:
+        """Whether the row is only shown: its metrics are cited, and it has no config."""
+        return self.cited and self.base is None
+
     def config(self, table: Table, *more: str) -> Config:
         """Resolve the row's config: base, the table's overrides, its own, then `more`, each on top of the one before.
 
@@ -65,7 +71,7 @@ class Row:
         Raises:
             InputError: The row is only cited, or the config refuses a value; the message names file and row.
         """
-        if self.cited:
+        if self.is_only_cited:
             raise InputError(
                 f"{table.source}, row '{self.label}' is cited from the literature: it has no config to run"
             )
@@ -120,11 +126,11 @@ class Table:
     @property
     def content(self) -> str:
         """Fingerprint of what the rows run: unchanged when the file is moved or renamed, or when its texts change."""
-        rows = [(row.label, row.base, row.overrides, row.cited) for row in self.rows]
+        rows = [(row.label, row.base, row.overrides, row.is_only_cited) for row in self.rows]
         return sha256(repr((self.base, self.overrides, rows)).encode()).hexdigest()[:16]
 
     def configs(self, *more: str, num_classes: int = 80) -> dict[str, Config]:
-        """Resolve the configs of all rows that are not cited, and build each distinct model without memory.
+        """Resolve the configs of all rows that are not only cited, and build each distinct model without memory.
 
         Errors in any row are reported before the first row runs. Rows may be equal: the papers' tables repeat some of
         them under another label.
@@ -142,7 +148,7 @@ class Table:
         configs: dict[str, Config] = {}
         built = set()
         for row in self.rows:
-            if row.cited:
+            if row.is_only_cited:
                 continue
             configs[row.label] = options = row.config(self, *more)
             if (key := repr(options.model)) in built:
@@ -214,10 +220,8 @@ def _read_row(spec: Any, number: int, source: str) -> Row:
     for name in row.published:
         if name.removeprefix(DELTA) not in METRICS:
             raise unknown("metric", name, METRICS, of=f"published in {where}")
-    if row.cited and (row.overrides or row.base):
-        raise InputError(
-            f"{where}: a cited row is not run, leave out {'overrides' if row.overrides else 'base'}, or cited"
-        )
+    if row.is_only_cited and row.overrides:
+        raise InputError(f"{where}: a cited row without a base is not run, leave out overrides, or write base: MODEL")
     if row.cited and not row.published:
         raise InputError(f"{where}: a cited row needs published metrics, such as published: {{AP: 36.4}}")
     return row

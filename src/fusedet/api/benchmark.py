@@ -125,6 +125,10 @@ def benchmark(
     run_dir.check_new_dir(out)
     with ExitStack() as stack:
         candidates, used = stack.enter_context(plan_engines(paths, names, shape, texts, trust, say))
+        if not candidates:
+            raise InputError(
+                f"nothing to measure: no format of {', '.join(map(str, paths))} is among {', '.join(names)}"
+            )
         total = sum(one.command is not None for one in candidates) * len(batches) * (WARMUP + runs)
         advance = stack.enter_context(progress_bar(progress, total, "calls"))
         rows = measure_engines(candidates, batches, runs, advance)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from rich.console import Group, RenderableType
+from torch import Tensor
 
 from fusedet.api import run_dir
 from fusedet.api.cam_figures import UNITS, Job, draw_figures, join_captions, map_size, order_rows
@@ -116,7 +117,7 @@ def cam(
     figures: dict[str, Any] = {}
     files: dict[str, Path] = {}
     for job in jobs:
-        seen = {source: _compute(predictor, job, best_only) for source, predictor in runs.items()}
+        seen = {source: compute_maps(predictor, job.image, job.name, best_only) for source, predictor in runs.items()}
         known = [part for part in PARTS if any(part in maps.parts for maps in seen.values())]
         if missing := [part for part in only if part not in known]:
             has = "has" if len(runs) == 1 else "have"
@@ -189,13 +190,20 @@ def _job(runs: Mapping[str, Predictor], path: Path, name: str | None, score: flo
     return Job(path, image, name, detections)
 
 
-def _compute(predictor: Predictor, job: Job, best_only: bool) -> ActivationMaps:
-    """A run's maps for an image, resized to it."""
-    batch = replace(predictor.seen([job.image]), views=())
-    label = predictor.names.index(job.name)
+def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only: bool = False) -> ActivationMaps:
+    """Compute the maps of a run for an image, resized to `cam_figures.map_size` of it.
+
+    Args:
+        predictor: A loaded run, not an exported model.
+        image: uint8 (C, H, W).
+        class_name: One of the run's classes.
+        best_only: As for `cam`.
+    """
+    batch = replace(predictor.seen([image]), views=())
+    label = predictor.names.index(class_name)
     assert not isinstance(predictor.detector, ExportedDetector)
     maps = compute_activation_maps(predictor.detector, batch.to(predictor.device), label, best_only)
-    size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), map_size(job.image)
+    size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), map_size(image)
 
     def resized(rows: list[Row]) -> list[Row]:
         return [row._replace(maps={s: resize_map(x, s, size, shown) for s, x in row.maps.items()}) for row in rows]

@@ -106,7 +106,7 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
             continue
         columns = {row.key: {f"stride {s}": x.numpy() for s, x in row.maps.items()} for row in rows}
         if is_heat:
-            columns = {row.key: {"all levels": _sum_of_levels(row).numpy()} | columns[row.key] for row in rows}
+            columns = {row.key: {"all levels": sum_levels(row).numpy()} | columns[row.key] for row in rows}
         detections = job.detections[source]
         marked = visualization.draw_boxes(image, detections.boxes * scale, detections.labels, detections.names)
         panels.append(heat_maps.Panel(f"{letter}: {source}" if len(runs) > 1 else source, marked, columns))
@@ -116,7 +116,7 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
 
 def _numbers(row: Row, boxes: Tensor) -> dict[str, Any]:
     """A row's peak per level, and the share of its heat inside the boxes, of all levels together."""
-    inside = heat_share_inside(_sum_of_levels(row), boxes)[0] if len(boxes) else None
+    inside = heat_share_inside(sum_levels(row), boxes)[0] if len(boxes) else None
     return {"caption": row.caption, "peak": _per_level(row, Tensor.max), "inside": inside}
 
 
@@ -125,7 +125,8 @@ def _per_level(row: Row, statistic: Callable[[Tensor], Tensor]) -> dict[int, flo
     return {stride: float(statistic(x)) for stride, x in row.maps.items()}
 
 
-def _sum_of_levels(row: Row) -> Tensor:
+def sum_levels(row: Row) -> Tensor:
+    """Add the maps of all levels, (h, w)."""
     return torch.stack(list(row.maps.values())).sum(dim=0)
 
 

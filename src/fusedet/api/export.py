@@ -297,6 +297,9 @@ def _describe(
     branches = [part for part in detector.modules() if isinstance(part, MaskBranch)]
     test, path = config.test, config.data.path
     quality = [] if raw else ["labels", "counts", *(["masks"] if branches else [])]
+    packages = [package for name in names for package in exporters.FORMATS.get(name, ())]
+    if precision == "int8":
+        packages += [package for name in names for package in PACKAGES[name]]
     return Metadata(
         fusedet=fusedet.__version__,
         name=name,
@@ -317,6 +320,6 @@ def _describe(
         weights_sha256=None if model.file is None else hash_file(model.file),
         training_data=None if path is None or model.file is None else Path(path).name,
         licence=Licence(code="Apache-2.0", weights=model.licence),
-        versions=package_versions(names),
+        versions=package_versions(packages),
         config=config.replace(out=None).tree(),
     )

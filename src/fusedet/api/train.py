@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,8 @@ from fusedet.api.run_dir import (
     remove_files,
     write_json,
 )
-from fusedet.api.settings import Settings, Source, training_config
+from fusedet.api.run_report import write_run_page
+from fusedet.api.settings import Settings, Source, to_overrides, training_config
 from fusedet.api.train_inputs import (
     check_config,
     learns_masks,
@@ -44,7 +46,7 @@ from fusedet.api.validate import (
     write_report,
 )
 from fusedet.atomic_io import write_atomically
-from fusedet.config import Config
+from fusedet.config import Config, apply_overrides
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_train_loader
@@ -54,6 +56,7 @@ from fusedet.engine.determinism import deterministic
 from fusedet.engine.train_state import TABLES, Run
 from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.errors import DivergenceError, InputError, plural
+from fusedet.interop.published_weights import find_published_weights, is_published_name
 
 
 def train(
@@ -89,6 +92,13 @@ def train(
         StorageError: A file cannot be written.
         Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
     """
+    if isinstance(config, (str, Path)) and is_published_name(config):
+        find_published_weights(config)
+        texts = to_overrides(overrides, settings)
+        path = apply_overrides({}, texts).get("data", {}).get("path")
+        _require_data(path)  # before the weights are fetched
+        if not os.path.exists(path):
+            raise InputError(f"{path} does not exist: data must be a folder, a COCO json or a YOLO yaml")
     options = training_config(config, overrides, settings, resume, trust)
     with deterministic(options.train.deterministic):
         out, is_begun = _check_config(options, resume)
@@ -107,13 +117,29 @@ def train(
                 f"warning: train.monitor={options.train.monitor} had no value on {scored}, so that no best weights "
                 "were kept: monitor a metric that the split has, such as AP"
             )
-        return RunResult(out, evaluated.metrics, files, f"{out}: {weights} weights on {scored}")
+        title = f"{out}: {weights} weights on {scored}"
+        files |= write_run_page(
+            out,
+            dataset,
+            evaluated,
+            title=f"{out.name} on {scored}",
+            scored=title,
+            device=options.device,
+            say=say,
+            size_bins=options.test.size_bins or (),
+            run=out,
+        )
+        return RunResult(out, evaluated.metrics, files, title)
+
+
+def _require_data(path: str | None) -> None:
+    if path is None:
+        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
 
 
 def _check_config(config: Config, resume: bool) -> tuple[Path, bool]:
     """Return the run directory, and whether it has a checkpoint to resume."""
-    if config.data.path is None:
-        raise InputError("no data: add data=PATH, a folder or file in COCO, VOC or YOLO form")
+    _require_data(config.data.path)
     if config.out is None:
         raise InputError("no output directory: add out=FOLDER")
     out = Path(config.out)

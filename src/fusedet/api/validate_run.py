@@ -15,6 +15,7 @@ from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.results import RunResult
+from fusedet.api.run_report import write_run_page
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.api.validate import evaluate_detector, evaluate_results, require_class_names, write_report
 from fusedet.config import Config
@@ -111,11 +112,24 @@ def validate(
     name = f"val-{Path(scored).stem}"
     target = run_dir.create_run_dir(options.out or run_dir.find_free_path(run_dir.parent_of(path), name))
     files = {}
+    name = f"{path.name} on {scored}"
     if len(dataset.labels):
-        files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=f"{path.name} on {scored}")
+        files = write_report(dataset, evaluated.results, evaluated.metrics, target, title=name)
     if server_split:
         files |= coco_submission.write_submission(rows, server_split, path.name if path.is_dir() else path.stem, target)
     title = f"{source if is_results else file} on {scored} of {options.data.path}"
+    if len(dataset.labels):
+        files |= write_run_page(
+            target,
+            dataset,
+            evaluated,
+            title=name,
+            scored=title,
+            device=options.device,
+            say=say,
+            size_bins=options.test.size_bins or (),
+            run=path if path.is_dir() else None,
+        )
     return RunResult(target, evaluated.metrics, files, title)
 
 

@@ -14,7 +14,19 @@ from fusedet.api.weights_cache import cached_checkpoint, fetch_weights, find_add
 from fusedet.errors import InputError
 from fusedet.interop.published_weights import PublishedWeights, find_published_weights, list_published_weights
 
-COLUMNS = ("name", "family", "backbone", "dataset", "box_ap", "mask_ap", "megabytes", "licence", "address")
+COLUMNS = (
+    "name",
+    "family",
+    "backbone",
+    "dataset",
+    "box_ap",
+    "mask_ap",
+    "megabytes",
+    "parameters",
+    "multiply_adds",
+    "licence",
+    "address",
+)
 
 
 @dataclass(frozen=True)

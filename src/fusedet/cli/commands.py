@@ -28,8 +28,8 @@ def train(
 ) -> None:
     """Train a detector and evaluate its best weights.
 
-    data=PATH is in COCO, VOC, YOLO or another format of docs/data.md. Weights, metrics and plots go to out=DIR, by
-    default runs/CONFIG.
+    data=PATH is in COCO, VOC, YOLO or another format of docs/data.md. Weights, metrics, plots and the page report.html
+    go to out=DIR, by default runs/CONFIG.
     """
     name, settings = cli.split_config(words)
     result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.console(json).print, quiet=json)
@@ -51,17 +51,20 @@ def val(
     submission: Annotated[bool, Option("--submission", help="Write the files that COCO's test server takes.")] = False,
     tiles_help: Annotated[bool, Option("--tiles-help", help="Say whether tiles help, with and without them.")] = False,
     resamples: Resamples = 1000,
+    open_page: Annotated[bool, Option("--open", help="Open the page report.html in the browser.")] = False,
     trust: cli.Trust = False,
     json: cli.Json = False,
 ) -> None:
     """Evaluate a run, a checkpoint or stored results.
 
-    The data are the run's own or data=PATH. Results, metrics and plots go to out=DIR, by default RUN/val-SPLIT.
+    The data are the run's own or data=PATH. Results, metrics, plots and the page report.html go to out=DIR, by default
+    RUN/val-SPLIT.
     """
     settings = cli.settings_only(words, "val takes one run, checkpoint or results file")
     if tiles_help:
-        if voc or submission or evaluator != "fusedet":
-            raise fusedet.InputError("--tiles-help compares COCO's AP: leave out --voc, --submission and --evaluator")
+        if voc or submission or open_page or evaluator != "fusedet":
+            others = "--voc, --submission, --open and --evaluator"
+            raise fusedet.InputError(f"--tiles-help compares COCO's AP: leave out {others}")
         own: dict[str, Any] = {"split": split, "resamples": resamples, "trust": trust}
         return cli.show(fusedet.measure_tiles(source, *settings, **own, progress=cli.console(json)), json)
     options: dict[str, Any] = {"split": split, "voc": voc, "evaluator": evaluator, "submission": submission}
@@ -69,6 +72,8 @@ def val(
     result = fusedet.validate(source, *settings, **options)
     if result.metrics:
         cli.show(result, json)
+        if open_page:
+            cli.open_in_browser(result.files.get("report"))
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import webbrowser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,6 +124,14 @@ def split_numbers(text: str, option: str, right: str) -> list[int]:
 def console(json: bool) -> Console:
     """Return where progress is shown; with --json standard error."""
     return err if json else out
+
+
+def open_in_browser(page: Path | None) -> None:
+    """Open a page in the user's browser; say so if there is no page, and where it is if there is no browser."""
+    if page is None:
+        err.print("warning: there is no report.html to open: it needs a split with objects")
+    elif not webbrowser.open(page.resolve().as_uri()):
+        err.print(f"warning: no browser can be started here: open {page}")
 
 
 def show(result: CommandResult, json: bool, *next_steps: str) -> None:

@@ -53,7 +53,7 @@ class Model(Section):
     head: Part = "retina"
     """The dense head, or the region proposal network (rpn) of a two-stage detector."""
     roi: Part = None
-    """The RoI head of a two-stage detector: {stages: [...], branches: [...]}."""
+    """The RoI head of a two-stage detector: {stages: [...], branches: [...], valid_ranges: [...]}."""
     pyramid: Pyramid = Field(default_factory=lambda: Pyramid())
     """The feature pyramid that the first neck makes."""
 

@@ -183,7 +183,7 @@ def match_groups(
         is_matched[:, det[near]] = is_gt_matched[:, gt[near]] = True
         is_ignored[:, det[near]] = gt_ignored[:, gt[near]]
 
-    for det, gt, iou, first in _rounds(detections.group, pairs.select(has_choice)):
+    for det, gt, iou, first in iterate_rounds(detections.group, pairs.select(has_choice)):
         free = (iou >= effective[:, None, None]) & (ground_truths.crowd[gt] | ~gt_matched[:, :, gt])  # (T, A, p)
         p = len(gt)
         # (A, p): in a detection's run, later is better
@@ -214,7 +214,9 @@ def is_outside(area: np.ndarray, areas: np.ndarray) -> np.ndarray:
     return (area < areas[:, :1]) | (area > areas[:, 1:])
 
 
-def _rounds(group: np.ndarray, pairs: OverlapPairs) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def iterate_rounds(
+    group: np.ndarray, pairs: OverlapPairs
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the pairs in rounds: round n holds the n-th best overlapping detection of every group.
 
     Each round is (det, gt, iou, first), where first holds the start of each detection's run. Within a run IoU ascends,

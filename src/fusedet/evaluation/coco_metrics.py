@@ -126,7 +126,9 @@ def _summarize(curves: coco_matching.PrecisionRecallCurves) -> dict[str, Any]:
     }
 
 
-def compute_precision_recall(dataset: DetectionDataset, results: Sequence[Result], iou: float = 0.5) -> dict[str, Any]:
+def compute_precision_recall(
+    dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, iou: float = 0.5
+) -> dict[str, Any]:
     """Compute COCO's precision-recall curves at one IoU threshold, for instances of all sizes.
 
     At `iou=0.5`, AP equals AP50 of `evaluate_coco`.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset
-from fusedet.errors import InputError
-from fusedet.evaluation.results import DetectionTable, Result, build_detection_table
-from fusedet.models.ops.greedy_match import FALSE_POSITIVE, IGNORED, match_greedily
+from fusedet.evaluation.image_matching import match_images
+from fusedet.evaluation.results import DetectionTable, Result
+from fusedet.models.ops.greedy_match import FALSE_POSITIVE, IGNORED
 
 ImageScore = tuple[float, int, int]
 
@@ -20,7 +20,7 @@ def compute_confusion_matrix(
     """Count how often instances of a class (row) are predicted as a class (column): (K + 1, K + 1) int64.
 
     The last column counts false negatives, the last row false positives; their corner is 0. Detections of at least
-    `score` are matched regardless of class by `match_greedily`. Ignored instances and detections that lie on one of
+    `score` are matched regardless of class by `match_images`. Ignored instances and detections that lie on one of
     their class are left out.
 
     Raises:
@@ -28,11 +28,13 @@ def compute_confusion_matrix(
     """
     k = len(dataset.names)
     matrix = np.zeros((k + 1, k + 1), dtype=np.int64)
-    for ground_truth, labels, matches in _match_images(dataset, results, score, iou):
-        is_matched = matches >= 0
-        np.add.at(matrix, (ground_truth[matches[is_matched]], labels[is_matched]), 1)
-        matrix[k, :k] += np.bincount(labels[matches == FALSE_POSITIVE], minlength=k)
-        matrix[:k, k] += np.bincount(np.delete(ground_truth, matches[is_matched]), minlength=k)
+    pairs = match_images(dataset, results, iou=iou, score=score)
+    is_matched = pairs.matches >= 0
+    np.add.at(matrix, (pairs.truth[pairs.matches[is_matched]], pairs.labels[is_matched]), 1)
+    matrix[k, :k] = np.bincount(pairs.labels[pairs.matches == FALSE_POSITIVE], minlength=k)
+    is_missed = pairs.counted.copy()
+    is_missed[pairs.matches[is_matched]] = False
+    matrix[:k, k] = np.bincount(pairs.truth[is_missed], minlength=k)
     return matrix
 
 
@@ -75,28 +77,13 @@ def find_differing_images(
 
 def _score_images(
     dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, score: float, iou: float
-) -> Iterator[ImageScore]:
-    """Yield F1 (1 without errors), false negatives and false positives of each image."""
-    for ground_truth, labels, matches in _match_images(dataset, results, score, iou):
-        is_matched = matches >= 0
-        right = int((ground_truth[matches[is_matched]] == labels[is_matched]).sum())
-        misses, false = len(ground_truth) - right, int((matches != IGNORED).sum()) - right
-        yield (2 * right / (2 * right + misses + false) if misses + false else 1.0), misses, false
-
-
-def _match_images(
-    dataset: DetectionDataset, results: Sequence[Result] | DetectionTable, score: float, iou: float
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield per image the classes (G,) of the counted instances, and the labels and matches (D,) of the detections."""
-    if not 0 < iou <= 1:
-        raise InputError(f"iou must lie in 0..1, it is {iou}")
-    for record, (boxes, labels) in zip(
-        dataset, build_detection_table(dataset, results).by_image(len(dataset), score), strict=True
-    ):
-        keep = ~record.eval_ignore
-        classes = record.labels[keep]
-        yield (
-            classes,
-            labels,
-            match_greedily(boxes, labels, record.boxes[keep], classes, record.boxes[~keep], record.labels[~keep], iou),
-        )
+) -> list[ImageScore]:
+    """Return F1 (1 without errors), false negatives and false positives of each image."""
+    pairs, n = match_images(dataset, results, iou=iou, score=score), len(dataset)
+    instances = np.bincount(dataset.image_indices[pairs.counted], minlength=n)
+    detections = np.bincount(pairs.images[pairs.matches != IGNORED], minlength=n)
+    right = np.bincount(pairs.images[pairs.is_right], minlength=n)
+    return [
+        (2 * hits / (g + d) if g + d > 2 * hits else 1.0, g - hits, d - hits)
+        for g, d, hits in zip(instances.tolist(), detections.tolist(), right.tolist(), strict=True)
+    ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -60,14 +60,6 @@ class DetectionTable:
 
     def __len__(self) -> int:
         return len(self.scores)
-
-    def by_image(self, count: int, least: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield per image the boxes (n, 4) xyxy and labels (n,) of at least score `least`, best first."""
-        order = np.lexsort((-self.scores, self.images))
-        order = order[self.scores[order] >= least]
-        corners = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
-        for part in np.split(order, np.searchsorted(self.images[order], np.arange(1, count))):
-            yield corners[part], self.labels[part]
 
 
 def build_detection_table(

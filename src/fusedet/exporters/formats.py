@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,9 @@ def check_packages(name: str, packages: Sequence[str]) -> None:
         raise InputError(f"format {name} needs {' and '.join(missing)}: pip install 'fusedet[export]'")
 
 
-def package_versions(names: Sequence[str]) -> dict[str, str]:
-    """Return the versions of the packages that write the formats."""
-    packages = dict.fromkeys(
-        ["torch", "torchvision", *(package for name in names for package in FORMATS.get(name, ()))]
-    )
-    return {package: version(package) for package in packages}
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of packages, and of torch and torchvision."""
+    return {package: version(package) for package in dict.fromkeys(["torch", "torchvision", *packages])}
 
 
 def write_format(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from fusedet.exporters.metadata import Metadata
 from fusedet.exporters.verification import Case
 from fusedet.models.detectors import DetectorModule, TwoStage
 from fusedet.types import Outputs
+
+NUDGES = 16
+"""Changes of PyTorch's outputs that are tried before a detection counts as different."""
 
 
 @torch.no_grad()
@@ -25,10 +29,9 @@ def compute_outputs(detector: DetectorModule, case: Case, metadata: Metadata) ->
 
 def compute_nudged_outputs(
     detector: DetectorModule, case: Case, metadata: Metadata, noise: float
-) -> list[dict[str, Any]]:
-    """Compute PyTorch's outputs with outputs of head and stages that differ by relative noise, four times."""
-    results = []
-    for seed in range(4):
+) -> Iterator[dict[str, Any]]:
+    """Yield PyTorch's outputs with outputs of head and stages that differ by relative noise, `NUDGES` times."""
+    for seed in range(NUDGES):
         generator = torch.Generator().manual_seed(seed)
 
         def nudge(*arguments: Any, generator: torch.Generator = generator) -> Any:
@@ -36,10 +39,10 @@ def compute_nudged_outputs(
 
         parts: list[Any] = [detector.head, *(detector.stages if isinstance(detector, TwoStage) else ())]
         hooks = [part.register_forward_hook(nudge) for part in parts]
-        results.append(compute_outputs(detector, case, metadata))
+        outputs = compute_outputs(detector, case, metadata)
         for hook in hooks:
             hook.remove()
-    return results
+        yield outputs
 
 
 def _add_noise(value: Any, generator: torch.Generator, noise: float) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ def compare_outputs(
     actual: Mapping[str, Array],
     tolerance: Tolerance,
     source: str,
-    nudged: Callable[[], Sequence[Mapping[str, Array]]] = tuple,
+    nudged: Callable[[], Iterable[Mapping[str, Array]]] = tuple,
 ) -> Comparison:
     """Compare the outputs of a file with those of PyTorch, detection by detection.
 
@@ -164,7 +164,7 @@ def compare_outputs(
         actual: The file's outputs by name.
         tolerance: What counts as equal.
         source: The file, for messages.
-        nudged: Computes PyTorch's outputs after changes by `tolerance.noise`; called only where a partner is missing.
+        nudged: Yields PyTorch's outputs after changes by `tolerance.noise`; as many are computed as are needed.
 
     Raises:
         InputError: A detection has no partner.
@@ -189,17 +189,19 @@ def compare_outputs(
         extra = [b for b in range(len(theirs["scores"])) if b not in partners.values()]
         if not missing and not extra:
             continue
-        runs = [_detections(outputs, i) for outputs in nudged()]
-        kept = [_match(ours, run, tolerance) for run in runs]
-        seen = [set(_match(run, theirs, tolerance).values()) for run in runs]
-        for k in missing:
-            if all(k in partners_of_run for partners_of_run in kept):
-                raise InputError(f"{place}, image {i}: {_nearest(ours, k, theirs)}; nothing was written")
-        for k in extra:
-            if not any(k in partners_of_run for partners_of_run in seen):
-                raise InputError(
-                    f"{place}, image {i}, by one too many: {_nearest(theirs, k, ours)}; nothing was written"
-                )
+        lost, added = set(missing), set(extra)
+        for outputs in nudged():
+            run = _detections(outputs, i)
+            lost &= _match(ours, run, tolerance).keys()
+            added -= set(_match(run, theirs, tolerance).values())
+            if not lost and not added:
+                break
+        if lost:
+            raise InputError(f"{place}, image {i}: {_nearest(ours, min(lost), theirs)}; nothing was written")
+        if added:
+            raise InputError(
+                f"{place}, image {i}, by one too many: {_nearest(theirs, min(added), ours)}; nothing was written"
+            )
         undecided += max(len(missing), len(extra))
     count = int(expected["counts"].sum())
     if worst["mask"] > tolerance.mask:

@@ -33,6 +33,8 @@ class PublishedWeights:
         box_ap: AP of boxes in percent, as the source publishes it; None if it does not.
         mask_ap: The same of masks.
         megabytes: Size of the file; of MMDetection's, of the weights in it.
+        parameters: Number of parameters; of torchvision's as it states it.
+        multiply_adds: Of an image of 800 x 1280 pixels; of torchvision's as it states it, of its own image size.
         licence: The licence of the project that publishes them.
         address: Where the file is published.
         config: MMDetection's config of the model, with `test_pipeline`; None of torchvision.
@@ -45,6 +47,8 @@ class PublishedWeights:
     box_ap: float | None
     mask_ap: float | None
     megabytes: float
+    parameters: int
+    multiply_adds: int
     licence: str
     address: str
     config: dict[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -117,6 +121,8 @@ def _list_torchvision() -> list[PublishedWeights]:
                     box_ap=average_precision.get("box_map"),
                     mask_ap=average_precision.get("mask_map"),
                     megabytes=weights.meta["_file_size"] * 2**20 / 1e6,  # theirs are MiB
+                    parameters=weights.meta["num_params"],
+                    multiply_adds=round(weights.meta["_ops"] * 1e9),
                     licence="BSD-3-Clause",
                     address=weights.url,
                 )

@@ -103,6 +103,34 @@ class AuxiliaryNeck(Neck, Protocol):
         ...
 
 
+@runtime_checkable
+class BranchedBackbone(Backbone, Protocol):
+    """A backbone with parallel branches (TridentNet).
+
+    Attributes:
+        branches: Number of branches. In train mode the feature maps hold the batch once per branch, (branches * N, ...)
+            with all images of the first branch first; in eval mode they may hold that of one branch only.
+    """
+
+    branches: int
+
+
+class BackboneStage(Protocol):
+    """A backbone's last stage, taken out of it to run on the pooled features of RoIs.
+
+    Attributes:
+        channels: Channels of its output.
+        stride: Quotient of the sizes of its input and output.
+    """
+
+    channels: int
+    stride: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute (M, C, H, W) to (M, channels, H / stride, W / stride)."""
+        ...
+
+
 class BranchInteraction(Protocol):
     """Exchange between the classification and the regression branch of a head, shared by all levels.
 
@@ -149,6 +177,19 @@ class Assigner(Protocol):
 
         Shape:
             valid (P,) bool; result (P,) int64: the index of the instance, -1 background, -2 ignored.
+        """
+        ...
+
+
+class ScoreDecay(Protocol):
+    """A suppression that lowers scores instead of dropping boxes (Soft-NMS)."""
+
+    def select(self, boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, max_det: int) -> tuple[Tensor, Tensor]:
+        """Select the detections of every image.
+
+        Shape:
+            boxes (N, M, 4); scores (N, M), negative for boxes that do not count; labels (N, M); result: decayed scores
+            (N, max_det), -1 where no box is left, and indices (N, max_det).
         """
         ...
 
@@ -214,9 +255,29 @@ class EpochDependent(Protocol):
 
 @runtime_checkable
 class ProposalHead(DenseHead, Protocol):
-    """A dense head that proposes regions of interest (RPN)."""
+    """A dense head that proposes regions of interest (RPN).
 
-    def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
+    Both methods take the valid range of every image for a branch of TridentNet, a least and a largest size in pixels.
+    """
+
+    def loss(
+        self,
+        outputs: Outputs,
+        targets: Sequence[Target],
+        sizes: Tensor | None = None,
+        ranges: Sequence[tuple[float, float | None]] | None = None,
+    ) -> Losses:
+        """Compute the unweighted loss terms, without the priors at instances outside the ranges."""
+        ...
+
+    def propose(
+        self,
+        outputs: Outputs,
+        sizes: Tensor,
+        pre_nms: int = 1000,
+        to_train: bool = False,
+        ranges: Sequence[tuple[float, float | None]] | None = None,
+    ) -> Proposals:
         """Select each image's proposals, without gradient.
 
         Args:
@@ -224,6 +285,7 @@ class ProposalHead(DenseHead, Protocol):
             sizes: Height and width of every image inside the padding.
             pre_nms: Proposals per level that enter non-maximum suppression.
             to_train: Use the head's limits for training instead of `pre_nms`.
+            ranges: Valid range of every image, outside which nothing is proposed; None for no limits.
 
         Shape:
             sizes (N, 2); result: boxes (N, R, 4) inside the images, scores (N, R), counts (N,).
@@ -237,12 +299,16 @@ class RoIPooling(Protocol):
     The constructor takes `levels: Levels` and `size: int`, in cells.
     """
 
-    def __call__(self, features: Features, rois: Tensor) -> Tensor:
+    def __call__(self, features: Features, rois: Tensor, sized_by: Tensor | None = None) -> Tensor:
         """Pool the features of every RoI.
 
-        Shape:
-            features: levels (N, C, H_l, W_l), finest first; rois (M, 5): index of the image in the batch, then a box;
-            result (M, C, size, size).
+        Args:
+            features: Levels (N, C, H_l, W_l), finest first.
+            rois: (M, 5), index of the image in the batch, then a box.
+            sized_by: (M, 5), RoIs whose sizes choose the levels instead; a pooling from all levels needs none.
+
+        Returns:
+            (M, C, size, size).
         """
         ...
 

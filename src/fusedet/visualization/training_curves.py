@@ -26,7 +26,7 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
     Raises:
         InputError: The file is absent or has no numbers.
     """
-    table = _read_columns(Path(metrics_csv))
+    table = read_columns(Path(metrics_csv))
     x_name = "step" if "step" in table else "epoch"
     x = table[x_name] if x_name in table else np.arange(len(next(iter(table.values()))), dtype=float)
     scores = [name for name in table if name.startswith(("AP", "mAP", "AR"))]
@@ -54,7 +54,7 @@ def plot_training(metrics_csv: str | Path, path: str | Path, title: str = "Train
                 continue
             if len(value) > 100 and name != "lr":
                 axes.plot(at, value, lw=0.5, color=color, alpha=0.25)
-                at, value = _smooth(at, value)
+                at, value = smooth(at, value)
             axes.plot(at, value, lw=1.6, color=color, label=name)
         if group is scores:
             _mark_best(axes, *curves[0])
@@ -74,7 +74,7 @@ def loss_terms(columns: Iterable[str]) -> list[str]:
     return [name for name in columns if name.startswith("loss_")]
 
 
-def _read_columns(file: Path) -> dict[str, np.ndarray]:
+def read_columns(file: Path) -> dict[str, np.ndarray]:
     """Read the columns of a CSV file as numbers, NaN for other cells; drop columns without numbers."""
     try:
         with file.open(newline="", encoding="utf-8") as lines:
@@ -100,7 +100,7 @@ def _keep_finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[keep], y[keep]
 
 
-def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the running mean over a fiftieth of the run, without the ends that it does not cover."""
     width = max(3, len(y) // 50)
     kernel = np.full(width, 1 / width)

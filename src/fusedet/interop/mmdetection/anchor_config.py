@@ -18,7 +18,13 @@ _BOX_LOSSES = {"L1Loss": "l1", "SmoothL1Loss": "smooth_l1", "BalancedL1Loss": "b
 
 
 def convert_anchors(reader: ConfigReader, pyramid: Tree, kind: str) -> Tree:
-    """Convert an AnchorGenerator to the "octaves" (base_scale, scales_per_octave) or the one "scale" of a head."""
+    """Convert an AnchorGenerator to a head's sizes of anchors.
+
+    Args:
+        reader: Reader of the head.
+        pyramid: `model.pyramid` of the converted config.
+        kind: "octaves" (base_scale, scales_per_octave), "scale", a single one, or "scales", any.
+    """
     generator, prefix, legacy, offset = reader, "anchor_", True, 0.5  # 1.x has them in the head
     if section := reader.get_section("anchor_generator"):
         generator, prefix = section, ""
@@ -31,14 +37,20 @@ def convert_anchors(reader: ConfigReader, pyramid: Tree, kind: str) -> Tree:
     scales = generator.get_floats(f"{prefix}scales")
     base = generator.get_float("octave_base_scale", scales[0] if scales else 4.0)
     count = generator.get_int("scales_per_octave", len(scales) or 3, 1, 100)
+    if kind == "scales" and len(scales) > 1:
+        return options | {"scale": scales} | _convert_placement(offset, legacy)
     octaves = [base * 2 ** (i / count) for i in range(count)]
-    if any(abs(a - b) > 1e-4 * b for a, b in zip(scales, octaves)) or (kind == "scale" and count != 1):
+    if any(abs(a - b) > 1e-4 * b for a, b in zip(scales, octaves)) or (kind != "octaves" and count != 1):
         supported = (
-            "one scale" if kind == "scale" else "the scales of octaves, octave_base_scale * 2^(i / scales_per_octave)"
+            "one scale" if kind != "octaves" else "the scales of octaves, octave_base_scale * 2^(i / scales_per_octave)"
         )
         raise InputError(f"MMDetection's {generator.path} has the scales {scales}: only {supported} can be converted")
-    options |= {"scale": base} if kind == "scale" else {"base_scale": base, "scales_per_octave": count}
-    return options | ({"offset": offset} if offset else {}) | ({"round_anchors": True} if legacy else {})
+    options |= {"base_scale": base, "scales_per_octave": count} if kind == "octaves" else {"scale": base}
+    return options | _convert_placement(offset, legacy)
+
+
+def _convert_placement(offset: float, legacy: bool) -> Tree:
+    return ({"offset": offset} if offset else {}) | ({"round_anchors": True} if legacy else {})
 
 
 def read_box_stds(reader: ConfigReader, stds: list[float] | None) -> list[float]:

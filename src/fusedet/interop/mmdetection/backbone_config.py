@@ -16,10 +16,6 @@ from fusedet.interop.mmdetection.timm_backbones import FAMILIES
 Tree = dict[str, Any]
 _TAGGED = {name.partition(".")[0]: name for name in (*BACKBONES.values(), "resnet34.tv_in1k", "resnet152.tv_in1k")}
 _FIXED = {
-    "num_stages": (4,),
-    "out_indices": ([0, 1, 2, 3], [3]),
-    "strides": ([1, 2, 2, 2],),
-    "dilations": ([1, 1, 1, 1],),
     "deep_stem": (False,),
     "avg_down": (False,),
     "gcb": (None, False),
@@ -36,7 +32,7 @@ _TOPS |= {("on_output", True): "on_output", ("on_output", False): "on_output_pla
 
 def convert_backbone(reader: ConfigReader) -> Tree:
     """Convert a backbone to `model.backbone`."""
-    kind = reader.require_type("ResNet", "ResNeXt", *FAMILIES)
+    kind = reader.require_type("ResNet", "ResNeXt", "TridentResNet", *FAMILIES)
     if kind in FAMILIES:
         family = FAMILIES[kind](reader) | {"pretrained": False} | _convert_deformable(reader)
         reader.note_unread()
@@ -47,6 +43,10 @@ def convert_backbone(reader: ConfigReader) -> Tree:
         name = f"resnext{depth}_{groups}x{reader.get_int('base_width', 4)}d"
     if not timm.is_model(name):
         raise InputError(f"MMDetection's {reader.path}: the backbone {name} is not supported")
+    stages = reader.require_value("num_stages", 4, 3)
+    reader.require_value("out_indices", *(([0, 1, 2, 3], [3]) if stages == 4 else ([2],)))
+    reader.require_value("strides", [1, 2, 2, 2][:stages])
+    reader.require_value("dilations", [1] * stages)
     for key, values in _FIXED.items():
         reader.require_value(key, *values)
     options: Tree = {"name": _TAGGED.get(name, name), "pretrained": False}
@@ -55,6 +55,7 @@ def convert_backbone(reader: ConfigReader) -> Tree:
     if reader.require_value("style", "pytorch", "caffe") == "caffe" and depth >= 50:
         options["style"] = "caffe"
     options |= _convert_deformable(reader)
+    options |= _convert_trident(reader) if kind == "TridentResNet" else {}
     reader.note_unread("base_width", "plugins")
     return options
 
@@ -79,6 +80,17 @@ def convert_plugins(reader: ConfigReader) -> Tree | None:
         "positions": [position],
         "stages": stages,
         "ratio": block.get_float("ratio", 1 / 16),
+    }
+
+
+def _convert_trident(reader: ConfigReader) -> Tree:
+    dilations = reader.get_typed("trident_dilations", list[int], [1, 2, 3])
+    reader.require_value("num_branch", len(dilations))
+    branch = reader.get_int("test_branch_idx", 1)
+    return {
+        "trident_stages": [3],
+        "trident_dilations": dilations,
+        "trident_branch": None if branch < 0 else branch,
     }
 
 

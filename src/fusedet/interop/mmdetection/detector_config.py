@@ -33,7 +33,8 @@ _IMAGENET = {
 _ATSS_FAMILY = ("ATSS", "GFL", "PAA", "TOOD", "DDOD")
 _MATCHING = ("FOVEA", "FSAF", "YOLOF", "AutoAssign")
 _DENSE = ("RetinaNet", "FCOS", "VFNet", "RepPointsDetector", *_ATSS_FAMILY, *_MATCHING, "SingleStageDetector")
-DETECTORS = (*_DENSE, "RPN", "FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TwoStageDetector")
+_TWO_STAGE = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "GridRCNN", "TridentFasterRCNN", "TwoStageDetector")
+DETECTORS = (*_DENSE, "RPN", *_TWO_STAGE)
 _ROI_OF_1X = {"CascadeRCNN": "CascadeRoIHead", "GridRCNN": "GridRoIHead"}
 _ROI_KEYS_OF_1X = (
     "bbox_roi_extractor",
@@ -84,12 +85,17 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
             f"MMDetection's detector {kind} is not supported: supported detectors are {', '.join(DETECTORS)}"
         )
     heads = ("bbox_head",) if kind in _DENSE else ("rpn_head",) if kind == "RPN" else ("rpn_head", "roi_head")
-    for key in ("backbone", "neck", *heads):
+    outputs = model.get_section("backbone").get("out_indices")
+    ends_at_c4 = outputs is not None and list(outputs) == [2]
+    for key in ("backbone", *(() if ends_at_c4 else ("neck",)), *heads):
         if not values.get(key):
             raise InputError(f"MMDetection's config has no model.{key}: use the complete config")
     backbone = convert_backbone(model.get_section("backbone"))
-    outputs = model.get_section("backbone").get("out_indices")
-    necks, pyramid = convert_necks(model.get_sections("neck"), outputs is not None and list(outputs) == [3])
+    if ends_at_c4:
+        model.require_value("neck", None)
+        necks, pyramid = "identity", {"finest": 4, "coarsest": 4}
+    else:
+        necks, pyramid = convert_necks(model.get_sections("neck"), outputs is not None and list(outputs) == [3])
     train, test = model.get_section("train_cfg"), model.get_section("test_cfg")
     tree: Tree = {"model": {"backbone": backbone, "pyramid": pyramid, "neck": necks}}
     if plugin := convert_plugins(model.get_section("backbone")):

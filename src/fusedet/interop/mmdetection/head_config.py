@@ -231,7 +231,7 @@ def convert_rpn_head(
     reader.get_section("loss_cls").require_value("use_sigmoid", True)
     read_box_stds(reader, [1.0] * 4)
     options: Tree = {"type": "rpn"} | reader.get_changes({"convs": ("num_convs", 1, 1, MAX_CONVS)})
-    options |= _convert_width(reader, pyramid) | convert_anchors(reader, pyramid, "scale")
+    options |= _convert_width(reader, pyramid) | convert_anchors(reader, pyramid, "scales")
     options |= train.get_options(_RPN_TRAINING) | convert_box_loss(reader, "l1", "smooth_l1")
     limits = {"most_negatives": ("sampler.neg_pos_ub", -1.0), "allowed_border": ("allowed_border", -1.0)}
     options |= {name: value for name, value in train.get_options(limits).items() if value >= 0}
@@ -267,4 +267,4 @@ def _read_max_proposals(test: ConfigReader, default: int) -> int:
 
 def _convert_width(reader: ConfigReader, pyramid: Tree) -> Tree:
     channels = reader.get_int("feat_channels", 256)
-    return {} if channels == pyramid["channels"] else {"channels": channels}
+    return {} if channels == pyramid.get("channels") else {"channels": channels}

@@ -47,11 +47,22 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
         legacy: Whether RoIAlign is that of MMDetection 1.x unless the config says otherwise.
     """
     kind = reader.require_type(
-        "StandardRoIHead", "CascadeRoIHead", "DynamicRoIHead", "GridRoIHead", "DoubleHeadRoIHead", "PISARoIHead"
+        "StandardRoIHead",
+        "CascadeRoIHead",
+        "DynamicRoIHead",
+        "GridRoIHead",
+        "DoubleHeadRoIHead",
+        "PISARoIHead",
+        "TridentRoIHead",
     )
     if kind == "PISARoIHead":
         reader.notes.append("further training is without PISA's weights of the samples (ISR, CARL)")
-    reader.require_value("shared_head", None)
+    shared = reader.get_section("shared_head")
+    if shared and kind not in ("StandardRoIHead", "TridentRoIHead"):
+        raise InputError(
+            f"MMDetection's {reader.path}.shared_head with {kind} is not supported: it must be a StandardRoIHead or a "
+            "TridentRoIHead"
+        )
     heads = reader.get_sections("bbox_head")
     if kind == "CascadeRoIHead" and len(heads) == 1:
         heads = heads * reader.get_int("num_stages", 3, 1, 16)
@@ -70,9 +81,13 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
     def convert_branch_pooling(key: str) -> Tree:
         return _convert_pooling(reader.get_sections(key)[:1] or pooled, legacy, 14)
 
-    stages = [
-        _convert_stage(h, w, t, kind) | _convert_pooling(pooled, legacy, 7) for h, w, t in zip(heads, weights, trains)
-    ]
+    if shared:
+        stages = [_convert_c4_stage(shared, heads[0], trains[0]) | _convert_pooling(pooled, legacy, 14, 1)]
+    else:
+        stages = [
+            _convert_stage(h, w, t, kind) | _convert_pooling(pooled, legacy, 7)
+            for h, w, t in zip(heads, weights, trains)
+        ]
     if kind == "DoubleHeadRoIHead":
         stages[0]["enlarge"] = reader.get_float("reg_roi_scale_factor", 1.3)
     branches = [
@@ -82,7 +97,7 @@ def convert_roi_head(reader: ConfigReader, trains: list[ConfigReader], legacy: b
     if kind == "GridRoIHead":
         grid = _convert_grid_head(reader.get_section("grid_head"), trains[0])
         branches.append(grid | convert_branch_pooling("grid_roi_extractor"))
-    reader.note_unread("num_stages")
+    reader.note_unread("num_stages", "num_branch", "test_branch_idx")
     return {"stages": stages, "branches": branches}
 
 
@@ -119,6 +134,28 @@ def _convert_stage(head: ConfigReader, weight: float, train: ConfigReader, kind:
     return options
 
 
+def _convert_c4_stage(shared: ConfigReader, head: ConfigReader, train: ConfigReader) -> Tree:
+    """Convert a ResLayer, the stage that the backbone leaves out, and the head on the mean of its output."""
+    shared.require_type("ResLayer")
+    shared.require_value("stage", 3)
+    shared.require_value("stride", 2)
+    shared.require_value("dilation", 1)
+    shared.require_value("dcn", None)
+    shared.require_norm("norm_cfg", "BN", "BN")
+    head.require_type("BBoxHead")
+    if not head.get("with_avg_pool", False):
+        raise InputError(f"MMDetection's {head.path}.with_avg_pool=False is not supported: it must be True")
+    head.get_section("loss_cls").require_value("use_sigmoid", False)
+    options: Tree = {"type": "c4", "stds": read_box_stds(head, None)} | train.get_options(_TRAINING)
+    options |= head.get_changes({"class_agnostic": ("reg_class_agnostic", False)})
+    options |= convert_box_loss(head, "l1", "smooth_l1", "balanced_l1")
+    options |= _convert_sampling(train.get_section("sampler"))
+    options |= train.get_section("sampler").get_changes({"ground_truth": ("add_gt_as_proposals", True)})
+    shared.note_unread("depth", "style", "norm_eval")
+    head.note_unread("loss_bbox")
+    return options
+
+
 def _convert_double_stage(head: ConfigReader, train: ConfigReader) -> Tree:
     head.require_type("DoubleConvFCBBoxHead")
     head.require_norm("norm_cfg", "BN", "BN")
@@ -140,7 +177,7 @@ def _convert_sampling(sampler: ConfigReader) -> Tree:
     return {}
 
 
-def _convert_pooling(extractors: list[ConfigReader], legacy: bool, size: int) -> Tree:
+def _convert_pooling(extractors: list[ConfigReader], legacy: bool, size: int, levels: int = 4) -> Tree:
     """Convert a SingleRoIExtractor to the options size and pooling."""
     if not extractors:
         return {"pooling": {"type": "level", "samples": 2, "aligned": False}} if legacy else {}
@@ -155,7 +192,7 @@ def _convert_pooling(extractors: list[ConfigReader], legacy: bool, size: int) ->
     if not layer.get_typed("aligned", bool, not legacy):
         options["aligned"] = False
     options |= reader.get_changes({"finest_side": ("finest_scale", 56.0)})
-    if (count := len(reader.get_floats("featmap_strides", (4, 8, 16, 32)))) != 4:
+    if (count := len(reader.get_floats("featmap_strides", (4, 8, 16, 32)))) != levels:
         options["count"] = count
     key = layer.find_key("output_size", "out_size")
     given = layer.get_typed(key, int | list[int], size)

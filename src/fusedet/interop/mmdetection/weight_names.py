@@ -47,6 +47,8 @@ def build_rules(model: Model, levels: int) -> list[Rule]:
 def _neck_rules(kind: Any, options: Mapping[str, Any], levels: int) -> list[Rule]:
     if kind in FURTHER_NECKS:
         return FURTHER_NECKS[kind]
+    if kind == "identity":  # no neck at all
+        return []
     if kind == "bfp":
         if options.get("refine") == "conv":
             return [(r"refine\.conv\.", "refine.0.")]
@@ -102,6 +104,7 @@ def _roi_rules(spec: Mapping[str, Any]) -> list[Rule]:
     rules: list[Rule] = []
     for i, (kind, stage) in enumerate(zip(kinds, spec.get("stages", []))):
         number = rf"(?:{i}\.)" if len(kinds) > 1 else ""
+        rules.append((r"^roi_head\.shared_head\.layer4\.", f"stages.{i}.pooling.last_stage.blocks."))
         convolutions = _convolution_rules("shared_", as_mapping(stage))
         ours = f"stages.{i}.{'box.' * (kind == 'dynamic')}"
         rules += _prefix_rules(rf"^roi_head\.bbox_head\.{number}", ours, convolutions + STAGE)

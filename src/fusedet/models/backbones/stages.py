@@ -1,14 +1,15 @@
-"""The stages of a timm model by number, and their deformable form."""
+"""The stages of a timm model by number, their deformable form, and the last one by itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 from timm.models.regnet import Bottleneck as RegNetBottleneck
 from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
 
 from fusedet.errors import InputError
 from fusedet.models.ops.deformable import DeformPack
@@ -81,6 +82,23 @@ def make_deformable(stages: dict[int, list[nn.Module]], name: str, modulated: bo
     Raises:
         InputError: A stage has no such blocks.
     """
+    replace_convolutions(stages, name, "deformable_stages", lambda conv: _to_deformable(conv, modulated))
+
+
+def replace_convolutions(
+    stages: dict[int, list[nn.Module]], name: str, option: str, make: Callable[[nn.Conv2d], nn.Module]
+) -> None:
+    """Replace the 3x3 convolution of every ResNet or RegNet block in these stages, of a basic block the second one.
+
+    Args:
+        stages: The modules of each stage, by ResNet's layer numbers.
+        name: Name of the model in messages.
+        option: Name of the option in messages.
+        make: Makes the module that takes a convolution's place.
+
+    Raises:
+        InputError: A stage has no such blocks.
+    """
     for number, modules in stages.items():
         blocks: list[Any] = [
             m
@@ -89,12 +107,36 @@ def make_deformable(stages: dict[int, list[nn.Module]], name: str, modulated: bo
             if isinstance(m, (BasicBlock, Bottleneck, RegNetBottleneck))
         ]
         if not blocks:
-            raise InputError(
-                f"deformable_stages: stage {number} of '{name}' has no blocks of a ResNet, leave the option out"
-            )
+            raise InputError(f"{option}: stage {number} of '{name}' has no blocks of a ResNet, leave the option out")
         for block in blocks:
             holder, key = (block.conv2, "conv") if isinstance(block, RegNetBottleneck) else (block, "conv2")
-            setattr(holder, key, _to_deformable(getattr(holder, key), modulated))
+            setattr(holder, key, make(getattr(holder, key)))
+
+
+class LastStage(nn.Module):
+    """A backbone's last stage, taken out of it to run on the pooled features of RoIs.
+
+    Args:
+        blocks: The stage.
+        channels: Channels of its output.
+        stride: Quotient of the sizes of its input and output.
+        eval_norms: Its BatchNorms that stay in eval mode.
+    """
+
+    def __init__(self, blocks: nn.Module, channels: int, stride: int, eval_norms: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks, self.channels, self.stride, self.eval_norms = blocks, channels, stride, eval_norms
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute x (M, C, H, W) to (M, channels, H / stride, W / stride)."""
+        return self.blocks(x)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set train mode, except for frozen BatchNorm."""
+        super().train(mode)
+        for norm in self.eval_norms:
+            norm.eval()
+        return self
 
 
 def _to_deformable(conv: nn.Conv2d, modulated: bool) -> DeformPack:

@@ -10,19 +10,21 @@ from typing import Any, Literal, Self
 import timm
 import torch
 from timm.layers import LayerNorm2d
-from timm.models import PretrainedCfg
+from timm.models import FeatureListNet, PretrainedCfg
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.backbones.pretrained import STRIDES, create_timm_model, to_channels_first
 from fusedet.models.backbones.stages import (
+    LastStage,
     drop_first_pool,
     make_deformable,
     select_stages,
     split_stages,
     stride_in_conv1,
 )
+from fusedet.models.backbones.trident import TridentConv, make_trident
 from fusedet.models.ops.layers import Norm
 from fusedet.types import Features, Levels
 
@@ -44,6 +46,10 @@ class TimmBackbone(nn.Module):
             Every block's 3x3 convolution there samples at predicted offsets; in a basic block, which MMDetection
             refuses, the second one. They keep their weights and start as the plain convolutions.
         modulated: Deformable convolutions v2, which predict a mask too and start as half of the plain convolutions.
+        trident_stages: ResNet's layer numbers of TridentNet's stages, (3,) in the paper, for two-stage detectors. Every
+            block's 3x3 convolution there, in a basic block the second one, runs once per dilation with one weight.
+        trident_dilations: Dilation of each branch.
+        trident_branch: The branch that runs in eval mode, by its index; None for all branches.
         style: Where a ResNet's bottlenecks halve the map: "pytorch" in the 3x3 convolution, "caffe" in the first 1x1
             convolution, as in the paper's code and in MMDetection's caffe models.
         mean: Mean per channel in 0..255 that the weights expect; timm's for this model by default, or the average of
@@ -62,6 +68,8 @@ class TimmBackbone(nn.Module):
 
     Attributes:
         levels: Channels and strides of the feature maps.
+        branches: Number of trident branches, 1 without. In train mode, or with trident_branch=None, the maps hold the
+            batch once per branch, all images of the first branch first.
         scale: (C, 1, 1). Images in 0..255 times `scale` plus `shift` are what the weights expect.
         shift: (C, 1, 1).
 
@@ -82,6 +90,9 @@ class TimmBackbone(nn.Module):
         norm_eval: bool = False,
         deformable_stages: tuple[int, ...] = (),
         modulated: bool = False,
+        trident_stages: tuple[int, ...] = (),
+        trident_dilations: tuple[int, ...] = (1, 2, 3),
+        trident_branch: int | None = 1,
         style: Style = "pytorch",
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -132,6 +143,16 @@ class TimmBackbone(nn.Module):
             stride_in_conv1(self.body, name)
         if deformable_stages:
             make_deformable(self.stages("deformable_stages", deformable_stages), name, modulated)
+        self.branches, self.copies = 1, nn.ModuleList()
+        if trident_stages:
+            if both := set(trident_stages) & set(deformable_stages):
+                raise InputError(f"stage {min(both)} cannot be in both trident_stages and deformable_stages")
+            chosen = self.stages("trident_stages", trident_stages)
+            copies = make_trident(self.body, chosen, name, trident_dilations, trident_branch)
+            self.branches = len(trident_dilations)
+            self.copies = nn.ModuleList(
+                copies if stride < 2 ** (min(chosen) + 1) else nn.Identity() for stride in self.levels.strides
+            )
         self.frozen = self._first_stages(frozen_stages)
         for module in self.frozen:
             module.requires_grad_(False)
@@ -145,10 +166,12 @@ class TimmBackbone(nn.Module):
         """Compute the feature maps C2 to C5.
 
         Shape:
-            images (N, C, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level.
+            images (N, C, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level, in train mode
+            (branches * N, ...).
         """
         maps = to_channels_first(self.body, self.body(images))
-        return [norm(maps[i]) for norm, i in zip(self.output_norms, self.map_indices)]
+        maps = [norm(maps[i]) for norm, i in zip(self.output_norms, self.map_indices)]
+        return [copies(x) for copies, x in zip(self.copies, maps)] if self.copies else maps
 
     def train(self, mode: bool = True) -> Self:
         """Set train mode, except for frozen BatchNorm."""
@@ -156,6 +179,35 @@ class TimmBackbone(nn.Module):
         for norm in self.eval_norms:
             norm.eval()
         return self
+
+    def take_last_stage(self) -> LastStage:
+        """Take the last stage out of the backbone, for RoI stages that run it on pooled features (C4 detectors).
+
+        The backbone then ends one level earlier.
+
+        Raises:
+            InputError: The last stage is no module of its own.
+        """
+        key = self.stage_modules[-1]
+        if not isinstance(self.body, FeatureListNet) or key not in self.body or len(self.map_indices) < 2:
+            raise InputError(f"'{self.name}' has no last stage that an RoI stage could take: choose a ResNet")
+        if any(isinstance(m, TridentConv) for m in self.body[key].modules()):
+            raise InputError("trident_stages must not include the last stage, which the RoI stage takes")
+        blocks = self.body.pop(key)
+        self.body.return_layers.pop(key)
+        self.map_indices.pop()
+        self.stage_modules.pop()
+        inside = set(blocks.modules())
+        stage = LastStage(
+            blocks,
+            self.levels.channels[-1],
+            self.levels.strides[-1] // self.levels.strides[-2],
+            [norm for norm in self.eval_norms if norm in inside],
+        )
+        self.eval_norms = [norm for norm in self.eval_norms if norm not in inside]
+        self.levels = Levels(self.levels.channels[:-1], self.levels.strides[:-1])
+        self.output_norms, self.copies = self.output_norms[:-1], self.copies[:-1]
+        return stage
 
     def checkpoint_stages(self) -> None:
         """Keep no activations inside the stages; the backward pass computes each stage again (gradient checkpointing).

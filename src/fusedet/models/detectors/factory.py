@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from fusedet import config as configs
+from fusedet.config import validate_value
 from fusedet.errors import InputError, unknown
-from fusedet.models.backbones import TimmBackbone, insert_plugin
-from fusedet.models.build import build
+from fusedet.models.backbones import LastStage, TimmBackbone, insert_plugin
+from fusedet.models.build import build, resolve_class
 from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
 from fusedet.models.detectors.two_stage import TwoStage
 from fusedet.models.heads import HEADS
 from fusedet.models.modules import INTERACTIONS, PLUGINS
 from fusedet.models.necks import NECKS
+from fusedet.models.ops.scale_ranges import ScaleRange
 from fusedet.models.ops.soft_nms import SoftNMS
 from fusedet.models.protocols import (
     AuxiliaryNeck,
+    BranchedBackbone,
     BranchInteraction,
     DenseHead,
     Neck,
@@ -34,6 +39,7 @@ from fusedet.models.roi.pooling import AllLevelPooling, PoolingFactory
 from fusedet.types import Levels
 
 BACKBONES = {"timm": TimmBackbone}
+ROI_KEYS = ("stages", "branches", "valid_ranges")
 
 DetectorModule = OneStage | TwoStage
 """A detector that the factory builds: an `nn.Module` with the contract of `models.protocols.Detector`."""
@@ -72,13 +78,17 @@ def build_detector(config: configs.Config, num_classes: int) -> DetectorModule:
     )
     if model.plugin:
         insert_plugin(backbone, build("model.plugin", model.plugin, PLUGINS, {}))
+    last_stage = _take_last_stage(model.roi, backbone)
     neck = _build_neck(model, backbone.levels)
     if not model.roi:
+        if isinstance(backbone, BranchedBackbone) and backbone.branches > 1:
+            raise InputError("model.backbone.trident_stages: a one-stage detector has no branches, set model.roi")
         return OneStage(backbone, neck, _build_head(model, neck.levels, num_classes), selection_options(config.test))
-    stages, branches, auxiliary_stages = _build_roi(model.roi, neck, num_classes)
+    stages, branches, auxiliary_stages = _build_roi(model.roi, neck, num_classes, last_stage)
     head = _build_head(model, neck.levels, num_classes)
     assert isinstance(head, ProposalHead)
-    return TwoStage(backbone, neck, head, stages, branches, selection_options(config.test), auxiliary_stages)
+    ranges = validate_value(model.roi.get("valid_ranges") or [], list[ScaleRange], "model.roi.valid_ranges")
+    return TwoStage(backbone, neck, head, stages, branches, selection_options(config.test), auxiliary_stages, ranges)
 
 
 def build_meta_detector(config: configs.Config, num_classes: int = 1) -> DetectorModule:
@@ -166,7 +176,23 @@ def _build_head(model: configs.Model, levels: Levels, num_classes: int) -> Dense
     return head
 
 
-def _build_roi(spec: Any, neck: Neck, num_classes: int) -> tuple[list[RoIStage], list[list[RoIBranch]], list[RoIStage]]:
+def _take_last_stage(roi: Any, backbone: TimmBackbone) -> LastStage | None:
+    """Take the backbone's last stage out if an RoI stage runs it."""
+    stages = roi.get("stages") if isinstance(roi, Mapping) else None
+    for i, spec in enumerate(stages if isinstance(stages, list) else []):
+        kind = spec.get("type") if isinstance(spec, Mapping) else spec
+        if isinstance(kind, str) and _takes_last_stage(resolve_class(f"model.roi.stages.{i}", kind, STAGES)):
+            return backbone.take_last_stage()
+    return None
+
+
+def _takes_last_stage(make: Callable[..., Any]) -> bool:
+    return "last_stage" in inspect.signature(make).parameters
+
+
+def _build_roi(
+    spec: Any, neck: Neck, num_classes: int, last_stage: LastStage | None
+) -> tuple[list[RoIStage], list[list[RoIBranch]], list[RoIStage]]:
     """Build the stages, and one branch per stage for each kind, from {stages: [...], branches: [...]}.
 
     For a neck with auxiliary losses also an auxiliary stage like each stage, on all laterals of the neck.
@@ -174,15 +200,16 @@ def _build_roi(spec: Any, neck: Neck, num_classes: int) -> tuple[list[RoIStage],
     if not isinstance(spec, Mapping):
         raise InputError(f"model.roi={spec!r} must be a mapping {{stages: [...], branches: [...]}}")
     for key, value in spec.items():
-        if key not in ("stages", "branches"):
-            raise unknown("key", key, ("stages", "branches"), of="model.roi")
+        if key not in ROI_KEYS:
+            raise unknown("key", key, ROI_KEYS, of="model.roi")
         if value is not None and not isinstance(value, list):
             raise InputError(f"model.roi.{key}={value!r} must be a list")
     if not spec.get("stages"):
         raise InputError("model.roi.stages=[]: a two-stage detector needs at least one stage, such as box")
     slots = {f"model.roi.stages.{i}": part for i, part in enumerate(spec["stages"])}
     stages: list[RoIStage] = [
-        _build_roi_part(slot, part, STAGES, neck.levels, num_classes) for slot, part in slots.items()
+        _build_roi_part(slot, part, STAGES, neck.levels, num_classes, last_stage=last_stage)
+        for slot, part in slots.items()
     ]
     branches: list[list[RoIBranch]] = [
         [_build_roi_part(f"model.roi.branches.{i}", part, BRANCHES, neck.levels, num_classes) for _ in stages]
@@ -193,7 +220,8 @@ def _build_roi(spec: Any, neck: Neck, num_classes: int) -> tuple[list[RoIStage],
         laterals = neck.lateral_levels
         pooling = partial(AllLevelPooling, laterals)
         auxiliary_stages = [
-            _build_roi_part(slot, part, STAGES, laterals, num_classes, pooling) for slot, part in slots.items()
+            _build_roi_part(slot, part, STAGES, laterals, num_classes, pooling, last_stage)
+            for slot, part in slots.items()
         ]
     return stages, branches, auxiliary_stages
 
@@ -205,13 +233,20 @@ def _build_roi_part(
     levels: Levels,
     num_classes: int,
     pooling: PoolingFactory | None = None,
+    last_stage: LastStage | None = None,
 ) -> Any:
-    """Build a stage or a branch; its pooling is a spec inside its own, unless one is given."""
+    """Build a stage or a branch; its pooling is a spec inside its own, unless one is given.
+
+    A stage that runs the backbone's last stage gets a copy of it.
+    """
     options = dict(spec) if isinstance(spec, Mapping) else {"type": spec}
     pooling_spec = options.pop("pooling", "level")
 
     def build_pooling(size: int) -> RoIPooling:
         return build(f"{slot}.pooling", pooling_spec, POOLINGS, {"levels": levels, "size": size})
 
-    given = {"levels": levels, "num_classes": num_classes, "pooling": pooling or build_pooling}
+    given: dict[str, Any] = {"levels": levels, "num_classes": num_classes, "pooling": pooling or build_pooling}
+    kind = options.get("type")
+    if last_stage is not None and isinstance(kind, str) and _takes_last_stage(resolve_class(slot, kind, table)):
+        given["last_stage"] = copy.deepcopy(last_stage)
     return build(slot, options, table, given)

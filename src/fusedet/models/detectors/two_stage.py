@@ -1,4 +1,4 @@
-"""Two-stage detectors: proposals and RoI stages (Faster, Mask, Cascade, Dynamic, Grid and Libra R-CNN)."""
+"""Two-stage detectors: proposals and RoI stages (Faster, Mask, Cascade, Dynamic, Grid, Libra R-CNN, TridentNet)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from fusedet.errors import InputError
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
 from fusedet.models.ops.boxes import select_detections
 from fusedet.models.ops.image_normalization import normalise_images
+from fusedet.models.ops.scale_ranges import ScaleRange, check_ranges, keep_in_range, merge_branches
 from fusedet.models.protocols import (
     AuxiliaryNeck,
     Backbone,
     BoxRefiner,
+    BranchedBackbone,
     MaskPredictor,
     Neck,
     ProposalHead,
@@ -31,7 +33,7 @@ from fusedet.types import Batch, BatchDetections, Detections, Features, Losses, 
 
 
 class TwoStageOutputs(NamedTuple):
-    """Raw outputs of a two-stage detector for N images with R proposals each.
+    """Raw outputs of a two-stage detector for N images, or N copies of all branches, with R proposals each.
 
     Attributes:
         features: The pyramid.
@@ -54,6 +56,9 @@ class TwoStage(nn.Module):
     One stage is Faster R-CNN. Three stages are Cascade R-CNN: each refines the boxes for the next, and the scores come
     from the mean of all stages' logits.
 
+    TridentNet's backbone gives maps of several branches in train mode. Each branch then is an image of its own with the
+    same ground truth, or with the instances of its valid range; predictions of several branches are merged by NMS.
+
     Args:
         backbone: Feature extractor.
         neck: Feature pyramid on the backbone's levels.
@@ -65,9 +70,15 @@ class TwoStage(nn.Module):
             that enter NMS.
         auxiliary_stages: For a neck with auxiliary losses one per stage, on `roi.AllLevelPooling` of the neck's
             laterals. They take part in training only.
+        valid_ranges: For each branch of a TridentNet, the least and the largest size of its instances, sqrt(width *
+            height) in pixels of the network's input; empty for all instances in all branches.
 
     Raises:
-        InputError: The neck's auxiliary losses need auxiliary stages that are missing, or there are too many.
+        InputError: The neck's auxiliary losses need auxiliary stages that are missing, or there are too many; there is
+            not one valid range per branch, or there are branches of the backbone and of the RoI head.
+
+    References:
+        "Scale-Aware Trident Networks for Object Detection", Li et al., 2019, sections 3.3 and 3.4 (valid_ranges).
     """
 
     backbone: Backbone
@@ -86,8 +97,15 @@ class TwoStage(nn.Module):
         branches: Sequence[Sequence[RoIBranch]] = (),
         selection: Mapping[str, Any] | None = None,
         auxiliary_stages: Sequence[RoIStage] = (),
+        valid_ranges: Sequence[ScaleRange] = (),
     ) -> None:
         super().__init__()
+        self.branched = isinstance(backbone, BranchedBackbone) and backbone.branches > 1
+        if valid_ranges:
+            check_ranges(valid_ranges, backbone.branches if isinstance(backbone, BranchedBackbone) else 1)
+        if self.branched and branches:
+            raise InputError("model.roi.branches: a backbone with trident_stages takes stages only, leave them out")
+        self.valid_ranges = tuple((low, high) for low, high in valid_ranges)
         needed = len(stages) if auxiliary_weight(neck) else 0
         if len(auxiliary_stages) != needed:
             raise InputError(
@@ -147,10 +165,15 @@ class TwoStage(nn.Module):
         features = self.neck(self.backbone(self.normalise(images, sizes)))
         if sizes is None:
             sizes = torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
+        sizes = sizes.repeat(self.count_copies(features, images), 1)
         outputs = self.head(features)
         proposals = self.head.propose(outputs, sizes, self.selection.get("pre_nms", 1000))
         rois, raw = self.run_stages(features, proposals, sizes)
         return TwoStageOutputs(features, outputs, rois, proposals.counts, raw)
+
+    def count_copies(self, features: Features, images: Tensor) -> int:
+        """Count the branches that the feature maps of images (N, ...) hold."""
+        return len(features[0]) // len(images) if self.branched else 1
 
     def run_stages(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, StageOutputs]:
         """Run all stages on proposals.
@@ -175,24 +198,30 @@ class TwoStage(nn.Module):
         assert batch.targets is not None
         features = self.backbone(self.normalise(batch.images, batch.sizes))
         features, auxiliary = compute_pyramids(self.neck, features)
+        copies = self.count_copies(features, batch.images)
+        targets, sizes = batch.targets * copies, batch.sizes.repeat(copies, 1)
+        # one branch by itself, as in eval mode, takes all instances
+        ranges = [own for own in self.valid_ranges for _ in range(len(batch))] if copies > 1 else []
         outputs = self.head(features)
-        losses = self.head.loss(outputs, batch.targets, batch.sizes)
-        proposals = self.head.propose(outputs, batch.sizes, to_train=True)
+        losses = self.head.loss(outputs, targets, sizes, ranges or None)
+        proposals = self.head.propose(outputs, sizes, to_train=True, ranges=ranges or None)
+        if ranges:
+            targets = tuple(keep_in_range(target, own) for target, own in zip(targets, ranges, strict=True))
         for i, stage in enumerate(self.stages):
-            samples = stage.sample(proposals, batch.targets)
+            samples = stage.sample(proposals, targets)
             raw = stage(features, samples.rois)
-            terms = stage.loss(raw, samples, batch.targets)
+            terms = stage.loss(raw, samples, targets)
             for kind in self.branches:
-                terms |= kind[i].loss(features, samples, batch.targets, batch.sizes)
+                terms |= kind[i].loss(features, samples, targets, sizes)
             losses |= {self.term_name(i, name): value for name, value in terms.items()}
             if auxiliary is not None:
-                losses |= self.auxiliary_loss(i, auxiliary, samples, batch.targets)
+                losses |= self.auxiliary_loss(i, auxiliary, samples, targets)
             if i + 1 < len(self.stages):
                 assert samples.is_ground_truth is not None
-                boxes = stage.refine(raw, samples.rois, batch.sizes, stage.classes(samples, batch.targets))
+                boxes = stage.refine(raw, samples.rois, sizes, stage.classes(samples, targets))
                 # the next stage adds the ground-truth boxes by itself
                 proposed = (~samples.is_ground_truth).nonzero().squeeze(1)
-                proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(batch))
+                proposals = pad_to_proposals(boxes[proposed], samples.image[proposed], len(targets))
         return losses
 
     def auxiliary_loss(
@@ -233,7 +262,13 @@ class TwoStage(nn.Module):
         candidates = self.stages[-1].decode(outputs.raw, outputs.rois, outputs.counts)
         count, classes = candidates.scores.shape[1:]
         options = {k: v for k, v in self.selection.items() if k != "pre_nms"}
-        return select_detections(candidates, sizes, [count], pre_nms=count * classes, **options)
+        copies = self.count_copies(outputs.features, sizes)
+        detections = select_detections(candidates, sizes.repeat(copies, 1), [count], pre_nms=count * classes, **options)
+        if copies == 1:
+            return detections
+        merged = merge_branches(detections, copies, self.num_classes, self.valid_ranges)
+        count = merged.boxes.shape[1]
+        return select_detections(merged, sizes, [count], pre_nms=count, **options)
 
     def run_branches(self, features: Features, detections: BatchDetections) -> BatchDetections:
         """Refine the boxes of detections and add their masks, as the branches do."""

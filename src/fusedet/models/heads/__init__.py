@@ -2,12 +2,15 @@
 
 from fusedet.models.heads.atss import ATSSHead
 from fusedet.models.heads.autoassign import AutoAssignHead
+from fusedet.models.heads.borderdet import BorderDetHead
 from fusedet.models.heads.ddod import DDODHead
+from fusedet.models.heads.dw import DWHead
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.fovea import FoveaHead
 from fusedet.models.heads.free_anchor import FreeAnchorHead
 from fusedet.models.heads.fsaf import FSAFHead
 from fusedet.models.heads.gfl import GFLHead
+from fusedet.models.heads.ota import OTAHead
 from fusedet.models.heads.paa import PAAHead
 from fusedet.models.heads.reppoints import RepPointsHead
 from fusedet.models.heads.retina import RetinaHead
@@ -20,12 +23,15 @@ from fusedet.models.protocols import DenseHead
 HEADS: dict[str, type[DenseHead]] = {
     "atss": ATSSHead,
     "autoassign": AutoAssignHead,
+    "borderdet": BorderDetHead,
     "ddod": DDODHead,
+    "dw": DWHead,
     "fcos": FCOSHead,
     "fovea": FoveaHead,
     "free_anchor": FreeAnchorHead,
     "fsaf": FSAFHead,
     "gfl": GFLHead,
+    "ota": OTAHead,
     "paa": PAAHead,
     "reppoints": RepPointsHead,
     "retina": RetinaHead,
@@ -39,12 +45,15 @@ __all__ = [
     "HEADS",
     "ATSSHead",
     "AutoAssignHead",
+    "BorderDetHead",
     "DDODHead",
+    "DWHead",
     "FCOSHead",
     "FSAFHead",
     "FoveaHead",
     "FreeAnchorHead",
     "GFLHead",
+    "OTAHead",
     "PAAHead",
     "RPNHead",
     "RepPointsHead",

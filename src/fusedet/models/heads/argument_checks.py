@@ -42,13 +42,17 @@ def check_iou_thresholds(positive: float, negative: float) -> None:
         )
 
 
-def check_anchors(scale_name: str, scale: float, ratios: Sequence[float]) -> None:
-    """Check the side of anchors in strides, an option of the given name, and their height / width.
+def check_anchors(scale_name: str, scale: float | Sequence[float], ratios: Sequence[float]) -> None:
+    """Check the sides of anchors in strides, an option of the given name, and their height / width.
 
     Raises:
         InputError: A value is out of its range.
     """
-    check_length(scale_name, scale)
+    scales = [scale] if isinstance(scale, (int, float)) else scale
+    if not scales:
+        raise InputError(f"{scale_name}=[] must be one or more lengths in strides")
+    for value in scales:
+        check_length(scale_name, value)
     if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
         raise InputError(f"ratios={list(ratios)} must be one or more numbers above 0")
 

@@ -17,7 +17,7 @@ from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
 from fusedet.models.ops.boxes import box_centres, distances_to_boxes
-from fusedet.models.ops.inside_pairs import Pairs, inside_pairs
+from fusedet.models.ops.inside_pairs import Pairs, inside_pairs, last_of_class
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Priors, Target
@@ -151,12 +151,7 @@ class AutoAssignHead(FCOSHead):
             for start, reduce in ((torch.inf, "amin"), (-torch.inf, "amax"))
         )
         fit = (fit - low + EPS) / (high - low + EPS)
-        _, count, classes = shape
-        entry = (pairs.image * count + pairs.prior) * classes + pairs.labels
-        order = torch.arange(len(entry), device=entry.device)
-        last = order.new_full((shape.numel(),), -1).scatter_reduce(0, entry, order, "amax")
-        factors = torch.ones(shape, dtype=fit.dtype, device=fit.device)
-        return factors.view(-1).index_copy(0, entry, 1 - fit[last[entry]]).view(shape)
+        return last_of_class(pairs, 1 - fit, 1.0, shape)
 
 
 def _largest_iou(predicted: Tensor, target: Target) -> Tensor:

@@ -118,14 +118,21 @@ class FCOSHead(nn.Module):
             features: levels (N, C, H, W); per level cls (N, K, H, W), centerness (N, 1, H, W), and reg (N, 4, H, W),
             float32, 0 or more, in strides with `normalize_boxes`, else in pixels.
         """
-        maps: dict[str, list[Tensor]] = {"cls": [], "reg": [], "centerness": []}
+        levels = []
         for feature, scale in zip(features, self.scales, strict=True):
             cls, box = self.towers(feature)
-            raw = self.reg(box).float() * scale
-            maps["cls"].append(self.cls(cls))
-            maps["reg"].append(raw.relu() if self.normalize_boxes else raw.exp())
-            maps["centerness"].append(self.centerness(box if self.centerness_on_box else cls))
+            levels.append(self.predict_level(cls, box, scale))
+        maps = {name: [level[name] for level in levels] for name in levels[0]}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
+
+    def predict_level(self, cls: Tensor, box: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Compute the maps of a level from both towers' features (N, C, H, W) and the level's scale."""
+        raw = self.reg(box).float() * scale
+        return {
+            "cls": self.cls(cls),
+            "reg": raw.relu() if self.normalize_boxes else raw.exp(),
+            "centerness": self.centerness(box if self.centerness_on_box else cls),
+        }
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Compute the focal loss, the box loss and the centerness' binary cross-entropy.

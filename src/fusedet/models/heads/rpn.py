@@ -24,7 +24,7 @@ from fusedet.models.ops.boxes import (
     decode_boxes,
     encode_boxes,
     grid_priors,
-    make_base_anchors,
+    make_cell_anchors,
     nms_keep_mask_by_level,
     select_detections,
 )
@@ -32,6 +32,7 @@ from fusedet.models.ops.layers import conv, flatten_maps, init_normal
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.models.ops.regression_losses import l1_loss, smooth_l1_loss
 from fusedet.models.ops.samplers import Sampler
+from fusedet.models.ops.scale_ranges import ScaleRange, ignore_outside_ranges, is_in_range
 from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Proposals, Target
 
 RegressionLoss = Literal["l1", "smooth_l1"]
@@ -46,8 +47,8 @@ class RPNHead(nn.Module):
         interact: Must be None: there is one branch.
         convs: Number of shared 3x3 convolutions.
         channels: Their channels; those of the pyramid by default.
-        scale: Side of the anchors, in strides.
-        ratios: Height / width of the anchors; A = len(ratios).
+        scale: Side of the anchors, in strides, or several sides (C4 detectors).
+        ratios: Height / width of the anchors; A = len(ratios) per side.
         round_anchors: Round the anchors' corners to whole pixels (torchvision, Detectron).
         offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
             1.x).
@@ -79,7 +80,7 @@ class RPNHead(nn.Module):
         interact: InteractionFactory | None = None,
         convs: int = 1,
         channels: int | None = None,
-        scale: float = 8.0,
+        scale: float | Sequence[float] = 8.0,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
         round_anchors: bool = False,
         offset: float = 0.0,
@@ -118,11 +119,12 @@ class RPNHead(nn.Module):
         self.loss_weights = {"loss_rpn_cls": 1.0, "loss_rpn_box": 1.0}
         self.assigner = MaxIoUAssigner(positive, negative, min_positive)
         self.sampler = Sampler(num, fraction, most_negatives)
-        shapes = torch.stack([make_base_anchors(stride, scale, 1, ratios) for stride in levels.strides])  # (L, A, 4)
+        scales = torch.tensor([scale] if isinstance(scale, (int, float)) else list(scale), dtype=torch.float64)
+        shapes = torch.stack([make_cell_anchors(stride * scales, ratios) for stride in levels.strides])  # (L, A, 4)
         self.register_buffer("shapes", shapes.round() if round_anchors else shapes, persistent=False)
         self.tower = make_tower(levels.channels[0], channels, convs)
-        self.cls = conv(channels, len(ratios), 1)
-        self.reg = conv(channels, 4 * len(ratios), 1)
+        self.cls = conv(channels, shapes.shape[1], 1)
+        self.reg = conv(channels, 4 * shapes.shape[1], 1)
         init_normal(self)
 
     def forward(self, features: Features) -> Outputs:
@@ -135,18 +137,30 @@ class RPNHead(nn.Module):
         maps = {"cls": [self.cls(x) for x in shared], "reg": [self.reg(x) for x in shared]}
         return Outputs(maps, grid_priors(features, self.levels, self.shapes, self.offset))
 
-    def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
+    def loss(
+        self,
+        outputs: Outputs,
+        targets: Sequence[Target],
+        sizes: Tensor | None = None,
+        ranges: Sequence[ScaleRange] | None = None,
+    ) -> Losses:
         """Compute the binary cross-entropy of the sampled anchors and the deltas' loss of the positive ones.
 
         Both are divided by the number of samples; an image counts for at least one positive and one negative
         (MMDetection 3.x). Anchors beyond an image's own padding or, with `allowed_border`, its edge are never sampled.
 
-        Shape:
-            sizes (N, 2), height and width of every image inside the padding, None for no padding.
+        Args:
+            outputs: Raw outputs of the head.
+            targets: Ground truth of each image.
+            sizes: (N, 2), height and width of every image inside the padding, None for no padding.
+            ranges: Valid range of every image; None for no limits. Anchors that overlap an instance outside it are
+                ignored.
         """
         priors = outputs.priors
         valid = valid_prior_mask(outputs, self.levels.strides, sizes, self.allowed_border)  # (N, P)
         assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
+        if ranges is not None:
+            assigned = ignore_outside_ranges(assigned, priors.boxes, targets, ranges)
         sampled = self.sampler.sample(assigned)
         positive = sampled & (assigned >= 0)
         counts = [mask.sum(dim=1).clamp(min=1) for mask in (positive, sampled & ~positive)]  # (N,) each
@@ -184,7 +198,14 @@ class RPNHead(nn.Module):
         return selected._replace(labels=torch.zeros_like(selected.labels))
 
     @torch.no_grad()
-    def propose(self, outputs: Outputs, sizes: Tensor, pre_nms: int = 1000, to_train: bool = False) -> Proposals:
+    def propose(
+        self,
+        outputs: Outputs,
+        sizes: Tensor,
+        pre_nms: int = 1000,
+        to_train: bool = False,
+        ranges: Sequence[ScaleRange] | None = None,
+    ) -> Proposals:
         """Select each image's proposals, without gradient.
 
         Per level: the best anchors by score, decoded and clipped, without empty boxes, after NMS. Then the best of all
@@ -195,6 +216,7 @@ class RPNHead(nn.Module):
             sizes: (N, 2), height and width of every image inside the padding.
             pre_nms: Proposals per level that enter NMS.
             to_train: Use the limits for training instead.
+            ranges: Valid range of every image, outside which nothing is proposed; None for no limits.
         """
         most, limit = (self.train_pre_nms, self.train_proposals) if to_train else (pre_nms, self.proposals)
         boxes, scores = [], []
@@ -205,6 +227,8 @@ class RPNHead(nn.Module):
             deltas = flatten_maps([reg], 4).gather(1, index[..., None].expand(-1, -1, 4))
             proposed = clip_boxes(decode_boxes(priors[index], deltas.float()), sizes)  # (N, M, 4)
             valid = (proposed[..., 2] > proposed[..., 0]) & (proposed[..., 3] > proposed[..., 1])
+            if ranges is not None:
+                valid &= torch.stack([is_in_range(own, limits) for own, limits in zip(proposed, ranges)])
             score = best.float().sigmoid().masked_fill(~valid, -1)
             boxes.append(proposed)
             scores.append(score)

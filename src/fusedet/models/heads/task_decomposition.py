@@ -6,6 +6,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,12 +60,18 @@ def sample_boxes(boxes: Tensor, offsets: Tensor) -> Tensor:
     Shape:
         boxes (N, 4, H, W); offsets (N, 8, H, W), in cells, a pair (dy, dx) for each side; result (N, 4, H, W).
     """
+    sampled = sample_sides(boxes, offsets)
+    crossed = (sampled[:, :2] > sampled[:, 2:]).any(dim=1, keepdim=True)
+    return torch.where(crossed, boxes, sampled)
+
+
+def sample_sides(boxes: Tensor, offsets: Tensor, padding: Literal["zeros", "border"] = "zeros") -> Tensor:
+    """Sample every side as `sample_boxes` does; outside the map are zeros, or with "border" the nearest cells."""
     n, sides, height, width = boxes.shape
     dy, dx = offsets.unflatten(1, (sides, 2)).flatten(0, 1).unbind(dim=1)  # (N * 4, H, W)
     y = dy + torch.arange(height, device=boxes.device)[:, None]
     x = dx + torch.arange(width, device=boxes.device)
     # without aligned corners cell i lies at (2 i + 1) / length - 1
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    sampled = F.grid_sample(boxes.flatten(0, 1)[:, None], grid, align_corners=False).view(n, sides, height, width)
-    crossed = (sampled[:, :2] > sampled[:, 2:]).any(dim=1, keepdim=True)
-    return torch.where(crossed, boxes, sampled)
+    maps = boxes.flatten(0, 1)[:, None]
+    return F.grid_sample(maps, grid, padding_mode=padding, align_corners=False).view(n, sides, height, width)

@@ -7,6 +7,7 @@ from fusedet.models.necks.dilated_encoder import DilatedEncoder
 from fusedet.models.necks.dyhead import DyHead
 from fusedet.models.necks.fpn import FPN
 from fusedet.models.necks.hrfpn import HRFPN
+from fusedet.models.necks.identity import Identity
 from fusedet.models.necks.mse_fpn import MSEFPN
 from fusedet.models.necks.nas_fpn import NASFPN
 from fusedet.models.necks.pafpn import PAFPN
@@ -19,6 +20,7 @@ NECKS: dict[str, type[Neck]] = {
     "bfp": BFP,
     "bifpn": BiFPN,
     "hrfpn": HRFPN,
+    "identity": Identity,
     "aug_fpn": AugFPN,
     "dilated_encoder": DilatedEncoder,
     "dyhead": DyHead,
@@ -40,4 +42,5 @@ __all__ = [
     "BiFPN",
     "DilatedEncoder",
     "DyHead",
+    "Identity",
 ]

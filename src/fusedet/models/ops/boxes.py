@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from fusedet.models.ops.exporting import is_exporting
-from fusedet.models.ops.soft_nms import SoftNMS
+from fusedet.models.protocols import ScoreDecay
 from fusedet.types import BatchDetections, Candidates, Features, Levels, Priors
 
 MAX_RATIO = abs(math.log(16 / 1000))
@@ -34,7 +34,19 @@ def make_base_anchors(
         (A, 4), A = len(ratios) * scales_per_octave: ratios outer, scales inner.
     """
     octaves = base_scale * 2.0 ** (torch.arange(scales_per_octave, dtype=torch.float64) / scales_per_octave)
-    sizes = (stride * octaves).floor() if whole_sizes else stride * octaves
+    return make_cell_anchors((stride * octaves).floor() if whole_sizes else stride * octaves, ratios)
+
+
+def make_cell_anchors(sizes: Tensor, ratios: Sequence[float]) -> Tensor:
+    """Make the anchors of one cell, centred on the origin and not rounded.
+
+    Args:
+        sizes: Roots of the anchors' areas, in pixels, float64.
+        ratios: height / width of the anchors.
+
+    Shape:
+        sizes (S,); result (A, 4), A = len(ratios) * S: ratios outer, sizes inner.
+    """
     root = torch.tensor(ratios, dtype=torch.float64).sqrt()
     half_w = (sizes[None] / root[:, None]).flatten() / 2
     half_h = (sizes[None] * root[:, None]).flatten() / 2
@@ -149,7 +161,7 @@ def select_detections(
     iou: float = 0.5,
     pre_nms: int = 1000,
     max_det: int = 100,
-    soft: SoftNMS | None = None,
+    soft: ScoreDecay | None = None,
     clip: bool = True,
     keep_empty: bool = False,
 ) -> BatchDetections:

@@ -1,16 +1,21 @@
-"""The pairs of an instance and a point inside its box, which AutoAssign weighs instead of an assignment."""
+"""The pairs of an instance and a point inside its box, which AutoAssign, DW and OTA weigh.
+
+Every function waits for a GPU once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, gather_instances
-from fusedet.models.ops.boxes import boxes_to_distances
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances
 from fusedet.types import Target
+
+INSIDE = 0.01  # pixels
 
 
 class Pairs(NamedTuple):
@@ -32,12 +37,45 @@ class Pairs(NamedTuple):
 
 
 def inside_pairs(points: Tensor, targets: Sequence[Target], most: int) -> Pairs:
-    """Collect the pairs of instances and points (P, 2) inside their boxes; a GPU is waited for once."""
-    inside = torch.zeros(len(targets), most, len(points), dtype=torch.bool, device=points.device)
+    """Collect the pairs of instances, at most `most` of an image, and points (P, 2) inside their boxes."""
+    return _collect(points, targets, most, lambda boxes: boxes_to_distances(points, boxes[:, None]).amin(dim=2) > 0)
+
+
+def central_pairs(points: Tensor, reach: Tensor, targets: Sequence[Target], most: int) -> Pairs:
+    """Collect the pairs of instances and points (P, 2) that are inside the box and near its centre.
+
+    A point lies more than 0.01 pixel inside the box, and less than its `reach` (P,), in pixels, from the box's centre
+    along x and y. An instance without such a point, as one that lies between the points, has all points near its
+    centre.
+    """
+
+    def choose(boxes: Tensor) -> Tensor:
+        near = (points - box_centres(boxes)[:, None]).abs().amax(dim=2) < reach
+        central = near & (boxes_to_distances(points, boxes[:, None]).amin(dim=2) > INSIDE)
+        return torch.where(central.any(dim=1, keepdim=True), central, near)
+
+    return _collect(points, targets, most, choose)
+
+
+def _collect(points: Tensor, targets: Sequence[Target], most: int, choose: Callable[[Tensor], Tensor]) -> Pairs:
+    """Collect the pairs that `choose` marks (G, P) for boxes (G, 4)."""
+    chosen = torch.zeros(len(targets), most, len(points), dtype=torch.bool, device=points.device)
     for i, target in enumerate(targets):
         for first in range(0, len(target), INSTANCES_AT_ONCE):
             boxes = target.boxes[first : first + INSTANCES_AT_ONCE].to(points.dtype)
-            own = boxes_to_distances(points, boxes[:, None]).amin(dim=2) > 0  # (G', P)
-            inside[i, first : first + len(boxes)] = own
-    image, instance, prior = inside.nonzero(as_tuple=True)
+            chosen[i, first : first + len(boxes)] = choose(boxes)
+    image, instance, prior = chosen.nonzero(as_tuple=True)
     return Pairs(image, prior, image * most + instance, *gather_instances(targets, image, instance))
+
+
+def last_of_class(pairs: Pairs, values: Tensor, outside: float, shape: torch.Size) -> Tensor:
+    """Scatter values (M,) of pairs to their images, points and classes, of shape (N, P, K); `outside` elsewhere.
+
+    Of several instances of one class at a point the last one counts.
+    """
+    _, count, classes = shape
+    entry = (pairs.image * count + pairs.prior) * classes + pairs.labels
+    order = torch.arange(len(entry), device=entry.device)
+    last = order.new_full((shape.numel(),), -1).scatter_reduce(0, entry, order, "amax")
+    table = values.new_full((shape.numel(),), outside)
+    return table.index_copy(0, entry, values[last[entry]]).view(shape)

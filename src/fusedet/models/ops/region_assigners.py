@@ -97,10 +97,6 @@ class CenterRegionAssigner:
     num_classes: int
     scale: float = 0.2
 
-    def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
-        """Assign the priors of an image, as `protocols.Assigner` says."""
-        return self.assign_with_contested(priors, target, valid)[0]
-
     @torch.no_grad()
     def assign_with_contested(
         self, priors: Priors, target: Target, valid: Tensor | None = None

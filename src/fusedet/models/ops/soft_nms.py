@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError, one_of
+from fusedet.models.ops.boxes import aligned_iou
 
 SoftNMSMethod = Literal["linear", "gaussian"]
 
@@ -56,7 +57,7 @@ class SoftNMS:
             index = scores.argmax(dim=1, keepdim=True)  # (N, 1), the first of equal ones
             values.append(scores.gather(1, index))
             indices.append(index)
-            overlap = _iou(boxes, boxes.gather(1, index[..., None].expand(-1, -1, 4)))  # (N, M)
+            overlap = aligned_iou(boxes, boxes.gather(1, index[..., None].expand(-1, -1, 4)))  # (N, M)
             if self.method == "linear":
                 factor = torch.where(overlap >= iou, 1 - overlap, 1.0)
             else:
@@ -64,11 +65,3 @@ class SoftNMS:
             scores = torch.where(labels == labels.gather(1, index), scores * factor, scores)
             scores = torch.where(scores < self.min_score, -1.0, scores).scatter(1, index, -1.0)
         return torch.cat(values, dim=1), torch.cat(indices, dim=1)
-
-
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the IoU (N, M) of boxes a (N, M, 4) with b (N, 1, 4), 0 for empty boxes."""
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    shared = (high - low).clamp(min=0).prod(dim=2)
-    areas = [(x[..., 2:] - x[..., :2]).prod(dim=2) for x in (a, b)]
-    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)

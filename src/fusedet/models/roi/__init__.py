@@ -2,6 +2,7 @@
 
 from fusedet.models.protocols import BoxRefiner, MaskPredictor, RoIPooling, RoIStage
 from fusedet.models.roi.box import BoxStage
+from fusedet.models.roi.c4 import C4Stage
 from fusedet.models.roi.double_head import DoubleHeadStage
 from fusedet.models.roi.dynamic import DynamicStage
 from fusedet.models.roi.grid import GridBranch
@@ -9,7 +10,12 @@ from fusedet.models.roi.mask import MaskBranch
 from fusedet.models.roi.pooling import LevelPooling
 from fusedet.models.roi.soft_pooling import SoftPooling
 
-STAGES: dict[str, type[RoIStage]] = {"box": BoxStage, "double_head": DoubleHeadStage, "dynamic": DynamicStage}
+STAGES: dict[str, type[RoIStage]] = {
+    "box": BoxStage,
+    "c4": C4Stage,
+    "double_head": DoubleHeadStage,
+    "dynamic": DynamicStage,
+}
 BRANCHES: dict[str, type[MaskPredictor] | type[BoxRefiner]] = {"mask": MaskBranch, "grid": GridBranch}
 POOLINGS: dict[str, type[RoIPooling]] = {"level": LevelPooling, "soft": SoftPooling}
 
@@ -18,6 +24,7 @@ __all__ = [
     "POOLINGS",
     "STAGES",
     "BoxStage",
+    "C4Stage",
     "DoubleHeadStage",
     "DynamicStage",
     "GridBranch",

@@ -41,7 +41,7 @@ class BoxStage(nn.Module):
         pooling: Makes the pooling of a size; `LevelPooling` by default.
         size: Size of the pooled features, in cells per side.
         channels: Width of the fully connected layers.
-        layers: Number of fully connected layers.
+        layers: Number of fully connected layers; without any, the mean of the pooled features is classified.
         convs: Number of 3x3 convolutions before them (4 before one layer in MMDetection's Shared4Conv1FC and
             torchvision's v2).
         norm: Norm after each of these convolutions, which have no bias then: "gn", GroupNorm of 32 groups, or "bn".
@@ -55,6 +55,7 @@ class BoxStage(nn.Module):
         loss: Loss of the deltas: "l1", "smooth_l1", or Libra R-CNN's "balanced_l1".
         beta: Transition point of "smooth_l1".
         weight: Weight in the total of the losses of this stage and of its branches (Cascade R-CNN).
+        ground_truth: Add the ground-truth boxes to the proposals before sampling.
 
     Raises:
         InputError: An option is unknown or out of its range.
@@ -82,18 +83,19 @@ class BoxStage(nn.Module):
         beta: float = 1.0,
         weight: float = 1.0,
         norm: Norm | None = None,
+        ground_truth: bool = True,
     ) -> None:
         super().__init__()
         one_of("sampling", sampling, Sampling)
         one_of("loss", loss, RegressionLossName)
-        if size < 1 or channels < 1 or layers < 1 or convs < 0:
+        if size < 1 or channels < 1 or layers < 0 or convs < 0:
             raise InputError(
-                f"size={size}, channels={channels}, layers={layers} must be at least 1 and convs={convs} at least 0"
+                f"size={size}, channels={channels} must be at least 1, layers={layers} and convs={convs} at least 0"
             )
         if min(stds) <= 0 or not beta > 0:
             raise InputError(f"stds={list(stds)}, beta={beta} must be above 0")
         self.num_classes, self.class_agnostic = num_classes, class_agnostic
-        self.positive, self.weight = positive, weight
+        self.positive, self.weight, self.ground_truth = positive, weight, ground_truth
         losses: dict[str, RegressionLoss] = {
             "l1": l1_loss,
             "smooth_l1": partial(smooth_l1_loss, beta=beta),
@@ -109,6 +111,7 @@ class BoxStage(nn.Module):
         shared = [nn.Linear(channels if i else width * size * size, channels) for i in range(layers)]
         self.shared = nn.ModuleList(shared)
         init_kaiming(self.convs)
+        channels = channels if layers else width
         self.cls = nn.Linear(channels, num_classes + 1)
         self.reg = nn.Linear(channels, 4 if class_agnostic else 4 * num_classes) if regress else None
         for layer in shared:
@@ -129,14 +132,14 @@ class BoxStage(nn.Module):
         x = self.pooling(features, rois)
         for layer in self.convs:
             x = F.relu(layer(x))
-        x = x.flatten(1)
+        x = x.flatten(1) if self.shared else x.mean(dim=(2, 3))
         for layer in self.shared:
             x = F.relu(layer(x))
         return self.cls(x), self.reg(x) if self.reg is not None else None
 
     def sample(self, proposals: Proposals, targets: Sequence[Target]) -> RoISamples:
         """Assign the proposals and sample the RoIs to train on, ground-truth boxes among them."""
-        return sample_rois(match_proposals(proposals, targets, self.positive), self.sampler)
+        return sample_rois(match_proposals(proposals, targets, self.positive, self.ground_truth), self.sampler)
 
     def loss(
         self,

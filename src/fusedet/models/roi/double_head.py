@@ -99,8 +99,6 @@ class DoubleHeadStage(BoxStage):
         self.loss_weights = {"loss_cls": weight * cls_weight, "loss_box": weight * box_weight}
         self.enlarge = enlarge
         self.box_pooling = pooling(size) if pooling else LevelPooling(levels, size)
-        if isinstance(self.box_pooling, LevelPooling):  # the level is that of the RoI before it is enlarged
-            self.box_pooling.finest_side *= enlarge
         inputs = levels.channels[0]
         quarter = box_channels // 4
         self.widen = Residual(
@@ -129,7 +127,8 @@ class DoubleHeadStage(BoxStage):
         for layer in self.shared:
             x = F.relu(layer(x))
         centre, half = (rois[:, 1:3] + rois[:, 3:]) * 0.5, (rois[:, 3:] - rois[:, 1:3]) * self.enlarge * 0.5
-        boxes = self.box_pooling(features, torch.cat([rois[:, :1], centre - half, centre + half], dim=1))
+        enlarged = torch.cat([rois[:, :1], centre - half, centre + half], dim=1)
+        boxes = self.box_pooling(features, enlarged, sized_by=rois)
         assert self.reg is not None
         return self.cls(x), self.reg(self.blocks(self.widen(boxes)).mean(dim=(2, 3)))
 

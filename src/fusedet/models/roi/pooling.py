@@ -59,14 +59,19 @@ class LevelPooling(nn.Module):
         self.samples, self.aligned = samples, aligned
         self.channels = levels.channels[0]
 
-    def forward(self, features: Features, rois: Tensor) -> Tensor:
+    def forward(self, features: Features, rois: Tensor, sized_by: Tensor | None = None) -> Tensor:
         """Pool the features of every RoI.
 
-        Shape:
-            features: levels (N, C, H, W); rois (M, 5), index of the image in the batch, then a box in pixels; result
+        Args:
+            features: Levels (N, C, H, W).
+            rois: (M, 5), index of the image in the batch, then a box in pixels.
+            sized_by: (M, 5), RoIs whose sizes choose the levels; by default `rois`.
+
+        Returns:
             (M, C, size, size).
         """
-        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
+        sides_of = rois if sized_by is None else sized_by
+        sides = ((sides_of[:, 3] - sides_of[:, 1]) * (sides_of[:, 4] - sides_of[:, 2])).clamp(min=0).sqrt()
         level = (sides / self.finest_side + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
         if rois.is_meta:  # only shapes are computed
             return features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
@@ -111,12 +116,16 @@ class AllLevelPooling(nn.Module):
         super().__init__()
         self.size, self.samples, self.strides = size, samples, levels.strides
 
-    def forward(self, features: Features, rois: Tensor) -> Tensor:
+    def forward(self, features: Features, rois: Tensor, sized_by: Tensor | None = None) -> Tensor:
         """Pool the features of every RoI from every level.
 
-        Shape:
-            features: L or more levels (N, C, H, W); rois (M, 5), index of the image in the batch, then a box in pixels;
-            result (L * M, C, size, size), all RoIs of the finest level first.
+        Args:
+            features: L or more levels (N, C, H, W).
+            rois: (M, 5), index of the image in the batch, then a box in pixels.
+            sized_by: Unused, all levels are pooled.
+
+        Returns:
+            (L * M, C, size, size), all RoIs of the finest level first.
         """
         return torch.cat([align_level(f, rois, self.size, s, self.samples) for f, s in zip(features, self.strides)])
 

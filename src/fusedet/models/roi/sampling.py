@@ -63,21 +63,29 @@ class MatchedProposals(NamedTuple):
 
 
 @torch.no_grad()
-def match_proposals(proposals: Proposals, targets: Sequence[Target], positive: float | Tensor) -> MatchedProposals:
-    """Assign each proposal to the instance of its largest IoU, from `positive` on; add the ground-truth boxes."""
+def match_proposals(
+    proposals: Proposals, targets: Sequence[Target], positive: float | Tensor, ground_truth: bool = True
+) -> MatchedProposals:
+    """Assign each proposal to the instance of its largest IoU, from `positive` on.
+
+    With `ground_truth`, the ground-truth boxes are added.
+    """
     assigner = MaxIoUAssigner(positive, positive, low_quality=False)
     matches = [
         assigner.match_boxes(boxes, target) for boxes, target in zip(proposals.boxes.unbind(), targets, strict=True)
     ]
     instances, overlaps = (torch.stack(column) for column in zip(*matches))  # (N, R)
     real = torch.arange(instances.shape[1], device=instances.device) < proposals.counts[:, None]
+    instances, overlaps = torch.where(real, instances, IGNORED), torch.where(real, overlaps, -1)
+    if not ground_truth:
+        return MatchedProposals(proposals.boxes, instances, overlaps, 0)
     gt_boxes = pad_sequence([t.boxes.to(proposals.boxes.dtype) for t in targets], batch_first=True)  # (N, G, 4)
     gt_index = torch.arange(gt_boxes.shape[1], device=instances.device)
     gt_real = pad_sequence([torch.ones_like(t.labels, dtype=torch.bool) for t in targets], batch_first=True)  # (N, G)
     return MatchedProposals(
         torch.cat([gt_boxes, proposals.boxes], dim=1),
-        torch.cat([torch.where(gt_real, gt_index, IGNORED), torch.where(real, instances, IGNORED)], dim=1),
-        torch.cat([2.0 * gt_real - 1, torch.where(real, overlaps, -1)], dim=1),
+        torch.cat([torch.where(gt_real, gt_index, IGNORED), instances], dim=1),
+        torch.cat([2.0 * gt_real - 1, overlaps], dim=1),
         gt_boxes.shape[1],
     )
 

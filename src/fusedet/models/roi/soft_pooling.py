@@ -44,11 +44,15 @@ class SoftPooling(nn.Module):
         )
         init_xavier(self)
 
-    def forward(self, features: Features, rois: Tensor) -> Tensor:
+    def forward(self, features: Features, rois: Tensor, sized_by: Tensor | None = None) -> Tensor:
         """Pool the features of every RoI.
 
-        Shape:
-            features: levels (N, C, H, W); rois (M, 5), index of the image in the batch, then a box in pixels; result
+        Args:
+            features: Levels (N, C, H, W).
+            rois: (M, 5), index of the image in the batch, then a box in pixels.
+            sized_by: Unused, all levels are pooled.
+
+        Returns:
             (M, C, size, size).
         """
         # L times (M, C, s, s)

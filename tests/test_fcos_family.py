@@ -1,0 +1,56 @@
+"""The detectors on FCOS's head, OTA, DW and BorderDet: parameter counts, modules and exports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fakes import Call, batch, check_export, detect, objects
+from fusedet.models.detectors import create_model, prepare_for_inference
+from small import ON_FCOS, make
+
+TARGETS = [objects([[4, 4, 40, 44], [10, 12, 30, 30]], [0, 1]), objects([])]
+FCOS = 32_072_026
+"""With biases in the towers."""
+COUNTS = {
+    "ota_r50": FCOS,
+    "dw_r50": FCOS + 9 * 256 * 8 + 8,
+    # each border module has a convolution to five times its width and one back to 256 channels
+    "borderdet_r50": FCOS + sum(257 * 5 * width + 5 * width * 256 + 256 for width in (256, 128)) + 257 * 80 + 257 * 4,
+    "ota_r101": FCOS + 18_992_128,
+}
+PRINTED = {"ota_r50": 32_072_026, "dw_r50": 32_090_466, "borderdet_r50": 33_079_086}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_trainable_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, "model.backbone.pretrained=false")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == COUNTS[name] == PRINTED.get(name, count)
+    if name in PRINTED:
+        assert f"{count:,}" in type(model.head).__doc__
+
+
+@pytest.mark.parametrize("name", ON_FCOS)
+def test_modules_reach_the_loss(name: str) -> None:
+    modules = ("model.interact=msil", "model.plugin=msfm", "model.neck=[mse_fpn,smsl]")
+    model = make(name, *modules).train()
+    losses = model.loss(batch(*TARGETS))
+    assert set(losses) == set(model.loss_weights)
+    sum(losses.values()).backward()
+    trained = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+    assert not [k for k, p in trained if p.grad is None or not p.grad.isfinite().all()]
+    for module in ("interact", "plugin", "neck"):
+        assert any(module in k and p.grad.any() for k, p in trained), module
+
+
+@pytest.mark.parametrize("name", [ON_FCOS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in ON_FCOS[1:])])
+def test_detection_exports(name: str) -> None:
+    model = prepare_for_inference(make(name))
+    for predictor in ("cls", "border_cls"):
+        if hasattr(model.head, predictor):
+            getattr(model.head, predictor).bias.data += 3
+    images, others, sizes = batch(objects([])).images, batch(objects([])).images, torch.tensor([[64, 96]])
+    detections = check_export(Call(model, detect), (images, sizes), (others, sizes))
+    assert int(detections[3]) > 0
