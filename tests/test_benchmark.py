@@ -27,7 +27,8 @@ from fusedet.api.engines import Task, open_engine
 from fusedet.api.exported import Exported
 from fusedet.api.timing import Span, compute_percentiles, interleave, read_peak_memory, summarize_spans, time_call
 from fusedet.errors import InputError
-from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file, write_description
+from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, write_description
+from fusedet.file_hash import hash_file
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

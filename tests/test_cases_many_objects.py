@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import fusedet
-from evaluators import INSTALLED
 from fusedet import evaluation
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.split_checks import describe_crowded_images
@@ -52,7 +51,7 @@ def disturb(dataset, seed: int) -> list[dict]:
     return results
 
 
-@pytest.mark.parametrize("evaluator", INSTALLED)
+@pytest.mark.parametrize("evaluator", evaluation.EVALUATORS)
 @pytest.mark.parametrize("limit", [pytest.param(150, marks=pytest.mark.slow), 300])
 def test_more_detections_equal_pycocotools(tmp_path: Path, evaluator: str, limit: int) -> None:
     """The oracle is pycocotools itself, given the limits by its own parameter."""

@@ -248,7 +248,7 @@ def test_mappings_and_overrides_are_equivalent() -> None:
         ("channels=3", "did you mean 'data.channels' or 'model.pyramid.channels'"),
         ("zzz=3", "unknown config key 'zzz'. Known: data"),
         ("train.epochs=abc", "train.epochs must be int, got 'abc'"),
-        ("train.batch=aut", "train.batch must be int | 'auto', got 'aut'"),
+        ("train.batch=aut", "train.batch must be int or 'auto', got 'aut': did you mean 'auto'?"),
         ("train.epochs=0", "train.epochs=0 must be 1 or more"),
         ("train.epochs=true", "train.epochs must be int, got True"),
         ("train.lr=inf", "train.lr must be float, got 'inf'"),

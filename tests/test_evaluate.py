@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluators import INSTALLED
 from fusedet import evaluation
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.readers.coco import read_coco
@@ -42,7 +41,7 @@ def result(image_id, category_id, box, score):
     return {"image_id": image_id, "category_id": category_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
 
 
-@pytest.mark.parametrize("evaluator", INSTALLED)
+@pytest.mark.parametrize("evaluator", evaluation.EVALUATORS)
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_cocos_own_example(shared, iou_type, evaluator):
     folder = shared / "data" / "coco_eval"
@@ -68,7 +67,7 @@ def test_equals_the_packages(images, image_ids):
     results = [
         result(image_ids[i], ids[k], box, score) for i, (_, guesses) in enumerate(images) for box, k, score in guesses
     ]
-    own, *others = (evaluation.evaluate_coco(data, results, evaluator=name) for name in INSTALLED)
+    own, *others = (evaluation.evaluate_coco(data, results, evaluator=name) for name in evaluation.EVALUATORS)
     for other in others:
         assert [own[name] for name in FIGURES] == pytest.approx(
             [other[name] for name in FIGURES], abs=1e-12, nan_ok=True
@@ -105,7 +104,7 @@ def test_pairs_in_blocks_change_nothing(monkeypatch):
 
 def test_no_results_give_zeros():
     data = dataset([[((0, 0, 20, 20), 0, False)], []])
-    for evaluator in INSTALLED:
+    for evaluator in evaluation.EVALUATORS:
         figures = evaluation.evaluate_coco(data, [], evaluator=evaluator)
         assert figures["AP"] == figures["AP50"] == figures["AR100"] == figures["APs"] == 0
         assert np.isnan(figures["APl"])
@@ -126,7 +125,7 @@ def test_no_objects_give_nan():
 def test_results_are_not_changed():
     results = [result(1, 7, (0, 0, 5, 5), 0.5)]
     before = json.dumps(results)
-    for evaluator in INSTALLED:
+    for evaluator in evaluation.EVALUATORS:
         evaluation.evaluate_coco(dataset([[((0, 0, 5, 5), 0, False)]]), results, evaluator=evaluator)
     assert json.dumps(results) == before
 

@@ -15,7 +15,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from evaluators import INSTALLED
 from fusedet import evaluation
 from fusedet.data.readers.coco import read_coco
 
@@ -73,7 +72,7 @@ def evaluate(folder, annotations, results, images=1, categories=1, iou_type="bbo
     file = write(folder, annotations, images, categories)
     expected, ap, ap50 = run_pycocotools(file, results, iou_type)
     dataset = read_coco(file, folder, need_images=False)
-    for evaluator in INSTALLED:
+    for evaluator in evaluation.EVALUATORS:
         metrics = evaluation.evaluate_coco(dataset, results, iou_type=iou_type, evaluator=evaluator)
         classes = metrics.pop("classes")
         assert metrics == pytest.approx(expected, abs=1e-12, nan_ok=True), evaluator

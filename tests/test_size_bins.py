@@ -12,7 +12,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import fusedet
-from evaluators import INSTALLED
 from fusedet import cli, evaluation, visualization
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
@@ -49,7 +48,7 @@ def run_pycocotools(data, results):
 @settings(max_examples=60, deadline=None)
 def test_equals_pycocotools_with_these_area_ranges(images, image_ids):
     data, results = build(images, image_ids)
-    rows = [evaluation.evaluate_coco(data, results, evaluator=name, size_bins=EDGES) for name in INSTALLED]
+    rows = [evaluation.evaluate_coco(data, results, evaluator=name, size_bins=EDGES) for name in evaluation.EVALUATORS]
     own = rows[0]["size_bins"]
     for metrics in rows[1:]:
         for name in ("AP", "AR", "objects"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from fusedet.api.run_dir import create_run_dir
 from fusedet.atomic_io import write_atomically
 from fusedet.data.large_images import LargeImage
 from fusedet.errors import InputError, StorageError
+from fusedet.file_hash import hash_file
 
 T = TypeVar("T")
 _PATIENCE = 60.0  # seconds for the first process to make the directory
@@ -102,7 +102,7 @@ def predict(
     """
     config = predictor.config
     request: Info = {
-        "weights": _hash_file(predictor.source),
+        "weights": hash_file(predictor.source),
         **{f"test.{key}": value for key, value in config.tree()["test"].items()},
         "data.size": list(config.data.size),
         "data.antialias": config.data.antialias,
@@ -293,11 +293,6 @@ def _finish(target: Path, options: Options, request: Info) -> Info:
     for file in () if options.jsonl else files:
         file.unlink(missing_ok=True)
     return summary
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _shorten(value: Any) -> str:

@@ -27,8 +27,8 @@ from fusedet.data.transforms import keep_ratio_size
 from fusedet.engine.checkpoint import save_weights
 from fusedet.errors import InputError
 from fusedet.exporters.formats import check_packages
-from fusedet.exporters.metadata import hash_file
 from fusedet.exporters.runtime import choose_file
+from fusedet.file_hash import hash_file
 from fusedet.models.profiling import network_size
 
 SETTABLE = ("test.score", "test.nms", "test.max_det", "test.pre_nms")

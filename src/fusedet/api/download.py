@@ -6,7 +6,6 @@ own repositories' files by a function that is not public. The standard library i
 
 from __future__ import annotations
 
-import hashlib
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from fusedet.api.progress import progress_bar
 from fusedet.errors import InputError, StorageError
+from fusedet.file_hash import hash_file
 
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
@@ -42,27 +42,21 @@ def download(address: str, target: Path, sha256: str, console: Console | None = 
         InputError: The file has another hash; it is deleted.
         StorageError: The file cannot be written.
     """
-    if target.is_file() and has_hash(target, sha256):
+    if target.is_file() and hash_file(target).startswith(sha256):
         return
     part = target.with_name(f"{target.name}.part")
     is_continued = part.exists()
     _complete(address, part, console)
-    if is_continued and not has_hash(part, sha256):  # what was there may be of another file
+    if is_continued and not hash_file(part).startswith(sha256):  # what was there may be of another file
         part.unlink()
         _complete(address, part, console)
-    if not has_hash(part, sha256):
+    if not hash_file(part).startswith(sha256):
         part.unlink()
         raise InputError(
             f"{address} is not the published file: its SHA-256 does not begin with {sha256}; it was deleted, fetch it "
             "again or from another place"
         )
     part.replace(target)
-
-
-def has_hash(file: Path, sha256: str) -> bool:
-    """Return whether a file's SHA-256 begins with these hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest().startswith(sha256)
 
 
 def _complete(address: str, part: Path, console: Console | None) -> None:

@@ -25,9 +25,10 @@ from fusedet.config import Config
 from fusedet.errors import InputError, StorageError, at_least, one_of, plural, split_names
 from fusedet.exporters.formats import AOT, check_compiler, check_packages, package_versions
 from fusedet.exporters.graph import smallest_side
-from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds, hash_file
+from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds
 from fusedet.exporters.quantization import PACKAGES
 from fusedet.exporters.runtime import check_bf16
+from fusedet.file_hash import hash_file
 from fusedet.interop.published_weights import find_published_weights, is_published_name
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.roi import MaskBranch

@@ -13,9 +13,10 @@ from filelock import FileLock
 from rich.console import Console
 
 from fusedet import interop
-from fusedet.api.download import DownloadError, download, has_hash
+from fusedet.api.download import DownloadError, download
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
+from fusedet.file_hash import hash_file
 from fusedet.interop import ConvertedCheckpoint
 from fusedet.interop.published_weights import PublishedWeights, find_published_weights
 
@@ -120,7 +121,7 @@ def _downloaded(weights: PublishedWeights) -> Path:
 
 
 def _checked(file: Path, weights: PublishedWeights) -> Path:
-    if not has_hash(file, weights.sha256):
+    if not hash_file(file).startswith(weights.sha256):
         raise InputError(
             f"{file} is not the file of {weights.name}: its SHA-256 does not begin with {weights.sha256}; take the "
             f"one from {weights.address}"

@@ -44,7 +44,7 @@ def val(
     split: Split = None,
     voc: Annotated[bool, Option("--voc", help="Compute VOC's AP too; for VOC data it always is.")] = False,
     evaluator: Annotated[
-        Literal["fusedet", "faster-coco-eval", "pycocotools", "hotcoco"], Option(help="What computes COCO's metrics.")
+        Literal["fusedet", "faster-coco-eval", "pycocotools"], Option(help="What computes COCO's metrics.")
     ] = "fusedet",
     submission: Annotated[bool, Option("--submission", help="Write the files that COCO's test server takes.")] = False,
     tiles_help: Annotated[bool, Option("--tiles-help", help="Say whether tiles help, with and without them.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
@@ -146,6 +147,11 @@ def _item_hint(hint: Any, part: Any) -> Any:
 
 
 def _wrong_type(value: Any, hint: Any, key: str) -> InputError:
+    names = [name for member in union_members(hint) if get_origin(member) is Literal for name in get_args(member)]
+    if names:
+        near = difflib.get_close_matches(str(value), map(str, names), n=1, cutoff=0.5)
+        meant = f": did you mean {near[0]!r}?" if near else ""
+        return InputError(f"{key} must be {type_name(hint).replace(' | ', ' or ')}, got {value!r}{meant}")
     if get_origin(hint) not in _LISTS:
         return InputError(f"{key} must be {type_name(hint)}, got {value!r}")
     args = get_args(hint)

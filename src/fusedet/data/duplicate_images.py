@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
+
+from fusedet.file_hash import hash_file
 
 _GRID = 16  # pixels per side of the reduced image that is compared
 _MIN_CONTRAST = 4.0  # grey levels of standard deviation: flatter images all look alike
@@ -25,11 +26,11 @@ class ImagePrint:
     """What identifies an image.
 
     Attributes:
-        digest: Of the file's bytes.
+        digest: SHA-256 of the file.
         grey: (16, 16) float16, the image reduced to grey levels: its perceptual hash.
     """
 
-    digest: bytes
+    digest: str
     grey: np.ndarray
 
 
@@ -37,9 +38,7 @@ def compute_print(path: Path, image: Tensor) -> ImagePrint:
     """Return what identifies an image, given its file and its pixels (3, H, W) uint8."""
     grey = image.float().mean(dim=0)[None, None]
     small = interpolate(grey, size=(_GRID, _GRID), mode="area")[0, 0]
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-    return ImagePrint(digest, small.numpy().astype(np.float16))
+    return ImagePrint(hash_file(path), small.numpy().astype(np.float16))
 
 
 @dataclass(frozen=True)

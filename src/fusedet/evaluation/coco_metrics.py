@@ -76,7 +76,7 @@ def evaluate_coco(
         masks = results if iou_type == "segm" else None
         curves = _evaluate(dataset, table, masks, coco_matching.THRESHOLDS, areas, limits[2:])
     else:
-        curves = evaluate_with_package(evaluator, dataset, results, table, iou_type, areas, limits)
+        curves = evaluate_with_package(evaluator, dataset, results, iou_type, areas, limits)
     metrics: dict[str, Any] = _summarize(curves[0])
     metrics |= {"AR1": nan_mean(curves[0].recall_1), "AR10": nan_mean(curves[0].recall_10)}
     metrics = {name: metrics[name] for name in COCO_METRICS}

@@ -22,7 +22,7 @@ from fusedet.errors import InputError, unknown
 Result = dict[str, Any]
 """{image_id, category_id, score, bbox [x, y, width, height] in original pixels and / or segmentation (RLE)}."""
 
-EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools", "hotcoco")
+EVALUATORS = ("fusedet", "faster-coco-eval", "pycocotools")
 """The evaluators of COCO metrics; all agree to rounding, and the first needs no further package."""
 
 MAX_DETS = (1, 10, 100)

@@ -1,4 +1,4 @@
-"""COCO metrics by faster-coco-eval, pycocotools or hotcoco."""
+"""COCO metrics by faster-coco-eval or pycocotools."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ import numpy as np
 from fusedet.data.dataset import DetectionDataset
 from fusedet.errors import InputError
 from fusedet.evaluation import coco_matching
-from fusedet.evaluation.ground_truth import build_coco_ground_truth, xyxy_to_xywh
+from fusedet.evaluation.ground_truth import build_coco_ground_truth
 from fusedet.evaluation.mask_iou import compute_mask_area
-from fusedet.evaluation.results import DetectionTable, Result
+from fusedet.evaluation.results import Result
 
 
 def evaluate_with_package(
     evaluator: str,
     dataset: DetectionDataset,
     results: Sequence[Result],
-    table: DetectionTable,
     iou_type: str,
     areas: np.ndarray,
     max_dets: Sequence[int],
 ) -> list[coco_matching.PrecisionRecallCurves]:
-    """Compute the curves with "faster-coco-eval", "pycocotools" or "hotcoco", which share their interface.
+    """Compute the curves with "faster-coco-eval" or "pycocotools", which share their interface.
 
     Args:
         evaluator: The package.
         dataset: The ground truth.
         results: The detections.
-        table: The same as arrays.
         iou_type: "bbox" or "segm".
         areas: Area ranges (A, 2), of which the first is all areas.
         max_dets: 1, 10, and the limits of detections per image and class.
@@ -46,10 +44,7 @@ def evaluate_with_package(
     """
     coco, evaluator_class = _load(evaluator)
     with contextlib.redirect_stdout(io.StringIO()):
-        if evaluator == "hotcoco" and iou_type == "bbox":
-            ground_truth, predictions = _build_from_arrays(coco, dataset, table)
-        else:
-            ground_truth, predictions = _build_from_dicts(coco, dataset, results, iou_type)
+        ground_truth, predictions = _build_datasets(coco, dataset, results, iou_type)
         run = evaluator_class(ground_truth, predictions, iou_type)
         run.params.areaRng = areas.tolist()
         run.params.areaRngLbl = [str(a) for a in range(len(areas))]
@@ -69,7 +64,7 @@ def evaluate_with_package(
     ]
 
 
-def _build_from_dicts(coco: Any, dataset: DetectionDataset, results: Sequence[Result], iou_type: str) -> list[Any]:
+def _build_datasets(coco: Any, dataset: DetectionDataset, results: Sequence[Result], iou_type: str) -> list[Any]:
     """Return the ground truth and the detections as the package's datasets."""
     kept = "bbox" if iou_type == "bbox" else "segmentation"
     detections = [
@@ -93,32 +88,12 @@ def _build_from_dicts(coco: Any, dataset: DetectionDataset, results: Sequence[Re
     return built
 
 
-def _build_from_arrays(coco: Any, dataset: DetectionDataset, table: DetectionTable) -> list[Any]:
-    """Return the ground truth and the detections as hotcoco's datasets, without a dict per detection."""
-    images, categories = dataset.image_ids.numpy(), np.array(dataset.category_ids)
-    sizes = dataset.sizes.tolist()
-    truth = coco.from_arrays(
-        [{"id": i, "file_name": "", "height": h, "width": w} for i, (h, w) in zip(images.tolist(), sizes)],
-        [{"id": c, "name": name} for c, name in zip(dataset.category_ids, dataset.names)],
-        images[dataset.image_indices],
-        categories[dataset.labels.numpy()],
-        xyxy_to_xywh(dataset.boxes.numpy()),
-        area=dataset.area.numpy(),
-        iscrowd=dataset.eval_ignore.numpy(),
-    )
-    columns = (images[table.images], table.boxes, table.scores, categories[table.labels])
-    return [truth, truth.load_res(np.column_stack(columns).astype(np.float64))]
-
-
 def _load(evaluator: str) -> tuple[Any, Any]:
     """Return the package's dataset and evaluator classes."""
     try:
         if evaluator == "pycocotools":
             coco, cocoeval = (importlib.import_module(f"pycocotools.{name}") for name in ("coco", "cocoeval"))
             return coco.COCO, cocoeval.COCOeval
-        if evaluator == "hotcoco":
-            package = importlib.import_module("hotcoco")
-            return package.COCO, package.COCOeval
         package = importlib.import_module("faster_coco_eval")
         return package.COCO, package.COCOeval_faster
     except ImportError as error:

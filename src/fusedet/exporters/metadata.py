@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError
+from fusedet.file_hash import hash_file
 
 VERSION: Literal[1] = 1
 """Version of model.json; a file of another version is refused."""
@@ -100,12 +100,6 @@ class Metadata(_Strict):
     def to_json(self) -> str:
         """Return the text that stands inside each file."""
         return json.dumps(self.model_dump(), ensure_ascii=False, sort_keys=True)
-
-
-def hash_file(path: Path) -> str:
-    """Compute the SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_description(folder: Path, metadata: Metadata, files: dict[str, list[Path]]) -> None:
