@@ -1,9 +1,7 @@
 """The page of an ablation in a browser: no network requests, no errors, and the whole table is on it."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,38 +10,28 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from browsers import FLAGS, find_browser
 from fusedet.ablation import render, report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    summary = next((path for name in BROWSERS if (path := shutil.which(os.environ.get("FUSEDET_BROWSER", name)))), None)
-    if summary is None:
-        pytest.skip("no browser: install chromium, or name one in FUSEDET_BROWSER")
-    return summary
-
-
-def render_page(browser: str, page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
+def render_page(page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
     """Return the rendered page's elements, the browser's messages and the requested addresses."""
     log = work / "net.json"
     words = [
         "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-    ]
-    words += [
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        "--disable-sync",
-        "--no-first-run",
+        *FLAGS,
         "--enable-logging=stderr",
         "--log-level=0",
         f"--user-data-dir={work / 'profile'}",
     ]
-    command = [browser, *words, f"--log-net-log={log}", "--net-log-capture-mode=Everything", *options, page.as_uri()]
+    command = [
+        find_browser(),
+        *words,
+        f"--log-net-log={log}",
+        "--net-log-capture-mode=Everything",
+        *options,
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     messages = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
@@ -167,9 +155,9 @@ def page(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return report.write_report(summary, tmp_path / "out")["page"], summary
 
 
-def test_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_page_in_a_browser(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     file, summary = page
-    dom, messages, requests = render_page(browser, file, tmp_path, "--dump-dom")
+    dom, messages, requests = render_page(file, tmp_path, "--dump-dom")
     assert messages == ""
     assert requests == []
     seen = Cells(dom)
@@ -182,23 +170,20 @@ def test_page_in_a_browser(browser: str, page: tuple[Path, dict[str, Any]], tmp_
     assert "<script" not in dom
 
 
-def test_requests_and_messages_are_detected(browser: str, tmp_path: Path) -> None:
+def test_requests_and_messages_are_detected(tmp_path: Path) -> None:
     """Otherwise the test above could not fail."""
     page = tmp_path / "bad.html"
     page.write_text('<img src="http://127.0.0.1:9/a.png"><script>console.error("oh no")</script>')
-    _, messages, requests = render_page(browser, page, tmp_path, "--dump-dom")
+    _, messages, requests = render_page(page, tmp_path, "--dump-dom")
     assert "oh no" in messages
     assert requests == ["http://127.0.0.1:9/a.png"]
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)])
-def test_light_and_dark(
-    browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool
-) -> None:
+def test_light_and_dark(page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool) -> None:
     """The page follows the reader's color scheme, and text and plots contrast with its background."""
     image = tmp_path / "page.png"
     render_page(
-        browser,
         page[0],
         tmp_path,
         f"--blink-settings=preferredColorScheme={scheme}",
@@ -213,12 +198,12 @@ def test_light_and_dark(
     assert min(bright, deep) > 5000  # the page is not empty
 
 
-def test_page_fits_a_narrow_window(browser: str, page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_page_fits_a_narrow_window(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Wide tables and plots scroll, the page itself does not."""
     probe = tmp_path / "probe.html"
     script = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
     probe.write_text(page[0].read_text().replace("</body>", f"{script}</body>"))
-    dom, _, _ = render_page(browser, probe, tmp_path, "--window-size=600,900", "--dump-dom")
+    dom, _, _ = render_page(probe, tmp_path, "--window-size=600,900", "--dump-dom")
     title = re.search(r"<title>(\d+) (\d+)</title>", dom)
     assert title, dom[:500]
     assert int(title[1]) <= int(title[2])

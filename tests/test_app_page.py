@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,6 @@ from PIL import Image
 import fusedet
 from exporting import NAMES, TWO_LEVELS, save_run
 from serving import make_image, serve_in_thread
-
-playwright = pytest.importorskip("playwright.sync_api")
-
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("no browser: install chromium")
-    with playwright.sync_playwright() as driver:
-        own = driver.chromium.launch(executable_path=program, args=FLAGS)
-        yield own
-        own.close()
 
 
 @pytest.fixture(scope="module")

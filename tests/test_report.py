@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import sys
 import webbrowser
 from html.parser import HTMLParser
@@ -33,7 +32,6 @@ from fusedet.report.analysis import analyze_run, summarize
 from fusedet.report.counts import KINDS, classify, count_by_threshold, count_from, fill_matrix
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NAMES = ("</script><script>alert(1)</script>", 'a & "b" <i>')
 
 
@@ -420,19 +418,6 @@ def test_a_page_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Any:
-    executable = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip("no browser: install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-    with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=executable, args=[*options, "--disable-component-update"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
