@@ -27,7 +27,7 @@ from fusedet.data.image_windows import Window, cut_window
 from fusedet.errors import InputError
 
 _LARGE = 2**24
-"""JPEG and PNG of more pixels are decoded by torchvision: equal pixels in a third of Pillow's memory."""
+"""JPEG and PNG of more pixels are decoded by torchvision: equal pixels without Pillow's copies."""
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 

@@ -198,7 +198,7 @@ def nan_mean(values: np.ndarray) -> float:
 def _read_plain(results: Sequence[Result], boxes: bool) -> tuple[np.ndarray, ...] | None:
     """Return image ids (D,), category ids (D,), scores (D,) and boxes (D, 4) if all are valid Python numbers.
 
-    None stands for anything else, which `validate_results` then examines one by one, at five times the cost.
+    None stands for anything else, which `validate_results` then examines one by one.
     """
     count = len(results)
     try:
