@@ -541,6 +541,10 @@ def test_errors_of_the_command(
     assert f"port={port} is taken by another program" in capsys.readouterr().err
     for words, sentence in [
         (["app", str(tmp_path / "none"), "--port", "0"], "none"),
+        (
+            ["app", "retinanet_r50", "--port", "0"],
+            "retinanet_r50 is a config, which has no weights: give a run directory",
+        ),
         (["app", run, run, run], "is one too many: app takes one model or two"),
         (["app", run, "train.epochs=3", "--port", "0"], "train.epochs=3 changes nothing for a trained model"),
         (["app", run, "--port", "0", "--host", "192.0.2.1"], "host=192.0.2.1 is no address of this machine"),

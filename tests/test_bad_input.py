@@ -333,7 +333,10 @@ def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: 
 def test_predict_without_images(capsys: Capture, trained: Path, scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "predict", trained), "which images?")
-    has(complaint(capsys, "predict", trained, "/no/where.jpg"), "there is no image, folder or pattern /no/where.jpg")
+    has(
+        complaint(capsys, "predict", trained, "/no/where.jpg"),
+        "there is no image, video, folder or pattern /no/where.jpg",
+    )
     has(complaint(capsys, "predict", trained, tmp_path / "empty"), "matches no image")
     has(complaint(capsys, "predict", trained, f"{tmp_path}/*.xyz"), "*.xyz matches no image")
     capsys.readouterr()
@@ -352,7 +355,7 @@ def test_an_empty_word_is_not_the_current_folder(
     image, out = next((scenes / "val").iterdir()), f"out={tmp_path / 'made'}"
     monkeypatch.chdir(scenes)
     for command in ("predict", "cam"):
-        has(complaint(capsys, command, trained, "", out), "no image, folder or pattern ''")
+        has(complaint(capsys, command, trained, "", out), "folder or pattern ''")
     has(complaint(capsys, "cam", "", image, out), "no checkpoint")
     has(complaint(capsys, "cam", trained, image, "--beside", "", out), "no checkpoint")
     has(complaint(capsys, "val", trained, "data=", out), "add data=PATH")

@@ -125,6 +125,33 @@ def test_tracks_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         next(make_predictor().stream(make_video(tmp_path / "a.mp4", [0]), track=0.3))
 
 
+def test_the_command_needs_the_package_before_it_writes(
+    square: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """With --on-bad-image skip no video is skipped for it, and the same out= can be used after the installation."""
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    file, out = make_video(tmp_path / "a.mp4", [0]), tmp_path / "out"
+    assert cli.run(["predict", "RUN", str(file), "--track", "--on-bad-image", "skip", f"out={out}"]) == 2
+    assert capsys.readouterr().err == 'error: tracks need the package trackers: pip install "fusedet[track]"\n'
+    assert not out.exists()
+
+
+def test_a_skipped_video_is_no_image(square: Predictor, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    file = make_video(tmp_path / "b.mp4", [0])
+    words = ["predict", "RUN", str(tmp_path / "a.mp4"), str(file), "--on-bad-image", "skip", f"out={tmp_path / 'out'}"]
+    assert cli.run(words) == 0
+    text = capsys.readouterr().out
+    assert "a.mp4 is no video that can be read" in text
+    assert "could not be read, listed" not in text
+
+
+@pytest.mark.parametrize("score", ["-0.1", "1.5", "nan"])
+def test_scores_outside_0_to_1(score: str, square: Predictor, tmp_path: Path, capsys: Capture) -> None:
+    assert cli.run(["predict", "RUN", str(tmp_path), "--score", score]) == 2
+    assert capsys.readouterr().err == f"error: score={score} must be 0 to 1\n"
+
+
 # -- the command
 
 

@@ -36,7 +36,7 @@ class Sources:
 
     def __init__(self, words: Iterable[str], kinds: tuple[Kind, ...] = ("image",)) -> None:
         self.words, self.kinds = tuple(words), kinds
-        self._sources = [_source(word) for word in self.words]
+        self._sources = [_source(word, kinds) for word in self.words]
         for word, source in zip(self.words, self._sources):
             if next(filter(self._is_kind, source), None) is None:
                 left_out = describe_left_out(self.count_left_out())
@@ -125,7 +125,7 @@ class _List:
 _ALL = ("**",)
 
 
-def _source(word: str) -> _File | _Glob | _List:
+def _source(word: str, kinds: Iterable[Kind]) -> _File | _Glob | _List:
     path = Path(word)
     if word and path.is_dir():  # "" is no folder, but Path("") is the current one
         return _Glob(path, _ALL)
@@ -138,7 +138,7 @@ def _source(word: str) -> _File | _Glob | _List:
             )
         return _List(Path(word[1:]))
     if not any(c in word for c in "*?["):
-        raise InputError(f"there is no image, folder or pattern {word or repr(word)}")
+        raise InputError(f"there is no {', '.join(kinds)}, folder or pattern {word or repr(word)}")
     magic = next(i for i, part in enumerate(path.parts) if any(c in part for c in "*?["))
     return _Glob(Path(*path.parts[:magic]), path.parts[magic:])
 

@@ -44,13 +44,18 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
     Published weights are fetched and converted unless they are in the cache.
 
     Raises:
-        InputError: The run directory has no checkpoint, the name is unknown, or its file cannot be fetched.
+        InputError: The run directory has no checkpoint, the name is that of a config or unknown, or its file cannot be
+            fetched.
     """
     if is_published_name(path):
         return fetch_weights(path)
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
+            if str(path) in config_names():
+                raise InputError(
+                    f"{path} is a config, which has no weights: give a run directory that it was trained in"
+                )
             require_source(path)
         return path
     order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]

@@ -22,6 +22,7 @@ from fusedet.api.prediction_exports import Exports, parse_formats
 from fusedet.api.progress import progress_bar
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
+from fusedet.api.video_stream import import_tracker
 from fusedet.data.video_parts import Part, is_stream
 from fusedet.data.videos import import_av
 from fusedet.errors import InputError, one_of, plural
@@ -45,6 +46,7 @@ class PredictionSummary(CommandResult):
         rank: This process's number.
         left_out: Number of images in the directories whose formats are not read, by extension.
         notes: A sentence for each video that could not be read to its end, or whose sound was left out.
+        skipped_videos: How many of the skipped are videos; `notes` has a sentence for each.
     """
 
     counts: dict[str, int]
@@ -53,6 +55,7 @@ class PredictionSummary(CommandResult):
     rank: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    skipped_videos: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts, the files and the notes."""
@@ -69,7 +72,7 @@ class PredictionSummary(CommandResult):
         seen += [frames] * bool(counts["videos"])
         of_score = f"{counts['shown']} of them with a score of {self.score:g} or more"
         text = [f"{' and '.join(seen)}, {detections}, {of_score}", *self.notes]
-        if skipped := self.counts["skipped"]:
+        if skipped := self.counts["skipped"] - self.skipped_videos:
             text.append(f'{plural(skipped, "image")} could not be read, listed under "skipped" in what was written')
         if left_out := describe_left_out(self.left_out):
             text.append(left_out)
@@ -130,6 +133,8 @@ def predict(
         InputError: The run or a source does not exist, an image cannot be read, or the directory holds other files.
     """
     formats = parse_formats([save] if isinstance(save, str) else save)
+    if not 0 <= score <= 1:
+        raise InputError(f"score={score} must be 0 to 1")
     one_of("precision", precision, Precision)
     one_of("value of --on-bad-image", on_bad_image, OnBadImage)
     texts = refuse_other_keys(to_overrides(overrides, settings), *SETTABLE)
@@ -173,7 +178,7 @@ def predict(
             outputs["videos"] = target / "videos"
     counts = {name: value + getattr(seen, name, 0) for name, value in written.items()}
     counts |= {"videos": seen.videos, "frames": seen.frames}
-    return PredictionSummary(counts, outputs, score, rank, files.count_left_out(), tuple(seen.notes))
+    return PredictionSummary(counts, outputs, score, rank, files.count_left_out(), tuple(seen.notes), seen.skipped)
 
 
 def _check_videos(count: int, part: Part, track: bool, world: int, resume: bool) -> None:
@@ -183,6 +188,8 @@ def _check_videos(count: int, part: Part, track: bool, world: int, resume: bool)
     if not count:
         return
     import_av()
+    if track:
+        import_tracker()
     if world > 1:
         raise InputError("several processes share images, not videos: start the prediction of videos without torchrun")
     if resume:

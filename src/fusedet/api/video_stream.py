@@ -67,6 +67,21 @@ def _group(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
         yield group
 
 
+def import_tracker() -> Any:
+    """Return the class of ByteTrack in the package trackers.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # supervision recommends OpenCV
+            from trackers import ByteTrackTracker
+    except ImportError as error:
+        raise InputError('tracks need the package trackers: pip install "fusedet[track]"') from error
+    return ByteTrackTracker
+
+
 class Tracker:
     """Numbers the objects of a video by ByteTrack.
 
@@ -82,13 +97,7 @@ class Tracker:
     """
 
     def __init__(self, score: float, rate: Fraction) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # supervision recommends OpenCV
-                from trackers import ByteTrackTracker
-        except ImportError as error:
-            raise InputError('tracks need the package trackers: pip install "fusedet[track]"') from error
-        self._tracker = ByteTrackTracker(
+        self._tracker = import_tracker()(
             frame_rate=float(rate), track_activation_threshold=score, high_conf_det_threshold=score
         )
 
