@@ -549,6 +549,7 @@ def test_errors_of_the_command(
         (["app", run, "train.epochs=3", "--port", "0"], "train.epochs=3 changes nothing for a trained model"),
         (["app", run, "--port", "0", "--host", "192.0.2.1"], "host=192.0.2.1 is no address of this machine"),
         (["app", run, "--port", "0", "--host", "no such host"], "host=no such host is no address of this machine"),
+        (["app", run, "--port", "0", "--host", ""], "host is empty: use 127.0.0.1"),
         (["app", run, "--port", "0", "--examples", "nowhere"], "there is no image, folder or pattern nowhere"),
     ]:
         assert cli.run(words) == 2

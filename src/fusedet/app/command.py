@@ -110,6 +110,8 @@ def serve_app(
     _require_packages()
     if not 0 <= port <= 65535:
         raise InputError(f"port={port} must be 0 to 65535")
+    if not host:
+        raise InputError("host is empty: use 127.0.0.1, or 0.0.0.0 for all addresses")
     import uvicorn
 
     is_local = host in LOCAL_HOSTS
