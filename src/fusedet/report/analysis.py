@@ -198,5 +198,11 @@ def summarize(analysis: Analysis) -> list[str]:
     return text
 
 
+def format_ends(low: float, high: float, digits: int = 3) -> str:
+    """Format the ends of an interval; nothing without one."""
+    return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(low) and math.isfinite(high) else ""
+
+
 def _interval(low: float, high: float) -> str:
-    return f" ({low:.3f} to {high:.3f})" if math.isfinite(low) and math.isfinite(high) else ""
+    ends = format_ends(low, high)
+    return f" ({ends})" if ends else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+from matplotlib.colors import to_hex
 
 from fusedet.visualization.figure import plot_color
 
@@ -42,7 +43,7 @@ class Curve:
 
 def class_hex(k: int) -> str:
     """Return class k's color in plots, as a CSS color."""
-    return "#" + "".join(f"{round(255 * part):02x}" for part in plot_color(k))
+    return to_hex(plot_color(k))
 
 
 def draw_curves(
@@ -154,8 +155,8 @@ def _draw_axes(x_range: tuple[float, float], top: float, x_label: str, y_label: 
     return lines + f'<text x="11" y="{middle}" text-anchor="middle" {turn}>{escape(y_label)}</text>'
 
 
-def _path(points: object, x_range: tuple[float, float], top: float, style: str) -> str:
-    steps = [_place(x, y, x_range, top) for x, y in points]  # type: ignore[attr-defined]
+def _path(points: Iterable[tuple[float, float]], x_range: tuple[float, float], top: float, style: str) -> str:
+    steps = [_place(x, y, x_range, top) for x, y in points]
     return f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in steps)}" fill="none" {style}/>' if steps else ""
 
 

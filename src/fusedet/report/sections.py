@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from fusedet.evaluation.calibration import Calibration
-from fusedet.report.analysis import KIND_TEXTS, RESAMPLES, Analysis, summarize
+from fusedet.report.analysis import KIND_TEXTS, RESAMPLES, Analysis, format_ends, summarize
 from fusedet.report.charts import INK, Curve, class_hex, draw_curves, draw_intervals, draw_reliability
 from fusedet.report.counts import DEFAULT
 from fusedet.visualization.page import make_faint, make_plain_table, make_section
@@ -21,11 +21,6 @@ MOST_CURVES = 10  # classes whose precision-recall curves have colors
 def format_value(value: float | None, digits: int = 3) -> str:
     """Format a metric; a dash for NaN and None."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def format_ends(low: float, high: float, digits: int = 3) -> str:
-    """Format the ends of an interval; nothing without one."""
-    return f"{low:.{digits}f} to {high:.{digits}f}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def make_overview(analysis: Analysis) -> str:

@@ -46,8 +46,8 @@ export class Camera {
     const stage = this.views[0].canvas;
     const [dx, dy] = [stage.clientWidth / 2 / this.scale, stage.clientHeight / 2 / this.scale];
     if (x1 >= this.x - dx && x2 <= this.x + dx && y1 >= this.y - dy && y2 <= this.y + dy) return;
-    const room = 0.8 * Math.min(stage.clientWidth / (x2 - x1), stage.clientHeight / (y2 - y1));
-    Object.assign(this, { x: (x1 + x2) / 2, y: (y1 + y2) / 2, scale: Math.min(this.scale, room) });
+    const largest = 0.8 * Math.min(stage.clientWidth / (x2 - x1), stage.clientHeight / (y2 - y1));
+    Object.assign(this, { x: (x1 + x2) / 2, y: (y1 + y2) / 2, scale: Math.min(this.scale, largest) });
     this.move(0, 0);
   }
 
