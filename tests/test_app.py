@@ -181,6 +181,7 @@ def test_image_bombs(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"score": 7}, "score: input should be less than or equal to 1"),
         ({"score": "high"}, "score: input should be a valid number, unable to parse string as a number"),
         ({"tiles": 10}, "test.tiles.size=10 must be 32 or more"),
+        ({"scor": 0.5}, "unknown parameter 'scor': did you mean 'score'?"),
         ({"model": "frist"}, "unknown model 'frist': did you mean 'first'? Known: first, masked"),
         ({"tiles": 32, "overlap": 0.9}, "make 9861 windows of this image, more than 400"),  # 116 x 85 + 1
     ],
@@ -190,6 +191,11 @@ def test_wrong_parameters(client: Any, parameters: dict[str, Any], sentence: str
     answer = post(client, "/predict", content, **parameters)
     assert answer.status_code == 422
     assert sentence in answer.json()["detail"]
+
+
+def test_a_text_is_no_file(client: Any) -> None:
+    answer = client.post("/predict", files={"image": (None, "street.jpg")})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "image: a file was expected, not a text")
 
 
 def test_a_missing_file(client: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, FastAPI, File, HTTPException, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, HTTPException, Query, Request, UploadFile
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -22,7 +22,7 @@ from fusedet.app.prediction_queue import PredictionQueue, QueueFullError
 from fusedet.app.request_guard import RequestGuard, describe_size_limit
 from fusedet.app.served_model import ServedModel, choose_model
 from fusedet.config.schema import PredictionTiles
-from fusedet.errors import InputError
+from fusedet.errors import InputError, unknown
 from fusedet.visualization.annotators import to_pil_image
 
 STATIC = Path(__file__).parent / "static"
@@ -54,7 +54,18 @@ UNKNOWN: dict[int | str, dict[str, Any]] = {
     404: {"model": replies.Problem, "description": "There is no such example."},
     422: {"model": replies.Problem, "description": "The number is wrong."},
 }
+
+
+def _refuse_unknown_parameters(request: Request) -> None:
+    """Raise InputError for a query parameter that the route does not have; FastAPI ignores it."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise unknown("parameter", name, known)
+
+
 router = APIRouter()
+checked = APIRouter(dependencies=[Depends(_refuse_unknown_parameters)])
 
 
 class State:
@@ -99,6 +110,7 @@ def build_server(state: State, hosts: Collection[str]) -> FastAPI:
     )
     app.state.served = state
     app.include_router(router)
+    app.include_router(checked)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_exception_handler(InputError, _answer_input_error)
     app.add_exception_handler(QueueFullError, _answer_full_queue)
@@ -150,7 +162,7 @@ def get_thumbnail(request: Request, number: int) -> Response:
         raise HTTPException(404, f"example {number} cannot be read") from None
 
 
-@router.post("/predict", summary="Detect instances in an image", responses=REFUSED)
+@checked.post("/predict", summary="Detect instances in an image", responses=REFUSED)
 async def predict(
     request: Request,
     image: Upload,
@@ -179,7 +191,7 @@ async def predict(
     return reply
 
 
-@router.post("/heatmaps", summary="Explain a class in an image", responses=REFUSED)
+@checked.post("/heatmaps", summary="Explain a class in an image", responses=REFUSED)
 async def explain(
     request: Request, image: Upload, class_name: ClassName, model: ModelName = None, kind: Kind = "classification"
 ) -> replies.HeatMapReply:
@@ -201,7 +213,7 @@ async def explain(
     return reply
 
 
-@router.post("/preview", summary="Get an image as the model sees it", responses=REFUSED, response_class=Response)
+@checked.post("/preview", summary="Get an image as the model sees it", responses=REFUSED, response_class=Response)
 async def preview(request: Request, image: Upload, model: ModelName = None) -> Response:
     """Return an image file as JPEG of at most 4096 pixels, upright and in colors, for browsers that cannot show it."""
     state = _get_state(request)
@@ -260,4 +272,6 @@ async def _answer_full_queue(_: Request, error: Exception) -> JSONResponse:
 async def _answer_wrong_parameter(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["loc"][0] == "body" and isinstance(first.get("input"), str):
+        return JSONResponse({"detail": f"{first['loc'][-1]}: a file was expected, not a text"}, 422)
     return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}"}, 422)
