@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from conftest import save_unrendered
 from fusedet import cli
 from fusedet.api import train as command
 from fusedet.api import validate
 from fusedet.engine import checkpoint, logging, trainer
+from shared_fixtures import save_unrendered
 from warm import SERVER
 
 FILES = ("metrics.csv", "val.bbox.json", "skipped.csv")
