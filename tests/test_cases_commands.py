@@ -27,6 +27,8 @@ from fusedet.models.detectors import selection_options
 from fusedet.models.ops.boxes import select_detections
 from fusedet.types import Candidates
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 Capture = pytest.CaptureFixture[str]
 
 

@@ -555,7 +555,7 @@ print(json.dumps([codes, before, met]))
 @pytest.mark.slow
 def test_no_network_access(scenes: Path, tmp_path: Path) -> None:
     """Train, evaluate and predict while every connection is refused and recorded; the last one is the test's own."""
-    from conftest import SMALL
+    from shared_fixtures import SMALL
 
     run = tmp_path / "run"
     words = [
