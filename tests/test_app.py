@@ -243,6 +243,14 @@ def test_allowed_hosts(runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    "host", ["a b", "https://detect.example.com", "detect.example.com:443", "detect.example.com/", ""]
+)
+def test_wrong_allowed_hosts(host: str) -> None:
+    with pytest.raises(fusedet.InputError, match="must be a name or an address without scheme, port and path"):
+        fusedet.create_app("no run is loaded", allowed_hosts=[host])
+
+
+@pytest.mark.parametrize(
     ("origin", "status"),
     [("http://localhost:3000", 200), ("https://evil.example", 403), ("null", 403)],
 )

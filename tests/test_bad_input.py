@@ -322,6 +322,13 @@ def test_a_checkpoint_of_other_classes(capsys: Capture, trained: Path, scenes: P
 
 def test_files_that_are_no_checkpoints(capsys: Capture, run_copy: Path, scenes: Path, tmp_path: Path) -> None:
     has(complaint(capsys, "predict", "/no/where", scenes / "val"), "no checkpoint exists at /no/where")
+    has(complaint(capsys, "predict", "nope", scenes / "val"), "no checkpoint exists at nope")
+    has(complaint(capsys, "val", "last.ckpt"), "no checkpoint exists at last.ckpt")
+    for command in (["predict", "retinanet_r5O", scenes / "val"], ["val", "retinanet_r5O"], ["app", "retinanet_r5O"]):
+        said = complaint(capsys, *command)
+        has(
+            said, "unknown run, checkpoint or published weights 'retinanet_r5O': did you mean 'mmdet/retinanet_r50_fpn_"
+        )
     (tmp_path / "empty").mkdir()
     has(complaint(capsys, "val", tmp_path / "empty"), "holds no checkpoint: best.safetensors or last.ckpt is missing")
     strange = tmp_path / "strange.safetensors"

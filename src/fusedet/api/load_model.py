@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, unknown
 from fusedet.exporters.reference import spread_scores
-from fusedet.interop.published_weights import is_published_name, require_source
+from fusedet.interop.published_weights import is_published_name, list_published_weights, require_source
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
 COCO_CLASSES = 80
@@ -45,7 +46,7 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
 
     Raises:
         InputError: The run directory has no checkpoint, the name is that of a config or unknown, or its file cannot be
-            fetched.
+            fetched. The sentence offers published weights that are near to a name.
     """
     if is_published_name(path):
         return fetch_weights(path)
@@ -57,6 +58,10 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
                     f"{path} is a config, which has no weights: give a run directory that it was trained in"
                 )
             require_source(path)
+            known = list_published_weights()
+            if path.name == str(path) and (meant := difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)):
+                kind = "run, checkpoint or published weights"
+                raise unknown(kind, path, known, meant=meant, lister="fusedet weights")
         return path
     order = ["best.safetensors", "last.ckpt"] if which == "best" else ["last.ckpt"]
     for name in order:

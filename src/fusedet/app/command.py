@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import ipaddress
+import re
 import socket
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -54,11 +56,12 @@ def create_app(
         settings: The same settings as `overrides`, by keyword.
 
     Raises:
-        InputError: A package of the extra `app` is missing, or a model cannot be loaded.
+        InputError: A package of the extra `app` is missing, a host is none, or a model cannot be loaded.
     """
     _require_packages()
     at_least(1, max_size_mb=max_size_mb)
     at_least(0, queue=queue)
+    hosts = {_parse_host(host) for host in (*LOCAL_HOSTS, *allowed_hosts)}
     from fusedet.app.examples import Examples
     from fusedet.app.served_model import load_models
     from fusedet.app.server import State, build_server
@@ -67,7 +70,6 @@ def create_app(
     models = load_models(sources, to_overrides(overrides, settings), trust)
     first = next(iter(models.values()))
     own = Examples(examples, first.predictor.config)
-    hosts = {host.lower().strip("[]") for host in (*LOCAL_HOSTS, *allowed_hosts)}
     return build_server(State(models, own, max_size_mb * 10**6, queue), hosts)
 
 
@@ -152,6 +154,24 @@ def _require_packages() -> None:
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise InputError(f'the app needs {" and ".join(missing)}: pip install "fusedet[app]"')
+
+
+def _parse_host(host: str) -> str:
+    """Return an allowed host as it is compared: in lower case, and of an IPv6 address without brackets.
+
+    Raises:
+        InputError: It is no name or address, as with a scheme or a port.
+    """
+    name = host.lower().strip("[]")
+    if not re.fullmatch(r"[\w.-]+", name):
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            raise InputError(
+                f"the allowed host {host!r} must be a name or an address without scheme, port and path, "
+                "such as detect.example.com"
+            ) from None
+    return name
 
 
 def _listen(host: str, port: int) -> socket.socket:
