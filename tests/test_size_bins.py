@@ -126,6 +126,7 @@ def test_wrong_edges_are_refused():
             fusedet.resolve_config("retinanet_tiny", [f"test.size_bins={edges}"])
 
 
+@pytest.mark.usefixtures("rendered")
 def test_plot_has_a_bar_per_bin(tmp_path):
     bins = [
         {"from": 2.0**i, "to": 2.0 ** (i + 1), "AP": ap, "AR": ap, "objects": 9} for i, ap in enumerate([0.1, None])
