@@ -42,8 +42,9 @@ def _parse(text: str, source: str, keys: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
     try:
-        if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
+        if len(text) > LONGEST or count_values(node := yaml.compose(text, loader), {}) > LARGEST:
             limits = f"{LONGEST} characters or {LARGEST} values"
             raise InputError(f"{source} is larger than any config: it has more than {limits}")
         is_value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))
