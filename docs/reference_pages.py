@@ -138,8 +138,7 @@ def _describe_family(family: str, rows: list, latencies: dict[str, dict[str, Any
     columns = (
         "name",
         "backbone",
-        "AP, boxes",
-        "AP, masks",
+        "AP (masks)",
         "parameters (M)",
         "multiply-adds (G)",
         "latency (ms)",
@@ -147,13 +146,18 @@ def _describe_family(family: str, rows: list, latencies: dict[str, dict[str, Any
     )
     head = f"| {' | '.join(columns)} |\n|---|---|{'---:|' * (len(columns) - 2)}"
     lines = [
-        f"| `{row.name}` | {row.backbone} | {_number(row.box_ap)} | {_number(row.mask_ap)} "
+        f"| `{row.name}` | {row.backbone} | {_average_precision(row)} "
         f"| {row.parameters / 1e6:.2f} | {row.multiply_adds / 1e9:.1f} "
         f"| {_number(latency.get('processor_ms'), 0)} | {_number(latency.get('ratio'), 2)} |"
         for row in rows
         for latency in [latencies.get(row.name, {})]
     ]
     return "\n".join([f"## {family}\n", head, *lines, ""])
+
+
+def _average_precision(row: Any) -> str:
+    masks = "" if row.mask_ap is None else f" ({row.mask_ap:.1f})"
+    return _number(row.box_ap) + masks
 
 
 def _number(value: float | None, digits: int = 1) -> str:
