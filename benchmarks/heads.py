@@ -1,20 +1,22 @@
 """Training step and prediction of every one-stage detector beside RetinaNet's, CPU, float32, interleaved in one run.
 
-A step computes the losses of one image with 20 boxes, their gradients, and one SGD step. Memory is the peak of a
-separate process that makes two steps.
+A step computes the losses of one image with 20 boxes, their gradients, and one SGD step. Times are seconds of the
+processor, so that other work on the machine matters little. Memory is the peak of a separate process that makes two
+steps.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import interleave, measure_peak_memory, print_report, summarize_times
+from common import measure_peak_memory, print_report, summarize_times
 from train_step import step
 
 from fusedet import create_model
-from fusedet.api.timing import read_peak_memory
+from fusedet.api.timing import interleave, read_peak_memory, time_call
 from fusedet.models.detectors import prepare_for_inference
 from fusedet.types import Batch, Target
 
@@ -63,6 +65,12 @@ def prediction(config: str, batch: Batch) -> Callable[[], object]:
     return lambda: model.predict(batch)
 
 
+def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Return the processor seconds of each call, the calls in turn."""
+    spans = interleave({name: partial(time_call, call) for name, call in calls.items()}, repeats)
+    return {name: [span.processor for _, span in results] for name, results in spans.items()}
+
+
 def main() -> None:
     """Measure and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,7 +89,7 @@ def main() -> None:
         kind: {name: make(f"{name}_{options.backbone}", batch) for name in CONFIGS}
         for kind, make in (("train_step", training), ("prediction", prediction))
     }
-    times = {kind: interleave(calls, options.repeats) for kind, calls in sides.items()}
+    times = {kind: measure(calls, options.repeats) for kind, calls in sides.items()}
     figures = {kind: summarize_times(measured, REFERENCE) for kind, measured in times.items()}
     given = ("--backbone", options.backbone, "--size", *map(str, options.size))
     memory = {name: round(measure_peak_memory(__file__, name, *given)) for name in CONFIGS}

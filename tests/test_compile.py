@@ -28,6 +28,8 @@ DETECTORS = (
     "mask_rcnn",
     "grid_rcnn",
     "cascade_rcnn",
+    "double_head_rcnn",
+    "tridentnet",
     "atss",
     "gfl",
     "gflv2",

@@ -64,6 +64,8 @@ def test_roi_align_on_cpu_against_torchvision(
         ((torch.rand(rois, 2, 2) - 0.3) * 60 * spread).sort(dim=1).values
     )  # some reach outside the map, some lie there
     where = torch.cat([torch.randint(0, 2, (rois, 1)).float(), ends.flatten(1)], dim=1)
+    where[::4, 3:] = where[::4, 1:3]  # as the padding of proposals
+    where[1::4, 3] = where[1::4, 1]
     ours, theirs = (feature.clone().requires_grad_() for _ in range(2))
     pooled = roi_align_cpu(ours, where, size, 4, samples, aligned)
     wanted = roi_align(theirs, where, size, 1 / 4, samples, aligned)

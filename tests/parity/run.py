@@ -27,6 +27,7 @@ from atss_family import ATSS_FAMILY
 from branches import BRANCH_ADAPTERS
 from cases import LIMITS, Case, Errors, largest, renamed, unmatched
 from roi import ROI_ADAPTERS
+from trident import trident_stage
 
 from fusedet.models.heads import FCOSHead, RepPointsHead, RetinaHead, VFNetHead
 from fusedet.models.necks import BFP, FPN, PAFPN
@@ -327,6 +328,7 @@ ADAPTERS: dict[str, Callable[[Case], tuple[Errors, dict[str, int]]]] = {
     **OTHERS,
     **ROI_ADAPTERS,
     **BRANCH_ADAPTERS,
+    "TridentResLayer": trident_stage,
 }
 
 

@@ -37,7 +37,7 @@ def test_golden_numbers_agree(shared: Path) -> None:
     assert set(verdicts) == {p.stem for p in (shared / "golden").glob("*.json")}
 
 
-ABSENT = {"pisa_roi_head", "sabl_retina_head", "sabl_roi_head", "trident_layer"}
+ABSENT = {"pisa_roi_head", "sabl_retina_head", "sabl_roi_head"}
 """Cases of parts that are not in this version."""
 
 

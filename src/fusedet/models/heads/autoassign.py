@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from fusedet.models.heads.argument_checks import check_weight
-from fusedet.models.heads.fcos import FCOSHead
+from fusedet.models.heads.fcos import FCOSHead, scores_with_objectness
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
 from fusedet.models.ops.boxes import box_centres, distances_to_boxes
-from fusedet.models.ops.inside_pairs import Pairs, inside_pairs, last_of_class
+from fusedet.models.ops.inside_pairs import (
+    Pairs,
+    extremes_of_instance,
+    inside_pairs,
+    last_of_class,
+    offsets_from_centres,
+)
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Priors, Target
@@ -101,8 +107,7 @@ class AutoAssignHead(FCOSHead):
         """
         priors, images = outputs.priors, len(targets)
         most = max(map(len, targets))
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()  # (N, P, K)
-        scores = scores * flatten_maps(outputs.maps["centerness"], 1).float().sigmoid()
+        scores = scores_with_objectness(outputs, self.num_classes)  # (N, P, K)
         distances = flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None]
         points = box_centres(priors.boxes)
         predicted = distances_to_boxes(points, distances)  # (N, P, 4)
@@ -118,7 +123,7 @@ class AutoAssignHead(FCOSHead):
         mean = zeros.index_add(0, pairs.row, likelihood * mass / total)  # (N * G,)
         real = torch.cat([torch.arange(most, device=points.device) < len(t) for t in targets])
         positive = torch.where(real, bounded_log_loss(mean), 0.0).sum()
-        factors = self._negative_factors(predicted.detach(), pairs, targets, scores.shape, zeros.detach())
+        factors = self._negative_factors(predicted.detach(), pairs, targets, scores.shape, len(zeros))
         p = scores * factors
         negative = (p.square() * bounded_log_loss(1 - p)).sum()
         sums = weights.new_zeros(images).index_add(0, pairs.image, weights)  # (N,)
@@ -130,13 +135,13 @@ class AutoAssignHead(FCOSHead):
 
     def _center_prior(self, pairs: Pairs, points: Tensor, priors: Priors) -> Tensor:
         """Compute the Gaussian weights (M,) of the pairs' points (eq. 8)."""
-        away = (points[pairs.prior] - box_centres(pairs.boxes)) / priors.strides[pairs.prior, None]
+        away = offsets_from_centres(pairs, points, priors.strides)
         square = (away - self.center[pairs.labels].float()).square()
         return (-square / (2 * self.width[pairs.labels].float().square())).exp().prod(dim=1)
 
     @torch.no_grad()
     def _negative_factors(
-        self, predicted: Tensor, pairs: Pairs, targets: Sequence[Target], shape: torch.Size, zeros: Tensor
+        self, predicted: Tensor, pairs: Pairs, targets: Sequence[Target], shape: torch.Size, rows: int
     ) -> Tensor:
         """Compute the factors (N, P, K) of the scores in the negative loss (eq. 6).
 
@@ -146,10 +151,7 @@ class AutoAssignHead(FCOSHead):
         """
         best = torch.stack([_largest_iou(boxes, target) for boxes, target in zip(predicted, targets)])  # (N, P)
         fit = 1 / (1 - best[pairs.image, pairs.prior]).clamp(min=EPS)  # (M,)
-        low, high = (
-            torch.full_like(zeros, start).scatter_reduce(0, pairs.row, fit, reduce)[pairs.row]
-            for start, reduce in ((torch.inf, "amin"), (-torch.inf, "amax"))
-        )
+        low, high = extremes_of_instance(pairs, fit, rows)
         fit = (fit - low + EPS) / (high - low + EPS)
         return last_of_class(pairs, 1 - fit, 1.0, shape)
 

@@ -14,11 +14,17 @@ from torch import Tensor, nn
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads.argument_checks import check_length, check_weight
-from fusedet.models.heads.fcos import FCOSHead
+from fusedet.models.heads.fcos import FCOSHead, scores_with_objectness
 from fusedet.models.heads.task_decomposition import sample_sides
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes
-from fusedet.models.ops.inside_pairs import Pairs, inside_pairs, last_of_class
+from fusedet.models.ops.inside_pairs import (
+    Pairs,
+    extremes_of_instance,
+    inside_pairs,
+    last_of_class,
+    offsets_from_centres,
+)
 from fusedet.models.ops.layers import conv, flatten_maps
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Candidates, Levels, Losses, Outputs, Priors, Target
@@ -141,7 +147,7 @@ class DWHead(FCOSHead):
         sum of 1 - P_neg, both at least 1. `sizes` is unused: points beyond an image's edge count as background.
         """
         priors, most = outputs.priors, max(map(len, targets))
-        scores = self._scores(outputs)  # (N, P, K)
+        scores = scores_with_objectness(outputs, self.num_classes)  # (N, P, K)
         points = box_centres(priors.boxes)
         distances = flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None]
         pairs = inside_pairs(points, targets, most)
@@ -164,14 +170,9 @@ class DWHead(FCOSHead):
             "loss_box": (weights * box_losses).sum() / instances,
         }
 
-    def _scores(self, outputs: Outputs) -> Tensor:
-        """Compute the scores (N, P, K), class scores times objectness."""
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return scores * flatten_maps(outputs.maps["centerness"], 1).float().sigmoid()
-
     def _center_prior(self, pairs: Pairs, points: Tensor, priors: Priors) -> Tensor:
         """Compute the Gaussian (M,) of the pairs' distances from the centre."""
-        away = (points[pairs.prior] - box_centres(pairs.boxes)) / priors.strides[pairs.prior, None]
+        away = offsets_from_centres(pairs, points, priors.strides)
         return (-away.square().sum(dim=1) / (2 * self.sigma**2)).exp()
 
     def _positive_weights(
@@ -192,16 +193,13 @@ class DWHead(FCOSHead):
         if self.weighting == "paper":
             low, high = -(HIGH_IOU**self.gamma_iou), -(LOW_IOU**self.gamma_iou)
             return ((falling - low) / (high - low)).clamp(0, 1)
-        low, high = (
-            torch.full_like(zeros, start).scatter_reduce(0, pairs.row, falling, reduce)[pairs.row]
-            for start, reduce in ((torch.inf, "amin"), (-torch.inf, "amax"))
-        )
+        low, high = extremes_of_instance(pairs, falling, len(zeros))
         high = high.clamp(max=-(LOW_IOU**self.gamma_iou))
         return torch.where(iou < LOW_IOU, 1.0, (falling - low + EPS) / (high - low + EPS))
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K), class scores times objectness."""
-        return Candidates(super().decode(outputs).boxes, self._scores(outputs))
+        return Candidates(super().decode(outputs).boxes, scores_with_objectness(outputs, self.num_classes))
 
 
 def refine_distances(distances: Tensor, offsets: Tensor) -> Tensor:

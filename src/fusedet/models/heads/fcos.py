@@ -177,6 +177,12 @@ class FCOSHead(nn.Module):
         return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores, quality)
 
 
+def scores_with_objectness(outputs: Outputs, num_classes: int) -> Tensor:
+    """Compute the scores (N, P, K), class scores times the map "centerness" as objectness (AutoAssign, DW)."""
+    scores = flatten_maps(outputs.maps["cls"], num_classes).float().sigmoid()
+    return scores * flatten_maps(outputs.maps["centerness"], 1).float().sigmoid()
+
+
 def centerness(distances: Tensor) -> Tensor:
     """Compute the target centerness (R,) in 0..1 from distances (R, 4) to left, upper, right and lower side (eq. 3)."""
     x, y = distances[:, 0::2], distances[:, 1::2]  # (R, 2): left and right, upper and lower

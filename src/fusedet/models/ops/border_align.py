@@ -21,7 +21,7 @@ MOST_POINTS = 255  # intervals: the index of the largest point is a byte
 
 
 def border_align(features: Tensor, boxes: Tensor, points: int = 10, both_ends: bool = False) -> Tensor:
-    """Take the maximum of each border's own channels along the border of every box (eq. 2).
+    """Take the maximum of each border's own channels along the border of every box.
 
     A border has the points at k / `points` of its length from its left or upper end, k = 0 to `points` - 1, and with
     `both_ends` also k = `points`, as in the authors' code and MMCV. Values between cells are bilinear. The gradient

@@ -79,3 +79,21 @@ def last_of_class(pairs: Pairs, values: Tensor, outside: float, shape: torch.Siz
     last = order.new_full((shape.numel(),), -1).scatter_reduce(0, entry, order, "amax")
     table = values.new_full((shape.numel(),), outside)
     return table.index_copy(0, entry, values[last[entry]]).view(shape)
+
+
+def offsets_from_centres(pairs: Pairs, points: Tensor, strides: Tensor) -> Tensor:
+    """Compute the vectors (M, 2), in strides, from the centre of each pair's box to its point.
+
+    Shape:
+        points (P, 2); strides (P,).
+    """
+    return (points[pairs.prior] - box_centres(pairs.boxes)) / strides[pairs.prior, None]
+
+
+def extremes_of_instance(pairs: Pairs, values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest value (M,) of each pair's instance, of values (M,) and `rows` instances."""
+    low, high = (
+        values.new_full((rows,), start).scatter_reduce(0, pairs.row, values, reduce)[pairs.row]
+        for start, reduce in ((torch.inf, "amin"), (-torch.inf, "amax"))
+    )
+    return low, high

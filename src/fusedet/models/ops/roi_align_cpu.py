@@ -61,16 +61,16 @@ def roi_align_cpu(
 def _axis(start: Tensor, length: Tensor, cells: int, size: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute along one axis of `cells` each bin's first cell, cell count and weights.
 
-    start, length (M,): of the RoIs, in cells. samples: per bin; 0 for one per cell of its length. Result: (M, size),
-    (M, size) and (M, size, most).
+    start, length (M,): of the RoIs, in cells. samples: per bin; 0 for one per cell of its length, none without length.
+    Result: (M, size), (M, size) and (M, size, most).
     """
-    number = torch.full_like(length, samples) if samples else (length / size).ceil().clamp(min=1)
+    taken = (torch.full_like(length, samples) if samples else (length / size).ceil())[:, None, None]
+    number = taken.clamp(min=1)
     most = int(number.max()) if len(number) else 1
-    number = number[:, None, None]
     sample = torch.arange(most)
     offset = (torch.arange(size)[:, None] + (sample + 0.5) / number) * (length / size)[:, None, None]
     at = offset + start[:, None, None]  # (M, size, most)
-    weight = ((sample < number) & (at >= -1) & (at <= cells)) / number  # samples farther outside are 0
+    weight = ((sample < taken) & (at >= -1) & (at <= cells)) / number  # samples farther outside are 0
     at = at.clamp(0, cells - 1)
     low = at.floor()
     fraction = at - low
