@@ -3,10 +3,11 @@
     python benchmarks/export.py [--size 64,96] [--results FILE] [NAME ...]
 
 A name is a config, such as retinanet_tiny or faster_rcnn_r50, or a row of the table; by default a config of every
-detector with a small backbone, the modules together and deformable stages. Weights are random. A row says for each
-format whether all detections of eight inputs have a partner in PyTorch's (docs/export.md), the largest difference of a
-box in pixels, how many detections rounding decides, the processor seconds of writing, and the size in MB. The seconds
-of each format include those of torch.export, and those of OpenVINO the conversion of the ONNX file, not its making.
+detector with a small backbone, the modules together and deformable stages. Weights are random. A row says for torch,
+ONNX and OpenVINO whether all detections of eight inputs have a partner in PyTorch's (docs/export.md), the largest
+difference of a box in pixels, how many detections rounding decides, the processor seconds of writing, and the size in
+MB. The seconds of each format include those of torch.export, and those of OpenVINO the conversion of the ONNX file, not
+its making.
 
 With --results, finished rows are kept in a file, from which a stopped measurement continues.
 """
@@ -26,8 +27,10 @@ from fusedet.exporters import FORMATS
 
 SMALL = ("model.backbone.name=test_resnet", "model.pyramid.channels=32")
 """Fewer operators: the detectors are compared, not their backbones."""
-LEVELS = ("model.pyramid.finest=4", "model.pyramid.coarsest=6")
-"""Three levels, of which the last is made from the second, unless a detector has one level."""
+LEVELS = ("model.pyramid.finest=5", "model.pyramid.coarsest=6")
+"""Two levels, the backbone's last and one above, unless a detector has one."""
+MODULES = ("model.pyramid.finest=4", "model.pyramid.coarsest=6")
+"""Three levels for necks, which combine them."""
 TOGETHER = ("model.plugin=msfm", "model.neck=[mse_fpn,smsl]", "model.interact=msil", "model.backbone.name=resnet18")
 DEFORMABLE = (
     "model.backbone.name=resnet18",
@@ -37,10 +40,10 @@ DEFORMABLE = (
 
 
 def list_rows() -> dict[str, tuple[str, ...]]:
-    """Return the overrides of each row: every *_tiny config, and the *_r18 configs of all other detectors."""
+    """Return the overrides of each row: every *_tiny config, and an *_r18 config of all other detectors."""
     tiny = [name for name in config.names() if name.endswith("_tiny")]
     covered = {name.removesuffix("_tiny") for name in tiny}
-    others = [name for name in config.names() if "_r18" in name and not name.endswith("_small")]
+    others = [name for name in config.names() if name.endswith("_r18") and name.removesuffix("_r18") not in covered]
     rows = {name: (name, *SMALL) for name in tiny}
     rows |= {
         "retinanet_tiny, all four modules": ("retinanet_tiny", *TOGETHER),
@@ -49,12 +52,13 @@ def list_rows() -> dict[str, tuple[str, ...]]:
         "retinanet_tiny, BiFPN": ("retinanet_tiny", "model.neck=bifpn"),
         "retinanet_tiny, deformable stages": ("retinanet_tiny", *DEFORMABLE),
     }
-    rows |= {name: (name, *SMALL) for name in others if name.removesuffix("_r18") not in covered}
+    rows |= {name: (name, *SMALL) for name in [*others, "faster_rcnn_r18_c4"]}
     for name, overrides in rows.items():
         model = config.load(overrides[0]).model
-        several = model.pyramid.finest < model.pyramid.coarsest
-        convs = () if model.roi or "_r18" not in name else ("model.head.convs=2",)
-        rows[name] = (*overrides, *(LEVELS if several else ()), *convs)
+        necks = "," in name or name == "libra_rcnn_tiny"
+        levels = MODULES if necks else LEVELS if model.pyramid.finest < model.pyramid.coarsest else ()
+        convs = () if model.roi or name not in others else ("model.head.convs=2",)
+        rows[name] = (*overrides, *levels, *convs)
     return rows
 
 
@@ -72,8 +76,8 @@ def main() -> None:
         finished = {
             key: cells for line in options.results.read_text().splitlines() for key, cells in [json.loads(line)]
         }
-    print("| model | sizes | format | equal | largest box difference | undecided | seconds | MB |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | sizes | equal | largest box difference | undecided | seconds | MB |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for name, (model, *overrides) in rows.items():
         for sizes in ("fixed", "dynamic"):
             key = f"{name}, {sizes}, {options.size}"
@@ -83,8 +87,7 @@ def main() -> None:
                 if options.results:
                     with options.results.open("a") as file:
                         file.write(json.dumps([key, finished[key]]) + "\n")
-            for cells in finished[key]:
-                print("|", " | ".join([name, sizes, *cells]), "|", flush=True)
+            print("|", " | ".join([name, sizes, *join_formats(finished[key])]), "|", flush=True)
 
 
 def measure(model: str, overrides: list[str], size: list[int] | None) -> list[list[str]]:
@@ -97,6 +100,13 @@ def measure(model: str, overrides: list[str], size: list[int] | None) -> list[li
         except InputError as error:
             return [["all", "no", str(error), "", "", ""]]
         return [[name, "yes", *describe(row)] for name, row in report["formats"].items()]
+
+
+def join_formats(rows: list[list[str]]) -> list[str]:
+    """Return the cells of a row: those of all formats side by side, or the error."""
+    if rows[0][1] == "no":
+        return [f"no: {rows[0][2]}", "", "", "", ""]
+    return ["yes", *(" / ".join(cells) for cells in list(zip(*rows, strict=True))[2:])]
 
 
 def describe(row: dict[str, Any]) -> list[str]:

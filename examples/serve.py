@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from PIL import Image
+from PIL import Image, ImageOps
 
 LARGEST = 20 * 2**20
 """Bytes of an image file; larger ones are refused. Pillow itself refuses images of too many pixels."""
@@ -48,8 +48,8 @@ def prepare(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
 def detect(data: bytes, score: float) -> list[dict]:
     """Detect the objects of an image file: name, score and box (xyxy in pixels of the image), best first."""
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")  # upright, as fusedet reads it
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HTTPException(415, f"the request must hold an image file: {error}") from error
     images, (h, w) = prepare(image)
     inputs = {"images": images, "sizes": np.array([[h, w]] * len(images), np.int64)}

@@ -34,12 +34,15 @@ ONE_LEVEL = [
     "model.backbone={name: test_resnet, pretrained: false}",
 ]
 """Even fewer."""
+PATCHES = [*ONE_LEVEL[:2], "model.backbone={type: 'patches:Patches'}"]
+"""Hardly any but those of the detector; the backbone's class needs `trust`."""
 
 
 def save_run(folder: Path, name: str, *overrides: str, data: Path | None = None) -> Path:
-    """Write a run directory of the config `name`_tiny with random weights."""
+    """Write a run directory of the config `name`_tiny, or else `name`_r18, with random weights."""
     head = TWO_STAGE if "rcnn" in name else ONE_STAGE
-    config = configs.load(f"{name}_tiny", [*TINY, *head, *overrides])
+    known = f"{name}_tiny" if f"{name}_tiny" in configs.names() else f"{name}_r18"
+    config = configs.load(known, [*TINY, *head, *overrides])
     if data is not None:
         config = config.replace(data=config.data.replace(path=str(data)))
     torch.manual_seed(0)

@@ -115,9 +115,10 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return serve
 
 
-def jpeg(width: int, height: int) -> bytes:
-    data = io.BytesIO()
-    Image.new("RGB", (width, height), "white").save(data, format="png")
+def jpeg(width: int, height: int, orientation: int = 1) -> bytes:
+    data, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (width, height), "white").save(data, format="png", exif=exif)
     return data.getvalue()
 
 
@@ -175,6 +176,8 @@ def test_serving(served: Any, tmp_path: Path) -> None:
         {"name": "dog", "score": 0.75, "box": [0, 0, 200, 100]}
     ]
     assert len(client.post("/detect?score=0.2", content=jpeg(31, 500)).json()) == 2
+    turned = client.post("/detect", content=jpeg(200, 100, orientation=6)).json()
+    assert turned[0]["box"] == [0, 0, 100, 200], "a camera that was held upright"
     refused = client.post("/detect", content=b"no image")
     assert (refused.status_code, "must hold an image file" in refused.json()["detail"]) == (415, True)
     assert client.post("/detect", content=bytes(20 * 2**20 + 1)).status_code == 413

@@ -99,7 +99,7 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
         raise InputError(
             f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids"
         )
-    with at_most(len(state), file):
+    with at_most(len(state), file), _naming_file(file):
         checkpoint.refuse_misfit(build_meta_detector(config, len(names)), state, file)
     detector = build_detector(config, len(names))
     checkpoint.load_into(detector, state, file)
@@ -112,7 +112,19 @@ def _parse_config(meta: Mapping[str, str], file: Path, trust: bool) -> Config:
     tree = parse_yaml(meta["config"], f"the config in {file}", "model, data, train and test")
     if not trust:
         refuse_foreign_classes(tree, file)
-    return parse(tree)
+    with _naming_file(file):
+        return parse(tree)
+
+
+@contextmanager
+def _naming_file(file: Path) -> Iterator[None]:
+    """Name the checkpoint in the errors of its config, which is that of another version or was edited."""
+    try:
+        yield
+    except InputError as error:
+        if str(file) in str(error):
+            raise
+        raise InputError(f"{file} does not fit this version of fusedet, or its config was edited: {error}") from error
 
 
 def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:

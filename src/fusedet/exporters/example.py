@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 folder = Path(__file__).parent
 meta = json.loads((folder / "model.json").read_text(encoding="utf-8"))["model"]
@@ -20,14 +20,14 @@ else:
     hint = {"INFERENCE_PRECISION_HINT": "bf16" if meta["precision"] == "bf16" else "f32"}
     run = openvino.Core().compile_model(openvino.Core().read_model(folder / "model.xml"), "CPU", hint)
 
-image, least = Image.open(sys.argv[1]).convert("RGB"), float(sys.argv[2]) if len(sys.argv) > 2 else 0.3
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")  # upright, as a camera meant it
+least = float(sys.argv[2]) if len(sys.argv) > 2 else 0.3
 width, height = image.size
 rule, canvas = meta["resize"], meta["size"]
 scale = min(rule["short"] / min(height, width), rule["long"] / max(height, width))
 h, w = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 if canvas and (h > canvas[0] or w > canvas[1]):
-    shrink = min(canvas[0] / h, canvas[1] / w)
-    h, w = max(1, int(h * shrink)), max(1, int(w * shrink))
+    h, w = (max(1, int(side * min(canvas[0] / h, canvas[1] / w))) for side in (h, w))
 matrix = (width / w, 0, 0, 0, height / h, 0)  # plain bilinear, as without antialiasing
 resized = image.resize((w, h), 2) if rule["antialias"] else image.transform((w, h), Image.Transform.AFFINE, matrix, 2)
 rows, columns = canvas or (-(-side // meta["multiple"]) * meta["multiple"] for side in (h, w))

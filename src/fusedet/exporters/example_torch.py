@@ -13,7 +13,8 @@ folder = Path(__file__).parent
 meta = json.loads((folder / "model.json").read_text(encoding="utf-8"))["model"]
 model = torch.export.load(folder / "model.pt2").module()
 
-image, least = decode_image(sys.argv[1], ImageReadMode.RGB), float(sys.argv[2]) if len(sys.argv) > 2 else 0.3
+image = decode_image(sys.argv[1], ImageReadMode.RGB, apply_exif_orientation=True)
+least = float(sys.argv[2]) if len(sys.argv) > 2 else 0.3
 height, width = image.shape[1:]
 rule, canvas = meta["resize"], meta["size"]
 scale = min(rule["short"] / min(height, width), rule["long"] / max(height, width))
