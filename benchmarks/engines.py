@@ -19,7 +19,7 @@ from fusedet.api.benchmark import measure_engines
 from fusedet.api.benchmark_plan import Candidate, draw_scene, plan_engines
 from fusedet.api.engine_process import Engine, serve_pipe
 from fusedet.api.engines import resize_settings
-from fusedet.api.export import FORMATS_OF, Precision
+from fusedet.api.export_options import FORMATS_OF, Precision
 from fusedet.api.load_model import COCO_CLASSES
 from fusedet.api.timing import time_call
 from fusedet.data.image_decoding import to_tensor

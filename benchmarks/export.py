@@ -1,16 +1,20 @@
 """The export of every detector, with fixed and dynamic sizes, compared with PyTorch: a table for docs/export.md.
 
-    python benchmarks/export.py [--size 64,96] [NAME ...]
+    python benchmarks/export.py [--size 64,96] [--results FILE] [NAME ...]
 
-A name is a config, such as retinanet_tiny or faster_rcnn_r50; by default every *_tiny config with a small backbone, the
-modules together and deformable stages. Weights are random. A row says for each format whether all detections of eight
-inputs have a partner in PyTorch's (docs/export.md), the largest difference of a box in pixels, the seconds of writing,
-and the size in MB.
+A name is a config, such as retinanet_tiny or faster_rcnn_r50, or a row of the table; by default a config of every
+detector with a small backbone, the modules together and deformable stages. Weights are random. A row says for each
+format whether all detections of eight inputs have a partner in PyTorch's (docs/export.md), the largest difference of a
+box in pixels, how many detections rounding decides, the processor seconds of writing, and the size in MB. The seconds
+of each format include those of torch.export, and those of OpenVINO the conversion of the ONNX file, not its making.
+
+With --results, finished rows are kept in a file, from which a stopped measurement continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,36 +26,64 @@ from fusedet.exporters import FORMATS
 
 SMALL = ("model.backbone.name=test_resnet", "model.pyramid.channels=32")
 """Fewer operators: the detectors are compared, not their backbones."""
+LEVELS = ("model.pyramid.finest=4", "model.pyramid.coarsest=6")
+"""Three levels, of which the last is made from the second, unless a detector has one level."""
 TOGETHER = ("model.plugin=msfm", "model.neck=[mse_fpn,smsl]", "model.interact=msil", "model.backbone.name=resnet18")
 DEFORMABLE = (
     "model.backbone.name=resnet18",
     "model.backbone.deformable_stages=[2,3,4]",
     "model.backbone.modulated=true",
 )
-ROWS: dict[str, tuple[str, ...]] = {
-    **{name: (name, *SMALL) for name in config.names() if name.endswith("_tiny")},
-    "retinanet_tiny, all four modules": ("retinanet_tiny", *TOGETHER),
-    "faster_rcnn_tiny, MSE-FPN and SMSL": ("faster_rcnn_tiny", "model.neck=[mse_fpn,smsl]"),
-    "retinanet_tiny, AugFPN": ("retinanet_tiny", "model.neck=aug_fpn"),
-    "retinanet_tiny, BiFPN": ("retinanet_tiny", "model.neck=bifpn"),
-    "retinanet_tiny, deformable stages": ("retinanet_tiny", *DEFORMABLE),
-}
+
+
+def list_rows() -> dict[str, tuple[str, ...]]:
+    """Return the overrides of each row: every *_tiny config, and the *_r18 configs of all other detectors."""
+    tiny = [name for name in config.names() if name.endswith("_tiny")]
+    covered = {name.removesuffix("_tiny") for name in tiny}
+    others = [name for name in config.names() if "_r18" in name and not name.endswith("_small")]
+    rows = {name: (name, *SMALL) for name in tiny}
+    rows |= {
+        "retinanet_tiny, all four modules": ("retinanet_tiny", *TOGETHER),
+        "faster_rcnn_tiny, MSE-FPN and SMSL": ("faster_rcnn_tiny", "model.neck=[mse_fpn,smsl]"),
+        "retinanet_tiny, AugFPN": ("retinanet_tiny", "model.neck=aug_fpn"),
+        "retinanet_tiny, BiFPN": ("retinanet_tiny", "model.neck=bifpn"),
+        "retinanet_tiny, deformable stages": ("retinanet_tiny", *DEFORMABLE),
+    }
+    rows |= {name: (name, *SMALL) for name in others if name.removesuffix("_r18") not in covered}
+    for name, overrides in rows.items():
+        model = config.load(overrides[0]).model
+        several = model.pyramid.finest < model.pyramid.coarsest
+        convs = () if model.roi or "_r18" not in name else ("model.head.convs=2",)
+        rows[name] = (*overrides, *(LEVELS if several else ()), *convs)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--size", default="64,96", help="short and long side of data.size, and the fixed input")
+    parser.add_argument("--results", type=Path, help="a file of finished rows, which are not measured again")
     options = parser.parse_args()
-    size = [int(side) for side in options.size.split(",")]
-    rows = {name: ROWS.get(name, (name,)) for name in options.names} or ROWS
+    rows = list_rows()
+    if options.names:
+        rows = {name: rows.get(name, (name,)) for name in options.names}
+    finished: dict[str, list[list[str]]] = {}
+    if options.results and options.results.is_file():
+        finished = {
+            key: cells for line in options.results.read_text().splitlines() for key, cells in [json.loads(line)]
+        }
     print("| model | sizes | format | equal | largest box difference | undecided | seconds | MB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name, (model, *overrides) in rows.items():
         for sizes in ("fixed", "dynamic"):
-            for cells in measure(
-                model, [f"data.size=[{options.size}]", *overrides], size if sizes == "fixed" else None
-            ):
+            key = f"{name}, {sizes}, {options.size}"
+            if key not in finished:
+                size = [int(side) for side in options.size.split(",")] if sizes == "fixed" else None
+                finished[key] = measure(model, [f"data.size=[{options.size}]", *overrides], size)
+                if options.results:
+                    with options.results.open("a") as file:
+                        file.write(json.dumps([key, finished[key]]) + "\n")
+            for cells in finished[key]:
                 print("|", " | ".join([name, sizes, *cells]), "|", flush=True)
 
 
@@ -68,9 +100,9 @@ def measure(model: str, overrides: list[str], size: list[int] | None) -> list[li
 
 
 def describe(row: dict[str, Any]) -> list[str]:
-    cases = row["cases"]
+    cases, seconds = row["cases"], row["processor_seconds"]
     counts = f"{sum(case['undecided'] for case in cases)} of {sum(case['detections'] for case in cases)}"
-    return [f"{max(case['box'] for case in cases):.4f}", counts, f"{row['seconds']:.1f}", f"{row['megabytes']:.1f}"]
+    return [f"{max(case['box'] for case in cases):.4f}", counts, f"{seconds:.1f}", f"{row['megabytes']:.1f}"]
 
 
 if __name__ == "__main__":

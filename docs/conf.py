@@ -32,6 +32,7 @@ highlight_language = "none"
 html_theme = "furo"
 html_title = f"fusedet {release}"
 html_show_sourcelink = False
+html_static_path = html_css_files = ["site.css"]
 
 
 def insert_generated(app, docname, source):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from typer import Context
@@ -13,6 +16,7 @@ from typer.main import get_command
 import fusedet
 from fusedet.cli import app
 
+LATENCIES = Path(__file__).with_name("reference") / "latency.jsonl"
 PARTS = {
     "Data types": ["fusedet.types"],
     "Contracts of the parts": ["fusedet.models.protocols"],
@@ -92,35 +96,68 @@ def _directive(text: str) -> str:
 
 
 def describe_weights() -> str:
-    """Return a table of the published weights per family."""
+    """Return how the latency was measured, then a table of the published weights per family."""
+    about, latencies = read_latencies()
     families = defaultdict(list)
-    for weights in fusedet.list_weights().weights:
+    listed = fusedet.list_weights().weights
+    for weights in listed:
         families[weights.family].append(weights)
-    return "\n".join(_describe_family(family, rows) for family, rows in sorted(families.items()))
+    tables = (_describe_family(family, rows, latencies) for family, rows in sorted(families.items()))
+    missing = sum(weights.name not in latencies for weights in listed)
+    return "\n".join([_describe_measurement(about, latencies, missing), *tables])
 
 
-def _describe_family(family: str, rows: list) -> str:
+def read_latencies() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Read the results of benchmarks/zoo_latency.py: about the measurement, and the figures by name of the weights.
+
+    Without a detection, RoI branches and selection had nothing to do: these figures are left out.
+    """
+    about, *rows = map(json.loads, LATENCIES.read_text(encoding="utf-8").splitlines())
+    return about, {name: row for row in rows for name in row["names"] if row["detections"]}
+
+
+def _describe_measurement(about: dict[str, Any], latencies: dict[str, dict[str, Any]], missing: int) -> str:
+    height, width = about["size"]
+    machine = about["machine"]
+    reference = statistics.median(row["processor_ms"] / row["ratio"] for row in latencies.values())
+    version = machine["torch"].partition("+")[0]
+    left = (
+        f" {missing} cells are empty: the larger models are not measured yet, and with random weights an HRNet with "
+        "RoI heads detects nothing."
+    )
+    return (
+        f"The latency is that of one image of {height} x {width} pixels on one thread, from pixels to final boxes and "
+        f"masks: the median of {about['repeats']} calls, in milliseconds of the processor. The last column is relative "
+        f"to `{about['reference']}`, which had its turns in between ({reference:.0f} ms). Weights were random, and the "
+        f"score threshold such that {about['candidates']} boxes passed it. RoI heads weigh more in so small an image "
+        f"than in a large one. {machine['cpu']}, torch {version}, fp32.{left if missing else ''}\n"
+    )
+
+
+def _describe_family(family: str, rows: list, latencies: dict[str, dict[str, Any]]) -> str:
     columns = (
         "name",
         "backbone",
-        "dataset",
         "AP, boxes",
         "AP, masks",
         "parameters (M)",
         "multiply-adds (G)",
-        "licence",
+        "latency (ms)",
+        "relative latency",
     )
-    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    head = f"| {' | '.join(columns)} |\n|---|---|{'---:|' * (len(columns) - 2)}"
     lines = [
-        f"| `{row.name}` | {row.backbone} | {row.dataset} | {_number(row.box_ap)} | {_number(row.mask_ap)} "
-        f"| {row.parameters / 1e6:.2f} | {row.multiply_adds / 1e9:.1f} | {row.licence} |"
+        f"| `{row.name}` | {row.backbone} | {_number(row.box_ap)} | {_number(row.mask_ap)} "
+        f"| {row.parameters / 1e6:.2f} | {row.multiply_adds / 1e9:.1f} "
+        f"| {_number(latency.get('processor_ms'), 0)} | {_number(latency.get('ratio'), 2)} |"
         for row in rows
+        for latency in [latencies.get(row.name, {})]
     ]
     return "\n".join([f"## {family}\n", head, *lines, ""])
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 GENERATED: dict[str, Callable[[], str]] = {

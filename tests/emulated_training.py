@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fusedet
-from conftest import save_unrendered
 from emulated_cases import BACKBONE, ROOT, SMALL, describe, difference, listed, make_batch, make_detector
 from emulated_device import EmulatedDevice
 from fusedet.api.detection import find
@@ -25,6 +24,7 @@ from fusedet.config import Train
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint, trainer
 from fusedet.types import Batch
+from shared_fixtures import save_unrendered
 
 
 class Batches:

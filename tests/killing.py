@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from conftest import save_unrendered
 from fusedet import cli
 from fusedet.api import train as command
 from fusedet.api import validate
 from fusedet.engine import checkpoint, logging, trainer
-from warm import SERVER
+from shared_fixtures import save_unrendered
+from warm import SERVER, make_ranks
 
 FILES = ("metrics.csv", "val.bbox.json", "skipped.csv")
 
@@ -39,13 +38,8 @@ class Training:
     ) -> None:
         self.log = log
         log.with_suffix(".doing").unlink(missing_ok=True)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        env = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env |= {"TORCHELASTIC_RUN_ID": "killing", "GROUP_RANK": 0} if processes > 1 else {}
         self.processes = []
-        for rank in range(processes):
-            own = env | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        for own in make_ranks(processes) if processes > 1 else [{}]:
             process = SERVER.Process(target=_work, args=([str(word) for word in words], own, str(log), fault))
             process.start()
             self.processes.append(process)
@@ -93,8 +87,8 @@ class Training:
         return [process.exitcode for process in self.processes]
 
 
-def _work(words: list[str], env: dict[str, Any], log: str, fault: tuple[str, int, int] | None) -> None:
-    os.environ.update({key: str(value) for key, value in env.items()})
+def _work(words: list[str], env: dict[str, str], log: str, fault: tuple[str, int, int] | None) -> None:
+    os.environ.update(env)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -103,7 +97,7 @@ def _work(words: list[str], env: dict[str, Any], log: str, fault: tuple[str, int
     multiprocessing.set_start_method(
         "fork", force=True
     )  # of its workers: this process's own would import everything once more
-    if env.get("RANK", 0) == 0:
+    if env.get("RANK", "0") == "0":
         _mark(Path(log).with_suffix(".doing"))
     if fault:
         place, number, kind = fault

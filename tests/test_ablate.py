@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from conftest import SMALL
 from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
 from fusedet.config import Config
 from fusedet.errors import DivergenceError, InputError
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

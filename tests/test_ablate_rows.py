@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from conftest import SMALL
 from fusedet import ablation, cli
 from fusedet.ablation import cost, estimate, launcher, render, report, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
@@ -21,6 +20,7 @@ from fusedet.data.dataset import DetectionDataset
 from fusedet.data.synthetic import generate_dataset
 from fusedet.errors import InputError
 from fusedet.evaluation.mask_iou import encode_rle
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

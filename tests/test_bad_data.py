@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from bad_data import KINDS, TRAIN, Kind, write_dataset
-from conftest import SMALL
 from fusedet import config as configs
 from fusedet.api.train_inputs import open_data, train_transform
 from fusedet.config import Config
@@ -25,6 +24,7 @@ from fusedet.data.readers.auto import read_dataset
 from fusedet.data.validation import require_usable_images
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.api import train as command
 from fusedet.atomic_io import remove_leftovers
@@ -26,6 +25,7 @@ from fusedet.data.transforms import TrainTransform
 from fusedet.errors import InputError
 from fusedet.types import Batch
 from killing import differences
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

@@ -14,10 +14,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

@@ -20,6 +20,8 @@ from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 OPTIONS = [
     "model.backbone.name=regnetx_002",
     "model.pyramid.channels=16",

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from torch import nn
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.api.choose_batch import find_largest_size
 from fusedet.config import load, parse
@@ -15,6 +14,7 @@ from fusedet.data.splits import read_split
 from fusedet.engine import batch_size
 from fusedet.engine.batch_size import find_batch, find_largest
 from fusedet.errors import InputError
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

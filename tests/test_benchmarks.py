@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
+from fusedet.interop.published_weights import list_published_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def import_name(module: str, name: str) -> Any:
@@ -37,6 +40,17 @@ def test_a_benchmark_uses_names_that_the_package_has(script: Path) -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = names.get(node.value.id)
             assert not isinstance(module, ModuleType) or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
+
+
+def test_published_latencies() -> None:
+    """Each line of the model zoo's latencies is of names that exist and no other line has."""
+    lines = (ROOT / "docs/reference/latency.jsonl").read_text(encoding="utf-8").splitlines()
+    about, *rows = map(json.loads, lines)
+    names = [name for row in rows for name in row["names"]]
+    assert len(names) == len(set(names))
+    assert not {name for name in names if not name.startswith("torchvision/")} - list_published_weights().keys()
+    assert all(row["processor_ms"] > 0 and row["ratio"] > 0 and row["detections"] >= 0 for row in rows)
+    assert about["machine"]["threads"] == 1
 
 
 @pytest.mark.slow

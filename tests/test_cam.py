@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.models.modules import MSIL
 from fusedet.models.necks import SMSL
@@ -26,7 +25,10 @@ from fusedet.visualization.activation_maps import (
     resize_map,
 )
 from fusedet.visualization.module_calls import record_calls
+from shared_fixtures import SMALL
 from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
+
+pytestmark = pytest.mark.usefixtures("unrendered")
 
 HEIGHT, WIDTH = 90, 120
 ALIKE = ("mask_rcnn", "dynamic_rcnn", "libra_rcnn")  # the same code paths as Faster R-CNN

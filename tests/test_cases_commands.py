@@ -27,6 +27,8 @@ from fusedet.models.detectors import selection_options
 from fusedet.models.ops.boxes import select_detections
 from fusedet.types import Candidates
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -309,6 +311,18 @@ def test_no_best_weights_without_a_value_of_the_metric(trained: Path, scenes: Pa
     assert "last weights on val" in result.title
     assert "best weights" not in result.title
     assert any("train.monitor=APl had no value on val" in line for line in said)
+
+
+@pytest.mark.parametrize(("warmup", "is_named"), [(1000, True), (1, False)])
+def test_a_warm_up_longer_than_the_training_is_named(
+    trained: Path, tmp_path: Path, warmup: int, is_named: bool
+) -> None:
+    said: list[str] = []
+    config = fusedet.resolve_config(
+        trained, [f"train.warmup_steps={warmup}", "train.epochs=1", f"out={tmp_path / 'run'}"]
+    )
+    fusedet.train(config, say=said.append, quiet=True)
+    assert any(line.startswith("train.warmup_steps=1000, but the training has ") for line in said) == is_named
 
 
 # -- doctor

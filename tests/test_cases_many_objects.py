@@ -12,6 +12,8 @@ from fusedet import evaluation
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.split_checks import describe_crowded_images
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def write_crowded(root: Path, counts: tuple[int, ...] = (230, 3)) -> Path:
     """Write a COCO json of two classes with so many objects per image on a grid of 20 pixels; no image is needed."""

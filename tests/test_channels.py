@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SMALL
 from fusedet import cli, load
 from fusedet.api.export import export
 from fusedet.config import parse
@@ -20,6 +19,7 @@ from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.errors import InputError
 from fusedet.models.backbones import TimmBackbone
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

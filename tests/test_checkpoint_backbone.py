@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import SMALL
 from fakes import batch, objects
 from fusedet import cli
 from fusedet.engine.checkpoint import load_weights
 from fusedet.models.detectors import create_model
+from shared_fixtures import SMALL
 
 IMAGES = [objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), objects([[8, 8, 40, 50]], [1])]
 

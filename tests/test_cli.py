@@ -19,7 +19,6 @@ import typer
 from PIL import Image
 
 import fusedet
-from conftest import SMALL
 from fusedet import cli, config, evaluation
 from fusedet.ablation.command import Launcher
 from fusedet.api.convert_dataset import DatasetFormat
@@ -33,6 +32,7 @@ from fusedet.engine.signals import Interrupted
 from fusedet.errors import DivergenceError, InputError, StorageError
 from fusedet.models.profiling import count_cost
 from fusedet.types import BatchDetections, Detections
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

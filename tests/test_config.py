@@ -12,6 +12,8 @@ from fusedet.config.__main__ import DOCS_FILE, SCHEMA_FILE, schema_text, update_
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_detector, build_meta_detector, create_model
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def write(folder: Path, name: str, text: str) -> Path:
     path = folder / f"{name}.yaml"

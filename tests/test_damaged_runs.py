@@ -14,7 +14,6 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from conftest import SMALL
 from fakes import FakeDetector, FakeLoader
 from fusedet import cli, config, load
 from fusedet.ablation import cost, worker
@@ -26,6 +25,7 @@ from fusedet.engine import checkpoint
 from fusedet.engine.checkpoint_validation import Checkpoint
 from fusedet.engine.trainer import fit, setup
 from fusedet.errors import InputError
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

@@ -10,6 +10,8 @@ from PIL import Image
 from fusedet.data import synthetic
 from fusedet.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 COUNT = 60
 
 

@@ -3,16 +3,13 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
-from fakes import FakeDetector, FakeLoader, make_batch
+from fakes import FakeLoader, make_batch
 from fusedet.config import Train
 from fusedet.data.loader import build_train_loader
 from fusedet.data.readers.auto import read_dataset
@@ -22,115 +19,21 @@ from fusedet.engine.trainer import Interrupted, fit, setup
 from fusedet.errors import InputError
 from fusedet.types import Batch
 from killing import differences
+from two_ranks import make_detector, run_rank
+from warm import SERVER, make_ranks
 
-TESTS = Path(__file__).parent
-
-SCRIPT = """
-import os, signal, sys
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-
-import torch
-from fakes import FakeDetector, FakeLoader, make_batch
-from lightning_fabric import Fabric
-from test_distributed import part
-from torch import nn
-
-from fusedet.config import Train
-from fusedet.engine.setup import LossModule
-from fusedet.engine.trainer import Interrupted, fit, setup
-from fusedet.errors import DivergenceError
-from fusedet.types import Target
-
-top = Path(sys.argv[1])
-fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
-fabric.launch()
-rank = fabric.global_rank
-
-
-def detector():
-    torch.manual_seed(0)
-    made = FakeDetector()
-    made.body[1] = nn.Identity()  # the statistics of a batch are those of its process
-    return made
-
-
-class Loader(FakeLoader):
-    what = ""
-
-    def epoch(self, epoch, start=0):
-        for number in range(start, self.length):
-            batch = make_batch(1000 * rank + 100 * epoch + number, 2 + rank)
-            if rank == 1 and number == 3 and self.what == "nan":
-                bad = Target(torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.int64))
-                batch = replace(batch, targets=(bad, *batch.targets[1:]))
-            if rank == 1 and number == 3 and self.what == "stop":
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-
-class Shared(Loader):
-    # the rank's half of a joint batch
-    def epoch(self, epoch, start=0):
-        for number in range(start, self.length):
-            if rank == 1 and number == 3 and self.what == "stop":
-                os.kill(os.getpid(), signal.SIGINT)
-            yield part(make_batch(100 * epoch + number, 4), slice(2 * rank, 2 * rank + 2))
-
-
-def train(folder, what="", resume=False, loader=None, every=None):
-    out, loader, made = top / folder, loader or Loader(), detector()
-    out.mkdir(exist_ok=True)
-    loader.what = what
-    settings = Train(epochs=2, warmup_steps=0, accumulate=2, ema=0.9, checkpoint_every=every)
-
-    def validate(module, epoch):
-        if what == "stop in the validation":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {"AP": rank + epoch}
-
-    try:
-        fit(setup(fabric, made, loader, settings, out=out, validate=validate, resume=resume, log_every=3))
-    except (Interrupted, DivergenceError) as error:
-        (out / f"{rank}.txt").write_text(f"{type(error).__name__}: {error} {getattr(error, 'code', '')}")
-    torch.save(made.state_dict(), out / f"{rank}.pt")
-
-
-made = detector()
-model = fabric.setup(LossModule(made))
-for seed in (0, 5):
-    terms = model(partial(make_batch(seed + rank, 2 + rank).to, "cpu"))
-    fabric.backward(torch.stack(list(terms.values())).sum())
-torch.save({k: p.grad for k, p in made.named_parameters()}, top / f"{rank}.pt")
-
-train("whole")
-train("nan", what="nan")
-train("stop", what="stop")
-train("stopped in the validation", what="stop in the validation")
-train("timed", every="0.000000001s")
-train("two_to_one", what="stop", loader=Shared())
-fabric.barrier()
-train("stop", resume=True)
-train("stopped in the validation", resume=True)
-train("one_to_two", resume=True, loader=Shared())
-fabric.barrier()
-torch.distributed.destroy_process_group()
-"""
 JOINT = Train(epochs=2, warmup_steps=0, accumulate=2, ema=0.9)
 
 
 def alone(out: Path, stop: bool = False, **options) -> None:
-    """Train in one process, on the batches that `Shared` splits among two."""
+    """Train in one process, on the batches that `SharedLoader` splits among two."""
 
     def change(epoch: int, number: int, batch: Batch) -> Batch:
         if stop and number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    torch.manual_seed(0)
-    detector = FakeDetector()
-    detector.body[1] = nn.Identity()
+    detector = make_detector()
     out.mkdir(exist_ok=True)
     fabric = Fabric(accelerator="cpu", devices=1)
     options = {"validate": lambda module, epoch: {"AP": epoch}, "quiet": True, "log_every": 3, **options}
@@ -141,32 +44,16 @@ def alone(out: Path, stop: bool = False, **options) -> None:
 def two(tmp_path_factory) -> tuple[Path, str]:
     """The directory and the output of one launch of two processes, because the start takes most of the time."""
     out = tmp_path_factory.mktemp("two")
-    (out / "script.py").write_text(SCRIPT)
     with pytest.raises(Interrupted):
         alone(out / "one_to_two", stop=True)
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(out / "script.py"),
-        str(out),
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out, done.stdout
-
-
-def part(batch: Batch, own: slice) -> Batch:
-    """Some of a batch's images."""
-    assert batch.targets is not None
-    return Batch(batch.images[own], batch.sizes[own], batch.ids[own], batch.scales[own], batch.targets[own])
+    processes = [SERVER.Process(target=run_rank, args=(str(out), rank)) for rank in make_ranks(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    said = "".join((out / f"{rank}.log").read_text() for rank in (0, 1))
+    assert [process.exitcode for process in processes] == [0, 0], said[-3000:]
+    return out, said
 
 
 def joined(a: Batch, b: Batch) -> Batch:
@@ -175,9 +62,7 @@ def joined(a: Batch, b: Batch) -> Batch:
 
 
 def test_the_gradients_of_two_processes_are_those_of_one_on_the_joint_batch(two):
-    torch.manual_seed(0)
-    detector = FakeDetector()
-    detector.body[1] = nn.Identity()
+    detector = make_detector()
     for seed in (0, 5):
         sum(detector.loss(joined(make_batch(seed, 2), make_batch(seed + 1, 3))).values()).backward()
     for rank in (0, 1):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import SMALL
 from fusedet import cli, create_model
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

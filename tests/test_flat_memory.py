@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL
 from fusedet.data.synthetic import generate_dataset
 from resident import KIB, line, of_command, run
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 

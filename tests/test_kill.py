@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL
 from killing import INT, KILL, TERM, Training, differences, killed_at_random, undisturbed
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 OPTIONS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from fusedet.data import image_decoding, large_images
+from fusedet.data.decoding_memory import map_file_once
 from fusedet.data.image_decoding import read_image
 from fusedet.data.image_windows import decodes_windows
 from fusedet.data.large_images import open_large_image
@@ -170,7 +172,9 @@ LEAN = {
 
 
 @pytest.mark.parametrize("case", LEAN)
-def test_large_jpeg_and_png_have_the_pixels_of_pillow(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_jpeg_and_png_have_the_pixels_of_pillow(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, options = LEAN[case]
     file = io.BytesIO()
     Image.fromarray(draw()).save(file, format=kind, **options)
@@ -179,13 +183,39 @@ def test_large_jpeg_and_png_have_the_pixels_of_pillow(case: str, monkeypatch: py
     calls: list[Any] = []
     original = image_decoding._decode_large
     monkeypatch.setattr(image_decoding, "_decode_large", lambda source: (calls.append(source), original(source))[1])
-    lean = read_image(file.getvalue())
-    assert torch.equal(lean, expected)
-    assert len(calls) == 1
-    assert lean.stride() == expected.stride()
-    with pytest.raises(InputError, match="is truncated or damaged") as error:
-        read_image(file.getvalue()[: len(file.getvalue()) // 2])
-    assert ".cpp" not in str(error.value)
+    path, cut = tmp_path / "image", tmp_path / "cut"
+    path.write_bytes(file.getvalue())
+    cut.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
+    for source in (file.getvalue(), path):
+        lean = read_image(source)
+        assert torch.equal(lean, expected)
+        assert lean.stride() == expected.stride()
+    assert calls == [file.getvalue(), path]
+    for source in (cut.read_bytes(), cut):
+        with pytest.raises(InputError, match="is truncated or damaged") as error:
+            read_image(source)
+        assert ".cpp" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
+def test_pages_of_a_file_leave_memory_once_they_are_read(tmp_path: Path) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) // 1024
+
+    file = tmp_path / "file"
+    with file.open("wb") as opened:
+        opened.truncate(2**26)
+        opened.seek(2**26 - 1)
+        opened.write(b"7")
+    before = resident()
+    with map_file_once(file) as content:
+        assert (len(content), int(content.max())) == (2**26, ord("7"))
+        time.sleep(0.2)
+        assert resident() - before < 16
+        assert int(content[-1]) == ord("7"), "read from the file again"
+    with pytest.raises(FileNotFoundError), map_file_once(tmp_path / "absent"):
+        pass
 
 
 def test_what_torchvision_would_read_otherwise_stays_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:

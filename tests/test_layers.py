@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
 RANKS = [
     {"errors"},
-    {"types", "config", "safe_load", "atomic_io", "file_hash", "host_copy", "quiet"},
+    {"types", "config", "safe_load", "atomic_io", "file_hash", "host_copy", "quiet", "garbage_collection"},
     {"models.protocols"},
     {"models.build", "models.ops", "models.profiling"},
     {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},

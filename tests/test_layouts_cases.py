@@ -12,6 +12,8 @@ from fusedet.data.readers.auto import detect_format, read_dataset
 from fusedet.data.validation import check_image_headers
 from fusedet.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 FIRST = [("dog", [130, 62, 148, 94]), ("cat", [45, 74, 80, 120])]
 """The first objects of all cases, which hold one generated dataset in different forms."""
 

@@ -13,7 +13,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fusedet
-from conftest import SMALL
 from fusedet import config
 from fusedet.cli import app
 from fusedet.config.schema import Data
@@ -23,6 +22,7 @@ from fusedet.data.validation import check_image_headers
 from fusedet.errors import InputError
 from fusedet.evaluation import load_results
 from layouts import CLASSES, IMAGES, LAYOUTS, coco, contents, put_images, put_xml, write_json
+from shared_fixtures import SMALL
 from tiny import image, write_yolo
 
 TRAIN = [*SMALL, "train.epochs=1", "train.batch=2", "data.workers=0", "model.backbone.pretrained=false", "device=cpu"]

@@ -12,7 +12,6 @@ from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
 import fusedet
-from conftest import SMALL
 from fusedet import cli, evaluation
 from fusedet.api.validate import compute_mask_metrics, detect
 from fusedet.data.loader import build_eval_loader
@@ -20,6 +19,7 @@ from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform
 from fusedet.models.roi.mask import crop_masks
 from fusedet.types import BatchDetections, Detections
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

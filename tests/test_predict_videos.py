@@ -225,6 +225,30 @@ def test_a_broken_video_keeps_what_was_done(square: Predictor, tmp_path: Path, c
     assert "c.mp4 is no video" in result["notes"][1]
 
 
+@pytest.mark.parametrize(("content", "options"), [(b"nothing", []), (b"", ["--save", "yolo"]), (None, ["--from", "5"])])
+def test_a_single_video_that_cannot_be_read_leaves_nothing(
+    content: bytes | None, options: list[str], square: Predictor, tmp_path: Path, capsys: Capture
+) -> None:
+    file, out = tmp_path / "a.mp4", tmp_path / "out"
+    if content is None:
+        make_video(file)
+    else:
+        file.write_bytes(content)
+    assert cli.run(["predict", "RUN", str(file), f"out={out}", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.mp4 " in line
+    assert "--on-bad-image" not in line, "there are no others"
+    assert not (out / "videos").exists()
+    make_video(file)
+    assert cli.run(["predict", "RUN", str(file), f"out={out}", "--no-draw"]) == 0
+
+
+def test_a_single_image_that_cannot_be_read(square: Predictor, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    assert cli.run(["predict", "RUN", str(tmp_path / "a.png"), f"out={tmp_path / 'out'}"]) == 2
+    assert "--on-bad-image" not in capsys.readouterr().err
+
+
 def test_tracks_of_the_command(square: Predictor, tmp_path: Path) -> None:
     pytest.importorskip("trackers")
     file = make_video(tmp_path / "a.mp4")

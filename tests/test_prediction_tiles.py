@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 import fusedet
-from conftest import SMALL
 from exporting import TWO_LEVELS, save_run
 from fusedet import cli
 from fusedet.api.detection import detect_images
@@ -40,6 +39,7 @@ from fusedet.models.detectors.cut_objects import find_cut, join_cut_objects
 from fusedet.models.detectors.tta import ImageDetections
 from fusedet.models.roi.mask import paste_masks, stretch_masks
 from fusedet.types import BatchDetections
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

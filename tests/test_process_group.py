@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.data.synthetic import generate_dataset
 from fusedet.engine import checkpoint
 from killing import differences
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

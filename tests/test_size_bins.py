@@ -18,6 +18,8 @@ from fusedet.errors import InputError
 from fusedet.evaluation.bootstrap import METRICS, resample_metrics
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 IDS = (4, 1, 9)
 EDGES = (0, 10, 16, 33, 80, 97.5)
 
@@ -102,6 +104,7 @@ def test_bins_by_hand():
     assert [row["AR"] for row in rows] == [1, 0, 1, 1]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_val_prints_bins_of_stored_results(scenes, trained, tmp_path, capsys):
     out = tmp_path / "val"
     words = [f"data={scenes}", "test.size_bins=[0,16,32,128]", f"out={out}"]
@@ -123,6 +126,7 @@ def test_wrong_edges_are_refused():
             fusedet.resolve_config("retinanet_tiny", [f"test.size_bins={edges}"])
 
 
+@pytest.mark.usefixtures("rendered")
 def test_plot_has_a_bar_per_bin(tmp_path):
     bins = [
         {"from": 2.0**i, "to": 2.0 ** (i + 1), "AP": ap, "AR": ap, "objects": 9} for i, ap in enumerate([0.1, None])

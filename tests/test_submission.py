@@ -12,13 +12,13 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.api import coco_submission
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
 from fusedet.types import Detections
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

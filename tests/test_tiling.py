@@ -20,6 +20,8 @@ from fusedet.data.tiling import tile_dataset, tile_windows
 from fusedet.data.transforms import TrainTransform
 from fusedet.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 @pytest.mark.parametrize(
     ("length", "size", "overlap", "starts"),

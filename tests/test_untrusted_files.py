@@ -300,8 +300,8 @@ def with_meta(run: Path, target: Path, **changes: Any) -> Path:
         ({"config": MERGED}, "larger than any config"),
         ({"config": "a: &a [*a]"}, "larger than any config"),
         ({"config": "#" * 2_000_000}, "larger than any config"),
-        ({"config": "[" * 100_000}, "nested too deeply"),
-        ({"config": "{a: " * 5000}, "nested too deeply"),
+        ({"config": "[" * 100_000}, "nested too deeply|nesting depth"),
+        ({"config": "{a: " * 5000}, "nested too deeply|nesting depth"),
         ({"config": "!!python/object/apply:os.system ['touch ran']"}, "is not YAML"),
         ({"config": "model: !!python/name:os.system ''"}, "is not YAML"),
         ({"config": f"test: {{max_det: {'9' * 5000}}}"}, "is not YAML"),
@@ -555,7 +555,7 @@ print(json.dumps([codes, before, met]))
 @pytest.mark.slow
 def test_no_network_access(scenes: Path, tmp_path: Path) -> None:
     """Train, evaluate and predict while every connection is refused and recorded; the last one is the test's own."""
-    from conftest import SMALL
+    from shared_fixtures import SMALL
 
     run = tmp_path / "run"
     words = [

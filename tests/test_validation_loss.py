@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import SMALL
 from fakes import FakeDetector
 from fusedet import cli
 from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.models.ops.losses import mean_over_ranks
 from fusedet.types import Batch, Target
 from fusedet.visualization import plot_training
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 

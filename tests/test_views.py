@@ -12,7 +12,6 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import fusedet
-from conftest import SMALL
 from fusedet import cli, config
 from fusedet.api.detection import find, views
 from fusedet.data.collate import collate_views, make_samples
@@ -22,6 +21,7 @@ from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform
 from fusedet.models.detectors.tta import ImageDetections, merge_detections
 from fusedet.types import Batch, BatchDetections
+from shared_fixtures import SMALL
 from small import DETECTORS, make
 
 pytestmark = pytest.mark.usefixtures("unrendered")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bad_data import KINDS, Kind, write_dataset
-from conftest import SMALL
 from fusedet import cli
+from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.soak
 

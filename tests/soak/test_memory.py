@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL
 from fusedet import cli
 from fusedet.data.synthetic import generate_dataset
 from large import write
 from resident import MIB, line, of_command, run
+from shared_fixtures import SMALL
 
 pytestmark = [
     pytest.mark.soak,

@@ -42,6 +42,7 @@ class Options:
         batch: Images predicted at once; with `test.tiles`, tiles.
         jsonl: Whether the JSON-lines files stay instead of one predictions.json.
         bad: What happens if an image cannot be read.
+        hint: What the error then adds.
         workers: Threads that read images ahead.
         rank: This process's number.
         world: Number of processes that share the images.
@@ -51,6 +52,7 @@ class Options:
     batch: int
     jsonl: bool
     bad: Literal["error", "skip"]
+    hint: str
     workers: int
     rank: int
     world: int
@@ -258,7 +260,7 @@ def _format_line(image: _Image, prediction: Prediction | InputError, target: Pat
     record: Info = {"id": image.number, "file_name": str(image.path)}
     if isinstance(prediction, InputError):
         if options.bad == "error":
-            raise InputError(f"{prediction}; with --on-bad-image skip the others are predicted") from prediction
+            raise InputError(f"{prediction}{options.hint}") from prediction
         record["skipped"] = str(prediction)
     else:
         options.exports.write_image_files(prediction, image.name, target)

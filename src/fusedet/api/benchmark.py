@@ -15,7 +15,7 @@ from fusedet.api import run_dir, tables
 from fusedet.api.benchmark_plan import Candidate, plan_engines
 from fusedet.api.engine_process import EngineProcess, Measurement
 from fusedet.api.engines import ENGINES
-from fusedet.api.export import check_size
+from fusedet.api.export_options import check_size
 from fusedet.api.load_model import is_config
 from fusedet.api.progress import progress_bar, say_nothing
 from fusedet.api.results import CommandResult, lines, list_files, names_of

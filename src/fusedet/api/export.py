@@ -5,93 +5,33 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 import fusedet
 from fusedet import exporters
 from fusedet.api import run_dir
 from fusedet.api.export_files import write_files
+from fusedet.api.export_options import Precision, add_aot, check_calibration, check_formats, check_opset, check_shapes
+from fusedet.api.export_result import ExportResult
 from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
 from fusedet.api.predict import SETTABLE, tuned
 from fusedet.api.progress import say_nothing
 from fusedet.api.quantize import CalibrationData, read_calibration_data
-from fusedet.api.results import CommandResult, lines
 from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to_overrides
 from fusedet.config import Config
-from fusedet.errors import InputError, StorageError, at_least, one_of, plural, split_names
-from fusedet.exporters.formats import AOT, check_compiler, check_packages, package_versions
+from fusedet.errors import InputError, StorageError, one_of
+from fusedet.exporters.formats import package_versions
 from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds
 from fusedet.exporters.quantization import PACKAGES
-from fusedet.exporters.runtime import check_bf16
 from fusedet.file_hash import hash_file
 from fusedet.interop.published_weights import find_published_weights, is_published_name
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.roi import MaskBranch
 from fusedet.types import MULTIPLE
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-FORMATS_OF = {
-    "fp32": tuple(exporters.FORMATS),
-    "fp16": ("onnx", "openvino"),
-    "bf16": ("openvino",),
-    "int8": ("onnx", "openvino"),
-}
-"""The formats of each precision."""
-OPSETS = range(18, 24)
-
-
-@dataclass(frozen=True)
-class ExportResult(CommandResult):
-    """Exported files.
-
-    Attributes:
-        out: Their directory.
-        report: What report.json holds: the tolerance, and per format the files, their size, the seconds that writing
-            them took, and a row per compared input.
-    """
-
-    out: Path
-    report: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report and the directory."""
-        return self.report | {"out": str(self.out)}
-
-    def __rich__(self) -> RenderableType:
-        rows = []
-        for name, row in self.report["formats"].items():
-            cases = row["cases"]
-            if "price" in row:
-                rows += self._describe_price(name, row)
-                continue
-            compared = plural(sum(case["detections"] for case in cases), "detection")
-            box, score = (max(case[key] for case in cases) for key in ("box", "score"))
-            rows.append(
-                f"{name}: {self.out / row['files'][0]}, {row['megabytes']:.1f} MB, equal to PyTorch on "
-                f"{plural(len(cases), 'input')} ({compared}): boxes within {box:.2g} pixels, scores within {score:.2g}"
-            )
-        return lines([*rows, f"report: {self.out / 'report.json'}"])
-
-    def _describe_price(self, name: str, row: dict[str, Any]) -> list[str]:
-        """Return what int8 costs, as lines."""
-        data, kept = self.report["calibration"], len(row["floating_point"])
-        layers = f", {plural(kept, 'convolution')} in floating point" if kept else ""
-        interval = f"{100 * data['level']:g} % interval"
-        return [
-            f"{name}: {self.out / row['files'][0]}, {row['megabytes']:.1f} MB, int8 calibrated on "
-            f"{plural(data['images'], 'image')} of {data['split']}{layers}; price on "
-            f"{plural(data['val_images'], 'image')} of {data['val']}:",
-            *(
-                f"  {metric}: {price['a']:.4f} -> {price['b']:.4f}, {price['difference']:+.4f}, {interval} "
-                f"{price['low']:+.4f} to {price['high']:+.4f}"
-                for metric, price in row["price"].items()
-            ),
-        ]
 
 
 class _Source(NamedTuple):
@@ -160,13 +100,12 @@ def export(
         StorageError: A file cannot be written.
     """
     one_of("precision", precision, Precision)
-    names = _check_formats(formats, precision)
+    names = check_formats(formats, precision)
     if aot:
-        names = _add_aot(names)
-    _check_calibration(precision, calibrate, raw, calibration_images, max_drop)
-    if opset not in OPSETS:
-        raise InputError(f"opset={opset} must be {OPSETS[0]} to {OPSETS[-1]}")
-    shapes = _check_shapes(size, dynamic, batch)
+        names = add_aot(names)
+    check_calibration(precision, calibrate, raw, calibration_images, max_drop)
+    check_opset(opset)
+    shapes = check_shapes(size, dynamic, batch)
     texts = to_overrides(overrides, settings)
     model, out = _load(source, texts, calibrate, trust, say)
     run_dir.check_new_dir(out)
@@ -192,71 +131,6 @@ def export(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return ExportResult(target, report)
-
-
-def _check_formats(formats: str | Iterable[str], precision: str) -> list[str]:
-    """Return the formats without duplicates, ONNX before OpenVINO, which is made from it."""
-    names = split_names("format", formats, exporters.FORMATS)
-    if not names:
-        raise InputError(f"formats=[]: name at least one of {', '.join(exporters.FORMATS)}")
-    for name in names:
-        if name not in FORMATS_OF[precision]:
-            reason = "ONNX Runtime does not compute in bf16 on a CPU; " if (name, precision) == ("onnx", "bf16") else ""
-            raise InputError(
-                f"precision={precision} does not exist for the format {name}: {reason}it is for "
-                f"{' and '.join(FORMATS_OF[precision])}"
-            )
-        check_packages(name, exporters.FORMATS[name])
-        if precision == "int8":
-            check_packages(f"{name} in int8", PACKAGES[name])
-    if precision == "bf16":
-        check_bf16()
-    return names
-
-
-def _add_aot(names: list[str]) -> list[str]:
-    if "torch" not in names:
-        raise InputError("--aot compiles the format torch: add --format torch, or leave --aot out")
-    check_compiler()
-    return ["torch", AOT, *names[1:]]
-
-
-def _check_calibration(precision: str, calibrate: bool, raw: bool, images: int | None, max_drop: float | None) -> None:
-    """Check the options of int8."""
-    if precision != "int8":
-        options = {"--calibrate": calibrate or None, "--calibration-images": images, "--max-drop": max_drop}
-        if given := [name for name, value in options.items() if value is not None]:
-            raise InputError(f"{given[0]} is for --precision int8, not for {precision}: leave it out")
-        return
-    if not calibrate:
-        raise InputError("precision=int8 needs images to calibrate on: add --calibrate data=PATH")
-    if raw:
-        raise InputError("--raw leaves out the detections by whose AP int8 is judged: leave out --raw or int8")
-    if images is not None:
-        at_least(1, calibration_images=images)
-    if max_drop is not None and not 0 <= max_drop <= 1:
-        raise InputError(f"max_drop={max_drop:g} must be 0 to 1, such as 0.01 for one percent of AP")
-
-
-def _check_shapes(size: Sequence[int] | None, dynamic: bool, batch: int | None) -> exporters.Shapes:
-    if batch is not None and batch < 1:
-        raise InputError(f"batch={batch} must be at least 1")
-    if size is None:
-        return exporters.Shapes(None, batch)
-    if dynamic:
-        raise InputError(f"size={','.join(map(str, size))} is a fixed size: leave it out, or leave out --dynamic")
-    return exporters.Shapes(check_size(size), batch or 1)
-
-
-def check_size(size: Sequence[int]) -> tuple[int, int]:
-    """Return height and width of an input; raise InputError unless they are multiples of 32."""
-    if len(size) != 2 or min(size) < MULTIPLE or any(side % MULTIPLE for side in size):
-        near = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in size]
-        raise InputError(
-            f"size={','.join(map(str, size))} must be height,width in multiples of {MULTIPLE}, such as "
-            + ",".join(map(str, near if len(near) == 2 else (800, 1344)))
-        )
-    return size[0], size[1]
 
 
 def _load(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from fusedet import exporters
 from fusedet.api import run_dir
 from fusedet.api.quantize import CalibrationData, quantize_format
+from fusedet.api.timing import Span, time_call
 from fusedet.errors import InputError
 from fusedet.exporters.metadata import Metadata
 from fusedet.exporters.reference import compute_nudged_outputs, compute_outputs
@@ -58,10 +58,8 @@ def write_files(
     Raises:
         InputError: A file cannot be made, or differs from PyTorch.
     """
-    start = time.perf_counter()
     with _named("the model cannot be traced by torch.export"):
-        program, outputs = exporters.trace(detector, shapes, metadata.raw)
-    traced = time.perf_counter() - start
+        (program, outputs), traced = time_call(partial(exporters.trace, detector, shapes, metadata.raw))
     metadata = metadata.model_copy(update={"outputs": list(outputs)})
     reference = _make_reference(detector, shapes, metadata, "torch" in names)
     report: dict[str, Any] = {"tolerance": None, "formats": {}}
@@ -69,12 +67,11 @@ def write_files(
     if calibration is None:
         report["tolerance"] = vars(TOLERANCES[metadata.precision])
         for name in names:
-            start = time.perf_counter()
+            write = partial(exporters.write_format, name, program, outputs, folder, metadata)
             with _named(f"the model cannot be converted to the format {name}"):
-                files[name] = exporters.write_format(name, program, outputs, folder, metadata)
-            seconds = time.perf_counter() - start + traced
+                files[name], span = time_call(write)
             rows = _compare(name, files[name][0], metadata, reference)
-            report["formats"][name] = _describe_files(files[name], seconds) | {"cases": rows}
+            report["formats"][name] = _describe_files(files[name], traced, span) | {"cases": rows}
     else:
         scratch = folder / "fp32"
         scratch.mkdir()
@@ -85,13 +82,12 @@ def write_files(
         calibration.evaluate_fp32(exporters.open_session("onnx", source, plain), plain)
         report["calibration"] = calibration.describe()
         for name in names:
-            start = time.perf_counter()
+            quantize = partial(quantize_format, name, source, folder, metadata, calibration)
             with _named(f"the model cannot be quantized for the format {name}"):
-                files[name], price = quantize_format(name, source, folder, metadata, calibration)
-            seconds = time.perf_counter() - start + traced
+                (files[name], price), span = time_call(quantize)
             session = exporters.open_session(name, files[name][0], metadata)
             rows = _measure_similarity(session, files[name][0].name, reference)
-            report["formats"][name] = _describe_files(files[name], seconds) | price | {"cases": rows}
+            report["formats"][name] = _describe_files(files[name], traced, span) | price | {"cases": rows}
         shutil.rmtree(scratch)
     exporters.write_description(folder, metadata, files)
     run_dir.write_json(folder / "report.json", report)
@@ -115,9 +111,11 @@ def _make_reference(
     return Reference(detector, cases, expected)
 
 
-def _describe_files(files: Sequence[Path], seconds: float) -> dict[str, Any]:
+def _describe_files(files: Sequence[Path], traced: Span, written: Span) -> dict[str, Any]:
     megabytes = sum(path.stat().st_size for path in files) / 1e6
-    return {"files": [path.name for path in files], "megabytes": megabytes, "seconds": seconds}
+    wall, processor = traced.wall + written.wall, traced.processor + written.processor
+    names = [path.name for path in files]
+    return {"files": names, "megabytes": megabytes, "seconds": wall, "processor_seconds": processor}
 
 
 def _compare(name: str, file: Path, metadata: Metadata, reference: Reference) -> list[dict[str, Any]]:

@@ -161,8 +161,9 @@ def predict(
         exports = Exports(score, draw, formats, crops)
         count, written = images.count(), dict.fromkeys(batch_predict.COUNTS, 0)
         outputs: dict[str, Path] = {}
+        hint = "; with --on-bad-image skip the others are predicted" if count + len(videos) > 1 else ""
         if count or not videos:
-            asked = batch_predict.Options(exports, batch, jsonl, on_bad_image, workers, rank, world)
+            asked = batch_predict.Options(exports, batch, jsonl, on_bad_image, hint, workers, rank, world)
             with progress_bar(None if rank else progress, count, "images") as advance:
                 result = batch_predict.predict(
                     predictor, images, target, asked, precision=precision, resume=resume, advance=advance
@@ -170,12 +171,12 @@ def predict(
             outputs = {name: Path(path) for name, path in result.pop("files").items()}
             written |= result
         else:
-            run_dir.create_run_dir(target)
+            run_dir.check_new_dir(target)
         seen = VideoCounts()
         if videos:
-            own = Options(exports, batch, on_bad_image, part, score if track else None)
+            own = Options(exports, batch, on_bad_image, hint, part, score if track else None)
             seen = predict_videos(predictor, videos, target, own, progress)
-            outputs["videos"] = target / "videos"
+            outputs |= {"videos": target / "videos"} if seen.videos else {}
     counts = {name: value + getattr(seen, name, 0) for name, value in written.items()}
     counts |= {"videos": seen.videos, "frames": seen.frames}
     return PredictionSummary(counts, outputs, score, rank, files.count_left_out(), tuple(seen.notes), seen.skipped)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from fusedet.api import run_dir
 from fusedet.api.predict import Predictor
 from fusedet.api.prediction_exports import Exports, write_class_names, write_csv
 from fusedet.api.prediction_lines import Info, describe_prediction
@@ -30,6 +31,7 @@ class Options:
         exports: What is written beside the JSON lines.
         batch: Frames predicted at once.
         bad: What happens if a video cannot be read, or not to its end.
+        hint: What the error then adds.
         part: Which frames are predicted.
         track: The least score of a detection that starts a track; None does not track.
     """
@@ -37,6 +39,7 @@ class Options:
     exports: Exports
     batch: int
     bad: Literal["error", "skip"]
+    hint: str
     part: Part
     track: float | None
 
@@ -73,7 +76,7 @@ def predict_videos(
     Args:
         predictor: The model.
         sources: Files, numbers of cameras and addresses.
-        target: An existing directory.
+        target: The output directory, which is created with the first video that can be opened.
         options: How they are predicted.
         console: Shows how many frames of a video are done, if it is a terminal.
 
@@ -84,10 +87,6 @@ def predict_videos(
     if predictor.config.data.channels != 3:
         raise InputError(f"videos have 3 channels, the model takes data.channels={predictor.config.data.channels}")
     folder, counts, names = target / "videos", VideoCounts(), set[str]()
-    folder.mkdir()
-    replace(options.exports, drawn=False).create_folders(target)
-    if "yolo" in options.exports.save:
-        write_class_names(target / "classes.txt", predictor.categories)
     for source in map(str, sources):
         name = _choose_name(source, names)
         before = counts.frames
@@ -98,12 +97,16 @@ def predict_videos(
         except InputError as error:
             done = counts.frames - before
             kept = f"; {plural(done, 'frame')} before it are in {folder / name}.jsonl" if done else ""
+            if not done:
+                run_dir.remove_files(folder, f"{name}.jsonl")
             if options.bad == "error":
-                raise InputError(f"{error}{kept}; with --on-bad-image skip the others are predicted") from error
+                raise InputError(f"{error}{kept}{options.hint}") from error
             counts.notes.append(f"{error}{kept}")
             counts.skipped += not done
         finally:
             counts.videos += counts.frames > before
+    if counts.videos and "yolo" in options.exports.save:
+        write_class_names(target / "classes.txt", predictor.categories)
     return counts
 
 
@@ -128,6 +131,9 @@ def _predict_video(
     of_frames = replace(exports, drawn=False)
     with ExitStack() as stack:
         video = stack.enter_context(Video(source))
+        if not folder.is_dir():
+            run_dir.create_run_dir(folder)
+            of_frames.create_folders(folder.parent)
         opened = stack.enter_context(file.open("wb"))
         writer = stack.enter_context(VideoWriter(folder, name, video, part.start)) if exports.drawn else None
         advance = stack.enter_context(progress_bar(console, video.count(part), f"{name}, frames"))

@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fusedet import visualization
 from fusedet.data.large_images import LargeImage
 from fusedet.types import Detections
 
@@ -60,6 +59,8 @@ class Prediction(Detections):
 
     def plot(self, path: str | Path | None = None, score: float = 0.3) -> Image.Image:
         """Draw boxes and masks of at least `score` on the image; save it if a path is given."""
+        from fusedet import visualization  # it imports matplotlib, which predictions that are not drawn never need
+
         if self.image is None:
             raise ValueError("this prediction holds no image to draw on")
         keep = self.scores >= score

@@ -39,10 +39,12 @@ def progress_bar(
     Yields:
         A function that takes the number of further items that are done.
     """
+    if console is None or not console.is_terminal:  # a disabled bar of rich 13 prints an empty line
+        yield lambda count: None
+        return
     done = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
     columns = (TextColumn(escape(label)), BarColumn(), *done, TimeRemainingColumn())
-    is_hidden = console is None or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=is_hidden) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         yield partial(bar.advance, bar.add_task(label, total=total))
 
 

@@ -240,6 +240,11 @@ def _fit(
             quiet=quiet,
             say=say,
         )
+        if (steps := settings.epochs * run.steps_per_epoch) < settings.warmup_steps and not resume:
+            say(
+                f"train.warmup_steps={settings.warmup_steps}, but the training has {plural(steps, 'step')}: the "
+                f"learning rate only rises and stays below {lr:g}; set fewer, or more train.epochs"
+            )
         if fabric.is_global_zero and not (is_begun and (out / "run.json").is_file()):
             fingerprints = {"data": {"train": data.fingerprint(), "val": val.fingerprint()}}
             about = describe_environment(str(fabric.device), fabric.world_size)

@@ -272,6 +272,6 @@ async def _answer_full_queue(_: Request, error: Exception) -> JSONResponse:
 async def _answer_wrong_parameter(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["loc"][0] == "body" and isinstance(first.get("input"), str):
+    if first["loc"][0] != "query" and isinstance(first.get("input"), str):
         return JSONResponse({"detail": f"{first['loc'][-1]}: a file was expected, not a text"}, 422)
     return JSONResponse({"detail": f"{first['loc'][-1]}: {first['msg'][:1].lower()}{first['msg'][1:]}"}, 422)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from typer import BadParameter
 
-from fusedet.cli import benchmark, commands, conversions, serving  # noqa: F401  (registers the commands)
+from fusedet.cli import benchmark, commands, conversions, datasets, serving  # noqa: F401  (registers the commands)
 from fusedet.cli.common import app, err
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import InputError, StorageError

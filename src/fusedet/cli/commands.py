@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any, Literal
 
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
 import fusedet
 from fusedet.cli import common as cli
@@ -132,7 +132,7 @@ def export(
     dynamic: Annotated[bool, Option("--dynamic", help="Any input size; the default without --size.")] = False,
     batch: Annotated[int | None, Option(help="Images per input; by default any, 1 with --size.", min=1)] = None,
     precision: Annotated[Literal["fp32", "fp16", "bf16", "int8"], Option(help="Number format.")] = "fp32",
-    opset: Annotated[int, Option(help="ONNX's operator set.", min=18)] = 18,
+    opset: Annotated[int, Option(help="ONNX's operator set.", min=18, max=23)] = 18,
     raw: Annotated[bool, Option("--raw", help="Leave NMS out: boxes and scores of all candidates.")] = False,
     aot: Annotated[bool, Option("--aot", help="Compile the format torch for this CPU too.")] = False,
     calibrate: Annotated[bool, Option("--calibrate", help="Calibrate int8 on images of data=PATH.")] = False,
@@ -283,39 +283,3 @@ def cam(
     sources, settings = cli.split_words(words)
     options: dict[str, Any] = {"beside": beside, "class_name": class_name, "score": score, "only": only or ()}
     cli.show(fusedet.cam(run, sources, *settings, **options, best_only=best, trust=trust), json)
-
-
-@cli.command("doctor", "doctor data=data/coco", "doctor data=data/voc data.size=[600,1000] --no-images", DATA)
-def doctor(
-    words: cli.ConfigAndSettings = None,
-    images: Annotated[bool, Option(help="Decode every image, not only read the annotations.")] = True,
-    report: Annotated[str | None, Option(metavar="FILE.html", help="Write a page with histograms and images.")] = None,
-    json: cli.Json = False,
-) -> None:
-    """Check a dataset before a training.
-
-    Counts what data=PATH holds, lists errors and warnings, and ends with a summary, the worst first. The exit code is 1
-    if a training would stop.
-    """
-    name, settings = cli.split_config(words)
-    options: dict[str, Any] = {"read_images": images, "report": report, "progress": cli.console(json)}
-    result = fusedet.check_dataset(*settings, config=name, **options)
-    cli.show(result, json, *([f"page: {report}"] if report else []))
-    raise Exit(0 if result.ok else 1)
-
-
-@cli.command("browse", "browse data=data/coco out=images.png", "browse data=data/coco --centers", DATA)
-def browse(
-    words: cli.ConfigAndSettings = None,
-    split: Split = None,
-    images: Annotated[int | None, Option(help="Number of images, by default 16.", min=1)] = None,
-    epoch: Annotated[int | None, Option(help="Epoch whose data augmentation is shown, by default 0.", min=0)] = None,
-    centers: Annotated[bool, Option("--centers", help="Draw the centers of all objects instead, by class.")] = False,
-    json: cli.Json = False,
-) -> None:
-    """Draw training images as the network sees them.
-
-    Images of data=PATH with their boxes, resized and augmented, go to one image file, out=FILE.png.
-    """
-    name, settings = cli.split_config(words)
-    cli.show(fusedet.browse(*settings, config=name, split=split, images=images, epoch=epoch, centers=centers), json)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from fusedet.errors import InputError
@@ -31,12 +33,18 @@ def parse_yaml(text: str, source: Any, keys: str = "model, data, train, test or 
     Raises:
         InputError: For what is not YAML, is no mapping, or has more than `LARGEST` values with its aliases written out.
     """
+    return copy.deepcopy(_parse(text, str(source), keys))
+
+
+@lru_cache(maxsize=256)  # a table resolves the same bases and settings for each of its rows
+def _parse(text: str, source: str, keys: str) -> dict[str, Any]:
     import yaml  # slow to import, and `--help` does not need it
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
     try:
-        if len(text) > LONGEST or count_values(node := yaml.compose(text, yaml.SafeLoader), {}) > LARGEST:
+        if len(text) > LONGEST or count_values(node := yaml.compose(text, loader), {}) > LARGEST:
             limits = f"{LONGEST} characters or {LARGEST} values"
             raise InputError(f"{source} is larger than any config: it has more than {limits}")
         is_value = isinstance(node, yaml.ScalarNode) and not node.tag.endswith((":str", ":null"))

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, decode_png, read_file
+from torchvision.io import ImageReadMode, decode_image, decode_png
 
+from fusedet.data.decoding_memory import map_file_once, release_free_memory
 from fusedet.data.image_opening import (
     TRANSPOSE,
     Range,
@@ -190,12 +191,12 @@ def _is_large(image: Image.Image, exif: bool) -> bool:
 
 
 def _decode_large(source: Source) -> Tensor:
+    release_free_memory()
     try:
         if isinstance(source, bytes):
-            content = torch.frombuffer(bytearray(source), dtype=torch.uint8)
-        else:
-            content = read_file(os.fspath(source))
-        return decode_image(content, ImageReadMode.RGB)
+            return decode_image(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
+        with map_file_once(source) as content:
+            return decode_image(content, ImageReadMode.RGB)
     except RuntimeError as error:
         raise OSError(str(error).rpartition(", ")[2]) from error  # without the line of the C++ code
 

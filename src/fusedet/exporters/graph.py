@@ -12,6 +12,7 @@ from timm.layers import padding
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fusedet.garbage_collection import pause_garbage_collection
 from fusedet.models.detectors import DetectorModule, OneStage
 from fusedet.models.ops.exporting import exporting
 from fusedet.types import MULTIPLE, BatchDetections
@@ -84,6 +85,7 @@ def constant_padding() -> Iterator[None]:
         padding.get_same_padding = compute
 
 
+@pause_garbage_collection()
 def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Trace a detector; images go in as uint8, and normalisation and NMS are in the program.
 

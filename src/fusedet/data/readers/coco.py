@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from fusedet.data.readers.json_values import load_json
 from fusedet.data.readers.number_text import parse_number
 from fusedet.data.segmentation import bound_segmentation, fits_image, pack_coco_segmentation
 from fusedet.errors import InputError
+from fusedet.garbage_collection import pause_garbage_collection
 
 
 def read_coco(
@@ -139,7 +138,7 @@ def read_coco(
 
 def _load(file: Path) -> dict[str, Any]:
     """Parse a COCO json, packing its segmentations; raises InputError where `images` or `categories` are missing."""
-    with _pause_garbage_collection():
+    with pause_garbage_collection():  # millions of new objects, which form no cycles
         data = load_json(file, object_hook=_pack_entry)
     if not isinstance(data, dict):
         raise InputError(
@@ -160,18 +159,6 @@ def _pack_entry(entry: dict[str, Any]) -> dict[str, Any]:
         if not entry.get("bbox") and (bounds := bound_segmentation(packed)):
             entry["bbox"] = bounds
     return entry
-
-
-@contextmanager
-def _pause_garbage_collection() -> Iterator[None]:
-    """Pause the garbage collector: it would scan millions of new objects, which form no cycles, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _describe_type(value: Any) -> str:
