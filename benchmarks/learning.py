@@ -44,6 +44,7 @@ LEAST = {
     "gfl": {"AP50": 0.69},
     "paa": {"AP50": 0.68},
     "tood": {"AP50": 0.71},
+    "freeanchor": {"AP50": 0.78},
     "foveabox": {"AP50": 0.68},
     "fsaf": {"AP50": 0.71},
     "ota": {"AP50": 0.56},

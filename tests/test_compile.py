@@ -29,7 +29,6 @@ DETECTORS = (
     "grid_rcnn",
     "cascade_rcnn",
     "double_head_rcnn",
-    "tridentnet",
     "atss",
     "gfl",
     "gflv2",

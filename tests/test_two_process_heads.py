@@ -16,8 +16,9 @@ from fakes import batch
 from fusedet.types import Batch
 from small import ATSS_FAMILY, DOUBLE_HEAD, MATCHING, make, target
 
-NAMES = [*ATSS_FAMILY, *MATCHING, DOUBLE_HEAD]
-# GFL divides by a sum of scores, which each process counts as at least 1; initial scores of 0.01 would stay below
+# not DW and BorderDet: their divisors too count as at least 1 in each process, and begin below it
+NAMES = [*ATSS_FAMILY, *MATCHING, "ota", DOUBLE_HEAD]
+# GFL divides by a sum of scores that counts as at least 1 in each process; initial scores of 0.01 would stay below
 OPTIONS = {"gfl": ["model.head.prior=0.5"], "gflv2": ["model.head.prior=0.5"]}
 FIRST = [target([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), target([[20, 8, 70, 60]], [1])]
 SECOND = [target([[30, 2, 62, 40], [2, 30, 22, 60], [50, 20, 90, 50]], [1, 1, 0]), target([[8, 8, 40, 50]], [2])]
