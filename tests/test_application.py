@@ -58,7 +58,8 @@ def test_a_syntax_error_is_named_with_its_place(tmp_path: Path) -> None:
     file.write_text("model:\n  neck: [fpn\ndata: x\n")
     with pytest.raises(InputError) as error:
         config.load(file)
-    assert str(error.value) == f"{file} is not YAML: line 3, column 5: expected ',' or ']', but got ':'"
+    assert str(error.value).startswith(f"{file} is not YAML: line 3, column 5: ")
+    assert "expected ',' or ']'" in str(error.value)
 
 
 def test_a_wrong_choice_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
