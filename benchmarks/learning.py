@@ -56,6 +56,7 @@ LEAST = {
     "dynamic_rcnn": {"AP50": 0.82},
     "grid_rcnn": {"AP50": 0.83},
     "libra_rcnn": {"AP50": 0.83},
+    "double_head_rcnn": {"AP50": 0.83},
 }
 """Required AP50 on the validation images: COCO's of boxes and, for detectors with masks, of masks."""
 
