@@ -16,7 +16,7 @@ from fakes import batch
 from fusedet.types import Batch
 from small import ATSS_FAMILY, DOUBLE_HEAD, MATCHING, make, target
 
-# not DW and BorderDet: their divisors too count as at least 1 in each process, and begin below it
+# not DW and BorderDet, whose gradients differ; their divisors too count as at least 1 in each process
 NAMES = [*ATSS_FAMILY, *MATCHING, "ota", DOUBLE_HEAD]
 # GFL divides by a sum of scores that counts as at least 1 in each process; initial scores of 0.01 would stay below
 OPTIONS = {"gfl": ["model.head.prior=0.5"], "gflv2": ["model.head.prior=0.5"]}
