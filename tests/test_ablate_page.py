@@ -179,7 +179,7 @@ def test_requests_and_messages_are_detected(tmp_path: Path) -> None:
     assert requests == ["http://127.0.0.1:9/a.png"]
 
 
-@pytest.mark.parametrize(("scheme", "dark"), [("1", False), ("0", True)])
+@pytest.mark.parametrize(("scheme", "dark"), [pytest.param("1", False, marks=pytest.mark.slow), ("0", True)])
 def test_light_and_dark(page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool) -> None:
     """The page follows the reader's color scheme, and text and plots contrast with its background."""
     image = tmp_path / "page.png"

@@ -192,7 +192,9 @@ def test_downloads(page: Any) -> None:
     [
         (b"no image", "The image of 8 bytes is empty or not an image in a format that Pillow reads."),
         (make_image(200, 200)[:500], "is truncated or damaged"),
-        (bytes(2 * 10**6), "street.png is larger than 1 MB, the limit of this server."),
+        pytest.param(
+            bytes(2 * 10**6), "street.png is larger than 1 MB, the limit of this server.", marks=pytest.mark.slow
+        ),
     ],
     ids=["text", "cut", "large"],
 )

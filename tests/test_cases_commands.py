@@ -249,7 +249,7 @@ def test_config_prints_what_a_run_would_have(capsys: Capture) -> None:
     assert "epochs: 7" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["best.safetensors", "last.ckpt"])
+@pytest.mark.parametrize("name", [pytest.param("best.safetensors", marks=pytest.mark.slow), "last.ckpt"])
 def test_info_of_a_checkpoint(trained: Path, name: str) -> None:
     whole, own = fusedet.info(trained), fusedet.info(trained / name)
     assert own.classes == whole.classes == len(fusedet.load(trained).names)

@@ -198,10 +198,7 @@ DETECTORS = ["freeanchor", "foveabox", "fsaf", "autoassign", "yolof"]
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        *(
-            pytest.param(name, (), marks=pytest.mark.slow if name not in ("foveabox", "yolof") else ())
-            for name in DETECTORS
-        ),
+        *(pytest.param(name, (), marks=pytest.mark.slow if name != "yolof" else ()) for name in DETECTORS),
         pytest.param("foveabox", ("model.head.align=true",), marks=pytest.mark.slow),
         pytest.param("freeanchor", ("model.neck=[fpn,dyhead]",), marks=pytest.mark.slow),
         pytest.param("fsaf", ("model.neck=nas_fpn",), marks=pytest.mark.slow),

@@ -159,10 +159,8 @@ def check_export(head: str, neck: str, plugin: str, interact: str) -> None:
         assert_close(exported(others), model(others))
 
 
-@pytest.mark.parametrize(
-    ("head", "neck", "plugin", "interact"),
-    [row if row[0] == "fcos" else pytest.param(*row, marks=pytest.mark.slow) for row in TRACED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("head", "neck", "plugin", "interact"), TRACED)
 def test_the_raw_forward_exports(head: str, neck: str, plugin: str, interact: str) -> None:
     check_export(head, neck, plugin, interact)
 
