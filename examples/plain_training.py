@@ -4,32 +4,25 @@ import sys
 
 import torch
 
+from fusedet.api.validate import detect
 from fusedet.data.loader import build_eval_loader, build_train_loader
 from fusedet.data.readers.auto import read_dataset
 from fusedet.data.transforms import EvalTransform, TrainTransform
 from fusedet.evaluation.coco_metrics import evaluate_coco
 from fusedet.models.backbones import TimmBackbone
+from fusedet.models.detectors.neck_chain import NeckChain
 from fusedet.models.detectors.one_stage import OneStage
 from fusedet.models.heads.retina import RetinaHead
 from fusedet.models.necks import FPN, SMSL
-from fusedet.types import Detections
 
 SHORT, LONG, BATCH = 256, 256, 8
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Neck(torch.nn.Sequential):
-    """FPN, then SMSL: the levels of the last are those of both."""
-
-    def __init__(self, levels, channels=64):
-        fpn = FPN(levels, channels)
-        super().__init__(fpn, SMSL(fpn.levels))
-        self.levels = self[-1].levels
-
-
 def build_detector(num_classes, backbone="resnet18"):
     features = TimmBackbone(backbone, pretrained=False)
-    neck = Neck(features.levels)
+    fpn = FPN(features.levels, channels=64)
+    neck = NeckChain([fpn, SMSL(fpn.levels)])
     head = RetinaHead(neck.levels, num_classes, convs=2, norm=True, base_scale=2.0)
     return OneStage(features, neck, head, {"score": 0.05, "iou": 0.5, "max_det": 100}).to(device)
 
@@ -52,13 +45,8 @@ def train(detector, dataset, epochs, lr=0.02):
 
 
 def evaluate(detector, dataset):
-    detector.eval()
-    results = []
-    for batch in build_eval_loader(dataset, EvalTransform(SHORT, LONG), batch=BATCH):
-        for detections, scale, image_id in zip(detector.predict(batch.to(device)), batch.scales, batch.ids):
-            boxes = detections.boxes / scale.repeat(2).to(device)  # pixels of the image
-            results += Detections(boxes, detections.scores, detections.labels).to_coco(image_id, dataset.category_ids)
-    return evaluate_coco(dataset, results)
+    batches = build_eval_loader(dataset, EvalTransform(SHORT, LONG), batch=BATCH)
+    return evaluate_coco(dataset, detect(detector.eval(), batches, dataset, device))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ def test_plain_training(scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert sum(row["objects"] for row in metrics["classes"]) == int((~val.ignore).sum())
 
 
-def test_plain_training_is_short() -> None:
-    lines = (EXAMPLES / "plain_training.py").read_text().splitlines()
-    assert len([line for line in lines if line.strip()]) <= 60
+@pytest.mark.parametrize(("name", "limit"), [("gated_neck/gated_neck.py", 40), ("plain_training.py", 60)])
+def test_examples_are_short(name: str, limit: int) -> None:
+    assert len((EXAMPLES / name).read_text().splitlines()) <= limit
 
 
 def tiny_torchvision(make: Any) -> Any:

@@ -6,11 +6,11 @@ References:
     "Squeeze-and-Excitation Networks", Hu et al., 2018, equations 2 to 4.
 """
 
-from __future__ import annotations
-
-from torch import Tensor, nn
+from timm.layers import SqueezeExcite
+from torch import nn
 
 from fusedet.errors import InputError
+from fusedet.models.ops.layers import init_zero
 from fusedet.types import Features, Levels
 
 
@@ -30,17 +30,10 @@ class GatedNeck(nn.Module):
         if not 1 <= reduction <= min(levels.channels):
             raise InputError(f"reduction={reduction} must be in 1..{min(levels.channels)}, the channels of the pyramid")
         self.levels = levels  # the contract of a neck: what it returns, known before any image is seen
-        self.gates = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, c // reduction), nn.ReLU(), nn.Linear(c // reduction, c))
-            for c in levels.channels
-        )
+        self.gates = nn.ModuleList(SqueezeExcite(c, rd_channels=c // reduction) for c in levels.channels)
         for gate in self.gates:
-            nn.init.zeros_(gate[-1].weight)
-            nn.init.zeros_(gate[-1].bias)
+            init_zero(gate.fc2)  # its sigmoid is 1/2
 
     def forward(self, features: Features) -> Features:
         """Compute the levels, each (N, C, H, W) as it came."""
-        return [x * self._gate(i, x)[..., None, None] for i, x in enumerate(features)]
-
-    def _gate(self, i: int, x: Tensor) -> Tensor:
-        return 2 * self.gates[i](x.mean(dim=(2, 3))).sigmoid()  # (N, C)
+        return [2 * gate(x) for gate, x in zip(self.gates, features, strict=True)]

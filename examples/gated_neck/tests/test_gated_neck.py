@@ -19,7 +19,7 @@ def test_starts_as_the_identity():
 
 def test_gate_is_twice_the_sigmoid():
     neck = GatedNeck(LEVELS)
-    neck.gates[1][-1].bias.data.fill_(torch.tensor(3.0).log())  # sigmoid(ln 3) = 3/4
+    neck.gates[1].fc2.bias.data.fill_(torch.tensor(3.0).log())  # sigmoid(ln 3) = 3/4
     finest, coarsest = neck(FEATURES)
     torch.testing.assert_close(finest, FEATURES[0])
     torch.testing.assert_close(coarsest, 1.5 * FEATURES[1])

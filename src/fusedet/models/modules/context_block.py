@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.ops.layers import conv
+from fusedet.models.ops.layers import conv, init_zero
 
 
 class ContextBlock(nn.Module):
@@ -29,12 +29,10 @@ class ContextBlock(nn.Module):
         super().__init__()
         self.mask = conv(channels, 1, 1)
         self.transform = nn.Sequential(
-            conv(channels, width, 1), nn.LayerNorm([width, 1, 1]), nn.ReLU(), conv(width, channels, 1)
+            conv(channels, width, 1), nn.LayerNorm([width, 1, 1]), nn.ReLU(), init_zero(conv(width, channels, 1))
         )
         nn.init.kaiming_normal_(self.mask.weight, nonlinearity="relu")
         nn.init.zeros_(self.mask.bias)  # type: ignore[arg-type]
-        for parameter in self.transform[3].parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the context to x (N, C, H, W)."""

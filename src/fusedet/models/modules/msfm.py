@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of, unknown
-from fusedet.models.ops.layers import GroupNorm, conv
+from fusedet.models.ops.layers import GroupNorm, conv, init_zero
 from fusedet.models.ops.precision import without_autocast
 
 Fusion = Literal["add", "cat"]
@@ -129,8 +129,7 @@ class Unsqueeze(nn.Module):
         self.conv = conv(inputs, channels, 1)
         self.norm = GroupNorm(groups, channels)
         if zero_init:
-            nn.init.zeros_(self.norm.weight)
-            nn.init.zeros_(self.norm.bias)
+            init_zero(self.norm)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Compute (N, C, H, W) of y (N, k, H, W) and x (N, C, H, W)."""

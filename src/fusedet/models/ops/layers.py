@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fusedet.errors import InputError, one_of
 from fusedet.models.ops.deformable import DeformConv, offset_convolutions
 from fusedet.types import Features
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -77,6 +79,16 @@ def init_normal(module: nn.Module, std: float = 0.01) -> None:
 def init_prior_bias(bias: Tensor | None, prior: float) -> None:
     """Initialise the bias of logits so that scores start at `prior`, in (0, 1) (RetinaNet, 2017, section 4.1)."""
     nn.init.constant_(bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+
+
+def init_zero(module: Module) -> Module:
+    """Initialise every parameter inside by 0 and return the module.
+
+    A residual branch that ends in it starts as 0, a gate before a sigmoid as 1/2.
+    """
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 def init_kaiming(module: nn.Module) -> None:
