@@ -9,6 +9,7 @@ import torch
 
 from fusedet.ablation import cost, estimate, launcher, summary_text
 from fusedet.ablation.plan import Run
+from fusedet.ablation.plan_sheet import make_plan_sheet
 from fusedet.config import Config, Train
 
 # -- budget
@@ -168,3 +169,20 @@ def test_conclusions_without_a_difference() -> None:
     assert summary_text.draw_conclusion(measured | {"label": "a"}, "AP", runs_of).startswith("The baseline of")
     assert summary_text.draw_conclusion(measured | {"label": "c"}, "AP", runs_of) == "The same config as 'a'."
     assert "Not measured" in summary_text.draw_conclusion(measured | {"measured": None}, "AP", runs_of)
+
+
+# -- the table of a dry run
+
+
+def test_dry_run_of_a_table_without_published_values() -> None:
+    """A row of one's own has no column and no sentence about papers; one published value brings both back."""
+    row: dict[str, Any] = {"label": "gate", "published": {}, "params_M": None, "time_ms": None, "seconds": None}
+    row |= {"trainable": 12_030_000, "multiply_adds": 4_740_000_000, "left": 3}
+    sheet = make_plan_sheet([row], classes=6, seeds=1)
+    assert sheet.title == "Counted with 6 classes; 1 seed per row"
+    assert sheet.head == ["row", "#Param (M)", "multiply-adds (G)", "runs to do"]
+    assert sheet.rows == [["gate", "12.03", "4.74", "3"]]
+    sheet = make_plan_sheet([row, row | {"published": {"AP": 36.4}, "params_M": 12.0}], classes=80, seeds=3)
+    assert sheet.title == "Published metrics in percent; counted with 80 classes; 3 seeds per row"
+    assert sheet.head[:3] == ["row", "AP", "#Param paper (M)"]
+    assert [cells[1:3] for cells in sheet.rows] == [["-", "-"], ["36.4", "12.00"]]

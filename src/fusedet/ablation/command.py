@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from fusedet import config
 from fusedet.ablation import experiment, plan, power, render, spec, summary, summary_text
 from fusedet.ablation.estimate import format_duration, parse_duration
+from fusedet.ablation.plan_sheet import make_plan_sheet
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.data import synthetic
@@ -82,7 +83,7 @@ class AblationPreview(CommandResult):
     def __rich__(self) -> RenderableType:
         text = [f"about {format_duration(self.seconds)} on one device, by {self.basis}"] if self.seconds else []
         text += [] if self.basis or text else ["with data=PATH the time is estimated too"]
-        table = render.sheet_table(render.make_plan_sheet(self.rows, self.classes, self.seeds))
+        table = render.sheet_table(make_plan_sheet(self.rows, self.classes, self.seeds))
         return Group(lines([self.title]), table, lines(text))
 
 

@@ -94,7 +94,7 @@ def preview_plan(plan: Plan, *, say: Say = print) -> tuple[list[dict[str, Any]],
     Nothing is estimated without data. With data and no finished run, a training step of the baseline is timed.
 
     Returns:
-        One mapping per row of the table, as `render.make_plan_sheet` takes them, and the basis of the estimate.
+        One mapping per row of the table, as `plan_sheet.make_plan_sheet` takes them, and the basis of the estimate.
     """
     if plan.out != Path():
         launcher.check_out_dir(plan)

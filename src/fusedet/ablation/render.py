@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.markup import escape
 from rich.table import Table as Terminal
 
-from fusedet.ablation.estimate import format_duration
 from fusedet.ablation.spec import METRICS
 from fusedet.ablation.summary import compared_metrics
 from fusedet.ablation.summary_text import (
@@ -42,7 +42,19 @@ def make_sheets(summary: Summary) -> list[Sheet]:
     """Make the tables of a summary: the metric with its differences, size bins, all metrics, noise, cost."""
     bins = [make_bin_sheet(summary)] if summary["size_bins"] else []
     noise = [make_noise_sheet(summary)] if any(row.get("noise") for row in summary["rows"]) else []
-    return [make_difference_sheet(summary), *bins, make_metric_sheet(summary), *noise, make_cost_sheet(summary)]
+    sheets = [make_difference_sheet(summary), *bins, make_metric_sheet(summary), *noise, make_cost_sheet(summary)]
+    return [drop_empty_paper_columns(sheet) for sheet in sheets]
+
+
+def drop_empty_paper_columns(sheet: Sheet) -> Sheet:
+    """Leave out the columns of what a paper prints if no row of the table has a value there."""
+    kept = [
+        i
+        for i, name in enumerate(sheet.head)
+        if not re.search("published|paper", name) or any(row[i] not in ("", "-") for row in sheet.rows)
+    ]
+    head, *rows = ([cells[i] for i in kept] for cells in [sheet.head, *sheet.rows])
+    return Sheet(sheet.title, head, rows)
 
 
 def make_difference_sheet(summary: Summary) -> Sheet:
@@ -135,16 +147,17 @@ def make_noise_sheet(summary: Summary) -> Sheet:
 
 
 def make_metric_sheet(summary: Summary) -> Sheet:
-    """Make the table of all published or compared metrics, published / measured."""
+    """Make the table of all published or compared metrics, published / measured, or measured if none is published."""
     names = list_shown_metrics(summary)
+    is_published = any(row["published"] for row in summary["rows"])
     rows = []
     for row in summary["rows"]:
         measured = row.get("measured") or {}
         pairs = [(row["published"].get(name), (measured.get(name) or {}).get("mean")) for name in names]
-        rows.append(
-            [row["label"], *(f"{format_number(a)} / {format_number(b, 2)}" for a, b in pairs), row["split"] or "-"]
-        )
-    return Sheet("All metrics in percent, published / measured", ["row", *names, "published on"], rows)
+        cells = [f"{format_number(a)} / " * is_published + format_number(b, 2) for a, b in pairs]
+        rows.append([row["label"], *cells, row["split"] or "-"])
+    title = "All metrics in percent" + ", published / measured" * is_published
+    return Sheet(title, ["row", *names, "published on"], rows)
 
 
 def make_cost_sheet(summary: Summary) -> Sheet:
@@ -168,51 +181,6 @@ def make_cost_sheet(summary: Summary) -> Sheet:
             ]
         )
     return Sheet(COST, head, rows)
-
-
-def make_plan_sheet(rows: Sequence[Mapping[str, Any]], classes: int, seeds: int) -> Sheet:
-    """Make the table of a dry run.
-
-    Args:
-        rows: Result of `experiment.preview_plan`.
-        classes: Number of classes of the counted models.
-        seeds: Number of runs per row.
-    """
-    names = [
-        name
-        for name in (*METRICS, *(f"delta_{name}" for name in METRICS))
-        if any(name in row["published"] for row in rows)
-    ]
-    has_estimate = any(row["seconds"] is not None for row in rows)
-    has_time = any(row["time_ms"] is not None for row in rows)
-    head = [
-        "row",
-        *(name.replace("delta_", "Δ") for name in names),
-        "#Param paper (M)",
-        "#Param (M)",
-        "multiply-adds (G)",
-    ]
-    head += [*(["time paper (ms)"] * has_time), "runs to do", *(["estimate"] * has_estimate)]
-    lines = []
-    for row in rows:
-        cells = [
-            row["label"],
-            *(format_number(row["published"].get(name)) for name in names),
-            format_number(row["params_M"], 2),
-        ]
-        if row["trainable"] is None:
-            cells += [CITED, CITED]
-        else:
-            cells += [f"{row['trainable'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e9:.2f}"]
-        cells += [format_number(row["time_ms"])] * has_time
-        cells += ["-" if row["left"] is None else str(row["left"])]
-        cells += [("-" if row["seconds"] is None else format_duration(row["seconds"]))] * has_estimate
-        lines.append(cells)
-    return Sheet(
-        f"Published metrics in percent; counted with {classes} classes; {seeds} seed{'s' * (seeds > 1)} per row",
-        head,
-        lines,
-    )
 
 
 def list_shown_metrics(summary: Summary) -> list[str]:
