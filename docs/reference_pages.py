@@ -137,18 +137,18 @@ def _describe_measurement(about: dict[str, Any], latencies: dict[str, dict[str, 
 def _describe_family(family: str, rows: list, latencies: dict[str, dict[str, Any]]) -> str:
     columns = (
         "name",
-        "backbone",
         "AP (masks)",
         "parameters (M)",
         "multiply-adds (G)",
         "latency (ms)",
         "relative latency",
+        "backbone",
     )
-    head = f"| {' | '.join(columns)} |\n|---|---|{'---:|' * (len(columns) - 2)}"
+    head = f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 2)}---|"
     lines = [
-        f"| `{row.name}` | {row.backbone} | {_average_precision(row)} "
+        f"| `{row.name}` | {_average_precision(row)} "
         f"| {row.parameters / 1e6:.2f} | {row.multiply_adds / 1e9:.1f} "
-        f"| {_number(latency.get('processor_ms'), 0)} | {_number(latency.get('ratio'), 2)} |"
+        f"| {_number(latency.get('processor_ms'), 0)} | {_number(latency.get('ratio'), 2)} | {row.backbone} |"
         for row in rows
         for latency in [latencies.get(row.name, {})]
     ]
