@@ -11,7 +11,6 @@ from torchvision.ops import box_iou, deform_conv2d
 from fakes import Call, batch, check_export, detect, objects
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import DDODHead, PAAHead, TOODHead
-from fusedet.models.heads.gfl import distribution_focal_loss
 from fusedet.models.heads.task_decomposition import sample_boxes
 from fusedet.models.ops.boxes import grid_priors, make_base_points
 from fusedet.models.ops.losses import sigmoid_focal_loss
@@ -21,6 +20,7 @@ from fusedet.models.ops.quality_losses import (
     quality_focal_loss,
     quality_focal_loss_of_scores,
 )
+from fusedet.models.ops.regression_losses import distribution_focal_loss
 from fusedet.models.ops.task_aligned import TaskAlignedAssigner
 from fusedet.models.protocols import EpochDependent, SelectingHead
 from fusedet.types import Candidates, Levels, Priors, Target
@@ -176,14 +176,14 @@ def test_task_alignment_against_a_loop(seed: int) -> None:
     boxes = priors.boxes / 2 + 16 + 4 * torch.rand(len(priors), 4, generator=draw)
     rule = TaskAlignedAssigner(topk=6, beta=2.0)
     valid = torch.ones(len(priors), dtype=torch.bool)
-    assigned, quality = rule.assign_predictions(scores, boxes, priors, target, valid)
+    (assigned,), (quality,) = rule.assign_predictions(scores[None], boxes[None], priors, [target], valid[None])
     expected = slow_alignment(rule, scores, boxes, priors, target)
     assert assigned.tolist() == expected[0]
     assert quality.tolist() == pytest.approx(expected[1], abs=1e-9)
     assert max(expected[0]) >= 0
     empty = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    none, zero = rule.assign_predictions(scores, boxes, priors, empty, ~valid)
-    assert set(none.tolist()) == {-2}
+    none, zero = rule.assign_predictions(scores[None], boxes[None], priors, [empty], ~valid[None])
+    assert set(none[0].tolist()) == {-2}
     assert not zero.any()
 
 

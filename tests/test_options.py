@@ -246,3 +246,28 @@ def test_only_the_innermost_slot_is_named(interact: str, begins: str) -> None:
     with pytest.raises(InputError) as error:
         make(f"model.interact={interact}")
     assert str(error.value).startswith(begins)
+
+
+# -- options that a head passes on
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("convz: 1", "unknown option 'convz' of model.head 'atss': did you mean 'convs'?"),
+        ("convs: two", "model.head.convs"),
+        ("alphas: 0.3", "did you mean 'alpha'?"),
+        ("options: {}", "unknown option 'options' of model.head 'atss'"),
+        ("channels: 48", "model.head 'atss': norm=true needs channels in multiples of 32"),
+    ],
+)
+def test_options_passed_on_are_checked_like_own_ones(option: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        make(f"model.head={{type: atss, {option}}}")
+    assert message in str(error.value)
+
+
+def test_options_passed_on_arrive() -> None:
+    head: Any = make("model.head={type: dw, convs: 1, channels: 64, bias: false}").head
+    assert [type(layer).__name__ for layer in head.towers.cls] == ["Conv2d", "GroupNorm", "ReLU"]
+    assert (head.reg.in_channels, head.towers.cls[0].bias) == (64, None)

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 from fusedet.config.validation import validate_value
 from fusedet.errors import InputError, unknown
@@ -35,6 +35,20 @@ def resolve_class(kind: str, name: str, table: Mapping[str, Callable[..., Any]])
         ) from error
 
 
+def constructor_options(make: Callable[..., Any]) -> tuple[set[str], dict[str, Any]]:
+    """Return the names and the type hints of a constructor's arguments.
+
+    Where it takes `**options: Unpack[TD]` with a `TypedDict` TD, they are those of TD.
+    """
+    names = set(inspect.signature(make).parameters)
+    hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    for name, hint in list(hints.items()):
+        if get_origin(hint) is Unpack:
+            further = get_type_hints(get_args(hint)[0])
+            names, hints = names - {name} | set(further), hints | further
+    return names, hints
+
+
 def build(
     kind: str,
     spec: str | Mapping[str, Any],
@@ -60,17 +74,16 @@ def build(
     if not isinstance(name, str):
         raise InputError(f"{kind} must be a name or have a key 'type', got {spec!r}")
     make = resolve_class(kind, name, table)
-    parameters = inspect.signature(make).parameters
+    parameters, hints = constructor_options(make)
     sources = {k: section for section, values in (offered or {}).items() for k in values if k in parameters}
     passed = dict(given) | {k: (offered or {})[section][k] for k, section in sources.items()}
-    hints = get_type_hints(make.__init__ if inspect.isclass(make) else make)
     for key, value in options.items():
         if key in sources:
             raise InputError(f"{kind}.{key} is not set here: set {sources[key]}.{key}")
         if key in passed:
             raise InputError(f"{kind}.{key} is not set here: the model passes {key} by itself")
         if key not in parameters:
-            raise unknown("option", key, set(parameters) - set(passed), of=f"{kind} '{name}'")
+            raise unknown("option", key, parameters - set(passed), of=f"{kind} '{name}'")
         options[key] = validate_value(value, hints.get(key, Any), f"{kind}.{key}")
     try:
         return make(**passed, **options)

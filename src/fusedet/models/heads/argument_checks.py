@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fusedet.errors import InputError
 
@@ -75,3 +75,13 @@ def check_weight(name: str, weight: float) -> None:
     """
     if not 0 <= weight < math.inf:
         raise InputError(f"{name}={weight} must be 0 or more")
+
+
+def check_loss_weights(weights: Mapping[str, float]) -> None:
+    """Check the losses' weights in the total; that of "loss_box" is the option "box_weight".
+
+    Raises:
+        InputError: A weight is negative or not finite.
+    """
+    for name, weight in weights.items():
+        check_weight(name.removeprefix("loss_") + "_weight", weight)

@@ -8,13 +8,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.models.heads.fcos import centerness
-from fusedet.models.heads.quality_anchors import QualityAnchorHead, count_positives
+from fusedet.models.heads.quality_anchors import QualityAnchorHead, QualityOptions, count_positives
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import assign_batch, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
@@ -30,20 +31,13 @@ class ATSSHead(QualityAnchorHead):
         levels: Levels of the pyramid.
         num_classes: K.
         interact: Makes the interaction between the branches; None for no interaction.
-        convs: Number of convolutions in each tower.
-        channels: Channels of the towers; those of the pyramid by default.
-        norm: Use GroupNorm(32) in the towers.
-        bias: Give the towers' convolutions a bias.
-        base_scale: Side of the anchors, in strides.
         topk: Candidates per level of ATSS.
-        alpha: Weight of the positives in the focal loss.
-        gamma: Exponent of the focal loss.
-        prior: Initial score of every anchor.
         box_weight: Weight of the box loss.
         centerness_weight: Weight of the centerness' loss.
         kernel: Side of the last convolutions' kernels (pred_kernel_size).
         offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in the authors'
             code).
+        **options: As in `QualityAnchorHead`.
 
     Raises:
         InputError: An option is out of its range.
@@ -54,38 +48,15 @@ class ATSSHead(QualityAnchorHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = True,
-        bias: bool = False,
-        base_scale: float = 8.0,
         topk: int = 9,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        prior: float = 0.01,
         box_weight: float = 2.0,
         centerness_weight: float = 1.0,
         kernel: int = 3,
         offset: float = 0.0,
+        **options: Unpack[QualityOptions],
     ) -> None:
         weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_centerness": centerness_weight}
-        super().__init__(
-            levels,
-            num_classes,
-            interact,
-            convs,
-            channels,
-            norm,
-            bias,
-            False,
-            base_scale,
-            alpha,
-            gamma,
-            prior,
-            weights,
-            kernel,
-            offset,
-        )
+        super().__init__(levels, num_classes, interact, weights, kernel=kernel, offset=offset, **options)
         self.assigner = ATSSAssigner(topk)
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:

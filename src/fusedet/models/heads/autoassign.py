@@ -7,16 +7,18 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from fusedet.models.heads.argument_checks import check_weight
-from fusedet.models.heads.fcos import FCOSHead, scores_with_objectness
-from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.heads.argument_checks import check_loss_weights, check_weight
+from fusedet.models.heads.fcos import FCOSHead
+from fusedet.models.heads.scores import scores_with_objectness
+from fusedet.models.heads.towers import InteractionFactory, TowerOptions
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
-from fusedet.models.ops.boxes import box_centres, distances_to_boxes
+from fusedet.models.ops.boxes import box_centres
 from fusedet.models.ops.inside_pairs import (
     Pairs,
     extremes_of_instance,
@@ -24,7 +26,6 @@ from fusedet.models.ops.inside_pairs import (
     last_of_class,
     offsets_from_centres,
 )
-from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Priors, Target
 
@@ -43,15 +44,12 @@ class AutoAssignHead(FCOSHead):
         levels: As in `FCOSHead`.
         num_classes: As in `FCOSHead`.
         interact: As in `FCOSHead`.
-        convs: As in `FCOSHead`.
-        channels: As in `FCOSHead`.
-        norm: As in `FCOSHead`.
-        bias: As in `FCOSHead`.
         positive_weight: Weight of the positive loss.
         negative_weight: Weight of the negative loss.
         center_weight: Weight of the center prior's loss.
         box_weight: Weight of the GIoU loss within a location's likelihood.
         prior: Initial score of every point.
+        **towers: As in `FCOSHead`.
 
     Raises:
         InputError: An option is out of its range.
@@ -62,28 +60,22 @@ class AutoAssignHead(FCOSHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = True,
-        bias: bool = True,
         positive_weight: float = 0.25,
         negative_weight: float = 0.75,
         center_weight: float = 0.75,
         box_weight: float = 5.0,
         prior: float = 0.02,
+        **towers: Unpack[TowerOptions],
     ) -> None:
         super().__init__(
             levels,
             num_classes,
             interact,
-            convs=convs,
-            channels=channels,
-            norm=norm,
-            bias=bias,
             normalize_boxes=True,
             centerness_on_box=True,
             prior=prior,
             offset=0.0,  # as in MMDetection
+            **towers,
         )
         check_weight("box_weight", box_weight)
         self.box_weight = box_weight
@@ -92,8 +84,7 @@ class AutoAssignHead(FCOSHead):
             "loss_negative": negative_weight,
             "loss_center": center_weight,
         }
-        for name, weight in self.loss_weights.items():
-            check_weight(name.replace("loss_", "") + "_weight", weight)
+        check_loss_weights(self.loss_weights)
         self.center = nn.Parameter(torch.zeros(num_classes, 2))  # mu and sigma of eq. 8, in strides
         self.width = nn.Parameter(torch.ones(num_classes, 2))
         nn.init.constant_(self.reg.bias, BOX_BIAS)  # type: ignore[arg-type]
@@ -108,9 +99,7 @@ class AutoAssignHead(FCOSHead):
         priors, images = outputs.priors, len(targets)
         most = max(map(len, targets))
         scores = scores_with_objectness(outputs, self.num_classes)  # (N, P, K)
-        distances = flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None]
-        points = box_centres(priors.boxes)
-        predicted = distances_to_boxes(points, distances)  # (N, P, 4)
+        points, predicted = box_centres(priors.boxes), self.decode_all(outputs)  # (P, 2), (N, P, 4)
         pairs = inside_pairs(points, targets, most)
         place = (pairs.image, pairs.prior)
         weights = self._center_prior(pairs, points, priors)  # (M,)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedet.models.ops.border_align import BORDERS, border_align
+from fusedet.errors import InputError
+from fusedet.models.ops.border_align import BORDERS, MOST_POINTS, border_align
 from fusedet.models.ops.layers import conv
 
 
@@ -26,10 +27,15 @@ class BorderModule(nn.Module):
         width: Channels of the point's features and of each border's.
         points: As in `border_align`.
         both_ends: As in `border_align`.
+
+    Raises:
+        InputError: `points` is out of its range.
     """
 
     def __init__(self, channels: int, width: int, points: int, both_ends: bool) -> None:
         super().__init__()
+        if not 1 <= points <= MOST_POINTS:
+            raise InputError(f"points={points} must be 1 to {MOST_POINTS}")
         self.width, self.points, self.both_ends = width, points, both_ends
         self.expand = conv(channels, (1 + BORDERS) * width, 1)
         self.join = conv((1 + BORDERS) * width, channels, 1)

@@ -7,17 +7,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_iou_thresholds, check_length, check_weight
+from fusedet.models.heads.argument_checks import check_iou_thresholds, check_length, check_loss_weights
 from fusedet.models.heads.border_module import BorderModule
 from fusedet.models.heads.fcos import FCOSHead
-from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.heads.scores import fuse_quality
+from fusedet.models.heads.towers import InteractionFactory, TowerOptions
 from fusedet.models.ops.assigners import MaxIoUAssigner, gather_positives
-from fusedet.models.ops.border_align import MOST_POINTS
+from fusedet.models.ops.cells import boxes_around_cells
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, mean_over_ranks
 from fusedet.types import Candidates, Levels, Losses, Outputs, Target
@@ -35,10 +37,6 @@ class BorderDetHead(FCOSHead):
         levels: As in `FCOSHead`.
         num_classes: As in `FCOSHead`.
         interact: As in `FCOSHead`. The border modules too take its outputs.
-        convs: As in `FCOSHead`.
-        channels: As in `FCOSHead`.
-        norm: As in `FCOSHead`.
-        bias: As in `FCOSHead`.
         radius: As in `FCOSHead`.
         ranges: As in `FCOSHead`.
         cls_border_channels: Channels of each border in the classification module; `channels` by default.
@@ -52,6 +50,7 @@ class BorderDetHead(FCOSHead):
         prior: Initial score of every point, coarse and border.
         border_cls_weight: Weight of the border classification loss.
         border_box_weight: Weight of the border regression loss.
+        **towers: As in `FCOSHead`.
 
     Raises:
         InputError: As `FCOSHead`, or an option is out of its range.
@@ -62,10 +61,6 @@ class BorderDetHead(FCOSHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = True,
-        bias: bool = True,
         radius: float = 1.5,
         ranges: tuple[float, ...] | None = None,
         cls_border_channels: int | None = None,
@@ -79,15 +74,12 @@ class BorderDetHead(FCOSHead):
         prior: float = 0.01,
         border_cls_weight: float = 1.0,
         border_box_weight: float = 1.0,
+        **towers: Unpack[TowerOptions],
     ) -> None:
         super().__init__(
             levels,
             num_classes,
             interact,
-            convs=convs,
-            channels=channels,
-            norm=norm,
-            bias=bias,
             center_sampling=True,
             radius=radius,
             normalize_boxes=True,
@@ -98,6 +90,7 @@ class BorderDetHead(FCOSHead):
             gamma=gamma,
             prior=prior,
             offset=0.0,
+            **towers,
         )
         channels = self.cls.in_channels
         widths = {
@@ -107,15 +100,12 @@ class BorderDetHead(FCOSHead):
         for name, width in widths.items():
             if width < 1:
                 raise InputError(f"{name}={width} must be 1 or more")
-        if not 1 <= points <= MOST_POINTS:
-            raise InputError(f"points={points} must be 1 to {MOST_POINTS}")
         check_iou_thresholds(positive, positive)
         check_length("std", std)
-        check_weight("border_cls_weight", border_cls_weight)
-        check_weight("border_box_weight", border_box_weight)
         self.std = std
         self.border_assigner = MaxIoUAssigner(positive, positive, low_quality=False)
         self.loss_weights |= {"loss_border_cls": border_cls_weight, "loss_border_box": border_box_weight}
+        check_loss_weights(self.loss_weights)
         self.cls_border = BorderModule(channels, widths["cls_border_channels"], points, both_ends)
         self.reg_border = BorderModule(channels, widths["reg_border_channels"], points, both_ends)
         self.border_cls = conv(channels, num_classes, 1)
@@ -131,10 +121,7 @@ class BorderDetHead(FCOSHead):
         float32, the shifts of the left, upper, right and lower side.
         """
         maps = super().predict_level(cls, box, scale)
-        distances = maps["reg"].detach()
-        y, x = (torch.arange(n, device=distances.device) for n in distances.shape[2:])
-        cells = torch.stack(torch.broadcast_tensors(x, y[:, None]))  # (2, H, W); points lie at the cells' centres
-        boxes = torch.cat([cells - distances[:, :2], cells + distances[:, 2:]], dim=1)  # (N, 4, H, W)
+        boxes = boxes_around_cells(maps["reg"].detach())  # (N, 4, H, W)
         return maps | {
             "border_cls": self.border_cls(self.cls_border(cls, boxes)),
             "border_reg": self.border_reg(self.reg_border(box, boxes)).float(),
@@ -149,7 +136,7 @@ class BorderDetHead(FCOSHead):
         least 1. The coarse box is a constant in them. `sizes` is unused, as in FCOS.
         """
         losses = super().loss(outputs, targets, sizes)
-        boxes = super().decode(outputs).boxes.detach()  # (N, P, 4)
+        boxes = self.decode_all(outputs).detach()  # (N, P, 4)
         assigned = torch.stack([self.border_assigner.match_boxes(b, t)[0] for b, t in zip(boxes, targets, strict=True)])
         positives = gather_positives(assigned, targets)
         place = (positives.image, positives.prior)
@@ -168,11 +155,10 @@ class BorderDetHead(FCOSHead):
 
         A score is the root of the border score times the coarse one, itself the root of class score times centerness.
         """
-        boxes, scores, quality = super().decode(outputs)
-        assert quality is not None
+        boxes, scores, _ = fuse_quality(super().decode(outputs))
         boxes = boxes + flatten_maps(outputs.maps["border_reg"], 4) * self.std * _sides(boxes)
         border = flatten_maps(outputs.maps["border_cls"], self.num_classes).float().sigmoid()
-        return Candidates(boxes, ((scores * quality[..., None]).sqrt() * border).sqrt())
+        return Candidates(boxes, (scores * border).sqrt())
 
 
 def _sides(boxes: Tensor) -> Tensor:

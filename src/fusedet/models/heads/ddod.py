@@ -7,18 +7,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.quality_anchors import QualityAnchorHead, count_positives
+from fusedet.models.heads.quality_anchors import QualityAnchorHead, QualityOptions, count_positives
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import aligned_iou
-from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Target
 
@@ -32,20 +33,13 @@ class DDODHead(QualityAnchorHead):
         levels: Levels of the pyramid.
         num_classes: K.
         interact: Makes the interaction between the branches; None for no interaction.
-        convs: Number of convolutions in each tower.
-        channels: Channels of the towers; those of the pyramid by default.
-        norm: Use GroupNorm(32) in the towers.
-        bias: Give the towers' convolutions a bias.
         deformable_first: Make each tower's first convolution deformable (use_dcn).
-        base_scale: Side of the anchors, in strides.
         topk: Candidates per level of ATSS.
         cls_exponent: Exponent of the IoU in the classification's assignment; that of the score is 1 minus it.
         box_exponent: The same in the assignment of the boxes.
-        alpha: Weight of the positives in the focal loss.
-        gamma: Exponent of the focal loss.
-        prior: Initial score of every anchor.
         box_weight: Weight of the box loss.
         iou_weight: Weight of the predicted IoU's loss.
+        **options: As in `QualityAnchorHead`.
 
     Attributes:
         level_counts: (L,) int64, the positives of each level in the training up to now; saved with the weights.
@@ -61,41 +55,18 @@ class DDODHead(QualityAnchorHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = True,
-        bias: bool = False,
         deformable_first: bool = True,
-        base_scale: float = 8.0,
         topk: int = 9,
         cls_exponent: float = 0.8,
         box_exponent: float = 0.5,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        prior: float = 0.01,
         box_weight: float = 2.0,
         iou_weight: float = 1.0,
+        **options: Unpack[QualityOptions],
     ) -> None:
         if not (0 <= cls_exponent <= 1 and 0 <= box_exponent <= 1):
             raise InputError(f"cls_exponent={cls_exponent} and box_exponent={box_exponent} must be 0 to 1")
-        if deformable_first and convs == 0:
-            raise InputError("deformable_first=true needs convs of 1 or more, got 0")
         weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_iou": iou_weight}
-        super().__init__(
-            levels,
-            num_classes,
-            interact,
-            convs,
-            channels,
-            norm,
-            bias,
-            deformable_first,
-            base_scale,
-            alpha,
-            gamma,
-            prior,
-            weights,
-        )
+        super().__init__(levels, num_classes, interact, weights, deformable_first=deformable_first, **options)
         self.assigner = ATSSAssigner(topk)
         self.cls_exponent, self.box_exponent = cls_exponent, box_exponent
         self.register_buffer("level_counts", torch.zeros(len(levels), dtype=torch.int64))
@@ -135,7 +106,7 @@ class DDODHead(QualityAnchorHead):
         Scores and boxes are the predicted ones.
         """
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()  # (N, P, K)
+        scores = class_scores(outputs, self.num_classes)  # (N, P, K)
         boxes = self.decode_all(outputs)  # (N, P, 4)
 
         def assign_image(i: int, target: Target) -> Tensor:

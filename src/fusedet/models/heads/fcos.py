@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
 from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import PointInBoxAssigner, assign_batch, gather_positives
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_base_points
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, iou_loss, mean_over_ranks
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
@@ -92,8 +93,6 @@ class FCOSHead(nn.Module):
         check_length("radius", radius)
         limits = tuple(8.0 * stride for stride in levels.strides[:-1]) if ranges is None else tuple(ranges)
         _check_limits(limits, len(levels))
-        if deformable_last and convs == 0:
-            raise InputError("deformable_last=true needs convs of 1 or more, got 0")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.normalize_boxes, self.centerness_on_box = normalize_boxes, centerness_on_box
@@ -101,8 +100,7 @@ class FCOSHead(nn.Module):
         self.offset = offset
         self.loss_weights = {"loss_cls": cls_weight, "loss_box": 1.0, "loss_centerness": 1.0}
         self.assigner = PointInBoxAssigner(limits, radius if center_sampling else None)
-        shapes = torch.stack([make_base_points(stride) for stride in levels.strides])  # (L, 1, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        self.register_buffer("shapes", make_level_points(levels), persistent=False)
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias, deformable_last)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4, 3)
@@ -168,19 +166,16 @@ class FCOSHead(nn.Module):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4), scores (N, P, K), and the centerness as their quality (N, P)."""
+        quality = flatten_maps(outputs.maps["centerness"], 1).squeeze(2).float().sigmoid()
+        return Candidates(self.decode_all(outputs), class_scores(outputs, self.num_classes), quality)
+
+    def decode_all(self, outputs: Outputs) -> Tensor:
+        """Decode the boxes (N, P, 4) of all points."""
         priors = outputs.priors
         distances = flatten_maps(outputs.maps["reg"], 4)
         if self.normalize_boxes:
             distances = distances * priors.strides[:, None]
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        quality = flatten_maps(outputs.maps["centerness"], 1).squeeze(2).float().sigmoid()
-        return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores, quality)
-
-
-def scores_with_objectness(outputs: Outputs, num_classes: int) -> Tensor:
-    """Compute the scores (N, P, K), class scores times the map "centerness" as objectness (AutoAssign, DW)."""
-    scores = flatten_maps(outputs.maps["cls"], num_classes).float().sigmoid()
-    return scores * flatten_maps(outputs.maps["centerness"], 1).float().sigmoid()
+        return distances_to_boxes(box_centres(priors.boxes), distances)
 
 
 def centerness(distances: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_length
 from fusedet.models.heads.feature_alignment import WIDER, Alignment
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
 from fusedet.models.ops.assigners import assign_batch, gather_positives
 from fusedet.models.ops.boxes import (
@@ -22,7 +23,7 @@ from fusedet.models.ops.boxes import (
     boxes_to_distances,
     distances_to_boxes,
     grid_priors,
-    make_base_points,
+    make_level_points,
     select_detections,
 )
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
@@ -95,8 +96,7 @@ class FoveaHead(nn.Module):
         self.beta, self.base_scale = beta, base_scale
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.assigner = FoveaAssigner(ends, sigma)
-        shapes = torch.stack([make_base_points(stride) for stride in levels.strides])  # (L, 1, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        self.register_buffer("shapes", make_level_points(levels), persistent=False)
         self.align = Alignment(levels.channels[0], channels, norm, bias) if align else None
         if align:
             self.towers: nn.Module = nn.ModuleDict({"reg": make_tower(levels.channels[0], channels, convs, norm, bias)})
@@ -150,8 +150,8 @@ class FoveaHead(nn.Module):
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
         priors = outputs.priors
         distances = flatten_maps(outputs.maps["reg"], 4).exp() * (self.base_scale * priors.strides[:, None])
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores)
+        boxes = distances_to_boxes(box_centres(priors.boxes), distances)
+        return Candidates(boxes, class_scores(outputs, self.num_classes))
 
     def select(
         self, candidates: Candidates, sizes: Tensor, level_counts: Sequence[int], **options: Any

@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torchvision.ops import box_iou
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_weight
 from fusedet.models.heads.retina import RetinaHead
-from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.heads.scores import class_scores
+from fusedet.models.heads.towers import InteractionFactory, TowerOptions
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
 from fusedet.models.ops.boxes import decode_boxes, encode_boxes
 from fusedet.models.ops.layers import flatten_maps
@@ -37,10 +39,6 @@ class FreeAnchorHead(RetinaHead):
         levels: As in `RetinaHead`.
         num_classes: As in `RetinaHead`.
         interact: As in `RetinaHead`.
-        convs: As in `RetinaHead`.
-        channels: As in `RetinaHead`.
-        norm: As in `RetinaHead`.
-        bias: As in `RetinaHead`.
         base_scale: As in `RetinaHead`.
         scales_per_octave: As in `RetinaHead`.
         ratios: As in `RetinaHead`.
@@ -53,6 +51,7 @@ class FreeAnchorHead(RetinaHead):
         beta: Transition point of the boxes' smooth L1 loss.
         box_weight: Weight of the box loss within an anchor's likelihood (beta in eq. 3).
         prior: Initial score of every anchor.
+        **towers: As in `RetinaHead`.
 
     Raises:
         InputError: An option is out of its range.
@@ -65,10 +64,6 @@ class FreeAnchorHead(RetinaHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = False,
-        bias: bool = True,
         base_scale: float = 4.0,
         scales_per_octave: int = 3,
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
@@ -81,6 +76,7 @@ class FreeAnchorHead(RetinaHead):
         beta: float = 0.11,
         box_weight: float = 0.75,
         prior: float = 0.01,
+        **towers: Unpack[TowerOptions],
     ) -> None:
         check_focal(alpha, gamma, prior)
         check_weight("box_weight", box_weight)
@@ -92,16 +88,13 @@ class FreeAnchorHead(RetinaHead):
             levels,
             num_classes,
             interact,
-            convs=convs,
-            channels=channels,
-            norm=norm,
-            bias=bias,
             base_scale=base_scale,
             scales_per_octave=scales_per_octave,
             ratios=ratios,
             offset=offset,
             round_anchors=round_anchors,
             prior=prior,
+            **towers,
         )
         self.topk, self.threshold, self.alpha, self.gamma = topk, threshold, alpha, gamma
         self.beta, self.box_weight = beta, box_weight
@@ -163,5 +156,4 @@ class FreeAnchorHead(RetinaHead):
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
         deltas = flatten_maps(outputs.maps["reg"], 4).float() * self.stds
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(decode_boxes(outputs.priors.boxes, deltas), scores)
+        return Candidates(decode_boxes(outputs.priors.boxes, deltas), class_scores(outputs, self.num_classes))

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
-from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
+from fusedet.models.ops.boxes import box_centres, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import iou_loss, mean_over_ranks, negative_focal_loss
 from fusedet.models.ops.region_assigners import CenterRegionAssigner
@@ -71,8 +72,7 @@ class FSAFHead(nn.Module):
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.assigner = CenterRegionAssigner(num_classes, scale)
-        shapes = torch.stack([make_base_points(stride) for stride in levels.strides])  # (L, 1, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        self.register_buffer("shapes", make_level_points(levels), persistent=False)
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4, 3)
@@ -147,7 +147,7 @@ class FSAFHead(nn.Module):
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
         priors = outputs.priors
         boxes = _decode(box_centres(priors.boxes), flatten_maps(outputs.maps["reg"], 4), priors.strides)
-        return Candidates(boxes, flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid())
+        return Candidates(boxes, class_scores(outputs, self.num_classes))
 
 
 def _decode(points: Tensor, distances: Tensor, strides: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 References:
     "Generalized Focal Loss: Learning Qualified and Distributed Bounding Boxes for Dense Object Detection", Li et al.,
-    2020.
-    "Generalized Focal Loss V2: Learning Reliable Localization Quality Estimation for Dense Object Detection", Li et
-    al., 2021: the quality predictor.
+    2020. `quality_predictor` has the second version.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_length, check_prior, check_weight
+from fusedet.models.heads.argument_checks import check_length, check_loss_weights, check_prior, check_weight
 from fusedet.models.heads.quality_anchors import count_positives
+from fusedet.models.heads.quality_predictor import TOP, QualityPredictor
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import IGNORED, assign_batch, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
@@ -26,15 +25,15 @@ from fusedet.models.ops.boxes import (
     boxes_to_distances,
     distances_to_boxes,
     grid_priors,
-    make_base_points,
+    make_level_points,
 )
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
 from fusedet.models.ops.quality_losses import quality_focal_loss, quality_focal_loss_of_scores
+from fusedet.models.ops.regression_losses import distribution_focal_loss
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
 
 BEYOND = 0.1  # bins below the last one at which a target distance ends, so that it lies between two bins
-TOP = 4  # largest probabilities of a side that the quality predictor sees (GFLv2, section 3.2)
 
 
 class GFLHead(nn.Module):
@@ -87,25 +86,20 @@ class GFLHead(nn.Module):
         check_prior(prior)
         check_weight("beta", beta)
         check_length("base_scale", base_scale)
-        check_weight("box_weight", box_weight)
-        check_weight("dfl_weight", dfl_weight)
         if bins < TOP or quality_channels < 0:
             raise InputError(f"bins={bins} must be {TOP} or more, and quality_channels={quality_channels} 0 or more")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.beta = levels, num_classes, beta
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_dfl": dfl_weight}
+        check_loss_weights(self.loss_weights)
         self.assigner = ATSSAssigner(topk)
-        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])  # (L, 1, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        self.register_buffer("shapes", make_level_points(levels, base_scale), persistent=False)
         self.register_buffer("distances", torch.arange(bins + 1.0))  # of the bins; MMDetection saves them too
         self.towers = TwinTowers(levels.channels[0], channels, convs, norm, interact, bias)
         self.cls = conv(channels, num_classes, 3)
         self.reg = conv(channels, 4 * (bins + 1), 3)
         self.scales = nn.Parameter(torch.ones(len(levels)))
-        self.quality = None
-        if quality_channels:
-            first = conv(4 * (TOP + 1), quality_channels, 1)
-            self.quality = nn.Sequential(first, nn.ReLU(), conv(quality_channels, 1, 1), nn.Sigmoid())
+        self.quality = QualityPredictor(quality_channels) if quality_channels else None
         init_normal(self)
         init_prior_bias(self.cls.bias, prior)
 
@@ -121,10 +115,7 @@ class GFLHead(nn.Module):
             cls, reg = self.towers(feature)
             logits, sides = self.cls(cls), self.reg(reg).float() * scale
             if self.quality is not None:
-                probabilities = sides.unflatten(1, (4, -1)).softmax(dim=2)  # (N, 4, bins + 1, H, W)
-                top = probabilities.topk(TOP, dim=2).values
-                statistics = torch.cat([top, top.mean(dim=2, keepdim=True)], dim=2).flatten(1, 2)  # eq. 4
-                logits = logits.float().sigmoid() * self.quality(statistics.to(logits.dtype)).float()  # eq. 2
+                logits = logits.float().sigmoid() * self.quality(sides)  # eq. 2 of GFLv2
             maps["cls"].append(logits)
             maps["reg"].append(sides)
         return Outputs(maps, grid_priors(features, self.levels, self.shapes))
@@ -178,15 +169,3 @@ class GFLHead(nn.Module):
         distances = self.expected_distances(sides) * priors.strides[:, None]
         scores = self.scores(flatten_maps(outputs.maps["cls"], self.num_classes))
         return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores)
-
-
-def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
-    """Compute the distribution focal loss (...) of logits (..., bins + 1) for distances (...) in 0..bins (eq. 6).
-
-    It is the cross-entropy of the two bins around a distance, weighted by their nearness.
-    """
-    lower = distances.floor()
-    share = distances - lower  # of the upper bin
-    costs = -logits.log_softmax(dim=-1)
-    below, above = (costs.gather(-1, (lower.long() + i)[..., None]).squeeze(-1) for i in (0, 1))
-    return below * (1 - share) + above * share

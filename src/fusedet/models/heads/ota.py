@@ -7,15 +7,17 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedet.models.heads.argument_checks import check_weight
+from fusedet.models.heads.argument_checks import check_loss_weights, check_weight
 from fusedet.models.heads.fcos import FCOSHead
-from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.heads.scores import fuse_quality
+from fusedet.models.heads.towers import InteractionFactory, TowerOptions
 from fusedet.models.ops.assigners import gather_positives
-from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes
+from fusedet.models.ops.boxes import aligned_iou
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, mean_over_ranks
 from fusedet.models.ops.optimal_transport import OptimalTransportAssigner
@@ -33,10 +35,6 @@ class OTAHead(FCOSHead):
         levels: As in `FCOSHead`.
         num_classes: As in `FCOSHead`.
         interact: As in `FCOSHead`.
-        convs: As in `FCOSHead`.
-        channels: As in `FCOSHead`.
-        norm: As in `FCOSHead`.
-        bias: As in `FCOSHead`.
         radius: As in `OptimalTransportAssigner`.
         topk: As in `OptimalTransportAssigner`.
         cost_weight: `box_weight` of `OptimalTransportAssigner`.
@@ -47,6 +45,7 @@ class OTAHead(FCOSHead):
         prior: Initial score of every point.
         box_weight: Weight of the GIoU loss.
         iou_weight: Weight of the predicted IoU's loss.
+        **towers: As in `FCOSHead`.
 
     Raises:
         InputError: An option is out of its range.
@@ -57,10 +56,6 @@ class OTAHead(FCOSHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = True,
-        bias: bool = True,
         radius: float = 2.5,
         topk: int = 20,
         cost_weight: float = 1.5,
@@ -71,25 +66,23 @@ class OTAHead(FCOSHead):
         prior: float = 0.01,
         box_weight: float = 2.0,
         iou_weight: float = 0.5,
+        **towers: Unpack[TowerOptions],
     ) -> None:
         super().__init__(
             levels,
             num_classes,
             interact,
-            convs=convs,
-            channels=channels,
-            norm=norm,
-            bias=bias,
             normalize_boxes=True,
             centerness_on_box=True,
             alpha=alpha,
             gamma=gamma,
             prior=prior,
             offset=0.0,
+            **towers,
         )
-        for name, weight in (("cost", cost_weight), ("box", box_weight), ("iou", iou_weight)):
-            check_weight(f"{name}_weight", weight)
+        check_weight("cost_weight", cost_weight)
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_iou": iou_weight}
+        check_loss_weights(self.loss_weights)
         self.transport = OptimalTransportAssigner(radius, topk, cost_weight, regularization, steps, alpha, gamma)
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
@@ -98,12 +91,9 @@ class OTAHead(FCOSHead):
         All are divided by the positives of the batch, at least 1. `sizes` is unused: points beyond an image's edge
         count as background, as in FCOS.
         """
-        priors = outputs.priors
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
-        boxes = distances_to_boxes(
-            box_centres(priors.boxes), flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None]
-        )  # (N, P, 4)
-        assigned = self.transport.assign_predictions(logits, boxes, priors, targets)  # (N, P)
+        boxes = self.decode_all(outputs)  # (N, P, 4)
+        assigned = self.transport.assign_predictions(logits, boxes, outputs.priors, targets)  # (N, P)
         positives = gather_positives(assigned, targets)
         predicted = boxes[positives.image, positives.prior]  # (R, 4)
         iou = aligned_iou(predicted.detach(), positives.boxes)
@@ -117,6 +107,4 @@ class OTAHead(FCOSHead):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K), the roots of class scores times predicted IoU."""
-        boxes, scores, quality = super().decode(outputs)
-        assert quality is not None
-        return Candidates(boxes, (scores * quality[..., None]).sqrt())
+        return fuse_quality(super().decode(outputs))

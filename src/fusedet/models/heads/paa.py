@@ -7,7 +7,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_iou_thresholds
-from fusedet.models.heads.quality_anchors import QualityAnchorHead, decode_deltas
+from fusedet.models.heads.quality_anchors import QualityAnchorHead, QualityOptions, decode_deltas
+from fusedet.models.heads.scores import fuse_quality
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import aligned_iou, clip_boxes, select_detections
@@ -37,19 +38,12 @@ class PAAHead(QualityAnchorHead):
         levels: Levels of the pyramid.
         num_classes: K.
         interact: Makes the interaction between the branches; None for no interaction.
-        convs: Number of convolutions in each tower.
-        channels: Channels of the towers; those of the pyramid by default.
-        norm: Use GroupNorm(32) in the towers.
-        bias: Give the towers' convolutions a bias.
-        base_scale: Side of the anchors, in strides.
         positive: IoU from which an anchor may be positive.
         topk: Candidates per instance and level.
-        alpha: Weight of the positives in the focal loss.
-        gamma: Exponent of the focal loss.
-        prior: Initial score of every anchor.
         box_weight: Weight of the box loss, also in the assignment.
         iou_weight: Weight of the predicted IoU's loss.
         voting: Average every detected box with the candidates of its class around it (section 3.3).
+        **options: As in `QualityAnchorHead`.
 
     Raises:
         InputError: An option is out of its range.
@@ -60,27 +54,18 @@ class PAAHead(QualityAnchorHead):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None = None,
-        convs: int = 4,
-        channels: int | None = None,
-        norm: bool = True,
-        bias: bool = False,
-        base_scale: float = 8.0,
         positive: float = 0.1,
         topk: int = 9,
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-        prior: float = 0.01,
         box_weight: float = 1.3,
         iou_weight: float = 0.5,
         voting: bool = True,
+        **options: Unpack[QualityOptions],
     ) -> None:
         check_iou_thresholds(positive, positive)
         if topk < 1:
             raise InputError(f"topk={topk} must be 1 or more")
         weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_iou": iou_weight}
-        super().__init__(
-            levels, num_classes, interact, convs, channels, norm, bias, False, base_scale, alpha, gamma, prior, weights
-        )
+        super().__init__(levels, num_classes, interact, weights, **options)
         self.assigner, self.topk, self.voting = MaxIoUAssigner(positive, positive), topk, voting
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
@@ -121,9 +106,7 @@ class PAAHead(QualityAnchorHead):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K), the roots of class scores times predicted IoU (eq. 11)."""
-        boxes, scores, quality = super().decode(outputs)
-        assert quality is not None
-        return Candidates(boxes, (scores * quality[..., None]).sqrt())
+        return fuse_quality(super().decode(outputs))
 
     def select(
         self, candidates: Candidates, sizes: Tensor, level_counts: Sequence[int], **options: Any

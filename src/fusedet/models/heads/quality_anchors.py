@@ -8,15 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
-from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.heads.argument_checks import check_focal, check_length, check_loss_weights
+from fusedet.models.heads.scores import class_scores
+from fusedet.models.heads.towers import InteractionFactory, TowerOptions, TwinTowers
 from fusedet.models.ops.assigners import Positives, gather_positives
-from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_base_points
+from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss
 from fusedet.types import Candidates, Features, Levels, Outputs, Target
 
 SHIFT_UNIT, SIZE_UNIT = 0.1, 0.2  # of the box deltas: the centre's shift in anchors, and the log of the size ratio
+
+
+class QualityOptions(TowerOptions, total=False):
+    """Options that ATSS, PAA and DDOD pass on to `QualityAnchorHead`, which states them and their defaults."""
+
+    base_scale: float
+    alpha: float
+    gamma: float
+    prior: float
 
 
 class QualityAnchorHead(nn.Module):
@@ -28,16 +38,16 @@ class QualityAnchorHead(nn.Module):
         levels: Levels of the pyramid.
         num_classes: K.
         interact: Makes the interaction between the branches; None for no interaction.
+        loss_weights: Weight in the total of every loss.
         convs: Number of convolutions in each tower.
         channels: Channels of the towers; those of the pyramid by default.
         norm: Use GroupNorm(32) in the towers.
         bias: Give the towers' convolutions a bias.
-        deformable_first: Make each tower's first convolution deformable.
         base_scale: Side of the anchors, in strides.
         alpha: Weight of the positives in the focal loss.
         gamma: Exponent of the focal loss.
         prior: Initial score of every anchor.
-        loss_weights: Weight in the total of every loss.
+        deformable_first: Make each tower's first convolution deformable.
         kernel: Side of the last convolutions' kernels.
         offset: Position of an anchor's centre in its cell, in strides, 0 at the upper left corner.
 
@@ -52,16 +62,16 @@ class QualityAnchorHead(nn.Module):
         levels: Levels,
         num_classes: int,
         interact: InteractionFactory | None,
-        convs: int,
-        channels: int | None,
-        norm: bool,
-        bias: bool,
-        deformable_first: bool,
-        base_scale: float,
-        alpha: float,
-        gamma: float,
-        prior: float,
         loss_weights: dict[str, float],
+        convs: int = 4,
+        channels: int | None = None,
+        norm: bool = True,
+        bias: bool = False,
+        base_scale: float = 8.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        prior: float = 0.01,
+        deformable_first: bool = False,
         kernel: int = 3,
         offset: float = 0.0,
     ) -> None:
@@ -70,14 +80,12 @@ class QualityAnchorHead(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise InputError(f"kernel={kernel} must be odd, such as 1 or 3")
         check_length("base_scale", base_scale)
-        for name, weight in loss_weights.items():
-            check_weight(name.replace("loss_", "") + "_weight", weight)
+        check_loss_weights(loss_weights)
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.offset = offset
         self.loss_weights = loss_weights
-        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])
-        self.register_buffer("shapes", shapes, persistent=False)  # (L, 1, 4)
+        self.register_buffer("shapes", make_level_points(levels, base_scale), persistent=False)
         self.towers = TwinTowers(
             levels.channels[0], channels, convs, norm, interact, bias, deformable_first=deformable_first
         )
@@ -109,9 +117,8 @@ class QualityAnchorHead(nn.Module):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4), scores (N, P, K), and their predicted quality (N, P)."""
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
         quality = flatten_maps(outputs.maps["quality"], 1).squeeze(2).float().sigmoid()
-        return Candidates(self.decode_all(outputs), scores, quality)
+        return Candidates(self.decode_all(outputs), class_scores(outputs, self.num_classes), quality)
 
     def boxes_at(self, outputs: Outputs, positives: Positives) -> Tensor:
         """Decode the boxes (R, 4) of the positives."""

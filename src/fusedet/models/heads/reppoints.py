@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_focal, check_iou_thresholds, check_length
+from fusedet.models.heads.argument_checks import check_focal, check_iou_thresholds, check_length, check_loss_weights
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import (
     MaxIoUAssigner,
@@ -24,7 +25,7 @@ from fusedet.models.ops.assigners import (
     gather_positives,
     valid_prior_mask,
 )
-from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
+from fusedet.models.ops.boxes import box_centres, grid_priors, make_level_points
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, mean_over_ranks
@@ -113,9 +114,9 @@ class RepPointsHead(nn.Module):
         self.num_points, self.transform_method = num_points, transform_method
         self.gradient_mul, self.moment_mul, self.base_scale, self.beta = gradient_mul, moment_mul, base_scale, beta
         self.loss_weights = {"loss_cls": 1.0, "loss_init": init_weight, "loss_refine": refine_weight}
+        check_loss_weights(self.loss_weights)
         self.init_assigner, self.refine_assigner = PointAssigner(base_scale), MaxIoUAssigner(positive, negative)
-        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])  # (L, 1, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        self.register_buffer("shapes", make_level_points(levels, base_scale), persistent=False)
         steps = torch.arange(kernel, dtype=torch.float32) - kernel // 2
         grid = torch.cartesian_prod(steps, steps).view(1, 2 * num_points, 1, 1)  # (dy, dx) pairs
         self.register_buffer("base", grid, persistent=False)
@@ -212,10 +213,8 @@ class RepPointsHead(nn.Module):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode the refined boxes (N, P, 4) and scores (N, P, K)."""
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(
-            self._decode_boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points)), scores
-        )
+        boxes = self._decode_boxes(outputs.priors, flatten_maps(outputs.maps["pts_refine"], 2 * self.num_points))
+        return Candidates(boxes, class_scores(outputs, self.num_classes))
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_iou_thresholds, check_weight
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.assigners import MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, encode_boxes, grid_priors, make_base_anchors
@@ -135,5 +136,5 @@ class RetinaHead(nn.Module):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float()), scores)
+        boxes = decode_boxes(outputs.priors.boxes, flatten_maps(outputs.maps["reg"], 4).float())
+        return Candidates(boxes, class_scores(outputs, self.num_classes))

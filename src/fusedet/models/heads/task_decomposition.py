@@ -6,15 +6,42 @@ References:
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedet.models.heads.towers import make_tower
+from fusedet.models.ops.cells import sample_sides
 from fusedet.models.ops.layers import GroupNorm, conv
 
+OFFSET_GROUPS = 4  # of a deformable shared convolution
 REDUCTION = 8  # channels of the shared layers over those of the attention's hidden layer, per shared layer
+
+
+class SharedTower(nn.ModuleList):
+    """The stack of convolutions that both tasks share.
+
+    Args:
+        inputs: Input channels.
+        channels: Output channels of each convolution.
+        convs: Number of convolutions.
+        norm: Use GroupNorm(32) after the convolutions, which have a bias without it.
+        deformable: Number of convolutions, the first ones, that are deformable and modulated.
+    """
+
+    def __init__(self, inputs: int, channels: int, convs: int, norm: bool, deformable: int) -> None:
+        super().__init__()
+        for i in range(convs):
+            width = inputs if i == 0 else channels
+            self.append(make_tower(width, channels, 1, norm, not norm, i < deformable, offset_groups=OFFSET_GROUPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the joint outputs (N, convs * channels, H, W) of all convolutions from a level (N, C, H, W)."""
+        layers = []
+        for layer in self:
+            x = layer(x)
+            layers.append(x)
+        return torch.cat(layers, dim=1)
 
 
 class TaskDecomposition(nn.Module):
@@ -53,25 +80,10 @@ def make_alignment(channels: int, layers: int, outputs: int) -> nn.Sequential:
 
 
 def sample_boxes(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Take each side of a cell's box from the map at the cell plus the side's own offset, bilinearly (eq. 7).
+    """Sample the sides of the cells' boxes as `sample_sides` does (eq. 7); zeros lie outside the map.
 
-    A box whose sides would cross stays as it was. Samples outside the map are 0.
-
-    Shape:
-        boxes (N, 4, H, W); offsets (N, 8, H, W), in cells, a pair (dy, dx) for each side; result (N, 4, H, W).
+    A box whose sides would cross stays as it was.
     """
     sampled = sample_sides(boxes, offsets)
     crossed = (sampled[:, :2] > sampled[:, 2:]).any(dim=1, keepdim=True)
     return torch.where(crossed, boxes, sampled)
-
-
-def sample_sides(boxes: Tensor, offsets: Tensor, padding: Literal["zeros", "border"] = "zeros") -> Tensor:
-    """Sample every side as `sample_boxes` does; outside the map are zeros, or with "border" the nearest cells."""
-    n, sides, height, width = boxes.shape
-    dy, dx = offsets.unflatten(1, (sides, 2)).flatten(0, 1).unbind(dim=1)  # (N * 4, H, W)
-    y = dy + torch.arange(height, device=boxes.device)[:, None]
-    x = dx + torch.arange(width, device=boxes.device)
-    # without aligned corners cell i lies at (2 i + 1) / length - 1
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    maps = boxes.flatten(0, 1)[:, None]
-    return F.grid_sample(maps, grid, padding_mode=padding, align_corners=False).view(n, sides, height, width)

@@ -17,25 +17,17 @@ from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.heads.fcos import centerness
 from fusedet.models.heads.quality_anchors import decode_deltas
-from fusedet.models.heads.task_decomposition import TaskDecomposition, make_alignment, sample_boxes
-from fusedet.models.heads.towers import InteractionFactory, make_tower
+from fusedet.models.heads.task_decomposition import SharedTower, TaskDecomposition, make_alignment, sample_boxes
+from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import IGNORED, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
-from fusedet.models.ops.boxes import (
-    box_centres,
-    boxes_to_distances,
-    distances_to_boxes,
-    grid_priors,
-    make_base_points,
-    select_detections,
-)
+from fusedet.models.ops.boxes import box_centres, boxes_to_distances, grid_priors, make_level_points, select_detections
+from fusedet.models.ops.cells import boxes_around_cells, cell_positions
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
 from fusedet.models.ops.quality_losses import focal_loss_of_scores, quality_focal_loss_of_scores
 from fusedet.models.ops.task_aligned import TaskAlignedAssigner
-from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Priors, Target
-
-OFFSET_GROUPS = 4  # of a deformable shared convolution
+from fusedet.types import BatchDetections, Candidates, Features, Levels, Losses, Outputs, Target
 
 
 class TOODHead(nn.Module):
@@ -99,26 +91,15 @@ class TOODHead(nn.Module):
         if not 0 <= deformable <= convs or convs < 1:
             raise InputError(f"convs={convs} must be 1 or more, and deformable={deformable} 0 to convs")
         channels = levels.channels[0] if channels is None else channels
-        self.levels, self.num_classes, self.anchor_based = levels, num_classes, anchor_based
+        self.levels, self.num_classes = levels, num_classes
+        self.anchor_based, self.base_scale = anchor_based, base_scale
         self.alpha, self.gamma, self.beta = alpha, gamma, beta
         self.epoch, self.initial_epochs = 0, initial_epochs
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight}
         self.assigner = ATSSAssigner(topk)
         self.aligned_assigner = TaskAlignedAssigner(aligned_topk, metric_alpha, metric_beta)
-        shapes = torch.stack([make_base_points(stride, base_scale) for stride in levels.strides])
-        self.register_buffer("shapes", shapes, persistent=False)  # (L, 1, 4)
-        self.shared = nn.ModuleList(
-            make_tower(
-                levels.channels[0] if i == 0 else channels,
-                channels,
-                1,
-                norm,
-                bias=not norm,
-                deformable_last=i < deformable,
-                offset_groups=OFFSET_GROUPS,
-            )
-            for i in range(convs)
-        )
+        self.register_buffer("shapes", make_level_points(levels, base_scale), persistent=False)
+        self.shared = SharedTower(levels.channels[0], channels, convs, norm, deformable)
         self.cls_task = TaskDecomposition(channels, convs, norm)
         self.reg_task = TaskDecomposition(channels, convs, norm)
         self.interact = interact(channels) if interact else None
@@ -143,14 +124,9 @@ class TOODHead(nn.Module):
         Shape:
             features: levels (N, C, H, W); per level cls (N, K, H, W) in 0..1 and reg (N, 4, H, W), float32 both.
         """
-        priors = grid_priors(features, self.levels, self.shapes)
         maps: dict[str, list[Tensor]] = {"cls": [], "reg": []}
-        for x, scale, own in zip(features, self.scales, _split(priors), strict=True):
-            layers = []
-            for layer in self.shared:
-                x = layer(x)
-                layers.append(x)
-            joint = torch.cat(layers, dim=1)  # (N, convs * C, H, W)
+        for feature, scale in zip(features, self.scales, strict=True):
+            joint = self.shared(feature)  # (N, convs * C, H, W)
             average = joint.mean(dim=(2, 3), keepdim=True)
             cls, reg = self.cls_task(joint, average), self.reg_task(joint, average)
             if self.interact:
@@ -158,19 +134,17 @@ class TOODHead(nn.Module):
             factors = self.cls(cls).float(), self.cls_alignment(joint).float()
             # the root of the product of two sigmoids (eq. 6), whose gradient is finite
             maps["cls"].append(((F.logsigmoid(factors[0]) + F.logsigmoid(factors[1])) / 2).exp())
-            boxes = self._decode_level(self.reg(reg).float(), scale, own)
+            boxes = self._decode_level(self.reg(reg).float(), scale)
             maps["reg"].append(sample_boxes(boxes, self.reg_alignment(joint).float()))
-        return Outputs(maps, priors)
+        return Outputs(maps, grid_priors(features, self.levels, self.shapes))
 
-    def _decode_level(self, raw: Tensor, scale: Tensor, priors: Priors) -> Tensor:
+    def _decode_level(self, raw: Tensor, scale: Tensor) -> Tensor:
         """Decode the boxes (N, 4, H, W), in strides, of a level's raw outputs."""
-        stride = priors.strides[0]
-        values = (raw * scale if self.anchor_based else raw.exp() * scale).flatten(2).mT  # (N, H * W, 4)
-        if self.anchor_based:
-            boxes = decode_deltas(priors.boxes, values) / stride
-        else:
-            boxes = distances_to_boxes(box_centres(priors.boxes) / stride, values)
-        return boxes.mT.unflatten(2, raw.shape[2:])
+        if not self.anchor_based:
+            return boxes_around_cells(raw.exp() * scale)
+        cells, half = cell_positions(raw), self.base_scale / 2
+        anchors = torch.cat([cells - half, cells + half])  # (4, H, W)
+        return decode_deltas(anchors.flatten(1).mT, (raw * scale).flatten(2).mT).mT.unflatten(2, raw.shape[2:])
 
     def loss(self, outputs: Outputs, targets: Sequence[Target], sizes: Tensor | None = None) -> Losses:
         """Compute the classification loss and the GIoU loss of the epoch.
@@ -191,7 +165,8 @@ class TOODHead(nn.Module):
         if is_initial:
             assigned, quality = assign_batch(self.assigner, priors, targets, valid), None  # (N, P)
         else:
-            assigned, quality = self.assign_aligned(scores.detach(), boxes.detach(), priors, targets, valid)
+            pixels = boxes.detach() * priors.strides[:, None]
+            assigned, quality = self.aligned_assigner.assign_predictions(scores, pixels, priors, targets, valid)
         image, prior, wanted, classes = gather_positives(assigned, targets)
         rows, counted = image * len(priors) + prior, (assigned != IGNORED).flatten()
         flat = scores.flatten(0, 1)  # (N * P, K)
@@ -207,16 +182,6 @@ class TOODHead(nn.Module):
         box_losses = giou_loss(boxes[image, prior], wanted / priors.strides[prior, None])
         return {"loss_cls": cls_loss / count, "loss_box": (box_losses * weights).sum() / weight}
 
-    def assign_aligned(
-        self, scores: Tensor, boxes: Tensor, priors: Priors, targets: Sequence[Target], valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Assign by scores (N, P, K) and boxes in strides (N, P, 4): assignment and target scores (N, P)."""
-        pixels = boxes * priors.strides[:, None]
-        images = zip(scores, pixels, targets, valid, strict=True)
-        rows = [self.aligned_assigner.assign_predictions(s, b, priors, t, v) for s, b, t, v in images]
-        assigned, quality = zip(*rows)
-        return torch.stack(assigned), torch.stack(quality)
-
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
         scores = flatten_maps(outputs.maps["cls"], self.num_classes)
@@ -227,12 +192,3 @@ class TOODHead(nn.Module):
     ) -> BatchDetections:
         """Select as `select_detections` does, without clipping the boxes to the images."""
         return select_detections(candidates, sizes, level_counts, clip=False, **options)
-
-
-def _split(priors: Priors) -> list[Priors]:
-    """Split the priors by level."""
-    counts = list(priors.counts)
-    return [
-        Priors(boxes, strides, (len(boxes),))
-        for boxes, strides in zip(priors.boxes.split(counts), priors.strides.split(counts))
-    ]

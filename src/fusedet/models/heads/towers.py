@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 from torch import Tensor, nn
 
@@ -13,6 +14,22 @@ from fusedet.models.protocols import BranchInteraction
 
 InteractionFactory = Callable[[int], BranchInteraction]
 """Function from the branches' channels to their interaction."""
+
+
+class TowerOptions(TypedDict, total=False):
+    """Options of the towers that a head passes on to the head of which it is a variant, whose defaults hold.
+
+    Attributes:
+        convs: Number of convolutions in each tower.
+        channels: Channels of the towers; those of the pyramid by default.
+        norm: Use GroupNorm(32) in the towers.
+        bias: Give the towers' convolutions a bias.
+    """
+
+    convs: int
+    channels: int | None
+    norm: bool
+    bias: bool
 
 
 def make_tower(
@@ -42,6 +59,9 @@ def make_tower(
     """
     if convs < 0:
         raise InputError(f"convs={convs} must be 0 or more")
+    for place, is_set in (("first", deformable_first), ("last", deformable_last)):
+        if is_set and convs == 0:
+            raise InputError(f"deformable_{place}=true needs convs of 1 or more, got 0")
     if channels < 1:
         raise InputError(f"channels={channels} must be at least 1")
     if norm and channels % 32:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_focal
+from fusedet.models.heads.argument_checks import check_focal, check_loss_weights
+from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
 from fusedet.models.ops.assigners import assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
-from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes, grid_priors, make_base_points
+from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes, grid_priors, make_level_points
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
@@ -83,17 +84,15 @@ class VFNetHead(nn.Module):
         super().__init__()
         one_of("box_norm", box_norm, BoxNorm)
         check_focal(alpha, gamma, prior)
-        if deformable_last and convs == 0:
-            raise InputError("deformable_last=true needs convs of 1 or more, got 0")
         if not 0 <= gradient_mul <= 1:
             raise InputError(f"gradient_mul={gradient_mul} must be 0 to 1")
         channels = levels.channels[0] if channels is None else channels
         self.levels, self.num_classes, self.alpha, self.gamma = levels, num_classes, alpha, gamma
         self.gradient_mul, self.unit = gradient_mul, BOX_UNITS[box_norm]
         self.loss_weights = {"loss_cls": 1.0, "loss_box": box_weight, "loss_refine": refine_weight}
+        check_loss_weights(self.loss_weights)
         self.assigner = ATSSAssigner(topk)
-        shapes = torch.stack([make_base_points(stride, PRIOR_SCALE) for stride in levels.strides])  # (L, 1, 4)
-        self.register_buffer("shapes", shapes, persistent=False)
+        self.register_buffer("shapes", make_level_points(levels, PRIOR_SCALE), persistent=False)
         steps = torch.arange(-1.0, 2.0)
         star_base = torch.cartesian_prod(steps, steps).view(1, 18, 1, 1)  # (dy, dx) pairs
         self.register_buffer("star_base", star_base, persistent=False)
@@ -178,7 +177,5 @@ class VFNetHead(nn.Module):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode the refined boxes (N, P, 4) and the IoU-aware scores (N, P, K)."""
-        scores = flatten_maps(outputs.maps["cls"], self.num_classes).float().sigmoid()
-        return Candidates(
-            distances_to_boxes(box_centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4)), scores
-        )
+        boxes = distances_to_boxes(box_centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4))
+        return Candidates(boxes, class_scores(outputs, self.num_classes))

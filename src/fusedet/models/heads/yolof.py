@@ -15,7 +15,7 @@ from fusedet.errors import InputError
 from fusedet.models.heads.argument_checks import check_focal, check_length
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
-from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_base_points
+from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, mean_over_ranks
 from fusedet.models.ops.uniform_assigner import UniformMatcher
@@ -81,7 +81,7 @@ class YOLOFHead(nn.Module):
         self.most_shift = most_shift
         self.loss_weights = {"loss_cls": 1.0, "loss_box": 1.0}
         self.matcher = UniformMatcher(topk, positive, negative)
-        shapes = torch.stack([torch.cat([make_base_points(s, scale) for scale in scales]) for s in levels.strides])
+        shapes = torch.cat([make_level_points(levels, scale) for scale in scales], dim=1)
         self.register_buffer("shapes", shapes, persistent=False)  # (L, A, 4)
         self.cls_tower, self.reg_tower = _tower(inputs, channels, cls_convs), _tower(inputs, channels, convs)
         self.interact = interact(channels) if interact else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fusedet.models.ops.cells import sample_cells
 from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.precision import without_autocast
 
@@ -61,13 +62,10 @@ def _border_points(boxes: Tensor, height: int, width: int, points: int, count: i
 
 
 def _sample_by_grid(table: Tensor, places: Tensor) -> Tensor:
-    """Sample by `grid_sample`, which all exported formats have: maxima (N, 4, C, B)."""
-    height, width = table.shape[3:]
-    x, y = places.unbind(dim=4)
-    # without aligned corners cell i lies at (2 i + 1) / length - 1
-    grids = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1).flatten(1, 2)[:, :, None]
+    """Sample by `sample_cells`, which all exported formats have: maxima (N, 4, C, B)."""
     maps = table.flatten(0, 1)  # (N * 4, C, H, W)
-    samples = (F.grid_sample(maps, grid, padding_mode="border", align_corners=False) for grid in grids.unbind())
+    x, y = places.flatten(1, 2)[:, :, None].unbind(dim=4)  # (points, N * 4, 1, B)
+    samples = (sample_cells(maps, *place, padding="border") for place in zip(x, y))
     return reduce(torch.maximum, samples).squeeze(2).unflatten(0, (-1, BORDERS))  # of (N * 4, C, 1, B)
 
 

@@ -115,6 +115,11 @@ def make_base_points(stride: int, scale: float = 1.0) -> Tensor:
     return torch.tensor([[-half, -half, half, half]])
 
 
+def make_level_points(levels: Levels, scale: float = 1.0) -> Tensor:
+    """Make the only prior of a point head's cell on every level, (L, 1, 4)."""
+    return torch.stack([make_base_points(stride, scale) for stride in levels.strides])
+
+
 def box_centres(priors: Tensor) -> Tensor:
     """Compute the centres (..., 2) of boxes (..., 4)."""
     return (priors[..., :2] + priors[..., 2:]) / 2

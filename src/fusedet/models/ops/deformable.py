@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
+from fusedet.models.ops.cells import sample_cells
 from fusedet.models.ops.exporting import is_exporting
 from fusedet.models.ops.precision import without_autocast
 
@@ -197,20 +198,19 @@ def deform_conv2d_by_grid(
     dilation: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute what `deform_conv2d_by_rows` does by `grid_sample`, which all exported formats have.
+    """Compute what `deform_conv2d_by_rows` does by `sample_cells`, which all exported formats have.
 
     OpenVINO reads neither an embedding bag nor ONNX's DeformConv.
     """
     kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
     offset_groups, (x, offset, mask) = split_offset_groups(x, offset, mask, kernel)
-    (height, width), (rows, columns) = x.shape[2:], offset.shape[2:]
+    rows, columns = offset.shape[2:]
     steps = torch.arange(kernel, device=x.device) * dilation - padding
     moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 1, 3, 4)  # (2, N, K, H', W'), dy and dx
     tall = (torch.arange(rows, device=x.device) * stride)[:, None] + steps.repeat_interleave(kernel)[:, None, None]
     wide = torch.arange(columns, device=x.device) * stride + steps.repeat(kernel)[:, None, None]
-    # without aligned corners cell i lies at (2 i + 1) / length - 1
-    grid = torch.stack([(2 * (moves[1] + wide) + 1) / width - 1, (2 * (moves[0] + tall) + 1) / height - 1], dim=-1)
-    samples = F.grid_sample(x, grid.flatten(2, 3), align_corners=False)  # (N * G, C / G, K, H' * W')
+    # (N * G, C / G, K, H' * W')
+    samples = sample_cells(x, (moves[1] + wide).flatten(2), (moves[0] + tall).flatten(2))
     if mask is not None:
         samples = samples * mask.flatten(2)[:, None]
     samples = samples.unflatten(0, (-1, offset_groups)).flatten(1, 2)  # (N, C, K, H' * W')

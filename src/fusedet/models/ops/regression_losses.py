@@ -36,3 +36,18 @@ def balanced_l1_loss(pred: Tensor, target: Tensor, alpha: float = 0.5, gamma: fl
     b = math.exp(gamma / alpha) - 1
     near = alpha / b * (b * x + 1) * (b * x / beta + 1).log() - alpha * x
     return torch.where(x < beta, near, gamma * x + gamma / b - alpha * beta)
+
+
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    """Compute the distribution focal loss (...) of logits (..., bins + 1) for distances (...) in 0..bins.
+
+    It is the cross-entropy of the two bins around a distance, weighted by their nearness.
+
+    References:
+        "Generalized Focal Loss", Li et al., 2020, eq. 6.
+    """
+    lower = distances.floor()
+    share = distances - lower  # of the upper bin
+    costs = -logits.log_softmax(dim=-1)
+    below, above = (costs.gather(-1, (lower.long() + i)[..., None]).squeeze(-1) for i in (0, 1))
+    return below * (1 - share) + above * share

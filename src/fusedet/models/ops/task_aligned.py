@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +53,15 @@ class TaskAlignedAssigner:
 
     @torch.no_grad()
     def assign_predictions(
-        self, scores: Tensor, boxes: Tensor, priors: Priors, target: Target, valid: Tensor
+        self, scores: Tensor, boxes: Tensor, priors: Priors, targets: Sequence[Target], valid: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Assign the priors of an image by its predictions.
+        """Assign the priors of every image by the head's predictions.
 
         Args:
             scores: Predicted scores.
             boxes: Predicted boxes.
             priors: P priors of all levels.
-            target: The image's ground truth.
+            targets: Ground truth of every image.
             valid: Which priors take part; the others are ignored.
 
         Returns:
@@ -68,8 +69,16 @@ class TaskAlignedAssigner:
             instance's largest, times the instance's largest IoU (eq. 3).
 
         Shape:
-            scores (P, K); boxes (P, 4); valid (P,) bool; result: (P,) int64 and (P,) float.
+            scores (N, P, K); boxes (N, P, 4); valid (N, P) bool; result: (N, P) int64 and (N, P) float.
         """
+        images = zip(scores, boxes, targets, valid, strict=True)
+        assigned, quality = zip(*(self._assign_image(s, b, priors, t, v) for s, b, t, v in images))
+        return torch.stack(assigned), torch.stack(quality)
+
+    def _assign_image(
+        self, scores: Tensor, boxes: Tensor, priors: Priors, target: Target, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Assign the priors of an image: assignment and target scores (P,)."""
         scores, boxes = (x.masked_fill(~valid[:, None], 0) for x in (scores, boxes))  # an empty box has IoU 0
         instances = target.boxes.to(boxes.dtype)
         k = min(self.topk, len(priors))
