@@ -257,6 +257,16 @@ def test_an_unreadable_image_ends_the_prediction_or_is_listed(
     assert str(bad) in content["skipped"][0]["reason"]
 
 
+@pytest.mark.parametrize("more", [[], ["--jsonl", "--crops", "--save", "csv,yolo"]])
+def test_an_unreadable_first_image_leaves_no_directory(model: Path, tmp_path: Path, more: list[str]) -> None:
+    (bad := tmp_path / "bad.jpg").write_bytes(b"no image")
+    words = [bad, f"out={tmp_path / 'out'}", *more]
+    assert predict(model, *words) == 2
+    assert not (tmp_path / "out").exists()
+    assert predict(model, *words, "--on-bad-image", "skip") == 0
+    assert (tmp_path / "out" / "predict.json").is_file()
+
+
 def test_processes_share_the_images_each_once(
     model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

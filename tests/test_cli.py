@@ -80,7 +80,8 @@ def test_files_of_a_run(trained: Path) -> None:
 def test_a_run_can_be_repeated_from_its_config(
     capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
 ) -> None:
-    spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
+    text = spoken(capsys, "train", trained / "config.yaml", f"out={tmp_path / 'again'}")
+    assert re.findall(r"fusedet (\w+) " + re.escape(str(tmp_path / "again")), text) == ["val", "predict", "export"]
     said = figures(capsys, "train", trained, f"out={tmp_path / 'third'}")
     assert said["out"] == str(tmp_path / "third")
     assert {"AP", "AP50", "APs", "classes", "stamp"} <= said.keys()
@@ -173,6 +174,7 @@ def test_val_options(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path
     assert result["stamp"]["detections"] == 8 * 7
     assert result["stamp"]["evaluator"].startswith("pycocotools")
     said = spoken(capsys, "val", trained, f"out={tmp_path / 'w'}")
+    assert f"next: fusedet predict {trained} " in said
     assert "best.safetensors on val of" in said.replace("\n", "")
     assert "IoU 0.75" in said
     assert "worst images" in said
@@ -229,7 +231,9 @@ def test_predict_takes_files_globs_and_a_list(
     said = figures(capsys, "predict", trained, "-", f"out={tmp_path / 'c'}", "--precision", "bf16", *plain)
     assert said["images"] == 2
     assert "images" not in said["files"]
-    assert "3 detections" in spoken(capsys, "predict", trained, one, f"out={tmp_path / 'd'}", "test.max_det=3")
+    text = spoken(capsys, "predict", trained, one, f"out={tmp_path / 'd'}", "test.max_det=3")
+    assert "3 detections" in text
+    assert f"next: fusedet export {trained} " in text
 
 
 def test_brackets_in_names_are_no_markup(
@@ -462,6 +466,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (tmp_path / "d/predictions.png").is_file()
     commands = re.findall(r"fusedet predict (\S+) (\S+)", said)
     assert commands == [(str(tmp_path / "d/run"), str(tmp_path / "d/data/val"))]
+    assert f"fusedet export {tmp_path / 'd/run'} " in said
     spoken(capsys, "predict", *commands[0], "--no-draw")
 
 

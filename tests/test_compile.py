@@ -29,6 +29,7 @@ DETECTORS = (
     "grid_rcnn",
     "cascade_rcnn",
     "double_head_rcnn",
+    "tridentnet",
     "atss",
     "gfl",
     "gflv2",
@@ -44,7 +45,6 @@ DETECTORS = (
     "dw",
     "borderdet",
 )
-LAYOUT = "traced, a view of the heat maps expects another memory layout than the CPU's kernel gives"
 IMAGES = [objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), objects([[8, 8, 40, 50]], [1])]
 
 
@@ -95,15 +95,7 @@ def test_training_forward_is_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=RuntimeError, reason=LAYOUT))
-        if name == "grid_rcnn"
-        else name
-        for name in DETECTORS
-    ],
-)
+@pytest.mark.parametrize("name", DETECTORS)
 def test_detect_is_one_graph(name: str) -> None:
     run(name, "detect", "aot_eager", 1e-4)
 

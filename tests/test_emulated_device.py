@@ -43,6 +43,8 @@ STEP = {
     "mask_rcnn": (6, 1),
     "grid_rcnn": (5, 1),
     "cascade_rcnn": (14, 1),
+    "double_head_rcnn": (5, 1),  # pools twice
+    "tridentnet": (4, 3),  # images of three branches
 }
 PREDICT = dict.fromkeys(STEP, (1, 2)) | {
     "faster_rcnn": (2, 3),
@@ -51,6 +53,8 @@ PREDICT = dict.fromkeys(STEP, (1, 2)) | {
     "mask_rcnn": (4, 3),
     "grid_rcnn": (3, 3),
     "cascade_rcnn": (4, 3),
+    "double_head_rcnn": (3, 3),
+    "tridentnet": (2, 3),
 }
 """(a, b): at most a + b N waits for N images."""
 TOLERANCE = {"losses": 1e-5, "detections": 1e-4}

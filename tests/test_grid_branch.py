@@ -103,6 +103,14 @@ def test_transition_against_its_edges() -> None:
     assert edge == 24
 
 
+def test_an_exported_transition_takes_any_memory_layout() -> None:
+    """What precedes it may give channels-last maps, whose channels cannot be viewed as points and channels."""
+    layer, x = Transition(3, 4), torch.randn(2, 36, 7, 7)
+    exported = torch.export.export(layer, (x, x)).run_decompositions({}).module()
+    other = x.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(exported(other, other), layer(x, x), atol=1e-6)
+
+
 def test_fusion_has_two_orders() -> None:
     """What reaches a point comes from its neighbours and from theirs, and from nowhere else."""
     branch = GridBranch(LEVELS, 3, **SMALL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from fusedet.data import image_decoding, large_images
-from fusedet.data.decoding_memory import map_file_once
 from fusedet.data.image_decoding import read_image
 from fusedet.data.image_windows import decodes_windows
 from fusedet.data.large_images import open_large_image
@@ -195,27 +193,6 @@ def test_large_jpeg_and_png_have_the_pixels_of_pillow(
         with pytest.raises(InputError, match="is truncated or damaged") as error:
             read_image(source)
         assert ".cpp" not in str(error.value)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
-def test_pages_of_a_file_leave_memory_once_they_are_read(tmp_path: Path) -> None:
-    def resident() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) // 1024
-
-    file = tmp_path / "file"
-    with file.open("wb") as opened:
-        opened.truncate(2**26)
-        opened.seek(2**26 - 1)
-        opened.write(b"7")
-    before = resident()
-    with map_file_once(file) as content:
-        assert (len(content), int(content.max())) == (2**26, ord("7"))
-        time.sleep(0.2)
-        assert resident() - before < 16
-        assert int(content[-1]) == ord("7"), "read from the file again"
-    with pytest.raises(FileNotFoundError), map_file_once(tmp_path / "absent"):
-        pass
 
 
 def test_what_torchvision_would_read_otherwise_stays_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:

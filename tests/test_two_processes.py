@@ -100,7 +100,7 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]]) -> None
     rows = [(top / k / "metrics.csv").read_text().splitlines() for k in ("one", "two")]
     assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]  # one process writes
     assert read(top / "two" / "run.json")["processes"] == 2
-    assert [text.count("next: fusedet predict") for text in said] == [1, 0]  # one process speaks
+    assert [text.count("next: fusedet val") for text in said] == [1, 0]  # one process speaks
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def unknown(
     "unknown neck 'fpm': did you mean 'fpn'? Known: bfp, fpn"
     """
     names = sorted(known)
-    near = meant or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = meant or guess(name, names)
     hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
     listed = f"Known: {', '.join(names) or 'none'}"
     if len(names) > _LISTED:
@@ -71,6 +71,11 @@ def split_names(kind: str, names: str | Iterable[str], known: Iterable[str], *, 
         if name not in known:
             raise unknown(kind, name, known, of=of)
     return [name for name in known if name in asked]
+
+
+def guess(name: object, known: Iterable[str]) -> list[str]:
+    """Return the known name that an unknown one probably means, in a list, which is empty if none is near."""
+    return difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
 
 
 def nearest(name: object, known: Sequence[str], lister: str = "") -> str:

@@ -21,7 +21,7 @@ from fusedet.api.predict import Predictor
 from fusedet.api.prediction import Prediction
 from fusedet.api.prediction_exports import Exports
 from fusedet.api.prediction_lines import Info, describe_prediction, join_lines, list_line_files, open_lines, read_lines
-from fusedet.api.run_dir import create_run_dir
+from fusedet.api.run_dir import create_run_dir, remove_files
 from fusedet.atomic_io import write_atomically
 from fusedet.data.large_images import LargeImage
 from fusedet.errors import InputError, StorageError
@@ -99,7 +99,8 @@ def predict(
 
     Raises:
         InputError: `target` holds other files, the request differs from that of the begun prediction, a line is
-            damaged, or an image cannot be read; the earlier images are then in predictions.json.
+            damaged, or an image cannot be read; the earlier images are then in predictions.json, and without any the
+            directory is removed.
         StorageError: A file cannot be written.
     """
     config = predictor.config
@@ -122,9 +123,8 @@ def predict(
     try:
         _append(predictor, sources, target, options, request["images"], advance)
     except InputError:
-        if options.world == 1 and not options.jsonl:
-            with ExitStack() as stack:
-                join_lines(open_lines(target, stack), target, request["categories"])
+        if options.world == 1:
+            _end_early(target, options, request)
         raise
     return _finish(target, options, request)
 
@@ -266,6 +266,18 @@ def _format_line(image: _Image, prediction: Prediction | InputError, target: Pat
         options.exports.write_image_files(prediction, image.name, target)
         record |= describe_prediction(prediction, image.number, options.exports.score)
     return (json.dumps(record) + "\n").encode()
+
+
+def _end_early(target: Path, options: Options, request: Info) -> None:
+    """Join the lines of the images that are done, or remove the directory if there are none."""
+    with ExitStack() as stack:
+        lines = open_lines(target, stack)
+        is_empty = next(read_lines(lines), None) is None
+        if not is_empty and not options.jsonl:
+            join_lines(lines, target, request["categories"])
+    if is_empty:
+        files = [file.name for file in list_line_files(target)]
+        remove_files(target, "predict.json", *files, *options.exports.list_folders())
 
 
 def _finish(target: Path, options: Options, request: Info) -> Info:

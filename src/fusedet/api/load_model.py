@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from fusedet.api.weights_cache import fetch_weights
 from fusedet.config import Config, load, parse, parse_yaml, refuse_foreign_classes
 from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, guess, unknown
 from fusedet.exporters.reference import spread_scores
 from fusedet.interop.published_weights import is_published_name, list_published_weights, require_source
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
@@ -59,7 +58,7 @@ def weights_file(path: str | Path, which: str = "best") -> Path:
                 )
             require_source(path)
             known = list_published_weights()
-            if path.name == str(path) and (meant := difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)):
+            if path.name == str(path) and (meant := guess(path.name, known)):
                 kind = "run, checkpoint or published weights"
                 raise unknown(kind, path, known, meant=meant, lister="fusedet weights")
         return path

@@ -52,7 +52,7 @@ class Exports:
 
     def create_folders(self, target: Path) -> None:
         """Create the folders of the files per image."""
-        for folder in self._list_folders():
+        for folder in self.list_folders():
             (target / folder).mkdir(exist_ok=True)
 
     def write_image_files(self, prediction: Prediction, name: str, target: Path) -> None:
@@ -68,7 +68,7 @@ class Exports:
         self, target: Path, records: Iterable[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
     ) -> dict[str, str]:
         """Write the files that concern all images; return all files and folders by what they show."""
-        written = {folder: str(target / folder) for folder in self._list_folders()}
+        written = {folder: str(target / folder) for folder in self.list_folders()}
         if "csv" in self.save:
             write_csv(target / "predictions.csv", records, categories)
             written = {"table": str(target / "predictions.csv")} | written
@@ -76,7 +76,8 @@ class Exports:
             write_class_names(target / "classes.txt", categories)
         return written
 
-    def _list_folders(self) -> list[str]:
+    def list_folders(self) -> list[str]:
+        """List the names of these folders."""
         folders = {"images": self.drawn, "labels": "yolo" in self.save, "crops": self.crops}
         return [folder for folder, is_written in folders.items() if is_written]
 

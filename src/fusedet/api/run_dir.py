@@ -65,11 +65,15 @@ def parent_of(source: str | Path) -> Path:
 
 
 def remove_files(folder: Path, *names: str) -> None:
-    """Remove what a run wrote before it failed, so that the same command can be given again; other files stay."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # not empty
-        folder.rmdir()
+    """Remove files and empty folders that a command wrote before it failed, so that it can be given again; others stay.
+
+    Args:
+        folder: Where they are; it is removed if nothing else is in it.
+        names: Their names.
+    """
+    for path in [*(folder / name for name in names), folder]:
+        with suppress(OSError):  # it does not exist, or is not empty
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ def train(
     name, settings = cli.split_config(words)
     result = fusedet.train(name, *settings, resume=resume, trust=trust, say=cli.console(json).print, quiet=json)
     if result.metrics:
-        cli.show(result, json, f"next: fusedet predict {result.out} IMAGE_OR_DIR...")
+        cli.show(result, json, *cli.list_steps_after("train", result.out, trust=trust))
 
 
 @cli.command("val", "val runs/a", "val runs/a/val.bbox.json data=data/coco --evaluator pycocotools", TRAIN)
@@ -69,7 +70,8 @@ def val(
     options |= {"trust": trust, "progress": cli.console(json), "say": cli.err.print}
     result = fusedet.validate(source, *settings, **options)
     if result.metrics:
-        cli.show(result, json)
+        steps = [] if source.endswith(".json") else cli.list_steps_after("val", source, trust=trust)
+        cli.show(result, json, *steps)
         if open_page:
             cli.open_in_browser(result.files.get("report"))
     return None
@@ -87,8 +89,9 @@ def demo(
     """
     settings = cli.settings_only(words, "demo takes no config")
     result = fusedet.demo(*settings, images=images, say=cli.console(json).print, quiet=json)
-    own = "or your own data (COCO, VOC or YOLO): fusedet train retinanet_r18_small data=PATH out=runs/mine"
-    cli.show(result, json, f"next: fusedet predict {result.out / 'run'} {result.out / 'data' / 'val'}", own)
+    steps = cli.list_steps_after("val", result.out / "run", shlex.quote(str(result.out / "data" / "val")))
+    own = "fusedet train retinanet_r18_small data=PATH out=runs/mine  # your data: COCO, VOC, YOLO, ..."
+    cli.show(result, json, *steps, own)
 
 
 @cli.command("predict", "predict runs/a street.jpg images/", "predict runs/a street.mp4 --from 1:30 --track", USE)
@@ -120,7 +123,8 @@ def predict(
     options |= {"on_bad_image": on_bad_image, "jsonl": jsonl, "crops": crops, "save": save or ()}
     options |= {"every": every, "start": start, "end": end, "track": track}
     result = fusedet.predict(run, sources, *settings, **options, progress=cli.console(json))
-    cli.show(result, json and not result.counts["left"])
+    left = result.counts["left"]
+    cli.show(result, json and not left, *([] if left else cli.list_steps_after("predict", run, trust=trust)))
 
 
 @cli.command("export", "export runs/a", "export runs/a --format onnx,openvino --size 800,1216 out=exported", USE)
@@ -154,8 +158,8 @@ def export(
     options |= {"aot": aot, "calibrate": calibrate, "calibration_images": calibration_images, "max_drop": max_drop}
     options["progress"] = cli.err
     result = fusedet.export(source, *settings, **options)
-    example = [] if raw else [f"next: python {result.out / 'example.py'} IMAGE"]
-    cli.show(result, json, *example)
+    example = f"python {shlex.quote(str(result.out / 'example.py'))} IMAGE  # without fusedet"
+    cli.show(result, json, *([] if raw else [example]))
 
 
 @cli.command("info", "info", "info retinanet_r50 model.neck=bifpn", USE)

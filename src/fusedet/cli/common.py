@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import webbrowser
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -148,10 +149,33 @@ def open_in_browser(page: Path | None) -> None:
         err.print(f"warning: no browser can be started here: open {page}")
 
 
+def list_steps_after(step: str, run: object, images: str = "IMAGE_OR_DIR...", trust: bool = False) -> list[str]:
+    """Return the commands that follow a step on the way from a training to files that run without fusedet.
+
+    Args:
+        step: The command that was run: train, val or predict.
+        run: A run directory, a checkpoint, published weights or an exported model.
+        images: What can be predicted, as shell words.
+        trust: Whether `run` needs --trust.
+    """
+    from fusedet.exporters import find_export
+
+    source = shlex.quote(str(run)) + (" --trust" if trust else "")
+    rows = [
+        (f"fusedet val {source} --open", "where it fails, as a page"),
+        (f"fusedet predict {source} {images}", "boxes as JSON and drawn copies"),
+        (f"fusedet export {source}", "files that run without fusedet"),
+    ]
+    rows = rows[["train", "val", "predict"].index(step) : 2 if find_export(str(run)) else 3]
+    width = max([len(command) for command, _ in rows], default=0)
+    return [f"{command:{width}}  # {gain}" for command, gain in rows]
+
+
 def show(result: CommandResult, json: bool, *next_steps: str) -> None:
     """Print a result and which commands could follow; with --json its content."""
     if json:
         return print(result.to_json())
     # a terminal breaks wide tables, a file or a pipe never does
     target = out if out.is_terminal else Console(file=out.file, width=1000, **PLAIN)
-    target.print(result, *next_steps, sep="\n")
+    steps = [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(next_steps)]
+    target.print(result, *steps, sep="\n")

@@ -33,7 +33,7 @@ def convert_data(
     """
     settings = cli.settings_only(words, "convert data takes SOURCE and TARGET")
     result = fusedet.convert_dataset(source, target, to, *settings, splits=split, link=link)
-    cli.show(result, json, f"next: {result.next_command}")
+    cli.show(result, json, result.next_command)
 
 
 @cli.command("weights", "convert weights resnet.pth runs/a", "convert weights a.pth runs/a --config a.py")
@@ -50,4 +50,4 @@ def convert_weights(
     """
     settings = cli.settings_only(words, "convert weights takes SOURCE and TARGET, and the config as --config CONFIG")
     result = fusedet.convert_weights(source, target, *settings, config=config)
-    cli.show(result, json, f"next: fusedet predict {target} IMAGE_OR_DIR...")
+    cli.show(result, json, *cli.list_steps_after("val", target))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, decode_png
 
-from fusedet.data.decoding_memory import map_file_once, release_free_memory
 from fusedet.data.image_opening import (
     TRANSPOSE,
     Range,
@@ -191,14 +192,21 @@ def _is_large(image: Image.Image, exif: bool) -> bool:
 
 
 def _decode_large(source: Source) -> Tensor:
-    release_free_memory()
+    _release_free_memory()
+    if isinstance(source, bytes):
+        content = np.frombuffer(bytearray(source), np.uint8)
+    else:
+        content = np.fromfile(source, np.uint8)
     try:
-        if isinstance(source, bytes):
-            return decode_image(torch.frombuffer(bytearray(source), dtype=torch.uint8), ImageReadMode.RGB)
-        with map_file_once(source) as content:
-            return decode_image(content, ImageReadMode.RGB)
+        return decode_image(torch.from_numpy(content), ImageReadMode.RGB)
     except RuntimeError as error:
         raise OSError(str(error).rpartition(", ")[2]) from error  # without the line of the C++ code
+
+
+def _release_free_memory() -> None:
+    """Return what was freed before, as by loading a model, from the heap to the system where the C library is glibc."""
+    with suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _rgb(image: Image.Image, name: str, value_range: Range | None) -> Image.Image:

@@ -57,7 +57,7 @@ def package_versions(packages: Iterable[str]) -> dict[str, str]:
     return {package: version(package) for package in dict.fromkeys(["torch", "torchvision", *packages])}
 
 
-@pause_garbage_collection()  # an export takes a quarter less time
+@pause_garbage_collection()  # millions of small objects are made, and few are freed
 def write_format(
     name: str, program: ExportedProgram, outputs: Sequence[str], folder: Path, metadata: Metadata
 ) -> list[Path]:

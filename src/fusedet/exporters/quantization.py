@@ -143,8 +143,8 @@ def find_map_sums(model: Any) -> list[str]:
     """Return the names of an OpenVINO model's additions of two feature maps whose sum a convolution reads.
 
     They are the residual connections of a backbone and the top-down sums of a pyramid. In floating point, each would
-    turn the int8 output of a convolution into fp32 and back, which takes a sixth to a quarter of the time of detectors
-    with a ResNet-50. Additions of box decoding do not count: no convolution reads them.
+    turn the int8 output of a convolution into fp32 and back. Additions of box decoding do not count: no convolution
+    reads them.
     """
     return [
         node.get_friendly_name()

@@ -212,8 +212,10 @@ class Transition(nn.Module):
         super().__init__()
         neighbours = [_neighbours(i // side, i % side, side) for i in range(side * side)]
         edges = sum(map(len, neighbours))
-        self.points, self.degrees = side * side, [len(n) for n in neighbours]
-        self.register_buffer("sources", torch.tensor([s for n in neighbours for s in n]), persistent=False)
+        self.degrees = [len(n) for n in neighbours]
+        # single channels, not points: a selection of points may have a layout whose points and channels no view joins
+        sources = torch.tensor([s for n in neighbours for s in n])[:, None] * channels + torch.arange(channels)
+        self.register_buffer("sources", sources.flatten(), persistent=False)  # (E * c,)
         self.depthwise = nn.Conv2d(edges * channels, edges * channels, 5, padding=2, groups=edges * channels)
         self.pointwise = nn.Conv2d(edges * channels, edges * channels, 1, groups=edges)
         for layer in (self.depthwise, self.pointwise):
@@ -228,8 +230,7 @@ class Transition(nn.Module):
             features (M, P * c, h, w); neighbours (M, P * c, h, w), the source of the neighbours' features; result
             (M, P * c, h, w).
         """
-        sent = neighbours.unflatten(1, (self.points, -1))[:, self.sources].flatten(1, 2)  # (M, E * c, h, w)
-        sent = self.pointwise(self.depthwise(sent)).unflatten(1, (len(self.sources), -1))
+        sent = self.pointwise(self.depthwise(neighbours[:, self.sources])).unflatten(1, (sum(self.degrees), -1))
         return features + torch.cat([part.sum(dim=1) for part in sent.split(self.degrees, dim=1)], dim=1)
 
 
