@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -45,8 +47,6 @@ def make_video(
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.time_base = stream.codec_context.time_base = BASE
         stream.codec_context.gop_size = 8
-        if rotation:
-            stream.set_display_rotation(rotation)
         tone = container.add_stream(sound, rate=8000) if sound else None
         for index, time in enumerate(milliseconds):
             frame = av.VideoFrame.from_ndarray(draw_frame(index % 26, *size), format="rgb24")
@@ -60,4 +60,17 @@ def make_video(
             samples.sample_rate, samples.pts, samples.time_base = 8000, 0, Fraction(1, 8000)
             container.mux(tone.encode(samples))
             container.mux(tone.encode(None))
+    if rotation:
+        path.write_bytes(rotate_display(path.read_bytes(), rotation))
     return path
+
+
+def rotate_display(mp4: bytes, degrees: int) -> bytes:
+    """Set the display matrix of the first track of an MP4 file (ISO/IEC 14496-12, track header box, version 0).
+
+    Written here since the oldest PyAV that fusedet supports reads the matrix, but cannot write it.
+    """
+    cosine, sine = (round(part(math.radians(degrees))) << 16 for part in (math.cos, math.sin))
+    matrix = struct.pack(">9i", cosine, -sine, 0, sine, cosine, 0, 0, 0, 1 << 30)
+    start = mp4.index(b"tkhd") + 44
+    return mp4[:start] + matrix + mp4[start + 36 :]

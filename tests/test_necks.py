@@ -86,7 +86,12 @@ def test_shapes_gradients_and_unchanged_inputs(form: str, size: tuple[int, int],
         shapes.append(tuple(math.ceil(s / 2) for s in shapes[-1]))
     assert [tuple(o.shape) for o in outputs] == [(2, 32, *s) for s in shapes]
     sum((o * torch.randn_like(o)).sum() for o in outputs).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in neck.parameters())
+    # the attention of a single position is 1 whatever its weights
+    constant = ("refine.theta", "refine.phi") if form == "bfp" and shapes[2] == (1, 1) else ()
+    for name, p in neck.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any() or name.startswith(constant), name
     assert all(torch.equal(a, b) for a, b in zip(kept, inputs))
 
 
