@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -305,6 +306,30 @@ def test_nothing_is_written_where_a_file_differs(scenes: Path, tmp_path: Path, m
     with pytest.raises(InputError, match=r"model.pt2 differs from PyTorch in .*nothing was written"):
         fusedet.export(run, formats="torch", size=(64, 96), out=tmp_path / "out" / "a")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_conversion_to_openvino_sends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter by itself sends events where the user consents."""
+    need("onnx", "openvino")
+    telemetry = pytest.importorskip("openvino_telemetry")
+    import onnx
+    import openvino
+    from onnx import TensorProto, helper
+
+    sent: list[Any] = []
+    monkeypatch.setattr("openvino_telemetry.utils.sender.TelemetrySender.send", lambda *message: sent.append(message))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "graph", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "model.onnx")
+    openvino.convert_model(tmp_path / "model.onnx")
+    monkeypatch.setattr(telemetry.Telemetry(), "consent", True)
+    openvino.convert_model(tmp_path / "model.onnx")
+    assert sent
+    sent.clear()
+    metadata: Any = SimpleNamespace(precision="fp32", to_json=lambda: "{}")
+    files = exporters.write_format("openvino", None, (), tmp_path, metadata)
+    assert [file.name for file in files] == ["model.xml", "model.bin"]
+    assert sent == []
 
 
 def test_cases() -> None:

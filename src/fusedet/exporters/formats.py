@@ -21,6 +21,7 @@ from fusedet.atomic_io import write_atomically
 from fusedet.errors import InputError, StorageError
 from fusedet.exporters.graph import INPUTS
 from fusedet.exporters.metadata import Metadata
+from fusedet.exporters.telemetry import without_telemetry
 from fusedet.garbage_collection import pause_garbage_collection
 from fusedet.models.ops.exporting import nms_over_images
 from fusedet.quiet import quiet
@@ -91,7 +92,9 @@ def write_format(
             _write_onnx(program, outputs, source, metadata)
         import openvino
 
-        return save_openvino(openvino.convert_model(source), folder / "model.xml", metadata)
+        with without_telemetry():
+            model = openvino.convert_model(source)
+        return save_openvino(model, folder / "model.xml", metadata)
 
 
 def _write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> Path:

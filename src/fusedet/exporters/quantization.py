@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fusedet.exporters.telemetry import without_telemetry
 from fusedet.quiet import quiet
 
 Inputs = Mapping[str, np.ndarray]
@@ -109,6 +110,7 @@ def quantize_onnx(source: Path, target: Path, inputs: Iterable[Inputs], excluded
         )
 
 
+@without_telemetry()
 def quantize_openvino(source: Path, inputs: InputSource, excluded: Sequence[str]) -> Any:
     """Quantize the model of an ONNX file by NNCF: convolutions, matrix products and what lies between them.
 
