@@ -191,7 +191,7 @@ def test_downloads(page: Any) -> None:
     ("content", "sentence"),
     [
         (b"no image", "The image of 8 bytes is empty or not an image in a format that Pillow reads."),
-        (make_image(200, 200)[:500], "is truncated or damaged"),
+        pytest.param(make_image(200, 200)[:500], "is truncated or damaged", marks=pytest.mark.slow),
         pytest.param(
             bytes(2 * 10**6), "street.png is larger than 1 MB, the limit of this server.", marks=pytest.mark.slow
         ),

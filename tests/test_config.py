@@ -332,6 +332,7 @@ def test_mistakes_in_keys_and_values(override: str, said: str | None) -> None:
         ("model.neck=3", "model.neck must be a name"),
     ],
 )
+@pytest.mark.usefixtures("copied_parts")
 def test_mistakes_in_parts(override: str, said: str) -> None:
     with pytest.raises(InputError) as error:
         build_detector(config.load("retinanet_r18", ["model.backbone.pretrained=false", override]), 3)

@@ -52,7 +52,10 @@ def counts() -> list[Any]:
                 found += [
                     (name, (*common, *shlex.split(row[0].strip("`"))), int(row[1].replace(",", ""))) for row in rows
                 ]
-    return [pytest.param(*row, id=" ".join([row[0], *row[1]])) for row in dict.fromkeys(found)]
+    return [
+        pytest.param(*row, id=" ".join([row[0], *row[1]]), marks=pytest.mark.slow if i % 2 else ())
+        for i, row in enumerate(dict.fromkeys(found))
+    ]
 
 
 @pytest.mark.parametrize("code", snippets())

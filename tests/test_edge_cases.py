@@ -71,6 +71,7 @@ def without_cls(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # their matching or their losses are those of another detector of the list
 SIMILAR = (
+    "faster_rcnn",
     "dynamic_rcnn",
     "libra_rcnn",
     "cascade_rcnn",

@@ -1,6 +1,7 @@
 """Exported files: equal to PyTorch or not written, read back only as they were written, and used without fusedet."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from timm.layers import Conv2dSame, padding
 from timm.layers.pool2d_same import MaxPool2dSame
@@ -68,8 +70,8 @@ OTHERS = [
     "yolof",
 ]
 """Detectors that `make test-all` exports with one size; benchmarks/export.py exports them with all sizes too."""
-DEAR = ("ota", "dw", "borderdet", *OTHERS)
-"""Detectors that `make test` does not export."""
+EXPORTED = ("retinanet", "fcos", "reppoints", "mask_rcnn")
+"""Detectors that `make test` exports: anchors, points, deformable convolutions, and two stages with masks."""
 OPTIONS = {
     "libra_rcnn": ["model.neck=[fpn,{type: bfp, refine_level: 0}]"],
     "cascade_rcnn": ["model.roi.stages=[{type: box, class_agnostic: true}, {type: box, class_agnostic: true}]"],
@@ -87,24 +89,30 @@ def need(*formats: str) -> None:
 
 @pytest.fixture(scope="session")
 def make_export(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
-    """Return a function that exports a detector once per session to ONNX and OpenVINO; its run is the parent."""
-    folder, made = tmp_path_factory.mktemp("exports"), {}
-    patch = pytest.MonkeyPatch()
+    """Return a function that exports a detector once for all workers to ONNX and OpenVINO; its run is the parent."""
+    base, patch = tmp_path_factory.getbasetemp(), pytest.MonkeyPatch()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
 
     def make(name: str, formats: str = "onnx,openvino", *overrides: str, **options: Any) -> Path:
         need(*formats.split(","))
-        key = (name, formats, overrides, *sorted(options.items()))
-        if key not in made:
-            run = exporting.save_run(folder / str(len(made)), name, *overrides, data=scenes)
-            if not made and formats != "torch":
-                keep_translations(patch)
-            made[key] = fusedet.export(run, formats=formats, trust=True, **options).out
-        return made[key]
+        key = repr((name, formats, overrides, sorted(options.items())))
+        run = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        out = run / "export"
+        with FileLock(f"{run}.lock"):
+            if not out.exists():  # it appears when all of it is written
+                shutil.rmtree(run, ignore_errors=True)
+                exporting.save_run(run, name, *overrides, data=scenes)
+                if formats != "torch":
+                    keep_translations(patch)
+                assert fusedet.export(run, formats=formats, trust=True, **options).out == out
+        return out
 
     yield make
     patch.undo()
 
 
+@functools.cache
 def keep_translations(patch: pytest.MonkeyPatch) -> None:
     """Let torch parse onnxscript's translations of operators once, not in every export: a tenth of its time."""
     from torch.onnx._internal.exporter import _registration
@@ -165,7 +173,7 @@ SAME_FILES = {"dynamic_rcnn": "faster_rcnn"}
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in DEAR else name
+        name if name in EXPORTED else pytest.param(name, marks=pytest.mark.slow)
         for name in [*DETECTORS, *OTHERS]
         if name not in SAME_FILES
     ],
@@ -176,6 +184,7 @@ def test_every_detector_exports(name: str, make_export: Callable[..., Path]) -> 
     check_export(make_export(name, "onnx,openvino", *levels, *OPTIONS.get(name, []), size=(64, 96)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_FILES)
 def test_detectors_of_one_program_export_alike(name: str, tmp_path: Path) -> None:
     """The same operators in the same order: only names of weights and thresholds differ."""

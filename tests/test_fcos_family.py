@@ -48,7 +48,8 @@ def test_modules_reach_the_loss(name: str) -> None:
         assert any(module in k and p.grad.any() for k, p in trained), module
 
 
-@pytest.mark.parametrize("name", [ON_FCOS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in ON_FCOS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_FCOS)
 def test_detection_exports(name: str) -> None:
     model = prepare_for_inference(make(name))
     for predictor in ("cls", "border_cls"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fuzzing
 
-few = settings(max_examples=100, deadline=None)
+few = settings(max_examples=40, deadline=None)
 small = st.integers(1, 3)
 
 

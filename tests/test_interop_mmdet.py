@@ -91,9 +91,15 @@ def assert_same(ours: Detections, theirs: dict[str, Any]) -> None:
 
 
 COSTLY = ("vfnet_r50_mdconv", "faster_rcnn_x50_dconv", "cascade_mask_rcnn_r18", "grid_rcnn_r18", "retinanet_r50_caffe")
+SIMILAR = (
+    "libra_retinanet_r18",
+    "reppoints_r18_minmax",
+)  # their parts are those of libra_rcnn_r18 and reppoints_r18_gn
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY else n for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY + SIMILAR else n for n in CASES]
+)
 def test_same_detections(tmp_path: Path, name: str) -> None:
     """With MMDetection's config, and, for models that names and shapes show in full, without it."""
     spec, state = load_case(name), make_weights(name)

@@ -256,7 +256,10 @@ def test_refused_configs(tmp_path: Path, refuse: Refuse) -> None:
         (RETINA.replace("'ResNet'", "'MobileNetV2'"), "MobileNetV2 is not supported"),
         (RETINA.replace("depth=18", "depth=18, deep_stem=True"), "deep_stem=True is not supported"),
         (RETINA.replace("'FPN'", "'YOLOXPAFPN'"), "YOLOXPAFPN is not supported"),
-        (RETINA.replace("'RetinaHead'", "'YOLOV3Head'"), "unknown bbox_head of MMDetection 'YOLOV3Head'"),
+        (
+            RETINA.replace("'RetinaHead'", "'YOLOV3Head'"),
+            "model.bbox_head.type=YOLOV3Head is not supported: supported types are RetinaHead",
+        ),
         (RETINA.replace("num_classes=5", coder), "target_stds"),
         (RETINA.replace("'on_input'", "'on_lateral'"), "on_lateral"),
         ("x = 1", "no `model`"),

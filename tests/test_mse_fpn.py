@@ -205,8 +205,22 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default")
-@pytest.mark.parametrize(("finest", "coarsest", "top"), [(2, 6, "max_pool"), (3, 7, "on_input")])
+PYRAMIDS = [(2, 6, "max_pool"), (3, 7, "on_input")]
+
+
+@pytest.mark.parametrize(
+    ("options", "finest", "coarsest", "top"),
+    [
+        pytest.param(
+            options,
+            *pyramid,
+            id=",".join([*(f"{k}={v}" for k, v in options.items()), f"P{pyramid[0]}"]),
+            marks=() if i % 2 == k or not options else pytest.mark.slow,
+        )
+        for i, options in enumerate(VARIANTS)
+        for k, pyramid in enumerate(PYRAMIDS)
+    ],
+)
 @torch.no_grad()
 def test_the_equations(options: dict, finest: int, coarsest: int, top: str) -> None:
     pyramid = {"channels": 4, "finest": finest, "coarsest": coarsest, "top": top}

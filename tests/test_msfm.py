@@ -254,9 +254,18 @@ def parameters(c: int, m: int, branches: int, convs: int, cat: bool) -> int:
     return c * m + c * m * (branches if cat else 1) + 9 * m * m * convs + 3 * c + 3 * m + 3 * m * convs
 
 
-@pytest.mark.parametrize("scales", [(0.5, 0.7, 1), (0.5, 0.6, 0.7, 0.85, 1), (1, 1.4, 2), (0.5, 0.7, 1.4, 2), FINAL])
-@pytest.mark.parametrize(("conv_num", "large_only"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("fusion", ["add", "cat"])
+SCALES = [(0.5, 0.7, 1), (0.5, 0.6, 0.7, 0.85, 1), (1, 1.4, 2), (0.5, 0.7, 1.4, 2), FINAL]
+CONVOLUTIONS = [(1, False), (2, False), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("scales", "conv_num", "large_only", "fusion"),
+    [
+        pytest.param(scales, *convolutions, fusion, marks=() if (i + k) % 2 == 0 else pytest.mark.slow)
+        for i, (scales, convolutions) in enumerate(product(SCALES, CONVOLUTIONS))
+        for k, fusion in enumerate(("add", "cat"))
+    ],
+)
 def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large_only: bool, fusion: Any) -> None:
     """Table 2's scales, ratios, numbers of convolutions and fusions at all three positions of ResNet-50's widths."""
     convs = sum(conv_num if s > 1 or not large_only else 1 for s in scales)

@@ -126,7 +126,7 @@ def agrees(paper: str, count: int, value: float) -> bool:
 @pytest.mark.parametrize(
     ("table", "row"),
     [
-        pytest.param(t, r, id=f"{t.name}-{r.label}", marks=() if i % 4 == 0 and r.params_M else pytest.mark.slow)
+        pytest.param(t, r, id=f"{t.name}-{r.label}", marks=() if i % 8 == 0 and r.params_M else pytest.mark.slow)
         for i, (t, r) in enumerate(rows())
     ],
 )

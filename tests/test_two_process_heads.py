@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes have no 
 
 from fakes import batch
 from fusedet.types import Batch
-from small import ATSS_FAMILY, DOUBLE_HEAD, MATCHING, make, target
+from small import ATSS_FAMILY, DOUBLE_HEAD, MATCHING, ON_FCOS, make, target
 
-# not DW and BorderDet, whose gradients differ; their divisors too count as at least 1 in each process
-NAMES = [*ATSS_FAMILY, *MATCHING, "ota", DOUBLE_HEAD]
-# GFL divides by a sum of scores that counts as at least 1 in each process; initial scores of 0.01 would stay below
+NAMES = [*ATSS_FAMILY, *MATCHING, *ON_FCOS, DOUBLE_HEAD]
+# A divisor counts as at least 1 in each process, so that the gradients differ while its sum over two processes is below
+# 2. Here it is larger: scores start higher for GFL's sum of scores, and initial boxes fit instances for DW's sum of
+# 1 - P_neg and BorderDet's number of border positives.
 OPTIONS = {"gfl": ["model.head.prior=0.5"], "gflv2": ["model.head.prior=0.5"]}
+BOX_BIAS = {"dw": 1.5, "borderdet": 1.7}  # strides
 FIRST = [target([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), target([[20, 8, 70, 60]], [1])]
 SECOND = [target([[30, 2, 62, 40], [2, 30, 22, 60], [50, 20, 90, 50]], [1, 1, 0]), target([[8, 8, 40, 50]], [2])]
 """The instances of the images of each process."""
@@ -44,6 +46,8 @@ def gradients(name: str, rank: int | None) -> dict[str, Tensor]:
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
+    if name in BOX_BIAS:
+        nn.init.constant_(detector.head.reg.bias, BOX_BIAS[name])
     losses = detector.loss(part(rank))
     sum(losses[key] * weight for key, weight in detector.loss_weights.items()).backward()
     return {key: p.grad for key, p in detector.named_parameters() if p.grad is not None}

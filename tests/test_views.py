@@ -222,7 +222,13 @@ def test_no_detection_in_any_view() -> None:
 # -- every detector, and the commands
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+DISTINCT = ("retinanet", "fcos", "mask_rcnn", "grid_rcnn")
+"""Detectors of all kinds of outputs: boxes of anchors and of points, masks, and boxes that may leave the image."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
+)
 def test_every_detector(name: str) -> None:
     """The highest score of all views stays, no two boxes of a class overlap, and no mask or box leaves its image."""
     detector = make(name, "test.score=0", "test.max_det=15").eval()

@@ -87,9 +87,14 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
     heads = ("bbox_head",) if kind in _DENSE else ("rpn_head",) if kind == "RPN" else ("rpn_head", "roi_head")
     outputs = model.get_section("backbone").get("out_indices")
     ends_at_c4 = outputs is not None and list(outputs) == [2]
-    for key in ("backbone", *(() if ends_at_c4 else ("neck",)), *heads):
+    for key in ("backbone", *heads):
         if not values.get(key):
             raise InputError(f"MMDetection's config has no model.{key}: use the complete config")
+    if not ends_at_c4 and not values.get("neck"):
+        raise InputError(
+            "MMDetection's config has no model.neck: use the complete config; the only detectors without a neck that "
+            "are supported are those on C4, with model.backbone.out_indices=[2]"
+        )
     backbone = convert_backbone(model.get_section("backbone"))
     if ends_at_c4:
         model.require_value("neck", None)
@@ -103,8 +108,8 @@ def convert_config(config: Mapping[str, Any], keys: Mapping[str, Any], legacy: b
     if kind in _DENSE:
         tree["model"]["head"] = convert_dense_head(model.get_section("bbox_head"), train, pyramid, keys)
     else:
-        rpn, proposal, proposals = train.get_section("rpn"), train.get_section("rpn_proposal"), test.get_section("rpn")
-        tree["model"]["head"] = convert_rpn_head(model.get_section("rpn_head"), rpn, proposal, proposals, pyramid)
+        proposals = test.get_section("rpn")
+        tree["model"]["head"] = convert_rpn_head(model.get_section("rpn_head"), train, proposals, pyramid)
         tree["train"] = {"lr": 0.02}
         if kind == "RPN":
             defaults, test = {"score_thr": 0.0, "max_per_img": 1000, "nms": {"iou_threshold": 0.7}}, proposals

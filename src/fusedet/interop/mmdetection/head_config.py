@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fusedet.errors import unknown
+from fusedet.errors import InputError
 from fusedet.interop.mmdetection.anchor_config import (
     BOX_STDS,
     FOCAL_LOSS,
@@ -87,7 +87,9 @@ def convert_dense_head(reader: ConfigReader, train: ConfigReader, pyramid: Tree,
     """
     kind = str(reader.get("type")).rpartition(".")[2]
     if kind not in _HEADS:
-        raise unknown("bbox_head of MMDetection", kind, _HEADS)
+        raise InputError(
+            f"MMDetection's {reader.path}.type={kind} is not supported: supported types are {', '.join(_HEADS)}"
+        )
     convert, norm = _HEADS[kind]
     options = convert(reader, train, pyramid)
     if norm != "BN":
@@ -215,19 +217,17 @@ _HEADS: dict[str, tuple[Callable[[ConfigReader, ConfigReader, Tree], Tree], str 
 """Conversion and default normalization of each head; towers with BN convert their own options."""
 
 
-def convert_rpn_head(
-    reader: ConfigReader, train: ConfigReader, proposal: ConfigReader, test: ConfigReader, pyramid: Tree
-) -> Tree:
+def convert_rpn_head(reader: ConfigReader, train: ConfigReader, test: ConfigReader, pyramid: Tree) -> Tree:
     """Convert an RPNHead.
 
     Args:
         reader: Reader of `rpn_head`.
-        train: Reader of `train_cfg.rpn`.
-        proposal: Reader of `train_cfg.rpn_proposal`.
+        train: Reader of `train_cfg`.
         test: Reader of `test_cfg.rpn`.
         pyramid: `model.pyramid` of the converted config.
     """
     reader.require_type("RPNHead")
+    proposal, train = train.get_section("rpn_proposal"), train.get_section("rpn")
     reader.get_section("loss_cls").require_value("use_sigmoid", True)
     read_box_stds(reader, [1.0] * 4)
     options: Tree = {"type": "rpn"} | reader.get_changes({"convs": ("num_convs", 1, 1, MAX_CONVS)})
