@@ -61,6 +61,7 @@ LEAST = {
     "grid_rcnn": {"AP50": 0.83},
     "libra_rcnn": {"AP50": 0.83},
     "double_head_rcnn": {"AP50": 0.83},
+    "tridentnet": {"AP50": 0.52},
 }
 """Required AP50 on the validation images: COCO's of boxes and, for detectors with masks, of masks."""
 

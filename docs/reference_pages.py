@@ -121,10 +121,7 @@ def _describe_measurement(about: dict[str, Any], latencies: dict[str, dict[str, 
     machine = about["machine"]
     reference = statistics.median(row["processor_ms"] / row["ratio"] for row in latencies.values())
     version = machine["torch"].partition("+")[0]
-    left = (
-        f" {missing} cells are empty: the larger models are not measured yet, and with random weights an HRNet with "
-        "RoI heads detects nothing."
-    )
+    left = f" {missing} cells are empty: with random weights an HRNet with RoI heads detects nothing."
     return (
         f"The latency is that of one image of {height} x {width} pixels on one thread, from pixels to final boxes and "
         f"masks: the median of {about['repeats']} calls, in milliseconds of the processor. The last column is relative "
