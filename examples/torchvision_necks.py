@@ -56,4 +56,4 @@ if __name__ == "__main__":
     }
     losses = model([torch.rand(3, 128, 128)], [target])
     sum(losses.values()).backward()
-    print({name: round(float(value), 3) for name, value in losses.items()})
+    print({name: round(value.item(), 3) for name, value in losses.items()})
