@@ -358,6 +358,6 @@ def test_multiply_adds_of_a_grid_branch() -> None:
     branch = made.branches[0][0]
     convs = 7 * 7 * 9 * (256 * 576 + 7 * 576 * 576)
     up = 7 * 7 * 16 * 576 * 64 + 14 * 14 * 16 * 576
-    edges = sum(len(t.sources) for t in (branch.first_order, branch.second_order)) * 64
+    edges = sum(len(t.sources) for t in (branch.first_order, branch.second_order))  # channels of all edges
     fusion = 7 * 7 * edges * (25 + 64)
     assert count_cost(made, 800, 800)["parts"]["branches"]["multiply_adds"] == 100 * (convs + up + fusion)
