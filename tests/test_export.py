@@ -71,8 +71,8 @@ OTHERS = [
     "yolof",
 ]
 """Detectors that `make test-all` exports with one size; benchmarks/export.py exports them with all sizes too."""
-EXPORTED = ("retinanet", "fcos", "reppoints", "mask_rcnn")
-"""Detectors that `make test` exports: anchors, points, deformable convolutions, and two stages with masks."""
+EXPORTED = DETECTORS[: DETECTORS.index("ota")]
+"""Detectors that `make test` exports."""
 OPTIONS = {
     "libra_rcnn": ["model.neck=[fpn,{type: bfp, refine_level: 0}]"],
     "cascade_rcnn": ["model.roi.stages=[{type: box, class_agnostic: true}, {type: box, class_agnostic: true}]"],
@@ -191,7 +191,6 @@ def test_every_detector_exports(name: str, make_export: Callable[..., Path]) -> 
         assert [case["case"] for case in cases if not case["reached_limit"]] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_FILES)
 def test_detectors_of_one_program_export_alike(name: str, tmp_path: Path) -> None:
     """The same operators in the same order: only names of weights and thresholds differ."""
