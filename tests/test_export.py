@@ -32,7 +32,7 @@ from fusedet.engine.checkpoint import load_weights, save_weights
 from fusedet.errors import InputError, StorageError
 from fusedet.exporters import compare_outputs, make_cases, quantization, read_export
 from fusedet.exporters.formats import FORMATS
-from fusedet.exporters.graph import constant_padding
+from fusedet.exporters.graph import constant_padding, smallest_side
 from fusedet.exporters.metadata import Metadata
 from fusedet.exporters.verification import Case, Tolerance, compute_similarity
 from fusedet.models.ops.boxes import nms_keep_mask
@@ -163,6 +163,13 @@ def test_constant_padding_is_that_of_timm() -> None:
             torch.testing.assert_close((convolution(x), pool(x)), expected)
             assert padding.get_same_padding(31, 3, 2, 1) == 1, "for 31 it would be 2"
     assert padding.get_same_padding(31, 3, 2, 1) == 2
+
+
+def test_the_smallest_side_is_a_multiple_of_32_without_a_pyramid() -> None:
+    """C4 has a stride of 16."""
+    with torch.device("meta"):
+        detector = fusedet.create_model("faster_rcnn_r18_c4", "model.backbone.pretrained=false")
+    assert (detector.neck.levels.strides, smallest_side(detector)) == ((16,), 64)
 
 
 # -- equal or not written

@@ -63,7 +63,7 @@ def decode_candidates(detector: DetectorModule, images: Tensor, sizes: Tensor) -
 
 def smallest_side(detector: DetectorModule) -> int:
     """Return the smallest side that a program of dynamic size takes: its coarsest level has at least two cells."""
-    return detector.neck.levels.strides[-1] + MULTIPLE
+    return max(MULTIPLE, detector.neck.levels.strides[-1]) + MULTIPLE
 
 
 @contextmanager
@@ -97,9 +97,9 @@ def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[
     Returns:
         The program, and the names of its outputs.
     """
-    stride = detector.neck.levels.strides[-1]
     # a program of dynamic size must not take one of the example's sizes for a constant: no level of it has one cell
-    height, width = shapes.size or (2 * stride + MULTIPLE, 3 * stride + MULTIPLE)
+    least = smallest_side(detector)
+    height, width = shapes.size or (2 * least - MULTIPLE, 3 * least - 2 * MULTIPLE)
     batch = shapes.batch or 2
     images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
     sizes = torch.tensor([[height, width]]).repeat(batch, 1)
