@@ -31,8 +31,8 @@ LEVELS = ("model.pyramid.finest=5", "model.pyramid.coarsest=6")
 """Two levels, the backbone's last and one above, unless a detector has one."""
 MODULES = ("model.pyramid.finest=4", "model.pyramid.coarsest=6")
 """Three levels for necks, which combine them."""
-OWN = {"foveabox_tiny": ("model.head.ranges=[[1,256],[64,512]]",), "ota_tiny": ("test.score=0.002",)}
-"""Ranges of two levels; a threshold below the first scores, which are products of two."""
+OWN = {"foveabox_tiny": ("model.head.ranges=[[1,256],[64,512]]",)}
+"""Options that have a value per level."""
 TOGETHER = ("model.plugin=msfm", "model.neck=[mse_fpn,smsl]", "model.interact=msil", "model.backbone.name=resnet18")
 DEFORMABLE = (
     "model.backbone.name=resnet18",

@@ -173,7 +173,8 @@ class TwoStage(nn.Module):
 
     def count_copies(self, features: Features, images: Tensor) -> int:
         """Count the branches that the feature maps of images (N, ...) hold."""
-        return len(features[0]) // len(images) if self.branched else 1
+        # `len` would fix the number of images of a traced program
+        return features[0].shape[0] // images.shape[0] if self.branched else 1
 
     def run_stages(self, features: Features, proposals: Proposals, sizes: Tensor) -> tuple[Tensor, StageOutputs]:
         """Run all stages on proposals.
