@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from fusedet.errors import InputError, plural, unknown
+from fusedet.errors import InputError, guess, plural, unknown
 
 _LARGEST = 2**63 - 1  # what torch and numpy count with
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -149,7 +148,7 @@ def _item_hint(hint: Any, part: Any) -> Any:
 def _wrong_type(value: Any, hint: Any, key: str) -> InputError:
     names = [name for member in union_members(hint) if get_origin(member) is Literal for name in get_args(member)]
     if names:
-        near = difflib.get_close_matches(str(value), map(str, names), n=1, cutoff=0.5)
+        near = guess(value, map(str, names))
         meant = f": did you mean {near[0]!r}?" if near else ""
         return InputError(f"{key} must be {type_name(hint).replace(' | ', ' or ')}, got {value!r}{meant}")
     if get_origin(hint) not in _LISTS:

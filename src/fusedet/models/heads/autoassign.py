@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from fusedet.models.heads.argument_checks import check_loss_weights, check_weight
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.scores import scores_with_objectness
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
+from fusedet.models.ops.argument_checks import check_loss_weights, check_weight
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
 from fusedet.models.ops.boxes import box_centres
 from fusedet.models.ops.inside_pairs import (

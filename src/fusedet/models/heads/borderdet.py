@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_iou_thresholds, check_length, check_loss_weights
 from fusedet.models.heads.border_module import BorderModule
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.scores import fuse_quality
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
+from fusedet.models.ops.argument_checks import check_iou_thresholds, check_length, check_loss_weights
 from fusedet.models.ops.assigners import MaxIoUAssigner, gather_positives
 from fusedet.models.ops.cells import boxes_around_cells
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias

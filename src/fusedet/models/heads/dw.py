@@ -12,10 +12,10 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from fusedet.models.heads.argument_checks import check_loss_weights, check_weight
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.scores import scores_with_objectness
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
+from fusedet.models.ops.argument_checks import check_loss_weights, check_weight
 from fusedet.models.ops.boxes import box_centres
 from fusedet.models.ops.cells import boxes_around_cells, cell_positions, sample_sides
 from fusedet.models.ops.dual_weighting import DualWeighting, Weighting
@@ -114,7 +114,10 @@ class DWHead(FCOSHead):
         place = (pairs.image, pairs.prior)
         predicted, score = self.decode_all(outputs)[place], scores[(*place, pairs.labels)]  # (M, 4), (M,)
         away = offsets_from_centres(pairs, points, priors.strides)
-        weights, probability = self.dual_weighting.weigh(pairs, max(1, len(targets) * most), score, predicted, away)
+        box_losses = giou_loss(predicted, pairs.boxes)
+        weights, probability = self.dual_weighting.weigh(
+            pairs, max(1, len(targets) * most), score, predicted, box_losses, away
+        )
         factors = last_of_class(pairs, probability, 1.0, scores.shape)  # (N, P, K)
         negative = (factors * scores**self.gamma_score * bounded_log_loss(1 - scores)).sum()
         counts = torch.stack([(1 - factors).sum(), factors.new_full((), sum(map(len, targets)))])
@@ -122,7 +125,7 @@ class DWHead(FCOSHead):
         return {
             "loss_positive": (weights * bounded_log_loss(score)).sum() / instances,
             "loss_negative": negative / discount,
-            "loss_box": (weights * giou_loss(predicted, pairs.boxes)).sum() / instances,
+            "loss_box": (weights * box_losses).sum() / instances,
         }
 
     def decode(self, outputs: Outputs) -> Candidates:

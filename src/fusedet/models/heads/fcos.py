@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.ops.assigners import PointInBoxAssigner, assign_batch, gather_positives
 from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_length
 from fusedet.models.heads.feature_alignment import WIDER, Alignment
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
+from fusedet.models.ops.argument_checks import check_focal, check_length
 from fusedet.models.ops.assigners import assign_batch, gather_positives
 from fusedet.models.ops.boxes import (
     box_centres,

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_weight
 from fusedet.models.heads.retina import RetinaHead
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
+from fusedet.models.ops.argument_checks import check_focal, check_weight
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
 from fusedet.models.ops.boxes import decode_boxes, encode_boxes
 from fusedet.models.ops.layers import flatten_maps

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.argument_checks import check_focal
 from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import box_centres, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_length, check_loss_weights, check_prior, check_weight
 from fusedet.models.heads.quality_anchors import count_positives
 from fusedet.models.heads.quality_predictor import TOP, QualityPredictor
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.argument_checks import check_length, check_loss_weights, check_prior, check_weight
 from fusedet.models.ops.assigners import IGNORED, assign_batch, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import (

@@ -12,10 +12,10 @@ from typing import Unpack
 from torch import Tensor
 from torch.nn import functional as F
 
-from fusedet.models.heads.argument_checks import check_loss_weights, check_weight
 from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.scores import fuse_quality
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
+from fusedet.models.ops.argument_checks import check_loss_weights, check_weight
 from fusedet.models.ops.assigners import gather_positives
 from fusedet.models.ops.boxes import aligned_iou
 from fusedet.models.ops.layers import flatten_maps

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_iou_thresholds
 from fusedet.models.heads.quality_anchors import QualityAnchorHead, QualityOptions, decode_deltas
 from fusedet.models.heads.scores import fuse_quality
 from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.ops.argument_checks import check_iou_thresholds
 from fusedet.models.ops.assigners import MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import aligned_iou, clip_boxes, select_detections
 from fusedet.models.ops.layers import flatten_maps

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_length, check_loss_weights
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions, TwinTowers
+from fusedet.models.ops.argument_checks import check_focal, check_length, check_loss_weights
 from fusedet.models.ops.assigners import Positives, gather_positives
 from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias

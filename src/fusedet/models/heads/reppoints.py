@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_focal, check_iou_thresholds, check_length, check_loss_weights
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.argument_checks import check_focal, check_iou_thresholds, check_length, check_loss_weights
 from fusedet.models.ops.assigners import (
     MaxIoUAssigner,
     Positives,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_anchors, check_focal, check_iou_thresholds, check_weight
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
+from fusedet.models.ops.argument_checks import check_anchors, check_focal, check_iou_thresholds, check_weight
 from fusedet.models.ops.assigners import MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, encode_boxes, grid_priors, make_base_anchors
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_anchors, check_iou_thresholds
 from fusedet.models.heads.towers import InteractionFactory, make_tower
+from fusedet.models.ops.argument_checks import check_anchors, check_iou_thresholds
 from fusedet.models.ops.assigners import IGNORED, MaxIoUAssigner, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import (
     clip_boxes,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.heads.fcos import centerness
 from fusedet.models.heads.quality_anchors import decode_deltas
 from fusedet.models.heads.task_decomposition import SharedTower, TaskDecomposition, make_alignment, sample_boxes
 from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.ops.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.ops.assigners import IGNORED, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import box_centres, boxes_to_distances, grid_priors, make_level_points, select_detections

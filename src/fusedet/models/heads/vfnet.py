@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusedet.errors import InputError, one_of
-from fusedet.models.heads.argument_checks import check_focal, check_loss_weights
 from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tower
+from fusedet.models.ops.argument_checks import check_focal, check_loss_weights
 from fusedet.models.ops.assigners import assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes, grid_priors, make_level_points

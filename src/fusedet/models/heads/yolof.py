@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedet.errors import InputError
-from fusedet.models.heads.argument_checks import check_focal, check_length
 from fusedet.models.heads.towers import InteractionFactory
+from fusedet.models.ops.argument_checks import check_focal, check_length
 from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
 from fusedet.models.ops.boxes import decode_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias

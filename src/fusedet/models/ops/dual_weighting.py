@@ -6,7 +6,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fusedet.errors import InputError, one_of
+from fusedet.models.ops.argument_checks import check_length, check_weight
 from fusedet.models.ops.boxes import aligned_iou
 from fusedet.models.ops.inside_pairs import Pairs, extremes_of_instance
-from fusedet.models.ops.losses import giou_loss
 
 LOW_IOU, HIGH_IOU = 0.5, 0.95  # where P_neg leaves 1 and reaches 0 (section 3.3)
 CODE_SHARPNESS = 3.0  # of the exponential in the divisor of the authors' code
@@ -57,16 +56,16 @@ class DualWeighting:
 
     def __post_init__(self) -> None:
         one_of("weighting", self.weighting, Weighting)
-        for name in ("beta", "mu"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
-        if not 0 < self.sigma < math.inf:
-            raise InputError(f"sigma={self.sigma} must be above 0, in strides")
+        check_weight("beta", self.beta)
+        check_weight("mu", self.mu)
+        check_length("sigma", self.sigma)
         if not self.gamma > 0:
             raise InputError(f"gamma_iou={self.gamma} must be above 0")
 
     @torch.no_grad()
-    def weigh(self, pairs: Pairs, rows: int, scores: Tensor, boxes: Tensor, away: Tensor) -> tuple[Tensor, Tensor]:
+    def weigh(
+        self, pairs: Pairs, rows: int, scores: Tensor, boxes: Tensor, box_losses: Tensor, away: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Compute w_pos and P_neg, both (M,), without gradient.
 
         Args:
@@ -74,14 +73,15 @@ class DualWeighting:
             rows: Number of instances that `pairs.row` counts.
             scores: Predicted score of the instance's class.
             boxes: Predicted box of the point.
+            box_losses: GIoU loss of that box.
             away: The point's distance from the box's centre along x and y, in strides.
 
         Shape:
-            scores (M,); boxes (M, 4); away (M, 2).
+            scores and box_losses (M,); boxes (M, 4); away (M, 2).
         """
         iou, is_code = aligned_iou(boxes, pairs.boxes), self.weighting == "code"
         center = (-away.square().sum(dim=1) / (2 * self.sigma**2)).exp()
-        t = scores * ((-self.beta * giou_loss(boxes, pairs.boxes)).exp() if is_code else iou**self.beta)
+        t = scores * ((-self.beta * box_losses).exp() if is_code else iou**self.beta)
         mass = t * center
         summands = ((CODE_SHARPNESS if is_code else self.mu) * t).exp() * mass
         total = mass.new_zeros(rows).index_add(0, pairs.row, summands).clamp(min=torch.finfo(mass.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Checks of the options that several dense heads share."""
+"""Checks of the options that several heads and assigners share."""
 
 from __future__ import annotations
 
