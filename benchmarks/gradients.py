@@ -25,7 +25,7 @@ from fusedet.data.readers.auto import read_dataset
 from fusedet.models.detectors import build_detector
 from fusedet.types import Batch
 
-LEAST, LEAST_OF_GFL = 0.1, 0.01
+LEAST, LEAST_OF_GFL, LEAST_OF_GFLV2 = 0.1, 0.025, 0.01
 """GFL weighs its box losses by scores, which start at 0.01, and GFLv2 halves them by its predictor of the quality."""
 RECIPE = [
     "model.backbone={name: resnet18.tv_in1k, pretrained: false, frozen_stages: -1, norm_eval: false}",
@@ -39,7 +39,10 @@ RECIPE = [
 
 def least_norm(settings: Config) -> float:
     """Return what must reach neck and backbone."""
-    return LEAST_OF_GFL if settings.model.head["type"] == "gfl" else LEAST
+    head = settings.model.head
+    if head["type"] != "gfl":
+        return LEAST
+    return LEAST_OF_GFLV2 if head.get("quality_channels") else LEAST_OF_GFL
 
 
 def list_configs() -> list[str]:
