@@ -13,26 +13,28 @@ from fusedet.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = [
-    r"\bpictures?\b",
-    r"\bbod(y|ies)\b",
-    r"\bdata sets?\b",
-    r"\brooms?\b",
-    r"\bthe house\b",
-    r"\bverbs?\b",
-    r"\bpeers?\b",
-    r"\bstrangers?\b",
-    r"\boutlines?\b",
-    r"\bbetter(s|ed)\b",
-    r"\banew\b",
+    r"pictures?\b",
+    r"bod(?:y|ies)\b",
+    r"data sets?\b",
+    r"rooms?\b",
+    r"the house\b",
+    r"verbs?\b",
+    r"peers?\b",
+    r"strangers?\b",
+    r"outlines?\b",
+    r"better(?:s|ed)\b",
+    r"anew\b",
     r"told apart",
-    r"\bat rest\b|\bresting\b",
-    r"\bshared out\b",
-    r"\bhonest\b",
-    r"\bbites?\b",
-    r"\bsecond look\b",
+    r"at rest\b",
+    r"resting\b",
+    r"shared out\b",
+    r"honest\b",
+    r"bites?\b",
+    r"second look\b",
     r"what was found",
     r"there is none\b",
 ]
+"""Each begins at a word's beginning."""
 IDENTIFIERS = {"told", "bare", "look", "found", "Found", "Records"}
 PARAMETERS = {"one", "others"}
 ALLOWED = {
@@ -54,9 +56,10 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 def find_forbidden(text: str) -> Iterator[str]:
     """Line number and line of every forbidden word."""
-    for number, line in enumerate(text.splitlines(), 1):
+    forbidden = re.compile(rf"\b(?:{'|'.join(FORBIDDEN)})", re.IGNORECASE)
+    for number, line in enumerate(text.splitlines(), 1) if forbidden.search(text) else ():
         rest = re.sub("|".join(ALLOWED), "", line)
-        for match in re.finditer("|".join(FORBIDDEN), rest, re.IGNORECASE):
+        for match in forbidden.finditer(rest):
             yield f"{number}: '{match[0]}' in {line.strip()[:100]}"
 
 

@@ -1,6 +1,7 @@
 """Imports go one way: a package imports from lower ranks only, packages of one rank never import each other, files form no cycle."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
@@ -20,6 +21,7 @@ RANKS = [
 RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, anywhere in it, as dotted paths below the package."""
     found = set()
