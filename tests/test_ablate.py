@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from fusedet import ablation, cli
@@ -209,12 +210,12 @@ def test_diverged_run_is_reported_and_the_others_continue(
 
 
 FAKE_WORKER = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 task = json.load(sys.stdin)
 out = pathlib.Path(task["config"]["out"])
 out.mkdir()
 (out / "time.json").write_text(json.dumps({"seconds": 2.0, "resumed": False}))
-print(task["label"], "on", task["config"]["device"])
+print(task["label"], "on", task["config"]["device"], "with", os.environ["OMP_NUM_THREADS"])
 """
 
 
@@ -222,6 +223,7 @@ def test_each_device_has_a_process(plan: Plan, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "fake_worker.py").write_text(FAKE_WORKER)
     monkeypatch.setattr(worker, "__name__", "fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     runs = plan.runs("plain")
     queue = launcher.Queue([runs[:]], estimate.Clock({"plain, 1 conv": 1.0}, {}), parallel=2)
     messages: list[str] = []
@@ -229,7 +231,12 @@ def test_each_device_has_a_process(plan: Plan, tmp_path: Path, monkeypatch: pyte
     assert len(messages) == len(runs) == 2
     assert queue.clock.seconds == {"plain, 1 conv": [2.0, 2.0]}
     logs = {Path(f"{run.folder}.log").read_text().strip() for run in runs}
-    assert logs == {"plain, 1 conv on cuda:0", "plain, 1 conv on cuda:1"}
+    assert logs == {"plain, 1 conv on cuda:0 with 3", "plain, 1 conv on cuda:1 with 3"}
+
+
+def test_devices_have_as_many_runs_as_asked() -> None:
+    assert launcher.list_devices("cpu") == ["cpu"]
+    assert launcher.list_devices("cpu", 3) == ["cpu"] * 3
 
 
 @pytest.mark.slow
@@ -323,6 +330,8 @@ def test_each_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch)
     messages: list[str] = []
     with pytest.raises(InputError, match="--budget needs --launcher local"):
         ablation.run_plan(plan, replace(launch, budget=5.0))
+    with pytest.raises(InputError, match="--parallel needs --launcher local"):
+        ablation.run_plan(plan, replace(launch, parallel=2))
     ablation.run_plan(plan, launch, say=messages.append)
     assert jobs.submitted == ["plain_1_conv"] * 2 + ["fpn_bfp"] * 2
     assert (jobs.options, jobs.waited) == ({"name": "fusedet", "timeout_min": 5}, ["job1", "job2", "job3", "job4"])

@@ -18,7 +18,7 @@ from fusedet.ablation.plan_sheet import make_plan_sheet
 from fusedet.api.results import CommandResult, lines, list_files, names_of
 from fusedet.api.settings import Settings, to_overrides
 from fusedet.data import synthetic
-from fusedet.errors import InputError, one_of
+from fusedet.errors import InputError, at_least, one_of
 
 Launcher = Literal["local", "slurm"]
 
@@ -140,6 +140,7 @@ def ablate(
     seeds: int = 3,
     rows: Sequence[str] = (),
     budget: str | None = None,
+    parallel: int = 1,
     launcher: Launcher = "local",
     slurm: Sequence[str] = (),
     resamples: int = 1000,
@@ -157,6 +158,7 @@ def ablate(
         seeds: Trainings of each row.
         rows: Labels of the rows to run, by default all.
         budget: A time such as "2h": no run is started that would not fit.
+        parallel: Runs at a time on each device; on a CPU they share its cores.
         launcher: "local": here, on all GPUs; "slurm": a job per run.
         slurm: Parameters of the jobs as "key=value" texts, such as "timeout_min=600"; submitit takes them.
         resamples: How often the bootstrap draws the images.
@@ -170,6 +172,7 @@ def ablate(
         Interrupted: Ctrl-C or SIGTERM; what was trained is kept.
     """
     one_of("launcher", launcher, Launcher)
+    at_least(1, parallel=parallel)
     _check_call(table)
     seconds = None if budget is None else parse_duration(budget)
     texts = to_overrides(overrides, settings)
@@ -183,13 +186,14 @@ def ablate(
         "--seeds": [seeds],
         "--rows": rows,
         "--budget": [budget] if budget else [],
+        "--parallel": [parallel] if parallel != 1 else [],
         "--slurm": slurm,
         "--launcher": [launcher] if launcher != "local" else [],
         "--resamples": [resamples],
     }
     words = [word for key, values in options.items() for value in values for word in (key, str(value))]
     command = ("fusedet", "ablate", str(table), *texts, *words)
-    launch = experiment.LaunchOptions(seconds, launcher, dict(map(_parse_pair, slurm)), resamples, command)
+    launch = experiment.LaunchOptions(seconds, launcher, parallel, dict(map(_parse_pair, slurm)), resamples, command)
     result, files = experiment.run_plan(made, launch, say=say, quiet=quiet)
     return AblationResult(result, made.out, files)
 

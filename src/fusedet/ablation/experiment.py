@@ -26,6 +26,7 @@ class LaunchOptions:
     Attributes:
         budget: Seconds in which all runs must end; a run that is not expected to fit is not started.
         launcher: "local" or "slurm".
+        parallel: Runs at a time on each device, of the local launcher.
         slurm: Options of the jobs, as submitit's `update_parameters` takes them.
         resamples: Number of bootstrap resamples of the images.
         command: Command line to record in the report.
@@ -33,6 +34,7 @@ class LaunchOptions:
 
     budget: float | None = None
     launcher: str = "local"
+    parallel: int = 1
     slurm: Mapping[str, Any] = field(default_factory=dict)
     resamples: int = 1000
     command: tuple[str, ...] = ()
@@ -59,6 +61,8 @@ def run_plan(
         launcher.check_slurm()
         if launch.budget is not None:
             raise InputError("--budget needs --launcher local: how many jobs Slurm runs at once is unknown here")
+        if launch.parallel != 1:
+            raise InputError("--parallel needs --launcher local: Slurm decides how many jobs run at once")
     launcher.check_out_dir(plan)
     states = plan.states()
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def run_plan(
     with lock:
         launcher.write_marker(plan, launch.command)
         costs = count_costs(plan.configs, plan.classes)
-        devices = launcher.list_devices(next(iter(plan.configs.values())).device)
+        devices = launcher.list_devices(next(iter(plan.configs.values())).device, launch.parallel)
         clock = estimate.make_clock(plan, costs)
         queue = launcher.Queue(launcher.list_unfinished(plan, states), clock, launch.budget, len(devices))
         if launch.budget is not None and queue.left and not clock.seconds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -154,23 +155,23 @@ def list_unfinished(plan: Plan, states: Mapping[Path, State]) -> list[list[Run]]
     return [[run for run in row if states[run.folder] in ("absent", "resumable")] for row in plan.selected_runs()]
 
 
-def list_devices(name: str) -> list[str]:
-    """List all GPUs of this machine if the config does not name one, else the one device."""
+def list_devices(name: str, parallel: int = 1) -> list[str]:
+    """List all GPUs of this machine if the config does not name one, else the one device, each `parallel` times."""
     device = pick_device(name)
     if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [name]
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())] * parallel
+    return [name] * parallel
 
 
 def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = False) -> None:
     """Run the queue on this machine.
 
-    One device runs in this process. On several devices each run has a process, whose output goes to a .log file beside
-    the run directory.
+    One device runs in this process. On several devices each run has a process and its share of the threads, and its
+    output goes to a .log file beside the run directory.
 
     Args:
         queue: The runs.
-        devices: Devices to use at the same time.
+        devices: Devices to use at the same time; one that stands twice has two runs.
         say: Receives progress messages.
         quiet: Whether trainings show no progress.
 
@@ -203,7 +204,7 @@ def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = Fals
                 for i, device in enumerate(devices):
                     if i not in running and (run := queue.take_next()):
                         announce(run, f" on {device}, {run.folder}.log")
-                        running[i] = (_start_process(run, device), run)
+                        running[i] = (_start_process(run, device, max(1, torch.get_num_threads() // len(devices))), run)
                 if not running:
                     return
                 time.sleep(POLL)
@@ -222,14 +223,18 @@ def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = Fals
             process.wait()
 
 
-def _start_process(run: Run, device: str) -> subprocess.Popen[bytes]:
-    """Start a process that executes a run on a device."""
+def _start_process(run: Run, device: str, threads: int) -> subprocess.Popen[bytes]:
+    """Start a process that executes a run on a device, with a number of threads for operators on the CPU."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     task = {"label": run.label, "config": run.config.replace(device=device).tree()}
     task |= {"weights_from": str(run.weights_from)} if run.weights_from else {}
     with open(f"{run.folder}.log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", worker.__name__], stdin=subprocess.PIPE, stdout=log, stderr=log
+            [sys.executable, "-m", worker.__name__],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
     assert process.stdin is not None
     with process.stdin as stream:

@@ -246,6 +246,7 @@ def ablate(
     rows: Annotated[list[str] | None, Option(metavar="LABEL,...", help="Rows to run, by default all.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check only; with data=PATH estimate the time too.")] = False,
     budget: Annotated[str | None, Option(metavar="TIME", help="Start no run that would not fit, such as 2h.")] = None,
+    parallel: Annotated[int, Option(help="Runs at a time on each device.", min=1)] = 1,
     launcher: cli.Launcher = "local",
     slurm: cli.Slurm = None,
     resamples: Resamples = 1000,
@@ -264,7 +265,8 @@ def ablate(
     options["rows"] = rows or ()
     if dry_run:
         return cli.show(fusedet.preview_ablation(table, *settings, **options), json)
-    options |= {"budget": budget, "launcher": launcher, "slurm": slurm or (), "resamples": resamples, "quiet": json}
+    options |= {"budget": budget, "parallel": parallel, "launcher": launcher, "slurm": slurm or ()}
+    options |= {"resamples": resamples, "quiet": json}
     return cli.show(fusedet.ablate(table, *settings, **options), json)
 
 
