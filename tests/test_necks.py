@@ -14,6 +14,7 @@ from fusedet.models.necks import BFP, FPN, PAFPN, AugFPN, BiFPN
 from fusedet.models.necks.aug_fpn import Context, pooled_size
 from fusedet.models.necks.bifpn import BatchNorm, BiFPNLayer, Node, downsample
 from fusedet.models.necks.mse_fpn import SEM
+from fusedet.models.ops.exporting import exporting
 from fusedet.models.ops.layers import init_xavier
 from fusedet.types import Features, Levels
 
@@ -411,6 +412,14 @@ def test_augfpn_context_keeps_the_aspect(size: tuple[int, int], sizes: list[tupl
         layer.register_forward_hook(lambda _, inputs, output: recorded.append(tuple(inputs[0].shape[2:])))
     assert context(torch.randn(1, 2, *size)).shape == (1, 3, *size)
     assert recorded == sizes
+
+
+@pytest.mark.parametrize("size", [(25, 42), (3, 10), (1, 1)])
+def test_augfpn_context_exports_the_same(size: tuple[int, int]) -> None:
+    context, c5 = Context(2, 3, (0.1, 0.2, 0.3)).double(), torch.randn(2, 2, *size).double()
+    with exporting():
+        exported = context(c5)
+    torch.testing.assert_close(exported, context(c5))
 
 
 def test_augfpn_context_against_its_equations() -> None:

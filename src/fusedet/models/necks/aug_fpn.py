@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.necks.fpn import Top, TopLevels, pyramid_levels, top_down
-from fusedet.models.ops.exporting import average_pool_to, is_exporting, is_symbolic
+from fusedet.models.ops.exporting import average_pool_and_resize, is_exporting, is_symbolic
 from fusedet.models.ops.layers import conv, init_xavier
 from fusedet.types import Features, Levels
 
@@ -115,10 +115,13 @@ class Context(nn.Module):
     def forward(self, c5: Tensor) -> Tensor:
         """Compute M6 (N, channels, H, W) of C5 (N, inputs, H, W)."""
         size = (c5.shape[-2], c5.shape[-1])
-        pool = average_pool_to if is_exporting() else F.adaptive_avg_pool2d
-        pooled = [reduce(pool(c5, pooled_size(size, r))) for reduce, r in zip(self.reduce, self.ratios)]
+        sizes = [pooled_size(size, ratio) for ratio in self.ratios]
+        if is_exporting():  # a 1x1 convolution of means is the mean of the convolutions
+            contexts = [average_pool_and_resize(reduce(c5), s) for reduce, s in zip(self.reduce, sizes)]
+        else:
+            pooled = [reduce(F.adaptive_avg_pool2d(c5, s)) for reduce, s in zip(self.reduce, sizes)]
+            contexts = [F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled]
         # each (N, channels, H, W)
-        contexts = [F.interpolate(p, size=size, mode="bilinear", align_corners=True) for p in pooled]
         weights = self.weigh(torch.cat(contexts, dim=1)).sigmoid()  # (N, ratios, H, W)
         return (weights[:, :, None] * torch.stack(contexts, dim=1)).sum(dim=1)
 

@@ -46,9 +46,33 @@ def average_pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
     return _average_matrix(x.shape[2], size[0], x) @ x @ _average_matrix(x.shape[3], size[1], x).mT
 
 
+def average_pool_and_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average-pool x (N, C, H, W) to a size and resize it back bilinearly with aligned corners, as two products.
+
+    No tensor has a side of `size`: tracing would take it for a constant where it is 1.
+    """
+    return _pool_and_resize_matrix(x.shape[2], size[0], x) @ x @ _pool_and_resize_matrix(x.shape[3], size[1], x).mT
+
+
 def _average_matrix(length: int, cells: int, like: Tensor) -> Tensor:
     """Weights (cells, length) of every cell's window."""
-    start, end = _windows(length, cells, like)
+    return _average_rows(torch.arange(cells, device=like.device)[:, None], length, cells, like)
+
+
+def _pool_and_resize_matrix(length: int, cells: int, like: Tensor) -> Tensor:
+    """Weights (length, length): each row is the interpolation between the windows of two neighbouring cells."""
+    steps: int = torch.sym_max(length - 1, 1)  # type: ignore[assignment]
+    place = torch.arange(length, device=like.device)[:, None] * (cells - 1)  # in cells, times `steps`
+    cell = place // steps
+    part = (place - cell * steps).to(like.dtype) / steps  # ONNX has no remainder of a dynamic size
+    # beyond the last cell the part is 0
+    before, after = (_average_rows(cell + i, length, cells, like) for i in (0, 1))
+    return before * (1 - part) + after * part
+
+
+def _average_rows(cell: Tensor, length: int, cells: int, like: Tensor) -> Tensor:
+    """Weights (R, length) of the windows of the cells (R, 1)."""
+    start, end = _windows(cell, length, cells)
     position = torch.arange(length, device=like.device)
     return ((position >= start) & (position < end)).to(like.dtype) / (end - start)
 
@@ -60,15 +84,14 @@ def max_pool_windows(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _max_along(x: Tensor, dim: int, cells: int) -> Tensor:
     length = x.shape[dim]
-    start, end = _windows(length, cells, x)
+    start, end = _windows(torch.arange(cells, device=x.device)[:, None], length, cells)
     widest = (length + cells - 1) // cells + 1
     index = torch.minimum(start + torch.arange(widest, device=x.device), end - 1)  # (cells, widest), the last repeated
     return x.index_select(dim, index.flatten()).unflatten(dim, (cells, widest)).amax(dim=dim + 1)
 
 
-def _windows(length: int, cells: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last position, exclusive, of the window of each cell, (cells, 1) both: those of adaptive pooling."""
-    cell = torch.arange(cells, device=like.device)[:, None]
+def _windows(cell: Tensor, length: int, cells: int) -> tuple[Tensor, Tensor]:
+    """First and last position, exclusive, of the windows of cells (R, 1): those of adaptive pooling."""
     return cell * length // cells, ((cell + 1) * length + cells - 1) // cells
 
 
