@@ -32,7 +32,7 @@ from fusedet.engine.checkpoint import load_weights, save_weights
 from fusedet.errors import InputError, StorageError
 from fusedet.exporters import compare_outputs, make_cases, quantization, read_export
 from fusedet.exporters.formats import FORMATS
-from fusedet.exporters.graph import constant_padding, smallest_side
+from fusedet.exporters.graph import constant_padding, example_size, smallest_side
 from fusedet.exporters.metadata import Metadata
 from fusedet.exporters.verification import Case, Tolerance, compute_similarity
 from fusedet.models.ops.boxes import nms_keep_mask
@@ -165,11 +165,29 @@ def test_constant_padding_is_that_of_timm() -> None:
     assert padding.get_same_padding(31, 3, 2, 1) == 2
 
 
-def test_the_smallest_side_is_a_multiple_of_32_without_a_pyramid() -> None:
+def test_detectors_without_a_pyramid_are_traced_at_multiples_of_32() -> None:
     """C4 has a stride of 16."""
     with torch.device("meta"):
         detector = fusedet.create_model("faster_rcnn_r18_c4", "model.backbone.pretrained=false")
-    assert (detector.neck.levels.strides, smallest_side(detector)) == ((16,), 64)
+    assert (detector.neck.levels.strides, example_size(detector)) == ((16,), (96, 128))
+
+
+class Halves(torch.nn.Module):
+    """A program of its inputs that branches on their number of columns."""
+
+    def forward(self, images: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (images[..., : images.shape[3] // 2] if images.shape[3] >= 128 else images, sizes)
+
+
+def export_halves(sides: dict[int, Any]) -> torch.export.ExportedProgram:
+    inputs = torch.zeros(2, 3, 160, 192, dtype=torch.uint8), torch.zeros(2, 2)
+    return torch.export.export(Halves(), inputs, dynamic_shapes={"images": sides, "sizes": {}})
+
+
+def test_the_smallest_side_is_that_of_the_traced_branch() -> None:
+    rows, columns = (32 * torch.export.Dim(name) for name in ("rows", "columns"))
+    assert smallest_side(export_halves({2: rows, 3: columns})) == 128
+    assert smallest_side(export_halves({})) == 32
 
 
 # -- equal or not written
@@ -204,7 +222,7 @@ def test_detectors_of_one_program_export_alike(name: str, tmp_path: Path) -> Non
     programs = []
     for kind in (name, SAME_FILES[name]):
         run = exporting.save_run(tmp_path / kind, kind, *exporting.PATCHES)
-        program, _ = exporters.trace(fusedet.load(run, trust=True).detector, exporters.Shapes((64, 96), 1))
+        program, *_ = exporters.trace(fusedet.load(run, trust=True).detector, exporters.Shapes((64, 96), 1))
         graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
         programs.append([str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"])
     assert "torchvision.roi_align.default" in programs[0]
@@ -312,7 +330,7 @@ def test_nothing_is_written_where_a_file_differs(scenes: Path, tmp_path: Path, m
         (folder / "model.pt2").write_bytes(b"written")
         return [folder / "model.pt2"]
 
-    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts")))
+    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts"), 32))
     monkeypatch.setattr(exporters, "write_format", write)
     monkeypatch.setattr(exporters, "open_session", lambda *_: session)
     with pytest.raises(InputError, match=r"model.pt2 differs from PyTorch in .*nothing was written"):
@@ -809,7 +827,7 @@ def test_a_full_disk_leaves_nothing(scenes: Path, tmp_path: Path, monkeypatch: p
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts")))
+    monkeypatch.setattr(exporters, "trace", lambda *_: (None, ("boxes", "scores", "labels", "counts"), 32))
     monkeypatch.setattr(exporters, "write_format", fail)
     with pytest.raises(StorageError, match="cannot be written: No space left on device"):
         fusedet.export(run, formats="torch", out=tmp_path / "out" / "a")

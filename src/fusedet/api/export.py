@@ -24,7 +24,6 @@ from fusedet.api.settings import Settings, refuse_other_keys, resolve_config, to
 from fusedet.config import Config
 from fusedet.errors import InputError, StorageError, one_of
 from fusedet.exporters.formats import package_versions
-from fusedet.exporters.graph import smallest_side
 from fusedet.exporters.metadata import Licence, Metadata, Resize, Thresholds
 from fusedet.exporters.quantization import PACKAGES
 from fusedet.file_hash import hash_file
@@ -182,7 +181,7 @@ def _describe(
         size=None if shapes.size is None else list(shapes.size),
         batch=shapes.batch,
         multiple=MULTIPLE,
-        smallest=smallest_side(detector) if shapes.size is None else MULTIPLE,
+        smallest=MULTIPLE,
         resize=Resize(short=config.data.size[0], long=config.data.size[1], antialias=config.data.antialias),
         thresholds=Thresholds(score=test.score, nms=test.nms, max_det=test.max_det, pre_nms=test.pre_nms),
         strides=list(detector.neck.levels.strides),

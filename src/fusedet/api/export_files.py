@@ -59,8 +59,8 @@ def write_files(
         InputError: A file cannot be made, or differs from PyTorch.
     """
     with _named("the model cannot be traced by torch.export"):
-        (program, outputs), traced = time_call(partial(exporters.trace, detector, shapes, metadata.raw))
-    metadata = metadata.model_copy(update={"outputs": list(outputs)})
+        (program, outputs, smallest), traced = time_call(partial(exporters.trace, detector, shapes, metadata.raw))
+    metadata = metadata.model_copy(update={"outputs": list(outputs), "smallest": smallest})
     reference = _make_reference(detector, shapes, metadata, "torch" in names)
     report: dict[str, Any] = {"tolerance": None, "formats": {}}
     files = {}

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from fusedet.garbage_collection import pause_garbage_collection
 from fusedet.models.detectors import DetectorModule, OneStage
-from fusedet.models.ops.exporting import exporting
+from fusedet.models.ops.exporting import exporting, is_symbolic
 from fusedet.types import MULTIPLE, BatchDetections
 
 INPUTS = ("images", "sizes")
@@ -61,9 +61,20 @@ def decode_candidates(detector: DetectorModule, images: Tensor, sizes: Tensor) -
     return detector.stages[-1].decode(outputs.raw, outputs.rois, outputs.counts)
 
 
-def smallest_side(detector: DetectorModule) -> int:
-    """Return the smallest side that a program of dynamic size takes: its coarsest level has at least two cells."""
-    return max(MULTIPLE, detector.neck.levels.strides[-1]) + MULTIPLE
+def example_size(detector: DetectorModule) -> tuple[int, int]:
+    """Return height and width to trace a program of dynamic size with: every level has 3 x 4 cells or more.
+
+    A level of one cell would have one in every run of the program.
+    """
+    coarsest = max(MULTIPLE, detector.neck.levels.strides[-1])
+    return 2 * coarsest + MULTIPLE, 3 * coarsest + MULTIPLE
+
+
+def smallest_side(program: ExportedProgram) -> int:
+    """Return the smallest height and width that a program of `trace` takes, by what tracing asked of its input."""
+    (images,) = (node for node in program.graph.nodes if node.op == "placeholder" and node.name == INPUTS[0])
+    factors = set().union(*(side.node.expr.free_symbols for side in images.meta["val"].shape[2:] if is_symbolic(side)))
+    return MULTIPLE * max([1, *(int(program.range_constraints[factor].lower) for factor in factors)])
 
 
 @contextmanager
@@ -86,7 +97,7 @@ def constant_padding() -> Iterator[None]:
 
 
 @pause_garbage_collection()
-def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[ExportedProgram, tuple[str, ...]]:
+def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[ExportedProgram, tuple[str, ...], int]:
     """Trace a detector; images go in as uint8, and normalisation and NMS are in the program.
 
     Args:
@@ -95,11 +106,9 @@ def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[
         raw: Leave the final selection out.
 
     Returns:
-        The program, and the names of its outputs.
+        The program, the names of its outputs, and the smallest side that it takes where sizes are dynamic.
     """
-    # a program of dynamic size must not take one of the example's sizes for a constant: no level of it has one cell
-    least = smallest_side(detector)
-    height, width = shapes.size or (2 * least - MULTIPLE, 3 * least - 2 * MULTIPLE)
+    height, width = shapes.size or example_size(detector)
     batch = shapes.batch or 2
     images = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
     sizes = torch.tensor([[height, width]]).repeat(batch, 1)
@@ -112,4 +121,4 @@ def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[
     with exporting(), constant_padding(), torch.no_grad():
         program = torch.export.export(_Graph(detector, raw), (images, sizes), dynamic_shapes=dynamic, strict=False)
     count_outputs = len(program.graph_signature.user_outputs)
-    return program, (RAW_OUTPUTS if raw else OUTPUTS)[:count_outputs]
+    return program, (RAW_OUTPUTS if raw else OUTPUTS)[:count_outputs], smallest_side(program)
