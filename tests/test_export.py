@@ -31,7 +31,7 @@ from fusedet.data.synthetic import generate_dataset
 from fusedet.engine.checkpoint import load_weights, save_weights
 from fusedet.errors import InputError, StorageError
 from fusedet.exporters import compare_outputs, make_cases, quantization, read_export
-from fusedet.exporters.formats import FORMATS
+from fusedet.exporters.formats import FORMATS, keep_boxes_at_threshold
 from fusedet.exporters.graph import constant_padding, example_size, smallest_side
 from fusedet.exporters.metadata import Metadata
 from fusedet.exporters.verification import Case, Tolerance, compute_similarity
@@ -152,6 +152,22 @@ def test_nms_forms_are_nms_of_each_image() -> None:
     assert torch.equal(nms_keep_mask(boxes, scores, 0.4) & (scores >= 0), expected)
     with export_forms():
         assert torch.equal(nms_keep_mask(boxes, scores, 0.4), expected)
+
+
+def test_openvino_keeps_boxes_at_the_threshold_of_nms() -> None:
+    """Of the second box, half of the first, the IoU is 1 / 2; of the third it is larger."""
+    need("openvino")
+    import openvino
+    from openvino import opset13 as ops
+
+    boxes = np.array([[[0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 2, 1.75]]], np.float32)
+    scores, limits = np.array([[[0.9, 0.8, 0.7]]], np.float32), [np.int64(3), np.float32(0.5), np.float32(0)]
+    inputs = ops.parameter(boxes.shape, np.float32), ops.parameter(scores.shape, np.float32)
+    model = openvino.Model([ops.non_max_suppression(*inputs, *map(ops.constant, limits)).output(0)], list(inputs))
+    keep_boxes_at_threshold(model)
+    assert openvino.Core().compile_model(model, "CPU")((boxes, scores))[0].tolist() == [[0, 0, 0], [0, 0, 1]]
+    expected = nms(torch.from_numpy(boxes[0]), torch.from_numpy(scores[0, 0]), 0.5)
+    assert expected.tolist() == [0, 1]
 
 
 def test_constant_padding_is_that_of_timm() -> None:

@@ -90,11 +90,7 @@ def write_format(
         source = existing if existing.is_file() else Path(scratch) / "model.onnx"
         if source is not existing:
             _write_onnx(program, outputs, source, metadata)
-        import openvino
-
-        with without_telemetry():
-            model = openvino.convert_model(source)
-        return save_openvino(model, folder / "model.xml", metadata)
+        return save_openvino(convert_to_openvino(source), folder / "model.xml", metadata)
 
 
 def _write_torch(program: ExportedProgram, path: Path, metadata: Metadata) -> Path:
@@ -193,6 +189,30 @@ def _onnx_nms(boxes: Any, scores: Any, iou: float) -> Any:
     zeros = op.Expand(op.Constant(value_floats=[0.0]), op.Shape(scores))
     ones = op.Expand(op.Constant(value_floats=[1.0]), op.Shape(rows, start=0, end=1))
     return op.Greater(op.ScatterND(zeros, rows, ones), op.Constant(value_float=0.5))
+
+
+def convert_to_openvino(source: Path) -> Any:
+    """Convert an ONNX file to OpenVINO's model."""
+    import openvino
+
+    with without_telemetry():
+        model = openvino.convert_model(source)
+    keep_boxes_at_threshold(model)
+    return model
+
+
+def keep_boxes_at_threshold(model: Any) -> None:
+    """Let OpenVINO's NMS keep boxes whose IoU is exactly the threshold, as PyTorch and ONNX Runtime do.
+
+    OpenVINO suppresses them. Clipped boxes have such an IoU: of two that fill an image and half of it, it is 1 / 2.
+    """
+    from openvino import opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() == "NonMaxSuppression":
+            threshold = node.input_value(3).get_node().get_data()
+            next_value = opset13.constant(np.nextafter(threshold, np.float32(1)))
+            node.input(3).replace_source_output(next_value.output(0))
 
 
 def save_openvino(model: Any, path: Path, metadata: Metadata) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fusedet.exporters.formats import convert_to_openvino
 from fusedet.exporters.telemetry import without_telemetry
 from fusedet.quiet import quiet
 
@@ -122,12 +123,10 @@ def quantize_openvino(source: Path, inputs: InputSource, excluded: Sequence[str]
     Returns:
         OpenVINO's model.
     """
-    import openvino
-
     with _silence():
         import nncf
 
-    model = openvino.convert_model(source)
+    model = convert_to_openvino(source)
     names, layers = [node.get_friendly_name() for node in model.get_ops()], set(excluded)
     # a convolution with a bias becomes two operations, of which the first has a suffix
     kept = {name for name in names if name.partition("/")[0] in layers}
