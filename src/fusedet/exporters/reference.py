@@ -12,6 +12,7 @@ from fusedet.exporters.graph import decode_candidates
 from fusedet.exporters.metadata import Metadata
 from fusedet.exporters.verification import Case
 from fusedet.models.detectors import DetectorModule, TwoStage
+from fusedet.models.heads import FCOSHead
 from fusedet.types import Outputs
 
 NUDGES = 16
@@ -59,10 +60,16 @@ def _add_noise(value: Any, generator: torch.Generator, noise: float) -> Any:
 
 
 def spread_scores(detector: DetectorModule) -> None:
-    """Widen the random weights of the heads and shift all layers, so that scores differ by more than rounding."""
+    """Widen the random weights of the heads and shift all layers, so that scores differ by more than rounding.
+
+    Where a ReLU computes the distances of the boxes, their last bias is raised.
+    """
     for key, parameter in detector.named_parameters():
         if parameter.ndim < 2:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         elif key.startswith(("head.", "stages.", "branches.")):
             fan_in = parameter[0].numel()
             parameter.data.mul_(0.3 / (parameter.data.std().clamp(min=1e-6) * fan_in**0.5))
+    if isinstance(detector.head, FCOSHead) and detector.head.normalize_boxes:
+        # a stride and more to each side: a ReLU that is closed leaves no box with an area
+        detector.head.reg.bias.data.clamp_(min=1)  # type: ignore[union-attr]
