@@ -91,13 +91,16 @@ class LevelPooling(nn.Module):
         """Pool with two more RoIs on every level: a traced program refuses levels with fewer."""
         count = rois.shape[0]
         rois = F.pad(rois, (0, 0, 0, 2))
-        pooled = features[0].new_zeros(rois.shape[0], features[0].shape[1], self.size, self.size)
         more = count + torch.arange(2, device=rois.device)
-        for i, (feature, stride) in enumerate(zip(features, self.strides)):
-            rows = torch.cat([(level == i).nonzero().squeeze(1), more])
-            own = align_level(feature, rois[rows], self.size, stride, self.samples, self.aligned)
-            pooled = pooled.index_copy(0, rows, own)
-        return pooled[:count]
+        rows = [torch.cat([(level == i).nonzero().squeeze(1), more]) for i in range(len(self.strides))]
+        by_level = [
+            align_level(feature, rois[own], self.size, stride, self.samples, self.aligned)
+            for feature, own, stride in zip(features, rows, self.strides)
+        ]
+        order = torch.cat(rows)
+        # gathering copies each RoI's features once, and writing them into place once per level
+        place = order.new_zeros(count + 2).index_copy(0, order, torch.arange(order.shape[0], device=order.device))
+        return torch.cat(by_level).index_select(0, place[:count])
 
 
 class AllLevelPooling(nn.Module):
