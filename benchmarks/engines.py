@@ -30,7 +30,7 @@ from fusedet.errors import InputError
 ENGINES = ("channels_last", "bf16", "compile", "onnx", "openvino")
 """The engines beside torchvision's."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
-"""Precisions of the exported files."""
+"""Precisions of the exported files, by default all of them."""
 NAMES = [f"class {i}" for i in range(COCO_CLASSES)]
 
 
@@ -39,6 +39,7 @@ def parse_options(about: str | None, *, only: Sequence[str] = ()) -> argparse.Na
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--engines", default=",".join(ENGINES), help="those that are measured, with commas")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="those of the exported files, with commas")
     parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exported files there, for further runs")
     parser.add_argument("--serve", metavar="IMAGE", help="torchvision's detector, as an engine")
     if only:
@@ -74,7 +75,7 @@ def measure_prediction(
         save_weights(checkpoint, ours.state_dict(), meta)
         image = draw_scene(size, folder / "image.jpg")
         sources, failed = [checkpoint], []
-        for precision in PRECISIONS:
+        for precision in [name for name in PRECISIONS if name in options.precisions.split(",")]:
             formats = [format_ for format_ in FORMATS_OF[precision] if format_ in engines]
             out = (options.exports or folder) / f"{config_name}-{precision}"
             try:
