@@ -2,9 +2,10 @@
 
 Trains `retinanet_tiny` from scratch on tiles of 2048-pixel images with objects of 8 to 16 pixels, on the same images as
 a whole for the same number of steps, and on images with objects of 200 to 800 pixels. `val --tiles-help` then compares
-prediction with and without tiles, also on 4096-pixel images. With --run, a trained detector of the demo's classes
-takes the place of all trainings. Prints a JSON line per comparison, then a table. Finished trainings and comparisons
-are kept.
+prediction with and without tiles, also on 4096-pixel images. With --seeds, the training on tiles is repeated, and the
+difference on 2048-pixel images has an interval over seeds. With --run, a trained detector of the demo's classes takes
+the place of all trainings. Prints a JSON line per comparison, then a table. Finished trainings and comparisons are
+kept.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import numpy as np
 from PIL import Image
 
 import fusedet
+from fusedet import evaluation
 from fusedet.data.synthetic import SHAPES, draw_image, generate_dataset
 
 GRID = 8  # scenes along a side of a large image, each with up to six objects
 TILES, SIDE = 256, 384  # a tile in original pixels, and in those of the network
 SMALL = (8.0, 16.0)
 LARGE = (200.0, 800.0)
-COMMON = [f"data.size=[{SIDE},{SIDE}]", "data.workers=0", "train.batch=4", "train.seed=0", "device=cpu"]
+COMMON = [f"data.size=[{SIDE},{SIDE}]", "data.workers=0", "train.batch=4", "device=cpu"]
 IN_TILES = f"data.tiles={{size: {TILES}, overlap: 0.1}}"
 DENSE = ["test.max_det=1000", "test.batch=4"]
 
@@ -47,7 +49,7 @@ class Sizes:
         return 81 * self.epochs
 
 
-FULL, QUICK = Sizes(16, 12, 6, 300, 2), Sizes(1, 4, 2, 60, 1)
+SCALES = {"full": Sizes(16, 12, 6, 300, 2), "quarter": Sizes(8, 6, 3, 150, 1), "quick": Sizes(1, 4, 2, 60, 1)}
 
 
 def write_grid(folder: Path, split: str, images: int, side: int, seed: int) -> None:
@@ -103,7 +105,7 @@ def compare_tiles(run: Path, name: str, out: Path, *settings: str) -> dict[str, 
 
 
 def format_table(rows: list[dict[str, Any]], whole: Mapping[str, Any] | None) -> str:
-    """Format the comparisons as Markdown, and the model that was trained on whole images."""
+    """Format the comparisons as Markdown, the interval over seeds, and the model that was trained on whole images."""
     lines = [
         "| validation images | trained on | AP, whole images | AP, tiles | difference | 95 % interval | s per image |",
         "|---|---|---|---|---|---|---|",
@@ -113,6 +115,12 @@ def format_table(rows: list[dict[str, Any]], whole: Mapping[str, Any] | None) ->
         cells = [f"{row['images']} of {row['case']}", row["run"], f"{row['a']:.3f}", f"{row['b']:.3f}"]
         cells += [f"{row['difference']:+.3f}", interval, f"{seconds['a']:.2f}, {seconds['b']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        differences = [row["difference"] for row in rows if row["case"] == case]
+        if len(differences) > 1:
+            over = evaluation.compute_seed_interval(differences)
+            interval = f"{over.value:+.3f}, {over.low:+.3f} to {over.high:+.3f}"
+            lines.append(f"\n{case}, difference over {len(differences)} seeds with its 95 % interval: {interval}")
     if whole is not None:
         lines.append(f"\ntrained on whole images of 2048 pixels for as many steps: AP {whole['AP']:.3f}")
     return "\n".join(lines)
@@ -124,19 +132,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tiles"), help="the folder of the images and runs")
     parser.add_argument("--run", type=Path, help="a trained run, such as demo/run, in place of the trainings")
     parser.add_argument("--only", nargs="+", choices=["small", "large", "whole"], default=["small", "large", "whole"])
-    parser.add_argument("--quick", action="store_true", help="few images, to test the script")
+    parser.add_argument("--seeds", type=int, default=1, help="the number of trainings on tiles")
+    parser.add_argument("--scale", choices=list(SCALES), default="full", help="the training steps; quick is a test")
     options = parser.parse_args()
-    sizes, out = QUICK if options.quick else FULL, options.out
+    sizes, out = SCALES[options.scale], options.out
     data, huge, rows, whole = out / "data-2048", out / "data-4096", [], None
     write_grid(data, "train", 0 if options.run else sizes.train, 2048, 0)
     write_grid(data, "val", sizes.val, 2048, 1)
     if "small" in options.only:
-        write_grid(huge, "val", sizes.huge, 4096, 2)
+        write_grid(huge, "val", sizes.huge if options.seeds == 1 else 0, 4096, 2)
         last = f"train.validate_every={sizes.epochs}"
-        run = options.run or train("tiles", data, out, IN_TILES, f"train.epochs={sizes.epochs}", last)
-        for name, folder in (("2048 pixels", data), ("4096 pixels", huge)):
-            rows.append(compare_tiles(run, name, out, f"data={folder}", f"test.tiles.size={TILES}"))
-            print(json.dumps(rows[-1]), flush=True)
+        own = [IN_TILES, f"train.epochs={sizes.epochs}", last]
+        for seed in range(1 if options.run else options.seeds):
+            name = f"tiles-{seed}" if seed else "tiles"
+            run = options.run or train(name, data, out, *own, f"train.seed={seed}")
+            for case, folder in (("2048 pixels", data), ("4096 pixels", huge))[: 2 if options.seeds == 1 else 1]:
+                rows.append(compare_tiles(run, case, out, f"data={folder}", f"test.tiles.size={TILES}"))
+                print(json.dumps(rows[-1]), flush=True)
     if "large" in options.only:
         split = {"train": 0.8, "val": 0.2}
         folder = generate_dataset(
