@@ -1,5 +1,6 @@
 """The synthetic dataset: format, exactness of masks, determinism."""
 
+import colorsys
 import json
 
 import numpy as np
@@ -127,7 +128,9 @@ def test_empty_folder_and_leftovers_are_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"images": 1}, {"seed": -1}, {"size": (300, 200)}, {"size": (10, 20)}, {"splits": {"train": 1, "val": 0}}]
+    "wrong",
+    [{"images": 1}, {"seed": -1}, {"size": (300, 200)}, {"size": (10, 20)}, {"splits": {"train": 1, "val": 0}}]
+    + [{"frequencies": []}, {"frequencies": [1, 0]}],
 )
 def test_wrong_options(tmp_path, wrong):
     with pytest.raises(InputError):
@@ -151,3 +154,24 @@ def test_sizes_of_a_given_range_are_log_uniform(tmp_path):
         synthetic.generate_dataset(path, **options | {"masks": True})
     with pytest.raises(InputError, match="diameters must be the smallest and the largest"):
         synthetic.generate_dataset(tmp_path / "b", size=(64, 64), diameters=(4, 100))
+
+
+def test_frequencies_give_the_classes_and_their_shares(tmp_path):
+    """Every seventh class has the first one's shape in another hue; a class is as frequent as its weight says."""
+    path = synthetic.generate_dataset(
+        tmp_path / "a", images=40, size=(64, 64), diameters=(10, 20), frequencies=[8, *[1] * 12]
+    )
+    data = load(path, "train")
+    assert [c["name"] for c in data["categories"]][5:] == ["cross", *(f"{s} 2" for s in synthetic.SHAPES), "circle 3"]
+    counts = np.bincount([a["category_id"] for a in data["annotations"]], minlength=14)[1:]
+    assert 0.25 < counts[0] / counts.sum() < 0.55
+    hues = []
+    for label in (0, 6, 12):
+        frequencies = [1e-9] * 13
+        frequencies[label] = 1.0
+        pixels, instances = synthetic.draw_image(np.random.default_rng(1), (64, 64), frequencies=frequencies)
+        assert {own for own, _ in instances} == {label}
+        colour = pixels[instances[0][1]].mean(0) / 255
+        hues.append(colorsys.rgb_to_hsv(*colour)[0])
+    for hue, expected in zip(hues, (0, 1 / 3, 2 / 3)):
+        assert abs((hue - expected + 0.5) % 1 - 0.5) < synthetic.HUE_SPREAD + 0.02

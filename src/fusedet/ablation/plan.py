@@ -18,7 +18,7 @@ from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.splits import read_key
-from fusedet.data.synthetic import SHAPES
+from fusedet.data.synthetic import name_classes
 from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import build_meta_detector
 
@@ -248,7 +248,7 @@ def make_plan(
 
 def default_classes(table: Table) -> int:
     """Return the number of classes without data: that of the table's synthetic dataset, or COCO's."""
-    return 80 if table.synthetic is None else len(SHAPES)
+    return 80 if table.synthetic is None else len(name_classes(table.synthetic.get("frequencies")))
 
 
 def read_json(file: Path) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ def generate_dataset(
     splits: Mapping[str, float] | None = None,
     diameters: tuple[float, float] | None = None,
     masks: bool = True,
+    frequencies: Sequence[float] | None = None,
 ) -> Path:
     """Generate a synthetic dataset in COCO format.
 
@@ -99,6 +100,8 @@ def generate_dataset(
         diameters: Range in pixels of the log-uniform diameters of the circles around the shapes, by default 8 to 0.8 of
             the image's shorter side.
         masks: Whether instances have masks. Without them, an instance's area is that of its box.
+        frequencies: Relative frequency of each class, see `name_classes`; by default the six shapes are equally
+            frequent.
 
     Returns:
         The folder.
@@ -107,9 +110,10 @@ def generate_dataset(
         InputError: An argument is invalid, or the folder holds anything else.
     """
     folder, shares = Path(folder), dict(splits or {"train": 0.8, "val": 0.2})
-    _check_arguments(images, seed, size, shares, diameters)
+    _check_arguments(images, seed, size, shares, diameters, frequencies)
     parameters = {"version": VERSION, "images": images, "seed": seed, "size": list(size), "splits": shares}
     parameters |= {} if diameters is None and masks else {"diameters": diameters and list(diameters), "masks": masks}
+    parameters |= {} if frequencies is None else {"frequencies": list(frequencies)}
     if folder.exists():
         if _read_parameters(folder) == parameters:
             return folder
@@ -121,7 +125,7 @@ def generate_dataset(
     (part / "annotations").mkdir(parents=True)
     ends = np.rint(np.cumsum([0, *shares.values()]) / sum(shares.values()) * images).astype(int).tolist()
     for split, first, end in zip(shares, ends, ends[1:]):
-        _write_split(part, split, range(first, end), seed, size, diameters, masks)
+        _write_split(part, split, range(first, end), seed, size, diameters, masks, frequencies)
     (part / MARKER).write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
     if folder.exists():
         folder.rmdir()
@@ -129,7 +133,12 @@ def generate_dataset(
 
 
 def _check_arguments(
-    images: int, seed: int, size: tuple[int, int], shares: Mapping[str, float], diameters: tuple[float, float] | None
+    images: int,
+    seed: int,
+    size: tuple[int, int],
+    shares: Mapping[str, float],
+    diameters: tuple[float, float] | None,
+    frequencies: Sequence[float] | None,
 ) -> None:
     if images < len(shares):
         raise InputError(f"images must be at least {len(shares)}, one per split, got {images}")
@@ -143,6 +152,8 @@ def _check_arguments(
         )
     if min(shares.values()) <= 0:
         raise InputError(f"every split needs a share above 0, got {dict(shares)}")
+    if frequencies is not None and (not len(frequencies) or min(frequencies) <= 0):
+        raise InputError(f"frequencies must be numbers above 0, one per class, got {list(frequencies)}")
 
 
 def _read_parameters(folder: Path) -> Any:
@@ -161,13 +172,15 @@ def _write_split(
     size: tuple[int, int],
     diameters: tuple[float, float] | None,
     masks: bool,
+    frequencies: Sequence[float] | None,
 ) -> None:
     (folder / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in numbers:
         is_empty = number % EMPTY_EVERY == EMPTY_EVERY // 2
-        pixels, instances = draw_image(np.random.default_rng([seed, number]), size, empty=is_empty, diameters=diameters)
+        rng = np.random.default_rng([seed, number])
+        pixels, instances = draw_image(rng, size, empty=is_empty, diameters=diameters, frequencies=frequencies)
         height, width = pixels.shape[:2]
         name = f"{number:06d}.jpg"
         Image.fromarray(pixels).save(folder / split / name, quality=92)
@@ -175,7 +188,8 @@ def _write_split(
         for label, mask in instances:
             ids = {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1, "iscrowd": 0}
             annotations.append(ids | _encode_mask(mask, masks))
-    categories = [{"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES)]
+    names = name_classes(frequencies)
+    categories = [{"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(names)]
     text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
     (folder / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
 
@@ -195,8 +209,24 @@ def _encode_mask(mask: Array, with_rle: bool) -> dict[str, Any]:
     }
 
 
+def name_classes(frequencies: Sequence[float] | None = None) -> list[str]:
+    """Name the classes of a dataset with these `frequencies`.
+
+    The first six are the shapes, each in its hue. The next six are the shapes in other hues, "circle 2" to "cross 2",
+    and so on.
+    """
+    shapes = list(SHAPES)
+    rounds = [f" {i // len(shapes) + 1}" if i >= len(shapes) else "" for i in range(len(frequencies or shapes))]
+    return [shapes[i % len(shapes)] + text for i, text in enumerate(rounds)]
+
+
 def draw_image(
-    rng: Rng, size: tuple[int, int], *, empty: bool = False, diameters: tuple[float, float] | None = None
+    rng: Rng,
+    size: tuple[int, int],
+    *,
+    empty: bool = False,
+    diameters: tuple[float, float] | None = None,
+    frequencies: Sequence[float] | None = None,
 ) -> tuple[Array, list[tuple[int, Array]]]:
     """Draw an image with random instances.
 
@@ -205,6 +235,7 @@ def draw_image(
         size: Range in pixels from which width and height are drawn.
         empty: Whether to draw the background only.
         diameters: See `generate_dataset`.
+        frequencies: See `generate_dataset`.
 
     Returns:
         The image (H, W, 3) uint8, and per instance the label in 0..K-1 and the mask (H, W) bool of its visible pixels.
@@ -214,19 +245,21 @@ def draw_image(
     count = 0 if empty else int(rng.integers(1, MAX_INSTANCES + 1))
     low, high = (MIN_DIAMETER, MAX_DIAMETER * min(height, width)) if diameters is None else diameters
     sizes = np.exp(rng.uniform(np.log(low), np.log(high), count))
+    share = None if frequencies is None else np.array(frequencies) / sum(frequencies)
+    hue_rounds = -(-len(frequencies or SHAPES) // len(SHAPES))
     labels: list[int] = []
     masks: list[Array] = []
     full_areas: list[float] = []  # pixels of each instance, unoccluded and not cut by the image's border
     for radius in np.sort(sizes)[::-1] / 2:  # small ones in front of large ones
         for _ in range(MAX_ATTEMPTS):
-            label = int(rng.integers(len(SHAPES)))
+            label = int(rng.integers(len(SHAPES)) if share is None else rng.choice(len(share), p=share))
             patch = _make_patch(rng, label, radius, height, width)
             inside = np.zeros((height, width), dtype=bool)
             inside[patch.rows, patch.columns] = patch.distance[patch.cut] <= 0
             visible = [*(mask & ~inside for mask in masks), inside]
             areas = [*full_areas, float((patch.distance <= 0).sum())]
             if all(mask.sum() >= (1 - MAX_HIDDEN) * area for mask, area in zip(visible, areas)):
-                _paint(rng, canvas, patch, radius, label / len(SHAPES))
+                _paint(rng, canvas, patch, radius, label / len(SHAPES) + label // len(SHAPES) / hue_rounds)
                 labels, masks, full_areas = [*labels, label], visible, areas
                 break
     canvas += rng.normal(0, rng.uniform(1, 6), (height, width, 1))
@@ -255,7 +288,7 @@ def _make_patch(rng: Rng, label: int, radius: float, height: int, width: int) ->
         slice(max(left, 0), min(left + len(steps), width)),
     )
     cut = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
-    return _Patch(SHAPES[list(SHAPES)[label]](*rotated) * radius, rows, columns, cut)
+    return _Patch(SHAPES[list(SHAPES)[label % len(SHAPES)]](*rotated) * radius, rows, columns, cut)
 
 
 def _paint(rng: Rng, canvas: Array, patch: _Patch, radius: float, hue: float) -> None:
