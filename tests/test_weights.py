@@ -522,7 +522,7 @@ def test_every_command(whole: str, shared: Path, tmp_path: Path, capsys: pytest.
     assert json.loads((results / "benchmark" / "benchmark.json").read_text())["rows"][0]["model"] == whole
     assert cli.run(["cam", whole, image, *small, "--score", "0", "--class", "person"]) == 0
     assert cli.run(["export", whole, "--format", "torch", "--size", "64,96", "test.score=0.001"]) == 0
-    assert json.loads((results / "export" / "model.json").read_text())["licence"]["weights"]
+    assert json.loads((results / "export" / "model.json").read_text())["model"]["licence"]["weights"]
     fast = [*small, "train.batch=4", "train.epochs=1", "data.workers=0", "train.validate_every=1"]
     assert cli.run(["train", whole, coco, *fast]) == 0
     trained = tmp_path / "runs" / whole.partition("/")[2]
