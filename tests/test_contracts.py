@@ -6,6 +6,7 @@ from inspect import signature
 from itertools import product
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -148,6 +149,21 @@ def test_unfit_backbones_are_refused() -> None:
     for _ in range(2):  # the check is cached, its result is not lost
         with pytest.raises(InputError, match="vit_tiny"):
             TimmBackbone("vit_tiny_patch16_224", pretrained=False)
+
+
+def test_models_that_fail_on_the_meta_device_are_created_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is RegNet with torch 2.6: its constructor calls torch.unique, which that torch lacks there."""
+    make = timm.create_model
+
+    def create(*args: object, **options: object) -> nn.Module:
+        torch.linspace(0, 1, 2)[1].item()
+        return make(*args, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with torch.device("meta"):
+        backbone = TimmBackbone("resnet10t", pretrained=False)
+        assert [f.shape[1] for f in backbone(torch.randn(1, 3, 64, 96))] == [64, 128, 256, 512]
+    assert all(x.is_meta for x in backbone.body.state_dict().values())
 
 
 # -- necks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,14 +45,7 @@ def create_timm_model(name: str, pretrained: bool, weights: str | None, options:
     try:
         with quiet(*_LOGGERS):
             loaded = pretrained or bool(weights)
-            model: Any = timm.create_model(
-                name,
-                features_only=True,
-                pretrained=loaded,
-                pretrained_cfg_overlay=overlay,
-                **size_options(name),
-                **options,
-            )
+            model = _create(name, pretrained=loaded, pretrained_cfg_overlay=overlay, **options)
     except TypeError as error:
         given = next((key for key in options if key in str(error)), None)
         if given is None:
@@ -93,6 +86,22 @@ def to_channels_first(model: Any, maps: Features) -> Features:
     return [x.permute(0, 3, 1, 2) for x in maps] if getattr(model, "output_fmt", "NCHW") == "NHWC" else maps
 
 
+def _create(name: str, **options: Any) -> Any:
+    """Create a timm model with feature extraction on the default device, "meta" included.
+
+    Some releases of timm and torch compute widths or rates of stochastic depth with tensors in the constructor, which
+    fails on the meta device, where tensors have no values. Such a model is created on the CPU and moved.
+    """
+    make = partial(timm.create_model, name, features_only=True, **size_options(name), **options)
+    if torch.empty(0).device.type != "meta":
+        return make()
+    try:
+        return make()
+    except RuntimeError:
+        with torch.device("cpu"):
+            return make().to("meta")
+
+
 @cache
 def _feature_map_fault(name: str) -> str | None:
     """Say why a timm model's feature maps are unfit, None if they are not.
@@ -101,7 +110,7 @@ def _feature_map_fault(name: str) -> str | None:
     shows it. The result depends on the name only and the pass is most of a construction's time, so it is cached.
     """
     with torch.device("meta"):
-        probe: Any = timm.create_model(name, features_only=True, pretrained=False, **size_options(name)).eval()
+        probe = _create(name, pretrained=False).eval()
         try:
             maps = to_channels_first(probe, probe(torch.zeros(1, 3, 96, 160)))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
