@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -184,6 +185,8 @@ def test_values_are_those_of_what_is_shown(mode: str) -> None:
     image = Image.new("RGB", (8, 6), "white")
     image.paste("black", (0, 0, 4, 6))
     image.convert(mode).save(file, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG")
+    if (opened := Image.open(file).mode) != mode:
+        pytest.skip(f"Pillow {PIL.__version__}, older than 13, takes an uncompressed TIFF of {mode} for {opened}")
     values = inspect_image(file.getvalue())[1]
     assert values is not None
     assert (values.low, values.high, values.depth) == (0, 255, 8)
