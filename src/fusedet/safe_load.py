@@ -47,17 +47,19 @@ def check_tensors(content: Any, path: Path) -> None:
     An expanded tensor takes a few bytes in a file and any size once it is copied.
 
     Raises:
-        InputError: A tensor is of another kind, or the tensors are too large for the file.
+        InputError: A tensor is of another kind, its storage is larger than the file, or all are too large for it.
     """
-    claimed = 0
+    claimed, size = 0, path.stat().st_size
     for tensor in iterate_tensors(content):
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise InputError(
                 f"{path} holds a tensor that is not a plain one ({tensor.layout}, {tensor.device}): "
                 "only plain ones are read"
             )
+        if tensor.untyped_storage().nbytes() > size:  # torch 2.6 lets it reach beyond the file's entry
+            raise InputError(f"{path} {_DAMAGE}")
         claimed += tensor.numel() * tensor.element_size()
-    if claimed > SHARED * (size := path.stat().st_size):
+    if claimed > SHARED * size:
         raise InputError(
             f"{path} claims {claimed / 2**20:.0f} MiB of tensors in a file of {size / 2**20:.1f} MiB: it is not loaded"
         )

@@ -130,7 +130,7 @@ def _read_state_dict(weights: str) -> dict[str, Tensor]:
     try:
         safe_load.check_file(Path(weights))
         with quiet(*_LOGGERS):
-            state = load_state_dict(weights)
+            state = load_state_dict(weights, weights_only=True)  # older timm runs code by default
         safe_load.check_tensors(state, Path(weights))
     except InputError as error:
         raise InputError(
