@@ -207,7 +207,8 @@ def deform_conv2d_by_grid(
     rows, columns = offset.shape[2:]
     steps = torch.arange(kernel, device=x.device) * dilation - padding
     moves = offset.unflatten(1, (-1, 2)).permute(2, 0, 1, 3, 4)  # (2, N, K, H', W'), dy and dx
-    tall = (torch.arange(rows, device=x.device) * stride)[:, None] + steps.repeat_interleave(kernel)[:, None, None]
+    down = steps.expand(kernel, kernel).mT.flatten()  # repeat_interleave is not exported to ONNX by torch 2.6
+    tall = (torch.arange(rows, device=x.device) * stride)[:, None] + down[:, None, None]
     wide = torch.arange(columns, device=x.device) * stride + steps.repeat(kernel)[:, None, None]
     # (N * G, C / G, K, H' * W')
     samples = sample_cells(x, (moves[1] + wide).flatten(2), (moves[0] + tall).flatten(2))
