@@ -554,15 +554,16 @@ def test_every_parameter_is_trained(furnished: TimmBackbone) -> None:
 
 
 def test_copies_round_trips_and_folding(furnished: TimmBackbone) -> None:
-    x = torch.randn(1, 3, 64, 96)
-    other = TimmBackbone("resnet26t", pretrained=False)
+    # float64: float32's rounding grows in stage 4 by the processor, to 3e-4 of the largest value
+    furnished, x = copy.deepcopy(furnished).double(), torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    other = TimmBackbone("resnet26t", pretrained=False).double()
     insert_plugin(other, STAGE4)
     other.load_state_dict(furnished.state_dict())
     with torch.no_grad():
         maps = furnished(x)
-        folded = fold_batch_norm(furnished, torch.randn(1, 3, 64, 64))
+        folded = fold_batch_norm(furnished, x)
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-        for twin, tolerance in ((copy.deepcopy(furnished), 0.0), (other.eval(), 1e-4), (folded, 1e-3)):
+        for twin, tolerance in ((copy.deepcopy(furnished), 0.0), (other.eval(), 1e-9), (folded, 1e-9)):
             for a, b in zip(maps, twin(x)):
                 assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
