@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fusedet import config
-from fusedet.data.synthetic import draw_image
+from fusedet.data.shape_drawing import draw_image
 from fusedet.engine import checkpoint
 from fusedet.models.detectors import build_detector
 

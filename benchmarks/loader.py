@@ -32,7 +32,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
-from fusedet.data import synthetic
+from fusedet.data import shape_drawing
 from fusedet.data.augmentation import AugmentedTransform
 from fusedet.data.dataset import DetectionDataset, ImageAnnotations
 from fusedet.data.loader import build_train_loader
@@ -54,7 +54,7 @@ def write_images(folder: Path, count: int) -> Path:
     images, objects = [], []
     for i in range(count):
         rng = np.random.default_rng([7, i])
-        pixels, _ = synthetic.draw_image(rng, (WIDTH, WIDTH))
+        pixels, _ = shape_drawing.draw_image(rng, (WIDTH, WIDTH))
         Image.fromarray(pixels[:HEIGHT]).save(folder / f"{i}.jpg", quality=92)
         images.append({"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH})
         for x, y, w, h in rng.integers(20, 200, (7, 4)).tolist():

@@ -21,11 +21,10 @@ from fusedet.data.splits import read_split
 
 
 def read_rows(folder: Path) -> dict[str, list[Path]]:
-    """List the run directories of each row; a row that only changes the test section has its own within others'."""
+    """List the run directories of each row."""
     rows: dict[str, list[Path]] = {}
-    for file in sorted([*folder.glob("*/seed*/metrics.json"), *folder.glob("*/seed*/test-*/metrics.json")]):
-        run = file.parent
-        rows.setdefault(run.name if run.name.startswith("test-") else run.parent.name, []).append(run)
+    for file in sorted(folder.glob("*/seed*/metrics.json")):
+        rows.setdefault(file.parent.parent.name, []).append(file.parent)
     return rows
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fusedet import config as configs
-from fusedet.data.synthetic import SHAPES
+from fusedet.data.shape_drawing import SHAPES
 from fusedet.engine.checkpoint import save_weights
 from fusedet.models.detectors import build_detector
 from small import livelier

@@ -26,7 +26,7 @@ from fusedet.api.predict import Precision
 from fusedet.api.predict_files import OnBadImage
 from fusedet.data import synthetic
 from fusedet.data.readers.auto import read_dataset
-from fusedet.data.synthetic import SHAPES
+from fusedet.data.shape_drawing import SHAPES
 from fusedet.engine import checkpoint
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import DivergenceError, InputError, StorageError

@@ -8,7 +8,7 @@ import pytest
 from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 
-from fusedet.data import synthetic
+from fusedet.data import shape_drawing, synthetic
 from fusedet.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -32,7 +32,7 @@ def contents(folder):
 def test_coco_format(folder):
     train, val = load(folder, "train"), load(folder, "val")
     assert (len(train["images"]), len(val["images"])) == (48, 12)
-    assert [c["name"] for c in train["categories"]] == list(synthetic.SHAPES)
+    assert [c["name"] for c in train["categories"]] == list(shape_drawing.SHAPES)
     assert not {i["id"] for i in train["images"]} & {i["id"] for i in val["images"]}
     for split, data in (("train", train), ("val", val)):
         assert len({a["id"] for a in data["annotations"]}) == len(data["annotations"])
@@ -54,14 +54,14 @@ def test_masks_of_an_image_do_not_overlap(folder):
     data = load(folder, "train")
     for path in data["images"]:
         own = [coco_mask.decode(a["segmentation"]) for a in data["annotations"] if a["image_id"] == path["id"]]
-        assert len(own) <= synthetic.MAX_INSTANCES
+        assert len(own) <= shape_drawing.MAX_INSTANCES
         assert not own or np.sum(own, axis=0).max() == 1
 
 
 def test_masks_match_the_drawing():
     """Colours step at the borders of masks, far more than elsewhere."""
     for seed in range(5):
-        pixels, instances = synthetic.draw_image(np.random.default_rng(seed), (224, 288))
+        pixels, instances = shape_drawing.draw_image(np.random.default_rng(seed), (224, 288))
         for _, mask in instances:
             across = mask[:, 1:] != mask[:, :-1]
             step = np.abs(np.diff(pixels.astype(float), axis=1)).sum(2)
@@ -79,7 +79,7 @@ def test_sizes_classes_overlap_and_empty_images(folder):
     assert 1 <= len(data["images"]) - len(with_objects) <= 5
 
 
-@pytest.mark.parametrize("name", list(synthetic.SHAPES))
+@pytest.mark.parametrize("name", list(shape_drawing.SHAPES))
 def test_shapes_have_their_areas(name):
     """Area of each shape of circumradius about 1, by its formula."""
     areas = {
@@ -91,7 +91,7 @@ def test_shapes_have_their_areas(name):
         "star": 5 * 0.45 * np.sin(np.pi / 5),
     }
     x, y = np.meshgrid(*[np.linspace(-1.2, 1.2, 1201)] * 2)
-    assert (synthetic.SHAPES[name](x, y) <= 0).mean() * 2.4**2 == pytest.approx(areas[name], rel=0.01)
+    assert (shape_drawing.SHAPES[name](x, y) <= 0).mean() * 2.4**2 == pytest.approx(areas[name], rel=0.01)
 
 
 def test_deterministic(tmp_path, folder):
@@ -162,16 +162,20 @@ def test_frequencies_give_the_classes_and_their_shares(tmp_path):
         tmp_path / "a", images=40, size=(64, 64), diameters=(10, 20), frequencies=[8, *[1] * 12]
     )
     data = load(path, "train")
-    assert [c["name"] for c in data["categories"]][5:] == ["cross", *(f"{s} 2" for s in synthetic.SHAPES), "circle 3"]
+    assert [c["name"] for c in data["categories"]][5:] == [
+        "cross",
+        *(f"{s} 2" for s in shape_drawing.SHAPES),
+        "circle 3",
+    ]
     counts = np.bincount([a["category_id"] for a in data["annotations"]], minlength=14)[1:]
     assert 0.25 < counts[0] / counts.sum() < 0.55
     hues = []
     for label in (0, 6, 12):
         frequencies = [1e-9] * 13
         frequencies[label] = 1.0
-        pixels, instances = synthetic.draw_image(np.random.default_rng(1), (64, 64), frequencies=frequencies)
+        pixels, instances = shape_drawing.draw_image(np.random.default_rng(1), (64, 64), frequencies=frequencies)
         assert {own for own, _ in instances} == {label}
         colour = pixels[instances[0][1]].mean(0) / 255
         hues.append(colorsys.rgb_to_hsv(*colour)[0])
     for hue, expected in zip(hues, (0, 1 / 3, 2 / 3)):
-        assert abs((hue - expected + 0.5) % 1 - 0.5) < synthetic.HUE_SPREAD + 0.02
+        assert abs((hue - expected + 0.5) % 1 - 0.5) < shape_drawing.HUE_SPREAD + 0.02

@@ -7,7 +7,7 @@ import pytest
 import fusedet
 from fusedet import ablation
 from fusedet.ablation import cost, render, report, summary
-from fusedet.data.synthetic import SHAPES
+from fusedet.data.shape_drawing import SHAPES
 from fusedet.errors import InputError
 from test_ablate_rows import finish_runs, make_plan, make_results
 

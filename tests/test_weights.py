@@ -23,8 +23,8 @@ from fusedet.api.load_model import weights_file
 from fusedet.api.settings import resolve_config, training_config
 from fusedet.api.starting_weights import adapt_class_rows, match_class_names
 from fusedet.api.train_inputs import make_detector
+from fusedet.data.shape_drawing import SHAPES
 from fusedet.data.splits import read_split
-from fusedet.data.synthetic import SHAPES
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError
 from fusedet.interop.published_weights import PublishedWeights, is_published_name, list_published_weights

@@ -166,8 +166,8 @@ def list_devices(name: str, parallel: int = 1) -> list[str]:
 def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = False) -> None:
     """Run the queue on this machine.
 
-    One device runs in this process. On several devices each run has a process and its share of the threads, and its
-    output goes to a .log file beside the run directory.
+    One device runs in this process. On several devices each run has a process, and its output goes to a .log file
+    beside the run directory. Runs on the same device share the threads.
 
     Args:
         queue: The runs.
@@ -204,7 +204,8 @@ def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = Fals
                 for i, device in enumerate(devices):
                     if i not in running and (run := queue.take_next()):
                         announce(run, f" on {device}, {run.folder}.log")
-                        running[i] = (_start_process(run, device, max(1, torch.get_num_threads() // len(devices))), run)
+                        threads = max(1, torch.get_num_threads() // devices.count(device))
+                        running[i] = _start_process(run, device, threads), run
                 if not running:
                     return
                 time.sleep(POLL)

@@ -17,8 +17,8 @@ from fusedet.api.train_inputs import check_monitor, learns_masks, open_data
 from fusedet.api.validate import has_mask_branch
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
+from fusedet.data.shape_drawing import name_classes
 from fusedet.data.splits import read_key
-from fusedet.data.synthetic import name_classes
 from fusedet.errors import InputError, unknown
 from fusedet.models.detectors import build_meta_detector
 

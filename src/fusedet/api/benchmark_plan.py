@@ -22,7 +22,7 @@ from fusedet.api.load_model import build_untrained, is_config, rebuild, require_
 from fusedet.api.progress import say_nothing
 from fusedet.api.settings import refuse_other_keys, resolve_config
 from fusedet.config import Config, parse
-from fusedet.data.synthetic import draw_image
+from fusedet.data.shape_drawing import draw_image
 from fusedet.data.transforms import keep_ratio_size
 from fusedet.engine.checkpoint import save_weights
 from fusedet.errors import InputError

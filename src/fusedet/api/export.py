@@ -13,7 +13,7 @@ from rich.console import Console
 import fusedet
 from fusedet import exporters
 from fusedet.api import run_dir
-from fusedet.api.export_files import write_files
+from fusedet.api.export_files import Traced, trace_detector, write_files
 from fusedet.api.export_options import Precision, add_aot, check_calibration, check_formats, check_opset, check_shapes
 from fusedet.api.export_result import ExportResult
 from fusedet.api.load_model import build_untrained, is_config, rebuild, require_known_source, weights_file
@@ -113,14 +113,15 @@ def export(
     if calibrate:
         names_of_model, file = model.names, str(model.file or source)
         data = read_calibration_data(model.config, names_of_model, file, calibration_images, max_drop, progress)
-    metadata = _describe(model, Path(source).name, shapes, names, precision, opset, raw)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
         raise InputError(f"out={target} cannot be created: {error.strerror}") from error
     try:
-        report = write_files(model.detector, shapes, metadata, names, scratch, data)
+        traced = trace_detector(model.detector, shapes, raw)
+        metadata = _describe(model, traced, Path(source).name, shapes, names, precision, opset, raw)
+        report = write_files(model.detector, traced, shapes, metadata, names, scratch, data)
         if target.is_dir():
             target.rmdir()  # it is empty
         scratch.chmod(0o755)
@@ -159,6 +160,7 @@ def _load(
 
 def _describe(
     model: _Source,
+    traced: Traced,
     name: str,
     shapes: exporters.Shapes,
     names: Sequence[str],
@@ -169,7 +171,6 @@ def _describe(
     detector, config = model.detector, model.config
     branches = [part for part in detector.modules() if isinstance(part, MaskBranch)]
     test, path = config.test, config.data.path
-    quality = [] if raw else ["labels", "counts", *(["masks"] if branches else [])]
     packages = [package for name in names for package in exporters.FORMATS.get(name, ())]
     if precision == "int8":
         packages += [package for name in names for package in PACKAGES[name]]
@@ -181,7 +182,7 @@ def _describe(
         size=None if shapes.size is None else list(shapes.size),
         batch=shapes.batch,
         multiple=MULTIPLE,
-        smallest=MULTIPLE,
+        smallest=traced.smallest,
         resize=Resize(short=config.data.size[0], long=config.data.size[1], antialias=config.data.antialias),
         thresholds=Thresholds(score=test.score, nms=test.nms, max_det=test.max_det, pre_nms=test.pre_nms),
         strides=list(detector.neck.levels.strides),
@@ -189,7 +190,7 @@ def _describe(
         precision=precision,
         raw=raw,
         opset=opset,
-        outputs=["boxes", "scores", *quality],
+        outputs=traced.outputs,
         weights_sha256=None if model.file is None else hash_file(model.file),
         training_data=None if path is None or model.file is None else Path(path).name,
         licence=Licence(code="Apache-2.0", weights=model.licence),

@@ -34,8 +34,29 @@ class Reference(NamedTuple):
     outputs: list[dict[str, Any]]
 
 
+class Traced(NamedTuple):
+    """A detector's program, the names of its outputs, the smallest side that it takes, and the time of tracing."""
+
+    program: Any
+    outputs: list[str]
+    smallest: int
+    span: Span
+
+
+def trace_detector(detector: DetectorModule, shapes: exporters.Shapes, raw: bool) -> Traced:
+    """Trace a detector, ready for inference, for every format.
+
+    Raises:
+        InputError: torch.export cannot trace it.
+    """
+    with _named("the model cannot be traced by torch.export"):
+        (program, outputs, smallest), span = time_call(partial(exporters.trace, detector, shapes, raw))
+    return Traced(program, list(outputs), smallest, span)
+
+
 def write_files(
     detector: DetectorModule,
+    traced: Traced,
     shapes: exporters.Shapes,
     metadata: Metadata,
     names: Sequence[str],
@@ -46,6 +67,7 @@ def write_files(
 
     Args:
         detector: Ready for inference, on the CPU.
+        traced: Its program.
         shapes: The sizes that the files take.
         metadata: Their description.
         names: Names of `exporters.FORMATS`.
@@ -58,9 +80,7 @@ def write_files(
     Raises:
         InputError: A file cannot be made, or differs from PyTorch.
     """
-    with _named("the model cannot be traced by torch.export"):
-        (program, outputs, smallest), traced = time_call(partial(exporters.trace, detector, shapes, metadata.raw))
-    metadata = metadata.model_copy(update={"outputs": list(outputs), "smallest": smallest})
+    program, outputs, _, tracing = traced
     reference = _make_reference(detector, shapes, metadata, "torch" in names)
     report: dict[str, Any] = {"tolerance": None, "formats": {}}
     files = {}
@@ -71,7 +91,7 @@ def write_files(
             with _named(f"the model cannot be converted to the format {name}"):
                 files[name], span = time_call(write)
             rows = _compare(name, files[name][0], metadata, reference)
-            report["formats"][name] = _describe_files(files[name], traced, span) | {"cases": rows}
+            report["formats"][name] = _describe_files(files[name], tracing, span) | {"cases": rows}
     else:
         scratch = folder / "fp32"
         scratch.mkdir()
@@ -87,7 +107,7 @@ def write_files(
                 (files[name], price), span = time_call(quantize)
             session = exporters.open_session(name, files[name][0], metadata)
             rows = _measure_similarity(session, files[name][0].name, reference)
-            report["formats"][name] = _describe_files(files[name], traced, span) | price | {"cases": rows}
+            report["formats"][name] = _describe_files(files[name], tracing, span) | price | {"cases": rows}
         shutil.rmtree(scratch)
     exporters.write_description(folder, metadata, files)
     run_dir.write_json(folder / "report.json", report)
@@ -111,9 +131,9 @@ def _make_reference(
     return Reference(detector, cases, expected)
 
 
-def _describe_files(files: Sequence[Path], traced: Span, written: Span) -> dict[str, Any]:
+def _describe_files(files: Sequence[Path], tracing: Span, writing: Span) -> dict[str, Any]:
     megabytes = sum(path.stat().st_size for path in files) / 1e6
-    wall, processor = traced.wall + written.wall, traced.processor + written.processor
+    wall, processor = tracing.wall + writing.wall, tracing.processor + writing.processor
     names = [path.name for path in files]
     return {"files": names, "megabytes": megabytes, "seconds": wall, "processor_seconds": processor}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from fusedet.data.synthetic import draw_image
+from fusedet.data.shape_drawing import draw_image
 from fusedet.data.transforms import keep_ratio_size
 from fusedet.errors import InputError
 from fusedet.types import MULTIPLE
