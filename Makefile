@@ -10,8 +10,8 @@ BENCHMARKS := predict train_step modules two_stage operators evaluate bootstrap 
 help:
 	@echo "make demo   generate images, train a small detector on them, score it and draw what it finds"
 	@echo "make test   the test suite, WORKERS=$(WORKERS) tests at a time"
-	@echo "make test-all  the suite and its long tests: all combinations, killed runs, several processes, long fuzzing"
-	@echo "make soak   the tests that take hours in all: memory over thousands of steps, large annotations, killed processes"
+	@echo "make test-all  the suite and its long tests: killed runs, several processes, every detector and export"
+	@echo "make soak   the tests that take hours in all: all combinations, long fuzzing, memory, large annotations, killed processes"
 	@echo "make lint   ruff and mypy"
 	@echo "make schema  write the JSON schema of configs and the settings tables of docs/config.md"
 	@echo "make bench  the benchmarks, JSON each"

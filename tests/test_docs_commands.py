@@ -1,7 +1,8 @@
 """Every command block of the README and the documentation runs.
 
-A block fenced as `console` is executed line by line, with a small dataset, run and output directory in place of the documented ones.
-A block after the comment `<!-- not executed: REASON -->` is not, because it needs minutes, a GPU or several machines.
+A block fenced as `console` is executed line by line, with a small dataset, run and output directory in place of the
+documented ones. A block after the comment `<!-- not executed: REASON -->` is not, because it needs minutes, a GPU or
+several machines. A summary of a command's arguments is fenced as `text`.
 """
 
 import re
@@ -20,12 +21,7 @@ from shared_fixtures import SMALL
 pytestmark = pytest.mark.usefixtures("unrendered")
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs/modules").glob("*.md")),
-]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- not executed: .+? -->\n+)?^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DATASETS = ("PATH", "../shared/data/bccd")
 TRAINED_HERE = "retinanet_r18_small"  # other models of `train` are built, not trained: their training takes minutes
@@ -41,6 +37,12 @@ def list_commands() -> list[Any]:
         for i, (line, output) in enumerate(pairwise([*re.sub(r"\\\n\s*", "", match[2]).splitlines(), ""]))
         if line.startswith("$ ")
     ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_fenced(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^ {4}(?:\$ )?(?:fusedet|torchrun|python|pip|make) .*", text, re.MULTILINE) == []
 
 
 @pytest.mark.parametrize(("command", "output"), list_commands())
