@@ -139,7 +139,7 @@ def _mark(file: Path) -> None:
     note(trainer, "_validate", "validation")
     note(checkpoint, "save", "checkpoint")
     note(checkpoint, "save_weights", "best")
-    note(logging.Table, "add", "row")
+    note(logging.MetricsTable, "add", "row")
     note(command, "write_report", "scoring")
 
 
@@ -182,9 +182,9 @@ def _in_the_middle_of_a_checkpoint(hit: Callable[[], None]) -> None:
 
 
 def _after_half_a_row(hit: Callable[[], None]) -> None:
-    inner = logging.Table.add
+    inner = logging.MetricsTable.add
 
-    def outer(self: logging.Table, row: Any) -> None:
+    def outer(self: logging.MetricsTable, row: Any) -> None:
         if self.path.name == "metrics.csv":
             whole = self.path.read_bytes()
             with self.path.open("a") as file:
@@ -193,18 +193,18 @@ def _after_half_a_row(hit: Callable[[], None]) -> None:
             self.path.write_bytes(whole)
         inner(self, row)
 
-    logging.Table.add = outer  # type: ignore[method-assign]
+    logging.MetricsTable.add = outer  # type: ignore[method-assign]
 
 
 def _after_the_row_of_a_validation(hit: Callable[[], None]) -> None:
-    inner = logging.Table.add
+    inner = logging.MetricsTable.add
 
-    def outer(self: logging.Table, row: Any) -> None:
+    def outer(self: logging.MetricsTable, row: Any) -> None:
         inner(self, row)
         if "AP" in row:
             hit()
 
-    logging.Table.add = outer  # type: ignore[method-assign]
+    logging.MetricsTable.add = outer  # type: ignore[method-assign]
 
 
 def _between_best_and_last(hit: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from fusedet.visualization.activation_maps import (
     KINDS,
     PARTS,
     ActivationMaps,
-    Row,
+    MapRow,
     compute_activation_maps,
     heat_share_inside,
     layer_cam,
@@ -44,7 +44,7 @@ def batch() -> Batch:
     return Batch(image, torch.tensor([[HEIGHT, WIDTH]]), (0,), torch.ones(1, 2))
 
 
-def by_key(seen: ActivationMaps, kind: str) -> dict[str, Row]:
+def by_key(seen: ActivationMaps, kind: str) -> dict[str, MapRow]:
     return {row.key: row for row in seen.heat[kind]}
 
 

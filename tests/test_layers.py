@@ -55,6 +55,15 @@ def package(module: str) -> str:
     return ".".join(parts[: 2 if parts[0] == "models" else 1])
 
 
+def test_a_public_class_name_stands_for_one_class() -> None:
+    places: dict[str, list[str]] = {}
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name(path))
+    assert {own: modules for own, modules in places.items() if len(modules) > 1} == {}
+
+
 def test_every_package_has_a_rank() -> None:
     assert {package(name(p)) for p in files()} - {"models"} <= set(RANK)
 

@@ -18,7 +18,7 @@ from fusedet.api.run_dir import create_run_dir
 from fusedet.config import Config, Interval, Train, parse_interval
 from fusedet.engine import checkpoint, train_state, trainer
 from fusedet.engine.determinism import REFUSED, WORKSPACE, deterministic
-from fusedet.engine.logging import Meter, Table
+from fusedet.engine.logging import Meter, MetricsTable
 from fusedet.engine.signals import Interrupts
 from fusedet.engine.trainer import Interrupted, fit, setup
 from fusedet.errors import InputError, StorageError
@@ -118,17 +118,17 @@ def test_a_second_sigterm_does_not_take_away_the_checkpoint() -> None:
 
 def test_a_table_goes_on_from_where_it_was(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
-    table = Table(file)
+    table = MetricsTable(file)
     for step in (1, 2):
         table.add({"step": step, "loss": 0.1 * step})
     state, text = table.state(), file.read_text()
     table.add({"step": 2, "AP": 0.5})
     with file.open("a") as half:
         half.write("3,0.")
-    again = Table(file, state)
+    again = MetricsTable(file, state)
     assert (file.read_text(), again.lost) == (text, 0), "rows and columns of later are gone"
     file.write_text("\n".join(text.splitlines()[:2]) + "\n")
-    assert Table(file, state).lost == 1
+    assert MetricsTable(file, state).lost == 1
 
 
 def test_another_torch_is_reported_and_another_precision_refused(
@@ -205,7 +205,7 @@ def test_where_only_the_last_validation_is_to_be_done_again_nothing_differs(
 ) -> None:
     keep_best = trainer._keep_best
 
-    def failing(run: train_state.Run, metrics: dict[str, float]) -> None:
+    def failing(run: train_state.TrainingRun, metrics: dict[str, float]) -> None:
         if run.state["epoch"] == 1:
             raise StorageError("metrics.csv cannot be written: No space left on device")
         keep_best(run, metrics)

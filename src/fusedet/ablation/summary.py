@@ -16,7 +16,7 @@ from fusedet.ablation.spec import DELTA, METRICS, RESAMPLED, Row, Table
 from fusedet.ablation.summary_text import draw_conclusion, shorten_path
 from fusedet.api.predict import pick_device
 from fusedet.evaluation import bootstrap
-from fusedet.evaluation.confidence_intervals import LEVEL, Interval
+from fusedet.evaluation.confidence_intervals import LEVEL, ConfidenceInterval
 
 BOXES, MASKS = "val.bbox.json", "val.segm.json"
 Tree = dict[str, Any]
@@ -215,7 +215,7 @@ def _compute_differences(
         over_seeds = (
             evaluation.compute_seed_difference(*values, paired=False)
             if all(values)
-            else Interval(math.nan, math.nan, math.nan)
+            else ConfidenceInterval(math.nan, math.nan, math.nan)
         )
         change: Tree = {"value": _none_if_nan(over_seeds.value), "over_images": None}
         if (resampled := over_images.get(name.removeprefix("mask_"))) is not None:

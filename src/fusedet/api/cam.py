@@ -18,7 +18,7 @@ from fusedet.api.results import CommandResult, lines, list_files
 from fusedet.api.settings import Settings, refuse_other_keys, split_overrides, to_overrides
 from fusedet.errors import InputError, unknown
 from fusedet.exporters import ExportedDetector, find_export
-from fusedet.visualization.activation_maps import PARTS, ActivationMaps, Row, compute_activation_maps, resize_map
+from fusedet.visualization.activation_maps import PARTS, ActivationMaps, MapRow, compute_activation_maps, resize_map
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def compute_maps(predictor: Predictor, image: Tensor, class_name: str, best_only
     maps = compute_activation_maps(predictor.detector, batch.to(predictor.device), label, best_only)
     size, shown = (int(batch.sizes[0, 0]), int(batch.sizes[0, 1])), map_size(image)
 
-    def resized(rows: list[Row]) -> list[Row]:
+    def resized(rows: list[MapRow]) -> list[MapRow]:
         return [row._replace(maps={s: resize_map(x, s, size, shown) for s, x in row.maps.items()}) for row in rows]
 
     return replace(maps, heat={kind: resized(rows) for kind, rows in maps.heat.items()}, gates=resized(maps.gates))

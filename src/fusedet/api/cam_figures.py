@@ -16,7 +16,7 @@ from fusedet.api.prediction import Prediction
 from fusedet.api.run_dir import to_plain
 from fusedet.data.image_decoding import to_tensor
 from fusedet.visualization import heat_maps
-from fusedet.visualization.activation_maps import ROWS, ActivationMaps, Row, heat_share_inside
+from fusedet.visualization.activation_maps import ROWS, ActivationMaps, MapRow, heat_share_inside
 from fusedet.visualization.annotators import to_pil_image
 
 LONG = 320  # pixels of a map's longer side
@@ -90,7 +90,7 @@ def draw_figures(
     return files, numbers
 
 
-def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit: str, is_heat: bool) -> None:
+def _sheet(job: Job, runs: Mapping[str, list[MapRow]], path: Path, title: str, unit: str, is_heat: bool) -> None:
     """Draw one figure: rows from the backbone to the head, a block of columns per run."""
     own = [{row.key: row.caption for row in rows} for rows in runs.values()]
     captions = {
@@ -114,18 +114,18 @@ def _sheet(job: Job, runs: Mapping[str, list[Row]], path: Path, title: str, unit
     heat_maps.draw_maps(plain, panels, captions, names, path, title, unit, None if is_heat else 1.0)
 
 
-def _numbers(row: Row, boxes: Tensor) -> dict[str, Any]:
+def _numbers(row: MapRow, boxes: Tensor) -> dict[str, Any]:
     """A row's peak per level, and the share of its heat inside the boxes, of all levels together."""
     inside = heat_share_inside(sum_levels(row), boxes)[0] if len(boxes) else None
     return {"caption": row.caption, "peak": _per_level(row, Tensor.max), "inside": inside}
 
 
-def _per_level(row: Row, statistic: Callable[[Tensor], Tensor]) -> dict[int, float]:
+def _per_level(row: MapRow, statistic: Callable[[Tensor], Tensor]) -> dict[int, float]:
     """A statistic of every level's map, by its stride."""
     return {stride: float(statistic(x)) for stride, x in row.maps.items()}
 
 
-def sum_levels(row: Row) -> Tensor:
+def sum_levels(row: MapRow) -> Tensor:
     """Add the maps of all levels, (h, w)."""
     return torch.stack(list(row.maps.values())).sum(dim=0)
 

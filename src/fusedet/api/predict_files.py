@@ -17,7 +17,7 @@ from fusedet.api.distributed import get_ranks, select_device
 from fusedet.api.image_sources import Sources, describe_left_out
 from fusedet.api.predict import SETTABLE as SETTABLE_OF_MODEL
 from fusedet.api.predict import Precision, load
-from fusedet.api.predict_videos import Options, VideoCounts, predict_videos
+from fusedet.api.predict_videos import VideoCounts, VideoOptions, predict_videos
 from fusedet.api.prediction_exports import Exports, parse_formats
 from fusedet.api.progress import progress_bar
 from fusedet.api.results import CommandResult, lines, list_files, names_of
@@ -174,7 +174,7 @@ def predict(
             run_dir.check_new_dir(target)
         seen = VideoCounts()
         if videos:
-            own = Options(exports, batch, on_bad_image, hint, part, score if track else None)
+            own = VideoOptions(exports, batch, on_bad_image, hint, part, score if track else None)
             seen = predict_videos(predictor, videos, target, own, progress)
             outputs |= {"videos": target / "videos"} if seen.videos else {}
     counts = {name: value + getattr(seen, name, 0) for name, value in written.items()}

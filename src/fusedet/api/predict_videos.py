@@ -24,7 +24,7 @@ from fusedet.errors import InputError, StorageError, plural
 
 
 @dataclass(frozen=True)
-class Options:
+class VideoOptions:
     """How videos become predictions.
 
     Attributes:
@@ -66,7 +66,7 @@ class VideoCounts:
 
 
 def predict_videos(
-    predictor: Predictor, sources: Iterable[str | Path], target: Path, options: Options, console: Console | None
+    predictor: Predictor, sources: Iterable[str | Path], target: Path, options: VideoOptions, console: Console | None
 ) -> VideoCounts:
     """Predict videos, one after the other, into target/videos.
 
@@ -123,7 +123,7 @@ def _predict_video(
     source: str,
     name: str,
     folder: Path,
-    options: Options,
+    options: VideoOptions,
     counts: VideoCounts,
     console: Console | None,
 ) -> None:

@@ -53,7 +53,7 @@ from fusedet.data.loader import build_train_loader
 from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
-from fusedet.engine.train_state import TABLES, Run
+from fusedet.engine.train_state import TABLES, TrainingRun
 from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.errors import DivergenceError, InputError, plural
 from fusedet.interop.published_weights import find_published_weights, is_published_name
@@ -271,7 +271,7 @@ def _fit(
 
 
 @contextmanager
-def _described(config: Config, run: Run) -> Iterator[None]:
+def _described(config: Config, run: TrainingRun) -> Iterator[None]:
     """Write config.yaml for the training inside; put the earlier one back unless last.ckpt is written.
 
     The next --resume then neither repeats settings that failed nor shows settings that never trained.

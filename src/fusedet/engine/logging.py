@@ -19,10 +19,10 @@ from fusedet.atomic_io import flush_to_disk, write_atomically
 from fusedet.engine.checkpoint_validation import MeterState, TableState
 from fusedet.errors import InputError, StorageError
 
-Row = dict[str, float | int]
+MetricsRow = dict[str, float | int]
 
 
-class Table:
+class MetricsTable:
     """A csv file of metrics: a row is appended at once, a new column widens the file.
 
     `epoch` and `step` count from 1. An empty cell means that the row has no such metric.

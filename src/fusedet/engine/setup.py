@@ -15,12 +15,12 @@ from torch import nn
 from fusedet.atomic_io import remove_leftovers
 from fusedet.config import Train, parse_interval
 from fusedet.engine.ema import EMA
-from fusedet.engine.logging import Table
+from fusedet.engine.logging import MetricsTable
 from fusedet.engine.nan_guard import NanGuard
 from fusedet.engine.optim import build_optimizer
 from fusedet.engine.progress import Display
 from fusedet.engine.signals import Interrupts
-from fusedet.engine.train_state import TABLES, Loader, Run, Validate, restore
+from fusedet.engine.train_state import TABLES, Loader, TrainingRun, Validate, restore
 from fusedet.errors import InputError, plural
 from fusedet.types import Batch, Losses
 
@@ -55,7 +55,7 @@ def setup(
     quiet: bool = False,
     say: Callable[[str], None] | None = None,
     log_every: int = 10,
-) -> Run:
+) -> TrainingRun:
     """Make a run at its start or, with `resume`, where its last.ckpt says. Every process calls it.
 
     Args:
@@ -87,7 +87,7 @@ def setup(
     lr = settings.lr if lr is None else lr
     # A fused optimizer unscales fp16's gradients by itself, and Fabric then refuses to clip them.
     fused = fabric.device.type == "cuda" and getattr(fabric.strategy.precision, "scaler", None) is None
-    run = Run(
+    run = TrainingRun(
         fabric=fabric,
         detector=detector,
         model=fabric.setup_module(LossModule(detector)),
@@ -115,7 +115,7 @@ def setup(
         remove_leftovers(out)
         if not resume:
             run.best.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        run.tables = {name: Table(out / name, tables.get(name)) for name in TABLES}
+        run.tables = {name: MetricsTable(out / name, tables.get(name)) for name in TABLES}
         for table in run.tables.values():
             if table.lost:
                 run.say(f"{table.path} has lost {table.lost} of its rows: the training goes on, they do not come back")
@@ -124,7 +124,7 @@ def setup(
     return run
 
 
-def _say_progress(run: Run) -> None:
+def _say_progress(run: TrainingRun) -> None:
     epoch, epochs = run.state["epoch"], run.settings.epochs
     if run.is_finished:
         run.say(

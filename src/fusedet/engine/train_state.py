@@ -19,7 +19,7 @@ from fusedet.config import Interval, Train
 from fusedet.engine import checkpoint, checkpoint_validation, rng
 from fusedet.engine.checkpoint_validation import Checkpoint, ProcessState
 from fusedet.engine.ema import EMA
-from fusedet.engine.logging import Meter, Table
+from fusedet.engine.logging import Meter, MetricsTable
 from fusedet.engine.nan_guard import NanGuard
 from fusedet.engine.progress import Display, Pace
 from fusedet.engine.signals import Interrupts
@@ -53,7 +53,7 @@ class Loader(Protocol):
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """The objects of one training, and in `state` the plain values that say how far it is.
 
     Attributes:
@@ -86,7 +86,7 @@ class Run:
     loggers: list[Logger]
     say: Callable[[str], None]
     checkpoint_every: Interval
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, MetricsTable] = field(default_factory=dict)
     process_states: list[ProcessState] | None = None
     saved: float = field(default_factory=time.monotonic)
     meter: Meter = field(default_factory=Meter)
@@ -131,7 +131,7 @@ class Run:
         return self.ema.module if self.ema else self.detector
 
 
-def gather_process_states(run: Run) -> list[ProcessState]:
+def gather_process_states(run: TrainingRun) -> list[ProcessState]:
     """Return the random states and running losses of every process. All processes call it."""
     own: Any = {"random": rng.capture(), "meter": run.meter.state()}
     if run.fabric.world_size == 1:
@@ -141,7 +141,7 @@ def gather_process_states(run: Run) -> list[ProcessState]:
     return states
 
 
-def save(run: Run) -> None:
+def save(run: TrainingRun) -> None:
     """Write last.ckpt: everything that the rest of the training depends on.
 
     All processes call it, and the first one writes. During a validation, when `process_states` are known, none waits
@@ -171,7 +171,7 @@ def save(run: Run) -> None:
     run.saved = time.monotonic()
 
 
-def restore(run: Run) -> dict[str, Any]:
+def restore(run: TrainingRun) -> dict[str, Any]:
     """Restore a run from its last.ckpt, and say what has changed since.
 
     Returns:
@@ -209,7 +209,7 @@ def restore(run: Run) -> dict[str, Any]:
     return dict(saved.tables)
 
 
-def _restore_process(run: Run, saved: Checkpoint) -> None:
+def _restore_process(run: TrainingRun, saved: Checkpoint) -> None:
     """Restore this process's random states and losses; with another number of processes, what comes nearest."""
     processes = saved.processes
     rank, world, step = run.fabric.global_rank, run.fabric.world_size, run.state["step"]
@@ -230,13 +230,13 @@ def _restore_process(run: Run, saved: Checkpoint) -> None:
         rng.seed_from(torch.initial_seed() % 2**32, step, rank)
 
 
-def _versions(run: Run) -> dict[str, str]:
+def _versions(run: TrainingRun) -> dict[str, str]:
     """Return what may differ when a run goes on, and may change the last digits."""
     names = ("fusedet", "torch", "torchvision", "timm")
     return {name: version(name) for name in names} | {"device": run.fabric.device.type}
 
 
-def _plan(run: Run) -> dict[str, Any]:
+def _plan(run: TrainingRun) -> dict[str, Any]:
     """Return what must be the same for a run to go on as if nothing had happened."""
     return {
         "batches per epoch": len(run.loader),

@@ -21,16 +21,16 @@ from fusedet.engine import checkpoint, rng
 from fusedet.engine.optim import lr_factor
 from fusedet.engine.setup import setup
 from fusedet.engine.signals import Interrupted
-from fusedet.engine.train_state import TABLES, Loader, Run, Validate, gather_process_states, save
+from fusedet.engine.train_state import TABLES, Loader, TrainingRun, Validate, gather_process_states, save
 from fusedet.errors import DivergenceError, unknown
 from fusedet.models.detectors import TwoStage
 from fusedet.models.protocols import EpochDependent
 from fusedet.types import Batch, Losses
 
-__all__ = ["Interrupted", "Loader", "Run", "Validate", "fit", "setup"]
+__all__ = ["Interrupted", "Loader", "TrainingRun", "Validate", "fit", "setup"]
 
 
-def fit(run: Run) -> dict[str, Any]:
+def fit(run: TrainingRun) -> dict[str, Any]:
     """Train the detector of a run that `setup` has made.
 
     The run directory then holds last.ckpt, metrics.csv, speed.csv and, with a validation, best.safetensors. The
@@ -74,7 +74,7 @@ def fit(run: Run) -> dict[str, Any]:
     return {key: run.state[key] for key in ("epoch", "step", "best", "metrics")}
 
 
-def _interrupted(run: Run) -> Interrupted:
+def _interrupted(run: TrainingRun) -> Interrupted:
     step, command = run.state["step"], f"fusedet train {run.out} --resume"
     if run.interrupts.forced:
         text = (
@@ -89,7 +89,7 @@ def _interrupted(run: Run) -> Interrupted:
 # -- steps
 
 
-def _train_epoch(run: Run) -> None:
+def _train_epoch(run: TrainingRun) -> None:
     """Do the remaining steps of the epoch."""
     for part in run.detector.modules():
         if isinstance(part, EpochDependent):
@@ -112,7 +112,7 @@ def _train_epoch(run: Run) -> None:
             save(run)
 
 
-def _train_step(run: Run, batches: list[Batch]) -> tuple[Tensor, int, bool]:
+def _train_step(run: TrainingRun, batches: list[Batch]) -> tuple[Tensor, int, bool]:
     """Update the weights once.
 
     Returns:
@@ -152,7 +152,7 @@ def _weighted_sum(terms: Losses, weights: Mapping[str, float]) -> Tensor:
     return torch.stack([value.float() * weights[name] for name, value in terms.items()]).sum()
 
 
-def _accumulation_groups(run: Run) -> Iterator[list[Batch]]:
+def _accumulation_groups(run: TrainingRun) -> Iterator[list[Batch]]:
     """Yield the remaining batches of the epoch, in lists of as many as a step accumulates."""
     start = run.state["position"]
     if start >= len(run.loader):
@@ -166,14 +166,14 @@ def _accumulation_groups(run: Run) -> Iterator[list[Batch]]:
         yield group
 
 
-def _learning_rate(run: Run) -> float:
+def _learning_rate(run: TrainingRun) -> float:
     """Return the learning rate of the next step."""
     per_epoch = run.steps_per_epoch
     total = run.settings.epochs * per_epoch
     return run.lr * lr_factor(run.state["step"], run.settings, total_steps=total, steps_per_epoch=per_epoch)
 
 
-def _log(run: Run, norm: Tensor) -> None:
+def _log(run: TrainingRun, norm: Tensor) -> None:
     """Log the mean losses since the last row, over the processes too, and the last step's rate and gradient norm."""
     losses = run.meter.pop_means(lambda values: run.fabric.all_reduce(values, reduce_op="mean"))
     losses = {"loss": losses.pop("loss"), **losses}
@@ -182,7 +182,7 @@ def _log(run: Run, norm: Tensor) -> None:
     run.display.show(run.state["epoch"] + 1, run.done, {**losses, "lr": rate, "images/s": speed}, _remaining(run))
 
 
-def _record(run: Run, metrics: Mapping[str, float], speed: Mapping[str, float] | None = None) -> None:
+def _record(run: TrainingRun, metrics: Mapping[str, float], speed: Mapping[str, float] | None = None) -> None:
     """Write metrics of the present step to metrics.csv, its speed to speed.csv, and both to the loggers."""
     place = {"epoch": run.state["epoch"] + 1, "step": run.state["step"]}
     # Two files, because the seed decides the metrics and the clock the speed: metrics.csv is the same in every run.
@@ -193,7 +193,7 @@ def _record(run: Run, metrics: Mapping[str, float], speed: Mapping[str, float] |
         logger.log_metrics({**metrics, **(speed or {})}, step=run.state["step"])
 
 
-def _remaining(run: Run) -> str:
+def _remaining(run: TrainingRun) -> str:
     epoch, settings = run.state["epoch"], run.settings
     epochs = range(epoch + 1, settings.epochs + 1)
     validations = sum(_is_validated(settings, number) for number in epochs) if run.validate else 0
@@ -203,7 +203,7 @@ def _remaining(run: Run) -> str:
 # -- epochs
 
 
-def _end_epoch(run: Run) -> None:
+def _end_epoch(run: TrainingRun) -> None:
     """Validate, keep the best weights, and write the checkpoint."""
     epoch = run.state["epoch"] + 1
     if run.validate and _is_validated(run.settings, epoch):
@@ -223,7 +223,7 @@ def _is_validated(settings: Train, epoch: int) -> bool:
     return epoch % settings.validate_every == 0 or epoch == settings.epochs
 
 
-def _validate(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
+def _validate(run: TrainingRun, validate: Validate, epoch: int) -> dict[str, float]:
     """Return the metrics of the present weights."""
     if run.fabric.world_size > 1:
         for buffer in run.eval_module.buffers():  # they differ, because each process has seen other images
@@ -236,7 +236,7 @@ def _validate(run: Run, validate: Validate, epoch: int) -> dict[str, float]:
     return metrics
 
 
-def _keep_best(run: Run, metrics: dict[str, float]) -> None:
+def _keep_best(run: TrainingRun, metrics: dict[str, float]) -> None:
     """Log a validation, and save the weights if the monitored metric has never been higher."""
     state, monitor = run.state, run.settings.monitor
     value = metrics[monitor]

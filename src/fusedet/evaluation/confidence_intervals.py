@@ -15,7 +15,7 @@ from fusedet.errors import InputError
 LEVEL = 0.95
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """A value and the ends of its interval, NaN if it has no interval."""
 
     value: float
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def compute_seed_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def compute_seed_interval(values: Sequence[float], level: float = LEVEL) -> ConfidenceInterval:
     """Compute the mean of a metric over training seeds with its t interval; a single run has no interval.
 
     It covers the choice of the seed (initial weights, order of the images) on these images, and assumes that the metric
@@ -39,7 +39,9 @@ def compute_seed_interval(values: Sequence[float], level: float = LEVEL) -> Inte
     )
 
 
-def compute_seed_difference(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Interval:
+def compute_seed_difference(
+    a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL
+) -> ConfidenceInterval:
     """Compute the mean of b minus the mean of a with its t interval; none if a side has a single run.
 
     Args:
@@ -60,7 +62,7 @@ def compute_seed_difference(a: Sequence[float], b: Sequence[float], *, paired: b
         raise InputError("an interval over seeds needs at least one value on each side")
     value = fmean(b) - fmean(a)
     if min(len(a), len(b)) < 2:
-        return Interval(value, math.nan, math.nan)
+        return ConfidenceInterval(value, math.nan, math.nan)
     parts = [(variance(side) / len(side), len(side) - 1) for side in (a, b)]
     error = sum(part for part, _ in parts)
     freedom = error**2 / sum(part**2 / df for part, df in parts) if error else 1.0  # Welch and Satterthwaite
@@ -122,12 +124,12 @@ def t_quantile(p: float, freedom: float) -> float:
     return math.sqrt(freedom * (1 - high) / high)
 
 
-def _interval(value: float, error: float, freedom: float, level: float) -> Interval:
+def _interval(value: float, error: float, freedom: float, level: float) -> ConfidenceInterval:
     """Return value +- t standard errors, given the squared standard error."""
     if math.isnan(error):
-        return Interval(value, math.nan, math.nan)
+        return ConfidenceInterval(value, math.nan, math.nan)
     reach = t_quantile((1 + level) / 2, freedom) * math.sqrt(error)
-    return Interval(value, value - reach, value + reach)
+    return ConfidenceInterval(value, value - reach, value + reach)
 
 
 def _beta(x: float, a: float, b: float) -> float:

@@ -8,15 +8,15 @@ from fusedet.exporters.formats import FORMATS, write_format
 from fusedet.exporters.graph import OUTPUTS, RAW_OUTPUTS, Shapes, trace
 from fusedet.exporters.metadata import Metadata, find_export, read_export, write_description
 from fusedet.exporters.runtime import ExportedDetector, open_session
-from fusedet.exporters.verification import Comparison, Tolerance, compare_outputs, make_cases
+from fusedet.exporters.verification import OutputComparison, Tolerance, compare_outputs, make_cases
 
 __all__ = [
     "FORMATS",
     "OUTPUTS",
     "RAW_OUTPUTS",
-    "Comparison",
     "ExportedDetector",
     "Metadata",
+    "OutputComparison",
     "Shapes",
     "Tolerance",
     "compare_outputs",

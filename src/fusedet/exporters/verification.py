@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OutputComparison:
     """How far a file is from PyTorch for one input.
 
     Attributes:
@@ -150,7 +150,7 @@ def compare_outputs(
     tolerance: Tolerance,
     source: str,
     nudged: Callable[[], Iterable[Mapping[str, Array]]] = tuple,
-) -> Comparison:
+) -> OutputComparison:
     """Compare the outputs of a file with those of PyTorch, detection by detection.
 
     Every detection needs a partner of the same label, with a box and a score within the tolerance; order does not
@@ -209,7 +209,7 @@ def compare_outputs(
     mask = worst["mask"] if "masks" in expected else None
     reached = bool((expected["counts"] == expected["scores"].shape[1]).any())
     shape = list(case.images.shape)
-    return Comparison(case.name, shape, count, undecided, worst["box"], worst["score"], mask, reached)
+    return OutputComparison(case.name, shape, count, undecided, worst["box"], worst["score"], mask, reached)
 
 
 def compute_similarity(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> float:
@@ -269,7 +269,7 @@ def _nearest(ours: dict[str, Tensor], k: int, theirs: dict[str, Tensor]) -> str:
 
 def _compare_candidates(
     case: Case, expected: Mapping[str, Array], actual: Mapping[str, Array], tolerance: Tolerance, source: str
-) -> Comparison:
+) -> OutputComparison:
     limits = {"boxes": tolerance.corner, "scores": tolerance.score, "quality": tolerance.score}
     worst = {}
     for name, ours in expected.items():
@@ -280,6 +280,6 @@ def _compare_candidates(
                 f"{limits[name]:g}; nothing was written"
             )
     shape, count = list(case.images.shape), expected["scores"].size
-    return Comparison(
+    return OutputComparison(
         case.name, shape, count, 0, worst["boxes"], max(worst["scores"], worst.get("quality", 0)), None, False
     )

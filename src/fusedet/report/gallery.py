@@ -38,7 +38,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class GalleryItem:
     """What a thumbnail shows.
 
     Attributes:
@@ -80,7 +80,7 @@ class Thumbnail:
         neighbours: Boxes of other instances.
     """
 
-    candidate: Candidate
+    candidate: GalleryItem
     data: bytes
     width: int
     height: int
@@ -94,7 +94,7 @@ class Thumbnail:
         return "data:image/jpeg;base64," + base64.b64encode(self.data).decode()
 
 
-def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarray) -> list[Candidate]:
+def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarray) -> list[GalleryItem]:
     """Choose what is shown, the kinds in turn; `kinds` is what `counts.classify` returns.
 
     Half of each kind is chosen class by class: the largest missed instances, the detections of highest score. The other
@@ -105,7 +105,7 @@ def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.
     is_missed[pairs.matches[pairs.matches >= 0]] = False
     missed = np.flatnonzero(is_missed)
     missed = missed[_in_turn(pairs.truth[missed], area[missed])][: 2 * PER_KIND]
-    groups = [[Candidate(int(image_of[j]), MISSED, -1, -1, j) for j in missed.tolist()]]
+    groups = [[GalleryItem(int(image_of[j]), MISSED, -1, -1, j) for j in missed.tolist()]]
     for kind in (FALSE, MISPLACED, WRONG, CORRECT):
         own = np.flatnonzero(kinds == KINDS.index(kind))
         best = own[_in_turn(pairs.labels[own], pairs.scores[own])][:PER_KIND]
@@ -115,7 +115,7 @@ def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.
         annotations = pairs.own if kind == MISPLACED else pairs.matches.clip(min=-1)
         groups.append(
             [
-                Candidate(
+                GalleryItem(
                     int(pairs.images[d]),
                     kind,
                     int(bins[d]),
@@ -131,7 +131,7 @@ def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.
 
 
 def make_thumbnails(
-    dataset: DetectionDataset, pairs: ImageMatches, candidates: list[Candidate]
+    dataset: DetectionDataset, pairs: ImageMatches, candidates: list[GalleryItem]
 ) -> tuple[list[Thumbnail], int]:
     """Cut the thumbnails of candidates, and count the images that cannot be read.
 
@@ -178,7 +178,7 @@ def _open(dataset: DetectionDataset, i: int, pixels: int) -> Tensor | LargeImage
 
 
 def _cut(
-    dataset: DetectionDataset, pairs: ImageMatches, candidate: Candidate, image: Tensor | LargeImage
+    dataset: DetectionDataset, pairs: ImageMatches, candidate: GalleryItem, image: Tensor | LargeImage
 ) -> Thumbnail | None:
     """Cut a candidate out of its image; None where the part is too large for memory."""
     record, first = dataset[candidate.image], int(dataset.offsets[candidate.image])

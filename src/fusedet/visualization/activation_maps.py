@@ -62,7 +62,7 @@ ROWS = (
 """Keys of the rows from the backbone to the head; necks before the last are numbered, as in "neck #0"."""
 
 
-class Row(NamedTuple):
+class MapRow(NamedTuple):
     """Maps of one point in the detector, by the stride of their level.
 
     Attributes:
@@ -101,8 +101,8 @@ class ActivationMaps:
     """
 
     score: float
-    heat: dict[str, list[Row]]
-    gates: list[Row]
+    heat: dict[str, list[MapRow]]
+    gates: list[MapRow]
     level_weights: list[LevelWeights]
 
     @property
@@ -232,7 +232,7 @@ class _Scores:
         return cls(float(weight[best]), log_odds, sides, clipped[best])
 
 
-def _layer_cams(rows: list[Row], scores: list[Tensor]) -> list[Row]:
+def _layer_cams(rows: list[MapRow], scores: list[Tensor]) -> list[MapRow]:
     """LayerCAM of features (1, C, h, w) per area, the mean over the scores, without levels that influence no score."""
     features = [(row.key, stride, x) for row in rows for stride, x in row.maps.items()]
     maps: dict[str, dict[int, Tensor]] = {row.key: {} for row in rows}
@@ -245,30 +245,32 @@ def _layer_cams(rows: list[Row], scores: list[Tensor]) -> list[Row]:
     return [row._replace(maps=maps[row.key]) for row in rows if maps[row.key]]
 
 
-def _feature_rows(detector: DetectorModule, calls: dict[nn.Module, list[Call]], kind: str, batch: Batch) -> list[Row]:
+def _feature_rows(
+    detector: DetectorModule, calls: dict[nn.Module, list[Call]], kind: str, batch: Batch
+) -> list[MapRow]:
     """The features to show, from the backbone to the head."""
     neck: Any = detector.neck
     necks: list[Any] = list(neck.necks) if isinstance(neck, NeckChain) else [neck]
-    rows: list[Row] = []
+    rows: list[MapRow] = []
     blocks: dict[int, Call] = {}
     for module, own in calls.items():
         if isinstance(module, MSFM):  # the last one of each stage
             blocks[2 ** round(math.log2(batch.images.shape[2] / own[0].inputs[0].shape[2]))] = own[0]
     if blocks:
         inputs, outputs = ({s: getattr(call, side)[0] for s, call in blocks.items()} for side in Call._fields)
-        rows.append(Row("before msfm", "before MSFM, each stage's last", "msfm", inputs))
-        rows.append(Row("after msfm", "after MSFM", "msfm", outputs))
+        rows.append(MapRow("before msfm", "before MSFM, each stage's last", "msfm", inputs))
+        rows.append(MapRow("after msfm", "after MSFM", "msfm", outputs))
     extracted = dict(zip(detector.backbone.levels.strides, calls[necks[0]][0].inputs))
-    rows.append(Row("backbone", "backbone", "neck", extracted))
+    rows.append(MapRow("backbone", "backbone", "neck", extracted))
     for i, neck in enumerate(necks):
         key = "pyramid" if neck is necks[-1] else f"neck #{i}"
         pyramid = dict(zip(neck.levels.strides, calls[neck][0].outputs))
-        rows.append(Row(key, f"after {_type_name(neck, NECKS)}", "neck", pyramid))
+        rows.append(MapRow(key, f"after {_type_name(neck, NECKS)}", "neck", pyramid))
     head: Any = detector.head
     strides = head.levels.strides
     if kind in KINDS[2:]:
         tower = {s: call.outputs[0] for s, call in zip(strides, calls[head.tower])}
-        rows.append(Row("tower", "shared convolution of the proposals", "branches", tower))
+        rows.append(MapRow("tower", "shared convolution of the proposals", "branches", tower))
     for towers in (m for m in calls if isinstance(m, TwinTowers)):
         side = KINDS.index(kind)
         caption = f"{kind} branch"
@@ -276,14 +278,14 @@ def _feature_rows(detector: DetectorModule, calls: dict[nn.Module, list[Call]], 
         if interact is not None:
             name = _type_name(interact, INTERACTIONS)
             before = {s: call.inputs[side] for s, call in zip(strides, calls[interact])}
-            rows.append(Row("branch before", f"{caption} before {name}", "branches", before))
+            rows.append(MapRow("branch before", f"{caption} before {name}", "branches", before))
             caption = f"{caption} after {name}"
         branch = {s: call.outputs[side] for s, call in zip(strides, calls[towers])}
-        rows.append(Row("branch", caption, "branches", branch))
+        rows.append(MapRow("branch", caption, "branches", branch))
     return rows
 
 
-def _msil_gates(detector: DetectorModule, calls: dict[nn.Module, list[Call]]) -> list[Row]:
+def _msil_gates(detector: DetectorModule, calls: dict[nn.Module, list[Call]]) -> list[MapRow]:
     """MSIL's pixel attention of each branch that it gates."""
     head: Any = detector.head
     rows = []
@@ -292,11 +294,11 @@ def _msil_gates(detector: DetectorModule, calls: dict[nn.Module, list[Call]]) ->
         for side, kind in enumerate(KINDS[:2]):
             own = [gate[side] for gate in gates]
             maps = {s: x[0].mean(dim=0).cpu() for s, x in zip(head.levels.strides, own) if x is not None}
-            rows += [Row(f"msil {kind}", f"MSIL's gate of {kind}", "msil", maps)] if maps else []
+            rows += [MapRow(f"msil {kind}", f"MSIL's gate of {kind}", "msil", maps)] if maps else []
     return rows
 
 
-def _lateral_gates(calls: dict[nn.Module, list[Call]]) -> list[Row]:
+def _lateral_gates(calls: dict[nn.Module, list[Call]]) -> list[MapRow]:
     """MSE-FPN's gates (GCG or another), on lateral or top-down maps; a weight per channel counts for the whole map."""
     rows = []
     for neck in (m for m in calls if isinstance(m, MSEFPN)):
@@ -307,7 +309,7 @@ def _lateral_gates(calls: dict[nn.Module, list[Call]]) -> list[Row]:
                 x = calls[gate][0].inputs[0]
                 maps[stride] = gate.weights(x)[0].mean(dim=0).expand(x.shape[2:]).cpu()
         place = "the top-down maps" if neck.gate_place == "topdown" else "the lateral maps"
-        rows += [Row("gate", f"{type(neck.gate[0]).__name__}'s gate on {place}", "gate", maps)] if maps else []
+        rows += [MapRow("gate", f"{type(neck.gate[0]).__name__}'s gate on {place}", "gate", maps)] if maps else []
     return rows
 
 

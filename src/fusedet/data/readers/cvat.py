@@ -12,7 +12,7 @@ from fusedet.data.image_files import normalize_split_names
 from fusedet.data.readers.data_folder import DataFolder, file_mentions
 from fusedet.data.readers.left_out_files import Problems
 from fusedet.data.readers.number_text import parse_number
-from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes
+from fusedet.data.readers.records import ImageRecord, ImageShapes, RecordSet
 from fusedet.data.readers.voc import parse_xml
 from fusedet.errors import InputError
 
@@ -63,14 +63,14 @@ def _parse_images(
         if path is None:
             problems.add(annotation_cleaning.NO_IMAGE, [file] * len(nodes))
             continue
-        shapes = Shapes()
+        shapes = ImageShapes()
         for node in nodes:
             _add_shape(shapes, node, path, f"{file}, image '{name}'", problems)
         height, width = (int(_number(image, side, file, "0")) for side in ("height", "width"))
         yield subset, shapes.to_record(file, path, height, width)
 
 
-def _add_shape(shapes: Shapes, node: ElementTree.Element, path: str, where: str, problems: Problems) -> None:
+def _add_shape(shapes: ImageShapes, node: ElementTree.Element, path: str, where: str, problems: Problems) -> None:
     label = node.get("label")
     if not label:
         raise InputError(f"{where}: a <{node.tag}> has no label")

@@ -20,7 +20,7 @@ from fusedet.data.image_files import read_text
 from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.json_values import Entry
 from fusedet.data.readers.left_out_files import Problems
-from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes
+from fusedet.data.readers.records import ImageRecord, ImageShapes, RecordSet
 from fusedet.errors import InputError
 
 _BOXES = ("bbox", "bboxes", "boxes")
@@ -70,7 +70,7 @@ def _parse_lines(folder: DataFolder, file: str, names: list[str], problems: Prob
         if path is None:
             problems.add(annotation_cleaning.NO_IMAGE, [file] * len(rows))
             continue
-        shapes = Shapes()
+        shapes = ImageShapes()
         for box, category in rows:
             if len(box) != 4:
                 raise InputError(f"{where}: a box must be [x, y, width, height] in pixels, not {box!r:.60}")

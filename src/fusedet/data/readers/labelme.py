@@ -9,7 +9,7 @@ from fusedet.data import annotation_cleaning
 from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.json_values import Entry, load_json
 from fusedet.data.readers.left_out_files import Problems
-from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes, image_name_of, read_annotation_files
+from fusedet.data.readers.records import ImageRecord, ImageShapes, RecordSet, image_name_of, read_annotation_files
 from fusedet.errors import InputError
 
 _POLYGONS = ("polygon", "rotation", "quadrilateral", None)  # old files have no `shape_type`
@@ -34,7 +34,7 @@ def _parse_file(folder: DataFolder, file: str, problems: Problems) -> ImageRecor
     path = folder.find_image(file, *filter(None, [entry.text("imagePath", "")]), image_name_of(file))
     if path is None:
         return None
-    shapes, objects = Shapes(), defaultdict(list)
+    shapes, objects = ImageShapes(), defaultdict(list)
     for i, shape in enumerate(entry.entries("shapes")):
         group = shape.values.get("group_id")
         objects[(shape.text("label"), i if group is None else f"group {group}")].append(shape)

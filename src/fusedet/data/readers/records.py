@@ -48,7 +48,7 @@ class ImageRecord:
 
 
 @dataclass
-class Shapes:
+class ImageShapes:
     """Collects the shapes of one image: rectangles and polygons; others are counted."""
 
     names: list[str] = field(default_factory=list)

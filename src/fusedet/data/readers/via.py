@@ -12,7 +12,7 @@ from fusedet.data import annotation_cleaning
 from fusedet.data.readers.data_folder import DataFolder
 from fusedet.data.readers.json_values import Entry, load_json
 from fusedet.data.readers.left_out_files import Problems
-from fusedet.data.readers.records import ImageRecord, RecordSet, Shapes
+from fusedet.data.readers.records import ImageRecord, ImageShapes, RecordSet
 from fusedet.errors import InputError
 
 _CLASS_ATTRIBUTES = ("label", "class", "name", "category", "type", "object")
@@ -49,7 +49,7 @@ def _parse_images(folder: DataFolder, file: str, problems: Problems) -> Iterator
         if path is None:
             problems.add(annotation_cleaning.NO_IMAGE, [file] * len(list(image.entries("regions"))))
             continue
-        shapes = Shapes()
+        shapes = ImageShapes()
         for region in image.entries("regions"):
             _add_region(shapes, region, attribute, path, problems)
         yield shapes.to_record(file, path, 0, 0)  # VIA stores no sizes in pixels
@@ -86,7 +86,7 @@ def _class_name(region: Entry, attribute: str | None) -> str:
     return attributes.text(attribute).strip()
 
 
-def _add_region(shapes: Shapes, region: Entry, attribute: str | None, path: str, problems: Problems) -> None:
+def _add_region(shapes: ImageShapes, region: Entry, attribute: str | None, path: str, problems: Problems) -> None:
     shape = region.entry("shape_attributes")
     kind = shape.text("name")
     if kind in ("rect", "polygon", "polyline", "circle", "ellipse"):

@@ -77,7 +77,7 @@ class SMSL(nn.Module):
         super().__init__()
         one_of("mode", mode, Mode)
         one_of("resizing", resizing, Resizing)
-        self.sources = Sources(levels, channels, finest, coarsest, top) if mode == "standalone" else None
+        self.sources = LateralLevels(levels, channels, finest, coarsest, top) if mode == "standalone" else None
         self.levels = self.sources.levels if self.sources else levels
         L, C = len(self.levels), self.levels.channels[0]
         if set(self.levels.channels) != {C}:
@@ -122,7 +122,7 @@ class SMSL(nn.Module):
         return s[:, None], self.select(g)
 
 
-class Sources(nn.Module):
+class LateralLevels(nn.Module):
     """A backbone's maps as levels of one width, without a top-down path."""
 
     def __init__(self, levels: Levels, channels: int, finest: int, coarsest: int, top: Top) -> None:
