@@ -16,6 +16,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "DivergenceError": "errors",
     "InputError": "errors",
+    "Interrupted": "engine.signals",
     "Prediction": "api.prediction",
     "Predictor": "api.predict",
     "StorageError": "errors",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # the aliases mark public names
     from fusedet.api.weights import locate_weights as locate_weights
     from fusedet.app.command import create_app as create_app
     from fusedet.app.command import serve_app as serve_app
+    from fusedet.engine.signals import Interrupted as Interrupted
     from fusedet.errors import DivergenceError as DivergenceError
     from fusedet.errors import InputError as InputError
     from fusedet.errors import StorageError as StorageError

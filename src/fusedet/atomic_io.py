@@ -1,7 +1,5 @@
 """Atomic file writing: after a kill at any moment a file is the old one or the new one, never a part."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """Wrong input from the user, reported in one sentence."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args

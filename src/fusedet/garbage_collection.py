@@ -1,7 +1,5 @@
 """Work without Python's garbage collector, where it would scan millions of new objects."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager

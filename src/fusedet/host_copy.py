@@ -1,7 +1,5 @@
 """Copies of tensors from a GPU to the host that wait for it once."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 

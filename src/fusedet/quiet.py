@@ -1,7 +1,5 @@
 """Silence for the remarks of libraries."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Checks of untrusted checkpoint files before their tensors are allocated."""
 
-from __future__ import annotations
-
 import pickletools
 import struct
 import zipfile

@@ -1,7 +1,5 @@
 """Ablation of a table, and its preview: the command `ablate`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The cost of the rows: counted on their configs, measured on their trained weights in one process."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """Estimated duration of runs: their multiply-adds times the speed of finished runs or of a timed training step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Run an ablation from its plan to its report, or preview it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Start the runs of a plan: in this process, side by side on several devices, or as Slurm jobs."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

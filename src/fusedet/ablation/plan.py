@@ -1,7 +1,5 @@
 """The plan of an ablation: check every row's config, data and output folder before anything is trained."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The table of a dry run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

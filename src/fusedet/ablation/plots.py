@@ -1,7 +1,5 @@
 """Plots of an ablation: AP against cost, by object size, over the training, and differences by class."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence

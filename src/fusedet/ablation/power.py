@@ -1,7 +1,5 @@
 """Power of an ablation: the probability that its intervals show a difference, by the noise of finished runs."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Render a summary as tables of text: for the terminal, Markdown, CSV and the HTML page."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

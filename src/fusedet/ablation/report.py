@@ -1,7 +1,5 @@
 """Write the files of a summary: table.json, table.md, table.csv and report.html, a self-contained page."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Summarize finished runs: published and measured metrics, intervals over seeds and images, cost and conclusions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Texts of a summary: conclusions, coverage of the intervals, notes, cost, and paths without machine-specific parts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

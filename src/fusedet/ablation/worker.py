@@ -1,7 +1,5 @@
 """Execute one run of an ablation. As a program it reads the run's label and config from standard input."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

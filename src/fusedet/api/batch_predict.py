@@ -1,7 +1,5 @@
 """Predictions of any number of images, appended to one JSON-lines file per process and joined at the end."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import deque

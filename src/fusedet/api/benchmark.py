@@ -1,7 +1,5 @@
 """Speed, memory and size of a model in every installed engine, side by side: the command `benchmark`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

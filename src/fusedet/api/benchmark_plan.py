@@ -1,7 +1,5 @@
 """From the sources of a benchmark to its engines: checkpoints, exported models and what cannot run here."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """Images in a grid: training images as the network sees them, and predictions: the command `browse`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack

@@ -1,7 +1,5 @@
 """Class activation maps before and after each module, of one run or of two runs side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

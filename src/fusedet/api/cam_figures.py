@@ -1,7 +1,5 @@
 """Figures and numbers of activation maps, of one run or of two side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

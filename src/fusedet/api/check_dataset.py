@@ -1,7 +1,5 @@
 """Check of a dataset before a training: the command `doctor`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from contextlib import suppress

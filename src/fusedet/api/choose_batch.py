@@ -1,7 +1,5 @@
 """The choice of the batch size where train.batch is auto."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

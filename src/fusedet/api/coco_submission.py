@@ -3,8 +3,6 @@
 Source: cocodataset.org, "Results Format", "Upload" and "Detection Evaluation".
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zipfile

@@ -1,7 +1,5 @@
 """Comparison of two runs on the same images, with intervals from a paired bootstrap: the command `compare`."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

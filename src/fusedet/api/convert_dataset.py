@@ -1,7 +1,5 @@
 """Conversion of a dataset into another format: the command `convert data`."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field

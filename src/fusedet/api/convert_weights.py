@@ -1,7 +1,5 @@
 """Conversion of another project's weights into a run directory: the command `convert weights`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack

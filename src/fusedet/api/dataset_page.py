@@ -1,7 +1,5 @@
 """A page about a checked dataset: histograms of classes and sizes, extreme objects and suspects with thumbnails."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Synthetic data, a small detector trained on it, and its predictions: the command `demo`, which downloads nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From a stream of batches to the detections of each image: views, tiles and their merging."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any

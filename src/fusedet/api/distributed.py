@@ -1,7 +1,5 @@
 """Several processes: which of them this one is, the process group they form, and what they do in it."""
 
-from __future__ import annotations
-
 import atexit
 import itertools
 import os

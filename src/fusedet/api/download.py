@@ -4,8 +4,6 @@
 own repositories' files by a function that is not public. The standard library is enough.
 """
 
-from __future__ import annotations
-
 import re
 from http.client import HTTPException
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The inference engines of `fusedet benchmark`; as a program, one of them, which measures when it is asked."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

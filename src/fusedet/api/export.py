@@ -1,7 +1,5 @@
 """Export of a detector to files that run without fusedet, each compared with PyTorch: the command `export`."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """The files of an export: each is written, compared with PyTorch and described in a report."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The options of an export, checked before anything is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Literal
 

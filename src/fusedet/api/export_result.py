@@ -1,7 +1,5 @@
 """What an export returns and prints."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

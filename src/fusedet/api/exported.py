@@ -1,7 +1,5 @@
 """Exported models where a run can stand: loaded with the config, class names and category ids of their run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Image and video files from files, directories, globs and lists, listed lazily."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

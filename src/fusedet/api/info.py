@@ -1,7 +1,5 @@
 """Parameters and multiply-adds of a model: the command `info`."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Unpack

@@ -1,7 +1,5 @@
 """A detector from a checkpoint only; the file is validated before a model is built."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Prediction in memory: a checkpoint becomes a model that takes images of any kind."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Prediction of images and videos into a directory, in one process or many: the command `predict`."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Prediction of videos and streams into a directory: a line per frame, and copies with drawn frames."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack

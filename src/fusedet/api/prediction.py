@@ -1,7 +1,5 @@
 """The prediction of an image: detections with class names, as COCO results, as a table and drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a prediction writes beside COCO's json: a CSV file, YOLO labels and crops of the detections."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import re

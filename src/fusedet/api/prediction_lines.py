@@ -1,7 +1,5 @@
 """The JSON-lines files of a prediction, one per process and a line per image, and what they are joined to."""
 
-from __future__ import annotations
-
 import heapq
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Progress of a command: bars on a terminal only, lines through a function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial

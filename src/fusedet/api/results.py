@@ -1,7 +1,5 @@
 """What the commands return: plain fields, JSON-ready content, and tables when printed."""
 
-from __future__ import annotations
-
 import io
 import json
 from abc import ABC, abstractmethod

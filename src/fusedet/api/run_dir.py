@@ -1,7 +1,5 @@
 """Output directories: created once, never overwritten; and the files that describe a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """The page of a training or validation, written after all else: report.html."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable, Sequence

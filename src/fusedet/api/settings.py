@@ -8,8 +8,6 @@ All functions of `fusedet.api` take settings in the same two ways, which can be 
 Text is applied after keywords.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence

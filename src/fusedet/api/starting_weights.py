@@ -1,7 +1,5 @@
 """Starting weights of a training on other classes: rows of equal names are kept, others are initialized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

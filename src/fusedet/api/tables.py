@@ -1,7 +1,5 @@
 """Tables for the terminal: metrics, two runs side by side, a detector's cost, a dataset's report."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

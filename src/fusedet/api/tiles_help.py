@@ -1,7 +1,5 @@
 """Whether tiles help a trained detector on its data: the option `--tiles-help` of the command `val`."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Measuring calls: wall and processor seconds, in turn, and the peak memory of this process."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Training: from a config to a run directory with weights, metrics and plots."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What a training is made of: the splits, the detector and the transform of a config, each checked."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

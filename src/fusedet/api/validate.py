@@ -1,7 +1,5 @@
 """Evaluation of a detector on a split: results in COCO's format, their metrics, and the files that show them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

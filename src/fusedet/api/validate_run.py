@@ -1,7 +1,5 @@
 """Validation of a run, a checkpoint or stored results: the command `val`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Unpack

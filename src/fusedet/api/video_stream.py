@@ -1,7 +1,5 @@
 """Predictions of the frames of a video, in batches, and the tracks of their objects."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace

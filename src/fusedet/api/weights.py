@@ -1,7 +1,5 @@
 """Published detection weights: listed, fetched and located, the command `weights`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

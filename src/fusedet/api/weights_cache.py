@@ -1,7 +1,5 @@
 """The user's cache of published weights: fetched when a name asks for them, converted once, kept as safetensors."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

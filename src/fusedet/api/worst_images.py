@@ -1,7 +1,5 @@
 """Images of a split with their ground truth and detections, those with the most errors first."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Example images that a visitor of the page can pick."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from functools import cached_property, lru_cache

@@ -1,7 +1,5 @@
 """Heat maps of an image as PNG layers that a page lays over it, level by level."""
 
-from __future__ import annotations
-
 import base64
 import io
 

@@ -1,7 +1,5 @@
 """Counters of the server in Prometheus' text format, version 0.0.4."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping

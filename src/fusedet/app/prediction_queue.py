@@ -1,7 +1,5 @@
 """One prediction at a time, and a bounded number of requests that wait for their turn."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

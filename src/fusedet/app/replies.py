@@ -1,7 +1,5 @@
 """What the server answers, as the types of its OpenAPI description."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, Field

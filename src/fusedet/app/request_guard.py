@@ -1,7 +1,5 @@
 """What every request passes: the check of its host and origin, the limit of its size, and the headers of its answer."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit

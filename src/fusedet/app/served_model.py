@@ -1,7 +1,5 @@
 """The models behind the page: their names for the reader, and their detections in uploaded images."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

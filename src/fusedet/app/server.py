@@ -1,7 +1,5 @@
 """The server: routes of the page and of the JSON interface, and how its errors become answers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path

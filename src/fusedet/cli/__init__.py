@@ -1,7 +1,5 @@
 """The command line: parses text, calls the functions of `fusedet`, prints results; the help imports no torch."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

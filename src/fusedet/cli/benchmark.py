@@ -1,7 +1,5 @@
 """The command `benchmark`: turns its words into a call of `fusedet.api` and prints the result."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from typer import Argument, Option

@@ -1,7 +1,5 @@
 """The commands: each turns its words into a call of `fusedet.api` and prints the result."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The commands `convert data` and `convert weights`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from typer import Argument, Option

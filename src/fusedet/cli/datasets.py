@@ -1,7 +1,5 @@
 """The commands that look at a dataset: `doctor` and `browse`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from typer import Exit, Option

@@ -1,7 +1,5 @@
 """The command `app`: turns its words into a call of `fusedet.serve_app`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from typer import Argument, Option

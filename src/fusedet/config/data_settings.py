@@ -1,7 +1,5 @@
 """The settings of the dataset, its preprocessing and its augmentation."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator

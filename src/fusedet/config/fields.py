@@ -1,7 +1,5 @@
 """Types of settings that several sections share."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema

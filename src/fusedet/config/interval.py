@@ -1,7 +1,5 @@
 """Times and numbers of steps, as text."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Loading of configs: YAML with bases, schedules and dotted key=value overrides."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files

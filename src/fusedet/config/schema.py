@@ -3,8 +3,6 @@
 Those of `data` stand in `data_settings`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from itertools import pairwise

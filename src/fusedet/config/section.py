@@ -1,7 +1,5 @@
 """What the sections of a config share: frozen models that refuse unknown keys and wrong values in one sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self

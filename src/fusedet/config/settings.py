@@ -1,7 +1,5 @@
 """The list of all settings and the JSON schema of a config, for help texts, docs and editors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

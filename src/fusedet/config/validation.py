@@ -1,7 +1,5 @@
 """Validation of values from outside by their type hints, with one sentence per mistake."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType

@@ -1,7 +1,5 @@
 """YAML from anywhere: parsed within limits, and checked for names of foreign classes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Cleaning of annotations, the last step of every reader: malformed boxes are counted, and dropped where unusable."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

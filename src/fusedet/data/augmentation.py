@@ -1,7 +1,5 @@
 """Data augmentation that changes the scale, cuts, turns or joins images: scale jitter, crop, mosaic and others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self

@@ -1,7 +1,5 @@
 """Log of the images that a training replaced because they could not be read, with a limit on their share."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

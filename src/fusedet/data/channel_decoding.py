@@ -1,7 +1,5 @@
 """Images of any number of channels, such as multispectral TIFF files and numpy arrays."""
 
-from __future__ import annotations
-
 import io
 import os
 from pathlib import Path

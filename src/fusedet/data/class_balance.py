@@ -1,7 +1,5 @@
 """Repeat-factor sampling: images of rare classes are seen several times per epoch."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fusedet.data.dataset import DetectionDataset

@@ -1,7 +1,5 @@
 """Class names that are given twice, or differ in case, spaces or accents only."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict

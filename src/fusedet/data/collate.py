@@ -1,7 +1,5 @@
 """Collation of images and targets into one padded batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple

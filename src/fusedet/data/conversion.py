@@ -1,7 +1,5 @@
 """Conversion of a dataset to another dataset format."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Sequence

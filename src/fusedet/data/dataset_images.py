@@ -1,7 +1,5 @@
 """The pixels of a dataset's images and tiles, read as the dataset says."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images that are in two splits: the same file, the same content, or nearly the same pixels."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a check of a dataset has noticed, in a form that can be listed, counted and summarized."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -1,7 +1,5 @@
 """Decoding of images from files, memory or arrays into uint8 RGB tensors."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Files of a dataset: listing images, reading their sizes, and keeping paths inside the data folder."""
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -1,7 +1,5 @@
 """Opening of image files: formats, limits, EXIF orientation, and faults as InputErrors."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

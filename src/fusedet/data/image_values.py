@@ -1,7 +1,5 @@
 """Images whose pixel values are probably not meant as they are read: dark, of few bits, transparent."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

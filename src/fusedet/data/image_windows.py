@@ -1,7 +1,5 @@
 """Windows of images: of TIFF, only the rows, strips or tiles of a window are decoded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from PIL import Image

@@ -1,7 +1,5 @@
 """Images too large for memory, which are decoded window by window."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches of a dataset for training and evaluation, in every epoch and for every process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

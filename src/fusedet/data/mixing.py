@@ -1,7 +1,5 @@
 """Training images made of several: mosaic, mixup and copy-paste."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Validation of COCO segmentations: polygons and run-length encodings (RLE)."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

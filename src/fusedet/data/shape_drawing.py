@@ -1,7 +1,5 @@
 """Images of drawn shapes with exact masks, the content of the synthetic dataset."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

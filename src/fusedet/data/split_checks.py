@@ -1,7 +1,5 @@
 """Checks of one split and of two: usable targets, class names, crowded images, and images that are in both."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The splits that a config asks for: a share of the training split held out, and classes selected and renamed."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Synthetic dataset of drawn shapes with exact boxes and masks, for a first training without a download."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Compressed TIFF by parts: only the strips or tiles of a window are decompressed."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tiles of large images: where they lie, and datasets of them to train on and to validate on."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Transforms of an image and its annotations: keep-ratio resize, horizontal flip, photometric distortion."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Annotations that are no usable targets, by cause: a split without a usable one can be neither learned nor scored."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What is read of which videos: names of files and streams, and the part between two times."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

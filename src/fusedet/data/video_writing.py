@@ -1,7 +1,5 @@
 """Videos with drawn frames: H.264 with the times of the original, and its sound as it is."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path

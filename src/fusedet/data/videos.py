@@ -1,7 +1,5 @@
 """Videos, cameras and network streams: frames with their times, decoded by PyAV."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Worker processes that load batches: per-sample random state, and the replacement of bad images."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Writers of a dataset in COCO, VOC or YOLO format."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

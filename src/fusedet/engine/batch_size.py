@@ -1,7 +1,5 @@
 """The largest batch whose training step fits into memory, for train.batch=auto."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

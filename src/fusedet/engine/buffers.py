@@ -1,7 +1,5 @@
 """Buffers of a module that stay as they are, whatever the module computes in between."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

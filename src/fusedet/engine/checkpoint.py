@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, and read without executing code that they hold."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

@@ -3,8 +3,6 @@
 A file that is whole may still be a wrong one: of another program, or changed by somebody.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """torch's deterministic algorithms, with which a GPU computes the same numbers twice."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Averaged weights: a copy of the detector that follows it slowly."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

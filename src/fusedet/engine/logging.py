@@ -1,7 +1,5 @@
 """Logs of a training: metrics.csv and speed.csv always, TensorBoard, W&B and MLflow on request."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

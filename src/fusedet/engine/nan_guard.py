@@ -1,7 +1,5 @@
 """Stops a training whose losses or gradients are no longer finite, without a needless GPU synchronization."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -3,8 +3,6 @@
 The schedule is a plain function of the step, so that a checkpoint needs no state of it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

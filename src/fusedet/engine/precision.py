@@ -1,7 +1,5 @@
 """The choice of floating-point precision for a device."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The progress of a training: a bar on a terminal, lines elsewhere, and the remaining time."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import time

@@ -1,7 +1,5 @@
 """The random states of a process, as plain values that a checkpoint can hold."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator, Mapping

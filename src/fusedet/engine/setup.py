@@ -1,7 +1,5 @@
 """The start of a training: a run is made, or restored from its last.ckpt."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM, delayed until the weights are consistent."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

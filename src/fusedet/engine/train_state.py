@@ -1,7 +1,5 @@
 """The state of one training, saved as last.ckpt and restored from it."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -3,8 +3,6 @@
 Read it from `fit` downwards: `_train_epoch` -> `_train_step`, then `_end_epoch` -> `_validate` -> `_keep_best`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The detector's loss on the validation split, computed while its batches go to the evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import torch

@@ -6,8 +6,6 @@ detections of a class in descending score, one cumulative sum of weights serves 
 maxima and recall its steps at true positives, so only their positions are evaluated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Calibration of scores: how often detections of a score are right."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

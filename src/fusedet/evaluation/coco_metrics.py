@@ -1,7 +1,5 @@
 """COCO metrics of results, by this package's evaluator or by a reference package."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Confidence intervals: Student's t over seeds, percentiles over resamples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import lru_cache

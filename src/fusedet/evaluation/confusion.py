@@ -1,7 +1,5 @@
 """The confusion matrix, and the images with the most errors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

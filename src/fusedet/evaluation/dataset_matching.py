@@ -1,7 +1,5 @@
 """Matching of a dataset with results by COCO's rule, for metrics, intervals and error types."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

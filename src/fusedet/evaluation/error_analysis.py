@@ -4,8 +4,6 @@ References:
     Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020, sections 2.2 and 2.3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

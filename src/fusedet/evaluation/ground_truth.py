@@ -1,7 +1,5 @@
 """The ground truth of a dataset in the form that COCO evaluators read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

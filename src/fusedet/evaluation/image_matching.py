@@ -1,7 +1,5 @@
 """Matching of detections with the instances of their image, of any class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """IoU of run-length encoded (RLE) masks, by the mask functions of faster-coco-eval."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """COCO results: loading, validation and conversion to flat arrays."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

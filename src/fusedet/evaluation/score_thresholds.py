@@ -1,7 +1,5 @@
 """Counts at every score threshold, and the threshold of maximal F1 per class with its interval over images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """COCO metrics by faster-coco-eval or pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

@@ -1,7 +1,5 @@
 """Average precision by the rules of the PASCAL VOC challenge."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The formats: how each is written, with the metadata inside."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import math

@@ -1,7 +1,5 @@
 """A detector as an exported program, with fixed or dynamic sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

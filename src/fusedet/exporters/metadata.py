@@ -1,7 +1,5 @@
 """What is known about an exported model: model.json beside the files, and the same text inside each of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal

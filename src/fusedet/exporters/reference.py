@@ -1,7 +1,5 @@
 """PyTorch's outputs, with which those of an exported file are compared."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Exported files in their own runtimes, with the interface of a detector."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """OpenVINO's converter and NNCF without their telemetry."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

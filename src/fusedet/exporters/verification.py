@@ -1,7 +1,5 @@
 """The comparison of an exported file with PyTorch, without which no file is kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Class names and category ids of a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Convert a checkpoint of another project to a config and weights of this one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Published detection weights by name: those of torchvision and MMDetection that can be converted."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Sizes of weights in an untrusted checkpoint, by name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Construction of parts from specs ("fpn", or {type: fpn, ...}): the only place where strings become classes."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

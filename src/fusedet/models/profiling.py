@@ -1,7 +1,5 @@
 """Cost of a detector: parameters and multiply-adds, per part."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -11,8 +11,6 @@ The protocols marked runtime-checkable have methods and plain numbers only. `isi
 parameters, buffers and submodules from Python 3.12 on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 

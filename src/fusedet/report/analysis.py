@@ -1,7 +1,5 @@
 """All numbers of a page, computed from a split and its detections."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

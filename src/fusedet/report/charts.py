@@ -1,7 +1,5 @@
 """Charts as inline SVG in the colors of the page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

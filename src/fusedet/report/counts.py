@@ -1,7 +1,5 @@
 """Counts of a page at every threshold: confusions, errors by kind, and true and false positives per class."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

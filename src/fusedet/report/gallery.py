@@ -1,7 +1,5 @@
 """Thumbnails of errors and true positives, bounded in number, in bytes and in pixels that are decoded."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

@@ -1,7 +1,5 @@
 """The page of a run as one HTML file: numbers, curves, a confusion matrix and a gallery that follow the threshold."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from html import escape

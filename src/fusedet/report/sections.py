@@ -1,7 +1,5 @@
 """The sections of a page that do not follow the threshold: metrics, errors, curves, calibration, origin."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """The parts of a page that follow the threshold: classes, confusion matrix and gallery, as HTML at one threshold."""
 
-from __future__ import annotations
-
 import math
 from html import escape
 

@@ -1,7 +1,5 @@
 """Draw boxes with tags, so that small objects stay visible and tags do not hide each other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self

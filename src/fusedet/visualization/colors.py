@@ -1,7 +1,5 @@
 """Class colors that are safe for color-blind readers, and fonts that contain the letters of a text."""
 
-from __future__ import annotations
-
 import colorsys
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Plots of an evaluation: precision-recall curves, confusion matrix, AP by object size, differences of two runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

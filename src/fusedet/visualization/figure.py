@@ -1,7 +1,5 @@
 """Matplotlib figures in one style, made without matplotlib's global state."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Figures of heat maps over an image, level by level, and of level weights."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Draw boxes, masks and a comparison with the ground truth into images, and arrange images in a grid."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

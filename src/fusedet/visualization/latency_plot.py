@@ -1,7 +1,5 @@
 """Plot of latency against AP."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

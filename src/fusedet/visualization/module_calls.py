@@ -1,7 +1,5 @@
 """Inputs and outputs of modules during a forward pass, recorded by hooks, in the autograd graph."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Plots of the distribution of box centres in the image, per class, as in Figure 5 of MSIL (Wang et al., 2023)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

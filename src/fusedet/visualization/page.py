@@ -1,7 +1,5 @@
 """The frame of a self-contained HTML page: one style, light or dark, and nothing that is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Plot of a training run: losses, learning rate and validation metrics."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path

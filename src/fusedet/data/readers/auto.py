@@ -1,7 +1,5 @@
 """Reading of a dataset whose format is auto-detected. `LAYOUTS` lists all that is read, in the order of detection."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Reader of COCO json files: crowds, ignored annotations, polygons, RLE, category ids with gaps, ids that are texts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """The files of a COCO dataset: the json of each split, and the folders where its images may be."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

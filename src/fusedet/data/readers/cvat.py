@@ -1,7 +1,5 @@
 """Reader of CVAT's xml for images: all images in one file, with boxes, polygons, ellipses and masks."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator

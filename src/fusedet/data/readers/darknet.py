@@ -1,7 +1,5 @@
 """Reader of Darknet's obj.data and of class lists, which stand in for the data.yaml of a YOLO dataset."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The files of a data folder in one walk: annotation files by extension, images by name, and splits by folder."""
 
-from __future__ import annotations
-
 import codecs
 import mmap
 import os

@@ -3,8 +3,6 @@
 A line is {"file_name": "a.jpg", "objects": {"bbox": [[x, y, width, height], ...], "categories": [0, ...]}}.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Key points in YOLO label files: `class cx cy w h` and then the points, as `kpt_shape` of the data.yaml says."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reader of LabelMe datasets: a json per image, with rectangles, polygons and circles."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 

@@ -1,7 +1,5 @@
 """Files that a reader leaves out: labels without an image, images of formats that are not read."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator

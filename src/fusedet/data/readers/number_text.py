@@ -1,7 +1,5 @@
 """Numbers as annotation files write them."""
 
-from __future__ import annotations
-
 
 def parse_number(value: str | float) -> float:
     """Return a number or its text as a float.

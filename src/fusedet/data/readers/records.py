@@ -1,7 +1,5 @@
 """What the readers of formats with one annotation per image share: records, class names, splits and their dataset."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The sentence for data that no reader recognises: the nearest known layout, and what is missing from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

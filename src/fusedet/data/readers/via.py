@@ -3,8 +3,6 @@
 Its regions have any number of attributes; the class is that of the name `label`, `class`, ..., or the only one.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 

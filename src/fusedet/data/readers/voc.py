@@ -1,7 +1,5 @@
 """Reader of VOC datasets: an xml per image, with lists of images in ImageSets/Main or in folders of any name."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """Reader of YOLO datasets: a data.yaml or obj.data, and per image a text file of normalised boxes or polygons."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Convert what MMDetection's heads share: anchors, the encoding and loss of boxes, and the focal loss."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Convert MMDetection's backbones, necks and image preprocessing to fusedet's config."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rename and reorder the weights of MMDetection's backbones to timm's."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Convert MMDetection's config of a detector to fusedet's config."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

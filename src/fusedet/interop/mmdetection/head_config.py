@@ -1,7 +1,5 @@
 """Convert MMDetection's dense heads and RPN to fusedet's config."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Infer MMDetection's config of a detector from the names and shapes of its weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

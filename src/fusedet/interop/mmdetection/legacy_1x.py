@@ -9,8 +9,6 @@ In 1.x, a two-stage detector with K classes has K + 1 rows, background first:
 One-stage heads have no background rows in any version.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch

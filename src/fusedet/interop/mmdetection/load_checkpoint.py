@@ -1,7 +1,5 @@
 """Read checkpoints of other projects without executing their code."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections import OrderedDict

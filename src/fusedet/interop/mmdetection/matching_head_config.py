@@ -1,7 +1,5 @@
 """Convert MMDetection's heads of FreeAnchor, FoveaBox, FSAF, YOLOF and AutoAssign."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

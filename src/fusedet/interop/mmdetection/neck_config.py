@@ -1,7 +1,5 @@
 """Convert MMDetection's HRFPN, NAS-FPN, DyHead and dilated encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read MMDetection's Python configs as data: they are parsed and never executed."""
 
-from __future__ import annotations
-
 import ast
 import operator
 import re

@@ -1,7 +1,5 @@
 """Convert MMDetection's RoI heads to fusedet's model.roi."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fusedet.errors import InputError

@@ -1,7 +1,5 @@
 """Convert the configs of MMDetection's backbones other than ResNet to timm's models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rename and match MMDetection's weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any

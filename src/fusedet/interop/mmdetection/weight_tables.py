@@ -1,7 +1,5 @@
 """Tables of MMDetection's names of weights: outputs of dense heads, and necks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

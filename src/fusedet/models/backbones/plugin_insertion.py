@@ -4,8 +4,6 @@ Parts of a block without parameters (an activation, the drop path) are replaced 
 plug-in.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

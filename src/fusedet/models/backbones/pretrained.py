@@ -1,7 +1,5 @@
 """Creation of timm models, their weights from timm or from a file, and the checks of both."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path

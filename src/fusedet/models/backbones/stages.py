@@ -1,7 +1,5 @@
 """The stages of a timm model by number, their deformable form, and the last one by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Self

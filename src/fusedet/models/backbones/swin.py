@@ -4,8 +4,6 @@ References:
     "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", Liu et al., 2021.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformerBlock

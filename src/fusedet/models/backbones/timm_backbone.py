@@ -1,7 +1,5 @@
 """Backbone: any timm model with feature extraction, with frozen stages, frozen BatchNorm and deformable stages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial

@@ -4,8 +4,6 @@ References:
     "Scale-Aware Trident Networks for Object Detection", Li et al., 2019, section 3.2 and figure 2.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Objects cut by the borders of overlapping tiles: their parts become one detection."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

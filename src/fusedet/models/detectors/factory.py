@@ -1,7 +1,5 @@
 """Build a detector from a config."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence

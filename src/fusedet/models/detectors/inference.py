@@ -1,7 +1,5 @@
 """Copies of a detector that are optimised for inference."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any, Literal, TypeVar

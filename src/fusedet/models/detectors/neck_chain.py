@@ -1,7 +1,5 @@
 """A chain of necks that acts as one neck."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 

@@ -1,7 +1,5 @@
 """One-stage detectors: backbone, neck and dense head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Detections of several views of an image, merged by NMS: of resized and flipped copies (TTA), and of its tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Two-stage detectors: proposals and RoI stages (Faster, Mask, Cascade, Dynamic, Grid, Libra R-CNN, TridentNet)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 

@@ -5,8 +5,6 @@ References:
     Zhang et al., 2020.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -4,8 +4,6 @@ References:
     "AutoAssign: Differentiable Label Assignment for Dense Object Detection", Zhu et al., 2020.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

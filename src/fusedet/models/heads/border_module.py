@@ -4,8 +4,6 @@ References:
     "BorderDet: Border Feature for Dense Object Detection", Qiu et al., 2020, section 3.3.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -4,8 +4,6 @@ References:
     "BorderDet: Border Feature for Dense Object Detection", Qiu et al., 2020.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

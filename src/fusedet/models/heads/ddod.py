@@ -4,8 +4,6 @@ References:
     "Disentangle Your Dense Object Detector", Chen et al., 2021.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -4,8 +4,6 @@ References:
     "A Dual Weighting Label Assignment Scheme for Object Detection", Li et al., 2022.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

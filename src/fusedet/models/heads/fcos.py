@@ -5,8 +5,6 @@ References:
     "FCOS: A Simple and Strong Anchor-free Object Detector", Tian et al., 2020: the improvements, off by default.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import pairwise

@@ -4,8 +4,6 @@ References:
     "FoveaBox: Beyond Anchor-Based Object Detection", Kong et al., 2020, section 3.5.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

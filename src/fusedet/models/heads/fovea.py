@@ -4,8 +4,6 @@ References:
     "FoveaBox: Beyond Anchor-Based Object Detection", Kong et al., 2020; the feature alignment is its section 3.5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ References:
     "FreeAnchor: Learning to Match Anchors for Visual Object Detection", Zhang et al., 2019.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

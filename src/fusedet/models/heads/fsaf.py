@@ -4,8 +4,6 @@ References:
     "Feature Selective Anchor-Free Module for Single-Shot Object Detection", Zhu et al., 2019.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

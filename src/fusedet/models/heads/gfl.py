@@ -5,8 +5,6 @@ References:
     2020. `quality_predictor` has the second version.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ References:
     "OTA: Optimal Transport Assignment for Object Detection", Ge et al., 2021.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

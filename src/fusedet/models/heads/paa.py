@@ -4,8 +4,6 @@ References:
     "Probabilistic Anchor Assignment with IoU Prediction for Object Detection", Kim and Lee, 2020.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Unpack
 

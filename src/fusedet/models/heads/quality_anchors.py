@@ -1,7 +1,5 @@
 """What ATSS, PAA and DDOD share: one square anchor per cell, two towers, and a quality logit beside the box."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ References:
     al., 2021, section 3.2.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ References:
     "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

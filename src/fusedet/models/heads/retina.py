@@ -4,8 +4,6 @@ References:
     "Focal Loss for Dense Object Detection", Lin et al., 2017.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ References:
     "Feature Pyramid Networks for Object Detection", Lin et al., 2017.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Scores of dense heads from class logits, and their fusion with a predicted quality or objectness."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from fusedet.models.ops.layers import flatten_maps

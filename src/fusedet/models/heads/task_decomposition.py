@@ -4,8 +4,6 @@ References:
     "TOOD: Task-aligned One-stage Object Detection", Feng et al., 2021, section 3.1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

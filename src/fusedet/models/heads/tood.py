@@ -4,8 +4,6 @@ References:
     "TOOD: Task-aligned One-stage Object Detection", Feng et al., 2021.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

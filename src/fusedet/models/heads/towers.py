@@ -1,7 +1,5 @@
 """Convolution towers: the classification and the regression branch of dense heads, and their interaction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypedDict
 

@@ -4,8 +4,6 @@ References:
     "VarifocalNet: An IoU-aware Dense Object Detector", Zhang et al., 2021.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

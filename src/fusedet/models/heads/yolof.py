@@ -4,8 +4,6 @@ References:
     "You Only Look One-level Feature", Chen et al., 2021.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ References:
     "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", Cao et al., 2019, figure 4 (d), eq. 5.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ References:
     numbered as there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ References:
     "Multi-Semantic Interactive Learning for Object Detection", Wang et al., 2023, section 3.2, equations 3 to 6.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -4,8 +4,6 @@ References:
     "AugFPN: Improving Multi-scale Feature Learning for Object Detection", Guo et al., 2020.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import torch

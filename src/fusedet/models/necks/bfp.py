@@ -4,8 +4,6 @@ References:
     "Libra R-CNN: Towards Balanced Learning for Object Detection", Pang et al., 2019, section 3.2.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import nn

@@ -4,8 +4,6 @@ References:
     "EfficientDet: Scalable and Efficient Object Detection", Tan et al., 2020, section 3.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

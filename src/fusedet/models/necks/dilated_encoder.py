@@ -4,8 +4,6 @@ References:
     "You Only Look One-level Feature", Chen et al., 2021, section 4.1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

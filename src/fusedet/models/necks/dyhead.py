@@ -5,8 +5,6 @@ References:
     "Dynamic ReLU", Chen et al., 2020: the attention over channels.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -6,8 +6,6 @@ References:
     "FCOS: Fully Convolutional One-Stage Object Detection", Tian et al., 2019 (`top="on_output"`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

@@ -7,8 +7,6 @@ References:
     "Multi-scale semantic enhancement network for object detection", Guo et al., 2023.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The backbone's own map as a pyramid of one level, for C4 detectors."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from fusedet.errors import InputError

@@ -5,8 +5,6 @@ References:
     numbered as there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate

@@ -4,8 +4,6 @@ References:
     "Path Aggregation Network for Instance Segmentation", Liu et al., 2018, section 3.1.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor, nn

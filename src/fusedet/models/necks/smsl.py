@@ -5,8 +5,6 @@ References:
     there.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Checks of the options that several heads and assigners share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Label assignment: which prior is a positive for which ground-truth instance."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ References:
     Zhang et al., 2020.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

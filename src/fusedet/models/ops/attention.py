@@ -1,7 +1,5 @@
 """Channel attention, shared by several modules."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from fusedet.models.ops.layers import conv

@@ -4,8 +4,6 @@ References:
     "BorderDet: Border Feature for Dense Object Detection", Qiu et al., 2020, section 3.2.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Boxes: anchors, box encoding and decoding, IoU, and the project's only non-maximum suppression."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

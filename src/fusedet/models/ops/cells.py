@@ -3,8 +3,6 @@
 The first cell lies at 0. A box of a cell has the channels left, upper, right and lower side.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -5,8 +5,6 @@ References:
     "Deformable ConvNets v2: More Deformable, Better Results", Zhu et al., 2019 (v2, modulated).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -4,8 +4,6 @@ References:
     "A Dual Weighting Label Assignment Scheme for Object Detection", Li et al., 2022.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

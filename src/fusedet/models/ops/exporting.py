@@ -3,8 +3,6 @@
 Eager computation never takes these forms: its numbers, its order of equal scores and its speed do not depend on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """Greedy matching of one image's detections, for the confusion matrix and the drawn errors."""
 
-from __future__ import annotations
-
 import numpy as np
 
 FALSE_POSITIVE, IGNORED = -1, -2

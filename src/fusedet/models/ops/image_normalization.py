@@ -1,7 +1,5 @@
 """Image preprocessing on the device: normalisation and zero padding."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Every function waits for a GPU once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

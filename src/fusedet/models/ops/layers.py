@@ -1,7 +1,5 @@
 """Small layers, weight initialisation, and folding of BatchNorm."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Literal, TypeVar

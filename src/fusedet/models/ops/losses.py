@@ -1,7 +1,5 @@
 """Classification and IoU losses, and the normaliser averaged over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -5,8 +5,6 @@ References:
     "Sinkhorn Distances: Lightspeed Computation of Optimal Transport", Cuturi, 2013.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

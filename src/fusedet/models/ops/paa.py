@@ -4,8 +4,6 @@ References:
     "Probabilistic Anchor Assignment with IoU Prediction for Object Detection", Kim and Lee, 2020, section 3.2.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ References:
     "RepPoints: Point Set Representation for Object Detection", Yang et al., 2019, section 4.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

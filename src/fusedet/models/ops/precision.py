@@ -1,7 +1,5 @@
 """Computation in its own precision inside autocast."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Resizing of all levels to one size and back (Libra R-CNN, 2019, section 3.2), and the non-local block between."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Literal

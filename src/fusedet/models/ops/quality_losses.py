@@ -6,8 +6,6 @@ References:
     2020, eq. 3 and 5.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Label assignment by the central region of a box: FoveaBox's and FSAF's."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

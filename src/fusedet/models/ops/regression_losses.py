@@ -1,7 +1,5 @@
 """Box regression losses, element by element, without reduction."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,8 +6,6 @@ numbers in channels_last. torchvision's kernel samples channel by channel on one
 the two.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

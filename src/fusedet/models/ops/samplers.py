@@ -1,7 +1,5 @@
 """Sampling of positives and negatives for a loss, all images at once, with torch's random numbers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

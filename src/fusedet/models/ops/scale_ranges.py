@@ -4,8 +4,6 @@ References:
     "Scale-Aware Trident Networks for Object Detection", Li et al., 2019, section 3.3, eq. 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ References:
     "Soft-NMS: Improving Object Detection With One Line of Code", Bodla et al., 2017.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -4,8 +4,6 @@ References:
     "TOOD: Task-aligned One-stage Object Detection", Feng et al., 2021, section 3.2.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ References:
     "You Only Look One-level Feature", Chen et al., 2021, section 4.2.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ References:
     "Fast R-CNN", Girshick, 2015; the two shared layers are those of FPN, 2017.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal

@@ -5,8 +5,6 @@ References:
     stage, conv5_x, runs on the features pooled from C4.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from fusedet.models.protocols import BackboneStage, RoIPooling

@@ -4,8 +4,6 @@ References:
     "Rethinking Classification and Localization for Object Detection", Wu et al., 2020.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ References:
     "Dynamic R-CNN: Towards High Quality Object Detection via Dynamic Training", Zhang et al., 2020.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

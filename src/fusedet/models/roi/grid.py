@@ -5,8 +5,6 @@ References:
     "Grid R-CNN Plus: Faster and Better", Lu et al., 2019.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ References:
     "Mask R-CNN", He et al., 2017.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 

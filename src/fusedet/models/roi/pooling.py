@@ -4,8 +4,6 @@ References:
     "Feature Pyramid Networks for Object Detection", Lin et al., 2017, eq. 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@ References:
     "Fast R-CNN", Girshick, 2015, section 2.3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ References:
     "AugFPN: Improving Multi-Scale Feature Learning for Object Detection", Guo et al., 2020, section 3.4.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
