@@ -22,7 +22,8 @@ from PIL import Image
 
 import fusedet
 from fusedet import evaluation
-from fusedet.data.synthetic import SHAPES, draw_image, generate_dataset
+from fusedet.data.shape_drawing import SHAPES, draw_image
+from fusedet.data.synthetic import generate_dataset
 
 GRID = 8  # scenes along a side of a large image, each with up to six objects
 TILES, SIDE = 256, 384  # a tile in original pixels, and in those of the network

@@ -219,7 +219,10 @@ print(task["label"], "on", task["config"]["device"], "with", os.environ["OMP_NUM
 """
 
 
-def test_each_device_has_a_process(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("devices", "threads"), [(["cuda:0", "cuda:1"], 6), (["cpu", "cpu"], 3)])
+def test_each_device_has_a_process(
+    devices: list[str], threads: int, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "fake_worker.py").write_text(FAKE_WORKER)
     monkeypatch.setattr(worker, "__name__", "fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -227,11 +230,11 @@ def test_each_device_has_a_process(plan: Plan, tmp_path: Path, monkeypatch: pyte
     runs = plan.runs("plain")
     queue = launcher.Queue([runs[:]], estimate.Clock({"plain, 1 conv": 1.0}, {}), parallel=2)
     messages: list[str] = []
-    launcher.run_local(queue, ["cuda:0", "cuda:1"], messages.append)
+    launcher.run_local(queue, devices, messages.append)
     assert len(messages) == len(runs) == 2
     assert queue.clock.seconds == {"plain, 1 conv": [2.0, 2.0]}
     logs = {Path(f"{run.folder}.log").read_text().strip() for run in runs}
-    assert logs == {"plain, 1 conv on cuda:0 with 3", "plain, 1 conv on cuda:1 with 3"}
+    assert logs == {f"plain, 1 conv on {device} with {threads}" for device in devices}
 
 
 def test_devices_have_as_many_runs_as_asked() -> None:
