@@ -32,7 +32,7 @@ MODULES = (
     "model.plugin={type: msfm, scales: [0.5, 1, 2], conv_num: 1}",
     "model.neck=[mse_fpn,smsl]",
 )
-SMALL = ("model.backbone.name=lcnet_050", "model.pyramid.channels=16", "model.head.convs=1", "model.head.norm=false")
+SMALL = ("model.backbone.name=test_resnet", "model.pyramid.channels=16", "model.head.convs=1", "model.head.norm=false")
 COUNTS = (3, 5, 2, 4)
 """Instances of the images of a batch."""
 

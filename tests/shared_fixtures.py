@@ -148,7 +148,7 @@ def copied_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SMALL = [
-    "model.backbone.name=lcnet_050",
+    "model.backbone.name=test_resnet",
     "model.pyramid.channels=16",
     "model.head.convs=1",
     "model.head.norm=false",

@@ -396,7 +396,7 @@ def test_weights_that_cannot_be_fetched(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     said = complaint(capsys, *train(scenes, tmp_path / "out", "model.backbone.pretrained=true"))
-    has(said, "lcnet_050", "model.backbone.weights=FILE", "model.backbone.pretrained=false")
+    has(said, "test_resnet", "model.backbone.weights=FILE", "model.backbone.pretrained=false")
     assert not (tmp_path / "out").exists()
 
 
@@ -411,13 +411,13 @@ def test_local_files_that_are_no_weights(capsys: Capture, scenes: Path, tmp_path
     torch.save([1, 2], file)
     has(refuse(file), file, "cannot be read as a state dict")
     torch.save({"a": torch.zeros(3)}, file)
-    has(refuse(file), file, "lacks", "of 'lcnet_050': conv_stem.weight, bn1.weight", "holds a, ", "timm's names")
-    whole = timm.create_model("lcnet_050").state_dict()
+    has(refuse(file), file, "lacks", "of 'test_resnet': conv1.0.weight, conv1.1.weight", "holds a, ", "timm's names")
+    whole = timm.create_model("test_resnet").state_dict()
     partial = {key: torch.rand(value.shape) for key, value in whole.items() if key != "bn1.running_var"}
     torch.save(partial, file)
-    has(refuse(file), file, "lacks 1 of the", "of 'lcnet_050': bn1.running_var;")
-    torch.save(timm.create_model("lcnet_035").state_dict(), file)
-    has(refuse(file), file, "holds no weights of 'lcnet_050'", "size mismatch")
+    has(refuse(file), file, "lacks 1 of the", "of 'test_resnet': bn1.running_var;")
+    torch.save(whole | {"bn1.weight": torch.ones(1)}, file)
+    has(refuse(file), file, "holds no weights of 'test_resnet'", "size mismatch")
     assert not (tmp_path / "out").exists()
 
 

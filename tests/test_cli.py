@@ -322,7 +322,7 @@ def test_load_takes_overrides_of_the_test(trained: Path, scenes: Path) -> None:
 
 def test_create_model_is_the_command_line(trained: Path) -> None:
     model = fusedet.create_model("retinanet_tiny", *SMALL, num_classes=6)
-    sections = {"backbone": {"name": "lcnet_050"}, "pyramid": {"channels": 16}, "head": {"convs": 1, "norm": False}}
+    sections = {"backbone": {"name": "test_resnet"}, "pyramid": {"channels": 16}, "head": {"convs": 1, "norm": False}}
     same = fusedet.create_model("retinanet_tiny", num_classes=6, model=sections)
     weights, _ = checkpoint.load_weights(trained / "best.safetensors")
     for one in (model, same):

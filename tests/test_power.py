@@ -89,7 +89,7 @@ TABLE = """
 base: retinanet_tiny
 overrides:
   ["data.size=[64,96]", "test.size_bins=[4,16,64]", model.pyramid.channels=16, model.head.norm=false,
-   model.backbone.name=lcnet_050]
+   model.backbone.name=test_resnet]
 rows:
   - {label: plain}
   - {label: more, overrides: [train.lr=0.5]}

@@ -33,7 +33,7 @@ MINE = """
 base: retinanet_tiny
 synthetic: {images: 12, size: [64, 96], splits: {train: 1, val: 1}, seed: 3}
 overrides:
-  ["data.size=[64,96]", model.pyramid.channels=16, model.head.norm=false, model.backbone.name=lcnet_050,
+  ["data.size=[64,96]", model.pyramid.channels=16, model.head.norm=false, model.backbone.name=test_resnet,
    "test.size_bins=[4,16,32,96]"]
 rows:
   - {label: plain}
