@@ -1,6 +1,7 @@
 """The tables on synthetic data of their own: what they run, the data that they make, and their report of size bins."""
 
 import json
+import shutil
 
 import pytest
 
@@ -91,3 +92,14 @@ def test_report_of_bins_and_noise(scenes, tmp_path, monkeypatch):
     assert "AP by size bin" in files["page"].read_text()
     assert "Power: with 2 seeds per row" in files["table"].read_text()
     assert "AP 4-16 px_difference_images_low" in files["spreadsheet"].read_text().splitlines()[0]
+
+
+def test_power_is_that_of_the_row_with_the_fewest_seeds(scenes, tmp_path, monkeypatch):
+    plan = make_plan(tmp_path, MINE, scenes, seeds=3)
+    finish_runs(plan, lambda run: make_results(plan.val, 0.2 + 0.2 * run.seed, 0.2))
+    shutil.rmtree(plan.runs("more")[2].folder)
+    monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
+    made = summary.summarize(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
+    plain, more = (row["noise"] for row in made["rows"])
+    assert (plain["runs"], plain["seeds"]) == (3, 2)
+    assert (more["runs"], more["seeds"]) == (2, 2)

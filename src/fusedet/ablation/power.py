@@ -116,10 +116,8 @@ def compute_visible_difference(noise: Noise, seeds: int) -> float | None:
     return None if least is None else least / 1000
 
 
-def describe_power(noise: Noise, seeds: int) -> dict[str, Any] | None:
-    """Return noise, the power of a table with `seeds` runs per row and its smallest visible difference."""
-    if seeds < 2:
-        return None
+def describe_power(noise: Noise, seeds: int) -> dict[str, Any]:
+    """Return noise, the power of a table with `seeds` runs per row, 2 or more, and its smallest visible difference."""
     power, visible = compute_power(noise, seeds, noise.images), compute_visible_difference(noise, seeds)
     return asdict(noise) | {"seeds": seeds, "effect": EFFECT, "power": power, "visible_difference": visible}
 

@@ -84,7 +84,7 @@ def summarize(plan: Plan, costs: Mapping[str, Tree], *, resamples: int = 1000) -
                 "reference": plan.reference(row.label),
                 "runs": [_describe_run(run, states[run.folder], metrics) for run in runs[row.label]],
                 "measured": _average_over_seeds([metrics[run.folder] for run in own], (*METRICS, *bins)),
-                "noise": _describe_noise(plan, samples.get(same)),
+                "noise": _describe_noise(plan, row.label, samples),
                 "cost": {**costs[row.label], "prediction": speeds.get(same), "training": _average_speed(own)},
             }
             summary |= _compute_differences(plan, row.label, finished, metrics, samples, bins)
@@ -184,12 +184,15 @@ def resample_runs(
         return dict(zip(wanted, pool.map(resample, wanted.values())))
 
 
-def _describe_noise(plan: Plan, samples: Sequence[bootstrap.ResampledMetrics] | None) -> Tree | None:
-    """Describe the noise of the table's metric and the power that it leaves."""
-    if not samples or plan.table.metric not in RESAMPLED:
+def _describe_noise(plan: Plan, label: str, samples: Mapping[str, Sequence[bootstrap.ResampledMetrics]]) -> Tree | None:
+    """Describe the noise of the table's metric in a row, and the power with the fewest seeds of the compared rows."""
+    own = samples.get(plan.runs_of[label], ())
+    if len(own) < 2 or plan.table.metric not in RESAMPLED:
         return None
-    noise = power.measure_noise(samples, plan.table.metric.removeprefix("mask_"))
-    return None if noise is None else power.describe_power(noise, len(samples))
+    noise = power.measure_noise(own, plan.table.metric.removeprefix("mask_"))
+    compared = {same for other, same in plan.runs_of.items() if label in (other, plan.reference(other))}
+    seeds = min(len(samples[same]) for same in compared if same in samples)
+    return None if noise is None else power.describe_power(noise, max(2, seeds))
 
 
 def _compute_differences(
