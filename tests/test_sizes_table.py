@@ -103,3 +103,4 @@ def test_power_is_that_of_the_row_with_the_fewest_seeds(scenes, tmp_path, monkey
     plain, more = (row["noise"] for row in made["rows"])
     assert (plain["runs"], plain["seeds"]) == (3, 2)
     assert (more["runs"], more["seeds"]) == (2, 2)
+    assert [row[1] for row in render.make_noise_sheet(made).rows] == ["3", "2"]

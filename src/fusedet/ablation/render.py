@@ -129,7 +129,7 @@ def make_bin_sheet(summary: Summary) -> Sheet:
 def make_noise_sheet(summary: Summary) -> Sheet:
     """Make the table of the noise between seeds and over images, and of the difference that it lets one see."""
     columns = {
-        "seeds": ("seeds", 0),
+        "seeds": ("runs", 0),
         "between seeds": ("between_seeds", 2),
         "over images": ("over_images", 2),
         "over images, of two seeds' difference": ("of_pairs", 2),
