@@ -165,7 +165,13 @@ def packs(backbone: nn.Module) -> list[DeformPack]:
 
 
 @pytest.mark.parametrize(
-    ("name", "blocks"), [("resnet10t", 3), ("resnet26t", 6), ("resnext50_32x4d", 13), ("resnetaa50", 13)]
+    ("name", "blocks"),
+    [
+        ("resnet10t", 3),
+        ("resnet26t", 6),
+        pytest.param("resnext50_32x4d", 13, marks=pytest.mark.slow),
+        pytest.param("resnetaa50", 13, marks=pytest.mark.slow),
+    ],
 )
 def test_backbones_start_with_the_same_maps(name: str, blocks: int) -> None:
     plain, backbone = randomised(name), randomised(name, deformable_stages=(2, 3, 4))
@@ -178,6 +184,18 @@ def test_backbones_start_with_the_same_maps(name: str, blocks: int) -> None:
     with torch.no_grad():
         for a, b in zip(plain(x), backbone(x)):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "resnetaa50"])
+def test_deformable_stages_keep_shapes_and_weights(name: str) -> None:
+    """Of groups of channels and of a convolution whose stride is in a filter behind it."""
+    with torch.device("meta"):
+        plain, backbone = (TimmBackbone(name, False, deformable_stages=stages).eval() for stages in ((), (2, 3, 4)))
+        x = torch.randn(1, 3, 64, 96)
+        assert [m.shape for m in backbone(x)] == [m.shape for m in plain(x)]
+    assert len(packs(backbone)) == 13
+    state = backbone.state_dict()
+    assert all(state[key].shape == value.shape for key, value in plain.state_dict().items())
 
 
 def test_weights_of_a_file_are_loaded(tmp_path) -> None:
@@ -233,15 +251,15 @@ def test_frozen_stages_freeze_offsets_too() -> None:
 
 def test_with_plugins() -> None:
     """A model with both is trained, copied, folded, reloaded and exported."""
-    backbone = randomised("resnet26t", deformable_stages=(4,))
-    assert insert_plugin(backbone, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,), zero_init=False)) == 2
+    backbone = randomised("test_resnet", deformable_stages=(4,))
+    assert insert_plugin(backbone, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(12,), zero_init=False)) == 1
     for pack in packs(backbone):
         nn.init.normal_(pack.offset.weight, std=0.01)
     sum((m * torch.randn_like(m)).sum() for m in backbone(torch.randn(1, 3, 128, 128))).backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in backbone.parameters())
     x = torch.randn(1, 3, 64, 96)
-    other = TimmBackbone("resnet26t", pretrained=False, deformable_stages=(4,)).eval()
-    insert_plugin(other, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(64,)))
+    other = TimmBackbone("test_resnet", pretrained=False, deformable_stages=(4,)).eval()
+    insert_plugin(other, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(12,)))
     other.load_state_dict(backbone.state_dict())
     with torch.no_grad():
         folded = fold_batch_norm(backbone, torch.randn(1, 3, 64, 64))
@@ -250,7 +268,7 @@ def test_with_plugins() -> None:
             for a, b in zip(backbone(x), twin(x)):
                 assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
         assert backbone(torch.randn(1, 3, 33, 47))[-1].isfinite().all()
-    check_export(backbone.body.layer4[0], (torch.randn(1, 1024, 4, 6),), (torch.randn(1, 1024, 4, 6),))
+    check_export(backbone.body.layer4[0], (torch.randn(1, 192, 4, 6),), (torch.randn(1, 192, 4, 6),))
 
 
 def test_multiply_adds() -> None:
