@@ -135,19 +135,18 @@ def test_boxes_without_area_are_not_detected() -> None:
     assert actual.boxes[0, 0].tolist() == [10, 10, 20, 20]
 
 
-@pytest.mark.parametrize("best", [0.0, 0.9])
-def test_exported_selection_with_one_detection_or_none(best: float) -> None:
+def test_exported_selection_with_one_detection_or_none() -> None:
     class Select(torch.nn.Module):
         def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return select_detections(Candidates(boxes, scores), torch.tensor([[64, 64]]), [20], max_det=5)[:4]
 
     boxes = torch.rand(1, 20, 4).sort(dim=2).values * 60
-    many, few = torch.rand(1, 20, 3), torch.zeros(1, 20, 3)
-    few[0, 7, 1] = best
+    many, none, few = torch.rand(1, 20, 3), torch.zeros(1, 20, 3), torch.zeros(1, 20, 3)
+    few[0, 7, 1] = 0.9
     exported = torch.export.export(Select(), (boxes, many), strict=False).module()
-    for scores in (many, few):
+    for scores in (many, none, few):
         assert all(torch.equal(a, b) for a, b in zip(Select()(boxes, scores), exported(boxes, scores)))
-    assert int(exported(boxes, few)[3]) == (best > 0)
+    assert [int(exported(boxes, scores)[3]) for scores in (none, few)] == [0, 1]
 
 
 def test_class_specific_boxes() -> None:
