@@ -15,7 +15,7 @@ from small import livelier
 
 NAMES = list(SHAPES)
 TINY = [
-    "model.backbone={name: resnet10t, pretrained: false}",
+    "model.backbone={name: test_resnet, pretrained: false}",
     "model.pyramid.channels=32",
     "data.size=[64,96]",
     "data.workers=0",
@@ -28,13 +28,9 @@ TWO_STAGE = ["model.head.proposals=50"]
 
 TWO_LEVELS = ["model.pyramid.finest=4", "model.pyramid.coarsest=5"]
 """Fewer operators: converting them to ONNX takes most of an export's time."""
-ONE_LEVEL = [
-    "model.pyramid.finest=5",
-    "model.pyramid.coarsest=5",
-    "model.backbone={name: test_resnet, pretrained: false}",
-]
+ONE_LEVEL = ["model.pyramid.finest=5", "model.pyramid.coarsest=5"]
 """Even fewer."""
-PATCHES = [*ONE_LEVEL[:2], "model.backbone={type: 'patches:Patches'}"]
+PATCHES = [*ONE_LEVEL, "model.backbone={type: 'patches:Patches'}"]
 """Hardly any but those of the detector; the backbone's class needs `trust`."""
 
 
