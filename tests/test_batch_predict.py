@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from fusedet.models.detectors import build_detector
 pytestmark = pytest.mark.usefixtures("unrendered")
 
 OPTIONS = [
-    "model.backbone.name=regnetx_002",
+    "model.backbone.name=test_resnet",
     "model.pyramid.channels=16",
     "model.head.convs=1",
     "model.head.norm=false",
@@ -44,27 +46,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Ten images in folders, one of them with a name of another one's."""
-    names = [
-        "a/1.png",
-        "a/2.png",
-        "a.png",
-        "b/1.png",
-        "b/c/x.PNG",
-        "b/c/y.png",
-        "b/d.png",
-        "z/1 2.png",
-        "z/ü.png",
-        "z.png",
-    ]
-    for i, name in enumerate(names):
-        file = tmp_path / "images" / name
+NAMES = ["a/1.png", "a/2.png", "a.png", "b/1.png", "b/c/x.PNG", "b/c/y.png", "b/d.png", "z/1 2.png", "z/ü.png", "z.png"]
+
+
+def write_images(folder: Path) -> None:
+    for i, name in enumerate(NAMES):
+        file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 24), (20 * i, 255 - 20 * i, 7 * i)).save(file, format="PNG")
-    (tmp_path / "images" / "b" / "notes.txt").write_text("no image")
-    return tmp_path / "images"
+    (folder / "b" / "notes.txt").write_text("no image")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images in folders, one of them with a name of another one's. Not to be changed: use `changed_folder`."""
+    folder = tmp_path_factory.mktemp("sources") / "images"
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture
+def changed_folder(folder: Path) -> Iterator[Path]:
+    """The same images at the same place, to be changed: they are written again afterwards."""
+    yield folder
+    shutil.rmtree(folder)
+    write_images(folder)
 
 
 def predict(model: Path, *words: object) -> int:
@@ -120,17 +126,18 @@ def test_sources_that_are_none(word: str) -> None:
 # -- files
 
 
-@pytest.fixture
-def whole(model: Path, folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """The predictions of one uninterrupted process."""
-    assert predict(model, folder, f"out={tmp_path / 'whole'}") == 0
-    content = read(tmp_path / "whole" / "predictions.json")
+@pytest.fixture(scope="module")
+def whole(model: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The predictions of one uninterrupted process. Not to be changed."""
+    out = tmp_path_factory.mktemp("predictions") / "whole"
+    assert predict(model, folder, f"out={out}") == 0
+    content = read(out / "predictions.json")
     assert list(content) == ["images", "categories", "annotations"]
     assert [image["id"] for image in content["images"]] == list(range(1, 11))
     assert [entry["id"] for entry in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
     assert len(content["annotations"]) == 50
-    assert sorted(file.name for file in (tmp_path / "whole").iterdir()) == ["predict.json", "predictions.json"]
-    return content
+    assert sorted(file.name for file in out.iterdir()) == ["predict.json", "predictions.json"]
+    return dict(content)
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
@@ -156,10 +163,10 @@ def test_json_lines_stay_on_request(
 
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_killed_prediction_resumes_to_the_same_result(
-    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, batch: int
+    model: Path, changed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, batch: int
 ) -> None:
     size = f"test.batch={batch}"
-    assert predict(model, folder, f"out={tmp_path / 'uninterrupted'}", size) == 0
+    assert predict(model, changed_folder, f"out={tmp_path / 'uninterrupted'}", size) == 0
     out, seen, together = tmp_path / "stopped", [], Predictor.together
 
     def dies(self: Predictor, group: Any, batch: Any = None) -> Any:
@@ -168,7 +175,7 @@ def test_a_killed_prediction_resumes_to_the_same_result(
             os._exit(9)
         return together(self, group, batch)
 
-    words = [folder, f"out={out}", size, "--resume"]
+    words = [changed_folder, f"out={out}", size, "--resume"]
     if not (child := os.fork()):
         try:
             torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a parallel region would wait for them
@@ -194,13 +201,13 @@ def test_a_killed_prediction_resumes_to_the_same_result(
         assert predict(model, *words, f"{key}={value}") == 2
         before = 5 if key == "test.max_det" else batch
         assert f"was begun with {key} {before}, now it is {value}: give" in " ".join(capsys.readouterr().err.split())
-    (folder / "a" / "1.png").rename(folder / "a" / "0.png")
+    (changed_folder / "a" / "1.png").rename(changed_folder / "a" / "0.png")
     assert predict(model, *words) == 2
     assert "predictions of other images than the sources" in capsys.readouterr().err
-    (folder / "a" / "0.png").rename(folder / "a" / "1.png")
+    (changed_folder / "a" / "0.png").rename(changed_folder / "a" / "1.png")
     assert not seen, "nothing was predicted meanwhile"
     assert predict(model, *words) == 0
-    images = list(Sources([str(folder)]))
+    images = list(Sources([str(changed_folder)]))
     assert seen == images[6 if batch == 1 else 0 :]
     assert read(out / "predictions.json") == read(tmp_path / "uninterrupted" / "predictions.json")
     seen.clear()
@@ -238,11 +245,11 @@ def refused(model: Path, words: list[Any], text: str, capsys: Capture) -> None:
 
 
 def test_an_unreadable_image_ends_the_prediction_or_is_listed(
-    model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], capsys: Capture
+    model: Path, changed_folder: Path, tmp_path: Path, whole: dict[str, Any], capsys: Capture
 ) -> None:
-    bad = list(Sources([str(folder)]))[4]
+    bad = list(Sources([str(changed_folder)]))[4]
     bad.write_bytes(b"no image")
-    words = [folder, f"out={tmp_path / 'bad'}"]
+    words = [changed_folder, f"out={tmp_path / 'bad'}"]
     assert predict(model, *words) == 2
     said = capsys.readouterr().err
     assert str(bad) in said
@@ -257,13 +264,14 @@ def test_an_unreadable_image_ends_the_prediction_or_is_listed(
     assert str(bad) in content["skipped"][0]["reason"]
 
 
-@pytest.mark.parametrize("more", [[], ["--jsonl", "--crops", "--save", "csv,yolo"]])
-def test_an_unreadable_first_image_leaves_no_directory(model: Path, tmp_path: Path, more: list[str]) -> None:
+def test_an_unreadable_first_image_leaves_no_directory(model: Path, tmp_path: Path) -> None:
     (bad := tmp_path / "bad.jpg").write_bytes(b"no image")
-    words = [bad, f"out={tmp_path / 'out'}", *more]
-    assert predict(model, *words) == 2
-    assert not (tmp_path / "out").exists()
-    assert predict(model, *words, "--on-bad-image", "skip") == 0
+    words = [bad, f"out={tmp_path / 'out'}"]
+    more = ["--jsonl", "--crops", "--save", "csv,yolo"]
+    for options in ([], more):
+        assert predict(model, *words, *options) == 2
+        assert not (tmp_path / "out").exists()
+    assert predict(model, *words, *more, "--on-bad-image", "skip") == 0
     assert (tmp_path / "out" / "predict.json").is_file()
 
 
@@ -288,16 +296,16 @@ def test_processes_share_the_images_each_once(
 
 
 def test_each_process_says_what_it_cannot_read(
-    model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    model: Path, changed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Of a prediction; what stops a training the processes tell each other, and one on each machine says it."""
-    bad = list(Sources([str(folder)]))[7]
+    bad = list(Sources([str(changed_folder)]))[7]
     bad.write_bytes(b"no image")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, code in (("0", 0), ("1", 2)):
         for name in ("RANK", "LOCAL_RANK"):
             monkeypatch.setenv(name, rank)
-        assert predict(model, folder, f"out={tmp_path / 'shared'}") == code
+        assert predict(model, changed_folder, f"out={tmp_path / 'shared'}") == code
     said = capsys.readouterr().err
     assert said.startswith(f"error: process 1: {bad} is empty or not an image")
     assert said.count("\n") == 1
@@ -307,7 +315,7 @@ def test_each_process_says_what_it_cannot_read(
     assert cli.run(["train"]) == 2
     assert capsys.readouterr().err.startswith("error: process 1: which config?")
     monkeypatch.setenv("RANK", "x")
-    assert predict(model, folder) == 2
+    assert predict(model, changed_folder) == 2
     assert capsys.readouterr().err.startswith("error: RANK=x")
 
 
