@@ -1,7 +1,10 @@
 """More than 100 objects in an image: metrics with test.max_det detections equal those of pycocotools."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,26 +56,39 @@ def disturb(dataset, seed: int) -> list[dict]:
     return results
 
 
-@pytest.mark.parametrize("evaluator", evaluation.EVALUATORS)
-@pytest.mark.parametrize("limit", [pytest.param(150, marks=pytest.mark.slow), 300])
-def test_more_detections_equal_pycocotools(tmp_path: Path, evaluator: str, limit: int) -> None:
-    """The oracle is pycocotools itself, given the limits by its own parameter."""
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict], Callable[[int], Any]]:
+    """A dataset, results, and the evaluation of pycocotools with a limit of detections, once for every limit."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    file = write_crowded(tmp_path) / "annotations/instances_val.json"
-    dataset = read_dataset(tmp_path, "val")
+    root = write_crowded(tmp_path_factory.mktemp("crowded") / "data")
+    dataset = read_dataset(root, "val")
     results = disturb(dataset, 0)
-    truth = COCO(str(file))
-    run = COCOeval(truth, truth.loadRes(results), "bbox")
-    run.params.maxDets = [1, 10, limit]
-    run.evaluate()
-    run.accumulate()
+    truth = COCO(str(root / "annotations/instances_val.json"))
+
+    @cache
+    def evaluate(limit: int) -> Any:
+        run = COCOeval(truth, truth.loadRes(results), "bbox")
+        run.params.maxDets = [1, 10, limit]
+        run.evaluate()
+        run.accumulate()
+        return run.eval
+
+    return dataset, results, evaluate
+
+
+@pytest.mark.parametrize("evaluator", evaluation.EVALUATORS)
+@pytest.mark.parametrize("limit", [pytest.param(150, marks=pytest.mark.slow), 300])
+def test_more_detections_equal_pycocotools(crowded: Any, evaluator: str, limit: int) -> None:
+    """The oracle is pycocotools itself, given the limits by its own parameter."""
+    dataset, results, evaluate = crowded
+    values = evaluate(limit)
 
     def average(values: np.ndarray) -> float:
         return float(values[values > -1].mean()) if (values > -1).any() else float("nan")
 
-    precision, recall = run.eval["precision"][..., -1], run.eval["recall"][..., -1]
+    precision, recall = values["precision"][..., -1], values["recall"][..., -1]
     expected = {
         f"AP@{limit}": average(precision[..., 0]),
         f"AP50@{limit}": average(precision[0, ..., 0]),
