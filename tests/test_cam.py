@@ -31,7 +31,8 @@ from small import DETECTORS, ONE_STAGE, TWO_STAGE, make
 pytestmark = pytest.mark.usefixtures("unrendered")
 
 HEIGHT, WIDTH = 90, 120
-ALIKE = ("mask_rcnn", "dynamic_rcnn", "libra_rcnn")  # the same code paths as Faster R-CNN
+DISTINCT = ("retinanet", "reppoints", "grid_rcnn", "cascade_rcnn")
+"""Detectors of anchors, of points, without box regression, and of several stages."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,9 @@ def test_classes_differ(batch: Batch) -> None:
     assert not torch.allclose(*heats)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in DETECTORS])
+@pytest.mark.parametrize(
+    "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
+)
 def test_every_detector(name: str, batch: Batch) -> None:
     """With all modules, every part has maps, they are finite and 0 or more, and detections stay the same."""
     modules = ["model.neck=[mse_fpn,smsl]", "model.plugin=msfm"] + (
