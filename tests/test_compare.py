@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fusedet import cli, evaluation, visualization
@@ -78,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = runs
-    result = figures(capsys, "compare", a, b, "--resamples", 200)
+    result = figures(capsys, "compare", a, b, "--resamples", 60)
     assert Path(result["out"]) == b / "compare-plain"
     assert {file.name for file in (b / "compare-plain").iterdir()} == {"compare.json", "classes.png", "images.png"}
     stored = json.loads((b / "compare-plain/compare.json").read_text())
@@ -95,10 +96,10 @@ def test_two_runs(capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], t
     row = result["figures"]["AP"]
     assert 0 < row["low"] < row["difference"] < row["high"]
     assert result["conclusion"].startswith("B is better than A")
-    assert figures(capsys, "compare", b, a, "--resamples", 200)["conclusion"].startswith("A is better than B")
-    again = figures(capsys, "compare", a, b, "--resamples", 200, f"out={tmp_path / 'o'}")
+    assert figures(capsys, "compare", b, a, "--resamples", 60)["conclusion"].startswith("A is better than B")
+    again = figures(capsys, "compare", a, b, "--resamples", 60, f"out={tmp_path / 'o'}")
     assert again["figures"] == result["figures"]
-    other = figures(capsys, "compare", a, b, "--resamples", 200, "--bootstrap-seed", 1)["figures"]["AP"]
+    other = figures(capsys, "compare", a, b, "--resamples", 60, "--bootstrap-seed", 1)["figures"]["AP"]
     assert other["difference"] == row["difference"]
     assert (other["low"], other["high"]) != (row["low"], row["high"])
 
@@ -233,24 +234,40 @@ def test_drawn_counts_are_those_of_the_captions(data: Path, monkeypatch: pytest.
     assert confused == pairs.sum() - np.trace(pairs) > 0
 
 
-@pytest.mark.usefixtures("rendered")
-@pytest.mark.parametrize("count", [0, 1, 6])
-def test_plot_of_differences(tmp_path: Path, count: int) -> None:
+@pytest.fixture
+def heights(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The heights of the saved figures in inches. None is rendered."""
+    heights: list[float] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: heights.append(figure.get_figheight()))
+    return heights
+
+
+def plot_differences(folder: Path, count: int) -> None:
+    """Plot so many classes, the same with a class without objects, and the same with their mean."""
     mean = {"name": "all", "difference": 0.01, "low": -0.01, "high": 0.03}
     rows = [mean | {"name": f"class {k}"} for k in range(count)]
     absent = {"name": "absent", "difference": math.nan, "low": math.nan, "high": math.nan}
-    heights = []
     for name, given, above in (("a", rows, None), ("b", [*rows, absent], None), ("c", rows, mean)):
-        visualization.plot_differences(given, tmp_path / f"{name}.png", "B less A", above)
-        heights.append(Image.open(tmp_path / f"{name}.png").height)
+        visualization.plot_differences(given, folder / f"{name}.png", "B less A", above)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_plot_of_differences(tmp_path: Path, heights: list[float], count: int) -> None:
+    plot_differences(tmp_path, count)
     assert heights[0] == heights[1], "a class without objects has no row"
     assert (heights[2] > heights[0]) == (count > 0)
 
 
 @pytest.mark.usefixtures("rendered")
-def test_plot_of_many_differences_is_no_larger(tmp_path: Path) -> None:
+def test_images_of_plots_are_as_high_as_their_figures(tmp_path: Path) -> None:
+    plot_differences(tmp_path, 1)
+    pixels = [Image.open(tmp_path / f"{name}.png").height for name in "abc"]
+    assert pixels[0] == pixels[1] < pixels[2]
+
+
+def test_plot_of_many_differences_is_no_larger(tmp_path: Path, heights: list[float]) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, 100)
     rows = [{"name": f"class {k}", "difference": v, "low": v - 0.05, "high": v + 0.04} for k, v in enumerate(values)]
     for name, given in (("all", rows), ("some", rows[:40])):
         visualization.plot_differences(given, tmp_path / f"{name}.png")
-    assert Image.open(tmp_path / "all.png").height == Image.open(tmp_path / "some.png").height
+    assert heights[0] == heights[1]
