@@ -1,8 +1,11 @@
 """The page of an ablation in a browser: no network requests, no errors, and the whole table is on it."""
 
+import io
 import json
 import re
-import subprocess
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,35 +13,22 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from browsers import FLAGS, find_browser
 from fusedet.ablation import render, report
 
 
-def render_page(page: Path, work: Path, *options: str) -> tuple[str, str, list[str]]:
-    """Return the rendered page's elements, the browser's messages and the requested addresses."""
-    log = work / "net.json"
-    words = [
-        "--headless",
-        *FLAGS,
-        "--enable-logging=stderr",
-        "--log-level=0",
-        f"--user-data-dir={work / 'profile'}",
-    ]
-    command = [
-        find_browser(),
-        *words,
-        f"--log-net-log={log}",
-        "--net-log-capture-mode=Everything",
-        *options,
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-2000:]
-    messages = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    # the browser itself may ask its maker for news; what the page asks for has the page as its initiator
-    events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
-    requests = [event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"]
-    return done.stdout, messages, requests
+@contextmanager
+def open_page(browser: Any, file: Path, **options: Any) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """Show a page; give its window, what it wrote to the console and the addresses that it requested."""
+    messages: list[str] = []
+    requests: list[str] = []
+    window = browser.new_page(**options)
+    window.on("console", lambda message: messages.append(message.text))
+    window.on("pageerror", lambda error: messages.append(str(error)))
+    window.on("request", lambda request: requests.append(request.url))
+    window.goto(file.as_uri())
+    assert requests.pop(0) == file.as_uri()
+    yield window, messages, requests
+    window.close()
 
 
 class Cells(HTMLParser):
@@ -148,17 +138,20 @@ def make_summary(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    summary = make_summary(tmp_path / "runs")
-    (tmp_path / "out").mkdir()
-    return report.write_report(summary, tmp_path / "out")["page"], summary
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The page of a summary, and the summary. Neither is to be changed."""
+    folder = tmp_path_factory.mktemp("page")
+    summary = make_summary(folder / "runs")
+    (folder / "out").mkdir()
+    return report.write_report(summary, folder / "out")["page"], summary
 
 
-def test_page_in_a_browser(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_page_in_a_browser(browser: Any, page: tuple[Path, dict[str, Any]]) -> None:
     file, summary = page
-    dom, messages, requests = render_page(file, tmp_path, "--dump-dom")
-    assert messages == ""
+    with open_page(browser, file) as (window, messages, requests):
+        dom = window.content()
+    assert messages == []
     assert requests == []
     seen = Cells(dom)
     for sheet in render.make_sheets(summary):
@@ -170,27 +163,20 @@ def test_page_in_a_browser(page: tuple[Path, dict[str, Any]], tmp_path: Path) ->
     assert "<script" not in dom
 
 
-def test_requests_and_messages_are_detected(tmp_path: Path) -> None:
+def test_requests_and_messages_are_detected(browser: Any, tmp_path: Path) -> None:
     """Otherwise the test above could not fail."""
     page = tmp_path / "bad.html"
     page.write_text('<img src="http://127.0.0.1:9/a.png"><script>console.error("oh no")</script>')
-    _, messages, requests = render_page(page, tmp_path, "--dump-dom")
-    assert "oh no" in messages
-    assert requests == ["http://127.0.0.1:9/a.png"]
+    with open_page(browser, page) as (_, messages, requests):
+        assert "oh no" in messages
+        assert requests == ["http://127.0.0.1:9/a.png"]
 
 
-@pytest.mark.parametrize(("scheme", "dark"), [pytest.param("1", False, marks=pytest.mark.slow), ("0", True)])
-def test_light_and_dark(page: tuple[Path, dict[str, Any]], tmp_path: Path, scheme: str, dark: bool) -> None:
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_light_and_dark(browser: Any, page: tuple[Path, dict[str, Any]], scheme: str, dark: bool) -> None:
     """The page follows the reader's color scheme, and text and plots contrast with its background."""
-    image = tmp_path / "page.png"
-    render_page(
-        page[0],
-        tmp_path,
-        f"--blink-settings=preferredColorScheme={scheme}",
-        "--window-size=1200,2600",
-        f"--screenshot={image}",
-    )
-    grey = Image.open(image).convert("L")
+    with open_page(browser, page[0], color_scheme=scheme, viewport={"width": 1200, "height": 2600}) as (window, *_):
+        grey = Image.open(io.BytesIO(window.screenshot())).convert("L")
     assert (grey.getpixel((3, 3)) < 60) is dark
     histogram = grey.histogram()
     bright, deep = sum(histogram[200:]), sum(histogram[:60])
@@ -198,15 +184,10 @@ def test_light_and_dark(page: tuple[Path, dict[str, Any]], tmp_path: Path, schem
     assert min(bright, deep) > 5000  # the page is not empty
 
 
-def test_page_fits_a_narrow_window(page: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_page_fits_a_narrow_window(browser: Any, page: tuple[Path, dict[str, Any]]) -> None:
     """Wide tables and plots scroll, the page itself does not."""
-    probe = tmp_path / "probe.html"
-    script = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth</script>"
-    probe.write_text(page[0].read_text().replace("</body>", f"{script}</body>"))
-    dom, _, _ = render_page(probe, tmp_path, "--window-size=600,900", "--dump-dom")
-    title = re.search(r"<title>(\d+) (\d+)</title>", dom)
-    assert title, dom[:500]
-    assert int(title[1]) <= int(title[2])
+    with open_page(browser, page[0], viewport={"width": 600, "height": 900}) as (window, *_):
+        assert window.evaluate("document.documentElement.scrollWidth") <= window.evaluate("innerWidth") == 600
 
 
 def test_text_in_plots_follows_the_page(page: tuple[Path, dict[str, Any]]) -> None:
@@ -228,6 +209,8 @@ def test_missing_measurements_are_marked(page: tuple[Path, dict[str, Any]], tmp_
             "conclusion": "Not measured: no conclusion.",
         }
         row["cost"] |= {"prediction": None}
+    shutil.copytree(page[0].parent, tmp_path / "out")
+    assert list((tmp_path / "out" / "plots").glob("*.svg"))
     text = report.write_report(summary, tmp_path / "out")["page"].read_text()
     assert "<svg" not in text
     assert [cells[2] for cells in render.make_difference_sheet(summary).rows] == ["not measured"] * 3 + ["cited"]
