@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from fusedet import ablation, cli
-from fusedet.ablation import cost, estimate, launcher, render, summary, summary_text, worker
+from fusedet.ablation import cost, estimate, experiment, launcher, render, summary, summary_text, worker
 from fusedet.ablation.plan import Plan, Run
 from fusedet.config import Config
 from fusedet.errors import DivergenceError, InputError
@@ -57,6 +57,12 @@ def done(scenes: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) ->
         == 0
     )
     return out
+
+
+@pytest.fixture
+def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no plots for the page: they are most of the time of a report."""
+    monkeypatch.setattr("fusedet.ablation.report.draw_plots", lambda *args: {})
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +122,13 @@ def test_similar_labels_have_separate_run_directories(tmp_path: Path) -> None:
     assert [plan.runs(label)[0].folder.parent.name for label in plan.configs] == ["a", "a-2", "row"]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_finished_table_runs_nothing(
     done: Path, scenes: Path, table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
     monkeypatch.setattr(worker, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
     assert (
         cli.run(["ablate", str(table), f"data={scenes}", f"out={out}", "--seeds", "2", "--resamples", "50", *SMALL])
         == 0
@@ -187,6 +195,7 @@ def test_run_without_a_checkpoint_starts_again(plan: Plan) -> None:
     assert run.state(data) == "resumable"
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_diverged_run_is_reported_and_the_others_continue(
     plan: Plan, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +338,7 @@ def test_each_run_is_submitted_once(plan: Plan, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launcher, "find_spec", lambda name: True)
     monkeypatch.setattr(launcher, "which", lambda name: name)
     monkeypatch.setattr(worker, "train", stop_at_once)
+    monkeypatch.setattr(experiment, "write_report", lambda *args: {})
     launch = ablation.LaunchOptions(launcher="slurm", slurm={"timeout_min": 5}, resamples=40)
     messages: list[str] = []
     with pytest.raises(InputError, match="--budget needs --launcher local"):

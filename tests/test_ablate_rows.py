@@ -144,6 +144,7 @@ rows:
 
 
 def test_voc_metrics_and_several_references(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw_plots", lambda *args: {})
     plan = make_plan(tmp_path, FOUR, scenes, *SMALL)
     share = {"A": 0.5, "A+": 0.3, "B": 0.2, "B+": 0.0}
     finish_runs(plan, lambda run: make_results(plan.val, share[run.label], 0.0))
