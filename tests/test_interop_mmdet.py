@@ -332,6 +332,9 @@ def test_duplicates_need_two_counterparts() -> None:
         assert_same(between, theirs)
 
 
+OTHER_BACKBONE = r"of --config=retinanet_r50 is not what the checkpoint was trained with"
+
+
 def test_style_and_normalization_come_from_the_checkpoint(tmp_path: Path) -> None:
     """Settings that weights do not show come from the config in the checkpoint, even with a config of this project."""
     spec = load_case("retinanet_r50_caffe")
@@ -349,13 +352,25 @@ def test_style_and_normalization_come_from_the_checkpoint(tmp_path: Path) -> Non
     assert all(torch.equal(named.weights[key], own.weights[key]) for key in own.weights)
     assert torch.equal(named.weights["backbone.body.conv1.weight"], state["backbone.conv1.weight"].flip(1))
     assert any("of the checkpoint's own config" in note for note in named.notes)
-    for override in ("model.backbone.style=pytorch", "model.backbone.std=[58.395,57.12,57.375]"):
-        with pytest.raises(InputError, match=r"of --config=retinanet_r50 is not what the checkpoint was trained with"):
-            convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", [*overrides, override])
+    with pytest.raises(InputError, match=OTHER_BACKBONE):
+        convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", [*overrides, "model.backbone.style=pytorch"])
     torch.save({"state_dict": state}, tmp_path / "model.pth")
     assumed = convert_checkpoint(tmp_path / "model.pth", "retinanet_r50", overrides)
     assert any("RGB" in note and "caffe" in note for note in assumed.notes)
     assert "style" not in assumed.config.model.backbone
+
+
+@pytest.mark.slow
+def test_another_normalization_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    """As another style is."""
+    spec = load_case("retinanet_r50_caffe")
+    meta = NAMED | {"cfg": f"model = {spec['model']!r}"}
+    torch.save({"state_dict": make_weights("retinanet_r50_caffe"), "meta": meta}, tmp_path / "model.pth")
+    channels = f"model.pyramid.channels={spec['model']['neck']['out_channels']}"
+    with pytest.raises(InputError, match=OTHER_BACKBONE):
+        convert_checkpoint(
+            tmp_path / "model.pth", "retinanet_r50", [channels, "model.backbone.std=[58.395,57.12,57.375]"]
+        )
 
 
 @pytest.mark.parametrize("generator", ["AnchorGenerator", "LegacyAnchorGenerator"])

@@ -30,6 +30,10 @@ SLOW = [
 ]
 
 
+WRITTEN = "faster_rcnn_r50"
+"""The model with which the command `predict` runs too."""
+
+
 @pytest.mark.usefixtures("no_initialization")
 @pytest.mark.parametrize(
     "name",
@@ -47,14 +51,17 @@ def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     image = shared / "data" / "coco_tiny" / "val2017" / spec["picture"]
     width, height = spec["picture_size"]
     size = f"data.size=[{min(width, height)},{max(width, height)}]"
-    detections = fusedet.load(out, size, device="cpu").predict(image)
+    predictor = fusedet.load(out, size, device="cpu")
+    detections = predictor.predict(image)
     expected = {key: torch.tensor(spec["predictions"][key]) for key in ("boxes", "scores", "labels")}
     close = (detections.boxes[:, None] - expected["boxes"]).abs().amax(dim=2) <= 0.5
     close &= (detections.scores[:, None] - expected["scores"]).abs() <= 0.002
     close &= detections.labels[:, None] == expected["labels"]
     assert len(detections) == len(expected["scores"])
     assert -1 not in partners(close)
-    if name != "retinanet_r18":
+    assert list(predictor.names[::79]) == ["person", "toothbrush"]
+    assert predictor.category_ids[-1] == 90
+    if name != WRITTEN:
         return
     assert cli.run(["predict", str(out), str(image), size, "device=cpu", "--no-draw"]) == 0
     written = json.loads((out / "predict" / "predictions.json").read_text())
