@@ -15,6 +15,7 @@ from fusedet.data.channel_decoding import read_channels
 from fusedet.data.image_decoding import read_image
 from fusedet.data.loader import build_train_loader
 from fusedet.data.splits import read_split
+from fusedet.data.synthetic import generate_dataset
 from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.errors import InputError
@@ -127,9 +128,11 @@ def test_wrong_settings():
 
 
 @pytest.fixture(scope="module")
-def multispectral(scenes, tmp_path_factory) -> Path:
-    """The generated data with a fourth channel, as npy files."""
+def multispectral(tmp_path_factory) -> Path:
+    """Generated data with a fourth channel, as npy files: two images to train on, two to validate on."""
     folder = tmp_path_factory.mktemp("multispectral")
+    splits = {"train": 0.5, "val": 0.5}
+    scenes = generate_dataset(tmp_path_factory.mktemp("rgb") / "data", images=4, seed=0, size=(64, 96), splits=splits)
     (folder / "annotations").mkdir()
     for source in sorted((scenes / "annotations").glob("*.json")):
         content = json.loads(source.read_text())
@@ -146,7 +149,9 @@ def multispectral(scenes, tmp_path_factory) -> Path:
 def test_tiles_of_arrays(multispectral):
     dataset = read_split(parse({"data": {"path": str(multispectral), "channels": 4}}).data, "train")
     tiles = tile_dataset(dataset, 48, 0.2, 0.3)
-    for batch in build_train_loader(tiles, TrainTransform([48], 48, flip=0), batch=4).epoch(0):
+    batches = list(build_train_loader(tiles, TrainTransform([48], 48, flip=0), batch=4).epoch(0))
+    assert batches
+    for batch in batches:
         assert batch.images.shape[1:] == (4, 64, 64)
         inside = batch.images[:, :, :48, :48].int()
         assert (inside[:, 3] == 255 - inside[:, 0]).all()
@@ -157,8 +162,9 @@ def test_from_the_file_to_a_detector(multispectral, tmp_path, capsys):
     out, data = tmp_path / "run", [f"data={multispectral}", "data.channels=4"]
     assert cli.run(["doctor", *data]) == 0, capsys.readouterr()
     assert cli.run(["browse", *data, "data.size=[64,96]", f"out={tmp_path / 'browse.png'}"]) == 0
-    words = ["train", "retinanet_tiny", *data, f"out={out}", *SMALL, "data.scale_jitter=[0.5,2]", "data.mosaic=0.5"]
-    assert cli.run(words) == 0
+    level = ["model.pyramid.finest=5", "model.pyramid.coarsest=5"]
+    augmentation = ["data.scale_jitter=[0.5,2]", "data.mosaic=0.5"]
+    assert cli.run(["train", "retinanet_tiny", *data, f"out={out}", *SMALL, *level, *augmentation]) == 0
     assert cli.run(["val", str(out), f"data={multispectral}", f"out={tmp_path / 'val'}"]) == 0
     image = next(multispectral.glob("val_*.npy"))
     predictor = load(out)

@@ -18,6 +18,7 @@ from fusedet.data.collate import collate_views, make_samples
 from fusedet.data.dataset import ImageAnnotations
 from fusedet.data.loader import build_eval_loader
 from fusedet.data.readers.auto import read_dataset
+from fusedet.data.synthetic import generate_dataset
 from fusedet.data.transforms import EvalTransform
 from fusedet.models.detectors.tta import ImageDetections, merge_detections
 from fusedet.types import Batch, BatchDetections
@@ -265,10 +266,12 @@ def test_one_view_changes_nothing(trained: Path, scenes: Path) -> None:
     assert not torch.equal(plain.scores[: len(more)], more.scores[: len(plain)])
 
 
-def test_train_val_and_predict_agree(scenes: Path, tmp_path: Path) -> None:
+def test_train_val_and_predict_agree(tmp_path: Path) -> None:
     """The evaluation at the end of a training, `val` and `predict` use the same views."""
-    out = tmp_path / "run"
+    out, splits = tmp_path / "run", {"train": 0.5, "val": 0.5}
+    scenes = generate_dataset(tmp_path / "data", images=4, seed=0, size=(64, 96), splits=splits)
     overrides = ["test.scales=[48,64]", "test.flip=true", "test.batch=1"]
+    overrides += ["model.pyramid.finest=5", "model.pyramid.coarsest=5"]
     assert cli.run(["train", "retinanet_tiny", f"data={scenes}", f"out={out}", *SMALL, *overrides]) == 0
     assert cli.run(["val", str(out), f"out={tmp_path / 'val'}"]) == 0
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path / "val")]
@@ -277,4 +280,5 @@ def test_train_val_and_predict_agree(scenes: Path, tmp_path: Path) -> None:
     detections = fusedet.load(out, device="cpu").predict(dataset.path(0))
     results = json.loads((tmp_path / "val" / "val.bbox.json").read_text())
     scored = [r["score"] for r in results if r["image_id"] == int(dataset.image_ids[0])]
+    assert scored
     assert detections.scores.tolist() == pytest.approx(scored, abs=1e-5)
