@@ -60,7 +60,7 @@ PREDICT = dict.fromkeys(STEP, (1, 2)) | {
 TOLERANCE = {"losses": 1e-5, "detections": 1e-4}
 """Relative to the CPU's value, or to 1 where that is less. The device runs some operators in another order."""
 
-FAST = ("retinanet", "mask_rcnn")
+FAST = ("retinanet",)
 REST = [name for name in STEP if name not in FAST]
 WITH_MODULES = ("retinanet+modules", "fcos+modules", "faster_rcnn+modules", "cascade_rcnn+modules")
 

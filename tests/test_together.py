@@ -27,6 +27,7 @@ PLUGINS = {"": "null", "msfm": "{type: msfm, scales: [0.5, 1, 2], conv_num: 1}"}
 INTERACTIONS = {"": "null", "msil": "msil"}
 COMBINATIONS = list(product(HEADS, NECKS, PLUGINS, INTERACTIONS))
 PAIRS = pairwise(HEADS, NECKS, PLUGINS, INTERACTIONS)
+ALL_MODULES = [(head, "mse_fpn+smsl", "msfm", "msil") for head in HEADS]
 # tracing takes seconds: every head, with and without the modules; every neck is traced in its own tests
 TRACED = [("retina", "fpn+smsl", "msfm", "msil"), ("fcos", "mse_fpn", "", "msil"), ("vfnet", "aug_fpn", "msfm", "")]
 # every neck once, with all pairs of the other parts; all combinations: tests/soak/test_combinations.py
@@ -122,20 +123,12 @@ def check_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
         assert_close(copy.deepcopy(model).to(memory_format=torch.contiguous_format)(images), expected)
 
 
+# all combinations: tests/soak/test_contracts_of_combinations.py
 @pytest.mark.parametrize(
     ("head", "neck", "plugin", "interact"),
-    [
-        row if i % 2 and (row[2] or row[3]) else pytest.param(*row, marks=pytest.mark.slow)
-        for i, row in enumerate(PAIRS)
-    ],
+    [*ALL_MODULES, *(pytest.param(*row, marks=pytest.mark.slow) for row in PAIRS if row not in ALL_MODULES)],
 )
 def test_combinations_keep_the_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
-    check_contracts(head, neck, plugin, interact)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("head", "neck", "plugin", "interact"), [row for row in COMBINATIONS if row not in set(PAIRS)])
-def test_all_other_combinations_keep_the_contracts(head: str, neck: str, plugin: str, interact: str) -> None:
     check_contracts(head, neck, plugin, interact)
 
 

@@ -19,15 +19,13 @@ from test_together import INTERACTIONS, NECKS, PLUGINS, STRIDES, assert_close
 
 # every neck once, and all pairs of plug-in and interaction
 REPPOINTS = list(zip(NECKS, cycle(PLUGINS), cycle([*INTERACTIONS, *reversed(INTERACTIONS)])))
-OTHER_REPPOINTS = [case for case in product(NECKS, PLUGINS, INTERACTIONS) if case not in REPPOINTS]
+REPPOINTS_WITH_ALL = ("mse_fpn+smsl", "msfm", "msil")
 # every neck with one detector each, and every detector with all modules
 TWO = [(name, neck, plugin) for name, neck, plugin in zip(cycle(TWO_STAGE), NECKS, cycle(PLUGINS))]
 TWO += [(name, "mse_fpn+smsl", "msfm") for name in TWO_STAGE if (name, "mse_fpn+smsl", "msfm") not in TWO]
 TWO.append((DOUBLE_HEAD, "mse_fpn+smsl", "msfm"))
-SLOW = [case for case in product([*TWO_STAGE, DOUBLE_HEAD], NECKS, PLUGINS) if case not in TWO]
-ALL_MODULES = ("mse_fpn+smsl", "msfm")
-SIMILAR = ("dynamic_rcnn", "libra_rcnn")  # their layers are those of faster_rcnn
-COSTLY = ("cascade_rcnn", "grid_rcnn")  # without a plugin only in the slow suite
+FAST = [(name, "mse_fpn+smsl", "msfm") for name in ("cascade_rcnn", DOUBLE_HEAD)]  # several stages, several branches
+TWO_STAGE_STRIDES = (4, 8, 16, 32, 64)
 ODD = (33, 47)
 SOME, EMPTY = target([[4, 4, 30, 30], [10, 20, 60, 44]]), target([])
 
@@ -70,35 +68,21 @@ def check_contracts(detector: OneStage | TwoStage, strides: tuple[int, ...]) -> 
         )
 
 
+# all combinations: tests/soak/test_contracts_of_combinations.py
 @pytest.mark.parametrize(
     ("neck", "plugin", "interact"),
-    [row if row[1] and row[2] else pytest.param(*row, marks=pytest.mark.slow) for row in REPPOINTS],
+    [REPPOINTS_WITH_ALL, *(pytest.param(*row, marks=pytest.mark.slow) for row in REPPOINTS)],
 )
 def test_reppoints_with_every_neck(neck: str, plugin: str, interact: str) -> None:
     check_contracts(assemble("reppoints", neck, plugin, interact), STRIDES)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("neck", "plugin", "interact"), OTHER_REPPOINTS)
-def test_all_other_combinations_with_reppoints(neck: str, plugin: str, interact: str) -> None:
-    check_contracts(assemble("reppoints", neck, plugin, interact), STRIDES)
-
-
 @pytest.mark.parametrize(
     ("name", "neck", "plugin"),
-    [
-        case if case[1:] == ALL_MODULES and case[0] not in SIMILAR else pytest.param(*case, marks=pytest.mark.slow)
-        for case in TWO
-    ],
+    [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in TWO],
 )
 def test_two_stage_with_every_neck(name: str, neck: str, plugin: str) -> None:
-    check_contracts(assemble(name, neck, plugin, everything=True), (4, 8, 16, 32, 64))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "neck", "plugin"), SLOW)
-def test_all_two_stage_combinations(name: str, neck: str, plugin: str) -> None:
-    check_contracts(assemble(name, neck, plugin, everything=True), (4, 8, 16, 32, 64))
+    check_contracts(assemble(name, neck, plugin, everything=True), TWO_STAGE_STRIDES)
 
 
 @pytest.mark.slow
@@ -140,6 +124,8 @@ def test_rpn_refuses_an_interaction() -> None:
 
 
 def test_every_part_occurs() -> None:
+    assert REPPOINTS_WITH_ALL not in REPPOINTS
+    assert set(FAST) <= set(TWO)
     assert {neck for neck, *_ in REPPOINTS} == {neck for _, neck, _ in TWO} == set(NECKS)
     assert {(plugin, interact) for _, plugin, interact in REPPOINTS} == set(product(PLUGINS, INTERACTIONS))
     assert {name for name, _, plugin in TWO if plugin} == {name for name, *_ in TWO} == {*TWO_STAGE, DOUBLE_HEAD}
