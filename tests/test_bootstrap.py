@@ -5,7 +5,6 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedet import evaluation
@@ -21,6 +20,7 @@ from fusedet.evaluation.bootstrap import (
 )
 from fusedet.evaluation.confidence_intervals import compute_percentile_interval, t_quantile
 from fusedet.evaluation.results import DetectionTable
+from properties import property_test
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 IDS = (4, 1, 9)
@@ -50,8 +50,9 @@ def repeated(images, image_ids, weights):
     return evaluation.evaluate_coco(data, results)
 
 
-@given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
-@settings(max_examples=100, deadline=None)
+@property_test(
+    100, st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11])
+)
 def test_equals_images_really_repeated(data, images, image_ids):
     weights = np.array(
         data.draw(

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from fusedet import evaluation
 from fusedet.evaluation.error_analysis import ERROR_TYPES
+from properties import property_test
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 CAT, DOG = 7, 3  # category ids of labels 0 and 1
@@ -132,7 +132,7 @@ def test_nothing_at_all():
     assert errors["missed"][0] == 1
 
 
-@given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=3))
+@property_test(100, st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=3))
 def test_every_false_detection_and_every_lost_object_has_one_kind(images):
     """What is right, counted in plain loops, and the five kinds make up all detections; a lost object is missed or has one on it."""
     ids = (4, 1, 9)

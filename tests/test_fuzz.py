@@ -6,41 +6,36 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fuzzing
+from properties import property_test
 
-few = settings(max_examples=40, deadline=None)
+EXAMPLES = 40
 small = st.integers(1, 3)
 
 
-@few
-@given(fuzzing.SEEDS, fuzzing.JSON, small)
+@property_test(EXAMPLES, fuzzing.SEEDS, fuzzing.JSON, small)
 def test_coco(seed: int, value: Any, count: int) -> None:
     fuzzing.check_coco(seed, value, count)
 
 
-@few
-@given(fuzzing.JSON)
+@property_test(EXAMPLES, fuzzing.JSON)
 def test_any_json(tree: Any) -> None:
     fuzzing.check_json(tree)
 
 
-@few
-@given(fuzzing.SEEDS, small)
+@property_test(EXAMPLES, fuzzing.SEEDS, small)
 def test_voc(seed: int, count: int) -> None:
     fuzzing.check_voc(seed, count)
 
 
-@few
-@given(fuzzing.SEEDS, st.integers(0, 3))
+@property_test(EXAMPLES, fuzzing.SEEDS, st.integers(0, 3))
 def test_yolo(seed: int, count: int) -> None:
     fuzzing.check_yolo(seed, count)
 
 
-@few
-@given(fuzzing.SEEDS, fuzzing.JSON, small)
+@property_test(EXAMPLES, fuzzing.SEEDS, fuzzing.JSON, small)
 def test_results(seed: int, value: Any, count: int) -> None:
     fuzzing.check_results(seed, value, count)
 
@@ -63,14 +58,13 @@ def test_results_that_fuzzing_rarely_makes() -> None:
         assert not fuzzing.score_results(json.dumps([good[0] | {key: value}]).encode()), (key, value)
 
 
-@few
-@given(fuzzing.RLES, st.tuples(st.integers(1, 12), st.integers(1, 12)))
+@property_test(EXAMPLES, fuzzing.RLES, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 def test_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
     fuzzing.check_rle(rle, size)
 
 
-@few
-@given(
+@property_test(
+    EXAMPLES,
     st.lists(st.tuples(fuzzing.KEYS, fuzzing.VALUES | st.text(max_size=6)), max_size=3),
     st.lists(st.text(max_size=8), max_size=2),
 )
@@ -78,8 +72,7 @@ def test_overrides(pairs: list[tuple[str, str]], words: list[str]) -> None:
     fuzzing.check_overrides(pairs, words)
 
 
-@few
-@given(fuzzing.SEEDS, small)
+@property_test(EXAMPLES, fuzzing.SEEDS, small)
 def test_config_files(seed: int, count: int) -> None:
     fuzzing.check_config(seed, count)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -17,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fusedet import evaluation
 from fusedet.data.readers.coco import read_coco
+from properties import property_test
 
 METRICS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 SIZE = 200
@@ -184,15 +184,13 @@ DETECTIONS = st.builds(
 )
 
 
-@given(st.lists(ENTRIES, max_size=12), st.lists(DETECTIONS, min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
+@property_test(100, st.lists(ENTRIES, max_size=12), st.lists(DETECTIONS, min_size=1, max_size=30))
 def test_random_boxes(annotations, results):
     with tempfile.TemporaryDirectory() as folder:
         evaluate(folder, annotations, results, images=3, categories=3)
 
 
-@given(st.lists(ENTRIES, max_size=12), st.lists(DETECTIONS, min_size=1, max_size=30))
-@settings(max_examples=30, deadline=None)
+@property_test(30, st.lists(ENTRIES, max_size=12), st.lists(DETECTIONS, min_size=1, max_size=30))
 def test_random_masks(annotations, results):
     def polygon(box):
         x, y, width, height = box

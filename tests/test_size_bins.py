@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,6 +15,7 @@ from fusedet import cli, evaluation, visualization
 from fusedet.data.readers.auto import read_dataset
 from fusedet.errors import InputError
 from fusedet.evaluation.bootstrap import METRICS, resample_metrics
+from properties import property_test
 from test_evaluate import GUESSES, OBJECTS, dataset, result
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -46,8 +46,7 @@ def run_pycocotools(data, results):
         return np.nanmean(precision[..., -1], axis=(0, 1, 2)), np.nanmean(recall[..., -1], axis=(0, 1))
 
 
-@given(st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
-@settings(max_examples=60, deadline=None)
+@property_test(60, st.lists(st.tuples(OBJECTS, GUESSES), min_size=1, max_size=4), st.permutations([5, 2, 9, 11]))
 def test_equals_pycocotools_with_these_area_ranges(images, image_ids):
     data, results = build(images, image_ids)
     rows = [evaluation.evaluate_coco(data, results, evaluator=name, size_bins=EDGES) for name in evaluation.EVALUATORS]
@@ -64,8 +63,9 @@ def test_equals_pycocotools_with_these_area_ranges(images, image_ids):
         assert [row["AR"] for row in own] == pytest.approx(list(ar), abs=1e-12, nan_ok=True)
 
 
-@given(st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=2, max_size=4), st.permutations([5, 2, 9, 11]))
-@settings(max_examples=30, deadline=None)
+@property_test(
+    30, st.data(), st.lists(st.tuples(OBJECTS, GUESSES), min_size=2, max_size=4), st.permutations([5, 2, 9, 11])
+)
 def test_resamples_of_the_bins_equal_the_evaluation(data, images, image_ids):
     """A resample without an image equals the evaluation of the dataset without it, bin by bin."""
     whole, results = build(images, image_ids)
