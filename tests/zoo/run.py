@@ -38,22 +38,23 @@ def convert(model: dict[str, Any]) -> tuple[config.Config, int]:
     return options, count
 
 
-def run(file: Path, step: int = 1) -> Iterator[tuple[str, str]]:
-    """Yield name and verdict of every model, or of each `step`-th."""
+def run(file: Path, step: int = 1) -> Iterator[tuple[dict[str, Any], tuple[config.Config, int] | InputError]]:
+    """Yield every model, or each `step`-th, with its config and number of classes or with the refusal."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in list(lines)[::step]:
             model = json.loads(line)
             try:
-                convert(model)
+                made = convert(model)
             except InputError as error:
-                yield model["name"], f"refused: {error}"
+                yield model, error
             else:
-                yield model["name"], "ok"
+                yield model, made
 
 
 if __name__ == "__main__":
     count = converted = 0
-    for name, verdict in run(Path(sys.argv[1])):
-        print(name, verdict, flush=True)
-        count, converted = count + 1, converted + (verdict == "ok")
+    for model, made in run(Path(sys.argv[1])):
+        is_converted = not isinstance(made, InputError)
+        print(model["name"], "ok" if is_converted else f"refused: {made}", flush=True)
+        count, converted = count + 1, converted + is_converted
     print(f"converted {converted} of {count}")

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from run import convert
+from run import run
 
+from fusedet.config import Config
 from fusedet.errors import InputError
 from fusedet.models.detectors import build_meta_detector
 from fusedet.models.profiling import count_cost
@@ -32,40 +33,33 @@ TABLE = Path(__file__).resolve().parents[2] / "src/fusedet/interop/mmdetection/p
 DATASETS = r"(coco|lvis-v[\d.]+|objects365v\d|openimages(_challenge)?)$"
 
 
-def make_rows(file: Path, names: set[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the table's row of every model that converts; of two with one name the first.
+def make_row(model: dict[str, Any], options: Config, classes: int) -> dict[str, Any]:
+    """Make the table's row of a converted model."""
+    cost = count_cost(build_meta_detector(options, classes), *SIZE)
+    dataset = re.search(DATASETS, model["name"])
+    return {
+        "name": model["name"],
+        "family": model["family"],
+        "address": model["weights"],
+        "box_ap": model["box"],
+        "mask_ap": model["mask"],
+        "dataset": dataset[0] if dataset else "coco",
+        "backbone": options.model.backbone["name"].partition(".")[0],
+        "megabytes": round(sum(4 * math.prod(shape) for shape in model["keys"].values()) / 1e6, 1),
+        "parameters": cost["parameters"],
+        "multiply_adds": cost["multiply_adds"],
+        "model": model["model"],
+        "resize": model["resize"],
+    }
 
-    Args:
-        file: The list of models.
-        names: Only these.
-    """
+
+def make_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the row of every model that converts; of two with one name the first."""
     seen = set()
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            model = json.loads(line)
-            if model["name"] in seen or (names is not None and model["name"] not in names):
-                continue
-            try:
-                options, classes = convert(model)
-            except InputError:
-                continue
-            cost = count_cost(build_meta_detector(options, classes), *SIZE)
+    for model, made in run(file):
+        if model["name"] not in seen and not isinstance(made, InputError):
             seen.add(model["name"])
-            dataset = re.search(DATASETS, model["name"])
-            yield {
-                "name": model["name"],
-                "family": model["family"],
-                "address": model["weights"],
-                "box_ap": model["box"],
-                "mask_ap": model["mask"],
-                "dataset": dataset[0] if dataset else "coco",
-                "backbone": options.model.backbone["name"].partition(".")[0],
-                "megabytes": round(sum(4 * math.prod(shape) for shape in model["keys"].values()) / 1e6, 1),
-                "parameters": cost["parameters"],
-                "multiply_adds": cost["multiply_adds"],
-                "model": model["model"],
-                "resize": model["resize"],
-            }
+            yield make_row(model, *made)
 
 
 def write(rows: Iterator[dict[str, Any]], file: Path) -> int:
