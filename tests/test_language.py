@@ -10,6 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from fusedet.cli import app
+from syntax_trees import parse_source
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = [
@@ -89,7 +90,7 @@ def test_identifiers() -> None:
         line
         for path in SOURCES
         if path.suffix == ".py"
-        for line in list_lines(path, find_identifiers(ast.parse(path.read_text(encoding="utf-8"))))
+        for line in list_lines(path, find_identifiers(parse_source(path)))
     ]
 
 

@@ -4,6 +4,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+from syntax_trees import parse_source
+
 ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
 RANKS = [
     {"errors"},
@@ -25,7 +27,7 @@ RANK = {own: i for i, packages in enumerate(RANKS) for own in packages}
 def imports(path: Path) -> set[str]:
     """The modules of the package that a file imports, anywhere in it, as dotted paths below the package."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse_source(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fusedet":
             inside = node.module.split(".")[1:]
             names = [".".join([*inside, alias.name]) for alias in node.names]
@@ -58,7 +60,7 @@ def package(module: str) -> str:
 def test_a_public_class_name_stands_for_one_class() -> None:
     places: dict[str, list[str]] = {}
     for path in files():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse_source(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(name(path))
     assert {own: modules for own, modules in places.items() if len(modules) > 1} == {}
