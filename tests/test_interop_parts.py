@@ -29,7 +29,7 @@ def caffe_block(block: Bottleneck, x: Tensor, stride: int) -> Tensor:
 
 @torch.no_grad()
 def test_caffe_style_has_the_stride_in_the_first_convolution() -> None:
-    backbone = TimmBackbone("resnet50", pretrained=False, style="caffe").eval()
+    backbone = TimmBackbone("resnet26", pretrained=False, style="caffe").eval()
     resnet = backbone.body
     x = torch.rand(1, 3, 64, 96)
     features = backbone(x)
@@ -41,7 +41,7 @@ def test_caffe_style_has_the_stride_in_the_first_convolution() -> None:
 
 
 def test_caffe_style_with_deformable_stages() -> None:
-    backbone = TimmBackbone("resnet50", pretrained=False, style="caffe", deformable_stages=(3,))
+    backbone = TimmBackbone("resnet26", pretrained=False, style="caffe", deformable_stages=(3,))
     block = backbone.body["layer3"][0]
     assert (block.conv1.stride, block.conv2.stride, block.conv2.offset.stride) == ((2, 2), 1, (1, 1))
     assert [f.shape[-1] for f in backbone(torch.rand(1, 3, 64, 64))] == [16, 8, 4, 2]

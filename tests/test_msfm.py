@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -28,6 +29,8 @@ BACKBONES = [
     "mobilenetv3_large_100",
     "efficientnet_es",
 ]
+# with blocks as in EfficientNet, and bottlenecks as in the tests at the end
+SIMILAR_BACKBONES = ("mobilenetv2_100", "resnet26t")
 
 
 def modules(root: nn.Module) -> list[MSFM]:
@@ -132,13 +135,13 @@ def literal(
 
 FINAL = (0.5, 0.7, 1, 1.4, 2)
 CASES: list[tuple[dict, tuple[int, ...]]] = [
-    ({"scales": FINAL}, (2, 8, 5, 6)),
-    ({"scales": FINAL, "conv_num_large_only": True}, (1, 8, 4, 7)),
+    ({"scales": FINAL}, (2, 8, 3, 4)),
+    ({"scales": FINAL, "conv_num_large_only": True}, (1, 8, 3, 5)),
     ({"scales": FINAL, "fusion": "cat", "conv_num": 1}, (2, 8, 3, 4)),
     ({"scales": (1, 1, 2), "groups": 1}, (1, 8, 3, 3)),
     ({"scales": (0.5, 0.7), "groups": 4}, (2, 8, 1, 2)),
     ({"scales": (0.5, 1.4), "fusion": "cat"}, (1, 8, 1, 1)),
-    ({"scales": FINAL, "align_corners": True, "conv_num": 1}, (1, 8, 4, 5)),
+    ({"scales": FINAL, "align_corners": True, "conv_num": 1}, (1, 8, 4, 3)),
     ({"scales": (0.5, 1), "squeeze_relu": False}, (2, 8, 4, 3)),
     ({"scales": (0.5, 2), "restore_relu": True, "zero_init": False}, (2, 8, 4, 3)),
 ]
@@ -276,7 +279,9 @@ def test_parameters_of_every_row(scales: tuple[float, ...], conv_num: int, large
         for stage, position in product((2, 3, 4), ("after_conv1", "after_conv3")):
             c = 2**stage * (128 if position == "after_conv3" else 32)
             m = c // ratios[stage - 2]
-            assert size(plugin.make(c, stage, position)) == parameters(c, m, len(scales), convs, fusion == "cat")
+            with torch.device("meta"):
+                module = plugin.make(c, stage, position)
+            assert size(module) == parameters(c, m, len(scales), convs, fusion == "cat")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +325,9 @@ def blocks_of(backbone: TimmBackbone) -> Iterator[nn.Module]:
             yield from (m for m in stage.modules() if hasattr(m, "drop_path") and getattr(m, "has_skip", True))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SIMILAR_BACKBONES else n for n in BACKBONES]
+)
 def test_backbones_keep_their_keys_and_their_maps(name: str) -> None:
     backbone = lively(name).eval()
     before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
@@ -386,6 +393,13 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
     """after_branch: the nearest multiple of groups to C / ratio, at least groups."""
     plugin = MSFMPlugin(stages=(2,), ratios=(ratio,), groups=groups)
     assert plugin.make(channels, 2, "after_branch").squeeze[0].out_channels == m
+
+
+@cache
+def shapes_of(name: str) -> TimmBackbone:
+    """A backbone without values, which a refusal leaves as it is."""
+    with torch.device("meta"):
+        return TimmBackbone(name, pretrained=False)
 
 
 @pytest.mark.parametrize(
@@ -457,8 +471,7 @@ def test_widths_beyond_the_paper(channels: int, ratio: int, groups: int, m: int)
     ],
 )
 def test_wrong_options_are_refused(name: str, options: dict, message: str) -> None:
-    with torch.device("meta"):
-        backbone = TimmBackbone(name, pretrained=False)
+    backbone = shapes_of(name)
     keys = set(backbone.state_dict())
     with pytest.raises(InputError, match=message):
         insert_plugin(backbone, build("model.plugin", {"type": "msfm"} | options, PLUGINS, {}))
@@ -530,7 +543,7 @@ STAGE4 = MSFMPlugin(ALL, stages=(4,), ratios=(64,), zero_init=False)
 def furnished() -> TimmBackbone:
     """A small bottleneck backbone with randomised modules at all positions of stage 4."""
     torch.manual_seed(0)
-    backbone = lively("resnet26t")
+    backbone = lively("resnet14t")
     insert_plugin(backbone, STAGE4)
     backbone.train()
     for _ in range(2):
@@ -556,7 +569,7 @@ def test_every_parameter_is_trained(furnished: TimmBackbone) -> None:
 def test_copies_round_trips_and_folding(furnished: TimmBackbone) -> None:
     # float64: float32's rounding grows in stage 4 by the processor, to 3e-4 of the largest value
     furnished, x = copy.deepcopy(furnished).double(), torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    other = TimmBackbone("resnet26t", pretrained=False).double()
+    other = TimmBackbone("resnet14t", pretrained=False).double()
     insert_plugin(other, STAGE4)
     other.load_state_dict(furnished.state_dict())
     with torch.no_grad():

@@ -209,7 +209,7 @@ def test_modulated_needs_deformable_stages() -> None:
     make("model.backbone.modulated=true", "model.backbone.deformable_stages=[4]")
 
 
-@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50.tv_in1k", "regnetx_002"])
+@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet14t", "regnetx_002"])
 @pytest.mark.parametrize("zero_init", [True, False])
 def test_zero_init_of_residual_blocks(name: str, zero_init: bool) -> None:
     backbone = TimmBackbone(name, pretrained=False, zero_init=zero_init)
