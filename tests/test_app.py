@@ -70,8 +70,7 @@ def test_detections_are_those_of_the_model(client: Any, runs: dict[str, Path]) -
     assert set(reply["seconds"]) == {"wait", "decode", "detect"}
 
 
-@pytest.mark.parametrize("model", ["first", "masked"])
-@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize(("model", "share"), [("first", 0.2), ("masked", 0.6)])
 def test_a_threshold_is_a_filter(client: Any, runs: dict[str, Path], model: str, share: float) -> None:
     """What the page shows at a threshold is what the model predicts with it."""
     rows = post(client, "/predict", model=model).json()["detections"]

@@ -40,7 +40,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n.endswith("r101") else n for n in COUNTS])
 def test_trainable_parameters(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, "model.backbone.pretrained=false")

@@ -13,7 +13,7 @@ from fusedet.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
-COUNT = 60
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def contents(folder):
 
 def test_coco_format(folder):
     train, val = load(folder, "train"), load(folder, "val")
-    assert (len(train["images"]), len(val["images"])) == (48, 12)
+    assert (len(train["images"]), len(val["images"])) == (16, 4)
     assert [c["name"] for c in train["categories"]] == list(shape_drawing.SHAPES)
     assert not {i["id"] for i in train["images"]} & {i["id"] for i in val["images"]}
     for split, data in (("train", train), ("val", val)):

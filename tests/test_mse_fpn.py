@@ -481,7 +481,15 @@ def test_bfloat16(options: dict) -> None:
         assert torch.allclose(a, c.float(), atol=0.05 * float(a.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{}, {"sim": "split", "gate": "ca", "gate_place": "topdown", "pool_first": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"sim": "split", "gate": "ca", "gate_place": "topdown", "pool_first": False}, marks=pytest.mark.slow
+        ),
+    ],
+)
 @torch.no_grad()
 def test_export(options: dict) -> None:
     neck = MSEFPN(SMALL, channels=32, **options).eval()

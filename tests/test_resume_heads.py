@@ -17,7 +17,7 @@ from killing import differences
 from small import make
 from test_resume import settings
 
-OVERRIDES = {"tood": ("model.head.initial_epochs=1", "model.head.convs=2"), "ddod": ()}
+OVERRIDES = {"tood": ("model.head.initial_epochs=1",), "ddod": ()}
 
 
 def scene(epoch: int, number: int) -> Batch:

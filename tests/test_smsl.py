@@ -284,7 +284,7 @@ def test_bfloat16(mode: str) -> None:
         assert torch.allclose(a, c.float(), atol=0.03 * float(a.abs().max()))
 
 
-@pytest.mark.parametrize("mode", ["on_neck", "standalone"])
+@pytest.mark.parametrize("mode", ["on_neck", pytest.param("standalone", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_it_exports(mode: str) -> None:
     levels = pyramid(16) if mode == "on_neck" else SMALL_BODY

@@ -245,8 +245,7 @@ def is_drawn(path):
         return len(set(source.convert("L").resize((64, 64)).getdata())) > 8
 
 
-@pytest.mark.parametrize(("iou", "named"), [(0.5, "AP50"), (0.75, "AP75")])
-@pytest.mark.parametrize("classes", [3, 80])
+@pytest.mark.parametrize(("iou", "named", "classes"), [(0.5, "AP50", 3), (0.75, "AP75", 80)])
 def test_curves_name_the_iou(tmp_path, classes, iou, named):
     visualization.plot_precision_recall(precision_recall(classes), tmp_path / "curves.svg", iou=iou)
     svg = (tmp_path / "curves.svg").read_text()
@@ -271,10 +270,11 @@ def test_confusion_matrix_of_wrong_shape_is_refused(tmp_path):
         visualization.plot_confusion_matrix(np.zeros((3, 3)), NAMES, tmp_path / "c.png")
 
 
-@pytest.mark.parametrize(
-    "metrics", [{"AP": 0.4, "APs": 0.1, "APm": 0.4, "APl": 0.6}, {"AP": 0.0, "APs": math.nan, "APm": None, "APl": 0.0}]
-)
-@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+SIZES = {"AP": 0.4, "APs": 0.1, "APm": 0.4, "APl": 0.6}
+ABSENT_SIZES = {"AP": 0.0, "APs": math.nan, "APm": None, "APl": 0.0}
+
+
+@pytest.mark.parametrize(("metrics", "suffix"), [(SIZES, "png"), (ABSENT_SIZES, "pdf"), (SIZES, "svg")])
 def test_ap_by_size_in_every_format(tmp_path, metrics, suffix):
     file = tmp_path / f"sizes.{suffix}"
     visualization.plot_ap_by_size(metrics, file)
@@ -282,7 +282,7 @@ def test_ap_by_size_in_every_format(tmp_path, metrics, suffix):
 
 
 def test_unwritable_files_are_named(tmp_path):
-    metrics = {"AP": 0.4, "APs": 0.1, "APm": 0.4, "APl": 0.6}
+    metrics = SIZES
     with pytest.raises(InputError, match="unknown format of the plot"):
         visualization.plot_ap_by_size(metrics, tmp_path / "sizes.gif")
     with pytest.raises(InputError, match="cannot be written"):
