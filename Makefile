@@ -32,7 +32,7 @@ test-all: .venv/.ready
 
 # one after the other: they measure memory and time
 soak: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests
 
 lint: .venv/.ready
 	$(BIN)/ruff check
