@@ -21,7 +21,6 @@ from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
-JOBS = 20
 SCRIPT = """
 import json, sys
 import torch
@@ -105,17 +104,18 @@ sys.exit(cli.run(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_twenty_jobs_in_a_row_exit_with_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("jobs", [3, pytest.param(20, marks=pytest.mark.soak)])
+def test_jobs_in_a_row_exit_with_zero(jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One step on two images each."""
     data = generate_dataset(tmp_path / "data", images=4, size=(64, 64), splits={"train": 0.5, "val": 0.5})
     (tmp_path / "job.py").write_text(JOB)
     began, codes = time.monotonic(), []
-    for i in range(JOBS):
+    for i in range(jobs):
         words = ["train", "retinanet_tiny", f"data={data}", *SMALL, "train.batch=2", f"out={tmp_path / str(i)}"]
         codes.append(run_two_processes(str(tmp_path / "job.py"), *words).returncode)
     with capsys.disabled():
-        print(f"\n{JOBS} jobs of two processes in {time.monotonic() - began:.0f} s, exit codes {sorted(set(codes))}")
-    assert codes == [0] * JOBS
+        print(f"\n{jobs} jobs of two processes in {time.monotonic() - began:.0f} s, exit codes {sorted(set(codes))}")
+    assert codes == [0] * jobs
 
 
 @pytest.mark.slow
