@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from exporting import NAMES, TWO_LEVELS, save_run
+from exporting import NAMES, ONE_LEVEL, save_run
 from fusedet.config import load as load_config
 from fusedet.data.readers.auto import read_dataset
 from fusedet.models.necks import FPN, MSEFPN
@@ -188,7 +188,7 @@ def test_serving_an_export(served: Any, scenes: Path, tmp_path: Path) -> None:
     """Over HTTP the detections are those of fusedet."""
     import fusedet
 
-    run = save_run(tmp_path / "run", "retinanet", *TWO_LEVELS, data=scenes)
+    run = save_run(tmp_path / "run", "retinanet", *ONE_LEVEL, data=scenes)
     fusedet.export(run, formats=["onnx"])
     image = next((scenes / "val").glob("*.jpg"))
     answer = served(run / "export").post("/detect?score=0", content=image.read_bytes()).json()
