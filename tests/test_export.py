@@ -281,18 +281,20 @@ def test_dynamic_export_equals_pytorch(name: str, make_export: Callable[..., Pat
 MODULES = {
     "all modules": (
         "retinanet",
-        "model.plugin={type: msfm, ratios: [6, 6, 12], conv_num: 1}",
+        "model.plugin=msfm",
         "model.neck=[mse_fpn,smsl]",
         "model.interact=msil",
+        "model.backbone={name: resnet18, pretrained: false}",
     ),
-    "modules of two stages": ("faster_rcnn", "model.neck=[mse_fpn,smsl]"),
+    "modules of two stages": ("faster_rcnn", "model.neck=[mse_fpn,smsl]", "model.backbone.name=resnet10t"),
     "deformable stages": (
         "retinanet",
         "model.backbone={name: test_resnet, pretrained: false, deformable_stages: [2, 3, 4], modulated: true}",
+        *exporting.TWO_LEVELS,
     ),
-    "AugFPN": ("retinanet", "model.neck=aug_fpn"),
-    "BFP": ("faster_rcnn", "model.neck=[fpn,{type: bfp, refine_level: 1}]"),
-    "BiFPN": ("retinanet", "model.neck=bifpn"),
+    "AugFPN": ("retinanet", "model.neck=aug_fpn", "model.backbone.name=resnet10t"),
+    "BFP": ("faster_rcnn", "model.neck=[fpn,bfp]", "model.backbone.name=resnet10t"),
+    "BiFPN": ("retinanet", "model.neck=bifpn", "model.backbone.name=resnet10t"),
 }
 
 
@@ -300,7 +302,7 @@ MODULES = {
 @pytest.mark.parametrize("case", MODULES)
 def test_modules_export_with_dynamic_sizes(case: str, make_export: Callable[..., Path]) -> None:
     name, *overrides = MODULES[case]
-    check_export(make_export(name, "onnx,openvino", *exporting.TWO_LEVELS, *overrides))
+    check_export(make_export(name, "onnx,openvino", *overrides))
 
 
 def check_export(folder: Path) -> None:
