@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import fusedet
-from exporting import TWO_LEVELS, save_run
+from exporting import ONE_LEVEL, TWO_LEVELS, save_run
 from fusedet import cli
 from fusedet.api.detection import detect_images
 from fusedet.api.predict import Prediction, Predictor, load
@@ -502,8 +502,10 @@ def test_train_val_and_predict_agree(few_scenes: Path, tmp_path: Path) -> None:
     assert sorted(a["score"] for a in written["annotations"]) == pytest.approx(sorted(scored), abs=1e-4)
 
 
-def test_tiles_help(tmp_path: Path, few_scenes: Path, capsys: Any) -> None:
-    run = save_run(tmp_path / "run", "retinanet", *TWO_LEVELS, data=few_scenes)
+def test_tiles_help(tmp_path: Path, capsys: Any) -> None:
+    splits = {"train": 0.5, "val": 0.5}
+    data = generate_dataset(tmp_path / "data", images=4, seed=0, size=(64, 96), splits=splits)
+    run = save_run(tmp_path / "run", "retinanet", *ONE_LEVEL, data=data)
     words = ["val", str(run), "--tiles-help", "--resamples", "40", "test.tiles.size=48", "device=cpu", "--json"]
     assert cli.run([*words, "test.size_bins=[0,16,1000]"]) == 0
     report = json.loads(capsys.readouterr().out)
