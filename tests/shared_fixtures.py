@@ -46,7 +46,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference data beside the project; absent, the test skips, and fails in CI that does not do without."""
+    """The folder of reference data beside the project. Without it a test skips; in CI it fails, unless the setting is "none"."""
     setting = os.environ.get("FUSEDET_SHARED")
     folder = Path(setting or ROOT.parent / "shared")
     if not folder.is_dir():

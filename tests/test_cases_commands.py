@@ -22,6 +22,7 @@ from fusedet import config as configs
 from fusedet.api.prediction_exports import parse_formats, write_crops
 from fusedet.data.findings import Finding, summarize_findings
 from fusedet.data.readers.auto import read_dataset
+from fusedet.data.shape_drawing import SHAPES
 from fusedet.engine import trainer
 from fusedet.errors import InputError
 from fusedet.models.detectors import selection_options
@@ -252,8 +253,8 @@ def test_config_prints_what_a_run_would_have(capsys: Capture) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param("best.safetensors", marks=pytest.mark.slow), "last.ckpt"])
 def test_info_of_a_checkpoint(trained: Path, name: str) -> None:
-    whole, own = fusedet.info(trained, classes=5), fusedet.info(trained / name, classes=5)
-    assert own.classes == whole.classes == 5
+    whole, own = fusedet.info(trained), fusedet.info(trained / name)
+    assert own.classes == whole.classes == len(SHAPES)
     assert own.cost == whole.cost
     assert own.model.endswith(name)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fusedet import cli, create_model, resolve_config
+from fusedet import cli, config, create_model, resolve_config
 from shared_fixtures import SMALL
 
 pytestmark = pytest.mark.usefixtures("unrendered", "copied_parts")
@@ -96,6 +96,8 @@ def run(words: list[str], data: Path, trained: Path, folder: Path) -> int:
         if word.startswith("test.scales="):
             resolve_config(trained, [word])  # the documented sizes are valid, but take ten seconds
             words[i] = "test.scales=[32,48,64]"
+    if command == "train" and words[0] in config.names():
+        resolve_config(words[0], [word for word in words[1:] if "=" in word])
     call = normalize([command, *words])
     if call in _executed:
         return 0

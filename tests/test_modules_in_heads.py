@@ -9,7 +9,7 @@ from small import ATSS_FAMILY, MATCHING, ON_FCOS, make, without_gradient
 
 MODULES = ("model.interact=msil", "model.plugin=msfm")
 TARGETS = [objects([[4, 4, 40, 44], [10, 12, 30, 30]], [0, 1]), objects([])]
-FAST = ("gfl", "tood", "freeanchor", "ota")
+FAST = ("gfl", "tood", "freeanchor", "ota", "yolof", "borderdet")
 
 
 @pytest.mark.parametrize(

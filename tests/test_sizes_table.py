@@ -94,13 +94,15 @@ def test_report_of_bins_and_noise(scenes, tmp_path, monkeypatch):
     assert "AP 4-16 px_difference_images_low" in files["spreadsheet"].read_text().splitlines()[0]
 
 
-def test_power_is_that_of_the_row_with_the_fewest_seeds(scenes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("short", ["plain", "more"])
+def test_power_is_that_of_the_row_with_the_fewest_seeds(short, scenes, tmp_path, monkeypatch):
     plan = make_plan(tmp_path, MINE, scenes, seeds=3)
     finish_runs(plan, lambda run: make_results(plan.val, 0.2 + 0.2 * run.seed, 0.2))
-    shutil.rmtree(plan.runs("more")[2].folder)
+    shutil.rmtree(plan.runs(short)[2].folder)
     monkeypatch.setattr(summary, "measure_prediction", lambda *args: {})
     made = summary.summarize(plan, cost.count_costs(plan.configs, plan.classes), resamples=60)
-    plain, more = (row["noise"] for row in made["rows"])
-    assert (plain["runs"], plain["seeds"]) == (3, 2)
-    assert (more["runs"], more["seeds"]) == (2, 2)
-    assert [row[1] for row in render.make_noise_sheet(made).rows] == ["3", "2"]
+    runs = {"plain": 3, "more": 3} | {short: 2}
+    assert {row["label"]: row["noise"]["runs"] for row in made["rows"]} == runs
+    assert [row["noise"]["seeds"] for row in made["rows"]] == [2, 2]
+    shown = {row[0]: (row[1], row[-1]) for row in render.make_noise_sheet(made).rows}
+    assert shown == {label: (str(count), "2") for label, count in runs.items()}

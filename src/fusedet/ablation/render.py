@@ -134,6 +134,7 @@ def make_noise_sheet(summary: Summary) -> Sheet:
         "over images": ("over_images", 2),
         "over images, of two seeds' difference": ("of_pairs", 2),
         "visible difference": ("visible_difference", 1),
+        "with seeds": ("seeds", 0),
     }
     rows = [
         [row["label"], *(format_number(row["noise"][key], digits) for key, digits in columns.values())]

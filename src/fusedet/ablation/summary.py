@@ -190,7 +190,8 @@ def _describe_noise(plan: Plan, label: str, samples: Mapping[str, Sequence[boots
     if len(own) < 2 or plan.table.metric not in RESAMPLED:
         return None
     noise = power.measure_noise(own, plan.table.metric.removeprefix("mask_"))
-    compared = {same for other, same in plan.runs_of.items() if label in (other, plan.reference(other))}
+    pairs = [(other, plan.reference(other)) for other in plan.runs_of]
+    compared = {plan.runs_of[name] for pair in pairs if label in pair for name in pair if name in plan.runs_of}
     seeds = min(len(samples[same]) for same in compared if same in samples)
     return None if noise is None else power.describe_power(noise, max(2, seeds))
 

@@ -174,7 +174,7 @@ def _draw_colour(rng: Rng, hue: float, saturation: tuple[float, float], value: t
 
 
 def _draw_background(rng: Rng, height: int, width: int) -> Array:
-    """A gradient, stripes, clouds or tiles between two muted colours, (H, W, 3) float."""
+    """Draw a gradient, stripes, clouds or tiles between two muted colours, (H, W, 3) float."""
     down, right = np.ogrid[0:height, 0:width]
     angle = rng.uniform(0, 2 * np.pi)
     along = right * np.cos(angle) + down * np.sin(angle)
@@ -197,7 +197,7 @@ def _draw_background(rng: Rng, height: int, width: int) -> Array:
 
 
 def _draw_clouds(rng: Rng, height: int, width: int) -> Array:
-    """Smooth noise of three octaves in 0..1, (H, W)."""
+    """Draw smooth noise of three octaves in 0..1, (H, W)."""
     total = np.zeros((height, width))
     for cells, weight in ((3, 1.0), (7, 0.5), (15, 0.25)):
         coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))

@@ -100,7 +100,7 @@ def _check_arguments(
 
 
 def _read_parameters(folder: Path) -> Any:
-    """The parameters that a folder was generated with; None for any other folder."""
+    """Read the parameters that a folder was generated with; None for any other folder."""
     try:
         return json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,7 +138,7 @@ def _write_split(
 
 
 def _encode_mask(mask: np.ndarray, with_rle: bool) -> dict[str, Any]:
-    """The COCO bbox [x, y, width, height], area and RLE of a mask (H, W) bool; the box and its area without RLE."""
+    """Return the COCO bbox [x, y, width, height], area and RLE of a mask (H, W) bool, or box and its area only."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(xs[0]), int(ys[0])
     width, height = int(xs[-1]) + 1 - x, int(ys[-1]) + 1 - y
