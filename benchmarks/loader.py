@@ -1,8 +1,8 @@
-"""From JPEG files to the network's normalised input: fusedet's loader and torchvision's detection pipeline.
+"""From JPEG files to the network's normalized input: fusedet's loader and torchvision's detection pipeline.
 
     python benchmarks/loader.py [--images 40] [--batch 2]
 
-Both sides read the same 640x480 images, flip half of them, resize to 800/1333, normalise and pad, in one process and
+Both sides read the same 640x480 images, flip half of them, resize to 800/1333, normalize and pad, in one process and
 one thread, in turn batch by batch. The output is JSON: median milliseconds per image, the ratio of the medians (above
 1: fusedet is faster), and the peak memory of each side in a separate process. Then the same for each data augmentation
 of fusedet, applied to every image, with its ratio to the loader without it.
@@ -41,10 +41,10 @@ from fusedet.data.transforms import TrainTransform
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEIGHT, SHORT, LONG = 640, 480, 800, 1333
 INCLUDES = {
-    "fusedet": "dataset, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalise",
-    "fusedet_uint8": "the same up to the uint8 batch, which is what travels to the device; a model normalises there",
+    "fusedet": "dataset, Pillow decode, resize of uint8, flip, targets, padded uint8 batch, then float and normalize",
+    "fusedet_uint8": "the same up to the uint8 batch, which is what travels to the device; a model normalizes there",
     "torchvision": "CocoDetection wrapped for transforms.v2 (Pillow decode), references/detection's preset "
-    "(PILToTensor, flip, float, sanitise), then GeneralizedRCNNTransform (normalise, resize of float, pad), "
+    "(PILToTensor, flip, float, sanitize), then GeneralizedRCNNTransform (normalize, resize of float, pad), "
     "as its models do inside",
 }
 

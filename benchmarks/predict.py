@@ -48,7 +48,7 @@ def trained(image: torch.Tensor) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def torchvision(image: torch.Tensor) -> Callable[[], object]:
-    """Torchvision's detector with its own normalisation."""
+    """Torchvision's detector with its own normalization."""
     model = trained(image)[0]
     return torch.inference_mode()(lambda: model([image.float() / 255]))
 

@@ -110,7 +110,7 @@ def mix_with_white(number: int | None, fraction: float) -> tuple[float, float, f
 
 
 def write_text(ax: Axes, x: float, y: float, text: str, size: float = 8.4, **options: object) -> Text:
-    """Write a text centred at (x, y); texts beside lines get a white border."""
+    """Write a text centered at (x, y); texts beside lines get a white border."""
     settings = {"ha": "center", "va": "center", "color": INK, "linespacing": 1.25, "zorder": 6} | options
     drawn = ax.text(x, y, text, fontsize=size, **settings)  # type: ignore[arg-type]
     drawn.set_path_effects([Stroke(linewidth=2, foreground="white"), Normal()] if settings["zorder"] == 5 else [])

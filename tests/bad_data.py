@@ -412,7 +412,7 @@ KINDS = [
     Kind("image-20000x200", "coco", resize(20_000, 200)),
     Kind("image-turned", "coco", rotate_by_exif),
     Kind("image-cmyk", "coco", store("CMYK", "JPEG")),
-    Kind("image-grey-16-bit", "coco", store("I;16")),
+    Kind("image-gray-16-bit", "coco", store("I;16")),
     Kind("image-palette", "coco", store("P", transparency=0)),
     Kind("image-alpha", "coco", store("RGBA")),
     Kind("image-float", "coco", store("F", "TIFF"), refused=("p0.jpg holds floating-point numbers",), replaced=1),

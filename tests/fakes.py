@@ -30,7 +30,7 @@ def load_benchmark(name: str) -> ModuleType:
 
 
 class FakeDetector(nn.Module):
-    """Predicts an image's boxes from its mean colour; the losses are sums over objects by the shared count of objects."""
+    """Predicts an image's boxes from its mean color; the losses are sums over objects by the shared count of objects."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class FakeDetector(nn.Module):
         self.score = nn.Linear(3, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        colour = images.float().mean(dim=(2, 3)) / 255
-        return self.body(colour), self.score(colour)[:, 0]
+        color = images.float().mean(dim=(2, 3)) / 255
+        return self.body(color), self.score(color)[:, 0]
 
     loss_weights: ClassVar[dict[str, float]] = {"loss_box": 1.0, "loss_score": 1.0}
 
@@ -47,10 +47,10 @@ class FakeDetector(nn.Module):
         boxes, scores = self(batch.images)  # (N, 4), (N,)
         assert batch.targets is not None
         counts = torch.tensor([len(target) for target in batch.targets], device=boxes.device)
-        normaliser = mean_over_ranks(counts.sum())
+        normalizer = mean_over_ranks(counts.sum())
         box = sum((boxes[i].float() - target.boxes / 32).abs().sum() for i, target in enumerate(batch.targets))
         score = nn.functional.softplus(-scores.float() * (counts > 0)).sum()
-        return {"loss_box": box / normaliser, "loss_score": score / normaliser}
+        return {"loss_box": box / normalizer, "loss_score": score / normalizer}
 
     def predict(self, batch: Batch) -> list[Detections]:
         boxes, scores = self(batch.images)

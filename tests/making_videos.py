@@ -17,14 +17,14 @@ UNEVEN = [0, 40, 80, 200, 240, 500, 520, 540, 900, 940, 1000, 1300, *range(1340,
 
 
 def draw_frame(index: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A square whose left side lies at 2 * index, (height, width, 3); the grey of the ground tells the index."""
+    """A square whose left side lies at 2 * index, (height, width, 3); the gray of the ground tells the index."""
     pixels = np.full((height, width, 3), 10 + 7 * index, np.uint8)
     pixels[16 : 16 + SIDE, 2 * index : 2 * index + SIDE] = (240, 240, 240)
     return pixels
 
 
 def read_index(image: np.ndarray) -> int:
-    """The index of a frame, from the grey of its ground (H, W, 3)."""
+    """The index of a frame, from the gray of its ground (H, W, 3)."""
     return round((float(image[-8:].mean()) - 10) / 7)
 
 

@@ -95,7 +95,7 @@ def without_gradient(detector: nn.Module) -> list[str]:
 
 
 def livelier(detector: nn.Module) -> None:
-    """Randomise scales and shifts, so that no ReLU is at exactly 0, and widen the last layers, so that outputs vary."""
+    """Randomize scales and shifts, so that no ReLU is at exactly 0, and widen the last layers, so that outputs vary."""
     for key, p in detector.named_parameters():
         if p.ndim < 2:
             p.data.add_(0.1 * torch.randn_like(p))

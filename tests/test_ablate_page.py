@@ -176,9 +176,9 @@ def test_requests_and_messages_are_detected(browser: Any, tmp_path: Path) -> Non
 def test_light_and_dark(browser: Any, page: tuple[Path, dict[str, Any]], scheme: str, dark: bool) -> None:
     """The page follows the reader's color scheme, and text and plots contrast with its background."""
     with open_page(browser, page[0], color_scheme=scheme, viewport={"width": 1200, "height": 2600}) as (window, *_):
-        grey = Image.open(io.BytesIO(window.screenshot())).convert("L")
-    assert (grey.getpixel((3, 3)) < 60) is dark
-    histogram = grey.histogram()
+        gray = Image.open(io.BytesIO(window.screenshot())).convert("L")
+    assert (gray.getpixel((3, 3)) < 60) is dark
+    histogram = gray.histogram()
     bright, deep = sum(histogram[200:]), sum(histogram[:60])
     assert (deep > 10 * bright) is dark
     assert min(bright, deep) > 5000  # the page is not empty

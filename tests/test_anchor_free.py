@@ -14,7 +14,7 @@ from fakes import maps, objects
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model
 from fusedet.models.heads import FoveaHead, FreeAnchorHead, FSAFHead
-from fusedet.models.ops.boxes import box_centres, decode_boxes, encode_boxes, grid_priors, make_base_points
+from fusedet.models.ops.boxes import box_centers, decode_boxes, encode_boxes, grid_priors, make_base_points
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.region_assigners import CenterRegionAssigner, FoveaAssigner
 from fusedet.types import Candidates, Levels, Outputs, Priors, Target
@@ -143,7 +143,7 @@ def test_fovea_loss_is_its_literal_form(align: bool) -> None:
                 if instance < 0:
                     continue
                 positives += 1
-                x, y = box_centres(priors.boxes[p]).tolist()
+                x, y = box_centers(priors.boxes[p]).tolist()
                 x1, y1, x2, y2 = target.boxes[instance].tolist()
                 base = 2 * float(priors.strides[p])
                 wanted = [math.log(min(max(d / base, 1 / 16), 16)) for d in (x - x1, y - y1, x2 - x, y2 - y)]
@@ -202,7 +202,7 @@ def test_fsaf_loss_is_its_literal_form() -> None:
             padded = (-(-sizes[n] // 32) * 32).tolist()
             by_level: dict[tuple[int, int], list[tuple[int, Tensor, Tensor, Tensor]]] = {}
             for p, instance in enumerate(assigned.tolist()):
-                x, y = box_centres(priors.boxes[p])
+                x, y = box_centers(priors.boxes[p])
                 if x >= padded[1] or y >= padded[0]:
                     continue
                 label = int(target.labels[instance]) if instance >= 0 else -1

@@ -24,7 +24,7 @@ COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 
 
 def draw(height, width, boxes, shade=0):
-    """A grey image with filled rectangles, the object k in the color k, and its annotations with polygons."""
+    """A gray image with filled rectangles, the object k in the color k, and its annotations with polygons."""
     image = np.full((height, width, 3), shade, np.uint8)
     for (x1, y1, x2, y2), color in zip(boxes, COLORS):
         image[y1:y2, x1:x2] = color

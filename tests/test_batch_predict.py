@@ -322,7 +322,7 @@ def test_each_process_says_what_it_cannot_read(
 def test_joined_predictions_are_on_the_disk_before_the_lines_are_removed(
     model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut takes back what was not synchronised, but not the removal of the lines."""
+    """A power cut takes back what was not synchronized, but not the removal of the lines."""
     synced, sync, unlink = [], os.fsync, Path.unlink
 
     def note_sync(file: int) -> None:

@@ -61,12 +61,12 @@ def test_decode_inverts_encode(box_sides: tuple[float, ...], prior_sides: tuple[
     back = decode_boxes(prior, encode_boxes(prior, box))
     bound = math.exp(MAX_RATIO)
     expected_w, expected_h = min(max(w, pw / bound), pw * bound), min(max(h, ph / bound), ph * bound)
-    centre = [x + w / 2, y + h / 2]
+    center = [x + w / 2, y + h / 2]
     expected = [
-        centre[0] - expected_w / 2,
-        centre[1] - expected_h / 2,
-        centre[0] + expected_w / 2,
-        centre[1] + expected_h / 2,
+        center[0] - expected_w / 2,
+        center[1] - expected_h / 2,
+        center[0] + expected_w / 2,
+        center[1] + expected_h / 2,
     ]
     assert torch.allclose(back, torch.tensor([expected], dtype=torch.float64), atol=1e-6)
 

@@ -152,7 +152,7 @@ def flat_coco(box: list[float], _: int) -> list[float]:
     return [*box[:2], 0, box[3]]
 
 
-def normalised(box: list[float], _: int) -> list[float]:
+def normalized(box: list[float], _: int) -> list[float]:
     return [box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT]
 
 
@@ -163,8 +163,8 @@ USELESS = {
     "coco-without-area": ("coco", flat_coco, "have no area", "width and height"),
     "voc-without-area": ("voc", lambda b, _: [b[0], b[1], b[0] - 1, b[3]], "have no area", "width and height"),
     "yolo-without-area": ("yolo", lambda b, _: [*b[:2], 0, 0], "have no area", "width and height"),
-    "coco-normalised": ("coco", normalised, "end within the first pixel", "normalised (0..1), but COCO's are in pixels"),
-    "voc-normalised": ("voc", normalised, "end within the first pixel", "normalised (0..1), but VOC's are in pixels"),
+    "coco-normalized": ("coco", normalized, "end within the first pixel", "normalized (0..1), but COCO's are in pixels"),
+    "voc-normalized": ("voc", normalized, "end within the first pixel", "normalized (0..1), but VOC's are in pixels"),
     "coco-negative": ("coco", lambda b, _: [*b[:2], -5, b[3]], "have a negative width or height", "order of the coordinates"),
     "voc-swapped": ("voc", lambda b, _: [b[2], b[3], b[0], b[1]], "have a negative width or height", "order of the coordinates"),
     "yolo-nan": ("yolo", lambda b, _: [float("nan"), *b[1:]], "have NaN or infinite coordinates", ""),

@@ -30,7 +30,7 @@ def write_crowded(root: Path, counts: tuple[int, ...] = (230, 3)) -> Path:
     for split in ("train", "val"):
         (root / split).mkdir()
         for n in range(len(counts)):
-            Image.new("RGB", (400, 400), "grey").save(root / split / f"{n}.png")
+            Image.new("RGB", (400, 400), "gray").save(root / split / f"{n}.png")
         whole = {
             "images": [{"id": n, "file_name": f"{n}.png", "width": 400, "height": 400} for n in range(len(counts))],
             "categories": [{"id": 1, "name": "cell"}, {"id": 2, "name": "dust"}],

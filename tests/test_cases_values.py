@@ -49,21 +49,21 @@ def png_16_bit(rgb: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize("bits", [10, 12, 14, 16])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_range_of_16_bit_grey(bits: int, kind: str) -> None:
+def test_range_of_16_bit_gray(bits: int, kind: str) -> None:
     high = 2**bits - 1
-    grey = (RAMP * (high / RAMP.max())).astype(np.uint16)
-    content = store(grey, kind)
+    gray = (RAMP * (high / RAMP.max())).astype(np.uint16)
+    content = store(gray, kind)
     tensor, values = inspect_image(content, (0, high))
     assert values is not None
     assert (values.low, values.high, values.depth) == (0, high, 16)
-    assert np.array_equal(tensor[1].numpy(), np.rint(grey * 255.0 / high).astype(np.uint8))
+    assert np.array_equal(tensor[1].numpy(), np.rint(gray * 255.0 / high).astype(np.uint8))
     assert torch.equal(tensor[0], tensor[2])
     assert int(read_image(content).max()) == (high + 128) // 257, "without a range 16 bits are the whole range"
 
 
 def test_range_clips() -> None:
-    grey = np.array([[0, 100, 150, 200, 65535]], dtype=np.uint16)
-    assert read_image(store(grey), (100, 200))[0, 0].tolist() == [0, 0, 128, 255, 255]
+    gray = np.array([[0, 100, 150, 200, 65535]], dtype=np.uint16)
+    assert read_image(store(gray), (100, 200))[0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
@@ -157,7 +157,7 @@ def write_data(root: Path, images: dict[str, bytes]) -> Path:
     return root
 
 
-def grey_16(high: int) -> dict[str, bytes]:
+def gray_16(high: int) -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     return {
         name: store(rng.integers(0, high + 1, shape).astype(np.uint16))
@@ -166,7 +166,7 @@ def grey_16(high: int) -> dict[str, bytes]:
 
 
 def test_doctor_names_the_measured_range(tmp_path: Path) -> None:
-    root = write_data(tmp_path, grey_16(1023))
+    root = write_data(tmp_path, gray_16(1023))
     report = fusedet.check_dataset(data=root).reports["train"]
     assert not report.errors
     (warning,) = (w for w in report.warnings if "16 bits" in w)
@@ -174,7 +174,7 @@ def test_doctor_names_the_measured_range(tmp_path: Path) -> None:
     assert "set data.range=[0,1023] if these are 10-bit data" in warning
     report = fusedet.check_dataset(data={"path": root, "range": [0, 1023]}).reports["train"]
     assert not any("bits" in w or "range" in w for w in report.warnings)
-    full = write_data(tmp_path / "full", grey_16(65535))
+    full = write_data(tmp_path / "full", gray_16(65535))
     assert not any("16 bits" in w for w in fusedet.check_dataset(data=full).reports["train"].warnings)
 
 
@@ -206,7 +206,7 @@ def test_the_loader_uses_the_range(tmp_path: Path) -> None:
     from fusedet.data.loader import build_eval_loader
     from fusedet.data.transforms import EvalTransform
 
-    config = Config(data={"path": str(write_data(tmp_path, grey_16(1023))), "range": [0, 1023]})
+    config = Config(data={"path": str(write_data(tmp_path, gray_16(1023))), "range": [0, 1023]})
     dataset = read_split(config.data, "val")
     brightest = [int(b.images.max()) for b in build_eval_loader(dataset, EvalTransform(30, 40), batch=1)]
     assert min(brightest) > 250
@@ -215,7 +215,7 @@ def test_the_loader_uses_the_range(tmp_path: Path) -> None:
 
 
 def test_training_warns_of_the_measured_range(tmp_path: Path) -> None:
-    config = Config(data={"path": str(write_data(tmp_path, grey_16(4095)))})
+    config = Config(data={"path": str(write_data(tmp_path, gray_16(4095)))})
     dataset = read_split(config.data, "train")
     said: list[str] = []
     require_usable_images(dataset, dataset, max_bad_share=0.0, warn=said.append)

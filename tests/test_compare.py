@@ -111,7 +111,7 @@ def test_printed_comparison(capsys: pytest.CaptureFixture[str], runs: tuple[Path
         "95 % over images",
         "APs",
         "triangle",
-        "localisation",
+        "localization",
         "missed",
         "better than A",
         "another seed",

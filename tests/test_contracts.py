@@ -95,15 +95,15 @@ def test_norm_eval_freezes_statistics_and_trains_scale_and_shift() -> None:
     assert torch.equal(norms[0].running_mean, before)
 
 
-def test_normalisation_is_the_pretrained_one() -> None:
+def test_normalization_is_the_pretrained_one() -> None:
     model = small()
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    assert torch.allclose(model.normalise(image), (image / 255 - mean) / std, atol=1e-5)
+    assert torch.allclose(model.normalize(image), (image / 255 - mean) / std, atol=1e-5)
 
 
-def test_padding_is_zero_after_normalisation() -> None:
-    x = small().normalise(torch.full((2, 3, 32, 64), 255, dtype=torch.uint8), torch.tensor([[32, 64], [20, 40]]))
+def test_padding_is_zero_after_normalization() -> None:
+    x = small().normalize(torch.full((2, 3, 32, 64), 255, dtype=torch.uint8), torch.tensor([[32, 64], [20, 40]]))
     assert x[0].all()
     assert x[1, :, :20, :40].all()
     assert not x[1, :, 20:].any()
@@ -134,7 +134,7 @@ def test_real_imagenet_weights_of_a_file(shared) -> None:
     taken = backbone.body.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in taken.items() if value.is_floating_point())
     assert backbone.has_weights
-    # The images are normalised as the weights expect: mean and standard deviation 127.5.
+    # The images are normalized as the weights expect: mean and standard deviation 127.5.
     assert backbone.scale.flatten().tolist() == pytest.approx([1 / 127.5] * 3)
     assert backbone.shift.flatten().tolist() == pytest.approx([-1.0] * 3)
     with pytest.raises(
@@ -318,7 +318,7 @@ def test_a_batch_gives_the_detections_of_its_images() -> None:
         assert torch.equal(detections.labels, expected.labels)
 
 
-def test_loss_normaliser_by_hand() -> None:
+def test_loss_normalizer_by_hand() -> None:
     """Each image counts for its positives, at least one (MMDetection 3.x): the loss of a pair with an empty image shows
     it."""
     head = small().head

@@ -151,8 +151,8 @@ def test_export_and_compile() -> None:
 # -- stages of backbones
 
 
-def randomised(name: str, **options: Any) -> TimmBackbone:
-    """A backbone with active residual branches: timm initialises the last norm of each with zero."""
+def randomized(name: str, **options: Any) -> TimmBackbone:
+    """A backbone with active residual branches: timm initializes the last norm of each with zero."""
     backbone = TimmBackbone(name, pretrained=False, **options)
     for m in backbone.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -174,7 +174,7 @@ def packs(backbone: nn.Module) -> list[DeformPack]:
     ],
 )
 def test_backbones_start_with_the_same_maps(name: str, blocks: int) -> None:
-    plain, backbone = randomised(name), randomised(name, deformable_stages=(2, 3, 4))
+    plain, backbone = randomized(name), randomized(name, deformable_stages=(2, 3, 4))
     assert len(packs(backbone)) == blocks
     left = backbone.load_state_dict(plain.state_dict(), strict=False)  # weights of a plain backbone fit
     assert not left.unexpected_keys
@@ -251,7 +251,7 @@ def test_frozen_stages_freeze_offsets_too() -> None:
 
 def test_with_plugins() -> None:
     """A model with both is trained, copied, folded, reloaded and exported."""
-    backbone = randomised("test_resnet", deformable_stages=(4,))
+    backbone = randomized("test_resnet", deformable_stages=(4,))
     assert insert_plugin(backbone, MSFMPlugin(("after_conv2",), stages=(4,), ratios=(12,), zero_init=False)) == 1
     for pack in packs(backbone):
         nn.init.normal_(pack.offset.weight, std=0.01)

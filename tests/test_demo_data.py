@@ -59,7 +59,7 @@ def test_masks_of_an_image_do_not_overlap(folder):
 
 
 def test_masks_match_the_drawing():
-    """Colours step at the borders of masks, far more than elsewhere."""
+    """Colors step at the borders of masks, far more than elsewhere."""
     for seed in range(5):
         pixels, instances = shape_drawing.draw_image(np.random.default_rng(seed), (224, 288))
         for _, mask in instances:
@@ -175,7 +175,7 @@ def test_frequencies_give_the_classes_and_their_shares(tmp_path):
         frequencies[label] = 1.0
         pixels, instances = shape_drawing.draw_image(np.random.default_rng(1), (64, 64), frequencies=frequencies)
         assert {own for own, _ in instances} == {label}
-        colour = pixels[instances[0][1]].mean(0) / 255
-        hues.append(colorsys.rgb_to_hsv(*colour)[0])
+        color = pixels[instances[0][1]].mean(0) / 255
+        hues.append(colorsys.rgb_to_hsv(*color)[0])
     for hue, expected in zip(hues, (0, 1 / 3, 2 / 3)):
         assert abs((hue - expected + 0.5) % 1 - 0.5) < shape_drawing.HUE_SPREAD + 0.02

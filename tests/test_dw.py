@@ -14,7 +14,7 @@ from fakes import maps, objects
 from fusedet.errors import InputError
 from fusedet.models.heads import DWHead
 from fusedet.models.heads.dw import refine_distances
-from fusedet.models.ops.boxes import box_centres, distances_to_boxes
+from fusedet.models.ops.boxes import box_centers, distances_to_boxes
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.types import Levels, Target
 from small import float64
@@ -50,7 +50,7 @@ def test_losses_are_their_literal_form(weighting: str) -> None:
         targets = [Target(t.boxes.double(), t.labels) for t in TARGETS]
         losses = head.loss(outputs, targets)
         priors = outputs.priors
-        points = box_centres(priors.boxes)
+        points = box_centers(priors.boxes)
         scores = flatten_maps(outputs.maps["cls"], 3).sigmoid() * flatten_maps(outputs.maps["centerness"], 1).sigmoid()
         boxes = distances_to_boxes(points, flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None])
         positive, negative, box_loss, discount = (torch.zeros(()) for _ in range(4))

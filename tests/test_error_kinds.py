@@ -42,8 +42,8 @@ def test_missed():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.499])
-def test_localisation(share):
-    assert kinds([[(BOX, 0, False)]], [detection(part(share), CAT)]) == (0, {"localisation": (1, pytest.approx(1))})
+def test_localization(share):
+    assert kinds([[(BOX, 0, False)]], [detection(part(share), CAT)]) == (0, {"localization": (1, pytest.approx(1))})
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 1])
@@ -70,7 +70,7 @@ def test_background(box):
 def test_overlap_at_the_edge_of_the_background():
     """0.1 of an object of the own class is a place, of another class background; to the bit, in a box of 10."""
     ten, tenth = (0, 0, 10, 10), (0, 0, 10, 1)
-    assert "localisation" in kinds([[(ten, 0, False)]], [detection(tenth, CAT)])[1]
+    assert "localization" in kinds([[(ten, 0, False)]], [detection(tenth, CAT)])[1]
     assert "background" in kinds([[(ten, 0, False)]], [detection(tenth, DOG)])[1]
 
 
@@ -85,13 +85,13 @@ def test_duplicate():
 def test_place_goes_before_class():
     """It overlaps a cat by 0.4 and a dog wholly: a cat in the wrong place."""
     _, errors = kinds([[(BOX, 0, False), (part(0.4), 1, False)]], [detection(part(0.4), CAT)])
-    assert {name: count for name, (count, _) in errors.items()} == {"localisation": 1, "missed": 1}
+    assert {name: count for name, (count, _) in errors.items()} == {"localization": 1, "missed": 1}
 
 
 def test_only_the_best_detection_on_an_object_is_mended():
     """Two misplaced ones on one object: the better becomes right, the other goes; AP is 1, not 1 with a false one."""
     ap, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.5), detection(part(0.3), CAT, 0.9)])
-    assert (ap, errors) == (0, {"localisation": (2, pytest.approx(1))})
+    assert (ap, errors) == (0, {"localization": (2, pytest.approx(1))})
 
 
 def test_a_mended_detection_keeps_its_score():
@@ -100,19 +100,19 @@ def test_a_mended_detection_keeps_its_score():
     guesses = [detection(FAR, CAT, 0.9), detection((120, 0, 130, 10), CAT, 0.6), detection(part(0.4), CAT, 0.3)]
     ap, errors = kinds(images, guesses)
     assert ap == pytest.approx(51 / 101)
-    assert errors == {"localisation": (1, pytest.approx(50 * 2 / 3 / 101)), "background": (1, 0)}
+    assert errors == {"localization": (1, pytest.approx(50 * 2 / 3 / 101)), "background": (1, 0)}
 
 
 def test_misplaced_beside_a_found_object_goes_when_mended():
     """The object is matched: the misplaced detection of higher score cannot become right too."""
     ap, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.9), detection(BOX, CAT, 0.5)])
-    assert (ap, errors) == (pytest.approx(0.5), {"localisation": (1, pytest.approx(0.5))})
+    assert (ap, errors) == (pytest.approx(0.5), {"localization": (1, pytest.approx(0.5))})
 
 
 def test_best_of_place_and_class_on_one_object():
     """A misplaced cat (0.9) and a dog (0.8) on one cat: the better one alone can be mended, and the object is not missed."""
     _, errors = kinds([[(BOX, 0, False)]], [detection(part(0.4), CAT, 0.9), detection(BOX, DOG, 0.8)])
-    assert errors == {"localisation": (1, pytest.approx(1)), "classification": (1, 0)}
+    assert errors == {"localization": (1, pytest.approx(1)), "classification": (1, 0)}
 
 
 def test_ignored_objects_have_no_kind():
@@ -145,7 +145,7 @@ def test_every_false_detection_and_every_lost_object_has_one_kind(images):
     hits = sum(hits_of_a_image(own, guesses) for own, (_, guesses) in zip(objects, images, strict=True))
     assert hits + sum(counts[name] for name in ERROR_TYPES[:5]) == len(results)
     lost = sum(map(len, objects)) - hits
-    assert lost - counts["localisation"] - counts["classification"] <= counts["missed"] <= lost
+    assert lost - counts["localization"] - counts["classification"] <= counts["missed"] <= lost
     assert all(row["dAP"] >= 0 for row in errors["kinds"].values())
 
 

@@ -435,8 +435,8 @@ def test_similarity_of_detections() -> None:
     changed = detections(scores=np.array([[0.9, 0.25]], np.float32))
     changed["boxes"] = expected["boxes"] + np.float32([[[5, 0, 5, 0], [0, 0, 0, 0]]])
     assert compute_similarity(expected, changed) == pytest.approx((0.9 / 3 + 0.25) / 1.4)
-    relabelled = detections(labels=np.array([[0, 0]]))
-    assert compute_similarity(expected, relabelled) == pytest.approx(0.9 / 1.4)
+    relabeled = detections(labels=np.array([[0, 0]]))
+    assert compute_similarity(expected, relabeled) == pytest.approx(0.9 / 1.4)
 
 
 @pytest.fixture

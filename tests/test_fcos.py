@@ -16,7 +16,7 @@ from fusedet.models.heads.fcos import centerness
 from fusedet.models.necks import FPN
 from fusedet.models.ops import assigners
 from fusedet.models.ops.assigners import BACKGROUND, PointInBoxAssigner
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances, grid_priors, make_base_points, select_detections
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances, grid_priors, make_base_points, select_detections
 from fusedet.models.ops.losses import giou_loss, iou_loss, mean_over_ranks
 from fusedet.types import Levels, Outputs, Priors, Target
 
@@ -103,7 +103,7 @@ def test_instance_out_of_range_hides_no_other() -> None:
 
 
 def test_center_sampling() -> None:
-    """Nearer than 1.5 strides to the centre (50, 50), along both axes, and inside the box."""
+    """Nearer than 1.5 strides to the center (50, 50), along both axes, and inside the box."""
     places = [(50.0, 50.0), (61.5, 50.0), (62.0, 50.0), (38.5, 61.5), (50.0, 63.0)]
     wide, thin = objects([0, 0, 100, 100]), objects([45, 0, 55, 100])
     priors = points((8, places))
@@ -121,7 +121,7 @@ def slow(rule: PointInBoxAssigner, priors: Priors, target: Target) -> list[int]:
     level = [i for i, n in enumerate(priors.counts) for _ in range(n)]
     ends = [0.0, *rule.limits, math.inf]
     assigned = []
-    for p, (x, y) in enumerate(box_centres(priors.boxes).tolist()):
+    for p, (x, y) in enumerate(box_centers(priors.boxes).tolist()):
         best, instance = math.inf, BACKGROUND
         for g, (x1, y1, x2, y2) in enumerate(target.boxes.tolist()):
             sides = (x - x1, y - y1, x2 - x, y2 - y)
@@ -174,7 +174,7 @@ def test_iou_losses_of_empty_boxes_are_finite() -> None:
         assert loss(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
 
 
-def test_normaliser_has_the_given_minimum() -> None:
+def test_normalizer_has_the_given_minimum() -> None:
     assert float(mean_over_ranks(torch.tensor(0.2))) == 1
     assert float(mean_over_ranks(torch.tensor(0.2), least=1e-6)) == pytest.approx(0.2)
     assert float(mean_over_ranks(torch.tensor(0.0), least=1e-6)) == pytest.approx(1e-6)
@@ -189,7 +189,7 @@ def literal(head: FCOSHead, outputs: Outputs, targets: list[Target]) -> dict[str
     """The losses one point and one class at a time."""
     normalized = head.normalize_boxes
     cls, box, sure, positives, weights = 0.0, 0.0, 0.0, 0, 0.0
-    places = box_centres(outputs.priors.boxes).tolist()
+    places = box_centers(outputs.priors.boxes).tolist()
     for n, target in enumerate(targets):
         assigned = slow(head.assigner, outputs.priors, target)
         p = 0
@@ -252,7 +252,7 @@ def test_decode_is_the_inverse_of_the_targets(options: dict) -> None:
     outputs = head(maps(n=1))
     priors = outputs.priors
     assigned = head.assigner.assign(priors, SOME)
-    wanted = boxes_to_distances(box_centres(priors.boxes), SOME.boxes[assigned.clamp(min=0)])
+    wanted = boxes_to_distances(box_centers(priors.boxes), SOME.boxes[assigned.clamp(min=0)])
     rows = (wanted / priors.strides[:, None] if head.normalize_boxes else wanted).split(priors.counts)
     filled = [r.reshape(1, *m.shape[2:], 4).permute(0, 3, 1, 2) for r, m in zip(rows, outputs.maps["reg"])]
     outputs = Outputs(outputs.maps | {"reg": filled}, priors)

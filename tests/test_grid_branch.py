@@ -19,7 +19,7 @@ from properties import property_test
 LEVELS = Levels((16,) * 5, (4, 8, 16, 32, 64))
 SIZES = torch.tensor([[75, 129], [64, 100]])
 SMALL = {"convs": 2, "point_channels": 4, "groups": 6}
-NEIGHBOURS = {
+NEIGHBORS = {
     0: [1, 3],
     1: [0, 2, 4],
     2: [1, 5],
@@ -84,7 +84,7 @@ def test_transition_against_its_edges() -> None:
     """Each edge separately: depth-wise 5x5, then 1x1, in the order of the edges' target points."""
     layer, x, y = Transition(3, 4), torch.randn(2, 36, 7, 7), torch.randn(2, 36, 7, 7)
     fused, edge = layer(x, y), 0
-    for point, around in NEIGHBOURS.items():
+    for point, around in NEIGHBORS.items():
         expected = x[:, 4 * point : 4 * point + 4].clone()
         # left, above, below, right: as MMDetection counts them
         order = sorted(around, key=lambda other: [point - 3, point - 1, point + 1, point + 3].index(other))
@@ -112,13 +112,13 @@ def test_an_exported_transition_takes_any_memory_layout() -> None:
 
 
 def test_fusion_has_two_orders() -> None:
-    """What reaches a point comes from its neighbours and from theirs, and from nowhere else."""
+    """What reaches a point comes from its neighbors and from theirs, and from nowhere else."""
     branch = GridBranch(LEVELS, 3, **SMALL)
     x = torch.randn(1, 36, 7, 7, requires_grad=True)
-    for point, around in NEIGHBOURS.items():
+    for point, around in NEIGHBORS.items():
         (gradient,) = torch.autograd.grad(branch.fuse(x)[:, 4 * point : 4 * point + 4].sum(), x)
         reached = {i for i in range(9) if gradient[:, 4 * i : 4 * i + 4].any()}
-        assert reached == {point, *around, *(other for n in around for other in NEIGHBOURS[n])}
+        assert reached == {point, *around, *(other for n in around for other in NEIGHBORS[n])}
 
 
 @pytest.mark.parametrize("size", [(75, 129), (64, 96), (33, 47)])
@@ -274,8 +274,8 @@ def test_jitter_is_bounded_and_seeded() -> None:
     jittered = branch.jitter_boxes(boxes, sizes)
     torch.manual_seed(3)
     assert torch.equal(jittered, branch.jitter_boxes(boxes, sizes))
-    centre, side = (jittered[:, :2] + jittered[:, 2:]) / 2, jittered[:, 2:] - jittered[:, :2]
-    for moved, middle in ((centre, torch.tensor([50.0, 40])), (side, torch.tensor([20.0, 20]))):
+    center, side = (jittered[:, :2] + jittered[:, 2:]) / 2, jittered[:, 2:] - jittered[:, :2]
+    for moved, middle in ((center, torch.tensor([50.0, 40])), (side, torch.tensor([20.0, 20]))):
         change = (moved - middle) / 20
         assert 0.14 < change.max() <= 0.15 + 1e-5
         assert -0.15 - 1e-5 <= change.min() < -0.14

@@ -18,7 +18,7 @@ HEIGHT, WIDTH = 24, 40
 
 @pytest.fixture
 def rgb():
-    """Smooth colours, so that JPEG keeps them."""
+    """Smooth colors, so that JPEG keeps them."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return np.stack([x * 6, y * 10, 255 - x * 3], axis=2).astype(np.uint8)
 
@@ -55,10 +55,10 @@ def test_file_formats(tmp_path, rgb, file_format, options, atol):
         assert read_image_size(source) == (HEIGHT, WIDTH)
 
 
-def test_grey_binary_and_palette(rgb):
-    grey = Image.fromarray(rgb).convert("L")
-    close(read_image(encoded(grey, "PNG")), np.repeat(np.array(grey)[..., None], 3, 2))
-    binary = grey.point(lambda v: 255 * (v > 100), "1")
+def test_gray_binary_and_palette(rgb):
+    gray = Image.fromarray(rgb).convert("L")
+    close(read_image(encoded(gray, "PNG")), np.repeat(np.array(gray)[..., None], 3, 2))
+    binary = gray.point(lambda v: 255 * (v > 100), "1")
     close(read_image(encoded(binary, "PNG")), np.repeat(np.array(binary.convert("L"))[..., None], 3, 2))
     palette = Image.fromarray(rgb).quantize(16)
     close(read_image(encoded(palette, "PNG")), palette.convert("RGB"))
@@ -71,12 +71,12 @@ def test_transparency_is_composited_over_white(rgb):
     over = Image.fromarray(np.dstack([rgb, alpha]))
     weight = alpha[..., None] / 255
     close(read_image(encoded(over, "PNG")), (rgb * weight + 255 * (1 - weight)).astype(np.uint8), atol=1)
-    grey = Image.merge("LA", [Image.fromarray(rgb[..., 0]), Image.fromarray(alpha)])
+    gray = Image.merge("LA", [Image.fromarray(rgb[..., 0]), Image.fromarray(alpha)])
     expected = (rgb[..., :1] * weight + 255 * (1 - weight)).repeat(3, 2).astype(np.uint8)
-    close(read_image(encoded(grey, "PNG")), expected, atol=1)
+    close(read_image(encoded(gray, "PNG")), expected, atol=1)
 
 
-def test_transparent_palette_colour_becomes_white():
+def test_transparent_palette_color_becomes_white():
     palette = Image.new("P", (WIDTH, HEIGHT), 1)
     palette.putpalette([10, 20, 30, 200, 100, 50])
     palette.paste(0, (0, 0, 8, HEIGHT))
@@ -85,7 +85,7 @@ def test_transparent_palette_colour_becomes_white():
     assert image[:, 0, 20].tolist() == [200, 100, 50]
 
 
-def test_transparent_colour_of_an_rgb_png_becomes_white():
+def test_transparent_color_of_an_rgb_png_becomes_white():
     source = Image.new("RGB", (WIDTH, HEIGHT), (1, 2, 3))
     source.paste((9, 9, 9), (0, 0, 8, HEIGHT))
     image = read_image(encoded(source, "PNG", transparency=(9, 9, 9)))
@@ -100,22 +100,22 @@ def test_cmyk(rgb):
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_to_8(file_format):
+def test_16_bit_gray_is_scaled_to_8(file_format):
     deep = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
     expected = np.rint(deep / 257).astype(np.uint8)
     close(read_image(encoded(Image.fromarray(deep), file_format)), np.repeat(expected[..., None], 3, 2))
 
 
-def test_16_bit_colour_is_scaled_to_8(rgb):
+def test_16_bit_color_is_scaled_to_8(rgb):
     rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in rgb)
-    close(read_image(png(WIDTH, HEIGHT, rows, depth=16, colour=2)), rgb)
+    close(read_image(png(WIDTH, HEIGHT, rows, depth=16, color=2)), rgb)
 
 
-def png(width, height, rows, depth=8, colour=0):
+def png(width, height, rows, depth=8, color=0):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 

@@ -196,7 +196,7 @@ def test_1x_config_and_names(tmp_path: Path) -> None:
 
 
 def test_anchors_of_1x() -> None:
-    """1.x included a box's last pixel and centred anchors in their cells: the same box is one pixel longer here."""
+    """1.x included a box's last pixel and centered anchors in their cells: the same box is one pixel longer here."""
     head = RPNHead(Levels((8,) * 2, (4, 16)), scale=8.0, offset=0.5, round_anchors=True)
     features = [torch.zeros(1, 8, 2, 3), torch.zeros(1, 8, 1, 1)]
     priors = head(features).priors.boxes

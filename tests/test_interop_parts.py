@@ -140,9 +140,9 @@ def test_convolutions_of_the_box_head() -> None:
 def test_padding_is_zero_after_normalization() -> None:
     """Padding is 0 for any mean, because MMDetection pads after normalization."""
     backbone = TimmBackbone("resnet18", pretrained=False, mean=(122.77, 115.95, 102.98), std=(1.0, 1.0, 1.0))
-    from fusedet.models.ops.image_normalization import normalise_images
+    from fusedet.models.ops.image_normalization import normalize_images
 
     images = torch.from_numpy(np.full((1, 3, 4, 6), 200, np.uint8))
-    out = normalise_images(images, backbone.scale, backbone.shift, torch.tensor([[3, 4]]))
+    out = normalize_images(images, backbone.scale, backbone.shift, torch.tensor([[3, 4]]))
     assert torch.allclose(out[0, 0, :3, :4], torch.tensor(77.23), atol=1e-4)
     assert out[0, :, 3:].abs().sum() + out[0, :, :, 4:].abs().sum() == 0

@@ -36,6 +36,12 @@ FORBIDDEN = [
     r"there is none\b",
 ]
 """Each begins at a word's beginning."""
+BRITISH = (
+    "centre|colour|neighbour|behaviour|grey|(?:label|model|signal|cancel)l(?:ed|ing)|"
+    "(?:general|initial|local|maxim|minim|normal|optim|random|real|recogn|regular|sanit|special|summar|synchron|visual)"
+    "is(?:e|ing|ation)"
+)
+"""British spelling, anywhere in a word; American is the field's."""
 IDENTIFIERS = {"told", "bare", "look", "found", "Found", "Records"}
 PARAMETERS = {"one", "others"}
 ALLOWED = {
@@ -57,7 +63,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 def find_forbidden(text: str) -> Iterator[str]:
     """Line number and line of every forbidden word."""
-    forbidden = re.compile(rf"\b(?:{'|'.join(FORBIDDEN)})", re.IGNORECASE)
+    forbidden = re.compile(rf"\b(?:{'|'.join(FORBIDDEN)})|{BRITISH}", re.IGNORECASE)
     for number, line in enumerate(text.splitlines(), 1) if forbidden.search(text) else ():
         rest = re.sub("|".join(ALLOWED), "", line)
         for match in forbidden.finditer(rest):
@@ -122,6 +128,6 @@ def test_help_texts(words: tuple[str, ...]) -> None:
 
 
 def test_a_forbidden_word_is_noticed() -> None:
-    assert len(list(find_forbidden("A picture\nfine\nset anew, Told Apart"))) == 3
+    assert len(list(find_forbidden("A picture\nfine\nset anew, Told Apart\nbox_centres"))) == 4
     assert not list(find_forbidden("brush.rectangle(box, outline=color)"))
     assert list(find_identifiers(ast.parse("def f(one):\n    told = one"))) == ["1: one", "2: told"]

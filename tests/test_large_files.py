@@ -197,7 +197,7 @@ def test_large_jpeg_and_png_have_the_pixels_of_pillow(
 
 
 def test_what_torchvision_would_read_otherwise_stays_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grey, CMYK, turned, transparent and deep images."""
+    """Gray, CMYK, turned, transparent and deep images."""
     monkeypatch.setattr(image_decoding, "_LARGE", 0)
     monkeypatch.setattr(image_decoding, "_decode_large", lambda source: pytest.fail("not by torchvision"))
     exif = Image.Exif()

@@ -110,16 +110,16 @@ def test_every_layout_carries_range_and_exif(tmp_path: Path, layout: str) -> Non
 
 @pytest.mark.parametrize("is_color", [False, True])
 def test_range_of_an_image_as_stored(tmp_path: Path, is_color: bool) -> None:
-    """16 bits in grey and in color: data.range scales the same pixels, turned or as stored."""
-    grey = (np.arange(6 * 4).reshape(6, 4) * 40).astype(np.uint16)
+    """16 bits in gray and in color: data.range scales the same pixels, turned or as stored."""
+    gray = (np.arange(6 * 4).reshape(6, 4) * 40).astype(np.uint16)
     path = tmp_path / "a.png"
     if is_color:
-        content = png_16_bit(np.stack([grey] * 3, axis=2))
+        content = png_16_bit(np.stack([gray] * 3, axis=2))
         exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
         path.write_bytes(insert_chunk(content, b"eXIf", exif))
     else:
-        store_turned(path, grey)
-    expected = torch.from_numpy(np.rint(grey * 255.0 / 1023).clip(0, 255).astype(np.uint8))
+        store_turned(path, gray)
+    expected = torch.from_numpy(np.rint(gray * 255.0 / 1023).clip(0, 255).astype(np.uint8))
     stored = read_image(path, (0, 1023), exif=False)
     turned = read_image(path, (0, 1023))
     assert torch.equal(stored[1], expected)

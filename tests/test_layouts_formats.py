@@ -271,15 +271,15 @@ def test_via_shapes_and_attributes(tmp_path: Path) -> None:
 
     circle = {"name": "circle", "cx": 50, "cy": 40, "r": 10}
     turned = {"name": "ellipse", "cx": 50, "cy": 40, "rx": 20, "ry": 10, "theta": np.pi / 2}
-    write((circle, {"name": "ball", "colour": "red"}), (turned, {"name": {"egg": True, "ball": False}}))
+    write((circle, {"name": "ball", "color": "red"}), (turned, {"name": {"egg": True, "ball": False}}))
     dataset = read_dataset(tmp_path, "train")
     assert dataset.names == ("ball", "egg")
     np.testing.assert_allclose(dataset[0].boxes, [[40, 30, 60, 50], [40, 20, 60, 60]], atol=1e-9)
     write((circle, {}))
     assert read_dataset(tmp_path, "train").names == ("object",)
-    write((circle, {"colour": "red", "size": "big"}))
+    write((circle, {"color": "red", "size": "big"}))
     with pytest.raises(
-        InputError, match="the regions have the attributes colour, size, and none is called label or class"
+        InputError, match="the regions have the attributes color, size, and none is called label or class"
     ):
         read_dataset(tmp_path, "train")
     write(({"name": "point", "cx": 1, "cy": 2}, {"name": "ball"}), (circle, {"name": "ball"}))
@@ -478,7 +478,7 @@ def test_names_never_leave_the_folder(tmp_path: Path, name: str) -> None:
         read_dataset(darknet, "train")
 
 
-# -- what is not recognised
+# -- what is not recognized
 
 
 def _nothing(root: Path) -> None:

@@ -297,7 +297,7 @@ def test_the_loss_term_is_named(tmp_path):
     assert caught.value.exit_code == 3
 
 
-def signalled(where: tuple[int, int], number: int = signal.SIGINT):
+def signaled(where: tuple[int, int], number: int = signal.SIGINT):
     def change(epoch, i, batch):
         if (epoch, i) == where:
             os.kill(os.getpid(), number)
@@ -340,7 +340,7 @@ def test_an_interrupted_training_resumes_bit_for_bit(tmp_path, where, accumulate
     stop = True
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=r"to go on: fusedet train .* --resume"):
-        run(tmp_path / "b", signalled((1, 4)) if where == "between steps" else lambda e, i, batch: batch)
+        run(tmp_path / "b", signaled((1, 4)) if where == "between steps" else lambda e, i, batch: batch)
     assert signal.getsignal(signal.SIGINT) is handler
     between = checkpoint.load(tmp_path / "b" / "last.ckpt")
     expected = {"in a step": (5, 6), "between steps": (4, 4), "in the validation": (7, 7)}[where]

@@ -131,7 +131,7 @@ def test_crops_by_hand() -> None:
 
 
 def literal_crop(mask: Tensor, box: list[float], size: int) -> list[list[float]]:
-    """RoIAlign with ceil(side / size) samples per cell and axis, bilinear between pixel centres, then a threshold."""
+    """RoIAlign with ceil(side / size) samples per cell and axis, bilinear between pixel centers, then a threshold."""
     height, width = mask.shape
 
     def pixel(y: float, x: float) -> float:
@@ -280,7 +280,7 @@ def test_pasting_by_hand() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40))
 def test_pasting_against_the_definition(seed: int, height: int, width: int) -> None:
-    """MMDetection's: torch's grid_sample of the mask at the pixels' centres, zeros around, and a threshold."""
+    """MMDetection's: torch's grid_sample of the mask at the pixels' centers, zeros around, and a threshold."""
     torch.manual_seed(seed)
     masks, corner = torch.rand(3, 28, 28), torch.rand(3, 2) * 40 - 8
     boxes = torch.cat([corner, corner + 0.5 + torch.rand(3, 2) * 40], dim=1)

@@ -13,7 +13,7 @@ from fakes import Call, batch, check_export, detect, maps, objects
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.heads import AutoAssignHead, GFLHead, TOODHead, YOLOFHead
-from fusedet.models.ops.boxes import box_centres, distances_to_boxes
+from fusedet.models.ops.boxes import box_centers, distances_to_boxes
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.uniform_assigner import UniformMatcher
 from fusedet.types import Levels, Target
@@ -26,7 +26,7 @@ TARGETS = [
 ]
 
 
-def randomised(head: Any) -> Any:
+def randomized(head: Any) -> Any:
     for p in head.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     return head.double()
@@ -64,7 +64,7 @@ def test_the_last_claim_counts() -> None:
 
 
 def test_yolof_logits_are_those_of_the_product() -> None:
-    head = randomised(YOLOFHead(Levels((32,), (32,)), 3))
+    head = randomized(YOLOFHead(Levels((32,), (32,)), 3))
     kept = {}
     head.cls.register_forward_hook(lambda m, i, o: kept.update(cls=o))
     head.objectness.register_forward_hook(lambda m, i, o: kept.update(objectness=o))
@@ -77,7 +77,7 @@ def test_yolof_logits_are_those_of_the_product() -> None:
 def test_yolof_box_loss_is_its_literal_form() -> None:
     torch.manual_seed(0)
     with float64():
-        head = randomised(YOLOFHead(Levels((32,), (32,)), 3, convs=1))
+        head = randomized(YOLOFHead(Levels((32,), (32,)), 3, convs=1))
         outputs = head([torch.randn(3, 32, 2, 3)])
         targets = [Target(t.boxes.double(), t.labels) for t in TARGETS]
         losses = head.loss(outputs, targets)
@@ -108,12 +108,12 @@ def test_autoassign_loss_is_its_literal_form() -> None:
     torch.manual_seed(1)
     with float64():
         levels = Levels((32, 32), (8, 16))
-        head = randomised(AutoAssignHead(levels, 3, convs=1))
+        head = randomized(AutoAssignHead(levels, 3, convs=1))
         outputs = head(maps(levels, n=3, dtype=torch.float64))
         targets = [Target(t.boxes.double(), t.labels) for t in TARGETS]
         losses = head.loss(outputs, targets)
         priors = outputs.priors
-        points = box_centres(priors.boxes)
+        points = box_centers(priors.boxes)
         scores = flatten_maps(outputs.maps["cls"], 3).sigmoid() * flatten_maps(outputs.maps["centerness"], 1).sigmoid()
         boxes = distances_to_boxes(points, flatten_maps(outputs.maps["reg"], 4) * priors.strides[:, None])
         positive, negative, center, mass = torch.zeros(()), torch.zeros(()), torch.zeros(()), torch.zeros(())

@@ -73,7 +73,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def relation_matrix(Q: Tensor, K: Tensor, gn1: bool) -> Tensor:
-    """R (N, N) of Q and K (C', N), normalised."""
+    """R (N, N) of Q and K (C', N), normalized."""
     N = Q.shape[1]
     R = torch.stack([torch.stack([Q[:, n] @ K[:, m] for m in range(N)]) for n in range(N)])
     return (R - R.mean()) / torch.sqrt(((R - R.mean()) ** 2).mean() + 1e-5) if gn1 else R

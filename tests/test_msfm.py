@@ -62,7 +62,7 @@ def lively(name: str, **options: Any) -> TimmBackbone:
 
 
 def literal_resize(x: Tensor, height: int, width: int, corners: bool = False) -> Tensor:
-    """Bilinear: the images' corners meet and what lies outside takes the border's value, or the centres of the corner
+    """Bilinear: the images' corners meet and what lies outside takes the border's value, or the centers of the corner
     cells meet."""
     (rows, columns), out = x.shape[2:], x.new_zeros(*x.shape[:2], height, width)
     for i, j in product(range(height), range(width)):
@@ -541,7 +541,7 @@ STAGE4 = MSFMPlugin(ALL, stages=(4,), ratios=(64,), zero_init=False)
 
 @pytest.fixture(scope="module")
 def furnished() -> TimmBackbone:
-    """A small bottleneck backbone with randomised modules at all positions of stage 4."""
+    """A small bottleneck backbone with randomized modules at all positions of stage 4."""
     torch.manual_seed(0)
     backbone = lively("resnet14t")
     insert_plugin(backbone, STAGE4)

@@ -65,7 +65,7 @@ def make_identity(module: nn.Module) -> None:
 
 
 def doubled(x: Tensor, like: Tensor) -> Tensor:
-    """Nearest neighbours in the size of `like`, by indices."""
+    """Nearest neighbors in the size of `like`, by indices."""
     rows = torch.arange(like.shape[-2]) * x.shape[-2] // like.shape[-2]
     columns = torch.arange(like.shape[-1]) * x.shape[-1] // like.shape[-1]
     return x[..., rows, :][..., columns]
@@ -333,7 +333,7 @@ def test_bifpn_repeats_its_layers() -> None:
 
 
 def test_bifpn_norm_of_a_single_value() -> None:
-    """One value has no variance: the running statistics normalise it and stay; two values are normalised as usual."""
+    """One value has no variance: the running statistics normalize it and stay; two values are normalized as usual."""
     ours, theirs = BatchNorm(3, eps=1e-3, momentum=0.01), nn.BatchNorm2d(3, eps=1e-3, momentum=0.01)
     x = torch.randn(1, 3, 1, 1)
     assert torch.equal(ours.train()(x), theirs.eval()(x))

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou, generalized_box_iou, sigmoid_focal_loss
 from fakes import maps, objects
 from fusedet.errors import InputError
 from fusedet.models.heads import OTAHead
-from fusedet.models.ops.boxes import box_centres, distances_to_boxes
+from fusedet.models.ops.boxes import box_centers, distances_to_boxes
 from fusedet.models.ops.layers import flatten_maps
 from fusedet.models.ops.optimal_transport import OptimalTransportAssigner, estimate_supply, transport_labels
 from fusedet.types import Levels, Outputs, Target
@@ -33,7 +33,7 @@ def predict(seed: int, head: OTAHead) -> tuple[Outputs, list[Target], Tensor, Te
     for p in head.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     outputs = head.double()(maps(LEVELS, n=3, dtype=torch.float64))
-    points = box_centres(outputs.priors.boxes)
+    points = box_centers(outputs.priors.boxes)
     distances = flatten_maps(outputs.maps["reg"], 4) * outputs.priors.strides[:, None]
     targets = [Target(t.boxes.double(), t.labels) for t in TARGETS]
     return outputs, targets, points, flatten_maps(outputs.maps["cls"], 3), distances_to_boxes(points, distances)
@@ -88,7 +88,7 @@ def slow_assignment(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_assignment_is_the_dense_transport(seed: int) -> None:
-    """Also of an instance between the points, whose labels go to the points near its centre, and of one without any."""
+    """Also of an instance between the points, whose labels go to the points near its center, and of one without any."""
     with float64():
         head = OTAHead(LEVELS, 3, convs=1)
         rule = OptimalTransportAssigner(steps=12)

@@ -52,7 +52,7 @@ def test_cells_that_begin_inside_the_padding_are_valid(offset: float) -> None:
     """An image of 20 x 33 is padded to 32 x 64: 2 of 4 rows and 4 of 6 columns of stride 16, one cell of stride 64."""
     levels = Levels((4, 4), (16, 64))
     features = maps(levels, (64, 96))
-    # these sides are no binary fractions: a centre computed from them may fall outside its cell
+    # these sides are no binary fractions: a center computed from them may fall outside its cell
     shapes = [torch.tensor([[-s / 3, -s / 7, s / 3, s / 7]]).repeat(2, 1) for s in levels.strides]
     outs = Outputs({"cls": features}, grid_priors(features, levels, shapes, offset))
     valid = valid_prior_mask(outs, levels.strides, torch.tensor([[64, 96], [20, 33]]))
@@ -131,7 +131,7 @@ def test_iou_of_an_invalid_prior_does_not_count() -> None:
 
 def test_nearest_valid_point_is_positive() -> None:
     priors, valid = row([[x - 4, 4, x + 4, 12] for x in (8, 16, 24)], [False, True, True])
-    target = objects([[0, 0, 18, 16]])  # centre (9, 8)
+    target = objects([[0, 0, 18, 16]])  # center (9, 8)
     assert PointAssigner().assign(priors, target, valid).tolist() == [IGNORED, 0, BACKGROUND]
     assert PointAssigner(pos_num=3).assign(priors, target, valid).tolist() == [IGNORED, 0, 0]
     assert PointAssigner().assign(priors, target).tolist() == [0, BACKGROUND, BACKGROUND]
@@ -163,7 +163,7 @@ def test_atss_counts_valid_candidates_only() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
-def test_assignment_does_not_synchronise(rule: Any) -> None:
+def test_assignment_does_not_synchronize(rule: Any) -> None:
     """Meta tensors refuse every operation whose shape or branch depends on values, and tensors of other devices."""
     features = [m.to("meta") for m in maps(LEVELS, (64, 96))]
     outs = Outputs(

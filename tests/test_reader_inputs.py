@@ -410,7 +410,7 @@ def test_corners_in_place_of_a_size(tmp_path: Path) -> None:
     image(tmp_path / "yolo" / "images" / "a.jpg")
     put(tmp_path / "yolo" / "labels" / "a.txt", "".join(f"0 {' '.join(map(str, share))}\n" for share in shares))
     put(tmp_path / "yolo" / "data.yaml", YAML)
-    for folder, advice in (("huggingface", "write x, y, width, height"), ("yolo", "write the centre, width and")):
+    for folder, advice in (("huggingface", "write x, y, width, height"), ("yolo", "write the center, width and")):
         (finding,) = check_box_convention(read_dataset(tmp_path / folder, "train"))
         assert finding.message.startswith("boxes that look like x1, y1, x2, y2: ")
         assert advice in finding.message

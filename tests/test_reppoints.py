@@ -15,7 +15,7 @@ from fusedet.models.detectors import create_model, prepare_for_inference
 from fusedet.models.heads import RepPointsHead
 from fusedet.models.ops import point_assigner
 from fusedet.models.ops.assigners import BACKGROUND, IGNORED
-from fusedet.models.ops.boxes import box_centres, grid_priors, make_base_points
+from fusedet.models.ops.boxes import box_centers, grid_priors, make_base_points
 from fusedet.models.ops.point_assigner import PointAssigner
 from fusedet.types import Batch, Features, Levels, Outputs, Priors, Target
 
@@ -115,7 +115,7 @@ def test_level_follows_from_the_size() -> None:
     ]:
         assigned = PointAssigner().assign(priors, objects([[33 - w / 2, 33 - h / 2, 33 + w / 2, 33 + h / 2]]))
         (place,) = (assigned == 0).nonzero().flatten().tolist()
-        assert (int(priors.strides[place]), box_centres(priors.boxes)[place].tolist()) == (stride, [32, 32])
+        assert (int(priors.strides[place]), box_centers(priors.boxes)[place].tolist()) == (stride, [32, 32])
         assert (assigned == BACKGROUND).sum() == len(priors) - 1
 
 
@@ -126,14 +126,14 @@ def test_a_gap_between_levels_takes_the_finer_one() -> None:
 
 
 def test_distance_is_relative_to_the_sides() -> None:
-    """The centre (11, 12.5) of a box of 8 x 80 is nearest to (8, 16), 3/8 and 3.5/80 away; (16, 16) is 5/8 away."""
+    """The center (11, 12.5) of a box of 8 x 80 is nearest to (8, 16), 3/8 and 3.5/80 away; (16, 16) is 5/8 away."""
     priors = grid((4, 4))
     tall, wide = [7, -27.5, 15, 52.5], [-27.5, 7, 52.5, 15]
-    assert box_centres(priors.boxes)[PointAssigner().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
-    assert box_centres(priors.boxes)[PointAssigner().assign(priors, objects([wide])) == 0].tolist() == [[16, 8]]
+    assert box_centers(priors.boxes)[PointAssigner().assign(priors, objects([tall])) == 0].tolist() == [[8, 16]]
+    assert box_centers(priors.boxes)[PointAssigner().assign(priors, objects([wide])) == 0].tolist() == [[16, 8]]
     # with two points each: along its long side a box looks farther, (8, 8) at 4.5/80 before (16, 16) at 5/8
     two = PointAssigner(pos_num=2)
-    assert box_centres(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
+    assert box_centers(priors.boxes)[two.assign(priors, objects([tall])) == 0].tolist() == [[8, 8], [8, 16]]
 
 
 def test_nearest_instance_has_the_point_and_the_first_of_equal_ones() -> None:
@@ -158,7 +158,7 @@ def slow(rule: PointAssigner, priors: Priors, target: Target) -> list[int]:
     """The rule, one object and one point at a time, in double precision."""
     assigned, best = [BACKGROUND] * len(priors), [math.inf] * len(priors)
     levels = [int(math.log2(s)) for s in priors.strides.tolist()]
-    points = box_centres(priors.boxes.double()).tolist()
+    points = box_centers(priors.boxes.double()).tolist()
     for g, (x1, y1, x2, y2) in enumerate(target.boxes.double().tolist()):
         level = math.floor(math.log2(math.sqrt((x2 - x1) * (y2 - y1)) / rule.scale))
         level = min(max(level, min(levels)), max(levels))
@@ -255,7 +255,7 @@ def test_initial_points_and_scores() -> None:
         nn.init.zeros_(p)
     outputs = head(maps())
     boxes, scores, quality = head.decode(outputs)
-    assert torch.equal(boxes[0], box_centres(outputs.priors.boxes).repeat(1, 2))
+    assert torch.equal(boxes[0], box_centers(outputs.priors.boxes).repeat(1, 2))
     assert torch.allclose(scores, torch.tensor(0.02))
     assert quality is None
 
@@ -303,7 +303,7 @@ def test_loss_against_a_loop(beta: float) -> None:
         return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
     def pixels(name: str, image: int, i: int) -> list[float]:
-        (x, y), stride = box_centres(priors.boxes[i]).tolist(), float(priors.strides[i])
+        (x, y), stride = box_centers(priors.boxes[i]).tolist(), float(priors.strides[i])
         return [a * stride + b for a, b in zip(box(rows[name][image, i].tolist()), (x, y, x, y))]
 
     def distance(name: str, i: int, instance: int) -> float:

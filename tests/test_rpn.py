@@ -37,7 +37,7 @@ def varied(**options: object) -> RPNHead:
     return head
 
 
-def test_maps_and_initialisation() -> None:
+def test_maps_and_initialization() -> None:
     head = RPNHead(LEVELS, num_classes=7)
     assert head.num_classes == 1
     outputs = head(maps())

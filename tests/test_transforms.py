@@ -98,7 +98,7 @@ def test_without_antialiasing_a_pixel_is_interpolated_from_its_four_nearest(shor
     image, _, _ = EvalTransform(short, 2 * short, antialias=False)(source, annotate(64, 96, []))
 
     def nearest(size, old):
-        place = (torch.arange(size) + 0.5) * old / size - 0.5  # pixel centres are at halves
+        place = (torch.arange(size) + 0.5) * old / size - 0.5  # pixel centers are at halves
         low = place.floor().long()
         return low.clamp(0, old - 1), (low + 1).clamp(0, old - 1), place - low
 

@@ -197,7 +197,7 @@ def test_each_stage_trains_on_the_boxes_of_the_one_before() -> None:
             return seen[-1][1]
 
         stage.sample = sample
-    features = made.neck(made.backbone(made.normalise(images.images)))
+    features = made.neck(made.backbone(made.normalize(images.images)))
     losses = made.loss(images)
     assert list(losses)[2:] == [f"s{i}_{k}" for i in range(3) for k in ("loss_cls", "loss_box")]
     assert [made.loss_weights[f"s{i}_loss_cls"] for i in range(3)] == [1.0, 0.5, 0.25]

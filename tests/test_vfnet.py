@@ -18,7 +18,7 @@ from fusedet.models.heads import VFNetHead
 from fusedet.models.ops import atss
 from fusedet.models.ops.assigners import BACKGROUND
 from fusedet.models.ops.atss import ATSSAssigner
-from fusedet.models.ops.boxes import aligned_iou, box_centres, grid_priors, make_base_points
+from fusedet.models.ops.boxes import aligned_iou, box_centers, grid_priors, make_base_points
 from fusedet.models.ops.deformable import DeformConv, DeformPack
 from fusedet.models.ops.quality_losses import varifocal_loss
 from fusedet.types import Features, Levels, Outputs, Priors, Target
@@ -75,8 +75,8 @@ def test_atss_deviation_is_unbiased() -> None:
     assert ATSSAssigner().assign(grid((1, 2), scale=2.0), objects([[-8, -8, 7, 8]])).tolist() == [BACKGROUND] * 2
 
 
-def test_atss_takes_priors_whose_centres_lie_inside() -> None:
-    """A single candidate has its own IoU as threshold, so that only its centre decides: over 0.01 pixels inside."""
+def test_atss_takes_priors_whose_centers_lie_inside() -> None:
+    """A single candidate has its own IoU as threshold, so that only its center decides: over 0.01 pixels inside."""
     priors = grid((1, 1), scale=2.0)
     assert ATSSAssigner().assign(priors, objects([[0, -8, 16, 8]])).tolist() == [BACKGROUND]
     assert ATSSAssigner().assign(priors, objects([[-0.009, -8, 16, 8]])).tolist() == [BACKGROUND]
@@ -103,14 +103,14 @@ def slow(rule: ATSSAssigner, priors: Priors, target: Target) -> list[int]:
         candidates: list[int] = []
         start = 0
         for count in priors.counts:
-            middle = dict(zip(range(start, start + count), box_centres(boxes[start : start + count]).tolist()))
+            middle = dict(zip(range(start, start + count), box_centers(boxes[start : start + count]).tolist()))
             nearest = sorted(middle, key=lambda p: math.dist(middle[p], ((x1 + x2) / 2, (y1 + y2) / 2)))
             candidates += nearest[: rule.topk]
             start += count
         values = [overlap[g][p] for p in candidates]
         threshold = statistics.mean(values) + statistics.stdev(values)
         for p in candidates:
-            x, y = box_centres(boxes[p]).tolist()
+            x, y = box_centers(boxes[p]).tolist()
             inside = min(x - x1, y - y1, x2 - x, y2 - y) > 0.01
             if overlap[g][p] >= threshold and inside and overlap[g][p] > best[p]:
                 assigned[p], best[p] = g, overlap[g][p]
@@ -219,7 +219,7 @@ def test_units_of_the_distances(norm: str, unit: int) -> None:
             assert torch.equal(m, torch.full_like(m, unit * stride))
     boxes, scores, quality = head.decode(outputs)
     reach = unit * outputs.priors.strides[:, None] * torch.tensor([-1, -1, 1, 1])
-    assert torch.allclose(boxes, (box_centres(outputs.priors.boxes).repeat(1, 2) + reach).expand_as(boxes))
+    assert torch.allclose(boxes, (box_centers(outputs.priors.boxes).repeat(1, 2) + reach).expand_as(boxes))
     assert torch.allclose(scores, torch.tensor(0.02))
     assert quality is None
 
@@ -253,7 +253,7 @@ def test_loss_against_a_loop() -> None:
     for i, instance in enumerate(assigned):
         if instance < 0:
             continue
-        (x, y), truth = box_centres(outputs.priors.boxes[i]).tolist(), SOME.boxes[instance].tolist()
+        (x, y), truth = box_centers(outputs.priors.boxes[i]).tolist(), SOME.boxes[instance].tolist()
         for name in ("reg", "refine"):
             left, up, right, down = rows[name][0, i].tolist()
             a = (x - left, y - up, x + right, y + down)

@@ -130,7 +130,7 @@ def test_no_boxes_leave_the_image_unchanged():
     assert visualization.draw_comparison(PLAIN, empty, (*empty, torch.zeros(0)), NAMES).height > 240
 
 
-def test_masks_are_blended_and_ignored_boxes_are_grey():
+def test_masks_are_blended_and_ignored_boxes_are_gray():
     mask = torch.zeros(1, 240, 320, dtype=torch.bool)
     mask[0, 50:100, 50:100] = True
     source = visualization.draw_boxes(
@@ -143,8 +143,8 @@ def test_masks_are_blended_and_ignored_boxes_are_grey():
     )
     blended = np.array([0.6 * 128 + 0.4 * c for c in visualization.class_color(0)])
     assert np.asarray(source)[75, 75] == pytest.approx(blended, abs=1)
-    assert pixels(source, colors.GREY)[98:162, 198:262].any()
-    assert not pixels(source, colors.GREY)[:, :190].any()
+    assert pixels(source, colors.GRAY)[98:162, 198:262].any()
+    assert not pixels(source, colors.GRAY)[:, :190].any()
 
 
 def test_wrong_input_is_refused():
@@ -181,7 +181,7 @@ def test_comparison_distinguishes_correct_false_missed_and_wrong_class():
     assert has(colors.WRONG_CLASS, 100, 60)
     assert has(colors.FALSE_NEGATIVE, 180, 60)
     assert has(colors.FALSE_POSITIVE, 250, 150)
-    assert has(colors.GREY, 250, 60)
+    assert has(colors.GRAY, 250, 60)
     assert not has(colors.FALSE_POSITIVE, 250, 60)
     assert not has(colors.TRUE_POSITIVE, 30, 150)
     assert has(colors.WHITE, 20, 60)

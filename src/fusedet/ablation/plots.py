@@ -174,7 +174,7 @@ def plot_ap_by_bin(rows: Sequence[RowSummary], bins: Sequence[str], path: Path) 
         panels[0].plot(list(known), list(known.values()), "o-", color=plot_color(i), ms=3, label=row["label"])
     panels[0].set_ylim(bottom=0)
     panels[0].legend(frameon=False, fontsize=7)
-    figure.supxlabel("square root of the area (px); intervals over images, grey if they contain 0", fontsize=9)
+    figure.supxlabel("square root of the area (px); intervals over images, gray if they contain 0", fontsize=9)
     save_figure(figure, path)
 
 

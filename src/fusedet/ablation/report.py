@@ -89,7 +89,7 @@ def _make_cell(text: str) -> str:
 
 
 def _make_folded_plots(images: Mapping[str, str]) -> str:
-    text = "<p>Intervals are over images; grey if they contain 0.</p>"
+    text = "<p>Intervals are over images; gray if they contain 0.</p>"
     return text + "".join(
         f"<details><summary>{escape(name)}</summary><figure>{svg}</figure></details>" for name, svg in images.items()
     )

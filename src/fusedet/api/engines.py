@@ -106,8 +106,8 @@ def _open_pytorch(task: Task) -> Predictor:
     detector: Any = predictor.detector
     if task.engine == "eager":
         detector.to(memory_format=torch.contiguous_format)
-        normalise = detector.normalise
-        detector.normalise = lambda *arguments: normalise(*arguments).contiguous()
+        normalize = detector.normalize
+        detector.normalize = lambda *arguments: normalize(*arguments).contiguous()
     if task.engine == "compile":
         detector.forward = torch.compile(detector.forward)
     return predictor

@@ -33,7 +33,7 @@ class Exports:
     """What a prediction writes beside COCO's json.
 
     Attributes:
-        score: The least score of what is drawn, cropped, labelled and counted as shown.
+        score: The least score of what is drawn, cropped, labeled and counted as shown.
         drawn: Whether copies of the images with boxes are written.
         save: The `FORMATS` that are written.
         crops: Whether the parts of the images in the boxes are written.

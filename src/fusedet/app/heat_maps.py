@@ -13,7 +13,7 @@ from fusedet.api.cam_figures import UNITS, order_rows, sum_levels
 from fusedet.api.predict import Predictor
 from fusedet.app.replies import HeatMap, HeatMapReply, HeatMapRow
 from fusedet.errors import InputError, unknown
-from fusedet.visualization.heat_maps import COLOURS
+from fusedet.visualization.heat_maps import COLORS
 
 
 def draw_heat_maps(predictor: Predictor, image: Tensor, class_name: str, kind: str) -> HeatMapReply:
@@ -65,7 +65,7 @@ def draw_heat_maps(predictor: Predictor, image: Tensor, class_name: str, kind: s
 def _encode_layer(heat: Tensor) -> str:
     """Return a map (h, w) in 0..1 as a PNG of colors in base64; heat hides what is beneath, as in `fusedet cam`."""
     values = heat.numpy()
-    layer = colormaps[COLOURS](values, bytes=True)
+    layer = colormaps[COLORS](values, bytes=True)
     layer[..., 3] = np.rint(255 * (0.45 + 0.4 * values))
     data = io.BytesIO()
     Image.fromarray(layer).save(data, "PNG")

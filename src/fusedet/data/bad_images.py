@@ -136,7 +136,7 @@ def count_allowed_bad_images(images: int, share: float) -> int:
 
 
 def format_replacement_summary(rows: Iterable[ReplacedImage], file: Path) -> str:
-    """Summarise replacements in one line for the user."""
+    """Summarize replacements in one line for the user."""
     rows = list(rows)
     reasons = {row.file: row.reason for row in rows}
     images = "image was" if len(reasons) == 1 else "images were"

@@ -13,9 +13,9 @@ from torch.nn.functional import interpolate, normalize
 from fusedet.file_hash import hash_file
 
 _GRID = 16  # pixels per side of the reduced image that is compared
-_MIN_CONTRAST = 4.0  # grey levels of standard deviation: flatter images all look alike
+_MIN_CONTRAST = 4.0  # gray levels of standard deviation: flatter images all look alike
 _MIN_CORRELATION = 0.99
-_MAX_DIFFERENCE = 4.0  # mean difference in grey levels, after the means are made equal
+_MAX_DIFFERENCE = 4.0  # mean difference in gray levels, after the means are made equal
 _BLOCK = 1 << 22  # pairs that are compared at a time, which bounds memory
 
 
@@ -25,17 +25,17 @@ class ImagePrint:
 
     Attributes:
         digest: SHA-256 of the file.
-        grey: (16, 16) float16, the image reduced to grey levels: its perceptual hash.
+        gray: (16, 16) float16, the image reduced to gray levels: its perceptual hash.
     """
 
     digest: str
-    grey: np.ndarray
+    gray: np.ndarray
 
 
 def compute_print(path: Path, image: Tensor) -> ImagePrint:
     """Return what identifies an image, given its file and its pixels (3, H, W) uint8."""
-    grey = image.float().mean(dim=0)[None, None]
-    small = interpolate(grey, size=(_GRID, _GRID), mode="area")[0, 0]
+    gray = image.float().mean(dim=0)[None, None]
+    small = interpolate(gray, size=(_GRID, _GRID), mode="area")[0, 0]
     return ImagePrint(hash_file(path), small.numpy().astype(np.float16))
 
 
@@ -62,8 +62,8 @@ def find_shared_images(
 ) -> SharedImages:
     """Find the images of one split that are in another; each is in the first group that it fits.
 
-    Nearly the same are images whose perceptual hashes, 16 x 16 grey levels, correlate by 0.99 and differ by few grey
-    levels: those of another size or compression, and neighbouring frames of a video.
+    Nearly the same are images whose perceptual hashes, 16 x 16 gray levels, correlate by 0.99 and differ by few gray
+    levels: those of another size or compression, and neighboring frames of a video.
 
     Args:
         paths: The files of the one split.
@@ -84,26 +84,26 @@ def find_shared_images(
     others = [j for j, own in enumerate(other_prints) if own and _has_contrast(own)]
     similar = []
     if rest and others:
-        own_grey = np.stack([p.grey for i in rest if (p := prints[i])])
-        other_grey = np.stack([p.grey for j in others if (p := other_prints[j])])
-        similar = [(rest[i], others[j]) for i, j in _find_similar(own_grey, other_grey)]
+        own_gray = np.stack([p.gray for i in rest if (p := prints[i])])
+        other_gray = np.stack([p.gray for j in others if (p := other_prints[j])])
+        similar = [(rest[i], others[j]) for i, j in _find_similar(own_gray, other_gray)]
     return SharedImages(same_file, same_content, similar)
 
 
 def _has_contrast(own: ImagePrint) -> bool:
-    return float(own.grey.astype(np.float32).std()) >= _MIN_CONTRAST
+    return float(own.gray.astype(np.float32).std()) >= _MIN_CONTRAST
 
 
-def _find_similar(grey: np.ndarray, other_grey: np.ndarray) -> list[tuple[int, int]]:
+def _find_similar(gray: np.ndarray, other_gray: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of nearly equal reduced images (N, 16, 16) and (M, 16, 16), at most one per image of the first."""
     centered, other_centered = (
         torch.from_numpy(x.astype(np.float32)).flatten(1) - x.astype(np.float32).mean(axis=(1, 2))[:, None]
-        for x in (grey, other_grey)
+        for x in (gray, other_gray)
     )
     other_units = normalize(other_centered)
     pairs: list[tuple[int, int]] = []
-    size = max(1, _BLOCK // len(other_grey))
-    for start in range(0, len(grey), size):
+    size = max(1, _BLOCK // len(other_gray))
+    for start in range(0, len(gray), size):
         part = centered[start : start + size]
         for i, j in ((normalize(part) @ other_units.T) >= _MIN_CORRELATION).nonzero().tolist():
             difference = float((part[i] - other_centered[j]).abs().mean())

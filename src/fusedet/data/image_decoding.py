@@ -56,7 +56,7 @@ def read_image(
     - EXIF orientation is applied.
     - Only the first of several frames is read.
     - Transparent pixels are composited over white.
-    - 16-bit grey is scaled to 8 bit.
+    - 16-bit gray is scaled to 8 bit.
 
     Args:
         source: The image's file or its bytes.
@@ -125,7 +125,7 @@ def to_tensor(image: Any, value_range: Range | None = None) -> Tensor:
 
             - a path, or the bytes of a file;
             - a PIL image;
-            - a numpy array of uint8, (H, W, 3) in RGB or (H, W) in grey;
+            - a numpy array of uint8, (H, W, 3) in RGB or (H, W) in gray;
             - a tensor (3, H, W) of uint8, or of floats in 0..1.
         value_range: As for `read_image`; for paths, bytes and PIL images.
 
@@ -279,7 +279,7 @@ def _refuse_mode(image: Image.Image, name: str, value_range: Range | None) -> No
             "8 or 16 bits per channel"
         )
     if mode == "LAB":
-        raise InputError(f"{name} holds L*a*b* colours: save it as RGB")
+        raise InputError(f"{name} holds L*a*b* colors: save it as RGB")
 
 
 def _suggest_range(values: ImageValues) -> str:

@@ -19,7 +19,7 @@ from fusedet.types import Target
 MIN_LEFTOVER = 1.0
 """Objects that are narrower or lower after data augmentation, in network pixels, are dropped."""
 FILL = 114
-"""The grey of pixels that a rotation or shear brings in from outside the image."""
+"""The gray of pixels that a rotation or shear brings in from outside the image."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def build_train_loader(
     """Build the training loader: shuffled batches of images of similar orientation.
 
     Every epoch has ceil(N / batch) full steps, see `plan_epoch`. The data augmentation of an image (size, flip,
-    colours) is a function of the seed, the epoch, the image's index and how often the epoch has seen it. So the number
+    colors) is a function of the seed, the epoch, the image's index and how often the epoch has seen it. So the number
     of workers and a resume change nothing.
 
     Args:

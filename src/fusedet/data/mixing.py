@@ -17,7 +17,7 @@ def join_quadrants(parts: Sequence[LabeledImage]) -> LabeledImage:
     """Join four images into one.
 
     Args:
-        parts: The images at the top left, top right, bottom left and bottom right; neighbours have the same height or
+        parts: The images at the top left, top right, bottom left and bottom right; neighbors have the same height or
             width.
 
     References:
@@ -52,7 +52,7 @@ def blend(first: LabeledImage, second: LabeledImage, share: float) -> LabeledIma
     below, above = (
         Image.fromarray(part.image.as_subclass(Tensor).permute(1, 2, 0).contiguous().view(height, -1).numpy())
         for part in (first, second)
-    )  # any number of channels side by side, as one grey image: Pillow blends bytes without floating-point copies
+    )  # any number of channels side by side, as one gray image: Pillow blends bytes without floating-point copies
     pixels = torch.from_numpy(np.array(Image.blend(below, above, 1 - share)))
     return _join_objects((first, second), pixels.view(height, width, -1).permute(2, 0, 1))
 

@@ -10,7 +10,7 @@ import numpy as np
 from fusedet.data.dataset import pack_segmentation, unpack_segmentation
 
 INVALID = b"?"  # the packed form of a malformed segmentation
-MAX_COORDINATE = 1e6  # pixels: the rasteriser walks every line pixel by pixel, so a distant point would hang it
+MAX_COORDINATE = 1e6  # pixels: the rasterizer walks every line pixel by pixel, so a distant point would hang it
 
 
 def pack_coco_segmentation(segmentation: Any) -> bytes:

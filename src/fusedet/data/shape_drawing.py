@@ -135,7 +135,7 @@ def _make_patch(rng: Rng, label: int, radius: float, height: int, width: int) ->
     angle = rng.uniform(0, 2 * np.pi)
     half = int(np.ceil(radius + SHADOW * radius + 3))
     left, top = int(cx) - half, int(cy) - half
-    steps = np.arange(2 * half + 1) + 0.5  # pixel centres
+    steps = np.arange(2 * half + 1) + 0.5  # pixel centers
     x, y = np.meshgrid((left + steps - cx) / radius, (top + steps - cy) / radius)
     rotated = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     rows, columns = (
@@ -153,28 +153,28 @@ def _paint(rng: Rng, canvas: Array, patch: _Patch, radius: float, hue: float) ->
     shadow = 0.35 * np.clip(1 - distance / (SHADOW * radius + 1), 0, 1) ** 2
     behind *= 1 - shadow[..., None]
 
-    colours = np.array(
-        [_draw_colour(rng, (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1, (0.6, 1.0), (0.4, 1.0)) for _ in range(16)]
+    colors = np.array(
+        [_draw_color(rng, (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1, (0.6, 1.0), (0.4, 1.0)) for _ in range(16)]
     )
     border = behind[np.abs(distance) < 3][:, None]  # (n, 1, 3)
-    contrast = np.quantile(np.abs(border - colours).sum(2), 0.1, axis=0)
-    colour = colours[contrast.argmax()]
+    contrast = np.quantile(np.abs(border - colors).sum(2), 0.1, axis=0)
+    color = colors[contrast.argmax()]
     down, right = np.ogrid[-1 : 1 : distance.shape[0] * 1j, -1 : 1 : distance.shape[1] * 1j]
     angle = rng.uniform(0, 2 * np.pi)
-    fill = colour * (1 + 0.22 * (right * np.cos(angle) + down * np.sin(angle)))[..., None]
+    fill = color * (1 + 0.22 * (right * np.cos(angle) + down * np.sin(angle)))[..., None]
     if rng.random() < 0.5:
         rim = np.clip(distance + max(1.0, 0.1 * radius) + 0.5, 0, 1)[..., None]
-        fill = fill * (1 - rim) + colour * rng.choice([0.45, 1.5]) * rim
+        fill = fill * (1 - rim) + color * rng.choice([0.45, 1.5]) * rim
     cover = np.clip(0.5 - distance, 0, 1)[..., None]  # the share of each pixel that the shape covers
     behind += cover * (np.clip(fill, 0, 255) - behind)
 
 
-def _draw_colour(rng: Rng, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> Array:
+def _draw_color(rng: Rng, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> Array:
     return 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value)))
 
 
 def _draw_background(rng: Rng, height: int, width: int) -> Array:
-    """Draw a gradient, stripes, clouds or tiles between two muted colours, (H, W, 3) float."""
+    """Draw a gradient, stripes, clouds or tiles between two muted colors, (H, W, 3) float."""
     down, right = np.ogrid[0:height, 0:width]
     angle = rng.uniform(0, 2 * np.pi)
     along = right * np.cos(angle) + down * np.sin(angle)
@@ -189,7 +189,7 @@ def _draw_background(rng: Rng, height: int, width: int) -> Array:
         mix = _draw_clouds(rng, height, width)
     else:
         mix = np.clip(0.5 + 2 * np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period), 0, 1)
-    first, second = (_draw_colour(rng, rng.random(), (0.05, 0.3), (0.25, 0.95)) for _ in range(2))
+    first, second = (_draw_color(rng, rng.random(), (0.05, 0.3), (0.25, 0.95)) for _ in range(2))
     if kind in (1, 3):
         second = first + 0.5 * (second - first)  # hard patterns have a low contrast
     light = 1 + 0.15 * (2 * _draw_clouds(rng, height, width) - 1)

@@ -18,7 +18,7 @@ _REPEATED = 3  # times that images of the rarest class are seen with the advised
 _BOX_CONVENTIONS = {
     "coco": "x, y, width, height, as COCO does",
     "imagefolder": "x, y, width, height, as COCO does",
-    "yolo": "the centre, width and height, as YOLO does",
+    "yolo": "the center, width and height, as YOLO does",
 }
 _SHOWN = 3  # examples that a sentence names
 
@@ -47,8 +47,8 @@ def check_box_convention(dataset: DetectionDataset) -> list[Finding]:
         return []
     owner = dataset.image_indices
     limits = dataset.sizes.numpy()[owner][:, ::-1]
-    is_centre = dataset.dataset_format == "yolo"
-    start = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) / 2 * is_centre  # the first two values as they are written
+    is_center = dataset.dataset_format == "yolo"
+    start = boxes[:, :2] + (boxes[:, 2:] - boxes[:, :2]) / 2 * is_center  # the first two values as they are written
     end = boxes[:, 2:] - boxes[:, :2]  # the last two
     leaves = ((boxes[:, :2] < -MARGIN) | (boxes[:, 2:] > limits + MARGIN)).any(axis=1)
     is_pair = ((end > start) & (end <= limits + MARGIN) & (start >= -MARGIN)).all(axis=1)

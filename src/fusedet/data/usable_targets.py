@@ -48,7 +48,7 @@ def find_unusable_targets(dataset: DetectionDataset, *, for_training: bool = Tru
         (
             is_share,
             "end within the first pixel",
-            f"the boxes look normalised (0..1), but {format_name}'s are in pixels",
+            f"the boxes look normalized (0..1), but {format_name}'s are in pixels",
         ),
         (
             is_outside & ~is_empty,

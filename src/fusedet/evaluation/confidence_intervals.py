@@ -115,7 +115,7 @@ def t_quantile(p: float, freedom: float) -> float:
         raise InputError(f"a t quantile needs 0 < p < 1 and degrees of freedom above 0, got {p} and {freedom}")
     if p < 0.5:
         return -t_quantile(1 - p, freedom)
-    # bisect x = freedom / (freedom + t²), whose regularised incomplete beta function is 2 (1 - p)
+    # bisect x = freedom / (freedom + t²), whose regularized incomplete beta function is 2 (1 - p)
     low, high = 0.0, 1.0
     while (middle := (low + high) / 2) not in (low, high):
         low, high = (low, middle) if _beta(middle, freedom / 2, 0.5) > 2 * (1 - p) else (middle, high)
@@ -131,7 +131,7 @@ def _interval(value: float, error: float, freedom: float, level: float) -> Confi
 
 
 def _beta(x: float, a: float, b: float) -> float:
-    """Return the regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
+    """Return the regularized incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):  # where the fraction converges fast

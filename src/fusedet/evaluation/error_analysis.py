@@ -15,7 +15,7 @@ from fusedet.evaluation.dataset_matching import MatchResult, match_detections
 from fusedet.evaluation.ground_truth import xyxy_to_xywh
 from fusedet.evaluation.results import DetectionTable, Result, build_detection_table, nan_mean
 
-ERROR_TYPES = ("classification", "localisation", "both", "duplicate", "background", "missed")
+ERROR_TYPES = ("classification", "localization", "both", "duplicate", "background", "missed")
 CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED = range(6)
 FOREGROUND, NOTHING = 0.5, 0.1
 """IoU from which a detection matches an instance, and up to which it lies on the background."""
@@ -26,15 +26,15 @@ def analyze_errors(dataset: DetectionDataset, results: Sequence[Result] | Detect
 
     Detections are matched as in `evaluate_coco` at IoU 0.5. A false positive has the first type that applies:
 
-    - localisation: IoU 0.1 to 0.5 with the instance of its class that it overlaps most;
+    - localization: IoU 0.1 to 0.5 with the instance of its class that it overlaps most;
     - classification: IoU 0.5 or more with an instance of another class;
     - duplicate: IoU 0.5 or more with an instance of its class that another detection has matched;
     - background: IoU at most 0.1 with every instance;
     - both: the rest, IoU below 0.5 with an instance of another class.
 
-    An instance is missed if no detection matches it and no localisation or classification error lies on it.
+    An instance is missed if no detection matches it and no localization or classification error lies on it.
 
-    dAP is the gain in AP50 when the errors of one type are corrected, not below 0. The best localisation or
+    dAP is the gain in AP50 when the errors of one type are corrected, not below 0. The best localization or
     classification error on an unmatched instance becomes a true positive, all other errors of the type are removed, and
     missed instances are removed from the ground truth. The gains do not add up to 1 - AP50.
 

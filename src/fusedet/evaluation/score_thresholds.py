@@ -49,7 +49,7 @@ def find_best_thresholds(
     """Find the threshold of maximal F1 of each class, and then that of all classes together.
 
     F1 = 2 TP / (detections + instances). A true positive matches an instance of its class at the IoU of `pairs`;
-    ignored detections do not count. Where neighbouring thresholds have the same F1, the middle one is taken. The
+    ignored detections do not count. Where neighboring thresholds have the same F1, the middle one is taken. The
     interval is that of the best thresholds on resamples of the images, and holds the threshold itself.
 
     Args:

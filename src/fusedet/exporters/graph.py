@@ -96,7 +96,7 @@ def constant_padding() -> Iterator[None]:
 
 @pause_garbage_collection()
 def trace(detector: DetectorModule, shapes: Shapes, raw: bool = False) -> tuple[ExportedProgram, tuple[str, ...], int]:
-    """Trace a detector; images go in as uint8, and normalisation and NMS are in the program.
+    """Trace a detector; images go in as uint8, and normalization and NMS are in the program.
 
     Args:
         detector: In eval mode, on the CPU.

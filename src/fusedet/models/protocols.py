@@ -36,7 +36,7 @@ ones (M, K * 4), or None for a stage without box regression."""
 
 
 class Backbone(Protocol):
-    """Feature extractor: normalised images to feature maps.
+    """Feature extractor: normalized images to feature maps.
 
     Attributes:
         levels: Channels and strides of the feature maps, known before any image is seen.
@@ -52,7 +52,7 @@ class Backbone(Protocol):
         """Compute the feature maps.
 
         Shape:
-            images (N, 3, H, W), normalised; result: one map (N, C_l, ceil(H / stride_l), ceil(W / stride_l)) per level
+            images (N, 3, H, W), normalized; result: one map (N, C_l, ceil(H / stride_l), ceil(W / stride_l)) per level
             of `levels`, finest first.
         """
         ...

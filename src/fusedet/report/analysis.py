@@ -160,7 +160,7 @@ def _rank_sizes(
 
 KIND_TEXTS = {
     "classification": "Objects that are predicted as a wrong class",
-    "localisation": "Badly placed boxes",
+    "localization": "Badly placed boxes",
     "both": "Badly placed boxes of a wrong class",
     "duplicate": "Second boxes on one object",
     "background": "Detections on the background",

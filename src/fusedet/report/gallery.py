@@ -30,7 +30,7 @@ MOST_PIXELS = 100_000_000
 """Pixels of the images that are decoded for them."""
 
 _SIDE = 160  # pixels of a thumbnail's longer side
-_NEIGHBOURS = 12  # other instances whose boxes are drawn in a thumbnail
+_NEIGHBORS = 12  # other instances whose boxes are drawn in a thumbnail
 
 Box = tuple[float, float, float, float]
 
@@ -75,7 +75,7 @@ class Thumbnail:
         height: In pixels.
         detection: The detection's box xyxy in the thumbnail, None without one.
         truth: The instance's box, None without one.
-        neighbours: Boxes of other instances.
+        neighbors: Boxes of other instances.
     """
 
     candidate: GalleryItem
@@ -84,7 +84,7 @@ class Thumbnail:
     height: int
     detection: Box | None
     truth: Box | None
-    neighbours: list[Box]
+    neighbors: list[Box]
 
     @property
     def uri(self) -> str:
@@ -214,5 +214,5 @@ def _cut(
         small.height,
         place(pairs.boxes[candidate.detection]) if candidate.detection >= 0 else None,
         place(record.boxes[own]) if own >= 0 else None,
-        others[:_NEIGHBOURS],
+        others[:_NEIGHBORS],
     )

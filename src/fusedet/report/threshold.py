@@ -186,7 +186,7 @@ def _make_figure(thumbnail: Thumbnail, order: int, dataset: DetectionDataset, an
     caption = " in place of ".join([score, truth]) if detection and truth not in ("", detection) else score or truth
     missed = f'<span class="as-missed">{escape(truth)}</span>' if truth else ""
     name = dataset.path(own.image).name
-    rectangles = "".join(_make_rectangle(box, "other") for box in thumbnail.neighbours)
+    rectangles = "".join(_make_rectangle(box, "other") for box in thumbnail.neighbors)
     rectangles += _make_rectangle(thumbnail.truth, "truth") + _make_rectangle(thumbnail.detection, "detection")
     width, height = thumbnail.width, thumbnail.height
     state = ' class="is-missed"' if own.kind_at(DEFAULT) == MISSED else ""

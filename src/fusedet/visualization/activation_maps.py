@@ -185,7 +185,7 @@ def resize_map(heat: Tensor, stride: int, size: tuple[int, int], shown: tuple[in
 def heat_share_inside(heat: Tensor, boxes: Tensor) -> tuple[float, float]:
     """Compute the shares of a map's heat and of its area that lie in the union of boxes.
 
-    A pixel is inside if its centre is. The share of a map without heat is NaN.
+    A pixel is inside if its center is. The share of a map without heat is NaN.
 
     Shape:
         heat (H, W); boxes (B, 4) in its pixels.

@@ -49,7 +49,7 @@ class LineStyle:
 
 
 def to_pil_image(image: Tensor) -> Image.Image:
-    """Convert a uint8 (C, H, W) tensor to a PIL image: the first three channels as RGB, or the first one as grey.
+    """Convert a uint8 (C, H, W) tensor to a PIL image: the first three channels as RGB, or the first one as gray.
 
     Raises:
         InputError: The tensor has another type or shape.
@@ -90,7 +90,7 @@ def truncate_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _place_line(annotation: BoxAnnotation, image: Image.Image, style: LineStyle) -> tuple[Rectangle, int]:
-    """Return a line's outer edge and width: outside of a small box, centred on the edge of a large one."""
+    """Return a line's outer edge and width: outside of a small box, centered on the edge of a large one."""
     x1, y1, x2, y2 = annotation.box
     side = min(x2 - x1, y2 - y1)
     line = max(1, style.width // 2) if annotation.thin or side < 8 * style.width else style.width

@@ -22,7 +22,7 @@ def plot_precision_recall(
 ) -> None:
     """Plot precision against recall per class, and the mean over classes in bold.
 
-    Of more than ten classes, the five best (solid) and the five worst (dashed) have colors and names. The rest is grey.
+    Of more than ten classes, the five best (solid) and the five worst (dashed) have colors and names. The rest is gray.
 
     Args:
         pr: Result of `evaluation.compute_precision_recall`.
@@ -145,7 +145,7 @@ def plot_differences(
 ) -> None:
     """Plot a point and its confidence interval per row, the largest difference on top.
 
-    Intervals that contain 0 are grey. Rows without a difference (NaN) are left out. Of more than forty rows, the twenty
+    Intervals that contain 0 are gray. Rows without a difference (NaN) are left out. Of more than forty rows, the twenty
     largest and the twenty smallest are shown.
 
     Args:

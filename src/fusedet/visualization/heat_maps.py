@@ -15,7 +15,7 @@ from PIL import Image
 
 from fusedet.visualization.figure import DARK, new_figure, plot_color, save_figure, set_title, style_axes
 
-COLOURS = "inferno"  # monotonic in brightness, also in grey print and for colour-blind readers
+COLORS = "inferno"  # monotonic in brightness, also in gray print and for color-blind readers
 CELL = 1.5  # inches, the longer side of an image
 ABSENT = "not in\nthis detector"
 UNTOUCHED = "no map here"
@@ -63,7 +63,7 @@ def draw_maps(
     unit: str,
     top: float | None = None,
 ) -> None:
-    """Draw rows of maps over the image, the panels side by side, with one colour scale from 0.
+    """Draw rows of maps over the image, the panels side by side, with one color scale from 0.
 
     Args:
         image: Image under the maps.
@@ -73,7 +73,7 @@ def draw_maps(
         path: File to write.
         title: Title of the figure.
         unit: Unit of the values.
-        top: End of a linear colour scale; None for the highest value, with colours by the square root, so that a tenth
+        top: End of a linear color scale; None for the highest value, with colors by the square root, so that a tenth
             of it remains visible.
     """
     peak = max((float(x.max()) for panel in panels for row in panel.rows.values() for x in row.values()), default=0.0)
@@ -83,8 +83,8 @@ def draw_maps(
     wide, high = (CELL, CELL * ratio) if ratio <= 1 else (CELL / ratio, CELL)
     ratios = [width for i in range(len(panels)) for width in ([0.12] if i else []) + [1.0] * across]
     figure = new_figure((wide + 0.08) * sum(ratios) + 1.5, (high + 0.06) * len(captions) + 1.5, title)
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
-    blank = np.ones((*grey.shape[:2], 3))
+    gray = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
+    blank = np.ones((*gray.shape[:2], 3))
     grid = figure.subplots(len(captions), len(ratios), squeeze=False, width_ratios=ratios)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -98,7 +98,7 @@ def draw_maps(
             grid[r, left].imshow(blank if row is None else np.asarray(panel.marked))
             for axes, column in zip(grid[r, left + 1 :], columns):
                 if row is not None and column in row:
-                    axes.imshow(blend(grey, np.asarray(scale(row[column]))), interpolation="none")
+                    axes.imshow(blend(gray, np.asarray(scale(row[column]))), interpolation="none")
                 else:
                     axes.imshow(blank)
                     text = ABSENT if row is None else UNTOUCHED
@@ -109,18 +109,18 @@ def draw_maps(
         style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9, "color": DARK}
         axes.text(-0.06, 0.5, textwrap.fill(caption, 20), transform=axes.transAxes, **style)
     place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 40, "pad": 0.02}
-    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=grid, ticks=MaxNLocator(4), **place)
+    bar = figure.colorbar(ScalarMappable(scale, COLORS), ax=grid, ticks=MaxNLocator(4), **place)
     bar.outline.set_visible(False)
     bar.set_label(unit, color=DARK, fontsize=9)
     bar.ax.tick_params(labelsize=8, color=DARK, labelcolor=DARK)
     save_figure(figure, path)
 
 
-def blend(grey: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Blend a grey image (H, W, 1) in 0..1 with a map (H, W) in 0..1 to colours (H, W, 3); heat hides the image."""
-    colour = colormaps[COLOURS](heat)[..., :3]
+def blend(gray: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Blend a gray image (H, W, 1) in 0..1 with a map (H, W) in 0..1 to colors (H, W, 3); heat hides the image."""
+    color = colormaps[COLORS](heat)[..., :3]
     cover = 0.45 + 0.4 * heat.clip(0, 1)[..., None]
-    mixed: np.ndarray = (1 - cover) * grey + cover * colour
+    mixed: np.ndarray = (1 - cover) * gray + cover * color
     return mixed.clip(0, 1)
 
 

@@ -35,7 +35,7 @@ def draw_boxes(
         names: K class names.
         scores: (N,) in 0..1.
         masks: (N, H, W) bool.
-        ignore: (I, 4) boxes of ignored regions, drawn grey and dashed.
+        ignore: (I, 4) boxes of ignored regions, drawn gray and dashed.
         width: Line width in pixels; by default in proportion to the image.
         track_ids: (N,) numbers of tracks, -1 for none.
 
@@ -59,7 +59,7 @@ def draw_boxes(
         BoxAnnotation(box, colors.class_color(k), tag) for box, k, tag in zip(corners, classes, tags, strict=True)
     ]
     if ignore is not None:
-        annotations += [BoxAnnotation(box, colors.GREY, dashed=True) for box in ignore.tolist()]
+        annotations += [BoxAnnotation(box, colors.GRAY, dashed=True) for box in ignore.tolist()]
     return draw_annotations(drawing, annotations, LineStyle.for_image(drawing, width))
 
 
@@ -105,11 +105,11 @@ def draw_comparison(
     )
 
     groups: dict[str, list[BoxAnnotation]] = {"missed": [], "false": [], "wrong class": [], "correct": []}
-    background = [BoxAnnotation(box, colors.GREY, dashed=True) for box in ignored.tolist()]
+    background = [BoxAnnotation(box, colors.GRAY, dashed=True) for box in ignored.tolist()]
     for box, k, s, g in zip(boxes.tolist(), labels.tolist(), scores.tolist(), matches.tolist(), strict=True):
         text = f"{names[k]} {s:.2f}"
         if g == IGNORED:
-            background.append(BoxAnnotation(box, colors.GREY, text))
+            background.append(BoxAnnotation(box, colors.GRAY, text))
         elif g < 0:
             groups["false"].append(BoxAnnotation(box, colors.FALSE_POSITIVE, text))
         elif gt_labels[g] == k:

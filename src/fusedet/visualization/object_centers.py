@@ -1,4 +1,4 @@
-"""Plots of the distribution of box centres in the image, per class, as in Figure 5 of MSIL (Wang et al., 2023)."""
+"""Plots of the distribution of box centers in the image, per class, as in Figure 5 of MSIL (Wang et al., 2023)."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fusedet.visualization.figure import DARK, new_figure, save_figure, set_titl
 CELLS = 32  # of the density grid, per side
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 MAX_POINTS = 400  # drawn per class
-MAX_DENSITY = 3.0  # end of the colour scale
+MAX_DENSITY = 3.0  # end of the color scale
 
 
 def count_quadrants(points: np.ndarray) -> np.ndarray:
@@ -63,11 +63,11 @@ def estimate_density(points: np.ndarray, cells: int = CELLS) -> np.ndarray:
 
 
 def plot_centers(
-    points: Sequence[np.ndarray], names: Sequence[str], path: str | Path, title: str = "Distribution of box centres"
+    points: Sequence[np.ndarray], names: Sequence[str], path: str | Path, title: str = "Distribution of box centers"
 ) -> None:
     """Plot a panel per class: density, share of each quadrant, and up to MAX_POINTS points.
 
-    Classes without points have no panel. All panels share one colour scale.
+    Classes without points have no panel. All panels share one color scale.
 
     Args:
         points: Per class (M, 2) x and y as shares of the image's width and height, from the upper left corner.
@@ -80,17 +80,17 @@ def plot_centers(
     """
     panels = [(name, own) for name, own in zip(names, points, strict=True) if len(own)]
     if not panels:
-        raise InputError("there are no annotations whose centres could be plotted")
+        raise InputError("there are no annotations whose centers could be plotted")
     columns = min(len(panels), max(3, math.ceil(math.sqrt(len(panels)))))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(1.75 * columns + 1.2, 1.95 * rows + 0.45, title)
     scale = TwoSlopeNorm(1.0, 0.0, MAX_DENSITY)
-    colours = LinearSegmentedColormap.from_list("centres", ["#0072B2", "#f7f7f7", "#D55E00"])
+    colors = LinearSegmentedColormap.from_list("centers", ["#0072B2", "#f7f7f7", "#D55E00"])
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes, (name, own) in zip(grid.flat, panels):
-        axes.imshow(estimate_density(own), cmap=colours, norm=scale, extent=(0, 1, 1, 0), interpolation="bilinear")
+        axes.imshow(estimate_density(own), cmap=colors, norm=scale, extent=(0, 1, 1, 0), interpolation="bilinear")
         sample = own[np.linspace(0, len(own) - 1, min(len(own), MAX_POINTS)).astype(int)]
         axes.plot(*sample.T, ".", color=DARK, ms=1.2, alpha=0.5)
         axes.axhline(0.5, color=DARK, lw=0.7)
@@ -104,7 +104,7 @@ def plot_centers(
         set_title(axes, f"{name}  {len(own):,}", 9)
         axes.spines[:].set_color("#8c8c8c")
     bar = figure.colorbar(
-        ScalarMappable(scale, colours), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max"
+        ScalarMappable(scale, colors), ax=grid, shrink=min(1.0, 1.6 / rows), aspect=20, pad=0.02, extend="max"
     )
     bar.outline.set_visible(False)
     bar.set_ticks([0, 1, 2, 3], labels=["0", "1, uniform", "2", "3"], fontsize=8, color=DARK)

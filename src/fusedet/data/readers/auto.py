@@ -191,7 +191,7 @@ OTHERS = (
     Layout("coco", coco_layout.has_files, coco_layout.list_splits, _read_coco),
     _yolo(_has_class_list, _load_class_list),
 )
-"""Layouts that are recognised by the content of files in any folder, where none of `KNOWN` is present."""
+"""Layouts that are recognized by the content of files in any folder, where none of `KNOWN` is present."""
 
 
 def read_dataset(

@@ -58,7 +58,7 @@ def _to_polygon(shape: Entry) -> list[list[float]] | None:
         if len(points) != 2:
             raise InputError(f"{shape.where}: a {kind} has 2 points, not {len(points)}")
         (x1, y1), (x2, y2) = points
-        if kind == "circle":  # its centre and a point of its edge
+        if kind == "circle":  # its center and a point of its edge
             radius = math.hypot(x2 - x1, y2 - y1)
             x1, y1, x2, y2 = x1 - radius, y1 - radius, x1 + radius, y1 + radius
         return [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]

@@ -17,7 +17,7 @@ from fusedet.data.segmentation import is_drawable
 from fusedet.errors import InputError, unknown
 
 _CLASS_FILES = ("labels.txt", "classes.txt", "class_names.txt")
-_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # labelling tools put these into labels.txt
+_NO_CLASS = {"__ignore__", "_background_", "__background__"}  # labeling tools put these into labels.txt
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class ImageShapes:
         self.segmentations.append(b"")
 
     def add_ellipse(self, name: str, x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> None:
-        """Add the bounds of an ellipse, given by its centre, radii and rotation in radians."""
+        """Add the bounds of an ellipse, given by its center, radii and rotation in radians."""
         angle = angle if math.isfinite(angle) else math.nan  # a box of NaN is counted
         w = math.hypot(rx * math.cos(angle), ry * math.sin(angle))
         h = math.hypot(rx * math.sin(angle), ry * math.cos(angle))

@@ -1,4 +1,4 @@
-"""The sentence for data that no reader recognises: the nearest known layout, and what is missing from it."""
+"""The sentence for data that no reader recognizes: the nearest known layout, and what is missing from it."""
 
 from collections.abc import Callable
 from pathlib import Path

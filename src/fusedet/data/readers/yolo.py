@@ -1,4 +1,4 @@
-"""Reader of YOLO datasets: a data.yaml or obj.data, and per image a text file of normalised boxes or polygons."""
+"""Reader of YOLO datasets: a data.yaml or obj.data, and per image a text file of normalized boxes or polygons."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def read_yolo(
     """Read a split of a YOLO dataset.
 
     - Label files are in folders `labels` beside the folders `images`, or beside the images.
-    - Their lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalised to the image after EXIF rotation.
+    - Their lines are `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, normalized to the image after EXIF rotation.
     - With `kpt_shape` in the data.yaml they are `class cx cy w h` and key points, which are left out.
     - An image without a label file is background.
     - Category ids are YOLO's class numbers; image ids count from 1.
@@ -52,7 +52,7 @@ def read_yolo(
         yaml_file: The data.yaml.
         split: A split of the data.yaml, or a list of images that ends in .txt.
         data: The content of the data.yaml, where another file stands in for it.
-        exif: Whether labels are normalised to the image after EXIF rotation, not as it is stored.
+        exif: Whether labels are normalized to the image after EXIF rotation, not as it is stored.
 
     Raises:
         InputError: The split cannot be read, or a line is malformed; the sentence names the file and the line.

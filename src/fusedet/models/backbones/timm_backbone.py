@@ -53,7 +53,7 @@ class TimmBackbone(nn.Module):
         mean: Mean per channel in 0..255 that the weights expect; timm's for this model by default, or the average of
             these for other channels than RGB.
         std: Standard deviation per channel in 0..255; timm's by default, likewise.
-        zero_init: Without weights, initialise the last norm of every residual block with 0, as timm and MMDetection do;
+        zero_init: Without weights, initialize the last norm of every residual block with 0, as timm and MMDetection do;
             false: with 1, as torchvision does.
         norm: "gn" replaces every BatchNorm of a ResNet by GroupNorm of 32 groups; `frozen_stages` freezes its scales.
         branch_maps: Of an HRNet, the maps of its four branches as they are (C, 2C, 4C and 8C channels), as detection
@@ -164,7 +164,7 @@ class TimmBackbone(nn.Module):
         """Compute the feature maps C2 to C5.
 
         Shape:
-            images (N, C, H, W), normalised; result: (N, C_l, H / stride_l, W / stride_l) per level, in train mode
+            images (N, C, H, W), normalized; result: (N, C_l, H / stride_l, W / stride_l) per level, in train mode
             (branches * N, ...).
         """
         maps = to_channels_first(self.body, self.body(images))

@@ -1,4 +1,4 @@
-"""Copies of a detector that are optimised for inference."""
+"""Copies of a detector that are optimized for inference."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ def prepare_for_inference(detector: ModuleT, precision: Literal["fp32", "bf16"] 
 
     Args:
         detector: A detector of `models.detectors`; it stays as it is.
-        precision: Type of the copy's weights. With "bf16", images are still normalised, and boxes and scores decoded,
+        precision: Type of the copy's weights. With "bf16", images are still normalized, and boxes and scores decoded,
             in float32.
     """
     detector = copy.deepcopy(detector).eval()
@@ -29,6 +29,6 @@ def prepare_for_inference(detector: ModuleT, precision: Literal["fp32", "bf16"] 
     except RuntimeError as error:
         warnings.warn(f"{error}; predictions are the same without it, only slower", stacklevel=2)
     if precision == "bf16":
-        for parameter in detector.parameters():  # buffers (normalisation, anchors) keep float32
+        for parameter in detector.parameters():  # buffers (normalization, anchors) keep float32
             parameter.data = parameter.data.to(torch.bfloat16)
     return detector

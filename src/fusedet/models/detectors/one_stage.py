@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
 from fusedet.models.ops.boxes import select_detections
-from fusedet.models.ops.image_normalization import normalise_images
+from fusedet.models.ops.image_normalization import normalize_images
 from fusedet.models.protocols import Backbone, DenseHead, Neck, SelectingHead
 from fusedet.types import Batch, BatchDetections, Detections, Losses, Outputs
 
@@ -55,11 +55,11 @@ class OneStage(nn.Module):
             images uint8 (N, 3, H, W); sizes (N, 2), height and width of every image inside the padding, None for no
             padding.
         """
-        return self.head(self.neck(self.backbone(self.normalise(images, sizes))))
+        return self.head(self.neck(self.backbone(self.normalize(images, sizes))))
 
-    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Normalise uint8 images for the backbone, in channels_last; the padding becomes 0."""
-        return normalise_images(
+    def normalize(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Normalize uint8 images for the backbone, in channels_last; the padding becomes 0."""
+        return normalize_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
@@ -68,7 +68,7 @@ class OneStage(nn.Module):
         assert batch.targets is not None
         if not auxiliary_weight(self.neck):  # through `forward`, which may be compiled
             return self.head.loss(self(batch.images, batch.sizes), batch.targets, batch.sizes)
-        features = self.backbone(self.normalise(batch.images, batch.sizes))
+        features = self.backbone(self.normalize(batch.images, batch.sizes))
         pyramid, auxiliary = compute_pyramids(self.neck, features)
         assert auxiliary is not None
         losses = self.head.loss(self.head(pyramid), batch.targets, batch.sizes)

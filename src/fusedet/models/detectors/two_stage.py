@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fusedet.errors import InputError
 from fusedet.models.detectors.neck_chain import auxiliary_weight, compute_pyramids
 from fusedet.models.ops.boxes import select_detections
-from fusedet.models.ops.image_normalization import normalise_images
+from fusedet.models.ops.image_normalization import normalize_images
 from fusedet.models.ops.scale_ranges import ScaleRange, check_ranges, keep_in_range, merge_branches
 from fusedet.models.protocols import (
     AuxiliaryNeck,
@@ -147,9 +147,9 @@ class TwoStage(nn.Module):
         name = name if level is None else f"auxiliary_level{level}_{name}"
         return f"s{stage}_{name}" if len(self.stages) > 1 else name
 
-    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Normalise uint8 images for the backbone, in channels_last; the padding becomes 0."""
-        return normalise_images(
+    def normalize(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Normalize uint8 images for the backbone, in channels_last; the padding becomes 0."""
+        return normalize_images(
             images, self.backbone.scale, self.backbone.shift, sizes, next(self.backbone.parameters()).dtype
         )
 
@@ -160,7 +160,7 @@ class TwoStage(nn.Module):
             images uint8 (N, 3, H, W); sizes (N, 2), height and width of every image inside the padding, None for no
             padding.
         """
-        features = self.neck(self.backbone(self.normalise(images, sizes)))
+        features = self.neck(self.backbone(self.normalize(images, sizes)))
         if sizes is None:
             sizes = torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
         sizes = sizes.repeat(self.count_copies(features, images), 1)
@@ -195,7 +195,7 @@ class TwoStage(nn.Module):
         Where the neck has an auxiliary pyramid, each stage's auxiliary stage is trained on the same samples there.
         """
         assert batch.targets is not None
-        features = self.backbone(self.normalise(batch.images, batch.sizes))
+        features = self.backbone(self.normalize(batch.images, batch.sizes))
         features, auxiliary = compute_pyramids(self.neck, features)
         copies = self.count_copies(features, batch.images)
         targets, sizes = batch.targets * copies, batch.sizes.repeat(copies, 1)

@@ -17,7 +17,7 @@ from fusedet.models.heads.quality_anchors import QualityAnchorHead, QualityOptio
 from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.assigners import assign_batch, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Target
 
@@ -33,7 +33,7 @@ class ATSSHead(QualityAnchorHead):
         box_weight: Weight of the box loss.
         centerness_weight: Weight of the centerness' loss.
         kernel: Side of the last convolutions' kernels (pred_kernel_size).
-        offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in the authors'
+        offset: Position of an anchor's center in its cell, in strides: 0 at the upper left corner (0.5 in the authors'
             code).
         **options: As in `QualityAnchorHead`.
 
@@ -70,8 +70,8 @@ class ATSSHead(QualityAnchorHead):
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)  # (N, P)
         assigned = assign_batch(self.assigner, outputs.priors, targets, valid)  # (N, P)
         positives, number = count_positives(assigned, targets)
-        centres = box_centres(outputs.priors.boxes)[positives.prior]  # (R, 2)
-        central = centerness(boxes_to_distances(centres, positives.boxes))  # (R,)
+        centers = box_centers(outputs.priors.boxes)[positives.prior]  # (R, 2)
+        central = centerness(boxes_to_distances(centers, positives.boxes))  # (R,)
         count, weight = mean_over_ranks(torch.stack([number, central.sum()]))
         box_losses = giou_loss(self.boxes_at(outputs, positives), positives.boxes) * central
         quality = self.quality_at(outputs, positives)

@@ -16,13 +16,13 @@ from fusedet.models.heads.scores import scores_with_objectness
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
 from fusedet.models.ops.argument_checks import check_loss_weights, check_weight
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE
-from fusedet.models.ops.boxes import box_centres
+from fusedet.models.ops.boxes import box_centers
 from fusedet.models.ops.inside_pairs import (
     Pairs,
     extremes_of_instance,
     inside_pairs,
     last_of_class,
-    offsets_from_centres,
+    offsets_from_centers,
 )
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Levels, Losses, Outputs, Priors, Target
@@ -35,7 +35,7 @@ EPS = 1e-12
 class AutoAssignHead(FCOSHead):
     """FCOS's head without assignment: every point inside a box is positive and negative with learned weights.
 
-    The center prior, a Gaussian per class around the box's centre, has its mean and width as parameters. The centerness
+    The center prior, a Gaussian per class around the box's center, has its mean and width as parameters. The centerness
     map is the implicit objectness, predicted in the box tower.
 
     Args:
@@ -97,7 +97,7 @@ class AutoAssignHead(FCOSHead):
         priors, images = outputs.priors, len(targets)
         most = max(map(len, targets))
         scores = scores_with_objectness(outputs, self.num_classes)  # (N, P, K)
-        points, predicted = box_centres(priors.boxes), self.decode_all(outputs)  # (P, 2), (N, P, 4)
+        points, predicted = box_centers(priors.boxes), self.decode_all(outputs)  # (P, 2), (N, P, 4)
         pairs = inside_pairs(points, targets, most)
         place = (pairs.image, pairs.prior)
         weights = self._center_prior(pairs, points, priors)  # (M,)
@@ -122,7 +122,7 @@ class AutoAssignHead(FCOSHead):
 
     def _center_prior(self, pairs: Pairs, points: Tensor, priors: Priors) -> Tensor:
         """Compute the Gaussian weights (M,) of the pairs' points (eq. 8)."""
-        away = offsets_from_centres(pairs, points, priors.strides)
+        away = offsets_from_centers(pairs, points, priors.strides)
         square = (away - self.center[pairs.labels].float()).square()
         return (-square / (2 * self.width[pairs.labels].float().square())).exp().prod(dim=1)
 

@@ -16,9 +16,9 @@ from fusedet.models.ops.layers import conv
 class BorderModule(nn.Module):
     """Enhance a tower's features with the features along the borders of the box predicted at each cell.
 
-    A 1x1 convolution with instance normalisation and ReLU makes features of the point and of the four borders,
+    A 1x1 convolution with instance normalization and ReLU makes features of the point and of the four borders,
     BorderAlign pools the latter, and a 1x1 convolution with ReLU joins all five. A cell of a map of one cell is
-    normalised to 0.
+    normalized to 0.
 
     Args:
         channels: C of the tower and of the result.
@@ -41,7 +41,7 @@ class BorderModule(nn.Module):
     def forward(self, feature: Tensor, boxes: Tensor) -> Tensor:
         """Compute features (N, C, H, W) from those of a tower and the cells' boxes (N, 4, H, W), in cells."""
         expanded = self.expand(feature)
-        # instance normalisation: a group per channel
+        # instance normalization: a group per channel
         expanded = torch.group_norm(expanded, expanded.shape[1]).relu()
         borders = border_align(expanded[:, self.width :], boxes.flatten(2).mT, self.points, self.both_ends)
         joined = torch.cat([expanded[:, : self.width], borders.unflatten(2, feature.shape[2:])], dim=1)

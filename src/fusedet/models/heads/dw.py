@@ -14,10 +14,10 @@ from fusedet.models.heads.fcos import FCOSHead
 from fusedet.models.heads.scores import scores_with_objectness
 from fusedet.models.heads.towers import InteractionFactory, TowerOptions
 from fusedet.models.ops.argument_checks import check_loss_weights, check_weight
-from fusedet.models.ops.boxes import box_centres
+from fusedet.models.ops.boxes import box_centers
 from fusedet.models.ops.cells import boxes_around_cells, cell_positions, sample_sides
 from fusedet.models.ops.dual_weighting import DualWeighting, Weighting
-from fusedet.models.ops.inside_pairs import inside_pairs, last_of_class, offsets_from_centres
+from fusedet.models.ops.inside_pairs import inside_pairs, last_of_class, offsets_from_centers
 from fusedet.models.ops.layers import conv, init_normal
 from fusedet.models.ops.losses import bounded_log_loss, giou_loss, mean_over_ranks
 from fusedet.types import Candidates, Levels, Losses, Outputs, Target
@@ -107,11 +107,11 @@ class DWHead(FCOSHead):
         """
         priors, most = outputs.priors, max(map(len, targets))
         scores = scores_with_objectness(outputs, self.num_classes)  # (N, P, K)
-        points = box_centres(priors.boxes)
+        points = box_centers(priors.boxes)
         pairs = inside_pairs(points, targets, most)
         place = (pairs.image, pairs.prior)
         predicted, score = self.decode_all(outputs)[place], scores[(*place, pairs.labels)]  # (M, 4), (M,)
-        away = offsets_from_centres(pairs, points, priors.strides)
+        away = offsets_from_centers(pairs, points, priors.strides)
         box_losses = giou_loss(predicted, pairs.boxes)
         weights, probability = self.dual_weighting.weigh(
             pairs, max(1, len(targets) * most), score, predicted, box_losses, away

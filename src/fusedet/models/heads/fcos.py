@@ -19,7 +19,7 @@ from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.ops.assigners import PointInBoxAssigner, assign_batch, gather_positives
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances, distances_to_boxes, grid_priors, make_level_points
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances, distances_to_boxes, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, giou_loss, iou_loss, mean_over_ranks
 from fusedet.types import Candidates, Features, Levels, Losses, Outputs, Target
@@ -29,7 +29,7 @@ BoxLoss = Literal["iou", "giou"]
 
 
 class FCOSHead(nn.Module):
-    """Two towers, then for each cell's centre class logits, distances to the sides of the box, and centerness.
+    """Two towers, then for each cell's center class logits, distances to the sides of the box, and centerness.
 
     Args:
         levels: Levels of the pyramid.
@@ -41,13 +41,13 @@ class FCOSHead(nn.Module):
         bias: Give the towers' convolutions a bias (MMDetection's conv_bias, false by default there; the paper's code
             has them).
         deformable_last: Make each tower's last convolution deformable and modulated (dcn_on_last_conv).
-        center_sampling: Assign only points nearer than radius * stride to the centre of the box (2020).
+        center_sampling: Assign only points nearer than radius * stride to the center of the box (2020).
         radius: Radius of center_sampling, in strides (center_sample_radius).
         normalize_boxes: Predict distances in strides, with a ReLU instead of the exponential (norm_on_bbox, 2020).
         centerness_on_box: Predict the centerness in the box tower instead of the classification tower
             (centerness_on_reg, 2020).
         box_loss: "iou", -log IoU, or "giou", 1 - GIoU (2020).
-        ranges: Limits between the distance ranges of neighbouring levels, in pixels; by default 8 strides of each level
+        ranges: Limits between the distance ranges of neighboring levels, in pixels; by default 8 strides of each level
             but the last (64, 128, 256 and 512 for P3 to P7, section 3.2).
         alpha: Weight of the positives in the focal loss.
         gamma: Exponent of the focal loss.
@@ -145,7 +145,7 @@ class FCOSHead(nn.Module):
         positives = gather_positives(assigned, targets)
         image, prior, boxes, _ = positives
         count = mean_over_ranks((assigned >= 0).sum())
-        wanted = boxes_to_distances(box_centres(priors.boxes)[prior], boxes)  # (R, 4)
+        wanted = boxes_to_distances(box_centers(priors.boxes)[prior], boxes)  # (R, 4)
         central = centerness(wanted)
         if self.normalize_boxes:
             wanted = wanted / priors.strides[prior, None]
@@ -173,7 +173,7 @@ class FCOSHead(nn.Module):
         distances = flatten_maps(outputs.maps["reg"], 4)
         if self.normalize_boxes:
             distances = distances * priors.strides[:, None]
-        return distances_to_boxes(box_centres(priors.boxes), distances)
+        return distances_to_boxes(box_centers(priors.boxes), distances)
 
 
 def centerness(distances: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Alignment(nn.Module):
         self.tower = nn.Sequential(*layers)
 
     def init_weights(self) -> None:
-        """Initialise the offsets and the deformable convolution as MMDetection does."""
+        """Initialize the offsets and the deformable convolution as MMDetection does."""
         nn.init.normal_(self.offset.weight, std=0.1)
         nn.init.normal_(self.conv.weight, std=0.01)
 

@@ -17,7 +17,7 @@ from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tow
 from fusedet.models.ops.argument_checks import check_focal, check_length
 from fusedet.models.ops.assigners import assign_batch, gather_positives
 from fusedet.models.ops.boxes import (
-    box_centres,
+    box_centers,
     boxes_to_distances,
     distances_to_boxes,
     grid_priors,
@@ -34,7 +34,7 @@ TARGET_RANGE = (1 / 16, 16.0)  # of distances, in base sizes of the level
 
 
 class FoveaHead(nn.Module):
-    """Two towers, then for each cell's centre class logits and the logarithms of the distances to the box's sides.
+    """Two towers, then for each cell's center class logits and the logarithms of the distances to the box's sides.
 
     Args:
         levels: Levels of the pyramid.
@@ -135,7 +135,7 @@ class FoveaHead(nn.Module):
         assigned = assign_batch(self.assigner, priors, targets)  # (N, P)
         positives = gather_positives(assigned, targets)
         image, prior, boxes, _ = positives
-        distances = boxes_to_distances(box_centres(priors.boxes)[prior], boxes)
+        distances = boxes_to_distances(box_centers(priors.boxes)[prior], boxes)
         base = self.base_scale * priors.strides[prior, None]
         wanted = (distances / base).clamp(*TARGET_RANGE).log()
         box_loss = smooth_l1_loss(flatten_maps(outputs.maps["reg"], 4)[image, prior], wanted, self.beta).sum()
@@ -148,7 +148,7 @@ class FoveaHead(nn.Module):
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
         priors = outputs.priors
         distances = flatten_maps(outputs.maps["reg"], 4).exp() * (self.base_scale * priors.strides[:, None])
-        boxes = distances_to_boxes(box_centres(priors.boxes), distances)
+        boxes = distances_to_boxes(box_centers(priors.boxes), distances)
         return Candidates(boxes, class_scores(outputs, self.num_classes))
 
     def select(

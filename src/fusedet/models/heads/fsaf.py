@@ -15,7 +15,7 @@ from fusedet.models.heads.scores import class_scores
 from fusedet.models.heads.towers import InteractionFactory, TwinTowers
 from fusedet.models.ops.argument_checks import check_focal
 from fusedet.models.ops.assigners import gather_positives, valid_prior_mask
-from fusedet.models.ops.boxes import box_centres, grid_priors, make_level_points
+from fusedet.models.ops.boxes import box_centers, grid_priors, make_level_points
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import iou_loss, mean_over_ranks, negative_focal_loss
 from fusedet.models.ops.region_assigners import CenterRegionAssigner
@@ -107,7 +107,7 @@ class FSAFHead(nn.Module):
         image, prior, boxes, classes = gather_positives(assigned, targets)
         counted = valid[..., None] & ~contested
         distances = flatten_maps(outputs.maps["reg"], 4)[image, prior].clamp(min=LEAST_DISTANCE)
-        box_losses = iou_loss(_decode(box_centres(priors.boxes)[prior], distances, priors.strides[prior]), boxes)
+        box_losses = iou_loss(_decode(box_centers(priors.boxes)[prior], distances, priors.strides[prior]), boxes)
         own = logits[image, prior, classes].float()
         gains = self.alpha * (-own).sigmoid() ** self.gamma * F.softplus(-own)
         with torch.no_grad():
@@ -144,7 +144,7 @@ class FSAFHead(nn.Module):
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode boxes (N, P, 4) and scores (N, P, K)."""
         priors = outputs.priors
-        boxes = _decode(box_centres(priors.boxes), flatten_maps(outputs.maps["reg"], 4), priors.strides)
+        boxes = _decode(box_centers(priors.boxes), flatten_maps(outputs.maps["reg"], 4), priors.strides)
         return Candidates(boxes, class_scores(outputs, self.num_classes))
 
 

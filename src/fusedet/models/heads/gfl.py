@@ -19,7 +19,7 @@ from fusedet.models.ops.assigners import IGNORED, assign_batch, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
 from fusedet.models.ops.boxes import (
     aligned_iou,
-    box_centres,
+    box_centers,
     boxes_to_distances,
     distances_to_boxes,
     grid_priors,
@@ -136,12 +136,12 @@ class GFLHead(nn.Module):
         logits = flatten_maps(outputs.maps["cls"], self.num_classes)  # (N, P, K)
         sides = flatten_maps(outputs.maps["reg"], self.reg.out_channels)[image, prior].unflatten(1, (4, -1))
         strides = priors.strides[prior, None]
-        centres = box_centres(priors.boxes)[prior] / strides  # (R, 2)
+        centers = box_centers(priors.boxes)[prior] / strides  # (R, 2)
         boxes = boxes / strides
-        predicted = distances_to_boxes(centres, self.expected_distances(sides))
+        predicted = distances_to_boxes(centers, self.expected_distances(sides))
         best = self.scores(logits[image, prior].detach()).amax(dim=1)  # (R,)
         count, weight = mean_over_ranks(torch.stack([number, best.sum()]))
-        wanted = boxes_to_distances(centres, boxes).clamp(0, len(self.distances) - 1 - BEYOND)  # (R, 4)
+        wanted = boxes_to_distances(centers, boxes).clamp(0, len(self.distances) - 1 - BEYOND)  # (R, 4)
         distribution = distribution_focal_loss(sides, wanted).mean(dim=1)
         quality_loss = quality_focal_loss if self.quality is None else quality_focal_loss_of_scores
         rows, counted = image * len(priors) + prior, (assigned != IGNORED).flatten()
@@ -166,4 +166,4 @@ class GFLHead(nn.Module):
         sides = flatten_maps(outputs.maps["reg"], self.reg.out_channels).unflatten(2, (4, -1))
         distances = self.expected_distances(sides) * priors.strides[:, None]
         scores = self.scores(flatten_maps(outputs.maps["cls"], self.num_classes))
-        return Candidates(distances_to_boxes(box_centres(priors.boxes), distances), scores)
+        return Candidates(distances_to_boxes(box_centers(priors.boxes), distances), scores)

@@ -15,7 +15,7 @@ from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prio
 from fusedet.models.ops.losses import assigned_focal_loss
 from fusedet.types import Candidates, Features, Levels, Outputs, Target
 
-SHIFT_UNIT, SIZE_UNIT = 0.1, 0.2  # of the box deltas: the centre's shift in anchors, and the log of the size ratio
+SHIFT_UNIT, SIZE_UNIT = 0.1, 0.2  # of the box deltas: the center's shift in anchors, and the log of the size ratio
 
 
 class QualityOptions(TowerOptions, total=False):
@@ -47,7 +47,7 @@ class QualityAnchorHead(nn.Module):
         prior: Initial score of every anchor.
         deformable_first: Make each tower's first convolution deformable.
         kernel: Side of the last convolutions' kernels.
-        offset: Position of an anchor's centre in its cell, in strides, 0 at the upper left corner.
+        offset: Position of an anchor's center in its cell, in strides, 0 at the upper left corner.
 
     Raises:
         InputError: An option is out of its range.

@@ -23,7 +23,7 @@ from fusedet.models.ops.assigners import (
     gather_positives,
     valid_prior_mask,
 )
-from fusedet.models.ops.boxes import box_centres, grid_priors, make_level_points
+from fusedet.models.ops.boxes import box_centers, grid_priors, make_level_points
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import assigned_focal_loss, mean_over_ranks
@@ -199,15 +199,15 @@ class RepPointsHead(nn.Module):
 
     def _box_loss(self, priors: Priors, points: Tensor, positives: Positives) -> Tensor:
         """Sum over the positives of the smooth L1 loss between their points' boxes and their instances' boxes."""
-        centre, stride = box_centres(priors.boxes[positives.prior]).repeat(1, 2), priors.strides[positives.prior, None]
-        wanted = (positives.boxes - centre) / stride  # (R, 4)
+        center, stride = box_centers(priors.boxes[positives.prior]).repeat(1, 2), priors.strides[positives.prior, None]
+        wanted = (positives.boxes - center) / stride  # (R, 4)
         predicted = self.pseudo_boxes(points[positives.image, positives.prior])
         scale = self.base_scale
         return F.smooth_l1_loss(predicted / scale, wanted / scale, reduction="sum", beta=self.beta)
 
     def _decode_boxes(self, priors: Priors, points: Tensor) -> Tensor:
         """Boxes (N, P, 4) in pixels of points (N, P, 2 * num_points) in strides."""
-        return box_centres(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
+        return box_centers(priors.boxes).repeat(1, 2) + self.pseudo_boxes(points) * priors.strides[:, None]
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode the refined boxes (N, P, 4) and scores (N, P, K)."""

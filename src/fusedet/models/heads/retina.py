@@ -37,7 +37,7 @@ class RetinaHead(nn.Module):
         base_scale: Size of the smallest anchor, in strides.
         scales_per_octave: Number of anchor sizes.
         ratios: Height / width of the anchors.
-        offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
+        offset: Position of an anchor's center in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
             1.x).
         round_anchors: Round the anchors' corners to whole pixels (MMDetection 1.x, torchvision).
         whole_sizes: Truncate the anchors' sizes to whole pixels before the ratios are applied (torchvision).

@@ -48,7 +48,7 @@ class RPNHead(nn.Module):
         scale: Side of the anchors, in strides, or several sides (C4 detectors).
         ratios: Height / width of the anchors; A = len(ratios) per side.
         round_anchors: Round the anchors' corners to whole pixels (torchvision, Detectron).
-        offset: Position of an anchor's centre in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
+        offset: Position of an anchor's center in its cell, in strides: 0 at the upper left corner (0.5 in MMDetection
             1.x).
         positive: IoU from which an anchor is positive (section 3.1.2).
         negative: IoU below which an anchor is background.

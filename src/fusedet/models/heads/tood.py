@@ -19,7 +19,7 @@ from fusedet.models.heads.towers import InteractionFactory
 from fusedet.models.ops.argument_checks import check_focal, check_length, check_weight
 from fusedet.models.ops.assigners import IGNORED, assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances, grid_priors, make_level_points, select_detections
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances, grid_priors, make_level_points, select_detections
 from fusedet.models.ops.cells import boxes_around_cells, cell_positions
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
@@ -169,7 +169,7 @@ class TOODHead(nn.Module):
         rows, counted = image * len(priors) + prior, (assigned != IGNORED).flatten()
         flat = scores.flatten(0, 1)  # (N * P, K)
         if quality is None:
-            weights = centerness(boxes_to_distances(box_centres(priors.boxes)[prior], wanted))  # (R,)
+            weights = centerness(boxes_to_distances(box_centers(priors.boxes)[prior], wanted))  # (R,)
             cls_loss = focal_loss_of_scores(flat, counted, rows, classes, self.alpha, self.gamma)
         else:
             weights = quality[image, prior]

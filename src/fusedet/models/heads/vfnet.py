@@ -17,7 +17,7 @@ from fusedet.models.heads.towers import InteractionFactory, TwinTowers, make_tow
 from fusedet.models.ops.argument_checks import check_focal, check_loss_weights
 from fusedet.models.ops.assigners import assign_batch, gather_positives, valid_prior_mask
 from fusedet.models.ops.atss import ATSSAssigner
-from fusedet.models.ops.boxes import aligned_iou, box_centres, distances_to_boxes, grid_priors, make_level_points
+from fusedet.models.ops.boxes import aligned_iou, box_centers, distances_to_boxes, grid_priors, make_level_points
 from fusedet.models.ops.deformable import DeformConv
 from fusedet.models.ops.layers import conv, flatten_maps, init_normal, init_prior_bias
 from fusedet.models.ops.losses import giou_loss, mean_over_ranks
@@ -157,7 +157,7 @@ class VFNetHead(nn.Module):
         valid = valid_prior_mask(outputs, self.levels.strides, sizes)
         assigned = assign_batch(self.assigner, priors, targets, valid)  # (N, P)
         image, prior, wanted, classes = gather_positives(assigned, targets)
-        points = box_centres(priors.boxes)[prior]  # (R, 2)
+        points = box_centers(priors.boxes)[prior]  # (R, 2)
         predicted = [
             distances_to_boxes(points, flatten_maps(outputs.maps[name], 4)[image, prior]) for name in ("reg", "refine")
         ]
@@ -175,5 +175,5 @@ class VFNetHead(nn.Module):
 
     def decode(self, outputs: Outputs) -> Candidates:
         """Decode the refined boxes (N, P, 4) and the IoU-aware scores (N, P, K)."""
-        boxes = distances_to_boxes(box_centres(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4))
+        boxes = distances_to_boxes(box_centers(outputs.priors.boxes), flatten_maps(outputs.maps["refine"], 4))
         return Candidates(boxes, class_scores(outputs, self.num_classes))

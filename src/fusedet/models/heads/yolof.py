@@ -34,7 +34,7 @@ class YOLOFHead(nn.Module):
         topk: Predicted boxes and anchors that each instance matches.
         positive: IoU of anchor and instance from which a match is positive, else it is ignored.
         negative: IoU of predicted box and instance from which an unmatched anchor is ignored.
-        most_shift: Most pixels by which a box's centre moves from its anchor's.
+        most_shift: Most pixels by which a box's center moves from its anchor's.
         alpha: Weight of the positives in the focal loss.
         gamma: Exponent of the focal loss.
         prior: Initial score of every anchor.

@@ -39,7 +39,7 @@ class MSFM(nn.Module):
     - C adds or concatenates the branches [T].
     - U restores C channels: 1x1 convolution, GroupNorm [N~].
 
-    All convolutions have biases [N~]. Where groups = m, every channel is normalised by itself, and the biases before
+    All convolutions have biases [N~]. Where groups = m, every channel is normalized by itself, and the biases before
     the norms of S and F have no effect and no gradient. The defaults are the paper's final ones (4.2.6) after_conv2.
 
     Args:
@@ -118,7 +118,7 @@ class Unsqueeze(nn.Module):
 
     U's output is linear in y. So the norm's statistics follow from the mean and the covariance of y's few channels, and
     the norm becomes one scale and one shift per image and channel, which go into the product. No map of C channels is
-    normalised or saved. With `relu` it is x + relu(U(y)), computed directly.
+    normalized or saved. With `relu` it is x + relu(U(y)), computed directly.
     """
 
     def __init__(self, inputs: int, channels: int, groups: int, zero_init: bool, relu: bool = False) -> None:
@@ -135,28 +135,28 @@ class Unsqueeze(nn.Module):
             return x + self.norm(self.conv(y)).relu().to(x.dtype)
         rows, cells = (t.flatten(2).transpose(1, 2) for t in (x, y))  # (N, H * W, C), (N, H * W, k)
         with without_autocast(x):
-            weight, shift = self.normalised(cells.to(torch.promote_types(y.dtype, torch.float32)))
+            weight, shift = self.normalized(cells.to(torch.promote_types(y.dtype, torch.float32)))
             # a column of ones carries the shift
             cells = F.pad(cells.to(x.dtype), (0, 1), value=1.0)  # (N, H * W, k + 1)
             weight = torch.cat([weight, shift[:, :, None]], dim=2).to(x.dtype)  # (N, C, k + 1)
             out = torch.baddbmm(rows, cells, weight.transpose(1, 2))
         return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    def normalised(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute weight (N, C, k) and shift (N, C) that give the normalised output on cells (N, H * W, k)."""
+    def normalized(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute weight (N, C, k) and shift (N, C) that give the normalized output on cells (N, H * W, k)."""
         g = self.norm.num_groups
         weight, bias, gamma, beta = (p.to(cells.dtype) for p in (*self.conv.parameters(), *self.norm.parameters()))
         weight = weight.flatten(1)  # (C, k)
         mean = cells.mean(dim=1, keepdim=True)  # (N, 1, k)
-        centred = cells - mean
-        covariance = centred.transpose(1, 2) @ centred / cells.shape[1]  # (N, k, k)
+        centered = cells - mean
+        covariance = centered.transpose(1, 2) @ centered / cells.shape[1]  # (N, k, k)
         # of each channel of U's output, (N, g, C / g)
         means = ((mean @ weight.T).squeeze(1) + bias).unflatten(1, (g, -1))
         variances = (weight @ covariance * weight).sum(dim=2).unflatten(1, (g, -1))
-        centre = means.mean(dim=2, keepdim=True)  # (N, g, 1), of each group
-        variance = (variances + (means - centre).square()).mean(dim=2, keepdim=True)
+        center = means.mean(dim=2, keepdim=True)  # (N, g, 1), of each group
+        variance = (variances + (means - center).square()).mean(dim=2, keepdim=True)
         gain = gamma.unflatten(0, (g, -1)) * (variance + self.norm.eps).rsqrt()  # (N, g, C / g)
-        shift = beta + (gain * (bias.unflatten(0, (g, -1)) - centre)).flatten(1)
+        shift = beta + (gain * (bias.unflatten(0, (g, -1)) - center)).flatten(1)
         return gain.flatten(1)[:, :, None] * weight, shift
 
 

@@ -21,7 +21,7 @@ Norm = Literal["bn", "gn"]
 class BiFPN(nn.Module):
     """The pyramid P`finest` to P`coarsest`, fused top-down and bottom-up `repeats` times.
 
-    From the paper [T]: the graph of nodes and fast normalised fusion. From its authors' code [H]: SiLU, convolution and
+    From the paper [T]: the graph of nodes and fast normalized fusion. From its authors' code [H]: SiLU, convolution and
     norm in this order in every node, norms after the laterals, 3x3 max pooling with stride 2, BatchNorm with momentum
     0.01 and eps 0.001. Choices [X]:
 
@@ -125,7 +125,7 @@ class Node(nn.Module):
         return self.conv(F.silu(self.fuse(maps)))
 
     def fuse(self, maps: Features) -> Tensor:
-        """Compute the fast normalised fusion of section 3.3.
+        """Compute the fast normalized fusion of section 3.3.
 
         It is the sum of w_i / (eps + sum of w_j) * map_i with w = relu(weight).
         """
@@ -138,7 +138,7 @@ class BatchNorm(nn.BatchNorm2d):
     """BatchNorm that uses its running statistics where a channel has one value only, without variance."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, H, W)."""
+        """Normalize x (N, C, H, W)."""
         if x.shape[0] * x.shape[2] * x.shape[3] > 1:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

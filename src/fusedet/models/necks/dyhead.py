@@ -50,9 +50,9 @@ class DyHead(nn.Module):
 
 
 class DyHeadBlock(nn.Module):
-    """One block (section 3.2): modulated deformable convolutions of each level and its neighbours, then attention.
+    """One block (section 3.2): modulated deformable convolutions of each level and its neighbors, then attention.
 
-    Offsets and masks of a level serve its neighbours too. The coarser neighbour's map has fewer cells than offsets; as
+    Offsets and masks of a level serve its neighbors too. The coarser neighbor's map has fewer cells than offsets; as
     in the authors' code, which upsamples behind the convolution, it takes as many of them as it needs in memory order.
     """
 

@@ -77,7 +77,7 @@ class FPN(nn.Module):
 
 
 def top_down(maps: Features, gates: Sequence[Callable[[Tensor], Tensor]] = ()) -> Features:
-    """Add to every map the upsampled sum of the level above; nearest neighbours.
+    """Add to every map the upsampled sum of the level above; nearest neighbors.
 
     Args:
         maps: Laterals, finest first.

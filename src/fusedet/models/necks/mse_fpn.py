@@ -221,7 +221,7 @@ class SEM(nn.Module):
         embed: As in MSEFPN.
         reduction: As in MSEFPN.
         v_groups: As in MSEFPN.
-        gn1: Normalise R.
+        gn1: Normalize R.
         pool_first: As in MSEFPN.
         channel: Use the channel branch; at least one of the two branches is used.
         spatial: Use the spatial branch.
@@ -261,13 +261,13 @@ class SEM(nn.Module):
 
 
 def relation(Q: Tensor, K: Tensor, gn1: bool = True, pool_first: bool = True, eps: float = 1e-5) -> Tensor:
-    """Compute R' of eq. 6 from R = Q^T K, normalised over all its N x N entries where `gn1`.
+    """Compute R' of eq. 6 from R = Q^T K, normalized over all its N x N entries where `gn1`.
 
     R is read as N maps of N cells, and the pooling takes the mean over the maps. The other reading, the mean over the
     cells of each map, is the same function with W_q and W_k exchanged. It is computed in float32 at least, inside
     autocast too.
 
-    With `pool_first`, R itself is never computed. With q, k the means of Q's and K's columns and Q_c, K_c the centred
+    With `pool_first`, R itself is never computed. With q, k the means of Q's and K's columns and Q_c, K_c the centered
     columns, an entry is q.k + Q_c[n].k + q.K_c[m] + Q_c[n].K_c[m]. Over all n and m the last three have mean 0 and are
     uncorrelated. So the first is the mean of R, their mean squares add up to its variance, and the mean over n leaves
     q.k + q.K_c[m].

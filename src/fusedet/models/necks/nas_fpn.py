@@ -89,7 +89,7 @@ def _attend(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
-    """Resize x (N, C, H, W) to another map's size: nearest neighbour up, max-pooling down, zeros around odd sides."""
+    """Resize x (N, C, H, W) to another map's size: nearest neighbor up, max-pooling down, zeros around odd sides."""
     height, width = like.shape[2:]
     if x.shape[2] < height or x.shape[3] < width:
         return F.interpolate(x, size=(height, width), mode="nearest")

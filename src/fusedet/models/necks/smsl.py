@@ -47,7 +47,7 @@ class SMSL(nn.Module):
         global_feature: GF of Table 1: one more mixture, refined by a non-local block and added to all others.
         reduction: r of eq. 3 and 9, 8 in the paper.
         resizing: How the levels are resized to the middle one's size and back: "pool" by max pooling and nearest
-            neighbours, Libra R-CNN's way; "nearest" or "bilinear" (the paper says "resizing", a choice).
+            neighbors, Libra R-CNN's way; "nearest" or "bilinear" (the paper says "resizing", a choice).
         non_local_scale: The non-local block divides its products by sqrt(C), as MMDetection's does by default (a
             choice).
         zero_init: The non-local block starts as the identity (a choice).
@@ -161,10 +161,10 @@ class SelectiveUnits(nn.Module):
         super().__init__()
         T, L, C, k = targets, levels, channels, channels // reduction
         self.shape = (T, L, C)
-        # torch's initialisation of a linear layer
+        # torch's initialization of a linear layer
         self.W = nn.Parameter(torch.empty(T, k, C).uniform_(-1, 1) / math.sqrt(C))
         self.V = nn.Parameter(torch.empty(T, L * C, k).uniform_(-1, 1) / math.sqrt(k))
-        # vectors with these names: engine/optim.py recognises biases by their names' ends, norms by their one dimension
+        # vectors with these names: engine/optim.py recognizes biases by their names' ends, norms by their one dimension
         self.W_bias = nn.Parameter(torch.empty(T * k).uniform_(-1, 1) / math.sqrt(C))
         self.V_bias = nn.Parameter(torch.empty(T * L * C).uniform_(-1, 1) / math.sqrt(k))
         self.norm_weight = nn.Parameter(torch.ones(T * k))
@@ -193,7 +193,7 @@ def add_resized(p: Tensor, f: Tensor, index: int, level: int, resizing: Resizing
     """Add f (N, C, H, W), of level number `level`, in the size of level number `index`, p (N, C, H_l, W_l)."""
     (height, width), (h, w) = p.shape[-2:], f.shape[-2:]
     if not is_exporting() and resizing != "bilinear" and index < level and height % h == 0 and width % w == 0:
-        # nearest neighbours repeat f in blocks: added by broadcasting, the upsampled map is never written
+        # nearest neighbors repeat f in blocks: added by broadcasting, the upsampled map is never written
         # (N, C, h, blocks of rows, w, of columns)
         blocks = p.unflatten(2, (h, height // h)).unflatten(4, (w, width // w))
         return (blocks + f[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)

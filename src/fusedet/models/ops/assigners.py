@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_area, box_iou
 
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances
 from fusedet.models.protocols import Assigner
 from fusedet.types import MULTIPLE, Outputs, Priors, Target
 
@@ -105,7 +105,7 @@ class Positives(NamedTuple):
 
 
 def gather_positives(assigned: Tensor, targets: Sequence[Target]) -> Positives:
-    """Collect the positives of an assignment (N, P). It is the only GPU synchronisation in a loss."""
+    """Collect the positives of an assignment (N, P). It is the only GPU synchronization in a loss."""
     image, prior = (assigned >= 0).nonzero(as_tuple=True)
     return Positives(image, prior, *gather_instances(targets, image, assigned[image, prior]))
 
@@ -175,14 +175,14 @@ class MaxIoUAssigner:
 class PointInBoxAssigner:
     """Assignment by location and size; ties as in MMDetection 3.x.
 
-    A point, the centre of a prior, is positive for an instance whose box contains it and whose farthest side is at a
+    A point, the center of a prior, is positive for an instance whose box contains it and whose farthest side is at a
     distance within the range of the point's level, both ends included. Of several instances it takes the one of the
     smallest area, of equal areas the first. All other points are background.
 
     Args:
-        limits: Limits between the ranges of neighbouring levels, in pixels. The first range begins at 0, the last has
+        limits: Limits between the ranges of neighboring levels, in pixels. The first range begins at 0, the last has
             no end.
-        radius: Centre sampling: a point must also be nearer than radius * stride to the box's centre, along x and y.
+        radius: Center sampling: a point must also be nearer than radius * stride to the box's center, along x and y.
             None for the whole box.
 
     References:
@@ -195,7 +195,7 @@ class PointInBoxAssigner:
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
         """Assign the priors of an image, as `protocols.Assigner` says."""
-        points = box_centres(priors.boxes)  # (P, 2)
+        points = box_centers(priors.boxes)  # (P, 2)
         ends = [0.0, *self.limits, math.inf]
         low, high = (torch.cat([points.new_full((n,), e) for n, e in zip(priors.counts, ends[i:])]) for i in (0, 1))
         smallest = points.new_full((len(priors),), math.inf)
@@ -206,7 +206,7 @@ class PointInBoxAssigner:
             farthest = sides.amax(dim=2)
             fits = (sides.amin(dim=2) > 0) & (farthest >= low) & (farthest <= high)
             if self.radius is not None:
-                away = (points - box_centres(boxes)[:, None]).abs().amax(dim=2)
+                away = (points - box_centers(boxes)[:, None]).abs().amax(dim=2)
                 fits &= away < self.radius * priors.strides
             area, index = torch.where(fits, box_area(boxes)[:, None], math.inf).min(dim=0)
             smaller = area < smallest  # the earlier instance keeps a tie

@@ -28,7 +28,7 @@ def border_align(features: Tensor, boxes: Tensor, points: int = 10, both_ends: b
 
     Args:
         features: Channels of the left, upper, right and lower border, C each.
-        boxes: B boxes of every image, in cells: 0 is the first cell's centre. They are clipped to the cells' centres.
+        boxes: B boxes of every image, in cells: 0 is the first cell's center. They are clipped to the cells' centers.
         points: Intervals of a border, N of the paper; at most `MOST_POINTS`.
         both_ends: Also take the point at the right or lower end.
 

@@ -19,7 +19,7 @@ MAX_RATIO = abs(math.log(16 / 1000))
 def make_base_anchors(
     stride: int, base_scale: float, scales_per_octave: int, ratios: Sequence[float], whole_sizes: bool = False
 ) -> Tensor:
-    """Make the anchors of one cell, centred on the origin and not rounded.
+    """Make the anchors of one cell, centered on the origin and not rounded.
 
     Args:
         stride: Stride of the level, in pixels.
@@ -36,7 +36,7 @@ def make_base_anchors(
 
 
 def make_cell_anchors(sizes: Tensor, ratios: Sequence[float]) -> Tensor:
-    """Make the anchors of one cell, centred on the origin and not rounded.
+    """Make the anchors of one cell, centered on the origin and not rounded.
 
     Args:
         sizes: Roots of the anchors' areas, in pixels, float64.
@@ -58,7 +58,7 @@ def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor] | T
         features: Feature maps, of which only the sizes matter.
         levels: Their strides.
         shapes: Base anchors of every level around the origin.
-        offset: Position of the centre in its cell, in strides: x = (column + offset) * stride, y likewise.
+        offset: Position of the center in its cell, in strides: x = (column + offset) * stride, y likewise.
 
     Shape:
         features: (N, C, H_l, W_l) per level; shapes: (A, 4) per level; result: P = sum of H_l * W_l * A priors.
@@ -79,7 +79,7 @@ def grid_priors(features: Features, levels: Levels, shapes: Sequence[Tensor] | T
 def encode_boxes(priors: Tensor, boxes: Tensor) -> Tensor:
     """Encode boxes (P, 4) as deltas (P, 4) relative to priors (P, 4).
 
-    A delta is the shift of the centre in prior sizes, and the log of the ratio of sizes.
+    A delta is the shift of the center in prior sizes, and the log of the ratio of sizes.
 
     References:
         "Rich feature hierarchies for accurate object detection and semantic segmentation" (R-CNN), Girshick et al.,
@@ -93,7 +93,7 @@ def encode_boxes(priors: Tensor, boxes: Tensor) -> Tensor:
 def decode_boxes(priors: Tensor, deltas: Tensor, most_shift: float | None = None) -> Tensor:
     """Decode deltas (..., P, 4) on priors (P, 4) or (..., P, 4) to boxes (..., P, 4), the inverse of `encode_boxes`.
 
-    `MAX_RATIO` bounds the change of size. With `most_shift` in pixels, it bounds growth only, and the centre moves by
+    `MAX_RATIO` bounds the change of size. With `most_shift` in pixels, it bounds growth only, and the center moves by
     at most `most_shift` along x and y (YOLOF).
     """
     wh = priors[..., 2:] - priors[..., :2]
@@ -102,13 +102,13 @@ def decode_boxes(priors: Tensor, deltas: Tensor, most_shift: float | None = None
         ratio = ratio.clamp(min=-MAX_RATIO)
     else:
         shift = shift.clamp(-most_shift, most_shift)
-    centre = (priors[..., :2] + priors[..., 2:]) / 2 + shift
+    center = (priors[..., :2] + priors[..., 2:]) / 2 + shift
     half = wh * ratio.exp() / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def make_base_points(stride: int, scale: float = 1.0) -> Tensor:
-    """Make the only prior of a point head's cell, (1, 4): a square of scale * stride pixels centred on the origin."""
+    """Make the only prior of a point head's cell, (1, 4): a square of scale * stride pixels centered on the origin."""
     half = scale * stride / 2
     return torch.tensor([[-half, -half, half, half]])
 
@@ -118,8 +118,8 @@ def make_level_points(levels: Levels, scale: float = 1.0) -> Tensor:
     return torch.stack([make_base_points(stride, scale) for stride in levels.strides])
 
 
-def box_centres(priors: Tensor) -> Tensor:
-    """Compute the centres (..., 2) of boxes (..., 4)."""
+def box_centers(priors: Tensor) -> Tensor:
+    """Compute the centers (..., 2) of boxes (..., 4)."""
     return (priors[..., :2] + priors[..., 2:]) / 2
 
 

@@ -29,7 +29,7 @@ class DualWeighting:
     With s the score of the instance's class and IoU that of the predicted box:
 
     - w_pos = e^(mu t) * t times the center prior, over its sum over the instance's points. t = s * IoU^beta, and the
-      center prior is a Gaussian of the distance from the box's centre (section 3.2).
+      center prior is a Gaussian of the distance from the box's center (section 3.2).
     - P_neg = b - k * IoU^gamma falls from 1 at an IoU of 0.5 to 0 at 0.95 (section 3.3).
 
     In the authors' code ("code") exp(-beta * GIoU loss) stands for IoU^beta, the sum that divides w_pos has an
@@ -72,7 +72,7 @@ class DualWeighting:
             scores: Predicted score of the instance's class.
             boxes: Predicted box of the point.
             box_losses: GIoU loss of that box.
-            away: The point's distance from the box's centre along x and y, in strides.
+            away: The point's distance from the box's center along x and y, in strides.
 
         Shape:
             scores and box_losses (M,); boxes (M, 4); away (M, 2).

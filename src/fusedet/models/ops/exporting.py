@@ -58,7 +58,7 @@ def _average_matrix(length: int, cells: int, like: Tensor) -> Tensor:
 
 
 def _pool_and_resize_matrix(length: int, cells: int, like: Tensor) -> Tensor:
-    """Weights (length, length): each row is the interpolation between the windows of two neighbouring cells."""
+    """Weights (length, length): each row is the interpolation between the windows of two neighboring cells."""
     steps: int = torch.sym_max(length - 1, 1)  # type: ignore[assignment]
     place = torch.arange(length, device=like.device)[:, None] * (cells - 1)  # in cells, times `steps`
     cell = place // steps

@@ -1,13 +1,13 @@
-"""Image preprocessing on the device: normalisation and zero padding."""
+"""Image preprocessing on the device: normalization and zero padding."""
 
 import torch
 from torch import Tensor
 
 
-def normalise_images(
+def normalize_images(
     images: Tensor, scale: Tensor, shift: Tensor, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Normalise uint8 images to images * scale + shift, in channels_last; the padding is 0 afterwards.
+    """Normalize uint8 images to images * scale + shift, in channels_last; the padding is 0 afterwards.
 
     Shape:
         images (N, C, H, W) uint8; scale and shift (C, 1, 1); sizes (N, 2), height and width inside the padding, None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, gather_instances
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances
 from fusedet.types import Target
 
 INSIDE = 0.01  # pixels
@@ -40,15 +40,15 @@ def inside_pairs(points: Tensor, targets: Sequence[Target], most: int) -> Pairs:
 
 
 def central_pairs(points: Tensor, reach: Tensor, targets: Sequence[Target], most: int) -> Pairs:
-    """Collect the pairs of instances and points (P, 2) that are inside the box and near its centre.
+    """Collect the pairs of instances and points (P, 2) that are inside the box and near its center.
 
-    A point lies more than 0.01 pixel inside the box, and less than its `reach` (P,), in pixels, from the box's centre
+    A point lies more than 0.01 pixel inside the box, and less than its `reach` (P,), in pixels, from the box's center
     along x and y. An instance without such a point, as one that lies between the points, has all points near its
-    centre.
+    center.
     """
 
     def choose(boxes: Tensor) -> Tensor:
-        near = (points - box_centres(boxes)[:, None]).abs().amax(dim=2) < reach
+        near = (points - box_centers(boxes)[:, None]).abs().amax(dim=2) < reach
         central = near & (boxes_to_distances(points, boxes[:, None]).amin(dim=2) > INSIDE)
         return torch.where(central.any(dim=1, keepdim=True), central, near)
 
@@ -79,13 +79,13 @@ def last_of_class(pairs: Pairs, values: Tensor, outside: float, shape: torch.Siz
     return table.index_copy(0, entry, values[last[entry]]).view(shape)
 
 
-def offsets_from_centres(pairs: Pairs, points: Tensor, strides: Tensor) -> Tensor:
-    """Compute the vectors (M, 2), in strides, from the centre of each pair's box to its point.
+def offsets_from_centers(pairs: Pairs, points: Tensor, strides: Tensor) -> Tensor:
+    """Compute the vectors (M, 2), in strides, from the center of each pair's box to its point.
 
     Shape:
         points (P, 2); strides (P,).
     """
-    return (points[pairs.prior] - box_centres(pairs.boxes)) / strides[pairs.prior, None]
+    return (points[pairs.prior] - box_centers(pairs.boxes)) / strides[pairs.prior, None]
 
 
 def extremes_of_instance(pairs: Pairs, values: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Small layers, weight initialisation, and folding of BatchNorm."""
+"""Small layers, weight initialization, and folding of BatchNorm."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm that also takes groups of a single value, as in a 1x1 map; their output is the shift."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (N, C, ...)."""
+        """Normalize x (N, C, ...)."""
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
@@ -48,7 +48,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None, stride:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Initialise every convolution inside by Xavier's uniform distribution, biases by 0 (FPN's convention).
+    """Initialize every convolution inside by Xavier's uniform distribution, biases by 0 (FPN's convention).
 
     A group starts like a convolution of its own. torch counts the output channels of all groups as the fan-out of each,
     so that it would start a convolution of 32 groups four times too small.
@@ -62,7 +62,7 @@ def init_xavier(module: nn.Module) -> None:
 
 
 def init_normal(module: nn.Module, std: float = 0.01) -> None:
-    """Initialise every convolution inside by a normal distribution, biases by 0 (RetinaNet, 2017, section 4.1).
+    """Initialize every convolution inside by a normal distribution, biases by 0 (RetinaNet, 2017, section 4.1).
 
     Convolutions that predict offsets keep their zeros.
     """
@@ -75,12 +75,12 @@ def init_normal(module: nn.Module, std: float = 0.01) -> None:
 
 
 def init_prior_bias(bias: Tensor | None, prior: float) -> None:
-    """Initialise the bias of logits so that scores start at `prior`, in (0, 1) (RetinaNet, 2017, section 4.1)."""
+    """Initialize the bias of logits so that scores start at `prior`, in (0, 1) (RetinaNet, 2017, section 4.1)."""
     nn.init.constant_(bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
 
 
 def init_zero(module: Module) -> Module:
-    """Initialise every parameter inside by 0 and return the module.
+    """Initialize every parameter inside by 0 and return the module.
 
     A residual branch that ends in it starts as 0, a gate before a sigmoid as 1/2.
     """
@@ -90,9 +90,9 @@ def init_zero(module: Module) -> Module:
 
 
 def init_kaiming(module: nn.Module) -> None:
-    """Initialise every convolution inside by Kaiming's normal distribution (fan-out), biases by 0.
+    """Initialize every convolution inside by Kaiming's normal distribution (fan-out), biases by 0.
 
-    Transposed convolutions too; MMDetection initialises RoI branches so.
+    Transposed convolutions too; MMDetection initializes RoI branches so.
     """
     for m in module.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):

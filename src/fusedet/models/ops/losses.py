@@ -1,4 +1,4 @@
-"""Classification and IoU losses, and the normaliser averaged over ranks."""
+"""Classification and IoU losses, and the normalizer averaged over ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ def iou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     """Compute 1 - GIoU (R,) of boxes and targets (R, 4), row by row; areas count as at least eps.
 
-    The same as `torchvision.ops.generalized_box_iou_loss`, without its boolean masks, each of which synchronises with
+    The same as `torchvision.ops.generalized_box_iou_loss`, without its boolean masks, each of which synchronizes with
     the GPU.
 
     References:

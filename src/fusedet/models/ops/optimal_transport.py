@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fusedet.errors import InputError
 from fusedet.models.ops.assigners import BACKGROUND
-from fusedet.models.ops.boxes import aligned_iou, box_centres
+from fusedet.models.ops.boxes import aligned_iou, box_centers
 from fusedet.models.ops.inside_pairs import central_pairs
 from fusedet.models.ops.losses import focal_loss_rows, iou_loss
 from fusedet.types import Priors, Target
@@ -30,7 +30,7 @@ class OptimalTransportAssigner:
     An instance supplies k labels, the background the remaining ones, and every point demands one label. The cost of a
     label is the focal loss of the point's class scores plus `box_weight` times -log IoU of its predicted box; a
     background label costs the focal loss only (section 3.2). Center prior: only points of a box and less than `radius`
-    strides from its centre take the box's labels. Dynamic k estimation: k is the sum of the `topk` largest IoUs of
+    strides from its center take the box's labels. Dynamic k estimation: k is the sum of the `topk` largest IoUs of
     these points, rounded down, at least 1 (section 3.3). The Sinkhorn-Knopp iteration approximates the transport plan.
 
     A point belongs to the supplier with the largest share of its label, where the shares of each supplier are divided
@@ -72,7 +72,7 @@ class OptimalTransportAssigner:
         Args:
             logits: Class logits of every point.
             boxes: Predicted boxes, in pixels.
-            priors: P points, centres of the priors.
+            priors: P points, centers of the priors.
             targets: Ground truth of every image.
 
         Shape:
@@ -80,7 +80,7 @@ class OptimalTransportAssigner:
         """
         images, count = logits.shape[:2]
         most = max(1, *map(len, targets))
-        points = box_centres(priors.boxes)
+        points = box_centers(priors.boxes)
         pairs = central_pairs(points, self.radius * priors.strides, targets, most)
         place = (pairs.image, pairs.prior)
         ious = aligned_iou(boxes[place], pairs.boxes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedet.models.ops.assigners import BACKGROUND, INSTANCES_AT_ONCE
 from fusedet.types import Priors, Target
 
-STEPS = 100  # most steps of the expectation maximisation (scikit-learn's default, as in the authors' code)
+STEPS = 100  # most steps of the expectation maximization (scikit-learn's default, as in the authors' code)
 CHECK_EVERY = 10  # steps between two checks of whether all mixtures have converged
 TOLERANCE = 1e-3  # change of the mean log-likelihood below which a mixture has converged
 LEAST_VARIANCE = 1e-6  # added to each variance
@@ -92,7 +92,7 @@ def select_low_costs(costs: Tensor) -> Tensor:
 
 
 def fit_mixture(values: Tensor, real: Tensor) -> Tensor:
-    """Fit a mixture of two Gaussians to every row by expectation maximisation.
+    """Fit a mixture of two Gaussians to every row by expectation maximization.
 
     The components start at the row's lowest and highest value with variance 1. A row stays as it is when its mean
     log-likelihood has changed by less than `TOLERANCE`.

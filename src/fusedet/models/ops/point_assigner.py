@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedet.errors import InputError
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, resolve_claims
-from fusedet.models.ops.boxes import box_centres
+from fusedet.models.ops.boxes import box_centers
 from fusedet.types import Priors, Target
 
 _LEAST_SIDE = 1e-6  # lower bound of a box's side, in pixels
@@ -23,7 +23,7 @@ class PointAssigner:
 
     An instance belongs to the level of stride 2^s, s = floor(log2(sqrt(width * height) / scale)); to the finest or the
     coarsest level beyond the pyramid, and between two levels to the finer. There it claims the `pos_num` points,
-    centres of priors, nearest to its centre, with distances along x and y in units of its width and height. A point
+    centers of priors, nearest to its center, with distances along x and y in units of its width and height. A point
     that several instances claim takes the nearest, the first of equally near ones. All others are background.
     `torch.topk` chooses among equally distant points.
 
@@ -47,7 +47,7 @@ class PointAssigner:
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
         """Assign the priors of an image, as `protocols.Assigner` says."""
-        points = box_centres(priors.boxes)
+        points = box_centers(priors.boxes)
         if valid is not None:
             points = points.masked_fill(~valid[:, None], torch.inf)
         return resolve_claims(*self._claims(points, priors, target.boxes.to(points.dtype)), len(priors), valid)
@@ -57,7 +57,7 @@ class PointAssigner:
 
         Distances are infinite except on the instance's own level.
         """
-        centres, sides = box_centres(instances), (instances[:, 2:] - instances[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
+        centers, sides = box_centers(instances), (instances[:, 2:] - instances[:, :2]).clamp(min=_LEAST_SIDE)  # (G, 2)
         size = (sides / self.scale).log2().mean(dim=1)  # (G,)
         strides = torch.stack([own[0] for own in priors.strides.split(list(priors.counts))])  # (L,)
         exponents = strides.log2().floor()
@@ -67,7 +67,7 @@ class PointAssigner:
             k = min(self.pos_num, len(level_points))
             nearest = [
                 ((level_points - c[:, None]) / s[:, None]).norm(dim=2).topk(k, dim=1, largest=False)  # (G', k)
-                for c, s in zip(centres.split(INSTANCES_AT_ONCE), sides.split(INSTANCES_AT_ONCE))
+                for c, s in zip(centers.split(INSTANCES_AT_ONCE), sides.split(INSTANCES_AT_ONCE))
             ]
             own = (level == i)[:, None]
             distances.append(torch.where(own, torch.cat([top.values for top in nearest]), torch.inf))

@@ -13,7 +13,7 @@ from fusedet.types import Features
 
 Size = tuple[int, int]
 Resizing = Literal["pool", "nearest", "bilinear"]
-"""How maps are resized: "pool" shrinks by max pooling and enlarges by nearest neighbours, Libra R-CNN's way; "nearest"
+"""How maps are resized: "pool" shrinks by max pooling and enlarges by nearest neighbors, Libra R-CNN's way; "nearest"
 and "bilinear" do both by interpolation."""
 
 
@@ -28,7 +28,7 @@ def max_pool_to(x: Tensor, size: Size) -> Tensor:
 
 
 def resize_nearest(x: Tensor, size: Size) -> Tensor:
-    """Resize x (N, C, H, W) to a size by nearest neighbours."""
+    """Resize x (N, C, H, W) to a size by nearest neighbors."""
     return F.interpolate(x, size=size, mode="nearest")
 
 
@@ -64,7 +64,7 @@ class NonLocal(nn.Module):
     Args:
         channels: C of x and of the embeddings.
         scale: Divide the products by sqrt(C).
-        zero_init: Initialise the last convolution with 0: the module starts as the identity.
+        zero_init: Initialize the last convolution with 0: the module starts as the identity.
 
     References:
         "Non-local Neural Networks", Wang et al., 2018, eq. 6.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.ops import box_area
 
 from fusedet.models.ops.assigners import BACKGROUND, INSTANCES_AT_ONCE, ignore_invalid
-from fusedet.models.ops.boxes import box_centres, boxes_to_distances
+from fusedet.models.ops.boxes import box_centers, boxes_to_distances
 from fusedet.types import Priors, Target
 
 _LEAST_SHARE = 0.01  # of a prior's area that must lie in the central region (MMDetection's min_pos_iof)
@@ -54,8 +54,8 @@ class FoveaAssigner:
 
     @torch.no_grad()
     def assign(self, priors: Priors, target: Target, valid: Tensor | None = None) -> Tensor:
-        """Assign the priors, whose centres are the middles of cells, as `protocols.Assigner` says."""
-        cells = (box_centres(priors.boxes) / priors.strides[:, None] - 0.5).round()  # (P, 2): column and row
+        """Assign the priors, whose centers are the middles of cells, as `protocols.Assigner` says."""
+        cells = (box_centers(priors.boxes) / priors.strides[:, None] - 0.5).round()  # (P, 2): column and row
         levels = list(zip(self.ranges, priors.counts, cells.split(list(priors.counts)), strict=True))
         low, high = (torch.cat([cells.new_full((n,), ends[i]) for ends, n, _ in levels]) for i in (0, 1))
         last = torch.cat([level.amax(dim=0).expand(n, 2) for _, n, level in levels])  # (P, 2)
@@ -78,11 +78,11 @@ class FoveaAssigner:
 class CenterRegionAssigner:
     """FSAF's assignment on every level: the cells of the central part of a box (details as in MMDetection 3.x).
 
-    A prior belongs to an instance if more than 1 % of it lies in the instance's box scaled by `scale`, and its centre
+    A prior belongs to an instance if more than 1 % of it lies in the instance's box scaled by `scale`, and its center
     in the box itself. Of several instances it takes the smallest, of equal ones the last.
 
     A prior loses the classification loss of another instance's class that it belongs to as well, or whose scaled box
-    it touches without its centre in the box. If that class is the prior's own, the prior is background.
+    it touches without its center in the box. If that class is the prior's own, the prior is background.
 
     Args:
         num_classes: K.
@@ -101,17 +101,17 @@ class CenterRegionAssigner:
     ) -> tuple[Tensor, Tensor]:
         """Assign the priors (P,), and compute which classes (P, K) have no loss there."""
         boxes = priors.boxes
-        centres, area = box_centres(boxes), box_area(boxes)
+        centers, area = box_centers(boxes), box_area(boxes)
         smallest = boxes.new_full((len(priors),), math.inf)
         assigned = torch.full((len(priors),), BACKGROUND, device=boxes.device)
         claims = boxes.new_zeros(self.num_classes, len(priors))
         for first in range(0, len(target), INSTANCES_AT_ONCE):
             own, labels = (x[first : first + INSTANCES_AT_ONCE] for x in (target.boxes.to(boxes.dtype), target.labels))
-            middle, half = box_centres(own), (own[:, 2:] - own[:, :2]) * 0.5 * self.scale
+            middle, half = box_centers(own), (own[:, 2:] - own[:, :2]) * 0.5 * self.scale
             low = torch.maximum((middle - half)[:, None], boxes[:, :2])
             high = torch.minimum((middle + half)[:, None], boxes[:, 2:])
             touches = (high - low).clamp(min=0).prod(dim=2) / area.clamp(min=1e-6) > _LEAST_SHARE  # (G', P)
-            fits = touches & (boxes_to_distances(centres, own[:, None]).amin(dim=2) > 0)
+            fits = touches & (boxes_to_distances(centers, own[:, None]).amin(dim=2) > 0)
             smallest, assigned = _take_smallest(fits, box_area(own), first, smallest, assigned)
             claims = claims.index_add(0, labels, touches.to(claims.dtype))
         if len(target):

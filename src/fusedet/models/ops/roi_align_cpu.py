@@ -1,6 +1,6 @@
 """RoIAlign on a CPU as weighted sums of cells: "Mask R-CNN", He et al., 2017, section 3.
 
-The mean of bilinear samples on a regular grid is a product of two weightings, one along each axis, and neighbouring
+The mean of bilinear samples on a regular grid is a product of two weightings, one along each axis, and neighboring
 samples share cells. So a bin is one weighted sum of the few cells that it covers. Each cell is a row of C contiguous
 numbers in channels_last. torchvision's kernel samples channel by channel on one core; benchmarks/operators.py compares
 the two.

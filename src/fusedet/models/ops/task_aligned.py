@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fusedet.errors import InputError
 from fusedet.models.ops.assigners import INSTANCES_AT_ONCE, resolve_claims
-from fusedet.models.ops.boxes import aligned_iou, box_centres, boxes_to_distances
+from fusedet.models.ops.boxes import aligned_iou, box_centers, boxes_to_distances
 from fusedet.types import Priors, Target
 
-_INSIDE = 0.01  # pixels by which a prior's centre lies inside the box (the authors' code; the paper does not say)
+_INSIDE = 0.01  # pixels by which a prior's center lies inside the box (the authors' code; the paper does not say)
 _LEAST_METRIC = 1e-7  # added to an instance's largest metric before the division
 
 
@@ -26,7 +26,7 @@ class TaskAlignedAssigner:
 
     The alignment metric of a prior and an instance is score^alpha * IoU^beta, of the predicted score of the instance's
     class and the predicted box (eq. 2). An instance claims the `topk` priors of the largest metrics of all levels whose
-    metric is above 0 and whose centres lie inside its box. A prior that several instances claim takes the one with the
+    metric is above 0 and whose centers lie inside its box. A prior that several instances claim takes the one with the
     largest IoU, the first of equal ones. All others are background.
 
     Args:
@@ -96,9 +96,9 @@ class TaskAlignedAssigner:
     def _claims(
         self, scores: Tensor, boxes: Tensor, priors: Priors, labels: Tensor, instances: Tensor, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return metrics, 0 for centres outside, IoUs, and priors (G, k) of the instances' candidates."""
+        """Return metrics, 0 for centers outside, IoUs, and priors (G, k) of the instances' candidates."""
         ious = aligned_iou(boxes, instances[:, None])  # (G, P)
         metrics, indices = (scores.mT[labels] ** self.alpha * ious**self.beta).topk(k, dim=1)
-        points = box_centres(priors.boxes)[indices]  # (G, k, 2)
+        points = box_centers(priors.boxes)[indices]  # (G, k, 2)
         inside = boxes_to_distances(points, instances[:, None]).amin(dim=2) > _INSIDE
         return metrics * inside, ious.gather(1, indices), indices

@@ -35,7 +35,7 @@ class UniformMatches(NamedTuple):
 class UniformMatcher:
     """Match every instance with as many priors, whatever its size (details as in MMDetection 3.x).
 
-    An instance takes the `topk` predicted boxes and the `topk` anchors nearest to it, by the L1 distance of centres and
+    An instance takes the `topk` predicted boxes and the `topk` anchors nearest to it, by the L1 distance of centers and
     sizes. Those whose anchor overlaps it by less than `positive` are ignored, as are others whose predicted box
     overlaps an instance by more than `negative`. Of several claims on a prior the last one counts: that of the farther
     rank, of an anchor rather than a predicted box, and of the later instance. `torch.topk` chooses among equally near

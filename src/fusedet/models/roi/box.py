@@ -45,7 +45,7 @@ class BoxStage(nn.Module):
         norm: Norm after each of these convolutions, which have no bias then: "gn", GroupNorm of 32 groups, or "bn".
         class_agnostic: Predict one box for all classes (Cascade R-CNN).
         regress: Predict box deltas; without, boxes stay as they were proposed (Grid R-CNN).
-        stds: Standard deviations that normalise the deltas.
+        stds: Standard deviations that normalize the deltas.
         positive: IoU with an instance from which a proposal is positive.
         num: Samples per image, as in `ops.samplers.Sampler`.
         fraction: Share of positives among them.

@@ -124,8 +124,8 @@ class DoubleHeadStage(BoxStage):
         x = self.pooling(features, rois).flatten(1)
         for layer in self.shared:
             x = F.relu(layer(x))
-        centre, half = (rois[:, 1:3] + rois[:, 3:]) * 0.5, (rois[:, 3:] - rois[:, 1:3]) * self.enlarge * 0.5
-        enlarged = torch.cat([rois[:, :1], centre - half, centre + half], dim=1)
+        center, half = (rois[:, 1:3] + rois[:, 3:]) * 0.5, (rois[:, 3:] - rois[:, 1:3]) * self.enlarge * 0.5
+        enlarged = torch.cat([rois[:, :1], center - half, center + half], dim=1)
         boxes = self.box_pooling(features, enlarged, sized_by=rois)
         assert self.reg is not None
         return self.cls(x), self.reg(self.blocks(self.widen(boxes)).mean(dim=(2, 3)))

@@ -20,7 +20,7 @@ from fusedet.types import BatchDetections, Features, Levels, Losses, Target
 
 
 class GridBranch(nn.Module):
-    """Localise a regular grid of side x side points on an instance by heat maps, and build its box from them.
+    """Localize a regular grid of side x side points on an instance by heat maps, and build its box from them.
 
     Points are counted column by column: index x * side + y. The full map spans twice the RoI and has 4 * size cells per
     side; a point's heat map is the part of it, half as wide and high, where the point is expected (Plus, section 3.1).
@@ -35,7 +35,7 @@ class GridBranch(nn.Module):
         point_channels: Channels of each point's features.
         groups: Groups of their GroupNorm.
         radius: Radius of a point's target, in cells.
-        jitter: In training, maximum change of an RoI's centre and size, as a share of its size.
+        jitter: In training, maximum change of an RoI's center and size, as a share of its size.
         num: RoIs of a batch to train on.
         weight: Weight of the loss, relative to the stage's.
 
@@ -103,7 +103,7 @@ class GridBranch(nn.Module):
         return self.heat_maps(self.fuse(self.convs(self.pooling(features, rois))))
 
     def fuse(self, x: Tensor) -> Tensor:
-        """Add to each point's features (M, P * c, h, w) those of its neighbours, in two orders (section 3.3)."""
+        """Add to each point's features (M, P * c, h, w) those of its neighbors, in two orders (section 3.3)."""
         return self.second_order(x, self.first_order(x, x))
 
     def heat_maps(self, x: Tensor) -> Tensor:
@@ -133,13 +133,13 @@ class GridBranch(nn.Module):
         return {"loss_grid": sum(losses, wanted.new_zeros(())) / count}
 
     def jitter_boxes(self, boxes: Tensor, sizes: Tensor) -> Tensor:
-        """Change the centres and sizes of boxes (R, 4) at random, inside images of sizes (R, 2) less one pixel."""
+        """Change the centers and sizes of boxes (R, 4) at random, inside images of sizes (R, 2) less one pixel."""
         change = (2 * torch.rand_like(boxes) - 1) * self.jitter
         wh = boxes[:, 2:] - boxes[:, :2]
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + wh * change[:, :2]
+        center = (boxes[:, :2] + boxes[:, 2:]) / 2 + wh * change[:, :2]
         half = wh * (1 + change[:, 2:]) / 2
         limit = (sizes.flip(1) - 1).repeat(1, 2).to(boxes.dtype)  # (R, 4)
-        return torch.minimum(torch.cat([centre - half, centre + half], dim=1).clamp(min=0), limit)
+        return torch.minimum(torch.cat([center - half, center + half], dim=1).clamp(min=0), limit)
 
     @torch.no_grad()
     def target_heat_maps(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class GridBranch(nn.Module):
 
 
 class Transition(nn.Module):
-    """One order of feature fusion: each point receives its neighbours' features (section 3.3).
+    """One order of feature fusion: each point receives its neighbors' features (section 3.3).
 
     Each edge of the grid has a 5x5 and a 1x1 convolution of its own. All edges, ordered by their target point, are
     groups of one depth-wise and one grouped convolution.
@@ -208,31 +208,31 @@ class Transition(nn.Module):
 
     def __init__(self, side: int, channels: int) -> None:
         super().__init__()
-        neighbours = [_neighbours(i // side, i % side, side) for i in range(side * side)]
-        edges = sum(map(len, neighbours))
-        self.degrees = [len(n) for n in neighbours]
+        neighbors = [_neighbors(i // side, i % side, side) for i in range(side * side)]
+        edges = sum(map(len, neighbors))
+        self.degrees = [len(n) for n in neighbors]
         # single channels, not points: a selection of points may have a layout whose points and channels no view joins
-        sources = torch.tensor([s for n in neighbours for s in n])[:, None] * channels + torch.arange(channels)
+        sources = torch.tensor([s for n in neighbors for s in n])[:, None] * channels + torch.arange(channels)
         self.register_buffer("sources", sources.flatten(), persistent=False)  # (E * c,)
         self.depthwise = nn.Conv2d(edges * channels, edges * channels, 5, padding=2, groups=edges * channels)
         self.pointwise = nn.Conv2d(edges * channels, edges * channels, 1, groups=edges)
         for layer in (self.depthwise, self.pointwise):
-            for edge in layer.weight.chunk(edges):  # each edge is initialised like a convolution of its own
+            for edge in layer.weight.chunk(edges):  # each edge is initialized like a convolution of its own
                 nn.init.kaiming_normal_(edge, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
-    def forward(self, features: Tensor, neighbours: Tensor) -> Tensor:
-        """Add the convolved features of each point's neighbours to its features.
+    def forward(self, features: Tensor, neighbors: Tensor) -> Tensor:
+        """Add the convolved features of each point's neighbors to its features.
 
         Shape:
-            features (M, P * c, h, w); neighbours (M, P * c, h, w), the source of the neighbours' features; result
+            features (M, P * c, h, w); neighbors (M, P * c, h, w), the source of the neighbors' features; result
             (M, P * c, h, w).
         """
-        sent = self.pointwise(self.depthwise(neighbours[:, self.sources])).unflatten(1, (sum(self.degrees), -1))
+        sent = self.pointwise(self.depthwise(neighbors[:, self.sources])).unflatten(1, (sum(self.degrees), -1))
         return features + torch.cat([part.sum(dim=1) for part in sent.split(self.degrees, dim=1)], dim=1)
 
 
-def _neighbours(x: int, y: int, side: int) -> list[int]:
+def _neighbors(x: int, y: int, side: int) -> list[int]:
     """Indices of the points left of, above, below and right of (x, y) that exist."""
     candidates = [(x - 1, y), (x, y - 1), (x, y + 1), (x + 1, y)]
     return [a * side + b for a, b in candidates if 0 <= a < side and 0 <= b < side]

@@ -156,7 +156,7 @@ def crop_masks(targets: Sequence[Target], boxes: Tensor, image: Tensor, instance
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
     """Paste masks into an image by bilinear interpolation.
 
-    A pixel is True where the probability at its centre is at least `threshold`; outside the mask it is 0. A box without
+    A pixel is True where the probability at its center is at least `threshold`; outside the mask it is 0. A box without
     width or height has no pixels.
 
     Args:
@@ -195,6 +195,6 @@ def stretch_masks(masks: Tensor, boxes: Tensor, around: Tensor) -> Tensor:
 
 def _interpolation_weights(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
     """Linear weights (D, length, cells) of `cells` between low and high (D,) for each of `length` pixels."""
-    centres = torch.arange(length, device=low.device) + 0.5
-    position = (centres - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * cells - 0.5  # (D, length), in cells
+    centers = torch.arange(length, device=low.device) + 0.5
+    position = (centers - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * cells - 0.5  # (D, length), in cells
     return (1 - (position[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0)

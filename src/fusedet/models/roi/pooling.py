@@ -31,7 +31,7 @@ class LevelPooling(nn.Module):
         count: Number of levels to pool from, the finest ones; the others, such as P6, serve the proposals only.
         finest_side: The finest level pools RoIs of less than twice this side, in pixels (FPN: 56).
         samples: Sampling points per side of an output cell; 0 for as many as the cell has feature cells.
-        aligned: Feature cells stand for their centres; otherwise for their upper left corners (torchvision's
+        aligned: Feature cells stand for their centers; otherwise for their upper left corners (torchvision's
             detectors, with samples=2).
 
     Raises:
@@ -142,7 +142,7 @@ def align_level(
         size: Output size, in cells per side.
         stride: Stride of the level.
         samples: Sampling points per side of an output cell; 0 for as many as the cell has feature cells.
-        aligned: Feature cells stand for their centres.
+        aligned: Feature cells stand for their centers.
 
     Returns:
         (M, C, size, size) in the type of `feature`.

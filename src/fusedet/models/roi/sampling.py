@@ -36,7 +36,7 @@ class RoISamples:
 
     @cached_property
     def positive(self) -> Tensor:
-        """(R,) int64: indices of the positive samples. The first access synchronises with the GPU."""
+        """(R,) int64: indices of the positive samples. The first access synchronizes with the GPU."""
         return (self.instances >= 0).nonzero().squeeze(1)
 
     def gather(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def match_proposals(
 
 @torch.no_grad()
 def sample_rois(matched: MatchedProposals, sampler: Sampler) -> RoISamples:
-    """Draw a random sample of the matched boxes; synchronises with the GPU."""
+    """Draw a random sample of the matched boxes; synchronizes with the GPU."""
     image, column = sampler.sample(matched.instances, matched.overlaps).nonzero(as_tuple=True)  # (S,)
     boxes = matched.boxes[image, column]
     rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
