@@ -32,17 +32,20 @@ def open_page(browser: Any, file: Path, **options: Any) -> Iterator[tuple[Any, l
 
 
 class Cells(HTMLParser):
-    """The text of every cell and heading, and the number of plots."""
+    """The text of every cell and heading, the number of plots, and the targets of links, which browsers load ahead."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.texts: list[str] = []
+        self.links: list[str | None] = []
         self.images = 0
         self.open = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.images += tag == "svg"
+        if tag == "link":
+            self.links.append(dict(attrs).get("href"))
         if tag in ("td", "th", "h1", "h2"):
             self.open = True
             self.texts.append("")
@@ -154,6 +157,7 @@ def test_page_in_a_browser(browser: Any, page: tuple[Path, dict[str, Any]]) -> N
     assert messages == []
     assert requests == []
     seen = Cells(dom)
+    assert seen.links == ["data:,"]  # the icon, which is in the page
     for sheet in render.make_sheets(summary):
         assert sheet.title in seen.texts
         for cells in [sheet.head, *sheet.rows]:
