@@ -107,6 +107,7 @@ class Knowing(torch.nn.Module):
 
     def __init__(self, batches: list) -> None:
         super().__init__()
+        self.selection: dict = {}
         self.targets = iter(batch.targets for batch in batches)
 
     def detect(self, images: torch.Tensor, sizes: torch.Tensor, padded: bool = True) -> BatchDetections:

@@ -35,6 +35,7 @@ class Square:
     """A detector of the bright square: its exact box, and a faint box at the image's corner."""
 
     def __init__(self) -> None:
+        self.selection: dict[str, Any] = {}
         self.neck = SimpleNamespace(levels=SimpleNamespace(strides=(8, 16, 32)))
         self.backbone = SimpleNamespace(scale=torch.zeros(1))
         self.counts: list[int] = []

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count as count_up
 from statistics import fmean, median
-from typing import Any
 
 import torch
 
@@ -135,7 +134,7 @@ def _count_validations(options: Config) -> int:
 def _measure_seconds(plan: Plan, label: str, data: Split, device: torch.device, count: int) -> tuple[float, float]:
     """Measure the seconds per image of a training step and of a prediction, each after a warm-up."""
     options = plan.configs[label]
-    detector: Any = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
+    detector = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
     loader = build_train_loader(data[0], train_transform(options), batch=count, masks=has_mask_branch(detector))
     weights = detector.loss_weights
     batches = (batch for epoch in count_up() for batch in loader.epoch(epoch))

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.transforms import keep_ratio_size
 from fusedet.engine.batch_size import MAX_BATCH, find_batch
 from fusedet.errors import plural
+from fusedet.models.detectors import DetectorModule
 
 _STEPS = 10  # that an epoch has at least: fewer and larger steps learn little from a small dataset
 
@@ -18,7 +18,7 @@ _STEPS = 10  # that an epoch has at least: fewer and larger steps learn little f
 def choose_batch(
     fabric: Fabric,
     config: Config,
-    detector: nn.Module,
+    detector: DetectorModule,
     images: DetectionDataset,
     masks: bool,
     say: Callable[[str], None],

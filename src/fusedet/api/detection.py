@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +12,15 @@ from fusedet.data.transforms import EvalTransform
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector
 from fusedet.host_copy import copy_to_host
+from fusedet.models.detectors import DetectorModule
 from fusedet.models.detectors.cut_objects import find_cut, join_cut_objects
 from fusedet.models.detectors.tta import ImageDetections, detect_view, merge_detections
+from fusedet.models.protocols import InferenceDetector
 from fusedet.models.roi.mask import paste_masks
 from fusedet.types import Batch, Detections
+
+AnyDetector = DetectorModule | ExportedDetector
+"""A detector in PyTorch, or an exported file that detects as one does."""
 
 
 def views(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTransform, ...]:
@@ -37,14 +41,14 @@ def views(config: Config, canvas: tuple[int, int] | None = None) -> tuple[EvalTr
     )
 
 
-def find(detector: Any, batch: Batch, device: torch.device) -> list[Detections]:
+def find(detector: InferenceDetector, batch: Batch, device: torch.device) -> list[Detections]:
     """Return the detections of each image of a batch, as `detect_images` does."""
     return [detections for _, detections in detect_images(detector, [batch], device)]
 
 
 @torch.no_grad()
 def detect_images(
-    detector: Any, batches: Iterable[Batch], device: torch.device, ios: float | None = None
+    detector: InferenceDetector, batches: Iterable[Batch], device: torch.device, ios: float | None = None
 ) -> Iterator[tuple[int, Detections]]:
     """Yield id and detections of each image, by descending score, in original pixels, on the CPU.
 
@@ -58,7 +62,7 @@ def detect_images(
         device: Where the images go.
         ios: `test.tiles.ios`, from which `join_cut_objects` joins objects that windows cut.
     """
-    options = {key: value for key, value in getattr(detector, "selection", {}).items() if key in ("iou", "max_det")}
+    options = {key: value for key, value in detector.selection.items() if key in ("iou", "max_det")}
     parts: list[ImageDetections] = []
     for batch in batches:
         seen = [
@@ -105,7 +109,7 @@ def check_tile_size(key: str, size: int | None, strides: Sequence[int]) -> None:
         )
 
 
-def get_strides(detector: Any) -> Sequence[int]:
+def get_strides(detector: AnyDetector) -> Sequence[int]:
     """Return the strides of a detector's feature levels, finest first."""
     if isinstance(detector, ExportedDetector):
         return detector.metadata.strides

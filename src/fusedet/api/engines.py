@@ -76,9 +76,9 @@ def open_engine(task: Task) -> Engine:
     """
     torch.set_num_threads(task.threads)
     predictor = _open_exported(task) if task.engine in exporters.FORMATS else _open_pytorch(task)
-    detector: Any = predictor.detector
+    detector = predictor.detector
     spans: list[Span] = []
-    detector.detect = _timed(detector.detect, spans)
+    detector.detect = _timed(detector.detect, spans)  # type: ignore[method-assign]
 
     def run(batch: int) -> dict[str, Span]:
         spans.clear()
@@ -103,13 +103,14 @@ def _open_pytorch(task: Task) -> Predictor:
     precision: Any = PYTORCH[task.engine]
     settings = [*task.settings, *resize_settings(task.size)]
     predictor = load(task.path, *settings, device="cpu", precision=precision, trust=task.trust)
-    detector: Any = predictor.detector
+    detector = predictor.detector
+    assert not isinstance(detector, exporters.ExportedDetector)
     if task.engine == "eager":
         detector.to(memory_format=torch.contiguous_format)
         normalize = detector.normalize
-        detector.normalize = lambda *arguments: normalize(*arguments).contiguous()
+        detector.normalize = lambda *arguments: normalize(*arguments).contiguous()  # type: ignore[method-assign]
     if task.engine == "compile":
-        detector.forward = torch.compile(detector.forward)
+        detector.forward = torch.compile(detector.forward)  # type: ignore[assignment, method-assign]
     return predictor
 
 

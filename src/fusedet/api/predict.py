@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedet.api import exported
-from fusedet.api.detection import check_tile_size, detect_images, get_strides, views
+from fusedet.api.detection import AnyDetector, check_tile_size, detect_images, get_strides, views
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.prediction import Prediction as Prediction
 from fusedet.api.settings import Sections, refuse_other_keys, resolve_config, to_overrides
@@ -28,11 +28,11 @@ from fusedet.data.video_parts import Part
 from fusedet.data.videos import Frame, Video
 from fusedet.errors import InputError
 from fusedet.exporters import ExportedDetector
-from fusedet.models.detectors import DetectorModule, prepare_for_inference, selection_options
+from fusedet.models.detectors import prepare_for_inference, selection_options
 from fusedet.types import Batch
 
 Precision = Literal["fp32", "bf16"]
-AnyDetector = TypeVar("AnyDetector", bound=DetectorModule | ExportedDetector)
+DetectorT = TypeVar("DetectorT", bound=AnyDetector)
 SETTABLE = ("test", "data.size", "data.antialias", "data.range")
 """What can be set for a trained detector; all else follows from its weights."""
 
@@ -48,7 +48,7 @@ class Predictor:
 
     def __init__(
         self,
-        detector: DetectorModule | ExportedDetector,
+        detector: AnyDetector,
         config: Config,
         names: Sequence[str],
         category_ids: Sequence[int],
@@ -275,9 +275,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tuned(
-    detector: AnyDetector, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()
-) -> AnyDetector:
+def tuned(detector: DetectorT, config: Config, precision: Precision = "fp32", names: Sequence[str] = ()) -> DetectorT:
     """Return the detector prepared for inference, with the thresholds of `config.test`, which may name classes.
 
     An exported model stays as it is: its thresholds are part of the file.

@@ -12,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 
 from fusedet import evaluation
 from fusedet.api import run_dir, tables
-from fusedet.api.detection import check_tile_size, get_strides
+from fusedet.api.detection import AnyDetector, check_tile_size, get_strides
 from fusedet.api.distributed import get_ranks
 from fusedet.api.predict import pick_device, tuned
 from fusedet.api.progress import track
@@ -177,7 +177,7 @@ def conclude(figures: Mapping[str, Mapping[str, float]], slower: float, images: 
 
 
 def _detect(
-    detector: Any, options: Config, dataset: DetectionDataset, device: torch.device, progress: Console | None
+    detector: AnyDetector, options: Config, dataset: DetectionDataset, device: torch.device, progress: Console | None
 ) -> tuple[list[Result], float]:
     """Return the detections of a split, and seconds per image from the file to the detections."""
     canvas = detector.canvas if isinstance(detector, ExportedDetector) else None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Unpack
 
 from lightning_fabric import Fabric
-from torch import nn
 
 from fusedet import evaluation, visualization
 from fusedet.api.choose_batch import choose_batch
@@ -55,6 +54,7 @@ from fusedet.engine.train_state import TABLES, TrainingRun
 from fusedet.engine.validation_loss import ValidationLoss
 from fusedet.errors import DivergenceError, InputError, plural
 from fusedet.interop.published_weights import find_published_weights, is_published_name
+from fusedet.models.detectors import DetectorModule
 
 
 def train(
@@ -207,7 +207,7 @@ def _fit(
         pin=fabric.device.type == "cuda",
     )
 
-    def validate(module: nn.Module, epoch: int) -> dict[str, float]:
+    def validate(module: DetectorModule, epoch: int) -> dict[str, float]:
         losses = ValidationLoss(module, fabric.device)
         seen = losses.watch(val_share) if has_loss else val_share
         results = detect(module, seen, val, fabric.device, config.test.tiles.ios)

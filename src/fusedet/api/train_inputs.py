@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
 from fusedet.api.detection import check_tile_size, get_strides
 from fusedet.api.load_model import class_names, weights_file
 from fusedet.api.settings import is_run_dir, resolve_config
@@ -28,7 +26,13 @@ from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, plural, unknown
 from fusedet.models.backbones import TimmBackbone
-from fusedet.models.detectors import build_detector, build_meta_detector, disable_pretrained, selection_options
+from fusedet.models.detectors import (
+    DetectorModule,
+    build_detector,
+    build_meta_detector,
+    disable_pretrained,
+    selection_options,
+)
 
 
 def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionDataset, DetectionDataset]:
@@ -60,7 +64,9 @@ def open_data(config: Config, say: Callable[[str], None]) -> tuple[DetectionData
     return data, val
 
 
-def make_detector(config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool) -> nn.Module:
+def make_detector(
+    config: Config, dataset: DetectionDataset, say: Callable[[str], None], resume: bool
+) -> DetectorModule:
     """Build the config's detector for the data's classes, with train.weights; without weights for a resumed run.
 
     Of train.weights with other classes, the rows of classes with equal names are kept.
@@ -131,7 +137,7 @@ def check_monitor(config: Config) -> None:
         raise unknown("value", config.train.monitor, known, of="train.monitor")
 
 
-def learns_masks(config: Config, detector: nn.Module, data: DetectionDataset, val: DetectionDataset) -> bool:
+def learns_masks(config: Config, detector: DetectorModule, data: DetectionDataset, val: DetectionDataset) -> bool:
     """Return whether the detector learns masks.
 
     Raises:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import distributed, nn
+from torch import distributed
 
 from fusedet import evaluation, visualization
-from fusedet.api.detection import check_tile_size, detect_images, get_strides, views
+from fusedet.api.detection import AnyDetector, check_tile_size, detect_images, get_strides, views
 from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.api.worst_images import draw_worst_images
@@ -22,6 +22,7 @@ from fusedet.errors import InputError, plural
 from fusedet.evaluation.results import Result
 from fusedet.exporters import ExportedDetector
 from fusedet.models.detectors import selection_options
+from fusedet.models.protocols import InferenceDetector
 from fusedet.models.roi import MaskBranch
 from fusedet.types import Batch
 
@@ -38,7 +39,7 @@ class Evaluation:
 
 
 def evaluate_detector(
-    detector: Any,
+    detector: AnyDetector,
     config: Config,
     dataset: DetectionDataset,
     device: torch.device,
@@ -138,7 +139,7 @@ def build_val_loader(
 
 
 def detect(
-    detector: nn.Module,
+    detector: InferenceDetector,
     loader: Iterable[Batch],
     dataset: DetectionDataset,
     device: torch.device,
@@ -158,7 +159,7 @@ def detect(
     return results
 
 
-def has_mask_branch(detector: nn.Module) -> bool:
+def has_mask_branch(detector: AnyDetector) -> bool:
     """Return whether a detector predicts masks too; it then needs data with masks."""
     if isinstance(detector, ExportedDetector):
         return detector.has_masks

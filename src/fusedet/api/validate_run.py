@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fusedet import evaluation
 from fusedet.api import coco_submission, exported, run_dir
+from fusedet.api.detection import AnyDetector
 from fusedet.api.distributed import get_ranks, join_processes
 from fusedet.api.load_model import rebuild, weights_file
 from fusedet.api.predict import tuned
@@ -22,8 +23,6 @@ from fusedet.data.split_checks import describe_crowded_images
 from fusedet.data.splits import read_split
 from fusedet.data.usable_targets import require_usable_targets
 from fusedet.errors import InputError, unknown
-from fusedet.exporters import ExportedDetector
-from fusedet.models.detectors import DetectorModule
 
 SETTABLE = ("data", "test", "device", "out")
 """What can be set where a trained model is validated."""
@@ -134,7 +133,7 @@ def validate(
 class OpenedModel(NamedTuple):
     """A trained or exported model, its own config, the config with the overrides, class names and file."""
 
-    detector: DetectorModule | ExportedDetector
+    detector: AnyDetector
     saved: Config
     options: Config
     names: list[str]

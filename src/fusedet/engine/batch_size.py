@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusedet.engine import rng
 from fusedet.engine.buffers import preserved_buffers
+from fusedet.models.detectors import DetectorModule
 from fusedet.models.ops.losses import normalizing_locally
 from fusedet.types import MULTIPLE, Batch, Target
 
@@ -44,7 +45,7 @@ def find_largest(fits: Callable[[int], bool], limit: int) -> int:
 
 def find_batch(
     fabric: Fabric,
-    detector: nn.Module,
+    detector: DetectorModule,
     size: tuple[int, int],
     *,
     states: int,
@@ -70,7 +71,7 @@ def find_batch(
     def step(count: int) -> None:
         batch = _make_batch(count, (channels, *size), masks).to(fabric.device)
         with fabric.autocast(), normalizing_locally():
-            terms: dict[str, Tensor] = detector.loss(batch)  # type: ignore[operator]
+            terms = detector.loss(batch)
         torch.stack([value.float() for value in terms.values()]).sum().backward()
 
     with _unchanged(detector):

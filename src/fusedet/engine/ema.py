@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fusedet.models.detectors import DetectorModule
+
 
 class EMA:
     """An exponential moving average of a detector's parameters and buffers, as a detector: `module`.
@@ -14,13 +16,13 @@ class EMA:
     AveragedModel copies its counter to the GPU at every step, and so synchronizes with it; this class does not.
     """
 
-    def __init__(self, detector: nn.Module, decay: float) -> None:
+    def __init__(self, detector: DetectorModule, decay: float) -> None:
         self.module = copy.deepcopy(detector).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, detector: nn.Module) -> None:
+    def update(self, detector: DetectorModule) -> None:
         """Move the average towards the detector's present weights; integers (counters) are copied."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))

@@ -20,6 +20,8 @@ from fusedet.engine.progress import Display
 from fusedet.engine.signals import Interrupts
 from fusedet.engine.train_state import TABLES, Loader, TrainingRun, Validate, restore
 from fusedet.errors import InputError, plural
+from fusedet.models.detectors import DetectorModule
+from fusedet.models.protocols import Detector
 from fusedet.types import Batch, Losses
 
 
@@ -29,18 +31,18 @@ class LossModule(nn.Module):
     The batch comes wrapped in a function, or Fabric would cast its boxes to half precision.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, batch: Callable[[], Batch]) -> Losses:
         """Return the unweighted loss terms of one batch."""
-        return self.detector.loss(batch())  # type: ignore[operator]
+        return self.detector.loss(batch())
 
 
 def setup(
     fabric: Fabric,
-    detector: nn.Module,
+    detector: DetectorModule,
     loader: Loader,
     settings: Train,
     *,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
-from torch import distributed, nn
+from torch import distributed
 
 from fusedet.config import Interval, Train
 from fusedet.engine import checkpoint, checkpoint_validation, rng
@@ -22,10 +22,11 @@ from fusedet.engine.nan_guard import NanGuard
 from fusedet.engine.progress import Display, Pace
 from fusedet.engine.signals import Interrupts
 from fusedet.errors import InputError
+from fusedet.models.detectors import DetectorModule
 from fusedet.types import Batch
 
 TABLES = ("metrics.csv", "speed.csv")
-Validate = Callable[[nn.Module, int], Mapping[str, float]]
+Validate = Callable[[DetectorModule, int], Mapping[str, float]]
 """(detector in eval mode, the epoch's number from 1) -> metrics. Every process calls it; the first one's count."""
 
 
@@ -67,7 +68,7 @@ class TrainingRun:
     """
 
     fabric: Fabric
-    detector: nn.Module
+    detector: DetectorModule
     model: Any
     optimizer: Any
     ema: EMA | None
@@ -124,7 +125,7 @@ class TrainingRun:
         return bool(seconds and time.monotonic() - self.saved >= seconds and self.fabric.is_global_zero)
 
     @property
-    def eval_module(self) -> nn.Module:
+    def eval_module(self) -> DetectorModule:
         """The module to validate and to keep: the averaged one where there is one."""
         return self.ema.module if self.ema else self.detector
 

@@ -122,7 +122,7 @@ def _train_step(run: TrainingRun, batches: list[Batch]) -> tuple[Tensor, int, bo
     for i, batch in enumerate(batches):
         with run.fabric.no_backward_sync(run.model, enabled=i < len(batches) - 1):
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))
-            loss = _weighted_sum(terms, run.detector.loss_weights)  # type: ignore[arg-type]
+            loss = _weighted_sum(terms, run.detector.loss_weights)
             names, values = [*terms, "loss"], torch.stack([*terms.values(), loss]).detach().float()
             run.guard.check_losses(
                 names, values, number, batch.ids, stop=run.interrupts.received, save=run.is_checkpoint_due

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 
 from fusedet.engine.buffers import preserved_buffers
+from fusedet.models.detectors import DetectorModule
 from fusedet.models.ops.losses import normalizing_locally
 from fusedet.types import Batch
 
@@ -25,7 +26,7 @@ class ValidationLoss:
         device: Where the images go.
     """
 
-    def __init__(self, detector: nn.Module, device: torch.device) -> None:
+    def __init__(self, detector: DetectorModule, device: torch.device) -> None:
         self.detector, self.device = detector, device
         self.names: list[str] = []
         self.sums = torch.zeros(0, device=device, dtype=torch.float64)  # of the terms, the total and the images
@@ -42,8 +43,8 @@ class ValidationLoss:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), preserved_buffers(self.detector), normalizing_locally():
             torch.manual_seed(number)
-            terms: dict[str, Tensor] = self.detector.loss(batch)  # type: ignore[operator]
-        weights: dict[str, float] = self.detector.loss_weights  # type: ignore[assignment]
+            terms = self.detector.loss(batch)
+        weights = self.detector.loss_weights
         total = torch.stack([value.double() * weights[name] for name, value in terms.items()]).sum()
         values = torch.stack([*(value.double() for value in terms.values()), total, torch.ones_like(total)])
         self.names = [*terms, "loss"]

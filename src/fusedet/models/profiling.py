@@ -2,13 +2,14 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision  # noqa: F401  (registers the operator)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fusedet.models.protocols import InferenceDetector
 from fusedet.types import MULTIPLE
 
 
@@ -45,10 +46,10 @@ def count_cost(detector: nn.Module, height: int, width: int, channels: int = 3) 
         `parameters`, `trainable`, `multiply_adds`, `image` [height, width], and `parts`: the first three per part's
         name.
     """
-    shadow: Any = copy.deepcopy(detector).to("meta").eval()
+    shadow = copy.deepcopy(detector).to("meta").eval()
     with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad():
         images = torch.zeros(1, channels, height, width, dtype=torch.uint8, device="meta")
-        shadow.detect(images, torch.tensor([[height, width]], device="meta"))
+        cast("InferenceDetector", shadow).detect(images, torch.tensor([[height, width]], device="meta"))
     flops = counter.get_flop_counts()
     root = type(shadow).__name__
 

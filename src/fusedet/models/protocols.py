@@ -432,16 +432,32 @@ class BoxRefiner(RoIBranch, Protocol):
         ...
 
 
-class Detector(Protocol):
+class InferenceDetector(Protocol):
+    """What inference needs of a detector, in PyTorch or exported: uint8 images to detections.
+
+    Attributes:
+        selection: Options of the final selection (score, iou, pre_nms, max_det).
+    """
+
+    selection: dict[str, Any]
+
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
+        """Detect instances, as padded tensors; exportable where `padded`.
+
+        Shape:
+            images uint8 (N, 3, H, W); sizes (N, 2); result: D = max_det where `padded`, else the most of an image.
+        """
+        ...
+
+
+class Detector(InferenceDetector, Protocol):
     """A complete detector: uint8 images to losses in training and to detections in inference.
 
     Attributes:
         backbone: Its feature extractor.
-        selection: Options of the final selection (score, iou, pre_nms, max_det).
     """
 
-    backbone: Any
-    selection: dict[str, Any]
+    backbone: Backbone
 
     @property
     def num_classes(self) -> int:
@@ -464,14 +480,6 @@ class Detector(Protocol):
 
     def loss(self, batch: Batch) -> Losses:
         """Compute the unweighted loss terms of a batch with targets, scalars."""
-        ...
-
-    def detect(self, images: Tensor, sizes: Tensor, padded: bool = True) -> BatchDetections:
-        """Detect instances, as padded tensors; exportable where `padded`.
-
-        Shape:
-            images uint8 (N, 3, H, W); sizes (N, 2); result: D = max_det where `padded`, else the most of an image.
-        """
         ...
 
     def predict(self, batch: Batch) -> list[Detections]:

@@ -21,12 +21,12 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fusedet.models.detectors import DetectorModule, NeckChain, OneStage
@@ -36,8 +36,9 @@ from fusedet.models.modules import INTERACTIONS, MSFM, MSIL
 from fusedet.models.necks import MSEFPN, NECKS, SMSL
 from fusedet.models.necks.gates import CAG, CAM, GCG, CoordinateAttention
 from fusedet.models.ops.boxes import aligned_iou, clip_boxes
+from fusedet.models.protocols import Neck
 from fusedet.types import Batch, Candidates
-from fusedet.visualization.module_calls import Call, record_calls
+from fusedet.visualization.module_calls import Call, Calls, record_calls
 
 KINDS = ("classification", "regression", "objectness", "proposals")
 """Differentiated scores: the class, the boxes; in two-stage detectors also the objectness and the proposed boxes."""
@@ -245,12 +246,9 @@ def _layer_cams(rows: list[MapRow], scores: list[Tensor]) -> list[MapRow]:
     return [row._replace(maps=maps[row.key]) for row in rows if maps[row.key]]
 
 
-def _feature_rows(
-    detector: DetectorModule, calls: dict[nn.Module, list[Call]], kind: str, batch: Batch
-) -> list[MapRow]:
+def _feature_rows(detector: DetectorModule, calls: Calls, kind: str, batch: Batch) -> list[MapRow]:
     """The features to show, from the backbone to the head."""
-    neck: Any = detector.neck
-    necks: list[Any] = list(neck.necks) if isinstance(neck, NeckChain) else [neck]
+    necks: Sequence[Neck] = detector.neck.necks if isinstance(detector.neck, NeckChain) else [detector.neck]
     rows: list[MapRow] = []
     blocks: dict[int, Call] = {}
     for module, own in calls.items():
@@ -266,18 +264,17 @@ def _feature_rows(
         key = "pyramid" if neck is necks[-1] else f"neck #{i}"
         pyramid = dict(zip(neck.levels.strides, calls[neck][0].outputs))
         rows.append(MapRow(key, f"after {_type_name(neck, NECKS)}", "neck", pyramid))
-    head: Any = detector.head
-    strides = head.levels.strides
+    strides = detector.neck.levels.strides
     if kind in KINDS[2:]:
-        tower = {s: call.outputs[0] for s, call in zip(strides, calls[head.tower])}
+        calls_of_tower = calls[cast("RPNHead", detector.head).tower]
+        tower = {s: call.outputs[0] for s, call in zip(strides, calls_of_tower)}
         rows.append(MapRow("tower", "shared convolution of the proposals", "branches", tower))
     for towers in (m for m in calls if isinstance(m, TwinTowers)):
         side = KINDS.index(kind)
         caption = f"{kind} branch"
-        interact: Any = towers.interact
-        if interact is not None:
-            name = _type_name(interact, INTERACTIONS)
-            before = {s: call.inputs[side] for s, call in zip(strides, calls[interact])}
+        if towers.interact is not None:
+            name = _type_name(towers.interact, INTERACTIONS)
+            before = {s: call.inputs[side] for s, call in zip(strides, calls[towers.interact])}
             rows.append(MapRow("branch before", f"{caption} before {name}", "branches", before))
             caption = f"{caption} after {name}"
         branch = {s: call.outputs[side] for s, call in zip(strides, calls[towers])}
@@ -285,20 +282,19 @@ def _feature_rows(
     return rows
 
 
-def _msil_gates(detector: DetectorModule, calls: dict[nn.Module, list[Call]]) -> list[MapRow]:
+def _msil_gates(detector: DetectorModule, calls: Calls) -> list[MapRow]:
     """MSIL's pixel attention of each branch that it gates."""
-    head: Any = detector.head
     rows = []
     for msil in (m for m in calls if isinstance(m, MSIL)):
         gates = [msil.gates(*call.inputs) for call in calls[msil]]
         for side, kind in enumerate(KINDS[:2]):
             own = [gate[side] for gate in gates]
-            maps = {s: x[0].mean(dim=0).cpu() for s, x in zip(head.levels.strides, own) if x is not None}
+            maps = {s: x[0].mean(dim=0).cpu() for s, x in zip(detector.neck.levels.strides, own) if x is not None}
             rows += [MapRow(f"msil {kind}", f"MSIL's gate of {kind}", "msil", maps)] if maps else []
     return rows
 
 
-def _lateral_gates(calls: dict[nn.Module, list[Call]]) -> list[MapRow]:
+def _lateral_gates(calls: Calls) -> list[MapRow]:
     """MSE-FPN's gates (GCG or another), on lateral or top-down maps; a weight per channel counts for the whole map."""
     rows = []
     for neck in (m for m in calls if isinstance(m, MSEFPN)):
@@ -313,6 +309,6 @@ def _lateral_gates(calls: dict[nn.Module, list[Call]]) -> list[MapRow]:
     return rows
 
 
-def _type_name(module: nn.Module, table: Mapping[str, Any]) -> str:
+def _type_name(part: object, table: Mapping[str, Any]) -> str:
     """A part's name in the config."""
-    return next((name for name, kind in table.items() if type(module) is kind), type(module).__name__)
+    return next((name for name, kind in table.items() if type(part) is kind), type(part).__name__)

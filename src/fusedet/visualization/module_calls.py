@@ -1,7 +1,7 @@
 """Inputs and outputs of modules during a forward pass, recorded by hooks, in the autograd graph."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,14 +17,18 @@ class Call(NamedTuple):
     outputs: Features
 
 
+Calls = Mapping[object, list[Call]]
+"""The calls of modules. The keys are modules; parts, which are typed by their protocols, are looked up too."""
+
+
 @contextmanager
-def record_calls(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
+def record_calls(modules: Sequence[nn.Module]) -> Iterator[Calls]:
     """Record the calls of modules within the context, in order.
 
     Each recorded tensor is in the autograd graph and is not overwritten later. A call's inputs are copies for this
     module only, so that their gradient has passed through this module.
     """
-    calls: dict[nn.Module, list[Call]] = defaultdict(list)
+    calls: dict[object, list[Call]] = defaultdict(list)
     entered: dict[nn.Module, Features] = {}
 
     def before(module: nn.Module, args: Any) -> Any:

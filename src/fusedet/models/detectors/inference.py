@@ -2,17 +2,17 @@
 
 import copy
 import warnings
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
-from torch import nn
 
+from fusedet.models.detectors.factory import DetectorModule
 from fusedet.models.ops.layers import fold_batch_norm
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+DetectorT = TypeVar("DetectorT", bound=DetectorModule)
 
 
-def prepare_for_inference(detector: ModuleT, precision: Literal["fp32", "bf16"] = "fp32") -> ModuleT:
+def prepare_for_inference(detector: DetectorT, precision: Literal["fp32", "bf16"] = "fp32") -> DetectorT:
     """Copy a detector in eval mode, with every BatchNorm folded into its convolution.
 
     Args:
@@ -20,12 +20,12 @@ def prepare_for_inference(detector: ModuleT, precision: Literal["fp32", "bf16"] 
         precision: Type of the copy's weights. With "bf16", images are still normalized, and boxes and scores decoded,
             in float32.
     """
-    detector = copy.deepcopy(detector).eval()
-    backbone: Any = detector.backbone
+    detector = copy.deepcopy(detector)
+    detector.eval()
+    scale = detector.backbone.scale
+    example = torch.rand(1, len(scale), 64, 96, device=scale.device)
     try:
-        detector.backbone = fold_batch_norm(
-            backbone, torch.rand(1, len(backbone.scale), 64, 96, device=backbone.scale.device)
-        )
+        detector.set_submodule("backbone", fold_batch_norm(detector.get_submodule("backbone"), example))
     except RuntimeError as error:
         warnings.warn(f"{error}; predictions are the same without it, only slower", stacklevel=2)
     if precision == "bf16":

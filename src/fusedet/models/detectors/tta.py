@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedet.models.ops.boxes import nms_keep_mask
-from fusedet.models.protocols import Detector
+from fusedet.models.protocols import InferenceDetector
 from fusedet.types import Batch
 
 
@@ -26,7 +26,7 @@ class ImageDetections(NamedTuple):
     cut_by: Tensor | None = None
 
 
-def detect_view(detector: Detector, batch: Batch) -> list[ImageDetections]:
+def detect_view(detector: InferenceDetector, batch: Batch) -> list[ImageDetections]:
     """Detect instances in one augmented copy of every image, and undo its resizing, flipping and cutting."""
     padded = detector.detect(batch.images, batch.sizes, padded=False)
     results = []
