@@ -295,8 +295,8 @@ def test_many_classes_share_a_row() -> None:
 def test_gallery_follows_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, results = with_images(tmp_path)
     pairs = match_images(data, results)
-    candidates = gallery.choose_candidates(data, pairs, classify(pairs))
-    kinds = {own.kind: (own.kind_at(30), own.kind_at(95)) for own in candidates}
+    items = gallery.choose_items(data, pairs, classify(pairs))
+    kinds = {own.kind: (own.kind_at(30), own.kind_at(95)) for own in items}
     assert kinds == {
         "missed": ("missed", "missed"),
         "false": ("false", ""),
@@ -304,24 +304,24 @@ def test_gallery_follows_its_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "wrong": ("wrong", "missed"),
         "correct": ("correct", "missed"),
     }
-    thumbnails, unread = gallery.make_thumbnails(data, pairs, candidates)
+    thumbnails, unread = gallery.make_thumbnails(data, pairs, items)
     assert (len(thumbnails), unread) == (5, 0)
     for own in thumbnails:
         sides = (own.width, own.height)
         shown = own.detection or own.truth
         assert shown is not None
         assert all(-1e-6 <= v <= max(sides) + 1e-6 for v in shown)
-        wanted = data.boxes[own.candidate.annotation] if own.truth else None
+        wanted = data.boxes[own.item.annotation] if own.truth else None
         assert wanted is None or own.truth is None or own.truth[2] - own.truth[0] == float(wanted[2] - wanted[0])
     monkeypatch.setattr(gallery, "MOST_BYTES", len(thumbnails[0].data) + len(thumbnails[1].data))
-    assert len(gallery.make_thumbnails(data, pairs, candidates)[0]) == 2
+    assert len(gallery.make_thumbnails(data, pairs, items)[0]) == 2
     monkeypatch.setattr(gallery, "MOST_PIXELS", 96 * 96)
-    shown_images = {own.candidate.image for own in gallery.make_thumbnails(data, pairs, candidates)[0]}
-    assert shown_images == {candidates[0].image}
+    shown_images = {own.item.image for own in gallery.make_thumbnails(data, pairs, items)[0]}
+    assert shown_images == {items[0].image}
     data.path(0).write_bytes(b"no image")
     monkeypatch.undo()
-    thumbnails, unread = gallery.make_thumbnails(data, pairs, candidates)
-    assert ({own.candidate.image for own in thumbnails}, unread) == ({1}, 1)
+    thumbnails, unread = gallery.make_thumbnails(data, pairs, items)
+    assert ({own.item.image for own in thumbnails}, unread) == ({1}, 1)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from fusedet.evaluation.results import DetectionTable, Result, build_detection_t
 from fusedet.evaluation.score_thresholds import BestThreshold, find_best_thresholds
 from fusedet.models.ops.greedy_match import IGNORED
 from fusedet.report.counts import DEFAULT, Counts, classify, count_by_threshold
-from fusedet.report.gallery import Thumbnail, choose_candidates, make_thumbnails
+from fusedet.report.gallery import Thumbnail, choose_items, make_thumbnails
 
 RESAMPLES = 200
 """How often the images are drawn for the intervals."""
@@ -98,7 +98,7 @@ def analyze_run(
     intervals = dict(zip(resampled.names, _find_intervals(resampled.metrics, len(dataset)), strict=True))
     pairs = match_images(dataset, table)
     kinds = classify(pairs)
-    thumbnails, unread = make_thumbnails(dataset, pairs, choose_candidates(dataset, pairs, kinds))
+    thumbnails, unread = make_thumbnails(dataset, pairs, choose_items(dataset, pairs, kinds))
     counted = pairs.matches != IGNORED
     calibrations: list[Calibration | None] = [None, None]
     if not len(table) or 0 <= table.scores.min() <= table.scores.max() <= 1:

@@ -69,7 +69,7 @@ class Thumbnail:
     """A part of an image and what lies in it.
 
     Attributes:
-        candidate: What it shows.
+        item: What it shows.
         data: A JPEG file.
         width: In pixels.
         height: In pixels.
@@ -78,7 +78,7 @@ class Thumbnail:
         neighbors: Boxes of other instances.
     """
 
-    candidate: GalleryItem
+    item: GalleryItem
     data: bytes
     width: int
     height: int
@@ -92,7 +92,7 @@ class Thumbnail:
         return "data:image/jpeg;base64," + base64.b64encode(self.data).decode()
 
 
-def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarray) -> list[GalleryItem]:
+def choose_items(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.ndarray) -> list[GalleryItem]:
     """Choose what is shown, the kinds in turn; `kinds` is what `counts.classify` returns.
 
     Half of each kind is chosen class by class: the largest missed instances, the detections of highest score. The other
@@ -125,20 +125,20 @@ def choose_candidates(dataset: DetectionDataset, pairs: ImageMatches, kinds: np.
                 for d in dict.fromkeys([*best.tolist(), *spread.tolist()])
             ]
         )
-    return [candidate for row in zip_longest(*groups) for candidate in row if candidate is not None]
+    return [item for row in zip_longest(*groups) for item in row if item is not None]
 
 
 def make_thumbnails(
-    dataset: DetectionDataset, pairs: ImageMatches, candidates: list[GalleryItem]
+    dataset: DetectionDataset, pairs: ImageMatches, items: list[GalleryItem]
 ) -> tuple[list[Thumbnail], int]:
-    """Cut the thumbnails of candidates, and count the images that cannot be read.
+    """Cut the thumbnails of items, and count the images that cannot be read.
 
-    The first candidates come first where `MOST_PIXELS` or `MOST_BYTES` are reached. An image is decoded once; of one
+    The first items come first where `MOST_PIXELS` or `MOST_BYTES` are reached. An image is decoded once; of one
     that is too large for memory only the parts are decoded, where its format allows that.
     """
     by_image: dict[int, list[int]] = {}
-    for at, candidate in enumerate(candidates):
-        by_image.setdefault(candidate.image, []).append(at)
+    for at, item in enumerate(items):
+        by_image.setdefault(item.image, []).append(at)
     made: dict[int, Thumbnail] = {}
     pixels, unread = MOST_PIXELS, 0
     for i, places in by_image.items():
@@ -147,7 +147,7 @@ def make_thumbnails(
                 continue
             pixels -= 0 if isinstance(image, LargeImage) else image.shape[1] * image.shape[2]
             for at in places:
-                if (thumbnail := _cut(dataset, pairs, candidates[at], image)) is not None:
+                if (thumbnail := _cut(dataset, pairs, items[at], image)) is not None:
                     made[at] = thumbnail
         except (InputError, OSError):
             unread += 1
@@ -176,13 +176,13 @@ def _open(dataset: DetectionDataset, i: int, pixels: int) -> Tensor | LargeImage
 
 
 def _cut(
-    dataset: DetectionDataset, pairs: ImageMatches, candidate: GalleryItem, image: Tensor | LargeImage
+    dataset: DetectionDataset, pairs: ImageMatches, item: GalleryItem, image: Tensor | LargeImage
 ) -> Thumbnail | None:
-    """Cut a candidate out of its image; None where the part is too large for memory."""
-    record, first = dataset[candidate.image], int(dataset.offsets[candidate.image])
-    own = candidate.annotation - first if candidate.annotation >= 0 else -1
+    """Cut an item out of its image; None where the part is too large for memory."""
+    record, first = dataset[item.image], int(dataset.offsets[item.image])
+    own = item.annotation - first if item.annotation >= 0 else -1
     boxes = [record.boxes[own]] if own >= 0 else []
-    boxes += [pairs.boxes[candidate.detection]] if candidate.detection >= 0 else []
+    boxes += [pairs.boxes[item.detection]] if item.detection >= 0 else []
     corners = np.array(boxes)
     low, high = corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)
     sides = np.array([image.shape[2], image.shape[1]])
@@ -208,11 +208,11 @@ def _cut(
     )
     others = [place(record.boxes[j]) for j in other.tolist() if j != own and not record.eval_ignore[j]]
     return Thumbnail(
-        candidate,
+        item,
         content.getvalue(),
         small.width,
         small.height,
-        place(pairs.boxes[candidate.detection]) if candidate.detection >= 0 else None,
+        place(pairs.boxes[item.detection]) if item.detection >= 0 else None,
         place(record.boxes[own]) if own >= 0 else None,
         others[:_NEIGHBORS],
     )

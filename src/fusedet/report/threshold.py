@@ -154,7 +154,7 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
     by_kind: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for order, thumbnail in enumerate(analysis.thumbnails):
         figure = _make_figure(thumbnail, order, dataset, analysis)
-        if kind := thumbnail.candidate.kind_at(DEFAULT):
+        if kind := thumbnail.item.kind_at(DEFAULT):
             by_kind[kind].append(figure)
         else:
             hidden += figure
@@ -179,7 +179,7 @@ def make_gallery(analysis: Analysis, dataset: DetectionDataset) -> str:
 
 
 def _make_figure(thumbnail: Thumbnail, order: int, dataset: DetectionDataset, analysis: Analysis) -> str:
-    own = thumbnail.candidate
+    own = thumbnail.item
     truth = analysis.names[int(dataset.labels[own.annotation])] if own.annotation >= 0 else ""
     detection = analysis.names[own.label] if own.detection >= 0 else ""
     score = f"{detection} {own.score:.2f}" if detection else ""
