@@ -202,7 +202,8 @@ def run_local(queue: Queue, devices: Sequence[str], say: Say, quiet: bool = Fals
                 for i, device in enumerate(devices):
                     if i not in running and (run := queue.take_next()):
                         announce(run, f" on {device}, {run.folder}.log")
-                        # a run on a GPU leaves the CPU to its data loading: only runs on one device share threads
+                        # Runs on one device share the threads. That those on other GPUs need none of them is an
+                        # assumption, which was not measured.
                         threads = max(1, torch.get_num_threads() // devices.count(device))
                         running[i] = _start_process(run, device, threads), run
                 if not running:
