@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fusedet
 from fusedet import evaluation
-from fusedet.ablation import power
+from fusedet.ablation import power, summary, summary_text
 from fusedet.ablation.power import Noise
 from fusedet.errors import InputError
 from fusedet.evaluation.bootstrap import METRICS, ResampledMetrics, average_runs, compute_difference, draw_image_weights
@@ -83,6 +84,18 @@ def test_images_and_differences_answer_the_same_question():
     equal = Noise(2, 100, 0.0, 3.0, 0.0)  # two runs of equal detections
     assert (power.count_needed_seeds(equal, 100), power.count_needed_images(equal, 2)) == (2, 2)
     assert power.compute_visible_difference(equal, 2) <= 0.001
+
+
+def test_no_power_is_stated_of_a_row_with_one_seed():
+    rng, shared, weights = np.random.default_rng(3), np.zeros(50), draw_image_weights(50, 40, 0)
+    samples = {label: simulate_runs(rng, 30, seeds, 50, shared, weights) for label, seeds in (("a", 3), ("b", 1))}
+    table = SimpleNamespace(metric="AP")
+    plan = SimpleNamespace(table=table, runs_of={"a": "a", "b": "b"}, reference={"b": "a"}.get)
+    noise = summary._describe_noise(plan, "a", samples)
+    assert (noise["runs"], noise["seeds"], noise["power"], noise["visible_difference"]) == (3, 1, None, None)
+    facts = {"data": {"val": {"images": 50, "source": "x"}}, "level": 0.95, "resampled": True, "resamples": 40}
+    facts |= {"metric": "AP", "baseline": "a", "best_weights": False, "rows": [{"label": "a", "noise": noise}]}
+    assert not [line for line in summary_text.describe_coverage(facts) if "Power" in line]
 
 
 TABLE = """

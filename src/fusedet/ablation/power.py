@@ -117,8 +117,13 @@ def compute_visible_difference(noise: Noise, seeds: int) -> float | None:
 
 
 def describe_power(noise: Noise, seeds: int) -> dict[str, Any]:
-    """Return noise, the power of a table with `seeds` runs per row, 2 or more, and its smallest visible difference."""
-    power, visible = compute_power(noise, seeds, noise.images), compute_visible_difference(noise, seeds)
+    """Return noise, the power of a table with `seeds` runs per row, and its smallest visible difference.
+
+    Both are None below two seeds, of which there is no interval.
+    """
+    power, visible = None, None
+    if seeds > 1:
+        power, visible = compute_power(noise, seeds, noise.images), compute_visible_difference(noise, seeds)
     return asdict(noise) | {"seeds": seeds, "effect": EFFECT, "power": power, "visible_difference": visible}
 
 

@@ -193,7 +193,7 @@ def _describe_noise(plan: Plan, label: str, samples: Mapping[str, Sequence[boots
     pairs = [(other, plan.reference(other)) for other in plan.runs_of]
     compared = {plan.runs_of[name] for pair in pairs if label in pair for name in pair if name is not None}
     seeds = min(len(samples[same]) for same in compared if same in samples)
-    return None if noise is None else power.describe_power(noise, max(2, seeds))
+    return None if noise is None else power.describe_power(noise, seeds)
 
 
 def _compute_differences(

@@ -108,7 +108,7 @@ def describe_coverage(summary: Summary) -> list[str]:
     else:
         lines.append(f"Over images: none. {summary['metric']} is not resampled, so other images are not covered.")
     noise = next((row.get("noise") for row in summary["rows"] if row["label"] == summary["baseline"]), None)
-    if noise:
+    if noise and noise["power"] is not None:
         visible = noise["visible_difference"]
         lines.append(
             f"Power: with {noise['seeds']} seeds per row, a true difference of {noise['effect']:g} {summary['metric']} "
