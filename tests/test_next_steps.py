@@ -10,7 +10,7 @@ import pytest
 
 from exporting import ONE_LEVEL, save_run
 from fusedet import cli
-from fusedet.cli.common import list_steps_after
+from fusedet.cli.common import list_steps_after, name_program
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -44,6 +44,25 @@ def test_comments_are_aligned() -> None:
 def test_words_are_quoted_and_trust_is_repeated() -> None:
     (line,) = list_steps_after("predict", "runs/of mine", trust=True)
     assert shlex.split(line, comments=True) == ["fusedet", "export", "runs/of mine", "--trust"]
+
+
+def test_the_program_is_named_as_it_was_started(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = tmp_path / "my env" / "fusedet"
+    started.parent.mkdir()
+    started.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(started)])
+    named = "Write fusedet train CONFIG data=PATH"
+    for path, program in ((tmp_path, f"'{started}'"), (started.parent, "fusedet")):
+        monkeypatch.setenv("PATH", str(path))
+        assert cli.run(["train"]) == 2
+        assert named.replace("fusedet", program) in capsys.readouterr().err
+        assert name_program("to go on: fusedet train a --resume") == f"to go on: {program} train a --resume"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert name_program("files of fusedet; /bin/fusedet val a") == "files of fusedet; /bin/fusedet val a"
+    monkeypatch.setattr(sys, "argv", ["my_script.py"])
+    assert name_program("fusedet val a") == "fusedet val a"
 
 
 def test_an_exported_model_is_not_exported_again(tmp_path: Path) -> None:

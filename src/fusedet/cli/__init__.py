@@ -9,7 +9,7 @@ from rich.markup import escape
 from typer import BadParameter
 
 from fusedet.cli import benchmark, commands, conversions, datasets, serving  # noqa: F401  (registers the commands)
-from fusedet.cli.common import app, err
+from fusedet.cli.common import app, err, name_program
 from fusedet.engine.signals import Interrupted
 from fusedet.errors import InputError, StorageError
 
@@ -29,7 +29,7 @@ def run(arguments: list[str] | None = None) -> int:
     except InputError as error:
         return _report(str(error), error.exit_code, command)
     except Interrupted as stop:
-        err.print(str(stop))
+        err.print(name_program(str(stop)))
         return stop.code
     except OSError as error:
         code = (StorageError if error.errno in FULL else InputError).exit_code
@@ -40,9 +40,10 @@ def _report(text: str, code: int, command: list[str]) -> int:
     """Print an error in one line and return the exit code; of several processes name the one that fails."""
     rank, world, local = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     is_joint = bool(command) and command[0] in JOINT_COMMANDS
+    text = name_program(" ".join(text.splitlines()))
     if text and not (is_joint and local not in ("", "0")):
         is_named = world not in ("", "1") and rank.isdecimal() and not (is_joint and rank == "0")
-        err.print(f"[red]error:[/] {f'process {rank}: ' * is_named}{escape(' '.join(text.splitlines()))}", markup=True)
+        err.print(f"[red]error:[/] {f'process {rank}: ' * is_named}{escape(text)}", markup=True)
     return code
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import sys
 import webbrowser
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -171,11 +174,21 @@ def list_steps_after(step: str, run: object, images: str = "IMAGE_OR_DIR...", tr
     return [f"{command:{width}}  # {gain}" for command, gain in rows]
 
 
+def name_program(text: str) -> str:
+    """Name `fusedet` in the commands of a text as it was started, if the shell does not find it by its name."""
+    started, by_name = sys.argv[0], shutil.which("fusedet")
+    if Path(started).name != "fusedet" or (by_name and os.path.realpath(by_name) == os.path.realpath(started)):
+        return text
+    known: list[Any] = [*app.registered_commands, *app.registered_groups]
+    names = "|".join(info.name for info in known)
+    return re.sub(rf"(?<![\w./-])fusedet (?=({names})\b)", lambda _: f"{shlex.quote(started)} ", text)
+
+
 def show(result: CommandResult, json: bool, *next_steps: str) -> None:
     """Print a result and which commands could follow; with --json its content."""
     if json:
         return print(result.to_json())
     # a terminal breaks wide tables, a file or a pipe never does
     target = out if out.is_terminal else Console(file=out.file, width=1000, **PLAIN)
-    steps = [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(next_steps)]
+    steps = [f"{'      ' if i else 'next: '}{name_program(step)}" for i, step in enumerate(next_steps)]
     target.print(result, *steps, sep="\n")
