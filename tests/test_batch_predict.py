@@ -275,6 +275,16 @@ def test_an_unreadable_first_image_leaves_no_directory(model: Path, tmp_path: Pa
     assert (tmp_path / "out" / "predict.json").is_file()
 
 
+def test_an_unreadable_first_image_is_skipped_without_further_files(model: Path, folder: Path, tmp_path: Path) -> None:
+    (bad := tmp_path / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert predict(model, bad, folder / "a.png", f"out={out}", "--on-bad-image", "skip") == 0
+    content = read(out / "predictions.json")
+    assert [image["id"] for image in content["images"]] == [2]
+    assert [(entry["id"], entry["file_name"]) for entry in content["skipped"]] == [(1, str(bad))]
+    assert sorted(file.name for file in out.iterdir()) == ["predict.json", "predictions.json"]
+
+
 def test_processes_share_the_images_each_once(
     model: Path, folder: Path, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
