@@ -17,6 +17,7 @@ from fusedet.config import Config, to_seconds
 from fusedet.data.loader import build_train_loader
 from fusedet.data.tiling import count_windows
 from fusedet.errors import InputError
+from fusedet.models.ops.losses import sum_losses
 
 MAX_CPU_IMAGES = 2  # batch of a timed step on a CPU
 
@@ -136,12 +137,11 @@ def _measure_seconds(plan: Plan, label: str, data: Split, device: torch.device, 
     options = plan.configs[label]
     detector = make_detector(options, data[1], lambda text: None, resume=True).to(device).train()
     loader = build_train_loader(data[0], train_transform(options), batch=count, masks=has_mask_branch(detector))
-    weights = detector.loss_weights
     batches = (batch for epoch in count_up() for batch in loader.epoch(epoch))
     for _ in range(2):
         start = time.perf_counter()
         terms = detector.loss(next(batches).to(device))
-        torch.stack([weights[name] * value for name, value in terms.items()]).sum().backward()
+        sum_losses(terms, detector.loss_weights).backward()
         step = _seconds_since(start, device) / count
     few = options.replace(data=options.data.replace(workers=0), test=options.test.replace(batch=count))
     batch = next(iter(build_val_loader(few, data[1]))).to(device)

@@ -22,6 +22,7 @@ from fusedet.engine.signals import Interrupted
 from fusedet.engine.train_state import TABLES, Loader, TrainingRun, Validate, gather_process_states, save
 from fusedet.errors import DivergenceError, unknown
 from fusedet.models.detectors import TwoStage
+from fusedet.models.ops.losses import sum_losses
 from fusedet.models.protocols import EpochDependent
 from fusedet.types import Batch, Losses
 
@@ -122,7 +123,7 @@ def _train_step(run: TrainingRun, batches: list[Batch]) -> tuple[Tensor, int, bo
     for i, batch in enumerate(batches):
         with run.fabric.no_backward_sync(run.model, enabled=i < len(batches) - 1):
             terms: Losses = run.model(partial(batch.to, run.fabric.device, non_blocking=True))
-            loss = _weighted_sum(terms, run.detector.loss_weights)
+            loss = sum_losses(terms, run.detector.loss_weights)
             names, values = [*terms, "loss"], torch.stack([*terms.values(), loss]).detach().float()
             run.guard.check_losses(
                 names, values, number, batch.ids, stop=run.interrupts.received, save=run.is_checkpoint_due
@@ -143,11 +144,6 @@ def _train_step(run: TrainingRun, batches: list[Batch]) -> tuple[Tensor, int, bo
         run.ema.update(run.detector)
     run.meter.add(names, torch.stack(parts).mean(dim=0))
     return norm, stop, due
-
-
-def _weighted_sum(terms: Losses, weights: Mapping[str, float]) -> Tensor:
-    """Sum the loss terms, each with the detector's weight."""
-    return torch.stack([value.float() * weights[name] for name, value in terms.items()]).sum()
 
 
 def _accumulation_groups(run: TrainingRun) -> Iterator[list[Batch]]:

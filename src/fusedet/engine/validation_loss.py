@@ -7,7 +7,7 @@ from torch import distributed
 
 from fusedet.engine.buffers import preserved_buffers
 from fusedet.models.detectors import DetectorModule
-from fusedet.models.ops.losses import normalizing_locally
+from fusedet.models.ops.losses import normalizing_locally, sum_losses
 from fusedet.types import Batch
 
 PREFIX = "val_"
@@ -44,8 +44,7 @@ class ValidationLoss:
         with torch.random.fork_rng(devices=devices), preserved_buffers(self.detector), normalizing_locally():
             torch.manual_seed(number)
             terms = self.detector.loss(batch)
-        weights = self.detector.loss_weights
-        total = torch.stack([value.double() * weights[name] for name, value in terms.items()]).sum()
+        total = sum_losses(terms, self.detector.loss_weights, torch.float64)
         values = torch.stack([*(value.double() for value in terms.values()), total, torch.ones_like(total)])
         self.names = [*terms, "loss"]
         self.sums = self.sums + len(batch) * values if len(self.sums) else len(batch) * values

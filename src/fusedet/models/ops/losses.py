@@ -1,6 +1,6 @@
-"""Classification and IoU losses, and the normalizer averaged over ranks."""
+"""Classification and IoU losses, their weighted sum, and the normalizer averaged over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +13,7 @@ from torchvision.ops import box_area
 
 from fusedet.models.ops.assigners import IGNORED, Positives
 from fusedet.models.ops.boxes import aligned_iou
+from fusedet.types import Losses
 
 _is_local: ContextVar[bool] = ContextVar("_is_local", default=False)
 
@@ -35,6 +36,11 @@ def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
         dist.all_reduce(count)
         count /= dist.get_world_size()
     return count.clamp(min=least)
+
+
+def sum_losses(terms: Losses, weights: Mapping[str, float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sum loss terms, each in `dtype` and with its weight, to the scalar of which training takes the gradient."""
+    return torch.stack([value.to(dtype) * weights[name] for name, value in terms.items()]).sum()
 
 
 def bounded_log_loss(p: Tensor) -> Tensor:
