@@ -224,12 +224,12 @@ def run_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     out = folder / "out"
 
-    killed = BadImageLog(out, 100, 0.02, rank, 2)
+    killed = BadImageLog(out, 100, 0.02, rank)
     killed.begin(0, 0)
     killed.add(ReplacedImage(1, 2, rank, f"{rank}.jpg", "gone"))
     killed.add(ReplacedImage(1, 9, 10 * rank + 10, "after.jpg", "the checkpoint"))
     dist.barrier()
-    again = BadImageLog(out, 100, 0.02, rank, 2)
+    again = BadImageLog(out, 100, 0.02, rank)
     again.begin(0, 5)
     assert again.bad == {0, 1}, "known to both processes"
     assert len(again.rows) == (2 if rank == 0 else 0)
@@ -240,7 +240,7 @@ def run_rank(rank: int, folder: Path) -> None:
     dist.barrier()
     if rank:
         assert sorted(path.name for path in out.iterdir()) == ["skipped.csv"]
-    several = BadImageLog(folder / "several", 100, 0.02, rank, 2)
+    several = BadImageLog(folder / "several", 100, 0.02, rank)
     several.begin(0, 0)
     for i in range(2):
         several.add(ReplacedImage(1, i + 1, 10 * rank + i, f"{rank}-{i}.jpg", "gone"))

@@ -9,7 +9,17 @@ from syntax_trees import parse_source
 ROOT = Path(__file__).resolve().parents[1] / "src" / "fusedet"
 RANKS = [
     {"errors"},
-    {"types", "config", "safe_load", "atomic_io", "file_hash", "host_copy", "quiet", "garbage_collection"},
+    {
+        "types",
+        "config",
+        "safe_load",
+        "atomic_io",
+        "file_hash",
+        "host_copy",
+        "quiet",
+        "garbage_collection",
+        "collectives",
+    },
     {"models.protocols"},
     {"models.build", "models.ops", "models.profiling"},
     {"models.backbones", "models.necks", "models.heads", "models.roi", "models.modules", "data"},

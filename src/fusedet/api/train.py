@@ -170,7 +170,7 @@ def _fit(
         settings = config.train
     bad_image_log = None
     if settings.on_bad_image == "skip":
-        bad_image_log = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank, fabric.world_size)
+        bad_image_log = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank)
     loader = build_train_loader(
         images,
         transform,

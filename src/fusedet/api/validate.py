@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import distributed
 
 from fusedet import evaluation, visualization
 from fusedet.api.detection import AnyDetector, check_tile_size, detect_images, get_strides, views
 from fusedet.api.progress import track
 from fusedet.api.run_dir import write_json
 from fusedet.api.worst_images import draw_worst_images
+from fusedet.collectives import gather_objects
 from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.loader import build_eval_loader
@@ -152,11 +152,7 @@ def detect(
     results: list[Result] = []
     for image_id, detections in detect_images(detector, loader, device, ios):
         results += detections.to_coco(image_id, dataset.category_ids)
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        shares: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(shares, results)
-        results = [result for share in shares for result in share]
-    return results
+    return [result for share in gather_objects(results) for result in share]
 
 
 def has_mask_branch(detector: AnyDetector) -> bool:

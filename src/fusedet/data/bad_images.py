@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import distributed
-
 from fusedet.atomic_io import write_atomically
+from fusedet.collectives import gather_objects
 from fusedet.errors import InputError
 
 
@@ -44,11 +43,10 @@ class BadImageLog:
         images: Number of training images.
         share: Share of the images that may be bad, rounded up to whole images.
         rank: Rank of this process.
-        world: Number of processes.
     """
 
-    def __init__(self, folder: Path, images: int, share: float, rank: int = 0, world: int = 1) -> None:
-        self.folder, self.images, self.share, self.rank, self.world = folder, images, share, rank, world
+    def __init__(self, folder: Path, images: int, share: float, rank: int = 0) -> None:
+        self.folder, self.images, self.share, self.rank = folder, images, share, rank
         self.rows: list[ReplacedImage] = []  # of this process; on rank 0 also those of all processes before a resume
         self.bad: set[int] = set()
         self.begun = False
@@ -96,16 +94,16 @@ class BadImageLog:
 
     def close(self) -> list[ReplacedImage]:
         """Merge the files of all processes, in the order of the training, and return the rows."""
-        rows = sorted(row for own in _gather(self.rows, self.world) for row in own)
+        rows = sorted(row for own in gather_objects(self.rows) for row in own)
         if not self.rank:
             self._rewrite(rows)
-        _gather([], self.world)  # a barrier: no file is removed before the merged one is written
+        gather_objects([])  # a barrier: no file is removed before the merged one is written
         if self.rank:
             self.file.unlink(missing_ok=True)
         return rows
 
     def _gather_bad_ids(self) -> None:
-        self.bad |= {row.image_id for own in _gather(self.rows, self.world) for row in own}
+        self.bad |= {row.image_id for own in gather_objects(self.rows) for row in own}
 
     def _require_few(self, last: ReplacedImage | None = None) -> None:
         if len(self.bad) <= count_allowed_bad_images(self.images, self.share):
@@ -162,11 +160,3 @@ def _read_rows(file: Path) -> list[ReplacedImage]:
             "three whole numbers; correct or delete that row, and give the command again with --resume"
         ) from error
     return rows
-
-
-def _gather(rows: list[ReplacedImage], world: int) -> list[list[ReplacedImage]]:
-    if world == 1:
-        return [rows]
-    gathered: list[list[ReplacedImage]] = [[] for _ in range(world)]
-    distributed.all_gather_object(gathered, rows)
-    return gathered

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, distributed
 
+from fusedet.collectives import gather_objects
 from fusedet.errors import DivergenceError
 
 _ADVICE = (
@@ -68,7 +69,7 @@ class NanGuard:
             self._event.synchronize()
         bad, stop, wanted = self._flags.tolist()
         if bad:
-            raise DivergenceError(_first_complaint(self._complaint()))
+            raise DivergenceError(next(text for text in gather_objects(self._complaint()) if text is not None))
         return int(stop), bool(wanted)
 
     def check_gradient(self, norm: Tensor, ids: tuple[int, ...]) -> None:
@@ -96,12 +97,3 @@ class NanGuard:
 
 def _listed(ids: tuple[int, ...]) -> str:
     return ", ".join(map(str, ids))
-
-
-def _first_complaint(complaint: str | None) -> str:
-    """Return the first complaint of all processes."""
-    if not distributed.is_initialized():
-        return str(complaint)
-    complaints: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(complaints, complaint)
-    return next(text for text in complaints if text is not None)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
-from torch import distributed
 
+from fusedet.collectives import gather_objects
 from fusedet.config import Interval, Train
 from fusedet.engine import checkpoint, checkpoint_validation, rng
 from fusedet.engine.checkpoint_validation import Checkpoint, ProcessState
@@ -133,11 +133,7 @@ class TrainingRun:
 def gather_process_states(run: TrainingRun) -> list[ProcessState]:
     """Return the random states and running losses of every process. All processes call it."""
     own: Any = {"random": rng.capture(), "meter": run.meter.state()}
-    if run.fabric.world_size == 1:
-        return [own]
-    states: list[Any] = [None] * run.fabric.world_size
-    distributed.all_gather_object(states, own)
-    return states
+    return gather_objects(own)
 
 
 def save(run: TrainingRun) -> None:

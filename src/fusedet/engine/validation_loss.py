@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import distributed
 
+from fusedet.collectives import gather_objects
 from fusedet.engine.buffers import preserved_buffers
 from fusedet.models.detectors import DetectorModule
 from fusedet.models.ops.losses import normalizing_locally, sum_losses
@@ -55,12 +55,8 @@ class ValidationLoss:
         Every process calls it.
         """
         own = dict(zip([*self.names, "images"], self.sums.tolist(), strict=False))
-        shares = [own]
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            shares = [own] * distributed.get_world_size()
-            distributed.all_gather_object(shares, own)
         sums: dict[str, float] = {}
-        for share in shares:  # empty for a process without an image
+        for share in gather_objects(own):  # empty for a process without an image
             for name, value in share.items():
                 sums[name] = sums.get(name, 0.0) + value
         images = sums.pop("images")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_area
 
+from fusedet.collectives import count_processes
 from fusedet.models.ops.assigners import IGNORED, Positives
 from fusedet.models.ops.boxes import aligned_iou
 from fusedet.types import Losses
@@ -32,9 +33,9 @@ def normalizing_locally() -> Iterator[None]:
 def mean_over_ranks(count: Tensor, least: float = 1.0) -> Tensor:
     """Average a count over all ranks; float, at least `least`. Without distributed training it is the count itself."""
     count = count.detach().float().clone()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _is_local.get():
+    if (world := count_processes()) > 1 and not _is_local.get():
         dist.all_reduce(count)
-        count /= dist.get_world_size()
+        count /= world
     return count.clamp(min=least)
 
 
