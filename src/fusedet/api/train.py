@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from lightning_fabric import Fabric
 
@@ -46,7 +46,7 @@ from fusedet.atomic_io import write_atomically
 from fusedet.config import Config, apply_overrides
 from fusedet.data.bad_images import BadImageLog
 from fusedet.data.dataset import DetectionDataset
-from fusedet.data.loader import build_train_loader
+from fusedet.data.loader import TrainLoader, build_train_loader
 from fusedet.data.validation import require_usable_images
 from fusedet.engine import logging, optim, rng, trainer
 from fusedet.engine.determinism import deterministic
@@ -154,20 +154,19 @@ def _fit(
     fabric: Fabric, config: Config, out: Path, resume: bool, is_begun: bool, say: Callable[[str], None], quiet: bool
 ) -> tuple[DetectionDataset, Evaluation]:
     """Train in each process; return the validation split and the evaluation of the best weights on it."""
-    settings = config.train
-    loggers = logging.make_loggers(settings.loggers, out)
+    loggers = logging.make_loggers(config.train.loggers, out)
     data, val = open_data(config, say)
     if is_begun:
         _check_fingerprints(out, data, val, say)
     elif resume:
         say(f"{out} was stopped before its first checkpoint: it begins again")
-    rng.seed(settings.seed)
+    rng.seed(config.train.seed)
     detector = make_detector(config, val, say, is_begun)
     masks = learns_masks(config, detector, data, val)
     images, transform = training_images(config, data), train_transform(config)
-    if settings.batch == "auto":
+    if config.train.batch == "auto":
         config = choose_batch(fabric, config, detector, images, masks, say)
-        settings = config.train
+    settings = config.train
     bad_image_log = None
     if settings.on_bad_image == "skip":
         bad_image_log = BadImageLog(out, len(data), settings.max_bad_images, fabric.global_rank)
@@ -184,46 +183,16 @@ def _fit(
         bad_image_log=bad_image_log,
         balance=settings.balance,
     )
-    if len(images) != len(data):
-        say(f"data.tiles.size={config.data.tiles.size}: an epoch has {plural(len(images), 'tile')}")
-    if settings.balance is not None:
-        epoch = plural(len(loader) * loader.batch, "image")
-        say(f"train.balance={settings.balance:g}: an epoch has {epoch}, those of rare classes several times")
-    if (lr := optim.scaled_lr(settings)) != settings.lr:
-        say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.total_batch}")
+    lr = optim.scaled_lr(settings)
+    _say_what_differs(config, data, loader, lr, say)
     if config.data.check:
-        max_bad = config.train.max_bad_images if config.train.on_bad_image == "skip" else 0.0
+        max_bad = settings.max_bad_images if settings.on_bad_image == "skip" else 0.0
         run_on_first(fabric, lambda: require_usable_images(data, val, max_bad_share=max_bad, warn=say))
     if not resume:
         run_on_first(fabric, lambda: create_run_dir(out))
         say(f"results: {out}")
-    has_loss = settings.validation_loss
-    val_share = build_val_loader(
-        config,
-        val,
-        fabric.global_rank,
-        fabric.world_size,
-        masks=masks and has_loss,
-        pin=fabric.device.type == "cuda",
-    )
-
-    def validate(module: DetectorModule, epoch: int) -> dict[str, float]:
-        losses = ValidationLoss(module, fabric.device)
-        seen = losses.watch(val_share) if has_loss else val_share
-        results = detect(module, seen, val, fabric.device, config.test.tiles.ios)
-        metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
-        if masks:
-            metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)
-        metrics |= losses.means() if has_loss else {}
-        return {name: value for name, value in metrics.items() if name != "mask_classes"}
-
-    meta = {
-        "config": config.to_yaml(),
-        "names": list(data.names),
-        "category_ids": list(data.category_ids),
-        "format": "fusedet",
-    }
-    try:
+    validate = _make_validation(fabric, config, val, masks)
+    with _errors_reported(fabric, out, is_begun):
         run = trainer.setup(
             fabric,
             detector,
@@ -234,7 +203,7 @@ def _fit(
             validate=validate,
             resume=is_begun,
             loggers=loggers,
-            meta=meta,
+            meta=_describe_model(config, data),
             quiet=quiet,
             say=say,
         )
@@ -244,14 +213,81 @@ def _fit(
                 f"learning rate only rises and stays below {lr:g}; set fewer, or more train.epochs"
             )
         if fabric.is_global_zero and not (is_begun and (out / "run.json").is_file()):
-            fingerprints = {"data": {"train": data.fingerprint(), "val": val.fingerprint()}}
-            about = describe_environment(str(fabric.device), fabric.world_size)
-            write_json(out / "run.json", about | fingerprints | {"lr": lr, "seed": settings.seed})
-            if isinstance(config.data.val, float):
-                files = {name: [str(d.path(i)) for i in range(len(d))] for name, d in (("train", data), ("val", val))}
-                write_json(out / "split.json", {"share": config.data.val, "seed": config.data.split_seed} | files)
+            _write_run_files(run, config, data, val)
         with _described(config, run) if fabric.is_global_zero else nullcontext():
             done = trainer.fit(run)
+    if bad_image_log:
+        bad_image_log.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
+        record_replaced_images(bad_image_log, out, say)
+    fabric.barrier()
+    best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
+    return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
+
+
+def _say_what_differs(
+    config: Config, data: DetectionDataset, loader: TrainLoader, lr: float, say: Callable[[str], None]
+) -> None:
+    """Say where an epoch has other images than the dataset, and where the learning rate is scaled."""
+    settings = config.train
+    if len(loader.dataset) != len(data):
+        say(f"data.tiles.size={config.data.tiles.size}: an epoch has {plural(len(loader.dataset), 'tile')}")
+    if settings.balance is not None:
+        epoch = plural(len(loader) * loader.batch, "image")
+        say(f"train.balance={settings.balance:g}: an epoch has {epoch}, those of rare classes several times")
+    if lr != settings.lr:
+        say(f"learning rate {settings.lr:g} is for a batch of {settings.base_batch}: {lr:g} for {settings.total_batch}")
+
+
+def _make_validation(fabric: Fabric, config: Config, val: DetectionDataset, masks: bool) -> trainer.Validate:
+    """Return the function that computes the metrics of a validation, with the losses if the config asks for them."""
+    has_loss = config.train.validation_loss
+    share = build_val_loader(
+        config,
+        val,
+        fabric.global_rank,
+        fabric.world_size,
+        masks=masks and has_loss,
+        pin=fabric.device.type == "cuda",
+    )
+
+    def validate(detector: DetectorModule, epoch: int) -> dict[str, float]:
+        losses = ValidationLoss(detector, fabric.device)
+        seen = losses.watch(share) if has_loss else share
+        results = detect(detector, seen, val, fabric.device, config.test.tiles.ios)
+        metrics = evaluation.evaluate_coco(val, results, per_class=False, max_det=config.test.max_det)
+        if masks:
+            metrics |= compute_mask_metrics(val, results, max_det=config.test.max_det)
+        metrics |= losses.means() if has_loss else {}
+        return {name: value for name, value in metrics.items() if name != "mask_classes"}
+
+    return validate
+
+
+def _describe_model(config: Config, data: DetectionDataset) -> dict[str, Any]:
+    """Return what the checkpoints say about the model."""
+    return {
+        "config": config.to_yaml(),
+        "names": list(data.names),
+        "category_ids": list(data.category_ids),
+        "format": "fusedet",
+    }
+
+
+def _write_run_files(run: TrainingRun, config: Config, data: DetectionDataset, val: DetectionDataset) -> None:
+    """Write run.json and, where a share is held out, split.json."""
+    fingerprints = {"data": {"train": data.fingerprint(), "val": val.fingerprint()}}
+    about = describe_environment(str(run.fabric.device), run.fabric.world_size)
+    write_json(run.out / "run.json", about | fingerprints | {"lr": run.lr, "seed": run.settings.seed})
+    if isinstance(config.data.val, float):
+        files = {name: [str(d.path(i)) for i in range(len(d))] for name, d in (("train", data), ("val", val))}
+        write_json(run.out / "split.json", {"share": config.data.val, "seed": config.data.split_seed} | files)
+
+
+@contextmanager
+def _errors_reported(fabric: Fabric, out: Path, is_begun: bool) -> Iterator[None]:
+    """Report an error of the training inside; of one that ends before its first checkpoint remove the files."""
+    try:
+        yield
     except DivergenceError:
         raise  # metrics.csv shows how the run came to that
     except InputError as error:
@@ -260,12 +296,6 @@ def _fit(
         if fabric.is_global_zero and not is_begun and not (out / "last.ckpt").exists():
             remove_files(out, "config.yaml", "run.json", "split.json", "skipped.csv", *TABLES)
         raise
-    if bad_image_log:
-        bad_image_log.begin(done["epoch"], 0)  # else the earlier epochs would be unknown where none was left to train
-        record_replaced_images(bad_image_log, out, say)
-    fabric.barrier()
-    best = with_weights(config, len(val.names), weights_file(out)).to(fabric.device).eval()
-    return val, evaluate_detector(best, config, val, fabric.device, rank=fabric.global_rank, world=fabric.world_size)
 
 
 @contextmanager
