@@ -1,7 +1,8 @@
 """Wrong input from the user, reported in one sentence."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 _LISTED = 50  # more names than this are not listed in a message
@@ -51,6 +52,15 @@ def unknown(
     if len(names) > _LISTED:
         listed = f"Known are {nearest(name, names, lister)}"
     return InputError(f"unknown {kind} '{name}'{of and f' of {of}'}{hint} {listed}")
+
+
+@contextmanager
+def prefix_errors(where: str) -> Iterator[None]:
+    """Name the place of what is checked inside: an `InputError` from there begins with it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def split_names(kind: str, names: str | Iterable[str], known: Iterable[str], *, of: str = "") -> list[str]:

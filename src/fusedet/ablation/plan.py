@@ -17,7 +17,7 @@ from fusedet.config import Config
 from fusedet.data.dataset import DetectionDataset
 from fusedet.data.shape_drawing import name_classes
 from fusedet.data.splits import read_key
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, prefix_errors, unknown
 from fusedet.models.detectors import build_meta_detector
 
 Split = tuple[DetectionDataset, DetectionDataset]
@@ -226,14 +226,12 @@ def make_plan(
     classes = len(next(iter(data.values()))[1].names) if data else default_classes(table)
     configs = table.configs(*overrides, num_classes=classes)
     for label, options in configs.items():
-        try:
+        with prefix_errors(f"{table.source}, row '{label}'"):
             check_monitor(options)
             if data:
                 learns_masks(options, build_meta_detector(options, classes), *data[label])
             if table.metric.startswith("mask_") and not has_mask_branch(build_meta_detector(options, classes)):
                 raise InputError(f"the table's metric is {table.metric}, but this row's detector predicts no masks")
-        except InputError as error:
-            raise InputError(f"{table.source}, row '{label}': {error}") from error
         pick_device(options.device)
     runs_of = {label: next(first for first, c in configs.items() if c == own) for label, own in configs.items()}
     weights_of = {
@@ -263,12 +261,10 @@ def _read_splits(table: Table, configs: Mapping[str, Config], say: Callable[[str
     splits = {}
     for label, options in configs.items():
         key = read_key(options.data)
-        try:
+        with prefix_errors(f"{table.source}, row '{label}'"):
             if options.data.path is None:
                 raise InputError("it has no data: add data=PATH")
             splits[label] = known[key] if key in known else known.setdefault(key, open_data(options, say))
-        except InputError as error:
-            raise InputError(f"{table.source}, row '{label}': {error}") from error
     first = next(iter(splits))
     common = splits[first][1]
     for label, (_, val) in splits.items():

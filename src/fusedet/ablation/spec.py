@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
 from hashlib import sha256
-from inspect import signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Self, get_type_hints
+
+from pydantic import Field, PrivateAttr, model_validator
 
 from fusedet import config
 from fusedet.api.validate import BOX_METRICS, MASK_METRICS
 from fusedet.config import Config
+from fusedet.config.fields import Texts
+from fusedet.config.section import Declaration, text_keys
+from fusedet.config.validation import accept_sequences
 from fusedet.data.synthetic import generate_dataset
-from fusedet.errors import InputError, unknown
+from fusedet.errors import InputError, prefix_errors, unknown
 from fusedet.evaluation import bootstrap
 from fusedet.models.detectors import build_meta_detector
 
@@ -22,37 +25,46 @@ METRICS = (*BOX_METRICS, *MASK_METRICS, "VOC_AP", "VOC_AP_11_point")
 RESAMPLED = (*bootstrap.METRICS, *(f"mask_{name}" for name in bootstrap.METRICS))
 """The metrics that have a confidence interval over images."""
 DELTA = "delta_"
+SYNTHETIC = {name: hint for name, hint in get_type_hints(generate_dataset).items() if name not in ("folder", "return")}
+"""The arguments of a table's synthetic dataset, with their types."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row: a label and the differences of its config from the table's, or results that a paper cites.
-
-    Attributes:
-        label: Unique name of the row.
-        overrides: "key=value" overrides on top of the table's.
-        base: Name or file of a config that replaces the table's base.
-        reference: Label of the row to compare with, instead of the table's; its own label if it is a reference itself.
-        published: Metrics of the paper in percent, by the names of `METRICS`, or "delta_AP" and the like for the
-            difference to the reference row.
-        params_M: Published number of trainable parameters, in millions.
-        time_ms: Published inference time per image, on the paper's machine.
-        split: Split of the published metrics, as the paper names it.
-        cited: Whether the published metrics are cited from the literature. Without a base the row is only shown; with
-            one it is run like the others, and compared with another row only if `reference` names it.
-        note: Remark for the reader of the table.
-    """
+class Row(Declaration):
+    """One row: a label and the differences of its config from the table's, or results that a paper cites."""
 
     label: str
-    overrides: tuple[str, ...] = ()
+    """The unique name of the row."""
+    overrides: Texts = ()
+    """Overrides "key=value" on top of the table's."""
     base: str | None = None
+    """The name or file of a config that replaces the table's base."""
     reference: str | None = None
-    published: Mapping[str, float] = field(default_factory=dict)
+    """The label of the row to compare with, instead of the table's; its own label if it is a reference itself."""
+    published: dict[str, float] = Field(default_factory=dict)
+    """Metrics of the paper in percent, such as {AP: 36.4}; delta_AP and the like are differences to the reference."""
     params_M: float | None = None  # noqa: N815 - the unit
+    """The published number of trainable parameters, in millions."""
     time_ms: float | None = None
+    """The published inference time per image, on the paper's machine."""
     split: str | None = None
+    """The split of the published metrics, as the paper names it."""
     cited: bool = False
+    """Whether `published` comes from elsewhere: the row runs only with a `base`, is compared only by `reference`."""
     note: str | None = None
+    """A remark for the reader of the table."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.label:
+            raise InputError("label must not be empty")
+        for name in self.published:
+            if name.removeprefix(DELTA) not in METRICS:
+                raise unknown("metric", name, METRICS, of="published")
+        if self.is_only_cited and self.overrides:
+            raise InputError("a cited row without a base is not run, leave out overrides, or write base: MODEL")
+        if self.cited and not self.published:
+            raise InputError("a cited row needs published metrics, such as published: {AP: 36.4}")
+        return self
 
     @property
     def is_only_cited(self) -> bool:
@@ -81,47 +93,77 @@ class Row:
                 f"{table.source}, row '{self.label}' has no config: write base: MODEL in the row or above the rows"
             )
         where = f"{table.source}, row '{self.label}'"
-        try:
+        with prefix_errors(where if self.base else table.source):
             tree = config.load(base, table.overrides, kind="base", folder=table.folder).tree()
-        except InputError as error:
-            raise InputError(f"{where if self.base else table.source}: {error}") from error
-        tree = _apply_overrides(tree, self.overrides, where)
-        return config.parse(_apply_overrides(tree, more, f"{' '.join(more)} does not fit {where}"))
+        with prefix_errors(where):
+            tree = config.parse(config.apply_overrides(tree, self.overrides)).tree()
+        with prefix_errors(f"{' '.join(more)} does not fit {where}"):
+            return config.parse(config.apply_overrides(tree, more))
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of configs on a common base.
+class Table(Declaration):
+    """Rows of configs on a common base."""
 
-    Attributes:
-        name: Name of the shipped table, or the file's name without suffix.
-        source: Name of the table in messages.
-        folder: Folder of the file; a base in this folder takes precedence over a shipped one.
-        rows: The rows, in order.
-        title: Title of the report; by default the name.
-        paper: Citation of the paper.
-        base: Name or file of the config of all rows.
-        overrides: "key=value" overrides of all rows.
-        reference: Label of the row that the others are compared with.
-        metric: Metric that differences and conclusions are about, one of `METRICS`.
-        split: Split of the published metrics of all rows.
-        note: Remark for the reader of the table.
-        synthetic: Arguments of `data.synthetic.generate_dataset`, for the data of an ablation without data=PATH.
-    """
-
-    name: str
-    source: str
-    folder: Any
-    rows: tuple[Row, ...]
     title: str = ""
+    """The title of the report; by default the file's name."""
     paper: str | None = None
+    """The citation of the paper."""
     base: str | None = None
-    overrides: tuple[str, ...] = ()
+    """The name or file of the config of all rows; a file beside the table takes precedence over a shipped config."""
+    overrides: Texts = ()
+    """Overrides "key=value" of all rows."""
     reference: str | None = None
+    """The label of the row that the others are compared with; by default the first that is not cited."""
     metric: str = "AP"
+    """The metric that differences and conclusions are about: AP, AP50, mask_AP, VOC_AP, ..."""
     split: str | None = None
+    """The split of the published metrics of all rows."""
     note: str | None = None
-    synthetic: Mapping[str, Any] | None = None
+    """A remark for the reader of the table."""
+    synthetic: dict[str, Any] | None = None
+    """Arguments of `fusedet.data.synthetic.generate_dataset`, for the data of an ablation without data=PATH."""
+    rows: Annotated[tuple[Row, ...], accept_sequences(tuple)]
+    """The rows, in order."""
+    _source: str = PrivateAttr("table")
+    _path: Any = PrivateAttr(Path())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, value in (self.synthetic or {}).items():
+            if name not in SYNTHETIC:
+                raise unknown("key", name, SYNTHETIC, of="synthetic")
+            config.validate_value(value, SYNTHETIC[name], f"synthetic.{name}")
+        if self.metric not in METRICS:
+            raise unknown("metric", self.metric, METRICS)
+        labels = [row.label for row in self.rows]
+        for i, label in enumerate(labels, start=1):
+            if (first := labels.index(label) + 1) < i:
+                raise InputError(f"rows {first} and {i} both have the label '{label}': labels must be unique")
+        if self.reference is not None and self.reference not in labels:
+            raise unknown("reference", self.reference, labels)
+        for row in self.rows:
+            if row.reference is not None and row.reference not in labels:
+                raise unknown("reference", row.reference, labels, of=f"row '{row.label}'")
+            if self.reference is row.reference is None and any(name.startswith(DELTA) for name in row.published):
+                raise InputError(
+                    f"row '{row.label}': a published difference needs reference: LABEL, above the rows or in the row"
+                )
+        return self
+
+    @property
+    def source(self) -> str:
+        """Name of the table in messages."""
+        return self._source
+
+    @property
+    def name(self) -> str:
+        """Name of the shipped table, or the file's name without suffix."""
+        return Path(self._path.name).stem
+
+    @property
+    def folder(self) -> Any:
+        """Folder of the file."""
+        return self._path.parent
 
     @property
     def content(self) -> str:
@@ -154,10 +196,8 @@ class Table:
             if (key := repr(options.model)) in built:
                 continue
             built.add(key)
-            try:
+            with prefix_errors(f"{self.source}, row '{row.label}'"):
                 build_meta_detector(options, num_classes)
-            except InputError as error:
-                raise InputError(f"{self.source}, row '{row.label}': {error}") from error
         return configs
 
 
@@ -169,8 +209,8 @@ def list_tables() -> list[str]:
 def load_table(name: str | Path) -> Table:
     """Load a shipped table or a YAML file.
 
-    A file has `rows`, each with a `label` and a list of `overrides`, and usually a `base`. The keys are those of `Row`
-    and of `Table`, except name, source and folder.
+    A file has `rows`, each with a `label` and a list of `overrides`, and usually a `base`. The keys are those of
+    `Table` and `Row`.
 
     Args:
         name: Name of a shipped table, or path of a YAML file.
@@ -183,27 +223,16 @@ def load_table(name: str | Path) -> Table:
     stem = Path(path.name).stem
     source = stem if str(name) == stem else str(path)
     tree = config.read_yaml(path, "base and rows")
-    specs = tree.pop("rows", None)
+    specs = tree.get("rows")
     if not isinstance(specs, list) or not specs:
         raise InputError(
             f"{source}: rows must be a list of rows, such as [{{label: fpn, overrides: [model.neck=fpn]}}], "
             f"got {specs!r}"
         )
-    rows = tuple(_read_row(spec, i, source) for i, spec in enumerate(specs, start=1))
-    keys = {"name": stem, "source": source, "folder": path.parent, "rows": rows}
-    table = Table(**keys, **{"title": stem} | _typed(Table, tree, source, hidden=keys))
-    arguments = signature(generate_dataset).parameters
-    for name in table.synthetic or ():
-        if name not in arguments or name == "folder":
-            raise unknown("key", name, [key for key in arguments if key != "folder"], of=f"synthetic in {source}")
-    labels = [row.label for row in rows]
-    for i, label in enumerate(labels):
-        if label in labels[:i]:
-            raise InputError(
-                f"{source}: rows {labels.index(label) + 1} and {i + 1} both have the label '{label}': "
-                "labels must be unique"
-            )
-    _check_reference(table, labels)
+    rows = [_read_row(spec, i, source) for i, spec in enumerate(specs, start=1)]
+    with prefix_errors(source):
+        table = Table(**text_keys({"title": stem} | tree | {"rows": rows}))
+    table._source, table._path = source, path
     return table
 
 
@@ -212,52 +241,6 @@ def _read_row(spec: Any, number: int, source: str) -> Row:
     where = f"{source}, row {number}"
     if not isinstance(spec, Mapping):
         raise InputError(f"{where} must be a mapping with label and overrides, got {spec!r}")
-    if isinstance(spec.get("label"), str):
-        where = f"{source}, row '{spec['label']}'"
-    row = Row(**_typed(Row, spec, where))
-    if not row.label:
-        raise InputError(f"{where}: label must not be empty")
-    for name in row.published:
-        if name.removeprefix(DELTA) not in METRICS:
-            raise unknown("metric", name, METRICS, of=f"published in {where}")
-    if row.is_only_cited and row.overrides:
-        raise InputError(f"{where}: a cited row without a base is not run, leave out overrides, or write base: MODEL")
-    if row.cited and not row.published:
-        raise InputError(f"{where}: a cited row needs published metrics, such as published: {{AP: 36.4}}")
-    return row
-
-
-def _typed(schema: Any, tree: Mapping[str, Any], where: str, hidden: Iterable[str] = ()) -> dict[str, Any]:
-    """Check a mapping against the types of a dataclass; `hidden` fields must not be in the file."""
-    hints = {key: hint for key, hint in get_type_hints(schema).items() if key not in hidden}
-    for key in tree:
-        if key not in hints:
-            raise unknown("key", key, hints, of=where)
-    for entry in fields(schema):
-        is_required = entry.name in hints and entry.default is MISSING and entry.default_factory is MISSING
-        if is_required and entry.name not in tree:
-            raise InputError(f"{where} has no {entry.name}")
-    return {key: config.validate_value(value, hints[key], f"{where}: {key}") for key, value in tree.items()}
-
-
-def _check_reference(table: Table, labels: Sequence[str]) -> None:
-    if table.reference is not None and table.reference not in labels:
-        raise unknown("reference", table.reference, labels, of=table.source)
-    if table.metric not in METRICS:
-        raise unknown("metric", table.metric, METRICS, of=table.source)
-    for row in table.rows:
-        if row.reference is not None and row.reference not in labels:
-            raise unknown("reference", row.reference, labels, of=f"{table.source}, row '{row.label}'")
-        if table.reference is row.reference is None and any(name.startswith(DELTA) for name in row.published):
-            raise InputError(
-                f"{table.source}, row '{row.label}': a published difference needs reference: LABEL, above the rows or "
-                "in the row"
-            )
-
-
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
-    """Apply overrides to a resolved config and resolve it again; errors name the row."""
-    try:
-        return config.parse(config.apply_overrides(tree, overrides)).tree()
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    label = spec.get("label")
+    with prefix_errors(f"{source}, row '{label}'" if isinstance(label, str) else where):
+        return Row(**text_keys(spec))

@@ -1,4 +1,4 @@
-"""What the sections of a config share: frozen models that refuse unknown keys and wrong values in one sentence."""
+"""What declared settings share: frozen models that refuse unknown keys and wrong values in one sentence."""
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -11,16 +11,16 @@ from fusedet.config.validation import deepest, refuse_huge_integers, to_input_er
 from fusedet.errors import InputError, unknown
 
 
-class Section(BaseModel):
+class Declaration(BaseModel):
     """A frozen group of settings that refuses unknown keys and wrong values in one sentence."""
 
     model_config = ConfigDict(
         defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     key: ClassVar[str] = ""
-    """Where the section stands in a config: model, model.pyramid, data, train or test."""
+    """Where the group stands in a larger one: model, model.pyramid, data, train or test."""
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -37,11 +37,14 @@ class Section(BaseModel):
             return values
         for name in values:
             if name not in cls.model_fields:
-                key = _join(cls.key, name)
-                raise unknown("config key", key, [_join(cls.key, n) for n in cls.model_fields], meant=_meant(key))
+                raise cls._unknown_key(name)
         refuse_huge_integers(values, cls.key)
         sections = {name for name, field in cls.model_fields.items() if is_section(field.annotation)}
         return {name: text_keys(value) if name in sections else value for name, value in values.items()}
+
+    @classmethod
+    def _unknown_key(cls, name: str) -> InputError:
+        return unknown("key", name, cls.model_fields)
 
     @classmethod
     def _input_error(cls, error: ValidationError, values: dict[str, Any]) -> InputError:
@@ -50,6 +53,8 @@ class Section(BaseModel):
         if name not in cls.model_fields:
             return to_input_error(mistake, (), values, cls, cls.key)
         field, key = cls.model_fields[name], _join(cls.key, name)
+        if name not in values:
+            return InputError(f"{key} is missing")
         if mistake["type"] == "model_type":
             names = ", ".join(field.annotation.model_fields)  # type: ignore[union-attr]
             return InputError(f"{key} must be a mapping with {names}, got {mistake['input']!r}")
@@ -57,6 +62,15 @@ class Section(BaseModel):
             finite = " and finite" if mistake["type"] == "finite_number" else ""
             return InputError(f"{key}={mistake['input']} must be {limits}{finite}")
         return to_input_error(mistake, rest, values[name], field.annotation, key)
+
+
+class Section(Declaration):
+    """A section of a config."""
+
+    @classmethod
+    def _unknown_key(cls, name: str) -> InputError:
+        key = _join(cls.key, name)
+        return unknown("config key", key, [_join(cls.key, n) for n in cls.model_fields], meant=_meant(key))
 
 
 _RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}

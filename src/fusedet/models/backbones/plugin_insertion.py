@@ -19,7 +19,7 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from fusedet.errors import InputError
+from fusedet.errors import InputError, prefix_errors
 from fusedet.models.backbones.timm_backbone import TimmBackbone
 from fusedet.models.protocols import BlockPlugin
 
@@ -94,10 +94,8 @@ def insert_plugin(backbone: TimmBackbone, plugin: BlockPlugin) -> int:
             )
         for block, known in blocks:
             for name in _chosen_positions(plugin, block, known, backbone.name):
-                try:
+                with prefix_errors("model.plugin"):
                     module = plugin.make(known[name].channels(block), number, name)
-                except InputError as error:
-                    raise InputError(f"model.plugin: {error}") from error
                 insertions.append((block, known[name], module))
     if not insertions:
         raise InputError(
