@@ -13,7 +13,7 @@ help:
 	@echo "make test-all  the suite and its long tests: killed runs, several processes, every detector and export"
 	@echo "make soak   the tests that take hours in all: all combinations, long fuzzing, memory, large annotations, killed processes"
 	@echo "make lint   ruff and mypy"
-	@echo "make schema  write the JSON schema of configs and the settings tables of docs/config.md"
+	@echo "make schema  write the JSON schemas of configs and ablation tables, and the tables of their keys in docs"
 	@echo "make bench  the benchmarks, JSON each"
 	@echo "make docs   build the documentation site into build/site, without network; a warning is an error"
 	@echo "make dist   build the source distribution and the wheel into dist/ and check their metadata"
@@ -40,7 +40,7 @@ lint: .venv/.ready
 	$(BIN)/mypy
 
 schema: .venv/.ready
-	$(BIN)/python -m fusedet.config
+	$(BIN)/python docs/declarations.py
 
 bench: .venv/.ready
 	@for name in $(BENCHMARKS); do echo "== $$name" >&2; $(BIN)/python benchmarks/$$name.py || exit 1; done

@@ -506,8 +506,9 @@ def test_every_command_has_help_with_two_examples(capsys: pytest.CaptureFixture[
             command.make_context(words, shlex.split(example.partition(" > ")[0])[len(words.split()) :])
 
 
-def test_config_prints_the_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    assert json.loads(spoken(capsys, "config", "--schema")) == config.json_schema()
+def test_commands_print_the_json_schemas(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(spoken(capsys, "config", "--schema"))["title"] == "fusedet config"
+    assert json.loads(spoken(capsys, "ablate", "--schema"))["title"] == "fusedet ablation table"
 
 
 def test_train_help_lists_all_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,12 +187,12 @@ def config(
     would refuse is refused here too.
     """
     from fusedet.api.train_inputs import resolve_checked_config
-    from fusedet.config import schema_text
+    from fusedet.config import read_schema
 
     name, settings = cli.split_config(words)
     if schema and words:
         raise fusedet.InputError("config --schema takes no config and no settings: it is the schema of all configs")
-    sys.stdout.write(schema_text() if schema else resolve_checked_config(name, settings).to_yaml())
+    sys.stdout.write(read_schema("schema") if schema else resolve_checked_config(name, settings).to_yaml())
 
 
 @cli.command("weights", "weights vfnet", "weights get torchvision/fasterrcnn_resnet50_fpn_v2", USE)
@@ -249,6 +249,7 @@ def ablate(
     slurm: cli.Slurm = None,
     resamples: Resamples = 1000,
     power: Annotated[bool, Option("--power", help="Seeds and images that show +1 AP, by the baseline's runs.")] = False,
+    schema: Annotated[bool, Option("--schema", help="Print the JSON schema of tables, for editors, instead.")] = False,
     json: cli.Json = False,
 ) -> None:
     """Train all rows of an ablation table and compare them.
@@ -256,6 +257,13 @@ def ablate(
     Every row is trained with several seeds on data=PATH into out=DIR. The report shows published and measured
     metrics with intervals. The same command goes on where it stopped.
     """
+    if schema:
+        from fusedet.config import read_schema
+
+        if table:
+            raise fusedet.InputError("ablate --schema takes no table and no settings: it is the schema of all tables")
+        sys.stdout.write(read_schema("ablation_schema"))
+        return None
     settings = cli.settings_only(words, f"one table at a time, {table}")
     options: dict[str, Any] = {"seeds": seeds, "say": cli.console(json).print}
     if power:

@@ -1,9 +1,9 @@
 """Configs: what they hold (`schema`) and how YAML, bases and overrides become one (`loading`)."""
 
 from fusedet.config.interval import Interval, parse_interval, to_seconds
-from fusedet.config.loading import BACKBONES, apply_overrides, find_file, load, names
+from fusedet.config.loading import BACKBONES, apply_overrides, find_file, load, names, read_schema
 from fusedet.config.schema import Config, Data, Model, Pyramid, Test, Train, parse
-from fusedet.config.settings import Setting, json_schema, schema_text, settings, settings_text
+from fusedet.config.settings import Setting, settings, settings_text
 from fusedet.config.validation import validate_value
 from fusedet.config.yaml_text import parse_yaml, read_yaml, refuse_foreign_classes
 
@@ -19,15 +19,14 @@ __all__ = [
     "Train",
     "apply_overrides",
     "find_file",
-    "json_schema",
     "load",
     "names",
     "parse",
     "parse_interval",
     "parse_yaml",
+    "read_schema",
     "read_yaml",
     "refuse_foreign_classes",
-    "schema_text",
     "settings",
     "settings_text",
     "to_seconds",

@@ -73,6 +73,11 @@ def names(package: str = "models") -> list[str]:
     return sorted(_backbone_variants() if package == "models" else _stems(package))
 
 
+def read_schema(name: str) -> str:
+    """Read a shipped JSON schema, which editors use: "schema" of configs, "ablation_schema" of ablation tables."""
+    return (_SHIPPED / f"{name}.json").read_text(encoding="utf-8")
+
+
 def find_file(name: str | Path, package: str, kind: str, folder: Any = None) -> Any:
     """Find the YAML file of a name: the file itself, one of that name in `folder`, or a shipped one.
 

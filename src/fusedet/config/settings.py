@@ -1,4 +1,4 @@
-"""The list of all settings and the JSON schema of a config, for help texts, docs and editors."""
+"""The list of all settings, for help texts and docs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from fusedet.config.schema import Config
-from fusedet.config.section import Section, describe_range, is_section, plain
+from fusedet.config.section import Declaration, describe_range, is_section, plain
 from fusedet.config.validation import union_members
 
 
@@ -19,9 +19,9 @@ class Setting:
 
     Attributes:
         key: Its dotted key, "train.lr".
-        group: The section that it belongs to: model, model.pyramid, data, train, test, or "" for device and out.
+        group: The section that it belongs to: model, model.pyramid, data, train, test, or "" for those outside.
         type: Its type as a user writes it: "int", "[int, int] or null", "sgd | adamw".
-        default: Its default as YAML: "null", "[8, 11]".
+        default: Its default as YAML: "null", "[8, 11]"; "" if it must be given.
         range: Its range, "0 to 1", or "".
         help: One sentence.
     """
@@ -34,43 +34,9 @@ class Setting:
     help: str
 
 
-def settings() -> list[Setting]:
+def settings(declared: type[Declaration] = Config) -> list[Setting]:
     """List all settings, section by section."""
-    return list(_settings(Config))
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a config file, by which editors complete and check the YAML."""
-    schema = Config.model_json_schema()
-    schema["title"] = "fusedet config"
-    text = {"type": "string"}
-    base = "What this file builds on: a shipped config or a file, or a list of these."
-    short = {
-        "base": {"description": base, "anyOf": [text, {"type": "array", "items": text}]},
-        "data": {"anyOf": [schema["properties"]["data"], text | {"description": "Short for data.path."}]},
-    }
-    backbone = schema["$defs"]["Model"]["properties"]["backbone"]
-    name = text | {"description": "Short for model.backbone.name."}
-    schema["$defs"]["Model"]["properties"]["backbone"] = {"anyOf": [backbone, name]}
-    return schema | {"properties": schema["properties"] | short}
-
-
-def markdown_tables() -> str:
-    """Write the settings as Markdown, a table for each section."""
-    parts = []
-    for group, rows in groupby(settings(), key=lambda setting: setting.group):
-        parts += [
-            f"### `{group}`" if group else "### The run",
-            "",
-            "| setting | type | default | |",
-            "|---|---|---|---|",
-        ]
-        for row in rows:
-            limits = f" ({row.range})" if row.range else ""
-            kind = row.type.replace("|", "\\|")
-            parts.append(f"| `{row.key}` | {kind}{limits} | `{row.default}` | {row.help} |")
-        parts.append("")
-    return "\n".join(parts)
+    return list(_settings(declared))
 
 
 def settings_text(width: int) -> str:
@@ -85,12 +51,7 @@ def settings_text(width: int) -> str:
     return "\n".join(lines)
 
 
-def schema_text() -> str:
-    """Write the JSON schema as the shipped file has it."""
-    return json.dumps(json_schema(), indent=1) + "\n"
-
-
-def _settings(section: type[Section]) -> Iterator[Setting]:
+def _settings(section: type[Declaration]) -> Iterator[Setting]:
     nested = []
     for name, field in section.model_fields.items():
         kind = field.annotation
@@ -98,7 +59,7 @@ def _settings(section: type[Section]) -> Iterator[Setting]:
             nested.append(kind)
             continue
         key = f"{section.key}.{name}" if section.key else name
-        default = json.dumps(plain(field.get_default(call_default_factory=True)))
+        default = "" if field.is_required() else json.dumps(plain(field.get_default(call_default_factory=True)))
         help_text = field.description or ""
         yield Setting(key, section.key, _describe_type(kind), default, describe_range(field), help_text)
     for kind in nested:

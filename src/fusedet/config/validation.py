@@ -31,7 +31,7 @@ def validate_value(value: Any, hint: Any, key: str) -> Any:
     """
     refuse_huge_integers(value, key)
     try:
-        return _adapter(hint).validate_python(value)
+        return adapter(hint).validate_python(value)
     except ValidationError as error:
         mistake = deepest(error, value)
         raise to_input_error(mistake, mistake["loc"], value, hint, key) from None
@@ -93,7 +93,8 @@ def union_members(hint: Any) -> tuple[Any, ...]:
 
 
 @cache
-def _adapter(hint: Any) -> TypeAdapter:
+def adapter(hint: Any) -> TypeAdapter:
+    """Return pydantic's validator of the values that `validate_value` takes for a type hint."""
     try:
         return TypeAdapter(_accept_lists(hint), config=_STRICT)
     except PydanticUserError:  # a hint that pydantic cannot check, such as a dataclass of another package
