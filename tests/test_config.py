@@ -1,5 +1,6 @@
 """Configs: bases, overrides, schedules, backbones by name, declared settings, and messages about mistakes."""
 
+import json
 import runpy
 from functools import cache
 from pathlib import Path
@@ -146,6 +147,32 @@ def test_shipped_files_name_their_schema(folder: str, name: str) -> None:
         first = file.read_text(encoding="utf-8").splitlines()[0]
         assert first == f"# yaml-language-server: $schema=../{name}.json"
         assert (schemas / f"{name}.json").is_file()
+
+
+def test_schemas_know_the_names_and_options_of_parts() -> None:
+    """Every shipped file fits its schema; wrong names and options do not."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schemas = DECLARATIONS["SCHEMAS"]
+    configs, tables = (
+        jsonschema.Draft202012Validator(json.loads((schemas / f"{name}.json").read_text()))
+        for name in ("schema", "ablation_schema")
+    )
+    for schema, folder in ((configs, "models"), (configs, "schedules"), (tables, "ablations")):
+        for file in (schemas / folder).iterdir():
+            schema.validate(config.read_yaml(file))
+    for text, is_right in (
+        ("neck: [fpn, {type: smsl, reduction: 8}]", True),
+        ("neck: fpm", False),
+        ("neck: {type: mse_fpn, sim: splt}", False),
+        ("neck: {type: mse_fpn, channels: 64}", False),  # of model.pyramid
+        ("neck: {sim: split}", True),  # of the base's neck
+        ("neck: [fpn, {type: my_package.necks:MyNeck, depth: 3}]", True),
+        ("head: msil", False),
+        ("backbone: {nam: resnet18}", False),
+        ("roi: {stages: [{type: box, pooling: soft}], branches: [mask]}", True),
+        ("roi: {stages: [{type: box, pooling: hard}]}", False),
+    ):
+        assert configs.is_valid(config.parse_yaml(f"model: {{{text}}}", text)) == is_right, text
 
 
 def test_settings_have_help_types_and_defaults() -> None:
