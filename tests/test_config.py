@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pydantic
 import pytest
 
@@ -151,7 +152,6 @@ def test_shipped_files_name_their_schema(folder: str, name: str) -> None:
 
 def test_schemas_know_the_names_and_options_of_parts() -> None:
     """Every shipped file fits its schema; wrong names and options do not."""
-    jsonschema = pytest.importorskip("jsonschema")
     schemas = DECLARATIONS["SCHEMAS"]
     configs, tables = (
         jsonschema.Draft202012Validator(json.loads((schemas / f"{name}.json").read_text()))
