@@ -1,7 +1,7 @@
 """torch.compile of the training forward pass and of `detect`: one graph, no break, the numbers of eager mode."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch.utils._pytree import tree_leaves
 
+from exporting import ONE_LEVEL, TWO_LEVELS
 from fakes import batch, objects
 from fusedet.config import Train
-from fusedet.config import names as config_names
 from fusedet.engine import trainer
 from fusedet.errors import InputError
 from fusedet.models.detectors import create_model
@@ -45,6 +45,15 @@ DETECTORS = (
     "dw",
     "borderdet",
 )
+SAME_FORWARD = ("dynamic_rcnn", "mask_rcnn")
+"""Their forward pass has the operators of Faster R-CNN's, and so has Dynamic R-CNN's `detect`."""
+LEVELS = {
+    "yolof": [],  # has one
+    "tridentnet": [],  # has one
+    "libra_rcnn": ["model.pyramid.coarsest=5"],
+    "foveabox": [*TWO_LEVELS, "model.head.ranges=[[1,64],[32,128]]"],
+}
+"""The levels of detectors that cannot have two, or need to know them."""
 IMAGES = [objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2]), objects([[8, 8, 40, 50]], [1])]
 
 
@@ -57,12 +66,13 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make(name: str) -> Any:
+def make(name: str, *overrides: str) -> Any:
     torch.manual_seed(0)
-    has_tiny = f"{name}_tiny" in config_names()
-    small = () if has_tiny else ("model.pyramid.channels=64", "model.head.convs=2")
-    fixed = ("model.backbone.pretrained=false", "model.backbone.name=resnet10t", "test.score=0.001")
-    return create_model(f"{name}_tiny" if has_tiny else f"{name}_r50", *fixed, *small, num_classes=3)
+    small = ["model.backbone={name: test_resnet, pretrained: false}", "model.pyramid.channels=32", "test.score=0.001"]
+    small += LEVELS.get(name, TWO_LEVELS)
+    if name != "tridentnet" and "rcnn" not in name:
+        small.append("model.head.convs=1")
+    return create_model(f"{name}_tiny", *small, *overrides, num_classes=3)
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -76,9 +86,9 @@ def check_equal(outputs: Any, expected: Any, tolerance: float) -> None:
         torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance)
 
 
-def run(name: str, method: str, backend: str, tolerance: float) -> None:
+def run(name: str, method: str, backend: str, tolerance: float, *overrides: str) -> None:
     images = batch(*IMAGES)
-    detector = make(name)
+    detector = make(name, *overrides)
     is_training = method == "forward"
     detector.train(is_training)
     call = getattr(detector, method)
@@ -89,23 +99,37 @@ def run(name: str, method: str, backend: str, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in SAME_FORWARD])
 def test_training_forward_is_one_graph(name: str) -> None:
     run(name, "forward", "aot_eager", 1e-4)
 
 
+def choose(chosen: Sequence[Any], all_values: Sequence[Any]) -> list[Any]:
+    """Leave all values but the chosen ones to make soak."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.soak) for value in all_values]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name != "dynamic_rcnn"])
 def test_detect_is_one_graph(name: str) -> None:
+    run(name, "detect", "eager", 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choose(["retinanet", "fcos", "faster_rcnn", "mask_rcnn"], DETECTORS))
+def test_the_graph_of_detect_runs_without_eager_mode(name: str) -> None:
+    """As the graph of operators that other backends receive."""
     run(name, "detect", "aot_eager", 1e-4)
+
+
+INDUCTOR = [(name, method) for name in ("retinanet", "fcos", "faster_rcnn") for method in ("forward", "detect")]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", ["retinanet", "fcos", "faster_rcnn"])
-@pytest.mark.parametrize("method", ["forward", "detect"])
-def test_inductor(name: str, method: str) -> None:
-    run(name, method, "inductor", 1e-3)
+@pytest.mark.parametrize("case", choose([("retinanet", "forward"), ("faster_rcnn", "detect")], INDUCTOR), ids="-".join)
+def test_inductor(case: tuple[str, str]) -> None:
+    run(*case, "inductor", 1e-3, *ONE_LEVEL[:2])
 
 
 @pytest.mark.parametrize(("name", "parts"), [("retinanet", [""]), ("faster_rcnn", ["backbone", "neck", "head"])])
