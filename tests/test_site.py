@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -32,16 +33,18 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` does; every warning is an error."""
+def site(make_once: Callable[..., Path]) -> Path:
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package)
-    out = tmp_path_factory.mktemp("site")
+    return make_once("site", build_site)
+
+
+def build_site(out: Path) -> None:
+    """Build the site as `make docs` does; every warning is an error."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", ".", str(out)]
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}  # those of Sphinx remain, old torch's about itself do not
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    return out
 
 
 def test_links(site: Path) -> None:

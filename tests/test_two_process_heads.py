@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,9 @@ def run_process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def averaged(make_once: Callable[..., Path]) -> Path:
     """The folder of the averaged gradients of two processes."""
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run_process, (str(folder),), nprocs=2)
-    return folder
+    return make_once("gradients", lambda folder: multiprocessing.spawn(run_process, (str(folder),), nprocs=2))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,14 @@ def read(file: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def runs(make_once: Callable[..., Path]) -> tuple[Path, list[str]]:
+    """The folder of the runs, and the output of both processes."""
+    top = make_once("two_processes", make_runs)
+    return top, read(top / "said.json")
+
+
+def make_runs(top: Path) -> None:
     """The runs `one`, in one process, and `two`, in two; the run `two` scored in `scored` by one, in `both` by two."""
-    top = tmp_path_factory.mktemp("runs")
     data = synthetic.generate_dataset(top / "data", images=27, size=(64, 96), splits={"train": 0.45, "val": 0.55})
     words = ["train", "retinanet_tiny", f"data={data}", *OPTIONS]
     assert run([*words, f"out={top / 'one'}"]) == 0
@@ -83,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     ]
     said = on_two_machines(commands, top / "commands.py")
     assert run(["val", str(top / "two"), f"out={top / 'scored'}"]) == 0
-    return top, said
+    (top / "said.json").write_text(json.dumps(said))
 
 
 @pytest.mark.slow
