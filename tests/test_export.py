@@ -272,8 +272,18 @@ def test_every_detector_exports_at_all_levels(name: str, make_export: Callable[.
     check_export(make_export(name, size=(64, 96)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in SAME_FILES])
+DYNAMIC = ("retinanet", "fcos", "vfnet", "faster_rcnn", "mask_rcnn")
+"""Exported with dynamic sizes by make test-all; the others by make soak, a minute or more each."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in DYNAMIC else pytest.mark.soak)
+        for name in DETECTORS
+        if name not in SAME_FILES
+    ],
+)
 def test_dynamic_export_equals_pytorch(name: str, make_export: Callable[..., Path]) -> None:
     formats = "torch,onnx,openvino" if name in ("retinanet", "faster_rcnn") else "onnx,openvino"
     check_export(make_export(name, formats, *exporting.TWO_LEVELS, *OPTIONS.get(name, [])))
@@ -286,6 +296,7 @@ MODULES = {
         "model.neck=[mse_fpn,smsl]",
         "model.interact=msil",
         "model.backbone={name: resnet18, pretrained: false}",
+        *exporting.TWO_LEVELS,
     ),
     "modules of two stages": ("faster_rcnn", "model.neck=[mse_fpn,smsl]", "model.backbone.name=resnet10t"),
     "deformable stages": (
@@ -299,8 +310,13 @@ MODULES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MODULES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.soak if case in ("modules of two stages", "BFP") else pytest.mark.slow)
+        for case in MODULES
+    ],
+)
 def test_modules_export_with_dynamic_sizes(case: str, make_export: Callable[..., Path]) -> None:
     name, *overrides = MODULES[case]
     formats = "torch,onnx,openvino" if case in ("all modules", "AugFPN") else "onnx,openvino"

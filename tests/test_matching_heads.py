@@ -201,7 +201,7 @@ DETECTORS = ["freeanchor", "foveabox", "fsaf", "autoassign", "yolof"]
     [
         *((name, ()) for name in DETECTORS),
         ("foveabox", ("model.head.align=true",)),
-        ("freeanchor", ("model.neck=[fpn,dyhead]",)),
+        pytest.param("freeanchor", ("model.neck=[fpn,dyhead]",), marks=pytest.mark.soak),
         ("fsaf", ("model.neck=nas_fpn",)),
         ("autoassign", ("test.soft_nms=linear", "test.max_det=10")),
     ],
