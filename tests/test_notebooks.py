@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from exporting import ONE_LEVEL
 from shared_fixtures import SMALL
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "examples/notebooks").glob("*.ipynb"))
@@ -12,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "examples/notebooks").
 LESS = {
     "IMAGES, EPOCHS = ": "IMAGES, EPOCHS = 20, 1",
     "IMAGES, EPOCHS, SEEDS = ": "IMAGES, EPOCHS, SEEDS = 20, 1, 2",
-    "SETTINGS = ": f"SETTINGS = {[word for word in SMALL if not word.startswith('train.epochs')] + ONE_LEVEL[:2]!r}",
+    "SETTINGS = ": f"SETTINGS = {[word for word in SMALL if not word.startswith('train.epochs')]!r}",
 }
 
 
