@@ -19,6 +19,7 @@ RANKS = [
         "quiet",
         "garbage_collection",
         "collectives",
+        "function_skipping",
     },
     {"models.protocols"},
     {"models.build", "models.ops", "models.profiling"},

@@ -16,6 +16,7 @@ from fusedet.config import names as config_names
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, guess, unknown
 from fusedet.exporters.reference import spread_scores
+from fusedet.function_skipping import uninitialized
 from fusedet.interop.published_weights import is_published_name, list_published_weights, require_source
 from fusedet.models.detectors import DetectorModule, build_detector, build_meta_detector, disable_pretrained
 
@@ -96,9 +97,10 @@ def rebuild(file: Path, trust: bool = False) -> tuple[DetectorModule, Config, li
         raise InputError(
             f"{file} is not a fusedet checkpoint: it has {len(names)} names of classes and {len(ids)} category ids"
         )
-    with at_most(len(state), file), _naming_file(file):
-        checkpoint.refuse_misfit(build_meta_detector(config, len(names)), state, file)
-    detector = build_detector(config, len(names))
+    with uninitialized():
+        with at_most(len(state), file), _naming_file(file):
+            checkpoint.refuse_misfit(build_meta_detector(config, len(names)), state, file)
+        detector = build_detector(config, len(names))
     checkpoint.load_into(detector, state, file)
     return detector, config, names, ids
 
@@ -126,7 +128,8 @@ def _naming_file(file: Path) -> Iterator[None]:
 
 def with_weights(config: Config, classes: int, file: Path) -> DetectorModule:
     """Return the config's detector with a checkpoint's weights; the config stored in the file is ignored."""
-    detector = build_detector(disable_pretrained(config), classes)
+    with uninitialized():
+        detector = build_detector(disable_pretrained(config), classes)
     checkpoint.load_into(detector, checkpoint.load_weights(file)[0], file)
     return detector
 

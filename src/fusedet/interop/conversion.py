@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedet import config as configs
 from fusedet.config import Config
 from fusedet.errors import InputError
+from fusedet.function_skipping import uninitialized
 from fusedet.interop import torchvision
 from fusedet.interop.class_names import resolve_class_names
 from fusedet.interop.mmdetection import legacy_1x, load_checkpoint
@@ -205,7 +206,8 @@ def convert_mmdetection_weights(state: Weights, options: Config, count: int, fil
     Raises:
         InputError: A weight has no counterpart, is missing, or has another shape.
     """
-    detector = build_detector(options, count)
+    with uninitialized():
+        detector = build_detector(options, count)
     levels = sum(stride >= 2**options.model.pyramid.finest for stride in detector.backbone.levels.strides)
     rules = build_rules(options.model, levels)
     renamed: Weights = {}
@@ -228,7 +230,8 @@ def convert_mmdetection_weights(state: Weights, options: Config, count: int, fil
 def _convert_torchvision(state: Weights, file: str | Path, overrides: Sequence[str]) -> ConvertedCheckpoint:
     converted = torchvision.convert_weights(state, Path(file).name)
     options = configs.parse(configs.apply_overrides(converted.tree, overrides))
-    wanted = build_detector(options, len(converted.names)).state_dict()
+    with uninitialized():
+        wanted = build_detector(options, len(converted.names)).state_dict()
     return ConvertedCheckpoint(
         options,
         match_weights(converted.weights, converted.sources, wanted, file),

@@ -9,6 +9,7 @@ import torchvision  # noqa: F401  (registers the operator)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fusedet.function_skipping import shapes_only
 from fusedet.models.protocols import InferenceDetector
 from fusedet.types import MULTIPLE
 
@@ -47,7 +48,7 @@ def count_cost(detector: nn.Module, height: int, width: int, channels: int = 3) 
         name.
     """
     shadow = copy.deepcopy(detector).to("meta").eval()
-    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter, torch.no_grad(), shapes_only():
         images = torch.zeros(1, channels, height, width, dtype=torch.uint8, device="meta")
         cast("InferenceDetector", shadow).detect(images, torch.tensor([[height, width]], device="meta"))
     flops = counter.get_flop_counts()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fusedet import safe_load
 from fusedet.errors import InputError, unknown
+from fusedet.function_skipping import shapes_only
 from fusedet.models.backbones.swin import pad_before_shift, size_options
 from fusedet.quiet import quiet
 from fusedet.types import Features
@@ -93,11 +94,12 @@ def _create(name: str, **options: Any) -> Any:
     make = partial(timm.create_model, name, features_only=True, **size_options(name), **options)
     if torch.empty(0).device.type != "meta":
         return make()
-    try:
-        return make()
-    except RuntimeError:
-        with torch.device("cpu"):
-            return make().to("meta")
+    with shapes_only():
+        try:
+            return make()
+        except RuntimeError:
+            with torch.device("cpu"):
+                return make().to("meta")
 
 
 @cache
@@ -110,7 +112,8 @@ def _feature_map_fault(name: str) -> str | None:
     with torch.device("meta"):
         probe = _create(name, pretrained=False).eval()
         try:
-            maps = to_channels_first(probe, probe(torch.zeros(1, 3, 96, 160)))
+            with shapes_only():
+                maps = to_channels_first(probe, probe(torch.zeros(1, 3, 96, 160)))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             return f"does not take images of any size ({reason})"
