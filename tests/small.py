@@ -1,4 +1,4 @@
-"""Small versions of every detector (ten-layer backbone, 32 channels, narrow heads), and helpers to check losses."""
+"""Small versions of every detector (timm's smallest ResNet, 32 channels, narrow heads), and helpers to check losses."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def make(name: str, *overrides: str, everything: bool = False, norm_eval: bool =
         norm_eval: Keep the backbone's BatchNorm in eval mode.
     """
     config = configs.load(f"{name}_r18")
+    has_plugin = any(override.startswith("model.plugin") for override in overrides)
+    backbone = "resnet10t" if has_plugin else "test_resnet"  # whose widths MSFM's ratios do not divide
     model: dict[str, Any] = {
-        "backbone": {"name": "resnet10t", "pretrained": False, "frozen_stages": -1, "norm_eval": norm_eval},
+        "backbone": {"name": backbone, "pretrained": False, "frozen_stages": -1, "norm_eval": norm_eval},
         "pyramid": {"channels": 32},
     }
     if name not in (*TWO_STAGE, DOUBLE_HEAD):

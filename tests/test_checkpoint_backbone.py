@@ -40,7 +40,7 @@ def run(detector: Any, images: Any) -> tuple[dict[str, torch.Tensor], int]:
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("retinanet_tiny", ("model.backbone.name=resnet10t", "model.backbone.frozen_stages=-1")),
+        ("retinanet_tiny", ("model.backbone.name=test_resnet", "model.backbone.frozen_stages=-1")),
         (
             "retinanet_tiny",
             (

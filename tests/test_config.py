@@ -424,7 +424,7 @@ def test_a_neck_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "retinanet_tiny",
         "model.neck=[fpn,their_necks:Plain]",
         "model.neck.1.gain=2",
-        "model.backbone.name=resnet10t",
+        "model.backbone.name=test_resnet",
         num_classes=1,
     )
     assert model.neck.necks[1].gain == 2.0

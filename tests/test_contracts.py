@@ -38,7 +38,7 @@ SOME = objects([[4, 4, 30, 30], [10, 20, 60, 44]], [0, 2])
 
 def small(*overrides: str, **head: object) -> OneStage:
     options = [
-        "model.backbone.name=resnet10t",
+        "model.backbone.name=test_resnet",
         "model.pyramid.channels=16",
         "model.head.convs=1",
         "model.head.norm=false",
@@ -85,7 +85,7 @@ def test_frozen_parts_are_the_first_ones(name: str) -> None:
 
 
 def test_norm_eval_freezes_statistics_and_trains_scale_and_shift() -> None:
-    backbone = TimmBackbone("resnet10t", pretrained=False, norm_eval=True).train()
+    backbone = TimmBackbone("test_resnet", pretrained=False, norm_eval=True).train()
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     assert not any(m.training for m in norms)
@@ -96,7 +96,7 @@ def test_norm_eval_freezes_statistics_and_trains_scale_and_shift() -> None:
 
 
 def test_normalization_is_the_pretrained_one() -> None:
-    model = small()
+    model = small("model.backbone.name=resnet10t")
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     assert torch.allclose(model.normalize(image), (image / 255 - mean) / std, atol=1e-5)
@@ -115,15 +115,15 @@ def test_padding_is_zero_after_normalization() -> None:
 def test_local_weights_are_loaded_and_checked(tmp_path) -> None:
     import timm
 
-    source = timm.create_model("resnet10t", pretrained=False)
+    source = timm.create_model("test_resnet", pretrained=False)
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    backbone = TimmBackbone("resnet10t", weights=str(tmp_path / "w.pth"))
+    backbone = TimmBackbone("test_resnet", weights=str(tmp_path / "w.pth"))
     assert torch.equal(backbone.body.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
     torch.save(timm.create_model("lcnet_050", pretrained=False).state_dict(), tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"other\.pth"):
-        TimmBackbone("resnet10t", weights=str(tmp_path / "other.pth"))
+        TimmBackbone("test_resnet", weights=str(tmp_path / "other.pth"))
     with pytest.raises(InputError, match="no such file"):
-        TimmBackbone("resnet10t", weights=str(tmp_path / "absent.pth"))
+        TimmBackbone("test_resnet", weights=str(tmp_path / "absent.pth"))
 
 
 def test_real_imagenet_weights_of_a_file(shared) -> None:

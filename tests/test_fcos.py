@@ -374,7 +374,7 @@ def test_default_ranges() -> None:
 
 def test_configs_with_the_improvements_of_2020() -> None:
     model = create_model(
-        "fcos_r50_tricks", "model.backbone.pretrained=false", "model.backbone.name=resnet10t", num_classes=2
+        "fcos_r50_tricks", "model.backbone.pretrained=false", "model.backbone.name=test_resnet", num_classes=2
     )
     head = model.head
     assert (head.normalize_boxes, head.centerness_on_box, head.box_loss) == (True, True, giou_loss)

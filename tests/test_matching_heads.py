@@ -191,7 +191,7 @@ def test_parameters(name: str, count: int) -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-SMALL = ["model.backbone.name=resnet10t", "model.backbone.pretrained=false", "model.head.convs=1"]
+SMALL = ["model.backbone.name=test_resnet", "model.backbone.pretrained=false", "model.head.convs=1"]
 DETECTORS = ["freeanchor", "foveabox", "fsaf", "autoassign", "yolof"]
 
 

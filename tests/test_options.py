@@ -22,7 +22,7 @@ PYRAMID = Levels((32,) * 5, (8, 16, 32, 64, 128))
 
 
 def make(*overrides: str) -> OneStage:
-    small = ["model.backbone.name=resnet10t", "model.backbone.pretrained=false", "model.pyramid.channels=32"]
+    small = ["model.backbone.name=test_resnet", "model.backbone.pretrained=false", "model.pyramid.channels=32"]
     return create_model("retinanet_r18", *small, *overrides, num_classes=3)
 
 

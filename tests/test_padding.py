@@ -303,7 +303,7 @@ def test_shipped_configs_have_mmdetections_border() -> None:
 )
 def test_detectors_pass_the_sizes_to_their_heads(name: str, neck: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
-        "model.backbone.name=resnet10t",
+        "model.backbone.name=test_resnet",
         "model.backbone.pretrained=false",
         "model.pyramid.channels=32",
         f"model.neck={neck}",

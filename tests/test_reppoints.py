@@ -395,7 +395,7 @@ def test_parameter_counts() -> None:
 def test_prepared_detector_predicts_the_same() -> None:
     options = [
         "model.backbone.pretrained=false",
-        "model.backbone.name=resnet10t",
+        "model.backbone.name=test_resnet",
         "model.pyramid.channels=32",
         "model.head.convs=1",
     ]

@@ -25,7 +25,7 @@ from fusedet.models.roi.sampling import RoISamples
 from fusedet.types import Batch, Target
 
 TINY = [
-    "model.backbone.name=resnet10t",
+    "model.backbone.name=test_resnet",
     "model.backbone.frozen_stages=-1",
     "model.backbone.norm_eval=false",
     "model.pyramid.channels=16",
