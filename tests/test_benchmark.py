@@ -399,7 +399,13 @@ def test_formats_are_exported_together_or_one_by_one(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("without_onnx", "rendered")
-def test_a_run_is_measured(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("engine", ["a program", pytest.param("PyTorch", marks=pytest.mark.slow)])
+def test_a_run_is_measured(
+    engine: str, run_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole command; a process that imports PyTorch takes most of the time, so a program may stand in for it."""
+    if engine == "a program":
+        monkeypatch.setattr(Task, "command", property(lambda task: program()))
     words = ["benchmark", str(run_copy), "--formats", "channels_last,onnx", "--runs", "1", "--batch", "1", "--json"]
     assert cli.run(words) == 0
     content = json.loads(capsys.readouterr().out)

@@ -74,6 +74,7 @@ OTHERS = [
 """Detectors that `make test-all` exports with one size; benchmarks/export.py exports them with all sizes too."""
 EXPORTED = ("retinanet", "fcos", "vfnet", "mask_rcnn")
 """Detectors that `make test` exports: anchors and points, a deformable convolution, two stages with masks."""
+LARGE = ("vfnet", "mask_rcnn")
 STAGE = "{type: box, channels: 32}"
 DOUBLE_HEAD = "{type: double_head, channels: 32, box_channels: 32, blocks: 1}"
 MASK = "{type: mask, convs: 1, channels: 8}"
@@ -228,11 +229,11 @@ SAME_FILES = {"dynamic_rcnn": "faster_rcnn"}
 
 
 def list_exports() -> list[Any]:
-    """Name and formats of each export; VFNet's deformable convolution costs so much that OpenVINO is slow too."""
+    """Name and formats of each export; VFNet and Mask R-CNN have so many operators that OpenVINO is slow too."""
     slow = [name for name in [*DETECTORS, *OTHERS] if name not in (*EXPORTED, *SAME_FILES)]
     return [
-        *((name, "onnx" if name == "vfnet" else "onnx,openvino") for name in EXPORTED),
-        *(pytest.param(name, "onnx,openvino", marks=pytest.mark.slow) for name in ["vfnet", *slow]),
+        *((name, "onnx" if name in LARGE else "onnx,openvino") for name in EXPORTED),
+        *(pytest.param(name, "onnx,openvino", marks=pytest.mark.slow) for name in [*LARGE, *slow]),
     ]
 
 
@@ -248,6 +249,7 @@ def test_every_detector_exports(name: str, formats: str, make_export: Callable[.
         assert [case["case"] for case in cases if not case["reached_limit"]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME_FILES)
 def test_detectors_of_one_program_export_alike(name: str, tmp_path: Path) -> None:
     """The same operators in the same order: only names of weights and thresholds differ."""

@@ -14,7 +14,8 @@ import fusedet
 from fusedet import cli
 from partners import partners
 
-SLOW = [
+NAMES = [
+    "retinanet_r18",
     "faster_rcnn_r50",
     "fcos_r50_caffe_gn",
     "atss_r50_fpn_1x_coco",
@@ -34,11 +35,9 @@ WRITTEN = "faster_rcnn_r50"
 """The model with which the command `predict` runs too."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_initialization")
-@pytest.mark.parametrize(
-    "name",
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in SLOW), "retinanet_r18"],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_recorded_predictions(shared: Path, tmp_path: Path, name: str) -> None:
     spec = json.loads((shared / "checkpoints" / f"{name}.json").read_text())
     fill = runpy.run_path(str(shared / "checkpoints" / "fill_weights.py"))["fill"]
