@@ -101,7 +101,7 @@ def livelier(detector: nn.Module) -> None:
     for key, p in detector.named_parameters():
         if p.ndim < 2:
             p.data.add_(0.1 * torch.randn_like(p))
-        elif key.startswith(("head.", "stages.", "branches.")):
+        elif key.startswith(("head.", "stages.", "branches.")) and p.data.any():  # offsets may start at 0
             p.data.mul_(0.3 / (p.data.std() * p[0].numel() ** 0.5))
 
 

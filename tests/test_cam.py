@@ -266,6 +266,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rendered")
 def test_two_runs_side_by_side(
     capsys: pytest.CaptureFixture[str], runs: tuple[Path, Path], image: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fakes import batch
 from fusedet.models.detectors import TwoStage
+from fusedet.models.ops.dual_weighting import DualWeighting
 from fusedet.types import Batch, Target
 from small import (
     ATSS_FAMILY,
@@ -158,7 +159,7 @@ BATCHES = {"empty": (SOME, EMPTY), "huge": (HUGE, ONE)}
 def test_gradient_is_the_numerical_derivative_of_the_loss(name: str, kind: str) -> None:
     """Compare every term along a random direction of each part's parameters, in float64.
 
-    Detached values, proposals and random numbers are replayed, and no assignment changes over so small a step. A ReLU
+    Detached values, DW's weights, proposals and random numbers are replayed, and no assignment changes over so small a step. A ReLU
     or maximum may change over one of two steps only.
     """
     with float64() as patch:
@@ -167,6 +168,7 @@ def test_gradient_is_the_numerical_derivative_of_the_loss(name: str, kind: str) 
         data = batch(*(target(t.boxes, t.labels.tolist()) for t in BATCHES[kind]))
         replay, detach = Replay(), torch.Tensor.detach
         patch.setattr(torch.Tensor, "detach", replay(lambda x: detach(x).clone()))
+        patch.setattr(DualWeighting, "weigh", replay(DualWeighting.weigh))
         if isinstance(detector, TwoStage):
             detector.head.propose = replay(detector.head.propose)
 
