@@ -14,9 +14,12 @@ AGAIN = "write the table again: python tests/zoo/write_table.py ../shared/zoo/zo
 
 
 @pytest.mark.usefixtures("no_initialization")
-@pytest.mark.parametrize(("step", "least"), [(160, 1), pytest.param(1, 308, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("step", "least"),
+    [(160, 1), pytest.param(8, 30, marks=pytest.mark.slow), pytest.param(1, 308, marks=pytest.mark.soak)],
+)
 def test_published_models(shared: Path, monkeypatch: pytest.MonkeyPatch, step: int, least: int) -> None:
-    """Every model of the list, or each 160th: the table has exactly those that convert, as the script writes them."""
+    """Every model of the list, or each 8th or 160th: the table has exactly those that convert, as the script writes them."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     script = runpy.run_path(str(Path(__file__).with_name("write_table.py")))
     shipped = [json.loads(line) for line in gzip.decompress(script["TABLE"].read_bytes()).splitlines()]
