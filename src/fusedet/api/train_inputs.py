@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from fusedet.api.detection import check_tile_size, get_strides
@@ -26,7 +25,6 @@ from fusedet.data.tiling import tile_dataset
 from fusedet.data.transforms import TrainTransform
 from fusedet.engine import checkpoint
 from fusedet.errors import InputError, plural, unknown
-from fusedet.function_skipping import uninitialized
 from fusedet.models.backbones import TimmBackbone
 from fusedet.models.detectors import (
     DetectorModule,
@@ -74,8 +72,7 @@ def make_detector(
     Of train.weights with other classes, the rows of classes with equal names are kept.
     """
     overwritten = resume or config.train.weights is not None
-    with uninitialized() if resume else nullcontext():
-        detector = build_detector(disable_pretrained(config) if overwritten else config, len(dataset.names))
+    detector = build_detector(disable_pretrained(config) if overwritten else config, len(dataset.names))
     detector.selection = selection_options(config.test, dataset.names)
     if config.train.checkpoint_backbone:
         if not isinstance(detector.backbone, TimmBackbone):
